@@ -1,0 +1,14 @@
+"""Differentiable operations: autograd functions, their schedules, and the choice of implementation.
+
+Legend of shapes, used as suffixes of names everywhere in the library:
+
+    P  pairs                      S  sequences (two per pair)
+    T  scored tokens              N  tokens that go through the backbone
+    D  hidden size                V  vocabulary
+"""
+
+from dpo_fast.ops.linear_logp import LinearLogp, linear_logp
+from dpo_fast.ops.logits_logp import logits_logp
+from dpo_fast.ops.plan import HeadPlan, plan
+
+__all__ = ["HeadPlan", "LinearLogp", "linear_logp", "logits_logp", "plan"]

@@ -1,0 +1,75 @@
+"""Which implementation of an operation runs on a device, and why. One function decides."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+from dataclasses import dataclass
+
+import torch
+
+from dpo_fast.errors import UnavailableError
+
+logger = logging.getLogger("dpo_fast")
+IMPLEMENTATIONS = ("torch", "triton")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The name of the implementation and one sentence that says why."""
+
+    name: str
+    reason: str
+
+
+def interpreting() -> bool:
+    """Triton's interpreter runs kernels on a CPU, for tests: TRITON_INTERPRET=1 before import."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None if Triton kernels run for this device and dtype, else the reason and the remedy."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (pip install triton, Linux only)"
+    if dtype == torch.float64:
+        return "the Triton kernels accumulate in fp32 and take fp32, bf16 and fp16, not fp64"
+    if device.type == "cpu":
+        return None if interpreting() else (
+            "Triton has no CPU target; set TRITON_INTERPRET=1 before starting Python to run its "
+            "interpreter (slow, for tests)"
+        )  # fmt: skip
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if torch.version.hip is None and capability < (8, 0):
+            return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+        return None
+    return f"no Triton target is known for device type {device.type!r}"
+
+
+@functools.cache
+def choose_implementation(
+    operation: str, device: torch.device, dtype: torch.dtype, requested: str = "auto"
+) -> Choice:
+    """Choose once per (operation, device, dtype, request) and log it.
+
+    Raises:
+        UnavailableError: `requested` cannot run here.
+        ValueError: `requested` is not a name.
+    """
+    if requested not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(f"implementation={requested!r}: choose auto, {', '.join(IMPLEMENTATIONS)}")
+    obstacle = None if requested == "torch" else why_not_triton(device, dtype)
+    if requested == "triton" and obstacle:
+        raise UnavailableError(f"implementation='triton' cannot run {operation} here: {obstacle}")
+    if requested != "auto":
+        choice = Choice(requested, "asked for by name")
+    elif device.type == "cpu":
+        choice = Choice("torch", "the torch implementation is the fast one on a CPU")
+    elif obstacle:
+        choice = Choice("torch", obstacle)
+    else:
+        choice = Choice("triton", f"Triton compiles for {device.type} here")
+    logger.info("%s on %s in %s: %s (%s)", operation, device, dtype, choice.name, choice.reason)
+    return choice

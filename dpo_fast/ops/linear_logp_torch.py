@@ -1,0 +1,278 @@
+"""The schedules of `linear_logp` in PyTorch: the fast path on a CPU, and correct on any device.
+
+Logits are made tile by tile, [token_chunk, vocab_block], in fp32. What is kept for backward is
+E = exp(z - m) against a row offset m, with its sum l, so that p = E / l and
+
+    dL/dz_tv = c_t (1[v = y_t] - p_tv) = s_t E'_tv,   s = -c / l,   E' = E with E_ty - l at the target
+    dH = diag(s) (E' W)        dW = E'^T (diag(s) H)        db = E'^T s
+
+are plain products on E' (c = dL/dlogp). A soft cap multiplies E' by its slope. `m` starts as the first
+tile's row maximum and moves only when a later logit exceeds it by SLACK; then the little that was
+kept is rescaled. The log-probability comes from exact sums either way.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dpo_fast.ops.plan import HeadPlan
+
+SLACK = 8.0  # exp(8) fits fp16, and no later tile is rescaled unless its maximum is e^8 times larger
+LOWEST = -1e30  # stands in for a row maximum of -inf (masked vocabulary), which would make NaN
+
+
+class _Tiles:
+    """The logits of rows [start, stop), one vocabulary block at a time, in fp32 (fp64 for fp64)."""
+
+    def __init__(self, hidden_TD, weight_VD, bias, options, plan: HeadPlan, buffer: Tensor, rows):
+        self.weight, self.bias, self.plan, self.softcap = weight_VD, bias, plan, options.softcap
+        self.precision = torch.promote_types(hidden_TD.dtype, torch.float32)
+        self.temperature = options.temperature
+        # With a cap the temperature acts after it, without one both factors act on the hidden rows.
+        self.factor = options.logit_scale / (1.0 if self.softcap else options.temperature)
+        self.slope_factor = options.logit_scale / options.temperature  # dz/d(h.w), cap's slope apart
+        chunk = hidden_TD[rows].to(self.precision)
+        self.rows = chunk * self.factor if self.factor != 1.0 else chunk
+        self.buffer = buffer
+
+    def blocks(self):
+        return vocab_blocks(self.plan, self.weight.shape[0])
+
+    def logits(self, block: slice) -> Tensor:
+        """Logits of one block, in the buffer: a fresh tile would cost its page faults every time."""
+        columns = block.stop - block.start
+        out = self.buffer[: len(self.rows) * columns].view(-1, columns)
+        torch.mm(self.rows, self.weight[block].to(self.precision).t(), out=out)
+        if self.bias is not None:
+            out.add_(self.bias[block].to(self.precision), alpha=self.factor)
+        if self.softcap:
+            out.div_(self.softcap).tanh_().mul_(self.softcap / self.temperature)
+        return out
+
+    def slope(self, logits: Tensor) -> Tensor | None:
+        """1 - tanh^2, the soft cap's slope; None without a cap."""
+        if not self.softcap:
+            return None
+        return 1 - (logits * (self.temperature / self.softcap)).square_()
+
+
+class _RowSums:
+    """Online sums of rows against the moving offset m: l = sum exp(z - m), and what extras need."""
+
+    def __init__(self, targets: Tensor, extras: tuple, like: Tensor):
+        self.targets, self.extras = targets, extras
+        zeros = lambda: like.new_zeros(len(targets))  # noqa: E731
+        self.offset, self.maximum, self.target = zeros(), zeros().fill_(-torch.inf), zeros()
+        self.total, self.weighted, self.squares, self.logits = zeros(), zeros(), zeros(), zeros()
+
+    def shift(self, z: Tensor, block: slice) -> Tensor | None:
+        """z -= m in place. Returns the factor exp(m_old - m_new) of each row, None if none moved."""
+        maximum = z.amax(-1)
+        rows, columns = in_block(self.targets, block)
+        self.target[rows] = z[rows, columns]
+        if "mean_logit" in self.extras:
+            self.logits += z.sum(-1)
+        factor = None
+        if block.start == 0:
+            self.offset = maximum.clamp_min(LOWEST)
+        elif (maximum > self.offset + SLACK).any():
+            moved = torch.where(maximum > self.offset + SLACK, maximum, self.offset)
+            step = self.offset - moved
+            factor = step.exp()
+            self.weighted = factor * (self.weighted + step.clamp_min(LOWEST) * self.total)
+            self.total, self.squares = self.total * factor, self.squares * factor.square()
+            self.offset = moved
+        self.maximum = torch.maximum(self.maximum, maximum)
+        z.sub_(self.offset.unsqueeze(-1))
+        return factor
+
+    def add(self, z: Tensor, out: Tensor) -> Tensor:
+        """out = exp(z), summed. `z` holds shifted logits and may be `out`."""
+        shifted = z.clamp_min(-1e4) if "entropy" in self.extras else None  # 0 * -inf would be NaN
+        torch.exp(z, out=out)
+        self.total += out.sum(-1)
+        if "log_sum_p2" in self.extras:
+            self.squares += _row_dot(out, out)
+        if shifted is not None:
+            self.weighted += shifted.mul_(out).sum(-1)
+        return out
+
+    def outputs(self, V: int) -> dict[str, Tensor]:
+        log_total = self.total.log()
+        values = {"logp": self.target - self.offset - log_total}
+        if "entropy" in self.extras:
+            values["entropy"] = log_total - self.weighted / self.total
+        if "log_sum_p2" in self.extras:
+            values["log_sum_p2"] = self.squares.log() - 2 * log_total
+        if "mean_logit" in self.extras:
+            values["mean_logit"] = self.logits / V
+        if "is_top1" in self.extras:
+            values["is_top1"] = self.target >= self.maximum
+        return values
+
+
+def tile_buffer(plan: HeadPlan, like: Tensor) -> Tensor:
+    return like.new_empty(plan.token_chunk * plan.vocab_block)
+
+
+def token_chunks(plan: HeadPlan, first: int, T: int):
+    for start in range(first, T, plan.token_chunk):
+        yield slice(start, min(start + plan.token_chunk, T))
+
+
+def vocab_blocks(plan: HeadPlan, V: int):
+    for first in range(0, V, plan.vocab_block):
+        yield slice(first, min(first + plan.vocab_block, V))
+
+
+def in_block(targets: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+    """Rows whose target lies in the block, and its column there."""
+    inside = ((targets >= block.start) & (targets < block.stop)).nonzero().squeeze(1)
+    return inside, targets[inside] - block.start
+
+
+def _row_dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(-1)  # torch's sum is pairwise; a batched product would add up in order
+
+
+def forward(hidden_TD, weight_VD, bias, targets_T, options, extras, plan: HeadPlan):
+    """Returns {name: [T]} for logp and the extras, and what backward needs, by name."""
+    (T, D), V = hidden_TD.shape, weight_VD.shape[0]
+    precision = torch.promote_types(hidden_TD.dtype, torch.float32)
+    outputs = {"logp": hidden_TD.new_empty(T, dtype=precision)}
+    for name in extras:
+        outputs[name] = outputs["logp"].new_empty(
+            T, dtype=torch.bool if name == "is_top1" else precision
+        )
+    kept_KV = hidden_TD.new_empty(plan.kept_tokens, V)
+    direction_TD = hidden_TD.new_empty(T if plan.schedule == "frozen" else 0, D)
+    total_K, lse_T = outputs["logp"].new_empty(plan.kept_tokens), outputs["logp"].new_empty(T)
+    buffer = tile_buffer(plan, outputs["logp"])
+    for rows in token_chunks(plan, 0, T):
+        kept = kept_KV[rows]
+        tiles = _Tiles(hidden_TD, weight_VD, bias, options, plan, buffer, rows)
+        sums = _RowSums(targets_T[rows], extras, tiles.rows)
+        if plan.schedule == "frozen":
+            _direction(tiles, sums, direction_TD[rows])
+        else:
+            _keep(tiles, sums, kept)
+        for name, value in sums.outputs(V).items():
+            outputs[name][rows] = value
+        total_K[rows] = sums.total[: len(kept)]
+        lse_T[rows] = sums.offset + sums.total.log()
+    saved = {"kept": kept_KV, "total": total_K, "lse": lse_T, "direction": direction_TD}
+    return outputs, saved if plan.schedule != "logps" else {}
+
+
+def _keep(tiles: _Tiles, sums: _RowSums, kept: Tensor) -> None:
+    """One pass over the vocabulary; writes E' for the first len(kept) rows of the chunk."""
+    n = len(kept)
+    direct = n == len(tiles.rows) and kept.dtype == tiles.precision  # no rounding, no copy
+    at_target = kept.new_empty(n, dtype=tiles.precision), kept.new_ones(n, dtype=tiles.precision)
+    for block in tiles.blocks():
+        z = tiles.logits(block)
+        slope = tiles.slope(z[:n]) if n else None
+        factor = sums.shift(z, block)
+        if factor is not None and n and block.start:
+            kept[:, : block.start] *= factor[:n, None]
+            at_target[0].mul_(factor[:n])
+        e = sums.add(z, kept[:, block] if direct else z)[:n]
+        if not n:
+            continue
+        rows, columns = in_block(sums.targets, block)
+        rows, columns = rows[rows < n], columns[rows < n]
+        at_target[0][rows] = e[rows, columns]
+        if slope is not None:
+            at_target[1][rows] = slope[rows, columns]
+            e = e.mul_(slope)
+        if not direct:
+            kept[:, block] = e
+    # The patch at the target is formed in full precision, then rounded once.
+    patch = (at_target[0] - sums.total[:n]) * at_target[1]
+    kept.scatter_(1, sums.targets[:n, None], patch[:, None].to(kept.dtype))
+
+
+def _direction(tiles: _Tiles, sums: _RowSums, out: Tensor) -> None:
+    """u_t = slope_y w_y - sum_v p_tv slope_v w_v, so that dH = c u: no second pass is needed."""
+    weight, dtype = tiles.weight, out.dtype
+    gathered = weight[sums.targets].to(tiles.precision)
+    direction = torch.zeros_like(gathered)
+    for block in tiles.blocks():
+        z = tiles.logits(block)
+        slope = tiles.slope(z)
+        factor = sums.shift(z, block)
+        if factor is not None:
+            direction *= factor[:, None]
+        e = sums.add(z, z)
+        if slope is not None:
+            e = e.mul_(slope)
+            rows, columns = in_block(sums.targets, block)
+            gathered[rows] *= slope[rows, columns, None]
+        direction += e.to(dtype) @ weight[block]
+    gathered -= direction.div_(sums.total[:, None])
+    out.copy_(gathered.mul_(tiles.slope_factor))
+
+
+def backward(grad_T, hidden_TD, weight_VD, bias, targets_T, options, plan, saved, needs):
+    """Returns (dH, dW, db), each None where `needs` says that nothing asks for it."""
+    if plan.schedule == "frozen":
+        direction_TD = saved["direction"]
+        return (direction_TD * grad_T[:, None]).to(direction_TD.dtype), None, None
+    needs_hidden, needs_weight, needs_bias = needs
+    T, K = len(hidden_TD), plan.kept_tokens
+    precision = torch.promote_types(hidden_TD.dtype, torch.float32)
+    kept_KV = saved["kept"]
+    scale_K = -grad_T[:K] / saved["total"] * (options.logit_scale / options.temperature)
+    scaled_KD = (hidden_TD[:K] * scale_K[:, None]).to(kept_KV.dtype)
+    hidden_grad = hidden_TD.new_zeros(T, weight_VD.shape[1]) if needs_hidden else None
+    if needs_hidden and K:
+        hidden_grad[:K] = (kept_KV @ weight_VD) * scale_K[:, None]
+    if K == T and not needs_bias:
+        return hidden_grad, kept_KV.t() @ scaled_KD if needs_weight else None, None
+    weight_grad = torch.empty_like(weight_VD) if needs_weight else None
+    bias_grad = torch.empty_like(bias) if needs_bias else None
+    rest = _Recompute(hidden_TD, weight_VD, bias, targets_T, options, plan, saved["lse"], grad_T)
+    hidden_sum = torch.zeros_like(hidden_TD[K:], dtype=precision) if needs_hidden else None
+    # Vocabulary outside, tokens inside: sums over chunks are one block of fp32, not a whole [V, D].
+    for block in vocab_blocks(plan, weight_VD.shape[0]):
+        weight_sum = (kept_KV[:, block].t() @ scaled_KD).to(precision) if needs_weight else None
+        bias_sum = kept_KV[:, block].to(precision).t() @ scale_K
+        for rows, g in rest.tiles(block):
+            bias_sum += g.sum(0)
+            g = g.to(hidden_TD.dtype)
+            if needs_hidden:
+                hidden_sum[rows.start - K : rows.stop - K] += g @ weight_VD[block]
+            if needs_weight:
+                weight_sum += g.t() @ hidden_TD[rows]
+        if needs_weight:
+            weight_grad[block] = weight_sum
+        if needs_bias:
+            bias_grad[block] = bias_sum
+    if needs_hidden:
+        hidden_grad[K:] = hidden_sum
+    return hidden_grad, weight_grad, bias_grad
+
+
+class _Recompute:
+    """Gradient tiles of the tokens that were not kept, from their logits made again."""
+
+    def __init__(self, hidden_TD, weight_VD, bias, targets_T, options, plan, lse_T, grad_T):
+        self.targets, self.lse, self.grad = targets_T, lse_T, grad_T
+        make = partial(_Tiles, hidden_TD, weight_VD, bias, options, plan, tile_buffer(plan, lse_T))
+        chunks = token_chunks(plan, plan.kept_tokens, len(hidden_TD))
+        self.chunks = [(rows, make(rows)) for rows in chunks]
+
+    def tiles(self, block: slice):
+        """Yields (rows, dL/d(h.w + b)) with dL/d(h.w + b) = c (1[v = y] - exp(z - lse)) * slope."""
+        for rows, tiles in self.chunks:
+            z = tiles.logits(block)
+            slope = tiles.slope(z)
+            z.sub_(self.lse[rows, None]).exp_()
+            inside, columns = in_block(self.targets[rows], block)
+            z[inside, columns] -= 1
+            if slope is not None:
+                z.mul_(slope)
+            yield rows, z.mul_(self.grad[rows, None]).mul_(-tiles.slope_factor)
