@@ -1,0 +1,65 @@
+"""The one batch type. Layouts differ in how tokens are laid out; the head always sees the same vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ScoredBatch:
+    """Sequences of P pairs, 2p the chosen and 2p + 1 the rejected one, in one forward.
+
+    input_ids, position_ids: [B, L] int64; attention_mask: [B, L] int64, or None where `segments`
+    (lengths of the sequences along L, B = 1) tells attention what belongs together.
+    rows_T: row of the flattened [B * L] hidden states that predicts scored token t; targets_T: that
+    token; lengths_S: scored tokens of each sequence. Sequences are contiguous in T.
+    indices_P: rows of the data set, int64. tokens: tokens that are not padding.
+    reference_S: reference log-probabilities, fp32 [S], or None.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor | None
+    segments: tuple[int, ...] | None
+    rows_T: Tensor
+    targets_T: Tensor
+    lengths_S: Tensor
+    indices_P: Tensor
+    tokens: int
+    reference_S: Tensor | None = None
+
+    @property
+    def pairs(self) -> int:
+        return len(self.indices_P)
+
+    @property
+    def chosen_tokens(self) -> int:
+        return int(self.lengths_S[0::2].sum())
+
+    @property
+    def padding_fraction(self) -> float:
+        return 1 - self.tokens / self.input_ids.numel()
+
+    def to(self, device: torch.device | str) -> ScoredBatch:
+        tensors = {
+            field.name: value.to(device, non_blocking=True)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **tensors)
+
+    def with_reference(self, reference_S: Tensor) -> ScoredBatch:
+        return replace(self, reference_S=reference_S)
+
+
+def sum_sequences(values_T: Tensor, lengths_S: Tensor) -> Tensor:
+    """Sum of each contiguous run of `lengths_S` values, [S] fp32.
+
+    Added up in fp64, in order, one owner per sequence: deterministic, and a completion of thousands of
+    tokens loses nothing to rounding.
+    """
+    sums_S = torch.segment_reduce(values_T.double(), "sum", lengths=lengths_S, unsafe=True)
+    return sums_S.float()

@@ -1,0 +1,117 @@
+"""Where the prompt's tokens end: the prompt must be an exact token prefix of prompt + completion.
+
+Most often the prompt's own ids are a prefix of the whole text's ids. Where they are not, since the
+tokenizer joins the prompt's last characters to the completion's first, the boundary is derived
+again from the character offsets of the whole text's tokens: a token that straddles it belongs to
+the completion, and is scored. With the vocabulary {a, b, c, bc}:
+
+    prompt "ab", completion "c"      alone [a b]     whole [a bc]     prompt [a], completion [bc]
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from dpo_fast.data.verdicts import BadRow
+
+
+class Split(NamedTuple):
+    """Ids of one pair; `merged` tells whether a token straddles the prompt's end."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    merged: bool
+
+
+class _Cut(NamedTuple):
+    """Ids of one whole text, of which `end` belong to the prompt.
+
+    `straddle` is the character at which a token that straddles the prompt's end begins; it is the
+    prompt's length when there is none.
+    """
+
+    ids: list[int]
+    end: int
+    straddle: int
+
+
+class PromptBoundary:
+    """Splits texts into prompt and completion ids with one tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def split(self, prompt: str, chosen: str, rejected: str) -> Split:
+        """Ids of two whole texts that both begin with `prompt`. Raises BadRow.
+
+        Both sequences get the same prompt ids. Where only one of them joins a token across the
+        boundary, the other's tokens of those characters go to its completion too.
+        """
+        encoded = self.tokenizer(
+            [prompt, chosen, rejected],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        prompt_ids, *whole_ids = encoded["input_ids"]
+        texts = (chosen, rejected)
+        cuts = [self._cut(prompt, prompt_ids, *pair) for pair in zip(texts, whole_ids)]
+        shared = _common(cuts[0].ids[: cuts[0].end], cuts[1].ids[: cuts[1].end])
+        straddle = min(cut.straddle for cut in cuts)
+        for text, cut in zip(texts, cuts):
+            if cut.end > shared and self._offsets(text, cut.ids)[shared][0] < straddle:
+                raise BadRow(
+                    "the two sequences tokenise the prompt differently",
+                    f"from token {shared} of the prompt on",
+                )
+        return Split(
+            cuts[0].ids[:shared],
+            cuts[0].ids[shared:],
+            cuts[1].ids[shared:],
+            merged=straddle < len(prompt),
+        )
+
+    def _cut(self, prompt: str, prompt_ids: list[int], text: str, ids: list[int]) -> _Cut:
+        if ids[: len(prompt_ids)] == prompt_ids:
+            return _Cut(ids, len(prompt_ids), len(prompt))
+        offsets = self._offsets(text, ids)
+        past = (index for index, (_, end) in enumerate(offsets) if end > len(prompt))
+        end = next(past, len(ids))
+        straddle = min(offsets[end][0], len(prompt)) if end < len(ids) else len(prompt)
+        return _Cut(ids, end, straddle)
+
+    def _offsets(self, text: str, ids: list[int]) -> list[tuple[int, int]]:
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise BadRow(
+                "the prompt is not a token prefix",
+                "this tokenizer has no character offsets to find the boundary by; use a fast one",
+            )
+        encoding = self._plain.encode(text, add_special_tokens=False)
+        if encoding.ids != ids:
+            raise BadRow("the prompt is not a token prefix", "the tokenizer's offsets do not apply")
+        return encoding.offsets
+
+    @cached_property
+    def _plain(self) -> Any:
+        """The tokenizer without its post-processor, which may trim white space off the offsets."""
+        from tokenizers import Tokenizer
+
+        backend = self.tokenizer.backend_tokenizer
+        state = json.loads(backend.to_str()) | {
+            "post_processor": None,
+            "truncation": None,
+            "padding": None,
+        }
+        plain = Tokenizer.from_str(json.dumps(state))
+        plain.encode_special_tokens = backend.encode_special_tokens
+        return plain
+
+
+def _common(left: list[int], right: list[int]) -> int:
+    """Length of the common beginning."""
+    pairs = enumerate(zip(left, right))
+    return next((index for index, (a, b) in pairs if a != b), min(len(left), len(right)))

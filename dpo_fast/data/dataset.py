@@ -1,0 +1,145 @@
+"""load_pairs: files to tokenised pairs, streamed through and kept on disk by content."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+import pyarrow
+
+from dpo_fast.data.build import build
+from dpo_fast.data.cache import cache_key, cache_root, publish
+from dpo_fast.data.config import NUMBER_COLUMNS, DataConfig
+from dpo_fast.data.report import DataReport
+from dpo_fast.data.sources import Source, resolve
+from dpo_fast.errors import UserError
+
+REPORT_FILE = "report.json"
+
+
+class PairDataset:
+    """Tokenised pairs, memory-mapped. Made by load_pairs.
+
+    dataset[i] is a dict with the lists of int prompt_ids, chosen_ids and rejected_ids, and the
+    floats weight, margin, soft_label, reference_chosen_logps and reference_rejected_logps where
+    the data has them (then in every row). `report` is about the whole data set that was read.
+    """
+
+    def __init__(
+        self, table: datasets.Dataset, report: DataReport, rows: np.ndarray | None = None
+    ) -> None:
+        self._table = table
+        self._rows = np.arange(len(table)) if rows is None else rows
+        self.report = report
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The pair at `index`, which may count from the end. Raises IndexError."""
+        row = self._table[int(self._rows[index])]
+        return {name: value for name, value in row.items() if name not in ("where", "digest")}
+
+    def where(self, index: int) -> str:
+        """The file and line, or split and row, that the pair came from."""
+        return self._table[int(self._rows[index])]["where"]
+
+    @property
+    def extras(self) -> list[str]:
+        """The optional float columns that are there."""
+        return [name for name in NUMBER_COLUMNS if name in self._table.column_names]
+
+    @property
+    def lengths(self) -> dict[str, np.ndarray]:
+        """Token counts, int64 [pairs], under prompt, chosen and rejected."""
+        return {name: values[self._rows] for name, values in _lengths(self._table).items()}
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 hex of all token ids, in order; the same on every machine."""
+        digests = self._table.data.column("digest").to_numpy()[self._rows]
+        return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def load_pairs(
+    config: DataConfig,
+    tokenizer: Any,
+    *,
+    split: Literal["train", "eval"],
+    eos_ids: Iterable[int] = (),
+) -> PairDataset:
+    """Reads, checks and tokenises data.train or data.eval, or finds it done before.
+
+    tokenizer: a transformers tokenizer. eos_ids: end-of-turn ids beside its EOS, as in a model's
+    generation config. The result is kept in data.cache_dir under a hash of the files' content,
+    the tokenizer and the options, and is published by one rename, so that processes may run this
+    at the same time. Raises UserError.
+    """
+    if split not in ("train", "eval"):
+        raise UserError(f"split={split!r}: expected train or eval")
+    if split == "eval" and not config.has_eval:
+        raise UserError("there is no evaluation data; set data.eval, or data.eval_rows")
+    own_eval = split == "eval" and config.eval is not None
+    sources = resolve(config.eval_sources if own_eval else config.train_sources)
+    table, report = _prepared(config, tokenizer, sources, list(eos_ids))
+    if own_eval or not config.eval_rows:
+        return PairDataset(table, report)
+    held_out = replace(report, held_out=config.eval_rows)
+    return PairDataset(table, held_out, _split_rows(len(table), config, split))
+
+
+def _prepared(
+    config: DataConfig, tokenizer: Any, sources: list[Source], eos_ids: list[int]
+) -> tuple[datasets.Dataset, DataReport]:
+    """The stored data set of these sources; builds it first where it is not there."""
+    root = cache_root(config)
+    key = cache_key(config, tokenizer, sources, eos_ids)
+    target = root / key
+    if not target.is_dir():
+        root.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=root, prefix=f".{key}-"))
+        try:
+            table, report = build(config, tokenizer, sources, eos_ids, work)
+            table.save_to_disk(str(work / "pairs"))
+            report.measure(_lengths(datasets.load_from_disk(str(work / "pairs"))))
+            (work / "pairs" / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
+            publish(work / "pairs", target)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    try:
+        report = DataReport.from_json((target / REPORT_FILE).read_text(encoding="utf-8"))
+        return datasets.load_from_disk(str(target)), report
+    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+        raise UserError(
+            f"{target}: the stored data is damaged ({error}); delete the folder and run again"
+        ) from error
+
+
+def _split_rows(count: int, config: DataConfig, split: str) -> np.ndarray:
+    """Indices of the training pairs, in file order, or of the pairs held out for evaluation."""
+    if config.eval_rows >= count:
+        raise UserError(
+            f"data.eval_rows={config.eval_rows} leaves nothing to train on: there are {count} "
+            f"usable pairs; try {max(count // 10, 1)}"
+        )
+    shuffled = np.random.default_rng(config.seed).permutation(count)
+    training, held_out = np.split(shuffled, [count - config.eval_rows])
+    return np.sort(held_out if split == "eval" else training)
+
+
+def _lengths(table: datasets.Dataset) -> dict[str, np.ndarray]:
+    import pyarrow.compute
+
+    return {
+        name: pyarrow.compute.list_value_length(table.data.column(f"{name}_ids"))
+        .to_numpy()
+        .astype(np.int64)
+        for name in ("prompt", "chosen", "rejected")
+    }

@@ -1,0 +1,230 @@
+"""JSON, JSON Lines, Parquet and Arrow files as a stream of (where, row).
+
+`where` is "path:line" for text and "path:row" for Parquet and Arrow, counted from 1. A broken row
+goes to `bad`, which stops or skips; a file that cannot be read to its end always raises UserError.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dpo_fast.data.verdicts import BadRow, BadRows
+from dpo_fast.errors import UserError
+
+Rows = Iterator[tuple[str, dict[str, Any]]]
+LINES = (".jsonl", ".ndjson")
+SUFFIXES = (
+    *(".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz"),
+    *(".parquet", ".arrow"),
+)
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def suffix_of(path: Path) -> str | None:
+    """The known suffix that the file's name ends with, or None."""
+    return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
+
+
+def read_file(path: Path, bad: BadRows) -> Rows:
+    """Streams one file's rows. Raises UserError for a file it cannot read."""
+    suffix = suffix_of(path)
+    if suffix is None:
+        raise UserError(f"{path}: unknown kind of file; expected one of {', '.join(SUFFIXES)}")
+    if suffix == ".parquet":
+        return _arrow_rows(path, _parquet_batches)
+    if suffix == ".arrow":
+        return _arrow_rows(path, _arrow_batches)
+    if suffix.startswith(LINES) or _first_byte(path) != b"[":
+        return _json_lines(path, bad)
+    return _json_array(path, bad)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(number, bytes) of each line that is not blank."""
+    number = 0
+    opener = gzip.open if path.name.lower().endswith(".gz") else open
+    try:
+        with opener(path, "rb") as file:
+            # Splitting bytes, not text: str.splitlines would also break at U+2028 inside a string.
+            for number, line in enumerate(file, 1):
+                if number == 1:
+                    line = line.removeprefix(BYTE_ORDER_MARK)
+                if line.strip():
+                    yield number, line
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(
+            f"{path}:{number + 1}: the gzip file is damaged or cut short ({error}); copy it again"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _first_byte(path: Path) -> bytes:
+    return next((line.lstrip()[:1] for _, line in _lines(path)), b"")
+
+
+def _json_lines(path: Path, bad: BadRows) -> Rows:
+    for number, line in _lines(path):
+        where = f"{path}:{number}"
+        try:
+            row = _parse_line(line)
+        except BadRow as verdict:
+            bad.reject(where, verdict)
+        else:
+            yield where, row
+
+
+def _parse_line(line: bytes) -> dict[str, Any]:
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as error:
+        raise BadRow("bad UTF-8", f"byte {error.start + 1} of the line: {error.reason}") from None
+    try:
+        value, constants = _decode(text, 0)[::2]
+    except json.JSONDecodeError as error:
+        detail = f"{error.msg} at column {error.colno}; expected one JSON object per line"
+        raise BadRow("broken JSON", detail) from None
+    except (ValueError, RecursionError) as error:
+        raise BadRow("broken JSON", str(error)) from None
+    return _as_row(value, constants)
+
+
+def _decode(text: str, start: int) -> tuple[Any, int, list[str]]:
+    """(value, end, NaN and infinity literals) of the JSON value at `start`.
+
+    From 0 the value must be the whole text. Raises JSONDecodeError, ValueError, RecursionError.
+    """
+    constants: list[str] = []
+
+    def remember(literal: str) -> float:
+        constants.append(literal)
+        return float(literal)
+
+    decoder = json.JSONDecoder(parse_constant=remember)
+    if start == 0:
+        return decoder.decode(text), len(text), constants
+    value, end = decoder.raw_decode(text, start)
+    return value, end, constants
+
+
+def _as_row(value: Any, constants: list[str]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        kind = {list: "an array", str: "text", type(None): "null"}.get(type(value), "a number")
+        raise BadRow("not an object", f"expected an object of fields, got {kind}")
+    if constants:
+        field = next(name for name, item in value.items() if _not_finite(item))
+        raise BadRow(
+            f"field {field!r} is not finite",
+            f"{constants[0]} is not JSON; expected a number or null",
+        )
+    return value
+
+
+def _not_finite(value: Any) -> bool:
+    if isinstance(value, float):
+        return not math.isfinite(value)
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(map(_not_finite, items))
+
+
+def _json_array(path: Path, bad: BadRows) -> Rows:
+    """The objects of a JSON array; the file is held in memory, unlike JSON Lines."""
+    text = _whole_text(path)
+    position = text.index("[") + 1
+    line, counted, separator = 1, 0, "["
+    while True:
+        position = _skip_space(text, position)
+        line, counted = line + text.count("\n", counted, position), position
+        if text[position : position + 1] == "]" and separator == "[":
+            break
+        try:
+            value, position, constants = _decode(text, position)
+        except (ValueError, RecursionError) as error:
+            raise _broken_array(path, text, position, error) from None
+        where = f"{path}:{line}"
+        try:
+            row = _as_row(value, constants)
+        except BadRow as verdict:
+            bad.reject(where, verdict)
+        else:
+            yield where, row
+        position = _skip_space(text, position)
+        separator = text[position : position + 1]
+        if separator == "]":
+            break
+        if separator != ",":
+            raise _broken_array(path, text, position, "expected ',' or ']'")
+        position += 1
+    if _skip_space(text, position + 1) < len(text):
+        raise _broken_array(path, text, position + 1, "text after the end of the array")
+
+
+def _whole_text(path: Path) -> str:
+    """The file's text, with its line breaks; blank lines are kept so that lines can be counted."""
+    chunks: list[str] = []
+    last = 0
+    for number, line in _lines(path):
+        try:
+            chunks.append("\n" * (number - last - 1) + line.decode())
+        except UnicodeDecodeError as error:
+            detail = f"bad UTF-8: byte {error.start + 1} of the line: {error.reason}"
+            raise UserError(f"{path}:{number}: {detail}") from None
+        last = number
+    return "".join(chunks)
+
+
+def _skip_space(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\r\n":
+        position += 1
+    return position
+
+
+def _broken_array(path: Path, text: str, position: int, error: object) -> UserError:
+    message = error
+    if isinstance(error, json.JSONDecodeError):
+        message, position = error.msg, error.pos
+    line = 1 + text.count("\n", 0, position)
+    column = position - text.rfind("\n", 0, position)
+    return UserError(
+        f"{path}:{line}: broken JSON: {message} at column {column}; expected an array of objects"
+    )
+
+
+def _arrow_rows(path: Path, batches) -> Rows:
+    import pyarrow
+
+    number = 0
+    try:
+        for batch in batches(path):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}:{number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        kind = path.suffix.lstrip(".").capitalize()
+        raise UserError(f"{path}:{number + 1}: not a readable {kind} file: {error}") from error
+
+
+def _parquet_batches(path: Path):
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path) as file:
+        yield from file.iter_batches(batch_size=1000)
+
+
+def _arrow_batches(path: Path):
+    import pyarrow
+
+    with pyarrow.memory_map(str(path)) as source:
+        try:
+            reader = pyarrow.ipc.open_file(source)
+        except pyarrow.ArrowInvalid:  # not the file format, so the stream format of `datasets`
+            source.seek(0)
+            yield from pyarrow.ipc.open_stream(source)
+        else:
+            yield from (reader.get_batch(index) for index in range(reader.num_record_batches))

@@ -1,0 +1,202 @@
+"""A raw row becomes a typed PairRow, or a BadRow that says why not."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dpo_fast.data.config import CHAT_COLUMNS, COLUMNS, NUMBER_COLUMNS, DataConfig
+from dpo_fast.data.messages import Messages, check_answer, check_messages, split_conversations
+from dpo_fast.data.prompts import split_texts
+from dpo_fast.data.verdicts import BadRow
+
+TEMPLATE_ARGUMENTS = ("tokenize", "add_generation_prompt", "tools", "conversation", "chat_template")
+
+
+@dataclass(frozen=True)
+class PairRow:
+    """One pair, checked but not tokenised.
+
+    Either all three of prompt, chosen and rejected are text, or all three are lists of messages
+    `{"role": str, "content": str, ...}`; the prompt then ends before the first scored message.
+    `extras` holds the optional columns that the row has: floats, `tools`, `chat_template_kwargs`.
+    `where` names the row, as in "pairs.jsonl:17".
+    """
+
+    where: str
+    prompt: str | Messages
+    chosen: str | Messages
+    rejected: str | Messages
+    extras: dict[str, Any]
+
+    @property
+    def is_chat(self) -> bool:
+        return not isinstance(self.prompt, str)
+
+
+def parse_row(where: str, raw: Mapping[str, Any], config: DataConfig) -> PairRow:
+    """Checks `raw` and finds its prompt. Raises BadRow."""
+    row = _renamed(raw, config)
+    chosen, rejected = _answer(row, raw, "chosen"), _answer(row, raw, "rejected")
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise BadRow("chosen and rejected differ in kind", "one is text, the other a message list")
+    _check_format(chosen, config)
+    if chosen == rejected:
+        raise BadRow("chosen equals rejected", "a pair needs two different answers")
+    if "prompt" in row:
+        prompt, chosen, rejected = _with_prompt(_value(row["prompt"], "prompt"), chosen, rejected)
+    elif isinstance(chosen, str):
+        prompt, chosen, rejected = split_texts(chosen, rejected, config.prompt_end)
+    else:
+        prompt, chosen, rejected = split_conversations(chosen, rejected)
+    _check_pair(prompt, chosen, rejected)
+    extras = _extras(row)
+    unused = [name for name in CHAT_COLUMNS if name in extras]
+    if isinstance(prompt, str) and unused:
+        raise BadRow(f"{unused[0]} without messages", "it needs a chat template; the row is text")
+    return PairRow(where, prompt, chosen, rejected, extras)
+
+
+def ignored_columns(raw: Mapping[str, Any], config: DataConfig) -> set[str]:
+    """The columns of a raw row that parse_row does not look at."""
+    used = {config.columns.get(name, name) for name in COLUMNS}
+    return set(raw) - used
+
+
+def _renamed(raw: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
+    for ours, theirs in config.columns.items():
+        if theirs not in raw:
+            raise BadRow(
+                f"missing field {theirs!r}", f"data.columns.{ours} names it; {_seen(raw, theirs)}"
+            )
+    names = {ours: config.columns.get(ours, ours) for ours in COLUMNS}
+    return {ours: raw[theirs] for ours, theirs in names.items() if theirs in raw}
+
+
+def _seen(raw: Mapping[str, Any], wanted: str) -> str:
+    near = difflib.get_close_matches(wanted, list(raw), n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"the row has {', '.join(map(repr, raw)) or 'no fields'}{hint}"
+
+
+def _answer(row: dict[str, Any], raw: Mapping[str, Any], name: str) -> str | Messages:
+    if name not in row:
+        raise BadRow(
+            f"missing field {name!r}",
+            f"{_seen(raw, name)}; data.columns.{name}=... names another column",
+        )
+    return _value(row[name], name)
+
+
+def _value(value: Any, name: str) -> str | Messages:
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise BadRow(f"field {name!r} is not Unicode text", "it has a lone surrogate") from None
+        return value
+    if isinstance(value, Mapping):
+        return check_messages([value], name)
+    if isinstance(value, list):
+        return check_messages(value, name)
+    kind = "null" if value is None else type(value).__name__
+    raise BadRow(f"field {name!r} has the wrong type", f"expected text or messages, got {kind}")
+
+
+def _check_format(chosen: str | Messages, config: DataConfig) -> None:
+    found = "pairs" if isinstance(chosen, str) else "messages"
+    if config.format not in ("auto", found):
+        raise BadRow(f"not in data.format={config.format}", f"the answers are in format {found}")
+
+
+def _with_prompt(prompt: str | Messages, chosen: str | Messages, rejected: str | Messages):
+    if isinstance(chosen, str):
+        if isinstance(prompt, str):
+            return prompt, chosen, rejected
+        return prompt, _message("assistant", chosen), _message("assistant", rejected)
+    whole = chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant"
+    if not whole:
+        return _message("user", prompt) if isinstance(prompt, str) else prompt, chosen, rejected
+    shared, chosen, rejected = split_conversations(chosen, rejected)
+    if not _repeats(prompt, shared):
+        raise BadRow(
+            "chosen and rejected do not begin with the prompt",
+            "they are whole conversations, so their shared beginning must be the prompt",
+        )
+    return shared, chosen, rejected
+
+
+def _repeats(prompt: str | Messages, shared: Messages) -> bool:
+    """Whether a conversation's shared beginning says what the prompt column says."""
+    if isinstance(prompt, str):
+        users = [message["content"] for message in shared if message["role"] == "user"]
+        return prompt.strip() in [content.strip() for content in users]
+    return shared == prompt
+
+
+def _message(role: str, content: str) -> Messages:
+    return [{"role": role, "content": content}]
+
+
+def _check_pair(prompt: str | Messages, chosen: str | Messages, rejected: str | Messages) -> None:
+    if isinstance(prompt, str):
+        for name, text in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+            if not text.strip():
+                raise BadRow(f"empty {name}", "expected text, got only white space")
+        return
+    last = prompt[-1]
+    if last["role"] == "assistant":
+        raise BadRow("prompt ends with an assistant message", "the answer follows the prompt")
+    if last["role"] != "tool" and not last["content"].strip():
+        raise BadRow("empty prompt", f"its last message ({last['role']}) has no text")
+    check_answer(chosen, "chosen")
+    check_answer(rejected, "rejected")
+
+
+def _extras(row: dict[str, Any]) -> dict[str, Any]:
+    extras = {
+        name: _number(row[name], name) for name in NUMBER_COLUMNS if row.get(name) is not None
+    }
+    if not 0 <= extras.get("soft_label", 0) <= 1:
+        raise BadRow("field 'soft_label' is out of range", f"{extras['soft_label']} is not in 0..1")
+    if extras.get("weight", 0) < 0:
+        raise BadRow("field 'weight' is out of range", f"{extras['weight']} is below 0")
+    given = [name for name in extras if name.startswith("reference_")]
+    if len(given) == 1:
+        raise BadRow(f"{given[0]} without its partner", "give both reference columns or neither")
+    for name, kind in (("tools", list), ("chat_template_kwargs", dict)):
+        if row.get(name):
+            extras[name] = _structure(row[name], name, kind)
+    clash = set(extras.get("chat_template_kwargs", ())) & set(TEMPLATE_ARGUMENTS)
+    if clash:
+        raise BadRow(f"chat_template_kwargs sets {min(clash)!r}", "it is set by dpo_fast itself")
+    return extras
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise BadRow(f"field {name!r} is not a number", f"got {value!r}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise BadRow(f"field {name!r} is not finite", f"got {number}")
+    return number
+
+
+def _structure(value: Any, name: str, kind: type) -> Any:
+    # Arrow cannot hold free-form objects, so such columns often arrive as JSON text.
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise BadRow(f"field {name!r} is not JSON", str(error)) from None
+    if not isinstance(value, kind):
+        expected = {list: "a list", dict: "an object"}[kind]
+        raise BadRow(f"field {name!r} has the wrong type", f"expected {expected}")
+    return {key: item for key, item in value.items() if item is not None} if kind is dict else value

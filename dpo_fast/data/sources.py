@@ -1,0 +1,185 @@
+"""Which files, folders and hub data sets a name stands for, and the hash of what they hold."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dpo_fast.data.files import SUFFIXES, Rows, read_file, suffix_of
+from dpo_fast.data.verdicts import BadRows
+from dpo_fast.errors import UserError
+
+HUB_ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<split>[\w.\[\]:%+-]+))?")
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """One JSON, JSON Lines, Parquet or Arrow file."""
+
+    path: Path
+
+    def identity(self) -> str:
+        """Changes when the file's content or name does."""
+        return f"{self.path}={_hash_files([self.path])}"
+
+    def rows(self, bad: BadRows) -> Rows:
+        return read_file(self.path, bad)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+@dataclass(frozen=True)
+class SavedSource:
+    """A folder written by `save_to_disk` of `datasets`."""
+
+    path: Path
+    split: str | None
+
+    def identity(self) -> str:
+        files = sorted(path for path in self.path.rglob("*") if path.is_file())
+        return f"{self}={_hash_files(files)}"
+
+    def rows(self, bad: BadRows) -> Rows:
+        import datasets
+
+        try:
+            data = datasets.load_from_disk(str(self.path))
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{self.path}: not a readable datasets folder: {error}") from error
+        if isinstance(data, datasets.DatasetDict):
+            split = self.split or "train"
+            if split not in data:
+                raise UserError(
+                    f"{self.path}: no split {split!r}; it has {', '.join(data)}. "
+                    f"Name one as in {self.path}:{next(iter(data), 'train')}"
+                )
+            data = data[split]
+        elif self.split is not None:
+            raise UserError(f"{self}: this folder has no splits; leave out {self.split!r}")
+        return _numbered(str(self), data)
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.split}" if self.split else str(self.path)
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A data set of the Hugging Face hub, downloaded and cached by `datasets`."""
+
+    name: str
+    split: str
+
+    @cached_property
+    def _data(self) -> Any:
+        import datasets
+
+        try:
+            return datasets.load_dataset(self.name, split=self.split)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{self.name}: neither a file or folder here nor a data set on the hub with split "
+                f"{self.split!r}: {error}.{_near(Path(self.name))} Give a path, or the hub id as "
+                "name:split"
+            ) from error
+
+    def identity(self) -> str:
+        return f"{self}={self._data._fingerprint}"
+
+    def rows(self, bad: BadRows) -> Rows:
+        return _numbered(str(self), self._data)
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.split}"
+
+
+Source = FileSource | SavedSource | HubSource
+
+
+def resolve(names: list[str]) -> list[Source]:
+    """The sources that the names of data.train or data.eval stand for, in order.
+
+    A folder without `datasets` metadata and a glob stand for their files in alphabetical order.
+    Raises UserError when a name stands for nothing.
+    """
+    return [source for name in names for source in _resolve(name)]
+
+
+def read_rows(source: Source, bad: BadRows) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Streams (where, row). Broken rows go to `bad`; raises UserError for an empty source."""
+    before = bad.total
+    empty = True
+    for item in source.rows(bad):
+        empty = False
+        yield item
+    if empty and bad.total == before:
+        raise UserError(f"{source}: there are no rows in it; expected one preference pair per row")
+
+
+def _resolve(name: str) -> list[Source]:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _folder(path)
+    if path.exists():
+        return [FileSource(path)]
+    if any(character in name for character in "*?["):
+        found = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+        files = [FileSource(match) for match in found if match.is_file()]
+        if files:
+            return files
+    base, _, split = name.rpartition(":")
+    if base and _is_saved(Path(base).expanduser()):
+        return [SavedSource(Path(base).expanduser(), split)]
+    hub = HUB_ID.fullmatch(name)
+    if hub is None or suffix_of(path) or name.startswith((".", "~")):
+        raise UserError(f"{name}: no such file, folder or glob match.{_near(path)}")
+    return [HubSource(hub["name"], hub["split"] or "train")]
+
+
+def _folder(path: Path) -> list[Source]:
+    if _is_saved(path):
+        return [SavedSource(path, None)]
+    files = sorted(child for child in path.iterdir() if child.is_file() and suffix_of(child))
+    if not files:
+        raise UserError(
+            f"{path}: no data in this folder; expected files ending in {', '.join(SUFFIXES)}, or a "
+            "folder saved by datasets"
+        )
+    return [FileSource(file) for file in files]
+
+
+def _is_saved(path: Path) -> bool:
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def _near(path: Path) -> str:
+    """A sentence about the names in the folder that come closest."""
+    if not path.parent.is_dir():
+        return f" There is no folder {str(path.parent)!r}."
+    names = sorted(child.name for child in path.parent.iterdir())
+    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def _numbered(name: str, data: Any) -> Rows:
+    return ((f"{name}:{number}", row) for number, row in enumerate(data, 1))
+
+
+def _hash_files(paths: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                digest.update(f"{path.name}:{path.stat().st_size}:".encode())
+                for chunk in iter(lambda: file.read(1 << 20), b""):
+                    digest.update(chunk)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return digest.hexdigest()

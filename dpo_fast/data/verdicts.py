@@ -1,0 +1,73 @@
+"""What can be said against a row: it is bad, or it does not fit. And the tally of such verdicts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dpo_fast.errors import UserError
+
+EXAMPLES_KEPT = 50
+
+
+class Verdict(ValueError):
+    """`kind` is the same for all rows with this fault; `detail` is about the one row."""
+
+    def __init__(self, kind: str, detail: str = "") -> None:
+        super().__init__(kind, detail)
+        self.kind = kind
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.detail}" if self.detail else self.kind
+
+
+class BadRow(Verdict):
+    """The row is not a usable pair: a mistake in the data."""
+
+
+class Dropped(Verdict):
+    """The pair is in order but nothing of it can be trained on at this length."""
+
+
+@dataclass
+class Tally:
+    """Verdicts counted by kind, with the first rows of each kind.
+
+    `rows[kind]` holds at most 50 (where, message) pairs; `counts[kind]` counts them all.
+    """
+
+    counts: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+
+    def add(self, where: str, kind: str, message: str) -> None:
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        kept = self.rows.setdefault(kind, [])
+        if len(kept) < EXAMPLES_KEPT:
+            kept.append((where, message))
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    def __iter__(self):
+        """All the kept (where, message) pairs, kind by kind."""
+        return (row for rows in self.rows.values() for row in rows)
+
+
+class BadRows(Tally):
+    """A tally that stops at the first bad row, unless told to skip them."""
+
+    def __init__(self, on_bad_row: str) -> None:
+        super().__init__()
+        self.on_bad_row = on_bad_row
+
+    def reject(self, where: str, verdict: BadRow) -> None:
+        """Counts the row; raises UserError when data.on_bad_row=error."""
+        if self.on_bad_row == "error":
+            raise bad_row_error(where, verdict)
+        self.add(where, verdict.kind, str(verdict))
+
+
+def bad_row_error(where: str, verdict: Verdict) -> UserError:
+    """The error that stops the run at a bad row, with the remedy."""
+    return UserError(f"{where}: {verdict}. Mend the row, or set data.on_bad_row=skip")

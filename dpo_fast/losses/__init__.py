@@ -1,0 +1,6 @@
+"""Preference losses: pure functions of sequence log-probabilities, one table, weighted sums of them."""
+
+from dpo_fast.losses.objective import Objective, Totals
+from dpo_fast.losses.table import LOSSES, LossOptions, LossSpec, PairLogps
+
+__all__ = ["LOSSES", "LossOptions", "LossSpec", "Objective", "PairLogps", "Totals"]

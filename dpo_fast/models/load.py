@@ -1,0 +1,140 @@
+"""Models and tokenizers from a folder or a hub id, with errors that say what is missing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from dpo_fast.errors import UserError
+from dpo_fast.models.config import LoraSection, ModelSection
+from dpo_fast.models.scoring import ScoringModel
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+
+
+def check_model_path(path: str, option: str = "model.path") -> None:
+    """A folder must hold a model. A name that is not a folder is left to the hub.
+
+    Raises:
+        UserError: naming the option, the path and what was expected there.
+    """
+    folder = Path(path).expanduser()
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    if not folder.is_dir():
+        if folder.exists():
+            raise UserError(f"{option}={path} is a file; expected a model folder")
+        if looks_local:
+            raise UserError(
+                f"{option}={path}: no such folder; expected one that save_pretrained wrote, with "
+                "config.json and *.safetensors, or a hub id like org/name"
+            )
+        return
+    config = folder / "config.json"
+    if not config.is_file():
+        raise UserError(
+            f"{option}={path} is not a model folder: it has no config.json (found: {_names(folder)})"
+        )
+    try:
+        json.loads(config.read_text())
+    except ValueError as error:
+        raise UserError(f"{config} is not JSON: {error}") from None
+    if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+        raise UserError(
+            f"{option}={path} has a config.json but no weights: expected *.safetensors "
+            f"(found: {_names(folder)})"
+        )
+
+
+def _names(folder: Path) -> str:
+    return ", ".join(sorted(child.name for child in folder.iterdir())[:8]) or "nothing"
+
+
+def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model section, with a padding token."""
+    path = section.tokenizer or section.path
+    option = "model.tokenizer" if section.tokenizer else "model.path"
+    if option == "model.path":
+        check_model_path(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=section.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{option}={path}: no tokenizer can be loaded: {_first(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{option}={path}: the tokenizer has no eos_token; set one and save it again")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # only fills rows that no one attends to
+    return tokenizer
+
+
+def load_model(
+    section: ModelSection, *, attention: str, implementation: str = "auto",
+    workspace_bytes: int | None = None, option: str = "model.path",
+) -> ScoringModel:  # fmt: skip
+    """The model of a section as a `ScoringModel`, without dropout.
+
+    Under DeepSpeed's `HfDeepSpeedConfig` at stage 3 the weights are sharded while they load.
+    """
+    check_model_path(section.path, option)
+    code = {"trust_remote_code": section.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(section.path, **code)
+        _without_dropout(config)
+        model = AutoModelForCausalLM.from_pretrained(
+            section.path, config=config, dtype=DTYPES[section.dtype],
+            attn_implementation=attention, **code,
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise UserError(
+            f"{option}={section.path}: the model cannot be loaded: {_first(error)}"
+        ) from error
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    scoring = ScoringModel(model, implementation=implementation, workspace_bytes=workspace_bytes)
+    if section.lora is not None:
+        add_lora(scoring, section.lora)
+    return scoring
+
+
+def _without_dropout(config) -> None:
+    """A preference loss compares two passes over the same tokens: dropout would be noise between them."""
+    for name in vars(config):
+        if name.endswith(("dropout", "pdrop", "dropout_prob")) and isinstance(
+            getattr(config, name), float
+        ):
+            setattr(config, name, 0.0)
+
+
+def add_lora(scoring: ScoringModel, section: LoraSection) -> None:
+    """Wrap the backbone's layers with adapters and freeze everything else.
+
+    Raises:
+        UserError: adapters on the head, which scores without the logits an adapter would change.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets = section.target_modules
+    named = [targets] if isinstance(targets, str) else targets
+    if any(name.split(".")[-1] in ("lm_head", "embed_out") for name in named):
+        raise UserError(
+            f"model.lora.target_modules={targets}: the head cannot carry an adapter, because it "
+            "never makes logits; name layers of the backbone, or all-linear"
+        )
+    config = LoraConfig(
+        r=section.r, lora_alpha=section.alpha, lora_dropout=section.dropout,
+        target_modules=targets, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    try:
+        scoring.model = get_peft_model(scoring.model, config)
+    except ValueError as error:
+        raise UserError(f"model.lora.target_modules={targets}: {_first(error)}") from error
+
+
+def _first(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

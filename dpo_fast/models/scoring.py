@@ -1,0 +1,100 @@
+"""A causal language model that scores tokens instead of making logits."""
+
+from __future__ import annotations
+
+import contextlib
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dpo_fast.data.batch import ScoredBatch
+from dpo_fast.errors import UserError
+from dpo_fast.modules.head import FusedHead
+from dpo_fast.ops.linear_logp import HeadOptions
+
+
+class ScoringModel(nn.Module):
+    """A transformers causal LM whose `lm_head` is a `FusedHead`.
+
+    `forward` runs the backbone once over a `ScoredBatch` and the head over its scored rows only. All of
+    it happens inside one call, so that DeepSpeed's hooks gather and release the weights.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        implementation: str = "auto",
+        workspace_bytes: int | None = None,
+    ) -> None:
+        super().__init__()
+        head = model.get_output_embeddings()
+        if head is None or not hasattr(head, "weight"):
+            raise UserError(
+                f"{type(model).__name__} has no linear lm_head to score with; expected a "
+                "decoder-only causal language model"
+            )
+        fused = FusedHead(
+            head.weight,
+            getattr(head, "bias", None),
+            options=head_options(model.config),
+            implementation=implementation,
+            workspace_bytes=workspace_bytes,
+        )
+        model.set_output_embeddings(fused)
+        self.model = model
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The transformers model, below peft's wrapper if there is one."""
+        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+
+    @property
+    def has_adapter(self) -> bool:
+        return hasattr(self.model, "peft_config")
+
+    def adapter_off(self) -> contextlib.AbstractContextManager:
+        """Within it the model is the one that the adapters were added to."""
+        return self.model.disable_adapter()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None,
+        segments: tuple[int, ...] | None,
+        rows_T: Tensor,
+        targets_T: Tensor,
+        extras: tuple[str, ...] = (),
+    ) -> dict[str, Tensor]:
+        """{"logp": fp32 [T], **extras} of the scored tokens. Arguments as in `ScoredBatch`."""
+        causal_lm = self.causal_lm
+        hidden = causal_lm.get_decoder()(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            use_cache=False,
+            **({} if segments is None else {"segments": segments}),
+        ).last_hidden_state
+        hidden_TD = hidden.flatten(0, 1).index_select(0, rows_T)
+        return causal_lm.get_output_embeddings()(hidden_TD, targets_T, extras)
+
+
+def forward_arguments(batch: ScoredBatch) -> dict:
+    """The arguments of `ScoringModel.forward` for a batch."""
+    names = ("input_ids", "position_ids", "attention_mask", "segments", "rows_T", "targets_T")
+    return {name: getattr(batch, name) for name in names}
+
+
+def head_options(config) -> HeadOptions:
+    """How a model's own forward treats the output of its head, from its configuration.
+
+    Gemma 2 and 3 cap logits (`final_logit_softcapping`), Cohere multiplies them (`logit_scale`), Granite
+    divides them (`logits_scaling`).
+    """
+    text = config.get_text_config()
+    scale = getattr(text, "logit_scale", None) or 1.0
+    return HeadOptions(
+        logit_scale=scale / (getattr(text, "logits_scaling", None) or 1.0),
+        softcap=getattr(text, "final_logit_softcapping", None),
+    )

@@ -1,0 +1,131 @@
+"""Checkpoints that are complete or absent, and exact resume.
+
+    output_dir/checkpoint-40/     engine/       DeepSpeed's shards: weights, optimiser, schedule
+                                  rng-0.pt      random state of each rank
+                                  state.json    step and what it belongs to
+    output_dir/latest             the name of the newest, written last
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from dpo_fast.errors import UserError
+from dpo_fast.training import distributed
+
+PREFIX = "checkpoint-"
+
+
+def save_checkpoint(engine, output_dir: str, state: dict, keep: int) -> Path:
+    """Written aside, flushed, renamed; `latest` last; then all but the newest `keep` are removed.
+
+    Collective. `state` holds at least `step`.
+    """
+    root = Path(output_dir)
+    final = root / f"{PREFIX}{state['step']}"
+    aside = root / f".{final.name}.partial"
+    if distributed.is_main():
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    distributed.barrier()
+    engine.save_checkpoint(str(aside), tag="engine", save_latest=False)
+    torch.save(_random_state(), aside / f"rng-{distributed.rank()}.pt")
+    distributed.barrier()
+    if distributed.is_main():
+        (aside / "state.json").write_text(json.dumps(state, indent=2))
+        _flush(aside)
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+        _write_whole(root / "latest", final.name)
+        for old in checkpoints(root)[:-keep]:
+            shutil.rmtree(old)
+    distributed.barrier()
+    return final
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [p for p in root.glob(f"{PREFIX}*") if (p / "state.json").is_file()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)))
+
+
+def find_checkpoint(requested: bool | str, output_dir: str) -> Path | None:
+    """What `train.resume_from_checkpoint` names: None, the latest of the run, or a folder.
+
+    Raises:
+        UserError: the named folder is not a checkpoint.
+    """
+    if requested is False:
+        return None
+    if requested is True:
+        latest = Path(output_dir) / "latest"
+        named = Path(output_dir) / latest.read_text().strip() if latest.is_file() else None
+        if named is not None and (named / "state.json").is_file():
+            return named
+        complete = checkpoints(Path(output_dir))
+        return complete[-1] if complete else None
+    folder = Path(requested)
+    if not (folder / "state.json").is_file():
+        raise UserError(
+            f"train.resume_from_checkpoint={requested} is not a checkpoint: expected a folder "
+            f"{PREFIX}N with state.json; to continue the latest of output_dir set it to true"
+        )
+    return folder
+
+
+def load_checkpoint(engine, folder: Path, fits: dict) -> dict:
+    """Restore engine and random state; returns the saved state.
+
+    `fits` names what must be as it was (world size, data, global batch, ...).
+
+    Raises:
+        UserError: the checkpoint is of a run that differs in one of `fits`, or is damaged.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}/state.json cannot be read: {error}") from None
+    differing = [name for name, value in fits.items() if state.get(name) != value]
+    if differing:
+        details = "; ".join(f"{n} was {state.get(n)!r} and is {fits[n]!r}" for n in differing)
+        raise UserError(
+            f"{folder} cannot be resumed exactly: {details}. Set it back, or start a new run from "
+            "this one's weights with another train.output_dir"
+        )
+    path, _ = engine.load_checkpoint(str(folder), tag="engine")
+    if path is None:
+        raise UserError(f"{folder}: DeepSpeed finds no checkpoint in its folder engine/")
+    random_state = torch.load(folder / f"rng-{distributed.rank()}.pt", weights_only=True)
+    torch.set_rng_state(random_state["cpu"])
+    if "cuda" in random_state:
+        torch.cuda.set_rng_state(random_state["cuda"])
+    return state
+
+
+def _random_state() -> dict:
+    state = {"cpu": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else state
+
+
+def _flush(folder: Path) -> None:
+    """Everything below a folder reaches the disk before the rename that makes it count."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.partial")
+    with aside.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    aside.rename(path)

@@ -1,0 +1,285 @@
+"""A whole run as typed data: sections, checks across them, YAML and key=value."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dpo_fast.data.config import DataConfig
+from dpo_fast.errors import UserError
+from dpo_fast.losses import LOSSES, LossOptions, Objective
+from dpo_fast.models.config import ModelSection
+from dpo_fast.references.config import ReferenceSection
+
+FORBID = ConfigDict(extra="forbid")
+
+
+class LossSection(BaseModel):
+    """One loss, or a weighted sum of several."""
+
+    model_config = FORBID
+
+    type: str | list[str] = Field("sigmoid", description="a name of the loss table, or several")
+    weights: list[float] | None = Field(None, description="one per loss; default: all 1")
+    beta: float = Field(0.1, description="strength of the pull towards the reference")
+    label_smoothing: float = Field(0.0, description="probability that a label is flipped; < 0.5")
+    length_average: bool = Field(True, description="ipo: mean (true) or summed log-ratios")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.type,) if isinstance(self.type, str) else tuple(self.type)
+
+    @property
+    def objective(self) -> Objective:
+        weights = tuple(self.weights) if self.weights is not None else (1.0,) * len(self.names)
+        options = LossOptions(self.beta, self.label_smoothing, self.length_average)
+        return Objective(self.names, weights, options)
+
+    @model_validator(mode="after")
+    def _check(self) -> LossSection:
+        for name in self.names:
+            if name not in LOSSES:
+                near = difflib.get_close_matches(name, LOSSES, 1)
+                hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(LOSSES)}"
+                raise ValueError(f"loss.type={name}: {hint}")
+        used = {option for name in self.names for option in LOSSES[name].options} | {"beta"}
+        for option in ("label_smoothing", "length_average"):
+            if option in self.model_fields_set and option not in used:
+                takers = [name for name, spec in LOSSES.items() if option in spec.options]
+                raise ValueError(
+                    f"loss.{option}={getattr(self, option)} is not used by {', '.join(self.names)}; "
+                    f"remove it, or choose {' or '.join(takers)}"
+                )
+        _ = self.objective  # checks the values
+        return self
+
+
+class TrainSection(BaseModel):
+    """How long, how fast, in which pieces. Names follow transformers' TrainingArguments where they can."""
+
+    model_config = FORBID
+
+    output_dir: str = Field(description="folder for metrics, checkpoints, reference and model")
+    num_train_epochs: float = Field(1.0, gt=0, description="passes over the data")
+    max_steps: int | None = Field(None, ge=1, description="optimiser steps; overrides the epochs")
+    global_pairs: int = Field(64, ge=1, description="pairs of one optimiser step, over all ranks")
+    micro_pairs: int = Field(4, ge=1, description="pairs of one forward on one rank")
+    learning_rate: float | None = Field(
+        None, gt=0, description="peak rate; default 5e-7, with LoRA 5e-6"
+    )
+    lr_scheduler_type: str = Field("cosine", description="a name of transformers.get_scheduler")
+    warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of the steps for warm-up")
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="gradient norm is clipped to it; 0: not")
+    seed: int = Field(42, ge=0)
+    layout: Literal["padded", "packed"] = Field("packed", description="how a micro-batch is laid out")
+    implementation: Literal["auto", "torch", "triton"] = Field(
+        "auto", description="implementation of the head"
+    )
+    workspace_bytes: int | None = Field(
+        None, ge=0, description="memory the head may keep; default: see linear_logp"
+    )
+    eval_steps: int | None = Field(None, ge=1, description="default: at the start and the end")
+    save_steps: int | None = Field(None, ge=1, description="default: at the end only")
+    save_total_limit: int = Field(2, ge=1, description="checkpoints kept; older ones are removed")
+    resume_from_checkpoint: bool | str = Field(
+        False, description="true: the latest of output_dir, if any; or the path of one"
+    )
+    merge_lora: bool = Field(False, description="export merged weights beside the adapter")
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainSection:
+        from transformers import SchedulerType
+
+        names = [name.value for name in SchedulerType]
+        if self.lr_scheduler_type not in names:
+            near = difflib.get_close_matches(self.lr_scheduler_type, names, 1)
+            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(names)}"
+            raise ValueError(f"train.lr_scheduler_type={self.lr_scheduler_type}: {hint}")
+        return self
+
+
+class ParallelSection(BaseModel):
+    """How DeepSpeed spreads the run."""
+
+    model_config = FORBID
+
+    zero_stage: int = Field(3, ge=0, le=3, description="what is sharded: 1 optimiser, 2 + gradients, "
+                            "3 + parameters")  # fmt: skip
+    offload_optimizer: bool = Field(False, description="optimiser states in CPU memory (stage 2, 3)")
+    offload_parameters: bool = Field(False, description="parameters in CPU memory (stage 3)")
+    timeout_minutes: float = Field(30.0, gt=0, description="a lost rank ends the others after it")
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict,
+        description="merged into the DeepSpeed configuration; may not contradict this one",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> ParallelSection:
+        for option, least in (("offload_optimizer", 2), ("offload_parameters", 3)):
+            if getattr(self, option) and self.zero_stage < least:
+                raise ValueError(
+                    f"parallel.{option}=true needs parallel.zero_stage={least} or more; "
+                    f"it is {self.zero_stage}"
+                )
+        return self
+
+
+class LogSection(BaseModel):
+    """What is written while training."""
+
+    model_config = FORBID
+
+    logging_steps: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
+    token_metrics: bool = Field(
+        True, description="entropy, mean logits and token accuracy, from the head's own pass"
+    )
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(
+        default_factory=list, description="DeepSpeed monitors that also receive the metrics"
+    )
+    run_name: str = Field("dpo_fast", description="name of the run for the monitors")
+
+
+class RunConfig(BaseModel):
+    """The whole run."""
+
+    model_config = FORBID
+
+    model: ModelSection
+    data: DataConfig
+    loss: LossSection = LossSection()
+    reference: ReferenceSection = ReferenceSection()
+    train: TrainSection
+    parallel: ParallelSection = ParallelSection()
+    log: LogSection = LogSection()
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        provider, names = self.reference.provider, ", ".join(self.loss.names)
+        if provider == "none" and self.loss.objective.needs_reference:
+            raise ValueError(
+                f"reference.provider=none, but loss.type={names} compares with a reference; "
+                "choose cached, frozen or adapter_off"
+            )
+        if provider == "adapter_off" and self.model.lora is None:
+            raise ValueError(
+                "reference.provider=adapter_off needs adapters: set model.lora, or choose cached"
+            )
+        if provider in ("adapter_off", "none"):
+            for option in ("path", "cache_dir"):
+                if getattr(self.reference, option) is not None:
+                    raise ValueError(f"reference.{option} is not used by provider={provider}")
+        if provider == "frozen" and self.reference.cache_dir is not None:
+            raise ValueError("reference.cache_dir is not used by provider=frozen; choose cached")
+        if self.train.eval_steps is not None and not self.data.has_eval:
+            raise ValueError(
+                f"train.eval_steps={self.train.eval_steps}, but there is nothing to evaluate on: set "
+                "data.eval or data.eval_rows"
+            )
+        if self.train.merge_lora and self.model.lora is None:
+            raise ValueError("train.merge_lora=true, but there are no adapters: set model.lora")
+        return self
+
+    @property
+    def reference_provider(self) -> str:
+        """`cached` by default, `none` by default where no loss compares with a reference."""
+        chosen = "provider" in self.reference.model_fields_set
+        needed = self.loss.objective.needs_reference
+        return self.reference.provider if chosen or needed else "none"
+
+    @property
+    def learning_rate(self) -> float:
+        return self.train.learning_rate or (5e-7 if self.model.lora is None else 5e-6)
+
+
+def check_batch_sizes(config: RunConfig, world_size: int) -> None:
+    """Raises UserError unless the global batch divides into whole micro-batches on every rank."""
+    unit = config.train.micro_pairs * world_size
+    if config.train.global_pairs % unit:
+        multiple = max(round(config.train.global_pairs / unit), 1) * unit
+        raise UserError(
+            f"train.global_pairs={config.train.global_pairs} must be a multiple of micro_pairs * "
+            f"world_size = {config.train.micro_pairs} * {world_size} = {unit}; try {multiple}"
+        )
+
+
+def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read a YAML file and apply `section.key=value` overrides, whose values are YAML too.
+
+    Raises:
+        UserError: one paragraph that names the file, the key, its value and what was expected.
+    """
+    file = Path(path)
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected sections ({', '.join(RunConfig.model_fields)})")
+    for override in overrides:
+        _apply(tree, override)
+    return build_config(tree, path)
+
+
+def build_config(tree: dict, where: str) -> RunConfig:
+    try:
+        return RunConfig(**tree)
+    except ValidationError as error:
+        raise UserError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from None
+
+
+def _apply(tree: dict, override: str) -> None:
+    key, separator, text = override.partition("=")
+    names = key.split(".")
+    if not separator or not all(names):
+        raise UserError(f"{override!r}: expected section.key=value, like train.max_steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{override!r}: the value is not YAML; put it in quotes") from None
+    for name in names[:-1]:
+        if tree.get(name) is None:
+            tree[name] = {}
+        tree = tree[name]
+        if not isinstance(tree, dict):
+            raise UserError(f"{override!r}: {name} is not a section")
+    tree[names[-1]] = value
+
+
+def _explain(error: dict) -> str:
+    """One of pydantic's findings in our words: the key, the value, what was expected."""
+    place = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = _fields_at(error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, 1, 0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key {place}; {hint}"
+    if error["type"] == "missing":
+        return f"{place} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return message
+    return f"{place}={error['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _fields_at(location: tuple) -> list[str]:
+    """Names of the fields of the section at a location."""
+    model: Any = RunConfig
+    for name in location:
+        if name not in getattr(model, "model_fields", {}):
+            break
+        annotation = model.model_fields[name].annotation
+        options = [annotation, *get_args(annotation)]
+        model = next((x for x in options if hasattr(x, "model_fields")), model)
+    return list(model.model_fields)

@@ -1,0 +1,120 @@
+"""The DeepSpeed engine: its configuration derived from ours, its optimiser and schedule from torch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from transformers import get_scheduler
+
+from dpo_fast.errors import UserError
+from dpo_fast.models import ScoringModel
+from dpo_fast.training.config import RunConfig
+
+
+def deepspeed_config(config: RunConfig, world_size: int, accumulation: int) -> dict[str, Any]:
+    """Our configuration in DeepSpeed's words, with `parallel.deepspeed` merged in.
+
+    Raises:
+        UserError: a value of `parallel.deepspeed` contradicts one that follows from our options.
+    """
+    on_gpu = torch.cuda.is_available()
+    bf16 = config.model.dtype == "bf16"
+    zero: dict[str, Any] = {"stage": config.parallel.zero_stage}
+    if config.parallel.zero_stage:
+        zero["overlap_comm"] = on_gpu
+        zero["contiguous_gradients"] = True
+    if config.parallel.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+    if config.parallel.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
+    derived: dict[str, Any] = {
+        "train_batch_size": config.train.micro_pairs * accumulation * world_size,
+        "train_micro_batch_size_per_gpu": config.train.micro_pairs,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.train.max_grad_norm,
+        "bf16": {"enabled": bf16},
+        "zero_optimization": zero,
+        # torch's AdamW is the optimiser at every stage, also where DeepSpeed would build its own.
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+    if bf16:
+        derived["data_types"] = {"grad_accum_dtype": "fp32"}
+    for name in config.log.report_to:
+        place = "group" if name == "wandb" else "job_name"
+        derived[name] = {"enabled": True, place: config.log.run_name}
+        if name == "tensorboard":
+            derived[name]["output_path"] = f"{config.train.output_dir}/tensorboard"
+    return merge(derived, config.parallel.deepspeed, "parallel.deepspeed")
+
+
+def merge(ours: dict, theirs: dict, place: str) -> dict:
+    """`theirs` added to `ours`; a different value for the same key is a contradiction."""
+    merged = dict(ours)
+    for name, value in theirs.items():
+        if isinstance(value, dict) and isinstance(merged.get(name, {}), dict):
+            merged[name] = merge(merged.get(name, {}), value, f"{place}.{name}")
+        elif name in merged and merged[name] != value and value != "auto":
+            raise UserError(
+                f"{place}.{name}={value!r} contradicts {merged[name]!r}, which follows from the other "
+                "sections of the configuration; remove it there"
+            )
+        elif value != "auto":
+            merged[name] = value
+    return merged
+
+
+def build_optimizer(config: RunConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """AdamW, with weight decay on matrices only."""
+    train = config.train
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    # A sharded parameter hides its shape; DeepSpeed keeps the true one in ds_shape.
+    matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) >= 2]
+    known = {id(p) for p in matrices}
+    vectors = [p for p in trainable if id(p) not in known]
+    groups = [
+        {"params": matrices, "weight_decay": train.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(train.adam_beta1, train.adam_beta2),
+        eps=train.adam_epsilon,
+    )
+
+
+def build_engine(config: RunConfig, model: ScoringModel, ds_config: dict, total_steps: int):
+    """A DeepSpeed engine round the scoring model, with AdamW and a transformers schedule."""
+    import deepspeed
+
+    optimizer = build_optimizer(config, model)
+    scheduler = get_scheduler(
+        config.train.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=math.ceil(config.train.warmup_ratio * total_steps),
+        num_training_steps=total_steps,
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config
+    )
+    return engine
+
+
+def build_reference_engine(config: RunConfig, model: ScoringModel, ds_config: dict):
+    """A frozen scorer: sharded like the policy at stage 3, otherwise simply on this device."""
+    model.requires_grad_(False)
+    model.eval()
+    if config.parallel.zero_stage < 3:
+        return model
+    import deepspeed
+
+    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    reduced = {name: ds_config[name] for name in (*names, "bf16", "steps_per_print")}
+    zero = {k: v for k, v in ds_config["zero_optimization"].items() if k != "offload_optimizer"}
+    engine, *_ = deepspeed.initialize(model=model, config=reduced | {"zero_optimization": zero})
+    engine.eval()
+    return engine

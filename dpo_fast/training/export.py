@@ -1,0 +1,81 @@
+"""A plain Hugging Face folder: safetensors, configuration, tokenizer; or a LoRA adapter."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dpo_fast.models import ScoringModel
+from dpo_fast.models.config import ModelSection
+from dpo_fast.models.load import DTYPES
+from dpo_fast.training import distributed
+
+
+def gather_state(model: nn.Module, trainable_only: bool = False) -> dict[str, Tensor]:
+    """Whole tensors on the CPU of rank 0, one parameter gathered at a time; {} on other ranks.
+
+    A Parameter that appears under two names (tied embeddings) appears as one tensor.
+    """
+    state: dict[str, Tensor] = {}
+    copies: dict[int, Tensor] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if trainable_only and not value.requires_grad:
+            continue
+        if id(value) not in copies:
+            copies[id(value)] = _whole(value)
+        state[name] = copies[id(value)]
+    return state if distributed.is_main() else {}
+
+
+def _whole(value: Tensor) -> Tensor:
+    if not hasattr(value, "ds_id"):
+        return value.detach().cpu().clone() if distributed.is_main() else value.detach()
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([value]):
+        return value.detach().cpu().clone() if distributed.is_main() else torch.empty(0)
+
+
+def export(
+    model: ScoringModel, tokenizer, folder: Path, section: ModelSection, merge_lora: bool = False
+) -> Path:
+    """Write what `from_pretrained` loads: the model, or the adapter (and `merged/` on request).
+
+    Written aside and renamed. Collective: every rank takes part in the gathering.
+    """
+    state = gather_state(model.model, trainable_only=model.has_adapter)
+    if distributed.is_main():
+        aside = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        _save(model, state, aside)
+        tokenizer.save_pretrained(aside)
+        if merge_lora:
+            _save_merged(section, aside)
+            tokenizer.save_pretrained(aside / "merged")
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+    distributed.barrier()
+    return folder
+
+
+def _save(model: ScoringModel, state: dict[str, Tensor], folder: Path) -> None:
+    # The attention implementation of this run is no business of whoever loads the model.
+    text = model.causal_lm.config
+    attention, text._attn_implementation = text._attn_implementation, None
+    try:
+        model.model.save_pretrained(folder, state_dict=state)
+    finally:
+        text._attn_implementation = attention
+
+
+def _save_merged(section: ModelSection, folder: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(
+        section.path, dtype=DTYPES[section.dtype], trust_remote_code=section.trust_remote_code
+    )
+    PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(folder / "merged")

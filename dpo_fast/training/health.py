@@ -1,0 +1,44 @@
+"""Checks of a run that costs one forward: is the reference the policy that training starts from?"""
+
+from __future__ import annotations
+
+import torch
+
+from dpo_fast.data.batch import ScoredBatch
+from dpo_fast.errors import UserError
+from dpo_fast.losses import Objective, Totals
+from dpo_fast.models.scoring import forward_arguments
+from dpo_fast.training import distributed
+from dpo_fast.training.step import loss_at_reference, pair_logps
+
+TOLERANCE = {"fp32": 1e-6, "bf16": 1e-3}
+
+
+@torch.no_grad()
+def check_start(
+    engine, batch: ScoredBatch, objective: Objective, reference, totals: Totals, dtype: str
+) -> tuple[float, float]:
+    """Loss of the first step's batch before any update, and what it must be: ln 2 for sigmoid.
+
+    What it must be is the same loss with the policy's own log-probabilities as the reference, so it
+    holds for any loss. The tolerance (1e-6 in fp32, 1e-3 in bf16) grows with the loss itself.
+
+    Raises:
+        UserError: they differ, which means that the reference is not the policy at its start.
+    """
+    batch = batch.to(engine.device)
+    scores = engine(**forward_arguments(batch))
+    pairs = pair_logps(scores["logp"], batch, reference(batch))
+    values = torch.stack(
+        [objective(pairs, totals), loss_at_reference(objective, pairs, totals)]
+    ).double()
+    if distributed.world_size() > 1:
+        torch.distributed.all_reduce(values)
+    loss, expected = values.tolist()
+    if not abs(loss - expected) <= TOLERANCE[dtype] * max(1.0, abs(expected)):
+        raise UserError(
+            f"before the first update the loss is {loss:.7f} and should be {expected:.7f}, because "
+            "policy and reference are the same model there. Look at reference.cache_dir (a reference of "
+            "another model?), at dropout or other noise in the model's forward, and at model.dtype"
+        )
+    return loss, expected

@@ -1,0 +1,219 @@
+"""`train`: the whole run, from a configuration to a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from pathlib import Path
+
+import yaml
+
+from dpo_fast.data.sampler import Sampler
+from dpo_fast.errors import UserError
+from dpo_fast.training import distributed
+from dpo_fast.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
+from dpo_fast.training.config import RunConfig
+from dpo_fast.training.evaluate import evaluate
+from dpo_fast.training.export import export
+from dpo_fast.training.health import check_start
+from dpo_fast.training.metrics import MetricSums
+from dpo_fast.training.prepare import Run, prepare
+from dpo_fast.training.progress import progress_bar, say, track
+from dpo_fast.training.step import EXTRAS, train_step
+
+INTERRUPTED = 130  # exit code after SIGINT or SIGTERM: the step was finished and a checkpoint saved
+
+
+class Interrupted(Exception):
+    """A signal ended the run; the checkpoint is at `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"interrupted; resume with train.resume_from_checkpoint={folder}")
+        self.folder = folder
+
+
+def train(config: RunConfig) -> Path:
+    """Train as the configuration says; returns the folder of the trained model. Collective.
+
+    Raises:
+        UserError: before training, if something does not fit; during it, if the loss is not finite.
+        Interrupted: after SIGINT or SIGTERM, once the step is finished and a checkpoint saved.
+    """
+    distributed.init_distributed(config.parallel.timeout_minutes)
+    checkpoint = find_checkpoint(config.train.resume_from_checkpoint, config.train.output_dir)
+    run = prepare(config)
+    log = RunLog(run, resumed=checkpoint is not None)
+    step = resume(run, checkpoint) if checkpoint else start(run, log)
+    objective, extras = config.loss.objective, token_extras(config)
+    sums, stop = MetricSums(run.engine.device), StopSignals()
+    with progress_bar("training", run.total_steps, step) as advance:
+        while step < run.total_steps and not stop.raised:
+            totals = run.train.totals(run.train.sampler.global_batch(step))
+            share = train_step(
+                run.engine, run.train.batches(step), objective, run.references["train"], totals,
+                sums, extras,
+            )  # fmt: skip
+            stop.agree(finite=math.isfinite(share.item()), run=run, step=step)
+            step += 1
+            sums.step()
+            last = step == run.total_steps or stop.raised
+            if step % config.log.logging_steps == 0 or last:
+                metrics = log.write(step, sums.read())
+            if run.eval and due(config.train.eval_steps, step, last):
+                log.write(step, evaluate_run(run))
+            if due(config.train.save_steps, step, last):
+                folder = save(run, step)
+            advance(f"loss {metrics['loss']:.4f}" if step >= config.log.logging_steps else "")
+    stop.restore()
+    if step < run.total_steps:
+        raise Interrupted(folder)
+    model = Path(config.train.output_dir) / "final"
+    export(run.model, run.tokenizer, model, config.model, config.train.merge_lora)
+    log.close(model)
+    return model
+
+
+def due(every: int | None, step: int, last: bool) -> bool:
+    return last or (every is not None and step % every == 0)
+
+
+def token_extras(config: RunConfig) -> tuple[str, ...]:
+    return EXTRAS if config.log.token_metrics else ()
+
+
+def start(run: Run, log: RunLog) -> int:
+    """A new run: the check against ln 2, and the first evaluation."""
+    objective = run.config.loss.objective
+    compares = objective.needs_reference and run.config.reference_provider != "none"
+    if compares and run.config.reference.path is None:
+        rows = [
+            row
+            for rank in range(distributed.world_size())
+            for row in run.train.sampler.micro_batches(0, rank)[0]
+        ]
+        loss, expected = check_start(
+            run.engine, next(run.train.batches(0)), objective, run.references["train"],
+            run.train.totals(rows), run.config.model.dtype,
+        )  # fmt: skip
+        say(f"step 0: loss {loss:.7f}, expected {expected:.7f} where policy = reference")
+    if run.eval:
+        log.write(0, evaluate_run(run))
+    return 0
+
+
+def must_fit(run: Run) -> dict:
+    """What a resumed run must share with the one that was interrupted, to be the same run."""
+    return {
+        "world_size": distributed.world_size(),
+        "data": run.train.pairs.fingerprint,
+        "total_steps": run.total_steps,
+        "global_pairs": run.config.train.global_pairs,
+        "seed": run.config.train.seed,
+        "zero_stage": run.config.parallel.zero_stage,
+    }
+
+
+def resume(run: Run, checkpoint: Path) -> int:
+    state = load_checkpoint(run.engine, checkpoint, must_fit(run))
+    say(f"resumed {checkpoint} at step {state['step']}")
+    return state["step"]
+
+
+def save(run: Run, step: int) -> Path:
+    """A checkpoint of this step."""
+    train = run.config.train
+    state = {"step": step, **must_fit(run)}
+    return save_checkpoint(run.engine, train.output_dir, state, train.save_total_limit)
+
+
+def evaluate_run(run: Run) -> dict[str, float]:
+    """Metrics of the whole evaluation split."""
+    split = run.eval
+    sampler: Sampler = split.sampler
+    totals = split.totals(list(range(len(split.pairs))))
+    return evaluate(
+        run.engine, track(split.all_batches(), "evaluating", sampler.steps_per_epoch),
+        run.config.loss.objective, run.references["eval"], totals, token_extras(run.config),
+    )  # fmt: skip
+
+
+class StopSignals:
+    """SIGINT and SIGTERM ask for an end after the step; all ranks agree on which step that is."""
+
+    def __init__(self) -> None:
+        self.asked = self.raised = False
+        self.previous = {
+            name: signal.signal(name, self._ask) for name in (signal.SIGINT, signal.SIGTERM)
+        }
+
+    def _ask(self, number, frame) -> None:
+        if self.asked:  # the second time the user means now
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def agree(self, finite: bool, run: Run, step: int) -> None:
+        self.raised, not_finite = distributed.any_rank(self.asked, not finite)
+        if not_finite:
+            rows = run.train.sampler.global_batch(step)
+            places = ", ".join(run.train.pairs.where(row) for row in rows[:4])
+            raise UserError(
+                f"the loss of step {step + 1} is not finite; its batch begins with {places}. The last "
+                "checkpoint is whole. People usually lower train.learning_rate or check the data there"
+            )
+
+    def restore(self) -> None:
+        for name, handler in self.previous.items():
+            signal.signal(name, handler)
+
+
+class RunLog:
+    """metrics.jsonl, the monitors of DeepSpeed, the resolved configuration. Rank 0 writes."""
+
+    def __init__(self, run: Run, resumed: bool) -> None:
+        self.run, self.since = run, time.monotonic()
+        self.folder = Path(run.config.train.output_dir)
+        self.main = distributed.is_main()
+        if not self.main:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        resolved = yaml.safe_dump(run.config.model_dump(), sort_keys=False)
+        (self.folder / "config.yaml").write_text(resolved)
+        (self.folder / "data-report.json").write_text(run.train.pairs.report.to_json())
+        if not resumed:
+            (self.folder / "metrics.jsonl").unlink(missing_ok=True)
+
+    def write(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """One line: rates and the schedule's state are added to training metrics."""
+        evaluation = any(name.startswith("eval_") for name in metrics)
+        epoch = step / self.run.train.sampler.steps_per_epoch
+        line = {"step": step, "epoch": round(epoch, 6), **metrics}
+        if not evaluation:
+            seconds = time.monotonic() - self.since
+            line["perf/tokens_per_second"] = metrics["num_tokens"] / seconds
+            line["perf/pairs_per_second"] = line.pop("pairs") / seconds
+            norm = self.run.engine.get_global_grad_norm()
+            line["grad_norm"] = float(norm) if norm is not None else None
+            line["learning_rate"] = self.run.engine.get_lr()[0]
+        if self.main:
+            with (self.folder / "metrics.jsonl").open("a") as stream:
+                stream.write(json.dumps(line) + "\n")
+            names = [n for n, v in line.items() if n != "step" and v is not None]
+            if self.run.engine.monitor.enabled:
+                self.run.engine.monitor.write_events(
+                    [(f"Train/{name}", line[name], step) for name in names]
+                )
+        say(self._sentence(line, evaluation))
+        self.since = time.monotonic()
+        return line
+
+    def _sentence(self, line: dict, evaluation: bool) -> str:
+        prefix = "eval_" if evaluation else ""
+        shown = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
+        parts = [f"{name} {line[prefix + name]:.4f}" for name in shown if prefix + name in line]
+        rate = "" if evaluation else f"  {line['perf/pairs_per_second']:.1f} pairs/s"
+        return f"{'eval ' if evaluation else ''}step {line['step']}  " + "  ".join(parts) + rate
+
+    def close(self, model: Path) -> None:
+        say(f"the trained model is in {model}")

@@ -1,0 +1,192 @@
+"""Raw rows to PairRow: layouts, implicit prompts, and every kind of bad row."""
+
+import math
+
+import pytest
+from pydantic import ValidationError
+
+from dpo_fast.data.config import DataConfig
+from dpo_fast.data.rows import ignored_columns, parse_row
+from dpo_fast.data.verdicts import BadRow
+
+
+def say(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+U, A, B = say("user", "hi"), say("assistant", "yes"), say("assistant", "no")
+TEXT = {"prompt": "Q", "chosen": "yes", "rejected": "no"}
+CHAT = {"prompt": [U], "chosen": [A], "rejected": [B]}
+
+
+def parse(raw, **options):
+    return parse_row("f.jsonl:7", raw, DataConfig(train="f.jsonl", **options))
+
+
+def parts(raw, **options):
+    row = parse(raw, **options)
+    return row.prompt, row.chosen, row.rejected
+
+
+def refuses(raw, **options):
+    with pytest.raises(BadRow) as caught:
+        parse(raw, **options)
+    return str(caught.value)
+
+
+def test_explicit_layouts():
+    assert parts(TEXT) == ("Q", "yes", "no")
+    assert parts(CHAT) == ([U], [A], [B])
+    assert parts(CHAT | {"prompt": "hi"}) == ([U], [A], [B])
+    assert parts(CHAT | {"chosen": "yes", "rejected": "no"}) == ([U], [A], [B])
+    assert parts(CHAT | {"chosen": A, "rejected": B}) == ([U], [A], [B])
+    assert parse(TEXT).where == "f.jsonl:7"
+
+
+def test_column_mapping():
+    raw = {"question": "Q", "good": "yes", "bad": "no", "id": 3}
+    columns = {"prompt": "question", "chosen": "good", "rejected": "bad"}
+    assert parts(raw, columns=columns) == ("Q", "yes", "no")
+    assert ignored_columns(raw, DataConfig(train="f", columns=columns)) == {"id"}
+    message = refuses(TEXT, columns={"chosen": "chosn"})
+    assert "missing field 'chosn'" in message
+    assert "did you mean 'chosen'?" in message
+
+
+def test_implicit_prompt_ends_at_the_last_marker():
+    start = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    raw = {"chosen": start + " same one", "rejected": start + " same two"}
+    assert parts(raw) == (start, " same one", " same two")
+    raw = {"chosen": "Q### yes", "rejected": "Q### no"}
+    assert parts(raw, prompt_end="###") == ("Q###", " yes", " no")
+
+
+@pytest.mark.parametrize(
+    "chosen, rejected, expected",
+    [
+        ("What is it? Fine one.", "What is it? Fine two.", ("What is it? Fine", " one.", " two.")),
+        ("Question\nyes", "Question\nyet", ("Question\n", "yes", "yet")),
+        ("Q A", "Q A more", ("Q", " A", " A more")),
+    ],
+)
+def test_implicit_prompt_without_marker_ends_with_a_word(chosen, rejected, expected):
+    assert parts({"chosen": chosen, "rejected": rejected}) == expected
+
+
+def test_implicit_prompt_of_conversations():
+    shared = [say("system", "s"), U, A, U]
+    assert parts({"chosen": shared + [A], "rejected": shared + [B]}) == (shared, [A], [B])
+    # An assistant message that both share is an answer's first, not the prompt's last.
+    assert parts({"chosen": [U, A], "rejected": [U, A, B]}) == ([U], [A], [A, B])
+
+
+def test_ultrafeedback_prompt_is_not_doubled():
+    raw = {"prompt": "hi", "chosen": [U, A], "rejected": [U, B]}
+    assert parts(raw) == ([U], [A], [B])
+    assert parts(raw | {"prompt": [U]}) == ([U], [A], [B])
+    system = say("system", "s")
+    assert parts(raw | {"chosen": [system, U, A], "rejected": [system, U, B]})[0] == [system, U]
+    assert "do not begin with the prompt" in refuses(raw | {"prompt": "other"})
+
+
+def test_extras():
+    raw = TEXT | {"weight": 2, "margin": -1.5, "soft_label": 0.75, "tools": None}
+    raw |= {"reference_chosen_logps": -3.0, "reference_rejected_logps": -4}
+    assert parse(raw).extras == {
+        "weight": 2.0,
+        "margin": -1.5,
+        "soft_label": 0.75,
+        "reference_chosen_logps": -3.0,
+        "reference_rejected_logps": -4.0,
+    }
+    raw = CHAT | {"tools": '[{"name": "f"}]', "chat_template_kwargs": {"think": False, "x": None}}
+    assert parse(raw).extras == {
+        "tools": [{"name": "f"}],
+        "chat_template_kwargs": {"think": False},
+    }
+
+
+def test_null_keys_of_messages_are_left_out():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    raw = {"prompt": [U | {"name": None}], "chosen": [call], "rejected": [B]}
+    assert parts(raw) == ([U], [call | {"content": ""}], [B])
+
+
+BAD = [
+    ({"chosen": "a", "rejectd": "b"}, ["missing field 'rejected'", "did you mean 'rejectd'?"]),
+    ({}, ["missing field 'chosen'", "no fields"]),
+    (TEXT | {"chosen": None}, ["field 'chosen' has the wrong type", "got null"]),
+    (TEXT | {"prompt": 3}, ["field 'prompt' has the wrong type", "got int"]),
+    (TEXT | {"prompt": " \n"}, ["empty prompt"]),
+    (TEXT | {"chosen": "\t"}, ["empty chosen"]),
+    (TEXT | {"rejected": ""}, ["empty rejected"]),
+    (TEXT | {"rejected": "yes"}, ["chosen equals rejected"]),
+    (TEXT | {"chosen": "\ud800"}, ["field 'chosen' is not Unicode text", "surrogate"]),
+    (TEXT | {"chosen": [A]}, ["chosen and rejected differ in kind"]),
+    (CHAT | {"chosen": []}, ["empty chosen"]),
+    (CHAT | {"chosen": ["x"]}, ["not a message", "chosen[0]", "got str"]),
+    (CHAT | {"chosen": [{"from": "gpt"}]}, ["message without role", "chosen[0]", "'from'"]),
+    (CHAT | {"chosen": [say("bot", "x")]}, ["unknown role 'bot'", "chosen[0].role", "assistant"]),
+    (CHAT | {"chosen": [say("assistant", 3)]}, ["content is not text", "chosen[0]", "got int"]),
+    (CHAT | {"chosen": [say("assistant", " ")]}, ["empty chosen"]),
+    (CHAT | {"chosen": [A, U]}, ["chosen holds a user message", "chosen[1]"]),
+    (CHAT | {"rejected": [B, say("tool", "x"), B]}, ["rejected holds a tool message"]),
+    (CHAT | {"prompt": [U, A]}, ["prompt ends with an assistant message"]),
+    (CHAT | {"prompt": [say("user", " ")]}, ["empty prompt"]),
+    ({"chosen": [U, A], "rejected": [say("user", "ho"), B]}, ["no common prompt"]),
+    ({"chosen": [U], "rejected": [U, B]}, ["empty chosen"]),
+    ({"chosen": "abc", "rejected": "abd"}, ["no common prompt"]),
+    (TEXT | {"weight": -1}, ["field 'weight' is out of range"]),
+    (TEXT | {"weight": "1"}, ["field 'weight' is not a number", "'1'"]),
+    (TEXT | {"weight": True}, ["field 'weight' is not a number"]),
+    (TEXT | {"margin": math.nan}, ["field 'margin' is not finite", "nan"]),
+    (TEXT | {"margin": 10**400}, ["field 'margin' is not finite"]),
+    (TEXT | {"soft_label": 1.5}, ["field 'soft_label' is out of range", "1.5"]),
+    (TEXT | {"reference_chosen_logps": -1.0}, ["reference_chosen_logps without its partner"]),
+    (TEXT | {"tools": [{"name": "f"}]}, ["tools without messages"]),
+    (CHAT | {"tools": "{"}, ["field 'tools' is not JSON"]),
+    (CHAT | {"tools": {"name": "f"}}, ["field 'tools' has the wrong type", "a list"]),
+    (CHAT | {"chat_template_kwargs": {"tokenize": 1}}, ["chat_template_kwargs sets 'tokenize'"]),
+]
+
+
+@pytest.mark.parametrize("raw, words", BAD)
+def test_bad_rows(raw, words):
+    message = refuses(raw)
+    assert all(word in message for word in words), message
+
+
+def test_bad_dialogues():
+    start = "\n\nHuman: a\n\nAssistant:"
+    later = start + " b\n\nHuman: c\n\nAssistant:"
+    for chosen, rejected in [(start + " x", later + " y"), (later + " x", start + " y")]:
+        assert "no common prompt" in refuses({"chosen": chosen, "rejected": rejected})
+    assert "empty chosen" in refuses({"chosen": start, "rejected": start + " y"})
+    assert "no prompt marker" in refuses({"chosen": start + " x", "rejected": "y"})
+
+
+def test_format_is_enforced():
+    assert parts(TEXT, format="pairs") == ("Q", "yes", "no")
+    assert "not in data.format=messages" in refuses(TEXT, format="messages")
+    assert "not in data.format=pairs" in refuses(CHAT, format="pairs")
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"max_length": 1}, ["data.max_length=1", "at least 2"]),
+        ({"max_length": 8, "max_prompt_length": 8}, ["data.max_prompt_length=8", "try 4"]),
+        ({"max_prompt_length": 0}, ["data.max_prompt_length=0", "at least 1"]),
+        ({"workers": 0}, ["data.workers=0"]),
+        ({"eval": "f"}, ["data.eval='f' is also in data.train", "data.eval_rows"]),
+        ({"eval": "g", "eval_rows": 3}, ["data.eval_rows=3", "data.eval='g'"]),
+        ({"columns": {"good": "x"}}, ["data.columns.good='x'", "chosen"]),
+        ({"prompt_end": " "}, ["data.prompt_end=' '", "blank"]),
+        ({"train": []}, ["data.train=[] names no data"]),
+        ({"maxlength": 3}, ["maxlength"]),
+    ],
+)
+def test_impossible_options(options, words):
+    with pytest.raises(ValidationError) as caught:
+        DataConfig(**({"train": "f"} | options))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
