@@ -229,9 +229,11 @@ def test_gradcheck():
     inputs = [x.requires_grad_() for x in (hidden, weight, bias)]
     for budget in (0, 3 * 11 * 8, 1 << 20):
         torch.autograd.gradcheck(
-            lambda h, w, b: linear_logp(
-                h, w, targets, bias=b, softcap=2.0, temperature=0.8, workspace_bytes=budget
-            ).logp,
+            lambda h, w, b: (
+                linear_logp(
+                    h, w, targets, bias=b, softcap=2.0, temperature=0.8, workspace_bytes=budget
+                ).logp
+            ),
             inputs,
         )
 

@@ -70,19 +70,24 @@ def _padded(sequences: list[list[int]], lengths: list[int], pad_id: int) -> dict
         input_ids[row, : len(sequence)] = torch.tensor(sequence)
         mask[row, : len(sequence)] = 1
     positions = torch.arange(width).expand(len(sequences), -1).contiguous()
-    return dict(input_ids=input_ids, position_ids=positions, attention_mask=mask, segments=None)
+    return {
+        "input_ids": input_ids,
+        "position_ids": positions,
+        "attention_mask": mask,
+        "segments": None,
+    }
 
 
 def _packed(sequences: list[list[int]], lengths: list[int], pad_id: int) -> dict:
     """One row, positions starting anew with every sequence."""
     tokens: Tensor = torch.tensor([token for sequence in sequences for token in sequence])
     positions = torch.cat([torch.arange(length) for length in lengths])
-    return dict(
-        input_ids=tokens[None],
-        position_ids=positions[None],
-        attention_mask=None,
-        segments=tuple(lengths),
-    )
+    return {
+        "input_ids": tokens[None],
+        "position_ids": positions[None],
+        "attention_mask": None,
+        "segments": tuple(lengths),
+    }
 
 
 def _nothing(pad_id: int, layout: str) -> ScoredBatch:

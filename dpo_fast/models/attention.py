@@ -73,7 +73,9 @@ def choose_attention(requested: str, layout: str, device: torch.device) -> str:
     """
     flash = requested.startswith("flash_attention")
     if flash and device.type == "cpu":
-        raise UserError(f"model.attention={requested} does not run on a CPU: use auto, sdpa or eager")
+        raise UserError(
+            f"model.attention={requested} does not run on a CPU: use auto, sdpa or eager"
+        )
     if layout == "padded":
         return "sdpa" if requested == "auto" else requested
     if requested == "auto":

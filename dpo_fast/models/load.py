@@ -60,13 +60,13 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     if option == "model.path":
         check_model_path(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, trust_remote_code=section.trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{option}={path}: no tokenizer can be loaded: {_first(error)}") from error
     if tokenizer.eos_token_id is None:
-        raise UserError(f"{option}={path}: the tokenizer has no eos_token; set one and save it again")
+        raise UserError(
+            f"{option}={path}: the tokenizer has no eos_token; set one and save it again"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # only fills rows that no one attends to
     return tokenizer

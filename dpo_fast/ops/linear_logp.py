@@ -120,7 +120,7 @@ def linear_logp(
         "linear_logp", hidden_TD.device, hidden_TD.dtype, implementation
     ).name
     schedule = importlib.import_module(f"dpo_fast.ops.linear_logp_{name}")
-    chosen = plan_call(hidden_TD, weight_VD, bias, workspace_bytes)
+    chosen = plan_call(hidden_TD, weight_VD, bias, workspace_bytes, keeps=name == "torch")
     values = _LinearLogp.apply(
         hidden_TD, weight_VD, bias, targets_T, options, tuple(extras), chosen, schedule
     )
@@ -128,7 +128,11 @@ def linear_logp(
 
 
 def plan_call(
-    hidden_TD: Tensor, weight_VD: Tensor, bias: Tensor | None, workspace_bytes: int | None
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    bias: Tensor | None,
+    workspace_bytes: int | None,
+    keeps: bool,
 ) -> HeadPlan:
     """The plan for these tensors: gradients that nothing asks for are not computed."""
     grad = torch.is_grad_enabled()
@@ -141,6 +145,7 @@ def plan_call(
         needs_hidden=grad and hidden_TD.requires_grad,
         needs_head=grad and any(x is not None and x.requires_grad for x in (weight_VD, bias)),
         workspace_bytes=workspace_bytes,
+        keeps=keeps,
     )
 
 

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from dpo_fast.ops.plan import HeadPlan
 
-SLACK = 8.0  # exp(8) fits fp16, and no later tile is rescaled unless its maximum is e^8 times larger
+SLACK = (
+    8.0  # exp(8) fits fp16, and no later tile is rescaled unless its maximum is e^8 times larger
+)
 LOWEST = -1e30  # stands in for a row maximum of -inf (masked vocabulary), which would make NaN
 
 
@@ -33,7 +35,9 @@ class _Tiles:
         self.temperature = options.temperature
         # With a cap the temperature acts after it, without one both factors act on the hidden rows.
         self.factor = options.logit_scale / (1.0 if self.softcap else options.temperature)
-        self.slope_factor = options.logit_scale / options.temperature  # dz/d(h.w), cap's slope apart
+        self.slope_factor = (
+            options.logit_scale / options.temperature
+        )  # dz/d(h.w), cap's slope apart
         chunk = hidden_TD[rows].to(self.precision)
         self.rows = chunk * self.factor if self.factor != 1.0 else chunk
         self.buffer = buffer

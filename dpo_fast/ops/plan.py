@@ -25,6 +25,7 @@ class HeadPlan:
     token_chunk: int
     vocab_block: int
     kept_bytes: int
+    workspace_bytes: int
     gemms: float
 
     def __str__(self) -> str:
@@ -54,6 +55,7 @@ def plan(
     needs_hidden: bool = True,
     needs_head: bool = True,
     workspace_bytes: int = 1024 * MIB,
+    keeps: bool = True,
 ) -> HeadPlan:
     """Choose the schedule for T tokens, a [V, D] head and a byte budget.
 
@@ -62,6 +64,8 @@ def plan(
         needs_head: a gradient of the weight or the bias is wanted.
         workspace_bytes: bounds the kept exponentials [kept_tokens, V] in `dtype`, and shrinks the
             fp32 tile (never below 1 MiB, so 0 is allowed). D does not matter to the choice today.
+        keeps: the implementation can keep exponentials, and can compute a frozen head's gradient in
+            its forward pass (`torch` can; `triton` recomputes).
     """
     if workspace_bytes < 0:
         raise ValueError(f"workspace_bytes={workspace_bytes} must be 0 or more")
@@ -73,10 +77,11 @@ def plan(
     if not needs_hidden and not needs_head:
         schedule, gemms = "logps", 1.0
     elif not needs_head:
-        schedule, gemms = "frozen", 2.0
+        schedule, gemms = "frozen", 2.0 if keeps else 3.0
     else:
-        kept = min(T, workspace_bytes // row_bytes)
+        kept = min(T, workspace_bytes // row_bytes) if keeps else 0
         schedule = "keep" if kept == T else "mixed" if kept else "recompute"
         backward = 1 + needs_hidden
         gemms = 1 + backward + (0 if T == 0 else 1 - kept / T)
-    return HeadPlan(schedule, kept, token_chunk, vocab_block, kept * row_bytes, gemms)
+    kept_bytes = kept * row_bytes
+    return HeadPlan(schedule, kept, token_chunk, vocab_block, kept_bytes, workspace_bytes, gemms)

@@ -52,7 +52,9 @@ def compute_table(scorer: Scorer, batches: Iterable[ScoredBatch], rows: int) -> 
         dist.all_reduce(table)  # one rank's value plus zeros: exact
         dist.all_reduce(seen)
     if not (seen == 1).all():
-        raise RuntimeError(f"{int((seen != 1).sum())} of {rows} reference rows were not scored once")
+        raise RuntimeError(
+            f"{int((seen != 1).sum())} of {rows} reference rows were not scored once"
+        )
     return table.float().cpu()
 
 

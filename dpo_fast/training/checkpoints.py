@@ -1,9 +1,9 @@
 """Checkpoints that are complete or absent, and exact resume.
 
-    output_dir/checkpoint-40/     engine/       DeepSpeed's shards: weights, optimiser, schedule
-                                  rng-0.pt      random state of each rank
-                                  state.json    step and what it belongs to
-    output_dir/latest             the name of the newest, written last
+output_dir/checkpoint-40/     engine/       DeepSpeed's shards: weights, optimiser, schedule
+                              rng-0.pt      random state of each rank
+                              state.json    step and what it belongs to
+output_dir/latest             the name of the newest, written last
 """
 
 from __future__ import annotations

@@ -79,7 +79,9 @@ class TrainSection(BaseModel):
     adam_epsilon: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, ge=0, description="gradient norm is clipped to it; 0: not")
     seed: int = Field(42, ge=0)
-    layout: Literal["padded", "packed"] = Field("packed", description="how a micro-batch is laid out")
+    layout: Literal["padded", "packed"] = Field(
+        "packed", description="how a micro-batch is laid out"
+    )
     implementation: Literal["auto", "torch", "triton"] = Field(
         "auto", description="implementation of the head"
     )
@@ -113,7 +115,9 @@ class ParallelSection(BaseModel):
 
     zero_stage: int = Field(3, ge=0, le=3, description="what is sharded: 1 optimiser, 2 + gradients, "
                             "3 + parameters")  # fmt: skip
-    offload_optimizer: bool = Field(False, description="optimiser states in CPU memory (stage 2, 3)")
+    offload_optimizer: bool = Field(
+        False, description="optimiser states in CPU memory (stage 2, 3)"
+    )
     offload_parameters: bool = Field(False, description="parameters in CPU memory (stage 3)")
     timeout_minutes: float = Field(30.0, gt=0, description="a lost rank ends the others after it")
     deepspeed: dict[str, Any] = Field(

@@ -41,7 +41,7 @@ def deepspeed_config(config: RunConfig, world_size: int, accumulation: int) -> d
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
-    if bf16:
+    if bf16 and config.parallel.zero_stage:  # DeepSpeed's stage 0 sums bf16 gradients in bf16 only
         derived["data_types"] = {"grad_accum_dtype": "fp32"}
     for name in config.log.report_to:
         place = "group" if name == "wandb" else "job_name"

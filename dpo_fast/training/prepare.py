@@ -104,7 +104,9 @@ def prepare(config: RunConfig) -> Run:
     attention = choose_attention(config.model.attention, config.train.layout, distributed.device())
     tokenizer = load_tokenizer(config.model)
     train = load_split(config, tokenizer, "train", shuffle=True)
-    held_out = load_split(config, tokenizer, "eval", shuffle=False) if config.data.has_eval else None
+    held_out = (
+        load_split(config, tokenizer, "eval", shuffle=False) if config.data.has_eval else None
+    )
     total_steps = config.train.max_steps or max(
         round(config.train.num_train_epochs * train.sampler.steps_per_epoch), 1
     )
@@ -161,9 +163,7 @@ def build_references(config, engine, model, splits, attention, head, ds_config) 
     path = config.reference.path
 
     def second_model():
-        section = config.model.model_copy(
-            update={"path": path or config.model.path, "lora": None}
-        )
+        section = config.model.model_copy(update={"path": path or config.model.path, "lora": None})
         option = "reference.path" if path else "model.path"
         loaded = load_model(section, attention=attention, option=option, **head)
         return build_reference_engine(config, loaded.to(engine.device), ds_config)
@@ -212,7 +212,9 @@ def compute_reference(scorer, split: Split, device) -> torch.Tensor:
     walk = Split(split.name, split.pairs, ordered, split.layout, split.pad_id)
     was_training = getattr(scorer, "training", False)
     scorer.eval()
-    batches = track(walk.all_batches(), f"reference log-probs ({split.name})", ordered.steps_per_epoch)
+    batches = track(
+        walk.all_batches(), f"reference log-probs ({split.name})", ordered.steps_per_epoch
+    )
     table = compute_table(scorer, (batch.to(device) for batch in batches), len(split.pairs))
     scorer.train(was_training)
     return table

@@ -1,0 +1,68 @@
+"""Every shipped tile configuration becomes machine code without a GPU: no spills, and it fits."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parents[1]
+SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}  # opt-in, per block
+TENSOR_CORES = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
+
+
+@pytest.fixture(scope="module")
+def results():
+    # A process of its own: this one has the interpreter in place of the compiler.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.aot", "--json"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-4000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def test_every_architecture_and_kernel_is_there(results):
+    kernels = {"statistics", "merge", "gradient", "forward", "backward"}
+    for arch in SHARED_BYTES:
+        names = {r["case"]["kernel"] for r in results if r["case"]["arch"] == arch}
+        assert names == {f"{kernel}_kernel" for kernel in kernels}
+
+
+def test_every_shipped_configuration_is_there(results):
+    from dpo_fast.kernels import linear_logp
+
+    def key(config, arch):
+        sizes = [config.block_t, config.block_v, config.block_d, config.group_t]
+        return arch, *sizes, config.num_warps, config.num_stages
+
+    compiled = {
+        (c["arch"], *c["sizes"], c["num_warps"], c["num_stages"])
+        for c in (result["case"] for result in results)
+    }
+    shipped = {key(config, names[0]) for names, config in linear_logp.HALF_CONFIGS.items()}
+    for config in (linear_logp.RICH_HALF, linear_logp.FLOAT):
+        shipped |= {key(config, arch) for arch in SHARED_BYTES}
+    shipped.add(key(linear_logp.OTHER_HALF, "sm_80"))
+    assert shipped <= compiled
+
+
+def test_nothing_spills(results):
+    for result in results:
+        assert result["stack"] == 0 and result["local"] == 0, result
+
+
+def test_shared_memory_fits(results):
+    for result in results:
+        assert result["shared"] <= SHARED_BYTES[result["case"]["arch"]], result
+
+
+def test_half_products_use_tensor_cores(results):
+    for result in results:
+        case = result["case"]
+        if case["kernel"] in ("statistics_kernel", "gradient_kernel") and case["dtype"] != "fp32":
+            assert result["instruction"] == TENSOR_CORES[case["arch"]], result
