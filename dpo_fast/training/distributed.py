@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import socket
 from collections.abc import Callable
@@ -47,14 +49,28 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
         torch.cuda.set_device(device())
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        share_cores()
     import deepspeed  # reads DS_ACCELERATOR when it is imported
 
     if not dist.is_initialized():
-        deepspeed.init_distributed(
-            dist_backend="nccl" if on_gpu else "gloo",
-            timeout=timedelta(minutes=timeout_minutes),
-            auto_mpi_discovery=False,
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # it reports its builds by print
+            deepspeed.init_distributed(
+                dist_backend="nccl" if on_gpu else "gloo",
+                timeout=timedelta(minutes=timeout_minutes),
+                auto_mpi_discovery=False,
+            )
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def share_cores() -> None:
+    """Ranks on one machine share its cores; with more threads than cores they wait for each other."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(cores() // local, 1))
 
 
 def adopt_slurm() -> None:

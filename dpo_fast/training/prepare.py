@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,11 +217,3 @@ def compute_reference(scorer, split: Split, device) -> torch.Tensor:
     table = compute_table(scorer, (batch.to(device) for batch in batches), len(split.pairs))
     scorer.train(was_training)
     return table
-
-
-def set_threads() -> None:
-    """Ranks on one CPU share its cores: torchrun's default of one thread each leaves cores idle."""
-    if torch.cuda.is_available() or "OMP_NUM_THREADS" in os.environ:
-        return
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(max(len(os.sched_getaffinity(0)) // local, 1))

@@ -1,0 +1,5 @@
+"""python -m dpo_fast"""
+
+from dpo_fast.cli import main
+
+main()

@@ -1,0 +1,151 @@
+"""Commands. A mistake that the user can mend is one paragraph on standard error and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from dpo_fast.errors import UserError
+
+app = typer.Typer(
+    help="Preference optimisation whose language-model head never materialises logits.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+Config = Annotated[str, typer.Argument(help="YAML file, see configs/", metavar="CONFIG")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="section.key=value", metavar="[KEY=VALUE]...")
+]
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    nproc: Annotated[int, typer.Option(min=1, help="start this many local ranks")] = 1,
+) -> None:
+    """Train. Alone, with --nproc, or under torchrun, deepspeed or srun.
+
+    Exit codes: 0 done; 2 bad input; 130 interrupted, the step finished and a checkpoint saved.
+    """
+    from dpo_fast.training import distributed
+    from dpo_fast.training.config import check_batch_sizes, load_config
+    from dpo_fast.training.quiet import quiet
+
+    distributed.adopt_slurm()
+    run = load_config(config, overrides or ())
+    if nproc > 1:
+        from dpo_fast.cli.launch import launch
+
+        if distributed.world_size() > 1:
+            raise UserError(f"--nproc {nproc} starts ranks itself: leave it out under a launcher")
+        check_batch_sizes(run, nproc)
+        quiet()
+        _prepare_data(run)  # here, so that a mistake in it is told once and before ranks start
+        raise typer.Exit(launch(nproc, ["train", config, *(overrides or ())]))
+    quiet()
+    from dpo_fast.training.loop import INTERRUPTED, Interrupted
+    from dpo_fast.training.loop import train as train_run
+
+    try:
+        train_run(run)
+    except Interrupted as interruption:
+        if distributed.is_main():
+            typer.echo(str(interruption), err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    if distributed.is_main():
+        from dpo_fast.report import write_report
+
+        typer.echo(f"report: {write_report(Path(run.train.output_dir))}")
+        typer.echo(f"model: {Path(run.train.output_dir) / 'final'}")
+
+
+def _prepare_data(run) -> dict:
+    """Tokenised pairs of each split of a run, by name."""
+    from dpo_fast.data.dataset import load_pairs
+    from dpo_fast.models import load_tokenizer
+
+    tokenizer = load_tokenizer(run.model)
+    names = ("train", "eval") if run.data.has_eval else ("train",)
+    splits = {name: load_pairs(run.data, tokenizer, split=name) for name in names}
+    return {"tokenizer": tokenizer, **splits}
+
+
+@app.command()
+def data(
+    config: Config,
+    overrides: Overrides = None,
+    examples: Annotated[int, typer.Option(min=0, help="pairs to show")] = 3,
+) -> None:
+    """Show what would be trained on: counts, lengths, drops, truncation, and marked examples."""
+    from dpo_fast.data.preview import render_examples
+    from dpo_fast.training.config import load_config
+    from dpo_fast.training.quiet import quiet
+
+    quiet()
+    prepared = _prepare_data(load_config(config, overrides or ()))
+    tokenizer = prepared.pop("tokenizer")
+    console = Console()
+    for name, pairs in prepared.items():
+        console.rule(f"{name}: {len(pairs)} pairs")
+        if name == "train" or not pairs.report.held_out:  # a held-out split shares train's report
+            pairs.report.render(console)
+    render_examples(prepared["train"], tokenizer, console, n=examples)
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine can run, which implementation the head would use, and why."""
+    from dpo_fast.cli.doctor import render
+
+    render(Console())
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="output_dir of a run")]) -> None:
+    """Write one self-contained HTML file about a run."""
+    from dpo_fast.report import write_report
+
+    typer.echo(write_report(run))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="folder for everything it makes")] = Path(
+        "runs/demo"
+    ),
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """The whole story on a CPU: a tiny model, SFT, DPO under ZeRO-3, a report."""
+    from dpo_fast.training.quiet import quiet
+
+    quiet()
+    from dpo_fast.demo.run import run_demo
+
+    run_demo(output, seed=seed)
+
+
+def main() -> None:
+    """Entry point of `dpo-fast`."""
+    try:
+        app(prog_name="dpo-fast")
+    except UserError as error:
+        from dpo_fast.training.distributed import is_main
+
+        if is_main():
+            print(f"dpo-fast: {' '.join(str(error).split())}", file=sys.stderr)
+        _leave(2)
+
+
+def _leave(code: int) -> None:
+    """End at once: other ranks may be inside a collective that an orderly shutdown would wait for."""
+    import os
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

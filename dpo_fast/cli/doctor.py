@@ -1,0 +1,90 @@
+"""What this machine can run, and which implementation each operation would use, and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dpo_fast.ops.implementation import choose_implementation
+from dpo_fast.ops.plan import MIB, default_workspace_bytes
+from dpo_fast.training.distributed import cores
+
+PACKAGES = (
+    "torch", "triton", "transformers", "deepspeed", "datasets", "peft", "flash-attn", "trl",
+    "liger-kernel", "tensorboard", "wandb",
+)  # fmt: skip
+OPERATIONS = ("linear_logp", "logits_logp")
+
+
+def render(console: Console) -> None:
+    """Print three tables: versions, devices, choices."""
+    console.print(_versions())
+    console.print(_devices())
+    console.print(_choices())
+
+
+def _versions() -> Table:
+    table = Table("package", "version", title="Software")
+    table.add_row("python", platform.python_version())
+    for name in PACKAGES:
+        try:
+            table.add_row(name, importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            table.add_row(name, "not installed")
+    table.add_row("nvcc", shutil.which("nvcc") or "not found (only csrc needs it)")
+    return table
+
+
+def devices() -> list[torch.device]:
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return [torch.device("cpu"), *gpus]
+
+
+def _devices() -> Table:
+    table = Table("device", "what", "memory", "head workspace by default", title="Hardware")
+    for device in devices():
+        workspace = f"{default_workspace_bytes(device) // MIB} MiB"
+        if device.type == "cpu":
+            gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
+            what = f"{cores()} cores, {torch.get_num_threads()} torch threads"
+            table.add_row("cpu", what, f"{gib:.0f} GiB", workspace)
+        else:
+            found = torch.cuda.get_device_properties(device)
+            what = f"{found.name}, compute capability {found.major}.{found.minor}"
+            table.add_row(str(device), what, f"{found.total_memory / (1 << 30):.0f} GiB", workspace)
+    return table
+
+
+def _choices() -> Table:
+    table = Table("operation", "device", "dtype", "would use", "why", title="Implementations")
+    for device in devices():
+        for operation in OPERATIONS:
+            for dtype in (torch.bfloat16, torch.float32):
+                choice = choose_implementation(operation, device, dtype)
+                short = str(dtype).removeprefix("torch.")
+                table.add_row(operation, str(device), short, choice.name, choice.reason)
+        for layout in ("padded", "packed"):
+            name, why = _attention(layout, device)
+            table.add_row(f"attention, {layout}", str(device), "any", name, why)
+    return table
+
+
+def _attention(layout: str, device: torch.device) -> tuple[str, str]:
+    try:
+        from dpo_fast.models.attention import PACKED, choose_attention
+    except ImportError:
+        return "-", 'the trainer is not installed: pip install "dpo_fast[train]"'
+    name = choose_attention("auto", layout, device)
+    reasons = {
+        "sdpa": "a padded batch is plain causal attention with a mask",
+        PACKED: "SDPA sequence by sequence; flash-attn is "
+        + ("for GPUs" if device.type == "cpu" else "not installed"),
+        "flash_attention_2": "flash-attn is installed: varlen attention",
+    }
+    return name, reasons[name]

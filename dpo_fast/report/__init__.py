@@ -1,0 +1,43 @@
+"""The report of a run: one HTML file that needs nothing else, from what training left in its folder.
+
+    read.py      the run's files, read and checked
+    health.py    what the metrics say is wrong, and what people usually change
+    scale.py     ticks and numbers for people
+    chart.py     curves as SVG
+    panels.py    which curves there are, in words
+    data.py      the section about the data
+    page.py      the sections of the page
+    style.py     its style sheet, and the script of the hover read-out
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from dpo_fast.report.page import page
+from dpo_fast.report.read import read_run
+
+REPORT_FILE = "report.html"
+
+__all__ = ["REPORT_FILE", "write_report"]
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html` into the folder of a run, all at once; returns its path.
+
+    Needs metrics.jsonl; shows config.yaml, data-report.json and samples.json where they exist.
+
+    Raises:
+        UserError: metrics.jsonl is missing or empty, or a file cannot be read.
+    """
+    run_dir = Path(run_dir)
+    content = page(read_run(run_dir)).encode("utf-8", "replace")
+    path = run_dir / REPORT_FILE
+    aside = run_dir / f".{REPORT_FILE}.{os.getpid()}"
+    try:
+        aside.write_bytes(content)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,144 @@
+"""What the metrics say is wrong: what it means, and what people usually change."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dpo_fast.report.read import Points, Run
+from dpo_fast.report.scale import number, percent
+
+START_TOLERANCE = 1e-3
+FALL = 0.01  # of the loss, that counts as falling
+RISE = 0.02  # of the evaluation loss above its least, that counts as rising
+PINNED = 1e-3  # from 0 or 1
+LEAST_FALL = 0.5  # nats of the chosen log-probability
+LEAST_GROWTH = 0.02  # of the margin
+
+
+@dataclass
+class Check:
+    """`finding` is empty where all is in order, and None where the metrics do not allow a check."""
+
+    name: str
+    finding: str | None
+
+
+def examine(run: Run) -> list[Check]:
+    """All checks, in the order in which they are worth reading."""
+    return [
+        Check("all values finite", _not_finite(run)),
+        Check("start at ln 2", _start(run)),
+        Check("loss falls", _loss(run)),
+        Check("evaluation loss does not turn up", _turn(run)),
+        Check("accuracy between 0 and 1", _accuracy(run)),
+        Check("chosen answers stay likely", _chosen(run)),
+    ]
+
+
+def trend(run: Run, name: str) -> tuple[float, float] | None:
+    """Where a metric starts and ends: its evaluations, or means over quarters of training."""
+    if len(run.eval.get(name, ())) >= 2:
+        return run.eval[name][0][1], run.eval[name][-1][1]
+    points = run.train.get(name, [])
+    if len(points) < 4:
+        return None
+    size = len(points) // 4
+    return _mean(points[:size]), _mean(points[-size:])
+
+
+def _mean(points: Points) -> float:
+    return sum(value for _, value in points) / len(points)
+
+
+def _not_finite(run: Run) -> str:
+    if not run.not_finite:
+        return ""
+    name, step = min(run.not_finite.items(), key=lambda item: item[1])
+    return (
+        f"{name} was NaN or infinite at step {step:.0f}, which means that the numbers overflowed; "
+        "people usually lower train.learning_rate, lengthen train.warmup_ratio, or look at the data "
+        "of that step."
+    )
+
+
+def _start(run: Run) -> str | None:
+    points = run.eval.get("loss", [])
+    if not run.starts_at_ln2 or not points or points[0][0] != 0:
+        return None
+    loss = points[0][1]
+    if abs(loss - math.log(2)) <= START_TOLERANCE:
+        return ""
+    return (
+        f"The evaluation loss at step 0 is {loss:.4f} and not ln 2 = 0.6931, which means that the "
+        "reference is not the model training starts from; people usually look for a reference.cache_dir "
+        "of another model, for dropout, and at model.dtype."
+    )
+
+
+def _loss(run: Run) -> str | None:
+    ends = trend(run, "loss")
+    if ends is None:
+        return None
+    if ends[1] < ends[0] - FALL * abs(ends[0]):
+        return ""
+    return (
+        f"The loss does not fall ({number(ends[0])} \N{RIGHTWARDS ARROW} {number(ends[1])}), which "
+        "means that the model is not learning the preference; people usually raise train.learning_rate, "
+        "train longer, or read a few pairs to see that chosen and rejected are told apart."
+    )
+
+
+def _turn(run: Run) -> str | None:
+    points = run.eval.get("loss", [])
+    if len(points) < 3:
+        return None
+    step, least = min(points, key=lambda point: point[1])
+    last = points[-1][1]
+    if last <= least + RISE * abs(least) or step == points[0][0]:
+        return ""
+    return (
+        f"The evaluation loss was least at step {step:.0f} ({number(least)}) and ended at "
+        f"{number(last)}, which means that training went on into overfitting; people usually take the "
+        "checkpoint nearest that step, train fewer epochs, or lower train.learning_rate."
+    )
+
+
+def _accuracy(run: Run) -> str | None:
+    """Pinned: the last half of at least four log lines, or two evaluations or more after the first."""
+    evaluations = run.eval.get("rewards/accuracies", [])
+    points = run.train.get("rewards/accuracies", [])
+    tails = [evaluations[-2:] if len(evaluations) >= 3 else [], points[-(len(points) // 2) :]]
+    tails[1] = tails[1] if len(points) >= 4 else []
+    if not any(tails):
+        return None
+    for tail, where in zip(tails, ("evaluation", "training")):
+        if tail and all(value <= PINNED for _, value in tail):
+            return (
+                f"The {where} accuracy stays at {percent(tail[-1][1])}, which means that the model "
+                "learns the opposite of what is measured; people usually look for chosen and rejected "
+                "swapped in data.columns, or for a train.learning_rate far too high."
+            )
+        if tail and all(value >= 1 - PINNED for _, value in tail):
+            return (
+                f"The {where} accuracy stays at {percent(tail[-1][1])}, which means that the pairs are "
+                "easy to tell apart, perhaps by length or form alone; people usually stop earlier, raise "
+                "loss.beta, or choose pairs that are closer to each other."
+            )
+    return ""
+
+
+def _chosen(run: Run) -> str | None:
+    ends, margins = trend(run, "logps/chosen"), trend(run, "rewards/margins")
+    if ends is None or margins is None:
+        return None
+    rewards = trend(run, "rewards/chosen")  # without the noise of which pairs were in the batch
+    falls = ends[0] - ends[1] > LEAST_FALL and (rewards is None or rewards[1] < rewards[0])
+    if not (falls and margins[1] - margins[0] > LEAST_GROWTH):
+        return ""
+    return (
+        f"The chosen log-probability falls ({number(ends[0])} \N{RIGHTWARDS ARROW} {number(ends[1])}) "
+        "while the margin grows, which means that the model mostly learns to avoid the rejected "
+        "answers and may drift from the chosen ones; people usually add the sft loss to loss.type, "
+        "raise loss.beta, or lower train.learning_rate."
+    )
