@@ -15,39 +15,54 @@ GRACE_SECONDS = 10.0  # after one rank has failed, for the others to say so them
 
 
 def launch(nproc: int, arguments: list[str]) -> int:
-    """Run `dpo-fast *arguments` as `nproc` ranks; returns the first failure's exit code, or 0.
+    """Run `dpo-fast *arguments` as `nproc` ranks; see `launch_command`."""
+    return launch_command(nproc, [sys.executable, "-m", "dpo_fast", *arguments], dict(os.environ))
+
+
+def launch_command(nproc: int, command: list[str], environment: dict[str, str]) -> int:
+    """Run a command as `nproc` ranks; returns the first failure's exit code, or 0.
 
     Ctrl-C reaches the ranks through the terminal; SIGTERM is passed on. They finish their step, save
     and exit, and this process waits for that.
     """
+    ranks: list[subprocess.Popen] = []
+    handlers = {
+        signal.SIGINT: signal.SIG_IGN,
+        signal.SIGTERM: lambda *_: [p.terminate() for p in ranks if p.poll() is None],
+    }
+    for variables in _rank_environments(nproc, environment):
+        ranks.append(subprocess.Popen(command, env=variables))
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        return _wait(ranks)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _rank_environments(nproc: int, environment: dict[str, str]) -> list[dict[str, str]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common |= {"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc)}
     # Set before a rank starts: thread pools are sized when their libraries load.
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(cores() // nproc, 1)))
-    common = {"OMP_NUM_THREADS": threads}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(nproc)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "dpo_fast", *arguments],
-            env=os.environ
-            | common
-            | {"RANK": str(r), "LOCAL_RANK": str(r), "LOCAL_WORLD_SIZE": str(nproc)},
-        )
-        for r in range(nproc)
-    ]
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: [p.terminate() for p in ranks if p.poll() is None])
-    failed: int | None = None
-    deadline = float("inf")
+    threads = {"OMP_NUM_THREADS": str(max(cores() // nproc, 1))}
+    ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(nproc))
+    return [threads | environment | common | rank for rank in ranks]
+
+
+def _wait(ranks: list[subprocess.Popen]) -> int:
+    """Until all have ended. After a failure the others get some seconds to end by themselves."""
+    failed, deadline = 0, float("inf")
     while any(p.poll() is None for p in ranks):
-        codes = [p.returncode for p in ranks if p.returncode]
-        if codes and failed is None:
-            failed, deadline = codes[0], time.monotonic() + GRACE_SECONDS
+        failed = failed or next((p.returncode for p in ranks if p.returncode), 0)
+        if failed and deadline == float("inf"):
+            deadline = time.monotonic() + GRACE_SECONDS
         if time.monotonic() > deadline:
             for p in ranks:
                 p.kill()
         time.sleep(0.05)
-    codes = [failed] if failed else [p.returncode for p in ranks if p.returncode]
+    code = failed or next((p.returncode for p in ranks if p.returncode), 0)
     # A rank that a signal killed has a negative code: the shell's convention is 128 + number.
-    return (codes[0] if codes[0] > 0 else 128 - codes[0]) if codes else 0
+    return code if code >= 0 else 128 - code

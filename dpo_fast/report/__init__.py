@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing else, from what training left in its folder.
+"""The report of a run: one HTML file that needs nothing else, from what training left behind.
 
     read.py      the run's files, read and checked
     health.py    what the metrics say is wrong, and what people usually change

@@ -1,4 +1,4 @@
-"""Curves as SVG: one panel with its axes, lines for training, dots for evaluation, direct labels."""
+"""Curves as SVG: a panel with its axes, lines for training, dots for evaluation, direct labels."""
 
 from __future__ import annotations
 
@@ -136,12 +136,16 @@ def _axes(panel: Panel, frame: Frame) -> str:
     for mark, label in zip(marks, tick_labels(marks)):
         y = frame.y(mark / scale)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_text(LEFT - 6, y + 3.5, label + (" %" if panel.percent else ""), "tick", "end"))
+        parts.append(
+            _text(LEFT - 6, y + 3.5, label + (" %" if panel.percent else ""), "tick", "end")
+        )
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{RIGHT}" y1="{BOTTOM}" y2="{BOTTOM}"/>')
     marks = ticks(0.0, frame.last_step, whole=True)
     for mark, label in zip(marks, tick_labels(marks)):
         x = frame.x(mark)
-        parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{BOTTOM}" y2="{BOTTOM + 4}"/>')
+        parts.append(
+            f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{BOTTOM}" y2="{BOTTOM + 4}"/>'
+        )
         parts.append(_text(x, BOTTOM + 16, label, "tick", "middle"))
     parts.append(_text((LEFT + RIGHT) / 2, BOTTOM + 30, "step", "tick", "middle"))
     return "".join(parts)

@@ -132,8 +132,12 @@ def _chosen(run: Run) -> str | None:
     ends, margins = trend(run, "logps/chosen"), trend(run, "rewards/margins")
     if ends is None or margins is None:
         return None
-    rewards = trend(run, "rewards/chosen")  # without the noise of which pairs were in the batch
-    falls = ends[0] - ends[1] > LEAST_FALL and (rewards is None or rewards[1] < rewards[0])
+    falls = ends[0] - ends[1] > LEAST_FALL
+    if (
+        len(run.eval.get("logps/chosen", ())) < 2
+    ):  # training batches differ; their rewards do less so
+        rewards = trend(run, "rewards/chosen")
+        falls = falls and (rewards is None or rewards[1] < rewards[0])
     if not (falls and margins[1] - margins[0] > LEAST_GROWTH):
         return ""
     return (

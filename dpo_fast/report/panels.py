@@ -97,7 +97,9 @@ def _both(run: Run, name: str, tone: str = "plain") -> list[Curve]:
 def _loss(run: Run) -> Panel:
     known = run.starts_at_ln2
     names = " + ".join(run.loss_names) or "as configured"
-    note = f"Objective: {names}. " + ("At the start it must be ln 2." if known else "It should fall.")
+    note = f"Objective: {names}. " + (
+        "At the start it must be ln 2." if known else "It should fall."
+    )
     rules = [(math.log(2), "ln 2")] if known else []
     return Panel("Loss", note, _both(run, "loss"), rules, tuple(value for value, _ in rules))
 
@@ -113,5 +115,7 @@ def _rewards(run: Run) -> Panel:
         curves += both
     beta = run.setting("loss", "beta")
     beta = f" (\N{GREEK SMALL LETTER BETA} = {beta})" if isinstance(beta, (int, float)) else ""
-    note = f"\N{GREEK SMALL LETTER BETA} times the log-ratio to the reference{beta}. They should part."
+    note = (
+        f"\N{GREEK SMALL LETTER BETA} times the log-ratio to the reference{beta}. They should part."
+    )
     return Panel("Rewards, chosen and rejected", note, curves, [(0.0, "")], (0.0,))

@@ -106,6 +106,8 @@ def _add_metrics(run: Run, path: Path) -> None:
         raise UserError(f"{path} is empty. Write the report once training has logged a line")
     for name, values in curves.items():
         points = sorted(values.items())
+        if not points:
+            continue
         if name == "epoch":
             run.epochs = points
         elif name.startswith(EVAL_PREFIX):
@@ -134,7 +136,7 @@ def _broken(path: Path, number: int, fault: str) -> str:
 def _add_line(run: Run, curves: dict[str, dict[float, float]], values: dict[str, Any]) -> None:
     """A step that is there twice was trained again after a resumption: the later line counts."""
     step = _number(values.get("step"))
-    if step is None or not _is_finite(step):
+    if step is None or not 0 <= step < LARGEST:
         run.without_step += 1
         return
     for name, value in values.items():
@@ -143,6 +145,8 @@ def _add_line(run: Run, curves: dict[str, dict[float, float]], values: dict[str,
             continue
         if _is_finite(value):
             curves.setdefault(name, {})[step] = value
+            if run.not_finite.get(name) == step:
+                del run.not_finite[name]
         else:
             curves.get(name, {}).pop(step, None)
             run.not_finite.setdefault(name, step)

@@ -32,9 +32,7 @@ def tick_labels(values: Sequence[float]) -> list[str]:
         return [_minus(_exponent(f"{value:.3g}")) for value in values]
     unit, suffix = (1e6, "M") if largest >= 2e6 else (1e3, "k") if largest >= 1e4 else (1.0, "")
     decimals = max(0, -math.floor(math.log10(step / unit) + 1e-9)) if step > 0 else 0
-    return [
-        _minus(f"{value / unit:.{decimals}f}") + (suffix if value else "") for value in values
-    ]
+    return [_minus(f"{value / unit:.{decimals}f}") + (suffix if value else "") for value in values]
 
 
 def number(value: float) -> str:

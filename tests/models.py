@@ -1,0 +1,58 @@
+"""Tiny models and pairs for tests, made on the spot."""
+
+import json
+import random
+from pathlib import Path
+
+import torch
+
+from tests.tiny import byte_tokenizer
+
+
+def write_model(folder: Path, *, seed: int = 0, tied: bool = False, vocab: int | None = None) -> Path:
+    """A Llama of 30,000 parameters with a byte-level tokenizer, as save_pretrained writes it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = byte_tokenizer(bos=True)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab or len(tokenizer), hidden_size=32, intermediate_size=48,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        tie_word_embeddings=tied, initializer_range=0.2,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_pairs(file: Path, count: int = 24, seed: int = 0) -> Path:
+    """Pairs of very unequal lengths, so that a wrong normaliser shows."""
+    draw = random.Random(seed)
+    with file.open("w") as stream:
+        for index in range(count):
+            a, b = draw.sample(range(1000), 2)
+            row = {
+                "prompt": f"{index}: {a} or {b}? ",
+                "chosen": f"{max(a, b)}" + " because it is larger" * draw.randint(0, 2),
+                "rejected": f"{min(a, b)}" + "!" * draw.randint(0, 9),
+            }
+            stream.write(json.dumps(row) + "\n")
+    return file
+
+
+def run_tree(folder: Path, **train) -> dict:
+    """A configuration as a tree, for the model and pairs that stand in `folder`."""
+    defaults = {
+        "output_dir": str(folder / "run"), "global_pairs": 8, "micro_pairs": 4,
+        "learning_rate": 1e-3, "warmup_ratio": 0.0,
+    }  # fmt: skip
+    return {
+        "model": {"path": str(folder / "model"), "dtype": "fp32"},
+        "data": {
+            "train": str(folder / "pairs.jsonl"), "max_length": 128,
+            "cache_dir": str(folder / "cache"),
+        },
+        "train": defaults | train,
+        "log": {"logging_steps": 1},
+    }  # fmt: skip

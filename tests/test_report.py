@@ -1,0 +1,368 @@
+"""The report of a run: a hand-made folder in, one whole HTML page out."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dpo_fast.data.report import DataReport
+from dpo_fast.data.verdicts import Tally
+from dpo_fast.errors import UserError
+from dpo_fast.report import write_report
+from dpo_fast.report.chart import MOST_POINTS, smooth, thin
+from dpo_fast.report.scale import number, percent, tick_labels, ticks
+
+VOID = {"meta", "line", "circle", "polyline", "br"}
+HOSTILE = "</script><img src=x onerror=\"alert('&')\">"
+LN2 = math.log(2)
+
+
+class Page(HTMLParser):
+    """Checks that tags are balanced; gathers text, tags, and curves by (title, name)."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.texts: list[str] = []
+        self.curves: dict[tuple[str, str], dict] = {}
+        self.title = ""
+        self.feed(source)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.tags.append((tag, attrs))
+        if tag == "svg":
+            self.title = attrs.get("aria-label", "")
+        if "data-name" in attrs:
+            pairs = [pair.split(",") for pair in attrs["data-values"].split()]
+            self.curve = {
+                "values": [(float(a), float(b)) for a, b in pairs],
+                "lines": [],
+                "dots": 0,
+            }
+            self.curves[self.title, attrs["data-name"]] = self.curve
+        if tag == "polyline" and self.title:
+            self.curve["lines"].append(len(attrs["points"].split()))
+        if tag == "circle" and self.title:
+            self.curve["dots"] += 1
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        assert tag in VOID
+        self.handle_starttag(tag, attrs)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+
+def train_line(step: int, **values) -> dict:
+    share = step / 10
+    line = {
+        "step": step, "epoch": step / 5, "loss": LN2 - 0.03 * step, "rewards/chosen": 0.02 * step,
+        "rewards/rejected": -0.03 * step, "rewards/accuracies": 0.5 + 0.3 * share,
+        "rewards/margins": 0.05 * step, "logps/chosen": -40 + 0.1 * step,
+        "logps/rejected": -30 - 0.2 * step, "entropy": 2.0, "grad_norm": 1.5, "learning_rate": 5e-7,
+        "perf/tokens_per_second": 2000.0, "perf/pairs_per_second": 70.0 + step,
+        "perf/padding_fraction": 0.02,
+    }  # fmt: skip
+    return line | values
+
+
+def eval_line(step: int, **values) -> dict:
+    names = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
+    line = {f"eval_{name}": train_line(step)[name] for name in names}
+    return {"step": step, "epoch": step / 5, **line} | values
+
+
+def usual() -> list[dict]:
+    return [eval_line(0), *map(train_line, range(1, 11)), eval_line(5), eval_line(10)]
+
+
+def make(folder: Path, lines: list[dict], **config) -> Path:
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    base = {"loss": {"type": "sigmoid", "beta": 0.1}, "log": {"run_name": "a run"}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(base | config))
+    return folder
+
+
+def read(folder: Path) -> Page:
+    return Page(write_report(folder).read_text(encoding="utf-8"))
+
+
+def test_curves_have_a_place_for_every_point(tmp_path):
+    page = read(make(tmp_path, usual()))
+    train, evaluation = page.curves["Loss", "train"], page.curves["Loss", "eval"]
+    assert train["lines"] == [10] and train["dots"] == 0
+    assert evaluation["lines"] == [3] and evaluation["dots"] == 3
+    expected = [(step, LN2 - 0.03 * step) for step in range(1, 11)]
+    assert train["values"] == [pytest.approx(pair, rel=1e-5) for pair in expected]
+    titles = {title for title, _ in page.curves}
+    assert titles == {
+        "Loss", "Accuracy", "Margin", "Rewards, chosen and rejected", "Chosen log-probability",
+        "Rejected log-probability", "Gradient norm", "Learning rate", "Entropy",
+        "Pairs per second", "Tokens per second",
+    }  # fmt: skip
+    assert {name for title, name in page.curves if title.startswith("Rewards")} == {
+        "chosen", "rejected",
+    }  # fmt: skip
+
+
+def test_places_follow_the_values(tmp_path):
+    """A falling loss goes down on the page, evenly and within the plot."""
+    source = write_report(make(tmp_path, usual())).read_text()
+    chart = source[source.index('aria-label="Loss"') :]
+    points = re.search(r'class="line" points="([^"]*)"', chart).group(1)
+    places = [tuple(map(float, pair.split(","))) for pair in points.split()]
+    for axis, least, most in ((0, 46, 338), (1, 12, 198)):
+        steps = [b[axis] - a[axis] for a, b in zip(places, places[1:])]
+        assert all(step == pytest.approx(steps[0], abs=0.21) and step > 0 for step in steps)
+        assert all(least <= place[axis] <= most for place in places)
+    assert places[-1][0] == 338
+
+
+def test_first_and_last_numbers(tmp_path):
+    text = read(make(tmp_path, usual())).text
+    assert "Eval accuracy 50 % → 80 % step 0 → 10" in text
+    assert "Eval margin 0 → 0.5000" in text
+    assert "Eval loss 0.6931 → 0.3931" in text
+    assert "75.50 pairs/s median, 2,000 tokens/s, 2 % padding" in text
+
+
+def test_without_evaluation_training_is_summed_up(tmp_path):
+    page = read(make(tmp_path, [train_line(step) for step in (2, 4)]))
+    assert "Train accuracy 56 % → 62 % step 2 → 4" in page.text
+    assert ("Loss", "eval") not in page.curves
+
+
+def test_the_page_needs_nothing_else(tmp_path):
+    source = write_report(make(tmp_path, usual())).read_text()
+    assert "http" not in source and "@import" not in source and "url(" not in source
+    assert not any("src" in attrs or "href" in attrs for _, attrs in Page(source).tags)
+    assert "prefers-color-scheme: dark" in source
+    assert [path.name for path in tmp_path.glob("*report*")] == ["report.html"]
+
+
+def test_hostile_text_stays_text(tmp_path):
+    make(tmp_path, usual(), log={"run_name": HOSTILE}, model={"path": HOSTILE}, odd=HOSTILE)
+    tally = Tally({HOSTILE: 2}, {HOSTILE: [(HOSTILE, HOSTILE)]})
+    report = DataReport([HOSTILE], 10, 8, bad=tally, ignored_columns=[HOSTILE])
+    (tmp_path / "data-report.json").write_text(report.to_json())
+    sample = {"prompt": HOSTILE, "before": HOSTILE, "after": HOSTILE, "right": HOSTILE}
+    (tmp_path / "samples.json").write_text(json.dumps([sample]))
+    page = read(tmp_path)
+    assert not any(tag == "img" for tag, _ in page.tags)
+    assert sum(tag == "script" for tag, _ in page.tags) == 1
+    assert page.text.count(HOSTILE) >= 10
+
+
+def test_what_the_loader_kept_and_dropped(tmp_path):
+    make(tmp_path, usual())
+    report = DataReport(
+        ["pairs.jsonl"], 1000, 950, 50, Tally({"no answer": 30}, {"no answer": [("f:7", "x")]}),
+        Tally({"too long": 20}, {"too long": []}), prompts_cut=3,
+        lengths={"prompt": {"p50": 12, "max": 4321}}, tokens={"prompt": 98765},
+    )  # fmt: skip
+    (tmp_path / "data-report.json").write_text(report.to_json())
+    text = read(tmp_path).text
+    assert "rows read 1,000 100 %" in text and "used for training 900 90 %" in text
+    assert "bad row: no answer first: f:7 30 3 %" in text and "dropped: too long 20 2 %" in text
+    assert "3 of 950 prompts were cut" in text and "4,321 98,765" in text
+
+
+def test_samples_show_only_what_there_is(tmp_path):
+    make(tmp_path, usual())
+    samples = [{"prompt": "2+2", "before": "5", "after": "", "right": None}]
+    (tmp_path / "samples.json").write_text(json.dumps(samples))
+    assert "2+2 Before 5 After empty" in read(tmp_path).text
+    assert "Right answer" not in read(tmp_path).text
+
+
+def test_metrics_alone_are_enough(tmp_path):
+    make(tmp_path, usual())
+    (tmp_path / "config.yaml").unlink()
+    page = read(tmp_path)
+    assert page.curves["Loss", "train"]["lines"] == [10]
+    for absent in ("Data", "Answers before and after", "Resolved configuration", "ln 2."):
+        assert absent not in page.texts
+    assert "Too little was logged to check: start at ln 2" in page.text
+
+
+@pytest.mark.parametrize(
+    "line", [train_line(3), eval_line(0), {"step": 1}, {"step": 1, "loss": None}, {"loss": 0.5}]
+)
+def test_a_single_line(tmp_path, line):
+    page = read(make(tmp_path, [line]))
+    assert all(curve["dots"] == 1 and curve["lines"] == [] for curve in page.curves.values())
+    assert bool(page.curves) == (len(line) > 2)
+
+
+def test_gaps_are_left_out(tmp_path):
+    lines = usual()
+    lines[3]["grad_norm"] = None
+    lines[4]["loss"], lines[5]["loss"] = math.nan, math.inf
+    del lines[6]["entropy"]
+    lines[7]["logps/chosen"] = "text"
+    page = read(make(tmp_path, lines))
+    lengths = {
+        title: curve["lines"][0] for (title, n), curve in page.curves.items() if n == "train"
+    }
+    assert lengths["Gradient norm"] == lengths["Entropy"] == 9
+    assert lengths["Loss"] == 8 and lengths["Chosen log-probability"] == 9
+    assert lengths["Margin"] == 10
+    assert "loss was NaN or infinite at step 4" in page.text
+    assert "nan" not in " ".join(str(attrs) for _, attrs in page.tags).lower()
+
+
+def test_steps_trained_again_count_once(tmp_path):
+    lines = [train_line(1), train_line(2, loss=9.0), train_line(2, loss=0.25), train_line(3)]
+    curve = read(make(tmp_path, lines)).curves["Loss", "train"]
+    assert [step for step, _ in curve["values"]] == [1, 2, 3] and curve["values"][1][1] == 0.25
+
+
+@pytest.mark.parametrize(("values", "seen"), [((math.nan, 0.5), False), ((0.5, math.nan), True)])
+def test_a_step_trained_again_is_judged_by_its_last_line(tmp_path, values, seen):
+    page = read(make(tmp_path, [train_line(1, loss=value) for value in values]))
+    assert ("loss was NaN" in page.text) == seen and (("Loss", "train") in page.curves) != seen
+
+
+@pytest.mark.parametrize("broken", ['{"step": 3, "lo', "[1, 2]", "3"])
+def test_a_broken_line_is_named(tmp_path, broken):
+    path = make(tmp_path, [train_line(1), train_line(2)]) / "metrics.jsonl"
+    path.write_text(path.read_text() + "\n" + broken + "\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 4 .*delete that line"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("content", [None, "", "\n \n"])
+def test_no_metrics(tmp_path, content):
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(UserError, match=r"metrics\.jsonl (does not exist\. Name|is empty\. Write)"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("config.yaml", "a: [1"), ("data-report.json", "{}"), ("data-report.json", "[]"),
+     ("samples.json", "{"), ("samples.json", "[1]")],
+)  # fmt: skip
+def test_a_broken_companion_is_named(tmp_path, name, content):
+    make(tmp_path, usual())
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=re.escape(name)):
+        write_report(tmp_path)
+
+
+FINDINGS = {
+    "start": "and not ln 2 = 0.6931",
+    "chosen": "The chosen log-probability falls",
+    "pinned": "accuracy stays at",
+    "flat": "The loss does not fall",
+    "turn": "The evaluation loss was least at step 5",
+}
+
+
+def found(folder: Path) -> set[str]:
+    text = read(folder).text
+    return {name for name, sentence in FINDINGS.items() if sentence in text}
+
+
+def test_a_run_in_order_has_no_findings(tmp_path):
+    assert found(make(tmp_path, usual())) == set()
+    assert "In order: all values finite, start at ln 2, loss falls" in read(tmp_path).text
+
+
+def changed(kind: str, name: str, values) -> list[dict]:
+    """The usual run with another course of one metric; `values` by step."""
+    lines = usual()
+    for line in lines:
+        if kind + name in line:
+            line[kind + name] = values(line["step"])
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (changed("eval_", "loss", lambda step: 0.9 - 0.03 * step), {"start"}),
+        (changed("eval_", "loss", lambda step: LN2 + 5e-4 - 0.03 * step), set()),
+        (changed("eval_", "logps/chosen", lambda step: -40.0 - step), {"chosen"}),
+        (changed("eval_", "logps/chosen", lambda step: -40.0 - 0.01 * step), set()),
+        (changed("", "rewards/accuracies", lambda step: float(step > 2)), {"pinned"}),
+        (changed("eval_", "rewards/accuracies", lambda step: 0.0), {"pinned"}),
+        (changed("", "rewards/accuracies", lambda step: 0.99), set()),
+        (changed("eval_", "loss", lambda step: LN2), {"flat"}),
+        (changed("eval_", "loss", lambda step: {0: LN2, 5: 0.4, 10: 0.5}[step]), {"turn"}),
+    ],
+)
+def test_findings(tmp_path, lines, expected):
+    assert found(make(tmp_path, lines)) == expected
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"loss": {"type": "ipo"}}, {"loss": {"type": ["sigmoid", "sft"]}},
+     {"loss": {"type": "sigmoid", "weights": [2.0]}}, {"reference": {"path": "another"}}],
+)  # fmt: skip
+def test_ln2_is_expected_of_plain_sigmoid_only(tmp_path, config):
+    lines = changed("eval_", "loss", lambda step: 0.9 - 0.03 * step)
+    assert found(make(tmp_path, lines, **config)) == set()
+
+
+def test_training_alone_shows_a_flat_loss_and_a_falling_chosen(tmp_path):
+    lines = [
+        train_line(step, loss=LN2, **{"logps/chosen": -40.0 - step, "rewards/chosen": -0.1 * step})
+        for step in range(1, 9)
+    ]
+    assert found(make(tmp_path, lines)) == {"flat", "chosen"}
+
+
+def test_a_long_run_is_thinned_and_smoothed():
+    points = [(float(step), float(step % 7)) for step in range(50_000)]
+    points[777] = (777.0, 99.0)
+    kept = thin(points)
+    assert len(kept) <= MOST_POINTS + 1 and kept[-1] == points[-1] and kept == sorted(kept)
+    assert (777.0, 99.0) in kept
+    level = smooth([(float(step), 3.0) for step in range(100)])
+    assert [value for _, value in level] == pytest.approx([3.0] * 100)
+    alternating = smooth([(float(step), float(step % 2)) for step in range(400)])
+    assert all(0.3 < value < 0.7 for _, value in alternating)
+
+
+def test_ticks_are_round_and_within():
+    assert ticks(0, 14, whole=True) == [0, 5, 10]
+    assert ticks(0.53, 0.70) == pytest.approx([0.55, 0.6, 0.65, 0.7])
+    assert ticks(3, 3) == [3]
+    for low, high in ((-3.1, 0.2), (0, 1e-7), (1e8, 3e9), (5.5565, 5.5584)):
+        marks = ticks(low, high)
+        assert 2 <= len(marks) <= 6 and low <= marks[0] and marks[-1] <= high * (1 + 1e-9)
+        assert len(set(tick_labels(marks))) == len(marks)
+    assert tick_labels([0, 2e-7]) == ["0", "2e\N{MINUS SIGN}7"]
+    assert tick_labels([0, 20000]) == ["0", "20k"]
+
+
+def test_numbers_for_people():
+    values = (0, 0.69314, 5.5567, 71.74, 1848.4, -38.765, 2.5e-7, 1.23e10)
+    expected = "0 0.6931 5.557 71.74 1,848 -38.77 2.5e-7 1.23e10".replace("-", "\N{MINUS SIGN}")
+    assert [number(value) for value in values] == expected.split()
+    texts = ["50 %", "100 %", "99.9 %", "<0.1 %", "0 %"]
+    assert [percent(value) for value in (0.5, 1, 0.99999, 1e-6, 0)] == texts
