@@ -160,7 +160,9 @@ def test_every_loss_equals_plain_pytorch(folder):
 def test_the_split_does_not_matter(folder, ranks):
     """Any micro-batch, accumulation, number of ranks, ZeRO stage, layout and implementation."""
     loss = LOSS_CASES["mixture"]
-    splits = product((0, 1, 2, 3), (1, 4), ("padded", "packed"), ("torch", "triton"))
+    splits = [*product((0, 1, 2, 3), (1, 4), ("padded", "packed"), ("torch",))]
+    # Triton's interpreter is slow: each of its cases differs from the other in every dimension.
+    splits += [(0, 4, "packed", "triton"), (3, 2, "padded", "triton")]
     cases = {
         f"zero {stage}, micro {micro}, {layout}, {implementation}": case(
             folder, loss, stage=stage, micro_pairs=micro, layout=layout,

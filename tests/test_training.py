@@ -1,0 +1,259 @@
+"""Whole runs: the same curve on two ranks, exact resume, references, adapters, exports."""
+
+import copy
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("deepspeed")
+
+from safetensors.torch import load_file
+
+from tests.models import run_tree, write_model, write_pairs
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 6
+ENVIRONMENT = dict(os.environ, PYTHONPATH=str(ROOT))
+
+
+def command(*arguments) -> list[str]:
+    return [sys.executable, "-m", "dpo_fast", *map(str, arguments)]
+
+
+def losses(folder: Path, name: str = "loss") -> dict[int, float]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+def changed(tree: dict, output: Path, **sections) -> dict:
+    """A copy of a tree with its own output folder and some options changed."""
+    tree = copy.deepcopy(tree)
+    for section, options in sections.items():
+        tree[section] = tree.get(section, {}) | options
+    tree["train"]["output_dir"] = str(output)
+    return tree
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("training")
+    write_model(folder / "model")
+    write_model(folder / "tied", tied=True)
+    write_pairs(folder / "pairs.jsonl", 20)
+    return folder
+
+
+def variants(folder: Path) -> dict[str, dict]:
+    """What is run, by the name of its output folder."""
+    base = run_tree(folder, max_steps=STEPS, micro_pairs=2)
+    base["parallel"] = {"zero_stage": 0}
+    base["data"]["eval_rows"] = 4
+    lora = {"lora": {"r": 4, "alpha": 8}}
+    zero3 = {"zero_stage": 3}
+    sections = {
+        "plain": {},
+        "whole": {"train": {"save_steps": 3, "save_total_limit": 5}},
+        "frozen": {"reference": {"provider": "frozen"}, "parallel": zero3},
+        "checkpointed": {"model": {"gradient_checkpointing": True}, "parallel": zero3},
+        "tied": {"model": {"path": str(folder / "tied")}, "parallel": zero3},
+        "tied-plain": {"model": {"path": str(folder / "tied")}},
+        "adapter-off": {"model": lora, "reference": {"provider": "adapter_off"}},
+        "adapter-cached": {"model": lora, "parallel": zero3, "train": {"merge_lora": True}},
+        "bf16": {"model": {"dtype": "bf16"}, "parallel": zero3},
+        "monitored": {"log": {"report_to": ["tensorboard"], "logging_steps": 2}},
+        "sft-only": {"loss": {"type": "sft"}},
+    }
+    return {name: changed(base, folder / name, **options) for name, options in sections.items()}
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
+    """All variants, run in one process; the resumed one starts from a copy of `whole` at step 3."""
+    trees = variants(folder)
+    cases = folder / "cases.json"
+    cases.write_text(json.dumps(list(trees.values())))
+    worker = [sys.executable, str(ROOT / "tests/workers/runs.py"), str(cases)]
+    subprocess.run(worker, env=ENVIRONMENT, check=True, timeout=900)
+    shutil.copytree(folder / "whole" / "checkpoint-3", folder / "resumed" / "checkpoint-3")
+    checkpoint = str(folder / "resumed" / "checkpoint-3")
+    resumed = changed(
+        trees["whole"], folder / "resumed", train={"resume_from_checkpoint": checkpoint}
+    )
+    cases.write_text(json.dumps([resumed]))
+    subprocess.run(worker, env=ENVIRONMENT, check=True, timeout=300)
+    return trees
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "final" / "model.safetensors")
+
+
+def test_two_ranks_with_zero_3_give_the_curve_of_one_without(folder):
+    tree = run_tree(folder, max_steps=10, micro_pairs=2)
+    file = folder / "run.yaml"
+    curves = {}
+    for name, stage, ranks in (("one", 0, 1), ("two", 3, 2)):
+        file.write_text(
+            yaml.safe_dump(changed(tree, folder / name, parallel={"zero_stage": stage}))
+        )
+        subprocess.run(
+            command("train", file, "--nproc", ranks), env=ENVIRONMENT, check=True, timeout=300
+        )
+        curves[name] = losses(folder / name)
+    assert len(curves["one"]) == 10
+    assert curves["one"][10] < 0.9 * curves["one"][1], "nothing was learned: the curve shows nothing"
+    for step, loss in curves["one"].items():
+        assert curves["two"][step] == pytest.approx(loss, abs=1e-5), f"step {step}"
+
+
+def test_resume_is_bitwise(folder, runs):
+    whole, resumed = losses(folder / "whole"), losses(folder / "resumed")
+    assert sorted(resumed) == [4, 5, 6]
+    assert all(resumed[step] == whole[step] for step in resumed)
+    for name in ("eval_loss", "grad_norm", "learning_rate"):
+        a, b = losses(folder / "whole", name), losses(folder / "resumed", name)
+        assert all(a[step] == b[step] for step in b if step > 3), name
+    a, b = weights(folder / "whole"), weights(folder / "resumed")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_saving_does_not_change_a_run(folder, runs):
+    assert losses(folder / "plain") == losses(folder / "whole")
+
+
+@pytest.mark.parametrize("name", ["frozen", "checkpointed"])
+def test_other_ways_to_the_same_run(folder, runs, name):
+    """A frozen second model, or recomputed activations, change the last bits at most."""
+    plain = losses(folder / "plain")
+    for step, loss in losses(folder / name).items():
+        assert loss == pytest.approx(plain[step], abs=1e-5), (name, step)
+
+
+def test_tied_embeddings_train_alike_with_and_without_zero_3(folder, runs):
+    plain, sharded = losses(folder / "tied-plain"), losses(folder / "tied")
+    assert all(sharded[step] == pytest.approx(plain[step], abs=1e-5) for step in plain)
+    assert "lm_head.weight" not in weights(folder / "tied")
+
+
+def test_adapters_off_is_the_model_before_training(folder, runs):
+    off, cached = losses(folder / "adapter-off"), losses(folder / "adapter-cached")
+    assert off[STEPS] < 0.6931
+    assert all(cached[step] == pytest.approx(off[step], abs=1e-5) for step in off)
+
+
+def test_step_0_is_ln_2_and_accuracy_starts_at_a_half(folder, runs):
+    for name in ("plain", "frozen", "adapter-off", "tied"):
+        assert losses(folder / name, "eval_loss")[0] == pytest.approx(0.6931472, abs=1e-6), name
+        assert losses(folder / name)[1] == pytest.approx(0.6931472, abs=1e-6), name
+    assert losses(folder / "bf16")[1] == pytest.approx(0.6931472, abs=1e-3)
+
+
+def test_bf16_learns(folder, runs):
+    assert losses(folder / "bf16")[STEPS] < 0.6
+
+
+def test_sft_alone_needs_no_reference(folder, runs):
+    assert not (folder / "sft-only" / "reference").exists()
+    curve = losses(folder / "sft-only")
+    assert curve[STEPS] < curve[1]
+
+
+def test_metrics_have_the_names_people_plot(folder, runs):
+    lines = [json.loads(x) for x in (folder / "plain" / "metrics.jsonl").read_text().splitlines()]
+    names = {
+        "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
+        "logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected", "entropy",
+        "mean_token_accuracy",
+    }  # fmt: skip
+    assert names | {"grad_norm", "learning_rate", "epoch", "num_tokens"} <= lines[1].keys()
+    assert {f"eval_{name}" for name in names} <= lines[0].keys()
+    margin = lines[-2]["rewards/chosen"] - lines[-2]["rewards/rejected"]
+    assert lines[-2]["rewards/margins"] == pytest.approx(margin, abs=1e-6)
+
+
+def test_monitor_receives_the_metrics(folder, runs):
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    events = next((folder / "monitored" / "tensorboard").rglob("events.*"))
+    reader = event_accumulator.EventAccumulator(str(events))
+    reader.Reload()
+    scalars = {event.step: event.value for event in reader.Scalars("Train/loss")}
+    assert scalars == pytest.approx(losses(folder / "monitored"))
+
+
+def test_export_loads_and_says_what_was_trained(folder, runs):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for name in ("plain", "tied", "frozen"):
+        final = folder / name / "final"
+        model = AutoModelForCausalLM.from_pretrained(final, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(final)
+        start = AutoModelForCausalLM.from_pretrained(runs[name]["model"]["path"])
+        moved = [
+            (a - b).abs().max().item() for a, b in zip(model.parameters(), start.parameters())
+        ]
+        assert min(moved) > 0, "a parameter was not trained"
+        ids = tokenizer("1 or 2? ", return_tensors="pt")["input_ids"]
+        assert model.generate(ids, max_new_tokens=2).shape[1] > ids.shape[1]
+
+
+def test_adapter_export_merges_to_the_same_model(folder, runs):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    final = folder / "adapter-cached" / "final"
+    merged_model = AutoModelForCausalLM.from_pretrained(final / "merged", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    ids = torch.arange(5, 25)[None]
+    untouched = base(ids).logits
+    adapted = PeftModel.from_pretrained(base, final)(ids).logits
+    torch.testing.assert_close(merged_model(ids).logits, adapted, rtol=1e-4, atol=1e-5)
+    assert (adapted - untouched).abs().max() > 1e-3
+
+
+def test_sigterm_saves_and_exits_130_and_the_run_goes_on(folder, runs):
+    tree = changed(runs["plain"], folder / "stopped")
+    tree["train"]["max_steps"] = 400
+    file = folder / "stopped.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    process = subprocess.Popen(command("train", file), env=ENVIRONMENT)
+    metrics = folder / "stopped" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 4):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 130
+    saved = int((folder / "stopped" / "latest").read_text().removeprefix("checkpoint-"))
+    assert sorted(losses(folder / "stopped"))[-1] == saved < 400
+
+
+def test_a_stale_reference_is_refused(folder, runs):
+    """A stored reference of other data, named by the user, is an error that says what differs."""
+    tree = changed(runs["plain"], folder / "stale")
+    root = folder / "stored"
+    for split in ("train", "eval"):
+        source = next((folder / "plain" / "reference").glob(f"{split}-*"))
+        shutil.copytree(source, root / split)
+    tree["reference"] = {"cache_dir": str(root)}
+    tree["data"]["max_length"] = 24
+    file = folder / "stale.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    result = subprocess.run(
+        command("train", file), env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 2
+    assert "was computed for something else: data is" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (folder / "stale" / "metrics.jsonl").exists()
