@@ -1,8 +1,13 @@
-"""Triton runs in its interpreter here, which has to be settled before a kernel is imported."""
+"""What has to be settled before torch or a kernel is imported.
+
+Triton runs in its interpreter. One thread a process: models here are tiny, files run in parallel, and
+threads that wait for each other on busy cores take ten milliseconds for a product of microseconds.
+"""
 
 import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -222,7 +222,7 @@ def test_adapter_export_merges_to_the_same_model(folder, runs):
     assert (adapted - untouched).abs().max() > 1e-3
 
 
-def test_sigterm_saves_and_exits_130_and_the_run_goes_on(folder, runs):
+def test_sigterm_finishes_the_step_saves_and_exits_130(folder, runs):
     tree = changed(runs["plain"], folder / "stopped")
     tree["train"]["max_steps"] = 400
     file = folder / "stopped.yaml"
