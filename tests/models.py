@@ -9,7 +9,9 @@ import torch
 from tests.tiny import byte_tokenizer
 
 
-def write_model(folder: Path, *, seed: int = 0, tied: bool = False, vocab: int | None = None) -> Path:
+def write_model(
+    folder: Path, *, seed: int = 0, tied: bool = False, vocab: int | None = None
+) -> Path:
     """A Llama of 30,000 parameters with a byte-level tokenizer, as save_pretrained writes it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -34,7 +34,9 @@ def test_padded():
 
 def test_packed():
     batch = collate(PAIRS, "packed")
-    assert batch.input_ids.tolist() == [[10, 11, 20, 21, 2, 10, 11, 30, 2, 12, 2, 12, 31, 32, 33, 2]]
+    assert batch.input_ids.tolist() == [
+        [10, 11, 20, 21, 2, 10, 11, 30, 2, 12, 2, 12, 31, 32, 33, 2]
+    ]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 0, 1, 2, 3, 4]]
     assert batch.segments == (5, 4, 2, 5)
     assert batch.attention_mask is None

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from itertools import product
 from pathlib import Path
@@ -142,7 +141,9 @@ def assert_same(result, truth, tolerance: float, what: str) -> None:
     assert gradients.keys() == true_gradients.keys(), what
     for name, true in true_gradients.items():
         error = (gradients[name].double() - true.double()).abs().max() / true.abs().max()
-        assert error <= tolerance, f"{what}: gradient of {name} is off by {error:.2e} of its maximum"
+        assert error <= tolerance, (
+            f"{what}: gradient of {name} is off by {error:.2e} of its maximum"
+        )
 
 
 def test_every_loss_is_in_the_cases():

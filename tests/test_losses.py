@@ -112,7 +112,9 @@ def test_every_option_that_a_loss_claims_changes_it(name):
 
 def test_objective_shares_add_up_to_the_global_loss():
     """Two micro-batches of different sizes give what one gives; sft counts tokens, not pairs."""
-    whole = pairs([-1.0, -2, -9], [-4.0, -1, -3], [-1.5, -2, -8], [-3, -2, -1], [1, 2, 7], [2, 1, 3])
+    whole = pairs(
+        [-1.0, -2, -9], [-4.0, -1, -3], [-1.5, -2, -8], [-3, -2, -1], [1, 2, 7], [2, 1, 3]
+    )
     part = lambda rows: PairLogps(*(x[rows] for x in vars(whole).values()))  # noqa: E731
     objective = Objective(("sigmoid", "sft"), (1.0, 0.5), LossOptions(beta=0.2))
     totals = Totals(pairs=3, chosen_tokens=10)

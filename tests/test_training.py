@@ -110,7 +110,9 @@ def test_two_ranks_with_zero_3_give_the_curve_of_one_without(folder):
         )
         curves[name] = losses(folder / name)
     assert len(curves["one"]) == 10
-    assert curves["one"][10] < 0.9 * curves["one"][1], "nothing was learned: the curve shows nothing"
+    assert curves["one"][10] < 0.9 * curves["one"][1], (
+        "nothing was learned: the curve shows nothing"
+    )
     for step, loss in curves["one"].items():
         assert curves["two"][step] == pytest.approx(loss, abs=1e-5), f"step {step}"
 
@@ -200,9 +202,7 @@ def test_export_loads_and_says_what_was_trained(folder, runs):
         model = AutoModelForCausalLM.from_pretrained(final, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(final)
         start = AutoModelForCausalLM.from_pretrained(runs[name]["model"]["path"])
-        moved = [
-            (a - b).abs().max().item() for a, b in zip(model.parameters(), start.parameters())
-        ]
+        moved = [(a - b).abs().max().item() for a, b in zip(model.parameters(), start.parameters())]
         assert min(moved) > 0, "a parameter was not trained"
         ids = tokenizer("1 or 2? ", return_tensors="pt")["input_ids"]
         assert model.generate(ids, max_new_tokens=2).shape[1] > ids.shape[1]

@@ -1,8 +1,8 @@
 """The command line.
 
-    app.py      commands and how their failures are told
-    doctor.py   what this machine can run
-    launch.py   --nproc: local ranks without torchrun
+app.py      commands and how their failures are told
+doctor.py   what this machine can run
+launch.py   --nproc: local ranks without torchrun
 """
 
 from dpo_fast.cli.app import main

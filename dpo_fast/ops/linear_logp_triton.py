@@ -5,8 +5,9 @@ tile, writes g = dL/dz in the operands' dtype, and multiplies:
 
     dH = g W        dW = g^T H        db = column sums of g
 
-So a trainable head costs 4 products (the plan's workspace is room for g), and a frozen head 3: its forward computes u = dlogp/dH
-once, and its backward is the row scaling c u, which needs neither the weight nor the hidden states.
+So a trainable head costs 4 products (the plan's workspace is room for g), and a frozen head 3: its
+forward computes u = dlogp/dH once, and its backward is the row scaling c u, which needs neither the
+weight nor the hidden states.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """The report of a run: one HTML file that needs nothing else, from what training left behind.
 
-    read.py      the run's files, read and checked
-    health.py    what the metrics say is wrong, and what people usually change
-    scale.py     ticks and numbers for people
-    chart.py     curves as SVG
-    panels.py    which curves there are, in words
-    data.py      the section about the data
-    page.py      the sections of the page
-    style.py     its style sheet, and the script of the hover read-out
+read.py      the run's files, read and checked
+health.py    what the metrics say is wrong, and what people usually change
+scale.py     ticks and numbers for people
+chart.py     curves as SVG
+panels.py    which curves there are, in words
+data.py      the section about the data
+page.py      the sections of the page
+style.py     its style sheet, and the script of the hover read-out
 """
 
 from __future__ import annotations

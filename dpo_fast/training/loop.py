@@ -19,7 +19,7 @@ from dpo_fast.training.evaluate import evaluate
 from dpo_fast.training.export import export
 from dpo_fast.training.health import check_start
 from dpo_fast.training.metrics import MetricSums
-from dpo_fast.training.prepare import Run, prepare
+from dpo_fast.training.prepare import Run, check, prepare
 from dpo_fast.training.progress import progress_bar, say, track
 from dpo_fast.training.step import EXTRAS, train_step
 
@@ -41,6 +41,7 @@ def train(config: RunConfig) -> Path:
         UserError: before training, if something does not fit; during it, if the loss is not finite.
         Interrupted: after SIGINT or SIGTERM, once the step is finished and a checkpoint saved.
     """
+    check(config)
     distributed.init_distributed(config.parallel.timeout_minutes)
     checkpoint = find_checkpoint(config.train.resume_from_checkpoint, config.train.output_dir)
     run = prepare(config)

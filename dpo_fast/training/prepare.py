@@ -16,6 +16,7 @@ from dpo_fast.data.sampler import Sampler
 from dpo_fast.errors import UserError
 from dpo_fast.losses import Totals
 from dpo_fast.models import ScoringModel, choose_attention, load_model, load_tokenizer
+from dpo_fast.models.load import check_model_path
 from dpo_fast.references import (
     AdapterOffReference,
     CachedReference,
@@ -25,6 +26,7 @@ from dpo_fast.references import (
 )
 from dpo_fast.references.cached import key_of, load_table, model_digest, save_table
 from dpo_fast.training import distributed
+from dpo_fast.training.checkpoints import find_checkpoint
 from dpo_fast.training.config import RunConfig, check_batch_sizes
 from dpo_fast.training.engine import build_engine, build_reference_engine, deepspeed_config
 
@@ -92,14 +94,23 @@ class Run:
     total_steps: int
 
 
+def check(config: RunConfig) -> None:
+    """What can be told without a process group, a tokenizer or a weight. Raises UserError."""
+    check_batch_sizes(config, distributed.world_size())
+    check_model_path(config.model.path)
+    if config.reference.path is not None:
+        check_model_path(config.reference.path, "reference.path")
+    choose_attention(config.model.attention, config.train.layout, distributed.device())
+    find_checkpoint(config.train.resume_from_checkpoint, config.train.output_dir)
+
+
 def prepare(config: RunConfig) -> Run:
-    """Everything in order, cheap checks first. Collective: every rank calls it.
+    """Everything in order, the cheap first. Collective: every rank calls it.
 
     Raises:
         UserError: data, model or options that do not fit, before any weight is loaded if possible.
     """
     world = distributed.world_size()
-    check_batch_sizes(config, world)
     attention = choose_attention(config.model.attention, config.train.layout, distributed.device())
     tokenizer = load_tokenizer(config.model)
     train = load_split(config, tokenizer, "train", shuffle=True)

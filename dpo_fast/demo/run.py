@@ -1,0 +1,115 @@
+"""The demo from its first line to its last: text, tokenizer, model, SFT, DPO, before and after."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dpo_fast.data.config import DataConfig
+from dpo_fast.demo.completions import Completions, complete
+from dpo_fast.demo.config import write_config
+from dpo_fast.demo.scale import QUICK, WHOLE, Scale
+from dpo_fast.demo.sft import fine_tune, save_model
+from dpo_fast.demo.show import read_evaluations, samples, show_result
+from dpo_fast.demo.student import build_model, build_tokenizer
+from dpo_fast.demo.task import Question, make_questions, write_pairs
+from dpo_fast.report import write_report
+from dpo_fast.training import distributed
+from dpo_fast.training.config import load_config
+from dpo_fast.training.loop import train
+from dpo_fast.training.progress import say
+
+SHOWN, REPORTED = 3, 12  # sample answers on the terminal, in the report
+
+
+def run_demo(output_dir: str | Path, *, seed: int = 0, quick: bool = False) -> dict[str, Any]:
+    """Teach a tiny model to answer, then by DPO to answer right; everything lands in `output_dir`.
+
+    Args:
+        seed: of the questions, the weights and the order of the data; the same seed gives the same run.
+        quick: a much smaller model and task, for tests.
+
+    Returns:
+        `reward_accuracy`, `right_share`, `chosen_logps` and `rejected_logps` on held-out questions,
+        {"before": float, "after": float} each; `parameters`; `seconds` of SFT and DPO; the paths
+        `config`, `sft`, `checkpoint` and `report`.
+    """
+    folder = Path(output_dir).expanduser().resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    scale = QUICK if quick else WHOLE
+    say("loading DeepSpeed")
+    distributed.init_distributed()
+    sizes = (scale.train_questions, scale.held_out_questions)
+    questions, held_out = make_questions(*sizes, scale.numbers, seed)
+    write_pairs(questions, folder / "train.jsonl")
+    write_pairs(held_out, folder / "eval.jsonl")
+    parameters, sft_seconds = _teach_format(folder, questions, scale, seed)
+    before = complete(folder / "sft", held_out, "answers before DPO")
+    say(f"SFT took {sft_seconds:.0f} s; {before.right_share:.0%} of its held-out answers are right")
+    config = write_config(folder, scale, seed)
+    checkpoint, dpo_seconds = _prefer_right(config)
+    after = complete(checkpoint, held_out, "answers after DPO")
+    result = _measure(folder / "dpo", before, after) | {
+        "parameters": parameters, "seconds": {"sft": sft_seconds, "dpo": dpo_seconds},
+        "config": config, "sft": folder / "sft", "checkpoint": checkpoint,
+    }  # fmt: skip
+    return _tell(folder / "dpo", result, samples(held_out, before, after, REPORTED))
+
+
+def _teach_format(
+    folder: Path, questions: Sequence[Question], scale: Scale, seed: int
+) -> tuple[int, float]:
+    """SFT of a new model into `folder`/sft; returns its parameters and the seconds it took."""
+    began = time.monotonic()
+    tokenizer = build_tokenizer(text for q in questions for text in (q.text, q.right, q.wrong))
+    model = build_model(tokenizer, scale.size, seed)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    say(
+        f"a new Llama of {parameters / 1e6:.1f} million parameters and {len(tokenizer)} tokens; "
+        f"{len(questions)} questions like: {questions[0].text}\n"
+        "SFT on right and wrong answers alike: it learns to answer, not which answer is right"
+    )
+    data = DataConfig(
+        train=str(folder / "train.jsonl"), max_length=64, cache_dir=str(folder / "cache")
+    )
+    fine_tune(
+        model, tokenizer, data, steps=scale.sft_steps, pairs_per_step=scale.pairs_per_step,
+        learning_rate=scale.sft_learning_rate, seed=seed,
+    )  # fmt: skip
+    save_model(model, tokenizer, folder / "sft")
+    return parameters, time.monotonic() - began
+
+
+def _prefer_right(file: Path) -> tuple[Path, float]:
+    """DPO as the configuration file says; returns the checkpoint and the seconds it took."""
+    say(f"DPO under DeepSpeed ZeRO-3, as in {file}: of each pair the right answer is preferred")
+    began = time.monotonic()
+    return train(load_config(str(file))), time.monotonic() - began
+
+
+def _measure(run: Path, before: Completions, after: Completions) -> dict[str, Any]:
+    """What changed on held-out questions between the start and the end of the run."""
+    evaluations = read_evaluations(run)
+    ends = {"before": evaluations[0], "after": evaluations[-1]}
+    names = {
+        "reward_accuracy": "eval_rewards/accuracies",
+        "chosen_logps": "eval_logps/chosen",
+        "rejected_logps": "eval_logps/rejected",
+    }
+    measured = {
+        ours: {when: line[theirs] for when, line in ends.items()} for ours, theirs in names.items()
+    }
+    return measured | {"right_share": {"before": before.right_share, "after": after.right_share}}
+
+
+def _tell(run: Path, result: dict[str, Any], rows: list[dict[str, str]]) -> dict[str, Any]:
+    """Write the report, print what came out; returns the result with the report's path."""
+    (run / "samples.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    result = result | {"report": write_report(run)}
+    show_result(result, rows[:SHOWN])
+    for name in ("report", "checkpoint", "config"):
+        say(f"{name:11} {result[name]}")
+    return result

@@ -1,0 +1,51 @@
+"""What the demo tells: a table of before and after, and some answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dpo_fast.demo.completions import Completions
+from dpo_fast.demo.task import Question
+
+
+def read_evaluations(run: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics.jsonl that hold evaluations, in their order."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [line for line in map(json.loads, lines) if "eval_loss" in line]
+
+
+def samples(
+    questions: Sequence[Question], before: Completions, after: Completions, count: int
+) -> list[dict[str, str]]:
+    """`count` questions with both answers and the right one; first those whose answer changed."""
+    rows = [
+        {"prompt": question.text, "before": old, "after": new, "right": question.right}
+        for question, old, new in zip(questions, before.texts, after.texts)
+    ]
+    return sorted(rows, key=lambda row: row["before"] == row["after"])[:count]
+
+
+def show_result(result: dict[str, Any], rows: Sequence[dict[str, str]]) -> None:
+    """Print the table of before and after, and the sample answers."""
+    table = Table(title="held-out questions", title_justify="left")
+    for column in ("", "before DPO", "after DPO"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, label, form in (
+        ("reward_accuracy", "reward accuracy", "{:.1%}"),
+        ("right_share", "right answers (greedy)", "{:.1%}"),
+        ("chosen_logps", "log-prob. of right answers", "{:.2f}"),
+        ("rejected_logps", "log-prob. of wrong answers", "{:.2f}"),
+    ):
+        table.add_row(label, *(form.format(result[name][when]) for when in ("before", "after")))
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(table)
+    console.print("examples, changed answers first")
+    for row in rows:
+        console.print(f"{row['prompt']}\n  before: {row['before']}\n  after:  {row['after']}",
+                      markup=False)  # fmt: skip

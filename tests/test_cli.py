@@ -1,0 +1,182 @@
+"""What a user meets at the command line, above all when something is wrong: one paragraph, exit
+code 2, no traceback, nothing half-written."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytest.importorskip("transformers")
+
+from dpo_fast.cli import app
+from tests.models import run_tree, write_model, write_pairs
+
+ROOT = Path(__file__).resolve().parents[1]
+GOOD = {"prompt": "1 or 2? ", "chosen": "2", "rejected": "1"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    write_model(folder / "model")
+    write_pairs(folder / "pairs.jsonl")
+    return folder
+
+
+def run(capsys, monkeypatch, *arguments) -> tuple[int, str, str]:
+    """Exit code, standard output and error of `dpo-fast *arguments`, in this process."""
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(app, "_leave", leave)
+    monkeypatch.setattr(sys, "argv", ["dpo-fast", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        app.main()
+    out, err = capsys.readouterr()
+    return ended.value.code or 0, out, err
+
+
+def config(folder: Path, tree: dict, name: str = "bad.yaml") -> Path:
+    (folder / name).write_text(yaml.safe_dump(tree))
+    return folder / name
+
+
+OPTIONS = {  # what is wrong: key=value, and what the message must say
+    "unknown key": ("train.learning_rat=1e-6", "unknown key train.learning_rat; did you mean learning"),
+    "unknown section": ("modle.path=x", "unknown key modle; did you mean model?"),
+    "unknown nested key": ("model.lora.rank=4", "unknown key model.lora.rank; "),
+    "unknown loss": ("loss.type=sigmod", "loss.type=sigmod: did you mean sigmoid?"),
+    "unused option": ("loss={type: hinge, label_smoothing: 0.1}", "is not used by hinge"),
+    "label smoothing": ("loss.label_smoothing=0.5", "label_smoothing=0.5 must be"),
+    "negative beta": ("loss.beta=-1", "beta=-1"),
+    "weights": ("loss={type: [sigmoid, sft], weights: [1]}", "2 losses"),
+    "no reference": ("reference.provider=none", "compares with a reference"),
+    "no adapters": ("reference.provider=adapter_off", "set model.lora"),
+    "impossible sizes": ("data.max_prompt_length=4096", "leaves no room for a completion"),
+    "batch": ("train.global_pairs=7", "train.global_pairs=7 must be a multiple of micro_pairs"),
+    "no steps": ("train.max_steps=0", "train.max_steps=0"),
+    "stage": ("parallel.zero_stage=4", "parallel.zero_stage=4"),
+    "offload": ("parallel={zero_stage: 1, offload_optimizer: true}", "parallel.zero_stage=2 or more"),
+    "nothing to evaluate": ("train.eval_steps=5", "set data.eval or data.eval_rows"),
+    "scheduler": ("train.lr_scheduler_type=cosin", "did you mean cosine?"),
+    "type": ("train.global_pairs=many", "train.global_pairs='many'"),
+    "model folder": ("model.path=/no/such/model", "no such folder"),
+    "layout": ("train.layout=packd", "train.layout='packd'"),
+    "not key=value": ("train.max_steps", "expected section.key=value"),
+    "flash on a CPU": ("model.attention=flash_attention_2", "does not run on a CPU"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", OPTIONS)
+def test_bad_option(folder, capsys, monkeypatch, what):
+    from dpo_fast.training import prepare
+
+    # These must fail before any process group is made or model is loaded.
+    monkeypatch.setattr(prepare, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    override, message = OPTIONS[what]
+    tree = run_tree(folder)
+    output = folder / "never"
+    tree["train"]["output_dir"] = str(output)
+    code, _, err = run(capsys, monkeypatch, "train", config(folder, tree), override)
+    assert code == 2
+    assert message in err
+    assert len(err.strip().splitlines()) == 1, err
+    assert not output.exists()
+
+
+BAD_DATA = {
+    "broken JSON": ([json.dumps(GOOD), '{"prompt": "x"'], ":2"),
+    "missing field": ([json.dumps({"prompt": "x", "chosen": "y"})], "rejected"),
+    "empty answer": ([json.dumps(GOOD | {"chosen": "  "})], "chosen"),
+    "equal answers": ([json.dumps(GOOD | {"chosen": "1"})], ":1"),
+    "wrong role": (
+        [json.dumps(GOOD | {"prompt": [{"role": "robot", "content": "hi"}]})],
+        "robot",
+    ),
+    "not an object": (["[1, 2]"], ":1"),
+    "empty file": ([], "there are no rows in it"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_DATA)
+def test_bad_data(folder, capsys, monkeypatch, what):
+    lines, message = BAD_DATA[what]
+    file = folder / "bad.jsonl"
+    file.write_text("\n".join(lines))
+    tree = run_tree(folder)
+    code, _, err = run(
+        capsys, monkeypatch, "data", config(folder, tree), f"data.train={file}"
+    )  # fmt: skip
+    assert code == 2
+    assert "bad.jsonl" in err and message in err
+    assert len(err.strip().splitlines()) == 1, err
+
+
+def test_missing_files_are_named(folder, capsys, monkeypatch):
+    code, _, err = run(capsys, monkeypatch, "train", folder / "absent.yaml")
+    assert code == 2 and "absent.yaml: no such configuration file" in err
+    tree = run_tree(folder)
+    code, _, err = run(
+        capsys, monkeypatch, "data", config(folder, tree), f"data.train={folder}/pair.jsonl"
+    )
+    assert code == 2 and "pair.jsonl" in err and "pairs.jsonl" in err  # names the near miss
+    (folder / "broken.yaml").write_text("model: [1,")
+    code, _, err = run(capsys, monkeypatch, "data", folder / "broken.yaml")
+    assert code == 2 and "is not YAML" in err
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "no config.json"),
+        ({"config.json": "{"}, "is not JSON"),
+        ({"config.json": "{}"}, "no weights"),
+    ],
+)
+def test_a_folder_that_is_no_model(folder, tmp_path, capsys, monkeypatch, files, message):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    code, _, err = run(
+        capsys, monkeypatch, "data", config(folder, run_tree(folder)), f"model.path={tmp_path}"
+    )
+    assert code == 2 and message in err
+
+
+def test_data_shows_counts_lengths_and_scored_tokens(folder, capsys, monkeypatch):
+    code, out, _ = run(
+        capsys, monkeypatch, "data", config(folder, run_tree(folder)), "--examples", "1"
+    )
+    assert code == 0
+    assert "24 pairs" in out and "p95" in out and "⟦</s>⟧" in out
+
+
+def test_doctor_says_what_and_why(capsys, monkeypatch):
+    code, out, _ = run(capsys, monkeypatch, "doctor")
+    assert code == 0
+    for word in ("torch", "deepspeed", "linear_logp", "cpu", "attention, packed"):
+        assert word in out
+
+
+def test_train_fails_cleanly_in_a_process_of_its_own_and_on_two_ranks(folder):
+    """The real thing: exit code 2 and no traceback, alone and with --nproc 2."""
+    file = folder / "bad.jsonl"
+    file.write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD | {"rejected": ""}))
+    tree = run_tree(folder)
+    tree["train"]["output_dir"] = str(folder / "never")
+    tree["data"]["train"] = str(file)
+    path = config(folder, tree, "real.yaml")
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    for extra in ([], ["--nproc", "2"]):
+        result = subprocess.run(
+            [sys.executable, "-m", "dpo_fast", "train", str(path), *extra],
+            env=environment, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert result.returncode == 2, result.stderr
+        assert "bad.jsonl:2" in result.stderr and "rejected" in result.stderr
+        assert "Traceback" not in result.stderr
+        assert not (folder / "never").exists()

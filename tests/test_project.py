@@ -1,0 +1,160 @@
+"""The shape of the project: floors, packaging, and that the documents tell the truth."""
+
+import ast
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "dpo_fast"
+FLOORS = [  # each may import from those below it
+    {"cli", "demo", "report", "__main__"},
+    {"training"},
+    {"data", "models", "references"},
+    {"modules"},
+    {"losses"},
+    {"ops"},
+    {"kernels"},
+    {"errors"},
+]
+LEVEL = {room: len(FLOORS) - index for index, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def sources() -> list[Path]:
+    return [*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+
+
+def room_of(path: Path) -> str:
+    if path.is_relative_to(ROOT / "kernels"):
+        return "kernels"
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def test_floors_import_downwards_only():
+    for path in sources():
+        room = room_of(path)
+        if room == "__init__":
+            continue
+        for name in imports(path):
+            if name.startswith("dpo_fast."):
+                other = name.split(".")[1]
+                if other in LEVEL:
+                    assert other == room or LEVEL[other] <= LEVEL[room], f"{path} imports {name}"
+
+
+def test_losses_import_torch_alone_and_kernels_know_no_autograd():
+    for path in sources():
+        outside = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names)
+        if room_of(path) == "losses":
+            assert outside <= {"torch", "dpo_fast"}, path
+        if room_of(path) == "kernels":
+            assert outside <= {"torch", "triton"}, path
+            assert "autograd" not in path.read_text()
+        if room_of(path) == "training":
+            assert "triton" not in outside
+
+
+def test_importing_the_drop_in_is_light():
+    """No trainer library, no Triton, no CUDA initialisation."""
+    code = (
+        "import sys, dpo_fast, torch; "
+        "heavy = {'transformers', 'deepspeed', 'datasets', 'pydantic', 'triton'} & set(sys.modules); "
+        "assert not heavy, heavy; assert not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+def test_the_root_is_not_taken_for_hugging_faces_kernels():
+    code = (
+        "import importlib.util, transformers.integrations; "
+        "spec = importlib.util.find_spec('kernels'); "
+        "assert spec is None or spec.origin is None or 'site-packages' in spec.origin, spec"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+    for name in ("kernels", "tests", "benchmarks"):
+        assert not (ROOT / name / "__init__.py").exists()
+
+
+def test_the_wheel_holds_every_package(tmp_path):
+    pytest.importorskip("build")
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", tmp_path, ROOT],
+        check=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
+    expected = {
+        f"dpo_fast/{path.relative_to(PACKAGE)}"
+        for path in PACKAGE.rglob("*.py")
+        if "kernels" not in path.relative_to(PACKAGE).parts
+    }
+    expected |= {f"dpo_fast/kernels/{path.name}" for path in (ROOT / "kernels/ops").glob("*.py")}
+    assert {name for name in names if name.endswith(".py")} == expected
+
+
+def documents() -> list[Path]:
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+
+
+def test_paths_in_the_documents_exist():
+    for document in documents():
+        paths = r"`([\w./-]+/[\w./-]*|[\w-]+\.(?:py|md|toml|yaml|txt))`"
+        for name in re.findall(paths, document.read_text()):
+            if name.startswith(("runs/", "http", "my-", "org/")) or "output_dir" in name:
+                continue
+            found = (ROOT / name).exists() or (PACKAGE / name).exists()
+            assert found, f"{document.name} names {name}"
+
+
+def test_make_targets_and_commands_in_the_readme_exist():
+    from typer.main import get_command
+
+    from dpo_fast.cli.app import app
+
+    text = (ROOT / "README.md").read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"make ([a-z]+)", text)):
+        assert re.search(rf"^{target}:", makefile, re.M), target
+    commands = set(re.findall(r"dpo-fast ([a-z]+)", text))
+    assert commands <= set(get_command(app).commands), commands
+
+
+def test_python_in_the_readme_runs():
+    """The drop-in example, as it stands there."""
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S):
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_every_configuration_is_valid_and_comments_every_key():
+    from dpo_fast.training.config import load_config
+
+    files = list((ROOT / "configs").glob("*.yaml"))
+    assert files
+    for file in files:
+        load_config(str(file))
+        for line in file.read_text().splitlines():
+            if ":" in line and not line.lstrip().startswith("#") and not line.endswith(":"):
+                assert "#" in line, f"{file.name}: no comment beside {line.strip()!r}"
+
+
+def test_the_loss_table_in_the_documents_is_the_code():
+    from dpo_fast.losses import LOSSES
+
+    text = (ROOT / "README.md").read_text()
+    for name in LOSSES:
+        assert f"`{name}`" in text, name
