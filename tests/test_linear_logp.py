@@ -1,5 +1,7 @@
 """The torch implementation of `linear_logp` against its definition in fp64."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -227,15 +229,13 @@ def test_one_weight_used_twice_and_backward_twice():
 def test_gradcheck():
     hidden, weight, bias, targets = make(7, 11, 5, torch.float64, bias=True)
     inputs = [x.requires_grad_() for x in (hidden, weight, bias)]
+    options = {"softcap": 2.0, "temperature": 0.8}
+
+    def logp(h, w, b, budget):
+        return linear_logp(h, w, targets, bias=b, workspace_bytes=budget, **options).logp
+
     for budget in (0, 3 * 11 * 8, 1 << 20):
-        torch.autograd.gradcheck(
-            lambda h, w, b: (
-                linear_logp(
-                    h, w, targets, bias=b, softcap=2.0, temperature=0.8, workspace_bytes=budget
-                ).logp
-            ),
-            inputs,
-        )
+        torch.autograd.gradcheck(partial(logp, budget=budget), inputs)
 
 
 def test_bitwise_repeatable():
