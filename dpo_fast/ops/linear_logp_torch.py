@@ -196,7 +196,8 @@ def _keep(tiles: _Tiles, sums: _RowSums, kept: Tensor) -> None:
             kept[:, block] = e
     # The patch at the target is formed in full precision, then rounded once.
     patch = (at_target[0] - sums.total[:n]) * at_target[1]
-    kept.scatter_(1, sums.targets[:n, None], patch[:, None].to(kept.dtype))
+    # Not scatter_, which copies a low-precision tensor whole on a CPU.
+    kept[torch.arange(n, device=kept.device), sums.targets[:n]] = patch.to(kept.dtype)
 
 
 def _direction(tiles: _Tiles, sums: _RowSums, out: Tensor) -> None:
