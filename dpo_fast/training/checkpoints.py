@@ -1,7 +1,7 @@
 """Checkpoints that are complete or absent, and exact resume.
 
 output_dir/checkpoint-40/     engine/       DeepSpeed's shards: weights, optimiser, schedule
-                              rng-0.pt      random state of each rank
+                              rank-0.pt     of each rank: random state, metrics since the last line
                               state.json    step and what it belongs to
 output_dir/latest             the name of the newest, written last
 """
@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dpo_fast.errors import UserError
 from dpo_fast.training import distributed
@@ -21,7 +22,9 @@ from dpo_fast.training import distributed
 PREFIX = "checkpoint-"
 
 
-def save_checkpoint(engine, output_dir: str, state: dict, keep: int) -> Path:
+def save_checkpoint(
+    engine, output_dir: str, state: dict, metrics: dict[str, Tensor], keep: int
+) -> Path:
     """Written aside, flushed, renamed; `latest` last; then all but the newest `keep` are removed.
 
     Collective. `state` holds at least `step`.
@@ -34,7 +37,8 @@ def save_checkpoint(engine, output_dir: str, state: dict, keep: int) -> Path:
         aside.mkdir(parents=True)
     distributed.barrier()
     engine.save_checkpoint(str(aside), tag="engine", save_latest=False)
-    torch.save(_random_state(), aside / f"rng-{distributed.rank()}.pt")
+    mine = {"random": _random_state(), "metrics": metrics}
+    torch.save(mine, aside / f"rank-{distributed.rank()}.pt")
     distributed.barrier()
     if distributed.is_main():
         (aside / "state.json").write_text(json.dumps(state, indent=2))
@@ -78,8 +82,8 @@ def find_checkpoint(requested: bool | str, output_dir: str) -> Path | None:
     return folder
 
 
-def load_checkpoint(engine, folder: Path, fits: dict) -> dict:
-    """Restore engine and random state; returns the saved state.
+def load_checkpoint(engine, folder: Path, fits: dict, metrics: dict[str, Tensor]) -> dict:
+    """Restore engine, random state and `metrics` (in place); returns the saved state.
 
     `fits` names what must be as it was (world size, data, global batch, ...).
 
@@ -100,7 +104,10 @@ def load_checkpoint(engine, folder: Path, fits: dict) -> dict:
     path, _ = engine.load_checkpoint(str(folder), tag="engine")
     if path is None:
         raise UserError(f"{folder}: DeepSpeed finds no checkpoint in its folder engine/")
-    random_state = torch.load(folder / f"rng-{distributed.rank()}.pt", weights_only=True)
+    file = folder / f"rank-{distributed.rank()}.pt"
+    mine = torch.load(file, weights_only=True, map_location="cpu")
+    metrics |= {name: value.to(engine.device) for name, value in mine["metrics"].items()}
+    random_state = mine["random"]
     torch.set_rng_state(random_state["cpu"])
     if "cuda" in random_state:
         torch.cuda.set_rng_state(random_state["cuda"])

@@ -48,7 +48,8 @@ class LossSection(BaseModel):
                 raise ValueError(f"loss.type={name}: {hint}")
         used = {option for name in self.names for option in LOSSES[name].options} | {"beta"}
         for option in ("label_smoothing", "length_average"):
-            if option in self.model_fields_set and option not in used:
+            changed = getattr(self, option) != type(self).model_fields[option].default
+            if changed and option not in used:
                 takers = [name for name, spec in LOSSES.items() if option in spec.options]
                 raise ValueError(
                     f"loss.{option}={getattr(self, option)} is not used by {', '.join(self.names)}; "
@@ -197,6 +198,13 @@ class RunConfig(BaseModel):
         chosen = "provider" in self.reference.model_fields_set
         needed = self.loss.objective.needs_reference
         return self.reference.provider if chosen or needed else "none"
+
+    def resolved(self) -> dict[str, Any]:
+        """As a tree that gives the same run again, with what followed from defaults filled in."""
+        tree = self.model_dump(mode="json")
+        tree["train"]["learning_rate"] = self.learning_rate
+        tree["reference"]["provider"] = self.reference_provider
+        return tree
 
     @property
     def learning_rate(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import signal
@@ -46,9 +47,10 @@ def train(config: RunConfig) -> Path:
     checkpoint = find_checkpoint(config.train.resume_from_checkpoint, config.train.output_dir)
     run = prepare(config)
     log = RunLog(run, resumed=checkpoint is not None)
-    step = resume(run, checkpoint) if checkpoint else start(run, log)
-    objective, extras = config.loss.objective, token_extras(config)
-    sums, stop = MetricSums(run.engine.device), StopSignals()
+    with log.clock_stopped():
+        sums = MetricSums(run.engine.device)
+        step = resume(run, checkpoint, sums, log) if checkpoint else start(run, log)
+    objective, extras, stop = config.loss.objective, token_extras(config), StopSignals()
     with progress_bar("training", run.total_steps, step) as advance:
         while step < run.total_steps and not stop.raised:
             totals = run.train.totals(run.train.sampler.global_batch(step))
@@ -59,14 +61,15 @@ def train(config: RunConfig) -> Path:
             stop.agree(finite=math.isfinite(share.item()), run=run, step=step)
             step += 1
             sums.step()
-            last = step == run.total_steps or stop.raised
-            if step % config.log.logging_steps == 0 or last:
-                metrics = log.write(step, sums.read())
-            if run.eval and due(config.train.eval_steps, step, last):
-                log.write(step, evaluate_run(run))
-            if due(config.train.save_steps, step, last):
-                folder = save(run, step)
-            advance(f"loss {metrics['loss']:.4f}" if step >= config.log.logging_steps else "")
+            last = step == run.total_steps
+            if due(config.log.logging_steps, step, last):
+                log.write(step, sums.read())
+            with log.clock_stopped():
+                if run.eval and due(config.train.eval_steps, step, last):
+                    log.write(step, evaluate_run(run))
+                if due(config.train.save_steps, step, last or stop.raised):
+                    folder = save(run, step, sums)
+            advance(log.loss)
     stop.restore()
     if step < run.total_steps:
         raise Interrupted(folder)
@@ -77,6 +80,7 @@ def train(config: RunConfig) -> Path:
 
 
 def due(every: int | None, step: int, last: bool) -> bool:
+    """Whether something that is done every so many steps, and after the last, is due."""
     return last or (every is not None and step % every == 0)
 
 
@@ -116,17 +120,19 @@ def must_fit(run: Run) -> dict:
     }
 
 
-def resume(run: Run, checkpoint: Path) -> int:
-    state = load_checkpoint(run.engine, checkpoint, must_fit(run))
+def resume(run: Run, checkpoint: Path, sums: MetricSums, log: RunLog) -> int:
+    """Everything as it was when the checkpoint was written, the open window of metrics included."""
+    state = load_checkpoint(run.engine, checkpoint, must_fit(run), sums.values)
+    log.forget_after(state["step"])
     say(f"resumed {checkpoint} at step {state['step']}")
     return state["step"]
 
 
-def save(run: Run, step: int) -> Path:
+def save(run: Run, step: int, sums: MetricSums) -> Path:
     """A checkpoint of this step."""
     train = run.config.train
     state = {"step": step, **must_fit(run)}
-    return save_checkpoint(run.engine, train.output_dir, state, train.save_total_limit)
+    return save_checkpoint(run.engine, train.output_dir, state, sums.values, train.save_total_limit)
 
 
 def evaluate_run(run: Run) -> dict[str, float]:
@@ -150,7 +156,7 @@ class StopSignals:
         }
 
     def _ask(self, number, frame) -> None:
-        if self.asked:  # the second time the user means now
+        if self.asked and number == signal.SIGINT:  # the second Ctrl-C means now
             raise KeyboardInterrupt
         self.asked = True
 
@@ -176,10 +182,11 @@ class RunLog:
         self.run, self.since = run, time.monotonic()
         self.folder = Path(run.config.train.output_dir)
         self.main = distributed.is_main()
+        self.loss = ""  # the latest, for the progress bar
         if not self.main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        resolved = yaml.safe_dump(run.config.model_dump(), sort_keys=False)
+        resolved = yaml.safe_dump(run.config.resolved(), sort_keys=False)
         (self.folder / "config.yaml").write_text(resolved)
         (self.folder / "data-report.json").write_text(run.train.pairs.report.to_json())
         if not resumed:
@@ -196,7 +203,9 @@ class RunLog:
             line["perf/pairs_per_second"] = line.pop("pairs") / seconds
             norm = self.run.engine.get_global_grad_norm()
             line["grad_norm"] = float(norm) if norm is not None else None
+            self.loss = f"loss {metrics['loss']:.4f}"
             line["learning_rate"] = self.run.engine.get_lr()[0]
+            self.since = time.monotonic()
         if self.main:
             with (self.folder / "metrics.jsonl").open("a") as stream:
                 stream.write(json.dumps(line) + "\n")
@@ -206,8 +215,26 @@ class RunLog:
                     [(f"Train/{name}", line[name], step) for name in names]
                 )
         say(self._sentence(line, evaluation))
-        self.since = time.monotonic()
         return line
+
+    def forget_after(self, step: int) -> None:
+        """Drop lines of steps that a resumed run takes again: a killed run had written them."""
+        file = self.folder / "metrics.jsonl"
+        if self.main and file.is_file():
+            lines = file.read_text().splitlines()
+            kept = [
+                line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step
+            ]
+            aside = file.with_suffix(".partial")
+            aside.write_text("".join(f"{line}\n" for line in kept))
+            aside.rename(file)
+
+    @contextlib.contextmanager
+    def clock_stopped(self):
+        """What is done inside does not count in the rates."""
+        begin = time.monotonic()
+        yield
+        self.since += time.monotonic() - begin
 
     def _sentence(self, line: dict, evaluation: bool) -> str:
         prefix = "eval_" if evaluation else ""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -41,9 +43,20 @@ class Split:
     layout: str
     pad_id: int
 
+    @functools.cached_property
+    def lengths(self) -> dict[str, np.ndarray]:
+        """Tokens of every prompt, chosen and rejected answer."""
+        return self.pairs.lengths
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        answers = np.maximum(self.lengths["chosen"], self.lengths["rejected"])
+        return int((self.lengths["prompt"] + answers).max())
+
     def totals(self, rows: list[int]) -> Totals:
         """Counts of a global batch. Every rank knows them from the data: nothing is communicated."""
-        return Totals(len(rows), int(self.pairs.lengths["chosen"][rows].sum()))
+        return Totals(len(rows), int(self.lengths["chosen"][rows].sum()))
 
     def batches(self, step: int) -> Iterator[ScoredBatch]:
         """This rank's micro-batches of a step, tokens on the CPU."""
@@ -129,10 +142,10 @@ def prepare(config: RunConfig) -> Run:
     }
     model = load_model(config.model, attention=attention, **head)
     check_vocabulary(model, tokenizer)
+    splits = [split for split in (train, held_out) if split is not None]
+    check_positions(model, splits)
     if wants_checkpointing(config, model):
         model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-        model.causal_lm.enable_input_require_grads() if model.has_adapter else None
-    splits = [split for split in (train, held_out) if split is not None]
     engine = build_engine(config, model, ds_config, total_steps)
     references = build_references(config, engine, model, splits, attention, head, ds_config)
     del keep_alive
@@ -154,6 +167,17 @@ def check_vocabulary(model: ScoringModel, tokenizer: PreTrainedTokenizerBase) ->
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens, the model a vocabulary of {rows}: they do not "
             "belong together; check model.path and model.tokenizer"
+        )
+
+
+def check_positions(model: ScoringModel, splits: list[Split]) -> None:
+    """Longer sequences than the model has positions for would index past a table, or mean nothing."""
+    limit = getattr(model.causal_lm.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(split.longest for split in splits)
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"the longest sequence has {longest} tokens, but the model has {limit} positions "
+            f"(max_position_embeddings); set data.max_length={limit} or less"
         )
 
 
