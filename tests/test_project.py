@@ -140,6 +140,18 @@ def test_python_in_the_readme_runs():
         exec(compile(block, "README.md", "exec"), {})
 
 
+def test_measured_numbers_in_the_readme_are_those_of_the_file():
+    import csv
+
+    text = (ROOT / "README.md").read_text().replace("**", "")
+    with (ROOT / "benchmarks/results/cpu_head.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert rows
+    for row in rows:
+        cells = f"| {float(row['ms_p50']):.0f} ms | {float(row['x_of_bare']):.2f} |"
+        assert cells in text, (row["impl"], row["dtype"], cells)
+
+
 def test_every_configuration_is_valid_and_comments_every_key():
     from dpo_fast.training.config import load_config
 
