@@ -115,7 +115,10 @@ def test_paths_in_the_documents_exist():
     for document in documents():
         paths = r"`([\w./-]+/[\w./-]*|[\w-]+\.(?:py|md|toml|yaml|txt))`"
         for name in re.findall(paths, document.read_text()):
-            if name.startswith(("runs/", "http", "my-", "org/", "rewards/")) or "output_dir" in name:
+            if (
+                name.startswith(("runs/", "http", "my-", "org/", "rewards/"))
+                or "output_dir" in name
+            ):
                 continue
             found = (ROOT / name).exists() or (PACKAGE / name).exists()
             assert found, f"{document.name} names {name}"

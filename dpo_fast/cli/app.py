@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -135,17 +136,20 @@ def main() -> None:
     try:
         app(prog_name="dpo-fast")
     except UserError as error:
-        from dpo_fast.training.distributed import is_main
-
-        if is_main():
-            print(f"dpo-fast: {' '.join(str(error).split())}", file=sys.stderr)
+        _tell(error)
         _leave(2)
+
+
+def _tell(error: UserError) -> None:
+    """Once per machine: its ranks read the same files and stumble over the same thing."""
+    rank, local = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
+    if local == "0":
+        place = "" if rank == "0" else f" (rank {rank})"
+        print(f"dpo-fast{place}: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def _leave(code: int) -> None:
     """End at once: other ranks may be inside a collective that an orderly shutdown would wait for."""
-    import os
-
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

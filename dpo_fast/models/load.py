@@ -23,15 +23,7 @@ def check_model_path(path: str, option: str = "model.path") -> None:
         UserError: naming the option, the path and what was expected there.
     """
     folder = Path(path).expanduser()
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
-    if not folder.is_dir():
-        if folder.exists():
-            raise UserError(f"{option}={path} is a file; expected a model folder")
-        if looks_local:
-            raise UserError(
-                f"{option}={path}: no such folder; expected one that save_pretrained wrote, with "
-                "config.json and *.safetensors, or a hub id like org/name"
-            )
+    if not _is_folder(path, option):
         return
     config = folder / "config.json"
     if not config.is_file():
@@ -49,6 +41,20 @@ def check_model_path(path: str, option: str = "model.path") -> None:
         )
 
 
+def _is_folder(path: str, option: str) -> bool:
+    """Whether it is a folder here rather than a hub id. Raises UserError if it is neither."""
+    folder = Path(path).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{option}={path} is a file; expected a folder")
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if not folder.exists() and looks_local:
+        raise UserError(
+            f"{option}={path}: no such folder; expected one that save_pretrained wrote, or a hub id "
+            "like org/name"
+        )
+    return folder.exists()
+
+
 def _names(folder: Path) -> str:
     return ", ".join(sorted(child.name for child in folder.iterdir())[:8]) or "nothing"
 
@@ -57,8 +63,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     """The tokenizer of a model section, with a padding token."""
     path = section.tokenizer or section.path
     option = "model.tokenizer" if section.tokenizer else "model.path"
-    if option == "model.path":
-        check_model_path(path)
+    _is_folder(path, option) if section.tokenizer else check_model_path(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:

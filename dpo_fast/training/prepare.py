@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from dpo_fast.data.sampler import Sampler
 from dpo_fast.errors import UserError
 from dpo_fast.losses import Totals
 from dpo_fast.models import ScoringModel, choose_attention, load_model, load_tokenizer
-from dpo_fast.models.load import check_model_path
+from dpo_fast.models.load import DTYPES, check_model_path
+from dpo_fast.ops.implementation import choose_implementation
 from dpo_fast.references import (
     AdapterOffReference,
     CachedReference,
@@ -113,7 +115,16 @@ def check(config: RunConfig) -> None:
     check_model_path(config.model.path)
     if config.reference.path is not None:
         check_model_path(config.reference.path, "reference.path")
-    choose_attention(config.model.attention, config.train.layout, distributed.device())
+    device = distributed.device()
+    choose_attention(config.model.attention, config.train.layout, device)
+    dtype = DTYPES[config.model.dtype]
+    choose_implementation("linear_logp", device, dtype, config.train.implementation)
+    for package in config.log.report_to:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"log.report_to={package}: the package is not installed; pip install {package}, or "
+                "leave it out (metrics.jsonl is always written)"
+            )
     find_checkpoint(config.train.resume_from_checkpoint, config.train.output_dir)
 
 
