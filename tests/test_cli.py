@@ -77,10 +77,12 @@ OPTIONS = {  # what is wrong: key=value, and what the message must say
 
 @pytest.mark.parametrize("what", OPTIONS)
 def test_bad_option(folder, capsys, monkeypatch, what):
-    from dpo_fast.training import prepare
+    from dpo_fast.training import distributed
 
-    # These must fail before any process group is made or model is loaded.
-    monkeypatch.setattr(prepare, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    # These must fail before a process group is made: a launcher's other ranks would wait in it.
+    monkeypatch.setattr(
+        distributed, "init_distributed", lambda *_: pytest.fail("a process group was made")
+    )
     override, message = OPTIONS[what]
     if what == "monitor" and importlib.util.find_spec("wandb"):
         pytest.skip("wandb is installed")

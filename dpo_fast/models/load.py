@@ -23,7 +23,7 @@ def check_model_path(path: str, option: str = "model.path") -> None:
         UserError: naming the option, the path and what was expected there.
     """
     folder = Path(path).expanduser()
-    if not _is_folder(path, option):
+    if not is_folder(path, option):
         return
     config = folder / "config.json"
     if not config.is_file():
@@ -41,7 +41,7 @@ def check_model_path(path: str, option: str = "model.path") -> None:
         )
 
 
-def _is_folder(path: str, option: str) -> bool:
+def is_folder(path: str, option: str) -> bool:
     """Whether it is a folder here rather than a hub id. Raises UserError if it is neither."""
     folder = Path(path).expanduser()
     if folder.exists() and not folder.is_dir():
@@ -63,7 +63,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     """The tokenizer of a model section, with a padding token."""
     path = section.tokenizer or section.path
     option = "model.tokenizer" if section.tokenizer else "model.path"
-    _is_folder(path, option) if section.tokenizer else check_model_path(path)
+    is_folder(path, option) if section.tokenizer else check_model_path(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -19,7 +19,7 @@ from dpo_fast.data.sampler import Sampler
 from dpo_fast.errors import UserError
 from dpo_fast.losses import Totals
 from dpo_fast.models import ScoringModel, choose_attention, load_model, load_tokenizer
-from dpo_fast.models.load import DTYPES, check_model_path
+from dpo_fast.models.load import DTYPES, check_model_path, is_folder
 from dpo_fast.ops.implementation import choose_implementation
 from dpo_fast.references import (
     AdapterOffReference,
@@ -113,6 +113,8 @@ def check(config: RunConfig) -> None:
     """What can be told without a process group, a tokenizer or a weight. Raises UserError."""
     check_batch_sizes(config, distributed.world_size())
     check_model_path(config.model.path)
+    if config.model.tokenizer is not None:
+        is_folder(config.model.tokenizer, "model.tokenizer")
     if config.reference.path is not None:
         check_model_path(config.reference.path, "reference.path")
     device = distributed.device()
