@@ -163,7 +163,8 @@ def test_data_shows_counts_lengths_and_scored_tokens(folder, capsys, monkeypatch
 
 
 def test_doctor_says_what_and_why(capsys, monkeypatch):
-    code, out, _ = run(capsys, monkeypatch, "doctor")
+    # As DeepSpeed's launcher would call it.
+    code, out, _ = run(capsys, monkeypatch, "--local_rank=0", "doctor")
     assert code == 0
     for word in ("torch", "deepspeed", "linear_logp", "cpu", "attention, packed"):
         assert word in out

@@ -133,8 +133,10 @@ def demo(
 
 def main() -> None:
     """Entry point of `dpo-fast`."""
+    # DeepSpeed's launcher puts --local_rank=N before our arguments, and says it in LOCAL_RANK too.
+    arguments = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
     try:
-        app(prog_name="dpo-fast")
+        app(arguments, prog_name="dpo-fast")
     except UserError as error:
         _tell(error)
         _leave(2)
