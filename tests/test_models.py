@@ -7,7 +7,7 @@ transformers = pytest.importorskip("transformers")
 
 from dpo_fast.data.layouts import collate
 from dpo_fast.errors import UserError
-from dpo_fast.models import ScoringModel, choose_attention
+from dpo_fast.models import ScoringModel, check_packing, choose_attention
 from dpo_fast.models.attention import PACKED
 from dpo_fast.models.scoring import forward_arguments
 
@@ -95,6 +95,48 @@ def test_sliding_window_is_refused_when_it_matters():
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=PACKED)
     with pytest.raises(UserError, match=r"sliding window of 4 .* train.layout=padded"):
         ScoringModel(model)(**forward_arguments(collate(PAIRS, "packed")))
+
+
+@pytest.mark.parametrize(
+    ("config_name", "reason"),
+    [
+        ("MambaConfig", "carry state"),
+        ("JambaConfig", "carry state"),
+        ("Lfm2Config", "carry state"),
+        ("BloomConfig", "AttentionInterface"),
+        ("GPTJConfig", "AttentionInterface"),
+        ("RwkvConfig", "carry state"),
+    ],
+)
+def test_architectures_that_cannot_be_packed_are_refused(config_name, reason):
+    changes = {"num_hidden_layers": 2, "hidden_size": 32, "vocab_size": 97}
+    if config_name == "GPTJConfig":
+        changes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "vocab_size": 97}
+    if config_name == "Lfm2Config":
+        changes["layer_types"] = ["conv", "full_attention"]
+    config = getattr(transformers, config_name)(**changes)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UserError, match=rf"train.layout=packed .*{reason}.* train.layout=padded"):
+        check_packing(model)
+
+
+def test_attention_models_can_be_packed():
+    for name in ARCHITECTURES:
+        check_packing(make(name, "eager"))
+
+
+def test_a_model_without_positions_scores_padded():
+    """Bloom knows places by a slope of its own and takes no position_ids."""
+    config = transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=97)
+    torch.manual_seed(0)
+    model = transformers.BloomForCausalLM(config).eval()
+    pair = PAIRS[1]
+    ids = torch.tensor([pair["prompt_ids"] + pair["chosen_ids"]])
+    logp = model(ids).logits[0].log_softmax(-1)
+    expected = logp[1:-1].gather(1, ids[0, 2:, None]).squeeze(1)
+    scores = ScoringModel(model)(**forward_arguments(collate(PAIRS, "padded")))["logp"]
+    torch.testing.assert_close(scores[5:7], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_model_still_generates():

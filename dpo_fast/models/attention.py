@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from dpo_fast.errors import UserError
@@ -63,6 +65,31 @@ def _no_mask(*args, **kwargs) -> None:
 
 AttentionInterface.register(PACKED, packed_attention)
 AttentionMaskInterface.register(PACKED, _no_mask)
+
+
+def check_packing(model: PreTrainedModel) -> None:
+    """Packed sequences are kept apart by attention alone; a layer that mixes tokens otherwise is not.
+
+    Raises:
+        UserError: the model has recurrent or convolutional layers, attention of its own making, or no
+            `position_ids`.
+    """
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    others = kinds - {"full_attention", "sliding_attention"}
+    reason = None
+    if others or model._is_stateful:
+        reason = (
+            f"it has layers that carry state along the tokens ({', '.join(others) or 'recurrent'})"
+        )
+    elif not model._supports_attention_backend:
+        reason = "it does not take its attention from transformers' AttentionInterface"
+    elif "position_ids" not in inspect.signature(model.get_decoder().forward).parameters:
+        reason = "its forward takes no position_ids, so every sequence would go on from the last"
+    if reason:
+        raise UserError(
+            f"train.layout=packed cannot be honoured for {type(model).__name__}: {reason}. Set "
+            "train.layout=padded"
+        )
 
 
 def choose_attention(requested: str, layout: str, device: torch.device) -> str:

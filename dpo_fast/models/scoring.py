@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -69,12 +70,12 @@ class ScoringModel(nn.Module):
     ) -> dict[str, Tensor]:
         """{"logp": fp32 [T], **extras} of the scored tokens. Arguments as in `ScoredBatch`."""
         causal_lm = self.causal_lm
-        hidden = causal_lm.get_decoder()(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-            use_cache=False,
-            **({} if segments is None else {"segments": segments}),
+        decoder = causal_lm.get_decoder()
+        places = {} if segments is None else {"segments": segments}
+        if "position_ids" in inspect.signature(decoder.forward).parameters:
+            places["position_ids"] = position_ids
+        hidden = decoder(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **places
         ).last_hidden_state
         hidden_TD = hidden.flatten(0, 1).index_select(0, rows_T)
         return causal_lm.get_output_embeddings()(hidden_TD, targets_T, extras)

@@ -18,7 +18,13 @@ from dpo_fast.data.layouts import collate
 from dpo_fast.data.sampler import Sampler
 from dpo_fast.errors import UserError
 from dpo_fast.losses import Totals
-from dpo_fast.models import ScoringModel, choose_attention, load_model, load_tokenizer
+from dpo_fast.models import (
+    ScoringModel,
+    check_packing,
+    choose_attention,
+    load_model,
+    load_tokenizer,
+)
 from dpo_fast.models.load import DTYPES, check_model_path, is_folder
 from dpo_fast.ops.implementation import choose_implementation
 from dpo_fast.references import (
@@ -155,6 +161,8 @@ def prepare(config: RunConfig) -> Run:
     }
     model = load_model(config.model, attention=attention, **head)
     check_vocabulary(model, tokenizer)
+    if config.train.layout == "packed":
+        check_packing(model.causal_lm)
     splits = [split for split in (train, held_out) if split is not None]
     check_positions(model, splits)
     if wants_checkpointing(config, model):
