@@ -1,4 +1,6 @@
-"""The one exception for mistakes that a user can mend. The command line prints it without a traceback."""
+"""What the command line tells without a traceback: mistakes that a user can mend, and interruptions."""
+
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -7,3 +9,13 @@ class UserError(ValueError):
 
 class UnavailableError(UserError, RuntimeError):
     """An implementation was asked for by name and cannot run here."""
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM ended a run after its step; the checkpoint is at `folder`."""
+
+    exit_code = 130
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"interrupted; resume with train.resume_from_checkpoint={folder}")
+        self.folder = folder

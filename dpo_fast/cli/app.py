@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from dpo_fast.errors import UserError
+from dpo_fast.errors import Interrupted, UserError
 
 app = typer.Typer(
     help="Preference optimisation whose language-model head never materialises logits.",
@@ -50,20 +50,15 @@ def train(
         _prepare_data(run)  # here, so that a mistake in it is told once and before ranks start
         raise typer.Exit(launch(nproc, ["train", config, *(overrides or ())]))
     quiet()
-    from dpo_fast.training.loop import INTERRUPTED, Interrupted
     from dpo_fast.training.loop import train as train_run
 
-    try:
-        train_run(run)
-    except Interrupted as interruption:
-        if distributed.is_main():
-            typer.echo(str(interruption), err=True)
-        raise typer.Exit(INTERRUPTED) from None
+    train_run(run)
     if distributed.is_main():
         from dpo_fast.report import write_report
 
         typer.echo(f"report: {write_report(Path(run.train.output_dir))}")
         typer.echo(f"model: {Path(run.train.output_dir) / 'final'}")
+    distributed.leave_distributed()
 
 
 def _prepare_data(run) -> dict:
@@ -123,12 +118,14 @@ def demo(
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """The whole story on a CPU: a tiny model, SFT, DPO under ZeRO-3, a report."""
+    from dpo_fast.training.distributed import leave_distributed
     from dpo_fast.training.quiet import quiet
 
     quiet()
     from dpo_fast.demo.run import run_demo
 
     run_demo(output, seed=seed)
+    leave_distributed()
 
 
 def main() -> None:
@@ -140,9 +137,12 @@ def main() -> None:
     except UserError as error:
         _tell(error)
         _leave(2)
+    except Interrupted as interruption:
+        _tell(interruption)
+        _leave(interruption.exit_code)
 
 
-def _tell(error: UserError) -> None:
+def _tell(error: Exception) -> None:
     """Once per machine: its ranks read the same files and stumble over the same thing."""
     rank, local = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
     if local == "0":

@@ -72,6 +72,9 @@ def _choices() -> Table:
         for layout in ("padded", "packed"):
             name, why = _attention(layout, device)
             table.add_row(f"attention, {layout}", str(device), "any", name, why)
+    on_gpu = torch.cuda.is_available()
+    why = "there is a GPU" if on_gpu else "there is no GPU; DeepSpeed runs with DS_ACCELERATOR=cpu"
+    table.add_row("training, all ranks", "-", "any", "nccl" if on_gpu else "gloo", why)
     return table
 
 

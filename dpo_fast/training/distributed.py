@@ -61,6 +61,12 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
             )
 
 
+def leave_distributed() -> None:
+    """Part from the process group, as nccl wishes, when a run is over."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from dpo_fast.data.sampler import Sampler
-from dpo_fast.errors import UserError
+from dpo_fast.errors import Interrupted, UserError
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
 from dpo_fast.training.config import RunConfig
@@ -23,16 +23,6 @@ from dpo_fast.training.metrics import MetricSums
 from dpo_fast.training.prepare import Run, check, prepare
 from dpo_fast.training.progress import progress_bar, say, track
 from dpo_fast.training.step import EXTRAS, train_step
-
-INTERRUPTED = 130  # exit code after SIGINT or SIGTERM: the step was finished and a checkpoint saved
-
-
-class Interrupted(Exception):
-    """A signal ended the run; the checkpoint is at `folder`."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(f"interrupted; resume with train.resume_from_checkpoint={folder}")
-        self.folder = folder
 
 
 def train(config: RunConfig) -> Path:

@@ -39,6 +39,7 @@ from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import find_checkpoint
 from dpo_fast.training.config import RunConfig, check_batch_sizes
 from dpo_fast.training.engine import build_engine, build_reference_engine, deepspeed_config
+from dpo_fast.training.progress import say, track
 
 
 @dataclass
@@ -259,9 +260,9 @@ def cached_references(config: RunConfig, make_scorer, device, splits: list[Split
 
 
 def compute_reference(scorer, split: Split, device) -> torch.Tensor:
-    from dpo_fast.training.progress import track
-
+    """Reference log-probabilities of a whole split, [rows, 2] fp32; every rank scores its share."""
     world = distributed.world_size()
+    say(f"computing the reference log-probs of {len(split.pairs)} pairs ({split.name}), once")
     micro = split.sampler.micro_pairs
     ordered = Sampler(len(split.pairs), micro * world, micro, world, shuffle=False)
     walk = Split(split.name, split.pairs, ordered, split.layout, split.pad_id)
