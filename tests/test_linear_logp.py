@@ -160,6 +160,44 @@ def test_moving_offset_rescales_what_was_kept():
             torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_small_slopes_in_fp16_do_not_vanish(frozen):
+    """A flat softmax over 60,000 columns with slopes of 1e-2: s = c / l is below fp16's range."""
+    hidden, weight, _, targets = make(64, 60_000, 16, torch.float16, spread=0.1)
+    slopes = torch.full((64,), 1e-2)
+    leaf = hidden.requires_grad_()
+    logp = linear_logp(leaf, weight.requires_grad_(not frozen), targets).logp
+    logp.backward(slopes)
+    truth, (true_hidden, true_weight) = gradients(
+        eager.linear_logp, hidden.double(), weight.double(), targets, None, slopes
+    )
+    # With a trainable head each element of the gradient tile, 2e-7, is rounded to fp16's 6e-8.
+    allowed = 2e-3 if frozen else 2e-2
+    error = (leaf.grad.double() - true_hidden).abs().max()
+    assert error <= allowed * true_hidden.abs().max()
+    if not frozen:
+        error = (weight.grad.double() - true_weight).abs().max()
+        assert error <= allowed * true_weight.abs().max()
+
+
+@pytest.mark.parametrize("schedule", BUDGETS)
+def test_logits_of_1e4(schedule):
+    """Differences of logits decide, however large they are: here by 1 around 1e4."""
+    T, V = 30, 700
+    hidden = torch.ones(T, 1)
+    weight = (1e4 + torch.randint(0, 5, (V, 1), generator=torch.Generator().manual_seed(0))).float()
+    targets = torch.arange(T)
+    budget = T // 3 * V * 4 if BUDGETS[schedule] is None else BUDGETS[schedule]
+    got, grads = gradients(
+        linear_logp, hidden, weight, targets, None, torch.ones(T), workspace_bytes=budget
+    )
+    truth, true_grads = gradients(
+        eager.linear_logp, hidden.double(), weight.double(), targets, None, torch.ones(T)
+    )
+    torch.testing.assert_close(got["logp"].double(), truth["logp"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grads[1].double(), true_grads[1], rtol=1e-5, atol=1e-6)
+
+
 def test_masked_vocabulary():
     """A bias of -inf removes columns: here the whole first block and one of the others."""
     T, V, D = 2048, 5000, 4
@@ -320,5 +358,6 @@ def test_plan_stays_within_its_budget(T, budget):
         assert chosen.token_chunk * chosen.vocab_block <= 1 << 22
         assert 3.0 <= chosen.gemms <= 4.0
         assert chosen.schedule in str(chosen)
+        assert plan(T, V, D, torch.float16, workspace_bytes=budget).kept_tokens == 0
     assert plan(T, V, D, torch.bfloat16, needs_head=False).gemms == 2.0
     assert plan(T, V, D, torch.bfloat16, needs_head=False, needs_hidden=False).gemms == 1.0

@@ -153,7 +153,7 @@ def forward(hidden_TD, weight_VD, bias, targets_T, options, extras, plan: HeadPl
         )
     kept_KV = hidden_TD.new_empty(plan.kept_tokens, V)
     direction_TD = hidden_TD.new_empty(T if plan.schedule == "frozen" else 0, D)
-    total_K, lse_T = outputs["logp"].new_empty(plan.kept_tokens), outputs["logp"].new_empty(T)
+    total_T, offset_T = outputs["logp"].new_empty(T), outputs["logp"].new_empty(T)
     buffer = tile_buffer(plan, outputs["logp"])
     for rows in token_chunks(plan, 0, T):
         kept = kept_KV[rows]
@@ -165,10 +165,12 @@ def forward(hidden_TD, weight_VD, bias, targets_T, options, extras, plan: HeadPl
             _keep(tiles, sums, kept)
         for name, value in sums.outputs(V).items():
             outputs[name][rows] = value
-        total_K[rows] = sums.total[: len(kept)]
-        lse_T[rows] = sums.offset + sums.total.log()
-    saved = {"kept": kept_KV, "total": total_K, "lse": lse_T, "direction": direction_TD}
-    return outputs, saved if plan.schedule != "logps" else {}
+        total_T[rows], offset_T[rows] = sums.total, sums.offset
+    if plan.schedule == "logps":
+        return outputs, {}
+    if plan.schedule == "frozen":
+        return outputs, {"direction": direction_TD}
+    return outputs, {"kept": kept_KV, "total": total_T, "offset": offset_T}
 
 
 def _keep(tiles: _Tiles, sums: _RowSums, kept: Tensor) -> None:
@@ -202,7 +204,9 @@ def _keep(tiles: _Tiles, sums: _RowSums, kept: Tensor) -> None:
 
 def _direction(tiles: _Tiles, sums: _RowSums, out: Tensor) -> None:
     """u_t = slope_y w_y - sum_v p_tv slope_v w_v, so that dH = c u: no second pass is needed."""
-    weight, dtype = tiles.weight, out.dtype
+    weight = tiles.weight
+    # Sums of exponentials that are not normalised yet leave the range of fp16.
+    dtype = tiles.precision if out.dtype == torch.float16 else out.dtype
     gathered = weight[sums.targets].to(tiles.precision)
     direction = torch.zeros_like(gathered)
     for block in tiles.blocks():
@@ -216,7 +220,7 @@ def _direction(tiles: _Tiles, sums: _RowSums, out: Tensor) -> None:
             e = e.mul_(slope)
             rows, columns = in_block(sums.targets, block)
             gathered[rows] *= slope[rows, columns, None]
-        direction += e.to(dtype) @ weight[block]
+        direction += e.to(dtype) @ weight[block].to(dtype)
     gathered -= direction.div_(sums.total[:, None])
     out.copy_(gathered.mul_(tiles.slope_factor))
 
@@ -230,7 +234,8 @@ def backward(grad_T, hidden_TD, weight_VD, bias, targets_T, options, plan, saved
     T, K = len(hidden_TD), plan.kept_tokens
     precision = torch.promote_types(hidden_TD.dtype, torch.float32)
     kept_KV = saved["kept"]
-    scale_K = -grad_T[:K] / saved["total"] * (options.logit_scale / options.temperature)
+    scale_T = -grad_T / saved["total"] * (options.logit_scale / options.temperature)
+    scale_K = scale_T[:K]
     scaled_KD = (hidden_TD[:K] * scale_K[:, None]).to(kept_KV.dtype)
     hidden_grad = hidden_TD.new_zeros(T, weight_VD.shape[1]) if needs_hidden else None
     if needs_hidden and K:
@@ -239,7 +244,7 @@ def backward(grad_T, hidden_TD, weight_VD, bias, targets_T, options, plan, saved
         return hidden_grad, kept_KV.t() @ scaled_KD if needs_weight else None, None
     weight_grad = torch.empty_like(weight_VD) if needs_weight else None
     bias_grad = torch.empty_like(bias) if needs_bias else None
-    rest = _Recompute(hidden_TD, weight_VD, bias, targets_T, options, plan, saved["lse"], grad_T)
+    rest = _Recompute(hidden_TD, weight_VD, bias, targets_T, options, plan, saved, scale_T)
     hidden_sum = torch.zeros_like(hidden_TD[K:], dtype=precision) if needs_hidden else None
     # Vocabulary outside, tokens inside: sums over chunks are one block of fp32, not a whole [V, D].
     for block in vocab_blocks(plan, weight_VD.shape[0]):
@@ -264,20 +269,23 @@ def backward(grad_T, hidden_TD, weight_VD, bias, targets_T, options, plan, saved
 class _Recompute:
     """Gradient tiles of the tokens that were not kept, from their logits made again."""
 
-    def __init__(self, hidden_TD, weight_VD, bias, targets_T, options, plan, lse_T, grad_T):
-        self.targets, self.lse, self.grad = targets_T, lse_T, grad_T
-        make = partial(_Tiles, hidden_TD, weight_VD, bias, options, plan, tile_buffer(plan, lse_T))
+    def __init__(self, hidden_TD, weight_VD, bias, targets_T, options, plan, saved, scale_T):
+        self.targets, self.scale = targets_T, scale_T
+        self.total, self.offset = saved["total"], saved["offset"]
+        buffer = tile_buffer(plan, self.total)
+        make = partial(_Tiles, hidden_TD, weight_VD, bias, options, plan, buffer)
         chunks = token_chunks(plan, plan.kept_tokens, len(hidden_TD))
         self.chunks = [(rows, make(rows)) for rows in chunks]
 
     def tiles(self, block: slice):
-        """Yields (rows, dL/d(h.w + b)) with dL/d(h.w + b) = c (1[v = y] - exp(z - lse)) * slope."""
+        """Yields (rows, dL/d(h.w + b)), the latter as s E' from the offset and sum of the forward: with
+        logits near 1e4 their log-sum-exp has lost the digits that exp(z - lse) needs."""
         for rows, tiles in self.chunks:
             z = tiles.logits(block)
             slope = tiles.slope(z)
-            z.sub_(self.lse[rows, None]).exp_()
+            z.sub_(self.offset[rows, None]).exp_()
             inside, columns = in_block(self.targets[rows], block)
-            z[inside, columns] -= 1
+            z[inside, columns] -= self.total[rows][inside]
             if slope is not None:
                 z.mul_(slope)
-            yield rows, z.mul_(self.grad[rows, None]).mul_(-tiles.slope_factor)
+            yield rows, z.mul_(self.scale[rows, None])

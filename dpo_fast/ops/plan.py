@@ -79,7 +79,8 @@ def plan(
     elif not needs_head:
         schedule, gemms = "frozen", 2.0 if keeps else 3.0
     else:
-        kept = min(T, workspace_bytes // row_bytes) if keeps else 0
+        if keeps and dtype != torch.float16:  # fp16 has no range for sums that are not normalised
+            kept = min(T, workspace_bytes // row_bytes)
         schedule = "keep" if kept == T else "mixed" if kept else "recompute"
         backward = 1 + needs_hidden
         gemms = 1 + backward + (0 if T == 0 else 1 - kept / T)
