@@ -106,18 +106,23 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "final" / "model.safetensors")
 
 
-def test_two_ranks_with_zero_3_give_the_curve_of_one_without(folder):
-    tree = run_tree(folder, max_steps=10, micro_pairs=2)
+def test_two_ranks_with_zero_3_give_the_curve_of_one_without_and_resume_bitwise(folder):
+    tree = run_tree(folder, max_steps=10, micro_pairs=2, save_steps=5)
     file = folder / "run.yaml"
     curves = {}
-    for name, stage, ranks in (("one", 0, 1), ("two", 3, 2)):
-        file.write_text(
-            yaml.safe_dump(changed(tree, folder / name, parallel={"zero_stage": stage}))
-        )
+    for name, stage, ranks in (("one", 0, 1), ("two", 3, 2), ("two-resumed", 3, 2)):
+        case = changed(tree, folder / name, parallel={"zero_stage": stage})
+        if name == "two-resumed":
+            shutil.copytree(folder / "two" / "checkpoint-5", folder / name / "checkpoint-5")
+            case["train"]["resume_from_checkpoint"] = True
+        file.write_text(yaml.safe_dump(case))
         subprocess.run(
             command("train", file, "--nproc", ranks), env=ENVIRONMENT, check=True, timeout=300
         )
         curves[name] = losses(folder / name)
+    assert curves["two-resumed"] == {step: curves["two"][step] for step in range(6, 11)}
+    a, b = weights(folder / "two"), weights(folder / "two-resumed")
+    assert all(torch.equal(a[name], b[name]) for name in a)
     assert len(curves["one"]) == 10
     assert curves["one"][10] < 0.9 * curves["one"][1], (
         "nothing was learned: the curve shows nothing"
