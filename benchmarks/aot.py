@@ -26,7 +26,8 @@ INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel. `variant`: plain, ragged (D % BLOCK_D != 0) or full (ragged, every flag)."""
+    """One kernel. `variant`: plain, or of ragged (D % BLOCK_D != 0), entropy, full (every option and
+    extra at once), keep and repair."""
 
     kernel: str
     variant: str
@@ -35,6 +36,7 @@ class Case:
     sizes: tuple[int, ...]
     num_warps: int
     num_stages: int
+    tma: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,70 +49,119 @@ class Result:
     local: int
     shared: int
     instruction: str
+    tma: bool
 
 
 def cases(archs: tuple[str, ...] = ARCHS) -> list[Case]:
     """Each distinct configuration once per kernel, architecture and variant."""
-    from dpo_fast.kernels import linear_logp, logits_logp
+    from dpo_fast.kernels import linear_logp, logits_logp, target_product
 
     found = {}
     for arch in archs:
-        table = [c for key, c in linear_logp.HALF_CONFIGS.items() if key[0] == arch]
-        products = [("bf16", "plain", config) for config in table]
-        products += [("bf16", "ragged", table[-1]), ("bf16", "full", linear_logp.RICH_HALF)]
-        products += [("fp16", "plain", table[-1]), ("fp32", "full", linear_logp.FLOAT)]
-        if arch == "sm_80":  # what sm_86 and sm_89 run
-            products.append(("bf16", "plain", linear_logp.OTHER_HALF))
-        for dtype, variant, config in products:
+        for kernel, variant, dtype, config in _products(arch):
             sizes = (config.block_t, config.block_v, config.block_d, config.group_t)
-            for kernel in ("statistics_kernel", "gradient_kernel"):
-                case = Case(
-                    kernel, variant, arch, dtype, sizes, config.num_warps, config.num_stages
-                )
-                found[case] = None
-        found[Case("merge_kernel", "full", arch, "fp32", (linear_logp.MERGE_TOKENS,), 4, 3)] = None
+            case = Case(
+                kernel, variant, arch, dtype, sizes, config.num_warps, config.num_stages, config.tma
+            )
+            found[case] = None
+        for variant in ("plain", "full", "keep", "keep-full", "repair", "repair-full"):
+            sizes = (linear_logp.MERGE_TOKENS, linear_logp.MERGE_TILES)
+            found[Case("merge_kernel", variant, arch, "fp32", sizes, 4, 3)] = None
+        sizes = (target_product.BLOCK_T, target_product.BLOCK_D)
+        found[Case("target_product_kernel", "plain", arch, "bf16", sizes, 4, 3)] = None
         for kernel in ("forward_kernel", "backward_kernel"):
             sizes = (logits_logp.BLOCK_V,)
             found[Case(kernel, "plain", arch, "bf16", sizes, logits_logp.NUM_WARPS, 3)] = None
     return list(found)
 
 
+def _products(arch: str):
+    """(kernel, variant, dtype, configuration) of the product kernels: all that the table can give."""
+    import torch
+
+    from dpo_fast.kernels import tiles
+
+    runs = []
+    for key, row in tiles.HALF_CONFIGS.items():
+        if key[0] == arch:
+            runs += [("bf16", "", row.sums, row.stores)]
+            runs += [("bf16", "entropy", row.entropy, row.entropy)]
+    other = tiles.OTHER_HALF if arch == "sm_80" else tiles.POINTER_HALF
+    rich = tiles.config_for(arch, torch.bfloat16, 4096, 128256, rich=True)
+    runs += [("fp16", *runs[-2][1:]), ("bf16", "full", rich, rich)]
+    runs += [("bf16", "full-ragged", tiles.RICH_HALF, tiles.RICH_HALF)]
+    runs += [("bf16", "ragged", other, other), ("bf16", "entropy-ragged", other, other)]
+    runs += [("fp32", "ragged", tiles.FLOAT, tiles.FLOAT)]
+    runs += [("fp32", "full-ragged", tiles.FLOAT, tiles.FLOAT)]
+    for dtype, variant, sums, stores in runs:
+        yield "rows_kernel", variant or "plain", dtype, sums
+        yield "rows_kernel", f"keep-{variant}".rstrip("-"), dtype, stores
+        yield "rows_kernel", f"repair-{variant}".rstrip("-"), dtype, tiles.repair_config(stores)
+        if "entropy" not in variant:
+            yield "gradient_kernel", variant or "plain", dtype, stores
+
+
 def _constants(case: Case) -> dict:
     if case.kernel in ("forward_kernel", "backward_kernel"):
         return {"stride_v": 1, "BLOCK_V": case.sizes[0]}
-    full = case.variant == "full"
+    if case.kernel == "target_product_kernel":
+        return {"stride_hd": 1, "stride_wd": 1, "BLOCK_T": case.sizes[0], "BLOCK_D": case.sizes[1]}
+    full, repair = "full" in case.variant, "repair" in case.variant
+    keep = repair or "keep" in case.variant
+    passes = {**dict.fromkeys(("SQUARES", "MEAN"), full), "KEEP": keep, "REPAIR": repair}
+    passes["ENTROPY"] = full or "entropy" in case.variant
+    if not repair:
+        passes["repair_ptr"] = None
     if case.kernel == "merge_kernel":
-        flags = dict.fromkeys(("ENTROPY", "SQUARES", "MEAN", "TOP1"), full)
-        return {"BLOCK_T": case.sizes[0], **flags}
+        return {"BLOCK_T": case.sizes[0], "BLOCK_S": case.sizes[1], **passes}
     constants = dict(zip(("BLOCK_T", "BLOCK_V", "BLOCK_D", "GROUP_T"), case.sizes))
-    constants |= {"HAS_BIAS": full, "HAS_CAP": full, "EVEN_D": case.variant == "plain"}
+    constants |= dict.fromkeys(("HAS_BIAS", "HAS_CAP", "HAS_FACTOR"), full)
+    constants |= {"EVEN_D": "ragged" not in case.variant, "TMA": case.tma, "FLATTEN": case.tma}
     constants |= {"stride_hd": 1, "stride_wd": 1}
     constants["PRECISION"] = "ieee" if case.dtype == "fp32" else "tf32"
-    if case.kernel == "statistics_kernel":
-        constants |= dict.fromkeys(("ENTROPY", "SQUARES", "MEAN"), full)
-    else:
-        constants["COLUMN_SUMS"] = full
     if not full:
         constants["bias_ptr"] = None
-        if case.kernel == "gradient_kernel":
+    if case.kernel == "rows_kernel":
+        constants |= passes
+        if not keep:
+            constants |= dict.fromkeys(("kept", "offset_ptr", "stride_kt"))
+    else:
+        constants["COLUMN_SUMS"] = full
+        if not full:
             constants["column_sum_ptr"] = None
     return constants
 
 
 def _type_of(name: str, case: Case) -> str:
+    blocks = {"hidden": (0, 2), "weight": (1, 2), "kept": (0, 1), "out": (0, 1)}
+    if name in blocks:
+        if not case.tma:
+            return TYPES[case.dtype]
+        rows, columns = (case.sizes[i] for i in blocks[name])
+        return f"tensordesc<{case.dtype}[{rows},{columns}]>"
     if name == "targets_ptr":
         return "*i64"
-    if name == "top1_ptr":
+    if name == "repair_ptr":
         return "*i8"
-    if name in ("hidden_ptr", "weight_ptr", "bias_ptr", "logits_ptr", "out_ptr"):
+    if name in ("hidden_ptr", "weight_ptr", "bias_ptr", "logits_ptr"):
         return TYPES[case.dtype]
+    if name == "out_ptr":
+        return "*fp32" if case.kernel == "target_product_kernel" else TYPES[case.dtype]
     if name.endswith("_ptr"):
         return "*fp32"
     return "fp32" if name in FLOATS else "i32"
 
 
-FLOATS = ("factor", "cap_in", "cap_out", "slope_factor", "inverse_temperature")
-ALIGNED = ("D", "stride_ht", "stride_wv", "stride_ot", "stride_t")
+FLOATS = ("factor", "cap_in", "cap_out", "inverse_temperature")
+ALIGNED = ("D", "stride_ht", "stride_wv", "stride_ot", "stride_kt", "stride_t")
+OPERANDS = ("hidden", "weight", "kept", "out")
+
+
+def _kernel(name: str):
+    from dpo_fast.kernels import gradient_tile, linear_logp, logits_logp, target_product
+
+    modules = (gradient_tile, linear_logp, logits_logp, target_product)
+    return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 
 def compile_case(case: Case) -> Result:
@@ -119,15 +170,14 @@ def compile_case(case: Case) -> Result:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from dpo_fast.kernels import linear_logp, logits_logp
-
-    fn = getattr(linear_logp, case.kernel, None) or getattr(logits_logp, case.kernel)
+    fn = _kernel(case.kernel)
     constants = _constants(case)
     signature = {n: "constexpr" if n in constants else _type_of(n, case) for n in fn.arg_names}
     attributes = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(fn.arg_names)
-        if name not in constants and (name.endswith("_ptr") or name in ALIGNED)
+        if name not in constants
+        and (name.endswith("_ptr") or name in ALIGNED or (name in OPERANDS and not case.tma))
     }
     compiled = triton.compile(
         ASTSource(fn, signature, constants, attributes),
@@ -138,8 +188,9 @@ def compile_case(case: Case) -> Result:
     instruction = next((name for name in INSTRUCTIONS if name in ptx), "-")
     usage = _resource_usage(compiled.asm["cubin"])
     return Result(
-        case, usage["REG"], usage["STACK"], usage["LOCAL"], compiled.metadata.shared, instruction
-    )
+        case, usage["REG"], usage["STACK"], usage["LOCAL"], compiled.metadata.shared, instruction,
+        "cp.async.bulk.tensor" in ptx,
+    )  # fmt: skip
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
@@ -158,17 +209,17 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
 
 def table(results: list[Result]) -> str:
     header = (
-        f"{'kernel':<18}{'variant':<8}{'arch':<7}{'dtype':<6}{'sizes':<17}{'warps':>5}{'stages':>7}"
-        f"{'regs':>6}{'stack':>6}{'local':>6}{'shared':>8}  instruction"
+        f"{'kernel':<22}{'variant':<22}{'arch':<7}{'dtype':<6}{'sizes':<17}{'warps':>5}{'stages':>7}"
+        f"{'regs':>6}{'stack':>6}{'local':>6}{'shared':>8}  {'instruction':<16}  loads"
     )
     lines = [header]
     for result in results:
         case = result.case
         sizes = "x".join(map(str, case.sizes[:3]))
         lines.append(
-            f"{case.kernel:<18}{case.variant:<8}{case.arch:<7}{case.dtype:<6}{sizes:<17}"
+            f"{case.kernel:<22}{case.variant:<22}{case.arch:<7}{case.dtype:<6}{sizes:<17}"
             f"{case.num_warps:>5}{case.num_stages:>7}{result.registers:>6}{result.stack:>6}"
-            f"{result.local:>6}{result.shared:>8}  {result.instruction}"
+            f"{result.local:>6}{result.shared:>8}  {result.instruction:<16}  {'TMA' if result.tma else '-'}"
         )
     return "\n".join(lines)
 

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,27 +29,40 @@ def results():
 
 
 def test_every_architecture_and_kernel_is_there(results):
-    kernels = {"statistics", "merge", "gradient", "forward", "backward"}
+    """Every kernel of every module: a new one without a case here fails."""
+    kernels = set()
+    for path in (ROOT / "kernels" / "ops").glob("*.py"):
+        kernels |= set(re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE))
+    assert len(kernels) >= 6
     for arch in SHARED_BYTES:
         names = {r["case"]["kernel"] for r in results if r["case"]["arch"] == arch}
-        assert names == {f"{kernel}_kernel" for kernel in kernels}
+        assert names == kernels
 
 
 def test_every_shipped_configuration_is_there(results):
-    from dpo_fast.kernels import linear_logp
+    from dpo_fast.kernels import tiles
 
     def key(config, arch):
         sizes = [config.block_t, config.block_v, config.block_d, config.group_t]
-        return arch, *sizes, config.num_warps, config.num_stages
+        return arch, *sizes, config.num_warps, config.num_stages, config.tma
 
     compiled = {
-        (c["arch"], *c["sizes"], c["num_warps"], c["num_stages"])
+        (c["arch"], *c["sizes"], c["num_warps"], c["num_stages"], c["tma"])
         for c in (result["case"] for result in results)
+        if c["kernel"] == "rows_kernel"
     }
-    shipped = {key(config, names[0]) for names, config in linear_logp.HALF_CONFIGS.items()}
-    for config in (linear_logp.RICH_HALF, linear_logp.FLOAT):
-        shipped |= {key(config, arch) for arch in SHARED_BYTES}
-    shipped.add(key(linear_logp.OTHER_HALF, "sm_80"))
+    shipped = {
+        key(config, names[0])
+        for names, row in tiles.HALF_CONFIGS.items()
+        for tile in (row.sums, row.stores, row.entropy)
+        for config in (tile, tiles.repair_config(tile))
+    }
+    for arch in SHARED_BYTES:
+        rich = tiles.config_for(arch, torch.bfloat16, 4096, 128_256, rich=True)
+        for config in (rich, tiles.RICH_HALF, tiles.FLOAT):
+            shipped |= {key(config, arch), key(tiles.repair_config(config), arch)}
+    shipped |= {key(tiles.OTHER_HALF, "sm_80"), key(tiles.POINTER_HALF, "sm_90")}
+    shipped.add(key(tiles.POINTER_HALF, "sm_100"))
     assert shipped <= compiled
 
 
@@ -64,5 +79,11 @@ def test_shared_memory_fits(results):
 def test_half_products_use_tensor_cores(results):
     for result in results:
         case = result["case"]
-        if case["kernel"] in ("statistics_kernel", "gradient_kernel") and case["dtype"] != "fp32":
+        if case["kernel"] in ("rows_kernel", "gradient_kernel") and case["dtype"] != "fp32":
             assert result["instruction"] == TENSOR_CORES[case["arch"]], result
+
+
+def test_descriptors_become_bulk_copies(results):
+    assert any(result["case"]["tma"] for result in results)
+    for result in results:
+        assert result["tma"] == result["case"]["tma"], result

@@ -1,16 +1,17 @@
 """The Triton implementation of `linear_logp`, interpreted, against its definition in fp64."""
 
-import itertools
+import dataclasses
+import importlib
 
 import pytest
 import torch
 
-from dpo_fast.ops import eager, linear_logp, plan
+from dpo_fast.ops import eager, linear_logp
 from dpo_fast.ops.implementation import interpreting
-from dpo_fast.ops.linear_logp import EXTRAS
-from dpo_fast.ops.linear_logp_triton import tiles_for
+from dpo_fast.ops.linear_logp import EXTRAS, HeadOptions
 
 kernels = pytest.importorskip("dpo_fast.kernels.linear_logp")
+tiles = pytest.importorskip("dpo_fast.kernels.tiles")
 pytestmark = [
     pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1"),
     # numpy warns where padding rows and masked logits meet infinities; the results are checked.
@@ -69,6 +70,42 @@ def check(T, V, D, dtype, *, budget=1 << 30, bias=False, spread=1.0, extras=(), 
     assert_as_good_as_eager(got, same, evaluate(eager.linear_logp, *double, **options), dtype)
 
 
+SCHEDULES = {  # what a plan may be, in sizes of the interpreter's tiles
+    "keep": {"schedule": "keep", "kept_tokens": None},
+    "recompute": {"schedule": "recompute", "kept_tokens": 0},
+    "mixed, vocabulary first": {"schedule": "mixed", "kept_tokens": 5, "tokens_first": False},
+    "mixed, tokens first": {"schedule": "mixed", "kept_tokens": 5, "tokens_first": True},
+    "mixed, residual, tokens first": {
+        "schedule": "mixed", "kept_tokens": 5, "tokens_first": True, "residual_sums": True,
+    },
+    "recompute, residual, vocabulary first": {
+        "schedule": "recompute", "kept_tokens": 0, "tokens_first": False, "residual_sums": True,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(params=SCHEDULES)
+def schedule(request, monkeypatch):
+    """Every call runs this schedule, in tiles of 16 x 32 and passes of at most 16 tokens."""
+    from dpo_fast.ops import linear_logp_triton as ops
+
+    module = importlib.import_module("dpo_fast.ops.linear_logp")  # the package exports the function
+    plan_call = module.plan_call
+    columns = SCHEDULES[request.param]
+
+    def forced(hidden_TD, *arguments):
+        chosen = plan_call(hidden_TD, *arguments)
+        kept = columns["kept_tokens"]
+        own = {**columns, "kept_tokens": len(hidden_TD) if kept is None else kept}
+        if chosen.schedule in ("keep", "recompute", "mixed") and len(hidden_TD) > 5:
+            chosen = dataclasses.replace(chosen, **own, token_chunk=16, vocab_block=32)
+        return chosen
+
+    monkeypatch.setattr(module, "plan_call", forced)
+    monkeypatch.setattr(ops, "CHUNK_TOKENS", 16)
+    return request.param
+
+
 SHAPES = [  # the interpreter's tiles are 16 x 32 x 32
     (0, 33, 8),  # nothing to score
     (1, 1, 1),  # the smallest of everything: p = 1 and every gradient is 0
@@ -104,14 +141,10 @@ def test_each_extra_alone(extra, poison):
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-def test_several_tiles_and_either_order(dtype, monkeypatch, poison):
-    """Sums over chunks and blocks: tiles of 16 x 32, tokens first and vocabulary first."""
-    from dpo_fast.ops import linear_logp_triton as ops
-
-    for tokens_first in (True, False):
-        tiles = ops.Tiles(16, 32, tokens_first)
-        monkeypatch.setattr(ops, "tiles_for", lambda *_, tiles=tiles, **__: tiles)
-        check(37, 75, 24, dtype, bias=True)
+def test_every_schedule(dtype, schedule, poison):
+    """37 tokens and 75 columns: ragged chunks, blocks and tiles, with and without options."""
+    check(37, 75, 24, dtype)
+    check(37, 75, 24, dtype, bias=True, softcap=5.0, temperature=1.3)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
@@ -166,14 +199,53 @@ def test_logits_of_ten_thousand(poison):
         assert (got[name] - truth[name]).abs().max() <= allowed, name
 
 
-def test_log_prob_of_minus_500(poison):
-    hidden = torch.ones(3, 4)
-    weight = torch.zeros(40, 4)
-    weight[7] = 125.0  # its logit is 500, all others are 0
-    targets = torch.tensor([0, 7, 39])
+def test_log_prob_of_minus_500(schedule, poison):
+    """The row's maximum is 500 above its offset: found, and done again against the maximum."""
+    hidden = torch.ones(9, 4)
+    weight = torch.zeros(300, 4)
+    weight[7] = 125.0  # its logit is 500, all others are 0; the sample takes every second column
+    targets = torch.tensor([0, 7, 39, 1, 2, 3, 4, 5, 299])
     got = evaluate(linear_logp, hidden, weight, targets, None, implementation="triton")
-    assert got["logp"].tolist() == [-500.0, 0.0, -500.0]
-    assert torch.equal(got["dW"][7], torch.full((4,), 1.0 - 2.0).double())  # -(c_0 + c_2)
+    assert got["logp"].tolist() == [-500.0, 0.0] + [-500.0] * 7
+    slopes = torch.linspace(-1, 2, 9).double()
+    expected = -(slopes.sum() - slopes[1])
+    torch.testing.assert_close(got["dW"][7], expected.expand(4), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got["dW"][0], slopes[0].expand(4), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_some_rows_leave_their_range(dtype, frozen, poison):
+    """Every third row has a peak that neither its target nor the sample shows; the others keep theirs,
+    bit for bit."""
+    hidden, weight, targets, _ = make(40, 600, 24, dtype)
+    targets = targets.clamp(max=590) // 2 * 2
+    quiet = (hidden.clone(), weight.clone(), targets, None)
+    weight[595] = 0.0  # 600 columns: the sample takes every third, and 595 is none of them
+    weight[595, 0] = 60.0
+    hidden[:, 0] = 0.0
+    quiet = (hidden.clone(), weight, targets, None)
+    hidden[::3, 0] = 3.0
+    inputs = (hidden, weight, targets, None)
+    double = (hidden.double(), weight.double(), targets, None)
+
+    def run(hidden, weight, targets, bias, function=linear_logp, **options):
+        leaf = hidden.clone().requires_grad_()
+        head = weight.clone().requires_grad_(not frozen)
+        result = function(leaf, head, targets, **options)
+        logp = result["logp"] if isinstance(result, dict) else result.logp
+        logp.backward(torch.linspace(-1, 2, 40).to(logp.dtype))
+        grads = {"dH": leaf.grad} | ({} if frozen else {"dW": head.grad})
+        return {k: v.detach().double() for k, v in ({"logp": logp} | grads).items()}
+
+    got, same = run(*inputs, implementation="triton"), run(*inputs, function=eager.linear_logp)
+    truth = run(*double, function=eager.linear_logp)
+    assert truth["logp"][::3].max() < -100 < truth["logp"][1::3].min()
+    assert_as_good_as_eager(got, same, truth, dtype)
+    calm = run(*quiet, implementation="triton")
+    rows = torch.arange(40) % 3 != 0
+    assert torch.equal(got["logp"][rows], calm["logp"][rows])
+    assert torch.equal(got["dH"][rows], calm["dH"][rows])
 
 
 def test_saturated_soft_cap_stays_finite(poison):
@@ -213,8 +285,11 @@ def test_row_offsets_beyond_32_bits():
     apart = memory.as_strided((3, 8), (stride, 1))
     hidden, weight, targets, _ = make(3, 40, 8, FP16)
     apart.copy_(hidden)
-    got = kernels.statistics(apart, weight, None, targets)
-    assert torch.equal(got["logp"], kernels.statistics(hidden, weight, None, targets)["logp"])
+    options = dataclasses.asdict(HeadOptions())
+    got = kernels.RowPass(apart, weight, None, targets, options=options).sums
+    expected = kernels.RowPass(hidden, weight, None, targets, options=options).sums
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-6, atol=1e-6)
 
 
 def test_same_bits_every_time_and_in_every_batch():
@@ -228,54 +303,76 @@ def test_same_bits_every_time_and_in_every_batch():
     assert torch.equal(alone.double(), first["logp"][20:23])
 
 
-def test_number_of_splits_changes_rounding_only(monkeypatch):
-    hidden, weight, targets, _ = make(9, 290, 24, FP32, spread=4.0)
+def test_tile_sizes_and_descriptors_change_rounding_only():
+    """Through pointers and descriptors, one program per tile and persistent, in groups of 1 to 3."""
+    hidden, weight, targets, _ = make(37, 288, 24, FP32, spread=4.0)
+    options = dataclasses.asdict(HeadOptions(temperature=0.8))
     runs = []
-    for splits in (1, 2, 3, 32):
-        monkeypatch.setattr(kernels, "MAX_SPLITS", splits)
-        runs.append(kernels.statistics(hidden, weight, None, targets, extras=EXTRAS))
-    for run, name in itertools.product(runs[1:], runs[0]):
-        torch.testing.assert_close(run[name], runs[0][name], rtol=2e-6, atol=2e-6)
+    for config in (
+        tiles.TileConfig(16, 32, 32, 1, 1, group_t=1),
+        tiles.TileConfig(16, 32, 16, 1, 1, group_t=2, tma=True),
+        tiles.TileConfig(32, 64, 32, 1, 1, group_t=3, per_sm=3, tma=True),
+        tiles.TileConfig(64, 16, 32, 1, 1, group_t=3, per_sm=5),
+    ):
+        kept = torch.full((37, 288), torch.nan)
+        offset = torch.linspace(-3, 3, 37)
+        extras = {"options": options, "extras": EXTRAS, "config": config}
+        sums = kernels.RowPass(hidden, weight, None, targets, **extras).sums
+        more = kernels.RowPass(
+            hidden, weight, None, targets, offset_T=offset, kept_TV=kept, **extras
+        ).sums
+        runs.append({**sums, **{f"{k} against the offset": v for k, v in more.items()}, "E": kept})
+    assert len(runs[0]) == 13
+    for run in runs[1:]:
+        for name, value in runs[0].items():
+            torch.testing.assert_close(run[name], value, rtol=1e-5, atol=1e-4)
+    z = eager.head_logits(hidden.double(), weight.double(), temperature=0.8)
+    expected = (z - offset[:, None]).exp()
+    torch.testing.assert_close(runs[0]["E"].double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_forward_keeps_one_number_a_token():
+def test_what_is_saved_is_what_the_plan_says():
     hidden, weight, targets, _ = make(9, 40, 8, FP32)
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        linear_logp(hidden.requires_grad_(), weight.requires_grad_(), targets,
-                    implementation="triton")  # fmt: skip
-    assert max(x.numel() for x in saved) <= weight.numel()  # and nothing of shape [T, V]
+    for budget, kept in ((0, 0), (1 << 20, 9 * 48)):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):  # noqa: B023
+            linear_logp(hidden.requires_grad_(), weight.requires_grad_(), targets,
+                        implementation="triton", workspace_bytes=budget)  # fmt: skip
+        bytes_saved = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in saved}
+        inputs = {x.untyped_storage().data_ptr() for x in (hidden, weight, targets)}
+        own = sum(size for pointer, size in bytes_saved.items() if pointer not in inputs)
+        assert own == 4 * (kept + 2 * 9)  # exponentials, and offset and total of each token
 
 
-@pytest.mark.parametrize("T", [1, 100, 8192, 1_000_000])  # tiny, ragged, a step, a long context
-@pytest.mark.parametrize("budget", [0, 1 << 24, 1 << 30])
-@pytest.mark.parametrize("needs", [(True, False), (False, True), (True, True)])
-def test_tiles_stay_within_the_budget(T, budget, needs):
-    V, D = 151_936, 4096
-    chosen = plan(
-        T, V, D, BF16, needs_hidden=needs[0], needs_head=needs[1], workspace_bytes=budget,
-        keeps=False,
-    )  # fmt: skip
-    tiles = tiles_for(T, V, 2, chosen, needs_hidden=needs[0], needs_weight=needs[1])
-    assert 2 * tiles.token_chunk * tiles.vocab_block <= max(budget, 1 << 20)
-    if T < 1_000_000:
-        pairs = tiles.pairs(T, V)
-        assert sum((r.stop - r.start) * (c.stop - c.start) for r, c in pairs) == T * V
+def test_table_does_not_depend_on_the_batch():
+    """Keyed by architecture and bins; unknown architectures get one that fits any."""
+
+    def chosen(arch, dtype=BF16, D=4096, V=128_256, **flags):
+        return tiles.config_for(arch, dtype, D, V, **flags)
+
+    assert chosen("sm_90").block_v == 256 and chosen("sm_90").tma
+    assert chosen("sm_90", stores=True).num_stages < chosen("sm_90").num_stages
+    assert chosen("sm_90", described=False) == tiles.POINTER_HALF
+    assert chosen("sm_90", rich=True, described=False) == tiles.RICH_HALF
+    assert chosen("sm_90", rich=True).tma and not chosen("sm_80", rich=True).tma
+    assert chosen("sm_100", entropy=True).block_t < chosen("sm_100").block_t
+    assert chosen("sm_90", FP32) == tiles.FLOAT
+    assert chosen("sm_86", FP16) == tiles.OTHER_HALF
+    assert chosen("hip", rich=True) == tiles.OTHER_HALF
 
 
-def test_configurations_do_not_depend_on_the_batch():
-    """The table is keyed by architecture and bins; unknown architectures get one that fits any."""
-    wide = kernels.config_for("sm_90", BF16, 4096, 128_256)
-    assert wide.block_v == 256
-    assert kernels.config_for("sm_90", BF16, 4096, 128_256, rich=True) == kernels.RICH_HALF
-    assert kernels.config_for("sm_90", FP32, 4096, 128_256) == kernels.FLOAT
-    assert kernels.config_for("sm_86", FP16, 4096, 128_256) == kernels.OTHER_HALF
-    assert kernels.config_for("hip", BF16, 4096, 128_256, rich=True) == kernels.OTHER_HALF
+def test_what_a_descriptor_can_address():
+    aligned = torch.empty(8, 64, dtype=BF16)
+    assert tiles.describable(aligned, aligned[2:, :40], aligned[:, 8:])
+    assert not tiles.describable(aligned[:, 1:])  # starts 2 bytes off
+    assert not tiles.describable(torch.empty(8, 65, dtype=BF16))  # rows of 130 bytes
+    assert not tiles.describable(aligned.t())
+    assert not tiles.describable(aligned[:0])
 
 
 def test_launchers_refuse_what_they_cannot_run():
     hidden, weight, targets, _ = make(4, 10, 8, FP32)
     with pytest.raises(ValueError, match="do not fit"):
-        kernels.statistics(hidden, weight[:, :4], None, targets)
+        kernels.RowPass(hidden, weight[:, :4], None, targets, options={})
     with pytest.raises(ValueError, match="fp64|float64"):
-        kernels.statistics(hidden.double(), weight.double(), None, targets)
+        kernels.RowPass(hidden.double(), weight.double(), None, targets, options={})

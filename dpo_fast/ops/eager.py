@@ -22,10 +22,17 @@ def head_logits(
     logits_TV = hidden_TD.to(precision) @ weight_VD.to(precision).t()
     if bias is not None:
         logits_TV = logits_TV + bias.to(precision)
-    logits_TV = logits_TV * logit_scale
+    return head_options(logits_TV, logit_scale, softcap, temperature)
+
+
+def head_options(
+    raw: Tensor, logit_scale: float = 1.0, softcap: float | None = None, temperature: float = 1.0
+) -> Tensor:
+    """cap(logit_scale * raw) / temperature, element by element."""
+    logits = raw * logit_scale
     if softcap is not None:
-        logits_TV = softcap * torch.tanh(logits_TV / softcap)
-    return logits_TV / temperature
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits / temperature
 
 
 def logits_logp(logits_TV: Tensor, targets_T: Tensor, *, temperature: float = 1.0) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dpo_fast.ops.implementation import choose_implementation
 from dpo_fast.ops.plan import HeadPlan, default_workspace_bytes, plan
+from dpo_fast.ops.vocab_shard import VocabShard, whole_vocabulary
 
 EXTRAS = ("entropy", "log_sum_p2", "mean_logit", "is_top1")
 
@@ -47,9 +48,11 @@ class _LinearLogp(torch.autograd.Function):
     """One node, so that a sharded weight is gathered once for the forward and once for the backward."""
 
     @staticmethod
-    def forward(ctx, hidden_TD, weight_VD, bias, targets_T, options, extras, plan, schedule):
+    def forward(ctx, hidden_TD, weight_VD, bias, targets_T, options, extras, plan, schedule, shard):
+        if shard is not None:
+            targets_T = targets_T - shard.first  # outside 0..V-1: another rank has it
         outputs, saved = schedule.forward(
-            hidden_TD, weight_VD, bias, targets_T, options, extras, plan
+            hidden_TD, weight_VD, bias, targets_T, options, extras, plan, shard
         )
         ctx.names = tuple(saved)
         # A leaf weight stays on ctx itself: DeepSpeed swaps the storage of a sharded parameter, and
@@ -58,7 +61,7 @@ class _LinearLogp(torch.autograd.Function):
         hidden_TD = None if plan.schedule == "frozen" else hidden_TD  # not read again
         weight_VD = None if ctx.weight is not None else weight_VD
         ctx.save_for_backward(hidden_TD, bias, targets_T, weight_VD, *saved.values())
-        ctx.options, ctx.plan, ctx.schedule = options, plan, schedule
+        ctx.options, ctx.plan, ctx.schedule, ctx.shard = options, plan, schedule, shard
         ctx.set_materialize_grads(False)
         logp_T, *rest = (outputs[name] for name in ("logp", *extras))
         ctx.mark_non_differentiable(*rest)
@@ -70,11 +73,14 @@ class _LinearLogp(torch.autograd.Function):
         gradients = (None, None, None)
         if grad_T is not None:
             hidden_TD, bias, targets_T, weight_VD, *values = ctx.saved_tensors
-            gradients = ctx.schedule.backward(
+            hidden_grad, *head_grads = ctx.schedule.backward(
                 grad_T, hidden_TD, ctx.weight if weight_VD is None else weight_VD, bias, targets_T,
                 ctx.options, ctx.plan, dict(zip(ctx.names, values)), ctx.needs_input_grad[:3],
             )  # fmt: skip
-        return *gradients, None, None, None, None, None
+            if ctx.shard is not None and hidden_grad is not None:
+                hidden_grad = ctx.shard.sum(hidden_grad.float()).to(hidden_grad.dtype)
+            gradients = (hidden_grad, *head_grads)
+        return *gradients, *(None,) * 6
 
 
 def linear_logp(
@@ -89,6 +95,7 @@ def linear_logp(
     extras: tuple[str, ...] = (),
     implementation: str = "auto",
     workspace_bytes: int | None = None,
+    shard: VocabShard | None = None,
 ) -> LinearLogp:
     """Log-probability of each target under a linear head, without a [T, V] tensor of logits.
 
@@ -105,6 +112,9 @@ def linear_logp(
         implementation: `auto`, `torch` or `triton`. A name that cannot run here is an error.
         workspace_bytes: memory for exponentials kept between forward and backward; 0 recomputes
             them all. Default: 1 GiB on a CPU, a sixteenth of the memory of a GPU.
+        shard: the weight (and bias) are this rank's slice of the vocabulary, `VocabShard.of(weight)`.
+            Hidden states and targets are the same on every rank, and so are all results and the
+            gradient of the hidden states. All ranks of the group must call.
 
     Returns:
         `LinearLogp`, each field [T] in fp32 (fp64 for fp64 inputs) from fp32 logits.
@@ -116,13 +126,14 @@ def linear_logp(
     options = HeadOptions(logit_scale, softcap, temperature)
     hidden_TD, weight_VD, bias = _autocast(hidden_TD, weight_VD, bias)
     _check(hidden_TD, weight_VD, targets_T, bias, extras)
+    check_targets(targets_T, whole_vocabulary(weight_VD, shard))
     name = choose_implementation(
         "linear_logp", hidden_TD.device, hidden_TD.dtype, implementation
     ).name
     schedule = importlib.import_module(f"dpo_fast.ops.linear_logp_{name}")
-    chosen = plan_call(hidden_TD, weight_VD, bias, workspace_bytes, keeps=name == "torch")
+    chosen = plan_call(hidden_TD, weight_VD, bias, workspace_bytes, name, shard)
     values = _LinearLogp.apply(
-        hidden_TD, weight_VD, bias, targets_T, options, tuple(extras), chosen, schedule
+        hidden_TD, weight_VD, bias, targets_T, options, tuple(extras), chosen, schedule, shard
     )
     return LinearLogp(**dict(zip(("logp", *extras), values)))
 
@@ -132,7 +143,8 @@ def plan_call(
     weight_VD: Tensor,
     bias: Tensor | None,
     workspace_bytes: int | None,
-    keeps: bool,
+    implementation: str,
+    shard: VocabShard | None = None,
 ) -> HeadPlan:
     """The plan for these tensors: gradients that nothing asks for are not computed."""
     grad = torch.is_grad_enabled()
@@ -140,12 +152,13 @@ def plan_call(
         workspace_bytes = default_workspace_bytes(hidden_TD.device)
     return plan(
         hidden_TD.shape[0],
-        *weight_VD.shape,
+        weight_VD.shape[0] if shard is None else shard.largest,
+        weight_VD.shape[1],
         hidden_TD.dtype,
         needs_hidden=grad and hidden_TD.requires_grad,
         needs_head=grad and any(x is not None and x.requires_grad for x in (weight_VD, bias)),
         workspace_bytes=workspace_bytes,
-        keeps=keeps,
+        implementation=implementation,
     )
 
 
@@ -187,7 +200,6 @@ def _check(
     unknown = [name for name in extras if name not in EXTRAS]
     if unknown or len(set(extras)) != len(extras):
         raise ValueError(f"extras={tuple(extras)}: choose from {EXTRAS}, each at most once")
-    check_targets(targets_T, weight_VD.shape[0])
 
 
 def check_targets(targets_T: Tensor, V: int) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dpo_fast.ops.plan import HeadPlan
+from dpo_fast.ops.row_sums import RowSums, finite_offset, joined, patch_targets, softcap_slope
 
 SLACK = (
     8.0  # exp(8) fits fp16, and no later tile is rescaled unless its maximum is e^8 times larger
@@ -56,18 +57,15 @@ class _Tiles:
             out.div_(self.softcap).tanh_().mul_(self.softcap / self.temperature)
         return out
 
-    def slope(self, logits: Tensor) -> Tensor | None:
-        """1 - tanh^2, the soft cap's slope; None without a cap."""
-        if not self.softcap:
-            return None
-        return 1 - (logits * (self.temperature / self.softcap)).square_()
+    def mean_logits(self, weight_D: Tensor, bias: Tensor | float) -> Tensor:
+        return self.rows @ weight_D + bias * self.factor
 
 
-class _RowSums:
+class _OnlineSums:
     """Online sums of rows against the moving offset m: l = sum exp(z - m), and what extras need."""
 
-    def __init__(self, targets: Tensor, extras: tuple, like: Tensor):
-        self.targets, self.extras = targets, extras
+    def __init__(self, targets: Tensor, extras: tuple, like: Tensor, linear: bool):
+        self.targets, self.extras, self.linear = targets, extras, linear
         zeros = lambda: like.new_zeros(len(targets))  # noqa: E731
         self.offset, self.maximum, self.target = zeros(), zeros().fill_(-torch.inf), zeros()
         self.total, self.weighted, self.squares, self.logits = zeros(), zeros(), zeros(), zeros()
@@ -77,7 +75,7 @@ class _RowSums:
         maximum = z.amax(-1)
         rows, columns = in_block(self.targets, block)
         self.target[rows] = z[rows, columns]
-        if "mean_logit" in self.extras:
+        if "mean_logit" in self.extras and not self.linear:
             self.logits += z.sum(-1)
         factor = None
         if block.start == 0:
@@ -104,27 +102,23 @@ class _RowSums:
             self.weighted += shifted.mul_(out).sum(-1)
         return out
 
-    def outputs(self, V: int) -> dict[str, Tensor]:
-        log_total = self.total.log()
-        values = {"logp": self.target - self.offset - log_total}
-        if "entropy" in self.extras:
-            values["entropy"] = log_total - self.weighted / self.total
-        if "log_sum_p2" in self.extras:
-            values["log_sum_p2"] = self.squares.log() - 2 * log_total
-        if "mean_logit" in self.extras:
-            values["mean_logit"] = self.logits / V
-        if "is_top1" in self.extras:
-            values["is_top1"] = self.target >= self.maximum
-        return values
+    def done(self) -> RowSums:
+        optional = {
+            name: getattr(self, name) if extra in self.extras else None
+            for name, extra in (
+                ("weighted", "entropy"), ("squares", "log_sum_p2"), ("logits", "mean_logit"),
+            )
+        }  # fmt: skip
+        return RowSums(self.offset, self.maximum, self.target, self.total, **optional)
 
 
 def tile_buffer(plan: HeadPlan, like: Tensor) -> Tensor:
     return like.new_empty(plan.token_chunk * plan.vocab_block)
 
 
-def token_chunks(plan: HeadPlan, first: int, T: int):
-    for start in range(first, T, plan.token_chunk):
-        yield slice(start, min(start + plan.token_chunk, T))
+def token_chunks(plan: HeadPlan, first: int, T: int) -> list[slice]:
+    starts = range(first, T, plan.token_chunk)
+    return [slice(start, min(start + plan.token_chunk, T)) for start in starts]
 
 
 def vocab_blocks(plan: HeadPlan, V: int):
@@ -142,87 +136,95 @@ def _row_dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1)  # torch's sum is pairwise; a batched product would add up in order
 
 
-def forward(hidden_TD, weight_VD, bias, targets_T, options, extras, plan: HeadPlan):
+def forward(hidden_TD, weight_VD, bias, targets_T, options, extras, plan: HeadPlan, shard):
     """Returns {name: [T]} for logp and the extras, and what backward needs, by name."""
-    (T, D), V = hidden_TD.shape, weight_VD.shape[0]
+    (T, D), V = hidden_TD.shape, shard.vocab if shard else weight_VD.shape[0]
     precision = torch.promote_types(hidden_TD.dtype, torch.float32)
-    outputs = {"logp": hidden_TD.new_empty(T, dtype=precision)}
-    for name in extras:
-        outputs[name] = outputs["logp"].new_empty(
-            T, dtype=torch.bool if name == "is_top1" else precision
-        )
-    kept_KV = hidden_TD.new_empty(plan.kept_tokens, V)
+    kept_KV = hidden_TD.new_empty(plan.kept_tokens, weight_VD.shape[0])
     direction_TD = hidden_TD.new_empty(T if plan.schedule == "frozen" else 0, D)
-    total_T, offset_T = outputs["logp"].new_empty(T), outputs["logp"].new_empty(T)
-    buffer = tile_buffer(plan, outputs["logp"])
-    for rows in token_chunks(plan, 0, T):
-        kept = kept_KV[rows]
+    buffer = tile_buffer(plan, hidden_TD.new_empty(0, dtype=precision))
+    # Without a soft cap the mean logit is the logit of the mean column: no pass over tiles.
+    mean = None
+    if "mean_logit" in extras and not options.softcap:
+        mean = (
+            weight_VD.mean(0, dtype=precision),
+            0.0 if bias is None else bias.mean(dtype=precision),
+        )
+    parts = []
+    for rows in token_chunks(plan, 0, T) or [slice(0, 0)]:
         tiles = _Tiles(hidden_TD, weight_VD, bias, options, plan, buffer, rows)
-        sums = _RowSums(targets_T[rows], extras, tiles.rows)
+        online = _OnlineSums(targets_T[rows], extras, tiles.rows, linear=mean is not None)
+        if mean is not None:
+            online.logits = tiles.mean_logits(*mean) * len(weight_VD)
         if plan.schedule == "frozen":
-            _direction(tiles, sums, direction_TD[rows])
-        else:
-            _keep(tiles, sums, kept)
-        for name, value in sums.outputs(V).items():
-            outputs[name][rows] = value
-        total_T[rows], offset_T[rows] = sums.total, sums.offset
+            parts.append(_direction(tiles, online, direction_TD[rows], options, shard))
+            continue
+        kept = kept_KV[rows]
+        _keep(tiles, online, kept, options)
+        sums = online.done()
+        if shard is not None:
+            sums = _over(sums, shard, kept)
+        patch_targets(kept, sums, targets_T[rows], options, shard)
+        parts.append(sums)
+    sums = joined(parts)
+    outputs = sums.outputs(V, extras)
     if plan.schedule == "logps":
         return outputs, {}
     if plan.schedule == "frozen":
         return outputs, {"direction": direction_TD}
-    return outputs, {"kept": kept_KV, "total": total_T, "offset": offset_T}
+    return outputs, {"kept": kept_KV, "total": sums.total, "offset": sums.offset}
 
 
-def _keep(tiles: _Tiles, sums: _RowSums, kept: Tensor) -> None:
-    """One pass over the vocabulary; writes E' for the first len(kept) rows of the chunk."""
+def _over(sums: RowSums, shard, scaled: Tensor) -> RowSums:
+    """Sums over all shards, against the maximum of the whole row; `scaled` rows move with the offset."""
+    common = sums.rebased(finite_offset(shard.maximum(sums.maximum)))
+    scaled *= (sums.offset - common.offset).exp()[: len(scaled), None]
+    return common.over(shard)
+
+
+def _keep(tiles: _Tiles, online: _OnlineSums, kept: Tensor, options) -> None:
+    """One pass over the vocabulary; writes E for the first len(kept) rows of the chunk."""
     n = len(kept)
     direct = n == len(tiles.rows) and kept.dtype == tiles.precision  # no rounding, no copy
-    at_target = kept.new_empty(n, dtype=tiles.precision), kept.new_ones(n, dtype=tiles.precision)
     for block in tiles.blocks():
         z = tiles.logits(block)
-        slope = tiles.slope(z[:n]) if n else None
-        factor = sums.shift(z, block)
+        slope = softcap_slope(z[:n], options) if n else None
+        factor = online.shift(z, block)
         if factor is not None and n and block.start:
             kept[:, : block.start] *= factor[:n, None]
-            at_target[0].mul_(factor[:n])
-        e = sums.add(z, kept[:, block] if direct else z)[:n]
-        if not n:
-            continue
-        rows, columns = in_block(sums.targets, block)
-        rows, columns = rows[rows < n], columns[rows < n]
-        at_target[0][rows] = e[rows, columns]
+        e = online.add(z, kept[:, block] if direct else z)[:n]
         if slope is not None:
-            at_target[1][rows] = slope[rows, columns]
             e = e.mul_(slope)
-        if not direct:
+        if n and not direct:
             kept[:, block] = e
-    # The patch at the target is formed in full precision, then rounded once.
-    patch = (at_target[0] - sums.total[:n]) * at_target[1]
-    # Not scatter_, which copies a low-precision tensor whole on a CPU.
-    kept[torch.arange(n, device=kept.device), sums.targets[:n]] = patch.to(kept.dtype)
 
 
-def _direction(tiles: _Tiles, sums: _RowSums, out: Tensor) -> None:
+def _direction(tiles: _Tiles, online: _OnlineSums, out: Tensor, options, shard) -> RowSums:
     """u_t = slope_y w_y - sum_v p_tv slope_v w_v, so that dH = c u: no second pass is needed."""
     weight = tiles.weight
     # Sums of exponentials that are not normalised yet leave the range of fp16.
     dtype = tiles.precision if out.dtype == torch.float16 else out.dtype
-    gathered = weight[sums.targets].to(tiles.precision)
-    direction = torch.zeros_like(gathered)
+    direction = tiles.rows.new_zeros(out.shape)
     for block in tiles.blocks():
         z = tiles.logits(block)
-        slope = tiles.slope(z)
-        factor = sums.shift(z, block)
+        slope = softcap_slope(z, options)
+        factor = online.shift(z, block)
         if factor is not None:
             direction *= factor[:, None]
-        e = sums.add(z, z)
+        e = online.add(z, z)
         if slope is not None:
             e = e.mul_(slope)
-            rows, columns = in_block(sums.targets, block)
-            gathered[rows] *= slope[rows, columns, None]
         direction += e.to(dtype) @ weight[block].to(dtype)
-    gathered -= direction.div_(sums.total[:, None])
-    out.copy_(gathered.mul_(tiles.slope_factor))
+    sums = online.done()
+    if shard is not None:
+        sums = _over(sums, shard, direction)
+    inside, columns = in_block(online.targets, slice(0, len(weight)))
+    gathered = weight[columns].to(tiles.precision)
+    slope = softcap_slope(sums.target[inside], options)
+    direction.div_(-sums.total[:, None])
+    direction[inside] += gathered if slope is None else gathered * slope[:, None]
+    out.copy_(direction.mul_(tiles.slope_factor))
+    return sums
 
 
 def backward(grad_T, hidden_TD, weight_VD, bias, targets_T, options, plan, saved, needs):
@@ -270,7 +272,7 @@ class _Recompute:
     """Gradient tiles of the tokens that were not kept, from their logits made again."""
 
     def __init__(self, hidden_TD, weight_VD, bias, targets_T, options, plan, saved, scale_T):
-        self.targets, self.scale = targets_T, scale_T
+        self.targets, self.scale, self.options = targets_T, scale_T, options
         self.total, self.offset = saved["total"], saved["offset"]
         buffer = tile_buffer(plan, self.total)
         make = partial(_Tiles, hidden_TD, weight_VD, bias, options, plan, buffer)
@@ -282,7 +284,7 @@ class _Recompute:
         logits near 1e4 their log-sum-exp has lost the digits that exp(z - lse) needs."""
         for rows, tiles in self.chunks:
             z = tiles.logits(block)
-            slope = tiles.slope(z)
+            slope = softcap_slope(z, self.options)
             z.sub_(self.offset[rows, None]).exp_()
             inside, columns = in_block(self.targets[rows], block)
             z[inside, columns] -= self.total[rows][inside]

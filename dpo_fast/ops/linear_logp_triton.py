@@ -1,111 +1,67 @@
 """The schedules of `linear_logp` with Triton kernels, and cuBLAS for products without an epilogue.
 
-Forward runs the statistics kernel and keeps lse, [T], alone. Backward recomputes the logits tile by
-tile, writes g = dL/dz in the operands' dtype, and multiplies:
+Tokens that are kept: their row offset m is chosen before the product, from the target's own logit and a
+sample of the vocabulary; the kernel stores E = exp(z - m), and with E' = E - total at the target
 
-    dH = g W        dW = g^T H        db = column sums of g
+    dH = diag(s) (E' W)        dW = E'^T (diag(s) H)        db = E'^T s        s = -c / total
 
-So a trainable head costs 4 products (the plan's workspace is room for g), and a frozen head 3: its
-forward computes u = dlogp/dH once, and its backward is the row scaling c u, which needs neither the
-weight nor the hidden states.
+A frozen head forms E' W in its forward pass, chunk by chunk, and its backward is a row scaling. Rows whose
+logits leave the range of their offset are found and done again on the device. Tokens that are not
+kept leave m and total alone; backward makes their logits again and multiplies tiles of g = dL/dz.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+import functools
 
 import torch
 from torch import Tensor
 
-from dpo_fast.ops.plan import MIN_TILE_ELEMENTS, HeadPlan
+from dpo_fast.ops.eager import head_options
+from dpo_fast.ops.plan import CHUNK_TOKENS, HeadPlan, kept_stride
+from dpo_fast.ops.product_sum import ProductSum, product_fp32
+from dpo_fast.ops.row_sums import RowSums, finite_offset, joined, patch_targets
 
-ROW_MULTIPLE = 256  # tiles end where a kernel's tiles end, and pointers stay aligned
-MAX_TOKENS = 8192  # beyond this a product gains nothing from more rows
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How backward cuts [T, V]. `tokens_first` walks over the vocabulary per chunk."""
-
-    token_chunk: int
-    vocab_block: int
-    tokens_first: bool
-
-    def pairs(self, T: int, V: int):
-        """(rows, columns) of every tile as slices, in the order of the schedule."""
-        rows = [slice(i, min(i + self.token_chunk, T)) for i in range(0, T, self.token_chunk)]
-        columns = [slice(i, min(i + self.vocab_block, V)) for i in range(0, V, self.vocab_block)]
-        if self.tokens_first:
-            return [(r, c) for r in rows for c in columns]
-        return [(r, c) for c in columns for r in rows]
+RANGE = (
+    40.0  # largest |max z - m|: exp(40) V stays far from the end of fp32's range, squared as well
+)
+SAMPLE = 256  # columns whose maximum supports the target's logit as offset; V / 256 of a product
 
 
-def tiles_for(
-    T: int, V: int, itemsize: int, plan: HeadPlan, *, needs_hidden: bool, needs_weight: bool
-) -> Tiles:
-    """A pure function of sizes: the largest g that the plan's budget holds, long in T first."""
-    elements = max(plan.workspace_bytes // itemsize, MIN_TILE_ELEMENTS)
-    token_chunk = _fit(T, min(MAX_TOKENS, elements // 1024))
-    vocab_block = _fit(V, elements // max(1, token_chunk))
-    # With one block to go through there is nothing to add up. Otherwise the sum that is open all
-    # the time is dW, [V, D] in fp32, when tokens come first, and dH, [T, D], when they do not.
-    open_weight = V if needs_weight and token_chunk < T else 0
-    open_hidden = T if needs_hidden and vocab_block < V else 0
-    return Tiles(token_chunk, vocab_block, tokens_first=open_weight < open_hidden)
-
-
-def _fit(size: int, limit: int) -> int:
-    """`size` if it is within `limit`, else the limit rounded down to a multiple of the tiles."""
-    return max(1, size) if size <= limit else max(limit // ROW_MULTIPLE, 1) * ROW_MULTIPLE
-
-
-class _ProductSum:
-    """out = sum of a_i @ b_i: fp32 between terms, rounded once; a single term goes to `out`."""
-
-    def __init__(self, out: Tensor, terms: int):
-        self.out, self.terms, self.seen, self.total = out, terms, 0, None
-
-    def add(self, a: Tensor, b: Tensor) -> None:
-        self.seen += 1
-        if self.terms == 1:
-            torch.mm(a, b, out=self.out)
-            return
-        if not a.is_cuda:  # CPU products have no fp32 output for bf16 inputs
-            product = a.float() @ b.float()
-            self.total = product if self.total is None else self.total.add_(product)
-        elif self.total is None:
-            self.total = torch.mm(a, b, out_dtype=torch.float32)
-        else:
-            torch.addmm(self.total, a, b, out_dtype=torch.float32, out=self.total)
-        if self.seen == self.terms:
-            self.out.copy_(self.total)
-            self.total = None
-
-
-def _scalars(options) -> dict:
-    return dataclasses.asdict(options)
-
-
-def forward(hidden_TD, weight_VD, bias, targets_T, options, extras, plan: HeadPlan):
+def forward(hidden_TD, weight_VD, bias, targets_T, options, extras, plan: HeadPlan, shard):
     """Returns {name: [T]} for logp and the extras, and what backward needs, by name."""
-    from dpo_fast.kernels import linear_logp as kernels
-
+    head = _Head(weight_VD, None if bias is None else bias.contiguous(), options, extras, shard)
     targets_T = targets_T.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    outputs = kernels.statistics(
-        hidden_TD, weight_VD, bias, targets_T, extras=extras, **_scalars(options)
-    )
-    lse_T = outputs.pop("lse")
-    if plan.schedule == "logps":
-        return outputs, {}
-    if plan.schedule != "frozen":
-        return outputs, {"lse": lse_T}
-    direction_TD, _, _ = _gradients(
-        torch.ones_like(lse_T), hidden_TD, weight_VD, bias, targets_T, options, plan, lse_T,
-        (True, False, False),
-    )  # fmt: skip
-    return outputs, {"direction": direction_TD}
+    T, K = len(targets_T), plan.kept_tokens
+    V = shard.vocab if shard else len(weight_VD)
+    kept_KV = _rows_of_exponentials(hidden_TD, K, len(weight_VD))
+    parts, saved = [], {}
+    if plan.schedule == "frozen" and plan.gemms == 2.0:
+        direction_TD = torch.empty_like(hidden_TD, memory_format=torch.contiguous_format)
+        room = _rows_of_exponentials(hidden_TD, plan.token_chunk, len(weight_VD))
+        for rows in _blocks(0, T, plan.token_chunk):
+            E = room[: rows.stop - rows.start]
+            parts.append(head.keep(hidden_TD[rows], targets_T[rows], E))
+            head.times_weight(E, -1 / parts[-1].total, direction_TD[rows])
+        saved["direction"] = direction_TD
+    else:
+        for rows in _blocks(0, K, CHUNK_TOKENS):
+            parts.append(head.keep(hidden_TD[rows], targets_T[rows], kept_KV[rows]))
+        for rows in _blocks(K, T, CHUNK_TOKENS):
+            parts.append(head.sums(hidden_TD[rows], targets_T[rows]))
+    sums = joined(parts) if parts else head.sums(hidden_TD, targets_T)
+    outputs = sums.outputs(V, extras)
+    if plan.schedule == "logps" or saved:
+        return outputs, saved
+    if plan.schedule == "frozen":
+        ones = torch.ones_like(sums.total)
+        saved["direction"], _, _ = _gradients(
+            ones, hidden_TD, weight_VD, bias, targets_T, options, plan, kept_KV, sums.offset,
+            sums.total, (True, False, False),
+        )  # fmt: skip
+        return outputs, saved
+    return outputs, {"kept": kept_KV, "offset": sums.offset, "total": sums.total}
 
 
 def backward(grad_T, hidden_TD, weight_VD, bias, targets_T, options, plan, saved, needs):
@@ -114,49 +70,199 @@ def backward(grad_T, hidden_TD, weight_VD, bias, targets_T, options, plan, saved
         direction_TD = saved["direction"]
         return (direction_TD * grad_T[:, None]).to(direction_TD.dtype), None, None
     return _gradients(
-        grad_T.float().contiguous(), hidden_TD, weight_VD,
-        None if bias is None else bias.contiguous(), targets_T.contiguous(), options, plan,
-        saved["lse"], needs,
+        grad_T.float().contiguous(), hidden_TD, weight_VD, bias, targets_T, options, plan,
+        saved["kept"], saved["offset"], saved["total"], needs,
     )  # fmt: skip
 
 
-def _gradients(grad_T, hidden_TD, weight_VD, bias, targets_T, options, plan, lse_T, needs):
-    """The three gradients from recomputed tiles of g; None for those not needed."""
-    from dpo_fast.kernels import linear_logp as kernels
+def _blocks(first: int, last: int, size: int):
+    return [slice(start, min(start + size, last)) for start in range(first, last, max(size, 1))]
 
-    (T, D), V = hidden_TD.shape, weight_VD.shape[0]
+
+def _rows_of_exponentials(hidden_TD: Tensor, rows: int, V: int) -> Tensor:
+    """[rows, V] uninitialised, each row aligned."""
+    return hidden_TD.new_empty(rows, kept_stride(V))[:, :V]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Head:
+    """The forward passes over one head's vocabulary."""
+
+    weight: Tensor
+    bias: Tensor | None
+    options: object
+    extras: tuple[str, ...]
+    shard: object
+
+    def _pass(self, hidden_TD, targets_T, **kept):
+        from dpo_fast.kernels.linear_logp import RowPass
+
+        outside = () if self.options.softcap else ("mean_logit",)
+        done = RowPass(
+            hidden_TD, self.weight, self.bias, targets_T, options=dataclasses.asdict(self.options),
+            extras=tuple(name for name in self.extras if name not in outside), **kept,
+        )  # fmt: skip
+        if "mean_logit" in self.extras and outside:
+            done.sums["logits"] = self._logit_sums(hidden_TD)
+        return done
+
+    @functools.cached_property
+    def _mean_column(self) -> tuple[Tensor, Tensor | float]:
+        """Means over the vocabulary of the weight, [D], and of the bias, in fp32."""
+        bias = 0.0 if self.bias is None else self.bias.mean(dtype=torch.float32)
+        return self.weight.mean(0, dtype=torch.float32), bias
+
+    def _logit_sums(self, hidden_TD: Tensor) -> Tensor:
+        """sum_v z_tv = V factor (h . mean_v w_v + mean_v b_v): without a cap no pass is needed."""
+        weight_D, bias = self._mean_column
+        factor = len(self.weight) * self.options.logit_scale / self.options.temperature
+        return (_precise_mv(hidden_TD, weight_D) + bias) * factor
+
+    def sums(self, hidden_TD: Tensor, targets_T: Tensor) -> RowSums:
+        sums = self._pass(hidden_TD, targets_T).sums
+        sums = RowSums(offset=finite_offset(sums["maximum"]), **sums)
+        if self.shard is None:
+            return sums
+        return sums.rebased(finite_offset(self.shard.maximum(sums.maximum))).over(self.shard)
+
+    def keep(self, hidden_TD: Tensor, targets_T: Tensor, kept_TV: Tensor) -> RowSums:
+        """Sums of these tokens; fills `kept_TV` with E'."""
+        offset_T = self._offset(hidden_TD, targets_T)
+        done = self._pass(hidden_TD, targets_T, offset_T=offset_T, kept_TV=kept_TV)
+        maximum_T = done.sums["maximum"]
+        if self.shard is not None:
+            maximum_T = self.shard.maximum(maximum_T)
+        best_T = finite_offset(maximum_T)
+        wrong_T = ((best_T - offset_T).abs() > RANGE) & best_T.isfinite()
+        offset_T.copy_(torch.where(wrong_T, best_T, offset_T))
+        done.repair(wrong_T)
+        sums = RowSums(offset=offset_T, **done.sums).over(self.shard)
+        patch_targets(kept_TV, sums, targets_T, self.options, self.shard)
+        return sums
+
+    def _offset(self, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
+        """A logit near the largest of each row, before the product: of its target, or of a sample."""
+        from dpo_fast.kernels.target_product import target_product
+
+        V = len(self.weight)
+        bias = self.bias
+        target_T = target_product(hidden_TD, self.weight, targets_T)
+        if bias is not None:
+            target_T = target_T + bias.float()[targets_T.clamp(0, V - 1)]
+        step = -(-V // SAMPLE)
+        sample_TS = product_fp32(hidden_TD, self.weight[::step].t())
+        if bias is not None:
+            sample_TS += bias[::step].float()
+        sample_T = head_options(sample_TS, **dataclasses.asdict(self.options)).amax(1)
+        target_T = head_options(target_T, **dataclasses.asdict(self.options))
+        if self.shard is not None:  # elsewhere the target's product is 0, which says nothing
+            inside = (targets_T >= 0) & (targets_T < V)
+            target_T = torch.where(inside, target_T, -torch.inf)
+        offset_T = torch.maximum(target_T, sample_T)
+        if self.shard is not None:
+            offset_T = self.shard.maximum(offset_T)
+        return finite_offset(offset_T)
+
+    def times_weight(self, E_TV: Tensor, scale_T: Tensor, out_TD: Tensor) -> None:
+        """out = diag(scale) E' W times dz/d(h.w), rounded once."""
+        scale_T = scale_T * (self.options.logit_scale / self.options.temperature)
+        for rows in _blocks(0, len(E_TV), CHUNK_TOKENS):
+            product = product_fp32(E_TV[rows], self.weight)
+            torch.mul(product, scale_T[rows, None], out=product)
+            out_TD[rows] = product
+
+
+def _gradients(
+    grad_T, hidden_TD, weight_VD, bias, targets_T, options, plan, kept_KV, offset_T, total_T, needs
+):
+    """The three gradients from kept exponentials and recomputed tiles; None for those not needed."""
+    (T, D), V, K = hidden_TD.shape, len(weight_VD), len(kept_KV)
     needs_hidden, needs_weight, needs_bias = needs
-    tiles = tiles_for(
-        T, V, hidden_TD.element_size(), plan, needs_hidden=needs_hidden, needs_weight=needs_weight
-    )
     dH = hidden_TD.new_empty(T, D) if needs_hidden else None
     dW = weight_VD.new_empty(V, D) if needs_weight else None
-    db = torch.zeros_like(weight_VD[:, 0], dtype=torch.float32) if needs_bias else None
+    db = hidden_TD.new_zeros(V, dtype=torch.float32) if needs_bias else None
     if T == 0 and needs_weight:
         dW.zero_()
-    pairs = tiles.pairs(T, V)
-    rows_seen, columns_seen = {r.start for r, _ in pairs}, {c.start for _, c in pairs}
+    scale_K = -grad_T[:K] / total_T[:K]
+    if needs_hidden and K:
+        _Head(weight_VD, bias, options, (), None).times_weight(kept_KV, scale_K, dH[:K])
+    scale_K = scale_K * (options.logit_scale / options.temperature)
+    if needs_bias and K:
+        db += _precise_mv(kept_KV.t(), scale_K)
+    scaled_KD = (hidden_TD[:K] * scale_K[:, None]).to(hidden_TD.dtype) if needs_weight else None
+    if K == T:
+        if needs_weight and K:
+            torch.mm(kept_KV.t(), scaled_KD, out=dW)
+        return dH, dW, None if db is None else db.to(weight_VD.dtype)
+    rows = _blocks(K, T, plan.token_chunk)
+    columns = _blocks(0, V, plan.vocab_block)
     hidden_sums = {
-        start: _ProductSum(dH[start : start + tiles.token_chunk], len(columns_seen))
-        for start in (rows_seen if needs_hidden else ())
+        r.start: ProductSum(dH[r], len(columns), plan.residual_sums)
+        for r in (rows if needs_hidden else ())
     }
     weight_sums = {
-        start: _ProductSum(dW[start : start + tiles.vocab_block], len(rows_seen))
-        for start in (columns_seen if needs_weight else ())
+        c.start: ProductSum(dW[c], len(rows) + (K > 0), plan.residual_sums and plan.tokens_first)
+        for c in (columns if needs_weight else ())
     }
-    room = hidden_TD.new_empty(min(tiles.token_chunk, T) * min(tiles.vocab_block, V))
-    for rows, columns in pairs:
-        shape = rows.stop - rows.start, columns.stop - columns.start
-        g = room[: shape[0] * shape[1]].view(shape)
-        sums = kernels.gradient_tile(
-            hidden_TD[rows], weight_VD[columns], None if bias is None else bias[columns],
-            targets_T[rows], lse_T[rows], grad_T[rows], g, first_column=columns.start,
-            column_sums=needs_bias, **_scalars(options),
-        )  # fmt: skip
+    tiles = _GradientTiles(
+        hidden_TD, weight_VD, bias, targets_T.contiguous(), options, offset_T, grad_T, total_T, plan
+    )
+    order = [(r, c) for r in rows for c in columns]
+    if not plan.tokens_first:
+        order = [(r, c) for c in columns for r in rows]
+    for r, c in order:
+        if needs_weight and K and r is rows[0]:
+            weight_sums[c.start].add(kept_KV[:, c].t(), scaled_KD)
+        g, column_sums = tiles.tile(r, c, needs_bias)
         if needs_hidden:
-            hidden_sums[rows.start].add(g, weight_VD[columns])
+            hidden_sums[r.start].add(g, weight_VD[c])
         if needs_weight:
-            weight_sums[columns.start].add(g.t(), hidden_TD[rows])
+            weight_sums[c.start].add(g.t(), hidden_TD[r])
         if needs_bias:
-            db[columns] += sums
+            db[c] += column_sums
     return dH, dW, None if db is None else db.to(weight_VD.dtype)
+
+
+class _GradientTiles:
+    """g = dL/d(h.w + b), one tile at a time in the same memory."""
+
+    def __init__(
+        self, hidden_TD, weight_VD, bias, targets_T, options, offset_T, grad_T, total_T, plan
+    ):
+        self.hidden, self.weight, self.targets, self.offset = (
+            hidden_TD,
+            weight_VD,
+            targets_T,
+            offset_T,
+        )
+        self.bias = None if bias is None else bias.contiguous()
+        self.options = dataclasses.asdict(options)
+        self.hit = grad_T * (options.logit_scale / options.temperature)
+        self.scale = self.hit / total_T
+        self.room = _rows_of_exponentials(
+            hidden_TD, min(plan.token_chunk, len(hidden_TD)), min(plan.vocab_block, len(weight_VD))
+        )
+
+    def tile(self, r: slice, c: slice, column_sums: bool):
+        """The tile of rows r and columns c, and its column sums in fp32, or None."""
+        from dpo_fast.kernels.gradient_tile import gradient_tile
+
+        g = self.room[: r.stop - r.start, : c.stop - c.start]
+        sums = gradient_tile(
+            self.hidden[r], self.weight[c], None if self.bias is None else self.bias[c],
+            self.targets[r], self.offset[r], self.hit[r], self.scale[r], g, options=self.options,
+            first_column=c.start, column_sums=column_sums,
+        )  # fmt: skip
+        return g, sums
+
+
+def _precise_mv(matrix: Tensor, vector: Tensor) -> Tensor:
+    """matrix @ vector in fp32 for an fp32 vector and a matrix of 16 bits, which is not copied: the
+    vector as a sum of three in the matrix's dtype."""
+    if matrix.dtype == torch.float32:
+        return matrix @ vector
+    parts, rest = [], vector
+    for _ in range(3):
+        parts.append(rest.to(matrix.dtype))
+        rest = rest - parts[-1].float()
+    return product_fp32(matrix, torch.stack(parts, 1)).sum(1)

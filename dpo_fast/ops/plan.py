@@ -7,31 +7,51 @@ from dataclasses import dataclass
 import torch
 
 MIB = 1 << 20
-TILE_TOKENS = 2048  # rows of a tile: enough for a GEMM near its peak
-MIN_TILE_ELEMENTS = 1 << 18  # 1 MiB of fp32: the tile that remains when the workspace is 0
-MAX_TILE_ELEMENTS = 1 << 22  # 16 MiB of fp32: larger tiles leave the last-level cache of a CPU
+# On a CPU a tile is [TILE_TOKENS, ...] of fp32 logits, small enough for the last-level cache.
+TILE_TOKENS = 2048
+MAX_TILE_ELEMENTS = 1 << 22
+MIN_TILE_ELEMENTS = 1 << 18  # 1 MiB: the tile that remains when the workspace is 0
+# On a GPU products of this many rows run at their peak, and tiles end where a kernel's tiles end.
+CHUNK_TOKENS = 4096
+BLOCK_COLUMNS = 8192
+ROW_MULTIPLE = 256
+MIN_GPU_ELEMENTS = 1 << 22  # 4096 x 1024: below this a product is mostly its launch
+WORTH_KEEPING = 8  # keep a part of the tokens if that is at least 1 / 8 of them
 
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """The schedule of one call. A "gemm" is one product of 2*T*V*D flops, forward and backward together.
+    """The schedule of one call. A "product" is 2*T*V*D flops, forward and backward together.
 
     schedule: `logps` (nothing differentiable), `frozen` (no gradient for the head), `keep` (all
-    exponentials kept), `recompute` (none kept) or `mixed` (the first `kept_tokens` kept).
+        exponentials kept), `recompute` (none kept) or `mixed` (the first `kept_tokens` kept).
+    token_chunk, vocab_block: the tile of [T, V] that exists at a time beside what is kept.
+    tokens_first: whether recomputed tiles walk over the vocabulary per chunk of tokens.
+    residual_sums: sums over tiles are held in 2 x 16 bits instead of 32 (see `ProductSum`).
+    kept_bytes, tile_bytes, sum_bytes: memory beyond inputs and outputs, between and during the passes.
     """
 
     schedule: str
     kept_tokens: int
     token_chunk: int
     vocab_block: int
+    tokens_first: bool
+    residual_sums: bool
     kept_bytes: int
+    tile_bytes: int
+    sum_bytes: int
     workspace_bytes: int
     gemms: float
+
+    @property
+    def bytes(self) -> int:
+        return self.kept_bytes + self.tile_bytes + self.sum_bytes
 
     def __str__(self) -> str:
         return (
             f"{self.schedule}: {self.gemms:.2f} products, {self.kept_tokens} tokens kept "
-            f"({self.kept_bytes / MIB:.0f} MiB), tiles of {self.token_chunk} x {self.vocab_block}"
+            f"({self.kept_bytes / MIB:.0f} MiB), tiles of {self.token_chunk} x {self.vocab_block} "
+            f"({self.tile_bytes / MIB:.0f} MiB), sums {self.sum_bytes / MIB:.0f} MiB"
         )
 
 
@@ -55,34 +75,142 @@ def plan(
     needs_hidden: bool = True,
     needs_head: bool = True,
     workspace_bytes: int = 1024 * MIB,
-    keeps: bool = True,
+    implementation: str = "torch",
 ) -> HeadPlan:
     """Choose the schedule for T tokens, a [V, D] head and a byte budget.
 
     Args:
         needs_hidden: a gradient of the hidden states is wanted.
         needs_head: a gradient of the weight or the bias is wanted.
-        workspace_bytes: bounds the kept exponentials [kept_tokens, V] in `dtype`, and shrinks the
-            fp32 tile (never below 1 MiB, so 0 is allowed). D does not matter to the choice today.
-        keeps: the implementation can keep exponentials, and can compute a frozen head's gradient in
-            its forward pass (`torch` can; `triton` recomputes).
+        workspace_bytes: bounds kept exponentials [kept_tokens, V] in `dtype`, tiles and sums; 0 leaves
+            the smallest tile and the sums that cannot be avoided.
+        implementation: `torch` (fp32 tiles for a cache) or `triton` (tiles in `dtype` for cuBLAS).
     """
     if workspace_bytes < 0:
         raise ValueError(f"workspace_bytes={workspace_bytes} must be 0 or more")
-    tile = min(max(workspace_bytes // 16, MIN_TILE_ELEMENTS), MAX_TILE_ELEMENTS)
+    sizes = _Sizes(T, V, D, dtype, workspace_bytes)
+    choose = {"torch": _plan_torch, "triton": _plan_triton}[implementation]
+    return choose(sizes, needs_hidden, needs_head)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    T: int
+    V: int
+    D: int
+    dtype: torch.dtype
+    workspace_bytes: int
+
+    @property
+    def row_bytes(self) -> int:
+        """A row of kept exponentials; rows start aligned."""
+        return kept_stride(self.V) * self.dtype.itemsize
+
+    @property
+    def keeps(self) -> bool:
+        """fp16 has no range for exponentials that are not normalised."""
+        return self.dtype != torch.float16
+
+    def plan(self, schedule: str, gemms: float, **columns) -> HeadPlan:
+        defaults = {
+            "kept_tokens": 0, "token_chunk": 0, "vocab_block": 0, "tokens_first": True,
+            "residual_sums": False, "tile_bytes": 0, "sum_bytes": 0,
+        }  # fmt: skip
+        columns = defaults | columns
+        columns["kept_bytes"] = columns["kept_tokens"] * self.row_bytes
+        return HeadPlan(
+            schedule=schedule, gemms=gemms, workspace_bytes=self.workspace_bytes, **columns
+        )
+
+    def trainable(self, needs_hidden: bool, **columns) -> HeadPlan:
+        """keep, mixed or recompute, by how many tokens are kept."""
+        kept = columns["kept_tokens"]
+        schedule = "keep" if kept == self.T else "mixed" if kept else "recompute"
+        again = 0 if self.T == 0 else 1 - kept / self.T
+        return self.plan(schedule, 2 + needs_hidden + again, **columns)
+
+
+def kept_stride(V: int) -> int:
+    """Elements from one kept row to the next: a multiple of 16, as tensor descriptors ask."""
+    return -(-V // 16) * 16
+
+
+def _plan_torch(sizes: _Sizes, needs_hidden: bool, needs_head: bool) -> HeadPlan:
+    T, V, budget = sizes.T, sizes.V, sizes.workspace_bytes
+    tile = min(max(budget // 16, MIN_TILE_ELEMENTS), MAX_TILE_ELEMENTS)
     token_chunk = max(1, min(T, TILE_TOKENS, tile // 128))
     vocab_block = min(V, max(128, tile // token_chunk // 64 * 64))
-    kept = 0
-    row_bytes = V * dtype.itemsize
-    if not needs_hidden and not needs_head:
-        schedule, gemms = "logps", 1.0
-    elif not needs_head:
-        schedule, gemms = "frozen", 2.0 if keeps else 3.0
-    else:
-        if keeps and dtype != torch.float16:  # fp16 has no range for sums that are not normalised
-            kept = min(T, workspace_bytes // row_bytes)
-        schedule = "keep" if kept == T else "mixed" if kept else "recompute"
-        backward = 1 + needs_hidden
-        gemms = 1 + backward + (0 if T == 0 else 1 - kept / T)
-    kept_bytes = kept * row_bytes
-    return HeadPlan(schedule, kept, token_chunk, vocab_block, kept_bytes, workspace_bytes, gemms)
+    precise = max(4, sizes.dtype.itemsize)
+    columns = {"token_chunk": token_chunk, "vocab_block": vocab_block, "tokens_first": False}
+    columns["tile_bytes"] = token_chunk * vocab_block * precise
+    if not needs_head:
+        if not needs_hidden:
+            return sizes.plan("logps", 1.0, **columns)
+        return sizes.plan("frozen", 2.0, **columns, sum_bytes=token_chunk * sizes.D * precise)
+    kept = min(T, budget // sizes.row_bytes) if sizes.keeps else 0
+    if kept < T:
+        columns["sum_bytes"] = ((T - kept) * needs_hidden + vocab_block) * sizes.D * precise
+    return sizes.trainable(needs_hidden, **columns, kept_tokens=kept)
+
+
+def _plan_triton(sizes: _Sizes, needs_hidden: bool, needs_head: bool) -> HeadPlan:
+    T, budget = sizes.T, sizes.workspace_bytes
+    if not needs_head and not needs_hidden:
+        return sizes.plan("logps", 1.0)
+    # The product E W of a chunk of tokens in fp32, before its rows are scaled.
+    sum_bytes = min(T, CHUNK_TOKENS) * sizes.D * 4
+    if not needs_head:
+        rows = min(T, 2 * CHUNK_TOKENS, max(budget - sum_bytes, 0) // sizes.row_bytes)
+        if sizes.keeps and rows >= min(T, ROW_MULTIPLE):
+            chunk = _fit(T, rows)
+            columns = {"tile_bytes": chunk * sizes.row_bytes, "sum_bytes": sum_bytes}
+            return sizes.plan("frozen", 2.0, token_chunk=chunk, vocab_block=sizes.V, **columns)
+        # Not even a few rows fit: row sums first, then gradient tiles of any width.
+        rest = _recomputed(sizes, budget, True, False, widest=sizes.V)
+        return sizes.plan("frozen", 3.0, **rest)
+    if sizes.keeps and T * sizes.row_bytes + sum_bytes <= budget:
+        return sizes.trainable(needs_hidden, kept_tokens=T, sum_bytes=sum_bytes)
+    rest = _recomputed(sizes, budget, needs_hidden, True, widest=BLOCK_COLUMNS)
+    room = max(budget - rest["tile_bytes"] - rest["sum_bytes"] - sum_bytes, 0)
+    kept = min(T, room // sizes.row_bytes // ROW_MULTIPLE * ROW_MULTIPLE) if sizes.keeps else 0
+    if kept * WORTH_KEEPING >= T > 0:
+        rest["sum_bytes"] += sum_bytes
+        return sizes.trainable(needs_hidden, kept_tokens=kept, **rest)
+    rest = _recomputed(sizes, budget, needs_hidden, True, widest=sizes.V)
+    return sizes.trainable(needs_hidden, kept_tokens=0, **rest)
+
+
+def _recomputed(
+    sizes: _Sizes, budget: int, needs_hidden: bool, needs_weight: bool, widest: int
+) -> dict:
+    """Tiles of g, and the sums over them: of dW, [V, D], when tokens come first, and of dH, [T, D], when
+    they do not. The smaller of the two stays open; in fp32, or in twice 16 bits where that would
+    take more than half of what there is."""
+    T, V, D, itemsize = sizes.T, sizes.V, sizes.D, sizes.dtype.itemsize
+    tokens_first = V * needs_weight < T * needs_hidden
+    open_rows = V * needs_weight if tokens_first else T * needs_hidden
+    residual = itemsize < 4 and open_rows * D * 4 > budget // 2
+    held = 0 if itemsize == 4 else open_rows * D * (itemsize if residual else 4)
+    elements = max((budget - held) // itemsize, MIN_GPU_ELEMENTS)
+    token_chunk = _fit(T, min(CHUNK_TOKENS, elements // 1024))  # 1 or more
+    # The other sum is of one chunk or block at a time, and closed with it. In fp32 as well.
+    chunk_sum = token_chunk * D * 4 * (needs_hidden and itemsize < 4)
+    block_sum = D * 4 * (needs_weight and itemsize < 4 and T > token_chunk)
+    if tokens_first and not residual:
+        block_sum = 0  # products are added to the open sum in place
+    columns = (budget - held - chunk_sum) // (token_chunk * itemsize + block_sum)
+    vocab_block = min(_fit(V, max(columns, MIN_GPU_ELEMENTS // token_chunk)), widest)
+    return {
+        "token_chunk": token_chunk, "vocab_block": vocab_block, "tokens_first": tokens_first,
+        "residual_sums": residual, "tile_bytes": token_chunk * vocab_block * itemsize,
+        "sum_bytes": held + chunk_sum + vocab_block * block_sum,
+    }  # fmt: skip
+
+
+def _fit(size: int, limit: int) -> int:
+    """The size of equal pieces of at most `limit`, whole tiles each; one piece if it is small enough."""
+    if size <= limit:
+        return max(1, size)
+    most = max(limit // ROW_MULTIPLE, 1)
+    pieces = -(-size // (most * ROW_MULTIPLE))
+    return -(-size // (pieces * ROW_MULTIPLE)) * ROW_MULTIPLE

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpo_fast.kernels.linear_logp import interpretable, on_device
+from dpo_fast.kernels.device import interpretable, on_device
 
 BLOCK_V = 4096
 INTERPRETER_BLOCK_V = 64  # small enough for tests to see several blocks

@@ -1,0 +1,99 @@
+"""Gradient tiles of `linear_logp`: dL/d(h.w + b) from logits made again, for what was not kept."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dpo_fast.kernels.device import arch_of, interpretable, on_device
+from dpo_fast.kernels.product import arguments, check, logits, product, tile_of
+from dpo_fast.kernels.tiles import TileConfig, config_for, describable, programs
+
+
+@triton.jit(do_not_specialize=["T", "V", "first_column"])
+def gradient_kernel(
+    hidden, weight, bias_ptr, targets_ptr, offset_ptr, hit_ptr, scale_ptr, out, column_sum_ptr,
+    T, V, D, stride_ht, stride_hd, stride_wv, stride_wd, stride_ot,
+    factor, cap_in, cap_out, first_column,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, HAS_FACTOR: tl.constexpr,
+    COLUMN_SUMS: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP_T: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """g = (hit 1[v = y] - scale exp(z - offset)) slope, rounded once; hit = c, scale = c / total."""
+    tiles_t, tiles_v = tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V)
+    for index in tl.range(tl.program_id(0), tiles_t * tiles_v, tl.num_programs(0), flatten=FLATTEN):
+        pid_t, pid_v = tile_of(index, tiles_t, tiles_v, GROUP_T)
+        first_t, first_v = pid_t * BLOCK_T, pid_v * BLOCK_V
+        rows = first_t + tl.arange(0, BLOCK_T)
+        offs_v = first_v + tl.arange(0, BLOCK_V)
+        mask_t, mask_v = rows < T, offs_v < V
+        acc = product(
+            hidden, weight, first_t, first_v, T, V, D, stride_ht, stride_hd, stride_wv, stride_wd,
+            BLOCK_T, BLOCK_V, BLOCK_D, EVEN_D, TMA, PRECISION,
+        )  # fmt: skip
+        z, slope = logits(
+            acc,
+            bias_ptr,
+            offs_v,
+            mask_v,
+            factor,
+            cap_in,
+            cap_out,
+            HAS_BIAS,
+            HAS_CAP,
+            HAS_FACTOR,
+            True,
+        )
+        offset = tl.load(offset_ptr + rows, mask=mask_t, other=0.0)
+        scale = tl.load(scale_ptr + rows, mask=mask_t, other=0.0)
+        hit = tl.load(hit_ptr + rows, mask=mask_t, other=0.0)
+        targets = tl.load(targets_ptr + rows, mask=mask_t, other=-1) - first_column
+        g = -scale[:, None] * tl.exp(z - offset[:, None])
+        g = tl.where(offs_v[None, :] == targets[:, None], g + hit[:, None], g) * slope
+        if COLUMN_SUMS:
+            sums = tl.sum(tl.where(mask_t[:, None], g, 0.0), axis=0)
+            tl.store(column_sum_ptr + pid_t.to(tl.int64) * V + offs_v, sums, mask=mask_v)
+        if TMA:
+            out.store([first_t, first_v], g.to(out.dtype))
+        else:
+            out_ptrs = out + rows.to(tl.int64)[:, None] * stride_ot + offs_v[None, :]
+            mask = mask_t[:, None] & mask_v[None, :]
+            tl.store(out_ptrs, g.to(out.dtype.element_ty), mask=mask)
+
+
+def gradient_tile(
+    hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_T: Tensor,
+    offset_T: Tensor, hit_T: Tensor, scale_T: Tensor, out_TV: Tensor, *, options: dict,
+    first_column: int = 0, column_sums: bool = False, config: TileConfig | None = None,
+) -> Tensor | None:  # fmt: skip
+    """Write dL/d(h.w + b) to `out_TV` for the rows and columns given; their column sums in fp32.
+
+    g = (hit 1[v = y] - scale exp(z - offset)) slope. `weight_VD` and `bias_V` are the columns that start
+    at `first_column` of those that `targets_T` counts. offset, hit and scale are contiguous fp32.
+    The sums are None unless asked for.
+    """
+    check(hidden_TD, weight_VD, bias_V, targets_T)
+    (T, D), V = hidden_TD.shape, weight_VD.shape[0]
+    hidden_TD, weight_VD, bias_V, g_TV = interpretable(hidden_TD, weight_VD, bias_V, out_TV)
+    config = config or config_for(
+        arch_of(hidden_TD.device), hidden_TD.dtype, D, V, stores=True,
+        rich=bias_V is not None or bool(options["softcap"]) or column_sums,
+        described=describable(hidden_TD, weight_VD, g_TV),
+    )  # fmt: skip
+    tiles_t = triton.cdiv(T, config.block_t)
+    sums = hidden_TD.new_empty((tiles_t, V), dtype=torch.float32) if column_sums else None
+    operands = arguments(hidden_TD, weight_VD, bias_V, config, stored=g_TV, **options)
+    operands["out"], operands["stride_ot"] = operands.pop("stored"), operands.pop("stride_st")
+    tiles = tiles_t * triton.cdiv(V, config.block_v)
+    with on_device(hidden_TD):
+        gradient_kernel[(programs(config, tiles, hidden_TD.device),)](
+            targets_ptr=targets_T, offset_ptr=offset_T, hit_ptr=hit_T, scale_ptr=scale_T,
+            column_sum_ptr=sums, T=T, V=V, first_column=first_column, COLUMN_SUMS=column_sums,
+            **operands,
+        )  # fmt: skip
+    if g_TV is not out_TV:
+        out_TV.copy_(g_TV)
+    return None if sums is None else sums.sum(0)

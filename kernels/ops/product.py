@@ -1,0 +1,139 @@
+"""What the product kernels share: order of the tiles, product, logits, and their arguments."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dpo_fast.kernels.tiles import TileConfig
+
+
+@triton.jit
+def tile_of(index, tiles_t, tiles_v, GROUP_T: tl.constexpr):
+    """(pid_t, pid_v). Token tiles vary fastest within a group, so that running programs share both
+    operands."""
+    first = index // (GROUP_T * tiles_v) * GROUP_T
+    size = tl.minimum(tiles_t - first, GROUP_T)
+    inside = index % (GROUP_T * tiles_v)
+    return first + inside % size, inside // size
+
+
+@triton.jit
+def product(
+    hidden, weight, first_t, first_v, T, V, D,
+    stride_ht, stride_hd, stride_wv, stride_wd,
+    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """h W^T of one tile in fp32. `hidden` and `weight` are descriptors with TMA, pointers without.
+
+    Past the ends a descriptor gives zeros; a pointer reads the last row again, so that the hot loads
+    carry no mask.
+    """
+    acc = tl.zeros((BLOCK_T, BLOCK_V), dtype=tl.float32)
+    if TMA:
+        for start in range(0, D, BLOCK_D):
+            h = hidden.load([first_t, start])
+            w = weight.load([first_v, start])
+            acc = tl.dot(h, w.T, acc, input_precision=PRECISION)
+    else:
+        rows = tl.minimum(first_t + tl.arange(0, BLOCK_T), T - 1).to(tl.int64)
+        columns = tl.minimum(first_v + tl.arange(0, BLOCK_V), V - 1).to(tl.int64)
+        offs_d = tl.arange(0, BLOCK_D)
+        along_d = offs_d.to(tl.int64)
+        h_ptrs = hidden + rows[:, None] * stride_ht + along_d[None, :] * stride_hd
+        w_ptrs = weight + columns[None, :] * stride_wv + along_d[:, None] * stride_wd
+        for start in range(0, D, BLOCK_D):
+            if EVEN_D:
+                h = tl.load(h_ptrs)
+                w = tl.load(w_ptrs)
+            else:
+                mask_d = offs_d < D - start
+                h = tl.load(h_ptrs, mask=mask_d[None, :], other=0.0)
+                w = tl.load(w_ptrs, mask=mask_d[:, None], other=0.0)
+            acc = tl.dot(h, w, acc, input_precision=PRECISION)
+            h_ptrs += BLOCK_D * stride_hd
+            w_ptrs += BLOCK_D * stride_wd
+    return acc
+
+
+@triton.jit
+def logits(
+    acc, bias_ptr, offs_v, mask_v, factor, cap_in, cap_out, HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_FACTOR: tl.constexpr, WITH_SLOPE: tl.constexpr,
+):  # fmt: skip
+    """Logits and the cap's slope. z = factor (acc + b), or cap_out tanh(cap_in (acc + b))."""
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)[None, :]
+    slope = 1.0
+    if HAS_CAP:
+        x = acc * cap_in
+        # exp of a non-positive number never overflows; the slope 1 - tanh^2 has no cancellation.
+        e = tl.exp(-2.0 * tl.abs(x))
+        magnitude = (1.0 - e) / (1.0 + e)
+        z = cap_out * tl.where(x < 0, -magnitude, magnitude)
+        if WITH_SLOPE:
+            slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
+    elif HAS_FACTOR:
+        z = acc * factor
+    else:
+        z = acc
+    return z, slope
+
+
+@triton.jit
+def finite(maximum):
+    """A row that has seen only -inf gets offset 0: exp(-inf - 0) is 0, exp(-inf + inf) is NaN."""
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+def check(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_T: Tensor) -> None:
+    """ValueError for operands that the kernels would misread."""
+    T, D = hidden_TD.shape
+    if weight_VD.shape[1] != D or targets_T.shape != (T,) or targets_T.stride() not in ((1,), (0,)):
+        raise ValueError(
+            f"hidden {tuple(hidden_TD.shape)}, weight {tuple(weight_VD.shape)} and contiguous "
+            f"targets {tuple(targets_T.shape)} do not fit"
+        )
+    if hidden_TD.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"hidden is {hidden_TD.dtype}: the kernels take fp32, bf16 and fp16")
+    if hidden_TD.dtype != weight_VD.dtype or (bias_V is not None and not bias_V.is_contiguous()):
+        raise ValueError("hidden and weight must share a dtype, and the bias must be contiguous")
+
+
+def arguments(
+    hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, config: TileConfig, *,
+    stored: Tensor | None, logit_scale: float, softcap: float | None, temperature: float,
+) -> dict:  # fmt: skip
+    """Keyword arguments that both product kernels take; `stored` is the [T, V] tensor they write."""
+    block_t, block_v, block_d = config.block_t, config.block_v, config.block_d
+    return {
+        "hidden": _operand(hidden_TD, (block_t, block_d), config.tma),
+        "weight": _operand(weight_VD, (block_v, block_d), config.tma),
+        "stored": None if stored is None else _operand(stored, (block_t, block_v), config.tma),
+        "bias_ptr": bias_V, "D": hidden_TD.shape[1],
+        "stride_ht": hidden_TD.stride(0), "stride_hd": hidden_TD.stride(1),
+        "stride_wv": weight_VD.stride(0), "stride_wd": weight_VD.stride(1),
+        "stride_st": None if stored is None else stored.stride(0),
+        "factor": logit_scale / temperature,
+        "cap_in": logit_scale / softcap if softcap else 0.0,
+        "cap_out": softcap / temperature if softcap else 0.0,
+        "HAS_BIAS": bias_V is not None, "HAS_CAP": bool(softcap),
+        "HAS_FACTOR": logit_scale != temperature,
+        "EVEN_D": config.tma or hidden_TD.shape[1] % block_d == 0, "TMA": config.tma,
+        "PRECISION": "ieee" if hidden_TD.dtype == torch.float32 else "tf32",
+        "BLOCK_T": block_t, "BLOCK_V": block_v, "BLOCK_D": block_d, "GROUP_T": config.group_t,
+        # One loop over tiles and D, so that a tile's first loads start during the last epilogue.
+        "FLATTEN": config.tma and config.per_sm > 0,
+        "num_warps": config.num_warps, "num_stages": config.num_stages,
+    }  # fmt: skip
+
+
+def _operand(tensor: Tensor, block: tuple[int, int], tma: bool):
+    if not tma:
+        return tensor
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(tensor, list(block))

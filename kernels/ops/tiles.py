@@ -1,0 +1,142 @@
+"""Which tile a product kernel runs with: a shipped table with binned keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Sizes of one launch of a product kernel.
+
+    group_t: token tiles that go through the vocabulary together, so that the hidden states of a group
+    and the weight columns in flight stay in the L2 cache.
+    per_sm: programs of a persistent grid on each multiprocessor; 0 starts one program per tile.
+    tma: operands and stored tiles through tensor descriptors; needs a layout that `describable` takes.
+    """
+
+    block_t: int
+    block_v: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+    group_t: int = 16
+    per_sm: int = 0
+    tma: bool = False
+
+
+def _persistent(*sizes: int, per_sm: int) -> TileConfig:
+    return TileConfig(*sizes, per_sm=per_sm, tma=True)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """One row of the table: the tile of a kernel that writes row sums alone, of one that stores a tile
+    of [T, V] as well, which takes its share of shared memory, and of either with the entropy, which
+    takes registers."""
+
+    sums: TileConfig
+    stores: TileConfig
+    entropy: TileConfig
+
+    def choose(self, stores: bool, entropy: bool) -> TileConfig:
+        return self.entropy if entropy else self.stores if stores else self.sums
+
+
+# Keyed by (architecture, D bin, V bin), never by T, which changes with every batch. With a small D the
+# inner loop is short and the epilogue weighs more: smaller tiles let two programs share an SM, one in
+# its product while the other is in its epilogue. Chosen by registers and shared memory ahead of time.
+_SMALL = Tiles(
+    _persistent(128, 128, 64, 8, 3, per_sm=2),
+    _persistent(128, 128, 64, 8, 2, per_sm=2),
+    _persistent(128, 128, 64, 8, 2, per_sm=2),
+)
+_SM90 = Tiles(
+    _persistent(128, 256, 64, 8, 4, per_sm=1),
+    _persistent(128, 256, 64, 8, 3, per_sm=1),
+    _persistent(128, 256, 64, 8, 3, per_sm=1),
+)
+_SM100 = Tiles(
+    _persistent(256, 128, 64, 8, 4, per_sm=1),
+    _persistent(256, 128, 64, 8, 3, per_sm=1),
+    _persistent(128, 128, 64, 8, 4, per_sm=1),
+)
+HALF_CONFIGS = {
+    ("sm_80", "small", "small"): Tiles(
+        TileConfig(128, 64, 32, 4, 4), TileConfig(128, 64, 32, 4, 4), TileConfig(128, 128, 32, 8, 4)
+    ),
+    ("sm_80", "small", "large"): Tiles(*[TileConfig(128, 128, 32, 8, 4)] * 3),
+    ("sm_80", "large", "small"): Tiles(*[TileConfig(128, 128, 32, 8, 4)] * 3),
+    ("sm_80", "large", "large"): Tiles(*[TileConfig(128, 128, 64, 8, 3)] * 3),
+    ("sm_90", "small", "small"): _SMALL,
+    ("sm_90", "small", "large"): _SMALL,
+    ("sm_90", "large", "small"): _SM90,
+    ("sm_90", "large", "large"): _SM90,
+    ("sm_100", "small", "small"): _SMALL,
+    ("sm_100", "small", "large"): _SMALL,
+    ("sm_100", "large", "small"): _SM100,
+    ("sm_100", "large", "large"): _SM100,
+}
+POINTER_HALF = TileConfig(128, 128, 64, 8, 3)  # sm_90 and later, layouts without a descriptor
+OTHER_HALF = TileConfig(64, 128, 32, 4, 3)  # 36 KiB: fits sm_86, sm_89, sm_120 and others
+RICH_HALF = TileConfig(128, 64, 64, 8, 3)  # any option at once spills registers above this
+FLOAT = TileConfig(64, 64, 16, 4, 3)  # fp32 products in full precision use no tensor cores
+INTERPRETER = TileConfig(16, 32, 32, 1, 1, group_t=2)
+INTERPRETER_TMA = replace(INTERPRETER, per_sm=2, tma=True)
+
+
+def config_for(
+    arch: str, dtype: torch.dtype, D: int, V: int, *, stores: bool = False, entropy: bool = False,
+    rich: bool = False, described: bool = True,
+) -> TileConfig:  # fmt: skip
+    """The shipped configuration. `arch`: "sm_90" or the like, or "interpreter".
+
+    stores, entropy: what the kernel writes beside row sums; rich: it has a bias, a soft cap, or
+    more sums than the entropy; described: every operand has a layout for a tensor descriptor.
+    """
+    if arch == "interpreter":
+        return INTERPRETER_TMA if described and not rich else INTERPRETER
+    if dtype == torch.float32:
+        return FLOAT
+    described = described and arch in ("sm_90", "sm_100")
+    if rich:
+        rich_half = RICH_HALF if arch.startswith("sm_") else OTHER_HALF
+        return replace(rich_half, per_sm=2, tma=True) if described else rich_half
+    bins = ("small" if D <= 1024 else "large", "small" if V <= 32768 else "large")
+    if (arch, *bins) not in HALF_CONFIGS:
+        return OTHER_HALF
+    config = HALF_CONFIGS[arch, *bins].choose(stores, entropy)
+    return POINTER_HALF if config.tma and not described else config
+
+
+def repair_config(config: TileConfig) -> TileConfig:
+    """For the few rows done again: the same columns a tile, through pointers, since a descriptor cannot
+    mask rows; fewer rows a tile, so that masks fit the registers."""
+    return replace(config, block_t=min(config.block_t, 64), num_stages=2, per_sm=2, tma=False)
+
+
+def describable(*tensors: Tensor) -> bool:
+    """Rows of contiguous elements, 16-byte aligned: what a tensor descriptor can address."""
+    return all(
+        x.stride(-1) == 1
+        and x.stride(0) * x.element_size() % 16 == 0
+        and x.data_ptr() % 16 == 0
+        and 0 not in x.shape
+        for x in tensors
+    )
+
+
+def programs(config: TileConfig, tiles: int, device: torch.device) -> int:
+    """Programs of the grid: all tiles, or as many as the device runs at a time."""
+    if not config.per_sm:
+        return tiles
+    return max(1, min(tiles, config.per_sm * _multiprocessors(device)))
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1  # the interpreter runs programs one after another
+    return torch.cuda.get_device_properties(device).multi_processor_count
