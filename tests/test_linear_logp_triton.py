@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 
 import pytest
 import torch
@@ -376,3 +377,45 @@ def test_launchers_refuse_what_they_cannot_run():
         kernels.RowPass(hidden, weight[:, :4], None, targets, options={})
     with pytest.raises(ValueError, match="fp64|float64"):
         kernels.RowPass(hidden.double(), weight.double(), None, targets, options={})
+
+
+def test_search_is_opt_in_and_remembers(tmp_path, monkeypatch):
+    """Nothing is timed without the variable; with it every key is searched once, and kept in the file."""
+    from dpo_fast.kernels import search
+
+    timed, time_one = [], search._median_ms
+    monkeypatch.setattr(search, "_median_ms", lambda *a: timed.append(a[1]) or time_one(*a))
+    inputs = make(37, 75, 24, BF16)
+    plain = evaluate(linear_logp, *inputs, implementation="triton", workspace_bytes=0)
+    assert timed == []
+    file = tmp_path / "cache" / "tiles.json"
+    monkeypatch.setenv(search.VARIABLE, str(file))
+    found = evaluate(linear_logp, *inputs, implementation="triton", workspace_bytes=0)
+    for name, value in plain.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-2, atol=1e-2)
+    kept = json.loads(file.read_text())
+    assert {key.split("/")[1] for key in kept} == {"rows", "gradient"}
+    assert len(timed) == sum(entry["tried"] for entry in kept.values()) == 6
+    kept[next(key for key in kept if "rows" in key)]["block_v"] = 16  # what the file says is used
+    file.write_text(json.dumps(kept))
+    sizes = []
+    launch = kernels.RowPass._launch
+    monkeypatch.setattr(
+        kernels.RowPass, "_launch", lambda self, c, r: sizes.append(c.block_v) or launch(self, c, r)
+    )
+    evaluate(linear_logp, *inputs, implementation="triton", workspace_bytes=0)
+    assert sizes == [16] and len(timed) == 6
+
+
+def test_search_skips_tiles_that_do_not_fit(monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    from dpo_fast.kernels import search
+
+    def run(config):
+        if config.block_v != 16:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+
+    cpu = torch.device("cpu")
+    times = [search._median_ms(run, c, cpu) for c in search.candidates(tiles.INTERPRETER)]
+    assert times[1] < float("inf") and times[0] == times[2] == float("inf")

@@ -195,7 +195,7 @@ def _recomputed(
     token_chunk = _fit(T, min(CHUNK_TOKENS, elements // 1024))  # 1 or more
     # The other sum is of one chunk or block at a time, and closed with it. In fp32 as well.
     chunk_sum = token_chunk * D * 4 * (needs_hidden and itemsize < 4)
-    block_sum = D * 4 * (needs_weight and itemsize < 4 and T > token_chunk)
+    block_sum = D * 4 * (needs_weight and itemsize < 4 and token_chunk < T)
     if tokens_first and not residual:
         block_sum = 0  # products are added to the open sum in place
     columns = (budget - held - chunk_sum) // (token_chunk * itemsize + block_sum)

@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpo_fast.kernels.device import arch_of, interpretable, on_device
+from dpo_fast.kernels.device import interpretable, on_device
 from dpo_fast.kernels.product import arguments, check, logits, product, tile_of
-from dpo_fast.kernels.tiles import TileConfig, config_for, describable, programs
+from dpo_fast.kernels.search import choose_tile
+from dpo_fast.kernels.tiles import TileConfig, describable, programs
 
 
 @triton.jit(do_not_specialize=["T", "V", "first_column"])
@@ -77,9 +78,12 @@ def gradient_tile(
     """
     check(hidden_TD, weight_VD, bias_V, targets_T)
     (T, D), V = hidden_TD.shape, weight_VD.shape[0]
+    given = hidden_TD, weight_VD, bias_V, targets_T, offset_T, hit_T, scale_T, out_TV
     hidden_TD, weight_VD, bias_V, g_TV = interpretable(hidden_TD, weight_VD, bias_V, out_TV)
-    config = config or config_for(
-        arch_of(hidden_TD.device), hidden_TD.dtype, D, V, stores=True,
+    how = {"options": options, "first_column": first_column, "column_sums": column_sums}
+    config = config or choose_tile(
+        "gradient", hidden_TD.device, hidden_TD.dtype, D, V,
+        lambda tile: gradient_tile(*given, **how, config=tile), stores=True,
         rich=bias_V is not None or bool(options["softcap"]) or column_sums,
         described=describable(hidden_TD, weight_VD, g_TV),
     )  # fmt: skip

@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpo_fast.kernels.device import arch_of, interpretable, on_device
+from dpo_fast.kernels.device import interpretable, on_device
 from dpo_fast.kernels.product import arguments, check, finite, logits, product, tile_of
-from dpo_fast.kernels.tiles import TileConfig, config_for, describable, programs, repair_config
+from dpo_fast.kernels.search import choose_tile
+from dpo_fast.kernels.tiles import TileConfig, describable, programs, repair_config
 
 MERGE_TOKENS, MERGE_TILES = 32, 64
 SUMS = {"entropy": "weighted", "log_sum_p2": "squares", "mean_logit": "logits"}  # extra: its sum
@@ -63,7 +64,7 @@ def _rows_tile(
     )
     z = tl.where(mask_v[None, :], z, float("-inf"))
     targets = tl.load(targets_ptr + rows, mask=mask_t, other=-1)
-    inside = (targets >= first_v) & (targets < first_v + BLOCK_V)
+    inside = (targets >= first_v) & (targets < tl.minimum(first_v + BLOCK_V, V))
     target = tl.sum(tl.where(offs_v[None, :] == targets[:, None], z, 0.0), axis=1)
     tl.store(target_ptr + rows, target, mask=mask_t & inside)
     maximum = tl.max(z, axis=1)
@@ -212,9 +213,14 @@ class RowPass:
         names = [SUMS[name] for name in extras if name in SUMS]
         rich = bias_V is not None or bool(options["softcap"]) or not {*names} <= {"weighted"}
         stored = () if kept_TV is None else (self.store,)
-        self.config = config or config_for(
-            arch_of(hidden_TD.device), self.hidden.dtype, D, V, stores=bool(stored), rich=rich,
-            entropy="weighted" in names, described=describable(self.hidden, self.weight, *stored),
+        self.config = config or choose_tile(
+            "rows", hidden_TD.device, self.hidden.dtype, D, V,
+            lambda tile: RowPass(
+                hidden_TD, weight_VD, bias_V, targets_T, options=options, extras=extras,
+                offset_T=offset_T, kept_TV=kept_TV, config=tile,
+            ),
+            stores=bool(stored), entropy="weighted" in names, rich=rich,
+            described=describable(self.hidden, self.weight, *stored),
         )  # fmt: skip
         new = lambda *shape: hidden_TD.new_empty(shape, dtype=torch.float32)  # noqa: E731
         self.sums = {name: new(T) for name in ("maximum", "total", *names)}

@@ -88,6 +88,10 @@ INTERPRETER = TileConfig(16, 32, 32, 1, 1, group_t=2)
 INTERPRETER_TMA = replace(INTERPRETER, per_sm=2, tma=True)
 
 
+def bins(D: int, V: int) -> tuple[str, str]:
+    return "small" if D <= 1024 else "large", "small" if V <= 32768 else "large"
+
+
 def config_for(
     arch: str, dtype: torch.dtype, D: int, V: int, *, stores: bool = False, entropy: bool = False,
     rich: bool = False, described: bool = True,
@@ -105,10 +109,10 @@ def config_for(
     if rich:
         rich_half = RICH_HALF if arch.startswith("sm_") else OTHER_HALF
         return replace(rich_half, per_sm=2, tma=True) if described else rich_half
-    bins = ("small" if D <= 1024 else "large", "small" if V <= 32768 else "large")
-    if (arch, *bins) not in HALF_CONFIGS:
+    key = arch, *bins(D, V)
+    if key not in HALF_CONFIGS:
         return OTHER_HALF
-    config = HALF_CONFIGS[arch, *bins].choose(stores, entropy)
+    config = HALF_CONFIGS[key].choose(stores, entropy)
     return POINTER_HALF if config.tma and not described else config
 
 

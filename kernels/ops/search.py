@@ -1,0 +1,86 @@
+"""A search for tiles, opt-in: DPO_FAST_TILE_SEARCH names the file where its findings are kept.
+
+Without the variable the shipped table decides and nothing is timed. With it, the first call for each
+key (device, kernel, dtype, bins of D and V, options) times the candidates on the tensors of that call;
+later calls and later runs read the file. Another tile changes the last bits of results, which is why
+neither the file nor the search is ever used unasked.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import triton
+
+from dpo_fast.kernels.device import arch_of
+from dpo_fast.kernels.tiles import INTERPRETER, TileConfig, bins, config_for
+
+VARIABLE = "DPO_FAST_TILE_SEARCH"
+
+
+def choose_tile(
+    kernel: str, device: torch.device, dtype: torch.dtype, D: int, V: int,
+    run: Callable[[TileConfig], object], **flags: bool,
+) -> TileConfig:  # fmt: skip
+    """`config_for` these flags, or with the search on the fastest tile for this key. `run` launches."""
+    default = config_for(arch_of(device), dtype, D, V, **flags)
+    path = os.environ.get(VARIABLE)
+    if not path:
+        return default
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    options = (flag for flag, value in sorted(flags.items()) if value)
+    key = "/".join([name, kernel, str(dtype).removeprefix("torch."), *bins(D, V), *options])
+    found = _read(Path(path))
+    if key not in found:
+        times = [(_median_ms(run, config, device), config) for config in candidates(default)]
+        best = min(times, key=lambda pair: pair[0])
+        found = _read(Path(path)) | {key: {**asdict(best[1]), "ms": best[0], "tried": len(times)}}
+        _write(Path(path), found)
+    return TileConfig(**{k: v for k, v in found[key].items() if k not in ("ms", "tried")})
+
+
+def candidates(default: TileConfig) -> list[TileConfig]:
+    """The shipped tile first, then its neighbours: sizes, warps, stages and the shape of the grid."""
+    if default.block_t == INTERPRETER.block_t:  # the interpreter's tiles
+        return [default, replace(default, block_v=16), replace(default, block_d=16)]
+    grids = [(0, False)] if not default.tma else [(0, True), (1, True), (2, True)]
+    shapes = [(64, 128), (128, 64), (128, 128), (128, 256), (256, 128)]
+    found = [default]
+    for (block_t, block_v), (per_sm, tma), stages, group in itertools.product(
+        shapes, grids, (2, 3, 4), (8, 16)
+    ):
+        warps = 4 if block_t * block_v < 128 * 128 else 8
+        found.append(
+            TileConfig(block_t, block_v, default.block_d, warps, stages, group, per_sm, tma)
+        )
+    return list(dict.fromkeys(found))
+
+
+def _median_ms(run: Callable, config: TileConfig, device: torch.device) -> float:
+    """Infinite for a tile that does not fit the device."""
+    try:
+        if device.type == "cuda":
+            return triton.testing.do_bench(lambda: run(config), return_mode="median")
+        start = time.perf_counter()
+        run(config)
+        return 1e3 * (time.perf_counter() - start)
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _write(path: Path, found: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(f".{os.getpid()}")
+    aside.write_text(json.dumps(found, indent=1, sort_keys=True))
+    aside.replace(path)
