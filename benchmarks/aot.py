@@ -54,7 +54,7 @@ class Result:
 
 def cases(archs: tuple[str, ...] = ARCHS) -> list[Case]:
     """Each distinct configuration once per kernel, architecture and variant."""
-    from dpo_fast.kernels import linear_logp, logits_logp, target_product
+    from dpo_fast.kernels import linear_logp, logits_logp, preference, target_product
 
     found = {}
     for arch in archs:
@@ -69,6 +69,11 @@ def cases(archs: tuple[str, ...] = ARCHS) -> list[Case]:
             found[Case("merge_kernel", variant, arch, "fp32", sizes, 4, 3)] = None
         sizes = (target_product.BLOCK_T, target_product.BLOCK_D)
         found[Case("target_product_kernel", "plain", arch, "bf16", sizes, 4, 3)] = None
+        for variant in (*PREFERENCES, "no-reference"):
+            sizes = (preference.BLOCK,)
+            found[
+                Case("preference_kernel", variant, arch, "fp32", sizes, preference.NUM_WARPS, 3)
+            ] = None
         for kernel in ("forward_kernel", "backward_kernel"):
             sizes = (logits_logp.BLOCK_V,)
             found[Case(kernel, "plain", arch, "bf16", sizes, logits_logp.NUM_WARPS, 3)] = None
@@ -104,6 +109,12 @@ def _products(arch: str):
 def _constants(case: Case) -> dict:
     if case.kernel in ("forward_kernel", "backward_kernel"):
         return {"stride_v": 1, "BLOCK_V": case.sizes[0]}
+    if case.kernel == "preference_kernel":
+        without = {"reference_ptr": None} if case.variant == "no-reference" else {}
+        return without | {
+            "stride_t": 1, "LOSSES": PREFERENCES.get(case.variant, LOSSES), "LENGTH_AVERAGE": True,
+            "HAS_REFERENCE": not without, "BLOCK": case.sizes[0],
+        }  # fmt: skip
     if case.kernel == "target_product_kernel":
         return {"stride_hd": 1, "stride_wd": 1, "BLOCK_T": case.sizes[0], "BLOCK_D": case.sizes[1]}
     full, repair = "full" in case.variant, "repair" in case.variant
@@ -139,10 +150,10 @@ def _type_of(name: str, case: Case) -> str:
             return TYPES[case.dtype]
         rows, columns = (case.sizes[i] for i in blocks[name])
         return f"tensordesc<{case.dtype}[{rows},{columns}]>"
-    if name == "targets_ptr":
-        return "*i64"
-    if name == "repair_ptr":
-        return "*i8"
+    if name == "coefficients":
+        return ("fp32",) * len(PREFERENCES.get(case.variant, LOSSES))
+    if name in POINTERS:
+        return POINTERS[name]
     if name in ("hidden_ptr", "weight_ptr", "bias_ptr", "logits_ptr"):
         return TYPES[case.dtype]
     if name == "out_ptr":
@@ -152,15 +163,21 @@ def _type_of(name: str, case: Case) -> str:
     return "fp32" if name in FLOATS else "i32"
 
 
-FLOATS = ("factor", "cap_in", "cap_out", "inverse_temperature")
+LOSSES = ("sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "sft")
+PREFERENCES = {"sigmoid": ("sigmoid",), "all": LOSSES}  # variants of preference_kernel
+POINTERS = {
+    "targets_ptr": "*i64", "repair_ptr": "*i8", "lengths_ptr": "*i64", "losses_ptr": "*fp64",
+    "arrivals_ptr": "*i32",
+}  # fmt: skip
+FLOATS = ("factor", "cap_in", "cap_out", "inverse_temperature", "beta", "eps")
 ALIGNED = ("D", "stride_ht", "stride_wv", "stride_ot", "stride_kt", "stride_t")
 OPERANDS = ("hidden", "weight", "kept", "out")
 
 
 def _kernel(name: str):
-    from dpo_fast.kernels import gradient_tile, linear_logp, logits_logp, target_product
+    from dpo_fast.kernels import gradient_tile, linear_logp, logits_logp, preference, target_product
 
-    modules = (gradient_tile, linear_logp, logits_logp, target_product)
+    modules = (gradient_tile, linear_logp, logits_logp, preference, target_product)
     return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 

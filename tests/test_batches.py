@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from dpo_fast.data.batch import sum_sequences
 from dpo_fast.data.layouts import collate
 from dpo_fast.data.sampler import Sampler
+from dpo_fast.ops.preference import sum_sequences
 
 PAIRS = [
     {"prompt_ids": [10, 11], "chosen_ids": [20, 21, 2], "rejected_ids": [30, 2]},

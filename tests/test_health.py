@@ -5,12 +5,12 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from dpo_fast.data.batch import sum_sequences
 from dpo_fast.data.layouts import collate
 from dpo_fast.errors import UserError
 from dpo_fast.losses import LossOptions, Objective, Totals
 from dpo_fast.models import ScoringModel
 from dpo_fast.models.scoring import forward_arguments
+from dpo_fast.ops.preference import sum_sequences
 from dpo_fast.references import CachedReference
 from dpo_fast.training.health import check_start
 

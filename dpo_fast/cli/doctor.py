@@ -19,7 +19,7 @@ PACKAGES = (
     "torch", "triton", "transformers", "deepspeed", "datasets", "peft", "flash-attn", "trl",
     "liger-kernel", "tensorboard", "wandb",
 )  # fmt: skip
-OPERATIONS = ("linear_logp", "logits_logp")
+OPERATIONS = ("linear_logp", "logits_logp", "preference")
 
 
 def render(console: Console) -> None:

@@ -1,6 +1,16 @@
 """Preference losses: pure functions of sequence log-probabilities, one table, weighted sums of them."""
 
 from dpo_fast.losses.objective import Objective, Totals
+from dpo_fast.losses.preference import Preference, preference
 from dpo_fast.losses.table import LOSSES, LossOptions, LossSpec, PairLogps
 
-__all__ = ["LOSSES", "LossOptions", "LossSpec", "Objective", "PairLogps", "Totals"]
+__all__ = [
+    "LOSSES",
+    "LossOptions",
+    "LossSpec",
+    "Objective",
+    "PairLogps",
+    "Preference",
+    "Totals",
+    "preference",
+]

@@ -42,13 +42,18 @@ class Objective:
     def needs_reference(self) -> bool:
         return any(LOSSES[name].needs_reference for name in self.names)
 
+    def coefficients(self, totals: Totals) -> tuple[float, ...]:
+        """What the sum over pairs of each loss is multiplied by: weight_k / total_k."""
+        return tuple(
+            weight / max(getattr(totals, LOSSES[name].normaliser), 1)
+            for name, weight in zip(self.names, self.weights)
+        )
+
     def __call__(self, pairs: PairLogps, totals: Totals) -> Tensor:
         """The share of these pairs in the loss of the global batch; shares add up to the loss."""
         loss = pairs.chosen.new_zeros(())
-        for name, weight in zip(self.names, self.weights):
-            spec = LOSSES[name]
-            values_P = spec.function(pairs, self.options)
-            loss = loss + weight * values_P.sum() / max(getattr(totals, spec.normaliser), 1)
+        for name, coefficient in zip(self.names, self.coefficients(totals)):
+            loss = loss + coefficient * LOSSES[name].function(pairs, self.options).sum()
         return loss
 
     @torch.no_grad()

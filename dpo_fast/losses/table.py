@@ -74,7 +74,8 @@ class LossOptions:
 
 @dataclass(frozen=True)
 class LossSpec:
-    """One row of the table. `normaliser` is what the sum over pairs is divided by, globally."""
+    """One row of the table. `normaliser` is what the sum over pairs is divided by, globally; `kernel`
+    says whether the Triton kernel of `preference` computes it, under the same name."""
 
     name: str
     function: Callable[[PairLogps, LossOptions], Tensor]
@@ -83,6 +84,7 @@ class LossSpec:
     options: tuple[str, ...]
     needs_reference: bool = True
     normaliser: str = "pairs"
+    kernel: bool = False
 
 
 LOSSES: dict[str, LossSpec] = {}
@@ -105,6 +107,7 @@ def _smoothed(x: Tensor, eps: float) -> Tensor:
     "-(1-eps) LS(beta d) - eps LS(-beta d)",
     "DPO, arXiv 2305.18290 eq 7; with eps > 0 cDPO",
     ("beta", "label_smoothing"),
+    kernel=True,
 )
 def sigmoid(pairs: PairLogps, options: LossOptions) -> Tensor:
     return _smoothed(options.beta * pairs.margin, options.label_smoothing)
@@ -114,13 +117,14 @@ def sigmoid(pairs: PairLogps, options: LossOptions) -> Tensor:
     "(a/nw - b/nl - 1/(2 beta))^2; sums instead of means with length_average=false",
     "IPO, arXiv 2310.12036 eq 17",
     ("beta", "length_average"),
+    kernel=True,
 )
 def ipo(pairs: PairLogps, options: LossOptions) -> Tensor:
     margin = pairs.length_averaged_margin if options.length_average else pairs.margin
     return (margin - 1 / (2 * options.beta)).square()
 
 
-@_register("relu(1 - beta d)", "RSO, arXiv 2309.06657", ("beta",))
+@_register("relu(1 - beta d)", "RSO, arXiv 2309.06657", ("beta",), kernel=True)
 def hinge(pairs: PairLogps, options: LossOptions) -> Tensor:
     return torch.relu(1 - options.beta * pairs.margin)
 
@@ -129,6 +133,7 @@ def hinge(pairs: PairLogps, options: LossOptions) -> Tensor:
     "(-(1-eps) LS(beta d) + eps LS(-beta d)) / (1 - 2 eps)",
     "robust DPO, arXiv 2403.00409",
     ("beta", "label_smoothing"),
+    kernel=True,
 )
 def robust(pairs: PairLogps, options: LossOptions) -> Tensor:
     x, eps = options.beta * pairs.margin, options.label_smoothing
@@ -139,6 +144,7 @@ def robust(pairs: PairLogps, options: LossOptions) -> Tensor:
     "-(1-eps) LS(x) - eps LS(-x), x = beta (a/nw - b/nl)",
     "length-normalised DPO of Tulu 3, arXiv 2411.15124 eq 6",
     ("beta", "label_smoothing"),
+    kernel=True,
 )
 def sigmoid_norm(pairs: PairLogps, options: LossOptions) -> Tensor:
     return _smoothed(options.beta * pairs.length_averaged_margin, options.label_smoothing)
@@ -150,6 +156,7 @@ def sigmoid_norm(pairs: PairLogps, options: LossOptions) -> Tensor:
     (),
     needs_reference=False,
     normaliser="chosen_tokens",
+    kernel=True,
 )
 def sft(pairs: PairLogps, options: LossOptions) -> Tensor:
     return -pairs.chosen

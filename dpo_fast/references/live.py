@@ -8,8 +8,9 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from dpo_fast.data.batch import ScoredBatch, sum_sequences
+from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.models.scoring import forward_arguments
+from dpo_fast.ops.preference import sum_sequences
 
 Scorer = Callable[..., Mapping[str, Tensor]]
 

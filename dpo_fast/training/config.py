@@ -84,7 +84,7 @@ class TrainSection(BaseModel):
         "packed", description="how a micro-batch is laid out"
     )
     implementation: Literal["auto", "torch", "triton"] = Field(
-        "auto", description="implementation of the head"
+        "auto", description="implementation of the head and of the loss"
     )
     workspace_bytes: int | None = Field(
         None, ge=0, description="memory the head may keep; default: see linear_logp"

@@ -46,7 +46,7 @@ def train(config: RunConfig) -> Path:
             totals = run.train.totals(run.train.sampler.global_batch(step))
             share = train_step(
                 run.engine, run.train.batches(step), objective, run.references["train"], totals,
-                sums, extras,
+                sums, extras, config.train.implementation,
             )  # fmt: skip
             stop.agree(finite=math.isfinite(share.item()), run=run, step=step)
             step += 1
@@ -90,7 +90,7 @@ def start(run: Run, log: RunLog) -> int:
         ]
         loss, expected = check_start(
             run.engine, next(run.train.batches(0)), objective, run.references["train"],
-            run.train.totals(rows), run.config.model.dtype,
+            run.train.totals(rows), run.config.model.dtype, run.config.train.implementation,
         )  # fmt: skip
         say(f"step 0: loss {loss:.7f}, expected {expected:.7f} where policy = reference")
     if run.eval:
@@ -133,6 +133,7 @@ def evaluate_run(run: Run) -> dict[str, float]:
     return evaluate(
         run.engine, track(split.all_batches(), "evaluating", sampler.steps_per_epoch),
         run.config.loss.objective, run.references["eval"], totals, token_extras(run.config),
+        run.config.train.implementation,
     )  # fmt: skip
 
 

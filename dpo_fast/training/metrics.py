@@ -6,8 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpo_fast.data.batch import ScoredBatch, sum_sequences
-from dpo_fast.losses import Objective, PairLogps
+from dpo_fast.data.batch import ScoredBatch
+from dpo_fast.losses import Preference
+from dpo_fast.ops.preference import sum_sequences
 
 PAIR_METRICS = (
     "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
@@ -35,19 +36,13 @@ class MetricSums:
         self.values[name] = self.values[name] + pair if name in self.values else pair
 
     @torch.no_grad()
-    def add(
-        self,
-        loss: Tensor,
-        objective: Objective,
-        pairs: PairLogps,
-        scores: dict[str, Tensor],
-        batch: ScoredBatch,
-    ) -> None:
+    def add(self, result: Preference, scores: dict[str, Tensor], batch: ScoredBatch) -> None:
         """Add a micro-batch."""
-        self._add("loss", loss, 0)  # shares add up; `step` counts
-        chosen, rejected = objective.rewards(pairs)
+        self._add("loss", result.loss, 0)  # shares add up; `step` counts
+        chosen, rejected = result.rewards_S.view(-1, 2).unbind(1)
         accuracies = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
-        values = (chosen, rejected, accuracies, chosen - rejected, pairs.chosen, pairs.rejected)
+        logps = result.logps_S.view(-1, 2).unbind(1)
+        values = (chosen, rejected, accuracies, chosen - rejected, *logps)
         for name, value in zip(PAIR_METRICS, values):
             self._add(name, value)
         for extra, name in TOKEN_METRICS.items():

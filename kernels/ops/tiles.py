@@ -119,7 +119,8 @@ def config_for(
 def repair_config(config: TileConfig) -> TileConfig:
     """For the few rows done again: the same columns a tile, through pointers, since a descriptor cannot
     mask rows; fewer rows a tile, so that masks fit the registers."""
-    return replace(config, block_t=min(config.block_t, 64), num_stages=2, per_sm=2, tma=False)
+    rows = min(64, max(16, config.block_t // 2))
+    return replace(config, block_t=rows, num_stages=2, per_sm=2, tma=False)
 
 
 def describable(*tensors: Tensor) -> bool:

@@ -39,7 +39,7 @@ def one_step(tree: dict) -> tuple[float, dict]:
     totals = run.train.totals(run.train.sampler.global_batch(0))
     share = train_step(
         run.engine, run.train.batches(0), run.config.loss.objective, run.references["train"],
-        totals, MetricSums(run.engine.device),
+        totals, MetricSums(run.engine.device), implementation=run.config.train.implementation,
     )  # fmt: skip
     if distributed.world_size() > 1:
         torch.distributed.all_reduce(share)

@@ -1,0 +1,87 @@
+"""Sums over sequences, and the whole way from token log-probabilities to a loss in one kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sum_sequences(values_T: Tensor, lengths_S: Tensor) -> Tensor:
+    """Sum of each contiguous run of `lengths_S` values, [S] fp32.
+
+    Added up in fp64, in order, one owner per sequence: deterministic, and a completion of thousands of
+    tokens loses nothing to rounding.
+    """
+    sums_S = torch.segment_reduce(values_T.double(), "sum", lengths=lengths_S, unsafe=True)
+    return sums_S.float()
+
+
+class _Preference(torch.autograd.Function):
+    """The slope of every token is known in the forward pass: backward is one multiplication."""
+
+    @staticmethod
+    def forward(ctx, logp_T, lengths_S, reference_S, losses, coefficients, options):
+        from dpo_fast.kernels import preference as kernels
+
+        loss, logps_S, rewards_S, slopes_T = kernels.preference(
+            logp_T, lengths_S, reference_S, losses, coefficients, **options
+        )
+        ctx.save_for_backward(slopes_T)
+        ctx.mark_non_differentiable(logps_S, rewards_S)
+        ctx.set_materialize_grads(False)
+        return loss, logps_S, rewards_S
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, *_):
+        (slopes_T,) = ctx.saved_tensors
+        return None if grad is None else slopes_T * grad, None, None, None, None, None
+
+
+def fused_preference(
+    logp_T: Tensor,
+    lengths_S: Tensor,
+    reference_S: Tensor | None,
+    losses: tuple[str, ...],
+    coefficients: tuple[float, ...],
+    **options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`dpo_fast.losses.preference` by the Triton kernel: loss, logps_S and rewards_S.
+
+    The loss is the sum over pairs and k of coefficients[k] * losses[k]. `options` are the fields of
+    `LossOptions`. Arguments are those that `check_sequences` lets through, logp_T in fp32.
+    """
+    reference_S = None if reference_S is None else reference_S.contiguous()
+    return _Preference.apply(
+        logp_T, lengths_S.contiguous(), reference_S, losses, coefficients, options
+    )
+
+
+def check_sequences(logp_T: Tensor, lengths_S: Tensor, reference_S: Tensor | None) -> None:
+    """Raises ValueError unless these are tokens of whole pairs. Waits for nothing on a GPU."""
+    if logp_T.dim() != 1 or lengths_S.dim() != 1 or len(lengths_S) % 2:
+        raise ValueError(
+            "expected logp [T] and lengths [S] of chosen and rejected in turn, S even; got logp "
+            f"{tuple(logp_T.shape)}, lengths {tuple(lengths_S.shape)}"
+        )
+    if logp_T.dtype not in (torch.float32, torch.float64) or lengths_S.dtype != torch.int64:
+        raise ValueError(
+            f"logp is {logp_T.dtype}, lengths are {lengths_S.dtype}; expected torch.float32 (or "
+            "float64) and torch.int64"
+        )
+    if reference_S is not None and (
+        reference_S.shape != lengths_S.shape or reference_S.dtype != torch.float32
+    ):
+        raise ValueError(
+            f"reference is {reference_S.dtype} {tuple(reference_S.shape)}; expected torch.float32 "
+            f"({len(lengths_S)},)"
+        )
+    devices = {str(x.device) for x in (logp_T, lengths_S, reference_S) if x is not None}
+    if len(devices) > 1:
+        raise ValueError(f"tensors are on different devices: {sorted(devices)}")
+    total = lengths_S.sum()  # any other would have foreign memory read
+    message = f"lengths must add up to the {len(logp_T)} tokens of logp, and none be below 0"
+    if logp_T.is_cuda:
+        torch._assert_async(total == len(logp_T), message)
+    elif total != len(logp_T) or (lengths_S < 0).any():
+        raise ValueError(f"{message}; they add up to {total.item()}")
