@@ -173,3 +173,11 @@ def test_the_loss_table_in_the_documents_is_the_code():
     text = (ROOT / "README.md").read_text()
     for name in LOSSES:
         assert f"`{name}`" in text, name
+
+
+def test_every_environment_variable_is_in_the_table():
+    table = (ROOT / "CONTRIBUTING.md").read_text()
+    used = {n for path in sources() for n in re.findall(r"DPO_FAST_[A-Z_]+", path.read_text())}
+    assert len(used) >= 2
+    for name in used:
+        assert f"| `{name}` |" in table, name

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 
 MIB = 1 << 20
-# On a CPU a tile is [TILE_TOKENS, ...] of fp32 logits, small enough for the last-level cache.
+# On a CPU a tile is [TILE_TOKENS, ...] of fp32 logits: 16 MiB, small enough for a last-level cache.
 TILE_TOKENS = 2048
-MAX_TILE_ELEMENTS = 1 << 22
-MIN_TILE_ELEMENTS = 1 << 18  # 1 MiB: the tile that remains when the workspace is 0
+TILE_ELEMENTS = 1 << 22
 # On a GPU products of this many rows run at their peak, and tiles end where a kernel's tiles end.
 CHUNK_TOKENS = 4096
 BLOCK_COLUMNS = 8192
@@ -137,9 +136,8 @@ def kept_stride(V: int) -> int:
 
 def _plan_torch(sizes: _Sizes, needs_hidden: bool, needs_head: bool) -> HeadPlan:
     T, V, budget = sizes.T, sizes.V, sizes.workspace_bytes
-    tile = min(max(budget // 16, MIN_TILE_ELEMENTS), MAX_TILE_ELEMENTS)
-    token_chunk = max(1, min(T, TILE_TOKENS, tile // 128))
-    vocab_block = min(V, max(128, tile // token_chunk // 64 * 64))
+    token_chunk = max(1, min(T, TILE_TOKENS))
+    vocab_block = min(V, TILE_ELEMENTS // token_chunk // 64 * 64)
     precise = max(4, sizes.dtype.itemsize)
     columns = {"token_chunk": token_chunk, "vocab_block": vocab_block, "tokens_first": False}
     columns["tile_bytes"] = token_chunk * vocab_block * precise
