@@ -90,7 +90,8 @@ def check(T, V, D, dtype, *, budget=1 << 30, bias=False, spread=1.0, extras=(), 
     truth = evaluate(eager.linear_logp, *double, **options)
     head = {k: v for k, v in options.items() if k != "extras"}
     logits = eager.head_logits(*double[:2], double[3], **head)
-    largest = [2 * x.abs().max().item() for x in (*inputs[:2], logits) if x.numel()]
+    largest = [2 * x.abs().max().item() for x in inputs[:2] if x.numel()]
+    largest = [x * max(1.0, logits.abs().max().item()) for x in (1.0, *largest) if T]
     assert_as_good_as_eager(got, same, truth, dtype, max([1.0, *largest]))
 
 

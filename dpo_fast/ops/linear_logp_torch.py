@@ -6,9 +6,9 @@ E = exp(z - m) against a row offset m, with its sum l, so that p = E / l and
     dL/dz_tv = c_t (1[v = y_t] - p_tv) = s_t E'_tv,   s = -c / l,   E' = E with E_ty - l at the target
     dH = diag(s) (E' W)        dW = E'^T (diag(s) H)        db = E'^T s
 
-are plain products on E' (c = dL/dlogp). A soft cap multiplies E' by its slope. `m` starts as the first
-tile's row maximum and moves only when a later logit exceeds it by SLACK; then the little that was
-kept is rescaled. The log-probability comes from exact sums either way.
+are plain products on E' (c = dL/dlogp). A soft cap multiplies E' by its slope. `m` starts as the larger
+of the target's own logit and the first tile's row maximum, and moves only when a later logit exceeds
+it by SLACK; then what that row has kept is rescaled. The log-probability is exact either way.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from dpo_fast.ops.eager import head_options
 from dpo_fast.ops.plan import HeadPlan
 from dpo_fast.ops.row_sums import RowSums, finite_offset, joined, patch_targets, softcap_slope
 
-SLACK = (
-    8.0  # exp(8) fits fp16, and no later tile is rescaled unless its maximum is e^8 times larger
-)
+SLACK = 40.0  # exp(40) V, and its square, stay far from the end of fp32's range
 LOWEST = -1e30  # stands in for a row maximum of -inf (masked vocabulary), which would make NaN
 
 
@@ -57,6 +56,17 @@ class _Tiles:
             out.div_(self.softcap).tanh_().mul_(self.softcap / self.temperature)
         return out
 
+    def target_logits(self, targets: Tensor) -> Tensor:
+        """About z_ty, before any tile; -1e30 where another shard has the target."""
+        inside, columns = in_block(targets, slice(0, len(self.weight)))
+        rows = self.rows if len(inside) == len(targets) else self.rows[inside]
+        z = (rows * self.weight[columns]).sum(-1)
+        if self.bias is not None:
+            z = z + self.bias[columns].to(self.precision) * self.factor
+        if self.softcap:
+            z = head_options(z, 1.0, self.softcap, self.temperature)
+        return self.rows.new_full(targets.shape, LOWEST).index_copy(0, inside, z)
+
     def mean_logits(self, weight_D: Tensor, bias: Tensor | float) -> Tensor:
         return self.rows @ weight_D + bias * self.factor
 
@@ -64,32 +74,34 @@ class _Tiles:
 class _OnlineSums:
     """Online sums of rows against the moving offset m: l = sum exp(z - m), and what extras need."""
 
-    def __init__(self, targets: Tensor, extras: tuple, like: Tensor, linear: bool):
-        self.targets, self.extras, self.linear = targets, extras, linear
-        zeros = lambda: like.new_zeros(len(targets))  # noqa: E731
-        self.offset, self.maximum, self.target = zeros(), zeros().fill_(-torch.inf), zeros()
+    def __init__(self, targets: Tensor, extras: tuple, offset: Tensor, linear: bool):
+        self.targets, self.extras, self.linear, self.offset = targets, extras, linear, offset
+        zeros = lambda: offset.new_zeros(len(targets))  # noqa: E731
+        self.maximum, self.target = zeros().fill_(-torch.inf), zeros()
         self.total, self.weighted, self.squares, self.logits = zeros(), zeros(), zeros(), zeros()
 
-    def shift(self, z: Tensor, block: slice) -> Tensor | None:
-        """z -= m in place. Returns the factor exp(m_old - m_new) of each row, None if none moved."""
+    def shift(self, z: Tensor, block: slice) -> tuple[Tensor, Tensor] | None:
+        """z -= m in place. Returns the rows whose offset moved, and their factors exp(m_old - m_new);
+        None if none did."""
         maximum = z.amax(-1)
         rows, columns = in_block(self.targets, block)
         self.target[rows] = z[rows, columns]
         if "mean_logit" in self.extras and not self.linear:
             self.logits += z.sum(-1)
-        factor = None
+        moved = None
         if block.start == 0:
-            self.offset = maximum.clamp_min(LOWEST)
-        elif (maximum > self.offset + SLACK).any():
-            moved = torch.where(maximum > self.offset + SLACK, maximum, self.offset)
-            step = self.offset - moved
-            factor = step.exp()
-            self.weighted = factor * (self.weighted + step.clamp_min(LOWEST) * self.total)
-            self.total, self.squares = self.total * factor, self.squares * factor.square()
-            self.offset = moved
+            self.offset = torch.maximum(self.offset, maximum)
+        elif len(rows := (maximum > self.offset + SLACK).nonzero().squeeze(1)):
+            step = self.offset[rows] - maximum[rows]
+            moved = rows, step.exp()
+            self.offset[rows] = maximum[rows]
+            self.weighted[rows] += step.clamp_min(LOWEST) * self.total[rows]
+            self.weighted[rows] *= moved[1]
+            self.total[rows] *= moved[1]
+            self.squares[rows] *= moved[1].square()
         self.maximum = torch.maximum(self.maximum, maximum)
         z.sub_(self.offset.unsqueeze(-1))
-        return factor
+        return moved
 
     def add(self, z: Tensor, out: Tensor) -> Tensor:
         """out = exp(z), summed. `z` holds shifted logits and may be `out`."""
@@ -146,14 +158,15 @@ def forward(hidden_TD, weight_VD, bias, targets_T, options, extras, plan: HeadPl
     # Without a soft cap the mean logit is the logit of the mean column: no pass over tiles.
     mean = None
     if "mean_logit" in extras and not options.softcap:
-        mean = (
-            weight_VD.mean(0, dtype=precision),
-            0.0 if bias is None else bias.mean(dtype=precision),
-        )
+        # Block by block, because a sum in another dtype copies its input whole.
+        blocks = vocab_blocks(plan, len(weight_VD))
+        column = sum(weight_VD[block].to(precision).sum(0) for block in blocks) / len(weight_VD)
+        mean = column, 0.0 if bias is None else bias.mean(dtype=precision)
     parts = []
     for rows in token_chunks(plan, 0, T) or [slice(0, 0)]:
         tiles = _Tiles(hidden_TD, weight_VD, bias, options, plan, buffer, rows)
-        online = _OnlineSums(targets_T[rows], extras, tiles.rows, linear=mean is not None)
+        offset = tiles.target_logits(targets_T[rows]).clamp_min(LOWEST)
+        online = _OnlineSums(targets_T[rows], extras, offset, linear=mean is not None)
         if mean is not None:
             online.logits = tiles.mean_logits(*mean) * len(weight_VD)
         if plan.schedule == "frozen":
@@ -189,9 +202,11 @@ def _keep(tiles: _Tiles, online: _OnlineSums, kept: Tensor, options) -> None:
     for block in tiles.blocks():
         z = tiles.logits(block)
         slope = softcap_slope(z[:n], options) if n else None
-        factor = online.shift(z, block)
-        if factor is not None and n and block.start:
-            kept[:, : block.start] *= factor[:n, None]
+        if (moved := online.shift(z, block)) is not None:
+            changed, factor = (x[moved[0] < n] for x in moved)
+            kept[changed, : block.start] = (kept[changed, : block.start] * factor[:, None]).to(
+                kept.dtype
+            )
         e = online.add(z, kept[:, block] if direct else z)[:n]
         if slope is not None:
             e = e.mul_(slope)
@@ -208,9 +223,8 @@ def _direction(tiles: _Tiles, online: _OnlineSums, out: Tensor, options, shard) 
     for block in tiles.blocks():
         z = tiles.logits(block)
         slope = softcap_slope(z, options)
-        factor = online.shift(z, block)
-        if factor is not None:
-            direction *= factor[:, None]
+        if (moved := online.shift(z, block)) is not None:
+            direction[moved[0]] *= moved[1][:, None]
         e = online.add(z, z)
         if slope is not None:
             e = e.mul_(slope)

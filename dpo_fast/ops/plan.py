@@ -87,7 +87,8 @@ def plan(
     """
     if workspace_bytes < 0:
         raise ValueError(f"workspace_bytes={workspace_bytes} must be 0 or more")
-    sizes = _Sizes(T, V, D, dtype, workspace_bytes)
+    stride = kept_stride(V) if implementation == "triton" else V
+    sizes = _Sizes(T, V, D, dtype, workspace_bytes, stride)
     choose = {"torch": _plan_torch, "triton": _plan_triton}[implementation]
     return choose(sizes, needs_hidden, needs_head)
 
@@ -99,11 +100,11 @@ class _Sizes:
     D: int
     dtype: torch.dtype
     workspace_bytes: int
+    stride: int  # elements from one row of kept exponentials to the next
 
     @property
     def row_bytes(self) -> int:
-        """A row of kept exponentials; rows start aligned."""
-        return kept_stride(self.V) * self.dtype.itemsize
+        return self.stride * self.dtype.itemsize
 
     @property
     def keeps(self) -> bool:
