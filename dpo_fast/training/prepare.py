@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dpo_fast.data.batch import ScoredBatch
-from dpo_fast.data.dataset import PairDataset, load_pairs
-from dpo_fast.data.layouts import collate
-from dpo_fast.data.sampler import Sampler
 from dpo_fast.errors import UserError
-from dpo_fast.losses import Totals
 from dpo_fast.models import (
     ScoringModel,
     check_packing,
@@ -27,79 +18,12 @@ from dpo_fast.models import (
 )
 from dpo_fast.models.load import DTYPES, check_model_path, is_folder
 from dpo_fast.ops.implementation import choose_implementation
-from dpo_fast.references import (
-    AdapterOffReference,
-    CachedReference,
-    FrozenReference,
-    NoReference,
-    compute_table,
-)
-from dpo_fast.references.cached import key_of, load_table, model_digest, save_table
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import find_checkpoint
 from dpo_fast.training.config import RunConfig, check_batch_sizes
-from dpo_fast.training.engine import build_engine, build_reference_engine, deepspeed_config
-from dpo_fast.training.progress import say, track
-
-
-@dataclass
-class Split:
-    """One set of pairs, and how its batches are made."""
-
-    name: str
-    pairs: PairDataset
-    sampler: Sampler
-    layout: str
-    pad_id: int
-
-    @functools.cached_property
-    def lengths(self) -> dict[str, np.ndarray]:
-        """Tokens of every prompt, chosen and rejected answer."""
-        return self.pairs.lengths
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence."""
-        answers = np.maximum(self.lengths["chosen"], self.lengths["rejected"])
-        return int((self.lengths["prompt"] + answers).max())
-
-    def totals(self, rows: list[int]) -> Totals:
-        """Counts of a global batch. Every rank knows them from the data: nothing is communicated."""
-        return Totals(len(rows), int(self.lengths["chosen"][rows].sum()))
-
-    def batches(self, step: int) -> Iterator[ScoredBatch]:
-        """This rank's micro-batches of a step, tokens on the CPU."""
-        for rows in self.sampler.micro_batches(step, distributed.rank()):
-            pairs = [self.pairs[row] for row in rows]
-            yield collate(pairs, self.layout, pad_id=self.pad_id, indices=rows)
-
-    def all_batches(self) -> Iterator[ScoredBatch]:
-        """This rank's share of one pass, the same number of batches on every rank."""
-        for step in range(self.sampler.steps_per_epoch):
-            yield from self.batches(step)
-
-
-def load_split(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, name: str, shuffle: bool
-) -> Split:
-    """Read, check and tokenise a split (`train` or `eval`), or find it done."""
-    pairs = distributed.main_first(
-        f"data/{name}", lambda: load_pairs(config.data, tokenizer, split=name)
-    )
-    refuse_columns(pairs)
-    world = distributed.world_size()
-    size = config.train.global_pairs if shuffle else config.train.micro_pairs * world
-    sampler = Sampler(len(pairs), size, config.train.micro_pairs, world, config.train.seed, shuffle)
-    return Split(name, pairs, sampler, config.train.layout, tokenizer.pad_token_id)
-
-
-def refuse_columns(pairs: PairDataset) -> None:
-    """Per-pair columns would change the loss; a loss that does not use them must not ignore them."""
-    if pairs.extras:
-        raise UserError(
-            f"the data has the columns {', '.join(pairs.extras)}, which no loss here uses yet; rename "
-            "or remove them in the data, or map them away with data.columns"
-        )
+from dpo_fast.training.engine import build_engine, deepspeed_config
+from dpo_fast.training.references import build_references
+from dpo_fast.training.split import Split, load_split
 
 
 @dataclass
@@ -207,70 +131,3 @@ def wants_checkpointing(config: RunConfig, model: ScoringModel) -> bool:
     if config.model.gradient_checkpointing is not None:
         return config.model.gradient_checkpointing
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()) > 1e9
-
-
-def build_references(config, engine, model, splits, attention, head, ds_config) -> dict:
-    """A reference for each split, under its name."""
-    provider = config.reference_provider
-    if provider == "none":
-        return {split.name: NoReference() for split in splits}
-    if provider == "adapter_off":
-        return {s.name: AdapterOffReference(engine, model.adapter_off) for s in splits}
-    path = config.reference.path
-
-    def second_model():
-        section = config.model.model_copy(update={"path": path or config.model.path, "lora": None})
-        option = "reference.path" if path else "model.path"
-        loaded = load_model(section, attention=attention, option=option, **head)
-        return build_reference_engine(config, loaded.to(engine.device), ds_config)
-
-    if provider == "frozen":
-        frozen = FrozenReference(second_model())
-        return {split.name: frozen for split in splits}
-    scorer = second_model if path else lambda: engine
-    return cached_references(config, scorer, engine.device, splits)
-
-
-def cached_references(config: RunConfig, make_scorer, device, splits: list[Split]) -> dict:
-    """Load what is stored and fits; compute and store the rest."""
-    references, scorer = {}, None
-    for split in splits:
-        manifest = {
-            "format": 1,
-            "model": model_digest(config.reference.path or config.model.path),
-            "data": split.pairs.fingerprint,
-            "rows": len(split.pairs),
-            "dtype": config.model.dtype,
-        }
-        root = config.reference.cache_dir
-        default = Path(config.train.output_dir) / "reference" / f"{split.name}-{key_of(manifest)}"
-        folder = Path(root) / split.name if root else default
-        table = load_table(folder, manifest)
-        # All ranks read before any computes: one that saw the folder appear would not take part.
-        distributed.barrier()
-        if table is None:
-            scorer = scorer or make_scorer()
-            table = compute_reference(scorer, split, device)
-            if distributed.is_main():
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                save_table(folder, table, manifest)
-            distributed.barrier()
-        references[split.name] = CachedReference(table.to(device))
-    return references
-
-
-def compute_reference(scorer, split: Split, device) -> torch.Tensor:
-    """Reference log-probabilities of a whole split, [rows, 2] fp32; every rank scores its share."""
-    world = distributed.world_size()
-    say(f"computing the reference log-probs of {len(split.pairs)} pairs ({split.name}), once")
-    micro = split.sampler.micro_pairs
-    ordered = Sampler(len(split.pairs), micro * world, micro, world, shuffle=False)
-    walk = Split(split.name, split.pairs, ordered, split.layout, split.pad_id)
-    was_training = getattr(scorer, "training", False)
-    scorer.eval()
-    batches = track(
-        walk.all_batches(), f"reference log-probs ({split.name})", ordered.steps_per_epoch
-    )
-    table = compute_table(scorer, (batch.to(device) for batch in batches), len(split.pairs))
-    scorer.train(was_training)
-    return table
