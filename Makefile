@@ -18,7 +18,8 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.cpu_head
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,dev,bench]"
+	$(BIN)/dpo-fast bench kernels
 
 aot: $(STAMP)
 	$(BIN)/python -m benchmarks.aot

@@ -1,6 +1,7 @@
 """The command line.
 
 app.py      commands and how their failures are told
+bench.py    `bench`: the benchmarks of a checkout
 doctor.py   what this machine can run
 launch.py   --nproc: local ranks without torchrun
 """

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from dpo_fast.cli import bench
 from dpo_fast.errors import Interrupted, UserError
 
 app = typer.Typer(
@@ -18,6 +19,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench.app, name="bench")
 Config = Annotated[str, typer.Argument(help="YAML file, see configs/", metavar="CONFIG")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="section.key=value", metavar="[KEY=VALUE]...")

@@ -1,0 +1,154 @@
+"""What one row of the table is about, what a contender is, and what an operation is."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MODES = ("logps", "frozen", "trainable")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell of the table.
+
+    mode: `logps` (forward, nothing differentiable), `frozen` (forward and backward, gradient of the
+        hidden states alone) or `trainable` (forward and backward, every gradient).
+    """
+
+    op: str
+    mode: str
+    T: int
+    D: int
+    V: int
+    dtype: str
+    device: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def itemsize(self) -> int:
+        return self.torch_dtype.itemsize
+
+    def __str__(self) -> str:
+        sizes = " ".join(f"{n}={getattr(self, n)}" for n in "TDV" if getattr(self, n))
+        return f"{self.op} {sizes} {self.dtype} on {self.device}"
+
+
+class Outputs(NamedTuple):
+    """What a contender computed: log-probs summed over T / len(values) consecutive tokens each
+    (1 for most, a completion for Liger's DPO, all of them for a cross-entropy), gradients, and the
+    name and the number of products of the schedule, where the contender tells."""
+
+    values: Tensor
+    gradients: tuple[Tensor, ...] = ()
+    schedule: str = ""
+    products: float | None = None
+
+
+@dataclass(frozen=True)
+class Package:
+    """A peer's distribution, its top-level module, the command that installs it, and the modules that
+    take seconds to import."""
+
+    name: str
+    module: str
+    pip: str
+    heavy: tuple[str, ...] = ()
+
+    def missing(self) -> str | None:
+        if importlib.util.find_spec(self.module) is not None:
+            return None
+        return f"{self.name} is not installed: {self.pip}"
+
+    def version(self) -> str:
+        try:
+            return f"{self.name} {importlib.metadata.version(self.name)}"
+        except importlib.metadata.PackageNotFoundError:
+            return ""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One implementation of an operation.
+
+    build: (case, inputs) -> a function of no arguments that runs once and returns `Outputs`. With
+        gradients, if the mode has any.
+    ours: held to the tight gate, and an exception in it fails the run; a peer's is told and its
+        row left out.
+    slopes: what its gradients are of: `token` (any slope per token, which is what DPO needs),
+        `equal` (minus the sum of all log-probs: a plain cross-entropy) or `pairs` (the DPO loss itself).
+    exact: its logits are fp32 whatever the inputs (the tight gate is about this).
+    obstacle: (case) -> why it cannot run this case, or None.
+    spare: (case) -> True leaves it out unless --only has its name: another one stands for it, or it would
+        add minutes and tell little.
+    compiled: its first call at a shape compiles.
+    growth: it stands in the curves against T.
+    """
+
+    name: str
+    build: Callable[[Case, NamedTuple], Callable[[], Outputs]]
+    ours: bool = False
+    exact: bool = False
+    modes: tuple[str, ...] = MODES
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+    slopes: str = "token"
+    package: Package | None = None
+    obstacle: Callable[[Case], str | None] = lambda case: None
+    spare: Callable[[Case], bool] = lambda case: False
+    compiled: bool = False
+    growth: bool = True
+
+    def why_not(self, case: Case) -> str | None:
+        """Why this contender cannot run this case, in one line; None if it can."""
+        missing = self.package.missing() if self.package else None
+        if case.device not in self.devices:
+            reason = f"needs a {' or '.join(self.devices)} device: it has no {case.device} kernels"
+            return f"{reason}; and {missing}" if missing else reason
+        if missing:
+            return missing
+        if case.dtype not in self.dtypes:
+            return f"takes {' or '.join(self.dtypes)}, not {case.dtype}"
+        return self.obstacle(case)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operation that is measured, and everything that is particular to it.
+
+    sizes: which of T, D and V it has.
+    dtypes: those of its inputs, if they are not the head's: log-probs are fp32 whatever that is.
+    gradients: by mode, the names of the inputs whose gradients are computed, in order.
+    least: by mode, the matrix products that no implementation can do without.
+    inputs: (case, seed) -> a NamedTuple of tensors with `targets` and `slopes`.
+    truth: (inputs) -> an object with `logp` [T] and `gradients(slopes, names)`.
+    products: (case, inputs) -> the bare matrix products by name, as functions to time.
+    needed: (case, products) -> how many times each bare product stands in that many products.
+    work: (case, products) -> flops, and bytes that must move at least once.
+    """
+
+    name: str
+    contenders: tuple[Contender, ...]
+    sizes: str
+    dtypes: tuple[str, ...] | None
+    gradients: dict[str, tuple[str, ...]]
+    least: dict[str, float]
+    inputs: Callable
+    truth: Callable
+    products: Callable
+    needed: Callable
+    work: Callable
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        return tuple(self.gradients)

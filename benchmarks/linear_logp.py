@@ -1,0 +1,169 @@
+"""`linear_logp` as it is measured: ours, the materialised head, the peers, and the bare products."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from benchmarks.case import Case, Contender, Operation
+from benchmarks.head import compiled, materialised, per_token, why_not_compile
+from benchmarks.inputs import HeadInputs, head_inputs
+from benchmarks.peers import PEERS
+from benchmarks.truth import HeadTruth
+from dpo_fast import linear_logp
+from dpo_fast.ops.implementation import IMPLEMENTATIONS, interpreting, why_not_triton
+
+EXTRAS = ("entropy", "mean_logit", "is_top1")
+GIB = 1 << 30
+BARE_TOKENS = {"cpu": 2048, "cuda": 8192}  # rows of a bare product: its tile of [rows, V] must fit
+SLOW_FLOPS = 1e13  # of a product, on a GPU in fp32
+INTERPRETED = 1 << 18  # elements of [T, V] beyond which Triton's interpreter takes minutes
+GRADIENTS = {"logps": (), "frozen": ("hidden",), "trainable": ("hidden", "weight")}
+LEAST = {"logps": 1.0, "frozen": 2.0, "trainable": 3.0}
+
+
+def ours(implementation: str, extras: tuple[str, ...] = (), workspace=lambda case: None):
+    """`build` of a contender. `workspace`: (case) -> bytes, None for the default."""
+
+    def build(case: Case, inputs: HeadInputs):
+        def function(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+            return linear_logp(
+                hidden, weight, targets, extras=extras, implementation=implementation,
+                workspace_bytes=workspace(case),
+            ).logp  # fmt: skip
+
+        return per_token(function)(case, inputs)
+
+    return build
+
+
+def half(case: Case) -> int:
+    """Bytes that would hold the exponentials of half of the tokens, and nothing else."""
+    return case.T // 2 * case.V * case.itemsize
+
+
+def why_not(implementation: str, case: Case) -> str | None:
+    if implementation == "torch":
+        return None
+    if case.device == "cpu" and interpreting() and case.T * case.V > INTERPRETED:
+        return "Triton's interpreter is for tests: choose T * V <= 2^18, or unset TRITON_INTERPRET"
+    return why_not_triton(torch.device(case.device), case.torch_dtype)
+
+
+def too_slow(implementation: str, default: bool, case: Case) -> bool:
+    """On a GPU `torch` is what runs where nothing else does, with products in fp32: one row is enough,
+    and none where a call takes seconds."""
+    if implementation != "torch" or case.device == "cpu":
+        return False
+    return not default or 2.0 * case.T * case.V * case.D > SLOW_FLOPS
+
+
+def bounded(implementation: str, case: Case) -> bool:
+    """1 GiB is a CPU's default already."""
+    return case.device == "cpu" or too_slow(implementation, False, case)
+
+
+def _ours(implementation: str) -> list[Contender]:
+    """Each schedule of one implementation."""
+    make = functools.partial(
+        Contender,
+        ours=True,
+        exact=True,
+        obstacle=functools.partial(why_not, implementation),
+        spare=functools.partial(too_slow, implementation, False),
+    )
+    name, build = f"dpo_fast {implementation}", functools.partial(ours, implementation)
+    some = {"modes": ("trainable",), "growth": False}
+    one_gib = {"spare": functools.partial(bounded, implementation)}
+    return [
+        make(name, build(), spare=functools.partial(too_slow, implementation, True)),
+        make(f"{name}, 1 GiB", build(workspace=lambda case: GIB), **some, **one_gib),
+        make(f"{name}, half budget", build(workspace=half), **some),
+        make(f"{name}, recompute", build(workspace=lambda case: 0), modes=("trainable",)),
+        make(f"{name}, extras", build(extras=EXTRAS), modes=("logps", "trainable"), growth=False),
+    ]
+
+
+def products(case: Case, inputs: HeadInputs) -> dict:
+    """The bare products by name. Logits are made in fp32 on a CPU, whose products have no fp32 output
+    for 16-bit inputs (they are needed unrounded), and in the dtype on a GPU, where all accumulate in
+    fp32. In token chunks, so that a tile of logits fits; chunks of dW add up in fp32."""
+    h, w = inputs.hidden.detach(), inputs.weight.detach()
+    rows = min(case.T, BARE_TOKENS[case.device])
+    chunks = [slice(i, min(i + rows, case.T)) for i in range(0, case.T, rows)]
+    h1, w1 = (h.float(), w.float()) if case.device == "cpu" else (h, w)
+    logits = h1.new_empty(rows, case.V)
+    tile = torch.rand(rows, case.V, dtype=h.dtype, device=h.device)
+    dH, dW = torch.empty_like(h), torch.empty_like(w)
+
+    def make_logits():
+        for part in chunks:
+            n = part.stop - part.start
+            torch.mm(h1[part], w1.t(), out=logits[:n])
+
+    def make_dH():
+        for part in chunks:
+            torch.mm(tile[: part.stop - part.start], w, out=dH[part])
+
+    def make_dW():
+        total = None
+        for part in chunks:
+            total = _add_product(total, tile[: part.stop - part.start].t(), h[part], dW, chunks)
+        return total
+
+    made = {"logits": make_logits, "dH": make_dH, "dW": make_dW}
+    return {name: made[name] for name in needed(case, LEAST[case.mode])}
+
+
+def _add_product(total, a: Tensor, b: Tensor, out: Tensor, chunks: list):
+    if len(chunks) == 1:
+        return torch.mm(a, b, out=out)
+    if out.device.type == "cpu" or out.dtype == torch.float32:
+        return torch.mm(a, b) if total is None else total.addmm_(a, b)
+    if total is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+
+
+def needed(case: Case, count: float) -> dict[str, float]:
+    """How many times each bare product stands in a schedule of `count` products: what is above the
+    least recomputes logits."""
+    once = dict.fromkeys(("logits", "dH", "dW")[: int(LEAST[case.mode])], 1.0)
+    return once | {"logits": 1.0 + count - LEAST[case.mode]}
+
+
+def work(case: Case, count: float) -> tuple[float, float]:
+    """Flops of that many products; bytes of inputs and outputs, each moved once."""
+    matrices = 1 + len(GRADIENTS[case.mode])
+    T, D, V = case.T, case.D, case.V
+    moved = {1: T * D + V * D, 2: 2 * T * D + V * D, 3: 2 * T * D + 2 * V * D}[matrices]
+    return count * 2.0 * T * V * D, moved * case.itemsize + T * 12.0
+
+
+OPERATION = Operation(
+    name="linear_logp",
+    contenders=(
+        *(contender for name in IMPLEMENTATIONS for contender in _ours(name)),
+        Contender("materialised", per_token(materialised)),
+        Contender(
+            "materialised, compiled",
+            lambda case, inputs: per_token(compiled(materialised))(case, inputs),
+            obstacle=why_not_compile,
+            compiled=True,
+        ),
+        *PEERS,
+    ),
+    sizes="TDV",
+    dtypes=None,
+    gradients=GRADIENTS,
+    least=LEAST,
+    inputs=lambda case, seed: head_inputs(
+        case.T, case.D, case.V, case.torch_dtype, case.device, seed
+    ),
+    truth=HeadTruth,
+    products=products,
+    needed=needed,
+    work=work,
+)

@@ -1,0 +1,86 @@
+"""`logits_logp` as it is measured. There is no product in it: the copy bandwidth is its ceiling."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from benchmarks.case import Case, Contender, Operation, Outputs
+from benchmarks.head import compiled, why_not_compile
+from benchmarks.inputs import LogitsInputs, logits_inputs
+from benchmarks.linear_logp import why_not
+from benchmarks.peers import TRL
+from benchmarks.truth import LogitsTruth
+from dpo_fast import logits_logp
+from dpo_fast.ops.implementation import IMPLEMENTATIONS
+
+GRADIENTS = {"logps": (), "trainable": ("logits",)}  # the gradient of the logits
+
+
+def per_token(function):
+    """`build` from `function(logits, targets) -> logp [T]`."""
+
+    def build(case: Case, inputs: LogitsInputs):
+        def run() -> Outputs:
+            if case.mode == "logps":
+                with torch.no_grad():
+                    return Outputs(function(inputs.logits.detach(), inputs.targets))
+            logp = function(inputs.logits, inputs.targets)
+            return Outputs(logp.detach(), torch.autograd.grad(logp, inputs.logits, inputs.slopes))
+
+        return run
+
+    return build
+
+
+def plain(logits: Tensor, targets: Tensor) -> Tensor:
+    logp = torch.log_softmax(logits.float(), -1)
+    return logp.gather(1, targets[:, None]).squeeze(1)
+
+
+def trl(logits: Tensor, targets: Tensor) -> Tensor:
+    from trl.trainer.utils import selective_log_softmax
+
+    return selective_log_softmax(logits, targets)
+
+
+def work(case: Case, count: float) -> tuple[float, float]:
+    """No products. Bytes: logits are read, and in backward read again and their gradient written."""
+    passes = 1 if case.mode == "logps" else 3
+    return 0.0, float(passes * case.T * case.V * case.itemsize)
+
+
+OPERATION = Operation(
+    name="logits_logp",
+    contenders=(
+        *(
+            Contender(
+                f"dpo_fast {name}",
+                per_token(functools.partial(logits_logp, implementation=name)),
+                ours=True,
+                exact=True,
+                obstacle=functools.partial(why_not, name),
+            )
+            for name in IMPLEMENTATIONS
+        ),
+        Contender("plain", per_token(plain)),
+        Contender(
+            "plain, compiled",
+            lambda case, inputs: per_token(compiled(plain))(case, inputs),
+            obstacle=why_not_compile,
+            compiled=True,
+        ),
+        Contender("trl selective_log_softmax", per_token(trl), package=TRL),
+    ),
+    sizes="TV",
+    dtypes=None,
+    gradients=GRADIENTS,
+    least=dict.fromkeys(GRADIENTS, 0.0),
+    inputs=lambda case, seed: logits_inputs(case.T, case.V, case.torch_dtype, case.device, seed),
+    truth=LogitsTruth,
+    products=lambda case, inputs: {},
+    needed=lambda case, count: {},
+    work=work,
+)

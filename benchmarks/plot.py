@@ -1,0 +1,204 @@
+"""Pictures from the CSV files under benchmarks/results/ (or those named), and from nothing else.
+
+    python -m benchmarks.plot [CSV ...] [--out FOLDER] [--format svg|png]
+
+A curve of time and memory against T for each head that was measured at several T, and bars of
+x_of_bare_gemm for each other size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from benchmarks.rows import BARE, COPY, read
+from dpo_fast.errors import UserError
+
+RESULTS = Path(__file__).parent / "results"
+FAMILIES = {  # colour of everything whose name begins so; ours stand out, peers keep theirs everywhere
+    "dpo_fast": "#1f5fd0",
+    "bare": "#222222",
+    "materialised": "#8a8a8a",
+    "trl": "#e08a00",
+    "liger": "#2e9e5b",
+    "cce": "#a23bbf",
+    "quack": "#c8102e",
+    "torch": "#9a6b3f",
+}
+STYLES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D")
+
+
+def draw(files: list[Path], folder: Path, form: str = "svg") -> list[Path]:
+    """Every picture that the rows allow; returns their paths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "dpo_fast", "font.size": 9}
+    rows = [row for file in files for row in read(file)]
+    heads = [row for row in rows if row["op"] == "linear_logp" and row["impl"] != COPY]
+    folder.mkdir(parents=True, exist_ok=True)
+    curves = _curves(heads)
+    pictures = [_curve(key, found) for key, found in curves.items()]
+    in_curves = {id(row) for found in curves.values() for row in found}
+    points = defaultdict(list)
+    for row in heads:
+        if id(row) not in in_curves:
+            points[row["device"], int(row["T"]), int(row["D"]), int(row["V"])].append(row)
+    pictures += [_bars(key, found) for key, found in points.items()]
+    return [_save(figure, folder / f"{name}.{form}") for name, figure in pictures]
+
+
+def _curves(rows: list[dict]) -> dict[tuple, list[dict]]:
+    """Rows by head, mode, dtype and device, where three or more T were measured."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["device"], row["D"], row["V"], row["mode"], row["dtype"]].append(row)
+    return {key: found for key, found in groups.items() if len({row["T"] for row in found}) >= 3}
+
+
+def _curve(key: tuple, rows: list[dict]):
+    import matplotlib.pyplot as plt
+
+    device, D, V, mode, dtype = key
+    figure, axes = plt.subplots(1, 2, figsize=(9.6, 4.2), layout="constrained")
+    names = _in_order(rows)
+    for axis, column in zip(axes, ("ms_p50", "peak_mib")):
+        for name in names:
+            found = sorted(
+                (r["T"], r[column]) for r in rows if r["impl"] == name and r[column] != ""
+            )
+            found = [(T, value) for T, value in found if value > 0]
+            if found:
+                axis.plot(*zip(*found), label=_label(name, rows), **_look(name, names))
+        _log_axis(axis, sorted({row["T"] for row in rows}))
+    axes[0].set_ylabel("milliseconds, median")
+    axes[1].set_ylabel("peak MiB beyond inputs and outputs")
+    lines, labels = axes[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside right center", frameon=False, fontsize=8)
+    figure.suptitle(f"{_words(mode)}, D {D:.0f}, V {V:.0f}, {dtype}, {device}", fontsize=10)
+    return f"growth_D{D:.0f}_V{V:.0f}_{mode}_{dtype}_{_short(device)}", figure
+
+
+def _label(name: str, rows: list[dict]) -> str:
+    """The name, and from which T on it does not fit."""
+    full = [row["T"] for row in rows if row["impl"] == name and row["note"] == "out of memory"]
+    return f"{name} (no memory at {min(full):.0f})" if full else name
+
+
+def _log_axis(axis, tokens: list[float]) -> None:
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(tokens, [f"{T:.0f}" for T in tokens], rotation=45)
+    axis.set_xlabel("scored tokens T")
+    axis.grid(which="major", color="#dddddd", linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _bars(key: tuple, rows: list[dict]):
+    """One panel per mode and dtype: bars of x_of_bare_gemm, with the time and the memory."""
+    import matplotlib.pyplot as plt
+
+    device, T, D, V = key
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    counts = [len({r["impl"] for r in rows if r["mode"] == mode}) for mode in modes]
+    size = (0.6 + 5.0 * len(dtypes), 0.8 + 0.4 * len(modes) + 0.19 * sum(counts))
+    figure, axes = plt.subplots(
+        len(modes), len(dtypes), figsize=size, squeeze=False, layout="constrained", sharex="col",
+        height_ratios=counts,
+    )  # fmt: skip
+    for line, mode in zip(axes, modes):
+        for axis, dtype in zip(line, dtypes):
+            _panel(axis, [r for r in rows if r["mode"] == mode and r["dtype"] == dtype])
+            axis.set_title(f"{mode}, {dtype}", fontsize=9, loc="left")
+        largest = max((r["x_of_bare_gemm"] or 0.0 for r in rows if r["dtype"] == dtype), default=1)
+        axis.set_xlim(0, 1.75 * largest)
+    figure.supxlabel(
+        "time / time of as many bare products [G] as stand beside the name", fontsize=9
+    )
+    figure.suptitle(f"T {T}, D {D}, V {V}, {device}", fontsize=10)
+    return f"bars_T{T}_D{D}_V{V}_{_short(device)}", figure
+
+
+def _panel(axis, rows: list[dict]) -> None:
+    rows = [row for row in rows if row["impl"] != BARE]
+    timed = sorted((r for r in rows if r["x_of_bare_gemm"] != ""), key=lambda r: r["ms_p50"])
+    rest = [row for row in rows if row["note"]]
+    for place, row in enumerate(timed + rest):
+        x = row["x_of_bare_gemm"] or 0.0
+        axis.barh(place, x, color=_colour(row["impl"]), height=0.72)
+        peak = f", {row['peak_mib']:.0f} MiB" if row["peak_mib"] != "" else ""
+        told = f"{x:.2f}  ({_digits(row['ms_p50'])} ms{peak})" if x else row["note"].split(":")[0]
+        axis.text(x, place, f" {told}", va="center", fontsize=7)
+    names = [f"{row['impl']} [{row['products']:.3g}G]" if row["products"] else row["impl"]
+             for row in timed + rest]  # fmt: skip
+    axis.set_yticks(range(len(names)), names, fontsize=7)
+    axis.invert_yaxis()
+    axis.axvline(1.0, color="#222222", linewidth=0.8, zorder=0)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _digits(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+
+
+def _in_order(rows: list[dict]) -> list[str]:
+    return list(dict.fromkeys(row["impl"] for row in rows))
+
+
+def _colour(name: str) -> str:
+    return next((colour for start, colour in FAMILIES.items() if name.startswith(start)), "#555555")
+
+
+def _look(name: str, names: list[str]) -> dict:
+    """Same family, same colour; its members differ in line and marker."""
+    family = [other for other in names if _colour(other) == _colour(name)]
+    place = family.index(name) % len(STYLES)
+    width = 2.0 if name.startswith("dpo_fast") else 1.2
+    look = {"color": _colour(name), "linestyle": STYLES[place], "marker": MARKERS[place]}
+    return look | {"linewidth": width, "markersize": 3.5}
+
+
+def _words(mode: str) -> str:
+    words = {"logps": "log-probs only", "frozen": "frozen head, forward + backward"}
+    return words.get(mode, "trainable head, forward + backward")
+
+
+def _short(device: str) -> str:
+    return "cpu" if device.startswith("cpu") else device.removeprefix("NVIDIA ").replace(" ", "-")
+
+
+def _save(figure, path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    metadata = {"Date": None} if path.suffix == ".svg" else None  # the same rows, the same file
+    figure.savefig(path, dpi=110, metadata=metadata)
+    plt.close(figure)
+    return path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("plot", description=__doc__.split("\n")[0])
+    parser.add_argument("csv", nargs="*", type=Path, help="default: all under benchmarks/results/")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the pictures")
+    parser.add_argument("--format", choices=("svg", "png"), default="svg")
+    options = parser.parse_args(arguments)
+    files = options.csv or sorted(RESULTS.glob("kernels*.csv"))
+    if not files:
+        raise UserError(
+            f"no kernels*.csv in {RESULTS}: run `dpo-fast bench kernels --csv FILE` first"
+        )
+    for path in draw(files, options.out, options.format):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"plot: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,15 @@
+"""Every operation that is measured, each with its contenders. `ls` answers "is it measured": an
+operation's file here has the name of its file in dpo_fast/ops and kernels/ops."""
+
+from __future__ import annotations
+
+from benchmarks import linear_logp, logits_logp, preference
+
+MODULES = (linear_logp, logits_logp, preference)
+OPERATIONS = {module.OPERATION.name: module.OPERATION for module in MODULES}
+
+
+def contender_names() -> list[str]:
+    """Names over all operations, in their order, each once."""
+    names = (c.name for operation in OPERATIONS.values() for c in operation.contenders)
+    return list(dict.fromkeys(names))

@@ -1,0 +1,48 @@
+"""`dpo-fast bench ...`: the benchmarks of a checkout. They are not in the wheel."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import typer
+
+import dpo_fast
+from dpo_fast.errors import UserError
+
+app = typer.Typer(help="Measure, on this machine.", no_args_is_help=True)
+# One definition of the options, in benchmarks/options.py: --help and mistakes are its own.
+PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+
+@app.command(context_settings=PASS_ON, add_help_option=False)
+def kernels(context: typer.Context) -> None:
+    """Every implementation of the loss head, checked and timed side by side; --help for options."""
+    code = _module("benchmarks.run", checkout()).main(["kernels", *context.args])
+    if code:
+        raise typer.Exit(code)
+
+
+def checkout() -> Path:
+    """The folder that holds benchmarks/: beside the package (an editable install), or the current one."""
+    beside, here = Path(dpo_fast.__file__).resolve().parents[1], Path.cwd()
+    for folder in (beside, here):
+        if (folder / "benchmarks" / "run.py").is_file() and (folder / "dpo_fast").is_dir():
+            return folder
+    raise UserError(
+        f"bench needs benchmarks/, which is not in the wheel and neither in {here}: "
+        "run it in a checkout of dpo_fast, or install one with pip install --editable ."
+    )
+
+
+def _module(name: str, root: Path):
+    """Import from the checkout, and make sure that it came from there."""
+    sys.path.insert(0, str(root))
+    found = importlib.import_module(name)
+    if not Path(found.__file__).resolve().is_relative_to(root.resolve()):
+        raise UserError(
+            f"another package named benchmarks hides {root / 'benchmarks'}: uninstall it, or run "
+            f"python -m {name} with PYTHONPATH={root}"
+        )
+    return found
