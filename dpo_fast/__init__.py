@@ -6,7 +6,14 @@ The trainer needs the extra `train` (pip install "dpo_fast[train]"); this import
 """
 
 from dpo_fast.errors import UnavailableError, UserError
-from dpo_fast.ops import LinearLogp, linear_logp, logits_logp
+from dpo_fast.ops import LinearLogp, VocabShard, linear_logp, logits_logp
 
 __version__ = "0.1.0"
-__all__ = ["LinearLogp", "UnavailableError", "UserError", "linear_logp", "logits_logp"]
+__all__ = [
+    "LinearLogp",
+    "UnavailableError",
+    "UserError",
+    "VocabShard",
+    "linear_logp",
+    "logits_logp",
+]

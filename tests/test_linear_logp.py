@@ -102,7 +102,7 @@ def check(
 
 @pytest.mark.parametrize("schedule", BUDGETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_forward_and_gradients(schedule, dtype):
+def test_forward_and_gradients(schedule, dtype, poison):
     # 2,500 tokens: more than one token chunk; 3,001 columns: more than one block, no multiple of 64
     check(2500, 3001, 24, dtype, BUDGETS[schedule])
 
@@ -118,7 +118,7 @@ def test_forward_and_gradients(schedule, dtype):
     ],
     ids=str,
 )
-def test_head_options(schedule, options):
+def test_head_options(schedule, options, poison):
     # 1,500 tokens leave a block of 2,752 columns: several blocks and a ragged last one
     check(1500, 6001, 16, torch.float32, BUDGETS[schedule], bias=True, spread=3.0, **options)
 
@@ -215,9 +215,10 @@ def test_small_slopes_in_fp16_do_not_vanish(frozen):
 
 @pytest.mark.parametrize("schedule", BUDGETS)
 def test_logits_of_1e4(schedule):
-    """Differences of logits decide, however large they are: here by 1 around 1e4."""
+    """Differences of logits decide, however large they are: here by 1 around 1e4 and around -1e4."""
     T, V = 30, 700
     hidden = torch.ones(T, 1)
+    hidden[::2] = -1.0
     weight = (1e4 + torch.randint(0, 5, (V, 1), generator=torch.Generator().manual_seed(0))).float()
     targets = torch.arange(T)
     budget = T // 3 * V * 4 if BUDGETS[schedule] is None else BUDGETS[schedule]
@@ -307,6 +308,35 @@ def test_gradcheck():
 
     for budget in (0, 3 * 11 * 8, 1 << 20):
         torch.autograd.gradcheck(partial(logp, budget=budget), inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_all_schedules_agree(dtype):
+    """Kept, half kept, recomputed; and the frozen head's one-pass gradient of the hidden states."""
+    hidden, weight, bias, targets = make(900, 5001, 24, dtype, bias=True)
+    slopes = torch.randn(900)
+    found = {}
+    for name, budget in {
+        "keep": 1 << 30,
+        "mixed": 450 * 5001 * dtype.itemsize,
+        "recompute": 0,
+    }.items():
+        chosen = plan(900, 5001, 24, dtype, workspace_bytes=budget)
+        assert chosen.schedule == name
+        found[name] = gradients(
+            linear_logp, hidden, weight, targets, bias, slopes, workspace_bytes=budget, softcap=6.0
+        )
+    leaf = hidden.detach().requires_grad_()
+    frozen = linear_logp(leaf, weight, targets, bias=bias, softcap=6.0).logp
+    frozen.backward(slopes)
+    slack = 1e-5 if dtype == torch.float32 else 2**-6
+    kept_logp, kept_grads = found["keep"][0]["logp"], found["keep"][1]
+    for name in ("mixed", "recompute"):
+        torch.testing.assert_close(found[name][0]["logp"], kept_logp, rtol=1e-6, atol=1e-5)
+        for a, b in zip(found[name][1], kept_grads):
+            assert (a - b).abs().max() <= slack * b.abs().max(), name
+    torch.testing.assert_close(frozen, kept_logp, rtol=1e-6, atol=1e-5)
+    assert (leaf.grad - kept_grads[0]).abs().max() <= slack * kept_grads[0].abs().max()
 
 
 def test_bitwise_repeatable():

@@ -10,5 +10,6 @@ Legend of shapes, used as suffixes of names everywhere in the library:
 from dpo_fast.ops.linear_logp import LinearLogp, linear_logp
 from dpo_fast.ops.logits_logp import logits_logp
 from dpo_fast.ops.plan import HeadPlan, plan
+from dpo_fast.ops.vocab_shard import VocabShard
 
-__all__ = ["HeadPlan", "LinearLogp", "linear_logp", "logits_logp", "plan"]
+__all__ = ["HeadPlan", "LinearLogp", "VocabShard", "linear_logp", "logits_logp", "plan"]

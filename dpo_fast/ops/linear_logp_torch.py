@@ -256,18 +256,19 @@ def backward(grad_T, hidden_TD, weight_VD, bias, targets_T, options, plan, saved
     hidden_grad = hidden_TD.new_zeros(T, weight_VD.shape[1]) if needs_hidden else None
     if needs_hidden and K:
         hidden_grad[:K] = (kept_KV @ weight_VD) * scale_K[:, None]
+    weight_grad = kept_KV.t() @ scaled_KD if needs_weight else None
     if K == T and not needs_bias:
-        return hidden_grad, kept_KV.t() @ scaled_KD if needs_weight else None, None
-    weight_grad = torch.empty_like(weight_VD) if needs_weight else None
+        return hidden_grad, weight_grad, None
     bias_grad = torch.empty_like(bias) if needs_bias else None
     rest = _Recompute(hidden_TD, weight_VD, bias, targets_T, options, plan, saved, scale_T)
     hidden_sum = torch.zeros_like(hidden_TD[K:], dtype=precision) if needs_hidden else None
     # Vocabulary outside, tokens inside: sums over chunks are one block of fp32, not a whole [V, D].
     for block in vocab_blocks(plan, weight_VD.shape[0]):
-        weight_sum = (kept_KV[:, block].t() @ scaled_KD).to(precision) if needs_weight else None
-        bias_sum = kept_KV[:, block].to(precision).t() @ scale_K
+        weight_sum = weight_grad[block].to(precision) if needs_weight else None
+        bias_sum = kept_KV[:, block].to(precision).t() @ scale_K if needs_bias else None
         for rows, g in rest.tiles(block):
-            bias_sum += g.sum(0)
+            if needs_bias:
+                bias_sum += g.sum(0)
             g = g.to(hidden_TD.dtype)
             if needs_hidden:
                 hidden_sum[rows.start - K : rows.stop - K] += g @ weight_VD[block]
