@@ -4,6 +4,8 @@ PyTorch, and without a line of the code under test."""
 
 from __future__ import annotations
 
+import abc
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ def precision(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float32 else torch.float32
 
 
-class _Truth:
+class _Truth(abc.ABC):
     """`logp` [T] at once; gradients for given slopes when asked, kept until the next slopes."""
 
     def __init__(self, targets: Tensor, V: int, dtype: torch.dtype):
@@ -24,8 +26,8 @@ class _Truth:
             parts = [self._forward(rows) for rows in self._chunks()]
         self.logp, self.lse = (torch.cat(column) for column in zip(*parts))
 
-    def logits(self, rows: slice) -> Tensor:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def logits(self, rows: slice) -> Tensor: ...
 
     def gradients(self, kind: str, slopes: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
         """Gradients of sum slopes * logp by name. `kind` names the slopes, to compute them once."""
@@ -51,8 +53,8 @@ class _Truth:
         g = self.logits(rows).sub_(self.lse[rows, None]).exp_().mul_(-c)
         return g.scatter_add_(1, self.targets[rows, None], c)
 
-    def _backward(self, slopes: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _backward(self, slopes: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]: ...
 
 
 class HeadTruth(_Truth):

@@ -6,7 +6,6 @@ Interpreted on a CPU; on a GPU with `TRITON_INTERPRET=0 pytest tests/test_linear
 import contextlib
 import dataclasses
 import importlib
-import json
 from functools import partial
 
 import pytest
@@ -396,78 +395,9 @@ def test_what_is_saved_is_what_the_plan_says():
         assert own == 4 * (kept + 2 * 9)  # exponentials, and offset and total of each token
 
 
-def test_table_does_not_depend_on_the_batch():
-    """Keyed by architecture and bins; unknown architectures get one that fits any."""
-
-    def chosen(arch, dtype=BF16, D=4096, V=128_256, **flags):
-        return tiles.config_for(arch, dtype, D, V, **flags)
-
-    assert chosen("sm_90").block_v == 256 and chosen("sm_90").tma
-    assert chosen("sm_90", stores=True).num_stages < chosen("sm_90").num_stages
-    assert chosen("sm_90", described=False) == tiles.POINTER_HALF
-    assert chosen("sm_90", rich=True, described=False) == tiles.RICH_HALF
-    assert chosen("sm_90", rich=True).tma and not chosen("sm_80", rich=True).tma
-    assert chosen("sm_100", entropy=True).block_t < chosen("sm_100").block_t
-    assert chosen("sm_90", FP32) == tiles.FLOAT
-    assert chosen("sm_86", FP16) == tiles.OTHER_HALF
-    assert chosen("hip", rich=True) == tiles.OTHER_HALF
-
-
-def test_what_a_descriptor_can_address():
-    aligned = torch.empty(8, 64, dtype=BF16)
-    assert tiles.describable(aligned, aligned[2:, :40], aligned[:, 8:])
-    assert not tiles.describable(aligned[:, 1:])  # starts 2 bytes off
-    assert not tiles.describable(torch.empty(8, 65, dtype=BF16))  # rows of 130 bytes
-    assert not tiles.describable(aligned.t())
-    assert not tiles.describable(aligned[:0])
-
-
 def test_launchers_refuse_what_they_cannot_run():
     hidden, weight, targets, _ = make(4, 10, 8, FP32)
     with pytest.raises(ValueError, match="do not fit"):
         kernels.RowPass(hidden, weight[:, :4], None, targets, options={})
     with pytest.raises(ValueError, match="fp64|float64"):
         kernels.RowPass(hidden.double(), weight.double(), None, targets, options={})
-
-
-def test_search_is_opt_in_and_remembers(tmp_path, monkeypatch):
-    """Nothing is timed without the variable; with it every key is searched once, and kept in the file."""
-    from dpo_fast.kernels import search
-
-    timed, time_one = [], search._median_ms
-    monkeypatch.setattr(search, "_median_ms", lambda *a: timed.append(a[1]) or time_one(*a))
-    inputs = make(37, 75, 24, BF16)
-    plain = evaluate(linear_logp, *inputs, implementation="triton", workspace_bytes=0)
-    assert timed == []
-    file = tmp_path / "cache" / "tiles.json"
-    monkeypatch.setenv(search.VARIABLE, str(file))
-    found = evaluate(linear_logp, *inputs, implementation="triton", workspace_bytes=0)
-    for name, value in plain.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-2, atol=1e-2)
-    kept = json.loads(file.read_text())
-    assert {key.split("/")[1] for key in kept} == {"rows", "gradient"}
-    assert len(timed) == sum(entry["tried"] for entry in kept.values()) == 6
-    kept[next(key for key in kept if "rows" in key)]["block_v"] = 16  # what the file says is used
-    file.write_text(json.dumps(kept))
-    sizes = []
-    launch = kernels.RowPass._launch
-    monkeypatch.setattr(
-        kernels.RowPass, "_launch", lambda self, c, r: sizes.append(c.block_v) or launch(self, c, r)
-    )
-    evaluate(linear_logp, *inputs, implementation="triton", workspace_bytes=0)
-    assert sizes == [16] and len(timed) == 6
-
-
-def test_search_skips_tiles_that_do_not_fit(monkeypatch):
-    from triton.runtime.errors import OutOfResources
-
-    from dpo_fast.kernels import search
-
-    def run(config):
-        if config.block_v != 16:
-            raise OutOfResources(300_000, 232_448, "shared memory")
-
-    times = [
-        search._median_ms(run, c, torch.device("cpu")) for c in search.candidates(tiles.INTERPRETER)
-    ]
-    assert times[1] < float("inf") and times[0] == times[2] == float("inf")
