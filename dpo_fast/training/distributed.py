@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import socket
 from collections.abc import Callable
@@ -52,13 +50,15 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
         share_cores()
     import deepspeed  # reads DS_ACCELERATOR when it is imported
 
+    # An all-reduce for inference that DeepSpeed would compile on a CPU first. Nothing here calls it,
+    # and a build that is killed leaves a lock behind which every later process waits for, for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
-        with contextlib.redirect_stdout(io.StringIO()):  # it reports its builds by print
-            deepspeed.init_distributed(
-                dist_backend="nccl" if on_gpu else "gloo",
-                timeout=timedelta(minutes=timeout_minutes),
-                auto_mpi_discovery=False,
-            )
+        deepspeed.init_distributed(
+            dist_backend="nccl" if on_gpu else "gloo",
+            timeout=timedelta(minutes=timeout_minutes),
+            auto_mpi_discovery=False,
+        )
 
 
 def leave_distributed() -> None:
