@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dpo_fast.data.layouts import collate
+from dpo_fast.data.layouts import LAYOUTS, collate, collate_groups
 from dpo_fast.data.sampler import Sampler
 from dpo_fast.ops.preference import sum_sequences
 
@@ -16,39 +16,67 @@ PAIRS = [
 def test_padded():
     batch = collate(PAIRS, "padded", pad_id=9, indices=[7, 3])
     assert batch.input_ids.tolist() == [
-        [10, 11, 20, 21, 2],
-        [10, 11, 30, 2, 9],
-        [12, 2, 9, 9, 9],
-        [12, 31, 32, 33, 2],
+        [10, 11, 20, 21],  # the last token predicts nothing and is left out
+        [10, 11, 30, 9],
+        [12, 9, 9, 9],
+        [12, 31, 32, 33],
     ]
-    assert batch.attention_mask.sum(1).tolist() == [5, 4, 2, 5]
-    assert batch.position_ids[1].tolist() == [0, 1, 2, 3, 4]
-    # Row 1 of sequence 0 (token 11) predicts 20; sequences begin at rows 0, 5, 10 and 15.
-    assert batch.rows_T.tolist() == [1, 2, 3, 6, 7, 10, 15, 16, 17, 18]
+    assert batch.attention_mask.sum(1).tolist() == [4, 3, 1, 4]
+    assert batch.position_ids[1].tolist() == [0, 1, 2, 3]
+    # Row 1 of sequence 0 (token 11) predicts 20; sequences begin at rows 0, 4, 8 and 12.
+    assert batch.rows_T.tolist() == [1, 2, 3, 5, 6, 8, 12, 13, 14, 15]
     assert batch.targets_T.tolist() == [20, 21, 2, 30, 2, 2, 31, 32, 33, 2]
     assert batch.lengths_S.tolist() == [3, 2, 1, 4]
     assert batch.indices_P.tolist() == [7, 3]
     assert (batch.tokens, batch.pairs, batch.chosen_tokens) == (16, 2, 4)
-    assert batch.padding_fraction == pytest.approx(4 / 20)
+    assert batch.padding_fraction == 4 / 16
 
 
 def test_packed():
     batch = collate(PAIRS, "packed")
-    assert batch.input_ids.tolist() == [
-        [10, 11, 20, 21, 2, 10, 11, 30, 2, 12, 2, 12, 31, 32, 33, 2]
-    ]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 0, 1, 2, 3, 4]]
-    assert batch.segments == (5, 4, 2, 5)
+    assert batch.input_ids.tolist() == [[10, 11, 20, 21, 10, 11, 30, 12, 12, 31, 32, 33]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 0, 1, 2, 3]]
+    assert batch.groups == ((2, 2), (2, 1), (1, 0), (1, 3))
     assert batch.attention_mask is None
-    assert batch.rows_T.tolist() == [1, 2, 3, 6, 7, 9, 11, 12, 13, 14]
-    assert batch.padding_fraction == 0
+    assert batch.rows_T.tolist() == [1, 2, 3, 5, 6, 7, 8, 9, 10, 11]
+    assert batch.targets_T.tolist() == [20, 21, 2, 30, 2, 2, 31, 32, 33, 2]
+    assert (batch.tokens, batch.padding_fraction) == (16, 0)
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_shared_prefix():
+    batch = collate(PAIRS, "shared_prefix", indices=[7, 3])
+    assert batch.input_ids.tolist() == [[10, 11, 20, 21, 30, 12, 31, 32, 33]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2, 0, 1, 2, 3]]
+    assert batch.groups == ((2, 2, 1), (1, 0, 3))
+    # The prompt's last row (1 and 5) predicts the first token of both answers.
+    assert batch.rows_T.tolist() == [1, 2, 3, 1, 4, 5, 5, 6, 7, 8]
+    assert batch.targets_T.tolist() == [20, 21, 2, 30, 2, 2, 31, 32, 33, 2]
+    assert batch.lengths_S.tolist() == [3, 2, 1, 4]
+    assert (batch.tokens, batch.pairs, batch.padding_fraction) == (16, 2, 0)
+
+
+def test_any_number_of_completions():
+    groups = [([5, 6], [[1, 2], [3], [4, 4, 2]]), ([7], [[2]])]
+    batch = collate_groups(groups, "shared_prefix")
+    assert batch.input_ids.tolist() == [[5, 6, 1, 4, 4, 7]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 2, 3, 0]]
+    assert batch.groups == ((2, 1, 0, 2), (1, 0))
+    assert batch.rows_T.tolist() == [1, 2, 1, 1, 3, 4, 5]
+    assert batch.lengths_S.tolist() == [2, 1, 3, 1]
+    for layout in LAYOUTS:
+        other = collate_groups(groups, layout)
+        assert torch.equal(other.targets_T, batch.targets_T)
+        assert other.tokens == batch.tokens == 4 + 3 + 5 + 2
+        rows = other.input_ids.flatten()[other.rows_T]
+        assert rows.tolist() == [6, 1, 6, 6, 4, 4, 7]  # the token before each target
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_nothing_is_one_token_and_nothing_scored(layout):
     batch = collate([], layout, pad_id=5)
     assert batch.input_ids.tolist() == [[5]]
     assert (batch.pairs, batch.tokens, len(batch.rows_T)) == (0, 0, 0)
+    assert batch.padding_fraction == 1
 
 
 def test_bad_layouts_and_pairs_are_named():

@@ -5,96 +5,43 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from dpo_fast.data.layouts import collate
+from dpo_fast.data.layouts import collate, collate_groups
 from dpo_fast.errors import UserError
-from dpo_fast.models import ScoringModel, check_packing, choose_attention
-from dpo_fast.models.attention import PACKED
+from dpo_fast.models import (
+    Architecture,
+    ScoringModel,
+    architecture_of,
+    choose_attention,
+    choose_layout,
+    read_architecture,
+)
+from dpo_fast.models.attention import NAMES
+from dpo_fast.models.config import ModelSection
 from dpo_fast.models.scoring import forward_arguments
+from tests.architectures import ARCHITECTURES, GROUPS, alone, make, slopes
 
-SIZES = {
-    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-ARCHITECTURES = {
-    "llama": ("LlamaConfig", {}),
-    "qwen2-tied": ("Qwen2Config", {"tie_word_embeddings": True}),
-    "qwen3": ("Qwen3Config", {"head_dim": 8}),
-    "mistral": ("MistralConfig", {"sliding_window": None}),
-    "phi3": ("Phi3Config", {}),
-    "phi, bias in the head": ("PhiConfig", {}),
-    "gemma2, soft cap": ("Gemma2Config", {"head_dim": 8, "final_logit_softcapping": 0.7}),
-    "cohere, logit scale": ("CohereConfig", {"logit_scale": 0.3}),
-    "granite, logits scaling": ("GraniteConfig", {"logits_scaling": 3.0}),
-    "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4}),
-}
 PAIRS = [
     {"prompt_ids": [1, 5, 6, 7], "chosen_ids": [8, 9, 2], "rejected_ids": [10, 2]},
     {"prompt_ids": [1, 90], "chosen_ids": [11, 2], "rejected_ids": [12, 13, 14, 15, 2]},
 ]
+CPU = torch.device("cpu")
+PLAIN = Architecture("Plain", None, softcap=False, sinks=False)
+CAPPED = Architecture("Capped", None, softcap=True, sinks=False)
+SUNK = Architecture("Sunk", None, softcap=False, sinks=True)
 
 
-def make(name: str, attention: str):
-    config_name, changes = ARCHITECTURES[name]
-    config = getattr(transformers, config_name)(**(SIZES | changes))
-    for dropout in ("attn_pdrop", "embd_pdrop", "resid_pdrop"):
-        if hasattr(config, dropout):
-            setattr(config, dropout, 0.0)
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    for parameter in model.parameters():  # sharp logits, and a bias that is not zero
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-@pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_scores_are_those_of_the_models_own_logits(name, layout):
-    if name.startswith("gemma2") and layout == "packed":
-        with pytest.raises(UserError, match="soft cap"):
-            model = ScoringModel(make(name, PACKED).eval())
-            model(**forward_arguments(collate(PAIRS, layout)))
-        return
-    attention = "eager" if layout == "padded" else PACKED
-    model = make(name, attention).eval()
-    expected = []
-    for pair in PAIRS:
-        for side in ("chosen_ids", "rejected_ids"):
-            ids = torch.tensor([pair["prompt_ids"] + pair[side]])
-            logp = model(ids, use_cache=False).logits[0].log_softmax(-1)
-            start = len(pair["prompt_ids"])
-            expected.append(logp[start - 1 : -1].gather(1, ids[0, start:, None]).squeeze(1))
-    expected = torch.cat(expected)
-    gradients = torch.autograd.grad(
-        expected.sum(), list(model.parameters()), allow_unused=True, retain_graph=True
-    )
-    scoring = ScoringModel(model)
-    scores = scoring(**forward_arguments(collate(PAIRS, layout)))["logp"]
+def test_padded_scores_are_those_of_the_models_own_logits(name):
+    model = make(name)
+    parameters = list(model.parameters())
+    expected = alone(model)
+    gradients = slopes(expected, parameters)
+    scores = ScoringModel(model)(**forward_arguments(collate_groups(GROUPS, "padded")))["logp"]
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=2e-5)
-    again = torch.autograd.grad(scores.sum(), list(model.parameters()), allow_unused=True)
-    for a, b in zip(gradients, again):
+    for a, b in zip(gradients, slopes(scores, parameters)):
         assert (a is None) == (b is None)
         if a is not None:
             torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4)
-
-
-def test_packed_sequences_do_not_see_each_other():
-    """Changing one sequence leaves the scores of the others bitwise alone."""
-    scoring = ScoringModel(make("llama", PACKED).eval())
-    other = [PAIRS[0], {**PAIRS[1], "chosen_ids": [50, 51]}]
-    a, b = (
-        scoring(**forward_arguments(collate(pairs, "packed")))["logp"] for pairs in (PAIRS, other)
-    )
-    kept = [0, 1, 2, 3, 4, 7, 8, 9, 10, 11]
-    torch.testing.assert_close(a[kept], b[kept], rtol=1e-6, atol=1e-6)
-    assert not torch.allclose(a[5:7], b[5:7], atol=1e-3)
-
-
-def test_sliding_window_is_refused_when_it_matters():
-    config = transformers.MistralConfig(**(SIZES | {"sliding_window": 4}))
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=PACKED)
-    with pytest.raises(UserError, match=r"sliding window of 4 .* train.layout=padded"):
-        ScoringModel(model)(**forward_arguments(collate(PAIRS, "packed")))
 
 
 @pytest.mark.parametrize(
@@ -104,26 +51,39 @@ def test_sliding_window_is_refused_when_it_matters():
         ("JambaConfig", "carry state"),
         ("Lfm2Config", "carry state"),
         ("BloomConfig", "AttentionInterface"),
+        ("FalconConfig", "AttentionInterface"),
+        ("StableLmConfig", "AttentionInterface"),
         ("GPTJConfig", "AttentionInterface"),
         ("RwkvConfig", "carry state"),
     ],
 )
-def test_architectures_that_cannot_be_packed_are_refused(config_name, reason):
+def test_architectures_that_cannot_be_packed_are_refused(config_name, reason, tmp_path):
     changes = {"num_hidden_layers": 2, "hidden_size": 32, "vocab_size": 97}
     if config_name == "GPTJConfig":
         changes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "vocab_size": 97}
+    if config_name == "FalconConfig":
+        changes["num_attention_heads"] = 4
     if config_name == "Lfm2Config":
         changes["layer_types"] = ["conv", "full_attention"]
     config = getattr(transformers, config_name)(**changes)
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    with pytest.raises(UserError, match=rf"train.layout=packed .*{reason}.* train.layout=padded"):
-        check_packing(model)
+    config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()  # no weight is read
+    architecture = read_architecture(ModelSection(path=str(tmp_path)))
+    for layout in ("packed", "shared_prefix"):
+        with pytest.raises(
+            UserError, match=rf"train.layout={layout} .*{reason}.* train.layout=pad"
+        ):
+            choose_layout(layout, architecture)
+    chosen = choose_layout("auto", architecture)
+    assert chosen.name == "padded" and reason in chosen.reason
 
 
-def test_attention_models_can_be_packed():
+def test_attention_models_share_prefixes():
     for name in ARCHITECTURES:
-        check_packing(make(name, "eager"))
+        architecture = architecture_of(make(name))
+        assert choose_layout("auto", architecture).name == "shared_prefix"
+        assert architecture.softcap == ("caps" in name) and architecture.sinks == ("sinks" in name)
+        assert choose_layout("packed", architecture).name == "packed"
 
 
 def test_a_model_without_positions_scores_padded():
@@ -140,7 +100,7 @@ def test_a_model_without_positions_scores_padded():
 
 
 def test_the_model_still_generates():
-    model = make("llama", "sdpa").eval()
+    model = make("llama", "sdpa")
     expected = model.generate(torch.tensor([[1, 5]]), max_new_tokens=4, do_sample=False)
     ScoringModel(model)
     got = model.generate(torch.tensor([[1, 5]]), max_new_tokens=4, do_sample=False)
@@ -148,7 +108,7 @@ def test_the_model_still_generates():
 
 
 def test_extras_come_with_the_scores():
-    scoring = ScoringModel(make("llama", "sdpa").eval())
+    scoring = ScoringModel(make("llama", "sdpa"))
     batch = collate(PAIRS, "padded")
     scores = scoring(**forward_arguments(batch), extras=("entropy", "is_top1"))
     assert set(scores) == {"logp", "entropy", "is_top1"}
@@ -156,21 +116,55 @@ def test_extras_come_with_the_scores():
 
 
 @pytest.mark.parametrize(
-    ("requested", "layout", "expected"),
+    ("requested", "layout", "architecture", "expected"),
     [
-        ("auto", "padded", "sdpa"),
-        ("eager", "padded", "eager"),
-        ("auto", "packed", PACKED),
-        ("sdpa", "packed", PACKED),
+        ("auto", "padded", PLAIN, "sdpa"),
+        ("auto", "padded", CAPPED, "eager"),
+        ("auto", "padded", SUNK, "eager"),
+        ("eager", "padded", CAPPED, "eager"),
+        ("auto", "packed", SUNK, NAMES["sdpa"]),
+        ("sdpa", "shared_prefix", CAPPED, NAMES["sdpa"]),
     ],
 )
-def test_attention_on_a_cpu(requested, layout, expected):
-    assert choose_attention(requested, layout, torch.device("cpu")) == expected
+def test_attention_on_a_cpu(requested, layout, architecture, expected):
+    chosen = choose_attention(requested, layout, CPU, torch.float32, architecture)
+    assert chosen.name == expected and chosen.reason
 
 
 @pytest.mark.parametrize(
-    ("requested", "layout"), [("eager", "packed"), ("flash_attention_2", "padded")]
+    ("requested", "layout", "device", "dtype", "architecture", "reason"),
+    [
+        ("eager", "packed", "cpu", torch.float32, PLAIN, "apart: set train.layout=padded"),
+        ("flash_attention_2", "padded", "cpu", torch.float32, PLAIN, "does not run on a CPU"),
+        ("flash_attention_2", "packed", "cpu", torch.bfloat16, PLAIN, "on a CPU: use auto or sdpa"),
+        ("flex_attention", "packed", "cpu", torch.float32, PLAIN, "on a CPU: use auto or sdpa"),
+        ("varlen", "shared_prefix", "cuda", torch.float32, PLAIN, "bf16 only: set model.dtype"),
+        ("varlen", "shared_prefix", "cuda", torch.bfloat16, CAPPED, "soft-capped scores: set"),
+        ("varlen", "packed", "cuda", torch.bfloat16, SUNK, "sinks: set model.attention=auto"),
+        ("varlen", "padded", "cuda", torch.bfloat16, PLAIN, "set train.layout=packed"),
+        ("flash_attention_2", "packed", "cuda", torch.bfloat16, SUNK, "sinks: set"),
+        ("flash_attention_3", "packed", "cuda", torch.bfloat16, PLAIN, "needs flash-attn 3"),
+        ("sdpa", "padded", "cpu", torch.float32, CAPPED, "would leave out the soft cap"),
+    ],
 )
-def test_attention_that_cannot_be_honoured(requested, layout):
-    with pytest.raises(UserError, match=f"model.attention={requested}"):
-        choose_attention(requested, layout, torch.device("cpu"))
+def test_attention_that_cannot_be_honoured(
+    requested, layout, device, dtype, architecture, reason
+):  # fmt: skip
+    with pytest.raises(UserError, match=f"model.attention={requested} .*{reason}"):
+        choose_attention(requested, layout, torch.device(device), dtype, architecture)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "architecture", "expected"),
+    [
+        (torch.float32, PLAIN, "flex_attention"),
+        (torch.bfloat16, SUNK, "flex_attention"),
+        (torch.bfloat16, PLAIN, "varlen"),
+    ],
+)
+def test_attention_on_a_gpu_without_flash_attn(dtype, architecture, expected, monkeypatch):
+    from dpo_fast.models import architecture as module
+
+    monkeypatch.setattr(module, "is_flash_attn_2_available", lambda: False)
+    chosen = choose_attention("auto", "packed", torch.device("cuda"), dtype, architecture)
+    assert chosen.name == NAMES[expected]

@@ -12,23 +12,25 @@ from torch import Tensor
 class ScoredBatch:
     """Sequences of P pairs, 2p the chosen and 2p + 1 the rejected one, in one forward.
 
-    input_ids, position_ids: [B, L] int64; attention_mask: [B, L] int64, or None where `segments`
-    (lengths of the sequences along L, B = 1) tells attention what belongs together.
+    input_ids, position_ids: [B, L] int64; attention_mask: [B, L] int64, or None where `groups` (B = 1)
+    tells attention what belongs together: along L lie groups, each a trunk (the prompt) and the branches
+    that continue it (completions), of the lengths (trunk, branch, ...). Branches do not see each other.
     rows_T: row of the flattened [B * L] hidden states that predicts scored token t; targets_T: that
     token; lengths_S: scored tokens of each sequence. Sequences are contiguous in T.
-    indices_P: rows of the data set, int64. tokens: tokens that are not padding.
-    reference_S: reference log-probabilities, fp32 [S], or None.
+    indices_P: rows of the data set, int64. tokens: tokens of the data, every sequence whole; padding:
+    positions of input_ids that are padding. reference_S: reference log-probabilities, fp32 [S], or None.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     attention_mask: Tensor | None
-    segments: tuple[int, ...] | None
+    groups: tuple[tuple[int, ...], ...] | None
     rows_T: Tensor
     targets_T: Tensor
     lengths_S: Tensor
     indices_P: Tensor
     tokens: int
+    padding: int
     reference_S: Tensor | None = None
 
     @property
@@ -41,7 +43,7 @@ class ScoredBatch:
 
     @property
     def padding_fraction(self) -> float:
-        return 1 - self.tokens / self.input_ids.numel()
+        return self.padding / self.input_ids.numel()
 
     def to(self, device: torch.device | str) -> ScoredBatch:
         tensors = {

@@ -1,15 +1,23 @@
-"""Layouts: pairs of token ids to a `ScoredBatch`. `padded` pads to the longest, `packed` concatenates."""
+"""Layouts: pairs of token ids to a `ScoredBatch`.
+
+padded          [prompt chosen] and [prompt rejected], a row each, padded to the longest
+packed          the same sequences one after the other in one row
+shared_prefix   [prompt | chosen | rejected]: the prompt once, its completions side by side
+
+The last token of a sequence predicts nothing, so it does not go through the backbone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from dpo_fast.data.batch import ScoredBatch
 
-LAYOUTS = ("padded", "packed")
+LAYOUTS = ("padded", "packed", "shared_prefix")
+SIDES = ("chosen_ids", "rejected_ids")
 
 
 def collate(
@@ -23,84 +31,101 @@ def collate(
     Raises:
         ValueError: an unknown layout, or a sequence without prompt or completion.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r}: choose from {', '.join(LAYOUTS)}")
-    indices = range(len(pairs)) if indices is None else indices
-    sequences, starts = [], []
     for pair in pairs:
-        for side in ("chosen_ids", "rejected_ids"):
+        for side in SIDES:
             if not len(pair["prompt_ids"]) or not len(pair[side]):
                 raise ValueError(f"a pair has an empty prompt or empty {side}: {pair}")
-            sequences.append([*pair["prompt_ids"], *pair[side]])
-            starts.append(len(pair["prompt_ids"]))
-    if not sequences:
-        return _nothing(pad_id, layout)
-    lengths = [len(sequence) for sequence in sequences]
-    width = max(lengths) if layout == "padded" else None
-    offsets = _offsets(lengths, width)
-    # Token j of a sequence is predicted by its row j - 1.
-    rows = [
-        torch.arange(offset + start - 1, offset + length - 1)
-        for offset, start, length in zip(offsets, starts, lengths)
-    ]
-    targets = [torch.tensor(ids[start:]) for ids, start in zip(sequences, starts)]
-    place = _padded if layout == "padded" else _packed
+    groups = [(pair["prompt_ids"], [pair[side] for side in SIDES]) for pair in pairs]
+    return collate_groups(groups, layout, pad_id=pad_id, indices=indices)
+
+
+def collate_groups(
+    groups: Sequence[tuple[list[int], list[list[int]]]], layout: str, *, pad_id: int = 0,
+    indices: Sequence[int] | None = None,
+) -> ScoredBatch:  # fmt: skip
+    """Lay out (prompt, completions), any number of completions each; sequences in that order.
+
+    Raises:
+        ValueError: an unknown layout.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r}: choose from {', '.join(LAYOUTS)}")
+    indices = range(len(groups)) if indices is None else indices
+    completions = [completion for _, group in groups for completion in group]
+    prompts = [prompt for prompt, group in groups for _ in group]
+    place = {"padded": _padded, "packed": _packed, "shared_prefix": _shared_prefix}[layout]
+    places, rows = place(groups, pad_id) if groups else (_nothing(pad_id, layout), [])
+    empty = np.zeros(0, dtype=np.int64)
     return ScoredBatch(
-        **place(sequences, lengths, pad_id),
-        rows_T=torch.cat(rows),
-        targets_T=torch.cat(targets),
-        lengths_S=torch.tensor([len(target) for target in targets]),
+        **places,
+        rows_T=torch.from_numpy(np.concatenate([empty, *rows])),
+        targets_T=torch.from_numpy(np.concatenate([empty, *completions]).astype(np.int64)),
+        lengths_S=torch.tensor([len(c) for c in completions], dtype=torch.int64),
         indices_P=torch.tensor(list(indices), dtype=torch.int64),
-        tokens=sum(lengths),
+        tokens=sum(map(len, prompts)) + sum(map(len, completions)),
     )
 
 
-def _offsets(lengths: list[int], width: int | None) -> list[int]:
-    if width is not None:
-        return [index * width for index in range(len(lengths))]
-    return [0, *torch.tensor(lengths).cumsum(0).tolist()[:-1]]
-
-
-def _padded(sequences: list[list[int]], lengths: list[int], pad_id: int) -> dict:
+def _padded(groups, pad_id: int) -> tuple[dict, list[np.ndarray]]:
     """Right padding, so that positions are those of the sequence alone."""
+    sequences = [[*prompt, *c[:-1]] for prompt, group in groups for c in group]
+    starts = [len(prompt) for prompt, group in groups for _ in group]
+    lengths = [len(sequence) for sequence in sequences]
     width = max(lengths)
     input_ids = torch.full((len(sequences), width), pad_id)
     mask = torch.zeros(len(sequences), width, dtype=torch.int64)
     for row, sequence in enumerate(sequences):
         input_ids[row, : len(sequence)] = torch.tensor(sequence)
         mask[row, : len(sequence)] = 1
-    positions = torch.arange(width).expand(len(sequences), -1).contiguous()
-    return {
+    places = {
         "input_ids": input_ids,
-        "position_ids": positions,
+        "position_ids": torch.arange(width).expand(len(sequences), -1).contiguous(),
         "attention_mask": mask,
-        "segments": None,
+        "groups": None,
+        "padding": input_ids.numel() - sum(lengths),
     }
+    spans = zip(range(0, width * len(sequences), width), starts, lengths)
+    return places, [np.arange(row + start - 1, row + length) for row, start, length in spans]
 
 
-def _packed(sequences: list[list[int]], lengths: list[int], pad_id: int) -> dict:
-    """One row, positions starting anew with every sequence."""
-    tokens: Tensor = torch.tensor([token for sequence in sequences for token in sequence])
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    return {
-        "input_ids": tokens[None],
-        "position_ids": positions[None],
+def _packed(groups, pad_id: int) -> tuple[dict, list[np.ndarray]]:
+    """Nothing is shared where every completion has a prompt of its own."""
+    alone = [(prompt, [completion]) for prompt, group in groups for completion in group]
+    return _shared_prefix(alone, pad_id)
+
+
+def _shared_prefix(groups, pad_id: int) -> tuple[dict, list[np.ndarray]]:
+    """One row; the completions of a prompt all go on from its last position and its last row."""
+    ids, positions, lengths, rows, offset = [], [], [], [], 0
+    for prompt, completions in groups:
+        start = len(prompt)
+        last = offset + start - 1
+        ids.append(prompt)
+        positions.append(np.arange(start))
+        offset += start
+        for completion in completions:
+            size = len(completion) - 1
+            ids.append(completion[:-1])
+            positions.append(np.arange(start, start + size))
+            rows.append(np.concatenate([[last], np.arange(offset, offset + size)]))
+            offset += size
+        lengths.append((start, *(len(completion) - 1 for completion in completions)))
+    places = {
+        "input_ids": torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
+        "position_ids": torch.from_numpy(np.concatenate(positions))[None],
         "attention_mask": None,
-        "segments": tuple(lengths),
+        "groups": tuple(lengths),
+        "padding": 0,
     }
+    return places, rows
 
 
-def _nothing(pad_id: int, layout: str) -> ScoredBatch:
-    empty = torch.zeros(0, dtype=torch.int64)
-    packed = layout == "packed"
-    return ScoredBatch(
-        input_ids=torch.full((1, 1), pad_id),
-        position_ids=torch.zeros(1, 1, dtype=torch.int64),
-        attention_mask=None if packed else torch.ones(1, 1, dtype=torch.int64),
-        segments=(1,) if packed else None,
-        rows_T=empty,
-        targets_T=empty,
-        lengths_S=empty,
-        indices_P=empty,
-        tokens=0,
-    )
+def _nothing(pad_id: int, layout: str) -> dict:
+    padded = layout == "padded"
+    return {
+        "input_ids": torch.full((1, 1), pad_id),
+        "position_ids": torch.zeros(1, 1, dtype=torch.int64),
+        "attention_mask": torch.ones(1, 1, dtype=torch.int64) if padded else None,
+        "groups": None if padded else ((1,),),
+        "padding": 1,
+    }

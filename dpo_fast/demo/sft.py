@@ -11,7 +11,7 @@ from dpo_fast.data.config import DataConfig
 from dpo_fast.data.dataset import PairDataset, load_pairs
 from dpo_fast.data.layouts import collate
 from dpo_fast.data.sampler import Sampler
-from dpo_fast.models import ScoringModel, choose_attention
+from dpo_fast.models import ScoringModel, architecture_of, choose_attention
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.training import distributed
 from dpo_fast.training.progress import console, progress_bar, say
@@ -26,7 +26,10 @@ def fine_tune(
     pairs = load_pairs(data, tokenizer, split="train")
     sampler = Sampler(len(pairs), pairs_per_step, pairs_per_step, 1, seed, shuffle=True)
     head, attention = model.get_output_embeddings(), model.config._attn_implementation
-    model.set_attn_implementation(choose_attention("auto", "packed", distributed.device()))
+    chosen = choose_attention(
+        "auto", "packed", distributed.device(), model.dtype, architecture_of(model)
+    )
+    model.set_attn_implementation(chosen.name)
     scoring = ScoringModel(model.to(distributed.device()))
     optimizer = torch.optim.AdamW(
         scoring.parameters(), learning_rate, (0.9, 0.95), weight_decay=0.0

@@ -1,7 +1,22 @@
 """Backbones from transformers with a scoring head."""
 
-from dpo_fast.models.attention import check_packing, choose_attention
+from dpo_fast.models.architecture import (
+    Architecture,
+    architecture_of,
+    choose_attention,
+    choose_layout,
+    read_architecture,
+)
 from dpo_fast.models.load import load_model, load_tokenizer
 from dpo_fast.models.scoring import ScoringModel
 
-__all__ = ["ScoringModel", "check_packing", "choose_attention", "load_model", "load_tokenizer"]
+__all__ = [
+    "Architecture",
+    "ScoringModel",
+    "architecture_of",
+    "choose_attention",
+    "choose_layout",
+    "load_model",
+    "load_tokenizer",
+    "read_architecture",
+]

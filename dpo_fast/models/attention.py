@@ -1,121 +1,241 @@
-"""Attention over packed sequences: each sees itself alone. Registered with transformers by name."""
+"""Attention over a row of groups, by several means. Registered with transformers by name.
+
+Each function has the signature of transformers' AttentionInterface: query [1, heads, N, dim], key and
+value [1, key heads, N, dim] in, [1, N, heads, dim] and None out, and is told by `plan` which tokens
+see which. A layer's sliding window, soft cap and sinks are honoured, or refused by name.
+"""
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
+from functools import partial
 
 import torch
-from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.utils import is_flash_attn_2_available
+from torch import Tensor, nn
+from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from dpo_fast.errors import UserError
+from dpo_fast.models.plan import AttentionPlan
 
-PACKED = "dpo_fast_packed"
+# The names by which transformers knows these. It takes one with sdpa, flex or flash in it for its own.
+NAMES = {
+    "sdpa": "dpo_fast_packed",
+    "flex_attention": "dpo_fast_any_mask",
+    "varlen": "dpo_fast_varlen",
+    "flash_attention_2": "dpo_fast_fa2",
+    "flash_attention_3": "dpo_fast_fa3",
+}
 
 
-def packed_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    segments: tuple[int, ...] | None = None,
-    **kwargs,
-) -> tuple[Tensor, None]:
-    """Causal SDPA within each of `segments`, lengths along the token dimension of [1, heads, N, dim].
+def sdpa(
+    plan: AttentionPlan, query: Tensor, key: Tensor, value: Tensor, *, scale: float,
+    window: int | None, softcap: float | None, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """PyTorch's SDPA, segment by segment. A soft cap or sinks make it write out the scores."""
+    sizes = [segment.queries for segment in plan.segments]
+    rows = zip(plan.segments, *(x.split(sizes, dim=2) for x in (query, key, value)))
+    explicit = softcap is not None or sinks is not None
+    grouped = query.shape[1] != key.shape[1]
+    outputs, trunk = [], None
+    for segment, q, k, v in rows:
+        if segment.prefix:
+            k, v = (torch.cat([t[:, :, : segment.prefix], own], 2) for t, own in zip(trunk, (k, v)))
+        else:
+            trunk = (k, v)
+        narrow = window is not None and k.shape[2] > window
+        mask = None
+        if segment.prefix or narrow or explicit:
+            mask = plan.mask(segment, window if narrow else None)
+        if explicit:
+            outputs.append(_written_out(q, k, v, mask, scale, softcap, sinks))
+        else:
+            outputs.append(
+                scaled_dot_product_attention(
+                    q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+                )
+            )
+    return torch.cat(outputs, dim=2).transpose(1, 2)
 
-    Returns [1, N, heads, dim] as transformers expects. Work grows with the squares of the sequence
-    lengths, not with that of the pack. A layer that needs more than plain causal attention is refused.
+
+def _written_out(q, k, v, mask, scale, softcap, sinks) -> Tensor:
+    """softmax over softcap * tanh(scores / softcap) and the sink, which takes weight and gives nothing."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = (q @ k.transpose(2, 3)).float() * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        sink = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    weights = scores.softmax(-1)[..., : k.shape[2]]
+    return weights.to(v.dtype) @ v
+
+
+def flex_attention(
+    plan: AttentionPlan, query: Tensor, key: Tensor, value: Tensor, *, scale: float,
+    window: int | None, softcap: float | None, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """FlexAttention: one kernel for any mask, window, cap and sinks."""
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    cap = None
+    if softcap is not None:
+
+        def cap(score, batch, head, q, k):
+            return softcap * torch.tanh(score / softcap)
+
+    if window is not None and plan.longest <= window:
+        window = None
+    # On a CPU it has no backward; uncompiled its forward is plain PyTorch, which is there for tests.
+    compute = _flex_kernel() if query.is_cuda else _flex()
+    output, auxiliary = compute(
+        query, key, value, score_mod=cap, block_mask=plan.block_mask(window), scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1], return_aux=AuxRequest(lse=True),
+    )  # fmt: skip
+    if sinks is not None:
+        share = torch.sigmoid(auxiliary.lse - sinks.float().view(1, -1, 1))
+        output = output * share.unsqueeze(-1).to(output.dtype)
+    return output.transpose(1, 2)
+
+
+def _flex() -> Callable:
+    from torch.nn.attention.flex_attention import flex_attention as compute
+
+    return compute
+
+
+@functools.cache
+def _flex_kernel() -> Callable:
+    return torch.compile(_flex(), dynamic=True)
+
+
+def varlen(
+    kernel: Callable[..., Tensor], plan: AttentionPlan, query: Tensor, key: Tensor, value: Tensor,
+    **options,
+) -> Tensor:  # fmt: skip
+    """A kernel for sequences of unequal length, after gathering each segment's keys and values.
+
+    kernel(q, k, v, layout, **options) has q [N, heads, dim], k and v [K, key heads, dim].
     """
-    if segments is None:
-        segments = (query.shape[2],)
-    _refuse(kwargs, max(segments))
-    groups = query.shape[1] // key.shape[1]
-    outputs = [
-        torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=groups > 1
-        )
-        for q, k, v in zip(*(x.split(segments, dim=2) for x in (query, key, value)))
+    layout = plan.varlen
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if layout.keys is not None:
+        k, v = (x.index_select(0, layout.keys) for x in (k, v))
+    short = q.shape[-1] - v.shape[-1]  # these kernels want one head size for all three
+    output = kernel(q, k, pad(v, (0, short)) if short else v, layout, **options)
+    return output[None, ..., : output.shape[-1] - short]
+
+
+def pytorch_kernel(q, k, v, layout, *, scale, window, softcap, sinks) -> Tensor:
+    """torch.nn.attention.varlen, PyTorch's own build of flash-attention (from 2.11 on)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    _refuse_if("varlen", softcap=softcap, sinks=sinks)
+    return varlen_attn(
+        q, k, v, layout.cu_seq_q, layout.cu_seq_k, layout.max_q, layout.max_k, scale=scale,
+        window_size=(-1 if window is None else window - 1, 0), enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
+
+
+def flash_kernel(name: str, q, k, v, layout, *, scale, window, softcap, sinks) -> Tensor:
+    """flash-attn's varlen function, of version 2 or 3."""
+    _refuse_if(name, sinks=sinks)
+    output = _flash_function(name)(
+        q, k, v, layout.cu_seq_q, layout.cu_seq_k, max_seqlen_q=layout.max_q,
+        max_seqlen_k=layout.max_k, softmax_scale=scale, causal=True,
+        window_size=(-1, -1) if window is None else (window - 1, 0), softcap=softcap or 0.0,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+    return output[0] if isinstance(output, tuple) else output
+
+
+@functools.cache
+def _flash_function(name: str) -> Callable:
+    if name == "flash_attention_3":
+        from flash_attn_interface import flash_attn_varlen_func
+    else:
+        from flash_attn import flash_attn_varlen_func
+    return flash_attn_varlen_func
+
+
+def _refuse_if(name: str, **features) -> None:
+    words = {"softcap": "soft-capped scores", "sinks": "sinks"}
+    for feature, value in features.items():
+        if value is not None:
+            raise UserError(
+                f"model.attention={name} cannot be honoured: this model's attention has "
+                f"{words[feature]}, which it does not know. Set model.attention=flex_attention or sdpa"
+            )
+
+
+BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "sdpa": sdpa,
+    "flex_attention": flex_attention,
+    "varlen": partial(varlen, pytorch_kernel),
+    "flash_attention_2": partial(varlen, partial(flash_kernel, "flash_attention_2")),
+    "flash_attention_3": partial(varlen, partial(flash_kernel, "flash_attention_3")),
+}
+
+
+def has_varlen() -> bool:
+    """Whether this PyTorch has varlen attention with windows and grouped heads."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return {"window_size", "enable_gqa", "scale"} <= set(inspect.signature(varlen_attn).parameters)
+
+
+def _interface(compute: Callable[..., Tensor]) -> Callable:
+    """One of the above as a function of transformers' AttentionInterface."""
+
+    @torch.compiler.disable  # a loop over sequences: the layers round it are worth compiling, not it
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+        scaling: float | None = None, dropout: float = 0.0, plan: AttentionPlan | None = None,
+        sliding_window: int | None = None, softcap: float | None = None,
+        s_aux: Tensor | None = None, **others,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        _refuse_what_is_not_told(module, attention_mask, dropout, others)
+        if plan is None:
+            raise UserError(
+                "this attention serves rows of a packed batch, and got no plan of one; to use the "
+                'model otherwise call model.set_attn_implementation("sdpa") first'
+            )
+        output = compute(
+            plan, query, key, value, scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            window=sliding_window, softcap=softcap, sinks=s_aux,
+        )  # fmt: skip
+        return output.contiguous(), None
+
+    return attention
+
+
+def _refuse_what_is_not_told(module, attention_mask, dropout, others) -> None:
+    """Whatever else would change the scores: attention here is causal within a sequence, and no more."""
+    found = [
+        "a mask of its own" if attention_mask is not None else None,
+        "dropout" if dropout else None,
+        "a position bias" if others.get("position_bias") is not None else None,
+        "layers that look ahead"
+        if others.get("is_causal") is False or getattr(module, "is_causal", True) is False
+        else None,
     ]
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
-
-
-def _refuse(options: dict, longest: int) -> None:
-    window = options.get("sliding_window")
-    reason = None
-    if window is not None and longest > window:
-        reason = f"a sliding window of {window} tokens is shorter than a sequence of {longest}"
-    elif options.get("softcap") is not None:
-        reason = "attention scores have a soft cap"
-    elif options.get("s_aux") is not None:
-        reason = "attention has sinks"
-    if reason:
+    reasons = [reason for reason in found if reason]
+    if reasons:
         raise UserError(
-            f"train.layout=packed cannot be honoured here: {reason}. Set train.layout=padded with "
-            "model.attention=eager, or install flash-attn and set model.attention=flash_attention_2."
+            f"train.layout=packed or shared_prefix cannot be honoured: this model's attention "
+            f"({type(module).__name__}) has {' and '.join(reasons)}. Set train.layout=padded"
         )
 
 
 def _no_mask(*args, **kwargs) -> None:
-    """The segments say it all."""
+    """The plan says it all."""
 
 
-AttentionInterface.register(PACKED, packed_attention)
-AttentionMaskInterface.register(PACKED, _no_mask)
-
-
-def check_packing(model: PreTrainedModel) -> None:
-    """Packed sequences are kept apart by attention alone; a layer that mixes tokens otherwise is not.
-
-    Raises:
-        UserError: the model has recurrent or convolutional layers, attention of its own making, or no
-            `position_ids`.
-    """
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    others = kinds - {"full_attention", "sliding_attention"}
-    reason = None
-    if others or model._is_stateful:
-        reason = (
-            f"it has layers that carry state along the tokens ({', '.join(others) or 'recurrent'})"
-        )
-    elif not model._supports_attention_backend:
-        reason = "it does not take its attention from transformers' AttentionInterface"
-    elif "position_ids" not in inspect.signature(model.get_decoder().forward).parameters:
-        reason = "its forward takes no position_ids, so every sequence would go on from the last"
-    if reason:
-        raise UserError(
-            f"train.layout=packed cannot be honoured for {type(model).__name__}: {reason}. Set "
-            "train.layout=padded"
-        )
-
-
-def choose_attention(requested: str, layout: str, device: torch.device) -> str:
-    """The name to give transformers for `model.attention` and `train.layout`.
-
-    Raises:
-        UserError: the named implementation would let packed sequences see each other.
-    """
-    flash = requested.startswith("flash_attention")
-    if flash and device.type == "cpu":
-        raise UserError(
-            f"model.attention={requested} does not run on a CPU: use auto, sdpa or eager"
-        )
-    if layout == "padded":
-        return "sdpa" if requested == "auto" else requested
-    if requested == "auto":
-        return "flash_attention_2" if _flash_runs(device) else PACKED
-    if requested == "sdpa":
-        return PACKED
-    if not flash:
-        raise UserError(
-            f"model.attention={requested} cannot keep packed sequences apart: set "
-            "train.layout=padded, or model.attention=auto, sdpa or flash_attention_2"
-        )
-    return requested
-
-
-def _flash_runs(device: torch.device) -> bool:
-    return device.type == "cuda" and is_flash_attn_2_available()
+for _backend, _compute in BACKENDS.items():
+    AttentionInterface.register(NAMES[_backend], _interface(_compute))
+    AttentionMaskInterface.register(NAMES[_backend], _no_mask)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.errors import UserError
+from dpo_fast.models.plan import AttentionPlan
 from dpo_fast.modules.head import FusedHead
 from dpo_fast.ops.linear_logp import HeadOptions
 
@@ -63,7 +64,7 @@ class ScoringModel(nn.Module):
         input_ids: Tensor,
         position_ids: Tensor,
         attention_mask: Tensor | None,
-        segments: tuple[int, ...] | None,
+        groups: tuple[tuple[int, ...], ...] | None,
         rows_T: Tensor,
         targets_T: Tensor,
         extras: tuple[str, ...] = (),
@@ -71,7 +72,7 @@ class ScoringModel(nn.Module):
         """{"logp": fp32 [T], **extras} of the scored tokens. Arguments as in `ScoredBatch`."""
         causal_lm = self.causal_lm
         decoder = causal_lm.get_decoder()
-        places = {} if segments is None else {"segments": segments}
+        places = {} if groups is None else {"plan": AttentionPlan(groups, input_ids.device)}
         if "position_ids" in inspect.signature(decoder.forward).parameters:
             places["position_ids"] = position_ids
         hidden = decoder(
@@ -83,7 +84,7 @@ class ScoringModel(nn.Module):
 
 def forward_arguments(batch: ScoredBatch) -> dict:
     """The arguments of `ScoringModel.forward` for a batch."""
-    names = ("input_ids", "position_ids", "attention_mask", "segments", "rows_T", "targets_T")
+    names = ("input_ids", "position_ids", "attention_mask", "groups", "rows_T", "targets_T")
     return {name: getattr(batch, name) for name in names}
 
 

@@ -53,10 +53,15 @@ class MetricSums:
             lengths_P2 = batch.lengths_S.view(-1, 2)
             for side, name in enumerate(("logits/chosen", "logits/rejected")):
                 self._add(name, sums_P2[:, side], lengths_P2[:, side].sum())
-        size = torch.tensor(float(batch.input_ids.numel()), device=self.device)
-        self._add("perf/padding_fraction", size - batch.tokens, size)
-        self._add("num_tokens", torch.tensor(float(batch.tokens), device=self.device), 0)
-        self._add("pairs", torch.tensor(float(batch.pairs), device=self.device), 0)
+        size = batch.input_ids.numel()
+        self._count("perf/padding_fraction", batch.padding, size)
+        # Prompts that are shared, and the last tokens of sequences, which predict nothing.
+        self._count("perf/shared_prefix_saving", batch.tokens - size + batch.padding, batch.tokens)
+        self._count("num_tokens", batch.tokens, 0)
+        self._count("pairs", batch.pairs, 0)
+
+    def _count(self, name: str, value: int, count: int) -> None:
+        self._add(name, torch.tensor(float(value), device=self.device), count)
 
     def step(self) -> None:
         """An optimiser step is over. Counted on one rank's behalf: the shares of all add up."""

@@ -1,0 +1,164 @@
+"""What a model's architecture allows: layouts and attention. Known before a weight is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import is_flash_attn_2_available
+
+from dpo_fast.errors import UserError
+from dpo_fast.models.attention import NAMES, has_varlen
+from dpo_fast.models.config import ModelSection
+from dpo_fast.models.load import load_skeleton
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+class Choice(NamedTuple):
+    """A value, and why it was chosen."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """obstacle: why sequences cannot share a row, or None; softcap, sinks: whether attention has them."""
+
+    name: str
+    obstacle: str | None
+    softcap: bool
+    sinks: bool
+
+
+def architecture_of(model: PreTrainedModel) -> Architecture:
+    """What a model, loaded or on the meta device, allows."""
+    return Architecture(
+        type(model).__name__,
+        _obstacle(model),
+        softcap=getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None,
+        sinks=any(hasattr(module, "sinks") for module in model.modules()),
+    )
+
+
+def read_architecture(section: ModelSection, option: str = "model.path") -> Architecture:
+    """The same from a model's configuration alone. Raises UserError if it cannot be read."""
+    return architecture_of(load_skeleton(section, option))
+
+
+def _obstacle(model: PreTrainedModel) -> str | None:
+    """Attention alone keeps sequences of a row apart; a layer that mixes tokens otherwise does not."""
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    others = kinds - {"full_attention", "sliding_attention"}
+    if others or model._is_stateful:
+        names = ", ".join(sorted(others)) or "recurrent"
+        return f"it has layers that carry state along the tokens ({names})"
+    if not model._supports_attention_backend:
+        return "it does not take its attention from transformers' AttentionInterface"
+    if "position_ids" not in inspect.signature(model.get_decoder().forward).parameters:
+        return "its forward takes no position_ids, so every sequence would go on from the last"
+    return None
+
+
+def choose_layout(requested: str, architecture: Architecture) -> Choice:
+    """The layout for `train.layout`.
+
+    Raises:
+        UserError: packed or shared_prefix is asked for, and the architecture cannot have it.
+    """
+    obstacle = architecture.obstacle
+    if requested == "auto":
+        if obstacle is None:
+            return Choice("shared_prefix", "no token goes through the backbone twice")
+        return Choice("padded", f"{architecture.name} allows no other: {obstacle}")
+    if requested != "padded" and obstacle is not None:
+        raise UserError(
+            f"train.layout={requested} cannot be honoured for {architecture.name}: {obstacle}. Set "
+            "train.layout=padded or auto"
+        )
+    return Choice(requested, "train.layout says so")
+
+
+def choose_attention(
+    requested: str, layout: str, device: torch.device, dtype: torch.dtype,
+    architecture: Architecture,
+) -> Choice:  # fmt: skip
+    """The name to give transformers for `model.attention` and a layout.
+
+    Raises:
+        UserError: the named implementation cannot do it on this device, dtype, layout or model.
+    """
+    packed = layout != "padded"
+    if requested == "auto":
+        return _automatic(packed, device, dtype, architecture)
+    refusal = _refusal(requested, packed, device, dtype, architecture)
+    if refusal:
+        raise UserError(f"model.attention={requested} {refusal}")
+    return Choice(NAMES[requested] if packed else requested, "model.attention says so")
+
+
+def _automatic(packed, device, dtype, architecture) -> Choice:
+    if not packed:
+        if architecture.softcap or architecture.sinks:
+            return Choice("eager", "sdpa knows neither soft caps nor sinks")
+        return Choice("sdpa", "a padded batch is plain causal attention with a mask")
+    if device.type == "cpu":
+        return Choice(NAMES["sdpa"], "SDPA sequence by sequence; the others are for GPUs")
+    reasons = {
+        "flash_attention_3": "flash-attn 3 is installed: varlen attention",
+        "flash_attention_2": "flash-attn 2 is installed: varlen attention",
+        "varlen": "PyTorch's varlen attention; flash-attn is not installed",
+    }
+    for name, reason in reasons.items():
+        if not _refusal(name, True, device, dtype, architecture):
+            return Choice(NAMES[name], reason)
+    return Choice(
+        NAMES["flex_attention"],
+        "one kernel for any mask; the varlen kernels do not serve this dtype, model or installation",
+    )
+
+
+def _refusal(name, packed, device, dtype, architecture: Architecture) -> str | None:
+    """Why an implementation cannot be used here, with the remedy."""
+    if packed and name not in NAMES:
+        return (
+            "cannot keep packed sequences apart: set train.layout=padded, or model.attention=auto, "
+            f"{', '.join(list(NAMES)[:-1])} or {list(NAMES)[-1]}"
+        )
+    if not packed:
+        if name.startswith("flash_attention") and device.type == "cpu":
+            return "does not run on a CPU: use auto, sdpa or eager"
+        if name == "sdpa" and (architecture.softcap or architecture.sinks):
+            return (
+                f"would leave out the soft cap or the sinks of {architecture.name}'s attention: set "
+                "model.attention=eager or auto, or train.layout=auto"
+            )
+        if name == "varlen":
+            return "serves rows of sequences: set train.layout=packed, shared_prefix or auto"
+        return None
+    if name == "sdpa":
+        return None
+    if device.type == "cpu":
+        return "does not train on a CPU: use auto or sdpa"
+    if name == "flex_attention":
+        return None
+    if dtype not in HALF:
+        return "works in bf16 only: set model.dtype=bf16, or model.attention=flex_attention or sdpa"
+    if architecture.sinks or (architecture.softcap and name == "varlen"):
+        what = "sinks" if architecture.sinks else "soft-capped scores"
+        return f"does not know {what}: set model.attention=auto or flex_attention"
+    missing = {
+        "varlen": None if has_varlen() else "needs torch 2.11 or later",
+        "flash_attention_2": None
+        if is_flash_attn_2_available()
+        else "needs flash-attn 2 installed",
+        "flash_attention_3": None
+        if importlib.util.find_spec("flash_attn_interface")
+        else "needs flash-attn 3 installed",
+    }[name]
+    return missing and f"{missing}; or set model.attention=auto"

@@ -1,0 +1,55 @@
+"""Whether model, tokenizer and data belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from dpo_fast.errors import UserError
+from dpo_fast.models import ScoringModel
+from dpo_fast.training.split import Split
+
+
+def check_vocabulary(model: ScoringModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError if the tokenizer makes ids that the model has no row for."""
+    rows = model.causal_lm.config.get_text_config().vocab_size
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model a vocabulary of {rows}: they do not "
+            "belong together; check model.path and model.tokenizer"
+        )
+
+
+def check_positions(model: ScoringModel, splits: Iterable[Split]) -> None:
+    """Longer sequences than the model has positions for would index past a table, or mean nothing.
+
+    Raises:
+        UserError: there are such; or sequences so long that longrope, which goes by the longest of a
+            batch, would give the others of their batch other log-probs than they have elsewhere.
+    """
+    config = model.causal_lm.config.get_text_config()
+    longest = max(split.longest for split in splits)
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"the longest sequence has {longest} tokens, but the model has {limit} positions "
+            f"(max_position_embeddings); set data.max_length={limit} or less"
+        )
+    switch = min(_longrope_switches(config), default=longest)
+    if longest > switch:
+        raise UserError(
+            f"the longest sequence has {longest} tokens; beyond {switch} "
+            "(original_max_position_embeddings) longrope changes the positions of every sequence in the "
+            "batch, so that log-probs would depend on what shares a batch and a stored reference would "
+            f"not fit; set data.max_length={switch} or less"
+        )
+
+
+def _longrope_switches(config: PreTrainedConfig) -> Iterator[int]:
+    """Lengths at which rotary factors switch; a model may have one set for each kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+    for rope in kinds:
+        if rope.get("rope_type") == "longrope":
+            yield rope["original_max_position_embeddings"]

@@ -1,0 +1,47 @@
+"""Model, tokenizer and data that do not belong together."""
+
+from types import SimpleNamespace
+
+import pytest
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("deepspeed")
+
+from dpo_fast.errors import UserError
+from dpo_fast.training.fit import check_positions, check_vocabulary
+
+
+def model(config):
+    return SimpleNamespace(causal_lm=SimpleNamespace(config=config))
+
+
+def longest(tokens: int):
+    return [SimpleNamespace(longest=tokens)]
+
+
+def test_more_tokens_than_positions():
+    llama = model(transformers.LlamaConfig(max_position_embeddings=64))
+    check_positions(llama, longest(64))
+    with pytest.raises(UserError, match="65 tokens, .* 64 positions .* data.max_length=64"):
+        check_positions(llama, [*longest(3), *longest(65)])
+
+
+def test_longrope_is_refused_where_it_would_make_log_probs_depend_on_the_batch():
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+            "original_max_position_embeddings": 32, "rope_theta": 1e4}  # fmt: skip
+    phi = model(
+        transformers.Phi3Config(
+            hidden_size=32, num_attention_heads=4, max_position_embeddings=64, rope_parameters=rope,
+            original_max_position_embeddings=32, pad_token_id=0,
+        )
+    )  # fmt: skip
+    check_positions(phi, longest(32))
+    with pytest.raises(UserError, match="33 tokens; beyond 32 .* data.max_length=32"):
+        check_positions(phi, longest(33))
+
+
+def test_a_tokenizer_larger_than_the_vocabulary():
+    llama = model(transformers.LlamaConfig(vocab_size=10))
+    check_vocabulary(llama, range(10))
+    with pytest.raises(UserError, match="11 tokens, the model a vocabulary of 10"):
+        check_vocabulary(llama, range(11))
