@@ -1,9 +1,11 @@
 """The command line.
 
-app.py      commands and how their failures are told
-bench.py    `bench`: the benchmarks of a checkout
-doctor.py   what this machine can run
-launch.py   --nproc: local ranks without torchrun
+app.py             commands and how their failures are told
+bench.py           `bench`: the benchmarks of a checkout
+doctor.py          what this machine can run
+doctor_run.py      what one run would use
+doctor_memory.py   how much memory that takes, roughly
+launch.py          --nproc: local ranks without torchrun
 """
 
 from dpo_fast.cli.app import main

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dpo_fast.ops.implementation import choose_implementation
@@ -70,24 +72,19 @@ def _choices() -> Table:
                 short = str(dtype).removeprefix("torch.")
                 table.add_row(operation, str(device), short, choice.name, choice.reason)
         for layout in ("padded", "packed"):
-            name, why = _attention(layout, device)
-            table.add_row(f"attention, {layout}", str(device), "any", name, why)
+            name, why = attention(layout, device)
+            table.add_row(f"attention, {layout}", str(device), "bfloat16", name, escape(why))
     on_gpu = torch.cuda.is_available()
     why = "there is a GPU" if on_gpu else "there is no GPU; DeepSpeed runs with DS_ACCELERATOR=cpu"
     table.add_row("training, all ranks", "-", "any", "nccl" if on_gpu else "gloo", why)
     return table
 
 
-def _attention(layout: str, device: torch.device) -> tuple[str, str]:
-    try:
-        from dpo_fast.models.attention import PACKED, choose_attention
-    except ImportError:
+def attention(layout: str, device: torch.device) -> tuple[str, str]:
+    """What `model.attention=auto` means in bf16 for a model with plain attention, and why."""
+    if importlib.util.find_spec("transformers") is None:
         return "-", 'the trainer is not installed: pip install "dpo_fast[train]"'
-    name = choose_attention("auto", layout, device)
-    reasons = {
-        "sdpa": "a padded batch is plain causal attention with a mask",
-        PACKED: "SDPA sequence by sequence; flash-attn is "
-        + ("for GPUs" if device.type == "cpu" else "not installed"),
-        "flash_attention_2": "flash-attn is installed: varlen attention",
-    }
-    return name, reasons[name]
+    from dpo_fast.models.architecture import Architecture, choose_attention
+
+    plain = Architecture("any", obstacle=None, softcap=False, sinks=False)
+    return choose_attention("auto", layout, device, torch.bfloat16, plain)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
 
 
 class LoraSection(BaseModel):
@@ -37,5 +37,38 @@ class ModelSection(BaseModel):
     gradient_checkpointing: bool | None = Field(
         None, description="recompute activations in backward; default: above 1e9 parameters"
     )
+    checkpoint_layers: StrictInt | list[StrictInt] | None = Field(
+        None,
+        description="decoder layers whose activations are recomputed: a number means the first so "
+        "many, a list the layers of these indices; default: all. Turns gradient_checkpointing on",
+    )
+    use_liger_kernel: bool = Field(
+        False, description="liger-kernel's RMSNorm, RoPE and MLP in place of the model's (GPU only)"
+    )
+    torch_compile: bool = Field(
+        False, description="compile the blocks of the decoder layers with torch.compile"
+    )
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
     lora: LoraSection | None = Field(None, description="train adapters instead of the model")
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelSection:
+        layers = self.checkpoint_layers
+        if layers is not None and self.gradient_checkpointing is False:
+            raise ValueError(
+                f"model.checkpoint_layers={layers} chooses layers to recompute, but "
+                "model.gradient_checkpointing=false; remove one of them"
+            )
+        if layers == [] or (
+            min(layers) < 0 if isinstance(layers, list) else layers is not None and layers < 1
+        ):
+            raise ValueError(
+                f"model.checkpoint_layers={layers}: expected how many layers, 1 or more, or a list of "
+                "indices from 0; to recompute none set model.gradient_checkpointing=false"
+            )
+        if self.use_liger_kernel and self.torch_compile:
+            raise ValueError(
+                "model.use_liger_kernel=true and model.torch_compile=true fuse the same operations; "
+                "choose one"
+            )
+        return self

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from dpo_fast.errors import UserError
 from dpo_fast.models.config import LoraSection, ModelSection
+from dpo_fast.models.layers import compile_layers, use_liger_kernel
 from dpo_fast.models.scoring import ScoringModel
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -81,30 +90,55 @@ def load_model(
     section: ModelSection, *, attention: str, implementation: str = "auto",
     workspace_bytes: int | None = None, option: str = "model.path",
 ) -> ScoringModel:  # fmt: skip
-    """The model of a section as a `ScoringModel`, without dropout.
+    """The model of a section as a `ScoringModel`, without dropout, its layers as the section wants them.
 
     Under DeepSpeed's `HfDeepSpeedConfig` at stage 3 the weights are sharded while they load.
     """
-    check_model_path(section.path, option)
-    code = {"trust_remote_code": section.trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(section.path, **code)
-        _without_dropout(config)
+    config = load_model_config(section, option)
+    _without_dropout(config)
+    with _told(section, option):
         model = AutoModelForCausalLM.from_pretrained(
-            section.path, config=config, dtype=DTYPES[section.dtype],
-            attn_implementation=attention, **code,
+            section.path, config=config, dtype=DTYPES[section.dtype], attn_implementation=attention,
+            trust_remote_code=section.trust_remote_code,
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise UserError(
-            f"{option}={section.path}: the model cannot be loaded: {_first(error)}"
-        ) from error
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+    if section.use_liger_kernel:
+        use_liger_kernel(model)
+    if section.torch_compile:
+        compile_layers(model)
     scoring = ScoringModel(model, implementation=implementation, workspace_bytes=workspace_bytes)
     if section.lora is not None:
         add_lora(scoring, section.lora)
     return scoring
+
+
+def load_model_config(section: ModelSection, option: str = "model.path") -> PretrainedConfig:
+    """The configuration of the model of a section, and nothing else of it."""
+    check_model_path(section.path, option)
+    with _told(section, option):
+        return AutoConfig.from_pretrained(section.path, trust_remote_code=section.trust_remote_code)
+
+
+def load_skeleton(section: ModelSection, option: str = "model.path") -> PreTrainedModel:
+    """The model of a section on the meta device: modules and shapes in its dtype, but no weights."""
+    config = load_model_config(section, option)
+    with _told(section, option), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=DTYPES[section.dtype], trust_remote_code=section.trust_remote_code
+        )
+
+
+@contextlib.contextmanager
+def _told(section: ModelSection, option: str):
+    """What keeps a model from loading, as an error that names the option and its value."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise UserError(
+            f"{option}={section.path}: the model cannot be loaded: {_first(error)}"
+        ) from error
 
 
 def _without_dropout(config) -> None:
