@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import shutil
 import tempfile
@@ -61,11 +62,15 @@ class PairDataset:
         """Token counts, int64 [pairs], under prompt, chosen and rejected."""
         return {name: values[self._rows] for name, values in _lengths(self._table).items()}
 
+    @functools.cached_property
+    def digests(self) -> pyarrow.Array:
+        """sha256 of each pair's token ids, binary [pairs]; the same on every machine."""
+        return self._table.data.column("digest").take(self._rows).combine_chunks()
+
     @property
     def fingerprint(self) -> str:
         """sha256 hex of all token ids, in order; the same on every machine."""
-        digests = self._table.data.column("digest").to_numpy()[self._rows]
-        return hashlib.sha256(b"".join(digests)).hexdigest()
+        return hashlib.sha256(b"".join(self.digests.to_numpy(zero_copy_only=False))).hexdigest()
 
 
 def load_pairs(

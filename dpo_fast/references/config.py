@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class ReferenceSection(BaseModel):
@@ -22,6 +22,24 @@ class ReferenceSection(BaseModel):
     )
     cache_dir: str | None = Field(
         None,
-        description="folder of a stored reference (cached); a stored one that does not fit this run "
-        "is an error; default: output_dir/reference, by content",
+        description="stored references (cached): one folder, or several below this one; one of "
+        "another model, or without this run's pairs, is an error; default: output_dir/reference, by "
+        "content",
     )
+    per_token: bool = Field(
+        False, description="store the log-prob of every token beside the sums (cached)"
+    )
+    offload: bool | None = Field(
+        None,
+        description="parameters of a second model (frozen, or cached with a path) in CPU memory "
+        "between uses, at ZeRO stage 3; default: as parallel.offload_parameters",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> ReferenceSection:
+        if self.per_token and self.provider != "cached":
+            raise ValueError(
+                f"reference.per_token=true is not used by provider={self.provider}; remove it, or "
+                "choose cached"
+            )
+        return self

@@ -1,25 +1,31 @@
-"""The reference of a run: which provider, and the stored table, found or computed."""
+"""The reference of a run: which provider, and the stored one, found or computed by all ranks."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from dpo_fast.data.sampler import Sampler
 from dpo_fast.models import load_model
+from dpo_fast.models.load import DTYPES
+from dpo_fast.models.separation import check_separation
 from dpo_fast.references import (
     AdapterOffReference,
     CachedReference,
     FrozenReference,
     NoReference,
-    compute_table,
 )
-from dpo_fast.references.cached import key_of, load_table, model_digest, save_table
-from dpo_fast.training import distributed
+from dpo_fast.references.cached import open_reference
+from dpo_fast.references.identity import model_digest
+from dpo_fast.references.store import Place, Request, default_place, find_stored, named_place
 from dpo_fast.training.config import RunConfig
-from dpo_fast.training.engine import build_reference_engine
-from dpo_fast.training.progress import say, track
+from dpo_fast.training.engine import (
+    build_reference_engine,
+    reference_config,
+    shard_while_loading,
+)
+from dpo_fast.training.reference_parts import compute_reference, from_main
 from dpo_fast.training.split import Split
 
 
@@ -30,61 +36,88 @@ def build_references(config, engine, model, splits, attention, head, ds_config) 
         return {split.name: NoReference() for split in splits}
     if provider == "adapter_off":
         return {s.name: AdapterOffReference(engine, model.adapter_off) for s in splits}
-    path = config.reference.path
 
     def second_model():
-        section = config.model.model_copy(update={"path": path or config.model.path, "lora": None})
-        option = "reference.path" if path else "model.path"
-        loaded = load_model(section, attention=attention, option=option, **head)
-        return build_reference_engine(config, loaded.to(engine.device), ds_config)
+        return load_reference_engine(config, attention, head, ds_config, engine.device)
 
     if provider == "frozen":
         frozen = FrozenReference(second_model())
         return {split.name: frozen for split in splits}
-    scorer = second_model if path else lambda: engine
+    scorer = second_model if config.reference.path else lambda: engine
     return cached_references(config, scorer, engine.device, splits)
 
 
-def cached_references(config: RunConfig, make_scorer, device, splits: list[Split]) -> dict:
-    """Load what is stored and fits; compute and store the rest."""
-    references, scorer = {}, None
+def load_reference_engine(config: RunConfig, attention: str, head: dict, ds_config: dict, device):
+    """The reference model, without adapters: a frozen scorer, sharded at stage 3."""
+    option = "reference.path" if config.reference.path else "model.path"
+    ds_config = reference_config(config, ds_config)
+    keep_alive = shard_while_loading(config, ds_config)
+    model = load_model(config.reference_model, attention=attention, option=option, **head)
+    del keep_alive
+    scorer = build_reference_engine(config, model.to(device), ds_config)
+    if config.train.layout != "padded":
+        vocabulary = model.causal_lm.config.get_text_config().vocab_size
+        dtype = DTYPES[config.model.dtype]
+        check_separation(scorer, config.train.layout, vocabulary, device, dtype)
+    return scorer
+
+
+def cached_references(
+    config: RunConfig, make_scorer: Callable, device, splits: list[Split]
+) -> dict[str, CachedReference]:
+    """What is stored and fits, loaded; the rest is computed and stored first."""
+    per_token = config.reference.per_token
+    return {
+        stored.split.name: open_reference(
+            stored.folders, stored.split.pairs.digests, per_token, device
+        )
+        for stored in store_references(config, make_scorer, device, splits)
+    }
+
+
+@dataclass(frozen=True)
+class StoredReference:
+    """Folders that hold a split's reference, and the seconds that computing took; None: it was there."""
+
+    split: Split
+    folders: list[Path]
+    seconds: float | None
+
+
+def store_references(
+    config: RunConfig, make_scorer: Callable, device, splits: list[Split]
+) -> list[StoredReference]:
+    """Find the stored reference of each split, or compute it. Collective.
+
+    make_scorer: gives the scorer; called once, and only if something is to be computed.
+
+    Raises:
+        UserError: what is stored is damaged or does not fit, or it cannot be written.
+        Interrupted: after SIGINT or SIGTERM, while computing.
+    """
+    path = config.reference.path or config.model.path
+    model = from_main(lambda: model_digest(path, config.model.trust_remote_code))
+    scorer, results = None, []
     for split in splits:
-        manifest = {
-            "format": 1,
-            "model": model_digest(config.reference.path or config.model.path),
-            "data": split.pairs.fingerprint,
-            "rows": len(split.pairs),
-            "dtype": config.model.dtype,
-        }
-        root = config.reference.cache_dir
-        default = Path(config.train.output_dir) / "reference" / f"{split.name}-{key_of(manifest)}"
-        folder = Path(root) / split.name if root else default
-        table = load_table(folder, manifest)
-        # All ranks read before any computes: one that saw the folder appear would not take part.
-        distributed.barrier()
-        if table is None:
+        request = Request(
+            split.name, split.pairs, model, config.model.dtype, config.reference.per_token
+        )
+        place, folders = from_main(lambda request=request: _look(config, request))
+        seconds = None
+        if folders is None:
             scorer = scorer or make_scorer()
-            table = compute_reference(scorer, split, device)
-            if distributed.is_main():
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                save_table(folder, table, manifest)
-            distributed.barrier()
-        references[split.name] = CachedReference(table.to(device))
-    return references
+            start = time.monotonic()
+            compute_reference(scorer, config, split, request, place.own, device)
+            seconds, folders = time.monotonic() - start, [place.own]
+        results.append(StoredReference(split, folders, seconds))
+    return results
 
 
-def compute_reference(scorer, split: Split, device) -> torch.Tensor:
-    """Reference log-probabilities of a whole split, [rows, 2] fp32; every rank scores its share."""
-    world = distributed.world_size()
-    say(f"computing the reference log-probs of {len(split.pairs)} pairs ({split.name}), once")
-    micro = split.sampler.micro_pairs
-    ordered = Sampler(len(split.pairs), micro * world, micro, world, shuffle=False)
-    walk = Split(split.name, split.pairs, ordered, split.layout, split.pad_id)
-    was_training = getattr(scorer, "training", False)
-    scorer.eval()
-    batches = track(
-        walk.all_batches(), f"reference log-probs ({split.name})", ordered.steps_per_epoch
-    )
-    table = compute_table(scorer, (batch.to(device) for batch in batches), len(split.pairs))
-    scorer.train(was_training)
-    return table
+def _look(config: RunConfig, request: Request) -> tuple[Place, list[Path] | None]:
+    """Where the reference of a request belongs, and the folders that hold it, if any do."""
+    root = config.reference.cache_dir
+    if root is None:
+        place = default_place(config.train.output_dir, request)
+    else:
+        place = named_place(root, request)
+    return place, find_stored(place, request)

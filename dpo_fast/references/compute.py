@@ -1,0 +1,90 @@
+"""Reference log-probabilities of a part of a data set, scored by all ranks together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pyarrow
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dpo_fast.data.batch import ScoredBatch
+from dpo_fast.data.dataset import PairDataset
+from dpo_fast.data.packing import Costs
+from dpo_fast.errors import UserError
+from dpo_fast.models.scoring import forward_arguments
+from dpo_fast.ops.preference import sum_sequences
+from dpo_fast.references.artefact import SUMS, TOKENS
+from dpo_fast.references.live import Scorer
+
+
+def length_batches(
+    rows: Iterable[int], costs: Costs, pairs: int | None, tokens: int | None = None
+) -> list[list[int]]:
+    """Rows in batches of `pairs`, or of at most `tokens`, from the longest to the shortest.
+
+    costs: what every pair of the data set takes in the layout. Alike pairs go together, so little is
+    padded and ranks take about as long. Batches, and so the values, do not depend on the ranks.
+    """
+    ordered = sorted(rows, key=lambda row: (-costs.alone_I[row], row))
+    if tokens is not None:
+        return costs.bins(tokens, ordered)
+    return [ordered[start : start + pairs] for start in range(0, len(ordered), pairs)]
+
+
+@torch.no_grad()
+def score_part(
+    scorer: Scorer, batches: Iterable[ScoredBatch], rows: range, lengths_S: Tensor, device
+) -> Tensor:
+    """Log-probability of every scored token of a part, fp32 [T] on the CPU, on every rank.
+
+    Each rank brings its own batches, which together hold every row once, and all the same number of
+    them, since a sharded model is gathered together. lengths_S: scored tokens of the part's sequences.
+    """
+    pair_tokens = lengths_S.view(-1, 2).sum(1)
+    ends = pair_tokens.cumsum(0)
+    values_T = torch.zeros(int(lengths_S.sum()), device=device)
+    for batch in batches:
+        local = (batch.indices_P - rows.start).tolist()
+        places = [torch.arange(ends[row] - pair_tokens[row], ends[row]) for row in local]
+        batch = batch.to(device)
+        logp_T = scorer(**forward_arguments(batch))["logp"].float()
+        if places:
+            values_T[torch.cat(places).to(device)] = logp_T
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values_T)  # one rank's value plus zeros: exact
+    return values_T.cpu()
+
+
+def part_table(
+    values_T: Tensor, lengths_S: Tensor, pairs: PairDataset, rows: range, per_token: bool
+) -> pyarrow.Table:
+    """The rows of a part, from the log-probabilities of its tokens.
+
+    Raises:
+        UserError: one of them is not finite.
+    """
+    sums_P2 = sum_sequences(values_T, lengths_S).view(-1, 2)
+    finite = sums_P2.isfinite().all(1)
+    if not finite.all():
+        bad = (~finite).nonzero().flatten().tolist()
+        raise UserError(
+            f"the reference log-probs of {len(bad)} pairs are not finite, the first "
+            f"{pairs.where(rows[bad[0]])}; look at the reference model and at model.dtype"
+        )
+    columns = {
+        "digest": pairs.digests.slice(rows.start, len(rows)),
+        "where": pyarrow.array([pairs.where(row) for row in rows], pyarrow.string()),
+    }
+    columns |= {name: sums_P2[:, side].numpy() for side, name in enumerate(SUMS)}
+    counts_P2 = lengths_S.view(-1, 2).to(torch.int32)
+    for side, name in enumerate(("chosen_tokens", "rejected_tokens")):
+        columns[name] = counts_P2[:, side].numpy()
+    if per_token:
+        ends = np.concatenate([[0], lengths_S.cumsum(0).numpy()]).astype(np.int32)
+        sequences = pyarrow.ListArray.from_arrays(ends, values_T.numpy())
+        for side, name in enumerate(TOKENS):
+            columns[name] = sequences.take(pyarrow.array(range(side, 2 * len(rows), 2)))
+    return pyarrow.table(columns)

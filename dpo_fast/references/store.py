@@ -1,0 +1,115 @@
+"""Where a run's stored reference lies, and whether what lies there serves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow
+
+from dpo_fast.data.dataset import PairDataset
+from dpo_fast.errors import UserError
+from dpo_fast.references.artefact import (
+    FORMAT,
+    MANIFEST,
+    REMEDY,
+    differences,
+    read_manifest,
+    read_rows,
+)
+from dpo_fast.references.cached import find_rows
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a split asks of a stored reference."""
+
+    name: str
+    pairs: PairDataset
+    model: str
+    dtype: str
+    per_token: bool = False
+
+    @property
+    def must_match(self) -> dict:
+        """What changes the values. One with token values also serves whoever wants the sums alone."""
+        identity = {"format": FORMAT, "model": self.model, "dtype": self.dtype}
+        return identity | ({"per_token": True} if self.per_token else {})
+
+    @property
+    def manifest(self) -> dict:
+        """What an artefact made for this request is made of."""
+        content = {"data": self.pairs.fingerprint, "rows": len(self.pairs)}
+        return self.must_match | {"per_token": self.per_token} | content
+
+
+@dataclass(frozen=True)
+class Place:
+    """`own`: the folder that a request's reference is computed into; `others`: folders that may hold
+    its pairs as well."""
+
+    own: Path
+    others: tuple[Path, ...] = ()
+
+    @property
+    def stored(self) -> list[Path]:
+        """The folders that are there."""
+        return [folder for folder in (self.own, *self.others) if folder.exists()]
+
+
+def default_place(output_dir: str, request: Request) -> Place:
+    """Beside the run, under a name that changes with anything in the manifest."""
+    text = json.dumps(request.manifest, sort_keys=True)
+    key = hashlib.sha256(text.encode()).hexdigest()[:12]
+    return Place(Path(output_dir) / "reference" / f"{request.name}-{key}")
+
+
+def named_place(cache_dir: str, request: Request) -> Place:
+    """A folder that the user names: an artefact, or a folder of them, of which every one may serve."""
+    root = Path(cache_dir).expanduser()
+    if (root / MANIFEST).exists():
+        return Place(root)
+    if root.exists() and not root.is_dir():
+        raise UserError(f"reference.cache_dir={cache_dir} is a file; expected a folder")
+    own = root / request.name
+    # A folder that is still being written has a name that begins with a point.
+    found = (file.parent for file in sorted(root.glob(f"*/{MANIFEST}")))
+    return Place(own, tuple(x for x in found if x != own and not x.name.startswith(".")))
+
+
+def find_stored(place: Place, request: Request) -> list[Path] | None:
+    """Folders that together hold every pair of a request, or None if it is yet to be computed.
+
+    Raises:
+        UserError: what is stored is damaged, belongs to another model, or lacks some of the pairs.
+    """
+    fitting, misfits = [], []
+    for folder in place.stored:
+        difference = differences(read_manifest(folder), request.must_match)
+        if difference:
+            misfits.append(f"reference {folder} was computed for something else: {difference}")
+        else:
+            fitting.append(folder)
+    missing = _missing(fitting, request.pairs)
+    if not missing:
+        return fitting
+    if misfits:
+        raise UserError(f"{misfits[0]}. {REMEDY[0].upper()}{REMEDY[1:]}")
+    if place.own.exists():
+        raise UserError(
+            f"reference {place.own} was computed for other data: {len(missing)} of "
+            f"{len(request.pairs)} pairs ({request.name}) are not in it, the first "
+            f"{request.pairs.where(missing[0])}; {REMEDY}"
+        )
+    return None
+
+
+def _missing(folders: list[Path], pairs: PairDataset) -> list[int]:
+    """Rows of the pairs that no folder holds."""
+    if not folders:
+        return list(range(len(pairs)))
+    table = pyarrow.concat_tables([read_rows(folder, ["digest"]) for folder in folders])
+    absent = find_rows(table, pairs.digests).is_null().to_numpy(zero_copy_only=False)
+    return absent.nonzero()[0].tolist()

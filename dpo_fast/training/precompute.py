@@ -1,0 +1,75 @@
+"""`dpo-fast reference`: the stored reference of a configuration, without training."""
+
+from __future__ import annotations
+
+from dpo_fast.errors import UserError
+from dpo_fast.models import load_tokenizer
+from dpo_fast.training import distributed
+from dpo_fast.training.choices import choose
+from dpo_fast.training.config import RunConfig
+from dpo_fast.training.engine import deepspeed_config
+from dpo_fast.training.prepare import check, check_positions, check_vocabulary
+from dpo_fast.training.references import (
+    StoredReference,
+    load_reference_engine,
+    store_references,
+)
+from dpo_fast.training.split import load_split
+
+
+def precompute(config: RunConfig) -> list[StoredReference]:
+    """Find or compute the reference of every split; no model is loaded where all is there. Collective.
+
+    Raises:
+        UserError: the run stores no reference, or something does not fit.
+        Interrupted: after SIGINT or SIGTERM, while computing.
+    """
+    check_provider(config)
+    config = without_training(config)
+    check(config)
+    distributed.init_distributed(config.parallel.timeout_minutes)
+    choices = choose(config)
+    config = choices.applied(config)
+    tokenizer = load_tokenizer(config.model)
+    names = ("train", "eval") if config.data.has_eval else ("train",)
+    splits = [load_split(config, tokenizer, name, shuffle=False) for name in names]
+
+    def make_scorer():
+        ds_config = deepspeed_config(config, distributed.world_size(), accumulation=1)
+        head = {
+            "implementation": config.train.implementation,
+            "workspace_bytes": config.train.workspace_bytes,
+        }
+        attention = choices.reference_attention.name
+        scorer = load_reference_engine(config, attention, head, ds_config, distributed.device())
+        model = getattr(scorer, "module", scorer)
+        check_vocabulary(model, tokenizer)
+        check_positions(model, splits)
+        return scorer
+
+    return store_references(config, make_scorer, distributed.device(), splits)
+
+
+def check_provider(config: RunConfig) -> None:
+    """Raises UserError unless the run reads its reference from a folder."""
+    provider = config.reference_provider
+    if provider == "cached":
+        return
+    if "provider" in config.reference.model_fields_set:
+        raise UserError(
+            f"reference.provider={provider} stores nothing; `dpo-fast reference` needs "
+            "reference.provider=cached"
+        )
+    raise UserError(
+        f"loss.type={', '.join(config.loss.names)} compares with no reference, so there is nothing to "
+        "compute; set reference.provider=cached to store one all the same"
+    )
+
+
+def without_training(config: RunConfig) -> RunConfig:
+    """The same without what concerns updates, so that any number of ranks may compute."""
+    pairs = (config.train.micro_pairs or 1) * distributed.world_size()
+    updates = {"global_pairs": pairs, "resume_from_checkpoint": False}
+    train = config.train.model_copy(update=updates)
+    log = config.log.model_copy(update={"report_to": []})
+    return config.model_copy(update={"train": train, "log": log})
