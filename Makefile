@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench aot clean
+.PHONY: demo test lint bench bench-train aot clean
 
 demo: $(STAMP)
 	$(BIN)/dpo-fast demo
@@ -20,6 +20,10 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,dev,bench]"
 	$(BIN)/dpo-fast bench kernels
+
+bench-train: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,dev,bench]"
+	$(BIN)/dpo-fast bench train
 
 aot: $(STAMP)
 	$(BIN)/python -m benchmarks.aot

@@ -109,17 +109,17 @@ def _resident_peak(name: str, case: Case) -> float:
     run = contender.build(case, operation.inputs(case, 1))
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # else the peak hides in what the heap has kept
-    before = _resident()
+    before = resident()
     Path("/proc/self/clear_refs").write_text("5")  # the largest resident size starts again here
     outputs = run()
-    return max(0.0, (_largest() - before - output_bytes(outputs)) / MIB)
+    return max(0.0, (largest_resident() - before - output_bytes(outputs)) / MIB)
 
 
-def _resident() -> int:
+def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def _largest() -> int:
+def largest_resident() -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) * 1024

@@ -47,13 +47,15 @@ class Options:
         return wanted and not any(fnmatch.fnmatchcase(name, p) for p in self.skip)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Mistakes are a UserError, as everywhere."""
+
     def error(self, message: str):
         raise UserError(f"{message}; --help lists the options")
 
 
 def parser() -> argparse.ArgumentParser:
-    made = _Parser(
+    made = Parser(
         "bench kernels", description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = made.add_argument
@@ -78,15 +80,17 @@ def parser() -> argparse.ArgumentParser:
 def parse(arguments: list[str]) -> Options:
     """Options of the command line, checked."""
     given = parser().parse_args(arguments)
-    device = _device(given.device)
-    modes = _names("--modes", given.modes, MODES)
+    device = choose_device(given.device)
+    modes = choose_names("--modes", given.modes, MODES)
     usual = suite.DTYPES[device][: 1 if given.quick else None]
-    dtypes = _names("--dtypes", given.dtypes, tuple(DTYPES)) or usual
-    operations = _names("--ops", given.ops, tuple(OPERATIONS)) or tuple(OPERATIONS)
-    only, skip = (_patterns(f"--{n}", getattr(given, n)) for n in ("only", "skip"))
+    dtypes = choose_names("--dtypes", given.dtypes, tuple(DTYPES)) or usual
+    operations = choose_names("--ops", given.ops, tuple(OPERATIONS)) or tuple(OPERATIONS)
+    only, skip = (
+        patterns(f"--{n}", getattr(given, n), contender_names()) for n in ("only", "skip")
+    )
     if given.plots and importlib.util.find_spec("matplotlib") is None:
         raise UserError(f"--plots {given.plots} needs matplotlib: pip install matplotlib")
-    repeats = None if given.repeats is None else _whole("--repeats", given.repeats)
+    repeats = None if given.repeats is None else whole("--repeats", given.repeats)
     options = Options(
         groups=tuple(_groups(given, operations, device, dtypes, modes)),
         only=only,
@@ -123,7 +127,7 @@ def _groups(given, operations, device: str, dtypes, modes) -> list[Group]:
         raise UserError(f"--growth is about linear_logp, which --ops {given.ops} leaves out")
     head = _head(given.shape) if given.shape else None
     parts = given.tokens.split(",") if given.tokens else []
-    tokens = [_whole("--tokens", part) for part in parts]
+    tokens = [whole("--tokens", part) for part in parts]
     usual_head, usual_tokens = suite.CURVE[device]
     points = [suite.QUICK] if given.quick else suite.POINTS[device]
     if head or tokens:
@@ -142,7 +146,7 @@ def _groups(given, operations, device: str, dtypes, modes) -> list[Group]:
     return groups
 
 
-def _device(name: str | None) -> str:
+def choose_device(name: str | None) -> str:
     there = torch.cuda.is_available()
     if name is None:
         return "cuda" if there else "cpu"
@@ -155,7 +159,7 @@ def _device(name: str | None) -> str:
     return name
 
 
-def _names(option: str, text: str | None, known: tuple[str, ...]) -> tuple[str, ...]:
+def choose_names(option: str, text: str | None, known: tuple[str, ...]) -> tuple[str, ...]:
     """The known names in a list, each once; () where the option is not given."""
     names = [] if text is None else [name.strip() for name in text.split(",")]
     for name in names:
@@ -166,17 +170,19 @@ def _names(option: str, text: str | None, known: tuple[str, ...]) -> tuple[str, 
     return tuple(dict.fromkeys(names))
 
 
-def _patterns(option: str, patterns: list[str] | None) -> tuple[str, ...]:
-    names = contender_names()
-    for pattern in patterns or ():
-        if not fnmatch.filter(names, pattern):
-            close = difflib.get_close_matches(pattern, names, 1)
-            remedy = f"did you mean {close[0]!r}?" if close else f"choose from: {'; '.join(names)}"
+def patterns(
+    option: str, given: list[str] | None, known: tuple[str, ...] | list[str]
+) -> tuple[str, ...]:
+    """Patterns that each match one of the known names. Raises UserError."""
+    for pattern in given or ():
+        if not fnmatch.filter(known, pattern):
+            close = difflib.get_close_matches(pattern, known, 1)
+            remedy = f"did you mean {close[0]!r}?" if close else f"choose from: {'; '.join(known)}"
             raise UserError(f"{option} {pattern!r} matches no contender; {remedy}")
-    return tuple(patterns or ())
+    return tuple(given or ())
 
 
-def _whole(option: str, text: str) -> int:
+def whole(option: str, text: str) -> int:
     try:
         value = int(text)
     except ValueError:

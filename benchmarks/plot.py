@@ -33,10 +33,7 @@ MARKERS = ("o", "s", "^", "D")
 
 def draw(files: list[Path], folder: Path, form: str = "svg") -> list[Path]:
     """Every picture that the rows allow; returns their paths."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "dpo_fast", "font.size": 9}
+    begin()
     rows = [row for file in files for row in read(file)]
     heads = [row for row in rows if row["op"] == "linear_logp" and row["impl"] != COPY]
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +45,15 @@ def draw(files: list[Path], folder: Path, form: str = "svg") -> list[Path]:
         if id(row) not in in_curves:
             points[row["device"], int(row["T"]), int(row["D"]), int(row["V"])].append(row)
     pictures += [_bars(key, found) for key, found in points.items()]
-    return [_save(figure, folder / f"{name}.{form}") for name, figure in pictures]
+    return [save(figure, folder / f"{name}.{form}") for name, figure in pictures]
+
+
+def begin() -> None:
+    """The same look, and the same rows the same file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "dpo_fast", "font.size": 9}
 
 
 def _curves(rows: list[dict]) -> dict[tuple, list[dict]]:
@@ -79,7 +84,7 @@ def _curve(key: tuple, rows: list[dict]):
     lines, labels = axes[0].get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside right center", frameon=False, fontsize=8)
     figure.suptitle(f"{_words(mode)}, D {D:.0f}, V {V:.0f}, {dtype}, {device}", fontsize=10)
-    return f"growth_D{D:.0f}_V{V:.0f}_{mode}_{dtype}_{_short(device)}", figure
+    return f"growth_D{D:.0f}_V{V:.0f}_{mode}_{dtype}_{short_device(device)}", figure
 
 
 def _label(name: str, rows: list[dict]) -> str:
@@ -120,7 +125,7 @@ def _bars(key: tuple, rows: list[dict]):
         "time / time of as many bare products [G] as stand beside the name", fontsize=9
     )
     figure.suptitle(f"T {T}, D {D}, V {V}, {device}", fontsize=10)
-    return f"bars_T{T}_D{D}_V{V}_{_short(device)}", figure
+    return f"bars_T{T}_D{D}_V{V}_{short_device(device)}", figure
 
 
 def _panel(axis, rows: list[dict]) -> None:
@@ -129,7 +134,7 @@ def _panel(axis, rows: list[dict]) -> None:
     rest = [row for row in rows if row["note"]]
     for place, row in enumerate(timed + rest):
         x = row["x_of_bare_gemm"] or 0.0
-        axis.barh(place, x, color=_colour(row["impl"]), height=0.72)
+        axis.barh(place, x, color=colour(row["impl"]), height=0.72)
         peak = f", {row['peak_mib']:.0f} MiB" if row["peak_mib"] != "" else ""
         told = f"{x:.2f}  ({_digits(row['ms_p50'])} ms{peak})" if x else row["note"].split(":")[0]
         axis.text(x, place, f" {told}", va="center", fontsize=7)
@@ -149,16 +154,16 @@ def _in_order(rows: list[dict]) -> list[str]:
     return list(dict.fromkeys(row["impl"] for row in rows))
 
 
-def _colour(name: str) -> str:
+def colour(name: str) -> str:
     return next((colour for start, colour in FAMILIES.items() if name.startswith(start)), "#555555")
 
 
 def _look(name: str, names: list[str]) -> dict:
     """Same family, same colour; its members differ in line and marker."""
-    family = [other for other in names if _colour(other) == _colour(name)]
+    family = [other for other in names if colour(other) == colour(name)]
     place = family.index(name) % len(STYLES)
     width = 2.0 if name.startswith("dpo_fast") else 1.2
-    look = {"color": _colour(name), "linestyle": STYLES[place], "marker": MARKERS[place]}
+    look = {"color": colour(name), "linestyle": STYLES[place], "marker": MARKERS[place]}
     return look | {"linewidth": width, "markersize": 3.5}
 
 
@@ -167,11 +172,11 @@ def _words(mode: str) -> str:
     return words.get(mode, "trainable head, forward + backward")
 
 
-def _short(device: str) -> str:
+def short_device(device: str) -> str:
     return "cpu" if device.startswith("cpu") else device.removeprefix("NVIDIA ").replace(" ", "-")
 
 
-def _save(figure, path: Path) -> Path:
+def save(figure, path: Path) -> Path:
     import matplotlib.pyplot as plt
 
     metadata = {"Date": None} if path.suffix == ".svg" else None  # the same rows, the same file

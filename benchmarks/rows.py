@@ -63,10 +63,10 @@ def row(case: Case, impl: str, **values) -> dict:
         **environment(case.device),
         **values,
     }
-    return {name: _short(value) for name, value in base.items()}
+    return {name: shortened(value) for name, value in base.items()}
 
 
-def _short(value):
+def shortened(value):
     """Six digits are more than a clock has."""
     if value is None:
         return ""

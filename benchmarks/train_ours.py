@@ -1,0 +1,94 @@
+"""Our training step: the trainer's own configuration, engine, batches and `train_step`."""
+
+from __future__ import annotations
+
+import importlib
+from unittest import mock
+
+from benchmarks.train_case import Contender, Task
+
+
+def watch(task: Task) -> None:
+    """The time in our head, from now on."""
+    module = importlib.import_module(
+        "dpo_fast.ops.linear_logp"
+    )  # the package has a function so named
+    task.spans.watch_autograd(module._LinearLogp, "head")
+
+
+def tree(contender: Contender, task: Task) -> dict:
+    """The configuration of a run."""
+    train = {
+        "output_dir": str(task.folder / contender.name.replace(" ", "-").replace(",", "")),
+        "global_pairs": task.global_pairs, "layout": contender.layout, "seed": task.seed,
+        "learning_rate": task.learning_rate, "lr_scheduler_type": "constant", "warmup_ratio": 0.0,
+        "max_grad_norm": task.max_grad_norm, "max_steps": task.steps,
+        "micro_pairs": task.micro_pairs(contender.layout),
+    }  # fmt: skip
+    return {
+        "model": {
+            "path": str(task.model), "dtype": task.dtype,
+            "gradient_checkpointing": contender.checkpointing,
+        },
+        "data": {
+            "train": str(task.data), "max_length": task.max_length, "truncation": "error",
+            "cache_dir": str(task.folder / "cache"),
+        },
+        "reference": {"provider": "cached" if contender.stored else "frozen"},
+        "train": train,
+        "parallel": {"zero_stage": task.zero_stage},
+    }  # fmt: skip
+
+
+class Ours:
+    """`step` takes one optimiser step and returns its loss. computed: token positions that went through
+    the policy's backbone, by step. reference_seconds: to make the stored table."""
+
+    def __init__(self, contender: Contender, task: Task) -> None:
+        from dpo_fast.training import references
+        from dpo_fast.training.config import build_config
+        from dpo_fast.training.metrics import MetricSums
+        from dpo_fast.training.prepare import check, prepare
+
+        config = build_config(tree(contender, task), contender.name)
+        check(config)
+        self.task, self.computed = task, {}
+        compute = task.spans.timed(references.compute_reference, "table")
+        with mock.patch.object(references, "compute_reference", compute):
+            self.run = prepare(config)
+        self.reference_seconds = task.spans.take().get("table")
+        self.reference = task.spans.timed(self.run.references["train"], "reference")
+        self.sums = MetricSums(self.run.engine.device)
+        self._check_data()
+
+    def _check_data(self) -> None:
+        for index, row in enumerate(self.task.rows):
+            pair = self.run.train.pairs[index]
+            for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+                if list(pair[name]) != row[name]:
+                    raise ValueError(f"other token ids than in the data: {name} of pair {index}")
+        for step, rows in enumerate(self.task.order):
+            if sorted(self.run.train.sampler.global_batch(step)) != sorted(rows):
+                raise ValueError(f"other pairs than in the task: step {step}")
+
+    def step(self, number: int) -> float:
+        from dpo_fast.training.step import train_step
+
+        run = self.run
+        totals = run.train.totals(run.train.sampler.global_batch(number))
+        share = train_step(
+            run.engine, self._counted(number), run.config.loss.objective, self.reference, totals,
+            self.sums,
+        )  # fmt: skip
+        self.sums.step()
+        return share.item()
+
+    def _counted(self, number: int):
+        self.computed[number] = 0
+        for batch in self.run.train.batches(number):
+            self.computed[number] += batch.input_ids.numel()
+            yield batch
+
+    def close(self) -> None:
+        self.run.engine.destroy()
+        self.run = self.reference = None

@@ -1,0 +1,126 @@
+"""Rows of `bench train`: one per contender, with versions, device, commit and date in each."""
+
+from __future__ import annotations
+
+import csv
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+
+from benchmarks.rows import environment, shortened
+from benchmarks.timing import summary
+from benchmarks.train_case import WARM_UP, Task
+from benchmarks.train_measure import Result
+from benchmarks.train_model import Sizes
+
+BASE, BASE_STORED = "trl", "trl, precomputed"
+NUMBERS = (
+    "parameters", "global_pairs", "micro_pairs", "rounds", "s_p20", "s_p50", "s_p80", "pairs_per_s",
+    "tokens_per_s", "x_of_trl", "x_of_trl_precomputed", "mfu", "mfu_once", "matmul_tflops",
+    "data_tokens", "once_tokens", "scored_tokens", "computed_tokens", "flops", "flops_once",
+    "head_share", "reference_share", "reference_seconds", "peak_mib", "first_loss", "last_loss",
+    "loss_err",
+)  # fmt: skip
+COLUMNS = (
+    "impl", "model", "dtype", "data", "layout", "reference", "checkpointing", *NUMBERS, "max_length",
+    "zero_stage", "device", "threads", "torch", "triton", "transformers", "deepspeed", "trl", "driver",
+    "commit", "date", "note",
+)  # fmt: skip
+
+
+def table(
+    results: list[Result], task: Task, model: str, data: str, sizes: Sizes, matmul: float
+) -> list[dict]:
+    """matmul: flops a second of the bare product."""
+    shared = _shared(task, model, data, sizes, matmul)
+    rows = [
+        dict.fromkeys(COLUMNS, "") | shared | _told(result, task)
+        | ({} if result.note else _measured(result, task, matmul))
+        for result in results
+    ]  # fmt: skip
+    for base, column in ((BASE, "x_of_trl"), (BASE_STORED, "x_of_trl_precomputed")):
+        seconds = {row["impl"]: row["s_p50"] for row in rows}.get(base)
+        for row in rows:
+            if seconds and row["s_p50"]:
+                row[column] = seconds / row["s_p50"]
+    return [{name: shortened(row[name]) for name in COLUMNS} for row in rows]
+
+
+def _shared(task: Task, model: str, data: str, sizes: Sizes, matmul: float) -> dict:
+    """What is the same in every row."""
+    works = task.works[WARM_UP:]
+    return environment(task.device) | {
+        "model": model, "parameters": sizes.parameters, "data": data, "dtype": task.dtype,
+        "global_pairs": task.global_pairs, "max_length": task.max_length,
+        "matmul_tflops": matmul / 1e12, "rounds": len(works),
+        "data_tokens": _mean(work.tokens for work in works),
+        "once_tokens": _mean(work.once for work in works),
+        "scored_tokens": _mean(work.scored for work in works),
+        "flops": _mean(work.flops for work in works),
+        "flops_once": _mean(work.flops_once for work in works),
+        **{name: _version(name) for name in ("transformers", "deepspeed", "trl")},
+    }  # fmt: skip
+
+
+def _told(result: Result, task: Task) -> dict:
+    """What a contender is, and how it was checked, timed or not."""
+    contender, losses = result.contender, result.losses
+    return {
+        "impl": contender.name, "layout": contender.layout or "padded",
+        "reference": "stored" if contender.stored else "live",
+        "checkpointing": "yes" if contender.checkpointing else "no",
+        "micro_pairs": task.micro_pairs(contender.layout),
+        "zero_stage": task.zero_stage if contender.ours else "",
+        "first_loss": losses[0] if losses else "", "last_loss": losses[-1] if losses else "",
+        "loss_err": result.loss_err, "note": result.note,
+    }  # fmt: skip
+
+
+def _measured(result: Result, task: Task, matmul: float) -> dict:
+    works, times = task.works[WARM_UP:], summary(result.seconds)
+
+    def rate(count) -> float:
+        """Median over the rounds of what `count` finds in a step's work, by the second."""
+        return median(count(work) / s for work, s in zip(works, result.seconds))
+
+    return {
+        "s_p20": times.p20, "s_p50": times.p50, "s_p80": times.p80,
+        "pairs_per_s": task.global_pairs / times.p50,
+        "tokens_per_s": rate(lambda work: work.tokens),
+        "mfu": rate(lambda work: work.flops) / matmul,
+        "mfu_once": rate(lambda work: work.flops_once) / matmul,
+        "computed_tokens": _mean(result.computed[step] for step in range(WARM_UP, task.steps)),
+        "head_share": median(shares.get("head", 0.0) for shares in result.shares),
+        "reference_share": median(shares.get("reference", 0.0) for shares in result.shares),
+        "reference_seconds": result.reference_seconds, "peak_mib": result.peak_mib,
+    }  # fmt: skip
+
+
+def _mean(values) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read(path: Path) -> list[dict]:
+    """Rows as they were written: numbers as numbers, empty cells as ""."""
+    with path.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    return [
+        {name: float(cell) if cell and name in NUMBERS else cell for name, cell in row.items()}
+        for row in rows
+    ]
