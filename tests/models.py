@@ -28,6 +28,16 @@ def write_model(
     return folder
 
 
+def write_architecture(folder: Path, name: str) -> Path:
+    """A model of tests/architectures.py with the same tokenizer."""
+    from tests.architectures import make
+
+    tokenizer = byte_tokenizer(bos=True)
+    make(name, vocab_size=len(tokenizer), max_position_embeddings=128).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def write_pairs(file: Path, count: int = 24, seed: int = 0) -> Path:
     """Pairs of very unequal lengths, so that a wrong normaliser shows."""
     draw = random.Random(seed)

@@ -60,6 +60,9 @@ OPTIONS = {  # what is wrong: key=value, and what the message must say
     "no adapters": ("reference.provider=adapter_off", "set model.lora"),
     "impossible sizes": ("data.max_prompt_length=4096", "leaves no room for a completion"),
     "batch": ("train.global_pairs=7", "train.global_pairs=7 must be a multiple of micro_pairs"),
+    "two sizes": ("train.tokens_per_batch=512", "train.micro_pairs=4 both say how large"),
+    "endless stream": ("data.streaming=true", "set train.max_steps"),
+    "unused buffer": ("data.stream_buffer=64", "data.stream_buffer=64 is not used"),
     "no steps": ("train.max_steps=0", "train.max_steps=0"),
     "stage": ("parallel.zero_stage=4", "parallel.zero_stage=4"),
     "offload": ("parallel={zero_stage: 1, offload_optimizer: true}", "parallel.zero_stage=2 or more"),
@@ -71,7 +74,11 @@ OPTIONS = {  # what is wrong: key=value, and what the message must say
     "not key=value": ("train.max_steps", "expected section.key=value"),
     "monitor": ("log.report_to=[wandb]", "pip install wandb"),
     "tokenizer folder": ("model.tokenizer=./no-such", "model.tokenizer=./no-such: no such folder"),
-    "flash on a CPU": ("model.attention=flash_attention_2", "does not run on a CPU"),
+    "tokens of no cache": ("reference={provider: frozen, per_token: true}", "per_token=true is not used"),
+    "layers": ("model.checkpoint_layers=3", "checkpoint_layers=3: the model has 2 decoder layers"),
+    "compiled shards": ("model.torch_compile=true", "set parallel.zero_stage=2 or less"),
+    "nothing to offload": ("reference.offload=true", "no second model to offload; choose frozen"),
+    "flash on a CPU": ("model.attention=flash_attention_2", "does not train on a CPU"),
 }  # fmt: skip
 
 
@@ -94,6 +101,24 @@ def test_bad_option(folder, capsys, monkeypatch, what):
     assert message in err
     assert len(err.strip().splitlines()) == 1, err
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("reference.provider=frozen", "reference.provider=frozen stores nothing"),
+        ("loss.type=sft", "loss.type=sft compares with no reference"),
+        ("reference.path=./no-such", "reference.path=./no-such: no such folder"),
+        ("data={streaming: true, train: x}", "data.streaming=true"),
+    ],
+)
+def test_a_reference_that_cannot_be_stored(folder, capsys, monkeypatch, override, message):
+    tree = run_tree(folder)
+    tree["train"]["output_dir"] = str(folder / "never")
+    code, _, err = run(capsys, monkeypatch, "reference", config(folder, tree), override)
+    assert code == 2 and message in err
+    assert len(err.strip().splitlines()) == 1, err
+    assert not (folder / "never").exists()
 
 
 BAD_DATA = {
@@ -162,12 +187,9 @@ def test_data_shows_counts_lengths_and_scored_tokens(folder, capsys, monkeypatch
     assert "24 pairs" in out and "p95" in out and "⟦</s>⟧" in out
 
 
-def test_doctor_says_what_and_why(capsys, monkeypatch):
-    # As DeepSpeed's launcher would call it.
+def test_deepspeeds_launcher_puts_a_word_first(capsys, monkeypatch):
     code, out, _ = run(capsys, monkeypatch, "--local_rank=0", "doctor")
-    assert code == 0
-    for word in ("torch", "deepspeed", "linear_logp", "cpu", "attention, packed"):
-        assert word in out
+    assert code == 0 and "deepspeed" in out
 
 
 def test_train_fails_cleanly_in_a_process_of_its_own_and_on_two_ranks(folder):

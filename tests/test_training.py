@@ -153,7 +153,10 @@ def test_the_resolved_configuration_gives_the_same_run(folder, runs):
 
     for name, tree in runs.items():
         again = load_config(str(folder / name / "config.yaml"))
-        assert again.resolved() == load_tree(tree).resolved(), name
+        asked = load_tree(tree).resolved()
+        if asked["train"]["layout"] == "auto":
+            asked["train"]["layout"] = "shared_prefix"  # what auto was resolved to
+        assert again.resolved() == asked, name
 
 
 @pytest.mark.parametrize("name", ["frozen", "checkpointed"])
@@ -293,6 +296,6 @@ def test_a_stale_reference_is_refused(folder, runs):
         command("train", file), env=ENVIRONMENT, capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 2
-    assert "was computed for something else: data is" in result.stderr
+    assert "was computed for other data" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (folder / "stale" / "metrics.jsonl").exists()

@@ -64,14 +64,63 @@ def train(
 
 
 def _prepare_data(run) -> dict:
-    """Tokenised pairs of each split of a run, by name."""
+    """Tokenised pairs of each split of a run, by name; of a stream its first chunk, which is not stored."""
     from dpo_fast.data.dataset import load_pairs
+    from dpo_fast.data.stream import PairStream
     from dpo_fast.models import load_tokenizer
 
     tokenizer = load_tokenizer(run.model)
+
+    def read(name: str):
+        if name == "train" and run.data.streaming:
+            return PairStream(run.data, tokenizer).read()
+        return load_pairs(run.data, tokenizer, split=name)
+
     names = ("train", "eval") if run.data.has_eval else ("train",)
-    splits = {name: load_pairs(run.data, tokenizer, split=name) for name in names}
-    return {"tokenizer": tokenizer, **splits}
+    return {"tokenizer": tokenizer, **{name: read(name) for name in names}}
+
+
+@app.command()
+def reference(
+    config: Config,
+    overrides: Overrides = None,
+    nproc: Annotated[int, typer.Option(min=1, help="start this many local ranks")] = 1,
+) -> None:
+    """Compute and store the reference log-probs of a run, or go on where that was interrupted.
+
+    A later `train` of the same configuration finds them; another run does with reference.cache_dir.
+    """
+    from dpo_fast.training import distributed
+    from dpo_fast.training.config import load_config
+    from dpo_fast.training.quiet import quiet
+
+    distributed.adopt_slurm()
+    run = load_config(config, overrides or ())
+    quiet()
+    from dpo_fast.training.precompute import check_provider, precompute
+
+    check_provider(run)
+    if nproc > 1:
+        from dpo_fast.cli.launch import launch
+
+        if distributed.world_size() > 1:
+            raise UserError(f"--nproc {nproc} starts ranks itself: leave it out under a launcher")
+        _prepare_data(run)  # here, so that a mistake in it is told once and before ranks start
+        raise typer.Exit(launch(nproc, ["reference", config, *(overrides or ())]))
+    for stored in precompute(run):
+        if distributed.is_main():
+            _show_reference(stored)
+    distributed.leave_distributed()
+
+
+def _show_reference(stored) -> None:
+    pairs = len(stored.split.pairs)
+    done = "was there already"
+    if stored.seconds is not None:
+        done = f"computed at {pairs / stored.seconds:.1f} pairs/s"
+    typer.echo(f"{stored.split.name}: {pairs} pairs, {done}")
+    for folder in stored.folders:
+        typer.echo(f'  pandas.read_parquet("{folder}")')
 
 
 @app.command()
@@ -97,11 +146,29 @@ def data(
 
 
 @app.command()
-def doctor() -> None:
-    """What this machine can run, which implementation the head would use, and why."""
+def doctor(
+    config: Annotated[
+        str | None, typer.Argument(help="YAML file of a run to look at, too", metavar="[CONFIG]")
+    ] = None,
+    overrides: Overrides = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="ranks to reckon with")] = None,
+) -> None:
+    """What this machine can run and why; with CONFIG also what that run would use, and its memory."""
     from dpo_fast.cli.doctor import render
 
-    render(Console())
+    console = Console()
+    render(console)
+    if config is None:
+        return
+    from dpo_fast.training.config import load_config
+    from dpo_fast.training.quiet import quiet
+
+    if nproc is not None:
+        os.environ["WORLD_SIZE"] = str(nproc)
+    quiet()
+    from dpo_fast.cli.doctor_run import render_run
+
+    render_run(console, load_config(config, overrides or ()))
 
 
 @app.command()

@@ -65,7 +65,7 @@ def build(
     )
     kept = _count(tokenised, report)
     if not kept:
-        raise _nothing_left(report)
+        raise nothing_left(report)
     table = tokenised.select(kept)
     return table.select_columns(_stored_columns(table)), report
 
@@ -83,7 +83,7 @@ def _check_rows(
                 batch = []
         writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema=CHECKED))
     if not report.rows_read - report.bad.total:
-        raise _nothing_left(report)
+        raise nothing_left(report)
     return datasets.Dataset.from_file(str(path))
 
 
@@ -168,7 +168,7 @@ def _count(tokenised: datasets.Dataset, report: DataReport) -> list[int]:
     return kept
 
 
-def _nothing_left(report: DataReport) -> UserError:
+def nothing_left(report: DataReport) -> UserError:
     reasons = []
     for tally in (report.bad, report.dropped):
         for kind, count in tally.counts.items():

@@ -65,6 +65,16 @@ class DataConfig(BaseModel):
     )
     max_rows: int | None = Field(None, description="Rows read from each of train and eval.")
     workers: int = Field(1, description="Processes that tokenise.")
+    streaming: bool = Field(
+        False,
+        description="Read, check and tokenise `train` while training on it; nothing is stored. Needs "
+        "train.max_steps: at its end the data begins again.",
+    )
+    stream_buffer: int = Field(
+        10_000,
+        description="Pairs of a stream that are held at a time, shuffled, and trained on before the "
+        "next; each such chunk ends with a smaller step unless train.global_pairs divides it.",
+    )
     cache_dir: str | None = Field(
         None, description="Where tokenised pairs are kept; beside the cache of `datasets` if unset."
     )
@@ -94,6 +104,7 @@ class DataConfig(BaseModel):
         _check_sources(self)
         _check_sizes(self)
         _check_columns(self)
+        _check_stream(self)
         return self
 
 
@@ -125,6 +136,7 @@ def _check_sources(config: DataConfig) -> None:
 
 def _check_sizes(config: DataConfig) -> None:
     least = {"max_length": 2, "max_prompt_length": 1, "eval_rows": 0, "max_rows": 1, "workers": 1}
+    least |= {"stream_buffer": 1}
     for option, minimum in least.items():
         value = getattr(config, option)
         if value is not None and value < minimum:
@@ -143,3 +155,24 @@ def _check_columns(config: DataConfig) -> None:
                 f"data.columns.{ours}={theirs!r}: there is no column {ours!r}; the keys are ours "
                 f"({', '.join(COLUMNS)}) and the values yours"
             )
+
+
+def _check_stream(config: DataConfig) -> None:
+    if not config.streaming:
+        default = type(config).model_fields["stream_buffer"].default
+        if config.stream_buffer != default:
+            raise ValueError(
+                f"data.stream_buffer={config.stream_buffer} is not used; remove it, or set "
+                "data.streaming=true"
+            )
+        return
+    if config.eval_rows:
+        raise ValueError(
+            f"data.eval_rows={config.eval_rows} cannot be held out of a stream "
+            "(data.streaming=true); name the evaluation data with data.eval"
+        )
+    if config.workers > 1 and config.eval is None:
+        raise ValueError(
+            f"data.workers={config.workers} is not used with data.streaming=true: a thread of each "
+            "rank tokenises the stream; remove it"
+        )

@@ -1,11 +1,40 @@
-"""Which pairs each rank sees at each step: a pure function of seed, epoch and step, so resume is exact."""
+"""Which pairs each rank sees at each step: a pure function of seed, epoch and step, so resume is exact.
+
+`Sampler` counts pairs, `TokenSampler` counts tokens; both are asked for the same things.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
+
+from dpo_fast.data.packing import Costs
+
+
+class BatchSampler(Protocol):
+    """Global batches, and each rank's micro-batches of them. Rows are those of the data set."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of the first epoch; all of `Sampler`'s have as many."""
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of every rank in every step."""
+
+    def steps(self, epochs: float) -> int:
+        """Optimiser steps of that many epochs, at least 1."""
+
+    def global_batch(self, step: int) -> list[int]:
+        """Rows of optimiser step `step`, counted from 0 over all epochs."""
+
+    def micro_batches(self, step: int, rank: int) -> list[list[int]]:
+        """This rank's micro-batches of a step: always `accumulation` of them, some may be empty."""
 
 
 @dataclass(frozen=True)
@@ -14,7 +43,8 @@ class Sampler:
 
     Every epoch is a fresh seeded permutation (`shuffle=False`: file order). The pairs of a step do
     not depend on micro_pairs or world_size. The last batch of an epoch may be smaller; then
-    micro-batches are short or empty, but every rank has the same number of them.
+    micro-batches are short or empty, but every rank has the same number of them. Step 0 is the first of
+    epoch `first_epoch`.
     """
 
     size: int
@@ -23,6 +53,7 @@ class Sampler:
     world_size: int = 1
     seed: int = 0
     shuffle: bool = True
+    first_epoch: int = 0
 
     @property
     def steps_per_epoch(self) -> int:
@@ -32,14 +63,15 @@ class Sampler:
     def accumulation(self) -> int:
         return -(-self.global_pairs // (self.micro_pairs * self.world_size))
 
+    def steps(self, epochs: float) -> int:
+        return max(round(epochs * self.steps_per_epoch), 1)
+
     def global_batch(self, step: int) -> list[int]:
-        """Data-set rows of optimiser step `step`, counted from 0 over all epochs."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        order = self._order(epoch)
+        order = self._order(self.first_epoch + epoch)
         return order[index * self.global_pairs : (index + 1) * self.global_pairs]
 
     def micro_batches(self, step: int, rank: int) -> list[list[int]]:
-        """This rank's micro-batches of a step: always `accumulation` of them."""
         batch = self.global_batch(step)
         size, world = self.micro_pairs, self.world_size
         starts = [(k * world + rank) * size for k in range(self.accumulation)]
@@ -47,6 +79,90 @@ class Sampler:
 
     def _order(self, epoch: int) -> list[int]:
         return _permutation(self.size, self.seed, epoch) if self.shuffle else list(range(self.size))
+
+
+class TokenSampler:
+    """Micro-batches of whole items, filled to at most `budget` tokens; so many of them are a step that
+    it has about `global_pairs` items.
+
+    The micro-batches of an epoch follow from costs, budget, seed and epoch, not from world_size, and
+    come in a seeded order. Every step takes the next `accumulation` x `world_size` of them; the last of
+    an epoch has fewer, and some ranks get empty ones. Epochs may differ by a few micro-batches.
+
+    costs: what the items take, in the layout of the run. accumulation: micro-batches of a rank in a step;
+    by default as many as bring the first epoch's items per step nearest to `global_pairs`.
+
+    Raises:
+        ValueError: an item that is larger than the budget.
+    """
+
+    def __init__(
+        self, costs: Costs, budget: int, global_pairs: int, world_size: int = 1, seed: int = 0,
+        shuffle: bool = True, first_epoch: int = 0, accumulation: int | None = None,
+    ) -> None:  # fmt: skip
+        self.costs, self.budget, self.global_pairs = costs, budget, global_pairs
+        self.world_size, self.seed, self.shuffle = world_size, seed, shuffle
+        self.first_epoch = first_epoch
+        self._bins: Callable[[int], list[list[int]]] = functools.lru_cache(2)(self._fill)
+        self._bins_of: Callable[[int], int] = functools.cache(lambda epoch: len(self._bins(epoch)))
+        self.accumulation = accumulation or self._nearest_accumulation()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self._steps_of(self.first_epoch)
+
+    @property
+    def fill(self) -> float:
+        """Tokens of the first epoch's micro-batches over what they have room for, 0 to 1."""
+        bins = self._bins(self.first_epoch)
+        return sum(map(self.costs.of, bins)) / (len(bins) * self.budget)
+
+    @property
+    def pairs_per_step(self) -> float:
+        """Items of a step, on average over the first epoch's full ones."""
+        return self._items_per_bin() * self._bins_per_step
+
+    def steps(self, epochs: float) -> int:
+        whole, part = divmod(epochs, 1)
+        counts = [self._steps_of(self.first_epoch + epoch) for epoch in range(int(whole))]
+        rest = part * self._steps_of(self.first_epoch + int(whole)) if part else 0
+        return max(sum(counts) + round(rest), 1)
+
+    def global_batch(self, step: int) -> list[int]:
+        return [item for items in self._bins_at(step) for item in items]
+
+    def micro_batches(self, step: int, rank: int) -> list[list[int]]:
+        mine = self._bins_at(step)[rank :: self.world_size]
+        return mine + [[] for _ in range(self.accumulation - len(mine))]
+
+    @property
+    def _bins_per_step(self) -> int:
+        return self.accumulation * self.world_size
+
+    def _items_per_bin(self) -> float:
+        return len(self.costs.sizes_I) / self._bins_of(self.first_epoch)
+
+    def _nearest_accumulation(self) -> int:
+        return max(round(self.global_pairs / self._items_per_bin() / self.world_size), 1)
+
+    def _steps_of(self, epoch: int) -> int:
+        return -(-self._bins_of(epoch) // self._bins_per_step)
+
+    def _bins_at(self, step: int) -> list[list[int]]:
+        """The micro-batches of a step, of all ranks."""
+        epoch = self.first_epoch
+        while step >= (steps := self._steps_of(epoch)):
+            step, epoch = step - steps, epoch + 1
+        start = step * self._bins_per_step
+        return self._bins(epoch)[start : start + self._bins_per_step]
+
+    def _fill(self, epoch: int) -> list[list[int]]:
+        items = range(len(self.costs.sizes_I))
+        if not self.shuffle:
+            return self.costs.bins(self.budget, items)
+        draw = np.random.default_rng((self.seed, epoch))
+        bins = self.costs.bins(self.budget, draw.permutation(items).tolist())
+        return [bins[index] for index in draw.permutation(len(bins))]
 
 
 @functools.lru_cache(maxsize=2)

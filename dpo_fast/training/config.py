@@ -68,7 +68,15 @@ class TrainSection(BaseModel):
     num_train_epochs: float = Field(1.0, gt=0, description="passes over the data")
     max_steps: int | None = Field(None, ge=1, description="optimiser steps; overrides the epochs")
     global_pairs: int = Field(64, ge=1, description="pairs of one optimiser step, over all ranks")
-    micro_pairs: int = Field(4, ge=1, description="pairs of one forward on one rank")
+    micro_pairs: int | None = Field(
+        None, ge=1, description="pairs of one forward on one rank; default 4, or tokens_per_batch"
+    )
+    tokens_per_batch: int | None = Field(
+        None,
+        ge=1,
+        description="in place of micro_pairs: tokens of one forward on one rank, at most, padding "
+        "included; filled with whole pairs, so that a step has about global_pairs of them",
+    )
     learning_rate: float | None = Field(
         None, gt=0, description="peak rate; default 5e-7, with LoRA 5e-6"
     )
@@ -80,8 +88,10 @@ class TrainSection(BaseModel):
     adam_epsilon: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, ge=0, description="gradient norm is clipped to it; 0: not")
     seed: int = Field(42, ge=0)
-    layout: Literal["padded", "packed"] = Field(
-        "packed", description="how a micro-batch is laid out"
+    layout: Literal["auto", "padded", "packed", "shared_prefix"] = Field(
+        "auto",
+        description="how a micro-batch is laid out; shared_prefix: the prompt once, its completions "
+        "after it; auto: shared_prefix where the architecture allows it, else padded",
     )
     implementation: Literal["auto", "torch", "triton"] = Field(
         "auto", description="implementation of the head and of the loss"
@@ -106,6 +116,14 @@ class TrainSection(BaseModel):
             near = difflib.get_close_matches(self.lr_scheduler_type, names, 1)
             hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(names)}"
             raise ValueError(f"train.lr_scheduler_type={self.lr_scheduler_type}: {hint}")
+        if self.micro_pairs is not None and self.tokens_per_batch is not None:
+            raise ValueError(
+                f"train.tokens_per_batch={self.tokens_per_batch} and train.micro_pairs="
+                f"{self.micro_pairs} both say how large a micro-batch is; remove one of them"
+            )
+        if self.tokens_per_batch is None and self.micro_pairs is None:
+            self.micro_pairs = 4
+            self.model_fields_set.discard("micro_pairs")  # filled in, not chosen
         return self
 
 
@@ -177,12 +195,14 @@ class RunConfig(BaseModel):
             raise ValueError(
                 "reference.provider=adapter_off needs adapters: set model.lora, or choose cached"
             )
-        if provider in ("adapter_off", "none"):
-            for option in ("path", "cache_dir"):
-                if getattr(self.reference, option) is not None:
-                    raise ValueError(f"reference.{option} is not used by provider={provider}")
-        if provider == "frozen" and self.reference.cache_dir is not None:
-            raise ValueError("reference.cache_dir is not used by provider=frozen; choose cached")
+        self._check_reference()
+        self._check_offload()
+        if self.model.torch_compile and self.parallel.zero_stage == 3:
+            raise ValueError(
+                "model.torch_compile=true cannot be honoured with parallel.zero_stage=3: DeepSpeed "
+                "gathers parameters inside every layer, which breaks the compiled graphs up; set "
+                "parallel.zero_stage=2 or less, or model.use_liger_kernel=true instead"
+            )
         if self.train.eval_steps is not None and not self.data.has_eval:
             raise ValueError(
                 f"train.eval_steps={self.train.eval_steps}, but there is nothing to evaluate on: set "
@@ -190,7 +210,81 @@ class RunConfig(BaseModel):
             )
         if self.train.merge_lora and self.model.lora is None:
             raise ValueError("train.merge_lora=true, but there are no adapters: set model.lora")
+        if self.data.streaming:
+            self._check_stream()
         return self
+
+    def _check_reference(self) -> None:
+        """An option that the provider does not use is a mistake."""
+        used = {"cached": ("path", "cache_dir", "per_token"), "frozen": ("path",)}
+        provider = self.reference_provider
+        for option in ("path", "cache_dir", "per_token"):
+            value = getattr(self.reference, option)
+            if value and option not in used.get(provider, ()):
+                takers = [name for name, options in used.items() if option in options]
+                raise ValueError(
+                    f"reference.{option}={value} is not used by reference.provider={provider}; leave it "
+                    f"out, or set provider={' or '.join(takers)}"
+                )
+
+    def _check_stream(self) -> None:
+        data, train = self.data, self.train
+        if train.max_steps is None:
+            raise ValueError(
+                "data.streaming=true, but how long a stream is, is not known: set train.max_steps"
+            )
+        if self.reference_provider == "cached":
+            raise ValueError(
+                "data.streaming=true, but reference.provider=cached is computed over all of the data "
+                "before training; choose frozen, or adapter_off with LoRA, or none for a loss without "
+                "a reference"
+            )
+        if data.stream_buffer < train.global_pairs:
+            raise ValueError(
+                f"data.stream_buffer={data.stream_buffer} holds less than one step, train.global_pairs="
+                f"{train.global_pairs}; try {100 * train.global_pairs}"
+            )
+        # Nobody has seen the pairs that will come, so the largest that may come has to fit.
+        largest = 2 * (data.max_length - 1)
+        if train.tokens_per_batch is not None and train.tokens_per_batch < largest:
+            raise ValueError(
+                f"train.tokens_per_batch={train.tokens_per_batch} may not hold every pair of a stream: "
+                f"two sequences of data.max_length={data.max_length} take {largest} tokens; set it to "
+                f"{largest} or more, or lower data.max_length"
+            )
+
+    def _check_offload(self) -> None:
+        if not self.reference.offload:
+            return
+        if not self.has_second_model:
+            raise ValueError(
+                f"reference.offload=true, but with reference.provider={self.reference_provider} there "
+                "is no second model to offload; choose frozen, or cached with a reference.path"
+            )
+        if self.parallel.zero_stage < 3:
+            raise ValueError(
+                "reference.offload=true needs parallel.zero_stage=3; it is "
+                f"{self.parallel.zero_stage}"
+            )
+
+    @property
+    def has_second_model(self) -> bool:
+        """Whether a reference model is loaded beside the policy, if only to fill the cache."""
+        provider = self.reference_provider
+        return provider == "frozen" or (provider == "cached" and self.reference.path is not None)
+
+    @property
+    def reference_model(self) -> ModelSection:
+        """The second model's section: it has no adapters, and keeps no activations."""
+        path = self.reference.path or self.model.path
+        nothing = dict.fromkeys(("lora", "gradient_checkpointing", "checkpoint_layers"))
+        return self.model.model_copy(update={"path": path, **nothing})
+
+    @property
+    def offloads_reference(self) -> bool:
+        """Whether the second model's parameters wait in CPU memory."""
+        chosen = self.reference.offload
+        return self.parallel.offload_parameters if chosen is None else chosen
 
     @property
     def reference_provider(self) -> str:
@@ -213,6 +307,8 @@ class RunConfig(BaseModel):
 
 def check_batch_sizes(config: RunConfig, world_size: int) -> None:
     """Raises UserError unless the global batch divides into whole micro-batches on every rank."""
+    if config.train.micro_pairs is None:  # tokens decide
+        return
     unit = config.train.micro_pairs * world_size
     if config.train.global_pairs % unit:
         multiple = max(round(config.train.global_pairs / unit), 1) * unit

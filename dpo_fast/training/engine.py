@@ -21,17 +21,19 @@ def deepspeed_config(config: RunConfig, world_size: int, accumulation: int) -> d
     """
     on_gpu = torch.cuda.is_available()
     bf16 = config.model.dtype == "bf16"
+    # DeepSpeed insists on a number; with train.tokens_per_batch there is none, and nothing depends on it.
+    micro = config.train.micro_pairs or 1
     zero: dict[str, Any] = {"stage": config.parallel.zero_stage}
     if config.parallel.zero_stage:
         zero["overlap_comm"] = on_gpu
         zero["contiguous_gradients"] = True
     if config.parallel.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+        zero["offload_optimizer"] = in_cpu_memory()
     if config.parallel.offload_parameters:
-        zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
+        zero["offload_param"] = in_cpu_memory()
     derived: dict[str, Any] = {
-        "train_batch_size": config.train.micro_pairs * accumulation * world_size,
-        "train_micro_batch_size_per_gpu": config.train.micro_pairs,
+        "train_batch_size": micro * accumulation * world_size,
+        "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.train.max_grad_norm,
         "bf16": {"enabled": bf16},
@@ -49,6 +51,33 @@ def deepspeed_config(config: RunConfig, world_size: int, accumulation: int) -> d
         if name == "tensorboard":
             derived[name]["output_path"] = f"{config.train.output_dir}/tensorboard"
     return merge(derived, config.parallel.deepspeed, "parallel.deepspeed")
+
+
+def in_cpu_memory() -> dict[str, Any]:
+    """DeepSpeed's words for it; pages are pinned where there is a GPU to copy to."""
+    return {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+
+
+def reference_config(config: RunConfig, ds_config: dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's configuration for a frozen model at stage 3: the policy's without its optimiser, and
+    with parameters where `reference.offload` wants them."""
+    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    zero = dict(ds_config["zero_optimization"])
+    zero.pop("offload_optimizer", None)
+    offload = zero.pop("offload_param", in_cpu_memory())
+    if config.offloads_reference:
+        zero["offload_param"] = offload
+    reduced = {name: ds_config[name] for name in (*names, "bf16", "steps_per_print")}
+    return reduced | {"zero_optimization": zero}
+
+
+def shard_while_loading(config: RunConfig, ds_config: dict[str, Any]):
+    """At stage 3 transformers shards weights while it loads them, as long as this object lives."""
+    if config.parallel.zero_stage < 3:
+        return None
+    from transformers.integrations import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(ds_config)
 
 
 def merge(ours: dict, theirs: dict, place: str) -> dict:
@@ -105,16 +134,13 @@ def build_engine(config: RunConfig, model: ScoringModel, ds_config: dict, total_
 
 
 def build_reference_engine(config: RunConfig, model: ScoringModel, ds_config: dict):
-    """A frozen scorer: sharded like the policy at stage 3, otherwise simply on this device."""
+    """A frozen scorer: at stage 3 an engine by `reference_config`, otherwise simply the model."""
     model.requires_grad_(False)
     model.eval()
     if config.parallel.zero_stage < 3:
         return model
     import deepspeed
 
-    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    reduced = {name: ds_config[name] for name in (*names, "bf16", "steps_per_print")}
-    zero = {k: v for k, v in ds_config["zero_optimization"].items() if k != "offload_optimizer"}
-    engine, *_ = deepspeed.initialize(model=model, config=reduced | {"zero_optimization": zero})
+    engine, *_ = deepspeed.initialize(model=model, config=ds_config)
     engine.eval()
     return engine

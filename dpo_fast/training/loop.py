@@ -43,9 +43,10 @@ def train(config: RunConfig) -> Path:
     objective, extras, stop = config.loss.objective, token_extras(config), StopSignals()
     with progress_bar("training", run.total_steps, step) as advance:
         while step < run.total_steps and not stop.raised:
-            totals = run.train.totals(run.train.sampler.global_batch(step))
+            split, index = run.train.at(step)
+            totals = split.totals(split.sampler.global_batch(index))
             share = train_step(
-                run.engine, run.train.batches(step), objective, run.references["train"], totals,
+                run.engine, split.batches(index), objective, run.references["train"], totals,
                 sums, extras, config.train.implementation,
             )  # fmt: skip
             stop.agree(finite=math.isfinite(share.item()), run=run, step=step)
@@ -83,14 +84,15 @@ def start(run: Run, log: RunLog) -> int:
     objective = run.config.loss.objective
     compares = objective.needs_reference and run.config.reference_provider != "none"
     if compares and run.config.reference.path is None:
+        split, index = run.train.at(0)
         rows = [
             row
             for rank in range(distributed.world_size())
-            for row in run.train.sampler.micro_batches(0, rank)[0]
+            for row in split.sampler.micro_batches(index, rank)[0]
         ]
         loss, expected = check_start(
-            run.engine, next(run.train.batches(0)), objective, run.references["train"],
-            run.train.totals(rows), run.config.model.dtype, run.config.train.implementation,
+            run.engine, next(split.batches(index)), objective, run.references["train"],
+            split.totals(rows), run.config.model.dtype, run.config.train.implementation,
         )  # fmt: skip
         say(f"step 0: loss {loss:.7f}, expected {expected:.7f} where policy = reference")
     if run.eval:
@@ -100,19 +102,25 @@ def start(run: Run, log: RunLog) -> int:
 
 def must_fit(run: Run) -> dict:
     """What a resumed run must share with the one that was interrupted, to be the same run."""
-    return {
+    train = run.config.train
+    fits = {
         "world_size": distributed.world_size(),
-        "data": run.train.pairs.fingerprint,
+        **run.train.must_fit(),
         "total_steps": run.total_steps,
-        "global_pairs": run.config.train.global_pairs,
-        "seed": run.config.train.seed,
+        "global_pairs": train.global_pairs,
+        "tokens_per_batch": train.tokens_per_batch,
+        "seed": train.seed,
         "zero_stage": run.config.parallel.zero_stage,
     }
+    if train.tokens_per_batch is not None:  # what a pair takes depends on the layout
+        fits["layout"] = train.layout
+    return fits
 
 
 def resume(run: Run, checkpoint: Path, sums: MetricSums, log: RunLog) -> int:
     """Everything as it was when the checkpoint was written, the open window of metrics included."""
     state = load_checkpoint(run.engine, checkpoint, must_fit(run), sums.values)
+    run.train.seek(state)
     log.forget_after(state["step"])
     say(f"resumed {checkpoint} at step {state['step']}")
     return state["step"]
@@ -121,7 +129,7 @@ def resume(run: Run, checkpoint: Path, sums: MetricSums, log: RunLog) -> int:
 def save(run: Run, step: int, sums: MetricSums) -> Path:
     """A checkpoint of this step."""
     train = run.config.train
-    state = {"step": step, **must_fit(run)}
+    state = {"step": step, **run.train.position(step), **must_fit(run)}
     return save_checkpoint(run.engine, train.output_dir, state, sums.values, train.save_total_limit)
 
 
@@ -154,8 +162,9 @@ class StopSignals:
     def agree(self, finite: bool, run: Run, step: int) -> None:
         self.raised, not_finite = distributed.any_rank(self.asked, not finite)
         if not_finite:
-            rows = run.train.sampler.global_batch(step)
-            places = ", ".join(run.train.pairs.where(row) for row in rows[:4])
+            split, index = run.train.at(step)
+            rows = split.sampler.global_batch(index)
+            places = ", ".join(split.pairs.where(row) for row in rows[:4])
             raise UserError(
                 f"the loss of step {step + 1} is not finite; its batch begins with {places}. The last "
                 "checkpoint is whole. People usually lower train.learning_rate or check the data there"
@@ -186,8 +195,8 @@ class RunLog:
     def write(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """One line: rates and the schedule's state are added to training metrics."""
         evaluation = any(name.startswith("eval_") for name in metrics)
-        epoch = step / self.run.train.sampler.steps_per_epoch
-        line = {"step": step, "epoch": round(epoch, 6), **metrics}
+        epochs = self.run.train.epochs(step)
+        line = {"step": step, **({} if epochs is None else {"epoch": round(epochs, 6)}), **metrics}
         if not evaluation:
             seconds = time.monotonic() - self.since
             line["perf/tokens_per_second"] = metrics["num_tokens"] / seconds

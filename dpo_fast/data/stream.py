@@ -1,0 +1,163 @@
+"""Pairs that are read, checked and tokenised while a run trains on them; nothing is stored.
+
+A stream is cut into chunks, and each chunk is a small data set in memory: it is shuffled and batched like
+one. A pass over the data ends a chunk early; then the data begins again. Where a chunk begins is known by
+its row in the pass, so that a resumed run need not tokenise what comes before it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from dpo_fast.data.build import IDS, nothing_left
+from dpo_fast.data.cache import cache_key
+from dpo_fast.data.config import NUMBER_COLUMNS, DataConfig
+from dpo_fast.data.files import Rows
+from dpo_fast.data.report import DataReport
+from dpo_fast.data.rows import ignored_columns, parse_row
+from dpo_fast.data.sources import read_rows, resolve
+from dpo_fast.data.tokenise import PairTokeniser, TokenisedPair
+from dpo_fast.data.verdicts import BadRow, BadRows, Dropped
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive pairs of a stream. Read like a `PairDataset`, whose attributes of these names it has.
+
+    number: how many chunks came before it, over all passes. row: how many rows of the pass. report:
+    counts of the stream up to its end, with the lengths of its own pairs.
+    """
+
+    number: int
+    row: int
+    pairs: list[dict[str, Any]]
+    places: list[str]
+    report: DataReport
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        pair = self.pairs[index]
+        return {name: value.tolist() if name in IDS else value for name, value in pair.items()}
+
+    def where(self, index: int) -> str:
+        return self.places[index]
+
+    @property
+    def extras(self) -> list[str]:
+        """The optional float columns that any of the pairs has."""
+        return [name for name in NUMBER_COLUMNS if any(name in pair for pair in self.pairs)]
+
+    @cached_property
+    def lengths(self) -> dict[str, np.ndarray]:
+        return {
+            name.removesuffix("_ids"): np.array([len(pair[name]) for pair in self.pairs])
+            for name in IDS
+        }
+
+
+class PairStream:
+    """The pairs of data.train, without end, in chunks of data.stream_buffer.
+
+    tokenizer, eos_ids: as for `load_pairs`; not to be used by another thread during `read`.
+    """
+
+    def __init__(self, config: DataConfig, tokenizer: Any, eos_ids: Iterable[int] = ()) -> None:
+        self.config, self.tokenizer, self.eos_ids = config, tokenizer, list(eos_ids)
+        self.sources = resolve(config.train_sources)
+        self._tokeniser = PairTokeniser(tokenizer, config, self.eos_ids)
+        self.seek(0, 0)
+
+    @cached_property
+    def key(self) -> str:
+        """32 hex digits that change with anything that could change the pairs. Reads every file."""
+        return cache_key(self.config, self.tokenizer, self.sources, self.eos_ids)
+
+    def seek(self, number: int, row: int) -> None:
+        """Go to the beginning of a chunk, given by its `number` and `row`. Tokenises nothing; the report
+        is on what is read from here on."""
+        self.report = DataReport(list(map(str, self.sources)), bad=BadRows(self.config.on_bad_row))
+        self._number, self._row, self._rows = number, row, self._pass()
+        next(islice(self._rows, row, row), None)
+
+    def read(self) -> Chunk:
+        """The next chunk: data.stream_buffer pairs, or fewer at the end of a pass. Raises UserError."""
+        row, pairs, places = self._row, [], []
+        for where, raw in self._rows:
+            self._row += 1
+            pair = self._pair(where, raw)
+            if pair is not None:
+                pairs.append(pair)
+                places.append(where)
+            if len(pairs) == self.config.stream_buffer:
+                break
+        else:
+            if not pairs and row == 0:
+                raise nothing_left(self._snapshot())
+            self._row, self._rows = 0, self._pass()
+            if not pairs:
+                return self.read()
+        self._number += 1
+        chunk = Chunk(self._number - 1, row, pairs, places, self._snapshot())
+        chunk.report.measure(chunk.lengths)
+        return chunk
+
+    def _pass(self) -> Rows:
+        """All rows of the data, or the first data.max_rows, once."""
+        broken = _Forwarded(self.report.bad)
+        rows = (item for source in self.sources for item in read_rows(source, broken))
+        for number, item in enumerate(rows, 1):
+            yield item
+            if self.config.max_rows is not None and number + broken.total >= self.config.max_rows:
+                break
+
+    def _pair(self, where: str, raw: dict[str, Any]) -> dict[str, Any] | None:
+        """Ids as int32 arrays, and the row's numbers; None for a row that is not used."""
+        unused = ignored_columns(raw, self.config)
+        self.report.ignored_columns = sorted(unused.union(self.report.ignored_columns))
+        try:
+            row = parse_row(where, raw, self.config)
+            pair = self._tokeniser(row)
+        except Dropped as verdict:
+            self.report.dropped.add(where, verdict.kind, str(verdict))
+        except BadRow as verdict:
+            self.report.bad.reject(where, verdict)
+        else:
+            _count(self.report, pair)
+            ids = {name: np.array(getattr(pair, name), dtype=np.int32) for name in IDS}
+            return ids | {n: value for n, value in row.extras.items() if n in NUMBER_COLUMNS}
+        return None
+
+    def _snapshot(self) -> DataReport:
+        report = copy.deepcopy(self.report)
+        report.rows_read = report.pairs_kept + report.bad.total + report.dropped.total
+        return report
+
+
+class _Forwarded(BadRows):
+    """The rows that a reader itself refuses, on their way to the tally of all bad rows."""
+
+    def __init__(self, tally: BadRows) -> None:
+        super().__init__(tally.on_bad_row)
+        self.tally = tally
+
+    def add(self, where: str, kind: str, message: str) -> None:
+        super().add(where, kind, message)
+        self.tally.add(where, kind, message)
+
+
+def _count(report: DataReport, pair: TokenisedPair) -> None:
+    report.pairs_kept += 1
+    report.boundary_merges += pair.merged
+    report.bos_added += pair.bos_added
+    report.eos_added += pair.eos_added
+    report.prompts_cut += pair.prompt_cut > 0
+    report.answers_cut += pair.answers_cut
