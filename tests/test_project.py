@@ -156,6 +156,28 @@ def test_measured_numbers_in_the_readme_are_those_of_the_file():
         assert cells in text, (row["impl"], row["mode"], row["dtype"], cells)
 
 
+def test_measured_steps_in_the_readme_are_those_of_the_file():
+    import csv
+
+    text = (ROOT / "README.md").read_text().replace("**", "")
+    with (ROOT / "benchmarks/results/train_cpu.csv").open() as stream:
+        rows = {row["impl"]: row for row in csv.DictReader(stream)}
+    shown = re.findall(r"^\| (?:TRL 1\.16|dpo_fast), [^|]*\|(?:[^|]*\|){5}$", text, re.M)
+    assert len(shown) == 7
+    for name in ("trl", "trl, precomputed", "trl, precomputed, no checkpointing",
+                 "dpo_fast padded, cached", "dpo_fast packed, cached",
+                 "dpo_fast shared_prefix, cached", "dpo_fast shared_prefix, frozen"):  # fmt: skip
+        row = rows[name]
+        ratios = [float(row[column]) for column in ("x_of_trl", "x_of_trl_precomputed")]
+        cells = "| {:.2f} | {:.2f} | {:.2f} | {:,.0f} | {:,.0f} MiB |".format(
+            float(row["pairs_per_s"]),
+            *ratios,
+            float(row["computed_tokens"]),
+            float(row["peak_mib"]),
+        )
+        assert cells in text, (name, cells)
+
+
 def test_every_configuration_is_valid_and_comments_every_key():
     from dpo_fast.training.config import load_config
 
