@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench bench-train aot clean
+.PHONY: demo test lint bench bench-train aot docs clean
 
 demo: $(STAMP)
 	$(BIN)/dpo-fast demo
@@ -27,6 +27,9 @@ bench-train: $(STAMP)
 
 aot: $(STAMP)
 	$(BIN)/python -m benchmarks.aot
+
+docs: $(STAMP)
+	$(BIN)/python -m dpo_fast.losses.page > docs/LOSSES.md
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

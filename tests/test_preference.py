@@ -29,6 +29,14 @@ def alone(name: str, **options) -> Objective:
     return Objective((name,), (1.0,), LossOptions(**options))
 
 
+KERNEL = (
+    "sigmoid",
+    "ipo",
+    "hinge",
+    "robust",
+    "sigmoid_norm",
+    "sft",
+)  # as the Triton kernel has them
 OBJECTIVES = {
     "sigmoid": alone("sigmoid"),
     "sigmoid, smoothed": alone("sigmoid", beta=0.7, label_smoothing=0.3),
@@ -40,7 +48,7 @@ OBJECTIVES = {
     "sigmoid_norm, smoothed": alone("sigmoid_norm", beta=5.0, label_smoothing=0.3),
     "sft": alone("sft"),
     "mixture": Objective(("sigmoid", "sft", "ipo"), (1.0, 0.4, 0.01), LossOptions(beta=0.3)),
-    "all": Objective(tuple(LOSSES), (0.5, -0.1, 2, 1, 0.3, 0.7), LossOptions(0.2, 0.1, False)),
+    "all": Objective(KERNEL, (0.5, -0.1, 2, 1, 0.3, 0.7), LossOptions(0.2, 0.1, False)),
     "twice": Objective(("sigmoid", "sigmoid"), (0.25, 0.5)),
 }
 SIZES = {  # the interpreter's block is 16
@@ -114,7 +122,7 @@ def test_every_loss_and_option_of_the_kernel_is_tried():
     assert tried == {name for name, spec in LOSSES.items() if spec.kernel}
     for name in tried:
         alone = [x.options for x in OBJECTIVES.values() if x.names == (name,)]
-        for option in set(LOSSES[name].options) - {"beta"}:
+        for option in set(LOSSES[name].options) & set(module.KERNEL_OPTIONS) - {"beta"}:
             default = getattr(LossOptions(), option)
             assert any(getattr(options, option) != default for options in alone), (name, option)
 
@@ -247,7 +255,7 @@ def test_no_reference_is_a_reference_of_0_to_the_kernel(poison):
 
     logp_T, lengths_S, zeros = *make([3, 20, 5, 1])[:2], torch.zeros(4)
     options = {"beta": 0.3, "label_smoothing": 0.1, "length_average": True}
-    arguments = (tuple(LOSSES), (1.0,) * len(LOSSES))
+    arguments = (KERNEL, (1.0,) * len(KERNEL))
     without = kernels.preference(logp_T, lengths_S, None, *arguments, **options)
     with_0 = kernels.preference(logp_T, lengths_S, zeros, *arguments, **options)
     assert all(torch.equal(x, y) for x, y in zip(without, with_0))
@@ -303,7 +311,7 @@ def test_mistakes_are_named(implementation):
 
 
 def test_a_loss_that_the_kernel_cannot_do(monkeypatch):
-    spec = LossSpec("gap", lambda pairs, options: pairs.margin, "d", "here", ("beta",))
+    spec = LossSpec("gap", lambda pairs, _: pairs.chosen_ratio, "a", "here", "now", ("beta",))
     monkeypatch.setitem(LOSSES, "gap", spec)
     monkeypatch.setattr(module, "choose_implementation", lambda *_: Choice("triton", "a GPU"))
     module._implementation.cache_clear()
@@ -311,8 +319,12 @@ def test_a_loss_that_the_kernel_cannot_do(monkeypatch):
     with pytest.raises(UnavailableError, match="'triton' cannot run preference.*loss gap"):
         run(*inputs, objective, "triton")
     on_gpu = (torch.device("cuda"), torch.float32, "auto")
-    assert module._implementation(objective.names, *on_gpu) == "torch"
-    assert module._implementation(("sigmoid", "sft"), *on_gpu) == "triton"
+    assert module._implementation(objective, (), *on_gpu) == "torch"
+    plain = Objective(("sigmoid", "sft"), (1.0, 1.0))
+    assert module._implementation(plain, (), *on_gpu) == "triton"
+    assert module._implementation(plain, ("weight",), *on_gpu) == "torch"
+    other = Objective(options=LossOptions(f_divergence_type="js_divergence"))
+    assert module._implementation(other, (), *on_gpu) == "torch"
     module._implementation.cache_clear()
     result, grad = run(*inputs, objective, "auto")
     loss, true_grad, *_ = in_fp64(*inputs, objective)

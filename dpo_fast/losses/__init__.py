@@ -1,8 +1,10 @@
 """Preference losses: pure functions of sequence log-probabilities, one table, weighted sums of them."""
 
+from dpo_fast.losses.inputs import PairLogps, SequenceLogps
 from dpo_fast.losses.objective import Objective, Totals
+from dpo_fast.losses.options import LossOptions
 from dpo_fast.losses.preference import Preference, preference
-from dpo_fast.losses.table import LOSSES, LossOptions, LossSpec, PairLogps
+from dpo_fast.losses.table import LOSSES, LossSpec
 
 __all__ = [
     "LOSSES",
@@ -11,6 +13,7 @@ __all__ = [
     "Objective",
     "PairLogps",
     "Preference",
+    "SequenceLogps",
     "Totals",
     "preference",
 ]

@@ -7,24 +7,35 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpo_fast.losses.table import LOSSES, LossOptions, PairLogps
+from dpo_fast.losses.inputs import PairLogps, SequenceLogps
+from dpo_fast.losses.options import LossOptions
+from dpo_fast.losses.spec import SHARED, LossSpec
+from dpo_fast.losses.table import LOSSES
+
+Rows = PairLogps | SequenceLogps
 
 
 @dataclass(frozen=True)
 class Totals:
     """Counts over the global batch: every micro-batch of every rank. They make the loss, and its
-    gradient, independent of how the batch was split."""
+    gradient, independent of how the batch was split. sequences: by default 2 for each pair."""
 
     pairs: int
     chosen_tokens: int
+    sequences: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.sequences is None:
+            object.__setattr__(self, "sequences", 2 * self.pairs)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """sum_k weight_k * (sum over pairs of loss_k) / total_k.
+    """sum_k weight_k * (sum over rows of loss_k) / total_k, and the sft terms that losses bring along.
 
     Raises:
-        ValueError: an unknown name, or weights that do not fit the names.
+        ValueError: an unknown name, weights that do not fit the names, an option that is changed and
+            that none of the losses uses, or one that a loss needs and that is not.
     """
 
     names: tuple[str, ...] = ("sigmoid",)
@@ -37,27 +48,106 @@ class Objective:
             raise ValueError(f"loss {unknown} is not known; choose from {', '.join(LOSSES)}")
         if len(self.weights) != len(self.names):
             raise ValueError(f"{len(self.names)} losses {self.names} have weights {self.weights}")
+        self._check_options()
+        self._check_coupled()
+
+    def _check_options(self) -> None:
+        """An option is used by some loss; one that changes what all losses see is used by all."""
+        for spec in self.specs:
+            for option in set(spec.needs_options) - set(self.options.changed):
+                raise ValueError(
+                    f"loss.{option}={getattr(self.options, option)} cannot be used by {spec.name}: "
+                    f"{spec.needs_options[option]}"
+                )
+        # beta scales the rewards that are logged, whatever the loss.
+        for option in [name for name in self.options.changed if name != "beta"]:
+            idle = [spec.name for spec in self.specs if option not in spec.options]
+            if len(idle) < len(self.specs):
+                # What all losses see concerns them all, but for sft: it sees the plain sums.
+                idle = [name for name in idle if option in SHARED and name != "sft"]
+            if idle:
+                takers = [name for name, spec in LOSSES.items() if option in spec.options]
+                raise ValueError(
+                    f"loss.{option}={getattr(self.options, option)} is not used by {', '.join(idle)}; "
+                    f"remove it, or choose {' or '.join(takers)}"
+                )
+
+    def _check_coupled(self) -> None:
+        """A loss whose rows meet gives no row a loss of its own that something could weigh."""
+        if not self.coupled:
+            return
+        first = next(spec.name for spec in self.specs if spec.coupled)
+        columns = [spec.name for spec in self.specs if spec.needs_columns]
+        if columns:
+            raise ValueError(
+                f"{', '.join(columns)} goes by columns of the data, which {first} does not"
+            )
+        if self.options.changes_sums and (
+            "sft" in self.names or self.sft_coefficient(Totals(1, 1))
+        ):
+            raise ValueError(
+                f"loss.ld_alpha and loss.token_clamp change the sums that {first} sorts, and an sft term "
+                "needs them as they are; leave out one of the two"
+            )
+
+    @property
+    def specs(self) -> tuple[LossSpec, ...]:
+        return tuple(LOSSES[name] for name in self.names)
 
     @property
     def needs_reference(self) -> bool:
-        return any(LOSSES[name].needs_reference for name in self.names)
+        return any(spec.needs_reference for spec in self.specs) and not self.options.reference_free
+
+    @property
+    def paired(self) -> bool:
+        """Whether some loss needs pairs; the others take completions one by one as well."""
+        return any(spec.paired for spec in self.specs)
+
+    @property
+    def coupled(self) -> bool:
+        return any(spec.coupled for spec in self.specs)
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """What has to be estimated over all ranks: `kl`, `delta`."""
+        return tuple(sorted({name for spec in self.specs for name in spec.statistics}))
 
     def coefficients(self, totals: Totals) -> tuple[float, ...]:
-        """What the sum over pairs of each loss is multiplied by: weight_k / total_k."""
+        """What the sum over rows of each loss is multiplied by: weight_k / total_k."""
         return tuple(
-            weight / max(getattr(totals, LOSSES[name].normaliser), 1)
-            for name, weight in zip(self.names, self.weights)
+            weight / max(getattr(totals, spec.normaliser), 1)
+            for spec, weight in zip(self.specs, self.weights)
         )
 
-    def __call__(self, pairs: PairLogps, totals: Totals) -> Tensor:
-        """The share of these pairs in the loss of the global batch; shares add up to the loss."""
-        loss = pairs.chosen.new_zeros(())
-        for name, coefficient in zip(self.names, self.coefficients(totals)):
-            loss = loss + coefficient * LOSSES[name].function(pairs, self.options).sum()
+    def sft_coefficient(self, totals: Totals) -> float:
+        """What minus the sum of the chosen log-probs is multiplied by, for losses that bring it along."""
+        weight = sum(w * spec.sft(self.options) for spec, w in zip(self.specs, self.weights))
+        return weight / max(totals.chosen_tokens, 1)
+
+    def __call__(self, rows: Rows, totals: Totals, weight: Tensor | None = None) -> Tensor:
+        """The share of these rows in the loss of the global batch; shares add up to the loss.
+
+        weight: of each row, [P] or [S]; it multiplies the row's losses and its sft term.
+        """
+        loss = self._sft(rows, totals, weight)
+        for spec, coefficient in zip(self.specs, self.coefficients(totals)):
+            split = isinstance(rows, PairLogps) and not spec.paired
+            values = spec.function(rows.sequences if split else rows, self.options)
+            if weight is not None:
+                values = values * (weight.repeat_interleave(2) if split else weight)
+            loss = loss + coefficient * values.sum()
         return loss
 
+    def _sft(self, rows: Rows, totals: Totals, weight: Tensor | None) -> Tensor | float:
+        """The sft terms of losses that bring one along."""
+        coefficient = self.sft_coefficient(totals)
+        if coefficient == 0:
+            return 0.0
+        likelihood = rows.likelihood if weight is None else rows.likelihood * weight
+        return -coefficient * likelihood.sum()
+
     @torch.no_grad()
-    def rewards(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
-        """Implicit rewards beta * log-ratio of chosen and rejected, [P] each."""
-        beta = self.options.beta
-        return beta * pairs.chosen_ratio.detach(), beta * pairs.rejected_ratio.detach()
+    def rewards(self, rows: Rows) -> Tensor:
+        """Implicit rewards, beta * log-ratio, [S]: of pairs chosen and rejected in turn."""
+        sequences = rows.sequences if isinstance(rows, PairLogps) else rows
+        return self.options.beta * sequences.ratio.detach()

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dpo_fast.errors import UnavailableError
+from dpo_fast.losses.inputs import PairLogps, SequenceLogps
 from dpo_fast.losses.objective import Objective, Totals
-from dpo_fast.losses.table import LOSSES, PairLogps
+from dpo_fast.losses.sums import Tokens, policy_weights, sequence_sums
 from dpo_fast.ops.implementation import choose_implementation
 from dpo_fast.ops.preference import check_sequences, fused_preference, sum_sequences
 
 logger = logging.getLogger("dpo_fast")
+KERNEL_OPTIONS = ("beta", "label_smoothing", "length_average")
 
 
 class Preference(NamedTuple):
@@ -33,9 +37,14 @@ def preference(
     objective: Objective,
     totals: Totals,
     *,
+    reference_T: Tensor | None = None,
+    log_sum_p2_T: Tensor | None = None,
+    columns: Mapping[str, Tensor] | None = None,
+    good_S: Tensor | None = None,
+    statistics: Mapping[str, Tensor] | None = None,
     implementation: str = "auto",
 ) -> Preference:
-    """The share of these pairs in the loss of the global batch, and what metrics need of them.
+    """The share of these rows in the loss of the global batch, and what metrics need of them.
 
     Args:
         logp_T: [T] fp32 (or fp64), log-probabilities of scored tokens, any stride.
@@ -43,56 +52,116 @@ def preference(
             the rejected one of pair p. A length may be 0, and so may S.
         reference_S: [S] fp32, the reference's log-probabilities, or None where no loss needs them.
         objective, totals: the weighted losses, and the counts that they are divided by.
+        reference_T: [T], the reference's tokens, for `ld_alpha` and `token_clamp`.
+        log_sum_p2_T: [T], the head's extra of that name, for `use_weighting`.
+        columns: of the data, fp32 [P]: `weight`, `margin`, `soft_label`; those that are there.
+        good_S: bool [S]; given, sequences are good or bad by themselves and not pairs.
+        statistics: `kl`, `delta`, [] each, estimated over all ranks; 0 where they are missing.
         implementation: `torch` is the definition, operation by operation; `triton` is one kernel;
-            `auto` takes the kernel on a GPU if it computes every loss of the objective.
+            `auto` takes the kernel on a GPU if it computes all that is asked.
 
     Returns:
         `Preference`; its rewards are beta times the log-ratios (the log-probabilities themselves
         without a reference).
 
     Raises:
-        ValueError: shapes, dtypes or lengths that do not fit, or no reference where one is needed.
+        ValueError: shapes, dtypes or lengths that do not fit, or an input that a loss needs is missing
+            or that none uses is given.
         UnavailableError: the named implementation cannot run here, or cannot do these losses.
     """
-    check_sequences(logp_T, lengths_S, reference_S)
-    if reference_S is None and objective.needs_reference:
-        raise ValueError(f"losses {objective.names} need a reference; reference_S is None")
-    name = _implementation(objective.names, logp_T.device, logp_T.dtype, implementation)
+    columns, statistics = columns or {}, statistics or {}
+    check_sequences(logp_T, lengths_S, reference_S, paired=good_S is None)
+    _check_inputs(objective, reference_S, columns, good_S)
+    if good_S is not None and len(good_S) > totals.sequences:
+        raise ValueError(f"{len(good_S)} completions, and totals.sequences={totals.sequences}")
+    extra = tuple(columns) + (() if good_S is None else ("unpaired completions",))
+    # A compiler would trace through the cache, and warn.
+    choose = _implementation.__wrapped__ if torch.compiler.is_compiling() else _implementation
+    name = choose(objective, extra, logp_T.device, logp_T.dtype, implementation)
     if name == "torch":
-        return _composed(logp_T, lengths_S, reference_S, objective, totals)
+        tokens = Tokens(logp_T, lengths_S, reference_S, reference_T, log_sum_p2_T)
+        return _composed(tokens, objective, totals, columns, good_S, statistics)
+    options = {option: getattr(objective.options, option) for option in KERNEL_OPTIONS}
     return Preference(
         *fused_preference(
             logp_T, lengths_S, reference_S, objective.names, objective.coefficients(totals),
-            **vars(objective.options),
+            **options,
         )
     )  # fmt: skip
 
 
-def _composed(logp_T, lengths_S, reference_S, objective: Objective, totals: Totals) -> Preference:
-    logps_S = sum_sequences(logp_T, lengths_S)
-    pairs = as_pairs(logps_S, lengths_S, reference_S)
-    rewards_S = torch.stack(objective.rewards(pairs), 1).flatten()
-    return Preference(objective(pairs, totals), logps_S.detach(), rewards_S)
+def _composed(tokens: Tokens, objective, totals, columns, good_S, statistics) -> Preference:
+    options, weight = objective.options, columns.get("weight")
+    logps_S, reference_S = sequence_sums(tokens, options, paired=good_S is None)
+    if good_S is None:
+        rows = as_pairs(logps_S, tokens.lengths_S, reference_S, columns, statistics)
+        if options.changes_sums:
+            plain_S = sum_sequences(tokens.logp_T, tokens.lengths_S)
+            rows = replace(rows, plain_chosen=plain_S.view(-1, 2)[:, 0])
+    else:
+        rows = SequenceLogps(
+            logps_S, tokens.lengths_S, good_S, reference_S, statistics.get("kl"),
+            statistics.get("delta"),
+        )  # fmt: skip
+    if options.use_weighting:
+        own = policy_weights(tokens, options).view(-1, 2).prod(1)
+        if options.weighting_clamp is not None:
+            own = own.clamp(max=options.weighting_clamp)
+        weight = own if weight is None else own * weight
+    loss = objective(rows, totals, weight)
+    return Preference(loss, logps_S.detach(), objective.rewards(rows))
 
 
-def as_pairs(logps_S: Tensor, lengths_S: Tensor, reference_S: Tensor | None) -> PairLogps:
+def as_pairs(
+    logps_S: Tensor, lengths_S: Tensor, reference_S: Tensor | None,
+    columns: Mapping[str, Tensor] | None = None, statistics: Mapping[str, Tensor] | None = None,
+) -> PairLogps:  # fmt: skip
     """Columns of chosen and rejected, [P] each, from those of sequences, [S]."""
-    columns = [
+    columns, statistics = columns or {}, statistics or {}
+    sides = [
         (None, None) if x is None else x.view(-1, 2).unbind(1)
         for x in (logps_S, lengths_S, reference_S)
     ]
-    return PairLogps(*columns[0], *columns[1], *columns[2])
+    return PairLogps(
+        *sides[0], *sides[1], *sides[2], columns.get("margin"), columns.get("soft_label"),
+        statistics.get("delta"), statistics.get("kl"),
+    )  # fmt: skip
+
+
+def _check_inputs(objective: Objective, reference_S, columns, good_S) -> None:
+    if reference_S is None and objective.needs_reference:
+        raise ValueError(f"losses {objective.names} need a reference; reference_S is None")
+    if good_S is not None and objective.paired:
+        names = [spec.name for spec in objective.specs if spec.paired]
+        raise ValueError(f"losses {names} compare the answers of pairs; good_S was given instead")
+    used = {column for spec in objective.specs for column in spec.columns}
+    needed = {column for spec in objective.specs for column in spec.needs_columns}
+    if unused := [column for column in columns if column not in used]:
+        raise ValueError(
+            f"losses {objective.names} do not use the columns {unused}; leave them out"
+        )
+    if objective.coupled and "weight" in columns:
+        raise ValueError(
+            f"losses {objective.names} sort rows over the batch, so that the column weight belongs to "
+            "none of them; leave it out"
+        )
+    if missing := sorted(needed - set(columns)):
+        raise ValueError(f"losses {objective.names} need the columns {missing}")
 
 
 @functools.cache
 def _implementation(
-    names: tuple[str, ...], device: torch.device, dtype: torch.dtype, requested: str
-) -> str:
-    missing = [name for name in names if not LOSSES[name].kernel]
+    objective: Objective, extra: tuple[str, ...], device: torch.device, dtype: torch.dtype,
+    requested: str,
+) -> str:  # fmt: skip
+    missing = [f"the loss {spec.name}" for spec in objective.specs if not spec.kernel]
+    missing += [f"{o}" for o in objective.options.changed if o not in KERNEL_OPTIONS]
+    missing += [f"the column {name}" if " " not in name else name for name in extra]
     if missing and requested in ("auto", "triton"):
-        reason = f"the kernel does not compute the loss {', '.join(missing)}"
+        reason = f"the kernel does not compute {', '.join(missing)}"
         if requested == "triton":
             raise UnavailableError(f"implementation='triton' cannot run preference: {reason}")
-        logger.info("preference on %s in %s: torch (%s)", device, dtype, reason)
+        if not torch.compiler.is_compiling():
+            logger.info("preference on %s in %s: torch (%s)", device, dtype, reason)
         return "torch"
     return choose_implementation("preference", device, dtype, requested).name

@@ -52,14 +52,22 @@ def fused_preference(
     `LossOptions`. Arguments are those that `check_sequences` lets through, logp_T in fp32.
     """
     reference_S = None if reference_S is None else reference_S.contiguous()
+    if torch.compiler.is_compiling():
+        loss, logps_S, rewards_S, _ = torch.ops.dpo_fast.preference(
+            logp_T, lengths_S.contiguous(), reference_S, losses, coefficients, **options
+        )
+        return loss, logps_S.detach(), rewards_S.detach()
     return _Preference.apply(
         logp_T, lengths_S.contiguous(), reference_S, losses, coefficients, options
     )
 
 
-def check_sequences(logp_T: Tensor, lengths_S: Tensor, reference_S: Tensor | None) -> None:
-    """Raises ValueError unless these are tokens of whole pairs. Waits for nothing on a GPU."""
-    if logp_T.dim() != 1 or lengths_S.dim() != 1 or len(lengths_S) % 2:
+def check_sequences(
+    logp_T: Tensor, lengths_S: Tensor, reference_S: Tensor | None, paired: bool = True
+) -> None:
+    """Raises ValueError unless these are tokens of sequences, or pairs. Waits for nothing on a GPU."""
+    S = lengths_S.shape[0] if lengths_S.dim() == 1 else 0
+    if logp_T.dim() != 1 or lengths_S.dim() != 1 or (paired and S % 2):
         raise ValueError(
             "expected logp [T] and lengths [S] of chosen and rejected in turn, S even; got logp "
             f"{tuple(logp_T.shape)}, lengths {tuple(lengths_S.shape)}"
@@ -80,8 +88,11 @@ def check_sequences(logp_T: Tensor, lengths_S: Tensor, reference_S: Tensor | Non
     if len(devices) > 1:
         raise ValueError(f"tensors are on different devices: {sorted(devices)}")
     total = lengths_S.sum()  # any other would have foreign memory read
-    message = f"lengths must add up to the {len(logp_T)} tokens of logp, and none be below 0"
-    if logp_T.is_cuda:
-        torch._assert_async(total == len(logp_T), message)
+    if logp_T.is_cuda or torch.compiler.is_compiling():
+        message = "lengths must add up to the tokens of logp, and none be below 0"
+        torch._assert_async(total == logp_T.shape[0], message)
     elif total != len(logp_T) or (lengths_S < 0).any():
-        raise ValueError(f"{message}; they add up to {total.item()}")
+        raise ValueError(
+            f"lengths must add up to the {len(logp_T)} tokens of logp, and none be below 0; they add "
+            f"up to {total.item()}"
+        )

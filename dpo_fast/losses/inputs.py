@@ -1,0 +1,85 @@
+"""What losses are functions of: sums of log-probabilities over completions, and counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PairLogps:
+    """Summed completion log-probabilities of P pairs, [P] in fp32; lengths are scored tokens, [P].
+
+    reference_chosen, reference_rejected: None where no reference is used. margin, soft_label: columns of
+    the data, [P], or None. delta, kl: as in `SequenceLogps`. plain_chosen: sums of the chosen tokens
+    where `chosen` weighs or bounds them, for the sft term; None: they are the same.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_lengths: Tensor
+    rejected_lengths: Tensor
+    reference_chosen: Tensor | None = None
+    reference_rejected: Tensor | None = None
+    margin: Tensor | None = None
+    soft_label: Tensor | None = None
+    delta: Tensor | None = None
+    kl: Tensor | None = None
+    plain_chosen: Tensor | None = None
+
+    @property
+    def likelihood(self) -> Tensor:
+        """Log-likelihood of the chosen completions, [P], whatever the options make of their sums."""
+        return self.chosen if self.plain_chosen is None else self.plain_chosen
+
+    @property
+    def chosen_ratio(self) -> Tensor:
+        """a = lw - rw, [P]; lw where there is no reference."""
+        reference = self.reference_chosen
+        return self.chosen if reference is None else self.chosen - reference
+
+    @property
+    def rejected_ratio(self) -> Tensor:
+        """b = ll - rl, [P]; ll where there is no reference."""
+        reference = self.reference_rejected
+        return self.rejected if reference is None else self.rejected - reference
+
+    @property
+    def sequences(self) -> SequenceLogps:
+        """The same completions one by one: chosen ones good, rejected ones bad."""
+
+        def interleaved(chosen: Tensor | None, rejected: Tensor | None) -> Tensor | None:
+            return None if chosen is None else torch.stack([chosen, rejected], 1).flatten()
+
+        good = torch.ones_like(self.chosen, dtype=torch.bool)
+        return SequenceLogps(
+            interleaved(self.chosen, self.rejected),
+            interleaved(self.chosen_lengths, self.rejected_lengths),
+            interleaved(good, ~good),
+            interleaved(self.reference_chosen, self.reference_rejected),
+            self.kl,
+            self.delta,
+        )
+
+
+@dataclass(frozen=True)
+class SequenceLogps:
+    """Completions that are good or bad by themselves, [S]; log-probabilities as in `PairLogps`.
+
+    good: bool [S]. kl: estimate of the policy's distance from the reference (KTO), [], or None for 0.
+    delta: running mean of rewards (BCO), [], or None for 0.
+    """
+
+    logps: Tensor
+    lengths: Tensor
+    good: Tensor
+    reference: Tensor | None = None
+    kl: Tensor | None = None
+    delta: Tensor | None = None
+
+    @property
+    def ratio(self) -> Tensor:
+        """r: log-ratio to the reference, [S]; the log-probability where there is none."""
+        return self.logps if self.reference is None else self.logps - self.reference

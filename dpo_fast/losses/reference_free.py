@@ -1,0 +1,96 @@
+"""Losses on pairs that compare with no reference. Names as in `pairwise`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpo_fast.losses.inputs import PairLogps
+from dpo_fast.losses.options import LossOptions
+from dpo_fast.losses.pairwise import MARGIN
+from dpo_fast.losses.scores import less_margin, smoothed
+from dpo_fast.losses.spec import WEIGHTING, loss
+
+
+@loss(
+    "-lw, divided by the chosen tokens of the global batch",
+    "RPO, arXiv 2404.19733; MPO, arXiv 2411.10442",
+    "beside another loss, to keep the chosen log-probs from falling",
+    WEIGHTING,
+    needs_reference=False,
+    normaliser="chosen_tokens",
+    kernel=True,
+)
+def sft(pairs: PairLogps, options: LossOptions) -> Tensor:
+    return -pairs.likelihood
+
+
+@loss(
+    "-(1-eps) LS(x) - eps LS(-x), x = beta (lw/nw - ll/nl) - gamma - m",
+    "SimPO, arXiv 2405.14734",
+    "no memory or time for a reference; beta 2 to 10, gamma about half of it",
+    ("beta", "label_smoothing", "simpo_gamma", *WEIGHTING),
+    columns=MARGIN,
+    needs_reference=False,
+)
+def simpo(pairs: PairLogps, options: LossOptions) -> Tensor:
+    gap = pairs.chosen / pairs.chosen_lengths - pairs.rejected / pairs.rejected_lengths
+    x = less_margin(options.beta * gap - options.simpo_gamma, pairs)
+    return smoothed(x, options.label_smoothing)
+
+
+@loss(
+    "-(1-eps) LS(x) - eps LS(-x) + alpha sft, x = beta (lw - ll) - m",
+    "CPO, arXiv 2401.08417",
+    "as simpo, with sums and an sft term",
+    ("beta", "label_smoothing", "cpo_alpha", "ld_alpha", *WEIGHTING),
+    columns=MARGIN,
+    needs_reference=False,
+    sft=lambda options: options.cpo_alpha,
+)
+def cpo(pairs: PairLogps, options: LossOptions) -> Tensor:
+    x = less_margin(options.beta * (pairs.chosen - pairs.rejected), pairs)
+    return smoothed(x, options.label_smoothing)
+
+
+@loss(
+    "sft - beta LS(p - q - (log(1 - e^p) - log(1 - e^q))), p = lw/nw, q = ll/nl",
+    "ORPO, arXiv 2403.07691",
+    "SFT and preference in one stage, from a base model",
+    ("beta", *WEIGHTING),
+    needs_reference=False,
+    sft=lambda options: 1.0,
+)
+def orpo(pairs: PairLogps, options: LossOptions) -> Tensor:
+    p, q = pairs.chosen / pairs.chosen_lengths, pairs.rejected / pairs.rejected_lengths
+    odds = (p - q) - (log1mexp(p) - log1mexp(q))
+    return -options.beta * F.logsigmoid(odds)
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - e^x) for x <= 0, in the form that is exact on either side of -ln 2 (Maechler 2012).
+
+    A mean log-probability of 0, a certain token, is taken as the next smaller number.
+    """
+    x = x.clamp(max=-torch.finfo(x.dtype).tiny)
+    near = x > -math.log(2)
+    # Each branch sees values it can take, or the one not used would make the gradient nan.
+    small = torch.where(near, x, -1.0)
+    large = torch.where(near, -1.0, x)
+    return torch.where(near, torch.log(-torch.expm1(small)), torch.log1p(-torch.exp(large)))
+
+
+@loss(
+    "relu(delta - (lw - ll) + m) + lambda sft",
+    "SLiC-HF, arXiv 2305.10425",
+    "a hinge on log-probs themselves, with an sft term",
+    ("slic_delta", "slic_lambda", "ld_alpha", *WEIGHTING),
+    columns=MARGIN,
+    needs_reference=False,
+    sft=lambda options: options.slic_lambda,
+)
+def slic(pairs: PairLogps, options: LossOptions) -> Tensor:
+    return torch.relu(options.slic_delta - less_margin(pairs.chosen - pairs.rejected, pairs))
