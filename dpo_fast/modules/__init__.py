@@ -1,5 +1,7 @@
 """Drop-in modules."""
 
+from dpo_fast.modules.fused import FusedLinearPreferenceLoss
 from dpo_fast.modules.head import FusedHead
+from dpo_fast.modules.preference import PreferenceLoss, UnpairedPreferenceLoss
 
-__all__ = ["FusedHead"]
+__all__ = ["FusedHead", "FusedLinearPreferenceLoss", "PreferenceLoss", "UnpairedPreferenceLoss"]

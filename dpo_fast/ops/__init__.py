@@ -7,6 +7,7 @@ Legend of shapes, used as suffixes of names everywhere in the library:
     D  hidden size                V  vocabulary
 """
 
+from dpo_fast.ops import custom  # noqa: F401 registers torch.ops.dpo_fast
 from dpo_fast.ops.linear_logp import LinearLogp, linear_logp
 from dpo_fast.ops.logits_logp import logits_logp
 from dpo_fast.ops.plan import HeadPlan, plan

@@ -14,6 +14,7 @@ from dpo_fast.errors import UnavailableError
 
 logger = logging.getLogger("dpo_fast")
 IMPLEMENTATIONS = ("torch", "triton")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def interpreting() -> bool:
 
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """None if Triton kernels run for this device and dtype, else the reason and the remedy."""
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return "the package triton is not installed (pip install triton, Linux only)"
     if dtype == torch.float64:
         return "the Triton kernels accumulate in fp32 and take fp32, bf16 and fp16, not fp64"
@@ -48,28 +49,38 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     return f"no Triton target is known for device type {device.type!r}"
 
 
-@functools.cache
 def choose_implementation(
     operation: str, device: torch.device, dtype: torch.dtype, requested: str = "auto"
 ) -> Choice:
-    """Choose once per (operation, device, dtype, request) and log it.
+    """Choose once per (operation, device, dtype, request) and log it; while compiling, without a word.
 
     Raises:
         UnavailableError: `requested` cannot run here.
         ValueError: `requested` is not a name.
     """
+    choose = _choice if torch.compiler.is_compiling() else _logged_choice
+    return choose(operation, device, dtype, requested)
+
+
+@functools.cache
+def _logged_choice(
+    operation: str, device: torch.device, dtype: torch.dtype, requested: str
+) -> Choice:
+    choice = _choice(operation, device, dtype, requested)
+    logger.info("%s on %s in %s: %s (%s)", operation, device, dtype, choice.name, choice.reason)
+    return choice
+
+
+def _choice(operation: str, device: torch.device, dtype: torch.dtype, requested: str) -> Choice:
     if requested not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(f"implementation={requested!r}: choose auto, {', '.join(IMPLEMENTATIONS)}")
     obstacle = None if requested == "torch" else why_not_triton(device, dtype)
     if requested == "triton" and obstacle:
         raise UnavailableError(f"implementation='triton' cannot run {operation} here: {obstacle}")
     if requested != "auto":
-        choice = Choice(requested, "asked for by name")
-    elif device.type == "cpu":
-        choice = Choice("torch", "the torch implementation is the fast one on a CPU")
-    elif obstacle:
-        choice = Choice("torch", obstacle)
-    else:
-        choice = Choice("triton", f"Triton compiles for {device.type} here")
-    logger.info("%s on %s in %s: %s (%s)", operation, device, dtype, choice.name, choice.reason)
-    return choice
+        return Choice(requested, "asked for by name")
+    if device.type == "cpu":
+        return Choice("torch", "the torch implementation is the fast one on a CPU")
+    if obstacle:
+        return Choice("torch", obstacle)
+    return Choice("triton", f"Triton compiles for {device.type} here")

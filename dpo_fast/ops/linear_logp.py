@@ -123,9 +123,14 @@ def linear_logp(
         ValueError: shapes, dtypes, options or targets that do not fit.
         UnavailableError: the named implementation cannot run on this device.
     """
-    options = HeadOptions(logit_scale, softcap, temperature)
     hidden_TD, weight_VD, bias = _autocast(hidden_TD, weight_VD, bias)
-    _check(hidden_TD, weight_VD, targets_T, bias, extras)
+    if torch.compiler.is_compiling() and shard is None:
+        return _compiled(
+            hidden_TD, weight_VD, targets_T, bias, logit_scale, softcap, temperature,
+            tuple(extras), implementation, workspace_bytes,
+        )  # fmt: skip
+    options = HeadOptions(logit_scale, softcap, temperature)
+    check_call(hidden_TD, weight_VD, targets_T, bias, extras)
     check_targets(targets_T, whole_vocabulary(weight_VD, shard))
     name = choose_implementation(
         "linear_logp", hidden_TD.device, hidden_TD.dtype, implementation
@@ -136,6 +141,18 @@ def linear_logp(
         hidden_TD, weight_VD, bias, targets_T, options, tuple(extras), chosen, schedule, shard
     )
     return LinearLogp(**dict(zip(("logp", *extras), values)))
+
+
+def _compiled(hidden_TD, weight_VD, targets_T, bias, *options) -> LinearLogp:
+    """The same through the custom operator, which a compiler does not look into."""
+    grad = torch.is_grad_enabled()
+    needs = [grad and x is not None and x.requires_grad for x in (hidden_TD, weight_VD, bias)]
+    *factors, extras, implementation, workspace_bytes = options
+    logp_T, *rest = torch.ops.dpo_fast.linear_logp(
+        hidden_TD, weight_VD, targets_T, bias, *factors, ",".join(extras), implementation,
+        workspace_bytes, needs,
+    )  # fmt: skip
+    return LinearLogp(logp_T, **{name: x.detach() for name, x in zip(extras, rest)})
 
 
 def plan_call(
@@ -171,7 +188,7 @@ def _autocast(hidden_TD: Tensor, weight_VD: Tensor, bias: Tensor | None):
     return hidden_TD.to(dtype), weight_VD.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def _check(
+def check_call(
     hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, bias: Tensor | None, extras: tuple
 ) -> None:
     shapes = f"hidden {tuple(hidden_TD.shape)}, weight {tuple(weight_VD.shape)}, targets " + str(

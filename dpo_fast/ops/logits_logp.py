@@ -16,14 +16,7 @@ CHUNK_ELEMENTS = 1 << 20  # 4 MiB of fp32: the only precise copy of logits that 
 class _LogitsLogp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets_T, temperature, implementation):
-        matrices = _matrices(logits)
-        run = _torch_forward if implementation == "torch" else _triton_forward
-        parts, first = [], 0
-        for logits_TV in matrices:
-            stop = first + logits_TV.shape[0]
-            parts.append(run(logits_TV, targets_T[first:stop], temperature))
-            first = stop
-        logp_T, lse_T = map(torch.cat, zip(*parts)) if len(parts) > 1 else parts[0]
+        logp_T, lse_T = forward(logits, targets_T, temperature, implementation)
         ctx.save_for_backward(logits, targets_T, lse_T)
         ctx.temperature, ctx.implementation = temperature, implementation
         return logp_T
@@ -31,18 +24,37 @@ class _LogitsLogp(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_T):
-        logits, targets_T, lse_T = ctx.saved_tensors
-        grad_T = grad_T.to(lse_T.dtype).contiguous()
-        out_TV = logits.new_empty(len(targets_T), logits.shape[-1])
-        run = _torch_backward if ctx.implementation == "torch" else _triton_backward
-        first = 0
-        for logits_TV in _matrices(logits):
-            rows = slice(first, first + logits_TV.shape[0])
-            run(
-                grad_T[rows], logits_TV, targets_T[rows], lse_T[rows], ctx.temperature, out_TV[rows]
-            )
-            first = rows.stop
-        return out_TV.view(logits.shape), None, None, None
+        gradient = backward(grad_T, *ctx.saved_tensors, ctx.temperature, ctx.implementation)
+        return gradient, None, None, None
+
+
+def forward(
+    logits: Tensor, targets_T: Tensor, temperature: float, implementation: str
+) -> tuple[Tensor, Tensor]:
+    """logp and log-sum-exp, [T]."""
+    run = _torch_forward if implementation == "torch" else _triton_forward
+    parts, first = [], 0
+    for logits_TV in _matrices(logits):
+        stop = first + logits_TV.shape[0]
+        parts.append(run(logits_TV, targets_T[first:stop], temperature))
+        first = stop
+    return tuple(map(torch.cat, zip(*parts))) if len(parts) > 1 else parts[0]
+
+
+def backward(
+    grad_T: Tensor, logits: Tensor, targets_T: Tensor, lse_T: Tensor, temperature: float,
+    implementation: str,
+) -> Tensor:  # fmt: skip
+    """The gradient of the logits, in their shape and dtype, contiguous."""
+    grad_T = grad_T.to(lse_T.dtype).contiguous()
+    out_TV = logits.new_empty(len(targets_T), logits.shape[-1])
+    run = _torch_backward if implementation == "torch" else _triton_backward
+    first = 0
+    for logits_TV in _matrices(logits):
+        rows = slice(first, first + logits_TV.shape[0])
+        run(grad_T[rows], logits_TV, targets_T[rows], lse_T[rows], temperature, out_TV[rows])
+        first = rows.stop
+    return out_TV.view(logits.shape)
 
 
 def logits_logp(
@@ -72,6 +84,10 @@ def logits_logp(
         "logits_logp", logits_TV.device, logits_TV.dtype, implementation
     ).name
     flat_T = targets_T.reshape(-1).contiguous()
+    if torch.compiler.is_compiling():
+        logp_T, _ = torch.ops.dpo_fast.logits_logp(logits_TV, flat_T, temperature, name)
+        return logp_T.view(targets_T.shape)
+    check_targets(flat_T, logits_TV.shape[-1])
     return _LogitsLogp.apply(logits_TV, flat_T, temperature, name).view(targets_T.shape)
 
 
@@ -89,7 +105,6 @@ def _check(logits_TV: Tensor, targets_T: Tensor, temperature: float) -> None:
         raise ValueError(f"logits are on {logits_TV.device}, targets on {targets_T.device}")
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature={temperature} must be finite and greater than 0")
-    check_targets(targets_T, logits_TV.shape[-1])
 
 
 def _matrices(logits: Tensor) -> list[Tensor]:

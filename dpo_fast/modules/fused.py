@@ -1,0 +1,211 @@
+"""From hidden states to a preference loss in one module, without logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dpo_fast.losses import Totals, preference
+from dpo_fast.losses.sums import needs_reference_tokens
+from dpo_fast.modules.metrics import METRIC_EXTRAS, sequence_metrics, token_metrics
+from dpo_fast.modules.preference import (
+    check_good,
+    check_shapes,
+    check_unpaired,
+    counts_tokens,
+    make_objective,
+    objective_inputs,
+)
+from dpo_fast.modules.rows import BATCH_ORDERS, ScoredRows, pair_order, scored_rows
+from dpo_fast.ops.linear_logp import HeadOptions, linear_logp
+from dpo_fast.ops.preference import sum_sequences
+
+
+class FusedLinearPreferenceLoss(nn.Module):
+    """Any loss of the table, from hidden states and the weight of a language-model head.
+
+    The weight is an argument of `forward`, so no hook of DeepSpeed gathers it: under ZeRO-3 let a
+    `FusedHead` score, and give `PreferenceLoss` its sums.
+
+    Args:
+        loss_type, loss_weights: a name of `dpo_fast.losses.LOSSES`, or several and their weights.
+        batch_order: `concatenated`, all chosen sequences and then all rejected ones, as TRL and Liger
+            have them; or `interleaved`, chosen and rejected in turn.
+        ignore_index: labels that are not scored.
+        shift: labels are the tokens themselves, as Hugging Face models take them, and each row predicts
+            the next one. By default they are shifted already: row l predicts labels[b, l].
+        extras: of the head, for metrics: `entropy`, `mean_logit`, `is_top1`.
+        logit_scale, softcap, temperature, implementation, workspace_bytes: as in `linear_logp`.
+        options: fields of `LossOptions`, under TRL's names: beta, label_smoothing, ...
+
+    Raises:
+        ValueError: naming the option, its value and what it must be.
+    """
+
+    def __init__(
+        self,
+        loss_type: str | Sequence[str] = "sigmoid",
+        loss_weights: Sequence[float] | None = None,
+        *,
+        batch_order: str = "concatenated",
+        ignore_index: int = -100,
+        shift: bool = False,
+        extras: tuple[str, ...] = (),
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        temperature: float = 1.0,
+        implementation: str = "auto",
+        workspace_bytes: int | None = None,
+        **options,
+    ) -> None:
+        super().__init__()
+        self.objective = make_objective(loss_type, loss_weights, options)
+        if batch_order not in BATCH_ORDERS:
+            raise ValueError(f"batch_order={batch_order!r}: choose from {', '.join(BATCH_ORDERS)}")
+        if unknown := [name for name in extras if name not in METRIC_EXTRAS]:
+            raise ValueError(f"extras={unknown}: choose from {', '.join(METRIC_EXTRAS)}")
+        self.batch_order, self.ignore_index, self.shift = batch_order, ignore_index, shift
+        self.extras = tuple(extras)
+        self.head_options = HeadOptions(logit_scale, softcap, temperature)
+        self.implementation, self.workspace_bytes = implementation, workspace_bytes
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        good: Tensor | None = None,
+        reference_logps: Tensor | None = None,
+        reference_hidden: Tensor | None = None,
+        reference_weight: Tensor | None = None,
+        reference_bias: Tensor | None = None,
+        columns: Mapping[str, Tensor] | None = None,
+        statistics: Mapping[str, Tensor] | None = None,
+        totals: Totals | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss, [] fp32, and metrics, detached: rewards and log-probabilities of both sides, margins,
+        accuracies, and those of `extras`.
+
+        Args:
+            hidden: [B, L, D], or packed rows [N, D]. weight: [V, D]. bias: [V] or None.
+            labels: int64 [B, L], or [N] with `lengths`, int64 [S]: packed rows of each sequence.
+            good: bool [S]; given, sequences are good or bad by themselves, in any order, and not pairs.
+            reference_logps: fp32 [S], in the order of the batch. Or, scored here without gradients,
+            reference_hidden: as `hidden`, with reference_weight: [V, Dr], and reference_bias.
+            columns, statistics, totals: as in `PreferenceLoss`.
+
+        Raises:
+            ValueError: an input is missing, is not used, or does not fit the others.
+        """
+        columns, statistics = columns or {}, statistics or {}
+        objective_inputs(self.objective, columns, statistics)
+        S = len(labels) if lengths is None else len(lengths)
+        order_S = self._order(good, S, labels.device)
+        rows = scored_rows(
+            labels, lengths, order_S=order_S, ignore_index=self.ignore_index, shift=self.shift
+        )
+        self._check_columns(columns, good, S)
+        extras = self.extras
+        if self.objective.options.use_weighting:
+            extras += ("log_sum_p2",)
+        scores = self._score(hidden, weight, bias, labels, rows, extras)
+        reference_S, reference_T = self._reference(
+            reference_logps,
+            (reference_hidden, reference_weight, reference_bias),
+            labels,
+            rows,
+            order_S,
+        )
+        result = preference(
+            scores.logp, rows.lengths_S, reference_S, self.objective,
+            self._totals(rows.lengths_S, good) if totals is None else totals,
+            reference_T=reference_T, log_sum_p2_T=scores.log_sum_p2, columns=columns, good_S=good,
+            statistics=statistics, implementation=self._loss_implementation,
+        )  # fmt: skip
+        asked = {name: getattr(scores, name) for name in self.extras}
+        metrics = sequence_metrics(result.logps_S, result.rewards_S, good)
+        return result.loss, metrics | token_metrics(asked, rows.lengths_S, good)
+
+    @property
+    def _loss_implementation(self) -> str:
+        """The kernel of the small end computes some losses only; the choice is of the head."""
+        return "torch" if self.implementation == "torch" else "auto"
+
+    def _order(self, good: Tensor | None, S: int, device: torch.device) -> Tensor | None:
+        if good is None:
+            return pair_order(S, self.batch_order, device)
+        check_unpaired(self.objective)
+        check_good(good, S)
+        return None
+
+    @staticmethod
+    def _check_columns(columns: Mapping[str, Tensor], good: Tensor | None, S: int) -> None:
+        rows = S // 2 if good is None else S
+        check_shapes([*columns.values(), torch.empty(rows)])
+
+    def _score(self, hidden, weight, bias, labels: Tensor, rows: ScoredRows, extras: tuple = ()):
+        if hidden.shape[:-1] != labels.shape:
+            raise ValueError(
+                f"hidden is {tuple(hidden.shape)}, labels are {tuple(labels.shape)}; expected a row of "
+                "hidden states for each label"
+            )
+        return linear_logp(
+            hidden.flatten(0, -2)[rows.rows_T], weight, rows.targets_T, bias=bias,
+            logit_scale=self.head_options.logit_scale, softcap=self.head_options.softcap,
+            temperature=self.head_options.temperature, extras=extras,
+            implementation=self.implementation, workspace_bytes=self.workspace_bytes,
+        )  # fmt: skip
+
+    def _reference(self, logps_S, head: tuple, labels, rows: ScoredRows, order_S):
+        """Sums, [S], and tokens, [T], of the reference in the order of `rows`; None where there are
+        none."""
+        hidden, weight, _ = head
+        scored = hidden is not None or weight is not None
+        options = self.objective.options
+        self._check_reference(logps_S, scored)
+        if scored:
+            if hidden is None or weight is None:
+                raise ValueError("reference_hidden and reference_weight belong together")
+            with torch.no_grad():
+                logp_T = self._score(*head, labels, rows).logp
+            tokens_T = logp_T if needs_reference_tokens(options) else None
+            return sum_sequences(logp_T, rows.lengths_S), tokens_T
+        if logps_S is None:
+            return None, None
+        if needs_reference_tokens(options):
+            raise ValueError(
+                "ld_alpha and token_clamp need the reference's log-prob of every token: give "
+                "reference_hidden and reference_weight instead of reference_logps"
+            )
+        check_shapes([logps_S, rows.lengths_S])
+        return (logps_S if order_S is None else logps_S[order_S]).detach().float(), None
+
+    def _check_reference(self, logps_S: Tensor | None, scored: bool) -> None:
+        given = logps_S is not None or scored
+        if logps_S is not None and scored:
+            raise ValueError("give reference_logps or reference_hidden, not both")
+        if given and self.objective.options.reference_free:
+            raise ValueError("reference_free=True uses no reference; leave it out")
+        if not given and self.objective.needs_reference:
+            raise ValueError(
+                f"losses {self.objective.names} need a reference: give reference_logps, or "
+                "reference_hidden and reference_weight"
+            )
+
+    def _totals(self, lengths_S: Tensor, good: Tensor | None) -> Totals:
+        S = len(lengths_S)
+        if good is not None:
+            return Totals(0, 0, S)
+        tokens = int(lengths_S[0::2].sum()) if counts_tokens(self.objective) else 0
+        return Totals(S // 2, tokens, S)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.objective.names}, weights={self.objective.weights}, "
+            f"batch_order={self.batch_order!r}, {self.head_options}"
+        )

@@ -1,0 +1,219 @@
+"""Preference losses as modules, for log-probabilities of completions that exist already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dpo_fast.losses import LossOptions, Objective, PairLogps, SequenceLogps, Totals
+from dpo_fast.modules.metrics import sequence_metrics
+
+# They divide a completion's log-probability by its length.
+MEANS = ("ipo", "sigmoid_norm", "simpo", "orpo")
+TOKEN_OPTIONS = ("ld_alpha", "token_clamp", "use_weighting")
+
+
+def make_objective(
+    loss_type: str | Sequence[str], loss_weights: Sequence[float] | None, options: dict
+) -> Objective:
+    """Names, weights (1 each by default) and options under TRL's names as one `Objective`."""
+    names = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
+    weights = (1.0,) * len(names) if loss_weights is None else tuple(loss_weights)
+    return Objective(names, weights, LossOptions(**options))
+
+
+def counts_tokens(objective: Objective) -> bool:
+    """Whether something is divided by the number of chosen tokens."""
+    return any(
+        spec.normaliser == "chosen_tokens" or spec.sft(objective.options) != 0
+        for spec in objective.specs
+    )
+
+
+class _SequenceLoss(nn.Module):
+    """An objective of sequence log-probabilities, which knows no tokens."""
+
+    def __init__(
+        self,
+        loss_type: str | Sequence[str] = "sigmoid",
+        loss_weights: Sequence[float] | None = None,
+        **options,
+    ) -> None:
+        super().__init__()
+        self.objective = make_objective(loss_type, loss_weights, options)
+        for name in TOKEN_OPTIONS:
+            if name in self.objective.options.changed:
+                raise ValueError(
+                    f"{name}={getattr(self.objective.options, name)} acts on tokens, and here are "
+                    "only their sums: use FusedLinearPreferenceLoss"
+                )
+
+    def _check_reference(self, reference: Tensor | None) -> None:
+        if reference is None and self.objective.needs_reference:
+            raise ValueError(
+                f"losses {self.objective.names} need the reference's log-probabilities; give them, or "
+                "set reference_free=True"
+            )
+        if reference is not None and self.objective.options.reference_free:
+            raise ValueError("reference_free=True uses no reference; leave its log-probs out")
+
+    def extra_repr(self) -> str:
+        return f"{self.objective.names}, weights={self.objective.weights}"
+
+
+class PreferenceLoss(_SequenceLoss):
+    """Any loss of the table on pairs.
+
+    Args:
+        loss_type, loss_weights: a name of `dpo_fast.losses.LOSSES`, or several and their weights.
+        options: fields of `LossOptions`, under TRL's names: beta, label_smoothing, ...
+
+    Raises:
+        ValueError: an option that no loss uses, or that acts on tokens.
+    """
+
+    def forward(
+        self,
+        chosen_logps: Tensor,
+        rejected_logps: Tensor,
+        reference_chosen_logps: Tensor | None = None,
+        reference_rejected_logps: Tensor | None = None,
+        *,
+        chosen_lengths: Tensor | None = None,
+        rejected_lengths: Tensor | None = None,
+        columns: Mapping[str, Tensor] | None = None,
+        statistics: Mapping[str, Tensor] | None = None,
+        totals: Totals | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss, [], and metrics, detached.
+
+        Args:
+            chosen_logps, rejected_logps: summed over completion tokens, [P]; those of the reference too.
+            chosen_lengths, rejected_lengths: scored tokens, [P], for losses that divide by them.
+            columns: of the data, [P] each: `weight`, `margin`, `soft_label`, where a loss uses them.
+            statistics: `kl`, `delta`, [] each, where a loss uses them; 0 where they are missing.
+            totals: counts of the global batch, of which these pairs are a part; shares then add up to
+                the loss, and gradients over micro-batches are exact. Default: these pairs are all.
+
+        Raises:
+            ValueError: an input is missing, is not used, or does not fit the others.
+        """
+        objective, columns, statistics = self.objective, columns or {}, statistics or {}
+        objective_inputs(objective, columns, statistics)
+        if (reference_chosen_logps is None) != (reference_rejected_logps is None):
+            raise ValueError("give reference log-probs of chosen and of rejected, or of neither")
+        self._check_reference(reference_chosen_logps)
+        sides = (chosen_logps, rejected_logps, reference_chosen_logps, reference_rejected_logps)
+        check_shapes((*sides, chosen_lengths, rejected_lengths, *columns.values()))
+        self._check_lengths(chosen_lengths, rejected_lengths, totals)
+        pairs = PairLogps(
+            chosen_logps, rejected_logps, chosen_lengths, rejected_lengths,
+            reference_chosen_logps, reference_rejected_logps, columns.get("margin"),
+            columns.get("soft_label"), statistics.get("delta"), statistics.get("kl"),
+        )  # fmt: skip
+        if totals is None:
+            tokens = int(chosen_lengths.sum()) if counts_tokens(objective) else 0
+            totals = Totals(len(chosen_logps), tokens, 2 * len(chosen_logps))
+        loss = objective(pairs, totals, columns.get("weight"))
+        return loss, sequence_metrics(pairs.sequences.logps, objective.rewards(pairs))
+
+    def _check_lengths(self, chosen_lengths, rejected_lengths, totals: Totals | None) -> None:
+        if (chosen_lengths is None) != (rejected_lengths is None):
+            raise ValueError("give chosen_lengths and rejected_lengths, or neither")
+        means = [
+            name
+            for name in self.objective.names
+            if name in MEANS and (name != "ipo" or self.objective.options.length_average)
+        ]
+        if means and chosen_lengths is None:
+            raise ValueError(f"losses {means} divide by lengths: give those of chosen and rejected")
+        if chosen_lengths is None and totals is None and counts_tokens(self.objective):
+            raise ValueError(
+                f"losses {self.objective.names} divide by the number of chosen tokens: give "
+                "lengths, or totals"
+            )
+
+
+class UnpairedPreferenceLoss(_SequenceLoss):
+    """Losses on completions that are good or bad by themselves: kto, bco, apo_zero_unpaired.
+
+    Arguments as of `PreferenceLoss`.
+    """
+
+    def __init__(
+        self,
+        loss_type: str | Sequence[str] = "kto",
+        loss_weights: Sequence[float] | None = None,
+        **options,
+    ) -> None:
+        super().__init__(loss_type, loss_weights, **options)
+        check_unpaired(self.objective)
+
+    def forward(
+        self,
+        logps: Tensor,
+        good: Tensor,
+        reference_logps: Tensor | None = None,
+        *,
+        columns: Mapping[str, Tensor] | None = None,
+        statistics: Mapping[str, Tensor] | None = None,
+        totals: Totals | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss, [], and metrics, detached: means over good and over bad completions, nan where there
+        are none.
+
+        Args:
+            logps, reference_logps: summed over completion tokens, [S]. good: bool [S].
+            columns, statistics, totals: as in `PreferenceLoss`; `weight` is of completions, [S].
+
+        Raises:
+            ValueError: an input is missing, is not used, or does not fit the others.
+        """
+        columns, statistics = columns or {}, statistics or {}
+        objective_inputs(self.objective, columns, statistics)
+        self._check_reference(reference_logps)
+        check_good(good, len(logps))
+        check_shapes((logps, reference_logps, *columns.values()))
+        rows = SequenceLogps(
+            logps, None, good, reference_logps, statistics.get("kl"), statistics.get("delta")
+        )
+        totals = Totals(0, 0, len(logps)) if totals is None else totals
+        loss = self.objective(rows, totals, columns.get("weight"))
+        return loss, sequence_metrics(logps, self.objective.rewards(rows), good)
+
+
+def check_unpaired(objective: Objective) -> None:
+    paired = [spec.name for spec in objective.specs if spec.paired]
+    if paired:
+        raise ValueError(f"losses {paired} compare the answers of pairs; these are not pairs")
+
+
+def check_good(good: Tensor, S: int) -> None:
+    if good.dtype != torch.bool or good.shape != (S,):
+        raise ValueError(
+            f"good is {good.dtype} {tuple(good.shape)}; expected torch.bool ({S},), true for good "
+            "completions"
+        )
+
+
+def check_shapes(rows: Sequence[Tensor | None]) -> None:
+    """Raises ValueError unless all are of one length: broadcasting would add up other pairs."""
+    shapes = {tuple(x.shape) for x in rows if x is not None}
+    if len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
+        raise ValueError(f"expected vectors of one length; got shapes {sorted(shapes)}")
+
+
+def objective_inputs(
+    objective: Objective, columns: Mapping[str, Tensor], statistics: Mapping[str, Tensor]
+) -> None:
+    """Raises ValueError for a column or a statistic that no loss uses, or that one needs."""
+    used = {column for spec in objective.specs for column in spec.columns}
+    needed = {column for spec in objective.specs for column in spec.needs_columns}
+    if unused := sorted(set(columns) - used):
+        raise ValueError(f"losses {objective.names} do not use the columns {unused}")
+    if missing := sorted(needed - set(columns)):
+        raise ValueError(f"losses {objective.names} need the columns {missing}")
+    if unused := sorted(set(statistics) - set(objective.statistics)):
+        raise ValueError(f"losses {objective.names} do not use the statistics {unused}")
