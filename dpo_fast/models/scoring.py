@@ -70,16 +70,38 @@ class ScoringModel(nn.Module):
         extras: tuple[str, ...] = (),
     ) -> dict[str, Tensor]:
         """{"logp": fp32 [T], **extras} of the scored tokens. Arguments as in `ScoredBatch`."""
-        causal_lm = self.causal_lm
-        decoder = causal_lm.get_decoder()
-        places = {} if groups is None else {"plan": AttentionPlan(groups, input_ids.device)}
-        if "position_ids" in inspect.signature(decoder.forward).parameters:
-            places["position_ids"] = position_ids
-        hidden = decoder(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **places
-        ).last_hidden_state
-        hidden_TD = hidden.flatten(0, 1).index_select(0, rows_T)
-        return causal_lm.get_output_embeddings()(hidden_TD, targets_T, extras)
+        return scoring_forward(
+            self.causal_lm,
+            input_ids,
+            position_ids,
+            attention_mask,
+            groups,
+            rows_T,
+            targets_T,
+            extras,
+        )
+
+
+def scoring_forward(
+    causal_lm: PreTrainedModel,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    attention_mask: Tensor | None,
+    groups: tuple[tuple[int, ...], ...] | None,
+    rows_T: Tensor,
+    targets_T: Tensor,
+    extras: tuple[str, ...] = (),
+) -> dict[str, Tensor]:
+    """`ScoringModel.forward` for a model that has a `FusedHead`."""
+    decoder = causal_lm.get_decoder()
+    places = {} if groups is None else {"plan": AttentionPlan(groups, input_ids.device)}
+    if "position_ids" in inspect.signature(decoder.forward).parameters:
+        places["position_ids"] = position_ids
+    hidden = decoder(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **places
+    ).last_hidden_state
+    hidden_TD = hidden.flatten(0, 1).index_select(0, rows_T)
+    return causal_lm.get_output_embeddings()(hidden_TD, targets_T, extras)
 
 
 def forward_arguments(batch: ScoredBatch) -> dict:
@@ -91,12 +113,14 @@ def forward_arguments(batch: ScoredBatch) -> dict:
 def head_options(config) -> HeadOptions:
     """How a model's own forward treats the output of its head, from its configuration.
 
-    Gemma 2 and 3 cap logits (`final_logit_softcapping`), Cohere multiplies them (`logit_scale`), Granite
-    divides them (`logits_scaling`).
+    Gemma 2 and 3 cap logits (`final_logit_softcapping`), Cohere and Falcon-H1 multiply them
+    (`logit_scale`, `lm_head_multiplier`), Granite divides them by what HyperCLOVA X multiplies them by
+    (`logits_scaling`).
     """
     text = config.get_text_config()
-    scale = getattr(text, "logit_scale", None) or 1.0
+    scale = getattr(text, "logit_scale", None) or getattr(text, "lm_head_multiplier", None) or 1.0
+    scaling = getattr(text, "logits_scaling", None) or 1.0
     return HeadOptions(
-        logit_scale=scale / (getattr(text, "logits_scaling", None) or 1.0),
+        logit_scale=scale * scaling if text.model_type == "hyperclovax" else scale / scaling,
         softcap=getattr(text, "final_logit_softcapping", None),
     )

@@ -1,0 +1,41 @@
+"""Rows of token ids to the batches of `PreferenceTrainer`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from dpo_fast.data.layouts import collate
+from dpo_fast.references.live import ColumnReference
+
+IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+NUMBERS = (*ColumnReference.names, "weight", "margin", "soft_label")
+
+
+@dataclass(frozen=True)
+class PreferenceCollator:
+    """A data collator for rows with `prompt_ids`, `chosen_ids` and `rejected_ids`, lists of int.
+
+    A row may also have the sums of a reference's log-probs, `reference_chosen_logps` and
+    `reference_rejected_logps`, and the columns `weight`, `margin` and `soft_label`, numbers all.
+    layout: as in `collate`. pad_id: fills `padded` rows; nothing attends to it.
+    """
+
+    layout: str = "padded"
+    pad_id: int = 0
+
+    def __call__(self, rows: Sequence[Mapping]) -> dict:
+        """{"batch": ScoredBatch}: trainers want a dictionary.
+
+        Raises:
+            ValueError: an empty prompt or completion, or a column that some rows have and some not.
+        """
+        columns = [name for name in NUMBERS if any(row.get(name) is not None for row in rows)]
+        for name in columns:
+            missing = sum(row.get(name) is None for row in rows)
+            if missing:
+                raise ValueError(
+                    f"{missing} of {len(rows)} rows have no {name}: give it to all or to none"
+                )
+        batch = collate(rows, self.layout, pad_id=self.pad_id, columns=columns)
+        return {"batch": batch}

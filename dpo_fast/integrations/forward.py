@@ -1,0 +1,50 @@
+"""A second forward beside a model's own, so that scoring goes through whatever wraps the model."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from dpo_fast.errors import UserError
+from dpo_fast.models.scoring import head_options
+from dpo_fast.modules.head import FusedHead
+
+
+def add_forward(model: PreTrainedModel, keyword: str, forward: Callable) -> None:
+    """`model(..., keyword=True)` is `forward(model, ...)`; all other calls are the model's own.
+
+    The call stays one of the model's: the hooks of DDP, DeepSpeed and peft around it see it.
+    """
+    own = model.forward
+
+    @functools.wraps(type(model).forward)  # `generate` and the trainers read the signature
+    def chosen(self, *args, **kwargs):
+        if kwargs.pop(keyword, False):
+            return forward(self, *args, **kwargs)
+        return own(*args, **kwargs)
+
+    model.forward = types.MethodType(chosen, model)
+
+
+def fuse_head(model: PreTrainedModel) -> None:
+    """Put a `FusedHead` over the weights of the model's `lm_head`.
+
+    Raises:
+        UserError: a head that is not a plain linear layer: an adapter on it, quantised or sharded.
+    """
+    head = model.get_output_embeddings()
+    plain = isinstance(head, (nn.Linear, FusedHead)) and head.weight.is_floating_point()
+    if not plain or isinstance(head.weight, DTensor):
+        raise UserError(
+            f"the lm_head of {type(model).__name__} is a {type(head).__name__}; expected a linear layer "
+            "with whole weights, no adapter and no quantisation: leave lm_head out of target_modules "
+            "and modules_to_save, and out of quantisation and tensor parallelism"
+        )
+    model.set_output_embeddings(
+        FusedHead(head.weight, head.bias, options=head_options(model.config))
+    )

@@ -1,0 +1,262 @@
+"""Preference training by transformers' `Trainer`: its arguments, callbacks, launchers and checkpoints."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dpo_fast.data.batch import ScoredBatch
+from dpo_fast.data.layouts import LAYOUTS
+from dpo_fast.errors import UnavailableError, UserError
+from dpo_fast.integrations.collator import IDS, NUMBERS, PreferenceCollator
+from dpo_fast.integrations.forward import add_forward, fuse_head
+from dpo_fast.losses import Objective, Totals
+from dpo_fast.losses.sums import needs_reference_tokens
+from dpo_fast.models.architecture import architecture_of, choose_attention, choose_layout
+from dpo_fast.models.scoring import scoring_forward
+from dpo_fast.models.separation import check_separation
+from dpo_fast.references.live import (
+    AdapterOffReference,
+    ColumnReference,
+    FrozenReference,
+    NoReference,
+)
+from dpo_fast.training.forward import EXTRAS, LossPass
+from dpo_fast.training.metrics import MetricSums
+
+__all__ = ["PreferenceCollator", "PreferenceTrainer"]
+
+
+class PreferenceTrainer(transformers.Trainer):
+    """`transformers.Trainer` for pairs of completions.
+
+    The loss is divided by the counts of the whole global batch, over micro-batches and ranks, so it does
+    not depend on `gradient_accumulation_steps`. Checkpoints are what `Trainer` writes for the model:
+    plain Hugging Face folders, or the adapter alone for a `PeftModel`. Dropout stays as the model has it.
+
+    Args:
+        model: causal LM, or a `PeftModel` round one. Its `lm_head` becomes a `FusedHead` over the same
+            weights. With another layout than `padded` its attention becomes one for such rows: to use
+            the model in this process afterwards call `model.set_attn_implementation("sdpa")`.
+        args: `TrainingArguments`.
+        objective: the losses; those that look at the whole global batch at once are refused.
+        reference: a frozen model to compare with. Left out, the reference is the columns
+            `reference_chosen_logps` and `reference_rejected_logps` of the data; or for a `PeftModel`
+            without them the model with its adapters off.
+        layout: `padded`, `packed`, `shared_prefix`, or `auto`: shared_prefix where the model allows it.
+        train_dataset, eval_dataset: map-style, with the rows that `PreferenceCollator` takes.
+        kwargs: any other argument of `Trainer`.
+
+    Raises:
+        UserError: an argument that cannot be honoured.
+    """
+
+    loss_is_scaled_for_ga = True  # see `_get_num_items_in_batch`
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module,
+        args: transformers.TrainingArguments,
+        *,
+        objective: Objective = Objective(),  # noqa: B008 (frozen)
+        reference: PreTrainedModel | None = None,
+        layout: str = "auto",
+        train_dataset=None,
+        processing_class=None,
+        **kwargs,
+    ) -> None:
+        _check_arguments(args, objective, layout, kwargs)
+        causal_lm = _causal_lm(model)
+        self.layout = choose_layout(layout, architecture_of(causal_lm)).name
+        dtype = torch.bfloat16 if args.bf16 else causal_lm.dtype
+        columns = [] if train_dataset is None else _columns(train_dataset[0], objective)
+        _check_reference(model, objective, reference, columns)
+        for each in (causal_lm, reference):
+            if each is not None:
+                _prepare(each, self.layout, args.device, dtype)
+        self._unproven = self.layout != "padded" and dtype
+        pad_id = getattr(processing_class, "pad_token_id", None) or 0
+        super().__init__(
+            model=model, args=args, data_collator=PreferenceCollator(self.layout, pad_id),
+            train_dataset=train_dataset, processing_class=processing_class, **kwargs,
+        )  # fmt: skip
+        if self.is_fsdp_enabled or args.n_gpu > 1:
+            raise UserError(
+                f"fsdp={args.fsdp}, {args.n_gpu} GPUs in this process: start one process per GPU with "
+                "torchrun or accelerate, with DDP or DeepSpeed ZeRO"
+            )
+        self.loss_pass = LossPass(objective, EXTRAS)
+        self.reference = self._make_reference(reference, columns)
+        self._sums = {mode: MetricSums(args.device) for mode in ("train", "eval")}
+
+    def _make_reference(self, model: PreTrainedModel | None, columns: list[str]):
+        if model is not None:
+            model.requires_grad_(False).eval()
+            if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+                placed = _gathered(model)
+            else:
+                placed = self.accelerator.prepare_model(model, evaluation_mode=True)
+            return FrozenReference(functools.partial(placed, scored=True))
+        if ColumnReference.names[0] in columns:
+            return ColumnReference()
+        if self.loss_pass.objective.needs_reference:
+            scorer = functools.partial(self.model, scored=True)
+            return AdapterOffReference(scorer, self.model.disable_adapter)
+        return NoReference()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """This micro-batch's share of the global loss. num_items_in_batch: its `Totals`; None, as in
+        evaluation, is for those of the batch alone."""
+        batch: ScoredBatch = inputs["batch"].to(self.args.device)
+        if self._unproven:
+            self._prove_separation(model)
+        compared = self.loss_pass.reference(self.reference, batch)
+        scores = self.loss_pass.scores(functools.partial(model, scored=True), batch)
+        totals = num_items_in_batch or _totals(batch.pairs, batch.chosen_tokens)
+        result = self.loss_pass.loss(scores, compared, batch, totals)
+        self._sums["train" if model.training else "eval"].add(result, scores, batch)
+        # DDP and DeepSpeed average gradients over ranks; the loss is divided by global counts already.
+        ranks = 1 if num_items_in_batch is None else self.accelerator.num_processes
+        loss = result.loss * ranks
+        return (loss, result) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict], device) -> Totals:
+        """The counts of a global batch, over its micro-batches and over ranks."""
+        batches = [sample["batch"] for sample in batch_samples]
+        counts = [sum(b.pairs for b in batches), sum(b.chosen_tokens for b in batches)]
+        counts = self.accelerator.reduce(torch.tensor(counts, device=device), "sum")
+        return _totals(*counts.tolist())
+
+    def _prove_separation(self, model) -> None:
+        """Before the first batch, because the weights of a sharded model are there only in its engine."""
+        training = model.training
+        model.eval()
+        vocabulary = _causal_lm(self.model).config.get_text_config().vocab_size
+        scorer = functools.partial(model, scored=True)
+        check_separation(scorer, self.layout, vocabulary, self.args.device, self._unproven)
+        model.train(training)
+        self._unproven = None
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The loss alone: logits are never made."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds rewards, log-probs, entropy and the like, means since the last time."""
+        prefix = next((key[: -len("loss")] for key in logs if key.endswith("_loss")), "")
+        sums = self._sums["train" if prefix in ("", "train_") else "eval"]
+        if sums.values:
+            metrics = {name: value for name, value in sums.read().items() if name != "loss"}
+            logs |= {f"{prefix}{name}": value for name, value in metrics.items()}
+        super().log(logs, start_time)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = [*IDS, *NUMBERS]
+
+
+def _totals(pairs: int, chosen_tokens: int) -> Totals:
+    return Totals(pairs, chosen_tokens, 2 * pairs)
+
+
+def _causal_lm(model: nn.Module) -> PreTrainedModel:
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def _gathered(model: PreTrainedModel) -> nn.Module:
+    """An engine round a model that was loaded under ZeRO-3, whose weights are sharded."""
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,  # no batch is ever given to it, but it wants one
+        "zero_optimization": {"stage": 3},
+        "bf16": {"enabled": model.dtype is torch.bfloat16},
+    }
+    engine = deepspeed.initialize(model=model, config=config)[0]
+    engine.eval()
+    return engine
+
+
+def _columns(row: Mapping, objective: Objective) -> list[str]:
+    """The columns of numbers that the data have. Raises UserError for one that would not be used."""
+    present = [name for name in NUMBERS if row.get(name) is not None]
+    used = {column for spec in objective.specs for column in spec.columns}
+    needed = {column for spec in objective.specs for column in spec.needs_columns}
+    idle = [name for name in present if name not in used and name not in ColumnReference.names]
+    if idle:
+        raise UserError(
+            f"the data have the columns {', '.join(idle)}, which losses {objective.names} do not use; "
+            "remove them"
+        )
+    if missing := sorted(needed - set(present)):
+        raise UserError(f"losses {objective.names} need the columns {', '.join(missing)}")
+    return present
+
+
+def _check_reference(model, objective: Objective, reference, columns: list[str]) -> None:
+    """One reference, if the losses want any. Raises UserError."""
+    stored = [name for name in ColumnReference.names if name in columns]
+    both = " and ".join(ColumnReference.names)
+    if len(stored) == 1:
+        raise UserError(f"the data have the column {stored[0]} alone; give {both}")
+    if stored and reference is not None:
+        raise UserError(
+            f"reference={type(reference).__name__} and the columns {both} are two references; leave one "
+            "out"
+        )
+    live = reference is not None or hasattr(model, "peft_config")
+    if objective.needs_reference and not (stored or live):
+        raise UserError(
+            f"losses {objective.names} compare with a reference: pass reference=model, or data with the "
+            f"columns {both}"
+        )
+    if stored and needs_reference_tokens(objective.options):
+        raise UserError(
+            "ld_alpha and token_clamp want the reference's tokens, and the data have sums: pass "
+            "reference=model, or set ld_reference=False"
+        )
+
+
+def _prepare(model: PreTrainedModel, layout: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Give a model the head, the forward `model(scored=True, ...)` and the attention of the layout."""
+    if layout != "padded":
+        attention = choose_attention("auto", layout, device, dtype, architecture_of(model))
+        model.set_attn_implementation(attention.name)
+    fuse_head(model)
+    add_forward(model, "scored", _score)
+
+
+def _score(model: PreTrainedModel, **kwargs) -> dict[str, Tensor]:
+    """peft's forward adds arguments of its own, all None."""
+    names = inspect.signature(scoring_forward).parameters
+    return scoring_forward(model, **{name: kwargs[name] for name in names if name in kwargs})
+
+
+def _check_arguments(args, objective: Objective, layout: str, others: dict) -> None:
+    if layout not in ("auto", *LAYOUTS):
+        raise UserError(f"layout={layout}: choose from auto, {', '.join(LAYOUTS)}")
+    if not hasattr(transformers.Trainer, "loss_is_scaled_for_ga"):
+        raise UnavailableError(
+            f"transformers {transformers.__version__} divides every loss by the accumulation steps: "
+            "pip install 'transformers>=5.19'"
+        )
+    whole = [spec.name for spec in objective.specs if spec.coupled or spec.statistics]
+    if whole:
+        raise UserError(
+            f"losses {whole} look at the whole global batch at once, which Trainer never has: use "
+            "dpo-fast train"
+        )
+    for name in ("data_collator", "compute_metrics", "compute_loss_func", "model_init"):
+        if others.get(name) is not None:
+            raise UserError(f"{name} cannot be set: this trainer has its own collator and loss")
+    if args.label_smoothing_factor:
+        raise UserError(
+            f"label_smoothing_factor={args.label_smoothing_factor} smooths over the vocabulary; set it "
+            "to 0, and LossOptions.label_smoothing for labels of pairs"
+        )

@@ -1,0 +1,152 @@
+"""TRL's trainers with our head: import `DPOTrainer` from here, and nothing else changes.
+
+Configuration, data, reference models, metrics, checkpoints and TRL's own losses stay TRL's code, so that
+every option of a DPOConfig does what it does there, and a loss is a mean over the micro-batch. What
+changes is the place where hidden states become log-probabilities: TRL calls `add_fused_lm_head` for it,
+on the policy and on the reference, and here that is `add_linear_logp`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
+import trl
+from torch import Tensor, nn
+
+from dpo_fast.errors import UnavailableError, UserError
+from dpo_fast.integrations.trl_forward import add_linear_logp
+from dpo_fast.integrations.trl_losses import our_loss, share_losses
+
+WRITTEN_FOR = "1.16"
+HEAD = "add_fused_lm_head"
+
+
+def check_version(version: str) -> None:
+    """Raises UnavailableError for a TRL whose trainers may ask for something else of their model."""
+    if not version.startswith(f"{WRITTEN_FOR}."):
+        raise UnavailableError(
+            f"trl {version} is installed, and dpo_fast.integrations.trl is written for trl "
+            f"{WRITTEN_FOR}: pip install 'trl=={WRITTEN_FOR}.*'"
+        )
+
+
+check_version(trl.__version__)
+
+
+class FastHeadMixin:
+    """Goes before a trainer of TRL's that scores with a fused head: `DPOTrainer`, `KTOTrainer`."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        # Within __init__, because a stored reference is computed there, and wrappers come after it.
+        with _replaced(self._trl_module(), HEAD, self.add_head):
+            super().__init__(*args, **kwargs)
+
+    def add_head(self, model: nn.Module, outputs: tuple[str, ...] = ("log_probs",)) -> None:
+        """As `add_linear_logp`. TRL calls it on the policy and on the reference, before wrapping them.
+
+        Raises:
+            UserError: FSDP, or a head that cannot score.
+        """
+        if self.is_fsdp_enabled:
+            raise UserError(
+                f"fsdp={self.args.fsdp}: this head has its weights gathered by DeepSpeed or not at "
+                "all; use DeepSpeed ZeRO, or TRL's own trainer"
+            )
+        add_linear_logp(model, outputs)
+
+    def _precompute_ref_logps(self, dataset, name: str, batch_size: int):
+        # TRL names its table by data and model. Another head has other last bits, and ld_alpha other
+        # sums: neither may be taken for the table that is wanted here.
+        key = f"dpo_fast ld_alpha={getattr(self, 'ld_alpha', None)} "
+        if not str(self._precompute_model_hash).startswith(key):
+            self._precompute_model_hash = f"{key}{self._precompute_model_hash}"
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    @classmethod
+    def _trl_module(cls) -> ModuleType:
+        for base in cls.__mro__:
+            module = sys.modules[base.__module__]
+            if hasattr(module, HEAD):
+                return module
+        raise UserError(
+            f"{cls.__name__} has no trainer of TRL's among its bases that has a fused head"
+        )
+
+
+class DPOTrainer(FastHeadMixin, trl.DPOTrainer):
+    """`trl.DPOTrainer` whose log-probabilities come from `linear_logp`.
+
+    Arguments are TRL's. `args.loss_type` also takes the losses of `dpo_fast.losses` that TRL has not
+    (simpo, cpo, orpo, slic, dpop, apo_zero_unpaired), alone or beside TRL's; loss_options are the fields
+    of `LossOptions` for them that a DPOConfig has not, as {"simpo_gamma": 0.5}. The reference is
+    computed for losses without one as well: TRL's reward metrics want it.
+
+    Raises:
+        UserError: an option that TRL accepts and would not use.
+    """
+
+    def __init__(
+        self, model, ref_model=None, args=None, *rest, loss_options: dict | None = None, **kwargs
+    ) -> None:
+        self._objective, shares = None, None
+        if args is not None:
+            _check_arguments(args)
+            shares = share_losses(args, loss_options or {})
+        elif loss_options:
+            raise UserError(
+                f"loss_options={loss_options} belong to a loss_type in args, which is None"
+            )
+        super().__init__(model, ref_model, args, *rest, **kwargs)
+        if shares is not None:
+            self.loss_types, self.loss_weights = shares.names, shares.weights
+            self._objective = shares.objective
+
+    def _compute_loss(self, model, inputs, return_outputs: bool):
+        if self._objective is None:
+            return super()._compute_loss(model, inputs, return_outputs)
+        with _recorded(self.model, self.ref_model) as outputs:
+            theirs = super()._compute_loss(model, inputs, return_outputs)
+        policy, reference = outputs[0], None if self.precompute_ref_logps else outputs[1]
+        ours: Tensor = our_loss(self._objective, inputs, policy, reference)
+        return (theirs[0] + ours, *theirs[1:]) if return_outputs else theirs + ours
+
+
+class KTOTrainer(FastHeadMixin, trl.KTOTrainer):
+    """`trl.KTOTrainer` whose log-probabilities come from `linear_logp`. Arguments are TRL's."""
+
+
+def _check_arguments(args: trl.DPOConfig) -> None:
+    if args.padding_free:
+        raise UserError(
+            f"padding_free=True: trl {trl.__version__} pads all the same; set it to False, or train "
+            "with dpo-fast train, whose layouts have no padding"
+        )
+
+
+@contextlib.contextmanager
+def _replaced(module: ModuleType, name: str, value) -> Iterator[None]:
+    original = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+@contextlib.contextmanager
+def _recorded(*models: nn.Module | None) -> Iterator[list]:
+    """The outputs of these models in the order of their calls: first the policy's, then the reference's."""
+    outputs: list = []
+    hooks = [
+        model.register_forward_hook(lambda module, args, output: outputs.append(output))
+        for model in models
+        if model is not None
+    ]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,62 @@
+"""What TRL asks of a model: a forward that gives the log-probabilities of labels."""
+
+from __future__ import annotations
+
+import functools
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from trl.trainer.utils import FusedCausalLMOutput
+
+from dpo_fast.integrations.forward import add_forward, fuse_head
+
+IGNORED = -100
+EXTRAS = {
+    "entropy": "entropy",
+    "mean_logits": "mean_logit",
+    "is_top1": "is_top1",
+    "log_sum_sq_probs": "log_sum_p2",
+}
+
+
+def add_linear_logp(model: PreTrainedModel, outputs: tuple[str, ...] = ("log_probs",)) -> None:
+    """In the place of TRL's `add_fused_lm_head`: the same call, answered by `linear_logp`.
+
+    `model(..., labels=labels, fused_lm_head=True)` runs the backbone, and the head over the positions
+    whose next label is not -100. outputs: fields of `FusedCausalLMOutput`.
+    """
+    fields = {name: EXTRAS[name] for name in outputs if name != "log_probs"}
+    fuse_head(model)
+    add_forward(model, "fused_lm_head", functools.partial(_score, fields=fields))
+
+
+def _score(
+    model: PreTrainedModel, *args, labels: Tensor, fields: dict[str, str], **kwargs
+) -> FusedCausalLMOutput:
+    """labels: [B, L]. Fields are [B, L - 1], fp32 (is_top1 is bool), and 0 where nothing is scored."""
+    output = model.base_model(*args, **kwargs | {"use_cache": False})
+    head = model.get_output_embeddings()
+    hidden = output.last_hidden_state[:, :-1].to(head.weight.device)
+    labels = labels[:, 1:].to(hidden.device)
+    scored = labels != IGNORED
+    values = head(hidden[scored], labels[scored], tuple(fields.values()))
+    names = {"log_probs": "logp"} | fields
+    # masked_scatter keeps the result connected to the model where nothing at all is scored.
+    rows = {
+        field: values[name].new_zeros(scored.shape).masked_scatter(scored, values[name])
+        for field, name in names.items()
+    }
+    aux_loss = None
+    if kwargs.get("output_router_logits"):
+        aux_loss = _aux_loss(model, output.router_logits, kwargs.get("attention_mask"))
+    return FusedCausalLMOutput(**rows, label_mask=scored, aux_loss=aux_loss)
+
+
+def _aux_loss(model: PreTrainedModel, router_logits, attention_mask: Tensor | None) -> Tensor:
+    """The load-balancing loss that every mixture-of-experts model of transformers has from Mixtral."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    config = model.config.get_text_config()
+    return load_balancing_loss_func(
+        router_logits, config.num_experts, config.num_experts_per_tok, attention_mask
+    )
