@@ -53,6 +53,20 @@ def write_pairs(file: Path, count: int = 24, seed: int = 0) -> Path:
     return file
 
 
+def write_completions(file: Path, count: int = 24, seed: int = 0) -> Path:
+    """Single answers, two to every prompt, of which about half are good."""
+    draw = random.Random(seed)
+    with file.open("w") as stream:
+        for index in range(count):
+            a, b = 10 * (index // 2), 7 * (index // 2) + 3
+            good = draw.random() < 0.5
+            right = f"{max(a, b)}" + " because it is larger" * draw.randint(0, 2)
+            wrong = f"{min(a, b)}" + "!" * draw.randint(0, 9)
+            row = {"prompt": f"{a} or {b}? ", "completion": right if good else wrong, "label": good}
+            stream.write(json.dumps(row) + "\n")
+    return file
+
+
 def run_tree(folder: Path, **train) -> dict:
     """A configuration as a tree, for the model and pairs that stand in `folder`."""
     defaults = {

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.rows import PairRow, parse_row
-from dpo_fast.data.tokenise import PairTokeniser
+from dpo_fast.data.tokenise import RowTokeniser
 from dpo_fast.data.truncate import fit
 from dpo_fast.data.verdicts import BadRow, Dropped
 from dpo_fast.errors import UserError
@@ -22,7 +22,7 @@ def test_the_vocabulary_is_what_these_tests_think():
 
 def tokenise(tokenizer, raw, eos_ids=(), **options):
     config = DataConfig(train="f", **options)
-    return PairTokeniser(tokenizer, config, eos_ids)(parse_row("f.jsonl:7", raw, config))
+    return RowTokeniser(tokenizer, config, eos_ids)(parse_row("f.jsonl:7", raw, config))
 
 
 def ids(pair):
@@ -119,7 +119,7 @@ def test_prompt_and_answer_are_the_tokens_of_the_whole_text(prompt, chosen, reje
     row = PairRow("f:1", prompt, chosen, rejected, {})
     config = DataConfig(train="f", add_eos=False)
     try:
-        pair = PairTokeniser(tokenizer, config)(row)
+        pair = RowTokeniser(tokenizer, config)(row)
     except (BadRow, Dropped):
         return
     for answer, answer_ids in ((chosen, pair.chosen_ids), (rejected, pair.rejected_ids)):
@@ -260,8 +260,9 @@ P9, LONG, SHORT = list(range(10, 19)), list(range(30, 37)), [40, 41]
 
 def cut(prompt, chosen, rejected=SHORT, bos_id=None, **options):
     config = DataConfig(**({"train": "f", "max_length": 8, "max_prompt_length": 3} | options))
-    fitted = fit("f.jsonl:7", prompt, chosen, rejected, config, bos_id)
-    return fitted.prompt, fitted.chosen, fitted.rejected, fitted.prompt_cut, fitted.answers_cut
+    answers = {"chosen": chosen, "rejected": rejected}
+    fitted = fit("f.jsonl:7", prompt, answers, config, bos_id)
+    return fitted.prompt, *fitted.answers, fitted.prompt_cut, fitted.answers_cut
 
 
 def test_what_fits_is_left_alone():

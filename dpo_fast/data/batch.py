@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ class ScoredBatch:
     rows_T: row of the flattened [B * L] hidden states that predicts scored token t; targets_T: that
     token; lengths_S: scored tokens of each sequence. Sequences are contiguous in T.
     indices_P: rows of the data set, int64. tokens: tokens of the data, every sequence whole; padding:
-    positions of input_ids that are padding. reference_S: reference log-probabilities, fp32 [S], or None.
+    positions of input_ids that are padding. columns: of the data, fp32 [P] each, by name.
+    good_S: bool [S]; given, rows are completions that are good or bad by themselves, and P is S.
     """
 
     input_ids: Tensor
@@ -31,7 +32,8 @@ class ScoredBatch:
     indices_P: Tensor
     tokens: int
     padding: int
-    reference_S: Tensor | None = None
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    good_S: Tensor | None = None
 
     @property
     def pairs(self) -> int:
@@ -47,11 +49,9 @@ class ScoredBatch:
 
     def to(self, device: torch.device | str) -> ScoredBatch:
         tensors = {
-            field.name: value.to(device, non_blocking=True)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
+            each.name: value.to(device, non_blocking=True)
+            for each in fields(self)
+            if isinstance(value := getattr(self, each.name), Tensor)
         }
-        return replace(self, **tensors)
-
-    def with_reference(self, reference_S: Tensor) -> ScoredBatch:
-        return replace(self, reference_S=reference_S)
+        columns = {name: column.to(device) for name, column in self.columns.items()}
+        return replace(self, **tensors, columns=columns)

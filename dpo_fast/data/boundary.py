@@ -18,11 +18,10 @@ from dpo_fast.data.verdicts import BadRow
 
 
 class Split(NamedTuple):
-    """Ids of one pair; `merged` tells whether a token straddles the prompt's end."""
+    """Ids of a prompt and its answers; `merged` tells whether a token straddles the prompt's end."""
 
     prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
+    answers: list[list[int]]
     merged: bool
 
 
@@ -44,23 +43,22 @@ class PromptBoundary:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
-    def split(self, prompt: str, chosen: str, rejected: str) -> Split:
-        """Ids of two whole texts that both begin with `prompt`. Raises BadRow.
+    def split(self, prompt: str, *texts: str) -> Split:
+        """Ids of one or two whole texts that begin with `prompt`. Raises BadRow.
 
-        Both sequences get the same prompt ids. Where only one of them joins a token across the
+        All sequences get the same prompt ids. Where only one of them joins a token across the
         boundary, the other's tokens of those characters go to its completion too.
         """
         encoded = self.tokenizer(
-            [prompt, chosen, rejected],
+            [prompt, *texts],
             add_special_tokens=False,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
         )
         prompt_ids, *whole_ids = encoded["input_ids"]
-        texts = (chosen, rejected)
         cuts = [self._cut(prompt, prompt_ids, *pair) for pair in zip(texts, whole_ids)]
-        shared = _common(cuts[0].ids[: cuts[0].end], cuts[1].ids[: cuts[1].end])
+        shared = _common(*(cut.ids[: cut.end] for cut in (cuts[0], cuts[-1])))
         straddle = min(cut.straddle for cut in cuts)
         for text, cut in zip(texts, cuts):
             if cut.end > shared and self._offsets(text, cut.ids)[shared][0] < straddle:
@@ -68,12 +66,8 @@ class PromptBoundary:
                     "the two sequences tokenise the prompt differently",
                     f"from token {shared} of the prompt on",
                 )
-        return Split(
-            cuts[0].ids[:shared],
-            cuts[0].ids[shared:],
-            cuts[1].ids[shared:],
-            merged=straddle < len(prompt),
-        )
+        answers = [cut.ids[shared:] for cut in cuts]
+        return Split(cuts[0].ids[:shared], answers, merged=straddle < len(prompt))
 
     def _cut(self, prompt: str, prompt_ids: list[int], text: str, ids: list[int]) -> _Cut:
         if ids[: len(prompt_ids)] == prompt_ids:

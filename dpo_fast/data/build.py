@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,66 +18,71 @@ import datasets
 import numpy as np
 import pyarrow
 
-from dpo_fast.data.config import NUMBER_COLUMNS, DataConfig
+from dpo_fast.data.config import DataConfig
+from dpo_fast.data.kinds import COMPLETIONS, Kind, OneKind
 from dpo_fast.data.report import DataReport
-from dpo_fast.data.rows import PairRow, ignored_columns, parse_row
+from dpo_fast.data.rows import CompletionRow, PairRow, Row, ignored_columns, parse_row
 from dpo_fast.data.sources import Source, read_rows
-from dpo_fast.data.tokenise import PairTokeniser, TokenisedPair
+from dpo_fast.data.tokenise import RowTokeniser, Tokenised
 from dpo_fast.data.verdicts import BadRow, BadRows, Dropped, Verdict, bad_row_error
 from dpo_fast.errors import UserError
 
 BATCH = 1000
-IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 COUNTERS = ("merged", "bos_added", "eos_added", "prompt_cut", "answers_cut")
 CHECKED = pyarrow.schema([("where", pyarrow.string()), ("row", pyarrow.string())])
-STORED = {
-    "where": datasets.Value("string"),
-    **{name: datasets.List(datasets.Value("int32")) for name in IDS},
-    **{name: datasets.Value("float64") for name in NUMBER_COLUMNS},
-    "digest": datasets.Value("binary"),
-}
-VERDICT = {name: datasets.Value("string") for name in ("fault", "kind", "message")}
-TOKENISED = datasets.Features(
-    {**STORED, **VERDICT, **{name: datasets.Value("int32") for name in COUNTERS}}
-)
+VERDICT = ("fault", "kind", "message")
+
+
+def features(kind: Kind) -> datasets.Features:
+    """What comes out of tokenising: the stored columns, and what the report wants."""
+    types = {
+        **dict.fromkeys(("where", *VERDICT), "string"),
+        **dict.fromkeys(kind.numbers, "float64"),
+        **dict.fromkeys(COUNTERS, "int32"),
+        **({"label": "bool"} if kind == COMPLETIONS else {}),
+        "digest": "binary",
+    }
+    ids = {name: datasets.List(datasets.Value("int32")) for name in kind.ids}
+    return datasets.Features({name: datasets.Value(dtype) for name, dtype in types.items()} | ids)
 
 
 def build(
     config: DataConfig, tokenizer: Any, sources: list[Source], eos_ids: list[int], work: Path
 ) -> tuple[datasets.Dataset, DataReport]:
-    """The kept pairs and the report on them, without lengths. Raises UserError.
+    """The kept rows and the report on them, without lengths. Raises UserError.
 
-    The data set is memory-mapped from files in `work` and has the columns of STORED, less the
-    float columns that no row has.
+    The data set is memory-mapped from files in `work`. Its columns: where, ids, the label of
+    completions, digest, and the float columns that there are.
     """
-    tokeniser = PairTokeniser(tokenizer, config, eos_ids)
+    tokeniser = RowTokeniser(tokenizer, config, eos_ids)
     report = DataReport([str(source) for source in sources], bad=BadRows(config.on_bad_row))
-    checked = _check_rows(config, sources, report, work / "checked.arrow")
+    checked, kind = _check_rows(config, sources, report, work / "checked.arrow")
     tokenised = checked.map(
-        partial(_tokenise_batch, tokeniser=tokeniser, on_bad_row=config.on_bad_row),
+        partial(_tokenise_batch, tokeniser=tokeniser, kind=kind, on_bad_row=config.on_bad_row),
         batched=True,
         batch_size=BATCH,
         remove_columns=CHECKED.names,
-        features=TOKENISED,
+        features=features(kind),
         num_proc=config.workers if config.workers > 1 else None,
         cache_file_name=str(work / "tokenised.arrow"),
         new_fingerprint="tokenised",  # hashing the tokenizer again would only cost time
-        desc="Tokenising pairs",
+        desc=f"Tokenising {kind.name}",
     )
     kept = _count(tokenised, report)
     if not kept:
         raise nothing_left(report)
     table = tokenised.select(kept)
-    return table.select_columns(_stored_columns(table)), report
+    return table.select_columns(_stored_columns(table, kind)), report
 
 
 def _check_rows(
     config: DataConfig, sources: list[Source], report: DataReport, path: Path
-) -> datasets.Dataset:
-    """Streams the checked rows, as JSON text, into an Arrow file."""
+) -> tuple[datasets.Dataset, Kind]:
+    """Streams the checked rows, as JSON text, into an Arrow file; and their kind."""
+    seen = OneKind()
     with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, CHECKED) as writer:
         batch: list[dict[str, str]] = []
-        for row in _checked_rows(config, sources, report):
+        for row in _checked_rows(config, sources, report, seen):
             batch.append(row)
             if len(batch) == BATCH:
                 writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema=CHECKED))
@@ -84,18 +90,21 @@ def _check_rows(
         writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema=CHECKED))
     if not report.rows_read - report.bad.total:
         raise nothing_left(report)
-    return datasets.Dataset.from_file(str(path))
+    return datasets.Dataset.from_file(str(path)), seen.kind
 
 
 def _checked_rows(
-    config: DataConfig, sources: list[Source], report: DataReport
+    config: DataConfig, sources: list[Source], report: DataReport, seen: OneKind
 ) -> Iterator[dict[str, str]]:
     bad, good, ignored = report.bad, 0, set()
     raw_rows = (item for source in sources for item in read_rows(source, bad))
-    for where, raw in datasets.utils.tqdm(raw_rows, desc="Reading pairs", unit=" rows", delay=2):
+    for where, raw in datasets.utils.tqdm(raw_rows, desc="Reading rows", unit=" rows", delay=2):
         ignored |= ignored_columns(raw, config)
         try:
-            yield {"where": where, "row": _to_json(parse_row(where, raw, config))}
+            row = parse_row(where, raw, config)
+            text = _to_json(row)
+            seen.see(where, row.kind)
+            yield {"where": where, "row": text}
             good += 1
         except BadRow as verdict:
             bad.reject(where, verdict)
@@ -105,22 +114,24 @@ def _checked_rows(
     report.ignored_columns = sorted(ignored)
 
 
-def _to_json(row: PairRow) -> str:
+def _to_json(row: Row) -> str:
+    """All fields but `where`, in order."""
     try:
-        return json.dumps([row.prompt, row.chosen, row.rejected, row.extras])
+        return json.dumps([getattr(row, field.name) for field in fields(row)[1:]])
     except TypeError as error:
         raise BadRow("a message holds what JSON cannot", str(error)) from None
 
 
 def _tokenise_batch(
-    batch: dict[str, list[str]], *, tokeniser: PairTokeniser, on_bad_row: str
+    batch: dict[str, list[str]], *, tokeniser: RowTokeniser, kind: Kind, on_bad_row: str
 ) -> dict[str, list[Any]]:
-    """One output row per input row: a pair, or the verdict against it."""
-    columns: dict[str, list[Any]] = {name: [] for name in TOKENISED}
+    """One output row per input row: its ids, or the verdict against it."""
+    make_row = CompletionRow if kind == COMPLETIONS else PairRow
+    columns: dict[str, list[Any]] = {name: [] for name in features(kind)}
     for where, text in zip(batch["where"], batch["row"]):
-        row = PairRow(where, *json.loads(text))
+        row = make_row(where, *json.loads(text))
         try:
-            outcome = _pair_columns(row, tokeniser(row))
+            outcome = _row_columns(row, tokeniser(row))
         except Dropped as verdict:
             outcome = _verdict_columns("dropped", verdict)
         except BadRow as verdict:
@@ -132,15 +143,20 @@ def _tokenise_batch(
     return columns
 
 
-def _pair_columns(row: PairRow, pair: TokenisedPair) -> dict[str, Any]:
-    numbers = {name: value for name, value in row.extras.items() if name in NUMBER_COLUMNS}
-    return {**vars(pair), **numbers, "digest": _digest(pair)}
+def _row_columns(row: Row, tokenised: Tokenised) -> dict[str, Any]:
+    return {**vars(tokenised), **values(row), "digest": _digest(tokenised, row.kind)}
 
 
-def _digest(pair: TokenisedPair) -> bytes:
+def values(row: Row) -> dict[str, Any]:
+    """What is kept of a row beside its ids: numbers, and the label of a completion."""
+    numbers = {name: value for name, value in row.extras.items() if name in row.kind.numbers}
+    return numbers | ({"label": row.label} if row.kind == COMPLETIONS else {})
+
+
+def _digest(tokenised: Tokenised, kind: Kind) -> bytes:
     digest = hashlib.sha256()
-    for name in IDS:
-        ids = getattr(pair, name)
+    for name in kind.ids:
+        ids = getattr(tokenised, name)
         digest.update(np.array([len(ids), *ids], dtype="<i4").tobytes())
     return digest.digest()
 
@@ -150,9 +166,11 @@ def _verdict_columns(fault: str, verdict: Verdict) -> dict[str, Any]:
 
 
 def _count(tokenised: datasets.Dataset, report: DataReport) -> list[int]:
-    """Adds up the outcomes in `report`; returns the indices of the pairs that are kept."""
+    """Adds up the outcomes in `report`; returns the indices of the rows that are kept."""
     kept: list[int] = []
-    outcomes = tokenised.select_columns(["where", *VERDICT, *COUNTERS])
+    labels = [name for name in tokenised.column_names if name == "label"]
+    outcomes = tokenised.select_columns(["where", *VERDICT, *COUNTERS, *labels])
+    report.kind = COMPLETIONS.name if labels else report.kind
     for index, row in enumerate(outcomes):
         if row["fault"]:
             tally = report.bad if row["fault"] == "bad" else report.dropped
@@ -164,6 +182,7 @@ def _count(tokenised: datasets.Dataset, report: DataReport) -> list[int]:
         report.eos_added += row["eos_added"]
         report.prompts_cut += row["prompt_cut"] > 0
         report.answers_cut += row["answers_cut"]
+        report.good += bool(row.get("label"))
     report.pairs_kept = len(kept)
     return kept
 
@@ -175,15 +194,15 @@ def nothing_left(report: DataReport) -> UserError:
             where, message = tally.rows[kind][0]
             reasons.append(f"{count} x {kind} (first: {where}: {message})")
     return UserError(
-        f"{', '.join(report.sources)}: none of {report.rows_read} rows is a usable pair. "
+        f"{', '.join(report.sources)}: none of {report.rows_read} rows is usable. "
         + "; ".join(reasons)
     )
 
 
-def _stored_columns(table: datasets.Dataset) -> list[str]:
+def _stored_columns(table: datasets.Dataset, kind: Kind) -> list[str]:
     """The columns worth storing. Raises UserError for one that only some rows have."""
     numbers = []
-    for name in NUMBER_COLUMNS:
+    for name in kind.numbers:
         missing = [index for index, value in enumerate(table[name]) if value is None]
         if not missing:
             numbers.append(name)
@@ -192,4 +211,5 @@ def _stored_columns(table: datasets.Dataset) -> list[str]:
                 f"{table[missing[0]]['where']}: no {name!r}, which other rows have ({len(missing)} "
                 f"of {len(table)} rows lack it); give every row a value, or none"
             )
-    return ["where", *IDS, *numbers, "digest"]
+    label = ["label"] if kind == COMPLETIONS else []
+    return ["where", *kind.ids, *label, *numbers, "digest"]

@@ -15,7 +15,7 @@ from dpo_fast.data.sources import Source
 from dpo_fast.data.tokenise import read_template
 
 # Raised by one whenever the same input would give other rows or another layout on disk.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # The options that change what is stored. Where it is stored, by how many processes, and how it is
 # split for evaluation do not.
 OPTIONS = (
@@ -36,7 +36,7 @@ def cache_root(config: DataConfig) -> Path:
 def cache_key(
     config: DataConfig, tokenizer: Any, sources: list[Source], eos_ids: Iterable[int]
 ) -> str:
-    """32 hex digits that change with anything that could change the stored pairs."""
+    """32 hex digits that change with anything that could change the stored rows."""
     parts = {
         "version": FORMAT_VERSION,
         "sources": [source.identity() for source in sources],

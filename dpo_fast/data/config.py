@@ -6,20 +6,17 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-TEXT_COLUMNS = ("prompt", "chosen", "rejected")
-NUMBER_COLUMNS = (
-    "weight",
-    "margin",
-    "soft_label",
-    "reference_chosen_logps",
-    "reference_rejected_logps",
-)
+from dpo_fast.data.kinds import COMPLETIONS, PAIRS
+
 CHAT_COLUMNS = ("tools", "chat_template_kwargs")
-COLUMNS = TEXT_COLUMNS + NUMBER_COLUMNS + CHAT_COLUMNS
+COLUMNS = (
+    *("prompt", *PAIRS.answers, *COMPLETIONS.answers, "label"),
+    *(PAIRS.numbers + CHAT_COLUMNS),
+)
 
 
 class DataConfig(BaseModel):
-    """Which pairs to read and how to turn them into tokens. Raises ValidationError on a mistake."""
+    """Which rows to read and how to turn them into tokens. Raises ValidationError on a mistake."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -32,10 +29,11 @@ class DataConfig(BaseModel):
         0, description="Pairs held out of `train` when `eval` is not set; 0 means no evaluation."
     )
     seed: int = Field(0, description="Seed of the shuffle whose end is held out for evaluation.")
-    format: Literal["auto", "pairs", "messages"] = Field(
+    format: Literal["auto", "pairs", "messages", "unpaired"] = Field(
         "auto",
-        description="`pairs`: answers are text; `messages`: answers are message lists; `auto`: "
-        "each row is taken as what it is.",
+        description="`pairs`: answers are text; `messages`: answers are message lists; `unpaired`: "
+        "completions by themselves, text or messages, with a label that is true for good ones; `auto`: "
+        "what the columns and their values tell.",
     )
     columns: dict[str, str] = Field(
         default_factory=dict, description="Our column name to yours, as in `chosen: good`."

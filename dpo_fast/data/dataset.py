@@ -1,4 +1,4 @@
-"""load_pairs: files to tokenised pairs, streamed through and kept on disk by content."""
+"""load_pairs: files to tokenised rows, streamed through and kept on disk by content."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import datasets
 import numpy as np
@@ -17,7 +17,8 @@ import pyarrow
 
 from dpo_fast.data.build import build
 from dpo_fast.data.cache import cache_key, cache_root, publish
-from dpo_fast.data.config import NUMBER_COLUMNS, DataConfig
+from dpo_fast.data.config import DataConfig
+from dpo_fast.data.kinds import COMPLETIONS, PAIRS, Kind
 from dpo_fast.data.report import DataReport
 from dpo_fast.data.sources import Source, resolve
 from dpo_fast.errors import UserError
@@ -25,13 +26,10 @@ from dpo_fast.errors import UserError
 REPORT_FILE = "report.json"
 
 
-class PairDataset:
-    """Tokenised pairs, memory-mapped. Made by load_pairs.
+class Dataset:
+    """Tokenised rows of one kind, memory-mapped."""
 
-    dataset[i] is a dict with the lists of int prompt_ids, chosen_ids and rejected_ids, and the
-    floats weight, margin, soft_label, reference_chosen_logps and reference_rejected_logps where
-    the data has them (then in every row). `report` is about the whole data set that was read.
-    """
+    kind: ClassVar[Kind]
 
     def __init__(
         self, table: datasets.Dataset, report: DataReport, rows: np.ndarray | None = None
@@ -44,27 +42,27 @@ class PairDataset:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The pair at `index`, which may count from the end. Raises IndexError."""
+        """The row at `index`, which may count from the end. Raises IndexError."""
         row = self._table[int(self._rows[index])]
         return {name: value for name, value in row.items() if name not in ("where", "digest")}
 
     def where(self, index: int) -> str:
-        """The file and line, or split and row, that the pair came from."""
+        """The file and line, or split and row, that a row came from."""
         return self._table[int(self._rows[index])]["where"]
 
     @property
     def extras(self) -> list[str]:
         """The optional float columns that are there."""
-        return [name for name in NUMBER_COLUMNS if name in self._table.column_names]
+        return [name for name in self.kind.numbers if name in self._table.column_names]
 
     @property
     def lengths(self) -> dict[str, np.ndarray]:
-        """Token counts, int64 [pairs], under prompt, chosen and rejected."""
+        """Token counts, int64 [rows], of prompt and answers, by their names."""
         return {name: values[self._rows] for name, values in _lengths(self._table).items()}
 
     @functools.cached_property
     def digests(self) -> pyarrow.Array:
-        """sha256 of each pair's token ids, binary [pairs]; the same on every machine."""
+        """sha256 of each row's token ids, binary [rows]; the same on every machine."""
         return self._table.data.column("digest").take(self._rows).combine_chunks()
 
     @property
@@ -73,19 +71,50 @@ class PairDataset:
         return hashlib.sha256(b"".join(self.digests.to_numpy(zero_copy_only=False))).hexdigest()
 
 
+class PairDataset(Dataset):
+    """Tokenised pairs, memory-mapped. Made by load_pairs.
+
+    dataset[i] is a dict with the lists of int prompt_ids, chosen_ids and rejected_ids, and the
+    floats weight, margin, soft_label, reference_chosen_logps and reference_rejected_logps where
+    the data has them (then in every row). `report` is about the whole data set that was read.
+    """
+
+    kind = PAIRS
+
+
+class CompletionDataset(Dataset):
+    """Tokenised completions that are good or bad by themselves. Otherwise as `PairDataset`.
+
+    dataset[i] has prompt_ids, completion_ids, the bool label, true for a good one, and the floats
+    weight, margin and soft_label where the data has them.
+    """
+
+    kind = COMPLETIONS
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        """bool [rows]."""
+        return self._table.data.column("label").to_numpy()[self._rows]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 hex of all token ids and labels, in order; the same on every machine."""
+        return hashlib.sha256(super().fingerprint.encode() + self.labels.tobytes()).hexdigest()
+
+
 def load_pairs(
     config: DataConfig,
     tokenizer: Any,
     *,
     split: Literal["train", "eval"],
     eos_ids: Iterable[int] = (),
-) -> PairDataset:
+) -> PairDataset | CompletionDataset:
     """Reads, checks and tokenises data.train or data.eval, or finds it done before.
 
     tokenizer: a transformers tokenizer. eos_ids: end-of-turn ids beside its EOS, as in a model's
     generation config. The result is kept in data.cache_dir under a hash of the files' content,
     the tokenizer and the options, and is published by one rename, so that processes may run this
-    at the same time. Raises UserError.
+    at the same time. What the rows are, pairs or completions, their columns tell. Raises UserError.
     """
     if split not in ("train", "eval"):
         raise UserError(f"split={split!r}: expected train or eval")
@@ -94,10 +123,11 @@ def load_pairs(
     own_eval = split == "eval" and config.eval is not None
     sources = resolve(config.eval_sources if own_eval else config.train_sources)
     table, report = _prepared(config, tokenizer, sources, list(eos_ids))
+    make = CompletionDataset if "completion_ids" in table.column_names else PairDataset
     if own_eval or not config.eval_rows:
-        return PairDataset(table, report)
+        return make(table, report)
     held_out = replace(report, held_out=config.eval_rows)
-    return PairDataset(table, held_out, _split_rows(len(table), config, split))
+    return make(table, held_out, _split_rows(len(table), make.kind, config, split))
 
 
 def _prepared(
@@ -127,12 +157,12 @@ def _prepared(
         ) from error
 
 
-def _split_rows(count: int, config: DataConfig, split: str) -> np.ndarray:
-    """Indices of the training pairs, in file order, or of the pairs held out for evaluation."""
+def _split_rows(count: int, kind: Kind, config: DataConfig, split: str) -> np.ndarray:
+    """Indices of the training rows, in file order, or of the rows held out for evaluation."""
     if config.eval_rows >= count:
         raise UserError(
             f"data.eval_rows={config.eval_rows} leaves nothing to train on: there are {count} "
-            f"usable pairs; try {max(count // 10, 1)}"
+            f"usable {kind.name}; try {max(count // 10, 1)}"
         )
     shuffled = np.random.default_rng(config.seed).permutation(count)
     training, held_out = np.split(shuffled, [count - config.eval_rows])
@@ -146,5 +176,6 @@ def _lengths(table: datasets.Dataset) -> dict[str, np.ndarray]:
         name: pyarrow.compute.list_value_length(table.data.column(f"{name}_ids"))
         .to_numpy()
         .astype(np.int64)
-        for name in ("prompt", "chosen", "rejected")
+        for name in ("prompt", *PAIRS.answers, *COMPLETIONS.answers)
+        if f"{name}_ids" in table.column_names
     }

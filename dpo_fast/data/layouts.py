@@ -1,4 +1,4 @@
-"""Layouts: pairs of token ids to a `ScoredBatch`.
+"""Layouts: rows of token ids to a `ScoredBatch`.
 
 padded          [prompt chosen] and [prompt rejected], a row each, padded to the longest
 packed          the same sequences one after the other in one row
@@ -10,33 +10,63 @@ The last token of a sequence predicts nothing, so it does not go through the bac
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from dpo_fast.data.batch import ScoredBatch
+from dpo_fast.data.kinds import COMPLETIONS, PAIRS, Kind
 
 LAYOUTS = ("padded", "packed", "shared_prefix")
-SIDES = ("chosen_ids", "rejected_ids")
 
 
 def collate(
-    pairs: Sequence[dict], layout: str, *, pad_id: int = 0, indices: Sequence[int] | None = None
-) -> ScoredBatch:
-    """Lay out pairs with keys `prompt_ids`, `chosen_ids`, `rejected_ids` (lists of int).
+    rows: Sequence[dict], layout: str, *, pad_id: int = 0, indices: Sequence[int] | None = None,
+    columns: Sequence[str] = (), kind: Kind = PAIRS,
+) -> ScoredBatch:  # fmt: skip
+    """Lay out pairs with keys `prompt_ids`, `chosen_ids`, `rejected_ids` (lists of int), or completions
+    with `prompt_ids`, `completion_ids` and the bool `label`.
 
-    No pairs at all give one padding token and nothing scored, so that a rank without work still
+    columns: names of further keys, floats, that go into the batch's columns. Completions of one prompt
+    come one after the other, in all that the batch holds, so that they can share it.
+
+    No rows at all give one padding token and nothing scored, so that a rank without work still
     takes part in every collective.
 
     Raises:
         ValueError: an unknown layout, or a sequence without prompt or completion.
     """
-    for pair in pairs:
-        for side in SIDES:
-            if not len(pair["prompt_ids"]) or not len(pair[side]):
-                raise ValueError(f"a pair has an empty prompt or empty {side}: {pair}")
-    groups = [(pair["prompt_ids"], [pair[side] for side in SIDES]) for pair in pairs]
-    return collate_groups(groups, layout, pad_id=pad_id, indices=indices)
+    for row in rows:
+        for side in kind.ids[1:]:
+            if not len(row["prompt_ids"]) or not len(row[side]):
+                raise ValueError(f"{kind.one} has an empty prompt or empty {side}: {row}")
+    indices = list(range(len(rows)) if indices is None else indices)
+    groups, order = _by_prompt(rows) if kind == COMPLETIONS else _by_row(rows, kind)
+    batch = collate_groups(groups, layout, pad_id=pad_id, indices=[indices[i] for i in order])
+    values = {name: torch.tensor([rows[i][name] for i in order]).float() for name in columns}
+    if kind != COMPLETIONS:
+        return replace(batch, columns=values)
+    good_S = torch.tensor([rows[i]["label"] for i in order], dtype=torch.bool)
+    return replace(batch, columns=values, good_S=good_S)
+
+
+def _by_row(rows: Sequence[dict], kind: Kind) -> tuple[list, range]:
+    """A group for each row, and the order of rows."""
+    sides = kind.ids[1:]
+    return [(row["prompt_ids"], [row[side] for side in sides]) for row in rows], range(len(rows))
+
+
+def _by_prompt(rows: Sequence[dict]) -> tuple[list, list[int]]:
+    """A group for each prompt, with the completions of all its rows, and the order of rows in that."""
+    places: dict[tuple[int, ...], list[int]] = {}
+    for index, row in enumerate(rows):
+        places.setdefault(tuple(row["prompt_ids"]), []).append(index)
+    groups = [
+        (rows[mine[0]]["prompt_ids"], [rows[index]["completion_ids"] for index in mine])
+        for mine in places.values()
+    ]
+    return groups, [index for mine in places.values() for index in mine]
 
 
 def collate_groups(

@@ -56,16 +56,19 @@ class Costs:
 
 
 def pair_costs(lengths: Mapping[str, np.ndarray], layout: str) -> Costs:
-    """Costs of pairs with int64 [pairs] lengths `prompt`, `chosen` and `rejected` in a layout.
+    """Costs of pairs in a layout, given int64 [rows] lengths `prompt`, `chosen` and `rejected`; or of
+    completions, with `completion` in place of the last two.
 
-    The last token of a sequence predicts nothing and does not go through the backbone.
+    The last token of a sequence predicts nothing and does not go through the backbone. Completions of one
+    prompt that meet in a micro-batch take less than this.
     """
-    prompt, chosen, rejected = (lengths[name] for name in ("prompt", "chosen", "rejected"))
+    prompt = lengths["prompt"]
+    answers = [values for name, values in lengths.items() if name != "prompt"]
     if layout == "padded":
-        width = prompt + np.maximum(chosen, rejected) - 1
-        return Costs(width, np.full_like(width, 2))
-    prompts = {"packed": 2, "shared_prefix": 1}[layout]
-    return Costs(prompts * prompt + chosen + rejected - 2)
+        width = prompt + np.maximum.reduce(answers) - 1
+        return Costs(width, np.full_like(width, len(answers)))
+    prompts = {"packed": len(answers), "shared_prefix": 1}[layout]
+    return Costs(prompts * prompt + sum(answers) - len(answers))
 
 
 def pack(sizes_I: np.ndarray, budget: int, order: Sequence[int]) -> list[list[int]]:

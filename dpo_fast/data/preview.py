@@ -1,4 +1,4 @@
-"""The report and a few pairs, on a terminal."""
+"""The report and a few rows, on a terminal."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ HEAD, TAIL = 60, 100  # prompt tokens shown before and after the gap; the end ma
 def render_report(report: DataReport, console: Console) -> None:
     """Prints what was read, what was refused and why, and the lengths."""
     refused = f"{report.bad.total:,} bad, {report.dropped.total:,} dropped"
-    summary = f"{report.rows_read:,} rows read, {report.pairs_kept:,} pairs kept, {refused}"
+    summary = f"{report.rows_read:,} rows read, {report.kept}, {refused}"
     console.print(Text(", ".join(report.sources)), Text(summary), sep="\n")
-    for title, tally in (("Bad rows", report.bad), ("Dropped pairs", report.dropped)):
+    for title, tally in (("Bad rows", report.bad), (f"Dropped {report.kind}", report.dropped)):
         if tally.total:
             console.print(_verdicts(title, tally))
     if report.lengths:
@@ -52,18 +52,26 @@ def _lengths(report: DataReport) -> Table:
 
 
 def render_examples(dataset: PairDataset, tokenizer: Any, console: Console, n: int = 3) -> None:
-    """Prints the first n pairs token by token.
+    """Prints the first n rows token by token.
 
     Each scored token stands in its own ⟦ ⟧, so that it shows without colour; prompt tokens are
     separated by a middle dot. Line breaks are written \\n.
     """
     for index in range(min(n, len(dataset))):
-        pair = dataset[index]
-        console.rule(Text(f"pair {index}  {dataset.where(index)}"))
-        console.print(Text("prompt   ", style="bold") + _prompt(pair["prompt_ids"], tokenizer))
-        for name, style in (("chosen", "green"), ("rejected", "red")):
-            scored = "".join(f"⟦{piece}⟧" for piece in _pieces(pair[f"{name}_ids"], tokenizer))
-            console.print(Text(f"{name:<9}", style="bold") + Text(scored, style=style))
+        row = dataset[index]
+        console.rule(Text(f"{dataset.kind.name[:-1]} {index}  {dataset.where(index)}"))
+        console.print(Text("prompt   ", style="bold") + _prompt(row["prompt_ids"], tokenizer))
+        for name, title, style in _answers(row):
+            scored = "".join(f"⟦{piece}⟧" for piece in _pieces(row[name], tokenizer))
+            console.print(Text(f"{title:<9}", style="bold") + Text(scored, style=style))
+
+
+def _answers(row: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Column, title and style of each answer."""
+    if "label" not in row:
+        return [("chosen_ids", "chosen", "green"), ("rejected_ids", "rejected", "red")]
+    title, style = ("good", "green") if row["label"] else ("bad", "red")
+    return [("completion_ids", title, style)]
 
 
 def _prompt(ids: list[int], tokenizer: Any) -> Text:

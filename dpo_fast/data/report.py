@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dpo_fast.data.kinds import PAIRS
 from dpo_fast.data.verdicts import Tally
 
 PERCENTILES = {"p5": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99, "max": 100}
@@ -18,13 +19,14 @@ PERCENTILES = {"p5": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99, "
 class DataReport:
     """Counts over one data set, before any rows of it are held out for evaluation.
 
-    rows_read = pairs_kept + bad.total + dropped.total. `bad` and `dropped` count by reason and
-    keep the first 50 rows of each. `prompts_cut` counts pairs, `answers_cut` single answers, and
-    `boundary_merges` pairs in which a token straddles the prompt's end. `lengths` are tokens:
+    rows_read = pairs_kept + bad.total + dropped.total. `kind` is pairs, or completions, of which
+    `good` are good; pairs_kept counts them too. `bad` and `dropped` count rows by reason and keep the
+    first 50 of each. `prompts_cut` counts rows, `answers_cut` single answers, and `boundary_merges`
+    rows in which a token straddles the prompt's end. `lengths` are tokens:
     {"prompt" | "chosen" | "rejected" | "longest" | "total": {"p5": int, ..., "max": int}}, where
-    longest = prompt + longer answer (what max_length bounds) and total = prompt + both answers.
-    `tokens` are sums: prompt, chosen, rejected, scored, total, and separate, which is what goes
-    through the model when the prompt is not shared.
+    longest = prompt + longer answer (what max_length bounds) and total = prompt + both answers; of
+    completions they are prompt, completion and total. `tokens` are sums: prompt, each answer, scored,
+    total, and separate, which is what goes through the model when the prompt is not shared.
     """
 
     sources: list[str]
@@ -41,6 +43,8 @@ class DataReport:
     ignored_columns: list[str] = field(default_factory=list)
     lengths: dict[str, dict[str, int]] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
+    kind: str = PAIRS.name
+    good: int = 0
 
     @property
     def bad_rows(self) -> list[tuple[str, str]]:
@@ -48,31 +52,30 @@ class DataReport:
         return list(self.bad)
 
     def measure(self, lengths: Mapping[str, np.ndarray]) -> None:
-        """Fills `lengths` and `tokens` from int arrays [pairs] for prompt, chosen, rejected."""
-        prompt, chosen, rejected = (lengths[name] for name in ("prompt", "chosen", "rejected"))
-        columns = {
-            "prompt": prompt,
-            "chosen": chosen,
-            "rejected": rejected,
-            "longest": prompt + np.maximum(chosen, rejected),
-            "total": prompt + chosen + rejected,
-        }
+        """Fills `lengths` and `tokens` from int arrays [rows] for prompt and answers."""
+        prompt = lengths["prompt"]
+        answers = [values for name, values in lengths.items() if name != "prompt"]
+        columns = {**lengths, "total": prompt + sum(answers)}
+        sums = {name: int(values.sum()) for name, values in columns.items()}
+        if len(answers) > 1:
+            longest = {"longest": prompt + np.maximum(*answers)}
+            columns = {**lengths, **longest, "total": columns["total"]}
         self.lengths = {name: _percentiles(values) for name, values in columns.items()}
-        sums = {
-            name: int(columns[name].sum()) for name in ("prompt", "chosen", "rejected", "total")
-        }
-        scored = sums["chosen"] + sums["rejected"]
-        self.tokens = {**sums, "scored": scored, "separate": sums["total"] + sums["prompt"]}
+        scored, again = sums["total"] - sums["prompt"], (len(answers) - 1) * sums["prompt"]
+        self.tokens = {**sums, "scored": scored, "separate": sums["total"] + again}
 
     def notes(self) -> list[str]:
-        """Sentences about what was done to the pairs, for a reader."""
+        """Sentences about what was done to the rows, for a reader."""
         facts = (
             (self.prompts_cut, "prompts were cut to fit data.max_length"),
             (self.answers_cut, "answers were cut to fit data.max_length"),
-            (self.boundary_merges, "pairs have a token across the prompt's end; it is scored"),
+            (
+                self.boundary_merges,
+                f"{self.kind} have a token across the prompt's end; it is scored",
+            ),
             (self.bos_added, "prompts did not have their BOS token; it was put first"),
             (self.eos_added, "answers did not end their turn; EOS was put last"),
-            (self.held_out, "pairs are held out for evaluation"),
+            (self.held_out, f"{self.kind} are held out for evaluation"),
         )
         notes = [f"{count} of {self._whole(text)} {text}" for count, text in facts if count]
         if self.ignored_columns:
@@ -80,7 +83,16 @@ class DataReport:
         return notes
 
     def _whole(self, text: str) -> int:
-        return self.pairs_kept * (2 if text.startswith("answers") else 1)
+        of_pairs = text.startswith("answers") and self.kind == PAIRS.name
+        return self.pairs_kept * (2 if of_pairs else 1)
+
+    @property
+    def kept(self) -> str:
+        """What is kept, in words."""
+        text = f"{self.pairs_kept:,} {self.kind} kept"
+        if self.kind == PAIRS.name:
+            return text
+        return f"{text} ({self.good:,} good, {self.pairs_kept - self.good:,} bad)"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)

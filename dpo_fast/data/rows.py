@@ -1,4 +1,4 @@
-"""A raw row becomes a typed PairRow, or a BadRow that says why not."""
+"""A raw row becomes a typed PairRow or CompletionRow, or a BadRow that says why not."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from dpo_fast.data.config import CHAT_COLUMNS, COLUMNS, NUMBER_COLUMNS, DataConfig
+from dpo_fast.data.config import CHAT_COLUMNS, COLUMNS, DataConfig
+from dpo_fast.data.kinds import COMPLETIONS, PAIRS, Kind
 from dpo_fast.data.messages import Messages, check_answer, check_messages, split_conversations
 from dpo_fast.data.prompts import split_texts
 from dpo_fast.data.verdicts import BadRow
@@ -17,8 +18,21 @@ from dpo_fast.data.verdicts import BadRow
 TEMPLATE_ARGUMENTS = ("tokenize", "add_generation_prompt", "tools", "conversation", "chat_template")
 
 
+class _Row:
+    """What all rows have: `kind`, where they came from, a prompt, answers and extras."""
+
+    @property
+    def is_chat(self) -> bool:
+        return not isinstance(self.prompt, str)
+
+    @property
+    def answers(self) -> dict[str, str | Messages]:
+        """What follows the prompt, by name."""
+        return {name: getattr(self, name) for name in self.kind.answers}
+
+
 @dataclass(frozen=True)
-class PairRow:
+class PairRow(_Row):
     """One pair, checked but not tokenised.
 
     Either all three of prompt, chosen and rejected are text, or all three are lists of messages
@@ -32,15 +46,58 @@ class PairRow:
     chosen: str | Messages
     rejected: str | Messages
     extras: dict[str, Any]
-
-    @property
-    def is_chat(self) -> bool:
-        return not isinstance(self.prompt, str)
+    kind: ClassVar[Kind] = PAIRS
 
 
-def parse_row(where: str, raw: Mapping[str, Any], config: DataConfig) -> PairRow:
+@dataclass(frozen=True)
+class CompletionRow(_Row):
+    """One completion that is good (label is true) or bad by itself. Otherwise as `PairRow`."""
+
+    where: str
+    prompt: str | Messages
+    completion: str | Messages
+    label: bool
+    extras: dict[str, Any]
+    kind: ClassVar[Kind] = COMPLETIONS
+
+
+Row = PairRow | CompletionRow
+
+
+def parse_row(where: str, raw: Mapping[str, Any], config: DataConfig) -> Row:
     """Checks `raw` and finds its prompt. Raises BadRow."""
     row = _renamed(raw, config)
+    parse = _pair if _kind(row, config) is PAIRS else _completion
+    return parse(where, row, raw, config)
+
+
+def _kind(row: Mapping[str, Any], config: DataConfig) -> Kind:
+    """What its columns make of a row, if the configuration leaves it open."""
+    if config.format != "auto":
+        return COMPLETIONS if config.format == "unpaired" else PAIRS
+    given = {name for name, value in row.items() if value is not None}
+    single = given & {"completion", "label"} and not given & set(PAIRS.answers)
+    return COMPLETIONS if single else PAIRS
+
+
+def _completion(
+    where: str, row: dict[str, Any], raw: Mapping[str, Any], config: DataConfig
+) -> CompletionRow:
+    prompt, completion = _answer(row, raw, "prompt"), _answer(row, raw, "completion")
+    if isinstance(completion, str) and not isinstance(prompt, str):
+        completion = _message("assistant", completion)
+    elif isinstance(prompt, str) and not isinstance(completion, str):
+        prompt = _message("user", prompt)
+    _check_texts(prompt, {"completion": completion})
+    _need(row, raw, "label")
+    if not isinstance(row["label"], bool):
+        raise BadRow("field 'label' is not a bool", f"expected true or false, got {row['label']!r}")
+    extras = _extras(row, COMPLETIONS)
+    _check_chat_extras(prompt, extras)
+    return CompletionRow(where, prompt, completion, row["label"], extras)
+
+
+def _pair(where: str, row: dict[str, Any], raw: Mapping[str, Any], config: DataConfig) -> PairRow:
     chosen, rejected = _answer(row, raw, "chosen"), _answer(row, raw, "rejected")
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise BadRow("chosen and rejected differ in kind", "one is text, the other a message list")
@@ -53,18 +110,20 @@ def parse_row(where: str, raw: Mapping[str, Any], config: DataConfig) -> PairRow
         prompt, chosen, rejected = split_texts(chosen, rejected, config.prompt_end)
     else:
         prompt, chosen, rejected = split_conversations(chosen, rejected)
-    _check_pair(prompt, chosen, rejected)
-    extras = _extras(row)
-    unused = [name for name in CHAT_COLUMNS if name in extras]
-    if isinstance(prompt, str) and unused:
-        raise BadRow(f"{unused[0]} without messages", "it needs a chat template; the row is text")
+    _check_texts(prompt, {"chosen": chosen, "rejected": rejected})
+    extras = _extras(row, PAIRS)
+    _check_chat_extras(prompt, extras)
     return PairRow(where, prompt, chosen, rejected, extras)
 
 
 def ignored_columns(raw: Mapping[str, Any], config: DataConfig) -> set[str]:
     """The columns of a raw row that parse_row does not look at."""
-    used = {config.columns.get(name, name) for name in COLUMNS}
-    return set(raw) - used
+    row = _known(raw, config)
+    kind = _kind(row, config)
+    used = {"prompt", *kind.answers, *kind.numbers, *CHAT_COLUMNS}
+    if kind is COMPLETIONS:
+        used.add("label")
+    return set(raw) - {config.columns.get(name, name) for name in used}
 
 
 def _renamed(raw: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
@@ -73,6 +132,11 @@ def _renamed(raw: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
             raise BadRow(
                 f"missing field {theirs!r}", f"data.columns.{ours} names it; {_seen(raw, theirs)}"
             )
+    return _known(raw, config)
+
+
+def _known(raw: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
+    """The columns that we have a name for, under it."""
     names = {ours: config.columns.get(ours, ours) for ours in COLUMNS}
     return {ours: raw[theirs] for ours, theirs in names.items() if theirs in raw}
 
@@ -84,12 +148,16 @@ def _seen(raw: Mapping[str, Any], wanted: str) -> str:
 
 
 def _answer(row: dict[str, Any], raw: Mapping[str, Any], name: str) -> str | Messages:
+    _need(row, raw, name)
+    return _value(row[name], name)
+
+
+def _need(row: dict[str, Any], raw: Mapping[str, Any], name: str) -> None:
     if name not in row:
         raise BadRow(
             f"missing field {name!r}",
             f"{_seen(raw, name)}; data.columns.{name}=... names another column",
         )
-    return _value(row[name], name)
 
 
 def _value(value: Any, name: str) -> str | Messages:
@@ -142,9 +210,9 @@ def _message(role: str, content: str) -> Messages:
     return [{"role": role, "content": content}]
 
 
-def _check_pair(prompt: str | Messages, chosen: str | Messages, rejected: str | Messages) -> None:
+def _check_texts(prompt: str | Messages, answers: dict[str, str | Messages]) -> None:
     if isinstance(prompt, str):
-        for name, text in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+        for name, text in {"prompt": prompt, **answers}.items():
             if not text.strip():
                 raise BadRow(f"empty {name}", "expected text, got only white space")
         return
@@ -153,14 +221,18 @@ def _check_pair(prompt: str | Messages, chosen: str | Messages, rejected: str | 
         raise BadRow("prompt ends with an assistant message", "the answer follows the prompt")
     if last["role"] != "tool" and not last["content"].strip():
         raise BadRow("empty prompt", f"its last message ({last['role']}) has no text")
-    check_answer(chosen, "chosen")
-    check_answer(rejected, "rejected")
+    for name, answer in answers.items():
+        check_answer(answer, name)
 
 
-def _extras(row: dict[str, Any]) -> dict[str, Any]:
-    extras = {
-        name: _number(row[name], name) for name in NUMBER_COLUMNS if row.get(name) is not None
-    }
+def _check_chat_extras(prompt: str | Messages, extras: dict[str, Any]) -> None:
+    unused = [name for name in CHAT_COLUMNS if name in extras]
+    if isinstance(prompt, str) and unused:
+        raise BadRow(f"{unused[0]} without messages", "it needs a chat template; the row is text")
+
+
+def _extras(row: dict[str, Any], kind: Kind) -> dict[str, Any]:
+    extras = {name: _number(row[name], name) for name in kind.numbers if row.get(name) is not None}
     if not 0 <= extras.get("soft_label", 0) <= 1:
         raise BadRow("field 'soft_label' is out of range", f"{extras['soft_label']} is not in 0..1")
     if extras.get("weight", 0) < 0:

@@ -1,4 +1,4 @@
-"""Pairs that are read, checked and tokenised while a run trains on them; nothing is stored.
+"""Rows that are read, checked and tokenised while a run trains on them; nothing is stored.
 
 A stream is cut into chunks, and each chunk is a small data set in memory: it is shuffled and batched like
 one. A pass over the data ends a chunk early; then the data begins again. Where a chunk begins is known by
@@ -16,20 +16,23 @@ from typing import Any
 
 import numpy as np
 
-from dpo_fast.data.build import IDS, nothing_left
+from dpo_fast.data.build import nothing_left, values
 from dpo_fast.data.cache import cache_key
-from dpo_fast.data.config import NUMBER_COLUMNS, DataConfig
+from dpo_fast.data.config import DataConfig
 from dpo_fast.data.files import Rows
+from dpo_fast.data.kinds import COMPLETIONS, PAIRS, Kind, OneKind
 from dpo_fast.data.report import DataReport
-from dpo_fast.data.rows import ignored_columns, parse_row
+from dpo_fast.data.rows import Row, ignored_columns, parse_row
 from dpo_fast.data.sources import read_rows, resolve
-from dpo_fast.data.tokenise import PairTokeniser, TokenisedPair
+from dpo_fast.data.tokenise import RowTokeniser, Tokenised
 from dpo_fast.data.verdicts import BadRow, BadRows, Dropped
+from dpo_fast.errors import UserError
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive pairs of a stream. Read like a `PairDataset`, whose attributes of these names it has.
+    """Consecutive rows of a stream. Read like a `PairDataset` or a `CompletionDataset`, whose attributes
+    of these names it has.
 
     number: how many chunks came before it, over all passes. row: how many rows of the pass. report:
     counts of the stream up to its end, with the lengths of its own pairs.
@@ -40,32 +43,39 @@ class Chunk:
     pairs: list[dict[str, Any]]
     places: list[str]
     report: DataReport
+    kind: Kind = PAIRS
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         pair = self.pairs[index]
-        return {name: value.tolist() if name in IDS else value for name, value in pair.items()}
+        return {
+            name: value.tolist() if name in self.kind.ids else value for name, value in pair.items()
+        }
 
     def where(self, index: int) -> str:
         return self.places[index]
 
     @property
     def extras(self) -> list[str]:
-        """The optional float columns that any of the pairs has."""
-        return [name for name in NUMBER_COLUMNS if any(name in pair for pair in self.pairs)]
+        """The optional float columns that the rows have."""
+        return [name for name in self.kind.numbers if any(name in pair for pair in self.pairs)]
 
     @cached_property
     def lengths(self) -> dict[str, np.ndarray]:
         return {
             name.removesuffix("_ids"): np.array([len(pair[name]) for pair in self.pairs])
-            for name in IDS
+            for name in self.kind.ids
         }
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        return np.array([pair["label"] for pair in self.pairs], dtype=bool)
 
 
 class PairStream:
-    """The pairs of data.train, without end, in chunks of data.stream_buffer.
+    """The rows of data.train, without end, in chunks of data.stream_buffer.
 
     tokenizer, eos_ids: as for `load_pairs`; not to be used by another thread during `read`.
     """
@@ -73,12 +83,13 @@ class PairStream:
     def __init__(self, config: DataConfig, tokenizer: Any, eos_ids: Iterable[int] = ()) -> None:
         self.config, self.tokenizer, self.eos_ids = config, tokenizer, list(eos_ids)
         self.sources = resolve(config.train_sources)
-        self._tokeniser = PairTokeniser(tokenizer, config, self.eos_ids)
+        self._tokeniser = RowTokeniser(tokenizer, config, self.eos_ids)
+        self._seen, self._numbers = OneKind(), None
         self.seek(0, 0)
 
     @cached_property
     def key(self) -> str:
-        """32 hex digits that change with anything that could change the pairs. Reads every file."""
+        """32 hex digits that change with anything that could change the rows. Reads every file."""
         return cache_key(self.config, self.tokenizer, self.sources, self.eos_ids)
 
     def seek(self, number: int, row: int) -> None:
@@ -89,7 +100,7 @@ class PairStream:
         next(islice(self._rows, row, row), None)
 
     def read(self) -> Chunk:
-        """The next chunk: data.stream_buffer pairs, or fewer at the end of a pass. Raises UserError."""
+        """The next chunk: data.stream_buffer rows, or fewer at the end of a pass. Raises UserError."""
         row, pairs, places = self._row, [], []
         for where, raw in self._rows:
             self._row += 1
@@ -106,7 +117,7 @@ class PairStream:
             if not pairs:
                 return self.read()
         self._number += 1
-        chunk = Chunk(self._number - 1, row, pairs, places, self._snapshot())
+        chunk = Chunk(self._number - 1, row, pairs, places, self._snapshot(), self._seen.kind)
         chunk.report.measure(chunk.lengths)
         return chunk
 
@@ -125,16 +136,30 @@ class PairStream:
         self.report.ignored_columns = sorted(unused.union(self.report.ignored_columns))
         try:
             row = parse_row(where, raw, self.config)
+            self._see(row)
             pair = self._tokeniser(row)
         except Dropped as verdict:
             self.report.dropped.add(where, verdict.kind, str(verdict))
         except BadRow as verdict:
             self.report.bad.reject(where, verdict)
         else:
-            _count(self.report, pair)
-            ids = {name: np.array(getattr(pair, name), dtype=np.int32) for name in IDS}
-            return ids | {n: value for n, value in row.extras.items() if n in NUMBER_COLUMNS}
+            _count(self.report, row, pair)
+            ids = {name: np.array(getattr(pair, name), dtype=np.int32) for name in row.kind.ids}
+            return ids | values(row)
         return None
+
+    def _see(self, row: Row) -> None:
+        """Raises UserError if the row is of another kind than those before, or has other numbers."""
+        self._seen.see(row.where, row.kind)
+        numbers = {name for name in row.extras if name in row.kind.numbers}
+        if self._numbers is None:
+            self._numbers = numbers
+        elif differing := sorted(numbers ^ self._numbers):
+            has, others = ("no", "have") if differing[0] in self._numbers else ("a", "do not have")
+            raise UserError(
+                f"{row.where}: {has} {differing[0]!r}, which rows before it {others}; give every row a "
+                "value, or none"
+            )
 
     def _snapshot(self) -> DataReport:
         report = copy.deepcopy(self.report)
@@ -154,8 +179,10 @@ class _Forwarded(BadRows):
         self.tally.add(where, kind, message)
 
 
-def _count(report: DataReport, pair: TokenisedPair) -> None:
+def _count(report: DataReport, row: Row, pair: Tokenised) -> None:
+    report.kind = row.kind.name
     report.pairs_kept += 1
+    report.good += row.kind == COMPLETIONS and row.label
     report.boundary_merges += pair.merged
     report.bos_added += pair.bos_added
     report.eos_added += pair.eos_added

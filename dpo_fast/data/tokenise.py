@@ -1,4 +1,4 @@
-"""A PairRow becomes token ids: prompt, chosen and rejected."""
+"""A row becomes token ids: the prompt's and each answer's."""
 
 from __future__ import annotations
 
@@ -10,24 +10,23 @@ from typing import Any
 from dpo_fast.data.boundary import PromptBoundary
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.endings import Endings
-from dpo_fast.data.rows import PairRow
+from dpo_fast.data.kinds import COMPLETIONS, PAIRS
+from dpo_fast.data.rows import Row
 from dpo_fast.data.truncate import fit
 from dpo_fast.data.verdicts import BadRow
 from dpo_fast.errors import UserError
 
 
-@dataclass(frozen=True)
-class TokenisedPair:
-    """Ids of one pair. prompt_ids + chosen_ids is the sequence; chosen_ids are what is scored.
+@dataclass(frozen=True, kw_only=True)
+class Tokenised:
+    """Ids of one row. prompt_ids + an answer's ids is a sequence; the answer's are what is scored.
 
     The counters tell what was done on the way: `merged`, a token straddles the prompt's end;
-    `bos_added` (0 or 1) and `eos_added` (0..2), special tokens the text did not have itself;
-    `prompt_cut`, prompt tokens removed; `answers_cut` (0..2), answers shortened.
+    `bos_added` (0 or 1) and `eos_added` (at most one an answer), special tokens the text did not have
+    itself; `prompt_cut`, prompt tokens removed; `answers_cut`, answers shortened.
     """
 
     prompt_ids: list[int]
-    chosen_ids: list[int]
-    rejected_ids: list[int]
     merged: int
     bos_added: int
     eos_added: int
@@ -35,8 +34,26 @@ class TokenisedPair:
     answers_cut: int
 
 
-class PairTokeniser:
-    """Tokenises pairs with one tokenizer and one configuration.
+@dataclass(frozen=True, kw_only=True)
+class TokenisedPair(Tokenised):
+    """Two answers to one prompt."""
+
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenisedCompletion(Tokenised):
+    """One answer."""
+
+    completion_ids: list[int]
+
+
+TOKENISED = {PAIRS: TokenisedPair, COMPLETIONS: TokenisedCompletion}
+
+
+class RowTokeniser:
+    """Tokenises rows with one tokenizer and one configuration.
 
     tokenizer: a transformers tokenizer. It is not changed; data.chat_template is only used here.
     eos_ids: end-of-turn ids beside the tokenizer's EOS, as in the model's generation config.
@@ -49,31 +66,30 @@ class PairTokeniser:
         self.boundary = PromptBoundary(tokenizer)
         self.endings = Endings(tokenizer, eos_ids, config.add_eos)
 
-    def __call__(self, row: PairRow) -> TokenisedPair:
+    def __call__(self, row: Row) -> Tokenised:
         """Raises BadRow, Dropped, and UserError for what no row can mend."""
-        if row.is_chat:
-            prompt, chosen, rejected = self._render(row)
-        else:
-            prompt = row.prompt
-            chosen, rejected = prompt + row.chosen, prompt + row.rejected
-        split = self.boundary.split(prompt, chosen, rejected)
+        prompt, texts = self._render(row) if row.is_chat else (row.prompt, self._texts(row))
+        split = self.boundary.split(prompt, *texts)
         prompt_ids, bos_added = self.endings.begin(split.prompt)
         if not prompt_ids:
             raise BadRow("no prompt token", "the prompt's tokens all join with the answers'")
-        chosen_ids, chosen_eos = self._answer(split.chosen, "chosen", row.is_chat)
-        rejected_ids, rejected_eos = self._answer(split.rejected, "rejected", row.is_chat)
-        bos_id = self.endings.bos_id
-        fitted = fit(row.where, prompt_ids, chosen_ids, rejected_ids, self.config, bos_id)
-        return TokenisedPair(
-            fitted.prompt,
-            fitted.chosen,
-            fitted.rejected,
+        answers, eos_added = {}, 0
+        for name, ids in zip(row.answers, split.answers):
+            answers[name], added = self._answer(ids, name, row.is_chat)
+            eos_added += added
+        fitted = fit(row.where, prompt_ids, answers, self.config, self.endings.bos_id)
+        return TOKENISED[row.kind](
+            prompt_ids=fitted.prompt,
+            **{f"{name}_ids": ids for name, ids in zip(answers, fitted.answers)},
             merged=int(split.merged),
             bos_added=int(bos_added),
-            eos_added=chosen_eos + rejected_eos,
+            eos_added=eos_added,
             prompt_cut=fitted.prompt_cut,
             answers_cut=fitted.answers_cut,
         )
+
+    def _texts(self, row: Row) -> list[str]:
+        return [row.prompt + answer for answer in row.answers.values()]
 
     def _answer(self, ids: list[int], field: str, chat: bool) -> tuple[list[int], bool]:
         bos = self.endings.bos_id
@@ -81,16 +97,16 @@ class PairTokeniser:
             raise BadRow(f"BOS inside {field}", "it begins a text and would be scored here")
         return self.endings.end(ids, chat=chat)
 
-    def _render(self, row: PairRow) -> tuple[str, str, str]:
-        """The texts of prompt, prompt + chosen and prompt + rejected, through the template."""
+    def _render(self, row: Row) -> tuple[str, list[str]]:
+        """The texts of the prompt and of prompt + answer, through the template."""
         if self.template is None and not self.tokenizer.chat_template:
             raise UserError(
-                f"{row.where}: the pair is a list of messages, but the tokenizer has no chat "
+                f"{row.where}: the row is a list of messages, but the tokenizer has no chat "
                 "template; set data.chat_template to a Jinja file"
             )
         prompt = self._apply(row, row.prompt, generate=True)
-        texts = [prompt]
-        for field, answer in (("chosen", row.chosen), ("rejected", row.rejected)):
+        texts = []
+        for field, answer in row.answers.items():
             text = self._apply(row, row.prompt + answer, generate=False)
             if not text.startswith(prompt):
                 raise BadRow(
@@ -99,9 +115,9 @@ class PairTokeniser:
                     "use a template that renders earlier turns the same way (data.chat_template)",
                 )
             texts.append(text)
-        return texts[0], texts[1], texts[2]
+        return prompt, texts
 
-    def _apply(self, row: PairRow, messages: list[dict[str, Any]], *, generate: bool) -> str:
+    def _apply(self, row: Row, messages: list[dict[str, Any]], *, generate: bool) -> str:
         from jinja2 import TemplateError
 
         try:

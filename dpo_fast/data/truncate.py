@@ -1,7 +1,8 @@
-"""How a pair is made to fit into max_length."""
+"""How a row is made to fit into max_length."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dpo_fast.data.config import DataConfig
@@ -11,11 +12,10 @@ from dpo_fast.errors import UserError
 
 @dataclass(frozen=True)
 class Fitted:
-    """A pair that fits; `prompt_cut` and `answers_cut` say how many tokens and answers were cut."""
+    """A row that fits; `prompt_cut` and `answers_cut` say how many tokens and answers were cut."""
 
     prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
+    answers: list[list[int]]
     prompt_cut: int = 0
     answers_cut: int = 0
 
@@ -23,14 +23,13 @@ class Fitted:
 def fit(
     where: str,
     prompt: list[int],
-    chosen: list[int],
-    rejected: list[int],
+    answers: Mapping[str, list[int]],
     config: DataConfig,
     bos_id: int | None,
 ) -> Fitted:
-    """Cuts a pair so that prompt + completion is at most config.max_length tokens, for both.
+    """Cuts a row so that prompt + completion is at most config.max_length tokens, for every answer.
 
-    The two sequences keep the same prompt. First the completions: each keeps its first
+    The two sequences of a pair keep the same prompt. First the completions: each keeps its first
     `max_length - min(len(prompt), max_prompt_length)` tokens. Then the prompt, which gets what the
     longer completion leaves: its end (`keep_end`, with BOS still first) or its start
     (`keep_start`). So the answers are cut only where the prompt already is at its reserve, and at
@@ -47,44 +46,46 @@ def fit(
     Raises Dropped (too long under `drop`; an answer without tokens; answers that are the same
     tokens, or become so by the cut) and UserError (too long under `error`).
     """
-    if not chosen or not rejected:
+    parts = list(answers.values())
+    if not all(parts):
         raise Dropped("an answer has no tokens")
-    if chosen == rejected:
+    if _alike(parts):
         raise Dropped("the answers are the same tokens")
-    longest = len(prompt) + max(len(chosen), len(rejected))
+    longest = len(prompt) + max(map(len, parts))
     if longest <= config.max_length:
-        return Fitted(prompt, chosen, rejected)
+        return Fitted(prompt, parts)
     if config.truncation == "drop":
         raise Dropped("longer than max_length", f"{longest} > {config.max_length} tokens")
     if config.truncation == "error":
-        raise _too_long(where, prompt, chosen, rejected, config)
-    return _cut(prompt, chosen, rejected, config, bos_id)
+        raise _too_long(where, {"prompt": prompt, **answers}, longest, config)
+    return _cut(prompt, parts, config, bos_id)
+
+
+def _alike(answers: list[list[int]]) -> bool:
+    """Whether a pair's answers are the same; there is nothing to compare one answer with."""
+    return len(answers) > 1 and answers[0] == answers[1]
 
 
 def _too_long(
-    where: str, prompt: list[int], chosen: list[int], rejected: list[int], config: DataConfig
+    where: str, parts: Mapping[str, list[int]], longest: int, config: DataConfig
 ) -> UserError:
-    longest = len(prompt) + max(len(chosen), len(rejected))
+    counts = [f"{len(ids)} {name}" for name, ids in parts.items()]
     return UserError(
-        f"{where}: {len(prompt)} prompt, {len(chosen)} chosen and {len(rejected)} rejected tokens "
-        f"do not fit into data.max_length={config.max_length}; raise it to {longest}, or set "
-        "data.truncation to keep_end, keep_start or drop"
+        f"{where}: {', '.join(counts[:-1])} and {counts[-1]} tokens do not fit into "
+        f"data.max_length={config.max_length}; raise it to {longest}, or set data.truncation to "
+        "keep_end, keep_start or drop"
     )
 
 
 def _cut(
-    prompt: list[int],
-    chosen: list[int],
-    rejected: list[int],
-    config: DataConfig,
-    bos_id: int | None,
+    prompt: list[int], answers: list[list[int]], config: DataConfig, bos_id: int | None
 ) -> Fitted:
     room = config.max_length - min(len(prompt), config.prompt_reserve)
-    answers_cut = (len(chosen) > room) + (len(rejected) > room)
-    chosen, rejected = chosen[:room], rejected[:room]
-    if chosen == rejected:
+    answers_cut = sum(len(answer) > room for answer in answers)
+    answers = [answer[:room] for answer in answers]
+    if _alike(answers):
         raise Dropped("the answers are the same once cut", f"both keep {room} tokens")
-    length = min(len(prompt), config.max_length - max(len(chosen), len(rejected)))
+    length = min(len(prompt), config.max_length - max(map(len, answers)))
     prompt_cut = len(prompt) - length
     if config.truncation == "keep_start":
         kept = prompt[:length]
@@ -92,4 +93,4 @@ def _cut(
         kept = [bos_id, *prompt[len(prompt) - length + 1 :]]
     else:
         kept = prompt[prompt_cut:]
-    return Fitted(kept, chosen, rejected, prompt_cut, answers_cut)
+    return Fitted(kept, answers, prompt_cut, answers_cut)

@@ -22,11 +22,11 @@ class Verdict(ValueError):
 
 
 class BadRow(Verdict):
-    """The row is not a usable pair: a mistake in the data."""
+    """The row cannot be used: a mistake in the data."""
 
 
 class Dropped(Verdict):
-    """The pair is in order but nothing of it can be trained on at this length."""
+    """The row is in order but nothing of it can be trained on at this length."""
 
 
 @dataclass
