@@ -77,9 +77,8 @@ class Ours:
         run = self.run
         totals = run.train.totals(run.train.sampler.global_batch(number))
         share = train_step(
-            run.engine, self._counted(number), run.config.loss.objective, self.reference, totals,
-            self.sums,
-        )  # fmt: skip
+            run.engine, self._counted(number), run.loss_pass, self.reference, totals, self.sums
+        )
         self.sums.step()
         return share.item()
 

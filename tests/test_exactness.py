@@ -26,50 +26,134 @@ LOSS_CASES = {
     "ipo_sum": {"type": "ipo", "beta": 0.02, "length_average": False},
     "hinge": {"type": "hinge", "beta": 0.05},
     "robust": {"type": "robust", "beta": 0.3, "label_smoothing": 0.1},
+    "exo_pair": {"type": "exo_pair", "beta": 0.3, "label_smoothing": 0.01},
+    "nca_pair": {"type": "nca_pair", "beta": 0.3},
+    "bco_pair": {"type": "bco_pair", "beta": 0.3},
+    "sppo_hard": {"type": "sppo_hard", "beta": 0.2},
+    "aot": {"type": "aot", "beta": 0.3, "label_smoothing": 0.1},
+    "aot_unpaired": {"type": "aot_unpaired", "beta": 0.3},
+    "apo_zero": {"type": "apo_zero", "beta": 0.3},
+    "apo_down": {"type": "apo_down", "beta": 0.3},
+    "discopop": {"type": "discopop", "beta": 0.03},
     "sigmoid_norm": {"type": "sigmoid_norm", "beta": 5.0, "label_smoothing": 0.1},
+    "dpop": {"type": "dpop", "beta": 0.1, "dpop_lambda": 2.0},
     "sft": {"type": "sft"},
+    "simpo": {"type": "simpo", "beta": 2.0, "simpo_gamma": 0.7},
+    "cpo": {"type": "cpo", "beta": 0.2, "cpo_alpha": 0.5},
+    "orpo": {"type": "orpo", "beta": 0.4},
+    "slic": {"type": "slic", "slic_delta": 3.0, "slic_lambda": 0.2},
     "mixture": {"type": ["sigmoid", "sft", "ipo"], "weights": [1.0, 0.4, 0.01], "beta": 0.3},
+    "aot, sft": {"type": ["aot", "sft", "ipo"], "weights": [1.0, 0.5, 0.01], "beta": 0.3},
+    "js": {"type": "sigmoid", "beta": 0.3, "f_divergence_type": "js_divergence"},
+    "alpha": {"type": "hinge", "f_divergence_type": "alpha_divergence", "beta": 0.01,
+              "f_alpha_divergence_coef": 0.8},
+    "forward": {"type": "sigmoid", "beta": 0.01, "f_divergence_type": "forward_kl"},
+    "ld": {"type": ["sigmoid", "sft"], "beta": 0.3, "ld_alpha": 0.3},
+    "ld, policy": {"type": "sigmoid", "beta": 0.3, "ld_alpha": 0.3, "ld_reference": False},
+    "clamp": {"type": ["sigmoid", "sft"], "beta": 0.3, "token_clamp": 0.5},
+    "free": {"type": "sigmoid", "beta": 0.1, "reference_free": True},
+    "wpo": {"type": ["sigmoid", "sft"], "beta": 0.3, "use_weighting": True},
+    "wpo, clamped": {"type": "sigmoid", "beta": 0.3, "use_weighting": True, "weighting_clamp": 0.01},
+}  # fmt: skip
+
+
+def plain_value(name: str, o: dict, lw, ll, a, b, d, nw, nl) -> torch.Tensor:
+    """One loss of every pair, from the papers' formulas; a, b log-ratios, d the margin of scores."""
+    beta, eps = o.get("beta", 0.1), o.get("label_smoothing", 0.0)
+    S = torch.sigmoid
+    LS = lambda x: -torch.logaddexp(torch.zeros_like(x), -x)  # noqa: E731
+    both = lambda x: -(1 - eps) * LS(x) - eps * LS(-x)  # noqa: E731
+    relu = lambda x: (x + x.abs()) / 2  # noqa: E731
+    rank = lambda x: x[x.argsort()]  # noqa: E731
+    p, q = lw / nw, ll / nl
+    return {
+        "sigmoid": lambda: both(beta * d),
+        "ipo": lambda: (
+            (((a / nw - b / nl) if o.get("length_average", True) else d) - 1 / (2 * beta)) ** 2
+        ),
+        "hinge": lambda: relu(1 - beta * d),
+        "robust": lambda: (-(1 - eps) * LS(beta * d) + eps * LS(-beta * d)) / (1 - 2 * eps),
+        "exo_pair": lambda: (
+            S(beta * d) * torch.log(S(beta * d) / (1 - eps))
+            + S(-beta * d) * torch.log(S(-beta * d) / eps)
+        ),
+        "nca_pair": lambda: -LS(beta * a) - LS(-beta * a) / 2 - LS(-beta * b) / 2,
+        "bco_pair": lambda: -LS(beta * a) - LS(-beta * b),
+        "sppo_hard": lambda: (a - 1 / (2 * beta)) ** 2 + (b + 1 / (2 * beta)) ** 2,
+        "aot": lambda: both(beta * (rank(lw - ll) - rank((lw - a) - (ll - b)))),
+        "aot_unpaired": lambda: both(beta * (rank(a) - rank(b))),
+        "apo_zero": lambda: 1 - S(beta * a) + S(beta * b),
+        "apo_down": lambda: S(beta * a) + 1 - S(beta * (a - b)),
+        "discopop": lambda: (
+            -LS(beta * d) * (1 - S(beta * d / 0.05)) + torch.exp(-beta * d) * S(beta * d / 0.05)
+        ),
+        "sigmoid_norm": lambda: both(beta * (a / nw - b / nl)),
+        "dpop": lambda: both(beta * (d - o.get("dpop_lambda", 50.0) * relu(-a))),
+        "simpo": lambda: both(beta * (p - q) - o.get("simpo_gamma", 0.5)),
+        "cpo": lambda: both(beta * (lw - ll)),
+        "orpo": lambda: (
+            -beta * LS(torch.log(p.exp() / (1 - p.exp())) - torch.log(q.exp() / (1 - q.exp())))
+        ),
+        "slic": lambda: relu(o.get("slic_delta", 1.0) - lw + ll),
+    }[name]()
+
+
+SFT_TERMS = {"sft": lambda o: 1.0, "orpo": lambda o: 1.0, "cpo": lambda o: o.get("cpo_alpha", 1.0),
+             "slic": lambda o: o.get("slic_lambda", 0.1)}  # fmt: skip
+SCORES = {
+    "reverse_kl": lambda r, alpha: r,
+    "forward_kl": lambda r, alpha: 1 - torch.exp(-r),
+    "js_divergence": lambda r, alpha: torch.log(2 * torch.exp(r) / (1 + torch.exp(r))),
+    "alpha_divergence": lambda r, alpha: (torch.exp((alpha - 1) * r) - 1) / (alpha - 1),
 }
 
 
-def plain_losses(options: dict, lw, ll, rw, rl, nw, nl) -> torch.Tensor:
-    """The formulas once more, written out from the papers, as the mean over the global batch."""
-    beta, eps = options.get("beta", 0.1), options.get("label_smoothing", 0.0)
-    names = options["type"] if isinstance(options["type"], list) else [options["type"]]
-    weights = options.get("weights", [1.0] * len(names))
-    a, b = lw - rw, ll - rl
-    per_token = a / nw - b / nl
-    likes = {
-        "sigmoid": a - b,
-        "robust": a - b,
-        "sigmoid_norm": per_token,
-    }
+def plain_losses(o: dict, pairs: list[dict]) -> torch.Tensor:
+    """The loss of a global batch from the tokens of its pairs: {w, l} to policy, reference and
+    log sum p^2 of every token."""
+    sums = {name: [] for name in ("lw", "ll", "a", "b", "nw", "nl", "plain", "weight")}
+    for pair in pairs:
+        shorter = min(len(pair[side]["policy"]) for side in "wl")
+        weight = 1.0
+        for side, total, ratio, count in (("w", "lw", "a", "nw"), ("l", "ll", "b", "nl")):
+            policy, reference = pair[side]["policy"], pair[side]["reference"]
+            weight = weight * (policy - pair[side]["p2"]).mean().exp().detach()
+            if side == "w":
+                sums["plain"].append(policy.sum())
+            if (clamp := o.get("token_clamp")) is not None:
+                policy = reference + torch.clamp(policy - reference, -clamp, clamp)
+            share = torch.ones(len(policy), dtype=torch.float64)
+            share[shorter:] = o.get("ld_alpha", 1.0)
+            compared = reference if o.get("ld_reference") is False else reference * share
+            compared = compared * (0.0 if o.get("reference_free") else 1.0)
+            sums[total].append((policy * share).sum())
+            sums[ratio].append((policy * share).sum() - compared.sum())
+            sums[count].append(torch.tensor(float(len(policy))).double())
+        sums["weight"].append(torch.as_tensor(weight).clamp(max=o.get("weighting_clamp", 9e9)))
+    v = {name: torch.stack(values) for name, values in sums.items()}
+    score, alpha = (
+        SCORES[o.get("f_divergence_type", "reverse_kl")],
+        o.get("f_alpha_divergence_coef"),
+    )
+    d = score(v["a"], alpha) - score(v["b"], alpha)
+    row = v["weight"] if o.get("use_weighting") else torch.ones(len(pairs), dtype=torch.float64)
     total = 0.0
-    for name, weight in zip(names, weights):
-        if name == "ipo":
-            gap = per_token if options.get("length_average", True) else a - b
-            value = ((gap - 1 / (2 * beta)) ** 2).mean()
-        elif name == "hinge":
-            value = torch.clamp(1 - beta * (a - b), min=0).mean()
-        elif name == "sft":
-            value = -lw.sum() / nw.sum()
-        else:
-            x = beta * likes[name]
-            right, wrong = -torch.log(torch.sigmoid(x)), -torch.log(torch.sigmoid(-x))
-            if name == "robust":
-                value = (((1 - eps) * right - eps * wrong) / (1 - 2 * eps)).mean()
-            else:
-                value = ((1 - eps) * right + eps * wrong).mean()
-        total = total + weight * value
+    for name, weight in zip(tree_names(o), o.get("weights", [1.0] * 9)):
+        if name in SFT_TERMS:
+            total = total - weight * SFT_TERMS[name](o) * (row * v["plain"]).sum() / v["nw"].sum()
+        if name != "sft":
+            columns = [v[column] for column in ("lw", "ll", "a", "b")]
+            value = plain_value(name, o, *columns, d, v["nw"], v["nl"])
+            total = total + weight * (row * value).mean()
     return total
 
 
-def sequence_logp(model, prompt: list[int], completion: list[int]) -> torch.Tensor:
-    """Materialised logits of one sequence alone, log-softmax and gather."""
+def token_logps(model, prompt: list[int], completion: list[int]) -> tuple[torch.Tensor, ...]:
+    """Materialised logits of one sequence alone: log-probs of its completion, and log sum p^2."""
     ids = torch.tensor([prompt + completion])
-    logits = model(ids).logits[0, len(prompt) - 1 : -1]
-    logp = F.log_softmax(logits, dim=-1)
-    return logp.gather(1, torch.tensor(completion)[:, None]).sum()
+    logp = F.log_softmax(model(ids).logits[0, len(prompt) - 1 : -1], dim=-1)
+    chosen = logp.gather(1, torch.tensor(completion)[:, None]).squeeze(1)
+    return chosen, logp.exp().square().sum(-1).log()
 
 
 def plain_step(folder: Path, options: dict) -> tuple[float, dict]:
@@ -83,17 +167,18 @@ def plain_step(folder: Path, options: dict) -> tuple[float, dict]:
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
-    values = {name: [] for name in ("lw", "ll", "rw", "rl", "nw", "nl")}
+    pairs = []
     for index in Sampler(PAIRS, GLOBAL, 4, seed=42).global_batch(0):
-        row = rows[index]
+        row, pair = rows[index], {}
         prompt = [tokenizer.bos_token_id, *encode(row["prompt"])]
         for side, letter in (("chosen", "w"), ("rejected", "l")):
             completion = [*encode(row[side]), tokenizer.eos_token_id]
-            values["l" + letter].append(sequence_logp(policy, prompt, completion))
+            logps, p2 = token_logps(policy, prompt, completion)
             with torch.no_grad():
-                values["r" + letter].append(sequence_logp(reference, prompt, completion))
-            values["n" + letter].append(torch.tensor(float(len(completion))).double())
-    loss = plain_losses(options, **{name: torch.stack(v) for name, v in values.items()})
+                compared, _ = token_logps(reference, prompt, completion)
+            pair[letter] = {"policy": logps, "reference": compared, "p2": p2}
+        pairs.append(pair)
+    loss = plain_losses(options, pairs)
     loss.backward()
     return loss.item(), {f"model.{n}": p.grad for n, p in policy.named_parameters()}
 
@@ -124,7 +209,7 @@ def case(folder: Path, loss: dict, **changes) -> dict:
     tree["model"]["path"] = str(folder / model)
     tree["loss"] = loss
     tree["parallel"] = {"zero_stage": stage}
-    if any(LOSSES[name].needs_reference for name in tree_names(loss)):
+    if any(LOSSES[n].needs_reference for n in tree_names(loss)) and "reference_free" not in loss:
         tree["reference"] = {"provider": "frozen", "path": str(folder / "reference-model")}
     return tree
 
@@ -148,7 +233,9 @@ def assert_same(result, truth, tolerance: float, what: str) -> None:
 
 
 def test_every_loss_is_in_the_cases():
-    assert {name for c in LOSS_CASES.values() for name in tree_names(c)} == set(LOSSES)
+    """Of those on pairs; `soft` needs a column, the others have tests of their own."""
+    paired = {name for name, spec in LOSSES.items() if spec.paired} - {"soft"}
+    assert {name for c in LOSS_CASES.values() for name in tree_names(c)} == paired
 
 
 def test_every_loss_equals_plain_pytorch(folder):
@@ -177,6 +264,21 @@ def test_the_split_does_not_matter(folder, ranks):
     truth = plain_step(folder, loss)
     for name, result in results.items():
         assert_same(result, truth, 2e-5, f"{ranks} ranks, {name}")
+
+
+def test_the_split_does_not_matter_where_rows_meet(folder):
+    """aot sorts the whole global batch, whichever rank and micro-batch a pair is in."""
+    loss = LOSS_CASES["aot, sft"]
+    splits = [(0, 1, "padded"), (2, 4, "packed"), (3, 2, "shared_prefix")]
+    cases = {
+        f"zero {stage}, micro {micro}": case(
+            folder, loss, stage=stage, micro_pairs=micro, layout=layout
+        )
+        for stage, micro, layout in splits
+    }
+    truth = plain_step(folder, loss)
+    for name, result in run_cases(folder, cases, 2).items():
+        assert_same(result, truth, 2e-5, name)
 
 
 MODELS = {

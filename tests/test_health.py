@@ -12,6 +12,7 @@ from dpo_fast.models import ScoringModel
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.ops.preference import sum_sequences
 from dpo_fast.references import CachedReference
+from dpo_fast.training.forward import LossPass
 from dpo_fast.training.health import check_start
 
 PAIRS = [
@@ -47,7 +48,7 @@ def test_the_policy_as_its_own_reference_passes(model, names, expected):
     batch = collate(PAIRS, "padded")
     reference = CachedReference(table(model, batch))
     objective = Objective(names, (1.0,), LossOptions(beta=0.1))
-    loss, must_be = check_start(model, batch, objective, reference, TOTALS, "fp32")
+    loss, must_be = check_start(model, batch, LossPass(objective), reference, TOTALS, "fp32")
     assert loss == pytest.approx(expected, rel=1e-6)
     assert must_be == pytest.approx(expected, rel=1e-6)
 
@@ -57,9 +58,8 @@ def test_a_reference_of_something_else_stops_the_run(model, dtype):
     batch = collate(PAIRS, "padded")
     values = table(model, batch)
     values[0, 0] += {"fp32": 1e-3, "bf16": 0.5}[dtype]
-    objective = Objective()
     with pytest.raises(UserError, match=r"should be 0\.69314.*reference.cache_dir"):
-        check_start(model, batch, objective, CachedReference(values), TOTALS, dtype)
+        check_start(model, batch, LossPass(), CachedReference(values), TOTALS, dtype)
     if dtype == "bf16":  # within its tolerance
         values[0, 0] -= 0.49
-        check_start(model, batch, objective, CachedReference(values), TOTALS, dtype)
+        check_start(model, batch, LossPass(), CachedReference(values), TOTALS, dtype)

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "dpo_fast"
 FLOORS = [  # each may import from those below it
-    {"cli", "demo", "report", "__main__"},
+    {"cli", "demo", "integrations", "report", "__main__"},
     {"training"},
     {"data", "models", "references"},
     {"modules"},
@@ -196,6 +196,20 @@ def test_the_loss_table_in_the_documents_is_the_code():
     text = (ROOT / "README.md").read_text()
     for name in LOSSES:
         assert f"`{name}`" in text, name
+    table = text.split("| loss | what | source |")[1].split("\n\n")[0]
+    assert set(re.findall(r"^\| `(\w+)`", table, re.M)) <= set(LOSSES)
+
+
+def test_the_page_of_the_losses_is_made_of_the_code():
+    import yaml
+
+    from dpo_fast.losses.page import page
+    from dpo_fast.training.config import LossSection
+
+    text = (ROOT / "docs/LOSSES.md").read_text()
+    assert text == page(), "run make docs"
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    LossSection(**yaml.safe_load(example)["loss"])
 
 
 def test_every_environment_variable_is_in_the_table():

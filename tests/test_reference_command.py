@@ -18,7 +18,7 @@ from dpo_fast.cli.launch import launch_command
 from dpo_fast.data.layouts import collate
 from dpo_fast.models import load_model, load_tokenizer
 from dpo_fast.references import writing
-from dpo_fast.references.live import score
+from dpo_fast.references.live import FrozenReference
 from dpo_fast.training.choices import choose
 from dpo_fast.training.config import build_config
 from dpo_fast.training.precompute import without_training
@@ -106,7 +106,7 @@ def test_values_are_those_that_the_policy_would_give(folder, whole):
     for split in here.splits:
         for row in range(len(split.pairs)):
             batch = collate([split.pairs[row]], "packed", indices=[row])
-            alone = score(here.scorer, batch)
+            alone = FrozenReference(here.scorer)(batch)
             reference = references[split.name]
             torch.testing.assert_close(reference(batch), alone, rtol=1e-5, atol=1e-5)
             tokens = reference.token_logps(batch).split(batch.lengths_S.tolist())

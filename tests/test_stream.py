@@ -136,14 +136,18 @@ def test_a_bad_row_is_told_as_without_streaming(stream, tmp_path, what):
 
 
 def test_no_usable_pair_is_told_not_sought_for_ever(stream):
-    with pytest.raises(UserError, match="none of 2 rows is a usable pair. 2 x empty chosen"):
+    with pytest.raises(UserError, match="none of 2 rows is usable. 2 x empty chosen"):
         stream([pair(0, chosen=" ")] * 2, on_bad_row="skip").read()
 
 
 def test_columns_are_seen(stream):
-    chunk = stream([pair(0), pair(1, margin=0.5)]).read()
+    chunk = stream([pair(0, margin=0.1), pair(1, margin=0.5)]).read()
     assert chunk.extras == ["margin"]
     assert chunk[1]["margin"] == 0.5
+    with pytest.raises(
+        UserError, match="pairs.jsonl:2: a 'margin', which rows before it do not have"
+    ):
+        stream([pair(0), pair(1, margin=0.5)]).read()
 
 
 def test_the_key_follows_content_and_options(stream):
@@ -197,7 +201,7 @@ def test_a_resumed_run_goes_to_its_position(stream, monkeypatch, tmp_path):
     used.clear()
     new = StreamSplit(stream(), make, last=9)
     config = build_config(run_tree(tmp_path), "tree")
-    run = SimpleNamespace(engine=None, train=new, config=config, total_steps=9)
+    run = SimpleNamespace(engine=None, train=new, config=config, total_steps=9, stateful={})
     monkeypatch.setattr(loop, "load_checkpoint", lambda *_: state)
     sums, log = SimpleNamespace(values={}), SimpleNamespace(forget_after=lambda step: None)
     assert loop.resume(run, tmp_path, sums, log) == 7

@@ -64,7 +64,7 @@ def train(
 
 
 def _prepare_data(run) -> dict:
-    """Tokenised pairs of each split of a run, by name; of a stream its first chunk, which is not stored."""
+    """Tokenised rows of each split of a run, by name; of a stream its first chunk, which is not stored."""
     from dpo_fast.data.dataset import load_pairs
     from dpo_fast.data.stream import PairStream
     from dpo_fast.models import load_tokenizer
@@ -114,11 +114,11 @@ def reference(
 
 
 def _show_reference(stored) -> None:
-    pairs = len(stored.split.pairs)
+    count, rows = len(stored.split.pairs), stored.split.pairs.kind.name
     done = "was there already"
     if stored.seconds is not None:
-        done = f"computed at {pairs / stored.seconds:.1f} pairs/s"
-    typer.echo(f"{stored.split.name}: {pairs} pairs, {done}")
+        done = f"computed at {count / stored.seconds:.1f} {rows}/s"
+    typer.echo(f"{stored.split.name}: {count} {rows}, {done}")
     for folder in stored.folders:
         typer.echo(f'  pandas.read_parquet("{folder}")')
 
@@ -127,7 +127,7 @@ def _show_reference(stored) -> None:
 def data(
     config: Config,
     overrides: Overrides = None,
-    examples: Annotated[int, typer.Option(min=0, help="pairs to show")] = 3,
+    examples: Annotated[int, typer.Option(min=0, help="rows to show")] = 3,
 ) -> None:
     """Show what would be trained on: counts, lengths, drops, truncation, and marked examples."""
     from dpo_fast.data.preview import render_examples
@@ -139,7 +139,7 @@ def data(
     tokenizer = prepared.pop("tokenizer")
     console = Console()
     for name, pairs in prepared.items():
-        console.rule(f"{name}: {len(pairs)} pairs")
+        console.rule(f"{name}: {len(pairs)} {pairs.kind.name}")
         if name == "train" or not pairs.report.held_out:  # a held-out split shares train's report
             pairs.report.render(console)
     render_examples(prepared["train"], tokenizer, console, n=examples)

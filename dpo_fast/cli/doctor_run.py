@@ -80,7 +80,8 @@ def look(config: RunConfig) -> Outlook:
         reference = _skeleton(config.reference_model, "reference.path")
     dtype = DTYPES[config.model.dtype]
     head = choose_implementation("linear_logp", device, dtype, train.implementation)
-    tokens = train.tokens_per_batch or 2 * each * (config.data.max_length - 1)
+    sequences = 1 if config.data.format == "unpaired" else 2  # of a row; of auto at most
+    tokens = train.tokens_per_batch or sequences * each * (config.data.max_length - 1)
     return Outlook(
         config, choose(config), policy, reference, head,
         _head_plan(config, policy, head.name, tokens, device), tokens, world, device,
@@ -205,6 +206,8 @@ def _reference_row(outlook: Outlook) -> Row:
     provider = config.reference_provider
     why = {
         "none": "no loss compares with a reference",
+        "ema": f"a second model that follows the policy, {_place(outlook)}",
+        "columns": "sums that come with the data",
         "adapter_off": "the policy with its adapters off: no second copy",
         "cached": "computed once by the policy as it starts, then read from a table",
         "frozen": f"a second model, {_place(outlook)}",

@@ -1,4 +1,4 @@
-"""Reference log-probabilities: one interface, four providers.
+"""Reference log-probabilities: one interface, six providers.
 
 A reference is called with a `ScoredBatch` and gives its sequences' log-probabilities, fp32 [S] on the
 batch's device, or None (`none`: nothing is compared with). A cached one is an artefact on disk: its
@@ -8,11 +8,19 @@ format is in `artefact.py`, which folder serves a run in `store.py`, how it come
 
 from dpo_fast.references.cached import CachedReference
 from dpo_fast.references.config import ReferenceSection
-from dpo_fast.references.live import AdapterOffReference, FrozenReference, NoReference
+from dpo_fast.references.ema import EmaReference
+from dpo_fast.references.live import (
+    AdapterOffReference,
+    ColumnReference,
+    FrozenReference,
+    NoReference,
+)
 
 __all__ = [
     "AdapterOffReference",
     "CachedReference",
+    "ColumnReference",
+    "EmaReference",
     "FrozenReference",
     "NoReference",
     "ReferenceSection",

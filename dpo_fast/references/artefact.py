@@ -3,7 +3,8 @@
 train/_manifest.json        what it was computed with and for, and a sha256 of every part
 train/part-00000.parquet    a row for each pair: digest of its token ids, where it came from,
                             chosen_logps, rejected_logps, chosen_tokens, rejected_tokens;
-                            per token also chosen_token_logps and rejected_token_logps
+                            per token also chosen_token_logps and rejected_token_logps;
+                            for each completion completion_logps and so on
 
 The folder reads as one table, `pandas.read_parquet(folder)`: what begins with `_` is passed over.
 """
@@ -20,13 +21,17 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from dpo_fast.data.kinds import Kind
 from dpo_fast.errors import UserError
 
 FORMAT = 2
 MANIFEST = "_manifest.json"
-SUMS = ("chosen_logps", "rejected_logps")
-TOKENS = ("chosen_token_logps", "rejected_token_logps")
 REMEDY = "delete the folder to compute it again, or name another with reference.cache_dir"
+
+
+def names_of(kind: Kind, what: str) -> list[str]:
+    """Columns of each answer: `logps`, sums; `tokens`, how many; `token_logps`."""
+    return [f"{answer}_{what}" for answer in kind.answers]
 
 
 def part_name(index: int) -> str:

@@ -1,4 +1,4 @@
-"""Reference log-probabilities looked up in what is stored, a pair by the digest of its token ids."""
+"""Reference log-probabilities looked up in what is stored, a row by the digest of its token ids."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from dpo_fast.data.batch import ScoredBatch
-from dpo_fast.references.artefact import SUMS, TOKENS, read_rows
+from dpo_fast.data.kinds import PAIRS, Kind
+from dpo_fast.references.artefact import names_of, read_rows
 
 
 class CachedReference:
-    """Looks up a batch's rows in a table of [rows, 2] fp32, chosen and rejected.
+    """Looks up a batch's rows in a table of [rows, answers] fp32: chosen and rejected, or completions.
 
-    tokens: where token values are stored, a list column for each side, and the row in them of each
+    tokens: where token values are stored, a list column for each answer, and the row in them of each
     row of the table. They stay in Arrow's memory: a Python float takes six times the room.
     """
 
@@ -48,23 +49,25 @@ class CachedReference:
 
 
 def find_rows(table: pyarrow.Table, digests: pyarrow.Array) -> pyarrow.Array:
-    """The row of each digest in a table, int32, null where there is none. Of equal pairs the first."""
+    """The row of each digest in a table, int32, null where there is none. Of equal rows the first."""
     return pyarrow.compute.index_in(digests, value_set=table["digest"].combine_chunks())
 
 
 def open_reference(
-    folders: list[Path], digests: pyarrow.Array, per_token: bool, device: torch.device | str
-) -> CachedReference:
-    """The reference of pairs, given by their digests in order, all of which the folders hold.
+    folders: list[Path], digests: pyarrow.Array, per_token: bool, device: torch.device | str,
+    kind: Kind = PAIRS,
+) -> CachedReference:  # fmt: skip
+    """The reference of rows, given by their digests in order, all of which the folders hold.
 
     Raises:
         UserError: a folder is damaged.
     """
-    columns = ["digest", *SUMS, *(TOKENS if per_token else ())]
+    sums_of, tokens_of = names_of(kind, "logps"), names_of(kind, "token_logps")
+    columns = ["digest", *sums_of, *(tokens_of if per_token else ())]
     table = pyarrow.concat_tables([read_rows(folder, columns) for folder in folders])
     places = find_rows(table, digests)
     if places.null_count:
-        raise ValueError(f"{places.null_count} of {len(digests)} pairs are not in {folders}")
-    sums = np.stack([table[name].take(places).to_numpy() for name in SUMS], axis=1)
-    tokens = tuple(table[name] for name in TOKENS) if per_token else ()
+        raise ValueError(f"{places.null_count} of {len(digests)} {kind.name} are not in {folders}")
+    sums = np.stack([table[name].take(places).to_numpy() for name in sums_of], axis=1)
+    tokens = tuple(table[name] for name in tokens_of) if per_token else ()
     return CachedReference(torch.from_numpy(sums).to(device), tokens, places.to_numpy())

@@ -11,12 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpo_fast.data.batch import ScoredBatch
-from dpo_fast.data.dataset import PairDataset
+from dpo_fast.data.dataset import Dataset
 from dpo_fast.data.packing import Costs
 from dpo_fast.errors import UserError
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.ops.preference import sum_sequences
-from dpo_fast.references.artefact import SUMS, TOKENS
+from dpo_fast.references.artefact import names_of
 from dpo_fast.references.live import Scorer
 
 
@@ -43,12 +43,12 @@ def score_part(
     Each rank brings its own batches, which together hold every row once, and all the same number of
     them, since a sharded model is gathered together. lengths_S: scored tokens of the part's sequences.
     """
-    pair_tokens = lengths_S.view(-1, 2).sum(1)
-    ends = pair_tokens.cumsum(0)
+    row_tokens = lengths_S.view(len(rows), -1).sum(1)
+    ends = row_tokens.cumsum(0)
     values_T = torch.zeros(int(lengths_S.sum()), device=device)
     for batch in batches:
         local = (batch.indices_P - rows.start).tolist()
-        places = [torch.arange(ends[row] - pair_tokens[row], ends[row]) for row in local]
+        places = [torch.arange(ends[row] - row_tokens[row], ends[row]) for row in local]
         batch = batch.to(device)
         logp_T = scorer(**forward_arguments(batch))["logp"].float()
         if places:
@@ -59,32 +59,33 @@ def score_part(
 
 
 def part_table(
-    values_T: Tensor, lengths_S: Tensor, pairs: PairDataset, rows: range, per_token: bool
+    values_T: Tensor, lengths_S: Tensor, pairs: Dataset, rows: range, per_token: bool
 ) -> pyarrow.Table:
     """The rows of a part, from the log-probabilities of its tokens.
 
     Raises:
         UserError: one of them is not finite.
     """
-    sums_P2 = sum_sequences(values_T, lengths_S).view(-1, 2)
-    finite = sums_P2.isfinite().all(1)
+    kind, count = pairs.kind, len(pairs.kind.answers)
+    sums = sum_sequences(values_T, lengths_S).view(-1, count)
+    finite = sums.isfinite().all(1)
     if not finite.all():
         bad = (~finite).nonzero().flatten().tolist()
         raise UserError(
-            f"the reference log-probs of {len(bad)} pairs are not finite, the first "
+            f"the reference log-probs of {len(bad)} {kind.name} are not finite, the first "
             f"{pairs.where(rows[bad[0]])}; look at the reference model and at model.dtype"
         )
     columns = {
         "digest": pairs.digests.slice(rows.start, len(rows)),
         "where": pyarrow.array([pairs.where(row) for row in rows], pyarrow.string()),
     }
-    columns |= {name: sums_P2[:, side].numpy() for side, name in enumerate(SUMS)}
-    counts_P2 = lengths_S.view(-1, 2).to(torch.int32)
-    for side, name in enumerate(("chosen_tokens", "rejected_tokens")):
-        columns[name] = counts_P2[:, side].numpy()
+    columns |= {name: sums[:, side].numpy() for side, name in enumerate(names_of(kind, "logps"))}
+    counts = lengths_S.view(-1, count).to(torch.int32)
+    for side, name in enumerate(names_of(kind, "tokens")):
+        columns[name] = counts[:, side].numpy()
     if per_token:
         ends = np.concatenate([[0], lengths_S.cumsum(0).numpy()]).astype(np.int32)
         sequences = pyarrow.ListArray.from_arrays(ends, values_T.numpy())
-        for side, name in enumerate(TOKENS):
-            columns[name] = sequences.take(pyarrow.array(range(side, 2 * len(rows), 2)))
+        for side, name in enumerate(names_of(kind, "token_logps")):
+            columns[name] = sequences.take(pyarrow.array(range(side, count * len(rows), count)))
     return pyarrow.table(columns)

@@ -12,13 +12,15 @@ class ReferenceSection(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    provider: Literal["cached", "frozen", "adapter_off", "none"] = Field(
+    provider: Literal["cached", "frozen", "ema", "adapter_off", "columns", "none"] = Field(
         "cached",
         description="cached: computed once before training and stored; frozen: a second model beside "
-        "the policy; adapter_off: the policy with its LoRA adapters off; none",
+        "the policy; ema: one that follows it (TR-DPO); adapter_off: the policy with its adapters off; "
+        "columns: reference_chosen_logps and reference_rejected_logps of the data; none. With a loss that "
+        "estimates kl the default is frozen, with LoRA adapter_off",
     )
     path: str | None = Field(
-        None, description="reference model (cached, frozen); default: the policy as it starts"
+        None, description="reference model (cached, frozen, ema); default: the policy as it starts"
     )
     cache_dir: str | None = Field(
         None,
@@ -34,6 +36,11 @@ class ReferenceSection(BaseModel):
         description="parameters of a second model (frozen, or cached with a path) in CPU memory "
         "between uses, at ZeRO stage 3; default: as parallel.offload_parameters",
     )
+
+    mixup_alpha: float = Field(
+        0.6, gt=0, le=1, description="share of the policy in the new reference (ema); 1 copies it"
+    )
+    sync_steps: int = Field(512, ge=1, description="optimiser steps between updates (ema)")
 
     @model_validator(mode="after")
     def _check(self) -> ReferenceSection:

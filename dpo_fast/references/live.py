@@ -16,9 +16,9 @@ Scorer = Callable[..., Mapping[str, Tensor]]
 
 
 @torch.no_grad()
-def score(scorer: Scorer, batch: ScoredBatch) -> Tensor:
-    """Sequence log-probabilities of a batch, fp32 [S], from a scoring model or an engine round one."""
-    return sum_sequences(scorer(**forward_arguments(batch))["logp"], batch.lengths_S)
+def score_tokens(scorer: Scorer, batch: ScoredBatch) -> Tensor:
+    """Log-probability of every scored token, fp32 [T], from a scoring model or an engine round one."""
+    return scorer(**forward_arguments(batch))["logp"]
 
 
 class NoReference:
@@ -27,24 +27,42 @@ class NoReference:
     def __call__(self, batch: ScoredBatch) -> None:
         return None
 
+    token_logps = __call__
 
-class FrozenReference:
+
+class ColumnReference:
+    """Sums that came with the data, in its columns."""
+
+    names = ("reference_chosen_logps", "reference_rejected_logps")
+
+    def __call__(self, batch: ScoredBatch) -> Tensor:
+        return torch.stack([batch.columns[name] for name in self.names], 1).flatten()
+
+
+class LiveReference:
+    """Sums, fp32 [S], of what `token_logps` gives, fp32 [T]."""
+
+    def __call__(self, batch: ScoredBatch) -> Tensor:
+        return sum_sequences(self.token_logps(batch), batch.lengths_S)
+
+
+class FrozenReference(LiveReference):
     """A second model that is not trained."""
 
     def __init__(self, scorer: Scorer) -> None:
         self.scorer = scorer
 
-    def __call__(self, batch: ScoredBatch) -> Tensor:
-        return score(self.scorer, batch)
+    def token_logps(self, batch: ScoredBatch) -> Tensor:
+        return score_tokens(self.scorer, batch)
 
 
-class AdapterOffReference:
+class AdapterOffReference(LiveReference):
     """The policy itself with its adapters off: no second copy of the weights."""
 
     def __init__(self, scorer: Scorer, adapter_off: Callable[[], AbstractContextManager]) -> None:
         self.scorer = scorer
         self.adapter_off = adapter_off
 
-    def __call__(self, batch: ScoredBatch) -> Tensor:
+    def token_logps(self, batch: ScoredBatch) -> Tensor:
         with self.adapter_off():
-            return score(self.scorer, batch)
+            return score_tokens(self.scorer, batch)

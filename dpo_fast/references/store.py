@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pyarrow
 
-from dpo_fast.data.dataset import PairDataset
+from dpo_fast.data.dataset import Dataset
+from dpo_fast.data.kinds import PAIRS
 from dpo_fast.errors import UserError
 from dpo_fast.references.artefact import (
     FORMAT,
@@ -27,7 +28,7 @@ class Request:
     """What a split asks of a stored reference."""
 
     name: str
-    pairs: PairDataset
+    pairs: Dataset
     model: str
     dtype: str
     per_token: bool = False
@@ -35,14 +36,20 @@ class Request:
     @property
     def must_match(self) -> dict:
         """What changes the values. One with token values also serves whoever wants the sums alone."""
-        identity = {"format": FORMAT, "model": self.model, "dtype": self.dtype}
+        identity = {"format": FORMAT, "model": self.model, "dtype": self.dtype, "kind": self.kind}
         return identity | ({"per_token": True} if self.per_token else {})
+
+    @property
+    def kind(self) -> str | None:
+        """What the rows are, where they are not pairs: of those a manifest says nothing."""
+        return None if self.pairs.kind == PAIRS else self.pairs.kind.name
 
     @property
     def manifest(self) -> dict:
         """What an artefact made for this request is made of."""
         content = {"data": self.pairs.fingerprint, "rows": len(self.pairs)}
-        return self.must_match | {"per_token": self.per_token} | content
+        whole = self.must_match | {"per_token": self.per_token} | content
+        return {name: value for name, value in whole.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -100,13 +107,13 @@ def find_stored(place: Place, request: Request) -> list[Path] | None:
     if place.own.exists():
         raise UserError(
             f"reference {place.own} was computed for other data: {len(missing)} of "
-            f"{len(request.pairs)} pairs ({request.name}) are not in it, the first "
+            f"{len(request.pairs)} {request.pairs.kind.name} ({request.name}) are not in it, the first "
             f"{request.pairs.where(missing[0])}; {REMEDY}"
         )
     return None
 
 
-def _missing(folders: list[Path], pairs: PairDataset) -> list[int]:
+def _missing(folders: list[Path], pairs: Dataset) -> list[int]:
     """Rows of the pairs that no folder holds."""
     if not folders:
         return list(range(len(pairs)))

@@ -19,7 +19,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
-from dpo_fast.data.dataset import PairDataset
+from dpo_fast.data.dataset import Dataset
 from dpo_fast.errors import UserError
 from dpo_fast.references.artefact import (
     MANIFEST,
@@ -45,7 +45,7 @@ class Unfinished:
     manifest: what the artefact is made of; a folder that was begun with another is refused.
     """
 
-    def __init__(self, final: Path, manifest: dict, pairs: PairDataset) -> None:
+    def __init__(self, final: Path, manifest: dict, pairs: Dataset) -> None:
         self.final, self.pairs = final, pairs
         self.folder = final.with_name(f".{final.name}.partial")
         self.manifest = manifest | {"rows_per_part": ROWS_PER_PART}

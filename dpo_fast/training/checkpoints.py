@@ -1,7 +1,8 @@
 """Checkpoints that are complete or absent, and exact resume.
 
 output_dir/checkpoint-40/     engine/       DeepSpeed's shards: weights, optimiser, schedule
-                              rank-0.pt     of each rank: random state, metrics since the last line
+                              rank-0.pt     of each rank: random state, metrics since the last line,
+                                            what else changes (a reference that follows the policy)
                               state.json    step and what it belongs to
 output_dir/latest             the name of the newest, written last
 """
@@ -11,7 +12,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,12 +26,21 @@ from dpo_fast.training import distributed
 PREFIX = "checkpoint-"
 
 
+class Stateful(Protocol):
+    """A part of a run that has a state, as tensors by name."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+
+
 def save_checkpoint(
-    engine, output_dir: str, state: dict, metrics: dict[str, Tensor], keep: int
-) -> Path:
+    engine, output_dir: str, state: dict, metrics: dict[str, Tensor], keep: int,
+    stateful: Mapping[str, Stateful] = MappingProxyType({}),
+) -> Path:  # fmt: skip
     """Written aside, flushed, renamed; `latest` last; then all but the newest `keep` are removed.
 
-    Collective. `state` holds at least `step`.
+    Collective. `state` holds at least `step`; `stateful` are parts of the run that change with it.
     """
     root = Path(output_dir)
     final = root / f"{PREFIX}{state['step']}"
@@ -37,7 +50,8 @@ def save_checkpoint(
         aside.mkdir(parents=True)
     distributed.barrier()
     engine.save_checkpoint(str(aside), tag="engine", save_latest=False)
-    mine = {"random": _random_state(), "metrics": metrics}
+    own = {name: each.state_dict() for name, each in stateful.items()}
+    mine = {"random": _random_state(), "metrics": metrics, "own": own}
     torch.save(mine, aside / f"rank-{distributed.rank()}.pt")
     distributed.barrier()
     if distributed.is_main():
@@ -82,8 +96,11 @@ def find_checkpoint(requested: bool | str, output_dir: str) -> Path | None:
     return folder
 
 
-def load_checkpoint(engine, folder: Path, fits: dict, metrics: dict[str, Tensor]) -> dict:
-    """Restore engine, random state and `metrics` (in place); returns the saved state.
+def load_checkpoint(
+    engine, folder: Path, fits: dict, metrics: dict[str, Tensor],
+    stateful: Mapping[str, Stateful] = MappingProxyType({}),
+) -> dict:  # fmt: skip
+    """Restore engine, random state, `metrics` and `stateful` (in place); returns the saved state.
 
     `fits` names what must be as it was (world size, data, global batch, ...).
 
@@ -107,6 +124,8 @@ def load_checkpoint(engine, folder: Path, fits: dict, metrics: dict[str, Tensor]
     file = folder / f"rank-{distributed.rank()}.pt"
     mine = torch.load(file, weights_only=True, map_location="cpu")
     metrics |= {name: value.to(engine.device) for name, value in mine["metrics"].items()}
+    for name, each in stateful.items():
+        each.load_state_dict(mine["own"][name])
     random_state = mine["random"]
     torch.set_rng_state(random_state["cpu"])
     if "cuda" in random_state:

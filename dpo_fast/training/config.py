@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from dpo_fast.data.config import DataConfig
 from dpo_fast.errors import UserError
 from dpo_fast.losses import LOSSES, LossOptions, Objective
+from dpo_fast.losses.sums import needs_reference_tokens
 from dpo_fast.models.config import ModelSection
 from dpo_fast.references.config import ReferenceSection
 
 FORBID = ConfigDict(extra="forbid")
 
 
-class LossSection(BaseModel):
-    """One loss, or a weighted sum of several."""
+class _Losses(BaseModel):
+    """One loss, or a weighted sum of several, and their options (docs/LOSSES.md)."""
 
     model_config = FORBID
 
     type: str | list[str] = Field("sigmoid", description="a name of the loss table, or several")
     weights: list[float] | None = Field(None, description="one per loss; default: all 1")
-    beta: float = Field(0.1, description="strength of the pull towards the reference")
-    label_smoothing: float = Field(0.0, description="probability that a label is flipped; < 0.5")
-    length_average: bool = Field(True, description="ipo: mean (true) or summed log-ratios")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -36,27 +42,29 @@ class LossSection(BaseModel):
     @property
     def objective(self) -> Objective:
         weights = tuple(self.weights) if self.weights is not None else (1.0,) * len(self.names)
-        options = LossOptions(self.beta, self.label_smoothing, self.length_average)
-        return Objective(self.names, weights, options)
+        options = {field.name: getattr(self, field.name) for field in fields(LossOptions)}
+        return Objective(self.names, weights, LossOptions(**options))
 
     @model_validator(mode="after")
-    def _check(self) -> LossSection:
+    def _check(self) -> _Losses:
         for name in self.names:
             if name not in LOSSES:
                 near = difflib.get_close_matches(name, LOSSES, 1)
                 hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(LOSSES)}"
                 raise ValueError(f"loss.type={name}: {hint}")
-        used = {option for name in self.names for option in LOSSES[name].options} | {"beta"}
-        for option in ("label_smoothing", "length_average"):
-            changed = getattr(self, option) != type(self).model_fields[option].default
-            if changed and option not in used:
-                takers = [name for name, spec in LOSSES.items() if option in spec.options]
-                raise ValueError(
-                    f"loss.{option}={getattr(self, option)} is not used by {', '.join(self.names)}; "
-                    f"remove it, or choose {' or '.join(takers)}"
-                )
         _ = self.objective  # checks the values
         return self
+
+
+# Every option of the losses is a key of the section, with its default and meaning.
+LossSection = create_model(
+    "LossSection",
+    __base__=_Losses,
+    **{
+        field.name: (kind, Field(field.default, description=field.metadata["meaning"]))
+        for field, kind in zip(fields(LossOptions), get_type_hints(LossOptions).values())
+    },
+)
 
 
 class TrainSection(BaseModel):
@@ -67,9 +75,15 @@ class TrainSection(BaseModel):
     output_dir: str = Field(description="folder for metrics, checkpoints, reference and model")
     num_train_epochs: float = Field(1.0, gt=0, description="passes over the data")
     max_steps: int | None = Field(None, ge=1, description="optimiser steps; overrides the epochs")
-    global_pairs: int = Field(64, ge=1, description="pairs of one optimiser step, over all ranks")
+    global_pairs: int = Field(
+        64,
+        ge=1,
+        description="pairs of one optimiser step, over all ranks; of unpaired data its completions",
+    )
     micro_pairs: int | None = Field(
-        None, ge=1, description="pairs of one forward on one rank; default 4, or tokens_per_batch"
+        None,
+        ge=1,
+        description="pairs, or completions, of one forward on one rank; default 4, or tokens_per_batch",
     )
     tokens_per_batch: int | None = Field(
         None,
@@ -196,6 +210,7 @@ class RunConfig(BaseModel):
                 "reference.provider=adapter_off needs adapters: set model.lora, or choose cached"
             )
         self._check_reference()
+        self._check_kl()
         self._check_offload()
         if self.model.torch_compile and self.parallel.zero_stage == 3:
             raise ValueError(
@@ -216,16 +231,51 @@ class RunConfig(BaseModel):
 
     def _check_reference(self) -> None:
         """An option that the provider does not use is a mistake."""
-        used = {"cached": ("path", "cache_dir", "per_token"), "frozen": ("path",)}
+        used = {
+            "cached": ("path", "cache_dir", "per_token"),
+            "frozen": ("path",),
+            "ema": ("path", "mixup_alpha", "sync_steps"),
+        }
         provider = self.reference_provider
-        for option in ("path", "cache_dir", "per_token"):
+        for option in ("path", "cache_dir", "per_token", "mixup_alpha", "sync_steps"):
             value = getattr(self.reference, option)
-            if value and option not in used.get(provider, ()):
+            changed = value != ReferenceSection.model_fields[option].default
+            if changed and option not in used.get(provider, ()):
                 takers = [name for name, options in used.items() if option in options]
                 raise ValueError(
                     f"reference.{option}={value} is not used by reference.provider={provider}; leave it "
                     f"out, or set provider={' or '.join(takers)}"
                 )
+        if provider == "ema" and self.model.lora is not None:
+            raise ValueError(
+                "reference.provider=ema mixes the weights of two models, and adapters (model.lora) are "
+                "no weights of the reference; choose adapter_off or frozen"
+            )
+        tokens = needs_reference_tokens(self.loss.objective.options)
+        lacking = (provider == "cached" and not self.reference.per_token) or provider == "columns"
+        if tokens and lacking and self.loss.objective.needs_reference:
+            raise ValueError(
+                "loss.token_clamp and loss.ld_alpha compare with the reference token by token: set "
+                "reference.per_token=true with provider=cached, or provider=frozen; or "
+                "loss.ld_reference=false to leave the reference's sums as they are"
+            )
+
+    def _check_kl(self) -> None:
+        """The kl of KTO needs completions of other rows, and a reference that scores any sequence."""
+        if "kl" not in self.loss.objective.statistics:
+            return
+        names, provider = ", ".join(self.loss.names), self.reference_provider
+        if provider in ("cached", "columns") and self.loss.objective.needs_reference:
+            raise ValueError(
+                f"reference.provider={provider} holds the data's own sequences, and loss.type={names} "
+                "estimates kl from completions after the prompts of other rows, drawn anew in every step; "
+                "set reference.provider=frozen, or adapter_off with LoRA"
+            )
+        if self.train.global_pairs == 1:
+            raise ValueError(
+                f"train.global_pairs=1, but loss.type={names} estimates kl from the completions of other "
+                "rows of the batch; set it to 2 or more"
+            )
 
     def _check_stream(self) -> None:
         data, train = self.data, self.train
@@ -245,11 +295,12 @@ class RunConfig(BaseModel):
                 f"{train.global_pairs}; try {100 * train.global_pairs}"
             )
         # Nobody has seen the pairs that will come, so the largest that may come has to fit.
-        largest = 2 * (data.max_length - 1)
+        sequences = 1 if data.format == "unpaired" else 2
+        largest = sequences * (data.max_length - 1)
         if train.tokens_per_batch is not None and train.tokens_per_batch < largest:
             raise ValueError(
-                f"train.tokens_per_batch={train.tokens_per_batch} may not hold every pair of a stream: "
-                f"two sequences of data.max_length={data.max_length} take {largest} tokens; set it to "
+                f"train.tokens_per_batch={train.tokens_per_batch} may not hold every row of a stream: "
+                f"{sequences} x data.max_length={data.max_length} take {largest} tokens; set it to "
                 f"{largest} or more, or lower data.max_length"
             )
 
@@ -271,7 +322,9 @@ class RunConfig(BaseModel):
     def has_second_model(self) -> bool:
         """Whether a reference model is loaded beside the policy, if only to fill the cache."""
         provider = self.reference_provider
-        return provider == "frozen" or (provider == "cached" and self.reference.path is not None)
+        return provider in ("frozen", "ema") or (
+            provider == "cached" and self.reference.path is not None
+        )
 
     @property
     def reference_model(self) -> ModelSection:
@@ -288,10 +341,16 @@ class RunConfig(BaseModel):
 
     @property
     def reference_provider(self) -> str:
-        """`cached` by default, `none` by default where no loss compares with a reference."""
-        chosen = "provider" in self.reference.model_fields_set
-        needed = self.loss.objective.needs_reference
-        return self.reference.provider if chosen or needed else "none"
+        """By default `cached`; `none` where no loss compares with a reference; for a kl, which no stored
+        one can give, `frozen`, or `adapter_off` with adapters."""
+        if "provider" in self.reference.model_fields_set:
+            return self.reference.provider
+        if not self.loss.objective.needs_reference:
+            return "none"
+        if "kl" not in self.loss.objective.statistics:
+            return self.reference.provider
+        own = self.model.lora is not None and self.reference.path is None
+        return "adapter_off" if own else "frozen"
 
     def resolved(self) -> dict[str, Any]:
         """As a tree that gives the same run again, with what followed from defaults filled in."""

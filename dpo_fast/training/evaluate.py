@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import torch
 
-from dpo_fast.losses import Objective, Totals, preference
-from dpo_fast.models.scoring import forward_arguments
+from dpo_fast.losses import Totals
+from dpo_fast.training.coupled import BatchTable
+from dpo_fast.training.forward import LossPass
 from dpo_fast.training.metrics import MetricSums
 
 
 @torch.no_grad()
-def evaluate(
-    engine, batches, objective: Objective, reference, totals: Totals, extras, implementation="auto"
-):
+def evaluate(engine, batches, loss_pass: LossPass, reference, totals: Totals, statistics=None):
     """`eval_` metrics of an evaluation set whose counts are `totals`. Every rank brings the same number
     of batches."""
     sums = MetricSums(engine.device)
+    coupled = loss_pass.objective.coupled
+    table = BatchTable(list(range(totals.pairs)), loss_pass, engine.device) if coupled else None
     engine.eval()
     for batch in batches:
         batch = batch.to(engine.device)
-        scores = engine(**forward_arguments(batch), extras=extras)
-        result = preference(
-            scores["logp"], batch.lengths_S, reference(batch), objective, totals,
-            implementation=implementation,
-        )  # fmt: skip
-        sums.add(result, scores, batch)
+        compared = loss_pass.reference(reference, batch)
+        scores = loss_pass.scores(engine, batch)
+        sums.add(loss_pass.loss(scores, compared, batch, totals, statistics), scores, batch)
+        if coupled:
+            table.add(scores, compared, batch)
     engine.train()
+    sums.note(statistics or {})
     metrics = sums.read()
+    if coupled:  # its rows meet over the whole set, not within a micro-batch
+        metrics["loss"] = table.loss(totals, statistics)[0].item()
     for name in ("num_tokens", "pairs"):
         metrics.pop(name)
     return {f"eval_{name}": value for name, value in metrics.items()}

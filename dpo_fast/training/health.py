@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 
 from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.errors import UserError
-from dpo_fast.losses import Objective, Totals, preference
-from dpo_fast.models.scoring import forward_arguments
+from dpo_fast.losses import Totals
 from dpo_fast.training import distributed
+from dpo_fast.training.forward import LossPass, of_tokens
 
 TOLERANCE = {"fp32": 1e-6, "bf16": 1e-3}
 
 
 @torch.no_grad()
 def check_start(
-    engine, batch: ScoredBatch, objective: Objective, reference, totals: Totals, dtype: str,
-    implementation: str = "auto",
-) -> tuple[float, float]:  # fmt: skip
+    engine, batch: ScoredBatch, loss_pass: LossPass, reference, totals: Totals, dtype: str
+) -> tuple[float, float]:
     """Loss of the first step's batch before any update, and what it must be: ln 2 for sigmoid.
 
     What it must be is the same loss with the policy's own log-probabilities as the reference, so it
@@ -29,14 +26,11 @@ def check_start(
         UserError: they differ, which means that the reference is not the policy at its start.
     """
     batch = batch.to(engine.device)
-    scores = engine(**forward_arguments(batch))
-    score = partial(
-        preference, scores["logp"], batch.lengths_S, objective=objective, totals=totals,
-        implementation=implementation,
-    )  # fmt: skip
-    first = score(reference_S=reference(batch))
-    same = score(reference_S=first.logps_S)
-    values = torch.stack([first.loss, same.loss]).double()
+    compared = loss_pass.reference(reference, batch)
+    scores = loss_pass.scores(engine, batch)
+    own = of_tokens(scores["logp"], batch)
+    losses = [loss_pass.loss(scores, each, batch, totals).loss for each in (compared, own)]
+    values = torch.stack(losses).double()
     if distributed.world_size() > 1:
         torch.distributed.all_reduce(values)
     loss, expected = values.tolist()

@@ -22,7 +22,7 @@ from dpo_fast.training.health import check_start
 from dpo_fast.training.metrics import MetricSums
 from dpo_fast.training.prepare import Run, check, prepare
 from dpo_fast.training.progress import progress_bar, say, track
-from dpo_fast.training.step import EXTRAS, train_step
+from dpo_fast.training.update import update
 
 
 def train(config: RunConfig) -> Path:
@@ -40,15 +40,10 @@ def train(config: RunConfig) -> Path:
     with log.clock_stopped():
         sums = MetricSums(run.engine.device)
         step = resume(run, checkpoint, sums, log) if checkpoint else start(run, log)
-    objective, extras, stop = config.loss.objective, token_extras(config), StopSignals()
+    stop = StopSignals()
     with progress_bar("training", run.total_steps, step) as advance:
         while step < run.total_steps and not stop.raised:
-            split, index = run.train.at(step)
-            totals = split.totals(split.sampler.global_batch(index))
-            share = train_step(
-                run.engine, split.batches(index), objective, run.references["train"], totals,
-                sums, extras, config.train.implementation,
-            )  # fmt: skip
+            share = update(run, step, sums)
             stop.agree(finite=math.isfinite(share.item()), run=run, step=step)
             step += 1
             sums.step()
@@ -75,15 +70,10 @@ def due(every: int | None, step: int, last: bool) -> bool:
     return last or (every is not None and step % every == 0)
 
 
-def token_extras(config: RunConfig) -> tuple[str, ...]:
-    return EXTRAS if config.log.token_metrics else ()
-
-
 def start(run: Run, log: RunLog) -> int:
     """A new run: the check against ln 2, and the first evaluation."""
-    objective = run.config.loss.objective
-    compares = objective.needs_reference and run.config.reference_provider != "none"
-    if compares and run.config.reference.path is None:
+    compares = run.config.reference_provider not in ("none", "columns")
+    if run.loss_pass.objective.needs_reference and compares and run.config.reference.path is None:
         split, index = run.train.at(0)
         rows = [
             row
@@ -91,8 +81,8 @@ def start(run: Run, log: RunLog) -> int:
             for row in split.sampler.micro_batches(index, rank)[0]
         ]
         loss, expected = check_start(
-            run.engine, next(split.batches(index)), objective, run.references["train"],
-            split.totals(rows), run.config.model.dtype, run.config.train.implementation,
+            run.engine, next(split.batches(index)), run.loss_pass, run.references["train"],
+            split.totals(rows), run.config.model.dtype,
         )  # fmt: skip
         say(f"step 0: loss {loss:.7f}, expected {expected:.7f} where policy = reference")
     if run.eval:
@@ -119,7 +109,7 @@ def must_fit(run: Run) -> dict:
 
 def resume(run: Run, checkpoint: Path, sums: MetricSums, log: RunLog) -> int:
     """Everything as it was when the checkpoint was written, the open window of metrics included."""
-    state = load_checkpoint(run.engine, checkpoint, must_fit(run), sums.values)
+    state = load_checkpoint(run.engine, checkpoint, must_fit(run), sums.values, run.stateful)
     run.train.seek(state)
     log.forget_after(state["step"])
     say(f"resumed {checkpoint} at step {state['step']}")
@@ -130,18 +120,21 @@ def save(run: Run, step: int, sums: MetricSums) -> Path:
     """A checkpoint of this step."""
     train = run.config.train
     state = {"step": step, **run.train.position(step), **must_fit(run)}
-    return save_checkpoint(run.engine, train.output_dir, state, sums.values, train.save_total_limit)
+    return save_checkpoint(
+        run.engine, train.output_dir, state, sums.values, train.save_total_limit, run.stateful
+    )
 
 
 def evaluate_run(run: Run) -> dict[str, float]:
     """Metrics of the whole evaluation split."""
     split = run.eval
     sampler: Sampler = split.sampler
-    totals = split.totals(list(range(len(split.pairs))))
+    rows = list(range(len(split.pairs)))
+    models = (run.loss_pass, run.references["eval"])
+    statistics = run.statistics.estimate(run.engine, split.mismatched(rows), *models)
     return evaluate(
         run.engine, track(split.all_batches(), "evaluating", sampler.steps_per_epoch),
-        run.config.loss.objective, run.references["eval"], totals, token_extras(run.config),
-        run.config.train.implementation,
+        *models, split.totals(rows), statistics,
     )  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -21,7 +23,9 @@ class MetricSums:
     """Sums and counts since the last reading. Nothing leaves the device before `read`.
 
     A tie of rewards counts as half in `rewards/accuracies`: where policy and reference are equal the
-    accuracy is 0.5, not 0. `loss` is the mean over steps of the global loss.
+    accuracy is 0.5, not 0. `loss` is the mean over steps of the global loss. Of completions that are good
+    or bad by themselves, the good ones are `chosen` and the bad ones `rejected`, `rewards/margins` is the
+    difference of their means, and there are no accuracies.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -39,26 +43,46 @@ class MetricSums:
     def add(self, result: Preference, scores: dict[str, Tensor], batch: ScoredBatch) -> None:
         """Add a micro-batch."""
         self._add("loss", result.loss, 0)  # shares add up; `step` counts
-        chosen, rejected = result.rewards_S.view(-1, 2).unbind(1)
-        accuracies = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
-        logps = result.logps_S.view(-1, 2).unbind(1)
-        values = (chosen, rejected, accuracies, chosen - rejected, *logps)
-        for name, value in zip(PAIR_METRICS, values):
-            self._add(name, value)
+        if batch.good_S is None:
+            self._add_pairs(result)
+            good_S = torch.arange(len(batch.lengths_S), device=batch.lengths_S.device) % 2 == 0
+        else:
+            good_S = batch.good_S
+            self._add_sides("rewards", result.rewards_S, good_S)
+            self._add_sides("logps", result.logps_S, good_S)
         for extra, name in TOKEN_METRICS.items():
             if extra in scores:
                 self._add(name, scores[extra])
         if "mean_logit" in scores:
-            sums_P2 = sum_sequences(scores["mean_logit"], batch.lengths_S).view(-1, 2)
-            lengths_P2 = batch.lengths_S.view(-1, 2)
-            for side, name in enumerate(("logits/chosen", "logits/rejected")):
-                self._add(name, sums_P2[:, side], lengths_P2[:, side].sum())
+            sums_S = sum_sequences(scores["mean_logit"], batch.lengths_S)
+            self._add_sides("logits", sums_S, good_S, batch.lengths_S)
         size = batch.input_ids.numel()
         self._count("perf/padding_fraction", batch.padding, size)
         # Prompts that are shared, and the last tokens of sequences, which predict nothing.
         self._count("perf/shared_prefix_saving", batch.tokens - size + batch.padding, batch.tokens)
         self._count("num_tokens", batch.tokens, 0)
         self._count("pairs", batch.pairs, 0)
+
+    def _add_pairs(self, result: Preference) -> None:
+        chosen, rejected = result.rewards_S.view(-1, 2).unbind(1)
+        accuracies = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
+        logps = result.logps_S.view(-1, 2).unbind(1)
+        values = (chosen, rejected, accuracies, chosen - rejected, *logps)
+        for name, value in zip(PAIR_METRICS, values):
+            self._add(name, value)
+
+    def _add_sides(
+        self, name: str, values_S: Tensor, good_S: Tensor, count_S: Tensor | None = None
+    ) -> None:
+        """Good sequences and bad ones under names of their own; by default each counts once."""
+        for side, mine_S in (("chosen", good_S), ("rejected", ~good_S)):
+            count = mine_S.sum() if count_S is None else torch.where(mine_S, count_S, 0).sum()
+            self._add(f"{name}/{side}", torch.where(mine_S, values_S, 0), count)
+
+    def note(self, values: Mapping[str, Tensor]) -> None:
+        """Values of a step, [] each, the same on every rank."""
+        for name, value in values.items():
+            self._add(name, value, 1)
 
     def _count(self, name: str, value: int, count: int) -> None:
         self._add(name, torch.tensor(float(value), device=self.device), count)
@@ -84,4 +108,8 @@ class MetricSums:
         result = {"loss": sums.pop("loss")[0] / steps}
         for name in ("num_tokens", "pairs"):
             result[name] = sums.pop(name)[0]
-        return result | {name: total / count for name, (total, count) in sums.items() if count}
+        result |= {name: total / count for name, (total, count) in sums.items() if count}
+        both = {"rewards/chosen", "rewards/rejected"} <= result.keys()
+        if both and "rewards/margins" not in result:
+            result["rewards/margins"] = result["rewards/chosen"] - result["rewards/rejected"]
+        return result

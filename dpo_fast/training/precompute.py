@@ -60,6 +60,11 @@ def check_provider(config: RunConfig) -> None:
             f"reference.provider={provider} stores nothing; `dpo-fast reference` needs "
             "reference.provider=cached"
         )
+    if provider != "none":
+        raise UserError(
+            f"loss.type={', '.join(config.loss.names)} reads its reference from a model "
+            f"(reference.provider={provider}), so there is nothing to store"
+        )
     raise UserError(
         f"loss.type={', '.join(config.loss.names)} compares with no reference, so there is nothing to "
         "compute; set reference.provider=cached to store one all the same"

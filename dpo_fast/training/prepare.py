@@ -18,15 +18,18 @@ from dpo_fast.models.layers import check_layers, checkpoint_layers
 from dpo_fast.models.load import DTYPES, check_model_path, is_folder, load_skeleton
 from dpo_fast.models.separation import check_separation
 from dpo_fast.ops.implementation import choose_implementation
+from dpo_fast.references import EmaReference
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import find_checkpoint
 from dpo_fast.training.choices import choose
 from dpo_fast.training.config import RunConfig, check_batch_sizes
 from dpo_fast.training.engine import build_engine, deepspeed_config, shard_while_loading
 from dpo_fast.training.fit import check_positions, check_vocabulary
+from dpo_fast.training.forward import EXTRAS, LossPass
 from dpo_fast.training.progress import say
 from dpo_fast.training.references import build_references
 from dpo_fast.training.split import Split, load_split
+from dpo_fast.training.statistics import Statistics
 
 
 @dataclass
@@ -40,7 +43,16 @@ class Run:
     engine: object
     model: ScoringModel
     references: dict[str, object]
+    loss_pass: LossPass
+    statistics: Statistics
     total_steps: int
+
+    @property
+    def stateful(self) -> dict[str, object]:
+        """What changes with the run beside the engine, by the name it has in checkpoints."""
+        reference = self.references["train"]
+        followed = {"reference": reference} if isinstance(reference, EmaReference) else {}
+        return followed | ({"statistics": self.statistics} if self.statistics.names else {})
 
 
 def check(config: RunConfig) -> None:
@@ -107,7 +119,16 @@ def prepare(config: RunConfig) -> Run:
         config, engine, model, splits, choices.reference_attention.name, head, ds_config
     )
     del keep_alive
-    return Run(config, tokenizer, train, held_out, engine, model, references, total_steps)
+    loss_pass = LossPass(
+        config.loss.objective,
+        EXTRAS if config.log.token_metrics else (),
+        config.train.implementation,
+    )
+    statistics = Statistics(loss_pass.objective.statistics, engine.device)
+    return Run(
+        config, tokenizer, train, held_out, engine, model, references, loss_pass, statistics,
+        total_steps,
+    )  # fmt: skip
 
 
 def wants_checkpointing(config: RunConfig, model: ScoringModel) -> bool:

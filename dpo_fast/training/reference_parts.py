@@ -14,7 +14,6 @@ import torch
 
 from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.data.cache import tokenizer_hash
-from dpo_fast.data.layouts import collate
 from dpo_fast.data.packing import pair_costs
 from dpo_fast.errors import Interrupted, UserError
 from dpo_fast.models import load_tokenizer
@@ -59,8 +58,8 @@ def compute_reference(
     try:
         missing, parts = from_main(unfinished.begin), unfinished.parts
         say(
-            f"computing the reference log-probs of {len(split.pairs)} pairs ({split.name}), once: "
-            f"{len(parts) - len(missing)} of {len(parts)} parts are there"
+            f"computing the reference log-probs of {len(split.pairs)} {split.pairs.kind.name} "
+            f"({split.name}), once: {len(parts) - len(missing)} of {len(parts)} parts are there"
         )
         plans = {index: length_batches(parts[index], costs, *size) for index in missing}
         _score_parts(scorer, split, unfinished, plans, request.per_token, device)
@@ -75,8 +74,8 @@ def _score_parts(
     per_token: bool, device,
 ) -> None:  # fmt: skip
     """Score and write the parts of `plans`, each given by its batches of rows."""
-    sides = [split.lengths[name] for name in ("chosen", "rejected")]
-    lengths_P2 = torch.from_numpy(np.stack(sides, axis=1))
+    sides = [split.lengths[name] for name in split.pairs.kind.answers]
+    lengths = torch.from_numpy(np.stack(sides, axis=1))
     rounds = sum(-(-len(plan) // distributed.world_size()) for plan in plans.values())
     description = f"reference log-probs ({split.name})"
     with stop_signals() as asked, progress_bar(description, rounds) as advance:
@@ -90,7 +89,7 @@ def _score_parts(
 
         for index, plan in plans.items():
             rows = unfinished.parts[index]
-            lengths_S = lengths_P2[rows.start : rows.stop].flatten()
+            lengths_S = lengths[rows.start : rows.stop].flatten()
             batches = until_asked(_rank_batches(split, plan))
             values_T = score_part(scorer, batches, rows, lengths_S, device)
             part = (values_T, lengths_S, split.pairs, rows, per_token)
@@ -104,8 +103,7 @@ def _rank_batches(split: Split, plan: list[list[int]]) -> Iterator[ScoredBatch]:
     world = distributed.world_size()
     for first in range(0, len(plan), world):
         rows = dict(enumerate(plan[first : first + world])).get(distributed.rank(), [])
-        pairs = [split.pairs[row] for row in rows]
-        yield collate(pairs, split.layout, pad_id=split.pad_id, indices=rows)
+        yield split.collate([split.pairs[row] for row in rows], rows)
 
 
 def _information(config: RunConfig, split: Split) -> dict:

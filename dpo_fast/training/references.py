@@ -13,6 +13,8 @@ from dpo_fast.models.separation import check_separation
 from dpo_fast.references import (
     AdapterOffReference,
     CachedReference,
+    ColumnReference,
+    EmaReference,
     FrozenReference,
     NoReference,
 )
@@ -34,12 +36,18 @@ def build_references(config, engine, model, splits, attention, head, ds_config) 
     provider = config.reference_provider
     if provider == "none":
         return {split.name: NoReference() for split in splits}
+    if provider == "columns":
+        return {split.name: ColumnReference() for split in splits}
     if provider == "adapter_off":
         return {s.name: AdapterOffReference(engine, model.adapter_off) for s in splits}
 
     def second_model():
         return load_reference_engine(config, attention, head, ds_config, engine.device)
 
+    if provider == "ema":
+        section = config.reference
+        followed = EmaReference(second_model(), model, section.mixup_alpha, section.sync_steps)
+        return {split.name: followed for split in splits}
     if provider == "frozen":
         frozen = FrozenReference(second_model())
         return {split.name: frozen for split in splits}
@@ -69,7 +77,7 @@ def cached_references(
     per_token = config.reference.per_token
     return {
         stored.split.name: open_reference(
-            stored.folders, stored.split.pairs.digests, per_token, device
+            stored.folders, stored.split.pairs.digests, per_token, device, stored.split.pairs.kind
         )
         for stored in store_references(config, make_scorer, device, splits)
     }

@@ -1,4 +1,4 @@
-"""The pairs of a run, and how their batches are made: a stored data set, or a stream of small ones."""
+"""The rows of a run, and how their batches are made: a stored data set, or a stream of small ones."""
 
 from __future__ import annotations
 
@@ -11,48 +11,101 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo_fast.data.batch import ScoredBatch
-from dpo_fast.data.dataset import PairDataset, load_pairs
+from dpo_fast.data.dataset import Dataset, load_pairs
+from dpo_fast.data.kinds import COMPLETIONS
 from dpo_fast.data.layouts import collate
+from dpo_fast.data.mismatched import mismatched, mismatched_lengths, partners
 from dpo_fast.data.packing import pair_costs
 from dpo_fast.data.sampler import BatchSampler, Sampler, TokenSampler
 from dpo_fast.data.stream import Chunk, PairStream
 from dpo_fast.errors import UserError
-from dpo_fast.losses import Totals
+from dpo_fast.losses import LOSSES, Totals
 from dpo_fast.training import distributed
+from dpo_fast.training.columns import used_columns
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.progress import say
+
+Rows = Dataset | Chunk
 
 
 @dataclass
 class Split:
-    """One set of pairs, and how its batches are made."""
+    """One set of rows, and how its batches are made. mismatched_length: to how many tokens mismatched
+    completions are cut together with their prompts; None where no loss wants such."""
 
     name: str
-    pairs: PairDataset | Chunk
+    pairs: Rows
     sampler: BatchSampler
     layout: str
     pad_id: int
+    columns: tuple[str, ...] = ()
+    mismatched_length: int | None = None
 
     @functools.cached_property
     def lengths(self) -> dict[str, np.ndarray]:
-        """Tokens of every prompt, chosen and rejected answer."""
+        """Tokens of every prompt and of its answers, by name."""
         return self.pairs.lengths
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence."""
-        answers = np.maximum(self.lengths["chosen"], self.lengths["rejected"])
-        return int((self.lengths["prompt"] + answers).max())
+        """Tokens of the longest sequence, mismatched ones included."""
+        answers = np.maximum.reduce([self.lengths[name] for name in self.pairs.kind.answers])
+        longest = int((self.lengths["prompt"] + answers).max())
+        if self.mismatched_length is None:
+            return longest
+        return min(self.mismatched_length, int(self.lengths["prompt"].max() + answers.max()))
 
     def totals(self, rows: list[int]) -> Totals:
         """Counts of a global batch. Every rank knows them from the data: nothing is communicated."""
-        return Totals(len(rows), int(self.lengths["chosen"][rows].sum()))
+        if self.pairs.kind == COMPLETIONS:
+            return Totals(pairs=0, chosen_tokens=0, sequences=len(rows))
+        return Totals(len(rows), int(self.lengths["chosen"][rows].sum()), 2 * len(rows))
 
     def batches(self, step: int) -> Iterator[ScoredBatch]:
         """This rank's micro-batches of a step, tokens on the CPU."""
         for rows in self.sampler.micro_batches(step, distributed.rank()):
-            pairs = [self.pairs[row] for row in rows]
-            yield collate(pairs, self.layout, pad_id=self.pad_id, indices=rows)
+            yield self.collate([self.pairs[row] for row in rows], rows, self.columns)
+
+    def collate(
+        self, rows: list[dict], indices: list[int], columns: tuple[str, ...] = ()
+    ) -> ScoredBatch:
+        """Rows of the data, or like them, in the split's layout."""
+        return collate(
+            rows, self.layout, pad_id=self.pad_id, indices=indices, columns=columns,
+            kind=self.pairs.kind,
+        )  # fmt: skip
+
+    def mismatched(self, rows: list[int]) -> Iterator[ScoredBatch]:
+        """This rank's share of a global batch in which every row has the completion of the one before it
+        (`data/mismatched.py`): as many batches as every other rank has. None where no loss wants them."""
+        if self.mismatched_length is None:
+            return
+        others, world = partners(rows, len(self.pairs)), distributed.world_size()
+        plan = self._mismatched_plan(others)
+        for first in range(0, len(plan), world):
+            mine = dict(enumerate(plan[first : first + world])).get(distributed.rank(), [])
+            joined = [
+                mismatched(
+                    self.pairs[row],
+                    self.pairs[others[row]],
+                    self.pairs.kind,
+                    self.mismatched_length,
+                )
+                for row in mine
+            ]
+            yield self.collate(joined, mine)
+
+    def _mismatched_plan(self, others: dict[int, int]) -> list[list[int]]:
+        """Micro-batches of rows, as large as those of the sampler. A row that takes more than the budget
+        together with its foreign completion has one of its own."""
+        rows = list(others)
+        if isinstance(self.sampler, Sampler):
+            size = self.sampler.micro_pairs
+            return [rows[start : start + size] for start in range(0, len(rows), size)]
+        lengths = mismatched_lengths(self.lengths, others, self.mismatched_length)
+        costs = pair_costs(lengths, self.layout)
+        budget = max(self.sampler.budget, int(costs.alone_I.max()))
+        return [[rows[item] for item in items] for items in costs.bins(budget, range(len(rows)))]
 
     def all_batches(self) -> Iterator[ScoredBatch]:
         """This rank's share of one pass, the same number of batches on every rank."""
@@ -186,16 +239,18 @@ def open_stream(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Stream
 
 
 def make_split(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, name: str, pairs: PairDataset | Chunk,
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, name: str, pairs: Rows,
     shuffle: bool, epoch: int = 0, accumulation: int | None = None,
 ) -> Split:  # fmt: skip
-    """Pairs with the sampler that the options ask for. Without shuffling every step is one micro-batch
+    """Rows with the sampler that the options ask for. Without shuffling every step is one micro-batch
     a rank. epoch: number of the first; accumulation: of a TokenSampler, if it is not to choose.
 
     Raises:
-        UserError: columns that no loss uses, or a pair that is larger than train.tokens_per_batch.
+        UserError: rows of a kind that the loss or the reference cannot take, columns that the loss does
+            not use or lacks, or a row that is larger than train.tokens_per_batch.
     """
-    refuse_columns(pairs)
+    check_kind(config, name, pairs)
+    columns = used_columns(config, pairs.extras)
     train, world = config.train, distributed.world_size()
     if train.tokens_per_batch is None:
         size = train.global_pairs if shuffle else train.micro_pairs * world
@@ -207,11 +262,37 @@ def make_split(
             costs, train.tokens_per_batch, train.global_pairs, world, train.seed, shuffle, epoch,
             accumulation if shuffle else 1,
         )  # fmt: skip
-    return Split(name, pairs, sampler, train.layout, tokenizer.pad_token_id)
+    wants_mismatched = "kl" in config.loss.objective.statistics
+    return Split(
+        name, pairs, sampler, train.layout, tokenizer.pad_token_id, columns,
+        config.data.max_length if wants_mismatched else None,
+    )  # fmt: skip
 
 
-def check_budget(budget: int, layout: str, alone_I: np.ndarray, pairs: PairDataset | Chunk) -> None:
-    """Raises UserError unless every pair fits into a micro-batch of its own."""
+def check_kind(config: RunConfig, name: str, rows: Rows) -> None:
+    """Raises UserError if what the rows are does not go with the run."""
+    objective, first = config.loss.objective, rows.where(0)
+    if rows.kind == COMPLETIONS and objective.paired:
+        paired = ", ".join(spec.name for spec in objective.specs if spec.paired)
+        single = " or ".join(spec.name for spec in LOSSES.values() if not spec.paired)
+        raise UserError(
+            f"loss.type={paired} compares the two answers of a pair, but data.{name} holds completions by "
+            f"themselves, the first {first}; set loss.type to {single}, or give pairs"
+        )
+    if rows.kind == COMPLETIONS and config.reference_provider == "columns":
+        raise UserError(
+            f"reference.provider=columns takes sums of pairs, but data.{name} holds completions by "
+            f"themselves, the first {first}; set reference.provider to cached, frozen or adapter_off"
+        )
+    if "kl" in objective.statistics and len(rows) < 2:
+        raise UserError(
+            f"loss.type={', '.join(config.loss.names)} estimates kl from completions of other rows, but "
+            f"data.{name} has one row, {first}; give it two or more"
+        )
+
+
+def check_budget(budget: int, layout: str, alone_I: np.ndarray, pairs: Rows) -> None:
+    """Raises UserError unless every row fits into a micro-batch of its own."""
     longest = int(alone_I.argmax())
     if alone_I[longest] > budget:
         raise UserError(
@@ -228,13 +309,4 @@ def tell_size(sampler: BatchSampler) -> None:
             f"train.tokens_per_batch={sampler.budget}: micro-batches are {sampler.fill:.1%} full; "
             f"{sampler.accumulation} of them on each rank are a step of {sampler.pairs_per_step:.1f} pairs "
             f"on average (train.global_pairs={sampler.global_pairs})"
-        )
-
-
-def refuse_columns(pairs: PairDataset | Chunk) -> None:
-    """Per-pair columns would change the loss; a loss that does not use them must not ignore them."""
-    if pairs.extras:
-        raise UserError(
-            f"the data has the columns {', '.join(pairs.extras)}, which no loss here uses yet; rename "
-            "or remove them in the data, or map them away with data.columns"
         )

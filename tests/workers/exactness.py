@@ -22,7 +22,7 @@ def one_step(tree: dict) -> tuple[float, dict]:
     from deepspeed.utils import safe_get_full_grad
 
     from dpo_fast.training.prepare import prepare
-    from dpo_fast.training.step import train_step
+    from dpo_fast.training.update import update
 
     run = prepare(build_config(tree, "case"))
     gradients, step = {}, run.engine.step
@@ -36,11 +36,7 @@ def one_step(tree: dict) -> tuple[float, dict]:
         step()
 
     run.engine.step = capture
-    totals = run.train.totals(run.train.sampler.global_batch(0))
-    share = train_step(
-        run.engine, run.train.batches(0), run.config.loss.objective, run.references["train"],
-        totals, MetricSums(run.engine.device), implementation=run.config.train.implementation,
-    )  # fmt: skip
+    share = update(run, 0, MetricSums(run.engine.device))
     if distributed.world_size() > 1:
         torch.distributed.all_reduce(share)
     run.engine.destroy()

@@ -25,9 +25,13 @@ def run_case(tree: dict) -> dict:
     for step in range(STEPS):
         totals = run.train.totals(run.train.sampler.global_batch(step))
         share = train_step(
-            run.engine, run.train.batches(step), run.config.loss.objective,
-            run.references["train"], totals, sums,
-        )  # fmt: skip
+            run.engine,
+            run.train.batches(step),
+            run.loss_pass,
+            run.references["train"],
+            totals,
+            sums,
+        )
         torch.distributed.all_reduce(share)
         losses.append(share.item())
     batch = next(run.train.batches(0)).to(run.engine.device)

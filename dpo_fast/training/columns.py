@@ -1,0 +1,43 @@
+"""Columns of numbers in the data: which a run uses, and that none is ignored."""
+
+from __future__ import annotations
+
+from dpo_fast.errors import UserError
+from dpo_fast.references.live import ColumnReference
+from dpo_fast.training.config import RunConfig
+
+
+def used_columns(config: RunConfig, present: list[str]) -> tuple[str, ...]:
+    """Names of the columns that go into batches: all that are there, if the run uses all.
+
+    Raises:
+        UserError: a column that would change the loss and that this loss does not use, or one that it
+            needs and that is not there.
+    """
+    specs = config.loss.objective.specs
+    used = {column for spec in specs for column in spec.columns}
+    needed = {column for spec in specs for column in spec.needs_columns}
+    names = ", ".join(config.loss.names)
+    if config.loss.objective.coupled:  # its rows meet; none has a loss of its own
+        used = set()
+    if config.reference_provider == "columns":
+        used |= set(ColumnReference.names)
+        needed |= set(ColumnReference.names)
+    idle = [column for column in present if column not in used]
+    if any(column in ColumnReference.names for column in idle):
+        raise UserError(
+            "the data has the columns reference_chosen_logps and reference_rejected_logps, and "
+            f"reference.provider={config.reference_provider} takes them from elsewhere: set "
+            "reference.provider=columns, or leave them out with data.columns"
+        )
+    if idle:
+        raise UserError(
+            f"the data has the columns {', '.join(idle)}, which loss.type={names} does not use; rename or "
+            "remove them in the data, or choose another loss (docs/LOSSES.md says which uses what)"
+        )
+    if missing := sorted(needed - set(present)):
+        raise UserError(
+            f"the data has no columns {', '.join(missing)}, which loss.type={names} with "
+            f"reference.provider={config.reference_provider} needs; name yours with data.columns"
+        )
+    return tuple(present)
