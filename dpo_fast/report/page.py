@@ -53,7 +53,7 @@ def _head(run: Run) -> str:
         " + ".join(run.loss_names) + " loss" if run.loss_names else None,
         _fact("\N{GREEK SMALL LETTER BETA} =", run.setting("loss", "beta")),
         _fact("LoRA rank", run.setting("model", "lora", "r")),
-        f"{run.data.pairs_kept:,} pairs" if run.data else None,
+        f"{run.data.pairs_kept:,} {run.data.kind}" if run.data else None,
         f"{run.last_step:,.0f} steps",
         f"{epochs:.4g} epochs" if epochs else None,
     ]
@@ -81,7 +81,8 @@ def _stats(run: Run) -> str:
         more = ["median"]
         more += [f"{statistics.median(tokens):,.0f} tokens/s"] if tokens else []
         more += [f"{percent(statistics.fmean(padding))} padding"] if padding else []
-        big = f'{number(statistics.median(rates))} <span class="from">pairs/s</span>'
+        rows = run.data.kind if run.data else "pairs"
+        big = f'{number(statistics.median(rates))} <span class="from">{rows}/s</span>'
         tiles.append(_tile("Throughput", big, ", ".join(more)))
     return f'<dl class="stats">{"".join(tiles)}</dl>' if tiles else ""
 
