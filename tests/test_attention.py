@@ -248,7 +248,9 @@ def test_the_trial_finds_a_layer_that_mixes_tokens(layout):
     [
         ({"attention_mask": torch.zeros(1, 1, 2, 2)}, "a mask of its own"),
         ({"dropout": 0.1}, "dropout"),
-        ({"position_bias": torch.zeros(1)}, "a position bias"),
+        ({"position_bias": torch.zeros(1)}, r"not known here \(position_bias\)"),
+        ({"indices": torch.zeros(1, dtype=torch.int64)}, r"not known here \(indices\)"),
+        ({"sinks": torch.zeros(2)}, r"not known here \(sinks\)"),
         ({"is_causal": False}, "look ahead"),
         ({"plan": None}, "got no plan"),
     ],

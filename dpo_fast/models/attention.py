@@ -171,6 +171,8 @@ def _refuse_if(name: str, **features) -> None:
             )
 
 
+# Where a token stands: rotary embeddings have been applied when attention is called.
+PLACES = ("position_ids", "cache_position")
 BACKENDS: dict[str, Callable[..., Tensor]] = {
     "sdpa": sdpa,
     "flex_attention": flex_attention,
@@ -215,16 +217,22 @@ def _interface(compute: Callable[..., Tensor]) -> Callable:
 
 
 def _refuse_what_is_not_told(module, attention_mask, dropout, others) -> None:
-    """Whatever else would change the scores: attention here is causal within a sequence, and no more."""
-    found = [
-        "a mask of its own" if attention_mask is not None else None,
-        "dropout" if dropout else None,
-        "a position bias" if others.get("position_bias") is not None else None,
-        "layers that look ahead"
-        if others.get("is_causal") is False or getattr(module, "is_causal", True) is False
-        else None,
+    """Whatever else would change the scores: attention here is causal within a sequence, and no more.
+
+    A tensor by another name than these is taken for such: sparse attention's `indices`, a
+    `position_bias`, sinks under a name of their own.
+    """
+    unknown = [
+        name for name, value in others.items() if isinstance(value, Tensor) and name not in PLACES
     ]
-    reasons = [reason for reason in found if reason]
+    ahead = others.get("is_causal") is False or getattr(module, "is_causal", True) is False
+    found = {
+        "a mask of its own": attention_mask is not None,
+        "dropout": bool(dropout),
+        f"an input that is not known here ({', '.join(unknown)})": bool(unknown),
+        "layers that look ahead": ahead,
+    }
+    reasons = [reason for reason, there in found.items() if there]
     if reasons:
         raise UserError(
             f"train.layout=packed or shared_prefix cannot be honoured: this model's attention "
