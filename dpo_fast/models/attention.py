@@ -204,8 +204,10 @@ def _interface(compute: Callable[..., Tensor]) -> Callable:
         _refuse_what_is_not_told(module, attention_mask, dropout, others)
         if plan is None:
             raise UserError(
-                "this attention serves rows of a packed batch, and got no plan of one; to use the "
-                'model otherwise call model.set_attn_implementation("sdpa") first'
+                "this attention serves rows of a packed batch, and got no plan of one. In training: "
+                f"{type(module).__name__} does not get the keywords that the model is called with, "
+                "so set train.layout=padded. Otherwise call "
+                'model.set_attn_implementation("sdpa") before the model is used'
             )
         output = compute(
             plan, query, key, value, scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
