@@ -5,6 +5,7 @@ import yaml
 
 pytest.importorskip("transformers")
 
+from rich.console import Console, ConsoleDimensions
 from typer.testing import CliRunner
 
 from dpo_fast.cli import app
@@ -32,7 +33,8 @@ def alone(monkeypatch):
     refuse = lambda *_: pytest.fail("a process group was made")  # noqa: E731
     monkeypatch.setattr(distributed, "init_distributed", refuse)
     monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setenv("COLUMNS", "250")
+    # Whatever another test has made of the terminal: nothing wraps.
+    monkeypatch.setattr(Console, "size", property(lambda self: ConsoleDimensions(250, 50)))
 
 
 def table(folder, **sections) -> dict[str, tuple[str, str, str]]:
