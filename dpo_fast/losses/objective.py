@@ -47,7 +47,10 @@ class Objective:
         if unknown or not self.names:
             raise ValueError(f"loss {unknown} is not known; choose from {', '.join(LOSSES)}")
         if len(self.weights) != len(self.names):
-            raise ValueError(f"{len(self.names)} losses {self.names} have weights {self.weights}")
+            raise ValueError(
+                f"weights={list(self.weights)}: expected one for each of the {len(self.names)} losses "
+                f"{', '.join(self.names)}"
+            )
         self._check_options()
         self._check_coupled()
 

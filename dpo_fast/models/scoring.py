@@ -59,27 +59,9 @@ class ScoringModel(nn.Module):
         """Within it the model is the one that the adapters were added to."""
         return self.model.disable_adapter()
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        attention_mask: Tensor | None,
-        groups: tuple[tuple[int, ...], ...] | None,
-        rows_T: Tensor,
-        targets_T: Tensor,
-        extras: tuple[str, ...] = (),
-    ) -> dict[str, Tensor]:
-        """{"logp": fp32 [T], **extras} of the scored tokens. Arguments as in `ScoredBatch`."""
-        return scoring_forward(
-            self.causal_lm,
-            input_ids,
-            position_ids,
-            attention_mask,
-            groups,
-            rows_T,
-            targets_T,
-            extras,
-        )
+    def forward(self, *arguments, **options) -> dict[str, Tensor]:
+        """{"logp": fp32 [T], **extras} of the scored tokens, as `scoring_forward` has it."""
+        return scoring_forward(self.causal_lm, *arguments, **options)
 
 
 def scoring_forward(
@@ -92,7 +74,8 @@ def scoring_forward(
     targets_T: Tensor,
     extras: tuple[str, ...] = (),
 ) -> dict[str, Tensor]:
-    """`ScoringModel.forward` for a model that has a `FusedHead`."""
+    """{"logp": fp32 [T], **extras} of the scored tokens, by a model that has a `FusedHead`; arguments as in
+    `ScoredBatch`."""
     decoder = causal_lm.get_decoder()
     places = {} if groups is None else {"plan": AttentionPlan(groups, input_ids.device)}
     if "position_ids" in inspect.signature(decoder.forward).parameters:

@@ -1,187 +1,30 @@
-"""A whole run as typed data: sections, checks across them, YAML and key=value."""
+"""A whole run as typed data: checks across its sections, YAML and key=value."""
 
 from __future__ import annotations
 
 import difflib
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, get_args
 
 import yaml
 from pydantic import (
     BaseModel,
-    ConfigDict,
-    Field,
     ValidationError,
-    create_model,
     model_validator,
 )
 
 from dpo_fast.data.config import DataConfig
 from dpo_fast.errors import UserError
-from dpo_fast.losses import LOSSES, LossOptions, Objective
 from dpo_fast.losses.sums import needs_reference_tokens
 from dpo_fast.models.config import ModelSection
 from dpo_fast.references.config import ReferenceSection
-
-FORBID = ConfigDict(extra="forbid")
-
-
-class _Losses(BaseModel):
-    """One loss, or a weighted sum of several, and their options (docs/LOSSES.md)."""
-
-    model_config = FORBID
-
-    type: str | list[str] = Field("sigmoid", description="a name of the loss table, or several")
-    weights: list[float] | None = Field(None, description="one per loss; default: all 1")
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (self.type,) if isinstance(self.type, str) else tuple(self.type)
-
-    @property
-    def objective(self) -> Objective:
-        weights = tuple(self.weights) if self.weights is not None else (1.0,) * len(self.names)
-        options = {field.name: getattr(self, field.name) for field in fields(LossOptions)}
-        return Objective(self.names, weights, LossOptions(**options))
-
-    @model_validator(mode="after")
-    def _check(self) -> _Losses:
-        for name in self.names:
-            if name not in LOSSES:
-                near = difflib.get_close_matches(name, LOSSES, 1)
-                hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(LOSSES)}"
-                raise ValueError(f"loss.type={name}: {hint}")
-        _ = self.objective  # checks the values
-        return self
-
-
-# Every option of the losses is a key of the section, with its default and meaning.
-LossSection = create_model(
-    "LossSection",
-    __base__=_Losses,
-    **{
-        field.name: (kind, Field(field.default, description=field.metadata["meaning"]))
-        for field, kind in zip(fields(LossOptions), get_type_hints(LossOptions).values())
-    },
+from dpo_fast.training.sections import (
+    FORBID,
+    LogSection,
+    LossSection,
+    ParallelSection,
+    TrainSection,
 )
-
-
-class TrainSection(BaseModel):
-    """How long, how fast, in which pieces. Names follow transformers' TrainingArguments where they can."""
-
-    model_config = FORBID
-
-    output_dir: str = Field(description="folder for metrics, checkpoints, reference and model")
-    num_train_epochs: float = Field(1.0, gt=0, description="passes over the data")
-    max_steps: int | None = Field(None, ge=1, description="optimiser steps; overrides the epochs")
-    global_pairs: int = Field(
-        64,
-        ge=1,
-        description="pairs of one optimiser step, over all ranks; of unpaired data its completions",
-    )
-    micro_pairs: int | None = Field(
-        None,
-        ge=1,
-        description="pairs, or completions, of one forward on one rank; default 4, or tokens_per_batch",
-    )
-    tokens_per_batch: int | None = Field(
-        None,
-        ge=1,
-        description="in place of micro_pairs: tokens of one forward on one rank, at most, padding "
-        "included; filled with whole pairs, so that a step has about global_pairs of them",
-    )
-    learning_rate: float | None = Field(
-        None, gt=0, description="peak rate; default 5e-7, with LoRA 5e-6"
-    )
-    lr_scheduler_type: str = Field("cosine", description="a name of transformers.get_scheduler")
-    warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of the steps for warm-up")
-    weight_decay: float = Field(0.0, ge=0)
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    adam_epsilon: float = Field(1e-8, gt=0)
-    max_grad_norm: float = Field(1.0, ge=0, description="gradient norm is clipped to it; 0: not")
-    seed: int = Field(42, ge=0)
-    layout: Literal["auto", "padded", "packed", "shared_prefix"] = Field(
-        "auto",
-        description="how a micro-batch is laid out; shared_prefix: the prompt once, its completions "
-        "after it; auto: shared_prefix where the architecture allows it, else padded",
-    )
-    implementation: Literal["auto", "torch", "triton"] = Field(
-        "auto", description="implementation of the head and of the loss"
-    )
-    workspace_bytes: int | None = Field(
-        None, ge=0, description="memory the head may keep; default: see linear_logp"
-    )
-    eval_steps: int | None = Field(None, ge=1, description="default: at the start and the end")
-    save_steps: int | None = Field(None, ge=1, description="default: at the end only")
-    save_total_limit: int = Field(2, ge=1, description="checkpoints kept; older ones are removed")
-    resume_from_checkpoint: bool | str = Field(
-        False, description="true: the latest of output_dir, if any; or the path of one"
-    )
-    merge_lora: bool = Field(False, description="export merged weights beside the adapter")
-
-    @model_validator(mode="after")
-    def _check(self) -> TrainSection:
-        from transformers import SchedulerType
-
-        names = [name.value for name in SchedulerType]
-        if self.lr_scheduler_type not in names:
-            near = difflib.get_close_matches(self.lr_scheduler_type, names, 1)
-            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(names)}"
-            raise ValueError(f"train.lr_scheduler_type={self.lr_scheduler_type}: {hint}")
-        if self.micro_pairs is not None and self.tokens_per_batch is not None:
-            raise ValueError(
-                f"train.tokens_per_batch={self.tokens_per_batch} and train.micro_pairs="
-                f"{self.micro_pairs} both say how large a micro-batch is; remove one of them"
-            )
-        if self.tokens_per_batch is None and self.micro_pairs is None:
-            self.micro_pairs = 4
-            self.model_fields_set.discard("micro_pairs")  # filled in, not chosen
-        return self
-
-
-class ParallelSection(BaseModel):
-    """How DeepSpeed spreads the run."""
-
-    model_config = FORBID
-
-    zero_stage: int = Field(3, ge=0, le=3, description="what is sharded: 1 optimiser, 2 + gradients, "
-                            "3 + parameters")  # fmt: skip
-    offload_optimizer: bool = Field(
-        False, description="optimiser states in CPU memory (stage 2, 3)"
-    )
-    offload_parameters: bool = Field(False, description="parameters in CPU memory (stage 3)")
-    timeout_minutes: float = Field(30.0, gt=0, description="a lost rank ends the others after it")
-    deepspeed: dict[str, Any] = Field(
-        default_factory=dict,
-        description="merged into the DeepSpeed configuration; may not contradict this one",
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> ParallelSection:
-        for option, least in (("offload_optimizer", 2), ("offload_parameters", 3)):
-            if getattr(self, option) and self.zero_stage < least:
-                raise ValueError(
-                    f"parallel.{option}=true needs parallel.zero_stage={least} or more; "
-                    f"it is {self.zero_stage}"
-                )
-        return self
-
-
-class LogSection(BaseModel):
-    """What is written while training."""
-
-    model_config = FORBID
-
-    logging_steps: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
-    token_metrics: bool = Field(
-        True, description="entropy, mean logits and token accuracy, from the head's own pass"
-    )
-    report_to: list[Literal["tensorboard", "wandb"]] = Field(
-        default_factory=list, description="DeepSpeed monitors that also receive the metrics"
-    )
-    run_name: str = Field("dpo_fast", description="name of the run for the monitors")
 
 
 class RunConfig(BaseModel):
