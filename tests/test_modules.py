@@ -314,7 +314,7 @@ def test_weighting_asks_the_head_for_what_it_needs():
         (lambda: FusedLinearPreferenceLoss(batch_order="mixed"), "batch_order='mixed'"),
         (lambda: FusedLinearPreferenceLoss(extras=("entropi",)), "extras=.'entropi'.: choose"),
         (lambda: FusedLinearPreferenceLoss(softcap=-1.0), "softcap=-1.0"),
-        (lambda: FusedLinearPreferenceLoss(["sigmoid", "sft"], [1.0]), "have weights"),
+        (lambda: FusedLinearPreferenceLoss(["sigmoid", "sft"], [1.0]), "expected one for each"),
         (lambda: PreferenceLoss(use_weighting=True), "use_weighting=True acts on tokens"),
         (lambda: UnpairedPreferenceLoss("sigmoid"), "compare the answers of pairs"),
     ],
