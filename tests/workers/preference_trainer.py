@@ -38,7 +38,10 @@ def main() -> None:
     if args.process_index == 0:
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         (folder / "losses.json").write_text(json.dumps(losses))
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    # gloo's threads may still hold tensors when the interpreter is torn down, which then aborts.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 main()
