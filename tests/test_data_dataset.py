@@ -68,7 +68,7 @@ def test_pairs_and_extras(load):
     assert data[-1] == data[1]
     assert data.extras == ["weight"]
     assert data.where(1).endswith("pairs.jsonl:2")
-    assert {name: values.tolist() for name, values in data.lengths.items()} == {
+    assert {name: values.tolist() for name, values in data.lengths.columns().items()} == {
         "prompt": [2, 3],
         "chosen": [6, 7],
         "rejected": [5, 6],
@@ -294,7 +294,7 @@ def test_held_out_pairs_are_disjoint_and_reproducible(load):
     assert len(stored(load)) == 1  # tokenised once for both
     assert load(split="eval", eval_rows=5, seed=3).fingerprint == held_out.fingerprint
     assert load(split="eval", eval_rows=5, seed=4).fingerprint != held_out.fingerprint
-    assert len(train.lengths["prompt"]) == 15
+    assert len(train.lengths) == 15
     assert train.report.held_out == 5
 
 

@@ -298,5 +298,5 @@ def test_pairs_with_nothing_to_learn_are_dropped():
         cut(P9, [])
     with pytest.raises(Dropped, match="the answers are the same tokens"):
         cut(P9, SHORT)
-    with pytest.raises(Dropped, match="same once cut: both keep 5 tokens"):
+    with pytest.raises(Dropped, match="same once cut: all keep 5 tokens"):
         cut(P9, LONG, LONG[:6] + [1])

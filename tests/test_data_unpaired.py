@@ -11,8 +11,9 @@ from dpo_fast.data.config import DataConfig
 from dpo_fast.data.dataset import CompletionDataset, load_pairs
 from dpo_fast.data.kinds import COMPLETIONS, PAIRS
 from dpo_fast.data.layouts import LAYOUTS, collate
+from dpo_fast.data.lengths import RowLengths
 from dpo_fast.data.mismatched import mismatched, mismatched_lengths, partners
-from dpo_fast.data.packing import pair_costs
+from dpo_fast.data.packing import row_costs
 from dpo_fast.data.preview import render_examples, render_report
 from dpo_fast.data.report import DataReport
 from dpo_fast.data.rows import CompletionRow, PairRow, ignored_columns, parse_row
@@ -136,7 +137,7 @@ def test_what_is_stored(load):
     }  # fmt: skip
     assert data.labels.tolist() == [False, True, True]
     assert data.where(2).endswith("rows.jsonl:3")
-    assert {name: v.tolist() for name, v in data.lengths.items()} == {
+    assert {name: v.tolist() for name, v in data.lengths.columns().items()} == {
         "prompt": [4, 4, 4], "completion": [9, 9, 9],
     }  # fmt: skip
     assert (data.report.kind, data.report.pairs_kept, data.report.good) == ("completions", 3, 2)
@@ -225,7 +226,7 @@ def test_a_stream_reads_the_same(load):
     ]
     assert np.concatenate([c.labels for c in chunks]).tolist() == stored.labels.tolist()
     assert chunks[1].report.good == stored.report.good
-    assert chunks[0].lengths["completion"].tolist() == stored.lengths["completion"][:4].tolist()
+    assert chunks[0].lengths.answers_A.tolist() == stored.lengths.answers_A[:4].tolist()
     uneven = load([row(0, weight=1.0), row(1)], make=PairStream)
     with pytest.raises(UserError, match="rows.jsonl:2: no 'weight', which rows before it have"):
         uneven.read()
@@ -278,14 +279,12 @@ def test_layouts_agree_on_what_is_scored(layout):
     assert batch.indices_P.tolist() == [5, 7, 6]
     ids = batch.input_ids.flatten()[batch.rows_T].tolist()
     assert ids == [3, 4, 3, 7, 8, 9]  # the token before each target
-    costs = pair_costs(
-        {"prompt": np.array([3, 2, 3]), "completion": np.array([2, 1, 3])}, layout
-    )  # fmt: skip
+    costs = row_costs(RowLengths.of(ROWS, COMPLETIONS), layout)
     assert costs.of([0, 1, 2]) >= batch.input_ids.numel()
     assert costs.of([1]) == lay_out(ROWS[1:2], layout).input_ids.numel()
     empty = lay_out([], layout, columns=["weight"])
     assert (empty.pairs, empty.good_S.shape, empty.good_S.dtype) == (0, (0,), torch.bool)
-    with pytest.raises(ValueError, match="completion with a label has an empty .*completion_ids"):
+    with pytest.raises(ValueError, match="completion with a label has an empty completion_ids"):
         lay_out([ROWS[0] | {"completion_ids": []}], layout)
 
 
@@ -304,15 +303,12 @@ def test_every_row_gets_the_completion_of_the_row_before():
 
 
 def test_mismatched_lengths_are_those_of_the_rows():
-    lengths = {
-        "prompt": np.array([len(each["prompt_ids"]) for each in ROWS]),
-        "completion": np.array([len(each["completion_ids"]) for each in ROWS]),
-    }
+    lengths = RowLengths.of(ROWS, COMPLETIONS)
     others = partners([2, 0, 1], 3)
     found = mismatched_lengths(lengths, others, 5)
     rows = [mismatched(ROWS[row], ROWS[other], COMPLETIONS, 5) for row, other in others.items()]
-    for name in lengths:
-        assert found[name].tolist() == [len(each[f"{name}_ids"]) for each in rows]
+    for name, values in found.columns().items():
+        assert values.tolist() == [len(each[f"{name}_ids"]) for each in rows]
 
 
 def test_losses_that_take_completions_are_the_unpaired_ones():
@@ -326,19 +322,18 @@ def store(data, folder, per_token=True):
     """As `compute_reference` does, with minus the token's number as its log-probability."""
     request = Request("train", data, "m", "fp32", per_token)
     unfinished = Unfinished(folder, request.manifest, data)
-    lengths_S = torch.from_numpy(data.lengths["completion"])
     for index in unfinished.begin():
         rows = unfinished.parts[index]
-        mine_S = lengths_S[rows.start : rows.stop]
-        costs = pair_costs(data.lengths, "shared_prefix")
+        mine = data.lengths.take(rows)
+        costs = row_costs(data.lengths, "shared_prefix")
         plan = length_batches(rows, costs, 3)
         batches = [
             lay_out([data[row] for row in some], "shared_prefix", indices=some) for some in plan
         ]
         values_T = score_part(
-            lambda targets_T, **_: {"logp": -targets_T.float()}, batches, rows, mine_S, "cpu"
+            lambda targets_T, **_: {"logp": -targets_T.float()}, batches, rows, mine, "cpu"
         )
-        unfinished.write(index, part_table(values_T, mine_S, data, rows, per_token))
+        unfinished.write(index, part_table(values_T, mine, data, rows, per_token))
     unfinished.finish({})
     return request
 

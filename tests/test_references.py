@@ -15,7 +15,8 @@ import pyarrow.parquet
 
 from dpo_fast.data.dataset import PairDataset
 from dpo_fast.data.layouts import LAYOUTS, collate
-from dpo_fast.data.packing import pair_costs
+from dpo_fast.data.lengths import RowLengths
+from dpo_fast.data.packing import row_costs
 from dpo_fast.errors import UserError
 from dpo_fast.references import CachedReference, writing
 from dpo_fast.references.artefact import MANIFEST, read_rows
@@ -59,17 +60,12 @@ def scorer(targets_T, **arguments):
     return {"logp": -targets_T.float()}
 
 
-def lengths(pairs: PairDataset) -> torch.Tensor:
-    sides = [torch.from_numpy(pairs.lengths[side]) for side in ("chosen", "rejected")]
-    return torch.stack(sides, dim=1)
-
-
 def table_of(wanted: Request, rows: range, layout="packed", size=2, score=scorer):
-    pairs, lengths_S = wanted.pairs, lengths(wanted.pairs)[rows.start : rows.stop].flatten()
-    plan = length_batches(rows, pair_costs(pairs.lengths, layout), size)
+    pairs, lengths = wanted.pairs, wanted.pairs.lengths.take(rows)
+    plan = length_batches(rows, row_costs(pairs.lengths, layout), size)
     batches = [collate([pairs[row] for row in some], layout, indices=some) for some in plan]
-    values_T = score_part(score, [*batches, collate([], layout)], rows, lengths_S, "cpu")
-    return part_table(values_T, lengths_S, pairs, rows, wanted.per_token)
+    values_T = score_part(score, [*batches, collate([], layout)], rows, lengths, "cpu")
+    return part_table(values_T, lengths, pairs, rows, wanted.per_token)
 
 
 def store(folder: Path, wanted: Request, **options) -> Path:
@@ -137,12 +133,12 @@ def test_rows_are_found_by_content_in_any_order_subset_and_number(tmp_path):
     folder = store(tmp_path / "train", request([3, 0, 1, 1, 2, 0, 4], per_token=True))
     for rows in ([4, 2, 0], [0, 1, 2, 3, 4], [1, 1, 3, 1]):
         reference = opened([folder], rows, per_token=True)
-        assert reference.table.tolist() == [SUMS[row] for row in rows]
+        assert reference.sums_A.view(-1, 2).tolist() == [SUMS[row] for row in rows]
         indices = list(range(len(rows)))
         batch = collate([PAIRS[row] for row in rows], "packed", indices=indices)
         assert torch.equal(reference.token_logps(batch), -batch.targets_T.float())
     halves = [store(tmp_path / name, request(rows)) for name, rows in (("a", [0, 3]), ("b", [1]))]
-    assert opened(halves, [1, 0]).table.tolist() == [SUMS[1], SUMS[0]]
+    assert opened(halves, [1, 0]).sums_A.view(-1, 2).tolist() == [SUMS[1], SUMS[0]]
     with pytest.raises(ValueError, match="1 of 2 pairs are not in"):
         opened(halves, [1, 2])
 
@@ -156,9 +152,10 @@ def test_sums_alone_have_no_token_values(tmp_path):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_batches_are_of_like_lengths_and_hold_every_row_once(layout):
     draw = torch.Generator().manual_seed(0)
-    names = ("prompt", "chosen", "rejected")
-    lengths = {name: torch.randint(1, 50, (41,), generator=draw).numpy() for name in names}
-    costs, rows = pair_costs(lengths, layout), range(10, 41)
+    lengths = RowLengths.of_pairs(
+        *(torch.randint(1, 50, (41,), generator=draw).numpy() for _ in range(3))
+    )
+    costs, rows = row_costs(lengths, layout), range(10, 41)
     batches = length_batches(rows, costs, 4)
     assert [len(batch) for batch in batches] == [4] * 7 + [3]
     ordered = [costs.alone_I[row] for batch in batches for row in batch]
@@ -286,7 +283,7 @@ def test_parts_that_are_done_are_kept_and_torn_ones_are_not(tmp_path):
         again.write(index, table_of(request(), again.parts[index]))
     again.finish({})
     assert (folder / "part-00001.parquet").stat().st_mtime_ns == written
-    assert opened([folder], range(5)).table.tolist() == SUMS
+    assert opened([folder], range(5)).sums_A.view(-1, 2).tolist() == SUMS
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
     assert not list(folder.glob(".*"))
 

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from dpo_fast.cli.launch import launch_command
+from dpo_fast.data.kinds import PAIRS
 from dpo_fast.data.layouts import LAYOUTS, collate
-from dpo_fast.data.packing import AHEAD, WINDOW, Costs, pair_costs
+from dpo_fast.data.lengths import RowLengths
+from dpo_fast.data.packing import AHEAD, WINDOW, Costs, row_costs
 from dpo_fast.data.sampler import Sampler, TokenSampler
 from tests.models import run_tree, write_model, write_pairs
 
@@ -153,11 +155,7 @@ def test_costs_are_what_the_layout_takes(layout):
         {name: [1] * int(draw.integers(1, 9)) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
         for _ in range(6)
     ]  # fmt: skip
-    lengths = {
-        name: np.array([len(pair[f"{name}_ids"]) for pair in pairs])
-        for name in ("prompt", "chosen", "rejected")
-    }
-    costs = pair_costs(lengths, layout)
+    costs = row_costs(RowLengths.of(pairs, PAIRS), layout)
     for some in ([0], [3], [1, 2, 4], range(6)):
         batch = collate([pairs[index] for index in some], layout)
         assert costs.of(some) == batch.input_ids.numel()
@@ -191,21 +189,21 @@ def hh_lengths(tmp_path_factory):
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
     lengths = PairStream(DataConfig(train=str(HH), on_bad_row="skip"), fast).read().lengths
-    assert len(lengths["prompt"]) > 1400
+    assert len(lengths) > 1400
     return lengths
 
 
 @pytest.mark.parametrize("layout", ["shared_prefix", "packed"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_micro_batches_of_the_hh_sample_are_full(hh_lengths, layout, seed):
-    sampler = TokenSampler(pair_costs(hh_lengths, layout), 4096, 64, 2, seed)
+    sampler = TokenSampler(row_costs(hh_lengths, layout), 4096, 64, 2, seed)
     assert sampler.fill > 0.97
     assert sampler.pairs_per_step == pytest.approx(64, rel=0.3)
 
 
 def test_padded_micro_batches_of_the_hh_sample_are_as_full_as_they_can_be(hh_lengths):
     """Equal rows waste what is left over when their number is whole: a tenth, of the longest half."""
-    costs = pair_costs(hh_lengths, "padded")
+    costs = row_costs(hh_lengths, "padded")
     sampler = TokenSampler(costs, 4096, 64, 2)
     assert sampler.fill > 0.92
     alone = Sampler(len(costs.sizes_I), 22, 11)  # as many pairs each as the sampler has on average
@@ -336,7 +334,7 @@ def test_a_pair_that_does_not_fit_is_named(tmp_path):
         return load_split(build_config(tree, "tree"), byte_tokenizer(), "train", shuffle=True)
 
     write_pairs(tmp_path / "pairs.jsonl", 5)
-    alone_I = pair_costs(load(1000).lengths, "packed").alone_I
+    alone_I = row_costs(load(1000).lengths, "packed").alone_I
     load(int(alone_I.max()))
     place = int(alone_I.argmax()) + 1
     with pytest.raises(

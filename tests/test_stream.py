@@ -60,8 +60,9 @@ def test_one_pass_is_the_stored_data_set(stream, tmp_path):
     assert [pair for chunk in chunks for pair in ids(chunk)] == ids(stored)
     places = [chunk.where(index) for chunk in chunks for index in range(len(chunk))]
     assert places == [stored.where(index) for index in range(len(stored))]
-    for name, lengths in stored.lengths.items():
-        assert [n for chunk in chunks for n in chunk.lengths[name].tolist()] == lengths.tolist()
+    for name, lengths in stored.lengths.columns().items():
+        found = [n for chunk in chunks for n in chunk.lengths.columns()[name].tolist()]
+        assert found == lengths.tolist()
     first, last = chunks[0].report, chunks[1].report
     assert (first.rows_read, first.pairs_kept, first.lengths["prompt"]["max"]) == (4, 4, 3)
     same = ("rows_read", "pairs_kept", "prompts_cut", "answers_cut", "bos_added", "eos_added")

@@ -20,6 +20,7 @@ class ScoredBatch:
     indices_P: rows of the data set, int64. tokens: tokens of the data, every sequence whole; padding:
     positions of input_ids that are padding. columns: of the data, fp32 [P] each, by name.
     good_S: bool [S]; given, rows are completions that are good or bad by themselves, and P is S.
+    counts_P: int64; given, rows are groups of so many completions, of which scores_S, fp32, are the scores.
     """
 
     input_ids: Tensor
@@ -34,6 +35,8 @@ class ScoredBatch:
     padding: int
     columns: dict[str, Tensor] = field(default_factory=dict)
     good_S: Tensor | None = None
+    scores_S: Tensor | None = None
+    counts_P: Tensor | None = None
 
     @property
     def pairs(self) -> int:

@@ -44,10 +44,10 @@ class PromptBoundary:
         self.tokenizer = tokenizer
 
     def split(self, prompt: str, *texts: str) -> Split:
-        """Ids of one or two whole texts that begin with `prompt`. Raises BadRow.
+        """Ids of one or more whole texts that begin with `prompt`. Raises BadRow.
 
-        All sequences get the same prompt ids. Where only one of them joins a token across the
-        boundary, the other's tokens of those characters go to its completion too.
+        All sequences get the same prompt ids. Where only some of them join a token across the
+        boundary, the others' tokens of those characters go to its completion too.
         """
         encoded = self.tokenizer(
             [prompt, *texts],
@@ -58,12 +58,13 @@ class PromptBoundary:
         )
         prompt_ids, *whole_ids = encoded["input_ids"]
         cuts = [self._cut(prompt, prompt_ids, *pair) for pair in zip(texts, whole_ids)]
-        shared = _common(*(cut.ids[: cut.end] for cut in (cuts[0], cuts[-1])))
+        prompts = [cut.ids[: cut.end] for cut in cuts]
+        shared = min(_common(prompts[0], each) for each in prompts)
         straddle = min(cut.straddle for cut in cuts)
         for text, cut in zip(texts, cuts):
             if cut.end > shared and self._offsets(text, cut.ids)[shared][0] < straddle:
                 raise BadRow(
-                    "the two sequences tokenise the prompt differently",
+                    "the answers tokenise the prompt differently",
                     f"from token {shared} of the prompt on",
                 )
         answers = [cut.ids[shared:] for cut in cuts]

@@ -19,9 +19,9 @@ import numpy as np
 import pyarrow
 
 from dpo_fast.data.config import DataConfig
-from dpo_fast.data.kinds import COMPLETIONS, Kind, OneKind
+from dpo_fast.data.kinds import Kind, OneKind
 from dpo_fast.data.report import DataReport
-from dpo_fast.data.rows import CompletionRow, PairRow, Row, ignored_columns, parse_row
+from dpo_fast.data.rows import ROW_TYPES, Row, ignored_columns, parse_row
 from dpo_fast.data.sources import Source, read_rows
 from dpo_fast.data.tokenise import RowTokeniser, Tokenised
 from dpo_fast.data.verdicts import BadRow, BadRows, Dropped, Verdict, bad_row_error
@@ -31,6 +31,8 @@ BATCH = 1000
 COUNTERS = ("merged", "bos_added", "eos_added", "prompt_cut", "answers_cut")
 CHECKED = pyarrow.schema([("where", pyarrow.string()), ("row", pyarrow.string())])
 VERDICT = ("fault", "kind", "message")
+IDS = datasets.List(datasets.Value("int32"))
+JUDGED = {"label": datasets.Value("bool"), "scores": datasets.List(datasets.Value("float64"))}
 
 
 def features(kind: Kind) -> datasets.Features:
@@ -39,11 +41,12 @@ def features(kind: Kind) -> datasets.Features:
         **dict.fromkeys(("where", *VERDICT), "string"),
         **dict.fromkeys(kind.numbers, "float64"),
         **dict.fromkeys(COUNTERS, "int32"),
-        **({"label": "bool"} if kind == COMPLETIONS else {}),
         "digest": "binary",
     }
-    ids = {name: datasets.List(datasets.Value("int32")) for name in kind.ids}
-    return datasets.Features({name: datasets.Value(dtype) for name, dtype in types.items()} | ids)
+    answers = dict.fromkeys(kind.ids[1:], datasets.List(IDS) if kind.many else IDS)
+    judged = {kind.judged: JUDGED[kind.judged]} if kind.judged else {}
+    values = {name: datasets.Value(dtype) for name, dtype in types.items()}
+    return datasets.Features(values | judged | {"prompt_ids": IDS} | answers)
 
 
 def build(
@@ -52,7 +55,7 @@ def build(
     """The kept rows and the report on them, without lengths. Raises UserError.
 
     The data set is memory-mapped from files in `work`. Its columns: where, ids, the label of
-    completions, digest, and the float columns that there are.
+    completions or the scores of groups, digest, and the float columns that there are.
     """
     tokeniser = RowTokeniser(tokenizer, config, eos_ids)
     report = DataReport([str(source) for source in sources], bad=BadRows(config.on_bad_row))
@@ -68,7 +71,7 @@ def build(
         new_fingerprint="tokenised",  # hashing the tokenizer again would only cost time
         desc=f"Tokenising {kind.name}",
     )
-    kept = _count(tokenised, report)
+    kept = _count(tokenised, report, kind)
     if not kept:
         raise nothing_left(report)
     table = tokenised.select(kept)
@@ -126,7 +129,7 @@ def _tokenise_batch(
     batch: dict[str, list[str]], *, tokeniser: RowTokeniser, kind: Kind, on_bad_row: str
 ) -> dict[str, list[Any]]:
     """One output row per input row: its ids, or the verdict against it."""
-    make_row = CompletionRow if kind == COMPLETIONS else PairRow
+    make_row = ROW_TYPES[kind]
     columns: dict[str, list[Any]] = {name: [] for name in features(kind)}
     for where, text in zip(batch["where"], batch["row"]):
         row = make_row(where, *json.loads(text))
@@ -148,15 +151,15 @@ def _row_columns(row: Row, tokenised: Tokenised) -> dict[str, Any]:
 
 
 def values(row: Row) -> dict[str, Any]:
-    """What is kept of a row beside its ids: numbers, and the label of a completion."""
+    """What is kept of a row beside its ids: numbers, and what says how good its answers are."""
     numbers = {name: value for name, value in row.extras.items() if name in row.kind.numbers}
-    return numbers | ({"label": row.label} if row.kind == COMPLETIONS else {})
+    judged = row.kind.judged
+    return numbers | ({judged: getattr(row, judged)} if judged else {})
 
 
 def _digest(tokenised: Tokenised, kind: Kind) -> bytes:
     digest = hashlib.sha256()
-    for name in kind.ids:
-        ids = getattr(tokenised, name)
+    for ids in (tokenised.prompt_ids, *kind.answer_ids(vars(tokenised))):
         digest.update(np.array([len(ids), *ids], dtype="<i4").tobytes())
     return digest.digest()
 
@@ -165,12 +168,12 @@ def _verdict_columns(fault: str, verdict: Verdict) -> dict[str, Any]:
     return {"fault": fault, "kind": verdict.kind, "message": str(verdict)}
 
 
-def _count(tokenised: datasets.Dataset, report: DataReport) -> list[int]:
+def _count(tokenised: datasets.Dataset, report: DataReport, kind: Kind) -> list[int]:
     """Adds up the outcomes in `report`; returns the indices of the rows that are kept."""
     kept: list[int] = []
-    labels = [name for name in tokenised.column_names if name == "label"]
-    outcomes = tokenised.select_columns(["where", *VERDICT, *COUNTERS, *labels])
-    report.kind = COMPLETIONS.name if labels else report.kind
+    judged = [kind.judged] if kind.judged else []
+    outcomes = tokenised.select_columns(["where", *VERDICT, *COUNTERS, *judged])
+    report.kind = kind.name
     for index, row in enumerate(outcomes):
         if row["fault"]:
             tally = report.bad if row["fault"] == "bad" else report.dropped
@@ -182,7 +185,7 @@ def _count(tokenised: datasets.Dataset, report: DataReport) -> list[int]:
         report.eos_added += row["eos_added"]
         report.prompts_cut += row["prompt_cut"] > 0
         report.answers_cut += row["answers_cut"]
-        report.good += bool(row.get("label"))
+        report.judge(row)
     report.pairs_kept = len(kept)
     return kept
 
@@ -211,5 +214,5 @@ def _stored_columns(table: datasets.Dataset, kind: Kind) -> list[str]:
                 f"{table[missing[0]]['where']}: no {name!r}, which other rows have ({len(missing)} "
                 f"of {len(table)} rows lack it); give every row a value, or none"
             )
-    label = ["label"] if kind == COMPLETIONS else []
-    return ["where", *kind.ids, *label, *numbers, "digest"]
+    judged = [kind.judged] if kind.judged else []
+    return ["where", *kind.ids, *judged, *numbers, "digest"]

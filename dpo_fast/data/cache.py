@@ -15,7 +15,7 @@ from dpo_fast.data.sources import Source
 from dpo_fast.data.tokenise import read_template
 
 # Raised by one whenever the same input would give other rows or another layout on disk.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # The options that change what is stored. Where it is stored, by how many processes, and how it is
 # split for evaluation do not.
 OPTIONS = (

@@ -6,12 +6,15 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from dpo_fast.data.kinds import COMPLETIONS, PAIRS
+from dpo_fast.data.kinds import KINDS
 
 CHAT_COLUMNS = ("tools", "chat_template_kwargs")
 COLUMNS = (
-    *("prompt", *PAIRS.answers, *COMPLETIONS.answers, "label"),
-    *(PAIRS.numbers + CHAT_COLUMNS),
+    "prompt",
+    *(answer for kind in KINDS for answer in kind.answers),
+    *(kind.judged for kind in KINDS if kind.judged),
+    *dict.fromkeys(number for kind in KINDS for number in kind.numbers),
+    *CHAT_COLUMNS,
 )
 
 
@@ -29,11 +32,11 @@ class DataConfig(BaseModel):
         0, description="Pairs held out of `train` when `eval` is not set; 0 means no evaluation."
     )
     seed: int = Field(0, description="Seed of the shuffle whose end is held out for evaluation.")
-    format: Literal["auto", "pairs", "messages", "unpaired"] = Field(
+    format: Literal["auto", "pairs", "messages", "unpaired", "groups"] = Field(
         "auto",
         description="`pairs`: answers are text; `messages`: answers are message lists; `unpaired`: "
-        "completions by themselves, text or messages, with a label that is true for good ones; `auto`: "
-        "what the columns and their values tell.",
+        "completions by themselves, text or messages, with a label that is true for good ones; `groups`: "
+        "completions and scores, lists of one length; `auto`: what the columns and their values tell.",
     )
     columns: dict[str, str] = Field(
         default_factory=dict, description="Our column name to yours, as in `chosen: good`."

@@ -14,11 +14,13 @@ from typing import Any, ClassVar, Literal
 import datasets
 import numpy as np
 import pyarrow
+import pyarrow.compute
 
 from dpo_fast.data.build import build
 from dpo_fast.data.cache import cache_key, cache_root, publish
 from dpo_fast.data.config import DataConfig
-from dpo_fast.data.kinds import COMPLETIONS, PAIRS, Kind
+from dpo_fast.data.kinds import COMPLETIONS, GROUPS, PAIRS, Kind, kind_of
+from dpo_fast.data.lengths import RowLengths
 from dpo_fast.data.report import DataReport
 from dpo_fast.data.sources import Source, resolve
 from dpo_fast.errors import UserError
@@ -56,9 +58,9 @@ class Dataset:
         return [name for name in self.kind.numbers if name in self._table.column_names]
 
     @property
-    def lengths(self) -> dict[str, np.ndarray]:
-        """Token counts, int64 [rows], of prompt and answers, by their names."""
-        return {name: values[self._rows] for name, values in _lengths(self._table).items()}
+    def lengths(self) -> RowLengths:
+        """Token counts of prompts and answers."""
+        return _lengths(self._table).take(self._rows)
 
     @functools.cached_property
     def digests(self) -> pyarrow.Array:
@@ -102,19 +104,40 @@ class CompletionDataset(Dataset):
         return hashlib.sha256(super().fingerprint.encode() + self.labels.tobytes()).hexdigest()
 
 
+class GroupDataset(Dataset):
+    """Tokenised groups: two or more completions of a prompt, each with a score. Otherwise as
+    `PairDataset`.
+
+    dataset[i] has prompt_ids, completions_ids (a list of lists), the floats scores, one each, and the
+    float weight where the data has it.
+    """
+
+    kind = GROUPS
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 hex of all token ids and scores, in order; the same on every machine."""
+        scores = self._table.data.column("scores").take(pyarrow.array(self._rows))
+        values = scores.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        return hashlib.sha256(super().fingerprint.encode() + values.tobytes()).hexdigest()
+
+
+DATASETS = {each.kind: each for each in (PairDataset, CompletionDataset, GroupDataset)}
+
+
 def load_pairs(
     config: DataConfig,
     tokenizer: Any,
     *,
     split: Literal["train", "eval"],
     eos_ids: Iterable[int] = (),
-) -> PairDataset | CompletionDataset:
+) -> PairDataset | CompletionDataset | GroupDataset:
     """Reads, checks and tokenises data.train or data.eval, or finds it done before.
 
     tokenizer: a transformers tokenizer. eos_ids: end-of-turn ids beside its EOS, as in a model's
     generation config. The result is kept in data.cache_dir under a hash of the files' content,
     the tokenizer and the options, and is published by one rename, so that processes may run this
-    at the same time. What the rows are, pairs or completions, their columns tell. Raises UserError.
+    at the same time. What the rows are, pairs, completions or groups, their columns tell. Raises UserError.
     """
     if split not in ("train", "eval"):
         raise UserError(f"split={split!r}: expected train or eval")
@@ -123,7 +146,7 @@ def load_pairs(
     own_eval = split == "eval" and config.eval is not None
     sources = resolve(config.eval_sources if own_eval else config.train_sources)
     table, report = _prepared(config, tokenizer, sources, list(eos_ids))
-    make = CompletionDataset if "completion_ids" in table.column_names else PairDataset
+    make = DATASETS[kind_of(table.column_names)]
     if own_eval or not config.eval_rows:
         return make(table, report)
     held_out = replace(report, held_out=config.eval_rows)
@@ -169,13 +192,16 @@ def _split_rows(count: int, kind: Kind, config: DataConfig, split: str) -> np.nd
     return np.sort(held_out if split == "eval" else training)
 
 
-def _lengths(table: datasets.Dataset) -> dict[str, np.ndarray]:
-    import pyarrow.compute
+def _lengths(table: datasets.Dataset) -> RowLengths:
+    kind = kind_of(table.column_names)
+    prompt_R, *sides = (_sizes(table.data.column(name)) for name in kind.ids)
+    if kind.many:
+        answers = pyarrow.compute.list_flatten(table.data.column(kind.ids[1]))
+        return RowLengths(kind, prompt_R, _sizes(answers), sides[0])
+    counts_R = np.full(len(prompt_R), len(sides))
+    return RowLengths(kind, prompt_R, np.stack(sides, axis=1).reshape(-1), counts_R)
 
-    return {
-        name: pyarrow.compute.list_value_length(table.data.column(f"{name}_ids"))
-        .to_numpy()
-        .astype(np.int64)
-        for name in ("prompt", *PAIRS.answers, *COMPLETIONS.answers)
-        if f"{name}_ids" in table.column_names
-    }
+
+def _sizes(column: pyarrow.ChunkedArray) -> np.ndarray:
+    """Length of every list of a column, int64."""
+    return pyarrow.compute.list_value_length(column).to_numpy().astype(np.int64)

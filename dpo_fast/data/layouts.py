@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dpo_fast.data.batch import ScoredBatch
-from dpo_fast.data.kinds import COMPLETIONS, PAIRS, Kind
+from dpo_fast.data.kinds import COMPLETIONS, GROUPS, PAIRS, Kind
 
 LAYOUTS = ("padded", "packed", "shared_prefix")
 
@@ -25,8 +25,9 @@ def collate(
     rows: Sequence[dict], layout: str, *, pad_id: int = 0, indices: Sequence[int] | None = None,
     columns: Sequence[str] = (), kind: Kind = PAIRS,
 ) -> ScoredBatch:  # fmt: skip
-    """Lay out pairs with keys `prompt_ids`, `chosen_ids`, `rejected_ids` (lists of int), or completions
-    with `prompt_ids`, `completion_ids` and the bool `label`.
+    """Lay out pairs with keys `prompt_ids`, `chosen_ids`, `rejected_ids` (lists of int); completions
+    with `prompt_ids`, `completion_ids` and the bool `label`; or groups with `prompt_ids`, `completions_ids`
+    (lists of lists) and the floats `scores`.
 
     columns: names of further keys, floats, that go into the batch's columns. Completions of one prompt
     come one after the other, in all that the batch holds, so that they can share it.
@@ -38,23 +39,28 @@ def collate(
         ValueError: an unknown layout, or a sequence without prompt or completion.
     """
     for row in rows:
-        for side in kind.ids[1:]:
-            if not len(row["prompt_ids"]) or not len(row[side]):
-                raise ValueError(f"{kind.one} has an empty prompt or empty {side}: {row}")
+        for name in kind.ids:
+            texts = row[name] if kind.many and name != "prompt_ids" else [row[name]]
+            if not all(map(len, texts)):
+                raise ValueError(f"{kind.one} has an empty {name}: {row}")
     indices = list(range(len(rows)) if indices is None else indices)
     groups, order = _by_prompt(rows) if kind == COMPLETIONS else _by_row(rows, kind)
     batch = collate_groups(groups, layout, pad_id=pad_id, indices=[indices[i] for i in order])
     values = {name: torch.tensor([rows[i][name] for i in order]).float() for name in columns}
-    if kind != COMPLETIONS:
-        return replace(batch, columns=values)
-    good_S = torch.tensor([rows[i]["label"] for i in order], dtype=torch.bool)
-    return replace(batch, columns=values, good_S=good_S)
+    judged = {}
+    if kind == COMPLETIONS:
+        judged["good_S"] = torch.tensor([rows[i]["label"] for i in order], dtype=torch.bool)
+    elif kind == GROUPS:
+        judged["scores_S"] = torch.tensor(
+            [score for row in rows for score in row["scores"]]
+        ).float()
+        judged["counts_P"] = torch.tensor([len(row["scores"]) for row in rows], dtype=torch.int64)
+    return replace(batch, columns=values, **judged)
 
 
 def _by_row(rows: Sequence[dict], kind: Kind) -> tuple[list, range]:
     """A group for each row, and the order of rows."""
-    sides = kind.ids[1:]
-    return [(row["prompt_ids"], [row[side] for side in sides]) for row in rows], range(len(rows))
+    return [(row["prompt_ids"], kind.answer_ids(row)) for row in rows], range(len(rows))
 
 
 def _by_prompt(rows: Sequence[dict]) -> tuple[list, list[int]]:

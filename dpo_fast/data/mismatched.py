@@ -7,10 +7,12 @@ Row i of a global batch keeps its prompt and gets the completion of row i - 1, t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from dpo_fast.data.kinds import Kind
+from dpo_fast.data.lengths import RowLengths
 
 
 def partners(rows: Sequence[int], size: int) -> dict[int, int]:
@@ -31,14 +33,9 @@ def mismatched(row: Mapping, other: Mapping, kind: Kind, max_length: int) -> dic
 
 
 def mismatched_lengths(
-    lengths: Mapping[str, np.ndarray], others: Mapping[int, int], max_length: int
-) -> dict[str, np.ndarray]:
-    """Tokens of prompts and completions of mismatched rows, int64, in the order of `others`."""
-    rows, partners = list(others), list(others.values())
-    prompt = lengths["prompt"][rows]
-    answers = {
-        name: np.minimum(values[partners], max_length - prompt)
-        for name, values in lengths.items()
-        if name != "prompt"
-    }
-    return {"prompt": prompt, **answers}
+    lengths: RowLengths, others: Mapping[int, int], max_length: int
+) -> RowLengths:
+    """Of mismatched rows, in the order of `others`."""
+    own, foreign = lengths.take(list(others)), lengths.take(list(others.values()))
+    room_A = max_length - np.repeat(own.prompt_R, foreign.counts_R)
+    return replace(foreign, prompt_R=own.prompt_R, answers_A=np.minimum(foreign.answers_A, room_A))

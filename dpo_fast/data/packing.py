@@ -9,10 +9,12 @@ in it by a limited number of items, so that micro-batches differ from epoch to e
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from dpo_fast.data.lengths import RowLengths
 
 AHEAD = 1024  # items that `pack` chooses from; more fill no better
 WINDOW = 8192  # items that `group` sorts by length at a time
@@ -55,20 +57,17 @@ class Costs:
         return group(self.sizes_I, self.sequences_I, budget, order)
 
 
-def pair_costs(lengths: Mapping[str, np.ndarray], layout: str) -> Costs:
-    """Costs of pairs in a layout, given int64 [rows] lengths `prompt`, `chosen` and `rejected`; or of
-    completions, with `completion` in place of the last two.
+def row_costs(lengths: RowLengths, layout: str) -> Costs:
+    """Costs of rows in a layout.
 
     The last token of a sequence predicts nothing and does not go through the backbone. Completions of one
     prompt that meet in a micro-batch take less than this.
     """
-    prompt = lengths["prompt"]
-    answers = [values for name, values in lengths.items() if name != "prompt"]
+    prompt_R, counts_R = lengths.prompt_R, lengths.counts_R
     if layout == "padded":
-        width = prompt + np.maximum.reduce(answers) - 1
-        return Costs(width, np.full_like(width, len(answers)))
-    prompts = {"packed": len(answers), "shared_prefix": 1}[layout]
-    return Costs(prompts * prompt + sum(answers) - len(answers))
+        return Costs(prompt_R + lengths.longest_R - 1, counts_R)
+    prompts = {"packed": counts_R, "shared_prefix": 1}[layout]
+    return Costs(prompts * prompt_R + lengths.sums_R - counts_R)
 
 
 def pack(sizes_I: np.ndarray, budget: int, order: Sequence[int]) -> list[list[int]]:

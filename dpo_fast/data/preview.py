@@ -61,17 +61,21 @@ def render_examples(dataset: PairDataset, tokenizer: Any, console: Console, n: i
         row = dataset[index]
         console.rule(Text(f"{dataset.kind.name[:-1]} {index}  {dataset.where(index)}"))
         console.print(Text("prompt   ", style="bold") + _prompt(row["prompt_ids"], tokenizer))
-        for name, title, style in _answers(row):
-            scored = "".join(f"⟦{piece}⟧" for piece in _pieces(row[name], tokenizer))
+        for ids, title, style in _answers(row):
+            scored = "".join(f"⟦{piece}⟧" for piece in _pieces(ids, tokenizer))
             console.print(Text(f"{title:<9}", style="bold") + Text(scored, style=style))
 
 
-def _answers(row: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Column, title and style of each answer."""
-    if "label" not in row:
-        return [("chosen_ids", "chosen", "green"), ("rejected_ids", "rejected", "red")]
-    title, style = ("good", "green") if row["label"] else ("bad", "red")
-    return [("completion_ids", title, style)]
+def _answers(row: dict[str, Any]) -> list[tuple[list[int], str, str]]:
+    """Ids, title and style of each answer."""
+    if "scores" in row:
+        best = max(row["scores"])
+        titles = [(f"{score:.3g}", "green" if score == best else "red") for score in row["scores"]]
+        return [(ids, *title) for ids, title in zip(row["completions_ids"], titles)]
+    if "label" in row:
+        title, style = ("good", "green") if row["label"] else ("bad", "red")
+        return [(row["completion_ids"], title, style)]
+    return [(row["chosen_ids"], "chosen", "green"), (row["rejected_ids"], "rejected", "red")]
 
 
 def _prompt(ids: list[int], tokenizer: Any) -> Text:

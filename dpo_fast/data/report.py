@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from dpo_fast.data.kinds import PAIRS
+from dpo_fast.data.kinds import COMPLETIONS, GROUPS, PAIRS
+from dpo_fast.data.lengths import RowLengths
 from dpo_fast.data.verdicts import Tally
 
 PERCENTILES = {"p5": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99, "max": 100}
@@ -19,14 +20,16 @@ PERCENTILES = {"p5": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99, "
 class DataReport:
     """Counts over one data set, before any rows of it are held out for evaluation.
 
-    rows_read = pairs_kept + bad.total + dropped.total. `kind` is pairs, or completions, of which
-    `good` are good; pairs_kept counts them too. `bad` and `dropped` count rows by reason and keep the
+    rows_read = pairs_kept + bad.total + dropped.total. `kind` is pairs; or completions, of which
+    `good` are good; or groups, of which `even` have one score for all; pairs_kept counts them too, and
+    `answers` what they have together. `bad` and `dropped` count rows by reason and keep the
     first 50 of each. `prompts_cut` counts rows, `answers_cut` single answers, and `boundary_merges`
     rows in which a token straddles the prompt's end. `lengths` are tokens:
     {"prompt" | "chosen" | "rejected" | "longest" | "total": {"p5": int, ..., "max": int}}, where
-    longest = prompt + longer answer (what max_length bounds) and total = prompt + both answers; of
-    completions they are prompt, completion and total. `tokens` are sums: prompt, each answer, scored,
-    total, and separate, which is what goes through the model when the prompt is not shared.
+    longest = prompt + longest answer (what max_length bounds) and total = prompt + all answers; of
+    completions they are prompt, completion and total, of groups prompt, completions, longest and total.
+    `tokens` are sums: prompt, each answer, scored, total, and separate, which is what goes through the
+    model when the prompt is not shared.
     """
 
     sources: list[str]
@@ -45,24 +48,31 @@ class DataReport:
     tokens: dict[str, int] = field(default_factory=dict)
     kind: str = PAIRS.name
     good: int = 0
+    even: int = 0
+    answers: int = 0
 
     @property
     def bad_rows(self) -> list[tuple[str, str]]:
         """(where, message) of bad rows, the first 50 of each kind."""
         return list(self.bad)
 
-    def measure(self, lengths: Mapping[str, np.ndarray]) -> None:
-        """Fills `lengths` and `tokens` from int arrays [rows] for prompt and answers."""
-        prompt = lengths["prompt"]
-        answers = [values for name, values in lengths.items() if name != "prompt"]
-        columns = {**lengths, "total": prompt + sum(answers)}
-        sums = {name: int(values.sum()) for name, values in columns.items()}
-        if len(answers) > 1:
-            longest = {"longest": prompt + np.maximum(*answers)}
-            columns = {**lengths, **longest, "total": columns["total"]}
+    def judge(self, row: Mapping[str, Any]) -> None:
+        """Counts a kept row's label, or whether its scores are all one."""
+        self.good += bool(row.get("label"))
+        scores = row.get("scores") or ()
+        self.even += len(scores) > 0 and min(scores) == max(scores)
+
+    def measure(self, lengths: RowLengths) -> None:
+        """Fills `lengths`, `tokens` and `answers`."""
+        prompt, named = lengths.prompt_R, lengths.columns()
+        longest = {"longest": prompt + lengths.longest_R} if lengths.compares else {}
+        columns = {**named, **longest, "total": prompt + lengths.sums_R}
         self.lengths = {name: _percentiles(values) for name, values in columns.items()}
-        scored, again = sums["total"] - sums["prompt"], (len(answers) - 1) * sums["prompt"]
+        sums = {name: int(columns[name].sum()) for name in (*named, "total")}
+        again = int((prompt * (lengths.counts_R - 1)).sum())
+        scored = sums["total"] - sums["prompt"]
         self.tokens = {**sums, "scored": scored, "separate": sums["total"] + again}
+        self.answers = len(lengths.answers_A)
 
     def notes(self) -> list[str]:
         """Sentences about what was done to the rows, for a reader."""
@@ -75,6 +85,10 @@ class DataReport:
             ),
             (self.bos_added, "prompts did not have their BOS token; it was put first"),
             (self.eos_added, "answers did not end their turn; EOS was put last"),
+            (
+                self.even,
+                "groups have one score for all their completions; nothing is preferred there",
+            ),
             (self.held_out, f"{self.kind} are held out for evaluation"),
         )
         notes = [f"{count} of {self._whole(text)} {text}" for count, text in facts if count]
@@ -83,16 +97,17 @@ class DataReport:
         return notes
 
     def _whole(self, text: str) -> int:
-        of_pairs = text.startswith("answers") and self.kind == PAIRS.name
-        return self.pairs_kept * (2 if of_pairs else 1)
+        return self.answers if text.startswith("answers") else self.pairs_kept
 
     @property
     def kept(self) -> str:
         """What is kept, in words."""
         text = f"{self.pairs_kept:,} {self.kind} kept"
-        if self.kind == PAIRS.name:
-            return text
-        return f"{text} ({self.good:,} good, {self.pairs_kept - self.good:,} bad)"
+        told = {
+            COMPLETIONS.name: f" ({self.good:,} good, {self.pairs_kept - self.good:,} bad)",
+            GROUPS.name: f" of {self.answers:,} completions",
+        }
+        return text + told.get(self.kind, "")
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)

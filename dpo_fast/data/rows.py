@@ -1,4 +1,4 @@
-"""A raw row becomes a typed PairRow or CompletionRow, or a BadRow that says why not."""
+"""A raw row becomes a typed PairRow, CompletionRow or GroupRow, or a BadRow that says why not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dpo_fast.data.config import CHAT_COLUMNS, COLUMNS, DataConfig
-from dpo_fast.data.kinds import COMPLETIONS, PAIRS, Kind
+from dpo_fast.data.kinds import COMPLETIONS, GROUPS, PAIRS, Kind
 from dpo_fast.data.messages import Messages, check_answer, check_messages, split_conversations
 from dpo_fast.data.prompts import split_texts
 from dpo_fast.data.verdicts import BadRow
@@ -61,33 +61,50 @@ class CompletionRow(_Row):
     kind: ClassVar[Kind] = COMPLETIONS
 
 
-Row = PairRow | CompletionRow
+@dataclass(frozen=True)
+class GroupRow(_Row):
+    """Two or more completions of one prompt, each with a score: the higher, the better. Otherwise as
+    `PairRow`."""
+
+    where: str
+    prompt: str | Messages
+    completions: list[str] | list[Messages]
+    scores: list[float]
+    extras: dict[str, Any]
+    kind: ClassVar[Kind] = GROUPS
+
+    @property
+    def answers(self) -> dict[str, str | Messages]:
+        return {f"completions[{index}]": each for index, each in enumerate(self.completions)}
+
+
+Row = PairRow | CompletionRow | GroupRow
+ROW_TYPES: dict[Kind, type[Row]] = {each.kind: each for each in (PairRow, CompletionRow, GroupRow)}
+FORMATS = {"unpaired": COMPLETIONS, "groups": GROUPS}  # the others are of pairs
 
 
 def parse_row(where: str, raw: Mapping[str, Any], config: DataConfig) -> Row:
     """Checks `raw` and finds its prompt. Raises BadRow."""
     row = _renamed(raw, config)
-    parse = _pair if _kind(row, config) is PAIRS else _completion
+    parse = {PAIRS: _pair, COMPLETIONS: _completion, GROUPS: _group}[_kind(row, config)]
     return parse(where, row, raw, config)
 
 
 def _kind(row: Mapping[str, Any], config: DataConfig) -> Kind:
     """What its columns make of a row, if the configuration leaves it open."""
     if config.format != "auto":
-        return COMPLETIONS if config.format == "unpaired" else PAIRS
+        return FORMATS.get(config.format, PAIRS)
     given = {name for name, value in row.items() if value is not None}
-    single = given & {"completion", "label"} and not given & set(PAIRS.answers)
-    return COMPLETIONS if single else PAIRS
+    if given & set(PAIRS.answers):
+        return PAIRS
+    found = {kind: len(given & {*kind.answers, kind.judged}) for kind in (COMPLETIONS, GROUPS)}
+    return max(found, key=found.get) if any(found.values()) else PAIRS
 
 
 def _completion(
     where: str, row: dict[str, Any], raw: Mapping[str, Any], config: DataConfig
 ) -> CompletionRow:
-    prompt, completion = _answer(row, raw, "prompt"), _answer(row, raw, "completion")
-    if isinstance(completion, str) and not isinstance(prompt, str):
-        completion = _message("assistant", completion)
-    elif isinstance(prompt, str) and not isinstance(completion, str):
-        prompt = _message("user", prompt)
+    prompt, (completion,) = _joined(_answer(row, raw, "prompt"), [_answer(row, raw, "completion")])
     _check_texts(prompt, {"completion": completion})
     _need(row, raw, "label")
     if not isinstance(row["label"], bool):
@@ -95,6 +112,43 @@ def _completion(
     extras = _extras(row, COMPLETIONS)
     _check_chat_extras(prompt, extras)
     return CompletionRow(where, prompt, completion, row["label"], extras)
+
+
+def _group(where: str, row: dict[str, Any], raw: Mapping[str, Any], config: DataConfig) -> GroupRow:
+    prompt = _answer(row, raw, "prompt")
+    completions, scores = (_list(row, raw, name) for name in ("completions", "scores"))
+    if len(completions) < 2:
+        raise BadRow("a group of one", f"got {len(completions)} completions; a group has 2 or more")
+    if len(scores) != len(completions):
+        raise BadRow(
+            "scores and completions differ in number", f"{len(scores)} and {len(completions)}"
+        )
+    texts = [_value(each, f"completions[{index}]") for index, each in enumerate(completions)]
+    if len({type(each) for each in texts}) > 1:
+        raise BadRow("completions differ in kind", "some are text, others message lists")
+    prompt, texts = _joined(prompt, texts)
+    numbers = [_number(each, f"scores[{index}]") for index, each in enumerate(scores)]
+    group = GroupRow(where, prompt, texts, numbers, _extras(row, GROUPS))
+    _check_texts(prompt, group.answers)
+    _check_chat_extras(prompt, group.extras)
+    return group
+
+
+def _joined(prompt: str | Messages, completions: list):
+    """Prompt and completions, all of them messages if one is."""
+    if isinstance(completions[0], str) and not isinstance(prompt, str):
+        return prompt, [_message("assistant", each) for each in completions]
+    if isinstance(prompt, str) and not isinstance(completions[0], str):
+        return _message("user", prompt), completions
+    return prompt, completions
+
+
+def _list(row: dict[str, Any], raw: Mapping[str, Any], name: str) -> list:
+    _need(row, raw, name)
+    if not isinstance(row[name], list):
+        raise BadRow(f"field {name!r} is not a list", f"expected one entry for each completion, got "
+                     f"{type(row[name]).__name__}")  # fmt: skip
+    return row[name]
 
 
 def _pair(where: str, row: dict[str, Any], raw: Mapping[str, Any], config: DataConfig) -> PairRow:
@@ -120,10 +174,8 @@ def ignored_columns(raw: Mapping[str, Any], config: DataConfig) -> set[str]:
     """The columns of a raw row that parse_row does not look at."""
     row = _known(raw, config)
     kind = _kind(row, config)
-    used = {"prompt", *kind.answers, *kind.numbers, *CHAT_COLUMNS}
-    if kind is COMPLETIONS:
-        used.add("label")
-    return set(raw) - {config.columns.get(name, name) for name in used}
+    used = {"prompt", *kind.answers, *kind.numbers, *CHAT_COLUMNS, kind.judged}
+    return set(raw) - {config.columns.get(name, name) for name in used if name}
 
 
 def _renamed(raw: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
@@ -237,8 +289,8 @@ def _extras(row: dict[str, Any], kind: Kind) -> dict[str, Any]:
         raise BadRow("field 'soft_label' is out of range", f"{extras['soft_label']} is not in 0..1")
     if extras.get("weight", 0) < 0:
         raise BadRow("field 'weight' is out of range", f"{extras['weight']} is below 0")
-    given = [name for name in extras if name.startswith("reference_")]
-    if len(given) == 1:
+    given = [name for name in kind.reference_columns if name in extras]
+    if 0 < len(given) < len(kind.reference_columns):
         raise BadRow(f"{given[0]} without its partner", "give both reference columns or neither")
     for name, kind in (("tools", list), ("chat_template_kwargs", dict)):
         if row.get(name):

@@ -20,7 +20,8 @@ from dpo_fast.data.build import nothing_left, values
 from dpo_fast.data.cache import cache_key
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.files import Rows
-from dpo_fast.data.kinds import COMPLETIONS, PAIRS, Kind, OneKind
+from dpo_fast.data.kinds import PAIRS, Kind, OneKind
+from dpo_fast.data.lengths import RowLengths
 from dpo_fast.data.report import DataReport
 from dpo_fast.data.rows import Row, ignored_columns, parse_row
 from dpo_fast.data.sources import read_rows, resolve
@@ -31,8 +32,8 @@ from dpo_fast.errors import UserError
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive rows of a stream. Read like a `PairDataset` or a `CompletionDataset`, whose attributes
-    of these names it has.
+    """Consecutive rows of a stream. Read like the `Dataset` of its kind, whose attributes of these names it
+    has.
 
     number: how many chunks came before it, over all passes. row: how many rows of the pass. report:
     counts of the stream up to its end, with the lengths of its own pairs.
@@ -49,10 +50,7 @@ class Chunk:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        pair = self.pairs[index]
-        return {
-            name: value.tolist() if name in self.kind.ids else value for name, value in pair.items()
-        }
+        return {name: _as_lists(value) for name, value in self.pairs[index].items()}
 
     def where(self, index: int) -> str:
         return self.places[index]
@@ -63,11 +61,8 @@ class Chunk:
         return [name for name in self.kind.numbers if any(name in pair for pair in self.pairs)]
 
     @cached_property
-    def lengths(self) -> dict[str, np.ndarray]:
-        return {
-            name.removesuffix("_ids"): np.array([len(pair[name]) for pair in self.pairs])
-            for name in self.kind.ids
-        }
+    def lengths(self) -> RowLengths:
+        return RowLengths.of(self.pairs, self.kind)
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -144,8 +139,7 @@ class PairStream:
             self.report.bad.reject(where, verdict)
         else:
             _count(self.report, row, pair)
-            ids = {name: np.array(getattr(pair, name), dtype=np.int32) for name in row.kind.ids}
-            return ids | values(row)
+            return {name: _as_arrays(getattr(pair, name)) for name in row.kind.ids} | values(row)
         return None
 
     def _see(self, row: Row) -> None:
@@ -167,6 +161,19 @@ class PairStream:
         return report
 
 
+def _as_arrays(ids: list) -> np.ndarray | list[np.ndarray]:
+    """Token ids, of one text or of several, in an eighth of the room that lists of them take."""
+    if isinstance(ids[0], list):
+        return [_as_arrays(each) for each in ids]
+    return np.array(ids, dtype=np.int32)
+
+
+def _as_lists(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return [_as_lists(each) for each in value] if isinstance(value, list) else value
+
+
 class _Forwarded(BadRows):
     """The rows that a reader itself refuses, on their way to the tally of all bad rows."""
 
@@ -182,7 +189,7 @@ class _Forwarded(BadRows):
 def _count(report: DataReport, row: Row, pair: Tokenised) -> None:
     report.kind = row.kind.name
     report.pairs_kept += 1
-    report.good += row.kind == COMPLETIONS and row.label
+    report.judge(values(row))
     report.boundary_merges += pair.merged
     report.bos_added += pair.bos_added
     report.eos_added += pair.eos_added

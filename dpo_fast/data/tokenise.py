@@ -10,7 +10,7 @@ from typing import Any
 from dpo_fast.data.boundary import PromptBoundary
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.endings import Endings
-from dpo_fast.data.kinds import COMPLETIONS, PAIRS
+from dpo_fast.data.kinds import COMPLETIONS, GROUPS, PAIRS
 from dpo_fast.data.rows import Row
 from dpo_fast.data.truncate import fit
 from dpo_fast.data.verdicts import BadRow
@@ -49,7 +49,14 @@ class TokenisedCompletion(Tokenised):
     completion_ids: list[int]
 
 
-TOKENISED = {PAIRS: TokenisedPair, COMPLETIONS: TokenisedCompletion}
+@dataclass(frozen=True, kw_only=True)
+class TokenisedGroup(Tokenised):
+    """Two or more answers to one prompt."""
+
+    completions_ids: list[list[int]]
+
+
+TOKENISED = {PAIRS: TokenisedPair, COMPLETIONS: TokenisedCompletion, GROUPS: TokenisedGroup}
 
 
 class RowTokeniser:
@@ -80,7 +87,7 @@ class RowTokeniser:
         fitted = fit(row.where, prompt_ids, answers, self.config, self.endings.bos_id)
         return TOKENISED[row.kind](
             prompt_ids=fitted.prompt,
-            **{f"{name}_ids": ids for name, ids in zip(answers, fitted.answers)},
+            **dict(zip(row.kind.ids[1:], [fitted.answers] if row.kind.many else fitted.answers)),
             merged=int(split.merged),
             bos_added=int(bos_added),
             eos_added=eos_added,

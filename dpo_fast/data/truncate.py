@@ -29,9 +29,9 @@ def fit(
 ) -> Fitted:
     """Cuts a row so that prompt + completion is at most config.max_length tokens, for every answer.
 
-    The two sequences of a pair keep the same prompt. First the completions: each keeps its first
+    All sequences of a row keep the same prompt. First the completions: each keeps its first
     `max_length - min(len(prompt), max_prompt_length)` tokens. Then the prompt, which gets what the
-    longer completion leaves: its end (`keep_end`, with BOS still first) or its start
+    longest completion leaves: its end (`keep_end`, with BOS still first) or its start
     (`keep_start`). So the answers are cut only where the prompt already is at its reserve, and at
     least one token of each part stays. With max_length=8 and max_prompt_length=3:
 
@@ -62,8 +62,8 @@ def fit(
 
 
 def _alike(answers: list[list[int]]) -> bool:
-    """Whether a pair's answers are the same; there is nothing to compare one answer with."""
-    return len(answers) > 1 and answers[0] == answers[1]
+    """Whether all answers are the same; there is nothing to compare one answer with."""
+    return len(answers) > 1 and all(answer == answers[0] for answer in answers)
 
 
 def _too_long(
@@ -84,7 +84,7 @@ def _cut(
     answers_cut = sum(len(answer) > room for answer in answers)
     answers = [answer[:room] for answer in answers]
     if _alike(answers):
-        raise Dropped("the answers are the same once cut", f"both keep {room} tokens")
+        raise Dropped("the answers are the same once cut", f"all keep {room} tokens")
     length = min(len(prompt), config.max_length - max(map(len, answers)))
     prompt_cut = len(prompt) - length
     if config.truncation == "keep_start":

@@ -18,11 +18,13 @@ Rows = PairLogps | SequenceLogps
 @dataclass(frozen=True)
 class Totals:
     """Counts over the global batch: every micro-batch of every rank. They make the loss, and its
-    gradient, independent of how the batch was split. sequences: by default 2 for each pair."""
+    gradient, independent of how the batch was split. pairs: or groups. sequences: by default 2 for each
+    pair. tokens: scored tokens of all sequences, for losses that are averages over tokens."""
 
     pairs: int
     chosen_tokens: int
     sequences: int | None = None
+    tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.sequences is None:

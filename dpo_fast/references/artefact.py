@@ -4,7 +4,8 @@ train/_manifest.json        what it was computed with and for, and a sha256 of e
 train/part-00000.parquet    a row for each pair: digest of its token ids, where it came from,
                             chosen_logps, rejected_logps, chosen_tokens, rejected_tokens;
                             per token also chosen_token_logps and rejected_token_logps;
-                            for each completion completion_logps and so on
+                            for each completion completion_logps and so on; of groups lists,
+                            completions_logps and so on
 
 The folder reads as one table, `pandas.read_parquet(folder)`: what begins with `_` is passed over.
 """

@@ -16,21 +16,30 @@ from dpo_fast.references.artefact import names_of, read_rows
 
 
 class CachedReference:
-    """Looks up a batch's rows in a table of [rows, answers] fp32: chosen and rejected, or completions.
+    """Looks up a batch's rows.
 
-    tokens: where token values are stored, a list column for each answer, and the row in them of each
-    row of the table. They stay in Arrow's memory: a Python float takes six times the room.
+    sums_A: fp32, of the answers of all rows, one row after the other. counts_R: int64, answers of each
+    row, on the same device. tokens: where token values are stored, a list column for each answer, or of
+    groups one of lists of lists; places_R: the row in them of each row. They stay in Arrow's memory: a
+    Python float takes six times the room.
     """
 
     def __init__(
-        self, table: Tensor, tokens: tuple[pyarrow.ChunkedArray, ...] = (), places=()
-    ) -> None:
-        self.table, self.tokens, self.places = table, tokens, places
+        self, sums_A: Tensor, counts_R: Tensor,
+        tokens: tuple[pyarrow.ChunkedArray, ...] = (), places_R=(),
+    ) -> None:  # fmt: skip
+        self.sums_A, self.counts_R = sums_A, counts_R
+        self.starts_R = counts_R.cumsum(0) - counts_R
+        self.tokens, self.places_R = tokens, places_R
 
     def __call__(self, batch: ScoredBatch) -> Tensor:
         """Sequence log-probabilities, fp32 [S], on the batch's device."""
-        rows_P = batch.indices_P.to(self.table.device)
-        return self.table[rows_P].flatten().to(batch.input_ids.device, non_blocking=True)
+        rows_P, S = batch.indices_P.to(self.counts_R.device), len(batch.lengths_S)
+        counts_P = self.counts_R[rows_P]
+        first_P = self.starts_R[rows_P] - (counts_P.cumsum(0) - counts_P)
+        places_S = first_P.repeat_interleave(counts_P, output_size=S)  # waits for nothing on a GPU
+        places_S = places_S + torch.arange(S, device=places_S.device)
+        return self.sums_A[places_S].to(batch.input_ids.device, non_blocking=True)
 
     def token_logps(self, batch: ScoredBatch) -> Tensor:
         """Log-probability of every scored token, fp32 [T], on the batch's device.
@@ -42,10 +51,16 @@ class CachedReference:
             raise ValueError(
                 "this reference holds sums only; compute it with reference.per_token=true"
             )
-        places = [int(self.places[row]) for row in batch.indices_P.tolist()]
-        values = [column[place].values.to_numpy() for place in places for column in self.tokens]
+        places = [int(self.places_R[row]) for row in batch.indices_P.tolist()]
+        values = [_floats(column[place].values) for place in places for column in self.tokens]
         values_T = np.concatenate(values) if values else np.zeros(0, np.float32)
         return torch.from_numpy(values_T).to(batch.input_ids.device)
+
+
+def _floats(values: pyarrow.Array) -> np.ndarray:
+    """Of one answer, or of all answers of a group."""
+    nested = pyarrow.types.is_list(values.type)
+    return (values.flatten() if nested else values).to_numpy()
 
 
 def find_rows(table: pyarrow.Table, digests: pyarrow.Array) -> pyarrow.Array:
@@ -68,6 +83,14 @@ def open_reference(
     places = find_rows(table, digests)
     if places.null_count:
         raise ValueError(f"{places.null_count} of {len(digests)} {kind.name} are not in {folders}")
-    sums = np.stack([table[name].take(places).to_numpy() for name in sums_of], axis=1)
+    sums = [table[name].take(places) for name in sums_of]
+    if kind.many:
+        counts_R = pyarrow.compute.list_value_length(sums[0]).to_numpy()
+        sums_A = pyarrow.compute.list_flatten(sums[0]).to_numpy()
+    else:
+        counts_R = np.full(len(places), len(sums))
+        sums_A = np.stack([column.to_numpy() for column in sums], axis=1).reshape(-1)
     tokens = tuple(table[name] for name in tokens_of) if per_token else ()
-    return CachedReference(torch.from_numpy(sums).to(device), tokens, places.to_numpy())
+    sums_A = torch.from_numpy(sums_A.copy()).to(device)
+    counts_R = torch.from_numpy(counts_R.astype(np.int64)).to(device)
+    return CachedReference(sums_A, counts_R, tokens, places.to_numpy())

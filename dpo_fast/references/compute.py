@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.data.dataset import Dataset
+from dpo_fast.data.lengths import RowLengths
 from dpo_fast.data.packing import Costs
 from dpo_fast.errors import UserError
 from dpo_fast.models.scoring import forward_arguments
@@ -36,16 +37,16 @@ def length_batches(
 
 @torch.no_grad()
 def score_part(
-    scorer: Scorer, batches: Iterable[ScoredBatch], rows: range, lengths_S: Tensor, device
+    scorer: Scorer, batches: Iterable[ScoredBatch], rows: range, lengths: RowLengths, device
 ) -> Tensor:
     """Log-probability of every scored token of a part, fp32 [T] on the CPU, on every rank.
 
     Each rank brings its own batches, which together hold every row once, and all the same number of
-    them, since a sharded model is gathered together. lengths_S: scored tokens of the part's sequences.
+    them, since a sharded model is gathered together. lengths: of the part's rows.
     """
-    row_tokens = lengths_S.view(len(rows), -1).sum(1)
+    row_tokens = torch.from_numpy(lengths.sums_R)
     ends = row_tokens.cumsum(0)
-    values_T = torch.zeros(int(lengths_S.sum()), device=device)
+    values_T = torch.zeros(int(row_tokens.sum()), device=device)
     for batch in batches:
         local = (batch.indices_P - rows.start).tolist()
         places = [torch.arange(ends[row] - row_tokens[row], ends[row]) for row in local]
@@ -59,18 +60,18 @@ def score_part(
 
 
 def part_table(
-    values_T: Tensor, lengths_S: Tensor, pairs: Dataset, rows: range, per_token: bool
+    values_T: Tensor, lengths: RowLengths, pairs: Dataset, rows: range, per_token: bool
 ) -> pyarrow.Table:
     """The rows of a part, from the log-probabilities of its tokens.
 
     Raises:
         UserError: one of them is not finite.
     """
-    kind, count = pairs.kind, len(pairs.kind.answers)
-    sums = sum_sequences(values_T, lengths_S).view(-1, count)
-    finite = sums.isfinite().all(1)
-    if not finite.all():
-        bad = (~finite).nonzero().flatten().tolist()
+    kind, lengths_A = pairs.kind, torch.from_numpy(lengths.answers_A)
+    sums_A = sum_sequences(values_T, lengths_A)
+    if not sums_A.isfinite().all():
+        finite_R = np.logical_and.reduceat(sums_A.isfinite().numpy(), lengths.starts_R)
+        bad = (~finite_R).nonzero()[0].tolist()
         raise UserError(
             f"the reference log-probs of {len(bad)} {kind.name} are not finite, the first "
             f"{pairs.where(rows[bad[0]])}; look at the reference model and at model.dtype"
@@ -79,13 +80,26 @@ def part_table(
         "digest": pairs.digests.slice(rows.start, len(rows)),
         "where": pyarrow.array([pairs.where(row) for row in rows], pyarrow.string()),
     }
-    columns |= {name: sums[:, side].numpy() for side, name in enumerate(names_of(kind, "logps"))}
-    counts = lengths_S.view(-1, count).to(torch.int32)
-    for side, name in enumerate(names_of(kind, "tokens")):
-        columns[name] = counts[:, side].numpy()
+    told = {"logps": sums_A.numpy(), "tokens": lengths.answers_A.astype(np.int32)}
     if per_token:
-        ends = np.concatenate([[0], lengths_S.cumsum(0).numpy()]).astype(np.int32)
-        sequences = pyarrow.ListArray.from_arrays(ends, values_T.numpy())
-        for side, name in enumerate(names_of(kind, "token_logps")):
-            columns[name] = sequences.take(pyarrow.array(range(side, count * len(rows), count)))
+        told["token_logps"] = _lists(values_T.numpy(), lengths.answers_A)
+    for what, values_A in told.items():
+        for name, column in zip(names_of(kind, what), _by_answer(pyarrow.array(values_A), lengths)):
+            columns[name] = column
     return pyarrow.table(columns)
+
+
+def _by_answer(values_A: pyarrow.Array, lengths: RowLengths) -> list[pyarrow.Array]:
+    """A column for each answer of a row; of groups one column of lists."""
+    if lengths.kind.many:
+        return [_lists(values_A, lengths.counts_R)]
+    count = len(lengths.kind.answers)
+    return [
+        values_A.take(pyarrow.array(range(side, len(values_A), count))) for side in range(count)
+    ]
+
+
+def _lists(values, sizes: np.ndarray) -> pyarrow.ListArray:
+    """Consecutive values as lists of these sizes."""
+    ends = np.concatenate([[0], sizes.cumsum()]).astype(np.int32)
+    return pyarrow.ListArray.from_arrays(ends, values)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dpo_fast.data.batch import ScoredBatch
+from dpo_fast.data.kinds import PAIRS, Kind
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.ops.preference import sum_sequences
 
@@ -31,9 +32,10 @@ class NoReference:
 
 
 class ColumnReference:
-    """Sums that came with the data, in its columns."""
+    """Sums that came with the data, in the columns of its kind."""
 
-    names = ("reference_chosen_logps", "reference_rejected_logps")
+    def __init__(self, kind: Kind = PAIRS) -> None:
+        self.names = kind.reference_columns
 
     def __call__(self, batch: ScoredBatch) -> Tensor:
         return torch.stack([batch.columns[name] for name in self.names], 1).flatten()

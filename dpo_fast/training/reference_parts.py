@@ -9,12 +9,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
 
 from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.data.cache import tokenizer_hash
-from dpo_fast.data.packing import pair_costs
+from dpo_fast.data.packing import row_costs
 from dpo_fast.errors import Interrupted, UserError
 from dpo_fast.models import load_tokenizer
 from dpo_fast.references.compute import length_batches, part_table, score_part
@@ -51,7 +50,7 @@ def compute_reference(
         Interrupted: after SIGINT or SIGTERM.
     """
     unfinished = Unfinished(folder, request.manifest, split.pairs)
-    costs = pair_costs(split.lengths, split.layout)
+    costs = row_costs(split.lengths, split.layout)
     size = (config.train.micro_pairs, config.train.tokens_per_batch)
     was_training = getattr(scorer, "training", False)
     scorer.eval()
@@ -74,8 +73,6 @@ def _score_parts(
     per_token: bool, device,
 ) -> None:  # fmt: skip
     """Score and write the parts of `plans`, each given by its batches of rows."""
-    sides = [split.lengths[name] for name in split.pairs.kind.answers]
-    lengths = torch.from_numpy(np.stack(sides, axis=1))
     rounds = sum(-(-len(plan) // distributed.world_size()) for plan in plans.values())
     description = f"reference log-probs ({split.name})"
     with stop_signals() as asked, progress_bar(description, rounds) as advance:
@@ -89,10 +86,10 @@ def _score_parts(
 
         for index, plan in plans.items():
             rows = unfinished.parts[index]
-            lengths_S = lengths[rows.start : rows.stop].flatten()
+            lengths = split.lengths.take(rows)
             batches = until_asked(_rank_batches(split, plan))
-            values_T = score_part(scorer, batches, rows, lengths_S, device)
-            part = (values_T, lengths_S, split.pairs, rows, per_token)
+            values_T = score_part(scorer, batches, rows, lengths, device)
+            part = (values_T, lengths, split.pairs, rows, per_token)
             from_main(lambda index=index, part=part: unfinished.write(index, part_table(*part)))
         if asked():
             raise ReferenceInterrupted(unfinished.final)

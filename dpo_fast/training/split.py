@@ -12,10 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.data.dataset import Dataset, load_pairs
-from dpo_fast.data.kinds import COMPLETIONS
+from dpo_fast.data.kinds import COMPLETIONS, GROUPS
 from dpo_fast.data.layouts import collate
+from dpo_fast.data.lengths import RowLengths
 from dpo_fast.data.mismatched import mismatched, mismatched_lengths, partners
-from dpo_fast.data.packing import pair_costs
+from dpo_fast.data.packing import row_costs
 from dpo_fast.data.sampler import BatchSampler, Sampler, TokenSampler
 from dpo_fast.data.stream import Chunk, PairStream
 from dpo_fast.errors import UserError
@@ -42,24 +43,26 @@ class Split:
     mismatched_length: int | None = None
 
     @functools.cached_property
-    def lengths(self) -> dict[str, np.ndarray]:
-        """Tokens of every prompt and of its answers, by name."""
+    def lengths(self) -> RowLengths:
+        """Tokens of every prompt and of its answers."""
         return self.pairs.lengths
 
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence, mismatched ones included."""
-        answers = np.maximum.reduce([self.lengths[name] for name in self.pairs.kind.answers])
-        longest = int((self.lengths["prompt"] + answers).max())
+        prompt_R, answer_R = self.lengths.prompt_R, self.lengths.longest_R
         if self.mismatched_length is None:
-            return longest
-        return min(self.mismatched_length, int(self.lengths["prompt"].max() + answers.max()))
+            return int((prompt_R + answer_R).max())
+        return min(self.mismatched_length, int(prompt_R.max() + answer_R.max()))
 
     def totals(self, rows: list[int]) -> Totals:
         """Counts of a global batch. Every rank knows them from the data: nothing is communicated."""
+        lengths = self.lengths.take(rows)
+        sequences, tokens = len(lengths.answers_A), int(lengths.answers_A.sum())
         if self.pairs.kind == COMPLETIONS:
-            return Totals(pairs=0, chosen_tokens=0, sequences=len(rows))
-        return Totals(len(rows), int(self.lengths["chosen"][rows].sum()), 2 * len(rows))
+            return Totals(0, 0, sequences, tokens)
+        chosen = 0 if self.pairs.kind == GROUPS else int(lengths.answers_A[::2].sum())
+        return Totals(len(rows), chosen, sequences, tokens)
 
     def batches(self, step: int) -> Iterator[ScoredBatch]:
         """This rank's micro-batches of a step, tokens on the CPU."""
@@ -103,7 +106,7 @@ class Split:
             size = self.sampler.micro_pairs
             return [rows[start : start + size] for start in range(0, len(rows), size)]
         lengths = mismatched_lengths(self.lengths, others, self.mismatched_length)
-        costs = pair_costs(lengths, self.layout)
+        costs = row_costs(lengths, self.layout)
         budget = max(self.sampler.budget, int(costs.alone_I.max()))
         return [[rows[item] for item in items] for items in costs.bins(budget, range(len(rows)))]
 
@@ -256,7 +259,7 @@ def make_split(
         size = train.global_pairs if shuffle else train.micro_pairs * world
         sampler = Sampler(len(pairs), size, train.micro_pairs, world, train.seed, shuffle, epoch)
     else:
-        costs = pair_costs(pairs.lengths, train.layout)
+        costs = row_costs(pairs.lengths, train.layout)
         check_budget(train.tokens_per_batch, train.layout, costs.alone_I, pairs)
         sampler = TokenSampler(
             costs, train.tokens_per_batch, train.global_pairs, world, train.seed, shuffle, epoch,
