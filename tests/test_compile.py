@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dpo_fast import linear_logp, logits_logp
-from dpo_fast.losses import LossOptions, Objective, Totals, preference
+from dpo_fast.losses import LossOptions, Objective, ScoredGroups, Totals, preference
 from dpo_fast.modules import FusedHead
 from dpo_fast.ops.implementation import interpreting
 from dpo_fast.ops.linear_logp import EXTRAS
@@ -157,9 +157,35 @@ def test_the_kernel_of_the_loss():
             reference = torch.randn(len(lengths), generator=g)
             result = function(logp, torch.tensor(lengths), reference)
             (3 * result.loss).backward()
-            results.append([*result, logp.grad])
+            results.append([*result[:3], logp.grad])
             assert not (result.logps_S.requires_grad or result.rewards_S.requires_grad)
         assert all(torch.equal(x, y) for x, y in zip(*results))
+
+
+def test_losses_on_groups():
+    objective = Objective(("plackett_luce", "grpo"), (1.0, 0.5), LossOptions(grpo_beta=0.1))
+
+    def step(logp, lengths, reference, old, scores, counts):
+        groups = ScoredGroups(scores, counts, old)
+        sums = torch.stack([part.sum() for part in reference.split(lengths.tolist())])
+        return preference(
+            logp, lengths, sums.detach(), objective, TOTALS, reference_T=reference, groups=groups
+        )
+
+    fast = torch.compile(step, backend="aot_eager", dynamic=True)
+    for lengths, counts in (([3, 1, 2, 4, 2], [3, 2]), ([2, 2, 1, 5, 1, 1, 3], [2, 2, 3])):
+        results = []
+        for function in (fast, step):
+            g = torch.Generator().manual_seed(0)
+            logp, reference, old = (-torch.rand(sum(lengths), generator=g) for _ in range(3))
+            scores = torch.randn(len(lengths), generator=g)
+            result = function(
+                logp.requires_grad_(), torch.tensor(lengths), reference, old, scores,
+                torch.tensor(counts),
+            )  # fmt: skip
+            result.loss.backward()
+            results.append([*result[:3], *result.watched.values(), logp.grad])
+        torch.testing.assert_close(*results)
 
 
 @each_implementation

@@ -312,7 +312,8 @@ def test_mismatched_lengths_are_those_of_the_rows():
 
 
 def test_losses_that_take_completions_are_the_unpaired_ones():
-    assert {s.name for s in LOSSES.values() if not s.paired} == {"kto", "bco", "apo_zero_unpaired"}
+    takers = {spec.name for spec in LOSSES.values() if spec.rows == "completions"}
+    assert takers == {"kto", "bco", "apo_zero_unpaired"}
 
 
 # Stored references

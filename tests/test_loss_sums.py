@@ -11,6 +11,7 @@ from dpo_fast.losses import (
     LossOptions,
     Objective,
     PairLogps,
+    ScoredGroups,
     SequenceLogps,
     Totals,
     preference,
@@ -18,7 +19,10 @@ from dpo_fast.losses import (
 
 LENGTHS = [3, 5, 6, 2, 4, 4]  # chosen and rejected in turn: shorter, longer, equal
 PAIRS, TOKENS = len(LENGTHS) // 2, sum(LENGTHS)
-TOTALS = Totals(PAIRS, sum(LENGTHS[0::2]), 2 * PAIRS)
+TOTALS = Totals(PAIRS, sum(LENGTHS[0::2]), 2 * PAIRS, TOKENS)
+SCORES, COUNTS = torch.tensor([0.1, 0.9, 0.5, -2.0, 1.0, 1.5]), torch.tensor([2, 3, 1])
+OLD = -2 * torch.rand(TOKENS, generator=torch.Generator().manual_seed(5))
+UNGROUPED = [name for name, spec in LOSSES.items() if not spec.grouped]
 each_loss = pytest.mark.parametrize("name", LOSSES)
 
 
@@ -42,7 +46,10 @@ def run(name: str, columns=(), **options) -> float:
     needed = dict.fromkeys(LOSSES[name].needs_options, 1e-3)
     objective = Objective((name,), (1.0,), LossOptions(**(needed | options)))
     columns = {key: COLUMNS[key] for key in (*LOSSES[name].needs_columns, *columns)}
-    result = preference(**make_tokens(), objective=objective, totals=TOTALS, columns=columns)
+    groups = ScoredGroups(SCORES, COUNTS, OLD) if objective.grouped else None
+    result = preference(
+        **make_tokens(), objective=objective, totals=TOTALS, columns=columns, groups=groups
+    )
     return result.loss.item()
 
 
@@ -54,7 +61,8 @@ CHANGED = {
     "simpo_gamma": 0.1, "cpo_alpha": 0.3, "dpop_lambda": 3.0, "slic_delta": 0.2,
     "slic_lambda": 0.4, "desirable_weight": 0.7, "undesirable_weight": 1.3, "ld_alpha": 0.3,
     "ld_reference": False, "token_clamp": 0.2, "reference_free": True, "use_weighting": True,
-    "weighting_clamp": 0.1,
+    "weighting_clamp": 0.1, "epsilon": 0.4, "epsilon_high": 0.7, "scale_rewards": "none",
+    "importance_sampling_level": "sequence", "grpo_beta": 0.2,
 }  # fmt: skip
 COMPANIONS = {
     "f_alpha_divergence_coef": {"f_divergence_type": "alpha_divergence"},
@@ -196,7 +204,7 @@ def test_sft_beside_an_option_of_another_loss():
     assert got == pytest.approx(run("sigmoid", ld_alpha=0.3) + 0.5 * nll, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name, spec in LOSSES.items() if not spec.paired])
+@pytest.mark.parametrize("name", [name for name in UNGROUPED if not LOSSES[name].paired])
 def test_unpaired_completions_and_pairs_give_the_same(name):
     statistics = {"kl": torch.tensor(0.4), "delta": torch.tensor(-0.2)}
     objective = Objective((name,), (1.0,), LossOptions(token_clamp=0.5, desirable_weight=1.5))
@@ -257,7 +265,7 @@ def needed_options(name: str) -> LossOptions:
 
 
 @pytest.mark.parametrize("weight", [None, WEIGHT], ids=["", "weight"])
-@pytest.mark.parametrize("name", [name for name, spec in LOSSES.items() if not spec.coupled])
+@pytest.mark.parametrize("name", [name for name in UNGROUPED if not LOSSES[name].coupled])
 def test_shares_of_micro_batches_add_up(name, weight):
     """Micro-batches of unequal sizes and token counts, one of them empty, give what one gives."""
     pairs, objective = make_pairs(), Objective((name,), (1.0,), needed_options(name))
@@ -270,7 +278,7 @@ def test_shares_of_micro_batches_add_up(name, weight):
     assert sum(shares).item() == pytest.approx(whole.item(), rel=1e-12)
 
 
-@each_loss
+@pytest.mark.parametrize("name", UNGROUPED)
 def test_each_loss_is_divided_by_its_own_total(name):
     pairs, spec, options = make_pairs(), LOSSES[name], needed_options(name)
     rows = pairs if spec.paired else pairs.sequences

@@ -52,6 +52,10 @@ def expected(objective, hidden, weight, bias, labels, reference=None, columns=No
     return objective(rows, totals, columns.get("weight"))
 
 
+# Those on groups: tests/test_losses_groups.py.
+UNGROUPED = [name for name, spec in LOSSES.items() if not spec.grouped]
+
+
 def arguments_of(name) -> dict:
     """Options and columns that the loss needs."""
     return {"label_smoothing": 0.1} if "label_smoothing" in LOSSES[name].options else {}
@@ -61,7 +65,7 @@ def referring(name, reference) -> dict:
     return reference if LOSSES[name].needs_reference else {}
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", UNGROUPED)
 def test_every_loss_and_its_gradients(name):
     *leaves, labels, reference = make()
     leaves = [x.requires_grad_() for x in leaves]
@@ -190,7 +194,7 @@ def test_shares_of_micro_batches_add_up(name):
     torch.testing.assert_close(sum(parts), torch.autograd.grad(whole, weight)[0])
 
 
-@pytest.mark.parametrize("name", [name for name, spec in LOSSES.items() if not spec.paired])
+@pytest.mark.parametrize("name", [name for name in UNGROUPED if not LOSSES[name].paired])
 def test_unpaired(name):
     hidden, weight, bias, labels, reference = make()
     good = torch.tensor([True, False, False, True, True])
@@ -226,7 +230,7 @@ def pairs_of(seed=1):
     return logps, [torch.randint(1, 9, (4,), generator=g) for _ in range(2)]
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", UNGROUPED)
 def test_losses_of_sums(name):
     """The module is the objective; and only those of MEANS look at lengths."""
     logps, lengths = pairs_of()

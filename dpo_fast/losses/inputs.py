@@ -83,3 +83,36 @@ class SequenceLogps:
     def ratio(self) -> Tensor:
         """r: log-ratio to the reference, [S]; the log-probability where there is none."""
         return self.logps if self.reference is None else self.logps - self.reference
+
+
+@dataclass(frozen=True)
+class GroupLogps:
+    """Completions of G prompts, group after group; log-probabilities as in `PairLogps`.
+
+    logps, lengths, scores: [S]. counts: int64 [G], completions of each group. reference: [S] or None.
+    tokens, old_tokens, reference_tokens: log-probabilities of every token, [T]: of the policy, of the model
+    that wrote the completions, and of the reference; None where no loss goes by tokens.
+    """
+
+    logps: Tensor
+    lengths: Tensor
+    scores: Tensor
+    counts: Tensor
+    reference: Tensor | None = None
+    tokens: Tensor | None = None
+    old_tokens: Tensor | None = None
+    reference_tokens: Tensor | None = None
+
+    @property
+    def ratio(self) -> Tensor:
+        """r: log-ratio to the reference, [S]; the log-probability where there is none."""
+        return self.logps if self.reference is None else self.logps - self.reference
+
+    def to_tokens(self, values_S: Tensor) -> Tensor:
+        """[T]: to each token its completion's value."""
+        return spread(values_S, self.lengths, len(self.tokens))
+
+
+def spread(values: Tensor, counts: Tensor, total: int) -> Tensor:
+    """Each value as often as its count says, `total` in all. Waits for nothing on a GPU."""
+    return values.repeat_interleave(counts, output_size=total)

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpo_fast.losses.inputs import PairLogps, SequenceLogps
+from dpo_fast.losses.inputs import GroupLogps, PairLogps, SequenceLogps, spread
 from dpo_fast.losses.options import LossOptions
 from dpo_fast.losses.spec import SHARED, LossSpec
+from dpo_fast.losses.sums import needs_reference_tokens
 from dpo_fast.losses.table import LOSSES
 
-Rows = PairLogps | SequenceLogps
+Rows = PairLogps | SequenceLogps | GroupLogps
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,18 @@ class Objective:
                 f"weights={list(self.weights)}: expected one for each of the {len(self.names)} losses "
                 f"{', '.join(self.names)}"
             )
+        self._check_rows()
         self._check_options()
         self._check_coupled()
+
+    def _check_rows(self) -> None:
+        groups = [spec.name for spec in self.specs if spec.grouped]
+        others = [spec.name for spec in self.specs if not spec.grouped]
+        if groups and others:
+            raise ValueError(
+                f"{', '.join(groups)} goes by groups of scored completions and {', '.join(others)} does "
+                "not: no data serves both; choose losses of one kind"
+            )
 
     def _check_options(self) -> None:
         """An option is used by some loss; one that changes what all losses see is used by all."""
@@ -101,12 +112,29 @@ class Objective:
 
     @property
     def needs_reference(self) -> bool:
-        return any(spec.needs_reference for spec in self.specs) and not self.options.reference_free
+        compares = any(spec.compares(self.options) for spec in self.specs)
+        return compares and not self.options.reference_free
+
+    @property
+    def needs_reference_tokens(self) -> bool:
+        """Whether sums of the reference are not enough."""
+        by_token = any(spec.by_token and spec.compares(self.options) for spec in self.specs)
+        return self.needs_reference and (by_token or needs_reference_tokens(self.options))
+
+    @property
+    def needs_old_tokens(self) -> bool:
+        """Whether the log-probs are needed that the completions were written with."""
+        return any(spec.by_token for spec in self.specs)
 
     @property
     def paired(self) -> bool:
         """Whether some loss needs pairs; the others take completions one by one as well."""
         return any(spec.paired for spec in self.specs)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether it goes by groups of scored completions."""
+        return any(spec.grouped for spec in self.specs)
 
     @property
     def coupled(self) -> bool:
@@ -132,9 +160,11 @@ class Objective:
     def __call__(self, rows: Rows, totals: Totals, weight: Tensor | None = None) -> Tensor:
         """The share of these rows in the loss of the global batch; shares add up to the loss.
 
-        weight: of each row, [P] or [S]; it multiplies the row's losses and its sft term.
+        weight: of each row, [P], [S] or [G]; it multiplies the row's losses and its sft term.
         """
         loss = self._sft(rows, totals, weight)
+        if isinstance(rows, GroupLogps) and weight is not None:
+            weight = spread(weight, rows.counts, len(rows.logps))
         for spec, coefficient in zip(self.specs, self.coefficients(totals)):
             split = isinstance(rows, PairLogps) and not spec.paired
             values = spec.function(rows.sequences if split else rows, self.options)

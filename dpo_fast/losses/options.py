@@ -5,10 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields
 
+SCALES = ("group", "none")
+LEVELS = ("token", "sequence")
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+CHOICES = {
+    "f_divergence_type": DIVERGENCES,
+    "scale_rewards": SCALES,
+    "importance_sampling_level": LEVELS,
+}
 NOT_NEGATIVE = (
     "simpo_gamma", "cpo_alpha", "dpop_lambda", "slic_delta", "slic_lambda", "desirable_weight",
-    "undesirable_weight",
+    "undesirable_weight", "epsilon_high", "grpo_beta",
 )  # fmt: skip
 
 
@@ -58,6 +65,21 @@ class LossOptions:
     )
     weighting_clamp: float | None = option(None, "the largest weight that use_weighting gives")
 
+    epsilon: float = option(0.2, "grpo, dapo: how far below 1 a probability ratio still counts")
+    epsilon_high: float | None = option(
+        None, "grpo, dapo: how far above 1 it still counts; null: as epsilon"
+    )
+    scale_rewards: str = option(
+        "group", f"grpo, dapo: what scores are divided by: {', '.join(SCALES)}; group: their standard "
+        "deviation in the group",
+    )  # fmt: skip
+    importance_sampling_level: str = option(
+        "token", f"grpo, dapo: whose probability ratio counts: {', '.join(LEVELS)}"
+    )
+    grpo_beta: float = option(
+        0.0, "grpo, dapo: weight of the divergence from the reference, which 0 leaves out"
+    )
+
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if isinstance(value, float) and not math.isfinite(value):
@@ -69,10 +91,11 @@ class LossOptions:
                 f"label_smoothing={self.label_smoothing} must be at least 0 and below 0.5: at 0.5 "
                 "the labels say nothing"
             )
-        if self.f_divergence_type not in DIVERGENCES:
-            raise ValueError(
-                f"f_divergence_type={self.f_divergence_type}: choose from {', '.join(DIVERGENCES)}"
-            )
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)}: choose from {', '.join(choices)}")
+        if not 0 < self.epsilon < 1:
+            raise ValueError(f"epsilon={self.epsilon} must be above 0 and below 1")
         if not 0 < self.discopop_tau <= 1:
             raise ValueError(f"discopop_tau={self.discopop_tau} must be above 0 and at most 1")
         if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
@@ -82,7 +105,7 @@ class LossOptions:
             if value is not None and value <= 0:
                 raise ValueError(f"{name}={value} must be greater than 0")
         for name in NOT_NEGATIVE:
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         self._check_companions()
 
@@ -115,6 +138,11 @@ class LossOptions:
     def changes_sums(self) -> bool:
         """Whether the policy's sums over tokens are other than plain ones."""
         return self.token_clamp is not None or self.ld_alpha is not None
+
+    @property
+    def largest_gain(self) -> float:
+        """epsilon_high, or epsilon where that is not set."""
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
     @property
     def changed(self) -> tuple[str, ...]:

@@ -41,9 +41,18 @@ minus the chosen log-probs divided by the chosen tokens of the global batch.
 GROUPS = {  # title: of which losses
     "Pairs, with a reference": lambda spec: spec.paired and spec.needs_reference,
     "Pairs, without a reference": lambda spec: spec.paired and not spec.needs_reference,
-    "Completions that are good or bad by themselves": lambda spec: not spec.paired,
+    "Completions that are good or bad by themselves": lambda spec: spec.rows == "completions",
+    "Groups of scored completions": lambda spec: spec.grouped,
 }
-UNPAIRED = "\nPairs are taken as well, each as one good and one bad completion.\n"
+NOTES = {
+    "completions": "\nPairs are taken as well, each as one good and one bad completion.\n",
+    "groups": """
+Rows have `prompt` and two lists of one length, `completions` and `scores`. `old` are the log-probs that
+the completions were written with: those of `reference.old_path`, by default of the policy as it starts,
+computed once and stored. `ref` are the reference's. Values are summed over a group and divided by the
+groups of the global batch, but for grpo, by its completions, and dapo, by their tokens.
+""",
+}
 STATISTICS = {"kl": "kl estimated over all ranks", "delta": "delta averaged over all ranks"}
 
 
@@ -52,7 +61,7 @@ def page() -> str:
     parts = [HEAD]
     for title, belongs in GROUPS.items():
         specs = [spec for spec in LOSSES.values() if belongs(spec)]
-        note = "" if specs[0].paired else UNPAIRED
+        note = NOTES.get(specs[0].rows, "")
         parts += [f"\n## {title}\n{note}", *map(section, specs)]
     return "".join([*parts, options_table()])
 
@@ -73,6 +82,12 @@ def needs(spec: LossSpec) -> list[str]:
     """What must be there for the loss, in words."""
     return [
         *(["a reference"] if spec.needs_reference else []),
+        *(
+            [f"a reference where `{spec.reference_option}` is above 0"]
+            if spec.reference_option
+            else []
+        ),
+        *(["the log-probs that the completions were written with"] if spec.by_token else []),
         *(f"the column `{column}`" for column in spec.needs_columns),
         *(f"`{option}` ({why})" for option, why in spec.needs_options.items()),
         *(STATISTICS[name] for name in spec.statistics),

@@ -6,13 +6,15 @@ import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dpo_fast.errors import UnavailableError
-from dpo_fast.losses.inputs import PairLogps, SequenceLogps
+from dpo_fast.losses.groups import watched
+from dpo_fast.losses.inputs import GroupLogps, PairLogps, SequenceLogps
 from dpo_fast.losses.objective import Objective, Totals
 from dpo_fast.losses.sums import Tokens, policy_weights, sequence_sums
 from dpo_fast.ops.implementation import choose_implementation
@@ -23,11 +25,22 @@ KERNEL_OPTIONS = ("beta", "label_smoothing", "length_average")
 
 
 class Preference(NamedTuple):
-    """fp32. `loss`, [], is differentiable; log-probabilities and rewards of sequences, [S], are not."""
+    """fp32. `loss`, [], is differentiable; log-probabilities and rewards of sequences, [S], are not, nor
+    are `watched`, values whose means people watch, by name."""
 
     loss: Tensor
     logps_S: Tensor
     rewards_S: Tensor
+    watched: Mapping[str, Tensor] = MappingProxyType({})
+
+
+class ScoredGroups(NamedTuple):
+    """Groups of completions. scores_S: fp32 [S]; counts_G: int64 [G], completions of each group, one group
+    after the other; old_T: fp32 [T], log-probs that the tokens were written with, or None."""
+
+    scores_S: Tensor
+    counts_G: Tensor
+    old_T: Tensor | None = None
 
 
 def preference(
@@ -41,6 +54,7 @@ def preference(
     log_sum_p2_T: Tensor | None = None,
     columns: Mapping[str, Tensor] | None = None,
     good_S: Tensor | None = None,
+    groups: ScoredGroups | None = None,
     statistics: Mapping[str, Tensor] | None = None,
     implementation: str = "auto",
 ) -> Preference:
@@ -52,10 +66,12 @@ def preference(
             the rejected one of pair p. A length may be 0, and so may S.
         reference_S: [S] fp32, the reference's log-probabilities, or None where no loss needs them.
         objective, totals: the weighted losses, and the counts that they are divided by.
-        reference_T: [T], the reference's tokens, for `ld_alpha` and `token_clamp`.
+        reference_T: [T], the reference's tokens, for `ld_alpha`, `token_clamp` and `grpo_beta`.
         log_sum_p2_T: [T], the head's extra of that name, for `use_weighting`.
-        columns: of the data, fp32 [P]: `weight`, `margin`, `soft_label`; those that are there.
+        columns: of the data, fp32 [P], of groups [G]: `weight`, `margin`, `soft_label`; those that are
+            there.
         good_S: bool [S]; given, sequences are good or bad by themselves and not pairs.
+        groups: given, sequences are groups of scored completions.
         statistics: `kl`, `delta`, [] each, estimated over all ranks; 0 where they are missing.
         implementation: `torch` is the definition, operation by operation; `triton` is one kernel;
             `auto` takes the kernel on a GPU if it computes all that is asked.
@@ -70,16 +86,20 @@ def preference(
         UnavailableError: the named implementation cannot run here, or cannot do these losses.
     """
     columns, statistics = columns or {}, statistics or {}
-    check_sequences(logp_T, lengths_S, reference_S, paired=good_S is None)
+    paired = good_S is None and groups is None and not objective.grouped
+    check_sequences(logp_T, lengths_S, reference_S, paired=paired)
     _check_inputs(objective, reference_S, columns, good_S)
+    _check_groups(objective, groups, logp_T, lengths_S, reference_T)
     if good_S is not None and len(good_S) > totals.sequences:
         raise ValueError(f"{len(good_S)} completions, and totals.sequences={totals.sequences}")
-    extra = tuple(columns) + (() if good_S is None else ("unpaired completions",))
+    extra = (*columns, *(() if paired else ("unpaired completions",)))
     # A compiler would trace through the cache, and warn.
     choose = _implementation.__wrapped__ if torch.compiler.is_compiling() else _implementation
     name = choose(objective, extra, logp_T.device, logp_T.dtype, implementation)
     if name == "torch":
         tokens = Tokens(logp_T, lengths_S, reference_S, reference_T, log_sum_p2_T)
+        if groups is not None:
+            return _of_groups(tokens, objective, totals, columns, groups)
         return _composed(tokens, objective, totals, columns, good_S, statistics)
     options = {option: getattr(objective.options, option) for option in KERNEL_OPTIONS}
     return Preference(
@@ -110,6 +130,17 @@ def _composed(tokens: Tokens, objective, totals, columns, good_S, statistics) ->
         weight = own if weight is None else own * weight
     loss = objective(rows, totals, weight)
     return Preference(loss, logps_S.detach(), objective.rewards(rows))
+
+
+def _of_groups(tokens: Tokens, objective, totals, columns, groups: ScoredGroups) -> Preference:
+    logps_S, reference_S = sequence_sums(tokens, objective.options, paired=False)
+    rows = GroupLogps(
+        logps_S, tokens.lengths_S, groups.scores_S, groups.counts_G, reference_S, tokens.logp_T,
+        groups.old_T, tokens.reference_T,
+    )  # fmt: skip
+    loss = objective(rows, totals, columns.get("weight"))
+    found = watched(rows, objective.options) if objective.needs_old_tokens else {}
+    return Preference(loss, logps_S.detach(), objective.rewards(rows), found)
 
 
 def as_pairs(
@@ -147,6 +178,39 @@ def _check_inputs(objective: Objective, reference_S, columns, good_S) -> None:
         )
     if missing := sorted(needed - set(columns)):
         raise ValueError(f"losses {objective.names} need the columns {missing}")
+
+
+def _check_groups(
+    objective: Objective, groups: ScoredGroups | None, logp_T, lengths_S, reference_T
+) -> None:
+    if groups is None:
+        if objective.grouped:
+            raise ValueError(f"losses {objective.names} need groups: scores and counts")
+        return
+    if not objective.grouped:
+        raise ValueError(f"losses {objective.names} do not go by scores; groups was given")
+    scores_S, counts_G, old_T = groups
+    if scores_S.shape != lengths_S.shape or counts_G.dtype != torch.int64:
+        raise ValueError(
+            f"scores are {tuple(scores_S.shape)}, counts {counts_G.dtype}; expected "
+            f"({len(lengths_S)},), a score for each completion, and torch.int64"
+        )
+    total = counts_G.sum()
+    if logp_T.is_cuda or torch.compiler.is_compiling():
+        torch._assert_async(total == len(lengths_S), "counts must add up to the completions")
+    elif total != len(lengths_S):
+        raise ValueError(f"counts add up to {total.item()}; there are {len(lengths_S)} completions")
+    needed = {
+        "old_T, the log-probs that the completions were written with": (
+            objective.needs_old_tokens, old_T,
+        ),
+        "reference_T, the reference's log-prob of every token": (
+            objective.needs_reference_tokens, reference_T,
+        ),
+    }  # fmt: skip
+    for name, (wanted, values_T) in needed.items():
+        if wanted and (values_T is None or values_T.shape != logp_T.shape):
+            raise ValueError(f"losses {objective.names} need {name}: [T], here ({len(logp_T)},)")
 
 
 @functools.cache

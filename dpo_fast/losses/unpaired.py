@@ -23,7 +23,7 @@ WEIGHTS = ("desirable_weight", "undesirable_weight")
     "KTO, arXiv 2402.01306 eq 7",
     "thumbs up or down for single answers; many more of one kind than of the other",
     ("beta", *WEIGHTS, *SUMS),
-    paired=False,
+    rows="completions",
     normaliser="sequences",
     statistics=("kl",),
 )
@@ -38,7 +38,7 @@ def kto(sequences: SequenceLogps, options: LossOptions) -> Tensor:
     "BCO, arXiv 2404.04656",
     "as kto, with a classifier's loss",
     ("beta", *WEIGHTS, *SUMS),
-    paired=False,
+    rows="completions",
     normaliser="sequences",
     statistics=("delta",),
 )
@@ -53,7 +53,7 @@ def bco(sequences: SequenceLogps, options: LossOptions) -> Tensor:
     "APO zero, arXiv 2408.06266",
     "as apo_zero, where answers do not come in pairs",
     ("beta", *WEIGHTS, *SUMS),
-    paired=False,
+    rows="completions",
     normaliser="sequences",
 )
 def apo_zero_unpaired(sequences: SequenceLogps, options: LossOptions) -> Tensor:

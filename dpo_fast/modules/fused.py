@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from dpo_fast.losses import Totals, preference
-from dpo_fast.losses.sums import needs_reference_tokens
+from dpo_fast.losses import ScoredGroups, Totals, preference
 from dpo_fast.modules.metrics import METRIC_EXTRAS, sequence_metrics, token_metrics
 from dpo_fast.modules.preference import (
     check_good,
@@ -80,6 +79,9 @@ class FusedLinearPreferenceLoss(nn.Module):
         *,
         lengths: Tensor | None = None,
         good: Tensor | None = None,
+        scores: Tensor | None = None,
+        counts: Tensor | None = None,
+        old_logps: Tensor | None = None,
         reference_logps: Tensor | None = None,
         reference_hidden: Tensor | None = None,
         reference_weight: Tensor | None = None,
@@ -95,6 +97,9 @@ class FusedLinearPreferenceLoss(nn.Module):
             hidden: [B, L, D], or packed rows [N, D]. weight: [V, D]. bias: [V] or None.
             labels: int64 [B, L], or [N] with `lengths`, int64 [S]: packed rows of each sequence.
             good: bool [S]; given, sequences are good or bad by themselves, in any order, and not pairs.
+            scores: fp32 [S], with counts: int64 [G]; given, sequences are groups of so many completions,
+                one group after the other, the higher score the better.
+            old_logps: fp32, as labels: what each label had where the completion was written (grpo, dapo).
             reference_logps: fp32 [S], in the order of the batch. Or, scored here without gradients,
             reference_hidden: as `hidden`, with reference_weight: [V, Dr], and reference_bias.
             columns, statistics, totals: as in `PreferenceLoss`.
@@ -105,15 +110,19 @@ class FusedLinearPreferenceLoss(nn.Module):
         columns, statistics = columns or {}, statistics or {}
         objective_inputs(self.objective, columns, statistics)
         S = len(labels) if lengths is None else len(lengths)
-        order_S = self._order(good, S, labels.device)
+        grouped = any(each is not None for each in (scores, counts, old_logps))
+        if grouped and good is not None:
+            raise ValueError("give good, or scores and counts, not both")
+        order_S = None if grouped else self._order(good, S, labels.device)
         rows = scored_rows(
             labels, lengths, order_S=order_S, ignore_index=self.ignore_index, shift=self.shift
         )
-        self._check_columns(columns, good, S)
+        groups = self._groups(scores, counts, old_logps, labels, rows) if grouped else None
+        self._check_columns(columns, S // 2 if good is None else S, groups)
         extras = self.extras
         if self.objective.options.use_weighting:
             extras += ("log_sum_p2",)
-        scores = self._score(hidden, weight, bias, labels, rows, extras)
+        found = self._score(hidden, weight, bias, labels, rows, extras)
         reference_S, reference_T = self._reference(
             reference_logps,
             (reference_hidden, reference_weight, reference_bias),
@@ -122,14 +131,15 @@ class FusedLinearPreferenceLoss(nn.Module):
             order_S,
         )
         result = preference(
-            scores.logp, rows.lengths_S, reference_S, self.objective,
-            self._totals(rows.lengths_S, good) if totals is None else totals,
-            reference_T=reference_T, log_sum_p2_T=scores.log_sum_p2, columns=columns, good_S=good,
-            statistics=statistics, implementation=self._loss_implementation,
+            found.logp, rows.lengths_S, reference_S, self.objective,
+            self._totals(rows.lengths_S, good, groups) if totals is None else totals,
+            reference_T=reference_T, log_sum_p2_T=found.log_sum_p2, columns=columns, good_S=good,
+            groups=groups, statistics=statistics, implementation=self._loss_implementation,
         )  # fmt: skip
-        asked = {name: getattr(scores, name) for name in self.extras}
-        metrics = sequence_metrics(result.logps_S, result.rewards_S, good)
-        return result.loss, metrics | token_metrics(asked, rows.lengths_S, good)
+        asked = {name: getattr(found, name) for name in self.extras}
+        metrics = sequence_metrics(result.logps_S, result.rewards_S, good, groups)
+        metrics |= {name: values.mean() for name, values in result.watched.items()}
+        return result.loss, metrics | token_metrics(asked, rows.lengths_S, good, groups)
 
     @property
     def _loss_implementation(self) -> str:
@@ -144,8 +154,23 @@ class FusedLinearPreferenceLoss(nn.Module):
         return None
 
     @staticmethod
-    def _check_columns(columns: Mapping[str, Tensor], good: Tensor | None, S: int) -> None:
-        rows = S // 2 if good is None else S
+    def _groups(scores, counts, old_logps, labels: Tensor, rows: ScoredRows) -> ScoredGroups:
+        """The groups, with what the scored tokens had where they were written."""
+        if scores is None or counts is None:
+            raise ValueError("scores and counts belong together; give both")
+        if old_logps is not None and old_logps.shape != labels.shape:
+            raise ValueError(
+                f"old_logps is {tuple(old_logps.shape)}, labels are {tuple(labels.shape)}; expected one "
+                "log-prob for each label"
+            )
+        old_T = None if old_logps is None else old_logps.flatten()[rows.labels_T].detach().float()
+        return ScoredGroups(scores, counts, old_T)
+
+    @staticmethod
+    def _check_columns(
+        columns: Mapping[str, Tensor], rows: int, groups: ScoredGroups | None
+    ) -> None:
+        rows = rows if groups is None else len(groups.counts_G)
         check_shapes([*columns.values(), torch.empty(rows)])
 
     def _score(self, hidden, weight, bias, labels: Tensor, rows: ScoredRows, extras: tuple = ()):
@@ -166,20 +191,19 @@ class FusedLinearPreferenceLoss(nn.Module):
         none."""
         hidden, weight, _ = head
         scored = hidden is not None or weight is not None
-        options = self.objective.options
         self._check_reference(logps_S, scored)
         if scored:
             if hidden is None or weight is None:
                 raise ValueError("reference_hidden and reference_weight belong together")
             with torch.no_grad():
                 logp_T = self._score(*head, labels, rows).logp
-            tokens_T = logp_T if needs_reference_tokens(options) else None
+            tokens_T = logp_T if self.objective.needs_reference_tokens else None
             return sum_sequences(logp_T, rows.lengths_S), tokens_T
         if logps_S is None:
             return None, None
-        if needs_reference_tokens(options):
+        if self.objective.needs_reference_tokens:
             raise ValueError(
-                "ld_alpha and token_clamp need the reference's log-prob of every token: give "
+                "ld_alpha, token_clamp and grpo_beta need the reference's log-prob of every token: give "
                 "reference_hidden and reference_weight instead of reference_logps"
             )
         check_shapes([logps_S, rows.lengths_S])
@@ -197,8 +221,12 @@ class FusedLinearPreferenceLoss(nn.Module):
                 "reference_hidden and reference_weight"
             )
 
-    def _totals(self, lengths_S: Tensor, good: Tensor | None) -> Totals:
+    def _totals(
+        self, lengths_S: Tensor, good: Tensor | None, groups: ScoredGroups | None
+    ) -> Totals:
         S = len(lengths_S)
+        if groups is not None:
+            return Totals(len(groups.counts_G), 0, S, int(lengths_S.sum()))
         if good is not None:
             return Totals(0, 0, S)
         tokens = int(lengths_S[0::2].sum()) if counts_tokens(self.objective) else 0

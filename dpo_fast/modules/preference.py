@@ -43,6 +43,11 @@ class _SequenceLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.objective = make_objective(loss_type, loss_weights, options)
+        if self.objective.grouped:
+            raise ValueError(
+                f"losses {self.objective.names} go by groups of scored completions: use "
+                "FusedLinearPreferenceLoss, or dpo_fast.losses.preference"
+            )
         for name in TOKEN_OPTIONS:
             if name in self.objective.options.changed:
                 raise ValueError(

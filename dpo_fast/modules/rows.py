@@ -11,12 +11,13 @@ BATCH_ORDERS = ("concatenated", "interleaved")
 
 
 class ScoredRows(NamedTuple):
-    """rows_T: rows of the flattened hidden states; targets_T: what each predicts, both int64 [T], sequence
-    after sequence; lengths_S: int64 [S]."""
+    """rows_T: rows of the flattened hidden states; targets_T: what each predicts; labels_T: place of that
+    in the flattened labels; int64 [T], sequence after sequence. lengths_S: int64 [S]."""
 
     rows_T: Tensor
     targets_T: Tensor
     lengths_S: Tensor
+    labels_T: Tensor
 
 
 def pair_order(S: int, batch_order: str, device: torch.device) -> Tensor:
@@ -28,7 +29,10 @@ def pair_order(S: int, batch_order: str, device: torch.device) -> Tensor:
         ValueError: an odd number of sequences.
     """
     if S % 2:
-        raise ValueError(f"{S} sequences are no pairs; give `good` where they are unpaired")
+        raise ValueError(
+            f"{S} sequences are no pairs; give `good` where they are unpaired, `scores` and "
+            "`counts` where they are groups"
+        )
     order_S = torch.arange(S, device=device)
     return order_S if batch_order == "interleaved" else order_S.view(2, -1).t().flatten()
 
@@ -63,7 +67,8 @@ def scored_rows(
         place_S = order_S.argsort()
         sequence_T, by_place = place_S[sequence_T].sort(stable=True)
         rows_T = rows_T[by_place]
-    return ScoredRows(rows_T, targets_N[rows_T], torch.bincount(sequence_T, minlength=S))
+    lengths_S = torch.bincount(sequence_T, minlength=S)
+    return ScoredRows(rows_T, targets_N[rows_T], lengths_S, rows_T + shift)
 
 
 def _sequences(labels: Tensor, lengths_S: Tensor | None, shift: bool) -> tuple[Tensor, int]:

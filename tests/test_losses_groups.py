@@ -1,0 +1,472 @@
+"""Losses on groups of scored completions: formulas in plain Python, gradcheck, extremes, TRL, Liger."""
+
+import itertools
+import math
+from collections import defaultdict
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dpo_fast.losses import (
+    LOSSES,
+    GroupLogps,
+    LossOptions,
+    Objective,
+    PairLogps,
+    ScoredGroups,
+    Totals,
+    preference,
+)
+from dpo_fast.losses.groups import extremes, order_kept
+from dpo_fast.modules import FusedLinearPreferenceLoss, PreferenceLoss
+
+GROUPED = [name for name, spec in LOSSES.items() if spec.grouped]
+COUNTS = [3, 2, 4, 2]
+SCORES = [0.2, 1.5, -0.3, 2.0, 2.0, 0.0, 1.0, 1.0, -3.0, 0.1, 0.7]  # a tie of all, a tie of two
+LENGTHS = [3, 1, 4, 2, 2, 5, 1, 3, 2, 1, 4]
+S, T = len(SCORES), sum(LENGTHS)
+TOTALS = Totals(pairs=7, chosen_tokens=0, sequences=19, tokens=50)
+CASES = {
+    "plackett_luce": [{}, {"beta": 0.7}, {"f_divergence_type": "js_divergence"}],
+    "grpo": [
+        {}, {"epsilon": 0.05}, {"epsilon_high": 0.6}, {"scale_rewards": "none"},
+        {"importance_sampling_level": "sequence"}, {"grpo_beta": 0.3},
+        {"grpo_beta": 0.3, "importance_sampling_level": "sequence", "epsilon": 0.1, "epsilon_high": 0.0},
+    ],
+}  # fmt: skip
+CASES["dapo"] = CASES["grpo"]
+each_case = pytest.mark.parametrize(
+    ("name", "changed"), [(name, changed) for name in GROUPED for changed in CASES[name]]
+)
+
+
+def make(seed: int = 0, dtype=torch.float64) -> GroupLogps:
+    g = torch.Generator().manual_seed(seed)
+    tokens = -2 * torch.rand(T, generator=g).to(dtype)
+    near = lambda: tokens + 0.4 * torch.randn(T, generator=g).to(dtype)  # noqa: E731
+    old, reference = near(), near()
+    return of_tokens(tokens, old, reference)
+
+
+def of_tokens(tokens, old, reference) -> GroupLogps:
+    sums = lambda x: torch.stack([part.sum() for part in x.split(LENGTHS)])  # noqa: E731
+    return GroupLogps(
+        sums(tokens), torch.tensor(LENGTHS), torch.tensor(SCORES, dtype=tokens.dtype),
+        torch.tensor(COUNTS), sums(reference), tokens, old, reference,
+    )  # fmt: skip
+
+
+# The formulas once more, completion by completion.
+
+
+def lists(values: torch.Tensor) -> list[list[float]]:
+    return [part.tolist() for part in values.split(LENGTHS)]
+
+
+def groups_of(values: list) -> list[list]:
+    ends = list(itertools.accumulate(COUNTS))
+    return [values[end - count : end] for end, count in zip(ends, COUNTS)]
+
+
+def ranking(groups: GroupLogps, o: LossOptions) -> list[float]:
+    """A group's loss is minus the log-probability of its ranking: the best first among all, the next among
+    those that are left. Of a tie neither meets the other."""
+    score = {"js_divergence": lambda r: math.log(2 / (1 + math.exp(-r)))}
+    score = score.get(o.f_divergence_type, lambda r: r)
+    values = [
+        o.beta * score(a - b)
+        for a, b in zip(*(x.tolist() for x in (groups.logps, groups.reference)))
+    ]
+    found = []
+    for x, scores in zip(groups_of(values), groups_of(SCORES)):
+        for i, mine in enumerate(scores):
+            below = [x[j] for j, other in enumerate(scores) if other < mine]
+            found.append(-math.log(math.exp(x[i]) / sum(map(math.exp, [x[i], *below]))))
+    return found
+
+
+def policy_gradient(groups: GroupLogps, o: LossOptions) -> list[float]:
+    """Sums over the tokens of each completion."""
+    gains = []
+    for scores in groups_of(SCORES):
+        mean = sum(scores) / len(scores)
+        deviation = math.sqrt(sum((x - mean) ** 2 for x in scores) / (len(scores) - 1))
+        scale = deviation + 1e-4 if o.scale_rewards == "group" else 1.0
+        gains += [(x - mean) / scale for x in scores]
+    found = []
+    high = o.epsilon if o.epsilon_high is None else o.epsilon_high
+    for gain, own, old, ref in zip(
+        gains, *map(lists, (groups.tokens, groups.old_tokens, groups.reference_tokens))
+    ):
+        logs = [x - y for x, y in zip(own, old)]
+        if o.importance_sampling_level == "sequence":
+            logs = [sum(logs) / len(logs)] * len(logs)
+        cost = 0.0
+        for log, x, r in zip(logs, own, ref):
+            weight = math.exp(log)
+            bounded = min(max(weight, 1 - o.epsilon), 1 + high)
+            cost -= min(weight * gain, bounded * gain)
+            cost += o.grpo_beta * (math.exp(r - x) - (r - x) - 1)
+        found.append(cost)
+    return found
+
+
+FORMULAS = {
+    "plackett_luce": ranking,
+    "dapo": policy_gradient,
+    "grpo": lambda g, o: [x / n for x, n in zip(policy_gradient(g, o), LENGTHS)],
+}
+
+
+@each_case
+def test_formula(name, changed):
+    groups, options = make(), LossOptions(**changed)
+    got = LOSSES[name].function(groups, options)
+    assert got.dtype == torch.float64
+    assert got.tolist() == pytest.approx(FORMULAS[name](groups, options), rel=1e-9, abs=1e-12)
+
+
+def test_every_loss_on_groups_is_here():
+    assert set(FORMULAS) == set(GROUPED) == set(CASES)
+
+
+@each_case
+def test_gradcheck(name, changed):
+    groups, options = make(seed=3), LossOptions(**changed)
+    leaves = [x.clone().requires_grad_() for x in (groups.tokens, groups.reference_tokens)]
+
+    def loss(tokens, reference):
+        return LOSSES[name].function(of_tokens(tokens, groups.old_tokens, reference), options)
+
+    assert torch.autograd.gradcheck(loss, leaves)
+
+
+def test_two_answers_are_sigmoid_and_three_with_one_good_are_s_dpo():
+    own, ref = torch.tensor([-3.0, -4.0, -2.5]).double(), torch.tensor([-3.5, -3.0, -2.0]).double()
+
+    def loss(n, scores, counts):
+        groups = GroupLogps(own[:n], None, torch.tensor(scores), torch.tensor(counts), ref[:n])
+        return LOSSES["plackett_luce"].function(groups, LossOptions(beta=0.3)).sum().item()
+
+    pair = PairLogps(own[:1], own[1:2], None, None, ref[:1], ref[1:2])
+    sigmoid = LOSSES["sigmoid"].function(pair, LossOptions(beta=0.3)).item()
+    assert loss(2, [1.0, 0.0], [2]) == pytest.approx(sigmoid, rel=1e-12)
+    assert loss(2, [0.0, 0.0], [2]) == 0
+    x = 0.3 * (own - ref)
+    softmax = -math.log(torch.softmax(x, 0)[0].item())
+    assert loss(3, [5.0, 1.0, 1.0], [3]) == pytest.approx(softmax, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", GROUPED)
+@pytest.mark.parametrize("far", [1e4, -1e4])
+def test_extremes_are_finite(name, far):
+    """Log-ratios of 1e4 either way, in fp32: values and slopes are numbers."""
+    own = torch.zeros(4, requires_grad=True)
+    shift = torch.tensor([far, -far, far, 0.0])
+    groups = GroupLogps(
+        own, torch.ones(4, dtype=torch.int64), torch.tensor([1.0, 0.0, 0.0, 1.0]),
+        torch.tensor([2, 2]), shift, own, shift, shift,
+    )  # fmt: skip
+    for changed in CASES[name]:
+        values = LOSSES[name].function(groups, LossOptions(**changed))
+        slopes = torch.autograd.grad(values.sum(), own)[0]
+        assert values.isfinite().all() and slopes.isfinite().all(), changed
+    if name == "plackett_luce":  # of a pair the ramp of its margin: the better one loses by 2 far
+        margin = 0.1 * (-shift[0] + shift[1]).item()
+        values = LOSSES[name].function(groups, LossOptions(beta=0.1))
+        assert values[:2].sum().item() == pytest.approx(max(0.0, -margin), rel=1e-6)
+
+
+# The objective and `preference`
+
+
+def arguments(groups: GroupLogps, **more) -> dict:
+    return {
+        "logp_T": groups.tokens.float(), "lengths_S": groups.lengths,
+        "reference_S": groups.reference.float(), "reference_T": groups.reference_tokens.float(),
+        "groups": ScoredGroups(groups.scores.float(), groups.counts, groups.old_tokens.float()),
+        "totals": TOTALS,
+    } | more  # fmt: skip
+
+
+NORMALISERS = {"plackett_luce": 7, "grpo": 19, "dapo": 50}
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_shares_add_up_and_weights_are_of_groups(name):
+    groups = make(dtype=torch.float32)
+    objective = Objective((name,), (1.0,), LossOptions(**CASES[name][-1]))
+    weight = torch.tensor([0.5, 2.0, 0.0, 1.0])
+    result = preference(**arguments(groups, objective=objective, columns={"weight": weight}))
+    per_group = [sum(x) for x in groups_of(FORMULAS[name](groups, objective.options))]
+    expected = sum(w * x for w, x in zip(weight.tolist(), per_group)) / NORMALISERS[name]
+    assert result.loss.item() == pytest.approx(expected, rel=1e-5)
+    shares = 0.0
+    for first, last in ((0, 1), (1, 3), (3, 3), (3, 4)):
+        a, b = sum(COUNTS[:first]), sum(COUNTS[:last])
+        t, u = sum(LENGTHS[:a]), sum(LENGTHS[:b])
+        part = GroupLogps(
+            groups.logps[a:b], groups.lengths[a:b], groups.scores[a:b], groups.counts[first:last],
+            groups.reference[a:b], groups.tokens[t:u], groups.old_tokens[t:u],
+            groups.reference_tokens[t:u],
+        )  # fmt: skip
+        columns = {"weight": weight[first:last]}
+        shares += preference(**arguments(part, objective=objective, columns=columns)).loss.item()
+    assert shares == pytest.approx(expected, rel=1e-5)
+
+
+def test_mixtures_are_of_one_kind():
+    both = Objective(("plackett_luce", "grpo"), (1.0, 0.5))
+    groups = make(dtype=torch.float32)
+    alone = [Objective((name,)) for name in both.names]
+    a, b = (preference(**arguments(groups, objective=x)).loss for x in alone)
+    mixed = preference(**arguments(groups, objective=both)).loss
+    assert mixed.item() == pytest.approx((a + b / 2).item(), rel=1e-6)
+    for other in ("sigmoid", "kto", "sft"):
+        with pytest.raises(ValueError, match=f"grpo goes by groups .* and {other} does not"):
+            Objective(("grpo", other), (1.0, 1.0))
+
+
+def test_what_is_missing_or_does_not_fit_is_named():
+    groups, grpo = (
+        make(dtype=torch.float32),
+        Objective(("grpo",), (1.0,), LossOptions(grpo_beta=0.1)),
+    )
+    good = arguments(groups, objective=grpo)
+    scored = good["groups"]
+    wrong = [
+        ({"groups": None}, "losses .'grpo',. need groups: scores and counts"),
+        (
+            {"groups": scored._replace(old_T=None)},
+            "need old_T, the log-probs that the completions were",
+        ),
+        ({"groups": scored._replace(old_T=scored.old_T[1:])}, "need old_T"),
+        ({"reference_T": None}, "need reference_T, the reference's log-prob of every token"),
+        ({"reference_S": None}, "need a reference; reference_S is None"),
+        ({"groups": scored._replace(scores_S=scored.scores_S[1:])}, r"scores are \(10,\).*\(11,\)"),
+        ({"groups": scored._replace(counts_G=scored.counts_G + 1)}, "add up to 15; there are 11"),
+        ({"groups": scored._replace(counts_G=scored.counts_G.float())}, "torch.int64"),
+        ({"objective": Objective(("kto",))}, "'kto'.* do not go by scores; groups was given"),
+        ({"columns": {"margin": torch.ones(4)}}, r"do not use the columns \['margin'\]"),
+    ]
+    for change, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            preference(**(good | change))
+    free = Objective(("grpo",))
+    assert not free.needs_reference and grpo.needs_reference and grpo.needs_reference_tokens
+    alone = arguments(groups, objective=free, reference_S=None, reference_T=None)
+    assert preference(**alone).loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("epsilon", 1.0, "epsilon=1.0 must be above 0 and below 1"),
+        ("epsilon_high", -0.1, "epsilon_high=-0.1 must not be negative"),
+        ("scale_rewards", "batch", "scale_rewards=batch: choose from group, none"),
+        ("importance_sampling_level", "word", "choose from token, sequence"),
+        ("grpo_beta", -1.0, "grpo_beta=-1.0 must not be negative"),
+    ],
+)
+def test_bad_options_are_named(option, value, message):
+    with pytest.raises(ValueError, match=message):
+        LossOptions(**{option: value})
+
+
+def test_sides_and_order():
+    scores, counts = torch.tensor(SCORES), torch.tensor(COUNTS)
+    best, worst = extremes(scores, counts)
+    assert best.nonzero().flatten().tolist() == [1, 6, 7, 10]
+    assert worst.nonzero().flatten().tolist() == [2, 8, 9]
+    rewards = torch.tensor([0.0, 1.0, -1.0, 5.0, 4.0, 1.0, 1.0, 0.0, 2.0, 3.0, 2.0])
+    kept, count = order_kept(rewards, scores, counts)
+    # 3 of 3; none; (5>8) (6>5) (6>8) (7>5) (7>8) with one tie (6, 5); 10 > 9 is turned round.
+    assert (kept.item(), count.item()) == (3 + 0.5, 3 + 5 + 1)
+
+
+# The module
+
+
+def head(seed: int = 0):
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(S, max(LENGTHS), 8, generator=g).requires_grad_()
+    weight = torch.randn(13, 8, generator=g).requires_grad_()
+    labels = torch.randint(0, 13, (S, max(LENGTHS)), generator=g)
+    labels[torch.arange(max(LENGTHS)) >= torch.tensor(LENGTHS)[:, None]] = -100
+    return hidden, weight, labels
+
+
+def token_logps(hidden, weight, labels) -> torch.Tensor:
+    logp = (hidden.double() @ weight.double().T).log_softmax(-1)
+    return logp.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)[labels != -100]
+
+
+@each_case
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+def test_module(name, changed, packed):
+    hidden, weight, labels = head()
+    other = head(1)[:2]
+    g = torch.Generator().manual_seed(2)
+    old = torch.where(labels != -100, -3 * torch.rand(labels.shape, generator=g), torch.nan)
+    groups = of_tokens(
+        token_logps(hidden, weight, labels), old[labels != -100].double(),
+        token_logps(*(x.detach() for x in other), labels),
+    )  # fmt: skip
+    objective = Objective((name,), (1.0,), LossOptions(**changed))
+    truth = objective(groups, Totals(len(COUNTS), 0, S, T))
+    module = FusedLinearPreferenceLoss(name, **changed)
+    inputs = {"hidden": hidden, "labels": labels, "old_logps": old}
+    if packed:
+        inputs = {key: x.flatten(0, 1) for key, x in inputs.items()}
+        inputs["lengths"] = torch.full((S,), max(LENGTHS))
+    reference = {}
+    if objective.needs_reference:
+        reference = {"reference_hidden": other[0].flatten(0, 1) if packed else other[0],
+                     "reference_weight": other[1]}  # fmt: skip
+    loss, metrics = module(
+        weight=weight, scores=torch.tensor(SCORES), counts=torch.tensor(COUNTS), **inputs,
+        **reference,
+    )  # fmt: skip
+    torch.testing.assert_close(loss, truth.float(), rtol=1e-5, atol=1e-6)
+    mine, theirs = (torch.autograd.grad(x, (hidden, weight)) for x in (loss, truth))
+    for got, want in zip(mine, theirs):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    assert 0 <= metrics["rewards/accuracies"] <= 1
+    assert ("clip_ratio/region_mean" in metrics) == (name != "plackett_luce")
+    assert ("kl" in metrics) == (changed.get("grpo_beta", 0) > 0)
+
+
+def test_labels_that_are_tokens_take_their_own_old_log_probs():
+    """shift=True: row l - 1 predicts labels[b, l], and old_logps[b, l] is of that token."""
+    hidden, weight, labels = head()
+    old = torch.where(labels != -100, -torch.rand(labels.shape), torch.nan)
+    groups = {"scores": torch.tensor(SCORES), "counts": torch.tensor(COUNTS)}
+    plain = FusedLinearPreferenceLoss("grpo")(hidden, weight, labels, old_logps=old, **groups)[0]
+    first = torch.full((S, 1), -100)
+    shifted = FusedLinearPreferenceLoss("grpo", shift=True)(
+        torch.cat([hidden, hidden[:, :1]], 1), weight, torch.cat([first, labels], 1),
+        old_logps=torch.cat([torch.full((S, 1), torch.nan), old], 1), **groups,
+    )[0]  # fmt: skip
+    assert torch.equal(plain, shifted)
+
+
+def test_modules_name_what_they_cannot_do():
+    hidden, weight, labels = head()
+    scores, counts = torch.tensor(SCORES), torch.tensor(COUNTS)
+    module = FusedLinearPreferenceLoss("grpo")
+    with pytest.raises(ValueError, match="go by groups of scored completions: use FusedLinear"):
+        PreferenceLoss("plackett_luce")
+    with pytest.raises(ValueError, match="scores and counts belong together"):
+        module(hidden, weight, labels, scores=scores)
+    with pytest.raises(ValueError, match="need old_T"):
+        module(hidden, weight, labels, scores=scores, counts=counts)
+    with pytest.raises(ValueError, match=r"old_logps is \(11,\)"):
+        module(hidden, weight, labels, scores=scores, counts=counts, old_logps=scores)
+    with pytest.raises(ValueError, match="give good, or scores and counts, not both"):
+        module(hidden, weight, labels, scores=scores, counts=counts, good=scores > 0)
+    with pytest.raises(ValueError, match="need groups: scores and counts"):
+        module(hidden[:10], weight, labels[:10])
+
+
+# TRL's and Liger's own code
+
+
+def rows(values: torch.Tensor) -> torch.Tensor:
+    """[S, longest] of values [T], 0 where there is no token."""
+    return torch.nn.utils.rnn.pad_sequence(values.split(LENGTHS), batch_first=True)
+
+
+def padded(groups: GroupLogps):
+    mask = rows(torch.ones(T)) > 0
+    return mask, [rows(x) for x in (groups.old_tokens, groups.reference_tokens)]
+
+
+def gains(scale: bool) -> torch.Tensor:
+    """As TRL computes advantages, a group at a time."""
+    found = []
+    for scores in groups_of(SCORES):
+        x = torch.tensor(scores)
+        found.append((x - x.mean()) / (x.std() + 1e-4) if scale else x - x.mean())
+    return torch.cat(found)
+
+
+PEER_CASES = [(name, changed) for name in ("grpo", "dapo") for changed in CASES[name]]
+
+
+def ours(name, changed, groups: GroupLogps):
+    leaf = groups.tokens.clone().requires_grad_()
+    objective = Objective((name,), (1.0,), LossOptions(**changed))
+    totals = Totals(len(COUNTS), 0, S, T)
+    result = preference(**arguments(replace(groups, tokens=leaf), objective=objective, totals=totals)
+                        | {"logp_T": leaf})  # fmt: skip
+    return result, torch.autograd.grad(result.loss, leaf)[0]
+
+
+@pytest.mark.parametrize(("name", "changed"), PEER_CASES)
+def test_trl(name, changed):
+    trainer = pytest.importorskip("trl.trainer.grpo_trainer")
+    groups, o = make(seed=5, dtype=torch.float32), LossOptions(**changed)
+    leaf = rows(groups.tokens).requires_grad_()
+    mask, (old, reference) = padded(groups)
+    accelerator = SimpleNamespace(
+        num_processes=1, gather=lambda x: x, gather_for_metrics=lambda x: x,
+        reduce=lambda x, reduction: x, sync_gradients=True,
+    )  # fmt: skip
+    high = o.epsilon if o.epsilon_high is None else o.epsilon_high
+    stand_in = SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *_, **__: (leaf, torch.zeros_like(leaf), None),
+        aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None,
+        importance_sampling_level=o.importance_sampling_level, beta=o.grpo_beta, loss_type=name,
+        epsilon_low=o.epsilon, epsilon_high=high, use_vllm=False, _entropy_bonus_enabled=False,
+        model=SimpleNamespace(training=True), accelerator=accelerator,
+        current_gradient_accumulation_steps=1, _metrics={"train": defaultdict(list)},
+        args=SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1),
+    )  # fmt: skip
+    ids = torch.zeros(mask.shape, dtype=torch.int64)
+    loss = trainer.GRPOTrainer._compute_loss(
+        stand_in, None,
+        {"prompt_ids": ids[:, :1], "prompt_mask": ids[:, :1] + 1, "completion_ids": ids,
+         "completion_mask": mask.long(), "advantages": gains(o.scale_rewards == "group"),
+         "old_per_token_logps": old, "ref_per_token_logps": reference,
+         "num_items_in_batch": mask.sum()},
+    )  # fmt: skip
+    result, slopes = ours(name, changed, groups)
+    assert result.loss.item() == pytest.approx(loss.item(), rel=1e-6, abs=1e-6)
+    theirs = torch.autograd.grad(loss, leaf)[0][mask]
+    torch.testing.assert_close(slopes, theirs, rtol=1e-5, atol=1e-6)
+    watched = {key: values.mean().item() for key, values in result.watched.items()}
+    found = {key: values[0] for key, values in stand_in._metrics["train"].items()}
+    if o.importance_sampling_level == "token":  # TRL counts sequences where ratios are theirs
+        assert {key: found[key] for key in watched} == pytest.approx(watched, abs=1e-6)
+        assert o.epsilon > 0.1 or 0 < watched["clip_ratio/region_mean"] < 1
+
+
+@pytest.mark.parametrize(("name", "changed"), PEER_CASES)
+def test_liger(name, changed):
+    peer = pytest.importorskip("liger_kernel.chunked_loss.grpo_loss")
+    o = LossOptions(**changed)
+    hidden, weight, labels = head()
+    other = head(1)[:2]
+    mask = labels != -100
+    g = torch.Generator().manual_seed(2)
+    old = torch.where(mask, -3 * torch.rand(mask.shape, generator=g), 0.0)
+    theirs = peer.LigerFusedLinearGRPOLoss(
+        beta=o.grpo_beta, compiled=False, use_ref_model=o.grpo_beta > 0, epsilon_low=o.epsilon,
+        epsilon_high=o.epsilon if o.epsilon_high is None else o.epsilon_high, loss_type=name,
+        importance_sampling_level=o.importance_sampling_level, temperature=1.0,
+    )  # fmt: skip
+    referring = {"ref_input": other[0].detach(), "ref_weight": other[1].detach()}
+    loss, _ = theirs(
+        hidden, weight, labels.clamp(min=0), mask.float(), gains(o.scale_rewards == "group"),
+        old_per_token_logps=old, **(referring if o.grpo_beta else {}),
+    )  # fmt: skip
+    reference = {"reference_hidden": other[0], "reference_weight": other[1]} if o.grpo_beta else {}
+    mine, _ = FusedLinearPreferenceLoss(name, **changed)(
+        hidden, weight, labels, scores=torch.tensor(SCORES), counts=torch.tensor(COUNTS),
+        old_logps=old, **reference,
+    )  # fmt: skip
+    assert mine.item() == pytest.approx(loss.item(), rel=1e-6, abs=1e-6)
+    for got, want in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (mine, loss))):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
