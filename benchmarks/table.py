@@ -1,49 +1,28 @@
-"""The table as it is printed: one block per group, the ceilings first."""
+"""Numbers in columns, as they are printed."""
 
 from __future__ import annotations
 
-from benchmarks.rows import BARE, COPY
-
-HEADER = (
-    f"{'implementation':<34}{'mode':<11}{'schedule':<14}{'ms p50':>9}{'p20':>9}{'p80':>9}"
-    f"{'x bare':>8}{'TFLOP/s':>9}{'GB/s':>8}{'peak MiB':>10}{'max_err':>9}{'err_logp':>9}{'err_seq':>9}"
-)
+from collections.abc import Callable
+from typing import NamedTuple
 
 
-def block(rows: list[dict]) -> str:
-    """The rows of one group, by mode, a line each. A row without a time says why."""
-    order = list(dict.fromkeys(row["mode"] for row in rows))
-    lines = [HEADER, *(_line(row) for mode in order for row in rows if row["mode"] == mode)]
-    return "\n".join(lines)
+class Column(NamedTuple):
+    """A title, and under it the value of that name in every row, both flush right. An empty value stays
+    empty."""
+
+    title: str
+    name: str
+    width: int
+    form: Callable[[float], str]
 
 
-def _line(row: dict) -> str:
-    schedule = f"{row['schedule'] or 'least'} {row['products']:.3g}G" if row["products"] else ""
-    start = f"{row['impl']:<34}{row['mode']:<11}{schedule:<14}"
-    if row["note"]:
-        return f"{start}  {row['note']}"
-    cells = [
-        *(_time(row[name]) for name in ("ms_p50", "ms_p20", "ms_p80")),
-        _number(row["x_of_bare_gemm"], 8, ".2f"),
-        _number(row["tflops"], 9, ".2f"),
-        _number(row["gbps"], 8, ".1f"),
-        _number(row["peak_mib"], 10, ".0f"),
-        *(_number(row[name], 9, ".1e") for name in ("max_err", "err_logp", "err_sequence")),
-    ]
-    return start + "".join(cells)
+def header(columns: tuple[Column, ...]) -> str:
+    return "".join(f"{column.title:>{column.width}}" for column in columns)
 
 
-def _time(value: float) -> str:
-    return f"{value:>9.1f}" if value >= 100 else f"{value:>9.3f}"
+def line(columns: tuple[Column, ...], row: dict) -> str:
+    return "".join(f"{_text(column, row[column.name]):>{column.width}}" for column in columns)
 
 
-def _number(value, width: int, form: str) -> str:
-    return " " * width if value == "" else f"{value:>{width}{form}}"
-
-
-def ceilings(rows: list[dict]) -> str:
-    """What nothing can beat: the fastest bare product and the copy of this run."""
-    tflops = max((row["tflops"] for row in rows if row["impl"] == BARE), default=None)
-    gbps = max(row["gbps"] for row in rows if row["impl"] == COPY)
-    product = f"bare products {tflops:.2f} TFLOP/s, " if tflops else ""
-    return f"ceilings of this run: {product}copy {gbps:.1f} GB/s"
+def _text(column: Column, value) -> str:
+    return "" if value == "" else column.form(value)

@@ -2,18 +2,24 @@
 
 import dataclasses
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 import dpo_fast.ops
-from benchmarks import gates, measure, options, rows, run, timing, truth
-from benchmarks.case import Case, Contender, Outputs, Package
-from benchmarks.inputs import head_inputs, logits_inputs
-from benchmarks.linear_logp import OPERATION as HEAD
-from benchmarks.registry import OPERATIONS
+from benchmarks import run
+from benchmarks.kernels import gates, measure, options, peak, rows, table, timing, truth
+from benchmarks.kernels.case import Case, Contender, Outputs
+from benchmarks.kernels.inputs import head_inputs, logits_inputs
+from benchmarks.kernels.linear_logp import OPERATION as HEAD
+from benchmarks.kernels.registry import OPERATIONS
+from benchmarks.packages import Package
+from benchmarks.times import summary
 from dpo_fast.errors import UserError
 
+BENCHMARKS = Path(run.__file__).parent
 SMALL = [
     "--shape",
     "32,500",
@@ -44,14 +50,14 @@ def contenders(monkeypatch):
 def run_small(tmp_path, *arguments) -> tuple[int, list[dict]]:
     path = tmp_path / "rows.csv"
     code = run.main(["kernels", *SMALL, "--csv", str(path), *arguments])
-    return code, rows.read(path)
+    return code, rows.COLUMNS.read(path)
 
 
 def test_rows_have_every_column_and_sensible_values(tmp_path, capsys):
     code, found = run_small(tmp_path, *OURS, "--dtypes", "fp32,bf16")
     assert code == 0
     for row in found:
-        assert list(row) == list(rows.COLUMNS)
+        assert list(row) == list(rows.COLUMNS.names)
         assert 0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
         assert row["device"].startswith("cpu") and row["torch"] == torch.__version__
         assert row["commit"] and row["date"] and row["rounds"] == 2
@@ -169,12 +175,12 @@ def test_rows_go_to_a_file_and_from_it_to_pictures(tmp_path, capsys):
     assert run.main(["kernels", *OURS, *curve, *plots]) == 0
     path = tmp_path / "plots" / "kernels.csv"
     again = tmp_path / "again.csv"
-    rows.write(again, rows.read(path))
-    assert rows.read(again) == rows.read(path)
+    rows.COLUMNS.write(again, rows.COLUMNS.read(path))
+    assert rows.COLUMNS.read(again) == rows.COLUMNS.read(path)
     picture = tmp_path / "plots" / "growth_D16_V200_trainable_fp32_cpu.svg"
     assert "dpo_fast torch, recompute" in picture.read_text()
 
-    from benchmarks import plot
+    from benchmarks.kernels import plot
 
     assert run_small(tmp_path, *OURS)[0] == 0
     assert plot.main([str(tmp_path / "rows.csv"), "--out", str(tmp_path), "--format", "png"]) == 0
@@ -182,9 +188,9 @@ def test_rows_go_to_a_file_and_from_it_to_pictures(tmp_path, capsys):
     first = (tmp_path / "plots" / "growth_D16_V200_trainable_fp32_cpu.svg").read_bytes()
     plot.draw([path], tmp_path / "plots")
     assert picture.read_bytes() == first  # the same rows, the same file
-    full = [row | {"impl": "large"} for row in rows.read(path)]
+    full = [row | {"impl": "large"} for row in rows.COLUMNS.read(path)]
     full[-1] |= {"ms_p50": "", "peak_mib": "", "note": "out of memory"}
-    rows.write(again, full)
+    rows.COLUMNS.write(again, full)
     plot.draw([again], tmp_path)
     assert "large (no memory at 64)" in (tmp_path / picture.name).read_text()
 
@@ -326,7 +332,88 @@ def test_rounds_go_there_and_back():
     series = timing.interleave(functions, "cpu", rounds=3)
     assert calls == [("a", 0), ("b", 0), ("b", 1), ("a", 1), ("a", 2), ("b", 2)]
     assert all(len(series[name]) == 3 for name in "ab")
-    assert timing.summary([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == (2.0, 3.5, 5.0)
+    assert summary([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == (2.0, 3.5, 5.0)
+
+
+def test_pictures_are_drawn_again_by_a_command(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    from benchmarks import pictures
+    from benchmarks.train import plot
+    from benchmarks.train.rows import COLUMNS
+
+    monkeypatch.setattr(pictures, "RESULTS", tmp_path)
+    assert plot.main([]) == 2
+    assert f"plot: no train*.csv in {tmp_path}: run `dpo-fast bench" in capsys.readouterr().err
+    committed = BENCHMARKS / "results" / "train_cpu.csv"
+    (tmp_path / committed.name).write_bytes(committed.read_bytes())
+    assert plot.main(["--out", str(tmp_path / "drawn")]) == 0
+    (picture,) = (tmp_path / "drawn").glob("pairs_*.svg")
+    drawn = picture.read_text()
+    assert all(f">{row['impl']}<" in drawn for row in COLUMNS.read(committed))
+    assert str(picture) in capsys.readouterr().out
+
+
+def test_a_printed_row_stands_under_its_titles():
+    values = {"ms_p50": 123.456, "ms_p20": 9.87654, "ms_p80": 200.0, "x_of_bare_gemm": 1.239,
+              "peak_mib": 10.6, "max_err": 1.26e-7}  # fmt: skip
+    case = Case("linear_logp", "trainable", 8, 4, 16, "fp32", "cpu")
+    found = [rows.row(case, "ours", schedule="mixed", products=3.5, **values),
+             rows.row(case, "large", products=3.0, note="out of memory")]  # fmt: skip
+    header, ours, large = table.block(found).split("\n")
+    cells = {"schedule": "mixed 3.5G", "ms p50": "123.5", "p20": "9.877", "p80": "200.0",
+             "x bare": "1.24", "GB/s": "", "peak MiB": "11", "max_err": "1.3e-07"}  # fmt: skip
+    assert len(header) == len(ours)
+    for title, cell in cells.items():
+        start = header.index(title)
+        end = start + (14 if title == "schedule" else len(title))
+        assert ours[:end].rstrip().endswith(cell) if cell else not ours[start:end].strip()
+        assert title == "schedule" or ours[end:][:1] in ("", " ")
+    assert large.split("  ")[-1] == "out of memory" and "least 3G" in large
+
+
+def test_memory_on_a_gpu_is_the_allocators(monkeypatch):
+    """Beyond what is there before and what comes out; counted anew for every call."""
+    seen = []
+    counts = {"memory_allocated": 1 << 20, "max_memory_allocated": 4 << 20}
+    for name in ("empty_cache", "memory_allocated", "reset_peak_memory_stats", "synchronize",
+                 "max_memory_allocated"):  # fmt: skip
+        call = lambda name=name: (seen.append(name), counts.get(name))[1]  # noqa: E731
+        monkeypatch.setattr(torch.cuda, name, call)
+
+    def function():
+        seen.append("run")
+        return Outputs(torch.zeros(1 << 18))
+
+    assert peak.peak_mib(function, "cuda") == 2
+    told = [name for name in seen if name != "empty_cache"]
+    assert told == ["memory_allocated", "reset_peak_memory_stats", "run", "synchronize",
+                    "max_memory_allocated"]  # fmt: skip
+    assert seen[0] == "empty_cache"
+
+
+def test_what_is_measured_has_a_name():
+    with pytest.raises(UserError, match="kernel to measure: choose kernels or train"):
+        run.main(["kernel"])
+    with pytest.raises(UserError, match="nothing to measure"):
+        run.main([])
+
+
+def test_the_benchmarks_know_nothing_of_each_other():
+    """And what they share knows neither. `run` imports what was asked for, by its name."""
+    for folder, strangers in (("kernels", "train"), ("train", "kernels"), (".", "kernels|train")):
+        files = list((BENCHMARKS / folder).glob("*.py"))
+        assert len(files) > 5
+        for file in files:
+            found = re.findall(rf"^\s*from benchmarks(?:\.| import )(?:{strangers})\b.*",
+                               file.read_text(), re.M)  # fmt: skip
+            assert not found, (file, found)
+
+
+@pytest.mark.parametrize("folder", ["kernels", "train"])
+def test_a_benchmark_lists_its_files(folder):
+    listed = re.findall(r"\w+\.py", (BENCHMARKS / folder / "__init__.py").read_text())
+    there = {file.name for file in (BENCHMARKS / folder).glob("*.py")} - {"__init__.py"}
+    assert len(listed) == len(there) and set(listed) == there
 
 
 def test_the_command_needs_a_checkout(monkeypatch, tmp_path):

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import train_options, train_rows, train_shares, train_table
-from benchmarks.train_case import CONTENDERS, lengths_of
-from benchmarks.train_data import draw_pairs, read_pairs
-from benchmarks.train_measure import Result, judge
-from benchmarks.train_model import MODELS, Sizes, sizes_of
-from benchmarks.train_spans import Spans
-from benchmarks.train_work import work_of
+from benchmarks.train import options, shares, table
+from benchmarks.train.case import CONTENDERS, lengths_of
+from benchmarks.train.data import draw_pairs, read_pairs
+from benchmarks.train.measure import Result, judge
+from benchmarks.train.model import MODELS, Sizes, sizes_of
+from benchmarks.train.rows import COLUMNS
+from benchmarks.train.spans import Spans
+from benchmarks.train.work import work_of
 from dpo_fast.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +48,7 @@ def small(tmp_path_factory):
     file = folder / "train.csv"
     done = bench(["dpo_fast", "bench", "train"], *only, "--csv", str(file), *plots)
     assert done.returncode == 0, done.stderr
-    return train_rows.read(file), done, folder
+    return COLUMNS.read(file), done, folder
 
 
 def test_losses_agree_and_the_row_has_its_evidence(small):
@@ -62,7 +63,7 @@ def test_losses_agree_and_the_row_has_its_evidence(small):
             "missing: trl; trl, precomputed, no checkpointing: trl is not installed" in done.stdout
         )
     for row in rows:
-        assert list(row) == list(train_rows.COLUMNS) and not row["note"]
+        assert list(row) == list(COLUMNS.names) and not row["note"]
         assert row["first_loss"] == pytest.approx(math.log(2), abs=1e-5)
         assert abs(row["last_loss"] - math.log(2)) > 2e-3  # else equal losses would say nothing
         assert row["loss_err"] < 1e-4
@@ -105,7 +106,7 @@ def test_a_contender_with_other_losses_has_no_time(tmp_path):
     assert (
         done.returncode == 1 and "FAILED: dpo_fast packed, cached: wrong: loss_err" in done.stderr
     )
-    right, wrong = train_rows.read(file)
+    right, wrong = COLUMNS.read(file)
     assert right["s_p50"] and right["pairs_per_s"] and not right["note"]
     assert wrong["note"].startswith("wrong") and wrong["loss_err"] > 1e-3
     assert wrong["s_p50"] == wrong["pairs_per_s"] == wrong["mfu"] == wrong["head_share"] == ""
@@ -134,7 +135,7 @@ def test_losses_are_held_against_trl_and_the_first_against_ln_2():
 
 
 def timed(impl: str, seconds: float, head: float = 0.1, **more) -> dict:
-    row = dict.fromkeys(train_rows.COLUMNS, "")
+    row = dict.fromkeys(COLUMNS.names, "")
     row |= {"impl": impl, "s_p50": seconds, "head_share": head, "layout": "padded"}
     return row | {"data_tokens": 100.0, "once_tokens": 50.0, "computed_tokens": 300.0} | more
 
@@ -147,22 +148,22 @@ def test_factors_multiply_to_the_whole():
         timed("dpo_fast packed, cached", 4.0, layout="packed"),
         timed("dpo_fast shared_prefix, cached", 2.5),
     ]  # fmt: skip
-    found = train_shares.ingredients(rows)
+    found = shares.ingredients(rows)
     assert (found[0].name, found[0].seconds) == ("trl", 30)
     assert math.prod(part.factor for part in found) == pytest.approx(30 / 2.5)
     by_name = {part.name: part for part in found}
     assert by_name["head"].factor == pytest.approx(16 / (16 - 8 + 0.9))
     assert by_name["no padding"].factor == 9 / 4 and by_name["no padding"].seconds == 4
-    assert train_shares.token_factors(rows) == {"padding": 3.0, "repeated prompts": 2.0}
-    assert "all together" in train_table.shares(rows) and "12.00" in train_table.shares(rows)
+    assert shares.token_factors(rows) == {"padding": 3.0, "repeated prompts": 2.0}
+    assert "all together" in table.shares(rows) and "12.00" in table.shares(rows)
 
 
 def test_a_missing_contender_joins_its_neighbours():
     rows = [timed("trl", 30.0), timed("dpo_fast packed, cached", 4.0, layout="packed")]
-    start, rest = train_shares.ingredients(rows)
+    start, rest = shares.ingredients(rows)
     assert start.seconds == 30 and rest.factor == 7.5
     assert "stored reference" in rest.name and "no padding" in rest.name
-    assert train_shares.ingredients(rows[1:]) == []
+    assert shares.ingredients(rows[1:]) == []
 
 
 def test_work_counts_every_product():
@@ -246,6 +247,7 @@ def test_drawn_pairs_have_the_lengths_that_were_asked_for():
         ("--trl-batch 5", "--trl-batch 5 does not divide --global-pairs 32; try 4"),
         ("--data x.jsonl --prompt-ratio 4", "--prompt-ratio 4 is about drawn pairs"),
         ("--prompt-ratio -1", "--prompt-ratio -1: expected a number greater than 0"),
+        ("--prompt-ratio inf", "--prompt-ratio inf: expected a number greater than 0"),
         ("--quick --model tiny", "--quick chooses its own model"),
         ("--only trll", "--only 'trll' matches no contender; did you mean 'trl'?"),
         ("--only trl --skip trl", "leave no contender"),
@@ -257,11 +259,11 @@ def test_drawn_pairs_have_the_lengths_that_were_asked_for():
 )
 def test_an_option_that_cannot_be_honoured_is_an_error(arguments, told):
     with pytest.raises(UserError) as caught:
-        train_options.parse(arguments.split())
+        options.parse(arguments.split())
     assert told in str(caught.value)
 
 
 def test_one_by_one_is_a_block_for_each():
     asked = ["--only", "trl*", "--skip", "*padding_free", "--order", "one-by-one"]
-    blocks = train_options.parse(asked).blocks
+    blocks = options.parse(asked).blocks
     assert len(blocks) == 4 and all(len(block) == 1 for block in blocks)

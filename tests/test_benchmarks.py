@@ -8,12 +8,12 @@ pytest.importorskip("pytest_benchmark")
 
 import torch
 
-from benchmarks.case import Case
-from benchmarks.gates import compare
-from benchmarks.inputs import head_inputs
-from benchmarks.measure import pair_slopes
-from benchmarks.memory import cpu_peak_mib
-from benchmarks.registry import OPERATIONS
+from benchmarks.kernels.case import Case
+from benchmarks.kernels.gates import compare
+from benchmarks.kernels.inputs import head_inputs
+from benchmarks.kernels.peak import cpu_peak_mib
+from benchmarks.kernels.peers import pair_slopes
+from benchmarks.kernels.registry import OPERATIONS
 
 # Of what compiles, one is enough for CI, in one mode: a compilation takes ten seconds.
 COMPILED = [("linear_logp", "materialised, compiled", "trainable")]

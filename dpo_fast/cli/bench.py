@@ -12,22 +12,24 @@ import dpo_fast
 from dpo_fast.errors import UserError
 
 app = typer.Typer(help="Measure, on this machine.", no_args_is_help=True)
-# One definition of the options, in benchmarks/*options.py: --help and mistakes are its own.
+# One definition of the options, in benchmarks/*/options.py: --help and mistakes are its own.
 PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 
 @app.command(context_settings=PASS_ON, add_help_option=False)
 def kernels(context: typer.Context) -> None:
     """Every implementation of the loss head, checked and timed side by side; --help for options."""
-    code = _module("benchmarks.run", checkout()).main(["kernels", *context.args])
-    if code:
-        raise typer.Exit(code)
+    _measure("kernels", context.args)
 
 
 @app.command(context_settings=PASS_ON, add_help_option=False)
 def train(context: typer.Context) -> None:
     """Whole training steps, ours and TRL's, checked and timed side by side; --help for options."""
-    code = _module("benchmarks.train_run", checkout()).main(context.args)
+    _measure("train", context.args)
+
+
+def _measure(benchmark: str, arguments: list[str]) -> None:
+    code = _module("benchmarks.run", checkout()).main([benchmark, *arguments])
     if code:
         raise typer.Exit(code)
 

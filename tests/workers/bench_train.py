@@ -3,9 +3,10 @@ Started by a test with the options of the command line."""
 
 import sys
 
-from benchmarks import train_ours, train_run
+from benchmarks import run
+from benchmarks.train import ours
 
-right = train_ours.tree
+right = ours.tree
 
 
 def tree(contender, task):
@@ -15,5 +16,5 @@ def tree(contender, task):
     return made
 
 
-train_ours.tree = tree
-sys.exit(train_run.main(sys.argv[1:]))
+ours.tree = tree
+sys.exit(run.main(["train", *sys.argv[1:]]))

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from benchmarks.case import DTYPES
-from benchmarks.train_model import Sizes
+from benchmarks.machine import DTYPES
+from benchmarks.train.model import Sizes
 
 PRODUCT = {"cpu": 1024, "cuda": 8192}  # rows and columns of the square product
 REPEATS = {"cpu": 12, "cuda": 30}

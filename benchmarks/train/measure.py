@@ -8,17 +8,16 @@ round. Models that do not fit beside each other are measured in blocks of one.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
-from benchmarks import memory, train_ours, train_trl
-from benchmarks.train_case import WARM_UP, Contender, Task
+from benchmarks import memory, report
+from benchmarks.train import ours, trl
+from benchmarks.train.case import WARM_UP, Contender, Task
 
 FIRST_LOSS = math.log(2)  # where policy and reference are one model
 # Largest difference of a loss. In bf16 a sum of a hundred log-probs is off by tenths, and beta is 0.1.
@@ -53,14 +52,14 @@ class Plan:
 
 def why_not(contender: Contender, task: Task) -> str | None:
     """Why this contender cannot take part here; None if it can."""
-    return None if contender.ours else train_trl.why_not(contender, task)
+    return None if contender.ours else trl.why_not(contender, task)
 
 
 def measure(task: Task, plan: Plan) -> list[Result]:
     """Nothing that a contender does ends the run."""
     contenders = [contender for block in plan.blocks for contender in block]
-    for ours, module in ((True, train_ours), (False, train_trl)):
-        if any(contender.ours == ours for contender in contenders):
+    for is_ours, module in ((True, ours), (False, trl)):
+        if any(contender.ours == is_ours for contender in contenders):
             module.watch(task)
     results = [result for block in plan.blocks for result in _block(block, task, plan)]
     judge(results, task.dtype)
@@ -87,17 +86,17 @@ def _block(contenders: list[Contender], task: Task, plan: Plan) -> list[Result]:
 
 def _built(result: Result, task: Task, plan: Plan):
     """A runner that has taken the steps before the rounds."""
-    base = _base(task.device)
-    make = train_ours.Ours if result.contender.ours else train_trl.Trl
+    base = memory.used(task.device)
+    make = ours.Ours if result.contender.ours else trl.Trl
     runner = make(result.contender, task)
     result.reference_seconds = runner.reference_seconds
     for number in range(WARM_UP):
         last = number == WARM_UP - 1
         if last and plan.with_memory:
-            _forget_peak(task.device)
+            memory.forget_peak(task.device)
         result.losses.append(runner.step(number))
         if last and plan.with_memory:
-            result.peak_mib = (_peak(task.device) - base) / memory.MIB
+            result.peak_mib = (memory.peak(task.device) - base) / memory.MIB
     task.spans.take()
     return runner
 
@@ -144,37 +143,13 @@ def _noting(result: Result):
     """What a contender raises becomes its note. Ours fails the run too, unless memory ran out."""
     try:
         yield
-    except train_trl.Unavailable as error:
+    except trl.Unavailable as error:
         result.note = f"missing: {error}"
     except Exception as error:
-        full = memory.is_full(error)
-        told = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        result.note = "out of memory" if full else told
-        result.failed = result.contender.ours and not full
+        result.note, fails = report.note(error, 300)
+        result.failed = result.contender.ours and fails
 
 
 def _synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def _base(device: str) -> int:
-    """Bytes in use before a contender is there."""
-    memory.release(device)
-    if device == "cuda":
-        return torch.cuda.memory_allocated()
-    ctypes.CDLL(None).malloc_trim(0)  # else what others left in the heap hides what this one needs
-    return memory.resident()
-
-
-def _forget_peak(device: str) -> None:
-    memory.release(device)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak(device: str) -> int:
-    return torch.cuda.max_memory_allocated() if device == "cuda" else memory.largest_resident()

@@ -9,21 +9,10 @@ import warnings
 
 import torch
 
-from benchmarks.case import MODES, Case, Contender, Package
-from benchmarks.head import differentiated, per_token, why_not_compile
-from benchmarks.inputs import HeadInputs
-
-TRL = Package(
-    "trl", "trl", 'pip install "trl>=1.16,<2"', heavy=("trl.kernels", "trl.trainer.utils")
-)
-LIGER = Package(
-    "liger-kernel",
-    "liger_kernel",
-    'pip install "liger-kernel>=0.8.5"',
-    heavy=("liger_kernel.chunked_loss",),
-)
-CCE = Package("cut-cross-entropy", "cut_cross_entropy", "pip install cut-cross-entropy")
-QUACK = Package("quack-kernels", "quack", "pip install quack-kernels")
+from benchmarks.kernels.case import MODES, Case, Contender
+from benchmarks.kernels.head import differentiated, per_token, why_not_compile
+from benchmarks.kernels.inputs import HeadInputs
+from benchmarks.packages import CCE, LIGER, QUACK, TRL
 
 COMPLETION = 1024  # tokens of each of Liger's completions, where T allows
 BETA = 0.01  # sums of a thousand log-probs differ by about a hundred nats: the sigmoid must not saturate

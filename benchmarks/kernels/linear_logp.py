@@ -7,11 +7,11 @@ import functools
 import torch
 from torch import Tensor
 
-from benchmarks.case import Case, Contender, Operation
-from benchmarks.head import compiled, materialised, per_token, why_not_compile
-from benchmarks.inputs import HeadInputs, head_inputs
-from benchmarks.peers import PEERS
-from benchmarks.truth import HeadTruth
+from benchmarks.kernels.case import Case, Contender, Operation
+from benchmarks.kernels.head import compiled, materialised, per_token, why_not_compile
+from benchmarks.kernels.inputs import HeadInputs, head_inputs
+from benchmarks.kernels.peers import PEERS
+from benchmarks.kernels.truth import HeadTruth
 from dpo_fast import linear_logp
 from dpo_fast.ops.implementation import IMPLEMENTATIONS, interpreting, why_not_triton
 

@@ -1,6 +1,6 @@
-"""Pictures from the CSV files under benchmarks/results/ (or those named), and from nothing else.
+"""Pictures of `bench kernels`, from its CSV files and from nothing else.
 
-    python -m benchmarks.plot [CSV ...] [--out FOLDER] [--format svg|png]
+    python -m benchmarks.kernels.plot [CSV ...] [--out FOLDER] [--format svg|png]
 
 A curve of time and memory against T for each head that was measured at several T, and bars of
 x_of_bare_gemm for each other size.
@@ -8,25 +8,14 @@ x_of_bare_gemm for each other size.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import defaultdict
 from pathlib import Path
 
-from benchmarks.rows import BARE, COPY, read
-from dpo_fast.errors import UserError
+from benchmarks import pictures
+from benchmarks.kernels.rows import BARE, COLUMNS, COPY
+from benchmarks.pictures import bar, begin, colour, name_bars, save, short_device
 
-RESULTS = Path(__file__).parent / "results"
-FAMILIES = {  # colour of everything whose name begins so; ours stand out, peers keep theirs everywhere
-    "dpo_fast": "#1f5fd0",
-    "bare": "#222222",
-    "materialised": "#8a8a8a",
-    "trl": "#e08a00",
-    "liger": "#2e9e5b",
-    "cce": "#a23bbf",
-    "quack": "#c8102e",
-    "torch": "#9a6b3f",
-}
 STYLES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D")
 
@@ -34,26 +23,18 @@ MARKERS = ("o", "s", "^", "D")
 def draw(files: list[Path], folder: Path, form: str = "svg") -> list[Path]:
     """Every picture that the rows allow; returns their paths."""
     begin()
-    rows = [row for file in files for row in read(file)]
+    rows = [row for file in files for row in COLUMNS.read(file)]
     heads = [row for row in rows if row["op"] == "linear_logp" and row["impl"] != COPY]
     folder.mkdir(parents=True, exist_ok=True)
     curves = _curves(heads)
-    pictures = [_curve(key, found) for key, found in curves.items()]
+    figures = [_curve(key, found) for key, found in curves.items()]
     in_curves = {id(row) for found in curves.values() for row in found}
     points = defaultdict(list)
     for row in heads:
         if id(row) not in in_curves:
             points[row["device"], int(row["T"]), int(row["D"]), int(row["V"])].append(row)
-    pictures += [_bars(key, found) for key, found in points.items()]
-    return [save(figure, folder / f"{name}.{form}") for name, figure in pictures]
-
-
-def begin() -> None:
-    """The same look, and the same rows the same file."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "dpo_fast", "font.size": 9}
+    figures += [_bars(key, found) for key, found in points.items()]
+    return [save(figure, folder / f"{name}.{form}") for name, figure in figures]
 
 
 def _curves(rows: list[dict]) -> dict[tuple, list[dict]]:
@@ -134,16 +115,13 @@ def _panel(axis, rows: list[dict]) -> None:
     rest = [row for row in rows if row["note"]]
     for place, row in enumerate(timed + rest):
         x = row["x_of_bare_gemm"] or 0.0
-        axis.barh(place, x, color=colour(row["impl"]), height=0.72)
         peak = f", {row['peak_mib']:.0f} MiB" if row["peak_mib"] != "" else ""
         told = f"{x:.2f}  ({_digits(row['ms_p50'])} ms{peak})" if x else row["note"].split(":")[0]
-        axis.text(x, place, f" {told}", va="center", fontsize=7)
+        bar(axis, place, x, row["impl"], told)
     names = [f"{row['impl']} [{row['products']:.3g}G]" if row["products"] else row["impl"]
              for row in timed + rest]  # fmt: skip
-    axis.set_yticks(range(len(names)), names, fontsize=7)
-    axis.invert_yaxis()
+    name_bars(axis, names, size=7)
     axis.axvline(1.0, color="#222222", linewidth=0.8, zorder=0)
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _digits(value: float) -> str:
@@ -152,10 +130,6 @@ def _digits(value: float) -> str:
 
 def _in_order(rows: list[dict]) -> list[str]:
     return list(dict.fromkeys(row["impl"] for row in rows))
-
-
-def colour(name: str) -> str:
-    return next((colour for start, colour in FAMILIES.items() if name.startswith(start)), "#555555")
 
 
 def _look(name: str, names: list[str]) -> dict:
@@ -172,38 +146,9 @@ def _words(mode: str) -> str:
     return words.get(mode, "trainable head, forward + backward")
 
 
-def short_device(device: str) -> str:
-    return "cpu" if device.startswith("cpu") else device.removeprefix("NVIDIA ").replace(" ", "-")
-
-
-def save(figure, path: Path) -> Path:
-    import matplotlib.pyplot as plt
-
-    metadata = {"Date": None} if path.suffix == ".svg" else None  # the same rows, the same file
-    figure.savefig(path, dpi=110, metadata=metadata)
-    plt.close(figure)
-    return path
-
-
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("plot", description=__doc__.split("\n")[0])
-    parser.add_argument("csv", nargs="*", type=Path, help="default: all under benchmarks/results/")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the pictures")
-    parser.add_argument("--format", choices=("svg", "png"), default="svg")
-    options = parser.parse_args(arguments)
-    files = options.csv or sorted(RESULTS.glob("kernels*.csv"))
-    if not files:
-        raise UserError(
-            f"no kernels*.csv in {RESULTS}: run `dpo-fast bench kernels --csv FILE` first"
-        )
-    for path in draw(files, options.out, options.format):
-        print(path)
-    return 0
+    return pictures.command("kernels", __doc__.split("\n")[0], draw, arguments)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"plot: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())

@@ -11,10 +11,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks import memory, rows, timing
-from benchmarks.case import MODES, Case, Contender, Operation, Outputs
-from benchmarks.gates import Errors, compare
-from benchmarks.peers import pair_slopes
+from benchmarks import memory, report
+from benchmarks.kernels import peak, rows, timing
+from benchmarks.kernels.case import MODES, Case, Contender, Operation, Outputs
+from benchmarks.kernels.gates import Errors, compare
+from benchmarks.kernels.peers import pair_slopes
+from benchmarks.selection import Selection
+from benchmarks.times import summary
 
 SETS = 2  # of inputs, so that no launch finds its operands where the one before left them
 
@@ -41,11 +44,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Choices:
-    """How to measure. `chosen`, `asked`: whether a contender takes part, by its name, and whether it was
-    asked for by that name; `repeats`: rounds, None for timing's own."""
+    """How to measure, and whom. `repeats`: rounds, None for timing's own."""
 
-    chosen: Callable[[str], bool] = lambda name: True
-    asked: Callable[[str], bool] = lambda name: False
+    selection: Selection = Selection()
     repeats: int | None = None
     with_memory: bool = True
     progress: Callable[[str], None] = lambda line: None
@@ -91,7 +92,7 @@ def measure(group: Group, operation: Operation, choices: Choices) -> Result:
         _allow_many_shapes()
     _check(group, runners, operation, sets[0], choices, result)
     if choices.with_memory:
-        memory.preload([runner.contender for runner in runners])
+        peak.preload([runner.contender for runner in runners])
         for runner in _good(runners):
             choices.progress(f"memory of {runner.name}")
             with _noting(runner, result):
@@ -108,13 +109,13 @@ def _good(runners: list[Runner]) -> list[Runner]:
 def _runners(group: Group, operation, sets, choices: Choices, result: Result) -> list[Runner]:
     found = []
     for contender in operation.contenders:
-        if not choices.chosen(contender.name) or (group.growth and not contender.growth):
+        if not choices.selection.chosen(contender.name) or (group.growth and not contender.growth):
             continue
         for mode in group.modes:
             case = group.case(mode)
             if mode not in contender.modes:
                 continue
-            if contender.spare(case) and not choices.asked(contender.name):
+            if contender.spare(case) and not choices.selection.asked(contender.name):
                 result.spare.append(contender.name)
                 continue
             if reason := contender.why_not(case):
@@ -159,23 +160,18 @@ def _check(group: Group, runners, operation, inputs, choices: Choices, result: R
 @contextlib.contextmanager
 def _noting(runner: Runner, result: Result):
     """What a contender raises becomes its note. Ours fails the run too, unless memory ran out."""
-    note, full = "", False
     try:
         yield
     except Exception as error:
-        full = memory.is_full(error)
-        told = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        note = "out of memory" if full else told
-    if note:
-        runner.note = note
-        if runner.contender.ours and not full:
-            result.failures.append(f"{runner.name}, {runner.case}: {note}")
+        runner.note, fails = report.note(error, 200)
+        if runner.contender.ours and fails:
+            result.failures.append(f"{runner.name}, {runner.case}: {runner.note}")
 
 
 def _peak_mib(runner: Runner) -> float:
     if runner.case.device == "cuda":
-        return memory.cuda_peak_mib(runner.runs[0])
-    return memory.cpu_peak_mib(runner.contender, runner.case)
+        return peak.peak_mib(runner.runs[0], "cuda")
+    return peak.cpu_peak_mib(runner.contender, runner.case)
 
 
 def _timed_rows(group: Group, operation, sets, runners, choices: Choices, result: Result) -> list:
@@ -196,7 +192,7 @@ def _timed_rows(group: Group, operation, sets, runners, choices: Choices, result
         values |= {"schedule": runner.schedule, "note": runner.note, "peak_mib": runner.peak_mib}
         if not runner.note:
             values |= {"rounds": len(series[runner.name]), "products": runner.products}
-            times = timing.summary(series[runner.name])
+            times = summary(series[runner.name])
             bare_ms = _bare_ms(operation, runner.case, runner.products, series)
             values |= rows.timed(times, *operation.work(runner.case, runner.products), bare_ms)
         found.append(rows.row(runner.case, runner.contender.name, **values))
@@ -229,19 +225,19 @@ def _bare(operation, case: Case, count: float, series) -> list[float]:
 
 
 def _bare_ms(operation, case: Case, count: float, series) -> float | None:
-    return timing.summary(_bare(operation, case, count, series)).p50 or None
+    return summary(_bare(operation, case, count, series)).p50 or None
 
 
 def _ceilings(group: Group, operation, series) -> list[dict]:
     """Rows of the bare products of each mode, and of the copy."""
-    copied = timing.summary(series[rows.COPY])
+    copied = summary(series[rows.COPY])
     moved = 2.0 * timing.COPY_BYTES[group.device]
     values = rows.timed(copied, 0.0, moved, None) | {"rounds": len(series[rows.COPY])}
     found = [rows.row(group.case(group.modes[0]), rows.COPY, **(values | {"mode": ""}))]
     for mode in group.modes:
         case, count = group.case(mode), operation.least[mode]
         if operation.needed(case, count):
-            times = timing.summary(_bare(operation, case, count, series))
+            times = summary(_bare(operation, case, count, series))
             values = rows.timed(times, *operation.work(case, count), times.p50)
             values |= {"products": count, "rounds": len(series[rows.COPY])}
             found.append(rows.row(case, rows.BARE, **values))

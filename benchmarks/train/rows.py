@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from statistics import median
 
-from benchmarks.rows import environment, shortened
-from benchmarks.timing import summary
-from benchmarks.train_case import WARM_UP, Task
-from benchmarks.train_measure import Result
-from benchmarks.train_model import Sizes
+from benchmarks.machine import environment, version
+from benchmarks.rows import Columns
+from benchmarks.times import summary
+from benchmarks.train.case import WARM_UP, Task
+from benchmarks.train.measure import Result
+from benchmarks.train.model import Sizes
 
 BASE, BASE_STORED = "trl", "trl, precomputed"
 NUMBERS = (
@@ -21,29 +19,31 @@ NUMBERS = (
     "head_share", "reference_share", "reference_seconds", "peak_mib", "first_loss", "last_loss",
     "loss_err",
 )  # fmt: skip
-COLUMNS = (
-    "impl", "model", "dtype", "data", "layout", "reference", "checkpointing", *NUMBERS, "max_length",
-    "zero_stage", "device", "threads", "torch", "triton", "transformers", "deepspeed", "trl", "driver",
-    "commit", "date", "note",
+COLUMNS = Columns(
+    names=(
+        "impl", "model", "dtype", "data", "layout", "reference", "checkpointing", *NUMBERS,
+        "max_length", "zero_stage", "device", "threads", "torch", "triton", "transformers",
+        "deepspeed", "trl", "driver", "commit", "date", "note",
+    ),
+    numbers=frozenset(NUMBERS),
 )  # fmt: skip
 
 
-def table(
+def rows_of(
     results: list[Result], task: Task, model: str, data: str, sizes: Sizes, matmul: float
 ) -> list[dict]:
     """matmul: flops a second of the bare product."""
     shared = _shared(task, model, data, sizes, matmul)
     rows = [
-        dict.fromkeys(COLUMNS, "") | shared | _told(result, task)
-        | ({} if result.note else _measured(result, task, matmul))
+        shared | _told(result, task) | ({} if result.note else _measured(result, task, matmul))
         for result in results
-    ]  # fmt: skip
+    ]
     for base, column in ((BASE, "x_of_trl"), (BASE_STORED, "x_of_trl_precomputed")):
-        seconds = {row["impl"]: row["s_p50"] for row in rows}.get(base)
+        seconds = {row["impl"]: row.get("s_p50") for row in rows}.get(base)
         for row in rows:
-            if seconds and row["s_p50"]:
+            if seconds and "s_p50" in row:
                 row[column] = seconds / row["s_p50"]
-    return [{name: shortened(row[name]) for name in COLUMNS} for row in rows]
+    return [COLUMNS.row(row) for row in rows]
 
 
 def _shared(task: Task, model: str, data: str, sizes: Sizes, matmul: float) -> dict:
@@ -58,7 +58,7 @@ def _shared(task: Task, model: str, data: str, sizes: Sizes, matmul: float) -> d
         "scored_tokens": _mean(work.scored for work in works),
         "flops": _mean(work.flops for work in works),
         "flops_once": _mean(work.flops_once for work in works),
-        **{name: _version(name) for name in ("transformers", "deepspeed", "trl")},
+        **{name: version(name) for name in ("transformers", "deepspeed", "trl")},
     }  # fmt: skip
 
 
@@ -99,28 +99,3 @@ def _measured(result: Result, task: Task, matmul: float) -> dict:
 def _mean(values) -> float:
     found = list(values)
     return sum(found) / len(found)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
-
-
-def write(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def read(path: Path) -> list[dict]:
-    """Rows as they were written: numbers as numbers, empty cells as ""."""
-    with path.open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    return [
-        {name: float(cell) if cell and name in NUMBERS else cell for name, cell in row.items()}
-        for row in rows
-    ]

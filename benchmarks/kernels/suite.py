@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks.case import MODES, Operation
-from benchmarks.measure import Group
+from benchmarks.kernels.case import MODES, Operation
+from benchmarks.kernels.measure import Group
 
 HEADS = {  # D, V
     "llama3": (4096, 128256),

@@ -13,8 +13,8 @@ from unittest import mock
 import torch
 from transformers import TrainerCallback
 
-from benchmarks.peers import TRL
-from benchmarks.train_case import Contender, Task
+from benchmarks.packages import TRL
+from benchmarks.train.case import Contender, Task
 
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from benchmarks.case import Case, Outputs
-from benchmarks.inputs import HeadInputs
+from benchmarks.kernels.case import Case, Outputs
+from benchmarks.kernels.inputs import HeadInputs
 
 
 def differentiated(case: Case, inputs: HeadInputs, function):

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from benchmarks.case import Case, Contender, Operation, Outputs
-from benchmarks.head import compiled, why_not_compile
-from benchmarks.linear_logp import why_not
+from benchmarks.kernels.case import Case, Contender, Operation, Outputs
+from benchmarks.kernels.head import compiled, why_not_compile
+from benchmarks.kernels.linear_logp import why_not
 from dpo_fast.losses import LossOptions, Objective, Totals, preference
 from dpo_fast.ops.implementation import IMPLEMENTATIONS
 

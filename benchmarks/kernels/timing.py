@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
@@ -17,19 +16,6 @@ FLUSH_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 SECONDS = {"cpu": 60.0, "cuda": 20.0}  # that a group's timed launches may take, within ROUNDS
 ROUNDS = {"cpu": (3, 7), "cuda": (5, 25)}
-
-
-class Times(NamedTuple):
-    """Milliseconds at the 20th, 50th and 80th percentile."""
-
-    p20: float
-    p50: float
-    p80: float
-
-
-def summary(series: list[float]) -> Times:
-    limits = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    return Times(*torch.tensor(series, dtype=torch.float64).quantile(limits).tolist())
 
 
 def interleave(

@@ -1,25 +1,30 @@
 """Pictures of `bench train`, from its CSV files and from nothing else.
 
-python -m benchmarks.train_plot CSV ... [--out FOLDER] [--format svg|png]
+    python -m benchmarks.train.plot [CSV ...] [--out FOLDER] [--format svg|png]
+
+Bars of pairs a second, and a step's seconds from ingredient to ingredient.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from benchmarks.plot import RESULTS, begin, colour, save, short_device
-from benchmarks.train_rows import read
-from benchmarks.train_shares import ingredients
-from dpo_fast.errors import UserError
+from benchmarks import pictures
+from benchmarks.pictures import bar, begin, colour, name_bars, save, short_device
+from benchmarks.train.rows import COLUMNS
+from benchmarks.train.shares import ingredients
 
 
-def draw(file: Path, folder: Path, form: str = "svg") -> list[Path]:
-    """Bars of pairs/s, and the ingredients where the rows have them; returns the paths."""
+def draw(files: list[Path], folder: Path, form: str = "svg") -> list[Path]:
+    """Of each file: bars of pairs/s, and the ingredients where the rows have them. Returns the paths."""
     begin()
-    rows = read(file)
     folder.mkdir(parents=True, exist_ok=True)
+    return [path for file in files for path in _draw(file, folder, form)]
+
+
+def _draw(file: Path, folder: Path, form: str) -> list[Path]:
+    rows = COLUMNS.read(file)
     end = f"{rows[0]['model']}_{short_device(rows[0]['device'])}_{file.stem}"
     paths = [save(_bars(rows), folder / f"pairs_{end}.{form}")]
     if ingredients(rows):
@@ -42,13 +47,10 @@ def _bars(rows: list[dict]):
     rest = [row for row in rows if row["note"]]
     figure, axis = plt.subplots(figsize=(8.4, 1.1 + 0.24 * len(rows)), layout="constrained")
     for place, row in enumerate(timed + rest):
-        axis.barh(place, row["pairs_per_s"] or 0.0, color=colour(row["impl"]), height=0.72)
-        axis.text(row["pairs_per_s"] or 0.0, place, f" {_told(row)}", va="center", fontsize=7)
-    axis.set_yticks(range(len(rows)), [row["impl"] for row in timed + rest], fontsize=8)
-    axis.invert_yaxis()
+        bar(axis, place, row["pairs_per_s"] or 0.0, row["impl"], _told(row))
+    name_bars(axis, [row["impl"] for row in timed + rest], size=8)
     axis.set_xlim(0, 1.6 * max((row["pairs_per_s"] for row in timed), default=1.0))
     axis.set_xlabel("pairs a second, median")
-    axis.spines[["top", "right"]].set_visible(False)
     axis.set_title(_title(rows), fontsize=9, loc="left")
     return figure
 
@@ -73,32 +75,16 @@ def _ingredients(rows: list[dict]):
         axis.barh(place, part.seconds, color=colour(name), height=0.66)
         told = f" x {part.factor:.2f}, {part.seconds:.3g} s" if place else f" {part.seconds:.3g} s"
         axis.text(max(before.seconds, part.seconds), place, told, va="center", fontsize=8)
-    axis.set_yticks(range(len(found)), [part.name for part in found], fontsize=8)
-    axis.invert_yaxis()
+    name_bars(axis, [part.name for part in found], size=8)
     axis.set_xlim(0, 1.3 * max(part.seconds for part in found))
     axis.set_xlabel("seconds a step, median; pale: what the ingredient saves")
-    axis.spines[["top", "right"]].set_visible(False)
     axis.set_title(_title(rows), fontsize=9, loc="left")
     return figure
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("train_plot", description=__doc__.split("\n")[0])
-    parser.add_argument("csv", nargs="*", type=Path, help="default: all under benchmarks/results/")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the pictures")
-    parser.add_argument("--format", choices=("svg", "png"), default="svg")
-    options = parser.parse_args(arguments)
-    files = options.csv or sorted(RESULTS.glob("train*.csv"))
-    if not files:
-        raise UserError(f"no train*.csv in {RESULTS}: run `dpo-fast bench train --csv FILE` first")
-    for path in (path for file in files for path in draw(file, options.out, options.format)):
-        print(path)
-    return 0
+    return pictures.command("train", __doc__.split("\n")[0], draw, arguments)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"train_plot: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())

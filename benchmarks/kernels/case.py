@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,8 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.machine import DTYPES
+from benchmarks.packages import Package
+
 MODES = ("logps", "frozen", "trainable")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -53,28 +53,6 @@ class Outputs(NamedTuple):
     gradients: tuple[Tensor, ...] = ()
     schedule: str = ""
     products: float | None = None
-
-
-@dataclass(frozen=True)
-class Package:
-    """A peer's distribution, its top-level module, the command that installs it, and the modules that
-    take seconds to import."""
-
-    name: str
-    module: str
-    pip: str
-    heavy: tuple[str, ...] = ()
-
-    def missing(self) -> str | None:
-        if importlib.util.find_spec(self.module) is not None:
-            return None
-        return f"{self.name} is not installed: {self.pip}"
-
-    def version(self) -> str:
-        try:
-            return f"{self.name} {importlib.metadata.version(self.name)}"
-        except importlib.metadata.PackageNotFoundError:
-            return ""
 
 
 @dataclass(frozen=True)

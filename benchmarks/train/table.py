@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from benchmarks.train_shares import ingredients, token_factors
+from benchmarks.table import Column, header, line
+from benchmarks.train.shares import ingredients, token_factors
 
-HEADER = (
-    f"{'contender':<38}{'s p50':>8}{'p20':>8}{'p80':>8}{'pairs/s':>9}{'tokens/s':>10}{'x trl':>7}"
-    f"{'x pre':>7}{'mfu':>7}{'once':>7}{'positions':>11}{'head':>6}{'ref':>6}{'MiB':>8}{'loss_err':>10}"
+COLUMNS = (
+    Column("s p50", "s_p50", 8, "{:.3g}".format),
+    Column("p20", "s_p20", 8, "{:.3g}".format),
+    Column("p80", "s_p80", 8, "{:.3g}".format),
+    Column("pairs/s", "pairs_per_s", 9, "{:.2f}".format),
+    Column("tokens/s", "tokens_per_s", 10, "{:,.0f}".format),
+    Column("x trl", "x_of_trl", 7, "{:.2f}".format),
+    Column("x pre", "x_of_trl_precomputed", 7, "{:.2f}".format),
+    Column("mfu", "mfu", 7, "{:.1%}".format),
+    Column("once", "mfu_once", 7, "{:.1%}".format),
+    Column("positions", "computed_tokens", 11, "{:,.0f}".format),
+    Column("head", "head_share", 6, "{:.0%}".format),
+    Column("ref", "reference_share", 6, "{:.0%}".format),
+    Column("MiB", "peak_mib", 8, "{:,.0f}".format),
+    Column("loss_err", "loss_err", 10, "{:.1e}".format),
 )
+HEADER = f"{'contender':<38}{header(COLUMNS)}"
 
 
 def contenders(rows: list[dict]) -> str:
@@ -16,20 +30,7 @@ def contenders(rows: list[dict]) -> str:
 
 def _line(row: dict) -> str:
     start = f"{row['impl']:<38}"
-    if row["note"]:
-        return f"{start}  {row['note']}"
-    cells = [
-        *(_cell(row[name], 8, ".3g") for name in ("s_p50", "s_p20", "s_p80")),
-        _cell(row["pairs_per_s"], 9, ".2f"),
-        _cell(row["tokens_per_s"], 10, ",.0f"),
-        *(_cell(row[name], 7, ".2f") for name in ("x_of_trl", "x_of_trl_precomputed")),
-        *(_cell(row[name], 7, ".1%") for name in ("mfu", "mfu_once")),
-        _cell(row["computed_tokens"], 11, ",.0f"),
-        *(_cell(row[name], 6, ".0%") for name in ("head_share", "reference_share")),
-        _cell(row["peak_mib"], 8, ",.0f"),
-        _cell(row["loss_err"], 10, ".1e"),
-    ]
-    return start + "".join(cells)
+    return f"{start}  {row['note']}" if row["note"] else start + line(COLUMNS, row)
 
 
 def checked(rows: list[dict]) -> str:
@@ -52,7 +53,3 @@ def shares(rows: list[dict]) -> str:
         lines += [f"{i.name:<48}{i.factor:>8.2f}{i.seconds:>9.3g}" for i in found]
         lines.append(f"{'all together':<48}{found[0].seconds / found[-1].seconds:>8.2f}")
     return "\n".join(lines)
-
-
-def _cell(value, width: int, form: str) -> str:
-    return " " * width if value == "" else f"{value:>{width}{form}}"

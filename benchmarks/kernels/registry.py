@@ -3,7 +3,7 @@ operation's file here has the name of its file in dpo_fast/ops and kernels/ops."
 
 from __future__ import annotations
 
-from benchmarks import linear_logp, logits_logp, preference
+from benchmarks.kernels import linear_logp, logits_logp, preference
 
 MODULES = (linear_logp, logits_logp, preference)
 OPERATIONS = {module.OPERATION.name: module.OPERATION for module in MODULES}

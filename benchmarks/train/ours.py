@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from unittest import mock
 
-from benchmarks.train_case import Contender, Task
+from benchmarks.train.case import Contender, Task
 
 
 def watch(task: Task) -> None:

@@ -7,12 +7,12 @@ import functools
 import torch
 from torch import Tensor
 
-from benchmarks.case import Case, Contender, Operation, Outputs
-from benchmarks.head import compiled, why_not_compile
-from benchmarks.inputs import LogitsInputs, logits_inputs
-from benchmarks.linear_logp import why_not
-from benchmarks.peers import TRL
-from benchmarks.truth import LogitsTruth
+from benchmarks.kernels.case import Case, Contender, Operation, Outputs
+from benchmarks.kernels.head import compiled, why_not_compile
+from benchmarks.kernels.inputs import LogitsInputs, logits_inputs
+from benchmarks.kernels.linear_logp import why_not
+from benchmarks.kernels.truth import LogitsTruth
+from benchmarks.packages import TRL
 from dpo_fast import logits_logp
 from dpo_fast.ops.implementation import IMPLEMENTATIONS
 

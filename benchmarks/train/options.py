@@ -1,19 +1,18 @@
-"""The options of `bench train`. One that cannot be honoured is an error that names it, its value and the
-remedy; nothing is ignored."""
+"""The options of `bench train`, checked."""
 
 from __future__ import annotations
 
 import argparse
-import fnmatch
-import importlib.util
+import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from benchmarks.options import Parser, choose_device, patterns, whole
-from benchmarks.train_case import CONTENDERS, Contender
-from benchmarks.train_model import MODELS
+from benchmarks.options import Parser, choose_device, positive, whole
+from benchmarks.output import Output
+from benchmarks.selection import Selection
+from benchmarks.train.case import CONTENDERS, Contender
+from benchmarks.train.model import MODELS
 from dpo_fast.errors import UserError
 
 USAGE = """whole training steps, ours and TRL's, of one model on the same pairs in one run
@@ -49,8 +48,7 @@ class Options:
     prompt_ratio: float | None
     side_by_side: bool
     memory: bool
-    csv: Path | None
-    plots: Path | None
+    output: Output
 
     @property
     def blocks(self) -> list[list[Contender]]:
@@ -61,9 +59,7 @@ class Options:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = Parser(
-        "bench train", description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = Parser("bench train", USAGE)
     add = made.add_argument
     add("--data", metavar="NAME", help="pairs, as data.train takes them (default: drawn at random)")
     add("--prompt-ratio", metavar="R", help="drawn pairs: prompts R times as long as the answers")
@@ -74,17 +70,15 @@ def parser() -> argparse.ArgumentParser:
     add("--micro-pairs", metavar="N", help="the same of our other layouts (default: --trl-batch)")
     add("--rounds", metavar="N", help=f"timed steps of each contender (default {USUAL['rounds']})")
     add("--max-length", metavar="N", help="longer pairs are left out for everybody (default 1024)")
-    add("--only", metavar="NAME", action="append", help="these contenders; * matches any text")
-    add("--skip", metavar="NAME", action="append", help="without these contenders")
+    made.add_common("--only", "--skip")
     add("--order", metavar="ORDER", help="side-by-side: step by step in turn (default on a CPU); "
         "one-by-one: for models that do not fit beside each other (default on a GPU)")  # fmt: skip
-    add("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is one)")
+    made.add_common("--device")
     add("--dtype", metavar="NAME", help="fp32 or bf16 (default: fp32 on a CPU, bf16 on a GPU)")
     add("--zero-stage", metavar="N", help="of our engine, 0 to 3 (default: 0 in fp32, 1 in bf16)")
     add("--quick", action="store_true", help="a tiny model and two rounds: does everything run?")
     add("--csv", metavar="FILE", help="write the rows here")
-    add("--plots", metavar="FOLDER", help="draw the rows here; without --csv keep them here too")
-    add("--no-memory", action="store_true", help="leave out the peak memory")
+    made.add_common("--plots", "--no-memory")
     return made
 
 
@@ -98,8 +92,7 @@ def parse(arguments: list[str]) -> Options:
     dtype = _choice("--dtype", given.dtype, ("fp32", "bf16"), "fp32" if device == "cpu" else "bf16")
     sizes = {name: whole(f"--{name.replace('_', '-')}", text) for name, text in _sizes(given)}
     usual_order = ORDERS[0] if device == "cpu" else ORDERS[1]
-    if given.plots and importlib.util.find_spec("matplotlib") is None:
-        raise UserError(f"--plots {given.plots} needs matplotlib: pip install matplotlib")
+    output = Output.of(given, "train")
     options = Options(
         contenders=_contenders(given),
         data=given.data,
@@ -111,8 +104,7 @@ def parse(arguments: list[str]) -> Options:
         prompt_ratio=_ratio(given),
         side_by_side=_choice("--order", given.order, ORDERS, usual_order) == ORDERS[0],
         memory=not given.no_memory,
-        csv=_csv(given),
-        plots=Path(given.plots) if given.plots else None,
+        output=output,
         **sizes,
     )
     for name in ("trl_batch", "micro_pairs"):
@@ -154,13 +146,7 @@ def _ratio(given) -> float | None:
             f"--prompt-ratio {given.prompt_ratio} is about drawn pairs: leave out it or "
             f"--data {given.data}"
         )
-    try:
-        ratio = float(given.prompt_ratio)
-    except ValueError:
-        ratio = 0.0
-    if not 0 < ratio < float("inf"):
-        raise UserError(f"--prompt-ratio {given.prompt_ratio}: expected a number greater than 0")
-    return ratio
+    return positive("--prompt-ratio", given.prompt_ratio, below=math.inf)
 
 
 def _divides(option: str, value: int, total: int) -> None:
@@ -172,16 +158,11 @@ def _divides(option: str, value: int, total: int) -> None:
 
 
 def _contenders(given) -> tuple[Contender, ...]:
-    known = tuple(CONTENDERS)
-    only, skip = (patterns(f"--{n}", getattr(given, n), known) for n in ("only", "skip"))
-    names = [n for n in known if not only or any(fnmatch.fnmatchcase(n, p) for p in only)]
-    names = [n for n in names if not any(fnmatch.fnmatchcase(n, p) for p in skip)]
-    if not names:
-        raise UserError(
-            f"--only {' '.join(only) or '*'} --skip {' '.join(skip) or 'nothing'} leave no "
-            "contender: choose others"
-        )
-    return tuple(CONTENDERS[name] for name in names)
+    selection = Selection.of(given, tuple(CONTENDERS))
+    chosen = tuple(c for name, c in CONTENDERS.items() if selection.chosen(name))
+    if not chosen:
+        raise selection.nobody()
+    return chosen
 
 
 def _choice(option: str, text: str | None, known: tuple[str, ...], usual: str) -> str:
@@ -190,10 +171,3 @@ def _choice(option: str, text: str | None, known: tuple[str, ...], usual: str) -
     if text not in known:
         raise UserError(f"{option} {text}: choose from {', '.join(known)}")
     return text
-
-
-def _csv(given) -> Path | None:
-    """Plots are drawn from a file and from nothing else, so there is one."""
-    if given.csv:
-        return Path(given.csv)
-    return Path(given.plots) / "train.csv" if given.plots else None

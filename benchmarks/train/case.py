@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.train_spans import Spans
-from benchmarks.train_work import Work
+from benchmarks.train.spans import Spans
+from benchmarks.train.work import Work
 
 LAYOUTS = ("padded", "packed", "shared_prefix")
 WARM_UP = (

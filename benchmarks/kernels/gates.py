@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.case import Contender, Outputs
+from benchmarks.kernels.case import Contender, Outputs
 
 SEQUENCE = 2048  # tokens, the length of the target's statement about sums
 

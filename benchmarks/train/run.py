@@ -1,26 +1,22 @@
-"""Whole training steps, ours and TRL's, in one run.
-
-    python -m benchmarks.train_run [--help]      or      dpo-fast bench train [--help]
-
-Exit codes: 0 done; 1 something is wrong, and has no time; 2 an option that cannot be honoured.
-"""
+"""The run of `bench train`: pairs, model, everybody's steps, and the tables of them."""
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from benchmarks import train_options as command
-from benchmarks import train_rows, train_table
-from benchmarks.train_case import WARM_UP, Task, lengths_of
-from benchmarks.train_data import Pairs, draw_pairs, read_pairs
-from benchmarks.train_measure import Plan, Result, measure, why_not
-from benchmarks.train_model import LEARNING_RATE, MODELS, Sizes, write_model
-from benchmarks.train_options import Options
-from benchmarks.train_spans import Spans
-from benchmarks.train_work import matmul_flops, work_of
+from benchmarks import report
+from benchmarks.train import options as command
+from benchmarks.train import plot, table
+from benchmarks.train.case import WARM_UP, Task, lengths_of
+from benchmarks.train.data import Pairs, draw_pairs, read_pairs
+from benchmarks.train.measure import Plan, measure, why_not
+from benchmarks.train.model import LEARNING_RATE, MODELS, Sizes, write_model
+from benchmarks.train.options import Options
+from benchmarks.train.rows import COLUMNS, rows_of
+from benchmarks.train.spans import Spans
+from benchmarks.train.work import matmul_flops, work_of
 from dpo_fast.errors import UserError
 
 
@@ -33,7 +29,7 @@ def run(options: Options) -> int:
         raise UserError("bench train measures one process: run it without a launcher")
     quiet()  # before DeepSpeed and TRL are imported
     distributed.init_distributed()
-    start, progress = time.monotonic(), _Progress()
+    start, progress = time.monotonic(), report.Progress()
     try:
         with tempfile.TemporaryDirectory(prefix="dpo-fast-bench-") as folder:
             pairs = _pairs(options)
@@ -43,11 +39,11 @@ def run(options: Options) -> int:
             matmul = matmul_flops(options.device, options.dtype)
             results = measure(task, plan)
             matmul = max(matmul, matmul_flops(options.device, options.dtype))
-        rows = train_rows.table(results, task, options.model, pairs.told, sizes, matmul)
+        rows = rows_of(results, task, options.model, pairs.told, sizes, matmul)
     finally:
         distributed.leave_distributed()
     _tell(rows, options, time.monotonic() - start)
-    return _failures(results)
+    return report.tell_failures([f"{r.contender.name}: {r.note}" for r in results if r.failed])
 
 
 def _pairs(options: Options) -> Pairs:
@@ -90,59 +86,25 @@ def _task(options: Options, pairs: Pairs, folder: Path) -> tuple[Task, Sizes]:
 
 def _plan(options: Options, task: Task, progress) -> Plan:
     """Blocks without those who cannot take part; they are named."""
-    missing: dict[str, list[str]] = {}
-    for contender in options.contenders:
-        if reason := why_not(contender, task):
-            missing.setdefault(reason, []).append(contender.name)
-    for reason, names in missing.items():
-        print(f"missing: {'; '.join(names)}: {reason}", flush=True)
-    blocks = [[c for c in block if why_not(c, task) is None] for block in options.blocks]
+    reasons = {contender.name: why_not(contender, task) for contender in options.contenders}
+    missing = {name: reason for name, reason in reasons.items() if reason}
+    report.tell_missing(missing.items())
+    blocks = [[c for c in block if c.name not in missing] for block in options.blocks]
     blocks = [block for block in blocks if block]
     if not blocks:
-        raise UserError(f"no contender that was chosen can run here. {'; '.join(missing)}")
+        told = "; ".join(dict.fromkeys(missing.values()))
+        raise UserError(f"no contender that was chosen can run here. {told}")
     return Plan(blocks, options.memory, progress)
 
 
 def _tell(rows: list[dict], options: Options, seconds: float) -> None:
-    print(f"\n{train_table.contenders(rows)}\n\n{train_table.checked(rows)}")
-    print(train_table.shares(rows))
+    print(f"\n{table.contenders(rows)}\n\n{table.checked(rows)}")
+    print(table.shares(rows))
     print(f"\nbare product {rows[0]['matmul_tflops']:.3g} TFLOP/s; {seconds / 60:.1f} minutes")
-    if options.csv:
-        train_rows.write(options.csv, rows)
-        print(f"rows: {options.csv}")
-    if options.plots:
-        from benchmarks.train_plot import draw
-
-        for path in draw(options.csv, options.plots):
-            print(f"plot: {path}")
+    if options.output.csv:
+        COLUMNS.write(options.output.csv, rows)
+    options.output.tell(plot.draw)
 
 
-def _failures(results: list[Result]) -> int:
-    failed = [result for result in results if result.failed]
-    for result in failed:
-        print(f"FAILED: {result.contender.name}: {result.note}", file=sys.stderr)
-    return 1 if failed else 0
-
-
-class _Progress:
-    """A line per contender built and per round, with the seconds since the start."""
-
-    def __init__(self) -> None:
-        self.start = time.monotonic()
-
-    def __call__(self, line: str) -> None:
-        seconds = time.monotonic() - self.start
-        print(f"  {seconds:4.0f} s  {line}", file=sys.stderr, flush=True)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Raises UserError for what a user can mend; `python -m` tells it in one paragraph."""
-    return run(command.parse(sys.argv[1:] if arguments is None else arguments))
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"bench train: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+def main(arguments: list[str]) -> int:
+    return run(command.parse(arguments))
