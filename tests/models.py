@@ -1,4 +1,4 @@
-"""Tiny models and pairs for tests, made on the spot."""
+"""Tiny models and data for tests, made on the spot."""
 
 import json
 import random
@@ -63,6 +63,29 @@ def write_completions(file: Path, count: int = 24, seed: int = 0) -> Path:
             right = f"{max(a, b)}" + " because it is larger" * draw.randint(0, 2)
             wrong = f"{min(a, b)}" + "!" * draw.randint(0, 9)
             row = {"prompt": f"{a} or {b}? ", "completion": right if good else wrong, "label": good}
+            stream.write(json.dumps(row) + "\n")
+    return file
+
+
+def write_groups(file: Path, count: int = 24, seed: int = 0) -> Path:
+    """Groups of 3 and 4 answers of very unequal lengths; some scores tie, the last group's all do."""
+    draw = random.Random(seed)
+    with file.open("w") as stream:
+        for index in range(count):
+            a, b = draw.sample(range(1000), 2)
+            completions = [
+                f"{max(a, b)}" + " because it is larger" * draw.randint(0, 2),
+                f"{max(a, b)}?" + "?" * draw.randint(0, 3),
+                f"{min(a, b)}" + "!" * draw.randint(0, 9),
+                "no idea",
+            ][: 3 + index % 2]
+            scores = [1.0, draw.choice([0.5, 1.0]), draw.choice([-1.0, 0.5]), -1.0]
+            row = {
+                "prompt": f"{index}: {a} or {b}? ",
+                "completions": completions,
+                "scores": [0.5] * 4 if index == count - 1 else scores,
+            }
+            row["scores"] = row["scores"][: len(completions)]
             stream.write(json.dumps(row) + "\n")
     return file
 

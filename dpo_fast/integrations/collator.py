@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from dpo_fast.data.kinds import PAIRS
 from dpo_fast.data.layouts import collate
-from dpo_fast.references.live import ColumnReference
 
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
-NUMBERS = (*ColumnReference.names, "weight", "margin", "soft_label")
+NUMBERS = (*PAIRS.reference_columns, "weight", "margin", "soft_label")
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpo_fast.data.batch import ScoredBatch
+from dpo_fast.data.kinds import PAIRS
 from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.errors import UnavailableError, UserError
 from dpo_fast.integrations.collator import IDS, NUMBERS, PreferenceCollator
 from dpo_fast.integrations.forward import add_forward, fuse_head
 from dpo_fast.losses import Objective, Totals
-from dpo_fast.losses.sums import needs_reference_tokens
 from dpo_fast.models.architecture import architecture_of, choose_attention, choose_layout
 from dpo_fast.models.scoring import scoring_forward
 from dpo_fast.models.separation import check_separation
@@ -103,7 +103,7 @@ class PreferenceTrainer(transformers.Trainer):
             else:
                 placed = self.accelerator.prepare_model(model, evaluation_mode=True)
             return FrozenReference(functools.partial(placed, scored=True))
-        if ColumnReference.names[0] in columns:
+        if PAIRS.reference_columns[0] in columns:
             return ColumnReference()
         if self.loss_pass.objective.needs_reference:
             scorer = functools.partial(self.model, scored=True)
@@ -188,7 +188,7 @@ def _columns(row: Mapping, objective: Objective) -> list[str]:
     present = [name for name in NUMBERS if row.get(name) is not None]
     used = {column for spec in objective.specs for column in spec.columns}
     needed = {column for spec in objective.specs for column in spec.needs_columns}
-    idle = [name for name in present if name not in used and name not in ColumnReference.names]
+    idle = [name for name in present if name not in used and name not in PAIRS.reference_columns]
     if idle:
         raise UserError(
             f"the data have the columns {', '.join(idle)}, which losses {objective.names} do not use; "
@@ -201,8 +201,8 @@ def _columns(row: Mapping, objective: Objective) -> list[str]:
 
 def _check_reference(model, objective: Objective, reference, columns: list[str]) -> None:
     """One reference, if the losses want any. Raises UserError."""
-    stored = [name for name in ColumnReference.names if name in columns]
-    both = " and ".join(ColumnReference.names)
+    stored = [name for name in PAIRS.reference_columns if name in columns]
+    both = " and ".join(PAIRS.reference_columns)
     if len(stored) == 1:
         raise UserError(f"the data have the column {stored[0]} alone; give {both}")
     if stored and reference is not None:
@@ -216,7 +216,7 @@ def _check_reference(model, objective: Objective, reference, columns: list[str])
             f"losses {objective.names} compare with a reference: pass reference=model, or data with the "
             f"columns {both}"
         )
-    if stored and needs_reference_tokens(objective.options):
+    if stored and objective.needs_reference_tokens:
         raise UserError(
             "ld_alpha and token_clamp want the reference's tokens, and the data have sums: pass "
             "reference=model, or set ld_reference=False"
@@ -245,6 +245,11 @@ def _check_arguments(args, objective: Objective, layout: str, others: dict) -> N
         raise UnavailableError(
             f"transformers {transformers.__version__} divides every loss by the accumulation steps: "
             "pip install 'transformers>=5.19'"
+        )
+    if objective.grouped:
+        raise UserError(
+            f"losses {objective.names} go by groups of scored completions; this trainer takes pairs: use "
+            "dpo-fast train"
         )
     whole = [spec.name for spec in objective.specs if spec.coupled or spec.statistics]
     if whole:

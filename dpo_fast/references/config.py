@@ -16,8 +16,8 @@ class ReferenceSection(BaseModel):
         "cached",
         description="cached: computed once before training and stored; frozen: a second model beside "
         "the policy; ema: one that follows it (TR-DPO); adapter_off: the policy with its adapters off; "
-        "columns: reference_chosen_logps and reference_rejected_logps of the data; none. With a loss that "
-        "estimates kl the default is frozen, with LoRA adapter_off",
+        "columns: reference_chosen_logps and reference_rejected_logps, or reference_completion_logps, of "
+        "the data; none. With a loss that estimates kl the default is frozen, with LoRA adapter_off",
     )
     path: str | None = Field(
         None, description="reference model (cached, frozen, ema); default: the policy as it starts"
@@ -37,6 +37,11 @@ class ReferenceSection(BaseModel):
         "between uses, at ZeRO stage 3; default: as parallel.offload_parameters",
     )
 
+    old_path: str | None = Field(
+        None,
+        description="model that wrote the completions of groups (grpo, dapo); default: the policy as it "
+        "starts. Its log-probs are stored once, in output_dir/reference",
+    )
     mixup_alpha: float = Field(
         0.6, gt=0, le=1, description="share of the policy in the new reference (ema); 1 copies it"
     )

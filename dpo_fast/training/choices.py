@@ -30,8 +30,8 @@ class Choices:
         return config.model_copy(update={"train": train})
 
 
-def choose(config: RunConfig) -> Choices:
-    """Decide from configuration files alone; no weight is read.
+def choose(config: RunConfig, option: str = "reference.path") -> Choices:
+    """Decide from configuration files alone; no weight is read. option: which names the reference.
 
     Raises:
         UserError: an option that cannot be honoured for the policy or the reference, with the remedy.
@@ -40,7 +40,7 @@ def choose(config: RunConfig) -> Choices:
     reference = policy
     if config.reference.path is not None:
         section = config.model.model_copy(update={"path": config.reference.path})
-        reference = read_architecture(section, "reference.path")
+        reference = read_architecture(section, option)
     # Both score the same batches, so the layout is one that both allow.
     layouts = [choose_layout(config.train.layout, each) for each in (policy, reference)]
     layout = next((choice for choice in layouts if choice.name == "padded"), layouts[0])

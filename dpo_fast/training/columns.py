@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dpo_fast.data.kinds import KINDS, Kind
 from dpo_fast.errors import UserError
-from dpo_fast.references.live import ColumnReference
 from dpo_fast.training.config import RunConfig
 
+REFERENCES = {name for kind in KINDS for name in kind.reference_columns}
 
-def used_columns(config: RunConfig, present: list[str]) -> tuple[str, ...]:
+
+def used_columns(config: RunConfig, present: list[str], kind: Kind) -> tuple[str, ...]:
     """Names of the columns that go into batches: all that are there, if the run uses all.
 
     Raises:
@@ -21,14 +23,14 @@ def used_columns(config: RunConfig, present: list[str]) -> tuple[str, ...]:
     if config.loss.objective.coupled:  # its rows meet; none has a loss of its own
         used = set()
     if config.reference_provider == "columns":
-        used |= set(ColumnReference.names)
-        needed |= set(ColumnReference.names)
+        used |= set(kind.reference_columns)
+        needed |= set(kind.reference_columns)
     idle = [column for column in present if column not in used]
-    if any(column in ColumnReference.names for column in idle):
+    if stored := [column for column in idle if column in REFERENCES]:
         raise UserError(
-            "the data has the columns reference_chosen_logps and reference_rejected_logps, and "
-            f"reference.provider={config.reference_provider} takes them from elsewhere: set "
-            "reference.provider=columns, or leave them out with data.columns"
+            f"the data has the columns {' and '.join(stored)}, and reference.provider="
+            f"{config.reference_provider} takes them from elsewhere: set reference.provider=columns, or "
+            "leave them out with data.columns"
         )
     if idle:
         raise UserError(

@@ -15,7 +15,6 @@ from pydantic import (
 
 from dpo_fast.data.config import DataConfig
 from dpo_fast.errors import UserError
-from dpo_fast.losses.sums import needs_reference_tokens
 from dpo_fast.models.config import ModelSection
 from dpo_fast.references.config import ReferenceSection
 from dpo_fast.training.sections import (
@@ -94,13 +93,18 @@ class RunConfig(BaseModel):
                 "reference.provider=ema mixes the weights of two models, and adapters (model.lora) are "
                 "no weights of the reference; choose adapter_off or frozen"
             )
-        tokens = needs_reference_tokens(self.loss.objective.options)
-        lacking = (provider == "cached" and not self.reference.per_token) or provider == "columns"
-        if tokens and lacking and self.loss.objective.needs_reference:
+        if self.reference.old_path is not None and not self.loss.objective.needs_old_tokens:
+            names = ", ".join(self.loss.names)
             raise ValueError(
-                "loss.token_clamp and loss.ld_alpha compare with the reference token by token: set "
-                "reference.per_token=true with provider=cached, or provider=frozen; or "
-                "loss.ld_reference=false to leave the reference's sums as they are"
+                f"reference.old_path={self.reference.old_path} is not used by loss.type={names}, which "
+                "does not ask what wrote the completions; leave it out"
+            )
+        lacking = (provider == "cached" and not self.reference.per_token) or provider == "columns"
+        if lacking and self.loss.objective.needs_reference_tokens:
+            raise ValueError(
+                "loss.token_clamp, loss.ld_alpha and loss.grpo_beta compare with the reference token by "
+                "token: set reference.per_token=true with provider=cached, or provider=frozen; or, for "
+                "ld_alpha, loss.ld_reference=false to leave the reference's sums as they are"
             )
 
     def _check_kl(self) -> None:
@@ -131,6 +135,17 @@ class RunConfig(BaseModel):
                 "data.streaming=true, but reference.provider=cached is computed over all of the data "
                 "before training; choose frozen, or adapter_off with LoRA, or none for a loss without "
                 "a reference"
+            )
+        if self.loss.objective.needs_old_tokens:
+            raise ValueError(
+                f"data.streaming=true, but loss.type={', '.join(self.loss.names)} needs the log-probs that "
+                "the completions were written with, which are computed over all of the data before "
+                "training; set data.streaming=false"
+            )
+        if self.loss.objective.grouped and train.tokens_per_batch is not None:
+            raise ValueError(
+                f"train.tokens_per_batch={train.tokens_per_batch} may not hold every row of a stream of "
+                "groups, which have any number of completions: set train.micro_pairs instead"
             )
         if data.stream_buffer < train.global_pairs:
             raise ValueError(
@@ -164,10 +179,9 @@ class RunConfig(BaseModel):
     @property
     def has_second_model(self) -> bool:
         """Whether a reference model is loaded beside the policy, if only to fill the cache."""
-        provider = self.reference_provider
-        return provider in ("frozen", "ema") or (
-            provider == "cached" and self.reference.path is not None
-        )
+        provider, section = self.reference_provider, self.reference
+        to_store = section.old_path or (provider == "cached" and section.path)
+        return provider in ("frozen", "ema") or bool(to_store)
 
     @property
     def reference_model(self) -> ModelSection:

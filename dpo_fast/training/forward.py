@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dpo_fast.data.batch import ScoredBatch
-from dpo_fast.losses import Objective, Preference, Totals, preference
-from dpo_fast.losses.sums import needs_reference_tokens
+from dpo_fast.losses import Objective, Preference, ScoredGroups, Totals, preference
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.ops.preference import sum_sequences
+from dpo_fast.references import CachedReference
 
 EXTRAS = ("entropy", "mean_logit", "is_top1")  # what the metrics show of tokens
 
@@ -19,11 +19,13 @@ EXTRAS = ("entropy", "mean_logit", "is_top1")  # what the metrics show of tokens
 @dataclass(frozen=True)
 class LossPass:
     """How the loss of a batch comes about. extras: of the head, for metrics; those that the objective
-    needs are added. implementation: of `preference`."""
+    needs are added. implementation: of `preference`. old: a reference that holds the log-probs that
+    completions were written with, where the objective needs those."""
 
     objective: Objective = Objective()
     extras: tuple[str, ...] = ()
     implementation: str = "auto"
+    old: CachedReference | None = None
 
     def scores(self, engine, batch: ScoredBatch) -> dict[str, Tensor]:
         """The policy's log-probabilities and extras of every scored token, fp32 [T] each."""
@@ -31,19 +33,26 @@ class LossPass:
         return engine(**forward_arguments(batch), extras=(*self.extras, *own))
 
     def reference(self, reference, batch: ScoredBatch) -> dict[str, Tensor | None]:
-        """The reference's, as arguments of `preference`: sums, and tokens where the options want them."""
-        if not (self.objective.needs_reference and needs_reference_tokens(self.objective.options)):
-            return {"reference_S": reference(batch)}
-        return of_tokens(reference.token_logps(batch), batch)
+        """What the policy is compared with, for `loss`: the reference's sums, and its tokens where the
+        losses want them; `old_T` where they want what the completions were written with."""
+        old = {"old_T": self.old.token_logps(batch)} if self.objective.needs_old_tokens else {}
+        if not self.objective.needs_reference_tokens:
+            return {"reference_S": reference(batch)} | old
+        return of_tokens(reference.token_logps(batch), batch) | old
 
     def loss(
-        self, scores: Mapping[str, Tensor], reference: dict, batch: ScoredBatch, totals: Totals,
+        self, scores: Mapping[str, Tensor], compared: dict, batch: ScoredBatch, totals: Totals,
         statistics: Mapping[str, Tensor] | None = None,
     ) -> Preference:  # fmt: skip
         """Loss, log-probabilities and rewards of the batch."""
         used = {column for spec in self.objective.specs for column in spec.columns}
+        reference, groups = dict(compared), None
+        old_T = reference.pop("old_T", None)
+        if batch.scores_S is not None:
+            groups = ScoredGroups(batch.scores_S, batch.counts_P, old_T)
         return preference(
             scores["logp"], batch.lengths_S, objective=self.objective, totals=totals, **reference,
+            groups=groups,
             log_sum_p2_T=scores.get("log_sum_p2"), statistics=statistics, good_S=batch.good_S,
             columns={name: value for name, value in batch.columns.items() if name in used},
             implementation=self.implementation,

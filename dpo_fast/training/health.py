@@ -28,7 +28,7 @@ def check_start(
     batch = batch.to(engine.device)
     compared = loss_pass.reference(reference, batch)
     scores = loss_pass.scores(engine, batch)
-    own = of_tokens(scores["logp"], batch)
+    own = compared | of_tokens(scores["logp"], batch)
     losses = [loss_pass.loss(scores, each, batch, totals).loss for each in (compared, own)]
     values = torch.stack(losses).double()
     if distributed.world_size() > 1:

@@ -81,8 +81,8 @@ def start(run: Run, log: RunLog) -> int:
             for row in split.sampler.micro_batches(index, rank)[0]
         ]
         loss, expected = check_start(
-            run.engine, next(split.batches(index)), run.loss_pass, run.references["train"],
-            split.totals(rows), run.config.model.dtype,
+            run.engine, next(split.batches(index)), *run.models("train"), split.totals(rows),
+            run.config.model.dtype,
         )  # fmt: skip
         say(f"step 0: loss {loss:.7f}, expected {expected:.7f} where policy = reference")
     if run.eval:
@@ -130,7 +130,7 @@ def evaluate_run(run: Run) -> dict[str, float]:
     split = run.eval
     sampler: Sampler = split.sampler
     rows = list(range(len(split.pairs)))
-    models = (run.loss_pass, run.references["eval"])
+    models = run.models("eval")
     statistics = run.statistics.estimate(run.engine, split.mismatched(rows), *models)
     return evaluate(
         run.engine, track(split.all_batches(), "evaluating", sampler.steps_per_epoch),

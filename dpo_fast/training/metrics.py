@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.losses import Preference
+from dpo_fast.losses.groups import extremes, order_kept, score_spread
 from dpo_fast.ops.preference import sum_sequences
 
 PAIR_METRICS = (
@@ -25,7 +26,8 @@ class MetricSums:
     A tie of rewards counts as half in `rewards/accuracies`: where policy and reference are equal the
     accuracy is 0.5, not 0. `loss` is the mean over steps of the global loss. Of completions that are good
     or bad by themselves, the good ones are `chosen` and the bad ones `rejected`, `rewards/margins` is the
-    difference of their means, and there are no accuracies.
+    difference of their means, and there are no accuracies. Of groups the completions with the highest score
+    are `chosen` and those with the lowest `rejected`, and accuracies are of any two of unequal scores.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -43,19 +45,22 @@ class MetricSums:
     def add(self, result: Preference, scores: dict[str, Tensor], batch: ScoredBatch) -> None:
         """Add a micro-batch."""
         self._add("loss", result.loss, 0)  # shares add up; `step` counts
-        if batch.good_S is None:
+        sides = self._sides(batch)
+        if batch.good_S is None and batch.scores_S is None:
             self._add_pairs(result)
-            good_S = torch.arange(len(batch.lengths_S), device=batch.lengths_S.device) % 2 == 0
         else:
-            good_S = batch.good_S
-            self._add_sides("rewards", result.rewards_S, good_S)
-            self._add_sides("logps", result.logps_S, good_S)
+            self._add_sides("rewards", result.rewards_S, sides)
+            self._add_sides("logps", result.logps_S, sides)
+        if batch.scores_S is not None:
+            self._add_groups(result.rewards_S, batch)
+        for name, values in result.watched.items():
+            self._add(name, values)
         for extra, name in TOKEN_METRICS.items():
             if extra in scores:
                 self._add(name, scores[extra])
         if "mean_logit" in scores:
             sums_S = sum_sequences(scores["mean_logit"], batch.lengths_S)
-            self._add_sides("logits", sums_S, good_S, batch.lengths_S)
+            self._add_sides("logits", sums_S, sides, batch.lengths_S)
         size = batch.input_ids.numel()
         self._count("perf/padding_fraction", batch.padding, size)
         # Prompts that are shared, and the last tokens of sequences, which predict nothing.
@@ -71,11 +76,30 @@ class MetricSums:
         for name, value in zip(PAIR_METRICS, values):
             self._add(name, value)
 
+    def _add_groups(self, rewards_S: Tensor, batch: ScoredBatch) -> None:
+        """Which of two the policy prefers, and the scores under TRL's names."""
+        self._add("rewards/accuracies", *order_kept(rewards_S, batch.scores_S, batch.counts_P))
+        spread_P = score_spread(batch.scores_S, batch.counts_P)
+        self._add("reward", batch.scores_S)
+        self._add("reward_std", spread_P)
+        self._add("frac_reward_zero_std", (spread_P == 0).double())
+
+    @staticmethod
+    def _sides(batch: ScoredBatch) -> tuple[Tensor, Tensor]:
+        """Which sequences are `chosen` and which `rejected`, bool [S] each."""
+        if batch.scores_S is not None:
+            return extremes(batch.scores_S, batch.counts_P)
+        good_S = batch.good_S
+        if good_S is None:
+            good_S = torch.arange(len(batch.lengths_S), device=batch.lengths_S.device) % 2 == 0
+        return good_S, ~good_S
+
     def _add_sides(
-        self, name: str, values_S: Tensor, good_S: Tensor, count_S: Tensor | None = None
-    ) -> None:
+        self, name: str, values_S: Tensor, sides: tuple[Tensor, Tensor],
+        count_S: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Good sequences and bad ones under names of their own; by default each counts once."""
-        for side, mine_S in (("chosen", good_S), ("rejected", ~good_S)):
+        for side, mine_S in zip(("chosen", "rejected"), sides):
             count = mine_S.sum() if count_S is None else torch.where(mine_S, count_S, 0).sum()
             self._add(f"{name}/{side}", torch.where(mine_S, values_S, 0), count)
 

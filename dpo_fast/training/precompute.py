@@ -12,6 +12,7 @@ from dpo_fast.training.prepare import check, check_positions, check_vocabulary
 from dpo_fast.training.references import (
     StoredReference,
     load_reference_engine,
+    old_config,
     store_references,
 )
 from dpo_fast.training.split import load_split
@@ -28,32 +29,46 @@ def precompute(config: RunConfig) -> list[StoredReference]:
     config = without_training(config)
     check(config)
     distributed.init_distributed(config.parallel.timeout_minutes)
-    choices = choose(config)
-    config = choices.applied(config)
+    config = choose(config).applied(config)
     tokenizer = load_tokenizer(config.model)
     names = ("train", "eval") if config.data.has_eval else ("train",)
     splits = [load_split(config, tokenizer, name, shuffle=False) for name in names]
+    return [
+        each
+        for wanted in stored_configs(config)
+        for each in store_references(
+            wanted, lambda wanted=wanted: make_scorer(wanted, tokenizer, splits),
+            distributed.device(), splits,
+        )
+    ]  # fmt: skip
 
-    def make_scorer():
-        ds_config = deepspeed_config(config, distributed.world_size(), accumulation=1)
-        head = {
-            "implementation": config.train.implementation,
-            "workspace_bytes": config.train.workspace_bytes,
-        }
-        attention = choices.reference_attention.name
-        scorer = load_reference_engine(config, attention, head, ds_config, distributed.device())
-        model = getattr(scorer, "module", scorer)
-        check_vocabulary(model, tokenizer)
-        check_positions(model, splits)
-        return scorer
 
-    return store_references(config, make_scorer, distributed.device(), splits)
+def stored_configs(config: RunConfig) -> list[RunConfig]:
+    """A configuration for each stored reference of a run: its own, and what wrote its completions."""
+    old = old_config(config)
+    own = [config] if config.reference_provider == "cached" else []
+    return own + ([old] if old is not None and old != config else [])
+
+
+def make_scorer(config: RunConfig, tokenizer, splits: list):
+    """The reference model of a configuration, ready to score these splits."""
+    head = {
+        "implementation": config.train.implementation,
+        "workspace_bytes": config.train.workspace_bytes,
+    }
+    ds_config = deepspeed_config(config, distributed.world_size(), accumulation=1)
+    attention = choose(config).reference_attention.name
+    scorer = load_reference_engine(config, attention, head, ds_config, distributed.device())
+    model = getattr(scorer, "module", scorer)
+    check_vocabulary(model, tokenizer)
+    check_positions(model, splits)
+    return scorer
 
 
 def check_provider(config: RunConfig) -> None:
-    """Raises UserError unless the run reads its reference from a folder."""
+    """Raises UserError unless the run reads something from a folder."""
     provider = config.reference_provider
-    if provider == "cached":
+    if provider == "cached" or config.loss.objective.needs_old_tokens:
         return
     if "provider" in config.reference.model_fields_set:
         raise UserError(

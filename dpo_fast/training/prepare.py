@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -27,7 +27,7 @@ from dpo_fast.training.engine import build_engine, deepspeed_config, shard_while
 from dpo_fast.training.fit import check_positions, check_vocabulary
 from dpo_fast.training.forward import EXTRAS, LossPass
 from dpo_fast.training.progress import say
-from dpo_fast.training.references import build_references
+from dpo_fast.training.references import build_old, build_references
 from dpo_fast.training.split import Split, load_split
 from dpo_fast.training.statistics import Statistics
 
@@ -43,9 +43,14 @@ class Run:
     engine: object
     model: ScoringModel
     references: dict[str, object]
+    old: dict[str, object]
     loss_pass: LossPass
     statistics: Statistics
     total_steps: int
+
+    def models(self, split: str) -> tuple[LossPass, object]:
+        """How the loss of a split's batches comes about, and its reference."""
+        return replace(self.loss_pass, old=self.old[split]), self.references[split]
 
     @property
     def stateful(self) -> dict[str, object]:
@@ -63,6 +68,8 @@ def check(config: RunConfig) -> None:
         is_folder(config.model.tokenizer, "model.tokenizer")
     if config.reference.path is not None:
         check_model_path(config.reference.path, "reference.path")
+    if config.reference.old_path is not None:
+        check_model_path(config.reference.old_path, "reference.old_path")
     device = distributed.device()
     choose(config)
     check_layers(config.model, load_skeleton(config.model), device)
@@ -118,6 +125,7 @@ def prepare(config: RunConfig) -> Run:
     references = build_references(
         config, engine, model, splits, choices.reference_attention.name, head, ds_config
     )
+    old = build_old(config, engine, references, splits, head, ds_config)
     del keep_alive
     loss_pass = LossPass(
         config.loss.objective,
@@ -126,7 +134,7 @@ def prepare(config: RunConfig) -> Run:
     )
     statistics = Statistics(loss_pass.objective.statistics, engine.device)
     return Run(
-        config, tokenizer, train, held_out, engine, model, references, loss_pass, statistics,
+        config, tokenizer, train, held_out, engine, model, references, old, loss_pass, statistics,
         total_steps,
     )  # fmt: skip
 

@@ -21,6 +21,7 @@ from dpo_fast.references import (
 from dpo_fast.references.cached import open_reference
 from dpo_fast.references.identity import model_digest
 from dpo_fast.references.store import Place, Request, default_place, find_stored, named_place
+from dpo_fast.training.choices import choose
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.engine import (
     build_reference_engine,
@@ -37,7 +38,7 @@ def build_references(config, engine, model, splits, attention, head, ds_config) 
     if provider == "none":
         return {split.name: NoReference() for split in splits}
     if provider == "columns":
-        return {split.name: ColumnReference() for split in splits}
+        return {split.name: ColumnReference(split.pairs.kind) for split in splits}
     if provider == "adapter_off":
         return {s.name: AdapterOffReference(engine, model.adapter_off) for s in splits}
 
@@ -53,6 +54,38 @@ def build_references(config, engine, model, splits, attention, head, ds_config) 
         return {split.name: frozen for split in splits}
     scorer = second_model if config.reference.path else lambda: engine
     return cached_references(config, scorer, engine.device, splits)
+
+
+def build_old(config, engine, references: dict, splits, head, ds_config) -> dict:
+    """For each split what its completions were written with, under its name; None where no loss asks."""
+    wanted = old_config(config)
+    if wanted is None:
+        return dict.fromkeys(references)
+    if wanted == config:
+        return references
+
+    def second_model():
+        attention = choose(wanted, "reference.old_path").reference_attention.name
+        return load_reference_engine(wanted, attention, head, ds_config, engine.device)
+
+    scorer = second_model if wanted.reference.path else lambda: engine
+    return cached_references(wanted, scorer, engine.device, splits)
+
+
+def old_config(config: RunConfig) -> RunConfig | None:
+    """The configuration of a run whose stored reference is what the completions were written with: this
+    one where its own is that, else one beside it; None where no loss asks."""
+    section = config.reference
+    if not config.loss.objective.needs_old_tokens:
+        return None
+    if (
+        config.reference_provider == "cached"
+        and section.per_token
+        and section.path == section.old_path
+    ):
+        return config
+    changes = {"provider": "cached", "path": section.old_path, "cache_dir": None, "per_token": True}
+    return config.model_copy(update={"reference": section.model_copy(update=changes)})
 
 
 def load_reference_engine(config: RunConfig, attention: str, head: dict, ds_config: dict, device):

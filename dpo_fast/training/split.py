@@ -253,7 +253,7 @@ def make_split(
             not use or lacks, or a row that is larger than train.tokens_per_batch.
     """
     check_kind(config, name, pairs)
-    columns = used_columns(config, pairs.extras)
+    columns = used_columns(config, pairs.extras, pairs.kind)
     train, world = config.train, distributed.world_size()
     if train.tokens_per_batch is None:
         size = train.global_pairs if shuffle else train.micro_pairs * world
@@ -274,23 +274,38 @@ def make_split(
 
 def check_kind(config: RunConfig, name: str, rows: Rows) -> None:
     """Raises UserError if what the rows are does not go with the run."""
-    objective, first = config.loss.objective, rows.where(0)
+    objective, where = (
+        config.loss.objective,
+        f"data.{name} holds {rows.kind.name}, the first {rows.where(0)}",
+    )
+    names = ", ".join(config.loss.names)
+    if objective.grouped and rows.kind != GROUPS:
+        raise UserError(
+            f"loss.type={names} goes by the scores of several completions of a prompt, but {where}; give "
+            "rows with completions and scores, or choose another loss"
+        )
+    if rows.kind == GROUPS and not objective.grouped:
+        groups = " or ".join(spec.name for spec in LOSSES.values() if spec.grouped)
+        raise UserError(
+            f"loss.type={names} does not go by scores, but {where}; set loss.type to {groups}, or give "
+            "pairs"
+        )
     if rows.kind == COMPLETIONS and objective.paired:
         paired = ", ".join(spec.name for spec in objective.specs if spec.paired)
-        single = " or ".join(spec.name for spec in LOSSES.values() if not spec.paired)
+        single = " or ".join(spec.name for spec in LOSSES.values() if spec.rows == "completions")
         raise UserError(
-            f"loss.type={paired} compares the two answers of a pair, but data.{name} holds completions by "
-            f"themselves, the first {first}; set loss.type to {single}, or give pairs"
+            f"loss.type={paired} compares the two answers of a pair, but {where}; set loss.type to "
+            f"{single}, or give pairs"
         )
-    if rows.kind == COMPLETIONS and config.reference_provider == "columns":
+    if rows.kind == GROUPS and config.reference_provider == "columns":
         raise UserError(
-            f"reference.provider=columns takes sums of pairs, but data.{name} holds completions by "
-            f"themselves, the first {first}; set reference.provider to cached, frozen or adapter_off"
+            f"reference.provider=columns takes sums of pairs or completions, but {where}; set "
+            "reference.provider to cached, frozen or adapter_off"
         )
     if "kl" in objective.statistics and len(rows) < 2:
         raise UserError(
-            f"loss.type={', '.join(config.loss.names)} estimates kl from completions of other rows, but "
-            f"data.{name} has one row, {first}; give it two or more"
+            f"loss.type={names} estimates kl from completions of other rows, but data.{name} has one row, "
+            f"{rows.where(0)}; give it two or more"
         )
 
 
