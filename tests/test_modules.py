@@ -1,5 +1,6 @@
 """The loss modules against plain PyTorch with full logits, and against each other."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -110,6 +111,22 @@ def test_batch_orders_and_packed_rows_are_one_loss():
         **(reference | packed),
     )  # fmt: skip
     assert torch.equal(loss, again) and metrics_again.keys() == metrics.keys()
+    # By number, sequences mixed with each other, and rows of none of them in between.
+    ids = torch.arange(2 * PAIRS)[:, None].expand(-1, L).masked_fill(labels == -100, -1)
+    places = (
+        torch.arange(2 * PAIRS * L).view(-1, L).T.flatten()
+    )  # the first row of each, the second, ...
+    mixed = {"reference_hidden": reference["reference_hidden"].flatten(0, 1)[places]}
+    again, _ = concatenated(
+        hidden.flatten(0, 1)[places], weight, labels.flatten()[places], bias,
+        sequence_ids=ids.flatten()[places], columns={"margin": margin}, **(reference | mixed),
+    )  # fmt: skip
+    torch.testing.assert_close(loss, again, rtol=1e-6, atol=0)
+    whole = torch.where(labels == -100, 3, labels)
+    again, _ = concatenated(
+        hidden, weight, whole, bias, mask=labels != -100, columns={"margin": margin}, **reference
+    )
+    assert torch.equal(loss, again)
 
 
 def test_labels_of_hugging_face_are_shifted():
@@ -122,6 +139,32 @@ def test_labels_of_hugging_face_are_shifted():
     torch.testing.assert_close(
         shifted, FusedLinearPreferenceLoss("simpo")(hidden, weight, last, bias)[0]
     )
+
+
+def test_sequence_ids_that_do_not_fit():
+    labels = torch.tensor([4, 5, -100])
+    for ids, message in (
+        (torch.tensor([0, -1, -1]), "some of theirs are"),
+        (torch.tensor([0, 1]), r"sequence_ids are torch.int64 \(2,\); expected torch.int64 \(3,\)"),
+        (torch.tensor([0.0, 1.0, 1.0]), "sequence_ids are torch.float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            scored_rows(labels, sequence_ids_N=ids)
+    assert scored_rows(labels, sequence_ids_N=torch.tensor([2, 0, -1])).lengths_S.tolist() == [
+        1,
+        0,
+        1,
+    ]
+
+
+def test_orpo_shows_its_log_odds():
+    chosen, rejected = torch.tensor([-2.0, -3.0]), torch.tensor([-4.0, -1.0])
+    lengths = {"chosen_lengths": torch.tensor([2, 3]), "rejected_lengths": torch.tensor([2, 2])}
+    metrics = PreferenceLoss("orpo")(chosen, rejected, **lengths)[1]
+    odds = lambda p: math.exp(p) / (1 - math.exp(p))  # noqa: E731
+    gaps = [math.log(odds(-1.0) / odds(-2.0)), math.log(odds(-1.0) / odds(-0.5))]
+    assert metrics["log_odds"].item() == pytest.approx(sum(gaps) / 2, rel=1e-5)
+    assert "log_odds" not in PreferenceLoss("simpo")(chosen, rejected, **lengths)[1]
 
 
 def test_rows_keep_their_sequences():
@@ -342,7 +385,12 @@ def test_options_that_cannot_be_honoured(make_module, message):
         ({"columns": {"soft_label": torch.zeros(3)}}, "do not use the columns"),
         ({"statistics": {"kl": torch.zeros(())}}, "do not use the statistics"),
         ({"good": torch.ones(6, dtype=torch.bool)}, "compare the answers of pairs"),
-        ({"lengths": torch.full((6,), 7)}, "lengths belong to packed labels"),
+        ({"lengths": torch.full((6,), 7)}, "one of them, belong to packed labels"),
+        (
+            {"sequence_ids": torch.arange(42) // 7},
+            "one of them, belong to packed labels",
+        ),
+        ({"mask": torch.ones(6, 7)}, r"mask is torch.float32 \(6, 7\); expected torch.bool"),
     ],
 )
 def test_inputs_that_do_not_fit(change, message):

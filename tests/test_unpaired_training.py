@@ -356,7 +356,7 @@ def test_losses_on_pairs_refuse_completions(folder):
     mixture = {"type": ["kto", "sft"], "weights": [1.0, 1.0]}
     with pytest.raises(UserError, match="loss.type=sft compares"):
         split_of(config(folder, "completions", mixture))
-    with pytest.raises(UserError, match="reference.provider=columns takes sums of pairs"):
+    with pytest.raises(UserError, match="no columns reference_completion_logps"):
         columns = {"provider": "columns"}
         split_of(config(folder, "completions", {"type": "bco"}, reference=columns))
 

@@ -68,9 +68,20 @@ class Dataset:
         return self._table.data.column("digest").take(self._rows).combine_chunks()
 
     @property
-    def fingerprint(self) -> str:
+    def token_fingerprint(self) -> str:
         """sha256 hex of all token ids, in order; the same on every machine."""
         return hashlib.sha256(b"".join(self.digests.to_numpy(zero_copy_only=False))).hexdigest()
+
+    @property
+    def fingerprint(self) -> str:
+        """As `token_fingerprint`, and of what says how good the answers are."""
+        judged = self._judged()
+        if not judged:
+            return self.token_fingerprint
+        return hashlib.sha256(self.token_fingerprint.encode() + judged).hexdigest()
+
+    def _judged(self) -> bytes:
+        return b""
 
 
 class PairDataset(Dataset):
@@ -98,10 +109,8 @@ class CompletionDataset(Dataset):
         """bool [rows]."""
         return self._table.data.column("label").to_numpy()[self._rows]
 
-    @property
-    def fingerprint(self) -> str:
-        """sha256 hex of all token ids and labels, in order; the same on every machine."""
-        return hashlib.sha256(super().fingerprint.encode() + self.labels.tobytes()).hexdigest()
+    def _judged(self) -> bytes:
+        return self.labels.tobytes()
 
 
 class GroupDataset(Dataset):
@@ -114,12 +123,9 @@ class GroupDataset(Dataset):
 
     kind = GROUPS
 
-    @property
-    def fingerprint(self) -> str:
-        """sha256 hex of all token ids and scores, in order; the same on every machine."""
+    def _judged(self) -> bytes:
         scores = self._table.data.column("scores").take(pyarrow.array(self._rows))
-        values = scores.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        return hashlib.sha256(super().fingerprint.encode() + values.tobytes()).hexdigest()
+        return scores.combine_chunks().flatten().to_numpy(zero_copy_only=False).tobytes()
 
 
 DATASETS = {each.kind: each for each in (PairDataset, CompletionDataset, GroupDataset)}
@@ -166,7 +172,9 @@ def _prepared(
         try:
             table, report = build(config, tokenizer, sources, eos_ids, work)
             table.save_to_disk(str(work / "pairs"))
-            report.measure(_lengths(datasets.load_from_disk(str(work / "pairs"))))
+            lengths = _lengths(datasets.load_from_disk(str(work / "pairs")))
+            report.answers = len(lengths.answers_A)
+            report.measure(lengths)
             (work / "pairs" / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
             publish(work / "pairs", target)
         finally:

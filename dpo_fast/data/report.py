@@ -63,7 +63,7 @@ class DataReport:
         self.even += len(scores) > 0 and min(scores) == max(scores)
 
     def measure(self, lengths: RowLengths) -> None:
-        """Fills `lengths`, `tokens` and `answers`."""
+        """Fills `lengths` and `tokens`."""
         prompt, named = lengths.prompt_R, lengths.columns()
         longest = {"longest": prompt + lengths.longest_R} if lengths.compares else {}
         columns = {**named, **longest, "total": prompt + lengths.sums_R}
@@ -72,7 +72,6 @@ class DataReport:
         again = int((prompt * (lengths.counts_R - 1)).sum())
         scored = sums["total"] - sums["prompt"]
         self.tokens = {**sums, "scored": scored, "separate": sums["total"] + again}
-        self.answers = len(lengths.answers_A)
 
     def notes(self) -> list[str]:
         """Sentences about what was done to the rows, for a reader."""

@@ -146,8 +146,10 @@ def _joined(prompt: str | Messages, completions: list):
 def _list(row: dict[str, Any], raw: Mapping[str, Any], name: str) -> list:
     _need(row, raw, name)
     if not isinstance(row[name], list):
-        raise BadRow(f"field {name!r} is not a list", f"expected one entry for each completion, got "
-                     f"{type(row[name]).__name__}")  # fmt: skip
+        got = "null" if row[name] is None else type(row[name]).__name__
+        raise BadRow(
+            f"field {name!r} is not a list", f"expected one entry for each completion, got {got}"
+        )
     return row[name]
 
 

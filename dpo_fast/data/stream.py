@@ -189,6 +189,7 @@ class _Forwarded(BadRows):
 def _count(report: DataReport, row: Row, pair: Tokenised) -> None:
     report.kind = row.kind.name
     report.pairs_kept += 1
+    report.answers += len(row.answers)
     report.judge(values(row))
     report.boundary_merges += pair.merged
     report.bos_added += pair.bos_added

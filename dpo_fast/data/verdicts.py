@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from dpo_fast.errors import UserError
@@ -10,15 +11,17 @@ EXAMPLES_KEPT = 50
 
 
 class Verdict(ValueError):
-    """`kind` is the same for all rows with this fault; `detail` is about the one row."""
+    """`kind` is the same for all rows with this fault; `detail` is about the one row. fault: the kind, with
+    which completion of a group it is about, as in `scores[1]`; the kind is without."""
 
-    def __init__(self, kind: str, detail: str = "") -> None:
-        super().__init__(kind, detail)
-        self.kind = kind
+    def __init__(self, fault: str, detail: str = "") -> None:
+        super().__init__(fault, detail)
+        self.kind = re.sub(r"\[\d+\]", "", fault)
+        self.fault = fault
         self.detail = detail
 
     def __str__(self) -> str:
-        return f"{self.kind}: {self.detail}" if self.detail else self.kind
+        return f"{self.fault}: {self.detail}" if self.detail else self.fault
 
 
 class BadRow(Verdict):

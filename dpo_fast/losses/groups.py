@@ -30,6 +30,18 @@ def plackett_luce(groups: GroupLogps, options: LossOptions) -> Tensor:
     return x_S.expand_as(rivals_SS).masked_fill(~rivals_SS, -torch.inf).logsumexp(1) - x_S
 
 
+def clipping(groups: GroupLogps, options: LossOptions) -> dict[str, Tensor]:
+    """[T] each, under TRL's names: which tokens were clipped, and k."""
+    log_T = log_weights(groups, options)
+    gain_T = groups.to_tokens(advantages(groups, options))
+    weight_T = log_T.clamp(max=LARGEST_EXPONENT).exp()
+    low = (weight_T < 1 - options.epsilon) & (gain_T < 0)
+    high = (weight_T > 1 + options.largest_gain) & (gain_T > 0)
+    ratios = {"low": low, "high": high, "region": low | high}
+    found = {f"clip_ratio/{name}_mean": values_T.float() for name, values_T in ratios.items()}
+    return found | ({"kl": divergence(groups)} if options.grpo_beta else {})
+
+
 @loss(
     "mean over a completion's tokens of -min(R A, clip(R, 1 - epsilon, 1 + epsilon_high) A) + grpo_beta k, "
     "R = exp(logp - old), A = (score - mean) / (std + 1e-4) within the group, "
@@ -42,6 +54,7 @@ def plackett_luce(groups: GroupLogps, options: LossOptions) -> Tensor:
     needs_reference=False,
     reference_option="grpo_beta",
     by_token=True,
+    watch=clipping,
 )
 def grpo(groups: GroupLogps, options: LossOptions) -> Tensor:
     return token_sums(clipped(groups, options), groups) / groups.lengths.clamp_min(1)
@@ -57,6 +70,7 @@ def grpo(groups: GroupLogps, options: LossOptions) -> Tensor:
     needs_reference=False,
     reference_option="grpo_beta",
     by_token=True,
+    watch=clipping,
 )
 def dapo(groups: GroupLogps, options: LossOptions) -> Tensor:
     return token_sums(clipped(groups, options), groups)
@@ -128,19 +142,6 @@ def divergence(groups: GroupLogps) -> Tensor:
     """k, [T]: an estimate of the KL divergence from the reference that is never below 0."""
     log_T = groups.reference_tokens - groups.tokens
     return log_T.clamp(max=LARGEST_EXPONENT).exp() - log_T - 1
-
-
-@torch.no_grad()
-def watched(groups: GroupLogps, options: LossOptions) -> dict[str, Tensor]:
-    """Means that people watch, of values [T], under TRL's names: of k, and of which tokens were clipped."""
-    log_T = log_weights(groups, options)
-    gain_T = groups.to_tokens(advantages(groups, options))
-    weight_T = log_T.clamp(max=LARGEST_EXPONENT).exp()
-    low = (weight_T < 1 - options.epsilon) & (gain_T < 0)
-    high = (weight_T > 1 + options.largest_gain) & (gain_T > 0)
-    ratios = {"low": low, "high": high, "region": low | high}
-    found = {f"clip_ratio/{name}_mean": values_T.float() for name, values_T in ratios.items()}
-    return found | ({"kl": divergence(groups)} if options.grpo_beta else {})
 
 
 def token_sums(values_T: Tensor, groups: GroupLogps) -> Tensor:

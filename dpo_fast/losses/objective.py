@@ -182,6 +182,14 @@ class Objective:
         return -coefficient * likelihood.sum()
 
     @torch.no_grad()
+    def watched(self, rows: Rows) -> dict[str, Tensor]:
+        """Values whose means are plotted beside the loss, by name: what its losses have to show."""
+        found = {}
+        for spec in self.specs:
+            found |= spec.watch(rows, self.options) if spec.watch else {}
+        return found
+
+    @torch.no_grad()
     def rewards(self, rows: Rows) -> Tensor:
         """Implicit rewards, beta * log-ratio, [S]: of pairs chosen and rejected in turn."""
         sequences = rows.sequences if isinstance(rows, PairLogps) else rows

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from dpo_fast.errors import UnavailableError
-from dpo_fast.losses.groups import watched
 from dpo_fast.losses.inputs import GroupLogps, PairLogps, SequenceLogps
 from dpo_fast.losses.objective import Objective, Totals
 from dpo_fast.losses.sums import Tokens, policy_weights, sequence_sums
@@ -129,7 +128,7 @@ def _composed(tokens: Tokens, objective, totals, columns, good_S, statistics) ->
             own = own.clamp(max=options.weighting_clamp)
         weight = own if weight is None else own * weight
     loss = objective(rows, totals, weight)
-    return Preference(loss, logps_S.detach(), objective.rewards(rows))
+    return Preference(loss, logps_S.detach(), objective.rewards(rows), objective.watched(rows))
 
 
 def _of_groups(tokens: Tokens, objective, totals, columns, groups: ScoredGroups) -> Preference:
@@ -139,8 +138,7 @@ def _of_groups(tokens: Tokens, objective, totals, columns, groups: ScoredGroups)
         groups.old_T, tokens.reference_T,
     )  # fmt: skip
     loss = objective(rows, totals, columns.get("weight"))
-    found = watched(rows, objective.options) if objective.needs_old_tokens else {}
-    return Preference(loss, logps_S.detach(), objective.rewards(rows), found)
+    return Preference(loss, logps_S.detach(), objective.rewards(rows), objective.watched(rows))
 
 
 def as_pairs(

@@ -56,6 +56,12 @@ def cpo(pairs: PairLogps, options: LossOptions) -> Tensor:
     return smoothed(x, options.label_smoothing)
 
 
+def log_odds(pairs: PairLogps, options: LossOptions) -> dict[str, Tensor]:
+    """Log of how much likelier, in odds, the chosen answer's mean token is, [P]."""
+    p, q = pairs.chosen / pairs.chosen_lengths, pairs.rejected / pairs.rejected_lengths
+    return {"log_odds": (p - q) - (log1mexp(p) - log1mexp(q))}
+
+
 @loss(
     "sft - beta LS(p - q - (log(1 - e^p) - log(1 - e^q))), p = lw/nw, q = ll/nl",
     "ORPO, arXiv 2403.07691",
@@ -63,11 +69,10 @@ def cpo(pairs: PairLogps, options: LossOptions) -> Tensor:
     ("beta", *WEIGHTING),
     needs_reference=False,
     sft=lambda options: 1.0,
+    watch=log_odds,
 )
 def orpo(pairs: PairLogps, options: LossOptions) -> Tensor:
-    p, q = pairs.chosen / pairs.chosen_lengths, pairs.rejected / pairs.rejected_lengths
-    odds = (p - q) - (log1mexp(p) - log1mexp(q))
-    return -options.beta * F.logsigmoid(odds)
+    return -options.beta * F.logsigmoid(log_odds(pairs, options)["log_odds"])
 
 
 def log1mexp(x: Tensor) -> Tensor:

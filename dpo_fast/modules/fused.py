@@ -17,7 +17,14 @@ from dpo_fast.modules.preference import (
     make_objective,
     objective_inputs,
 )
-from dpo_fast.modules.rows import BATCH_ORDERS, ScoredRows, pair_order, scored_rows
+from dpo_fast.modules.rows import (
+    BATCH_ORDERS,
+    ScoredRows,
+    masked_labels,
+    pair_order,
+    scored_rows,
+    sequence_count,
+)
 from dpo_fast.ops.linear_logp import HeadOptions, linear_logp
 from dpo_fast.ops.preference import sum_sequences
 
@@ -78,6 +85,8 @@ class FusedLinearPreferenceLoss(nn.Module):
         bias: Tensor | None = None,
         *,
         lengths: Tensor | None = None,
+        sequence_ids: Tensor | None = None,
+        mask: Tensor | None = None,
         good: Tensor | None = None,
         scores: Tensor | None = None,
         counts: Tensor | None = None,
@@ -95,7 +104,9 @@ class FusedLinearPreferenceLoss(nn.Module):
 
         Args:
             hidden: [B, L, D], or packed rows [N, D]. weight: [V, D]. bias: [V] or None.
-            labels: int64 [B, L], or [N] with `lengths`, int64 [S]: packed rows of each sequence.
+            labels: int64 [B, L], or [N] with `lengths`, int64 [S]: packed rows of each sequence; or with
+                `sequence_ids`, int64 [N]: the sequence of each packed row, counted from 0, in any order.
+            mask: bool, as labels: which of them are scored; by default all but `ignore_index`.
             good: bool [S]; given, sequences are good or bad by themselves, in any order, and not pairs.
             scores: fp32 [S], with counts: int64 [G]; given, sequences are groups of so many completions,
                 one group after the other, the higher score the better.
@@ -109,14 +120,17 @@ class FusedLinearPreferenceLoss(nn.Module):
         """
         columns, statistics = columns or {}, statistics or {}
         objective_inputs(self.objective, columns, statistics)
-        S = len(labels) if lengths is None else len(lengths)
+        if mask is not None:
+            labels = masked_labels(labels, mask, self.ignore_index)
+        S = sequence_count(labels, lengths, sequence_ids)
         grouped = any(each is not None for each in (scores, counts, old_logps))
         if grouped and good is not None:
             raise ValueError("give good, or scores and counts, not both")
         order_S = None if grouped else self._order(good, S, labels.device)
         rows = scored_rows(
-            labels, lengths, order_S=order_S, ignore_index=self.ignore_index, shift=self.shift
-        )
+            labels, lengths, sequence_ids_N=sequence_ids, order_S=order_S,
+            ignore_index=self.ignore_index, shift=self.shift,
+        )  # fmt: skip
         groups = self._groups(scores, counts, old_logps, labels, rows) if grouped else None
         self._check_columns(columns, S // 2 if good is None else S, groups)
         extras = self.extras

@@ -122,7 +122,8 @@ class PreferenceLoss(_SequenceLoss):
             tokens = int(chosen_lengths.sum()) if counts_tokens(objective) else 0
             totals = Totals(len(chosen_logps), tokens, 2 * len(chosen_logps))
         loss = objective(pairs, totals, columns.get("weight"))
-        return loss, sequence_metrics(pairs.sequences.logps, objective.rewards(pairs))
+        metrics = sequence_metrics(pairs.sequences.logps, objective.rewards(pairs))
+        return loss, metrics | {x: v.mean() for x, v in objective.watched(pairs).items()}
 
     def _check_lengths(self, chosen_lengths, rejected_lengths, totals: Totals | None) -> None:
         if (chosen_lengths is None) != (rejected_lengths is None):

@@ -41,6 +41,7 @@ def scored_rows(
     labels: Tensor,
     lengths_S: Tensor | None = None,
     *,
+    sequence_ids_N: Tensor | None = None,
     order_S: Tensor | None = None,
     ignore_index: int = -100,
     shift: bool = False,
@@ -48,52 +49,89 @@ def scored_rows(
     """The rows whose label is not `ignore_index`, sequences in the order of `order_S`.
 
     Args:
-        labels: int64 [B, L], a sequence per row; or [N], sequences packed one after the other.
-        lengths_S: int64 [S], packed rows of each sequence, ignored ones included.
+        labels: int64 [B, L], a sequence per row; or [N], packed.
+        lengths_S: int64 [S], packed rows of each sequence, ignored ones included, where sequences lie one
+            after the other. Or
+        sequence_ids_N: int64, the sequence of each packed row, from 0 on, in any order; of an ignored row
+            it may be -1.
         shift: labels[b, l] is token l itself, as Hugging Face models take it, and row l - 1 predicts
             it. Otherwise row l predicts labels[b, l].
 
     Raises:
         ValueError: shapes that do not fit, or packed labels to shift.
     """
-    sequence_N, S = _sequences(labels, lengths_S, shift)
+    sequence_N, S = _sequences(labels, lengths_S, sequence_ids_N, shift)
     if shift:
         last = labels.new_full((len(labels), 1), ignore_index)
         labels = torch.cat([labels[:, 1:], last], 1)
     targets_N = labels.reshape(-1)
     rows_T = (targets_N != ignore_index).nonzero().squeeze(1)
     sequence_T = sequence_N[rows_T]
+    if sequence_ids_N is not None and (sequence_T < 0).any():
+        raise ValueError("sequence_ids below 0 are of rows that are not scored; some of theirs are")
     if order_S is not None:
-        place_S = order_S.argsort()
-        sequence_T, by_place = place_S[sequence_T].sort(stable=True)
+        sequence_T = order_S.argsort()[sequence_T]
+    if order_S is not None or sequence_ids_N is not None:
+        sequence_T, by_place = sequence_T.sort(stable=True)
         rows_T = rows_T[by_place]
     lengths_S = torch.bincount(sequence_T, minlength=S)
     return ScoredRows(rows_T, targets_N[rows_T], lengths_S, rows_T + shift)
 
 
-def _sequences(labels: Tensor, lengths_S: Tensor | None, shift: bool) -> tuple[Tensor, int]:
+def masked_labels(labels: Tensor, mask: Tensor, ignore_index: int) -> Tensor:
+    """Labels of which only those in the mask are scored.
+
+    Raises:
+        ValueError: a mask of another shape, or not of bool.
+    """
+    if mask.dtype != torch.bool or mask.shape != labels.shape:
+        raise ValueError(
+            f"mask is {mask.dtype} {tuple(mask.shape)}; expected torch.bool {tuple(labels.shape)}, true "
+            "where a label is scored"
+        )
+    return labels.masked_fill(~mask, ignore_index)
+
+
+def sequence_count(labels: Tensor, lengths_S: Tensor | None, sequence_ids_N: Tensor | None) -> int:
+    """How many sequences there are."""
+    if sequence_ids_N is not None:
+        return int(sequence_ids_N.max()) + 1 if len(sequence_ids_N) else 0
+    return len(labels) if lengths_S is None else len(lengths_S)
+
+
+def _sequences(
+    labels: Tensor, lengths_S: Tensor | None, sequence_ids_N: Tensor | None, shift: bool
+) -> tuple[Tensor, int]:
     """The sequence of each row, [N], and the number of sequences."""
     if labels.dtype != torch.int64 or labels.dim() not in (1, 2):
         raise ValueError(
             f"labels are {labels.dtype} {tuple(labels.shape)}; expected torch.int64 [B, L], or [N] "
             "with lengths"
         )
-    if (labels.dim() == 1) != (lengths_S is not None):
+    told = [x for x in (lengths_S, sequence_ids_N) if x is not None]
+    if len(told) != (labels.dim() == 1):
         raise ValueError(
-            "lengths belong to packed labels [N], and packed labels need them; got labels "
-            f"{tuple(labels.shape)} and {'no ' if lengths_S is None else ''}lengths"
+            "lengths or sequence_ids, one of them, belong to packed labels [N], and packed labels need "
+            f"them; got labels {tuple(labels.shape)} and {len(told)} of the two"
         )
-    if lengths_S is None:
+    if not told:
         B, L = labels.shape
         return torch.arange(B, device=labels.device).repeat_interleave(L), B
     if shift:
         raise ValueError(
             "shift=True concerns labels [B, L]: give packed rows the token that each predicts"
         )
+    S = sequence_count(labels, lengths_S, sequence_ids_N)
+    if sequence_ids_N is not None:
+        if sequence_ids_N.dtype != torch.int64 or sequence_ids_N.shape != labels.shape:
+            raise ValueError(
+                f"sequence_ids are {sequence_ids_N.dtype} {tuple(sequence_ids_N.shape)}; expected "
+                f"torch.int64 {tuple(labels.shape)}, the sequence of each packed row"
+            )
+        return sequence_ids_N, S
     if lengths_S.dtype != torch.int64 or lengths_S.dim() != 1 or lengths_S.sum() != len(labels):
         raise ValueError(
             f"lengths are {lengths_S.dtype} {tuple(lengths_S.shape)}; expected torch.int64 [S] that "
             f"add up to the {len(labels)} packed rows"
         )
-    S = len(lengths_S)
     return torch.arange(S, device=labels.device).repeat_interleave(lengths_S), S

@@ -47,7 +47,7 @@ class Request:
     @property
     def manifest(self) -> dict:
         """What an artefact made for this request is made of."""
-        content = {"data": self.pairs.fingerprint, "rows": len(self.pairs)}
+        content = {"data": self.pairs.token_fingerprint, "rows": len(self.pairs)}
         whole = self.must_match | {"per_token": self.per_token} | content
         return {name: value for name, value in whole.items() if value is not None}
 
