@@ -203,7 +203,14 @@ def test_metrics_have_the_names_people_plot(folder, runs):
         "logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected", "entropy",
         "mean_token_accuracy",
     }  # fmt: skip
-    assert names | {"grad_norm", "learning_rate", "epoch", "num_tokens"} <= lines[1].keys()
+    rates = {f"perf/{name}" for name in (
+        "tokens_per_second", "pairs_per_second", "mfu", "padding_fraction", "shared_prefix_saving",
+        "head_ms", "reference_ms", "peak_memory_gib",
+    )}  # fmt: skip
+    schedule = {"grad_norm", "learning_rate", "epoch", "num_tokens"}
+    assert names | schedule | rates | {"data/truncated", "data/dropped"} <= lines[1].keys()
+    assert 0 < lines[2]["perf/mfu"] < 1 and lines[2]["perf/head_ms"] > 0
+    assert lines[1]["data/dropped"] == lines[1]["data/truncated"] == 0
     assert {f"eval_{name}" for name in names} <= lines[0].keys()
     margin = lines[-2]["rewards/chosen"] - lines[-2]["rewards/rejected"]
     assert lines[-2]["rewards/margins"] == pytest.approx(margin, abs=1e-6)

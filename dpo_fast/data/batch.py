@@ -18,7 +18,8 @@ class ScoredBatch:
     rows_T: row of the flattened [B * L] hidden states that predicts scored token t; targets_T: that
     token; lengths_S: scored tokens of each sequence. Sequences are contiguous in T.
     indices_P: rows of the data set, int64. tokens: tokens of the data, every sequence whole; padding:
-    positions of input_ids that are padding. columns: of the data, fp32 [P] each, by name.
+    positions of input_ids that are padding; meetings: half of the pairs of positions that see each other,
+    as attention has to work for. columns: of the data, fp32 [P] each, by name.
     good_S: bool [S]; given, rows are completions that are good or bad by themselves, and P is S.
     counts_P: int64; given, rows are groups of so many completions, of which scores_S, fp32, are the scores.
     """
@@ -33,6 +34,7 @@ class ScoredBatch:
     indices_P: Tensor
     tokens: int
     padding: int
+    meetings: int
     columns: dict[str, Tensor] = field(default_factory=dict)
     good_S: Tensor | None = None
     scores_S: Tensor | None = None

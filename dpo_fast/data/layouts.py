@@ -119,6 +119,7 @@ def _padded(groups, pad_id: int) -> tuple[dict, list[np.ndarray]]:
         "attention_mask": mask,
         "groups": None,
         "padding": input_ids.numel() - sum(lengths),
+        "meetings": sum(length**2 for length in lengths) // 2,
     }
     spans = zip(range(0, width * len(sequences), width), starts, lengths)
     return places, [np.arange(row + start - 1, row + length) for row, start, length in spans]
@@ -152,8 +153,15 @@ def _shared_prefix(groups, pad_id: int) -> tuple[dict, list[np.ndarray]]:
         "attention_mask": None,
         "groups": tuple(lengths),
         "padding": 0,
+        "meetings": sum(map(_meetings, lengths)),
     }
     return places, rows
+
+
+def _meetings(group: tuple[int, ...]) -> int:
+    """Half of a square for the trunk and for each branch; every branch also sees all of the trunk."""
+    trunk, *branches = group
+    return (trunk**2 + sum(branch**2 for branch in branches)) // 2 + trunk * sum(branches)
 
 
 def _nothing(pad_id: int, layout: str) -> dict:
@@ -164,4 +172,5 @@ def _nothing(pad_id: int, layout: str) -> dict:
         "attention_mask": torch.ones(1, 1, dtype=torch.int64) if padded else None,
         "groups": None if padded else ((1,),),
         "padding": 1,
+        "meetings": 0,
     }

@@ -66,7 +66,8 @@ def coupled_step(
     """As `train_step`, for an objective that is coupled. rows: the global batch, all ranks' of it."""
     statistics = statistics or Statistics(device=engine.device)
     batches = [batch.to(engine.device) for batch in batches]
-    compared = [loss_pass.reference(reference, batch) for batch in batches]
+    with sums.clock.time("perf/reference_ms"):
+        compared = [loss_pass.reference(reference, batch) for batch in batches]
     table = BatchTable(rows, loss_pass, engine.device)
     with torch.no_grad():
         for batch, own in zip(batches, compared):

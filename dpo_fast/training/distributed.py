@@ -124,3 +124,12 @@ def any_rank(*flags: bool) -> list[bool]:
     values = torch.tensor([int(flag) for flag in flags], device=device())
     dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return [bool(value) for value in values.tolist()]
+
+
+def largest(value: float) -> float:
+    """Of the values of all ranks. Collective."""
+    if world_size() == 1:
+        return value
+    values = torch.tensor(value, dtype=torch.float64, device=device())
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values.item()

@@ -31,5 +31,5 @@ def evaluate(engine, batches, loss_pass: LossPass, reference, totals: Totals, st
     if coupled:  # its rows meet over the whole set, not within a micro-batch
         metrics["loss"] = table.loss(totals, statistics)[0].item()
     for name in ("num_tokens", "pairs"):
-        metrics.pop(name)
+        del metrics[name]
     return {f"eval_{name}": value for name, value in metrics.items()}

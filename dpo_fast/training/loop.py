@@ -13,8 +13,10 @@ import yaml
 
 from dpo_fast.data.sampler import Sampler
 from dpo_fast.errors import Interrupted, UserError
+from dpo_fast.models.load import DTYPES
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
+from dpo_fast.training.clock import peak_memory, watch_head
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.evaluate import evaluate
 from dpo_fast.training.export import export
@@ -23,6 +25,7 @@ from dpo_fast.training.metrics import MetricSums
 from dpo_fast.training.prepare import Run, check, prepare
 from dpo_fast.training.progress import progress_bar, say, track
 from dpo_fast.training.update import update
+from dpo_fast.training.work import product_rate, work_of
 
 
 def train(config: RunConfig) -> Path:
@@ -38,7 +41,8 @@ def train(config: RunConfig) -> Path:
     run = prepare(config)
     log = RunLog(run, resumed=checkpoint is not None)
     with log.clock_stopped():
-        sums = MetricSums(run.engine.device)
+        sums = MetricSums(run.engine.device, work_of(run.model))
+        watch_head(run.model.causal_lm.get_output_embeddings(), sums.clock)
         step = resume(run, checkpoint, sums, log) if checkpoint else start(run, log)
     stop = StopSignals()
     with progress_bar("training", run.total_steps, step) as advance:
@@ -176,6 +180,7 @@ class RunLog:
         self.folder = Path(run.config.train.output_dir)
         self.main = distributed.is_main()
         self.loss = ""  # the latest, for the progress bar
+        self.rate = product_rate(run.engine.device, DTYPES[run.config.model.dtype])
         if not self.main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -196,6 +201,12 @@ class RunLog:
             line["perf/pairs_per_second"] = line.pop("pairs") / seconds
             norm = self.run.engine.get_global_grad_norm()
             line["grad_norm"] = float(norm) if norm is not None else None
+            line["perf/peak_memory_gib"] = distributed.largest(peak_memory(self.run.engine.device))
+            if (flops := line.pop("flops", None)) is not None:
+                line["perf/mfu"] = flops / (seconds * self.rate * distributed.world_size())
+            report = self.run.train.pairs.report
+            line["data/truncated"] = report.prompts_cut + report.answers_cut
+            line["data/dropped"] = report.dropped.total + report.bad.total
             self.loss = f"loss {metrics['loss']:.4f}"
             line["learning_rate"] = self.run.engine.get_lr()[0]
             self.since = time.monotonic()

@@ -12,11 +12,14 @@ from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.losses import Preference
 from dpo_fast.losses.groups import extremes, order_kept, score_spread
 from dpo_fast.ops.preference import sum_sequences
+from dpo_fast.training.clock import Clock
+from dpo_fast.training.work import Work
 
 PAIR_METRICS = (
     "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
     "logps/chosen", "logps/rejected",
 )  # fmt: skip
+TIMED = ("perf/head_ms", "perf/reference_ms")
 TOKEN_METRICS = {"entropy": "entropy", "is_top1": "mean_token_accuracy"}
 
 
@@ -30,8 +33,8 @@ class MetricSums:
     are `chosen` and those with the lowest `rejected`, and accuracies are of any two of unequal scores.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, work: Work | None = None) -> None:
+        self.device, self.work, self.clock = device, work, Clock(device)
         self.values: dict[str, Tensor] = {}
 
     def _add(self, name: str, values: Tensor, count: Tensor | int | None = None) -> None:
@@ -67,6 +70,8 @@ class MetricSums:
         self._count("perf/shared_prefix_saving", batch.tokens - size + batch.padding, batch.tokens)
         self._count("num_tokens", batch.tokens, 0)
         self._count("pairs", batch.pairs, 0)
+        if self.work is not None:
+            self._count("flops", self.work.of(batch), 0)
 
     def _add_pairs(self, result: Preference) -> None:
         chosen, rejected = result.rewards_S.view(-1, 2).unbind(1)
@@ -108,7 +113,7 @@ class MetricSums:
         for name, value in values.items():
             self._add(name, value, 1)
 
-    def _count(self, name: str, value: int, count: int) -> None:
+    def _count(self, name: str, value: float, count: int) -> None:
         self._add(name, torch.tensor(float(value), device=self.device), count)
 
     def step(self) -> None:
@@ -118,8 +123,12 @@ class MetricSums:
     def read(self) -> dict[str, float]:
         """Means over all ranks and micro-batches since the last call, weighted by count; then reset.
 
-        `num_tokens` and `pairs` are sums. Collective: every rank must call it at the same step.
+        `num_tokens`, `pairs` and `flops` are sums; what the clock saw is milliseconds of a step.
+        Collective: every rank must call it at the same step.
         """
+        spent = self.clock.read()
+        for name in TIMED if "steps" in self.values else ():
+            self._count(name, spent.get(name, 0.0), 0)
         names = sorted(self.values)
         stacked = torch.stack([self.values[name] for name in names])
         world = 1
@@ -130,8 +139,12 @@ class MetricSums:
         sums = dict(zip(names, stacked.tolist()))
         steps = sums.pop("steps", [world, 0])[0] / world
         result = {"loss": sums.pop("loss")[0] / steps}
-        for name in ("num_tokens", "pairs"):
-            result[name] = sums.pop(name)[0]
+        for name in ("num_tokens", "pairs", "flops"):
+            if name in sums:
+                result[name] = sums.pop(name)[0]
+        for name in TIMED:
+            if name in sums:
+                result[name] = sums.pop(name)[0] / steps / world
         result |= {name: total / count for name, (total, count) in sums.items() if count}
         both = {"rewards/chosen", "rewards/rejected"} <= result.keys()
         if both and "rewards/margins" not in result:

@@ -29,7 +29,8 @@ def train_step(
     share = torch.zeros((), device=engine.device)
     for batch in batches:
         batch = batch.to(engine.device)
-        compared = loss_pass.reference(reference, batch)
+        with sums.clock.time("perf/reference_ms"):
+            compared = loss_pass.reference(reference, batch)
         scores = loss_pass.scores(engine, batch)
         result = loss_pass.loss(scores, compared, batch, totals, statistics.values)
         # DeepSpeed averages gradients over ranks; our loss is already divided by the global counts.
