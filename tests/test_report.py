@@ -366,3 +366,15 @@ def test_numbers_for_people():
     assert [number(value) for value in values] == expected.split()
     texts = ["50 %", "100 %", "99.9 %", "<0.1 %", "0 %"]
     assert [percent(value) for value in (0.5, 1, 0.99999, 1e-6, 0)] == texts
+
+
+def test_what_losses_estimate_has_panels_of_its_own(tmp_path):
+    names = {"kl": "KL", "delta": "Delta", "clip_ratio/region_mean": "Clipped tokens",
+             "log_odds": "Log-odds", "perf/mfu": "Model flops utilisation"}  # fmt: skip
+    lines = [train_line(step, **dict.fromkeys(names, 0.1 * step)) for step in range(1, 6)]
+    (tmp_path / "with").mkdir()
+    (tmp_path / "without").mkdir()
+    titles = {title for title, _ in read(make(tmp_path / "with", lines)).curves}
+    assert set(names.values()) <= titles
+    others = {title for title, _ in read(make(tmp_path / "without", usual())).curves}
+    assert not set(names.values()) & others

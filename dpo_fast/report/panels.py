@@ -23,7 +23,7 @@ def epoch_marks(run: Run) -> list[tuple[float, str]]:
 
 
 def learning_panels(run: Run) -> list[Panel]:
-    """Loss, accuracy, margin, rewards and log-probabilities, as far as they were logged."""
+    """Loss, accuracy, margin, rewards, log-probabilities, estimates of losses: as far as they were logged."""
     panels = [
         _loss(run),
         Panel(
@@ -44,12 +44,28 @@ def learning_panels(run: Run) -> list[Panel]:
             "Rejected log-probability", "Nats, summed over the answer. It should fall, or fall faster.",
             _both(run, "logps/rejected", "rejected"),
         ),
+        Panel(
+            "KL", "Estimated divergence from the reference, in nats. It grows as the policy moves away.",
+            _both(run, "kl"), [], (0.0,), (0.0, None),
+        ),
+        Panel(
+            "Delta", "Mean reward so far: answers above it count as good, those below it as bad.",
+            _both(run, "delta"), [(0.0, "")], (0.0,),
+        ),
+        Panel(
+            "Clipped tokens", "Share of tokens whose probability ratio no longer counts.",
+            _both(run, "clip_ratio/region_mean"), [], (0.0,), (0.0, 1.0), percent, percent=True,
+        ),
+        Panel(
+            "Log-odds", "Of the chosen answer's mean token over the rejected one's. They should grow.",
+            _both(run, "log_odds"), [(0.0, "")], (0.0,),
+        ),
     ]  # fmt: skip
     return [panel for panel in panels if panel.curves]
 
 
 def running_panels(run: Run) -> list[Panel]:
-    """Gradient norm, learning rate, entropy and throughput, as far as they were logged."""
+    """Gradient norm, learning rate, entropy and throughput, as far as that was logged."""
     clip = run.setting("train", "max_grad_norm")
     clip = [(float(clip), "clipped here")] if isinstance(clip, (int, float)) and clip > 0 else []
     rate = _both(run, "learning_rate")
@@ -79,6 +95,10 @@ def running_panels(run: Run) -> list[Panel]:
         Panel(
             "Tokens per second", "Over all ranks, without padding.",
             _both(run, "perf/tokens_per_second"), [], (0.0,), (0.0, None),
+        ),
+        Panel(
+            "Model flops utilisation", "Operations of forward and backward, over those of a product.",
+            _both(run, "perf/mfu"), [], (0.0,), (0.0, None), percent, percent=True,
         ),
     ]  # fmt: skip
     return [panel for panel in panels if panel.curves]

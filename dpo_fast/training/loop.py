@@ -244,7 +244,8 @@ class RunLog:
         prefix = "eval_" if evaluation else ""
         shown = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
         parts = [f"{name} {line[prefix + name]:.4f}" for name in shown if prefix + name in line]
-        rate = "" if evaluation else f"  {line['perf/pairs_per_second']:.1f} pairs/s"
+        rows = self.run.train.pairs.kind.name
+        rate = "" if evaluation else f"  {line['perf/pairs_per_second']:.1f} {rows}/s"
         return f"{'eval ' if evaluation else ''}step {line['step']}  " + "  ".join(parts) + rate
 
     def close(self, model: Path) -> None:
