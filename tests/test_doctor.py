@@ -89,6 +89,16 @@ def test_defaults_are_told_from_options(folder):
     assert found["micro-batch"][:2] == ("4 pairs", "default")
 
 
+def test_how_many_completions_a_group_has_is_not_known(folder):
+    pairs = table(folder)["head's schedule"][2]
+    assert pairs == f"{2 * 4 * 127} scored tokens in a micro-batch, at most"
+    groups = table(folder, loss={"type": "grpo"})["head's schedule"][2]
+    assert groups == f"{8 * 4 * 127} scored tokens in a micro-batch, if groups have 8 completions"
+    budget = {"micro_pairs": None, "tokens_per_batch": 512}
+    found = table(folder, loss={"type": "grpo"}, train=budget)["head's schedule"][2]
+    assert found == "512 scored tokens in a micro-batch, at most"
+
+
 def test_options_show(folder):
     found = table(
         folder,

@@ -29,6 +29,9 @@ from dpo_fast.training.fit import check_vocabulary
 from dpo_fast.training.prepare import check, wants_checkpointing
 
 
+GROUP = 8  # completions of a group, as long as nothing is known of the data
+
+
 class Row(NamedTuple):
     """One choice: what, its value, where it comes from, and why."""
 
@@ -80,12 +83,18 @@ def look(config: RunConfig) -> Outlook:
         reference = _skeleton(config.reference_model, "reference.path")
     dtype = DTYPES[config.model.dtype]
     head = choose_implementation("linear_logp", device, dtype, train.implementation)
-    sequences = 1 if config.data.format == "unpaired" else 2  # of a row; of auto at most
-    tokens = train.tokens_per_batch or sequences * each * (config.data.max_length - 1)
+    tokens = train.tokens_per_batch or _answers(config) * each * (config.data.max_length - 1)
     return Outlook(
         config, choose(config), policy, reference, head,
         _head_plan(config, policy, head.name, tokens, device), tokens, world, device,
     )  # fmt: skip
+
+
+def _answers(config: RunConfig) -> int:
+    """Sequences of a row, at most; how many a group has only the data tell."""
+    if config.loss.objective.grouped:
+        return GROUP
+    return 1 if config.data.format == "unpaired" else 2
 
 
 def _skeleton(section: ModelSection, option: str) -> ScoringModel:
@@ -145,7 +154,9 @@ def _head_rows(outlook: Outlook) -> Iterator[Row]:
     yield Row("head", outlook.head.name, chosen, outlook.head.reason)
     loss = _preference(outlook)
     yield Row("loss", loss.name, chosen, loss.reason)
-    why = f"{outlook.scored_tokens} scored tokens in a micro-batch, at most"
+    guess = outlook.config.loss.objective.grouped and not train.tokens_per_batch
+    most = f"if groups have {GROUP} completions" if guess else "at most"
+    why = f"{outlook.scored_tokens} scored tokens in a micro-batch, {most}"
     yield Row("head's schedule", str(outlook.head_plan), origin(train, "workspace_bytes"), why)
 
 

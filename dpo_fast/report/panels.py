@@ -23,7 +23,7 @@ def epoch_marks(run: Run) -> list[tuple[float, str]]:
 
 
 def learning_panels(run: Run) -> list[Panel]:
-    """Loss, accuracy, margin, rewards, log-probabilities, estimates of losses: as far as they were logged."""
+    """Loss, accuracy, margin, rewards, log-probabilities, what losses estimate: as far as it was logged."""
     panels = [
         _loss(run),
         Panel(
