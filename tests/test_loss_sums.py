@@ -371,5 +371,5 @@ def test_bad_objectives_are_named(make, message):
 def test_weights_of_rows_have_no_place_in_a_loss_that_sorts_them():
     objective = Objective(("sigmoid", "aot"), (1.0, 1.0))
     columns = {"weight": COLUMNS["weight"]}
-    with pytest.raises(ValueError, match="sort rows over the batch"):
+    with pytest.raises(ValueError, match="sorted over the batch"):
         preference(**make_tokens(), objective=objective, totals=TOTALS, columns=columns)

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from dpo_fast.losses import LOSSES, LossOptions, Objective, PairLogps, SequenceLogps, Totals
 from dpo_fast.losses.preference import as_pairs
 from dpo_fast.modules import FusedLinearPreferenceLoss, PreferenceLoss, UnpairedPreferenceLoss
-from dpo_fast.modules.preference import MEANS
 from dpo_fast.modules.rows import pair_order, scored_rows
 
 PAIRS, L, D, V = 3, 7, 8, 29
@@ -275,7 +274,7 @@ def pairs_of(seed=1):
 
 @pytest.mark.parametrize("name", UNGROUPED)
 def test_losses_of_sums(name):
-    """The module is the objective; and only those of MEANS look at lengths."""
+    """The module is the objective; and only losses that divide by lengths look at them."""
     logps, lengths = pairs_of()
     logps = logps if LOSSES[name].needs_reference else logps[:2]
     columns = {c: torch.rand(4) for c in LOSSES[name].columns}
@@ -292,7 +291,7 @@ def test_losses_of_sums(name):
     objective = Objective((name,), (1.0,), LossOptions(**options))
     truth = objective(rows, totals, columns.get("weight"))
     assert torch.equal(run(lengths, totals), truth)
-    if name in MEANS:
+    if LOSSES[name].divides(module.objective.options):
         assert run([lengths[0] + 1, lengths[1]], totals) != truth
         with pytest.raises(ValueError, match="divide by lengths"):
             run([], totals)

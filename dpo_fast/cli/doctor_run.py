@@ -28,7 +28,6 @@ from dpo_fast.training.engine import deepspeed_config
 from dpo_fast.training.fit import check_vocabulary
 from dpo_fast.training.prepare import check, wants_checkpointing
 
-
 GROUP = 8  # completions of a group, as long as nothing is known of the data
 
 

@@ -186,15 +186,14 @@ def _gathered(model: PreTrainedModel) -> nn.Module:
 def _columns(row: Mapping, objective: Objective) -> list[str]:
     """The columns of numbers that the data have. Raises UserError for one that would not be used."""
     present = [name for name in NUMBERS if row.get(name) is not None]
-    used = {column for spec in objective.specs for column in spec.columns}
-    needed = {column for spec in objective.specs for column in spec.needs_columns}
-    idle = [name for name in present if name not in used and name not in PAIRS.reference_columns]
+    used = {*objective.columns, *PAIRS.reference_columns}
+    idle = [name for name in present if name not in used]
     if idle:
         raise UserError(
             f"the data have the columns {', '.join(idle)}, which losses {objective.names} do not use; "
             "remove them"
         )
-    if missing := sorted(needed - set(present)):
+    if missing := sorted(objective.needed_columns - set(present)):
         raise UserError(f"losses {objective.names} need the columns {', '.join(missing)}")
     return present
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -139,6 +140,29 @@ class Objective:
     @property
     def coupled(self) -> bool:
         return any(spec.coupled for spec in self.specs)
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """Of the data: those that some loss uses; none where rows meet, and have no loss of their own."""
+        used = {column for spec in self.specs for column in spec.columns}
+        return frozenset() if self.coupled else frozenset(used)
+
+    @property
+    def needed_columns(self) -> frozenset[str]:
+        """Columns that some loss cannot do without."""
+        return frozenset(column for spec in self.specs for column in spec.needs_columns)
+
+    def check_inputs(self, columns: Iterable[str], statistics: Iterable[str] = ()) -> None:
+        """Raises ValueError for a column or a statistic that no loss uses, or a column that one needs."""
+        if unused := [column for column in columns if column not in self.columns]:
+            why = ", as rows are sorted over the batch" if self.coupled else ""
+            raise ValueError(
+                f"losses {self.names} do not use the columns {unused}{why}; leave them out"
+            )
+        if missing := sorted(self.needed_columns - set(columns)):
+            raise ValueError(f"losses {self.names} need the columns {missing}")
+        if unused := sorted(set(statistics) - set(self.statistics)):
+            raise ValueError(f"losses {self.names} do not use the statistics {unused}")
 
     @property
     def statistics(self) -> tuple[str, ...]:

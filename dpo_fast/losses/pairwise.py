@@ -42,6 +42,7 @@ def sigmoid(pairs: PairLogps, options: LossOptions) -> Tensor:
     "clean, nearly deterministic labels, which make sigmoid overfit",
     (*SCORED, "length_average"),
     kernel=True,
+    divides=lambda options: options.length_average,
 )
 def ipo(pairs: PairLogps, options: LossOptions) -> Tensor:
     gap = (mean_margin if options.length_average else margin)(pairs, options)
@@ -193,6 +194,7 @@ def discopop(pairs: PairLogps, options: LossOptions) -> Tensor:
     (*SCORED, "label_smoothing"),
     columns=MARGIN,
     kernel=True,
+    divides=lambda options: True,
 )
 def sigmoid_norm(pairs: PairLogps, options: LossOptions) -> Tensor:
     x = less_margin(options.beta * mean_margin(pairs, options), pairs)

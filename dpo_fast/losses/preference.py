@@ -163,19 +163,7 @@ def _check_inputs(objective: Objective, reference_S, columns, good_S) -> None:
     if good_S is not None and objective.paired:
         names = [spec.name for spec in objective.specs if spec.paired]
         raise ValueError(f"losses {names} compare the answers of pairs; good_S was given instead")
-    used = {column for spec in objective.specs for column in spec.columns}
-    needed = {column for spec in objective.specs for column in spec.needs_columns}
-    if unused := [column for column in columns if column not in used]:
-        raise ValueError(
-            f"losses {objective.names} do not use the columns {unused}; leave them out"
-        )
-    if objective.coupled and "weight" in columns:
-        raise ValueError(
-            f"losses {objective.names} sort rows over the batch, so that the column weight belongs to "
-            "none of them; leave it out"
-        )
-    if missing := sorted(needed - set(columns)):
-        raise ValueError(f"losses {objective.names} need the columns {missing}")
+    objective.check_inputs(columns)
 
 
 def _check_groups(

@@ -35,6 +35,7 @@ def sft(pairs: PairLogps, options: LossOptions) -> Tensor:
     ("beta", "label_smoothing", "simpo_gamma", *WEIGHTING),
     columns=MARGIN,
     needs_reference=False,
+    divides=lambda options: True,
 )
 def simpo(pairs: PairLogps, options: LossOptions) -> Tensor:
     gap = pairs.chosen / pairs.chosen_lengths - pairs.rejected / pairs.rejected_lengths
@@ -70,6 +71,7 @@ def log_odds(pairs: PairLogps, options: LossOptions) -> dict[str, Tensor]:
     needs_reference=False,
     sft=lambda options: 1.0,
     watch=log_odds,
+    divides=lambda options: True,
 )
 def orpo(pairs: PairLogps, options: LossOptions) -> Tensor:
     return -options.beta * F.logsigmoid(log_odds(pairs, options)["log_odds"])

@@ -29,8 +29,9 @@ class LossSpec:
     tokens, and by what the model that wrote them gave them. normaliser: what the sum over rows is
     divided by, globally. sft: weight of the sft term that it brings along. coupled: whether rows of the
     global batch enter into each other's values. statistics: what the trainer estimates for it over all
-    ranks. kernel: whether the Triton kernel of `preference` computes it, under the same name. watch: gives
-    values whose means people plot beside the loss, by name.
+    ranks. kernel: whether the Triton kernel of `preference` computes it, under the same name. divides:
+    whether a completion's log-probability is divided by its length. watch: gives values whose means people
+    plot beside the loss, by name.
     """
 
     name: str
@@ -51,6 +52,7 @@ class LossSpec:
     coupled: bool = False
     statistics: tuple[str, ...] = ()
     kernel: bool = False
+    divides: Callable[[LossOptions], bool] = lambda options: False
     watch: Callable[[PairLogps | GroupLogps, LossOptions], dict[str, Tensor]] | None = None
 
     @property

@@ -15,7 +15,6 @@ from dpo_fast.modules.preference import (
     check_unpaired,
     counts_tokens,
     make_objective,
-    objective_inputs,
 )
 from dpo_fast.modules.rows import (
     BATCH_ORDERS,
@@ -119,7 +118,7 @@ class FusedLinearPreferenceLoss(nn.Module):
             ValueError: an input is missing, is not used, or does not fit the others.
         """
         columns, statistics = columns or {}, statistics or {}
-        objective_inputs(self.objective, columns, statistics)
+        self.objective.check_inputs(columns, statistics)
         if mask is not None:
             labels = masked_labels(labels, mask, self.ignore_index)
         S = sequence_count(labels, lengths, sequence_ids)

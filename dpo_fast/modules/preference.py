@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from dpo_fast.losses import LossOptions, Objective, PairLogps, SequenceLogps, Totals
 from dpo_fast.modules.metrics import sequence_metrics
 
-# They divide a completion's log-probability by its length.
-MEANS = ("ipo", "sigmoid_norm", "simpo", "orpo")
 TOKEN_OPTIONS = ("ld_alpha", "token_clamp", "use_weighting")
 
 
@@ -106,7 +104,7 @@ class PreferenceLoss(_SequenceLoss):
             ValueError: an input is missing, is not used, or does not fit the others.
         """
         objective, columns, statistics = self.objective, columns or {}, statistics or {}
-        objective_inputs(objective, columns, statistics)
+        objective.check_inputs(columns, statistics)
         if (reference_chosen_logps is None) != (reference_rejected_logps is None):
             raise ValueError("give reference log-probs of chosen and of rejected, or of neither")
         self._check_reference(reference_chosen_logps)
@@ -128,11 +126,8 @@ class PreferenceLoss(_SequenceLoss):
     def _check_lengths(self, chosen_lengths, rejected_lengths, totals: Totals | None) -> None:
         if (chosen_lengths is None) != (rejected_lengths is None):
             raise ValueError("give chosen_lengths and rejected_lengths, or neither")
-        means = [
-            name
-            for name in self.objective.names
-            if name in MEANS and (name != "ipo" or self.objective.options.length_average)
-        ]
+        options = self.objective.options
+        means = [spec.name for spec in self.objective.specs if spec.divides(options)]
         if means and chosen_lengths is None:
             raise ValueError(f"losses {means} divide by lengths: give those of chosen and rejected")
         if chosen_lengths is None and totals is None and counts_tokens(self.objective):
@@ -178,7 +173,7 @@ class UnpairedPreferenceLoss(_SequenceLoss):
             ValueError: an input is missing, is not used, or does not fit the others.
         """
         columns, statistics = columns or {}, statistics or {}
-        objective_inputs(self.objective, columns, statistics)
+        self.objective.check_inputs(columns, statistics)
         self._check_reference(reference_logps)
         check_good(good, len(logps))
         check_shapes((logps, reference_logps, *columns.values()))
@@ -209,17 +204,3 @@ def check_shapes(rows: Sequence[Tensor | None]) -> None:
     shapes = {tuple(x.shape) for x in rows if x is not None}
     if len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
         raise ValueError(f"expected vectors of one length; got shapes {sorted(shapes)}")
-
-
-def objective_inputs(
-    objective: Objective, columns: Mapping[str, Tensor], statistics: Mapping[str, Tensor]
-) -> None:
-    """Raises ValueError for a column or a statistic that no loss uses, or that one needs."""
-    used = {column for spec in objective.specs for column in spec.columns}
-    needed = {column for spec in objective.specs for column in spec.needs_columns}
-    if unused := sorted(set(columns) - used):
-        raise ValueError(f"losses {objective.names} do not use the columns {unused}")
-    if missing := sorted(needed - set(columns)):
-        raise ValueError(f"losses {objective.names} need the columns {missing}")
-    if unused := sorted(set(statistics) - set(objective.statistics)):
-        raise ValueError(f"losses {objective.names} do not use the statistics {unused}")

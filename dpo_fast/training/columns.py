@@ -16,12 +16,8 @@ def used_columns(config: RunConfig, present: list[str], kind: Kind) -> tuple[str
         UserError: a column that would change the loss and that this loss does not use, or one that it
             needs and that is not there.
     """
-    specs = config.loss.objective.specs
-    used = {column for spec in specs for column in spec.columns}
-    needed = {column for spec in specs for column in spec.needs_columns}
-    names = ", ".join(config.loss.names)
-    if config.loss.objective.coupled:  # its rows meet; none has a loss of its own
-        used = set()
+    objective, names = config.loss.objective, ", ".join(config.loss.names)
+    used, needed = set(objective.columns), set(objective.needed_columns)
     if config.reference_provider == "columns":
         used |= set(kind.reference_columns)
         needed |= set(kind.reference_columns)

@@ -45,7 +45,7 @@ class LossPass:
         statistics: Mapping[str, Tensor] | None = None,
     ) -> Preference:  # fmt: skip
         """Loss, log-probabilities and rewards of the batch."""
-        used = {column for spec in self.objective.specs for column in spec.columns}
+        used = self.objective.columns
         reference, groups = dict(compared), None
         old_T = reference.pop("old_T", None)
         if batch.scores_S is not None:
