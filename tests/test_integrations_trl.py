@@ -271,6 +271,7 @@ REFUSED = {
     "loss_type=nothing": {"loss_type": "nothing"},
     "loss_type=soft": {"loss_type": "soft"},
     "loss_type=kto": {"loss_type": ["sigmoid", "kto"]},
+    "loss_type=grpo needs the scores of groups": {"loss_type": "grpo"},
     "ld_alpha": {"loss_type": "simpo", "ld_alpha": 0.5},
     "simpo_gamma": {"loss_type": "sigmoid", "rest": {"loss_options": {"simpo_gamma": 0.5}}},
     "cpo_alpha": {"loss_type": "simpo", "rest": {"loss_options": {"cpo_alpha": 0.5}}},

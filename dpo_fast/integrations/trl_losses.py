@@ -60,10 +60,11 @@ def _check_names(names: Iterable[str]) -> None:
     for name in names:
         spec = LOSSES.get(name)
         if spec is None:
-            known = ", ".join([*TRL_LOSSES, *(n for n in LOSSES if n not in TRL_LOSSES)])
+            others = (n for n in LOSSES if n not in TRL_LOSSES and not LOSSES[n].grouped)
+            known = ", ".join([*TRL_LOSSES, *others])
             raise UserError(f"loss_type={name} is not known; choose from {known}")
-        if spec.statistics or spec.needs_columns:
-            wants = ", ".join([*spec.statistics, *spec.needs_columns])
+        scores = ["the scores of groups"] if spec.grouped else []
+        if wants := ", ".join([*spec.statistics, *spec.needs_columns, *scores]):
             raise UserError(
                 f"loss_type={name} needs {wants}, which TRL's DPO batches do not have: use dpo-fast "
                 "train, or KTOTrainer for kto"
