@@ -287,7 +287,7 @@ def test_bad_and_dropped_groups_are_counted(load, rows):
     }
     assert any("scores[2]' is not a number: got 'b'" in message for _, message in report.bad_rows)
     assert report.dropped.counts == {"the answers are the same tokens": 1}
-    kept = [row for row in rows[:1] + rows[5:]]
+    kept = rows[:1] + rows[5:]
     assert (report.pairs_kept, report.answers) == (5, sum(len(row["scores"]) for row in kept))
 
 
