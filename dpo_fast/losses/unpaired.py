@@ -36,7 +36,7 @@ def kto(sequences: SequenceLogps, options: LossOptions) -> Tensor:
 @loss(
     "good: -wd LS(beta r - delta); bad: -wu LS(delta - beta r); delta the running mean of rewards",
     "BCO, arXiv 2404.04656",
-    "as kto, with a classifier's loss",
+    "as kto, with a classifier's loss; density-ratio weights, where they are used, in the column weight",
     ("beta", *WEIGHTS, *SUMS),
     rows="completions",
     normaliser="sequences",
