@@ -234,3 +234,21 @@ def test_runs_with_columns_are_those_with_the_model_that_they_are_of(tmp_path):
 def losses(folder: Path) -> list[float]:
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [line[name] for line in lines for name in ("loss", "eval_loss") if name in line]
+
+
+def test_the_kernel_of_the_loss_is_used_where_it_computes_all():
+    """train.implementation names the head's; a loss without a kernel is no reason to refuse it."""
+    pairs = collate(ROWS, "padded")
+    weighted = collate(ROWS, "padded", columns=["weight"])
+    unpaired = collate(SINGLES, "padded", kind=COMPLETIONS)
+
+    def chosen(name, batch, asked, **options):
+        objective = Objective((name,), options=LossOptions(**options))
+        return LossPass(objective, implementation=asked)._of_loss(batch)
+
+    assert chosen("sigmoid", pairs, "triton") == "triton"
+    assert chosen("sigmoid", weighted, "triton") == "auto"
+    assert chosen("sigmoid", pairs, "triton", ld_alpha=0.5) == "auto"
+    assert chosen("simpo", pairs, "triton") == chosen("bco", unpaired, "triton") == "auto"
+    assert {chosen("simpo", pairs, asked) for asked in ("auto", "cuda")} == {"auto"}
+    assert chosen("sigmoid", pairs, "torch") == chosen("simpo", pairs, "torch") == "torch"

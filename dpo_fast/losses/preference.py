@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from dpo_fast.ops.implementation import choose_implementation
 from dpo_fast.ops.preference import check_sequences, fused_preference, sum_sequences
 
 logger = logging.getLogger("dpo_fast")
+UNPAIRED = "unpaired completions"
 KERNEL_OPTIONS = ("beta", "label_smoothing", "length_average")
 
 
@@ -91,7 +92,7 @@ def preference(
     _check_groups(objective, groups, logp_T, lengths_S, reference_T)
     if good_S is not None and len(good_S) > totals.sequences:
         raise ValueError(f"{len(good_S)} completions, and totals.sequences={totals.sequences}")
-    extra = (*columns, *(() if paired else ("unpaired completions",)))
+    extra = (*columns, *(() if paired else (UNPAIRED,)))
     # A compiler would trace through the cache, and warn.
     choose = _implementation.__wrapped__ if torch.compiler.is_compiling() else _implementation
     name = choose(objective, extra, logp_T.device, logp_T.dtype, implementation)
@@ -199,14 +200,20 @@ def _check_groups(
             raise ValueError(f"losses {objective.names} need {name}: [T], here ({len(logp_T)},)")
 
 
+def kernel_misses(objective: Objective, extra: Iterable[str] = ()) -> list[str]:
+    """What the kernel does not compute of this, in words; empty: it computes all. extra: names of columns,
+    or what else comes with the rows."""
+    missing = [f"the loss {spec.name}" for spec in objective.specs if not spec.kernel]
+    missing += [f"{o}" for o in objective.options.changed if o not in KERNEL_OPTIONS]
+    return missing + [f"the column {name}" if " " not in name else name for name in extra]
+
+
 @functools.cache
 def _implementation(
     objective: Objective, extra: tuple[str, ...], device: torch.device, dtype: torch.dtype,
     requested: str,
 ) -> str:  # fmt: skip
-    missing = [f"the loss {spec.name}" for spec in objective.specs if not spec.kernel]
-    missing += [f"{o}" for o in objective.options.changed if o not in KERNEL_OPTIONS]
-    missing += [f"the column {name}" if " " not in name else name for name in extra]
+    missing = kernel_misses(objective, extra)
     if missing and requested in ("auto", "triton"):
         reason = f"the kernel does not compute {', '.join(missing)}"
         if requested == "triton":

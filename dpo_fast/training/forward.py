@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.losses import Objective, Preference, ScoredGroups, Totals, preference
+from dpo_fast.losses.preference import UNPAIRED, kernel_misses
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.ops.preference import sum_sequences
 from dpo_fast.references import CachedReference
@@ -19,8 +20,9 @@ EXTRAS = ("entropy", "mean_logit", "is_top1")  # what the metrics show of tokens
 @dataclass(frozen=True)
 class LossPass:
     """How the loss of a batch comes about. extras: of the head, for metrics; those that the objective
-    needs are added. implementation: of `preference`. old: a reference that holds the log-probs that
-    completions were written with, where the objective needs those."""
+    needs are added. implementation: of the head, and of the loss where its kernel computes all that is
+    asked. old: a reference that holds the log-probs that completions were written with, where the
+    objective needs those."""
 
     objective: Objective = Objective()
     extras: tuple[str, ...] = ()
@@ -55,8 +57,16 @@ class LossPass:
             groups=groups,
             log_sum_p2_T=scores.get("log_sum_p2"), statistics=statistics, good_S=batch.good_S,
             columns={name: value for name, value in batch.columns.items() if name in used},
-            implementation=self.implementation,
+            implementation=self._of_loss(batch),
         )  # fmt: skip
+
+    def _of_loss(self, batch: ScoredBatch) -> str:
+        if self.implementation == "torch":
+            return "torch"
+        extra = [name for name in batch.columns if name in self.objective.columns]
+        extra += [] if batch.good_S is None and batch.scores_S is None else [UNPAIRED]
+        fused = self.implementation == "triton" and not kernel_misses(self.objective, extra)
+        return "triton" if fused else "auto"  # which says in the log what it takes, and why
 
 
 def of_tokens(logp_T: Tensor, batch: ScoredBatch) -> dict[str, Tensor]:
