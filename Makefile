@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench bench-train aot docs clean
+.PHONY: demo test lint bench bench-train aot csrc docs clean
 
 demo: $(STAMP)
 	$(BIN)/dpo-fast demo
@@ -27,6 +27,9 @@ bench-train: $(STAMP)
 
 aot: $(STAMP)
 	$(BIN)/python -m benchmarks.aot
+
+csrc: $(STAMP)
+	$(BIN)/python -m dpo_fast.ops.cuda_extension
 
 docs: $(STAMP)
 	$(BIN)/python -m dpo_fast.losses.page > docs/LOSSES.md

@@ -13,7 +13,7 @@ from benchmarks.kernels.inputs import HeadInputs, head_inputs
 from benchmarks.kernels.peers import PEERS
 from benchmarks.kernels.truth import HeadTruth
 from dpo_fast import linear_logp
-from dpo_fast.ops.implementation import IMPLEMENTATIONS, interpreting, why_not_triton
+from dpo_fast.ops.implementation import IMPLEMENTATIONS, interpreting, why_not_cuda, why_not_triton
 
 EXTRAS = ("entropy", "mean_logit", "is_top1")
 GIB = 1 << 30
@@ -49,6 +49,8 @@ def why_not(implementation: str, case: Case) -> str | None:
         return None
     if case.device == "cpu" and interpreting() and case.T * case.V > INTERPRETED:
         return "Triton's interpreter is for tests: choose T * V <= 2^18, or unset TRITON_INTERPRET"
+    if implementation == "cuda":
+        return why_not_cuda("linear_logp", torch.device(case.device), case.torch_dtype)
     return why_not_triton(torch.device(case.device), case.torch_dtype)
 
 
@@ -145,7 +147,7 @@ def work(case: Case, count: float) -> tuple[float, float]:
 OPERATION = Operation(
     name="linear_logp",
     contenders=(
-        *(contender for name in IMPLEMENTATIONS for contender in _ours(name)),
+        *(contender for name in (*IMPLEMENTATIONS, "cuda") for contender in _ours(name)),
         Contender("materialised", per_token(materialised)),
         Contender(
             "materialised, compiled",

@@ -165,6 +165,8 @@ def _preference(outlook: Outlook) -> Choice:
     if missing:
         return Choice("torch", f"the kernel does not compute {', '.join(missing)}")
     requested = outlook.config.train.implementation
+    if requested == "cuda":  # csrc has no loss
+        requested = "auto"
     return choose_implementation("preference", outlook.device, torch.float32, requested)
 
 

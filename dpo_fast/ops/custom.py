@@ -80,7 +80,7 @@ def _(
         results.append(hidden.new_empty(T, D))
     elif "kept" in _saved(needs):
         K = torch.library.get_ctx().new_dynamic_size()
-        stride = kept_stride(V) if name == "triton" else V
+        stride = V if name == "torch" else kept_stride(V)
         results.append(hidden.new_empty(K, stride)[:, :V])
         results += [hidden.new_empty(T, dtype=precision) for _ in range(2)]
     return results

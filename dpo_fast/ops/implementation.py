@@ -13,7 +13,8 @@ import torch
 from dpo_fast.errors import UnavailableError
 
 logger = logging.getLogger("dpo_fast")
-IMPLEMENTATIONS = ("torch", "triton")
+IMPLEMENTATIONS = ("torch", "triton")  # of every operation
+CUDA_OPERATIONS = ("linear_logp",)  # those that csrc has
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -49,6 +50,27 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     return f"no Triton target is known for device type {device.type!r}"
 
 
+def why_not_cuda(operation: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None if the kernels of csrc run here (or can be built), else the reason and the remedy."""
+    from dpo_fast.ops import cuda_extension
+
+    if operation not in CUDA_OPERATIONS:
+        return f"csrc has {', '.join(CUDA_OPERATIONS)} alone; ask for 'triton' or 'auto'"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"csrc is for sm_90 GPUs (H100, H200), not for {device.type}; ask for 'auto'"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != (9, 0):
+        return (
+            f"csrc is for compute capability 9.0 (H100, H200), this is {capability[0]}.{capability[1]}; "
+            "ask for 'triton' or 'auto'"
+        )
+    if dtype != torch.bfloat16:
+        return f"csrc takes torch.bfloat16, not {dtype}; ask for 'triton' or 'auto'"
+    if not HAS_TRITON:
+        return why_not_triton(device, dtype)  # its schedules begin with a small kernel of Triton's
+    return cuda_extension.why_not()
+
+
 def choose_implementation(
     operation: str, device: torch.device, dtype: torch.dtype, requested: str = "auto"
 ) -> Choice:
@@ -72,11 +94,17 @@ def _logged_choice(
 
 
 def _choice(operation: str, device: torch.device, dtype: torch.dtype, requested: str) -> Choice:
-    if requested not in ("auto", *IMPLEMENTATIONS):
-        raise ValueError(f"implementation={requested!r}: choose auto, {', '.join(IMPLEMENTATIONS)}")
-    obstacle = None if requested == "torch" else why_not_triton(device, dtype)
-    if requested == "triton" and obstacle:
-        raise UnavailableError(f"implementation='triton' cannot run {operation} here: {obstacle}")
+    names = ("auto", *IMPLEMENTATIONS, "cuda")
+    if requested not in names:
+        raise ValueError(f"implementation={requested!r}: choose {', '.join(names)}")
+    if requested == "cuda":
+        obstacle = why_not_cuda(operation, device, dtype)
+    else:
+        obstacle = None if requested == "torch" else why_not_triton(device, dtype)
+    if requested != "auto" and obstacle:
+        raise UnavailableError(
+            f"implementation={requested!r} cannot run {operation} here: {obstacle}"
+        )
     if requested != "auto":
         return Choice(requested, "asked for by name")
     if device.type == "cpu":

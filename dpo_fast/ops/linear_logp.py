@@ -109,7 +109,8 @@ def linear_logp(
         logit_scale, softcap, temperature: see the formula (Cohere, Gemma 2, sampling).
         extras: any of `entropy`, `log_sum_p2`, `mean_logit`, `is_top1`; computed in the same pass,
             without gradients.
-        implementation: `auto`, `torch` or `triton`. A name that cannot run here is an error.
+        implementation: `auto`, `torch`, `triton`, or `cuda` for the kernels of csrc (sm_90a, bf16), which
+            `auto` does not choose. A name that cannot run here is an error.
         workspace_bytes: memory for exponentials kept between forward and backward; 0 recomputes
             them all. Default: 1 GiB on a CPU, a sixteenth of the memory of a GPU.
         shard: the weight (and bias) are this rank's slice of the vocabulary, `VocabShard.of(weight)`.

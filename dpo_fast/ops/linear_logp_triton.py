@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,9 +31,29 @@ RANGE = (
 SAMPLE = 256  # columns whose maximum supports the target's logit as offset; V / 256 of a product
 
 
-def forward(hidden_TD, weight_VD, bias, targets_T, options, extras, plan: HeadPlan, shard):
+class Products(NamedTuple):
+    """Who makes h W^T and what is left of it: `kernels.linear_logp.RowPass` and
+    `kernels.gradient_tile.gradient_tile`, or their twins."""
+
+    row_pass: Callable
+    gradient_tile: Callable
+
+
+def _triton() -> Products:
+    from dpo_fast.kernels.gradient_tile import gradient_tile
+    from dpo_fast.kernels.linear_logp import RowPass
+
+    return Products(RowPass, gradient_tile)
+
+
+def forward(
+    hidden_TD, weight_VD, bias, targets_T, options, extras, plan: HeadPlan, shard,
+    products: Products | None = None,
+):  # fmt: skip
     """Returns {name: [T]} for logp and the extras, and what backward needs, by name."""
-    head = _Head(weight_VD, None if bias is None else bias.contiguous(), options, extras, shard)
+    products = products or _triton()
+    bias = None if bias is None else bias.contiguous()
+    head = _Head(weight_VD, bias, options, extras, shard, products)
     targets_T = targets_T.contiguous()
     T, K = len(targets_T), plan.kept_tokens
     V = shard.vocab if shard else len(weight_VD)
@@ -58,20 +80,23 @@ def forward(hidden_TD, weight_VD, bias, targets_T, options, extras, plan: HeadPl
         ones = torch.ones_like(sums.total)
         saved["direction"], _, _ = _gradients(
             ones, hidden_TD, weight_VD, bias, targets_T, options, plan, kept_KV, sums.offset,
-            sums.total, (True, False, False),
+            sums.total, (True, False, False), products,
         )  # fmt: skip
         return outputs, saved
     return outputs, {"kept": kept_KV, "offset": sums.offset, "total": sums.total}
 
 
-def backward(grad_T, hidden_TD, weight_VD, bias, targets_T, options, plan, saved, needs):
+def backward(
+    grad_T, hidden_TD, weight_VD, bias, targets_T, options, plan, saved, needs,
+    products: Products | None = None,
+):  # fmt: skip
     """Returns (dH, dW, db), each None where `needs` says that nothing asks for it."""
     if plan.schedule == "frozen":
         direction_TD = saved["direction"]
         return (direction_TD * grad_T[:, None]).to(direction_TD.dtype), None, None
     return _gradients(
         grad_T.float().contiguous(), hidden_TD, weight_VD, bias, targets_T, options, plan,
-        saved["kept"], saved["offset"], saved["total"], needs,
+        saved["kept"], saved["offset"], saved["total"], needs, products or _triton(),
     )  # fmt: skip
 
 
@@ -93,12 +118,11 @@ class _Head:
     options: object
     extras: tuple[str, ...]
     shard: object
+    products: Products
 
     def _pass(self, hidden_TD, targets_T, **kept):
-        from dpo_fast.kernels.linear_logp import RowPass
-
         outside = () if self.options.softcap else ("mean_logit",)
-        done = RowPass(
+        done = self.products.row_pass(
             hidden_TD, self.weight, self.bias, targets_T, options=dataclasses.asdict(self.options),
             extras=tuple(name for name in self.extras if name not in outside), **kept,
         )  # fmt: skip
@@ -173,8 +197,9 @@ class _Head:
 
 
 def _gradients(
-    grad_T, hidden_TD, weight_VD, bias, targets_T, options, plan, kept_KV, offset_T, total_T, needs
-):
+    grad_T, hidden_TD, weight_VD, bias, targets_T, options, plan, kept_KV, offset_T, total_T, needs,
+    products,
+):  # fmt: skip
     """The three gradients from kept exponentials and recomputed tiles; None for those not needed."""
     (T, D), V, K = hidden_TD.shape, len(weight_VD), len(kept_KV)
     needs_hidden, needs_weight, needs_bias = needs
@@ -185,7 +210,8 @@ def _gradients(
         dW.zero_()
     scale_K = -grad_T[:K] / total_T[:K]
     if needs_hidden and K:
-        _Head(weight_VD, bias, options, (), None).times_weight(kept_KV, scale_K, dH[:K])
+        head = _Head(weight_VD, bias, options, (), None, products)
+        head.times_weight(kept_KV, scale_K, dH[:K])
     scale_K = scale_K * (options.logit_scale / options.temperature)
     if needs_bias and K:
         db += _precise_mv(kept_KV.t(), scale_K)
@@ -205,8 +231,9 @@ def _gradients(
         for c in (columns if needs_weight else ())
     }
     tiles = _GradientTiles(
-        hidden_TD, weight_VD, bias, targets_T.contiguous(), options, offset_T, grad_T, total_T, plan
-    )
+        hidden_TD, weight_VD, bias, targets_T.contiguous(), options, offset_T, grad_T, total_T, plan,
+        products,
+    )  # fmt: skip
     order = [(r, c) for r in rows for c in columns]
     if not plan.tokens_first:
         order = [(r, c) for c in columns for r in rows]
@@ -227,8 +254,9 @@ class _GradientTiles:
     """g = dL/d(h.w + b), one tile at a time in the same memory."""
 
     def __init__(
-        self, hidden_TD, weight_VD, bias, targets_T, options, offset_T, grad_T, total_T, plan
-    ):
+        self, hidden_TD, weight_VD, bias, targets_T, options, offset_T, grad_T, total_T, plan, products
+    ):  # fmt: skip
+        self.products = products
         self.hidden, self.weight, self.targets, self.offset = (
             hidden_TD,
             weight_VD,
@@ -245,10 +273,8 @@ class _GradientTiles:
 
     def tile(self, r: slice, c: slice, column_sums: bool):
         """The tile of rows r and columns c, and its column sums in fp32, or None."""
-        from dpo_fast.kernels.gradient_tile import gradient_tile
-
         g = self.room[: r.stop - r.start, : c.stop - c.start]
-        sums = gradient_tile(
+        sums = self.products.gradient_tile(
             self.hidden[r], self.weight[c], None if self.bias is None else self.bias[c],
             self.targets[r], self.offset[r], self.hit[r], self.scale[r], g, options=self.options,
             first_column=c.start, column_sums=column_sums,

@@ -83,13 +83,13 @@ def plan(
         needs_head: a gradient of the weight or the bias is wanted.
         workspace_bytes: bounds kept exponentials [kept_tokens, V] in `dtype`, tiles and sums; 0 leaves
             the smallest tile and the sums that cannot be avoided.
-        implementation: `torch` (fp32 tiles for a cache) or `triton` (tiles in `dtype` for cuBLAS).
+        implementation: `torch` (fp32 tiles for a cache), `triton` or `cuda` (tiles in `dtype` for cuBLAS).
     """
     if workspace_bytes < 0:
         raise ValueError(f"workspace_bytes={workspace_bytes} must be 0 or more")
-    stride = kept_stride(V) if implementation == "triton" else V
+    stride = V if implementation == "torch" else kept_stride(V)
     sizes = _Sizes(T, V, D, dtype, workspace_bytes, stride)
-    choose = {"torch": _plan_torch, "triton": _plan_triton}[implementation]
+    choose = _plan_torch if implementation == "torch" else _plan_triton
     return choose(sizes, needs_hidden, needs_head)
 
 

@@ -48,17 +48,23 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         share_cores()
-    import deepspeed  # reads DS_ACCELERATOR when it is imported
+    leave_out_shm_comm()
+    import deepspeed
 
-    # An all-reduce for inference that DeepSpeed would compile on a CPU first. Nothing here calls it,
-    # and a build that is killed leaves a lock behind which every later process waits for, for ever.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         deepspeed.init_distributed(
             dist_backend="nccl" if on_gpu else "gloo",
             timeout=timedelta(minutes=timeout_minutes),
             auto_mpi_discovery=False,
         )
+
+
+def leave_out_shm_comm() -> None:
+    """Keep DeepSpeed from compiling an all-reduce for inference on a CPU. Nothing here calls it, and a
+    build that is killed leaves a lock behind which every later process waits for, for ever."""
+    import deepspeed  # reads DS_ACCELERATOR when it is imported
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def leave_distributed() -> None:

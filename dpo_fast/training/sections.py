@@ -93,8 +93,9 @@ class TrainSection(BaseModel):
         description="how a micro-batch is laid out; shared_prefix: the prompt once, its completions "
         "after it; auto: shared_prefix where the architecture allows it, else padded",
     )
-    implementation: Literal["auto", "torch", "triton"] = Field(
-        "auto", description="implementation of the head and of the loss"
+    implementation: Literal["auto", "torch", "triton", "cuda"] = Field(
+        "auto",
+        description="of the head, and of the loss where a kernel computes all of it; cuda: csrc, on Hopper",
     )
     workspace_bytes: int | None = Field(
         None, ge=0, description="memory the head may keep; default: see linear_logp"

@@ -10,9 +10,11 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from dpo_fast.integrations.transformers import PreferenceTrainer
 from dpo_fast.losses import LossOptions, Objective
+from dpo_fast.training.distributed import leave_out_shm_comm
 
 
 def main() -> None:
+    leave_out_shm_comm()
     folder = Path(sys.argv[1])
     case = json.loads((folder / "case.json").read_text())
     world = int(os.environ["WORLD_SIZE"])
