@@ -116,7 +116,7 @@ def test_paths_in_the_documents_exist():
         paths = r"`([\w./-]+/[\w./-]*|[\w-]+\.(?:py|md|toml|yaml|txt))`"
         for name in re.findall(paths, document.read_text()):
             if (
-                name.startswith(("runs/", "http", "my-", "org/", "rewards/"))
+                name.startswith(("runs/", "http", "my-", "org/", "rewards/", "perf/"))
                 or "output_dir" in name
             ):
                 continue
