@@ -329,3 +329,22 @@ def test_the_preview_shows_every_answer_with_its_score(load, rows):
     assert "group 0 " in text
     for line in ("1        ⟦x⟧⟦</s>⟧", "-0.25    ⟦y⟧⟦y⟧⟦</s>⟧", "1        ⟦z⟧⟦</s>⟧"):
         assert line in text
+
+
+def test_ranks_are_scores_turned_round(load):
+    """Rank 1 is the best, and two may share a rank."""
+    row = {"prompt": "2 + 2? ", "completions": ["4", "5", "four"], "ranks": [1, 3, 2]}
+    assert parse(row).scores == [-1.0, -3.0, -2.0]
+    data = load([row, row | {"prompt": "3? ", "ranks": [2, 1, 1]}])
+    assert [data[index]["scores"] for index in range(2)] == [[-1, -3, -2], [-2, -1, -1]]
+    assert data.report.ignored_columns == []
+    theirs = {"prompt": "a", "completions": ["b", "c"], "order": [2, 1]}
+    assert parse(theirs, columns={"ranks": "order"}).scores == [-2.0, -1.0]
+    for wrong, message in (
+        ({"scores": [1, 2, 3]}, "scores and ranks: both say how good"),
+        ({"ranks": [1, 2]}, "ranks and completions differ in number: 2 and 3"),
+        ({"ranks": [1, "x", 2]}, r"field 'ranks\[1\]' is not a number"),
+        ({"ranks": None}, "missing field 'scores'"),
+    ):
+        with pytest.raises(BadRow, match=message):
+            parse(row | wrong)

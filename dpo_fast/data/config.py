@@ -12,7 +12,7 @@ CHAT_COLUMNS = ("tools", "chat_template_kwargs")
 COLUMNS = (
     "prompt",
     *(answer for kind in KINDS for answer in kind.answers),
-    *(kind.judged for kind in KINDS if kind.judged),
+    *(name for kind in KINDS for name in sorted(kind.judges, reverse=True)),
     *dict.fromkeys(number for kind in KINDS for number in kind.numbers),
     *CHAT_COLUMNS,
 )
@@ -36,7 +36,8 @@ class DataConfig(BaseModel):
         "auto",
         description="`pairs`: answers are text; `messages`: answers are message lists; `unpaired`: "
         "completions by themselves, text or messages, with a label that is true for good ones; `groups`: "
-        "completions and scores, lists of one length; `auto`: what the columns and their values tell.",
+        "completions and scores, lists of one length, or ranks, of which 1 is the best; `auto`: what the "
+        "columns and their values tell.",
     )
     columns: dict[str, str] = Field(
         default_factory=dict, description="Our column name to yours, as in `chosen: good`."

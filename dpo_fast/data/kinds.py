@@ -11,15 +11,22 @@ from dpo_fast.errors import UserError
 @dataclass(frozen=True)
 class Kind:
     """name: of many rows; one: of one row. answers: names of the columns that continue the prompt.
-    numbers: optional columns of floats. judged: column that says how good the answers are. many:
-    whether the one column of answers is a list of them, of any length."""
+    numbers: optional columns of floats. judged: column that says how good the answers are; instead: one
+    that may say it in its place. many: whether the one column of answers is a list of them, of any
+    length."""
 
     name: str
     one: str
     answers: tuple[str, ...]
     numbers: tuple[str, ...]
     judged: str | None = None
+    instead: str | None = None
     many: bool = False
+
+    @property
+    def judges(self) -> set[str]:
+        """Names of the columns that say how good the answers are."""
+        return {name for name in (self.judged, self.instead) if name}
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -52,7 +59,7 @@ COMPLETIONS = Kind(
 )
 GROUPS = Kind(
     "groups", "a group of completions with scores", ("completions",), ("weight",),
-    judged="scores", many=True,
+    judged="scores", instead="ranks", many=True,
 )  # fmt: skip
 KINDS = (PAIRS, COMPLETIONS, GROUPS)
 

@@ -63,8 +63,8 @@ class CompletionRow(_Row):
 
 @dataclass(frozen=True)
 class GroupRow(_Row):
-    """Two or more completions of one prompt, each with a score: the higher, the better. Otherwise as
-    `PairRow`."""
+    """Two or more completions of one prompt, each with a score: the higher, the better. Ranks are scores
+    below 0. Otherwise as `PairRow`."""
 
     where: str
     prompt: str | Messages
@@ -97,7 +97,7 @@ def _kind(row: Mapping[str, Any], config: DataConfig) -> Kind:
     given = {name for name, value in row.items() if value is not None}
     if given & set(PAIRS.answers):
         return PAIRS
-    found = {kind: len(given & {*kind.answers, kind.judged}) for kind in (COMPLETIONS, GROUPS)}
+    found = {kind: len(given & {*kind.answers, *kind.judges}) for kind in (COMPLETIONS, GROUPS)}
     return max(found, key=found.get) if any(found.values()) else PAIRS
 
 
@@ -116,22 +116,33 @@ def _completion(
 
 def _group(where: str, row: dict[str, Any], raw: Mapping[str, Any], config: DataConfig) -> GroupRow:
     prompt = _answer(row, raw, "prompt")
-    completions, scores = (_list(row, raw, name) for name in ("completions", "scores"))
+    completions, judged = _list(row, raw, "completions"), _judge(row)
+    scores = _list(row, raw, judged)
     if len(completions) < 2:
         raise BadRow("a group of one", f"got {len(completions)} completions; a group has 2 or more")
     if len(scores) != len(completions):
         raise BadRow(
-            "scores and completions differ in number", f"{len(scores)} and {len(completions)}"
+            f"{judged} and completions differ in number", f"{len(scores)} and {len(completions)}"
         )
     texts = [_value(each, f"completions[{index}]") for index, each in enumerate(completions)]
     if len({type(each) for each in texts}) > 1:
         raise BadRow("completions differ in kind", "some are text, others message lists")
     prompt, texts = _joined(prompt, texts)
-    numbers = [_number(each, f"scores[{index}]") for index, each in enumerate(scores)]
+    numbers = [_number(each, f"{judged}[{index}]") for index, each in enumerate(scores)]
+    if judged == "ranks":
+        numbers = [-number for number in numbers]
     group = GroupRow(where, prompt, texts, numbers, _extras(row, GROUPS))
     _check_texts(prompt, group.answers)
     _check_chat_extras(prompt, group.extras)
     return group
+
+
+def _judge(row: dict[str, Any]) -> str:
+    """Scores, of which the highest is the best, or ranks, of which the lowest is."""
+    given = [name for name in ("scores", "ranks") if row.get(name) is not None]
+    if len(given) > 1:
+        raise BadRow("scores and ranks", "both say how good completions are: give one of them")
+    return given[0] if given else "scores"
 
 
 def _joined(prompt: str | Messages, completions: list):
@@ -176,8 +187,8 @@ def ignored_columns(raw: Mapping[str, Any], config: DataConfig) -> set[str]:
     """The columns of a raw row that parse_row does not look at."""
     row = _known(raw, config)
     kind = _kind(row, config)
-    used = {"prompt", *kind.answers, *kind.numbers, *CHAT_COLUMNS, kind.judged}
-    return set(raw) - {config.columns.get(name, name) for name in used if name}
+    used = {"prompt", *kind.answers, *kind.numbers, *CHAT_COLUMNS, *kind.judges}
+    return set(raw) - {config.columns.get(name, name) for name in used}
 
 
 def _renamed(raw: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:

@@ -47,7 +47,8 @@ GROUPS = {  # title: of which losses
 NOTES = {
     "completions": "\nPairs are taken as well, each as one good and one bad completion.\n",
     "groups": """
-Rows have `prompt` and two lists of one length, `completions` and `scores`. `old` are the log-probs that
+Rows have `prompt` and two lists of one length, `completions` and `scores` (or `ranks`, of which 1 is the
+best). `old` are the log-probs that
 the completions were written with: those of `reference.old_path`, by default of the policy as it starts,
 computed once and stored. `ref` are the reference's. Values are summed over a group and divided by the
 groups of the global batch, but for grpo, by its completions, and dapo, by their tokens.
