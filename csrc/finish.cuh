@@ -48,7 +48,8 @@ __global__ void __launch_bounds__(kFinishTokens* kFinishStrands) finish_kernel(c
     const float gain = exponential(shift), sum = part[plane];
     total += gain * sum;
     if (a.weighted != nullptr) {
-      weighted += gain * (part[2 * plane] + shift * sum);
+      // Where gain is 0, shift may be so far that shift * sum is -inf, and 0 times that NaN.
+      if (!(gain <= 0.0f)) weighted += gain * (part[2 * plane] + shift * sum);
       squares += gain * gain * part[3 * plane];
     }
   }

@@ -202,6 +202,19 @@ def test_the_bindings_load_and_name_what_does_not_fit(library):
         assert re.search(pattern, said[name]), (name, said[name])
 
 
+def test_the_commands_for_a_gpu_select_tests():
+    """Those of csrc/README.md: pytest's -k knows no commas, and an id has no underscores."""
+    commands = (cuda_extension.SOURCES / "README.md").read_text()
+    for wanted in set(re.findall(r'-k "([^"]+)"', commands)):
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider",
+             "tests/test_linear_logp_cuda.py", "-k", wanted],
+            cwd=ROOT, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert run.returncode == 0 and "test_matches_definition" in run.stdout, run.stderr
+        assert "128256" not in run.stdout
+
+
 # Building.
 
 
@@ -288,8 +301,10 @@ def test_ranks_that_start_together_build_once(fake_nvcc):
     assert len(paths) == 1 and runs.read_text() == "run\n"
 
 
-def test_a_killed_build_leaves_no_lock(fake_nvcc):
+def test_a_killed_build_leaves_no_lock_and_its_files_go_with_the_next(fake_nvcc):
     runs = fake_nvcc()
+    left = cuda_extension.cache_folder() / "building-left"
+    left.mkdir(parents=True)
     holder = subprocess.Popen(
         [sys.executable, "-c",
          "import time; from dpo_fast.ops import cuda_extension as c\n"
@@ -301,7 +316,54 @@ def test_a_killed_build_leaves_no_lock(fake_nvcc):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     cuda_extension.build()
-    assert runs.read_text() == "run\n"
+    assert runs.read_text() == "run\n" and not left.exists()
+
+
+def test_no_sources_is_said_by_name(fake_nvcc, monkeypatch, tmp_path):
+    """A checkout without symbolic links has a file there, an incomplete installation nothing."""
+    fake_nvcc()
+    monkeypatch.setattr(cuda_extension, "SOURCES", tmp_path / "csrc")
+    assert re.search("sources of csrc are not in .*'triton'", cuda_extension.why_not())
+    (tmp_path / "csrc").write_text("../csrc")
+    with pytest.raises(UnavailableError, match="sources of csrc are not in .*symbolic links"):
+        cuda_extension.build()
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o755])
+def test_an_nvcc_that_does_not_run_is_named(mode, fake_nvcc, tmp_path):
+    fake_nvcc()
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.write_bytes(b"not a program")
+    nvcc.chmod(mode)
+    with pytest.raises(UnavailableError, match="nvcc does not run .*: install .*CUDA_HOME"):
+        cuda_extension.build()
+    assert "nvcc does not run" in cuda_extension.why_not()
+
+
+def test_a_cache_that_cannot_be_written_is_named(fake_nvcc, monkeypatch, tmp_path):
+    fake_nvcc()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
+    with pytest.raises(UnavailableError, match="csrc in .*file.dpo_fast: .*TORCH_EXTENSIONS_DIR"):
+        cuda_extension.build()
+
+
+def test_machines_of_two_kinds_may_share_a_cache(fake_nvcc, monkeypatch):
+    runs = fake_nvcc()
+    monkeypatch.setattr(cuda_extension.platform, "machine", lambda: "x86_64")
+    first = cuda_extension.build()
+    monkeypatch.setattr(cuda_extension.platform, "machine", lambda: "aarch64")
+    assert cuda_extension.built() is None and cuda_extension.build() != first
+    assert runs.read_text() == "run\nrun\n"
+
+
+def test_a_named_cache_needs_no_home(monkeypatch, tmp_path):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(cuda_extension.Path, "home", no_home)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert cuda_extension.cache_folder() == tmp_path / "dpo_fast"
 
 
 # Planning on the host.

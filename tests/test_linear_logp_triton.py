@@ -232,6 +232,19 @@ def test_masked_vocabulary(poison):
     assert (got["dW"][bias == -torch.inf] == 0).all()
 
 
+@pytest.mark.parametrize("budget", [0, 1 << 30], ids=["recompute", "keep"])
+def test_columns_far_below_the_others_add_nothing(budget):
+    """Whole tiles of them: their distance from the maximum times a sum is more than fp32 has."""
+    hidden, weight = torch.zeros(2, 8), torch.zeros(1200, 8)
+    hidden[:, 0], weight[:700, 0] = 1.0, -2e38
+    targets, extras = torch.tensor([900, 1199]), ("entropy", "log_sum_p2")
+    inputs = (hidden.requires_grad_(), weight.requires_grad_(), targets)
+    got = linear_logp(*inputs, extras=extras, implementation="triton", workspace_bytes=budget)
+    truth = eager.linear_logp(*inputs, extras=extras)
+    for name, value in truth.items():
+        torch.testing.assert_close(getattr(got, name), value)
+
+
 def test_logits_of_ten_thousand(poison):
     hidden, weight, targets, _ = make(8, 70, 16, FP32)
     weight *= 1e4 / (hidden @ weight.t()).abs().max()

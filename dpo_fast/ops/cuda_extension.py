@@ -2,10 +2,10 @@
 
     python -m dpo_fast.ops.cuda_extension     # make csrc: builds, and says what the compiler made of it
 
-A library lies in a folder named after the hash of the sources and flags and after nvcc's version, below
-torch's folder of extensions or the user's cache. It uses torch's stable ABI and brings CUDA's runtime
-along, so that torch's version is not part of the name. Built aside and renamed; a lock that the system
-drops with its process keeps ranks from building at the same time.
+A library lies in a folder named after the hash of the sources, flags and kind of processor and after
+nvcc's version, below torch's folder of extensions or the user's cache. It uses torch's stable ABI and
+brings CUDA's runtime along, so that torch's version is not part of the name. Built aside and renamed; a
+lock that the system drops with its process keeps ranks from building at the same time.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import functools
 import hashlib
 import logging
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -51,13 +52,23 @@ def find_nvcc() -> Path | None:
 
 
 def sources() -> list[Path]:
-    """Everything that the library is made of."""
+    """Everything that the library is made of.
+
+    Raises:
+        UnavailableError: they are not there.
+    """
+    if not SOURCES.is_dir():
+        raise UnavailableError(
+            f"the sources of csrc are not in {SOURCES}: install dpo_fast again, or check it out with "
+            "symbolic links, or ask for implementation='triton'"
+        )
     return sorted(path for path in SOURCES.iterdir() if path.suffix in SUFFIXES)
 
 
 def content_hash() -> str:
-    """Of the sources, their names and the flags; 16 hexadecimal digits."""
-    digest = hashlib.sha256(repr(FLAGS).encode())
+    """Of the sources, their names, the flags and the kind of processor, since machines of two kinds may
+    share a home; 16 hexadecimal digits."""
+    digest = hashlib.sha256(repr((FLAGS, platform.machine())).encode())
     for path in sources():
         content = path.read_bytes()
         digest.update(f"{path.name} {len(content)} ".encode() + content)
@@ -65,16 +76,23 @@ def content_hash() -> str:
 
 
 def nvcc_version(nvcc: Path) -> str:
-    """As in 13.0.88."""
-    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    """As in 13.0.88.
+
+    Raises:
+        UnavailableError: the system cannot run it.
+    """
+    try:
+        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    except OSError as error:
+        raise UnavailableError(f"{nvcc} does not run ({error.strerror}): {REMEDY}") from error
     found = re.search(r"V(\d+\.\d+\.\d+)", text)
     return found.group(1) if found else hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def cache_folder() -> Path:
     """$TORCH_EXTENSIONS_DIR, else $XDG_CACHE_HOME, else ~/.cache; in each the folder dpo_fast."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or home) / "dpo_fast"
+    named = os.environ.get("TORCH_EXTENSIONS_DIR") or os.environ.get("XDG_CACHE_HOME")
+    return Path(named or Path.home() / ".cache") / "dpo_fast"
 
 
 def built() -> Path | None:
@@ -87,8 +105,11 @@ def built() -> Path | None:
 
 def why_not() -> str | None:
     """None if the library is there or can be built, else the reason and the remedy."""
-    if built() is not None or find_nvcc() is not None:
-        return None
+    try:
+        if built() is not None or find_nvcc() is not None:
+            return None
+    except UnavailableError as error:
+        return str(error)
     return f"the kernels of csrc are not built and there is no nvcc to build them: {REMEDY}"
 
 
@@ -105,7 +126,8 @@ def build() -> Path:
     """The library's path, built if need be.
 
     Raises:
-        UnavailableError: no nvcc, or it fails, or what it makes spills registers.
+        UnavailableError: no nvcc, or it fails, or what it makes spills registers; no sources; no room in
+            the cache.
     """
     found = built()
     if found is not None:
@@ -113,8 +135,14 @@ def build() -> Path:
     nvcc = find_nvcc()
     if nvcc is None:
         raise UnavailableError(f"cannot build csrc: {why_not()}")
-    with _lock(cache_folder() / "lock"):
-        return built() or _compile(nvcc)
+    try:
+        with _lock(cache_folder() / "lock"):
+            return built() or _compile(nvcc)
+    except OSError as error:
+        raise UnavailableError(
+            f"cannot build csrc in {cache_folder()}: {error}; set TORCH_EXTENSIONS_DIR to a folder that "
+            "can be written to, or ask for implementation='triton'"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -131,6 +159,8 @@ def _lock(path: Path):
 def _compile(nvcc: Path) -> Path:
     folder = cache_folder() / f"csrc-{content_hash()}-nvcc{nvcc_version(nvcc)}"
     logger.info("building csrc with %s, once, into %s", nvcc, folder)
+    for left in folder.parent.glob("building-*"):  # by builds that were killed: the lock is ours
+        shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="building-") as aside:
         made = Path(aside) / folder.name
         made.mkdir()

@@ -168,7 +168,10 @@ def merge_kernel(
         total += tl.sum(gain * part_total, axis=0)
         if ENTROPY:
             part = tl.load(in_ptrs + 2 * plane, mask=mask, other=0.0)
-            weighted += tl.sum(gain * (part + shift * part_total), axis=0)
+            part += shift * part_total
+            if not KEEP:  # so far below the maximum that shift * total is -inf, and 0 times that NaN
+                part = tl.where(gain == 0.0, 0.0, part)
+            weighted += tl.sum(gain * part, axis=0)
         if SQUARES:
             part = tl.load(in_ptrs + 3 * plane, mask=mask, other=0.0)
             squares += tl.sum(gain * gain * part, axis=0)
