@@ -212,6 +212,9 @@ def test_inputs_that_do_not_fit():
         dpo(leaves, target, ())
     with pytest.raises(ValueError, match="use_ref_model=False, ref_input is given"):
         dpo(leaves, target, reference, use_ref_model=False)
+    for alone in ((None, reference[1], None), (None, None, reference[2]), (reference[0],)):
+        with pytest.raises(ValueError, match="use_ref_model=False, ref_input is"):
+            dpo(leaves, target, alone, use_ref_model=False)
     with pytest.raises(ValueError, match="5 rows is no pairs"):
         ours.LigerFusedLinearCPOLoss()(weight, hidden[:5], target[:5])
     with pytest.raises(ValueError, match="expected input"):
@@ -229,3 +232,13 @@ def test_inputs_that_do_not_fit():
         kto(hidden, weight, target, preference_labels=good, kl=torch.zeros(2))
     with pytest.raises(ValueError, match="targets must be in"):
         kto(hidden, weight, target.clamp(min=0) + V, preference_labels=good)
+
+
+def test_metrics_are_fp32_under_autocast():
+    leaves, target, _ = make()
+    inputs = leaves["weight"], leaves["input"], target
+    with torch.autocast("cpu", torch.bfloat16):
+        _, outputs = ours.LigerFusedLinearCPOLoss()(*inputs)
+    _, expected = ours.LigerFusedLinearCPOLoss()(*inputs)
+    assert all(x.dtype == torch.float32 for x in outputs)
+    torch.testing.assert_close(outputs[2:4], expected[2:4], rtol=1e-6, atol=1e-6)

@@ -289,6 +289,30 @@ def test_what_cannot_be_honoured_is_refused_by_name(place, rows, tmp_path):
               n_head=1)), layout="shared_prefix", reference=model_of(place))  # fmt: skip
 
 
+def test_data_sets_that_do_not_fit_are_refused_before_the_run(place, rows, tmp_path):
+    stored = [
+        row | {"reference_chosen_logps": -9.0, "reference_rejected_logps": -8.0} for row in rows
+    ]
+    soft = {"reference": model_of(place), "eval_dataset": [rows[0] | {"soft_label": 0.9}]}
+    cases = [
+        (stored, {"eval_dataset": rows}, "train_dataset has the column reference_chosen_logps"),
+        (stored, {"eval_dataset": {"a": stored, "b": rows}}, r"and eval_dataset\['b'\] does not"),
+        (
+            rows,
+            {"reference": model_of(place), "eval_dataset": stored},
+            "and train_dataset does not",
+        ),
+        (rows, soft, "the columns soft_label, which losses"),
+        ([], {"reference": model_of(place)}, "has no rows"),
+    ]
+    for data, options, message in cases:
+        with pytest.raises(UserError, match=message):
+            build(place, data, tmp_path, **options)
+    model = model_of(place)
+    with pytest.raises(UserError, match="reference is the model that is trained"):
+        build(place, rows, tmp_path, model=model, reference=model)
+
+
 @pytest.mark.parametrize("kind", [FalconH1Config, HyperCLOVAXConfig])
 def test_the_scale_of_logits_is_read(kind):
     config = kind()

@@ -1,7 +1,9 @@
 """TRL's trainers with our head, against TRL's own: the same losses, metrics and weights."""
 
+import copy
 import importlib
 import json
+import math
 
 import pytest
 
@@ -208,6 +210,19 @@ def test_the_model_still_generates_and_scores_alike(place, tmp_path):
     torch.testing.assert_close(trainer.model(ids).logits, plain(ids).logits)
     assert torch.equal(trainer.model.generate(ids, max_new_tokens=5),
                        plain.generate(ids, max_new_tokens=5))  # fmt: skip
+
+
+def test_a_copy_of_the_model_runs_on_its_own_weights(place):
+    model = AutoModelForCausalLM.from_pretrained(place / "model")
+    add_linear_logp(model)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    ids = torch.arange(5, 15)[None]
+    assert copied(ids).logits.abs().max() == 0 < model(ids).logits.abs().max()
+    scored = copied(ids, labels=ids, fused_lm_head=True).log_probs
+    torch.testing.assert_close(scored, torch.full_like(scored, -math.log(copied.config.vocab_size)))
 
 
 @pytest.mark.parametrize("stored", [False, True])

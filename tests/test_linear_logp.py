@@ -393,6 +393,33 @@ def test_autocast_uses_its_dtype():
     assert torch.equal(got, expected)
 
 
+def test_autocast_leaves_the_schedule_alone():
+    """fp16 has no range for exponentials that are not normalised, which a later tile with larger logits
+    makes; and extras are fp32."""
+    T, V = 2048, 5000
+    hidden, weight = torch.ones(T, 8), torch.zeros(V, 8)
+    weight[4500:] = 2.0  # exp(16) is outside fp16
+    hidden.requires_grad_()
+    with torch.autocast("cpu", torch.float16):
+        got = linear_logp(hidden, weight, torch.arange(T) % 50, extras=("mean_logit",))
+        (gradient,) = torch.autograd.grad(got.logp.sum(), hidden)
+    torch.testing.assert_close(gradient, torch.full_like(gradient, -2.0), rtol=1e-2, atol=1e-2)
+    assert got.mean_logit.dtype == torch.float32
+    torch.testing.assert_close(got.mean_logit, torch.full((T,), 1.6))
+
+
+def test_backward_within_autocast_is_that_without():
+    hidden, weight, _, targets = make(300, 50, 8, torch.float32)
+    bias, gradients = torch.linspace(-1, 1, 50), []
+    for within in (True, False):
+        leaf = bias.detach().clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = linear_logp(hidden, weight, targets, bias=leaf).logp.sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=within):
+            gradients += torch.autograd.grad(loss, leaf)
+    assert torch.equal(*gradients)
+
+
 def test_changed_input_is_noticed():
     """A weight that is not a leaf and changes between forward and backward is autograd's error."""
     hidden, weight, _, targets = make(20, 50, 8, torch.float32)

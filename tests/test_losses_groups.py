@@ -248,6 +248,22 @@ def test_what_is_missing_or_does_not_fit_is_named():
         ({"groups": scored._replace(scores_S=scored.scores_S[1:])}, r"scores are \(10,\).*\(11,\)"),
         ({"groups": scored._replace(counts_G=scored.counts_G + 1)}, "add up to 15; there are 11"),
         ({"groups": scored._replace(counts_G=scored.counts_G.float())}, "torch.int64"),
+        (
+            {"groups": scored._replace(counts_G=scored.counts_G[:, None])},
+            r"expected .*int64 \[G\]",
+        ),
+        (
+            {"groups": scored._replace(counts_G=torch.tensor([-1, 12]))},
+            "add up to 11; there are 11 completions, and no count may be below 0",
+        ),
+        (
+            {"groups": scored._replace(scores_S=scored.scores_S / 0)},
+            "scores must be finite; got (inf|-inf|nan)",
+        ),
+        (
+            {"objective": Objective(("dapo",)), "reference_S": None, "totals": Totals(4, 0)},
+            r"totals.tokens=0: dapo divides by it, and these rows alone have",
+        ),
         ({"objective": Objective(("kto",))}, "'kto'.* do not go by scores; groups was given"),
         ({"columns": {"margin": torch.ones(4)}}, r"do not use the columns \['margin'\]"),
     ]
@@ -317,7 +333,9 @@ def test_module(name, changed, packed):
     objective = Objective((name,), (1.0,), LossOptions(**changed))
     truth = objective(groups, Totals(len(COUNTS), 0, S, T))
     module = FusedLinearPreferenceLoss(name, **changed)
-    inputs = {"hidden": hidden, "labels": labels, "old_logps": old}
+    inputs = {"hidden": hidden, "labels": labels}
+    if objective.needs_old_tokens:
+        inputs["old_logps"] = old
     if packed:
         inputs = {key: x.flatten(0, 1) for key, x in inputs.items()}
         inputs["lengths"] = torch.full((S,), max(LENGTHS))
@@ -368,6 +386,10 @@ def test_modules_name_what_they_cannot_do():
         module(hidden, weight, labels, scores=scores, counts=counts, good=scores > 0)
     with pytest.raises(ValueError, match="need groups: scores and counts"):
         module(hidden[:10], weight, labels[:10])
+    with pytest.raises(ValueError, match="'plackett_luce',. do not use old_logps; leave them out"):
+        FusedLinearPreferenceLoss("plackett_luce", reference_free=True)(
+            hidden, weight, labels, scores=scores, counts=counts, old_logps=labels.float()
+        )
 
 
 # TRL's and Liger's own code

@@ -9,7 +9,12 @@ import torch.nn.functional as F
 
 from dpo_fast.losses import LOSSES, LossOptions, Objective, PairLogps, SequenceLogps, Totals
 from dpo_fast.losses.preference import as_pairs
-from dpo_fast.modules import FusedLinearPreferenceLoss, PreferenceLoss, UnpairedPreferenceLoss
+from dpo_fast.modules import (
+    FusedHead,
+    FusedLinearPreferenceLoss,
+    PreferenceLoss,
+    UnpairedPreferenceLoss,
+)
 from dpo_fast.modules.rows import pair_order, scored_rows
 
 PAIRS, L, D, V = 3, 7, 8, 29
@@ -417,3 +422,91 @@ def test_sums_that_do_not_fit():
         PreferenceLoss("soft")(chosen, rejected, *reference)
     with pytest.raises(ValueError, match="good is torch.float32"):
         UnpairedPreferenceLoss()(chosen, rejected, reference[0])
+
+
+DIVIDING = [name for name, spec in LOSSES.items() if spec.paired and spec.divides(LossOptions())]
+
+
+@pytest.mark.parametrize("name", DIVIDING)
+def test_a_sequence_without_scored_tokens_has_no_mean(name):
+    """Its mean would be nan, and so would all gradients be."""
+    hidden, weight, bias, labels, reference = make()
+    labels = labels.clone()
+    labels[1] = -100
+    with pytest.raises(ValueError, match="a sequence has no scored token: leave the pair out"):
+        FusedLinearPreferenceLoss(name)(hidden, weight, labels, bias, **reference)
+    sums, lengths = pairs_of()
+    lengths = [x.clone() for x in lengths]
+    lengths[1][0] = 0
+    with pytest.raises(ValueError, match="a sequence has no scored token: leave the pair out"):
+        PreferenceLoss(name)(*sums, chosen_lengths=lengths[0], rejected_lengths=lengths[1])
+
+
+def test_totals_that_leave_rows_out():
+    """Counts left at 0 would make a mean a sum; and rows that are sorted have no shares."""
+    sums, lengths = pairs_of()
+    pairs = len(lengths[0])
+    with pytest.raises(ValueError, match="totals.pairs=1: sigmoid divides by it"):
+        PreferenceLoss()(*sums, totals=Totals(1, 0))
+    with pytest.raises(ValueError, match=r"totals.chosen_tokens=0: losses \('cpo',\) divide by"):
+        PreferenceLoss("cpo")(*sums[:2], totals=Totals(pairs, 0))
+    with pytest.raises(ValueError, match="losses .'aot',. sort the rows of the global batch"):
+        PreferenceLoss("aot")(*sums, totals=Totals(2 * pairs, 0))
+    good = torch.arange(pairs) == 0
+    with pytest.raises(ValueError, match="totals.sequences=0: kto divides by it"):
+        UnpairedPreferenceLoss()(sums[0], good, sums[2], totals=Totals(0, 0))
+    hidden, weight, bias, labels, reference = make()
+    with pytest.raises(ValueError, match="totals.chosen_tokens=0"):
+        FusedLinearPreferenceLoss("sft")(hidden, weight, labels, bias, totals=Totals(PAIRS, 0))
+    with pytest.raises(ValueError, match="parts of it have no share; give it whole"):
+        FusedLinearPreferenceLoss("aot")(
+            hidden, weight, labels, bias, **reference, totals=Totals(2 * PAIRS, 0)
+        )
+
+
+def test_what_would_be_ignored_is_refused():
+    hidden, weight, bias, labels, _ = make()
+    logps = torch.zeros(len(labels))
+    with pytest.raises(ValueError, match="reference_bias belongs to reference_hidden"):
+        FusedLinearPreferenceLoss()(
+            hidden, weight, labels, reference_logps=logps, reference_bias=bias
+        )
+    with pytest.raises(ValueError, match=r"statistics\['kl'\] is .* expected one number"):
+        FusedLinearPreferenceLoss("kto")(
+            hidden, weight, labels, reference_logps=logps, statistics={"kl": logps}
+        )
+    with pytest.raises(ValueError, match=r"extras=\('entropy',\) are of scored rows"):
+        FusedHead(torch.nn.Parameter(weight.detach()))(hidden, extras=("entropy",))
+    with pytest.raises(ValueError, match=r"weights=\[nan\]: each must be a finite number"):
+        FusedLinearPreferenceLoss("sigmoid", [float("nan")])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.bool, torch.bfloat16])
+def test_columns_of_another_dtype(dtype):
+    hidden, weight, bias, labels, _ = make()
+    logps, column = torch.zeros(len(labels)), torch.arange(PAIRS) % 2
+    results = [
+        FusedLinearPreferenceLoss()(
+            hidden, weight, labels, bias, reference_logps=logps, columns={name: column.to(kind)}
+        )[0]
+        for name in ("weight", "margin")
+        for kind in (dtype, torch.float32)
+    ]
+    assert all(loss.dtype == torch.float32 for loss in results)
+    assert results[0] == results[1] and results[2] == results[3]
+
+
+def test_the_module_is_one_graph_for_any_shape():
+    """Labels decide how many rows are scored; of sequences there are as many as labels have rows."""
+    module = FusedLinearPreferenceLoss(["sigmoid"], extras=("entropy",))
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    weight = torch.randn(30, 8, requires_grad=True)
+    for B, L in ((4, 6), (6, 9), (2, 5)):
+        hidden, labels = torch.randn(B, L, 8), torch.randint(30, (B, L))
+        labels[:, : L // 2] = -100
+        inputs = (hidden, weight, labels)
+        reference = torch.randn(B)
+        got, want = (each(*inputs, reference_logps=reference)[0] for each in (compiled, module))
+        torch.testing.assert_close(got, want)
+        got, want = (torch.autograd.grad(loss, weight)[0] for loss in (got, want))
+        torch.testing.assert_close(got, want)

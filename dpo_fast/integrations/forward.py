@@ -21,12 +21,14 @@ def add_forward(model: PreTrainedModel, keyword: str, forward: Callable) -> None
     The call stays one of the model's: the hooks of DDP, DeepSpeed and peft around it see it.
     """
     own = model.forward
+    # A method takes `self` anew: in a copy of the model it has to be the copy.
+    method = own.__func__ if getattr(own, "__self__", None) is model else None
 
     @functools.wraps(type(model).forward)  # `generate` and the trainers read the signature
     def chosen(self, *args, **kwargs):
         if kwargs.pop(keyword, False):
             return forward(self, *args, **kwargs)
-        return own(*args, **kwargs)
+        return own(*args, **kwargs) if method is None else method(self, *args, **kwargs)
 
     model.forward = types.MethodType(chosen, model)
 

@@ -111,10 +111,12 @@ class _Loss(nn.Module):
     @torch.no_grad()
     def _reference(self, target, hidden, weight, bias) -> Tensor | None:
         """The reference's log-probabilities, [B]; None where it is not used."""
-        if self.use_ref_model != (hidden is not None and weight is not None):
+        wanted = [x is not None for x in (hidden, weight)]
+        if not all(wanted) if self.use_ref_model else any([*wanted, bias is not None]):
             raise ValueError(
                 f"use_ref_model={self.use_ref_model}, ref_input is {_given(hidden)}, ref_weight is "
-                f"{_given(weight)}: a reference needs all three, and without one none is used"
+                f"{_given(weight)}, ref_bias is {_given(bias)}: a reference needs ref_input and "
+                "ref_weight, and without use_ref_model=True none is used"
             )
         return self._score(hidden, weight, target, bias).logps_B if self.use_ref_model else None
 
@@ -362,7 +364,7 @@ def mean_logit(hidden: Tensor, weight: Tensor, bias: Tensor | None, total: bool 
     rows, V = hidden.reshape(-1, hidden.shape[-1]), len(weight)
     count = max(len(rows), 1)
     row_D = rows.sum(0, dtype=torch.float32) / count
-    mean = row_D @ weight.mean(0, dtype=torch.float32)
+    mean = (row_D * weight.mean(0, dtype=torch.float32)).sum()  # autocast would round a product
     if bias is not None:
         mean = mean + bias.mean(dtype=torch.float32)
     return mean * (len(rows) * V) if total else mean

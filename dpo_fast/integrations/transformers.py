@@ -68,6 +68,7 @@ class PreferenceTrainer(transformers.Trainer):
         reference: PreTrainedModel | None = None,
         layout: str = "auto",
         train_dataset=None,
+        eval_dataset=None,
         processing_class=None,
         **kwargs,
     ) -> None:
@@ -75,8 +76,12 @@ class PreferenceTrainer(transformers.Trainer):
         causal_lm = _causal_lm(model)
         self.layout = choose_layout(layout, architecture_of(causal_lm)).name
         dtype = torch.bfloat16 if args.bf16 else causal_lm.dtype
-        columns = [] if train_dataset is None else _columns(train_dataset[0], objective)
+        columns = [] if train_dataset is None else _columns(train_dataset, objective)
         _check_reference(model, objective, reference, columns)
+        several = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
+        for name, each in several.items():
+            if each is not None and train_dataset is not None:
+                _check_alike(name, _columns(each, objective), columns)
         for each in (causal_lm, reference):
             if each is not None:
                 _prepare(each, self.layout, args.device, dtype)
@@ -84,7 +89,8 @@ class PreferenceTrainer(transformers.Trainer):
         pad_id = getattr(processing_class, "pad_token_id", None) or 0
         super().__init__(
             model=model, args=args, data_collator=PreferenceCollator(self.layout, pad_id),
-            train_dataset=train_dataset, processing_class=processing_class, **kwargs,
+            train_dataset=train_dataset, eval_dataset=eval_dataset,
+            processing_class=processing_class, **kwargs,
         )  # fmt: skip
         if self.is_fsdp_enabled or args.n_gpu > 1:
             raise UserError(
@@ -183,8 +189,11 @@ def _gathered(model: PreTrainedModel) -> nn.Module:
     return engine
 
 
-def _columns(row: Mapping, objective: Objective) -> list[str]:
+def _columns(dataset, objective: Objective) -> list[str]:
     """The columns of numbers that the data have. Raises UserError for one that would not be used."""
+    if not len(dataset):
+        raise UserError("a data set of the trainer has no rows; leave it out, or fill it")
+    row = dataset[0]
     present = [name for name in NUMBERS if row.get(name) is not None]
     used = {*objective.columns, *PAIRS.reference_columns}
     idle = [name for name in present if name not in used]
@@ -198,10 +207,26 @@ def _columns(row: Mapping, objective: Objective) -> list[str]:
     return present
 
 
+def _check_alike(name: str, columns: list[str], trained: list[str]) -> None:
+    """One reference serves training and evaluation. Raises UserError."""
+    for column in PAIRS.reference_columns:
+        if (column in columns) != (column in trained):
+            where = "eval_dataset" + (f"[{name!r}]" if name else "")
+            have, not_ = ("train_dataset", where) if column in trained else (where, "train_dataset")
+            raise UserError(
+                f"{have} has the column {column} and {not_} does not: give it to both, or to neither"
+            )
+
+
 def _check_reference(model, objective: Objective, reference, columns: list[str]) -> None:
     """One reference, if the losses want any. Raises UserError."""
     stored = [name for name in PAIRS.reference_columns if name in columns]
     both = " and ".join(PAIRS.reference_columns)
+    if reference is not None and _causal_lm(reference) is _causal_lm(model):
+        raise UserError(
+            "reference is the model that is trained, and would be frozen: pass another one, "
+            "copy.deepcopy(model), say"
+        )
     if len(stored) == 1:
         raise UserError(f"the data have the column {stored[0]} alone; give {both}")
     if stored and reference is not None:

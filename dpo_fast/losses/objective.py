@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -55,6 +57,8 @@ class Objective:
                 f"weights={list(self.weights)}: expected one for each of the {len(self.names)} losses "
                 f"{', '.join(self.names)}"
             )
+        if not all(isinstance(w, numbers.Real) and math.isfinite(w) for w in self.weights):
+            raise ValueError(f"weights={list(self.weights)}: each must be a finite number")
         self._check_rows()
         self._check_options()
         self._check_coupled()
@@ -163,6 +167,31 @@ class Objective:
             raise ValueError(f"losses {self.names} need the columns {missing}")
         if unused := sorted(set(statistics) - set(self.statistics)):
             raise ValueError(f"losses {self.names} do not use the statistics {unused}")
+
+    def check_totals(self, totals: Totals, *, pairs: int, sequences: int, tokens: int) -> None:
+        """Raises ValueError for a total below what these rows alone have: counts left at 0 would make a
+        mean a sum. tokens: scored ones, of all sequences."""
+        for spec in self.specs:
+            here = {"pairs": pairs, "sequences": sequences, "tokens": tokens}.get(
+                spec.normaliser, 0
+            )
+            count = getattr(totals, spec.normaliser)
+            if here > count:
+                raise ValueError(
+                    f"totals.{spec.normaliser}={count}: {spec.name} divides by it, and these rows alone "
+                    f"have {here}; give the count of the global batch"
+                )
+        if tokens and totals.chosen_tokens <= 0 and self.divides_by_chosen_tokens:
+            raise ValueError(
+                f"totals.chosen_tokens={totals.chosen_tokens}: losses {self.names} divide by the chosen "
+                "tokens of the global batch; give their count"
+            )
+
+    @property
+    def divides_by_chosen_tokens(self) -> bool:
+        return any(
+            spec.normaliser == "chosen_tokens" or spec.sft(self.options) != 0 for spec in self.specs
+        )
 
     @property
     def statistics(self) -> tuple[str, ...]:

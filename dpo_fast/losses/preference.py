@@ -90,8 +90,11 @@ def preference(
     check_sequences(logp_T, lengths_S, reference_S, paired=paired)
     _check_inputs(objective, reference_S, columns, good_S)
     _check_groups(objective, groups, logp_T, lengths_S, reference_T)
-    if good_S is not None and len(good_S) > totals.sequences:
-        raise ValueError(f"{len(good_S)} completions, and totals.sequences={totals.sequences}")
+    rows = len(lengths_S) // 2 if paired else 0 if groups is None else len(groups.counts_G)
+    # A compiler does not know how many tokens are scored: some, then.
+    tokens = 1 if torch.compiler.is_compiling() else len(logp_T)
+    objective.check_totals(totals, pairs=rows, sequences=len(lengths_S), tokens=tokens)
+    columns = {name: values.float() for name, values in columns.items()}
     extra = (*columns, *(() if paired else (UNPAIRED,)))
     # A compiler would trace through the cache, and warn.
     choose = _implementation.__wrapped__ if torch.compiler.is_compiling() else _implementation
@@ -177,16 +180,25 @@ def _check_groups(
     if not objective.grouped:
         raise ValueError(f"losses {objective.names} do not go by scores; groups was given")
     scores_S, counts_G, old_T = groups
-    if scores_S.shape != lengths_S.shape or counts_G.dtype != torch.int64:
+    if scores_S.shape != lengths_S.shape or counts_G.dtype != torch.int64 or counts_G.dim() != 1:
         raise ValueError(
-            f"scores are {tuple(scores_S.shape)}, counts {counts_G.dtype}; expected "
-            f"({len(lengths_S)},), a score for each completion, and torch.int64"
+            f"scores are {tuple(scores_S.shape)}, counts {counts_G.dtype} {tuple(counts_G.shape)}; "
+            f"expected ({len(lengths_S)},), a score for each completion, and torch.int64 [G]"
         )
-    total = counts_G.sum()
+    total, negative = counts_G.sum(), (counts_G < 0).any()
+    finite = scores_S.isfinite().all()
     if logp_T.is_cuda or torch.compiler.is_compiling():
-        torch._assert_async(total == len(lengths_S), "counts must add up to the completions")
-    elif total != len(lengths_S):
-        raise ValueError(f"counts add up to {total.item()}; there are {len(lengths_S)} completions")
+        message = (
+            "counts must add up to the completions, and none be below 0; scores must be finite"
+        )
+        torch._assert_async((total == len(lengths_S)) & ~negative & finite, message)
+    elif total != len(lengths_S) or negative:
+        raise ValueError(
+            f"counts add up to {total.item()}; there are {len(lengths_S)} completions, and no count may be "
+            "below 0"
+        )
+    elif not finite:
+        raise ValueError(f"scores must be finite; got {scores_S[~scores_S.isfinite()][0].item()}")
     needed = {
         "old_T, the log-probs that the completions were written with": (
             objective.needs_old_tokens, old_T,

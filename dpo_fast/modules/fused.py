@@ -11,9 +11,11 @@ from dpo_fast.losses import ScoredGroups, Totals, preference
 from dpo_fast.modules.metrics import METRIC_EXTRAS, sequence_metrics, token_metrics
 from dpo_fast.modules.preference import (
     check_good,
+    check_lengths,
     check_shapes,
+    check_statistics,
     check_unpaired,
-    counts_tokens,
+    check_whole,
     make_objective,
 )
 from dpo_fast.modules.rows import (
@@ -119,6 +121,7 @@ class FusedLinearPreferenceLoss(nn.Module):
         """
         columns, statistics = columns or {}, statistics or {}
         self.objective.check_inputs(columns, statistics)
+        check_statistics(statistics)
         if mask is not None:
             labels = masked_labels(labels, mask, self.ignore_index)
         S = sequence_count(labels, lengths, sequence_ids)
@@ -130,6 +133,11 @@ class FusedLinearPreferenceLoss(nn.Module):
             labels, lengths, sequence_ids_N=sequence_ids, order_S=order_S,
             ignore_index=self.ignore_index, shift=self.shift,
         )  # fmt: skip
+        check_lengths(self.objective, rows.lengths_S)
+        if totals is not None:
+            check_whole(self.objective, totals, S // 2)
+        if old_logps is not None and not self.objective.needs_old_tokens:
+            raise ValueError(f"losses {self.objective.names} do not use old_logps; leave them out")
         groups = self._groups(scores, counts, old_logps, labels, rows) if grouped else None
         self._check_columns(columns, S // 2 if good is None else S, groups)
         extras = self.extras
@@ -202,9 +210,13 @@ class FusedLinearPreferenceLoss(nn.Module):
     def _reference(self, logps_S, head: tuple, labels, rows: ScoredRows, order_S):
         """Sums, [S], and tokens, [T], of the reference in the order of `rows`; None where there are
         none."""
-        hidden, weight, _ = head
+        hidden, weight, bias = head
         scored = hidden is not None or weight is not None
         self._check_reference(logps_S, scored)
+        if bias is not None and not scored:
+            raise ValueError(
+                "reference_bias belongs to reference_hidden and reference_weight; leave it out"
+            )
         if scored:
             if hidden is None or weight is None:
                 raise ValueError("reference_hidden and reference_weight belong together")
@@ -242,7 +254,7 @@ class FusedLinearPreferenceLoss(nn.Module):
             return Totals(len(groups.counts_G), 0, S, int(lengths_S.sum()))
         if good is not None:
             return Totals(0, 0, S)
-        tokens = int(lengths_S[0::2].sum()) if counts_tokens(self.objective) else 0
+        tokens = int(lengths_S[0::2].sum()) if self.objective.divides_by_chosen_tokens else 0
         return Totals(S // 2, tokens, S)
 
     def extra_repr(self) -> str:

@@ -46,6 +46,8 @@ class FusedHead(nn.Module):
         """Without targets: logits [..., V] in the dtype of `hidden`. With targets [T] and hidden
         [T, D]: {"logp": fp32 [T], **extras}, a plain dict so that hooks find the tensors in it."""
         if targets_T is None:
+            if extras:
+                raise ValueError(f"extras={tuple(extras)} are of scored rows: give targets_T")
             return nn.functional.linear(hidden, self.weight, self.bias)
         result = linear_logp(
             hidden,

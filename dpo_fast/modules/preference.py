@@ -22,14 +22,6 @@ def make_objective(
     return Objective(names, weights, LossOptions(**options))
 
 
-def counts_tokens(objective: Objective) -> bool:
-    """Whether something is divided by the number of chosen tokens."""
-    return any(
-        spec.normaliser == "chosen_tokens" or spec.sft(objective.options) != 0
-        for spec in objective.specs
-    )
-
-
 class _SequenceLoss(nn.Module):
     """An objective of sequence log-probabilities, which knows no tokens."""
 
@@ -105,6 +97,7 @@ class PreferenceLoss(_SequenceLoss):
         """
         objective, columns, statistics = self.objective, columns or {}, statistics or {}
         objective.check_inputs(columns, statistics)
+        check_statistics(statistics)
         if (reference_chosen_logps is None) != (reference_rejected_logps is None):
             raise ValueError("give reference log-probs of chosen and of rejected, or of neither")
         self._check_reference(reference_chosen_logps)
@@ -117,8 +110,11 @@ class PreferenceLoss(_SequenceLoss):
             columns.get("soft_label"), statistics.get("delta"), statistics.get("kl"),
         )  # fmt: skip
         if totals is None:
-            tokens = int(chosen_lengths.sum()) if counts_tokens(objective) else 0
+            tokens = int(chosen_lengths.sum()) if objective.divides_by_chosen_tokens else 0
             totals = Totals(len(chosen_logps), tokens, 2 * len(chosen_logps))
+        P = len(chosen_logps)
+        check_whole(objective, totals, P)
+        objective.check_totals(totals, pairs=P, sequences=2 * P, tokens=P)
         loss = objective(pairs, totals, columns.get("weight"))
         metrics = sequence_metrics(pairs.sequences.logps, objective.rewards(pairs))
         return loss, metrics | {x: v.mean() for x, v in objective.watched(pairs).items()}
@@ -128,9 +124,11 @@ class PreferenceLoss(_SequenceLoss):
             raise ValueError("give chosen_lengths and rejected_lengths, or neither")
         options = self.objective.options
         means = [spec.name for spec in self.objective.specs if spec.divides(options)]
-        if means and chosen_lengths is None:
+        if means and chosen_lengths is not None:
+            check_lengths(self.objective, torch.stack([chosen_lengths, rejected_lengths]))
+        elif means:
             raise ValueError(f"losses {means} divide by lengths: give those of chosen and rejected")
-        if chosen_lengths is None and totals is None and counts_tokens(self.objective):
+        if chosen_lengths is None and totals is None and self.objective.divides_by_chosen_tokens:
             raise ValueError(
                 f"losses {self.objective.names} divide by the number of chosen tokens: give "
                 "lengths, or totals"
@@ -174,6 +172,7 @@ class UnpairedPreferenceLoss(_SequenceLoss):
         """
         columns, statistics = columns or {}, statistics or {}
         self.objective.check_inputs(columns, statistics)
+        check_statistics(statistics)
         self._check_reference(reference_logps)
         check_good(good, len(logps))
         check_shapes((logps, reference_logps, *columns.values()))
@@ -181,6 +180,7 @@ class UnpairedPreferenceLoss(_SequenceLoss):
             logps, None, good, reference_logps, statistics.get("kl"), statistics.get("delta")
         )
         totals = Totals(0, 0, len(logps)) if totals is None else totals
+        self.objective.check_totals(totals, pairs=0, sequences=len(logps), tokens=0)
         loss = self.objective(rows, totals, columns.get("weight"))
         return loss, sequence_metrics(logps, self.objective.rewards(rows), good)
 
@@ -189,6 +189,33 @@ def check_unpaired(objective: Objective) -> None:
     paired = [spec.name for spec in objective.specs if spec.paired]
     if paired:
         raise ValueError(f"losses {paired} compare the answers of pairs; these are not pairs")
+
+
+def check_whole(objective: Objective, totals: Totals, pairs: int) -> None:
+    """Raises ValueError for a part of the global batch where its rows meet: shares would not add up."""
+    if objective.coupled and totals.pairs != pairs:
+        raise ValueError(
+            f"totals.pairs={totals.pairs}, and there are {pairs}: losses {objective.names} sort the rows "
+            "of the global batch, so that parts of it have no share; give it whole"
+        )
+
+
+def check_lengths(objective: Objective, lengths: Tensor) -> None:
+    """Raises ValueError for a sequence without scored tokens where something is divided by its length."""
+    means = [spec.name for spec in objective.specs if spec.divides(objective.options)]
+    if means and not torch.compiler.is_compiling() and (lengths <= 0).any():
+        raise ValueError(
+            f"losses {means} divide by lengths, and a sequence has no scored token: leave the pair out"
+        )
+
+
+def check_statistics(statistics: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless each is one number: values of rows would meet other rows in pair order."""
+    for name, value in statistics.items():
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(
+                f"statistics[{name!r}] is {tuple(value.shape)}; expected one number, []"
+            )
 
 
 def check_good(good: Tensor, S: int) -> None:

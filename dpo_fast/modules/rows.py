@@ -74,7 +74,9 @@ def scored_rows(
     if order_S is not None or sequence_ids_N is not None:
         sequence_T, by_place = sequence_T.sort(stable=True)
         rows_T = rows_T[by_place]
-    lengths_S = torch.bincount(sequence_T, minlength=S)
+    # bincount would do, but for a compiler its length is unknown.
+    ones_T = torch.ones_like(sequence_T)
+    lengths_S = sequence_T.new_zeros(S).index_add(0, sequence_T, ones_T)
     return ScoredRows(rows_T, targets_N[rows_T], lengths_S, rows_T + shift)
 
 

@@ -51,9 +51,10 @@ class _LinearLogp(torch.autograd.Function):
     def forward(ctx, hidden_TD, weight_VD, bias, targets_T, options, extras, plan, schedule, shard):
         if shard is not None:
             targets_T = targets_T - shard.first  # outside 0..V-1: another rank has it
-        outputs, saved = schedule.forward(
-            hidden_TD, weight_VD, bias, targets_T, options, extras, plan, shard
-        )
+        with _own_precision(hidden_TD):
+            outputs, saved = schedule.forward(
+                hidden_TD, weight_VD, bias, targets_T, options, extras, plan, shard
+            )
         ctx.names = tuple(saved)
         # A leaf weight stays on ctx itself: DeepSpeed swaps the storage of a sharded parameter, and
         # has it gathered again when backward runs. Everything else gets autograd's version check.
@@ -73,10 +74,11 @@ class _LinearLogp(torch.autograd.Function):
         gradients = (None, None, None)
         if grad_T is not None:
             hidden_TD, bias, targets_T, weight_VD, *values = ctx.saved_tensors
-            hidden_grad, *head_grads = ctx.schedule.backward(
-                grad_T, hidden_TD, ctx.weight if weight_VD is None else weight_VD, bias, targets_T,
-                ctx.options, ctx.plan, dict(zip(ctx.names, values)), ctx.needs_input_grad[:3],
-            )  # fmt: skip
+            with _own_precision(grad_T):
+                hidden_grad, *head_grads = ctx.schedule.backward(
+                    grad_T, hidden_TD, ctx.weight if weight_VD is None else weight_VD, bias, targets_T,
+                    ctx.options, ctx.plan, dict(zip(ctx.names, values)), ctx.needs_input_grad[:3],
+                )  # fmt: skip
             if ctx.shard is not None and hidden_grad is not None:
                 hidden_grad = ctx.shard.sum(hidden_grad.float()).to(hidden_grad.dtype)
             gradients = (hidden_grad, *head_grads)
@@ -178,6 +180,12 @@ def plan_call(
         workspace_bytes=workspace_bytes,
         implementation=implementation,
     )
+
+
+def _own_precision(like: Tensor) -> torch.autocast:
+    """Autocast has acted on the operands already; a schedule's products are in the precision that it picks
+    for each, and exponentials do not fit into fp16."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 def _autocast(hidden_TD: Tensor, weight_VD: Tensor, bias: Tensor | None):

@@ -90,7 +90,7 @@ def check_sequences(
     total = lengths_S.sum()  # any other would have foreign memory read
     if logp_T.is_cuda or torch.compiler.is_compiling():
         message = "lengths must add up to the tokens of logp, and none be below 0"
-        torch._assert_async(total == logp_T.shape[0], message)
+        torch._assert_async((total == logp_T.shape[0]) & (lengths_S >= 0).all(), message)
     elif total != len(logp_T) or (lengths_S < 0).any():
         raise ValueError(
             f"lengths must add up to the {len(logp_T)} tokens of logp, and none be below 0; they add "
