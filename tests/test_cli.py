@@ -78,6 +78,13 @@ OPTIONS = {  # what is wrong: key=value, and what the message must say
     "layers": ("model.checkpoint_layers=3", "checkpoint_layers=3: the model has 2 decoder layers"),
     "compiled shards": ("model.torch_compile=true", "set parallel.zero_stage=2 or less"),
     "nothing to offload": ("reference.offload=true", "no second model to offload; choose frozen"),
+    "endless epochs": ("train.num_train_epochs=.inf", "train.num_train_epochs=inf: input should be"),
+    "weight of nothing": ("loss={type: [sigmoid, sft], weights: [1, .nan]}", "loss.weights.1=nan"),
+    "seed": ("train.seed=1208925819614629174706176", "train.seed=1208925819614629174706176: input should"),
+    "data seed": ("data.seed=-1", "data.seed=-1 must be at least 0"),
+    "blank folder": ("train.output_dir=' '", "train.output_dir=' ' names no folder"),
+    "a key twice": ("loss={beta: 0.1, beta: 0.2}", "the key 'beta' stands twice"),
+    "no folder": ("train.output_dir=/dev/null/run", "train.output_dir=/dev/null/run cannot be written"),
     "flash on a CPU": ("model.attention=flash_attention_2", "does not train on a CPU"),
 }  # fmt: skip
 
@@ -101,6 +108,22 @@ def test_bad_option(folder, capsys, monkeypatch, what):
     assert message in err
     assert len(err.strip().splitlines()) == 1, err
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("train: {output_dir: other}", "the key 'train' stands twice"),
+        ("1: 2", "unknown key 1"),
+        ("? [a]\n: 2", "is not YAML"),
+    ],
+)
+def test_bad_keys(folder, capsys, monkeypatch, line, message):
+    file = config(folder, run_tree(folder))
+    file.write_text(file.read_text() + line + "\n")
+    code, _, err = run(capsys, monkeypatch, "train", file)
+    assert code == 2 and message in err
+    assert len(err.strip().splitlines()) == 1, err
 
 
 @pytest.mark.parametrize(

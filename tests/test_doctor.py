@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from dpo_fast.cli import app
 from dpo_fast.cli.doctor_memory import Sizes, in_units, memory
-from dpo_fast.cli.doctor_run import look, rows
+from dpo_fast.cli.doctor_run import _sizes, look, rows
 from dpo_fast.errors import UserError
 from dpo_fast.training import distributed
 from dpo_fast.training.config import build_config
@@ -131,6 +131,37 @@ def test_where_a_second_model_lives(folder):
     assert (
         "computed once by a second model" in table(folder, reference={"path": path})["reference"][2]
     )
+
+
+def test_what_wrote_the_completions_is_told(folder, tmp_path):
+    stored = {"provider": "cached", "per_token": True}
+    grpo, divergence = {"type": "grpo"}, {"type": "grpo", "grpo_beta": 0.1}
+    assert "old log-probs" not in table(folder, loss={"type": "plackett_luce"})
+    own = table(folder, loss=grpo)["old log-probs"]
+    assert own[1:] == (
+        "default",
+        "computed once by the policy as it starts, then read from a table",
+    )
+    assert table(folder, loss=divergence, reference=stored)["old log-probs"][2].endswith("serves")
+    path = str(write_model(tmp_path / "old", vocab=1000))
+    found = table(folder, loss=divergence, reference=stored | {"old_path": path})
+    assert path in found["old log-probs"][2]
+    assert "by the policy as it starts" in found["reference"][2]
+    tree = run_tree(folder) | {"loss": grpo, "reference": {"old_path": path}}
+    outlook = look(build_config(tree, "tree"))
+    lines = {line.what: line.device for line in memory(outlook.config, _sizes(outlook), 1)}
+    assert lines["reference.old_path, before training"] > lines["weights"]
+    assert "reference model, before training" not in lines
+
+
+@pytest.mark.parametrize(
+    ("loss", "option"),
+    [("grpo", "old_path"), ("plackett_luce", "path")],
+)
+def test_a_second_model_with_too_small_a_vocabulary(folder, tmp_path, loss, option):
+    path = str(write_model(tmp_path / "small", vocab=100))
+    with pytest.raises(UserError, match=f"vocabulary of 100.*reference.{option}"):
+        table(folder, loss={"type": loss}, reference={option: path})
 
 
 MISTAKES = [

@@ -45,3 +45,24 @@ def test_a_tokenizer_larger_than_the_vocabulary():
     check_vocabulary(llama, range(10))
     with pytest.raises(UserError, match="11 tokens, the model a vocabulary of 10"):
         check_vocabulary(llama, range(11))
+
+
+@pytest.mark.parametrize("option", ["reference.path", "reference.old_path"])
+def test_a_second_model_is_held_to_the_same(monkeypatch, option):
+    from dpo_fast.training import references
+
+    second = model(transformers.LlamaConfig(vocab_size=10, max_position_embeddings=64))
+    monkeypatch.setattr(references, "load_reference_engine", lambda *_: second)
+    monkeypatch.setattr(references, "load_tokenizer", lambda _: range(tokens))
+    config = SimpleNamespace(model=None, reference=SimpleNamespace(path="second"))
+
+    def load(length: int):
+        return references.load_second_model(config, "sdpa", {}, {}, "cpu", longest(length), option)
+
+    tokens = 10
+    assert load(64) is second
+    with pytest.raises(UserError, match="64 positions"):
+        load(65)
+    tokens = 11
+    with pytest.raises(UserError, match=f"vocabulary of 10.*check {option} and"):
+        load(64)

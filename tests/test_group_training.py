@@ -413,3 +413,11 @@ def test_totals_and_metrics_of_one_batch(folder):
     assert found["rewards/rejected"] == min(rows[1]["scores"])
     spread = torch.tensor(rows[1]["scores"]).std().item() / 2
     assert found["reward_std"] == pytest.approx(spread, rel=1e-6)
+
+
+def test_a_renamed_column_that_groups_do_not_have_is_named(folder):
+    with pytest.raises(
+        UserError, match="data.columns.margin='prompt' is not used: data.train holds gr"
+    ):
+        split_of(config(folder, {"type": "grpo"}, data={"columns": {"margin": "prompt"}}))
+    split_of(config(folder, {"type": "grpo"}, data={"columns": {"completions": "completions"}}))

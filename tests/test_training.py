@@ -306,3 +306,132 @@ def test_a_stale_reference_is_refused(folder, runs):
     assert "was computed for other data" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (folder / "stale" / "metrics.jsonl").exists()
+
+
+# Folders that are used twice, damaged or full
+
+
+class Engine:
+    """What a checkpoint asks of an engine. broken: what saving and loading raise."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, broken: Exception | None = None) -> None:
+        self.broken = broken
+
+    def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
+        (Path(folder) / tag).mkdir()
+        if self.broken:
+            raise self.broken
+
+    def load_checkpoint(self, folder: str, tag: str):
+        if self.broken:
+            raise self.broken
+        return folder, {}
+
+
+def saved(root: Path, *steps: int, keep: int = 2) -> list[str]:
+    """The checkpoints that are there after a run has saved at these steps."""
+    from dpo_fast.training.checkpoints import checkpoints, find_checkpoint, save_checkpoint
+
+    for step in steps:
+        save_checkpoint(Engine(), str(root), {"step": step}, {}, keep)
+        assert find_checkpoint(True, str(root)).name == f"checkpoint-{step}"
+    return [folder.name for folder in checkpoints(root)]
+
+
+def test_a_shorter_run_in_the_same_folder_keeps_its_own_checkpoints(tmp_path):
+    assert saved(tmp_path, 40, 80) == ["checkpoint-40", "checkpoint-80"]
+    assert saved(tmp_path, 2) == ["checkpoint-2", "checkpoint-80"]
+    assert saved(tmp_path, 4, 6) == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_a_folder_of_the_users_own_is_no_checkpoint(tmp_path):
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-best" / "state.json").write_text("{}")
+    assert saved(tmp_path, 1, 2, 3) == ["checkpoint-2", "checkpoint-3"]
+    assert (tmp_path / "checkpoint-best" / "state.json").exists()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("unexpected pos"), OSError(28, "No space left")])
+def test_a_full_disk_costs_no_checkpoint(tmp_path, error):
+    from dpo_fast.errors import UserError
+    from dpo_fast.training.checkpoints import save_checkpoint
+
+    saved(tmp_path, 1, 2)
+    with pytest.raises(UserError, match="checkpoint-3.partial cannot be written: .*(pos|space)"):
+        save_checkpoint(Engine(error), str(tmp_path), {"step": 3}, {}, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2", "latest"]
+
+
+def test_a_damaged_checkpoint_is_told(tmp_path):
+    from dpo_fast.errors import UserError
+    from dpo_fast.training.checkpoints import load_checkpoint
+
+    saved(tmp_path, 1)
+    folder = tmp_path / "checkpoint-1"
+    load_checkpoint(Engine(), folder, {"step": 1}, {})
+    with pytest.raises(UserError, match="engine cannot be read: size mismatch"):
+        load_checkpoint(Engine(RuntimeError("size mismatch")), folder, {"step": 1}, {})
+    (folder / "rank-0.pt").write_bytes(b"torn")
+    with pytest.raises(UserError, match="rank-0.pt cannot be read"):
+        load_checkpoint(Engine(), folder, {"step": 1}, {})
+
+
+def test_a_state_that_is_no_state_is_told(tmp_path):
+    from dpo_fast.errors import UserError
+    from dpo_fast.training.checkpoints import find_checkpoint, load_checkpoint
+
+    saved(tmp_path, 1)
+    (tmp_path / "latest").write_bytes(b"\xff\xfe")
+    folder = find_checkpoint(True, str(tmp_path))
+    assert folder.name == "checkpoint-1", "what `latest` cannot tell, the folders do"
+    (folder / "state.json").write_text("[]")
+    with pytest.raises(UserError, match="state.json cannot be read"):
+        load_checkpoint(Engine(), folder, {"step": 1}, {})
+
+
+def test_a_tilde_in_folders_is_the_home(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    train = {"output_dir": "~/run", "resume_from_checkpoint": "~/run/checkpoint-1"}
+    sections = {
+        "train": train,
+        "model": {"path": "~/model", "tokenizer": "~/tied"},
+        "reference": {"path": "~/tied", "old_path": "~/model", "per_token": True},
+        "loss": {"type": "grpo", "grpo_beta": 0.1},
+    }
+    config = load_tree(run_tree(folder) | sections)
+    assert config.train.output_dir == str(folder / "run")
+    assert config.train.resume_from_checkpoint == str(folder / "run" / "checkpoint-1")
+    assert (config.model.path, config.model.tokenizer) == (
+        str(folder / "model"),
+        str(folder / "tied"),
+    )
+    assert config.reference.path == str(folder / "tied")
+    assert config.reference.old_path == str(folder / "model")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"train": {"learning_rate": 1e-2}},
+        {"train": {"weight_decay": 0.1}},
+        {"train": {"lr_scheduler_type": "linear"}},
+        {"loss": {"beta": 0.2}},
+        {"loss": {"type": "ipo"}},
+        {"reference": {"provider": "ema"}},
+        {"model": {"lora": {"r": 4}}},
+    ],
+)
+def test_an_option_that_resuming_would_ignore_is_not_resumed(folder, change):
+    from types import SimpleNamespace
+
+    from dpo_fast.training.loop import must_fit
+
+    def fits(**sections) -> dict:
+        tree = changed(run_tree(folder), folder / "never", **sections)
+        split = SimpleNamespace(must_fit=dict)
+        return must_fit(SimpleNamespace(config=load_tree(tree), train=split, total_steps=1))
+
+    assert fits() != fits(**change)
+    assert json.loads(json.dumps(fits())) == fits(), "state.json gives it back as it was"

@@ -14,7 +14,8 @@ FP32 = 4
 @dataclass(frozen=True)
 class Sizes:
     """Elements. gathered: of the largest part that stage 3 gathers at a time; reference: of a second
-    model, 0 without one. head_bytes: what the head keeps between forward and backward, and its tiles.
+    model, 0 without one; old: of that of reference.old_path. head_bytes: what the head keeps between
+    forward and backward, and its tiles.
     """
 
     parameters: int
@@ -22,6 +23,7 @@ class Sizes:
     gathered: int
     reference: int
     head_bytes: int
+    old: int = 0
 
 
 class Line(NamedTuple):
@@ -54,9 +56,12 @@ def memory(config: RunConfig, sizes: Sizes, ranks: int) -> list[Line]:
     states = (3 if stage or size < FP32 else 2) * FP32
     lines.append(line("optimiser states", sizes.trainable, states, 1, parallel.offload_optimizer))
     if sizes.reference:
-        when = "" if config.reference_provider == "frozen" else ", before training"
+        when = "" if config.reference_provider in ("frozen", "ema") else ", before training"
         name = f"reference model{when}"
         lines.append(line(name, sizes.reference, size, 3, config.offloads_reference))
+    if sizes.old:
+        name = "reference.old_path, before training"
+        lines.append(line(name, sizes.old, size, 3, config.offloads_reference))
     lines.append(Line("head workspace", sizes.head_bytes, 0.0, "the schedule above"))
     return lines
 

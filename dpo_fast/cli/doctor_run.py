@@ -27,6 +27,7 @@ from dpo_fast.training.config import RunConfig
 from dpo_fast.training.engine import deepspeed_config
 from dpo_fast.training.fit import check_vocabulary
 from dpo_fast.training.prepare import check, wants_checkpointing
+from dpo_fast.training.references import old_config
 
 GROUP = 8  # completions of a group, as long as nothing is known of the data
 
@@ -48,6 +49,7 @@ class Outlook:
     choices: Choices
     policy: ScoringModel
     reference: ScoringModel | None
+    old: ScoringModel | None
     head: Choice
     head_plan: HeadPlan
     scored_tokens: int
@@ -78,13 +80,20 @@ def look(config: RunConfig) -> Outlook:
     policy = _skeleton(config.model, "model.path")
     check_vocabulary(policy, load_tokenizer(config.model))
     reference = None
-    if config.has_second_model:
+    if config.reference_provider in ("frozen", "ema") or config.reference.path is not None:
         reference = _skeleton(config.reference_model, "reference.path")
+    wanted, old = old_config(config), None
+    if wanted not in (None, config) and wanted.reference.path is not None:
+        old = _skeleton(wanted.reference_model, "reference.old_path")
+    tokenizer = load_tokenizer(config.model)
+    for model, option in ((reference, "reference.path"), (old, "reference.old_path")):
+        if model is not None:
+            check_vocabulary(model, tokenizer, option)
     dtype = DTYPES[config.model.dtype]
     head = choose_implementation("linear_logp", device, dtype, train.implementation)
     tokens = train.tokens_per_batch or _answers(config) * each * (config.data.max_length - 1)
     return Outlook(
-        config, choose(config), policy, reference, head,
+        config, choose(config), policy, reference, old, head,
         _head_plan(config, policy, head.name, tokens, device), tokens, world, device,
     )  # fmt: skip
 
@@ -120,6 +129,7 @@ def rows(outlook: Outlook) -> Iterator[Row]:
     yield from _head_rows(outlook)
     yield from _layer_rows(outlook)
     yield _reference_row(outlook)
+    yield from _old_rows(outlook)
     yield from _parallel_rows(outlook)
 
 
@@ -138,12 +148,13 @@ def _batch_rows(outlook: Outlook) -> Iterator[Row]:
     if outlook.reference is not None and choices.reference_attention.name != attention.name:
         other = choices.reference_attention
         yield Row("reference's attention", other.name, origin(model, "attention"), other.reason)
+    unit = "groups" if config.loss.objective.grouped else "pairs"
     micro = (
-        f"{train.micro_pairs} pairs"
+        f"{train.micro_pairs} {unit}"
         if train.tokens_per_batch is None
         else f"{train.tokens_per_batch} tokens"
     )
-    why = f"{train.global_pairs} pairs a step over {ranks(outlook.world)}"
+    why = f"{train.global_pairs} {unit} a step over {ranks(outlook.world)}"
     yield Row("micro-batch", micro, origin(train, "micro_pairs", "tokens_per_batch"), why)
 
 
@@ -229,6 +240,20 @@ def _reference_row(outlook: Outlook) -> Row:
     return Row("reference", provider, origin(config.reference, "provider"), why)
 
 
+def _old_rows(outlook: Outlook) -> Iterator[Row]:
+    """What the completions of groups were written with, where a loss asks."""
+    config = outlook.config
+    wanted = old_config(config)
+    if wanted is None:
+        return
+    why = "computed once by the policy as it starts, then read from a table"
+    if wanted == config:
+        why = "the stored reference serves"
+    elif wanted.reference.path is not None:
+        why = f"computed once by {wanted.reference.path}, {_place(outlook)}; then read from a table"
+    yield Row("old log-probs", "cached", origin(config.reference, "old_path"), why)
+
+
 def _place(outlook: Outlook) -> str:
     parallel = outlook.config.parallel
     shares = (
@@ -273,6 +298,7 @@ def _sizes(outlook: Outlook) -> Sizes:
         gathered=max(_elements(part) for part in parts),
         reference=0 if outlook.reference is None else _elements(outlook.reference),
         head_bytes=outlook.head_plan.bytes,
+        old=0 if outlook.old is None else _elements(outlook.old),
     )
 
 

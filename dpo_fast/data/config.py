@@ -138,7 +138,7 @@ def _check_sources(config: DataConfig) -> None:
 
 def _check_sizes(config: DataConfig) -> None:
     least = {"max_length": 2, "max_prompt_length": 1, "eval_rows": 0, "max_rows": 1, "workers": 1}
-    least |= {"stream_buffer": 1}
+    least |= {"stream_buffer": 1, "seed": 0}
     for option, minimum in least.items():
         value = getattr(config, option)
         if value is not None and value < minimum:

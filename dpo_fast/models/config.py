@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import os
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, model_validator
+
+Place = Annotated[str, AfterValidator(os.path.expanduser)]  # a folder, or a hub id
 
 
 class LoraSection(BaseModel):
@@ -25,8 +28,8 @@ class ModelSection(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    path: str = Field(description="a model folder as written by save_pretrained, or a hub id")
-    tokenizer: str | None = Field(None, description="tokenizer folder or hub id; default: path")
+    path: Place = Field(description="a model folder as written by save_pretrained, or a hub id")
+    tokenizer: Place | None = Field(None, description="tokenizer folder or hub id; default: path")
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="dtype of weights and activations")
     attention: str = Field(
         "auto",

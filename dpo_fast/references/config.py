@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from dpo_fast.models.config import Place
+
 
 class ReferenceSection(BaseModel):
     """Where the reference log-probabilities come from."""
@@ -19,7 +21,7 @@ class ReferenceSection(BaseModel):
         "columns: reference_chosen_logps and reference_rejected_logps, or reference_completion_logps, of "
         "the data; none. With a loss that estimates kl the default is frozen, with LoRA adapter_off",
     )
-    path: str | None = Field(
+    path: Place | None = Field(
         None, description="reference model (cached, frozen, ema); default: the policy as it starts"
     )
     cache_dir: str | None = Field(
@@ -37,7 +39,7 @@ class ReferenceSection(BaseModel):
         "between uses, at ZeRO stage 3; default: as parallel.offload_parameters",
     )
 
-    old_path: str | None = Field(
+    old_path: Place | None = Field(
         None,
         description="model that wrote the completions of groups (grpo, dapo); default: the policy as it "
         "starts. Its log-probs are stored once, in output_dir/reference",

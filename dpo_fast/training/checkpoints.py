@@ -12,12 +12,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from dpo_fast.errors import UserError
@@ -49,18 +51,21 @@ def save_checkpoint(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     distributed.barrier()
-    engine.save_checkpoint(str(aside), tag="engine", save_latest=False)
-    own = {name: each.state_dict() for name, each in stateful.items()}
-    mine = {"random": _random_state(), "metrics": metrics, "own": own}
-    torch.save(mine, aside / f"rank-{distributed.rank()}.pt")
+    with writing(aside):
+        engine.save_checkpoint(str(aside), tag="engine", save_latest=False)
+        own = {name: each.state_dict() for name, each in stateful.items()}
+        mine = {"random": _random_state(), "metrics": metrics, "own": own}
+        torch.save(mine, aside / f"rank-{distributed.rank()}.pt")
     distributed.barrier()
     if distributed.is_main():
-        (aside / "state.json").write_text(json.dumps(state, indent=2))
-        _flush(aside)
+        with writing(aside):
+            (aside / "state.json").write_text(json.dumps(state, indent=2))
+            _flush(aside)
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
-        _write_whole(root / "latest", final.name)
-        for old in checkpoints(root)[:-keep]:
+        with writing(root):
+            _write_whole(root / "latest", final.name)
+        for old in _by_age(checkpoints(root), final)[:-keep]:
             shutil.rmtree(old)
     distributed.barrier()
     return final
@@ -68,8 +73,15 @@ def save_checkpoint(
 
 def checkpoints(root: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    found = [p for p in root.glob(f"{PREFIX}*") if (p / "state.json").is_file()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)))
+    steps = {p: p.name.removeprefix(PREFIX) for p in root.glob(f"{PREFIX}*")}
+    found = [p for p, step in steps.items() if step.isdecimal() and (p / "state.json").is_file()]
+    return sorted(found, key=lambda p: int(steps[p]))
+
+
+def _by_age(found: list[Path], newest: Path) -> list[Path]:
+    """Checkpoints, those first that another run left in the folder: steps that this one has yet to take."""
+    ours = found.index(newest) + 1
+    return found[ours:] + found[:ours]
 
 
 def find_checkpoint(requested: bool | str, output_dir: str) -> Path | None:
@@ -82,7 +94,11 @@ def find_checkpoint(requested: bool | str, output_dir: str) -> Path | None:
         return None
     if requested is True:
         latest = Path(output_dir) / "latest"
-        named = Path(output_dir) / latest.read_text().strip() if latest.is_file() else None
+        named = (
+            Path(output_dir) / latest.read_text(errors="replace").strip()
+            if latest.is_file()
+            else None
+        )
         if named is not None and (named / "state.json").is_file():
             return named
         complete = checkpoints(Path(output_dir))
@@ -109,6 +125,8 @@ def load_checkpoint(
     """
     try:
         state = json.loads((folder / "state.json").read_text())
+        if not isinstance(state, dict):
+            raise ValueError("it holds no object")
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}/state.json cannot be read: {error}") from None
     differing = [name for name, value in fits.items() if state.get(name) != value]
@@ -118,11 +136,13 @@ def load_checkpoint(
             f"{folder} cannot be resumed exactly: {details}. Set it back, or start a new run from "
             "this one's weights with another train.output_dir"
         )
-    path, _ = engine.load_checkpoint(str(folder), tag="engine")
+    with _reading(folder / "engine"):
+        path, _ = engine.load_checkpoint(str(folder), tag="engine")
     if path is None:
         raise UserError(f"{folder}: DeepSpeed finds no checkpoint in its folder engine/")
     file = folder / f"rank-{distributed.rank()}.pt"
-    mine = torch.load(file, weights_only=True, map_location="cpu")
+    with _reading(file):
+        mine = torch.load(file, weights_only=True, map_location="cpu")
     metrics |= {name: value.to(engine.device) for name, value in mine["metrics"].items()}
     for name, each in stateful.items():
         each.load_state_dict(mine["own"][name])
@@ -131,6 +151,35 @@ def load_checkpoint(
     if "cuda" in random_state:
         torch.cuda.set_rng_state(random_state["cuda"])
     return state
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """A full disk is told as a UserError; torch raises it as a RuntimeError. A half-written folder goes."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(place.parent).free / 2**20
+        if place.name.endswith(".partial"):
+            shutil.rmtree(place, ignore_errors=True)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{place} cannot be written: {reason} ({free:,.0f} MiB are free there). The checkpoints that "
+            "are done are whole: make room, and go on with train.resume_from_checkpoint=true"
+        ) from error
+
+
+@contextmanager
+def _reading(place: Path) -> Iterator[None]:
+    """A torn file makes torch raise nearly anything."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{place} cannot be read: {reason} The checkpoint is damaged or of another model: name "
+            "an earlier one with train.resume_from_checkpoint, or start a new run"
+        ) from error
 
 
 def _random_state() -> dict:

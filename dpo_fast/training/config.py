@@ -234,6 +234,20 @@ def check_batch_sizes(config: RunConfig, world_size: int) -> None:
         )
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML of which no word is ignored: PyYAML alone lets the last of two equal keys win."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """Read a YAML file and apply `section.key=value` overrides, whose values are YAML too.
 
@@ -242,7 +256,7 @@ def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
     """
     file = Path(path)
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -258,7 +272,7 @@ def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
 
 def build_config(tree: dict, where: str) -> RunConfig:
     try:
-        return RunConfig(**tree)
+        return RunConfig.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from None
 
@@ -269,9 +283,10 @@ def _apply(tree: dict, override: str) -> None:
     if not separator or not all(names):
         raise UserError(f"{override!r}: expected section.key=value, like train.max_steps=100")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"{override!r}: the value is not YAML; put it in quotes") from None
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        why = getattr(error, "problem", None) or "it breaks off"
+        raise UserError(f"{override!r}: the value is not YAML ({why}); put it in quotes") from None
     for name in names[:-1]:
         if tree.get(name) is None:
             tree[name] = {}
@@ -289,6 +304,8 @@ def _explain(error: dict) -> str:
         near = difflib.get_close_matches(str(error["loc"][-1]), known, 1, 0.5)
         hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
         return f"unknown key {place}; {hint}"
+    if error["type"] == "invalid_key":
+        return f"unknown key {place}; keys are names"
     if error["type"] == "missing":
         return f"{place} is missing"
     message = error["msg"].removeprefix("Value error, ")

@@ -12,6 +12,7 @@ from dpo_fast.models import ScoringModel
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.load import DTYPES
 from dpo_fast.training import distributed
+from dpo_fast.training.checkpoints import writing
 
 
 def gather_state(model: nn.Module, trainable_only: bool = False) -> dict[str, Tensor]:
@@ -50,11 +51,12 @@ def export(
     if distributed.is_main():
         aside = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(aside, ignore_errors=True)
-        _save(model, state, aside)
-        tokenizer.save_pretrained(aside)
-        if merge_lora:
-            _save_merged(section, aside)
-            tokenizer.save_pretrained(aside / "merged")
+        with writing(aside):
+            _save(model, state, aside)
+            tokenizer.save_pretrained(aside)
+            if merge_lora:
+                _save_merged(section, aside)
+                tokenizer.save_pretrained(aside / "merged")
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
     distributed.barrier()

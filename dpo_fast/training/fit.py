@@ -11,13 +11,15 @@ from dpo_fast.models import ScoringModel
 from dpo_fast.training.split import Split
 
 
-def check_vocabulary(model: ScoringModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises UserError if the tokenizer makes ids that the model has no row for."""
+def check_vocabulary(
+    model: ScoringModel, tokenizer: PreTrainedTokenizerBase, option: str = "model.path"
+) -> None:
+    """Raises UserError if the tokenizer makes ids that the model has no row for. option: names it."""
     rows = model.causal_lm.config.get_text_config().vocab_size
     if len(tokenizer) > rows:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens, the model a vocabulary of {rows}: they do not "
-            "belong together; check model.path and model.tokenizer"
+            f"belong together; check {option} and model.tokenizer"
         )
 
 

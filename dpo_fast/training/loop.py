@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,7 +16,12 @@ from dpo_fast.data.sampler import Sampler
 from dpo_fast.errors import Interrupted, UserError
 from dpo_fast.models.load import DTYPES
 from dpo_fast.training import distributed
-from dpo_fast.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
+from dpo_fast.training.checkpoints import (
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    writing,
+)
 from dpo_fast.training.clock import peak_memory, watch_head
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.evaluate import evaluate
@@ -36,6 +42,7 @@ def train(config: RunConfig) -> Path:
         Interrupted: after SIGINT or SIGTERM, once the step is finished and a checkpoint saved.
     """
     check(config)
+    check_writable(config.train.output_dir)
     distributed.init_distributed(config.parallel.timeout_minutes)
     checkpoint = find_checkpoint(config.train.resume_from_checkpoint, config.train.output_dir)
     run = prepare(config)
@@ -69,6 +76,20 @@ def train(config: RunConfig) -> Path:
     return model
 
 
+def check_writable(output_dir: str) -> None:
+    """Raises UserError unless the run can be written there. Makes nothing: the data may be bad."""
+    folder = Path(output_dir)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"train.output_dir={output_dir} cannot be written: {error.strerror or error}; name another "
+            "folder"
+        ) from None
+
+
 def due(every: int | None, step: int, last: bool) -> bool:
     """Whether something that is done every so many steps, and after the last, is due."""
     return last or (every is not None and step % every == 0)
@@ -94,9 +115,18 @@ def start(run: Run, log: RunLog) -> int:
     return 0
 
 
+# Of what DeepSpeed restores with its optimiser a new value would be ignored; the others would make
+# another run of it halfway.
+SAME_TRAIN = (
+    "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2",
+    "adam_epsilon", "max_grad_norm",
+)  # fmt: skip
+SAME_REFERENCE = ("provider", "mixup_alpha", "sync_steps")
+
+
 def must_fit(run: Run) -> dict:
     """What a resumed run must share with the one that was interrupted, to be the same run."""
-    train = run.config.train
+    train, tree = run.config.train, run.config.resolved()
     fits = {
         "world_size": distributed.world_size(),
         **run.train.must_fit(),
@@ -106,6 +136,10 @@ def must_fit(run: Run) -> dict:
         "seed": train.seed,
         "zero_stage": run.config.parallel.zero_stage,
     }
+    fits |= {f"train.{name}": tree["train"][name] for name in SAME_TRAIN}
+    fits |= {f"loss.{name}": value for name, value in tree["loss"].items()}
+    fits |= {f"reference.{name}": tree["reference"][name] for name in SAME_REFERENCE}
+    fits |= {"model.dtype": tree["model"]["dtype"], "model.lora": tree["model"]["lora"]}
     if train.tokens_per_batch is not None:  # what a pair takes depends on the layout
         fits["layout"] = train.layout
     return fits
@@ -183,10 +217,11 @@ class RunLog:
         self.rate = product_rate(run.engine.device, DTYPES[run.config.model.dtype])
         if not self.main:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         resolved = yaml.safe_dump(run.config.resolved(), sort_keys=False)
-        (self.folder / "config.yaml").write_text(resolved)
-        (self.folder / "data-report.json").write_text(run.train.pairs.report.to_json())
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(self.folder / "config.yaml"):
+            (self.folder / "config.yaml").write_text(resolved)
+            (self.folder / "data-report.json").write_text(run.train.pairs.report.to_json())
         if not resumed:
             (self.folder / "metrics.jsonl").unlink(missing_ok=True)
 
@@ -211,7 +246,8 @@ class RunLog:
             line["learning_rate"] = self.run.engine.get_lr()[0]
             self.since = time.monotonic()
         if self.main:
-            with (self.folder / "metrics.jsonl").open("a") as stream:
+            file = self.folder / "metrics.jsonl"
+            with writing(file), file.open("a") as stream:
                 stream.write(json.dumps(line) + "\n")
             names = [n for n, v in line.items() if n != "step" and v is not None]
             if self.run.engine.monitor.enabled:

@@ -8,10 +8,10 @@ from dpo_fast.training import distributed
 from dpo_fast.training.choices import choose
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.engine import deepspeed_config
-from dpo_fast.training.prepare import check, check_positions, check_vocabulary
+from dpo_fast.training.prepare import check
 from dpo_fast.training.references import (
     StoredReference,
-    load_reference_engine,
+    load_second_model,
     old_config,
     store_references,
 )
@@ -37,7 +37,7 @@ def precompute(config: RunConfig) -> list[StoredReference]:
         each
         for wanted in stored_configs(config)
         for each in store_references(
-            wanted, lambda wanted=wanted: make_scorer(wanted, tokenizer, splits),
+            wanted, lambda wanted=wanted: make_scorer(wanted, splits, _option(config, wanted)),
             distributed.device(), splits,
         )
     ]  # fmt: skip
@@ -50,19 +50,22 @@ def stored_configs(config: RunConfig) -> list[RunConfig]:
     return own + ([old] if old is not None and old != config else [])
 
 
-def make_scorer(config: RunConfig, tokenizer, splits: list):
-    """The reference model of a configuration, ready to score these splits."""
+def _option(config: RunConfig, wanted: RunConfig) -> str:
+    """Which option of the run names the model of one of its stored references."""
+    return "reference.path" if wanted == config else "reference.old_path"
+
+
+def make_scorer(config: RunConfig, splits: list, option: str):
+    """The reference model of a configuration, which `option` names, ready to score these splits."""
     head = {
         "implementation": config.train.implementation,
         "workspace_bytes": config.train.workspace_bytes,
     }
     ds_config = deepspeed_config(config, distributed.world_size(), accumulation=1)
-    attention = choose(config).reference_attention.name
-    scorer = load_reference_engine(config, attention, head, ds_config, distributed.device())
-    model = getattr(scorer, "module", scorer)
-    check_vocabulary(model, tokenizer)
-    check_positions(model, splits)
-    return scorer
+    attention = choose(config, option).reference_attention.name
+    return load_second_model(
+        config, attention, head, ds_config, distributed.device(), splits, option
+    )
 
 
 def check_provider(config: RunConfig) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo_fast.models import load_model
+from dpo_fast.models import load_model, load_tokenizer
 from dpo_fast.models.load import DTYPES
 from dpo_fast.models.separation import check_separation
 from dpo_fast.references import (
@@ -28,6 +28,7 @@ from dpo_fast.training.engine import (
     reference_config,
     shard_while_loading,
 )
+from dpo_fast.training.fit import check_positions, check_vocabulary
 from dpo_fast.training.reference_parts import compute_reference, from_main
 from dpo_fast.training.split import Split
 
@@ -43,7 +44,7 @@ def build_references(config, engine, model, splits, attention, head, ds_config) 
         return {s.name: AdapterOffReference(engine, model.adapter_off) for s in splits}
 
     def second_model():
-        return load_reference_engine(config, attention, head, ds_config, engine.device)
+        return load_second_model(config, attention, head, ds_config, engine.device, splits)
 
     if provider == "ema":
         section = config.reference
@@ -65,8 +66,9 @@ def build_old(config, engine, references: dict, splits, head, ds_config) -> dict
         return references
 
     def second_model():
-        attention = choose(wanted, "reference.old_path").reference_attention.name
-        return load_reference_engine(wanted, attention, head, ds_config, engine.device)
+        option = "reference.old_path"
+        attention = choose(wanted, option).reference_attention.name
+        return load_second_model(wanted, attention, head, ds_config, engine.device, splits, option)
 
     scorer = second_model if wanted.reference.path else lambda: engine
     return cached_references(wanted, scorer, engine.device, splits)
@@ -88,9 +90,25 @@ def old_config(config: RunConfig) -> RunConfig | None:
     return config.model_copy(update={"reference": section.model_copy(update=changes)})
 
 
-def load_reference_engine(config: RunConfig, attention: str, head: dict, ds_config: dict, device):
+def load_second_model(
+    config: RunConfig, attention: str, head: dict, ds_config: dict, device, splits: list[Split],
+    option: str = "reference.path",
+):  # fmt: skip
+    """As `load_reference_engine`. Raises UserError if the model that `option` names cannot score them."""
+    option = option if config.reference.path else "model.path"
+    scorer = load_reference_engine(config, attention, head, ds_config, device, option)
+    model = getattr(scorer, "module", scorer)
+    check_vocabulary(model, load_tokenizer(config.model), option)
+    check_positions(model, splits)
+    return scorer
+
+
+def load_reference_engine(
+    config: RunConfig, attention: str, head: dict, ds_config: dict, device,
+    option: str = "reference.path",
+):  # fmt: skip
     """The reference model, without adapters: a frozen scorer, sharded at stage 3."""
-    option = "reference.path" if config.reference.path else "model.path"
+    option = option if config.reference.path else "model.path"
     ds_config = reference_config(config, ds_config)
     keep_alive = shard_while_loading(config, ds_config)
     model = load_model(config.reference_model, attention=attention, option=option, **head)

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from dpo_fast.losses import LOSSES, LossOptions, Objective
 
-FORBID = ConfigDict(extra="forbid")
+FORBID = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class _Losses(BaseModel):
@@ -87,7 +96,7 @@ class TrainSection(BaseModel):
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_epsilon: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, ge=0, description="gradient norm is clipped to it; 0: not")
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=2**32)
     layout: Literal["auto", "padded", "packed", "shared_prefix"] = Field(
         "auto",
         description="how a micro-batch is laid out; shared_prefix: the prompt once, its completions "
@@ -107,6 +116,16 @@ class TrainSection(BaseModel):
         False, description="true: the latest of output_dir, if any; or the path of one"
     )
     merge_lora: bool = Field(False, description="export merged weights beside the adapter")
+
+    @field_validator("output_dir", "resume_from_checkpoint")
+    @classmethod
+    def _folder(cls, value: bool | str, info: ValidationInfo) -> bool | str:
+        """`~` is the home, as in every other path."""
+        if isinstance(value, bool):
+            return value
+        if not value.strip():
+            raise ValueError(f"train.{info.field_name}={value!r} names no folder; give one")
+        return str(Path(value).expanduser())
 
     @model_validator(mode="after")
     def _check(self) -> TrainSection:

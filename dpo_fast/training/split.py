@@ -11,6 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo_fast.data.batch import ScoredBatch
+from dpo_fast.data.config import CHAT_COLUMNS
 from dpo_fast.data.dataset import Dataset, load_pairs
 from dpo_fast.data.kinds import COMPLETIONS, GROUPS
 from dpo_fast.data.layouts import collate
@@ -253,6 +254,7 @@ def make_split(
             not use or lacks, or a row that is larger than train.tokens_per_batch.
     """
     check_kind(config, name, pairs)
+    check_renamed(config, name, pairs)
     columns = used_columns(config, pairs.extras, pairs.kind)
     train, world = config.train, distributed.world_size()
     if train.tokens_per_batch is None:
@@ -307,6 +309,18 @@ def check_kind(config: RunConfig, name: str, rows: Rows) -> None:
             f"loss.type={names} estimates kl from completions of other rows, but data.{name} has one row, "
             f"{rows.where(0)}; give it two or more"
         )
+
+
+def check_renamed(config: RunConfig, name: str, rows: Rows) -> None:
+    """Raises UserError if data.columns renames what rows of this kind do not have."""
+    kind = rows.kind
+    known = ("prompt", *kind.answers, *sorted(kind.judges), *kind.numbers)
+    for ours, theirs in config.data.columns.items():
+        if ours not in (*known, *CHAT_COLUMNS):
+            raise UserError(
+                f"data.columns.{ours}={theirs!r} is not used: data.{name} holds {kind.name}, the first "
+                f"{rows.where(0)}, whose columns are {', '.join(known)}; remove it, or set data.format"
+            )
 
 
 def check_budget(budget: int, layout: str, alone_I: np.ndarray, pairs: Rows) -> None:
