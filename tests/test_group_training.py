@@ -18,8 +18,8 @@ from dpo_fast.data.sampler import Sampler
 from dpo_fast.errors import UserError
 from dpo_fast.losses import LOSSES, Preference, Totals
 from dpo_fast.training.config import build_config
+from dpo_fast.training.load_split import make_split
 from dpo_fast.training.metrics import MetricSums
-from dpo_fast.training.split import make_split
 from tests.models import run_tree, write_completions, write_groups, write_model, write_pairs
 from tests.test_exactness import assert_same, run_cases, token_logps
 from tests.test_unpaired_training import lines_of, series

@@ -21,10 +21,10 @@ from dpo_fast.references import writing
 from dpo_fast.references.live import FrozenReference
 from dpo_fast.training.choices import choose
 from dpo_fast.training.config import build_config
+from dpo_fast.training.load_split import load_split
 from dpo_fast.training.precompute import without_training
 from dpo_fast.training.reference_parts import ReferenceInterrupted
 from dpo_fast.training.references import cached_references, store_references
-from dpo_fast.training.split import load_split
 from tests.models import run_tree, write_model, write_pairs
 
 ROOT = Path(__file__).resolve().parents[1]

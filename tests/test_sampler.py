@@ -307,7 +307,7 @@ def test_a_changed_budget_or_layout_is_not_resumed(folder):
     from types import SimpleNamespace
 
     from dpo_fast.training.config import build_config
-    from dpo_fast.training.loop import must_fit
+    from dpo_fast.training.resume import must_fit
 
     def fits(**train) -> dict:
         tree = run_tree(folder, micro_pairs=None, **train)
@@ -326,7 +326,7 @@ def test_a_changed_budget_or_layout_is_not_resumed(folder):
 def test_a_pair_that_does_not_fit_is_named(tmp_path):
     from dpo_fast.errors import UserError
     from dpo_fast.training.config import build_config
-    from dpo_fast.training.split import load_split
+    from dpo_fast.training.load_split import load_split
     from tests.tiny import byte_tokenizer
 
     def load(tokens: int):

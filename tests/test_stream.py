@@ -161,7 +161,8 @@ def test_the_key_follows_content_and_options(stream):
 
 def test_the_next_chunk_is_read_ahead_and_its_error_comes_when_it_is_due(stream):
     from dpo_fast.data.sampler import Sampler
-    from dpo_fast.training.split import Split, StreamSplit
+    from dpo_fast.training.split import Split
+    from dpo_fast.training.stream_split import StreamSplit
 
     def make(chunk, accumulation) -> Split:
         return Split("train", chunk, Sampler(len(chunk), 2, 2), "packed", 0)
@@ -184,9 +185,10 @@ def test_the_next_chunk_is_read_ahead_and_its_error_comes_when_it_is_due(stream)
 def test_a_resumed_run_goes_to_its_position(stream, monkeypatch, tmp_path):
     """It would come to the same pairs without, by tokenising all before them."""
     from dpo_fast.data.sampler import Sampler
-    from dpo_fast.training import loop
+    from dpo_fast.training import resume
     from dpo_fast.training.config import build_config
-    from dpo_fast.training.split import Split, StreamSplit
+    from dpo_fast.training.split import Split
+    from dpo_fast.training.stream_split import StreamSplit
 
     used = []
 
@@ -203,9 +205,9 @@ def test_a_resumed_run_goes_to_its_position(stream, monkeypatch, tmp_path):
     new = StreamSplit(stream(), make, last=9)
     config = build_config(run_tree(tmp_path), "tree")
     run = SimpleNamespace(engine=None, train=new, config=config, total_steps=9, stateful={})
-    monkeypatch.setattr(loop, "load_checkpoint", lambda *_: state)
+    monkeypatch.setattr(resume, "load_checkpoint", lambda *_: state)
     sums, log = SimpleNamespace(values={}), SimpleNamespace(forget_after=lambda step: None)
-    assert loop.resume(run, tmp_path, sums, log) == 7
+    assert resume.resume(run, tmp_path, sums, log) == 7
     part, index = new.at(7)
     assert [part.pairs.where(row) for row in part.sampler.global_batch(index)] == places
     assert used == [0, 3]
@@ -352,8 +354,8 @@ def test_two_ranks_read_the_same_stream(folder):
 def test_a_checkpoint_knows_its_source(folder):
     from dpo_fast.models import load_tokenizer
     from dpo_fast.training.config import build_config
-    from dpo_fast.training.loop import must_fit
-    from dpo_fast.training.split import open_stream
+    from dpo_fast.training.load_split import open_stream
+    from dpo_fast.training.resume import must_fit
 
     state = json.loads((folder / "small" / "checkpoint-2" / "state.json").read_text())
 

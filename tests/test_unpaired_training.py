@@ -19,8 +19,8 @@ from dpo_fast.data.sampler import Sampler, TokenSampler
 from dpo_fast.errors import UserError
 from dpo_fast.losses import Objective, Preference, Totals
 from dpo_fast.training.config import build_config
+from dpo_fast.training.load_split import make_split
 from dpo_fast.training.metrics import MetricSums
-from dpo_fast.training.split import make_split
 from dpo_fast.training.statistics import Statistics
 from tests.models import run_tree, write_completions, write_model, write_pairs
 from tests.test_exactness import assert_same, run_cases, token_logps

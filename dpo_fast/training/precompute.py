@@ -8,6 +8,7 @@ from dpo_fast.training import distributed
 from dpo_fast.training.choices import choose
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.engine import deepspeed_config
+from dpo_fast.training.load_split import load_split
 from dpo_fast.training.prepare import check
 from dpo_fast.training.references import (
     StoredReference,
@@ -15,7 +16,6 @@ from dpo_fast.training.references import (
     old_config,
     store_references,
 )
-from dpo_fast.training.split import load_split
 
 
 def precompute(config: RunConfig) -> list[StoredReference]:

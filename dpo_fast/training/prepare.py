@@ -26,9 +26,10 @@ from dpo_fast.training.config import RunConfig, check_batch_sizes
 from dpo_fast.training.engine import build_engine, deepspeed_config, shard_while_loading
 from dpo_fast.training.fit import check_positions, check_vocabulary
 from dpo_fast.training.forward import EXTRAS, LossPass
+from dpo_fast.training.load_split import load_split
 from dpo_fast.training.progress import say
 from dpo_fast.training.references import build_old, build_references
-from dpo_fast.training.split import Split, load_split
+from dpo_fast.training.split import Split
 from dpo_fast.training.statistics import Statistics
 
 
