@@ -169,7 +169,8 @@ def merge_kernel(
         if ENTROPY:
             part = tl.load(in_ptrs + 2 * plane, mask=mask, other=0.0)
             part += shift * part_total
-            if not KEEP:  # so far below the maximum that shift * total is -inf, and 0 times that NaN
+            # So far below the maximum that shift * total is -inf: 0 times that is NaN.
+            if not KEEP:
                 part = tl.where(gain == 0.0, 0.0, part)
             weighted += tl.sum(gain * part, axis=0)
         if SQUARES:
