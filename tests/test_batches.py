@@ -118,3 +118,10 @@ def test_sampler_depends_on_the_seed_alone():
     make = lambda seed: Sampler(100, 10, 5, seed=seed).global_batch(4)  # noqa: E731
     assert make(1) == make(1) != make(2)
     assert Sampler(5, 2, 2, shuffle=False).global_batch(2) == [4]
+
+
+def test_rows_are_looked_up_on_the_host():
+    """Asking a GPU for them would wait for all that it has to do, in every micro-batch."""
+    batch = collate(PAIRS, "padded", indices=[4, 7]).to("meta")
+    assert batch.indices_P.tolist() == [4, 7]
+    assert {batch.input_ids.device.type, batch.lengths_S.device.type} == {"meta"}

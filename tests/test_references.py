@@ -5,6 +5,7 @@ import json
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ datasets = pytest.importorskip("datasets")
 
 import pyarrow.parquet
 
+from dpo_fast.data import kinds
 from dpo_fast.data.dataset import PairDataset
 from dpo_fast.data.layouts import LAYOUTS, collate
 from dpo_fast.data.lengths import RowLengths
@@ -152,9 +154,8 @@ def test_sums_alone_have_no_token_values(tmp_path):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_batches_are_of_like_lengths_and_hold_every_row_once(layout):
     draw = torch.Generator().manual_seed(0)
-    lengths = RowLengths.of_pairs(
-        *(torch.randint(1, 50, (41,), generator=draw).numpy() for _ in range(3))
-    )
+    sizes = torch.randint(1, 50, (3 * 41,), generator=draw).numpy()
+    lengths = RowLengths(kinds.PAIRS, sizes[:41], sizes[41:], np.full(41, 2))
     costs, rows = row_costs(lengths, layout), range(10, 41)
     batches = length_batches(rows, costs, 4)
     assert [len(batch) for batch in batches] == [4] * 7 + [3]

@@ -53,10 +53,12 @@ class ScoredBatch:
         return self.padding / self.input_ids.numel()
 
     def to(self, device: torch.device | str) -> ScoredBatch:
+        """On another device, all but indices_P: tables on the host are looked up by them, and to ask a GPU
+        for them would wait for all that it has to do."""
         tensors = {
             each.name: value.to(device, non_blocking=True)
             for each in fields(self)
-            if isinstance(value := getattr(self, each.name), Tensor)
+            if each.name != "indices_P" and isinstance(value := getattr(self, each.name), Tensor)
         }
         columns = {name: column.to(device) for name, column in self.columns.items()}
         return replace(self, **tensors, columns=columns)

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from dpo_fast.data.kinds import COMPLETIONS, PAIRS, Kind
+from dpo_fast.data.kinds import COMPLETIONS, Kind
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,6 @@ class RowLengths:
         sizes = [[len(row["prompt_ids"]) for row in rows],
                  [len(ids) for each in answers for ids in each], list(map(len, answers))]  # fmt: skip
         return cls(kind, *(np.array(values, dtype=np.int64) for values in sizes))
-
-    @classmethod
-    def of_pairs(cls, prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> RowLengths:
-        answers_A = np.stack([chosen, rejected], axis=1).reshape(-1)
-        return cls(PAIRS, prompt, answers_A, np.full(len(prompt), 2))
 
     def __len__(self) -> int:
         return len(self.prompt_R)

@@ -64,8 +64,17 @@ class PairLogps:
         )
 
 
+class _Compared:
+    """Sequences with `logps` and the `reference`'s, [S]."""
+
+    @property
+    def ratio(self) -> Tensor:
+        """r: log-ratio to the reference, [S]; the log-probability where there is none."""
+        return self.logps if self.reference is None else self.logps - self.reference
+
+
 @dataclass(frozen=True)
-class SequenceLogps:
+class SequenceLogps(_Compared):
     """Completions that are good or bad by themselves, [S]; log-probabilities as in `PairLogps`.
 
     good: bool [S]. kl: estimate of the policy's distance from the reference (KTO), [], or None for 0.
@@ -79,14 +88,9 @@ class SequenceLogps:
     kl: Tensor | None = None
     delta: Tensor | None = None
 
-    @property
-    def ratio(self) -> Tensor:
-        """r: log-ratio to the reference, [S]; the log-probability where there is none."""
-        return self.logps if self.reference is None else self.logps - self.reference
-
 
 @dataclass(frozen=True)
-class GroupLogps:
+class GroupLogps(_Compared):
     """Completions of G prompts, group after group; log-probabilities as in `PairLogps`.
 
     logps, lengths, scores: [S]. counts: int64 [G], completions of each group. reference: [S] or None.
@@ -102,11 +106,6 @@ class GroupLogps:
     tokens: Tensor | None = None
     old_tokens: Tensor | None = None
     reference_tokens: Tensor | None = None
-
-    @property
-    def ratio(self) -> Tensor:
-        """r: log-ratio to the reference, [S]; the log-probability where there is none."""
-        return self.logps if self.reference is None else self.logps - self.reference
 
     def to_tokens(self, values_S: Tensor) -> Tensor:
         """[T]: to each token its completion's value."""
