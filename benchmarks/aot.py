@@ -112,9 +112,12 @@ def _constants(case: Case) -> dict:
     if case.kernel == "preference_kernel":
         without = {"reference_ptr": None} if case.variant == "no-reference" else {}
         return without | {
-            "stride_t": 1, "LOSSES": PREFERENCES.get(case.variant, LOSSES), "LENGTH_AVERAGE": True,
-            "HAS_REFERENCE": not without, "BLOCK": case.sizes[0],
-        }  # fmt: skip
+            "stride_t": 1,
+            "LOSSES": PREFERENCES.get(case.variant, LOSSES),
+            "LENGTH_AVERAGE": True,
+            "HAS_REFERENCE": not without,
+            "BLOCK": case.sizes[0],
+        }
     if case.kernel == "target_product_kernel":
         return {"stride_hd": 1, "stride_wd": 1, "BLOCK_T": case.sizes[0], "BLOCK_D": case.sizes[1]}
     full, repair = "full" in case.variant, "repair" in case.variant
@@ -166,9 +169,12 @@ def _type_of(name: str, case: Case) -> str:
 LOSSES = ("sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "sft")
 PREFERENCES = {"sigmoid": ("sigmoid",), "all": LOSSES}  # variants of preference_kernel
 POINTERS = {
-    "targets_ptr": "*i64", "repair_ptr": "*i8", "lengths_ptr": "*i64", "losses_ptr": "*fp64",
+    "targets_ptr": "*i64",
+    "repair_ptr": "*i8",
+    "lengths_ptr": "*i64",
+    "losses_ptr": "*fp64",
     "arrivals_ptr": "*i32",
-}  # fmt: skip
+}
 FLOATS = ("factor", "cap_in", "cap_out", "inverse_temperature", "beta", "eps")
 ALIGNED = ("D", "stride_ht", "stride_wv", "stride_ot", "stride_kt", "stride_t")
 OPERANDS = ("hidden", "weight", "kept", "out")
@@ -205,9 +211,14 @@ def compile_case(case: Case) -> Result:
     instruction = next((name for name in INSTRUCTIONS if name in ptx), "-")
     usage = _resource_usage(compiled.asm["cubin"])
     return Result(
-        case, usage["REG"], usage["STACK"], usage["LOCAL"], compiled.metadata.shared, instruction,
+        case,
+        usage["REG"],
+        usage["STACK"],
+        usage["LOCAL"],
+        compiled.metadata.shared,
+        instruction,
         "cp.async.bulk.tensor" in ptx,
-    )  # fmt: skip
+    )
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:

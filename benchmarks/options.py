@@ -10,14 +10,19 @@ import torch
 from dpo_fast.errors import UserError
 
 COMMON = {  # options that mean the same in both
-    "--only": {"metavar": "NAME", "action": "append", "help": "these contenders; * matches any text"},
+    "--only": {
+        "metavar": "NAME",
+        "action": "append",
+        "help": "these contenders; * matches any text",
+    },
     "--skip": {"metavar": "NAME", "action": "append", "help": "without these contenders"},
     "--device": {"metavar": "NAME", "help": "cpu or cuda (default: cuda where there is one)"},
     "--plots": {
-        "metavar": "FOLDER", "help": "draw the rows here; without --csv keep them here too",
+        "metavar": "FOLDER",
+        "help": "draw the rows here; without --csv keep them here too",
     },
     "--no-memory": {"action": "store_true", "help": "leave out the peak memory"},
-}  # fmt: skip
+}
 
 
 class Parser(argparse.ArgumentParser):

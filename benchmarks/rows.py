@@ -30,9 +30,12 @@ class Columns(NamedTuple):
         with path.open(newline="") as stream:
             rows = list(csv.DictReader(stream))
         return [
-            {name: float(cell) if cell and name in self.numbers else cell for name, cell in row.items()}
+            {
+                name: float(cell) if cell and name in self.numbers else cell
+                for name, cell in row.items()
+            }
             for row in rows
-        ]  # fmt: skip
+        ]
 
 
 def _shortened(value):

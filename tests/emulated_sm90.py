@@ -19,24 +19,42 @@ POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctype
 
 class _Operands(ctypes.Structure):
     _fields_ = [
-        ("hidden", POINTER), ("weight", POINTER), ("targets", POINTER), ("hidden_stride", LONG),
-        ("weight_stride", LONG), ("tokens", INT), ("vocab", INT), ("depth", INT), ("factor", FLOAT),
-    ]  # fmt: skip
+        ("hidden", POINTER),
+        ("weight", POINTER),
+        ("targets", POINTER),
+        ("hidden_stride", LONG),
+        ("weight_stride", LONG),
+        ("tokens", INT),
+        ("vocab", INT),
+        ("depth", INT),
+        ("factor", FLOAT),
+    ]
 
 
 class _RowSums(ctypes.Structure):
     _fields_ = [
-        ("offset", POINTER), ("kept", POINTER), ("kept_stride", LONG), ("repair", POINTER),
-        ("partials", POINTER), ("target", POINTER), ("maximum", POINTER), ("total", POINTER),
-        ("weighted", POINTER), ("squares", POINTER),
-    ]  # fmt: skip
+        ("offset", POINTER),
+        ("kept", POINTER),
+        ("kept_stride", LONG),
+        ("repair", POINTER),
+        ("partials", POINTER),
+        ("target", POINTER),
+        ("maximum", POINTER),
+        ("total", POINTER),
+        ("weighted", POINTER),
+        ("squares", POINTER),
+    ]
 
 
 class _GradientTile(ctypes.Structure):
     _fields_ = [
-        ("offset", POINTER), ("hit", POINTER), ("scale", POINTER), ("first_column", LONG),
-        ("out", POINTER), ("out_stride", LONG),
-    ]  # fmt: skip
+        ("offset", POINTER),
+        ("hit", POINTER),
+        ("scale", POINTER),
+        ("first_column", LONG),
+        ("out", POINTER),
+        ("out_stride", LONG),
+    ]
 
 
 class _Launch(ctypes.Structure):
@@ -57,11 +75,27 @@ def build(folder: Path, changes: tuple[tuple[str, str, str], ...] = ()) -> Path:
         (copy / name).write_text(source.replace(text, other))
     library = folder / "emulated.so"
     subprocess.run(
-        ["g++", "-std=c++17", "-O2", "-Wno-unknown-pragmas", "-shared", "-fPIC", "-Iemulator",
-         "-include", "emulator/sm90.h", "-x", "c++", "linear_logp_sm90.cu", "emulator/calls.cpp",
-         "-o", str(library)],
-        cwd=copy, check=True, timeout=120,
-    )  # fmt: skip
+        [
+            "g++",
+            "-std=c++17",
+            "-O2",
+            "-Wno-unknown-pragmas",
+            "-shared",
+            "-fPIC",
+            "-Iemulator",
+            "-include",
+            "emulator/sm90.h",
+            "-x",
+            "c++",
+            "linear_logp_sm90.cu",
+            "emulator/calls.cpp",
+            "-o",
+            str(library),
+        ],
+        cwd=copy,
+        check=True,
+        timeout=120,
+    )
     return library
 
 
@@ -88,17 +122,43 @@ class Emulated:
         self.launches: list[tuple[str, int, int]] = []
 
     def rows(
-        self, hidden, weight, targets, factor, *, offset, kept, repair, partials, target, maximum,
-        total, weighted, squares, cluster, blocks,
-    ):  # fmt: skip
+        self,
+        hidden,
+        weight,
+        targets,
+        factor,
+        *,
+        offset,
+        kept,
+        repair,
+        partials,
+        target,
+        maximum,
+        total,
+        weighted,
+        squares,
+        cluster,
+        blocks,
+    ):
         stride = 0 if kept is None else _strided(kept)
         pointers = map(_pointer, (partials, target, maximum, total, weighted, squares))
         what = _RowSums(_pointer(offset), _pointer(kept), stride, _pointer(repair), *pointers)
         self._call("emulated_rows", hidden, weight, targets, factor, what, cluster, blocks)
 
     def gradient(
-        self, hidden, weight, targets, factor, offset, hit, scale, first_column, out, cluster, blocks
-    ):  # fmt: skip
+        self,
+        hidden,
+        weight,
+        targets,
+        factor,
+        offset,
+        hit,
+        scale,
+        first_column,
+        out,
+        cluster,
+        blocks,
+    ):
         what = _GradientTile(
             *map(_pointer, (offset, hit, scale)), first_column, _pointer(out), _strided(out)
         )
@@ -106,9 +166,14 @@ class Emulated:
 
     def _call(self, name, hidden, weight, targets, factor, what, cluster, blocks):
         operands = _Operands(
-            *map(_pointer, (hidden, weight, targets)), _strided(hidden), _strided(weight),
-            len(hidden), len(weight), hidden.shape[1], factor,
-        )  # fmt: skip
+            *map(_pointer, (hidden, weight, targets)),
+            _strided(hidden),
+            _strided(weight),
+            len(hidden),
+            len(weight),
+            hidden.shape[1],
+            factor,
+        )
         self.launches.append((name, cluster, blocks))
         launch = _Launch(cluster, blocks, 0, None)
         references = map(ctypes.byref, (operands, what, launch))

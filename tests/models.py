@@ -18,11 +18,17 @@ def write_model(
     tokenizer = byte_tokenizer(bos=True)
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=vocab or len(tokenizer), hidden_size=32, intermediate_size=48,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        tie_word_embeddings=tied, initializer_range=0.2,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+        vocab_size=vocab or len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -93,15 +99,19 @@ def write_groups(file: Path, count: int = 24, seed: int = 0) -> Path:
 def run_tree(folder: Path, **train) -> dict:
     """A configuration as a tree, for the model and pairs that stand in `folder`."""
     defaults = {
-        "output_dir": str(folder / "run"), "global_pairs": 8, "micro_pairs": 4,
-        "learning_rate": 1e-3, "warmup_ratio": 0.0,
-    }  # fmt: skip
+        "output_dir": str(folder / "run"),
+        "global_pairs": 8,
+        "micro_pairs": 4,
+        "learning_rate": 1e-3,
+        "warmup_ratio": 0.0,
+    }
     return {
         "model": {"path": str(folder / "model"), "dtype": "fp32"},
         "data": {
-            "train": str(folder / "pairs.jsonl"), "max_length": 128,
+            "train": str(folder / "pairs.jsonl"),
+            "max_length": 128,
             "cache_dir": str(folder / "cache"),
         },
         "train": defaults | train,
         "log": {"logging_steps": 1},
-    }  # fmt: skip
+    }

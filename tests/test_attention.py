@@ -108,12 +108,10 @@ def visible(groups) -> torch.Tensor:
     ]
     return torch.tensor(
         [
-            [
-                g == h and ((b == c and i <= p) or (c == 0 and b > 0)) for h, c, i in owner
-            ]
+            [g == h and ((b == c and i <= p) or (c == 0 and b > 0)) for h, c, i in owner]
             for g, b, p in owner
         ]
-    )  # fmt: skip
+    )
 
 
 GROUP = st.tuples(st.integers(1, 5), st.lists(st.integers(0, 4), max_size=4)).map(

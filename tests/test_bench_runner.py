@@ -354,14 +354,30 @@ def test_pictures_are_drawn_again_by_a_command(monkeypatch, tmp_path, capsys):
 
 
 def test_a_printed_row_stands_under_its_titles():
-    values = {"ms_p50": 123.456, "ms_p20": 9.87654, "ms_p80": 200.0, "x_of_bare_gemm": 1.239,
-              "peak_mib": 10.6, "max_err": 1.26e-7}  # fmt: skip
+    values = {
+        "ms_p50": 123.456,
+        "ms_p20": 9.87654,
+        "ms_p80": 200.0,
+        "x_of_bare_gemm": 1.239,
+        "peak_mib": 10.6,
+        "max_err": 1.26e-7,
+    }
     case = Case("linear_logp", "trainable", 8, 4, 16, "fp32", "cpu")
-    found = [rows.row(case, "ours", schedule="mixed", products=3.5, **values),
-             rows.row(case, "large", products=3.0, note="out of memory")]  # fmt: skip
+    found = [
+        rows.row(case, "ours", schedule="mixed", products=3.5, **values),
+        rows.row(case, "large", products=3.0, note="out of memory"),
+    ]
     header, ours, large = table.block(found).split("\n")
-    cells = {"schedule": "mixed 3.5G", "ms p50": "123.5", "p20": "9.877", "p80": "200.0",
-             "x bare": "1.24", "GB/s": "", "peak MiB": "11", "max_err": "1.3e-07"}  # fmt: skip
+    cells = {
+        "schedule": "mixed 3.5G",
+        "ms p50": "123.5",
+        "p20": "9.877",
+        "p80": "200.0",
+        "x bare": "1.24",
+        "GB/s": "",
+        "peak MiB": "11",
+        "max_err": "1.3e-07",
+    }
     assert len(header) == len(ours)
     for title, cell in cells.items():
         start = header.index(title)
@@ -375,8 +391,13 @@ def test_memory_on_a_gpu_is_the_allocators(monkeypatch):
     """Beyond what is there before and what comes out; counted anew for every call."""
     seen = []
     counts = {"memory_allocated": 1 << 20, "max_memory_allocated": 4 << 20}
-    for name in ("empty_cache", "memory_allocated", "reset_peak_memory_stats", "synchronize",
-                 "max_memory_allocated"):  # fmt: skip
+    for name in (
+        "empty_cache",
+        "memory_allocated",
+        "reset_peak_memory_stats",
+        "synchronize",
+        "max_memory_allocated",
+    ):
         call = lambda name=name: (seen.append(name), counts.get(name))[1]  # noqa: E731
         monkeypatch.setattr(torch.cuda, name, call)
 
@@ -386,8 +407,13 @@ def test_memory_on_a_gpu_is_the_allocators(monkeypatch):
 
     assert peak.peak_mib(function, "cuda") == 2
     told = [name for name in seen if name != "empty_cache"]
-    assert told == ["memory_allocated", "reset_peak_memory_stats", "run", "synchronize",
-                    "max_memory_allocated"]  # fmt: skip
+    assert told == [
+        "memory_allocated",
+        "reset_peak_memory_stats",
+        "run",
+        "synchronize",
+        "max_memory_allocated",
+    ]
     assert seen[0] == "empty_cache"
 
 
@@ -404,8 +430,9 @@ def test_the_benchmarks_know_nothing_of_each_other():
         files = list((BENCHMARKS / folder).glob("*.py"))
         assert len(files) > 5
         for file in files:
-            found = re.findall(rf"^\s*from benchmarks(?:\.| import )(?:{strangers})\b.*",
-                               file.read_text(), re.M)  # fmt: skip
+            found = re.findall(
+                rf"^\s*from benchmarks(?:\.| import )(?:{strangers})\b.*", file.read_text(), re.M
+            )
             assert not found, (file, found)
 
 

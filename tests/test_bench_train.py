@@ -55,8 +55,10 @@ def test_losses_agree_and_the_row_has_its_evidence(small):
     rows, done, folder = small
     names = [row["impl"] for row in rows]
     assert [name for name in names if name.startswith("dpo_fast")] == [
-        "dpo_fast padded, cached", "dpo_fast packed, cached", "dpo_fast packed, frozen",
-    ]  # fmt: skip
+        "dpo_fast padded, cached",
+        "dpo_fast packed, cached",
+        "dpo_fast packed, frozen",
+    ]
     assert ("trl" in names) == HAS_TRL
     if not HAS_TRL:
         assert (
@@ -119,10 +121,12 @@ def result(name: str, *losses: float) -> Result:
 def test_losses_are_held_against_trl_and_the_first_against_ln_2():
     ln2 = math.log(2)
     found = [
-        result("dpo_fast packed, cached", ln2, 0.6), result("trl", ln2, 0.6005),
-        result("dpo_fast padded, cached", ln2, 0.602), result("trl, precomputed", 0.70, 0.6005),
+        result("dpo_fast packed, cached", ln2, 0.6),
+        result("trl", ln2, 0.6005),
+        result("dpo_fast padded, cached", ln2, 0.602),
+        result("trl, precomputed", 0.70, 0.6005),
         result("dpo_fast padded, frozen", ln2, math.nan),
-    ]  # fmt: skip
+    ]
     judge(found, "fp32")
     assert [bool(r.note) for r in found] == [False, False, True, True, True]
     assert [r.failed for r in found] == [False, False, True, True, True]
@@ -142,12 +146,13 @@ def timed(impl: str, seconds: float, head: float = 0.1, **more) -> dict:
 
 def test_factors_multiply_to_the_whole():
     rows = [
-        timed("trl", 30.0), timed("trl, no checkpointing", 24.0),
+        timed("trl", 30.0),
+        timed("trl, no checkpointing", 24.0),
         timed("trl, precomputed, no checkpointing", 16.0, head=0.5),
         timed("dpo_fast padded, cached", 9.0, head=0.1),
         timed("dpo_fast packed, cached", 4.0, layout="packed"),
         timed("dpo_fast shared_prefix, cached", 2.5),
-    ]  # fmt: skip
+    ]
     found = shares.ingredients(rows)
     assert (found[0].name, found[0].seconds) == ("trl", 30)
     assert math.prod(part.factor for part in found) == pytest.approx(30 / 2.5)

@@ -48,7 +48,10 @@ def config(folder: Path, tree: dict, name: str = "bad.yaml") -> Path:
 
 
 OPTIONS = {  # what is wrong: key=value, and what the message must say
-    "unknown key": ("train.learning_rat=1e-6", "unknown key train.learning_rat; did you mean learning"),
+    "unknown key": (
+        "train.learning_rat=1e-6",
+        "unknown key train.learning_rat; did you mean learning",
+    ),
     "unknown section": ("modle.path=x", "unknown key modle; did you mean model?"),
     "unknown nested key": ("model.lora.rank=4", "unknown key model.lora.rank; "),
     "unknown loss": ("loss.type=sigmod", "loss.type=sigmod: did you mean sigmoid?"),
@@ -65,7 +68,10 @@ OPTIONS = {  # what is wrong: key=value, and what the message must say
     "unused buffer": ("data.stream_buffer=64", "data.stream_buffer=64 is not used"),
     "no steps": ("train.max_steps=0", "train.max_steps=0"),
     "stage": ("parallel.zero_stage=4", "parallel.zero_stage=4"),
-    "offload": ("parallel={zero_stage: 1, offload_optimizer: true}", "parallel.zero_stage=2 or more"),
+    "offload": (
+        "parallel={zero_stage: 1, offload_optimizer: true}",
+        "parallel.zero_stage=2 or more",
+    ),
     "nothing to evaluate": ("train.eval_steps=5", "set data.eval or data.eval_rows"),
     "scheduler": ("train.lr_scheduler_type=cosin", "did you mean cosine?"),
     "type": ("train.global_pairs=many", "train.global_pairs='many'"),
@@ -74,19 +80,31 @@ OPTIONS = {  # what is wrong: key=value, and what the message must say
     "not key=value": ("train.max_steps", "expected section.key=value"),
     "monitor": ("log.report_to=[wandb]", "pip install wandb"),
     "tokenizer folder": ("model.tokenizer=./no-such", "model.tokenizer=./no-such: no such folder"),
-    "tokens of no cache": ("reference={provider: frozen, per_token: true}", "per_token=true is not used"),
+    "tokens of no cache": (
+        "reference={provider: frozen, per_token: true}",
+        "per_token=true is not used",
+    ),
     "layers": ("model.checkpoint_layers=3", "checkpoint_layers=3: the model has 2 decoder layers"),
     "compiled shards": ("model.torch_compile=true", "set parallel.zero_stage=2 or less"),
     "nothing to offload": ("reference.offload=true", "no second model to offload; choose frozen"),
-    "endless epochs": ("train.num_train_epochs=.inf", "train.num_train_epochs=inf: input should be"),
+    "endless epochs": (
+        "train.num_train_epochs=.inf",
+        "train.num_train_epochs=inf: input should be",
+    ),
     "weight of nothing": ("loss={type: [sigmoid, sft], weights: [1, .nan]}", "loss.weights.1=nan"),
-    "seed": ("train.seed=1208925819614629174706176", "train.seed=1208925819614629174706176: input should"),
+    "seed": (
+        "train.seed=1208925819614629174706176",
+        "train.seed=1208925819614629174706176: input should",
+    ),
     "data seed": ("data.seed=-1", "data.seed=-1 must be at least 0"),
     "blank folder": ("train.output_dir=' '", "train.output_dir=' ' names no folder"),
     "a key twice": ("loss={beta: 0.1, beta: 0.2}", "the key 'beta' stands twice"),
-    "no folder": ("train.output_dir=/dev/null/run", "train.output_dir=/dev/null/run cannot be written"),
+    "no folder": (
+        "train.output_dir=/dev/null/run",
+        "train.output_dir=/dev/null/run cannot be written",
+    ),
     "flash on a CPU": ("model.attention=flash_attention_2", "does not train on a CPU"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", OPTIONS)
@@ -149,10 +167,7 @@ BAD_DATA = {
     "missing field": ([json.dumps({"prompt": "x", "chosen": "y"})], "rejected"),
     "empty answer": ([json.dumps(GOOD | {"chosen": "  "})], "chosen"),
     "equal answers": ([json.dumps(GOOD | {"chosen": "1"})], ":1"),
-    "wrong role": (
-        [json.dumps(GOOD | {"prompt": [{"role": "robot", "content": "hi"}]})],
-        "robot",
-    ),
+    "wrong role": ([json.dumps(GOOD | {"prompt": [{"role": "robot", "content": "hi"}]})], "robot"),
     "not an object": (["[1, 2]"], ":1"),
     "empty file": ([], "there are no rows in it"),
 }
@@ -164,9 +179,7 @@ def test_bad_data(folder, capsys, monkeypatch, what):
     file = folder / "bad.jsonl"
     file.write_text("\n".join(lines))
     tree = run_tree(folder)
-    code, _, err = run(
-        capsys, monkeypatch, "data", config(folder, tree), f"data.train={file}"
-    )  # fmt: skip
+    code, _, err = run(capsys, monkeypatch, "data", config(folder, tree), f"data.train={file}")
     assert code == 2
     assert "bad.jsonl" in err and message in err
     assert len(err.strip().splitlines()) == 1, err
@@ -227,8 +240,11 @@ def test_train_fails_cleanly_in_a_process_of_its_own_and_on_two_ranks(folder):
     for extra in ([], ["--nproc", "2"]):
         result = subprocess.run(
             [sys.executable, "-m", "dpo_fast", "train", str(path), *extra],
-            env=environment, capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert result.returncode == 2, result.stderr
         assert "bad.jsonl:2" in result.stderr and "rejected" in result.stderr
         assert "Traceback" not in result.stderr

@@ -217,14 +217,18 @@ def test_runs_with_columns_are_those_with_the_model_that_they_are_of(tmp_path):
             tree = run_tree(tmp_path, max_steps=4, layout="shared_prefix", output_dir=str(folder))
             tree["data"] |= {"train": str(tmp_path / f"{file}{suffix}.jsonl"), "eval_rows": 2}
             trees[folder] = tree | {
-                "loss": {"type": loss, "beta": 0.3}, "reference": reference,
+                "loss": {"type": loss, "beta": 0.3},
+                "reference": reference,
                 "parallel": {"zero_stage": 0},
-            }  # fmt: skip
+            }
     (tmp_path / "trees.json").write_text(json.dumps(list(trees.values())))
     subprocess.run(
         [sys.executable, "tests/workers/runs.py", str(tmp_path / "trees.json")],
-        cwd=ROOT, check=True, timeout=600, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+        cwd=ROOT,
+        check=True,
+        timeout=600,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     curves = [losses(folder) for folder in trees]
     for frozen, columns in zip(curves[::2], curves[1::2], strict=True):
         assert len(frozen) == 6  # four steps, and two evaluations

@@ -43,9 +43,15 @@ def step_of(objective, implementation, **options):
             hidden, weight, targets, bias=bias, implementation=implementation, **options
         )
         result = preference(
-            scores.logp, lengths, reference, objective, TOTALS,
-            log_sum_p2_T=scores.log_sum_p2, columns=columns, implementation="auto",
-        )  # fmt: skip
+            scores.logp,
+            lengths,
+            reference,
+            objective,
+            TOTALS,
+            log_sum_p2_T=scores.log_sum_p2,
+            columns=columns,
+            implementation="auto",
+        )
         return [
             result.loss,
             result.logps_S,
@@ -107,9 +113,12 @@ def test_a_step_is_one_graph_for_any_number_of_tokens(needs, implementation):
 @pytest.mark.parametrize("budget", [0, 1500, 1 << 30], ids=["recompute", "mixed", "keep"])
 def test_every_schedule_and_option_of_the_head(implementation, budget):
     options = {
-        "workspace_bytes": budget, "softcap": 3.0, "logit_scale": 0.7, "temperature": 1.3,
+        "workspace_bytes": budget,
+        "softcap": 3.0,
+        "logit_scale": 0.7,
+        "temperature": 1.3,
         "extras": EXTRAS,
-    }  # fmt: skip
+    }
     step = step_of(OBJECTIVE, implementation, **options)
     fast = compiled(step)
     for lengths in LENGTHS[:2]:
@@ -180,9 +189,13 @@ def test_losses_on_groups():
             logp, reference, old = (-torch.rand(sum(lengths), generator=g) for _ in range(3))
             scores = torch.randn(len(lengths), generator=g)
             result = function(
-                logp.requires_grad_(), torch.tensor(lengths), reference, old, scores,
+                logp.requires_grad_(),
+                torch.tensor(lengths),
+                reference,
+                old,
+                scores,
                 torch.tensor(counts),
-            )  # fmt: skip
+            )
             result.loss.backward()
             results.append([*result[:3], *result.watched.values(), logp.grad])
         torch.testing.assert_close(*results)
@@ -259,10 +272,16 @@ def test_pytorch_agrees_that_they_are_operators():
     for needs in ([True, True, True], [True, False, False]):
         torch.library.opcheck(
             torch.ops.dpo_fast.linear_logp,
-            (hidden, weight.detach() if not needs[1] else weight, targets,
-             bias.detach() if not needs[2] else bias, *rest, needs),
+            (
+                hidden,
+                weight.detach() if not needs[1] else weight,
+                targets,
+                bias.detach() if not needs[2] else bias,
+                *rest,
+                needs,
+            ),
             test_utils=tests,
-        )  # fmt: skip
+        )
     logits = torch.randn(11, V, requires_grad=True)
     torch.library.opcheck(
         torch.ops.dpo_fast.logits_logp, (logits, targets, 1.0, "torch"), test_utils=tests

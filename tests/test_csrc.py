@@ -127,9 +127,13 @@ def test_the_library_asks_torch_for_its_stable_c_interface_alone(library):
 
 def in_another_process(code: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, **environment}, timeout=120,
-    )  # fmt: skip
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=120,
+    )
 
 
 @needs_nvcc
@@ -205,10 +209,23 @@ def test_the_commands_for_a_gpu_select_tests():
     commands = (cuda_extension.SOURCES / "README.md").read_text()
     for wanted in set(re.findall(r'-k "([^"]+)"', commands)):
         run = subprocess.run(
-            [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider",
-             "tests/test_linear_logp_cuda.py", "-k", wanted],
-            cwd=ROOT, capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "--collect-only",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "tests/test_linear_logp_cuda.py",
+                "-k",
+                wanted,
+            ],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert run.returncode == 0 and "test_matches_definition" in run.stdout, run.stderr
         assert "128256" not in run.stdout
 
@@ -277,21 +294,30 @@ def test_the_order_of_the_tiles_visits_each_once(units_t, tiles_v):
 # the copy engine and the layouts.
 MUTANTS = {
     "a stage is not waited for": (
-        "product_sm90.cuh", "    wait(&shared.full[ring.stage], ring.parity);\n", "",
+        "product_sm90.cuh",
+        "    wait(&shared.full[ring.stage], ring.parity);\n",
+        "",
     ),
     "a consumer takes its turn unasked": (
-        "product_sm90.cuh", "      wait(&shared.turn[consumer], turn);\n", "",
+        "product_sm90.cuh",
+        "      wait(&shared.turn[consumer], turn);\n",
+        "",
     ),
     "a stage is given back before it was read": (
-        "product_sm90.cuh", "release(shared, last, thread, cluster)",
+        "product_sm90.cuh",
+        "release(shared, last, thread, cluster)",
         "release(shared, ring.stage, thread, cluster)",
     ),
     "the other block is not told": ("product_sm90.cuh", "if (lane < cluster)", "if (lane < 1)"),
-    "a block ends before the others": ("product_sm90.cuh", "  cluster_sync();  // a block", "  // a block"),
+    "a block ends before the others": (
+        "product_sm90.cuh",
+        "  cluster_sync();  // a block",
+        "  // a block",
+    ),
     "the copy engine sees old bytes": ("product_sm90.cuh", "    fence_async_proxy();\n", ""),
     "accumulators are read too early": ("product_sm90.cuh", "      wait_products<0>();\n", ""),
     "stores are not swizzled": ("layout.cuh", "(byte ^ (row % 8 * 16))", "byte"),
-}  # fmt: skip
+}
 
 
 def exercise(operations) -> None:
@@ -309,9 +335,19 @@ def exercise(operations) -> None:
             tensor.fill_(torch.nan)
         stores = {"offset": offset, "kept": kept} if order % 2 else {"offset": None, "kept": None}
         operations.rows(
-            hidden, weight, targets, 0.1, repair=None, partials=partials, weighted=None, squares=None,
-            cluster=2, blocks=2, **stores, **sums,
-        )  # fmt: skip
+            hidden,
+            weight,
+            targets,
+            0.1,
+            repair=None,
+            partials=partials,
+            weighted=None,
+            squares=None,
+            cluster=2,
+            blocks=2,
+            **stores,
+            **sums,
+        )
         expected = (logits - offset.double()[:, None]).exp()
         close = {"rtol": 1e-4, "atol": 1e-4, "check_dtype": False}
         torch.testing.assert_close(sums["total"], expected.sum(1), **close)

@@ -104,12 +104,17 @@ def test_a_killed_build_leaves_no_lock_and_its_files_go_with_the_next(fake_nvcc)
     left = cuda_extension.cache_folder() / "building-left"
     left.mkdir(parents=True)
     holder = subprocess.Popen(
-        [sys.executable, "-c",
-         "import time; from dpo_fast.ops import cuda_extension as c\n"
-         "with c._lock(c.cache_folder() / 'lock'):\n"
-         "    print('held', flush=True); time.sleep(60)"],
-        cwd=ROOT, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            "import time; from dpo_fast.ops import cuda_extension as c\n"
+            "with c._lock(c.cache_folder() / 'lock'):\n"
+            "    print('held', flush=True); time.sleep(60)",
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert holder.stdout.readline() == "held\n"
     holder.send_signal(signal.SIGKILL)
     holder.wait()

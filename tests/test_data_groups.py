@@ -139,16 +139,27 @@ def test_bad_rows(changes, message):
 @pytest.mark.parametrize(
     "raw, options, message",
     [
-        ({"completions": ["b", "c"], "scores": [1, 2]}, {}, "'prompt': the row has 'completions', "),
-        ({"prompt": "a", "scores": [1, 2]}, {}, "'completions': .*; data.columns.completions=... names"),
-        ({"prompt": "a", "completion": "b", "scores": [1]}, {"format": "groups"},
-         "'completions'.*did you mean 'completion'"),
+        (
+            {"completions": ["b", "c"], "scores": [1, 2]},
+            {},
+            "'prompt': the row has 'completions', ",
+        ),
+        (
+            {"prompt": "a", "scores": [1, 2]},
+            {},
+            "'completions': .*; data.columns.completions=... names",
+        ),
+        (
+            {"prompt": "a", "completion": "b", "scores": [1]},
+            {"format": "groups"},
+            "'completions'.*did you mean 'completion'",
+        ),
         ({"prompt": "a", "completions": ["b"], "score": [1]}, {}, "'scores'.*did you mean 'score'"),
         (TEXT, {"format": "pairs"}, "'chosen'"),
         (PAIR, {"format": "groups"}, "'completions'"),
         (TEXT, {"columns": {"scores": "rewards"}}, "'rewards': data.columns.scores names it"),
     ],
-)  # fmt: skip
+)
 def test_what_is_missing_is_named(raw, options, message):
     with pytest.raises(BadRow, match=f"missing field {message}"):
         parse(raw, **options)
@@ -219,8 +230,9 @@ def test_what_is_stored(load, rows):
         assert data[index] == {
             "prompt_ids": [BOS, *ids_of(tokenizer, row["prompt"])],
             "completions_ids": [[*ids_of(tokenizer, each), EOS] for each in row["completions"]],
-            "scores": row["scores"], "weight": index,
-        }  # fmt: skip
+            "scores": row["scores"],
+            "weight": index,
+        }
     assert data.where(2).endswith("rows.jsonl:3")
     lengths, truth = data.lengths, RowLengths.of(everything(data), GROUPS)
     for name in ("prompt_R", "answers_A", "counts_R"):

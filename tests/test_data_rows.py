@@ -100,10 +100,7 @@ def test_extras():
         "reference_rejected_logps": -4.0,
     }
     raw = CHAT | {"tools": '[{"name": "f"}]', "chat_template_kwargs": {"think": False, "x": None}}
-    assert parse(raw).extras == {
-        "tools": [{"name": "f"}],
-        "chat_template_kwargs": {"think": False},
-    }
+    assert parse(raw).extras == {"tools": [{"name": "f"}], "chat_template_kwargs": {"think": False}}
 
 
 def test_null_keys_of_messages_are_left_out():

@@ -76,12 +76,7 @@ def test_the_columns_tell_what_a_row_is():
 
 @pytest.mark.parametrize(
     "prompt, completion",
-    [
-        ([USER], [ASSISTANT]),
-        ("hi", [ASSISTANT]),
-        ([USER], "hello"),
-        (USER, ASSISTANT),
-    ],
+    [([USER], [ASSISTANT]), ("hi", [ASSISTANT]), ([USER], "hello"), (USER, ASSISTANT)],
 )
 def test_prompt_and_completion_may_be_messages(prompt, completion):
     parsed = parse({"prompt": prompt, "completion": completion, "label": False, "tools": [{}]})
@@ -133,17 +128,23 @@ def test_what_is_stored(load):
     assert data[1] == {
         "prompt_ids": [BOS, *ids_of(tokenizer, "Q0 ")],
         "completion_ids": [*ids_of(tokenizer, "answer 1"), EOS],
-        "label": True, "weight": 0.5,
-    }  # fmt: skip
+        "label": True,
+        "weight": 0.5,
+    }
     assert data.labels.tolist() == [False, True, True]
     assert data.where(2).endswith("rows.jsonl:3")
     assert {name: v.tolist() for name, v in data.lengths.columns().items()} == {
-        "prompt": [4, 4, 4], "completion": [9, 9, 9],
-    }  # fmt: skip
+        "prompt": [4, 4, 4],
+        "completion": [9, 9, 9],
+    }
     assert (data.report.kind, data.report.pairs_kept, data.report.good) == ("completions", 3, 2)
     assert data.report.tokens == {
-        "prompt": 12, "completion": 27, "total": 39, "scored": 27, "separate": 39,
-    }  # fmt: skip
+        "prompt": 12,
+        "completion": 27,
+        "total": 39,
+        "scored": 27,
+        "separate": 39,
+    }
     assert list(data.report.lengths) == ["prompt", "completion", "total"]
     assert DataReport.from_json(data.report.to_json()) == data.report
 
@@ -348,8 +349,12 @@ def test_a_stored_reference_of_completions(load, tmp_path):
     request = store(data, folder)
     table = pandas.read_parquet(folder)
     assert list(table) == [
-        "digest", "where", "completion_logps", "completion_tokens", "completion_token_logps",
-    ]  # fmt: skip
+        "digest",
+        "where",
+        "completion_logps",
+        "completion_tokens",
+        "completion_token_logps",
+    ]
     sums = [-float(sum(data[index]["completion_ids"])) for index in range(7)]
     assert table["completion_logps"].tolist() == sums
     assert find_stored(named_place(str(folder), request), request) == [folder]

@@ -80,8 +80,10 @@ def test_defaults_are_told_from_options(folder):
     assert found["activation checkpointing"][:2] == ("off", "default")
     assert found["reference"][:2] == ("cached", "default")
     assert found["ZeRO stage"] == (
-        "3", "default", "optimiser states, gradients, parameters sharded over 1 rank"
-    )  # fmt: skip
+        "3",
+        "default",
+        "optimiser states, gradients, parameters sharded over 1 rank",
+    )
     assert found["head's schedule"][0].startswith("keep: 3.00 products, 1016 tokens kept")
     tree = run_tree(folder)
     del tree["train"]["micro_pairs"]
@@ -154,10 +156,7 @@ def test_what_wrote_the_completions_is_told(folder, tmp_path):
     assert "reference model, before training" not in lines
 
 
-@pytest.mark.parametrize(
-    ("loss", "option"),
-    [("grpo", "old_path"), ("plackett_luce", "path")],
-)
+@pytest.mark.parametrize(("loss", "option"), [("grpo", "old_path"), ("plackett_luce", "path")])
 def test_a_second_model_with_too_small_a_vocabulary(folder, tmp_path, loss, option):
     path = str(write_model(tmp_path / "small", vocab=100))
     with pytest.raises(UserError, match=f"vocabulary of 100.*reference.{option}"):
@@ -216,5 +215,8 @@ def test_memory_of_a_rank(folder, dtype, parallel, expected):
 
 def test_units():
     assert [in_units(size) for size in (0, 2048, 3 << 20, 5 << 29)] == [
-        "-", "2 KiB", "3.0 MiB", "2.5 GiB"
-    ]  # fmt: skip
+        "-",
+        "2 KiB",
+        "3.0 MiB",
+        "2.5 GiB",
+    ]

@@ -48,9 +48,7 @@ def folder(tmp_path_factory):
     run_all(folder, [sharded], 2)
     shutil.copytree(folder / "sharded" / "checkpoint-3", folder / "resumed" / "checkpoint-3")
     run_all(
-        folder,
-        [changed(sharded, folder / "resumed", train={"resume_from_checkpoint": True})],
-        2,
+        folder, [changed(sharded, folder / "resumed", train={"resume_from_checkpoint": True})], 2
     )
     return folder
 

@@ -98,8 +98,12 @@ def plain_value(name: str, o: dict, lw, ll, a, b, d, nw, nl) -> torch.Tensor:
     }[name]()
 
 
-SFT_TERMS = {"sft": lambda o: 1.0, "orpo": lambda o: 1.0, "cpo": lambda o: o.get("cpo_alpha", 1.0),
-             "slic": lambda o: o.get("slic_lambda", 0.1)}  # fmt: skip
+SFT_TERMS = {
+    "sft": lambda o: 1.0,
+    "orpo": lambda o: 1.0,
+    "cpo": lambda o: o.get("cpo_alpha", 1.0),
+    "slic": lambda o: o.get("slic_lambda", 0.1),
+}
 SCORES = {
     "reverse_kl": lambda r, alpha: r,
     "forward_kl": lambda r, alpha: 1 - torch.exp(-r),
@@ -255,11 +259,15 @@ def test_the_split_does_not_matter(folder, ranks):
     splits += [(0, 4, "shared_prefix", "triton"), (3, 2, "padded", "triton")]
     cases = {
         f"zero {stage}, micro {micro}, {layout}, {implementation}": case(
-            folder, loss, stage=stage, micro_pairs=micro, layout=layout,
+            folder,
+            loss,
+            stage=stage,
+            micro_pairs=micro,
+            layout=layout,
             implementation=implementation,
         )
         for stage, micro, layout, implementation in splits
-    }  # fmt: skip
+    }
     results = run_cases(folder, cases, ranks)
     truth = plain_step(folder, loss)
     for name, result in results.items():

@@ -15,9 +15,13 @@ EXAMPLES = ROOT / "examples"
 def output_of(name: str) -> str:
     return subprocess.run(
         [sys.executable, EXAMPLES / name],
-        cwd=ROOT, check=True, capture_output=True, text=True, timeout=120,
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
-    ).stdout  # fmt: skip
+    ).stdout
 
 
 def test_every_example_is_tested():

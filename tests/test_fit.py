@@ -27,14 +27,23 @@ def test_more_tokens_than_positions():
 
 
 def test_longrope_is_refused_where_it_would_make_log_probs_depend_on_the_batch():
-    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
-            "original_max_position_embeddings": 32, "rope_theta": 1e4}  # fmt: skip
+    rope = {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        "original_max_position_embeddings": 32,
+        "rope_theta": 1e4,
+    }
     phi = model(
         transformers.Phi3Config(
-            hidden_size=32, num_attention_heads=4, max_position_embeddings=64, rope_parameters=rope,
-            original_max_position_embeddings=32, pad_token_id=0,
+            hidden_size=32,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            rope_parameters=rope,
+            original_max_position_embeddings=32,
+            pad_token_id=0,
         )
-    )  # fmt: skip
+    )
     check_positions(phi, longest(32))
     with pytest.raises(UserError, match="33 tokens; beyond 32 .* data.max_length=32"):
         check_positions(phi, longest(33))

@@ -155,8 +155,12 @@ def test_every_loss_equals_plain_pytorch(folder):
 
 def test_the_split_does_not_matter(folder):
     """Any micro-batch, number of ranks, ZeRO stage and layout; a stored reference and a live one."""
-    loss = {"type": ["grpo", "dapo", "plackett_luce"], "weights": [1.0, 0.5, 0.3], "beta": 0.3,
-            "grpo_beta": 0.2}  # fmt: skip
+    loss = {
+        "type": ["grpo", "dapo", "plackett_luce"],
+        "weights": [1.0, 0.5, 0.3],
+        "beta": 0.3,
+        "grpo_beta": 0.2,
+    }
     one = [
         CASES["mixture"]
         | {"type": [name], "weights": [1.0]}
@@ -174,8 +178,12 @@ def test_the_split_does_not_matter(folder):
         sum(w * x for w, (x, _) in zip(loss["weights"], parts)),
         {n: sum(w * g[n] for w, (_, g) in zip(loss["weights"], parts)) for n in parts[0][1]},
     )
-    stored = {"provider": "cached", "per_token": True, "path": str(folder / "far"),
-              "old_path": str(folder / "near")}  # fmt: skip
+    stored = {
+        "provider": "cached",
+        "per_token": True,
+        "path": str(folder / "far"),
+        "old_path": str(folder / "near"),
+    }
     for ranks, splits in (
         (1, [(0, 1, "padded", {}), (0, 6, "packed", stored)]),
         (2, [(3, 1, "shared_prefix", {}), (2, 3, "padded", stored)]),
@@ -205,22 +213,25 @@ def runs(folder):
     tokens = {"provider": "cached", "per_token": True}
     trees = {
         "ranked": tree("ranked", {"type": "plackett_luce", "beta": 0.3}, data={"eval_rows": 4}),
-        "scored": tree(
-            "scored", grpo, data={"eval_rows": 4}, save_steps=3, reference=tokens
-        ),
+        "scored": tree("scored", grpo, data={"eval_rows": 4}, save_steps=3, reference=tokens),
         "free": tree("free", {"type": "dapo"}, micro_pairs=None, tokens_per_batch=400),
         "lora": tree(
-            "lora", grpo, model={"lora": {"r": 4, "alpha": 8}}, parallel={"zero_stage": 3},
+            "lora",
+            grpo,
+            model={"lora": {"r": 4, "alpha": 8}},
+            parallel={"zero_stage": 3},
             reference={"provider": "adapter_off"},
         ),
         "followed": tree(
             "followed", grpo, reference={"provider": "ema", "mixup_alpha": 1.0, "sync_steps": 2}
         ),
         "stream": tree(
-            "stream", {"type": "plackett_luce"}, data={"streaming": True, "stream_buffer": 7},
+            "stream",
+            {"type": "plackett_luce"},
+            data={"streaming": True, "stream_buffer": 7},
             reference={"provider": "frozen"},
         ),
-    }  # fmt: skip
+    }
     work(folder, list(trees.values()))
     again = copy.deepcopy(trees["scored"])
     again["train"] |= {"output_dir": str(folder / "again"), "resume_from_checkpoint": True}
@@ -233,14 +244,26 @@ def work(folder: Path, trees: list[dict]) -> None:
     (folder / "trees.json").write_text(json.dumps(trees))
     subprocess.run(
         [sys.executable, "tests/workers/runs.py", str(folder / "trees.json")],
-        cwd=ROOT, check=True, timeout=600, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+        cwd=ROOT,
+        check=True,
+        timeout=600,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
 
 
 def test_metrics_of_groups(folder, runs):
-    common = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
-              "logps/chosen", "logits/rejected", "reward", "reward_std", "frac_reward_zero_std",
-              "mean_token_accuracy")  # fmt: skip
+    common = (
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "logits/rejected",
+        "reward",
+        "reward_std",
+        "frac_reward_zero_std",
+        "mean_token_accuracy",
+    )
     clipping = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
     for run, more in (("ranked", ()), ("scored", (*clipping, "kl")), ("free", clipping)):
         for line in lines_of(folder / run):
@@ -326,14 +349,16 @@ def test_the_command_stores_it_beforehand(folder, tmp_path):
     (old,) = stored_configs(plain)
     assert (old.reference.path, old.reference.per_token) == (None, True)
     both = config(
-        folder, {"type": "grpo", "grpo_beta": 0.1},
+        folder,
+        {"type": "grpo", "grpo_beta": 0.1},
         reference={"provider": "cached", "per_token": True, "path": str(folder / "far")},
-    )  # fmt: skip
+    )
     assert [each.reference.path for each in stored_configs(both)] == [str(folder / "far"), None]
     same = config(
-        folder, {"type": "grpo", "grpo_beta": 0.1},
+        folder,
+        {"type": "grpo", "grpo_beta": 0.1},
         reference={"provider": "cached", "per_token": True},
-    )  # fmt: skip
+    )
     assert stored_configs(same) == [same]
     tree = tree_of(folder, {"type": "grpo"}, output_dir=str(tmp_path / "run"))
     (tmp_path / "run.yaml").write_text(json.dumps(tree))
@@ -372,20 +397,43 @@ def test_data_and_losses_go_together(folder):
 
 
 REFUSED = {
-    "old_path": ({"type": "plackett_luce"}, {"reference": {"old_path": "x"}},
-                 "reference.old_path=x is not used by loss.type=plackett_luce"),
-    "sums alone": ({"type": "grpo", "grpo_beta": 0.1}, {},
-                   "loss.grpo_beta compare with the reference token by token: set reference.per_token"),
-    "no reference": ({"type": "grpo", "grpo_beta": 0.1}, {"reference": {"provider": "none"}},
-                     "reference.provider=none, but loss.type=grpo compares with a reference"),
-    "stream": ({"type": "grpo"}, {"data": {"streaming": True}, "max_steps": 3},
-               "data.streaming=true, but loss.type=grpo needs the log-probs that the completions"),
-    "budget": ({"type": "plackett_luce"},
-               {"data": {"streaming": True}, "max_steps": 3, "micro_pairs": None,
-                "tokens_per_batch": 4000, "reference": {"provider": "frozen"}},
-               "tokens_per_batch=4000 may not hold every row of a stream of groups"),
-    "sum option": ({"type": "grpo", "token_clamp": 0.5}, {}, "loss.token_clamp=0.5 is not used by grpo"),
-}  # fmt: skip
+    "old_path": (
+        {"type": "plackett_luce"},
+        {"reference": {"old_path": "x"}},
+        "reference.old_path=x is not used by loss.type=plackett_luce",
+    ),
+    "sums alone": (
+        {"type": "grpo", "grpo_beta": 0.1},
+        {},
+        "loss.grpo_beta compare with the reference token by token: set reference.per_token",
+    ),
+    "no reference": (
+        {"type": "grpo", "grpo_beta": 0.1},
+        {"reference": {"provider": "none"}},
+        "reference.provider=none, but loss.type=grpo compares with a reference",
+    ),
+    "stream": (
+        {"type": "grpo"},
+        {"data": {"streaming": True}, "max_steps": 3},
+        "data.streaming=true, but loss.type=grpo needs the log-probs that the completions",
+    ),
+    "budget": (
+        {"type": "plackett_luce"},
+        {
+            "data": {"streaming": True},
+            "max_steps": 3,
+            "micro_pairs": None,
+            "tokens_per_batch": 4000,
+            "reference": {"provider": "frozen"},
+        },
+        "tokens_per_batch=4000 may not hold every row of a stream of groups",
+    ),
+    "sum option": (
+        {"type": "grpo", "token_clamp": 0.5},
+        {},
+        "loss.token_clamp=0.5 is not used by grpo",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -26,9 +26,14 @@ TOTALS = Totals(pairs=2, chosen_tokens=5)
 def model():
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2, initializer_range=0.5,
-    )  # fmt: skip
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        initializer_range=0.5,
+    )
     scoring = ScoringModel(transformers.LlamaForCausalLM(config))
     scoring.device = torch.device("cpu")
     return scoring

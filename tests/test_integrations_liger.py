@@ -144,11 +144,14 @@ def test_a_kl_for_each_row():
     )
     rows = [
         ours.LigerFusedLinearKTOLoss()(
-            leaves["input"][i : i + 1], leaves["weight"], target[i : i + 1],
-            preference_labels=good[i : i + 1], kl=kl[i],
+            leaves["input"][i : i + 1],
+            leaves["weight"],
+            target[i : i + 1],
+            preference_labels=good[i : i + 1],
+            kl=kl[i],
         )[0]
         for i in range(B)
-    ]  # fmt: skip
+    ]
     torch.testing.assert_close(loss, torch.stack(rows).mean())
 
 

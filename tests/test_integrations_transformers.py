@@ -64,10 +64,16 @@ def build(place, rows, output, *, model=None, **options):
     given = {name: options.pop(name) for name in ours if name in options}
     options = {"per_device_train_batch_size": 8, "max_steps": 1, "save_strategy": "no"} | options
     args = TrainingArguments(
-        output_dir=str(output), use_cpu=True, report_to="none", disable_tqdm=True, logging_steps=1,
-        lr_scheduler_type="constant", learning_rate=1e-3, train_sampling_strategy="sequential",
+        output_dir=str(output),
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        logging_steps=1,
+        lr_scheduler_type="constant",
+        learning_rate=1e-3,
+        train_sampling_strategy="sequential",
         **options,
-    )  # fmt: skip
+    )
     return PreferenceTrainer(model or model_of(place), args, train_dataset=rows, **given)
 
 
@@ -111,9 +117,15 @@ def test_the_loss_of_plain_logits_however_it_is_split(layout, micro, place, rows
     reference = AutoModelForCausalLM.from_pretrained(other)
     expected = expected_loss(place, rows[:8], OBJECTIVE, reference)
     trainer, log = train(
-        place, rows, tmp_path, reference=reference, objective=OBJECTIVE, layout=layout,
-        per_device_train_batch_size=micro, gradient_accumulation_steps=8 // micro,
-    )  # fmt: skip
+        place,
+        rows,
+        tmp_path,
+        reference=reference,
+        objective=OBJECTIVE,
+        layout=layout,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=8 // micro,
+    )
     assert trainer.layout == layout
     assert log[0]["loss"] == pytest.approx(expected, abs=1e-5)
     assert log[0]["pairs"] == 8
@@ -124,9 +136,14 @@ def test_the_same_steps_as_an_engine_of_our_own(place, rows, tmp_path):
     reference = model_of(place)
     options = {"max_steps": 3, "objective": OBJECTIVE, "max_grad_norm": 0.0, "num_train_epochs": 3}
     trainer, log = train(
-        place, rows[:8], tmp_path, reference=reference, per_device_train_batch_size=3,
-        gradient_accumulation_steps=3, **options,
-    )  # fmt: skip
+        place,
+        rows[:8],
+        tmp_path,
+        reference=reference,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=3,
+        **options,
+    )
     scoring, frozen = ScoringModel(model_of(place)), ScoringModel(model_of(place))
     optimiser = torch.optim.AdamW(scoring.parameters(), lr=1e-3, weight_decay=0.0)
     batch = PreferenceCollator()(rows[:8])["batch"]
@@ -192,9 +209,13 @@ def test_lora_saves_an_adapter_and_needs_no_reference(place, rows, tmp_path):
 
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer, log = train(
-        place, rows, tmp_path, model=get_peft_model(model_of(place), config), max_steps=3,
+        place,
+        rows,
+        tmp_path,
+        model=get_peft_model(model_of(place), config),
+        max_steps=3,
         num_train_epochs=3,
-    )  # fmt: skip
+    )
     assert log[0]["loss"] == pytest.approx(0.693147, abs=1e-6)
     assert log[-1]["rewards/margins"] != 0
     trainer.save_model(tmp_path / "adapter")
@@ -229,9 +250,14 @@ def test_evaluation_is_the_mean_over_pairs(place, rows, other, tmp_path):
     reference = AutoModelForCausalLM.from_pretrained(other)
     objective = Objective(options=LossOptions(beta=0.3))
     trainer = build(
-        place, rows, tmp_path, reference=reference, objective=objective, eval_dataset=rows,
+        place,
+        rows,
+        tmp_path,
+        reference=reference,
+        objective=objective,
+        eval_dataset=rows,
         per_device_eval_batch_size=4,
-    )  # fmt: skip
+    )
     metrics = trainer.evaluate()
     expected = expected_loss(place, rows, objective, AutoModelForCausalLM.from_pretrained(other))
     assert metrics["eval_loss"] == pytest.approx(expected, abs=1e-5)
@@ -259,9 +285,14 @@ def test_ranks_and_shards_do_not_change_the_loss(ranks, stage, place, rows, othe
     assert losses[0] == pytest.approx(whole, abs=1e-5)
     reference = AutoModelForCausalLM.from_pretrained(other)
     _, log = train(
-        place, rows[:8], tmp_path, reference=reference, objective=OBJECTIVE, max_steps=2,
+        place,
+        rows[:8],
+        tmp_path,
+        reference=reference,
+        objective=OBJECTIVE,
+        max_steps=2,
         num_train_epochs=2,
-    )  # fmt: skip
+    )
     # DeepSpeed clips a little otherwise, and a first step of AdamW is all sign.
     assert losses == pytest.approx([e["loss"] for e in log], abs=1e-5 if stage is None else 1e-3)
 
@@ -285,8 +316,14 @@ def test_what_cannot_be_honoured_is_refused_by_name(place, rows, tmp_path):
         with pytest.raises(ValueError, match=message):
             build(place, rows, tmp_path, **options)
     with pytest.raises(UserError, match="shared_prefix cannot be honoured"):
-        build(place, rows, tmp_path, model=BloomForCausalLM(BloomConfig(hidden_size=8, n_layer=1,
-              n_head=1)), layout="shared_prefix", reference=model_of(place))  # fmt: skip
+        build(
+            place,
+            rows,
+            tmp_path,
+            model=BloomForCausalLM(BloomConfig(hidden_size=8, n_layer=1, n_head=1)),
+            layout="shared_prefix",
+            reference=model_of(place),
+        )
 
 
 def test_data_sets_that_do_not_fit_are_refused_before_the_run(place, rows, tmp_path):

@@ -24,10 +24,20 @@ from tests.models import write_architecture, write_model, write_pairs
 STEPS = 3
 head = importlib.import_module("dpo_fast.ops.linear_logp")  # the package has a function so named
 METRICS = (
-    "loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens", "logits/chosen",
-    "logits/rejected", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected",
-    "rewards/accuracies", "rewards/margins",
-)  # fmt: skip
+    "loss",
+    "grad_norm",
+    "entropy",
+    "mean_token_accuracy",
+    "num_tokens",
+    "logits/chosen",
+    "logits/rejected",
+    "logps/chosen",
+    "logps/rejected",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +57,30 @@ def build(
     kind, place, output, *, model=None, rest=None, config=trl.DPOConfig, data=None, **options
 ):
     options = {
-        "per_device_train_batch_size": 2, "max_steps": STEPS, "learning_rate": 1e-3, "bf16": False,
-        "logging_steps": 1, "save_strategy": "no", "gradient_checkpointing": False,
-    } | options  # fmt: skip
+        "per_device_train_batch_size": 2,
+        "max_steps": STEPS,
+        "learning_rate": 1e-3,
+        "bf16": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "gradient_checkpointing": False,
+    } | options
     args = config(
-        output_dir=str(output), use_cpu=True, report_to="none", disable_tqdm=True,
-        train_sampling_strategy="sequential", lr_scheduler_type="constant", **options,
-    )  # fmt: skip
+        output_dir=str(output),
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        train_sampling_strategy="sequential",
+        lr_scheduler_type="constant",
+        **options,
+    )
     return kind(
-        model=model or str(place / "model"), args=args, train_dataset=data or pairs(place),
-        processing_class=AutoTokenizer.from_pretrained(place / "model"), **(rest or {}),
-    )  # fmt: skip
+        model=model or str(place / "model"),
+        args=args,
+        train_dataset=data or pairs(place),
+        processing_class=AutoTokenizer.from_pretrained(place / "model"),
+        **(rest or {}),
+    )
 
 
 def trained(*arguments, **options):
@@ -185,9 +208,15 @@ def test_a_checkpoint_goes_on_in_trl(place, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["gemma2, caps and windows", "phi, bias in the head", "cohere, logit scale",
-             "granite, logits scaling", "qwen2, tied"],
-)  # fmt: skip
+    "name",
+    [
+        "gemma2, caps and windows",
+        "phi, bias in the head",
+        "cohere, logit scale",
+        "granite, logits scaling",
+        "qwen2, tied",
+    ],
+)
 def test_what_a_model_does_to_its_logits_is_done(name):
     model = make(name)
     ids = torch.randint(5, 97, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -208,8 +237,9 @@ def test_the_model_still_generates_and_scores_alike(place, tmp_path):
     plain = AutoModelForCausalLM.from_pretrained(place / "model")
     ids = torch.arange(5, 15)[None]
     torch.testing.assert_close(trainer.model(ids).logits, plain(ids).logits)
-    assert torch.equal(trainer.model.generate(ids, max_new_tokens=5),
-                       plain.generate(ids, max_new_tokens=5))  # fmt: skip
+    assert torch.equal(
+        trainer.model.generate(ids, max_new_tokens=5), plain.generate(ids, max_new_tokens=5)
+    )
 
 
 def test_a_copy_of_the_model_runs_on_its_own_weights(place):
@@ -231,22 +261,36 @@ def test_losses_that_trl_has_not(stored, place, tmp_path):
     options = {"precompute_ref_log_probs": stored, "max_steps": 1, "ld_alpha": 0.5}
     _, plain = trained(fast.DPOTrainer, place, tmp_path / "plain", **options)
     _, both = trained(
-        fast.DPOTrainer, place, tmp_path / "both", loss_type=["sigmoid", "dpop"],
-        loss_weights=[1.0, 0.5], rest={"loss_options": {"dpop_lambda": 3.0}}, **options,
-    )  # fmt: skip
+        fast.DPOTrainer,
+        place,
+        tmp_path / "both",
+        loss_type=["sigmoid", "dpop"],
+        loss_weights=[1.0, 0.5],
+        rest={"loss_options": {"dpop_lambda": 3.0}},
+        **options,
+    )
     _, alone = trained(
-        fast.DPOTrainer, place, tmp_path / "alone", loss_type="dpop",
-        rest={"loss_options": {"dpop_lambda": 3.0}}, **options,
-    )  # fmt: skip
+        fast.DPOTrainer,
+        place,
+        tmp_path / "alone",
+        loss_type="dpop",
+        rest={"loss_options": {"dpop_lambda": 3.0}},
+        **options,
+    )
     assert both[0]["loss"] == pytest.approx(plain[0]["loss"] + 0.5 * alone[0]["loss"], abs=1e-6)
     assert alone[0]["loss"] == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-6)
 
 
 def test_simpo_is_the_loss_of_the_table(place, tmp_path):
     trainer, log = trained(
-        fast.DPOTrainer, place, tmp_path, loss_type="simpo", beta=2.0, max_steps=1,
+        fast.DPOTrainer,
+        place,
+        tmp_path,
+        loss_type="simpo",
+        beta=2.0,
+        max_steps=1,
         rest={"loss_options": {"simpo_gamma": 1.0}},
-    )  # fmt: skip
+    )
     model = AutoModelForCausalLM.from_pretrained(place / "model")
     logp, lengths = [], []
     for row in trainer.train_dataset.select(range(2)):
@@ -256,10 +300,12 @@ def test_simpo_is_the_loss_of_the_table(place, tmp_path):
             logp.append(logp_L.flatten()[len(row["prompt_ids"]) - 1 :])
             lengths.append(len(row[side]))
     expected = preference(
-        torch.cat(logp), torch.tensor(lengths), None,
+        torch.cat(logp),
+        torch.tensor(lengths),
+        None,
         Objective(("simpo",), (1.0,), LossOptions(beta=2.0, simpo_gamma=1.0)),
         Totals(2, lengths[0] + lengths[2]),
-    )  # fmt: skip
+    )
     assert log[0]["loss"] == pytest.approx(expected.loss.item(), abs=1e-5)
 
 
@@ -292,10 +338,11 @@ REFUSED = {
     "cpo_alpha": {"loss_type": "simpo", "rest": {"loss_options": {"cpo_alpha": 0.5}}},
     "beta": {"loss_type": "simpo", "rest": {"loss_options": {"beta": 0.5}}},
     "token_clamp": {
-        "loss_type": "dpop", "precompute_ref_log_probs": True,
+        "loss_type": "dpop",
+        "precompute_ref_log_probs": True,
         "rest": {"loss_options": {"token_clamp": 0.5}},
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("option", REFUSED)

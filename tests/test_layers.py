@@ -28,9 +28,14 @@ ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 LAYOUTS = {"padded": "sdpa", "packed": NAMES["sdpa"], "shared_prefix": NAMES["sdpa"]}
 SIZES = {
-    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
 
 
 def make(name: str = "Llama", layout: str = "packed", lora: bool = False, **changes):
@@ -156,11 +161,7 @@ def counter():
 
 @pytest.mark.parametrize(
     ("layout", "checkpointed", "lora"),
-    [
-        ("shared_prefix", True, False),
-        ("packed", False, True),
-        ("padded", False, False),
-    ],
+    [("shared_prefix", True, False), ("packed", False, True), ("padded", False, False)],
 )
 def test_compiled_layers_give_the_same_and_compile_once(counter, layout, checkpointed, lora):
     """Other lengths, other numbers of pairs, other plans: nothing is compiled again."""
@@ -337,8 +338,10 @@ def test_what_is_offloaded_and_that_a_frozen_reference_is_sharded_at_stage_3(ste
         policies = {name: found["policy"] for name, found in rank.items() if found["policy"]}
         both = ["optimizer", "parameters"]
         assert policies == {
-            "2, optimizer": ["optimizer"], "3, both": both, "3, all but the reference": both
-        }  # fmt: skip
+            "2, optimizer": ["optimizer"],
+            "3, both": both,
+            "3, all but the reference": both,
+        }
         assert "held" not in rank["2"]
         for name in ("3", "3, reference"):
             assert all(held == math.ceil(whole / 2) for held, whole in rank[name]["held"])

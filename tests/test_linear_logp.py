@@ -69,9 +69,16 @@ def check(
         budget = T // 3 * V * dtype.itemsize
     options = dict(options, extras=EXTRAS)
     got, grads = gradients(
-        linear_logp, hidden, weight, targets, bias_V, slopes,
-        implementation="torch", workspace_bytes=budget, **options,
-    )  # fmt: skip
+        linear_logp,
+        hidden,
+        weight,
+        targets,
+        bias_V,
+        slopes,
+        implementation="torch",
+        workspace_bytes=budget,
+        **options,
+    )
     double = [None if x is None else x.double() for x in (hidden, weight, bias_V)]
     same, same_grads = gradients(
         eager.linear_logp, hidden, weight, targets, bias_V, slopes, **options
@@ -252,9 +259,15 @@ def test_only_the_wanted_gradient(wanted):
     hidden, weight, bias, targets = make(300, 1000, 8, torch.float32, bias=True)
     leaves = {"hidden": hidden, "weight": weight, "bias": bias}
     truth, true_grads = gradients(
-        eager.linear_logp, hidden.double(), weight.double(), targets, bias.double(),
-        torch.ones(300), softcap=4.0, logit_scale=2.0,
-    )  # fmt: skip
+        eager.linear_logp,
+        hidden.double(),
+        weight.double(),
+        targets,
+        bias.double(),
+        torch.ones(300),
+        softcap=4.0,
+        logit_scale=2.0,
+    )
     for name, leaf in leaves.items():
         leaf.requires_grad_(name == wanted)
     logp = linear_logp(hidden, weight, targets, bias=bias, softcap=4.0, logit_scale=2.0).logp

@@ -146,13 +146,18 @@ def test_each_extra_alone(extra, poison):
 SCHEDULES = {
     "recompute, tokens first": {"schedule": "recompute", "kept_tokens": 0, "tokens_first": True},
     "recompute, vocabulary first": {
-        "schedule": "recompute", "kept_tokens": 0, "tokens_first": False,
+        "schedule": "recompute",
+        "kept_tokens": 0,
+        "tokens_first": False,
     },
     "mixed, tokens first": {"schedule": "mixed", "kept_tokens": 160, "tokens_first": True},
     "mixed, residual, vocabulary first": {
-        "schedule": "mixed", "kept_tokens": 16, "tokens_first": False, "residual_sums": True,
+        "schedule": "mixed",
+        "kept_tokens": 16,
+        "tokens_first": False,
+        "residual_sums": True,
     },
-}  # fmt: skip
+}
 
 
 @contextlib.contextmanager
@@ -231,8 +236,10 @@ def test_same_bits_whatever_the_grid_and_the_batch():
             tiles_t = -(-T // ops.sizes()["kBlockT"])
             units_t, tiles_v = -(-tiles_t // launch[0]), -(-601 // ops.sizes()["kBlockV"])
             patch.setattr(
-                ops, "plan_launch", lambda *_: ops.Launch(*launch, units_t, tiles_v)  # noqa: B023
-            )  # fmt: skip
+                ops,
+                "plan_launch",
+                lambda *_: ops.Launch(*launch, units_t, tiles_v),  # noqa: B023
+            )
             part = ops.RowPass(
                 hidden[:T], weight, None, targets[:T], options=options, extras=EXTRAS
             )

@@ -100,12 +100,18 @@ SCHEDULES = {  # what a plan may be, in sizes of the interpreter's tiles
     "mixed, vocabulary first": {"schedule": "mixed", "kept_tokens": 5, "tokens_first": False},
     "mixed, tokens first": {"schedule": "mixed", "kept_tokens": 5, "tokens_first": True},
     "mixed, residual, tokens first": {
-        "schedule": "mixed", "kept_tokens": 5, "tokens_first": True, "residual_sums": True,
+        "schedule": "mixed",
+        "kept_tokens": 5,
+        "tokens_first": True,
+        "residual_sums": True,
     },
     "recompute, residual, vocabulary first": {
-        "schedule": "recompute", "kept_tokens": 0, "tokens_first": False, "residual_sums": True,
+        "schedule": "recompute",
+        "kept_tokens": 0,
+        "tokens_first": False,
+        "residual_sums": True,
     },
-}  # fmt: skip
+}
 
 
 @contextlib.contextmanager
@@ -400,8 +406,13 @@ def test_what_is_saved_is_what_the_plan_says():
     for budget, kept in ((0, 0), (1 << 20, 9 * 48)):
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):  # noqa: B023
-            linear_logp(hidden.requires_grad_(), weight.requires_grad_(), targets,
-                        implementation="triton", workspace_bytes=budget)  # fmt: skip
+            linear_logp(
+                hidden.requires_grad_(),
+                weight.requires_grad_(),
+                targets,
+                implementation="triton",
+                workspace_bytes=budget,
+            )
         bytes_saved = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in saved}
         inputs = {x.untyped_storage().data_ptr() for x in (hidden, weight, targets)}
         own = sum(size for pointer, size in bytes_saved.items() if pointer not in inputs)

@@ -240,9 +240,12 @@ def test_gradcheck(name):
 
     def loss(chosen, rejected, reference_chosen, reference_rejected, options):
         rows = replace(
-            pairs, chosen=chosen, rejected=rejected, reference_chosen=reference_chosen,
+            pairs,
+            chosen=chosen,
+            rejected=rejected,
+            reference_chosen=reference_chosen,
             reference_rejected=reference_rejected,
-        )  # fmt: skip
+        )
         return values(name, rows, options)
 
     for options in cases(name):

@@ -27,11 +27,20 @@ TOTALS = Totals(pairs=7, chosen_tokens=0, sequences=19, tokens=50)
 CASES = {
     "plackett_luce": [{}, {"beta": 0.7}, {"f_divergence_type": "js_divergence"}],
     "grpo": [
-        {}, {"epsilon": 0.05}, {"epsilon_high": 0.6}, {"scale_rewards": "none"},
-        {"importance_sampling_level": "sequence"}, {"grpo_beta": 0.3},
-        {"grpo_beta": 0.3, "importance_sampling_level": "sequence", "epsilon": 0.1, "epsilon_high": 0.0},
+        {},
+        {"epsilon": 0.05},
+        {"epsilon_high": 0.6},
+        {"scale_rewards": "none"},
+        {"importance_sampling_level": "sequence"},
+        {"grpo_beta": 0.3},
+        {
+            "grpo_beta": 0.3,
+            "importance_sampling_level": "sequence",
+            "epsilon": 0.1,
+            "epsilon_high": 0.0,
+        },
     ],
-}  # fmt: skip
+}
 CASES["dapo"] = CASES["grpo"]
 each_case = pytest.mark.parametrize(
     ("name", "changed"), [(name, changed) for name in GROUPED for changed in CASES[name]]
@@ -49,9 +58,15 @@ def make(seed: int = 0, dtype=torch.float64) -> GroupLogps:
 def of_tokens(tokens, old, reference) -> GroupLogps:
     sums = lambda x: torch.stack([part.sum() for part in x.split(LENGTHS)])  # noqa: E731
     return GroupLogps(
-        sums(tokens), torch.tensor(LENGTHS), torch.tensor(SCORES, dtype=tokens.dtype),
-        torch.tensor(COUNTS), sums(reference), tokens, old, reference,
-    )  # fmt: skip
+        sums(tokens),
+        torch.tensor(LENGTHS),
+        torch.tensor(SCORES, dtype=tokens.dtype),
+        torch.tensor(COUNTS),
+        sums(reference),
+        tokens,
+        old,
+        reference,
+    )
 
 
 # The formulas once more, completion by completion.
@@ -162,9 +177,15 @@ def test_extremes_are_finite(name, far):
     own = torch.zeros(4, requires_grad=True)
     shift = torch.tensor([far, -far, far, 0.0])
     groups = GroupLogps(
-        own, torch.ones(4, dtype=torch.int64), torch.tensor([1.0, 0.0, 0.0, 1.0]),
-        torch.tensor([2, 2]), shift, own, shift, shift,
-    )  # fmt: skip
+        own,
+        torch.ones(4, dtype=torch.int64),
+        torch.tensor([1.0, 0.0, 0.0, 1.0]),
+        torch.tensor([2, 2]),
+        shift,
+        own,
+        shift,
+        shift,
+    )
     for changed in CASES[name]:
         values = LOSSES[name].function(groups, LossOptions(**changed))
         slopes = torch.autograd.grad(values.sum(), own)[0]
@@ -180,11 +201,13 @@ def test_extremes_are_finite(name, far):
 
 def arguments(groups: GroupLogps, **more) -> dict:
     return {
-        "logp_T": groups.tokens.float(), "lengths_S": groups.lengths,
-        "reference_S": groups.reference.float(), "reference_T": groups.reference_tokens.float(),
+        "logp_T": groups.tokens.float(),
+        "lengths_S": groups.lengths,
+        "reference_S": groups.reference.float(),
+        "reference_T": groups.reference_tokens.float(),
         "groups": ScoredGroups(groups.scores.float(), groups.counts, groups.old_tokens.float()),
         "totals": TOTALS,
-    } | more  # fmt: skip
+    } | more
 
 
 NORMALISERS = {"plackett_luce": 7, "grpo": 19, "dapo": 50}
@@ -204,10 +227,15 @@ def test_shares_add_up_and_weights_are_of_groups(name):
         a, b = sum(COUNTS[:first]), sum(COUNTS[:last])
         t, u = sum(LENGTHS[:a]), sum(LENGTHS[:b])
         part = GroupLogps(
-            groups.logps[a:b], groups.lengths[a:b], groups.scores[a:b], groups.counts[first:last],
-            groups.reference[a:b], groups.tokens[t:u], groups.old_tokens[t:u],
+            groups.logps[a:b],
+            groups.lengths[a:b],
+            groups.scores[a:b],
+            groups.counts[first:last],
+            groups.reference[a:b],
+            groups.tokens[t:u],
+            groups.old_tokens[t:u],
             groups.reference_tokens[t:u],
-        )  # fmt: skip
+        )
         columns = {"weight": weight[first:last]}
         shares += preference(**arguments(part, objective=objective, columns=columns)).loss.item()
     assert shares == pytest.approx(expected, rel=1e-5)
@@ -244,10 +272,7 @@ def test_what_is_missing_or_does_not_fit_is_named():
         ({"groups": scored._replace(scores_S=scored.scores_S[1:])}, r"scores are \(10,\).*\(11,\)"),
         ({"groups": scored._replace(counts_G=scored.counts_G + 1)}, "add up to 15; there are 11"),
         ({"groups": scored._replace(counts_G=scored.counts_G.float())}, "torch.int64"),
-        (
-            {"groups": scored._replace(counts_G=scored.counts_G[:, None])},
-            r"expected .*int64 \[G\]",
-        ),
+        ({"groups": scored._replace(counts_G=scored.counts_G[:, None])}, r"expected .*int64 \[G\]"),
         (
             {"groups": scored._replace(counts_G=torch.tensor([-1, 12]))},
             "add up to 11; there are 11 completions, and no count may be below 0",

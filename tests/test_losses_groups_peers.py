@@ -49,8 +49,10 @@ def ours(name, changed, groups: GroupLogps):
     leaf = groups.tokens.clone().requires_grad_()
     objective = Objective((name,), (1.0,), LossOptions(**changed))
     totals = Totals(len(COUNTS), 0, S, T)
-    result = preference(**arguments(replace(groups, tokens=leaf), objective=objective, totals=totals)
-                        | {"logp_T": leaf})  # fmt: skip
+    result = preference(
+        **arguments(replace(groups, tokens=leaf), objective=objective, totals=totals)
+        | {"logp_T": leaf}
+    )
     return result, torch.autograd.grad(result.loss, leaf)[0]
 
 
@@ -61,27 +63,46 @@ def test_trl(name, changed):
     leaf = rows(groups.tokens).requires_grad_()
     mask, (old, reference) = padded(groups)
     accelerator = SimpleNamespace(
-        num_processes=1, gather=lambda x: x, gather_for_metrics=lambda x: x,
-        reduce=lambda x, reduction: x, sync_gradients=True,
-    )  # fmt: skip
+        num_processes=1,
+        gather=lambda x: x,
+        gather_for_metrics=lambda x: x,
+        reduce=lambda x, reduction: x,
+        sync_gradients=True,
+    )
     high = o.epsilon if o.epsilon_high is None else o.epsilon_high
     stand_in = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *_, **__: (leaf, torch.zeros_like(leaf), None),
-        aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None,
-        importance_sampling_level=o.importance_sampling_level, beta=o.grpo_beta, loss_type=name,
-        epsilon_low=o.epsilon, epsilon_high=high, use_vllm=False, _entropy_bonus_enabled=False,
-        model=SimpleNamespace(training=True), accelerator=accelerator,
-        current_gradient_accumulation_steps=1, _metrics={"train": defaultdict(list)},
+        aux_loss_enabled=False,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        importance_sampling_level=o.importance_sampling_level,
+        beta=o.grpo_beta,
+        loss_type=name,
+        epsilon_low=o.epsilon,
+        epsilon_high=high,
+        use_vllm=False,
+        _entropy_bonus_enabled=False,
+        model=SimpleNamespace(training=True),
+        accelerator=accelerator,
+        current_gradient_accumulation_steps=1,
+        _metrics={"train": defaultdict(list)},
         args=SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1),
-    )  # fmt: skip
+    )
     ids = torch.zeros(mask.shape, dtype=torch.int64)
     loss = trainer.GRPOTrainer._compute_loss(
-        stand_in, None,
-        {"prompt_ids": ids[:, :1], "prompt_mask": ids[:, :1] + 1, "completion_ids": ids,
-         "completion_mask": mask.long(), "advantages": gains(o.scale_rewards == "group"),
-         "old_per_token_logps": old, "ref_per_token_logps": reference,
-         "num_items_in_batch": mask.sum()},
-    )  # fmt: skip
+        stand_in,
+        None,
+        {
+            "prompt_ids": ids[:, :1],
+            "prompt_mask": ids[:, :1] + 1,
+            "completion_ids": ids,
+            "completion_mask": mask.long(),
+            "advantages": gains(o.scale_rewards == "group"),
+            "old_per_token_logps": old,
+            "ref_per_token_logps": reference,
+            "num_items_in_batch": mask.sum(),
+        },
+    )
     result, slopes = ours(name, changed, groups)
     assert result.loss.item() == pytest.approx(loss.item(), rel=1e-6, abs=1e-6)
     theirs = torch.autograd.grad(loss, leaf)[0][mask]
@@ -103,20 +124,35 @@ def test_liger(name, changed):
     g = torch.Generator().manual_seed(2)
     old = torch.where(mask, -3 * torch.rand(mask.shape, generator=g), 0.0)
     theirs = peer.LigerFusedLinearGRPOLoss(
-        beta=o.grpo_beta, compiled=False, use_ref_model=o.grpo_beta > 0, epsilon_low=o.epsilon,
-        epsilon_high=o.epsilon if o.epsilon_high is None else o.epsilon_high, loss_type=name,
-        importance_sampling_level=o.importance_sampling_level, temperature=1.0,
-    )  # fmt: skip
+        beta=o.grpo_beta,
+        compiled=False,
+        use_ref_model=o.grpo_beta > 0,
+        epsilon_low=o.epsilon,
+        epsilon_high=o.epsilon if o.epsilon_high is None else o.epsilon_high,
+        loss_type=name,
+        importance_sampling_level=o.importance_sampling_level,
+        temperature=1.0,
+    )
     referring = {"ref_input": other[0].detach(), "ref_weight": other[1].detach()}
     loss, _ = theirs(
-        hidden, weight, labels.clamp(min=0), mask.float(), gains(o.scale_rewards == "group"),
-        old_per_token_logps=old, **(referring if o.grpo_beta else {}),
-    )  # fmt: skip
+        hidden,
+        weight,
+        labels.clamp(min=0),
+        mask.float(),
+        gains(o.scale_rewards == "group"),
+        old_per_token_logps=old,
+        **(referring if o.grpo_beta else {}),
+    )
     reference = {"reference_hidden": other[0], "reference_weight": other[1]} if o.grpo_beta else {}
     mine, _ = FusedLinearPreferenceLoss(name, **changed)(
-        hidden, weight, labels, scores=torch.tensor(SCORES), counts=torch.tensor(COUNTS),
-        old_logps=old, **reference,
-    )  # fmt: skip
+        hidden,
+        weight,
+        labels,
+        scores=torch.tensor(SCORES),
+        counts=torch.tensor(COUNTS),
+        old_logps=old,
+        **reference,
+    )
     assert mine.item() == pytest.approx(loss.item(), rel=1e-6, abs=1e-6)
     for got, want in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (mine, loss))):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)

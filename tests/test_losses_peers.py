@@ -57,9 +57,12 @@ class Model(torch.nn.Module):
         super().__init__()
         shape = tokens.mask.shape
         self.outputs = SimpleNamespace(
-            log_probs=logp, log_sum_sq_probs=tokens.log_sum_p2, entropy=torch.zeros(shape),
-            mean_logits=torch.zeros(shape), is_top1=torch.zeros(shape, dtype=torch.bool),
-        )  # fmt: skip
+            log_probs=logp,
+            log_sum_sq_probs=tokens.log_sum_p2,
+            entropy=torch.zeros(shape),
+            mean_logits=torch.zeros(shape),
+            is_top1=torch.zeros(shape, dtype=torch.bool),
+        )
 
     def forward(self, **_):
         return self.outputs
@@ -75,11 +78,17 @@ def trainer(tokens: Tokens, **attributes) -> SimpleNamespace:
         device=torch.device("cpu"), gather=same, gather_for_metrics=same, unwrap_model=same
     )
     return SimpleNamespace(
-        model=Model(tokens, tokens.logp), ref_model=Model(tokens, tokens.reference),
-        accelerator=accelerator, args=SimpleNamespace(gradient_checkpointing_kwargs=None),
-        aux_loss_enabled=False, precompute_ref_logps=False, _metrics=defaultdict(dict_of_lists),
-        _total_train_tokens=0, _tp_size=1, **attributes,
-    )  # fmt: skip
+        model=Model(tokens, tokens.logp),
+        ref_model=Model(tokens, tokens.reference),
+        accelerator=accelerator,
+        args=SimpleNamespace(gradient_checkpointing_kwargs=None),
+        aux_loss_enabled=False,
+        precompute_ref_logps=False,
+        _metrics=defaultdict(dict_of_lists),
+        _total_train_tokens=0,
+        _tp_size=1,
+        **attributes,
+    )
 
 
 def dict_of_lists() -> dict:
@@ -92,9 +101,13 @@ def batch(tokens: Tokens) -> dict:
 
 
 DPO_DEFAULTS = {
-    "beta": 0.1, "label_smoothing": 0.0, "f_divergence_type": "reverse_kl",
-    "f_alpha_divergence_coef": 0.5, "ld_alpha": None, "use_weighting": False,
-}  # fmt: skip
+    "beta": 0.1,
+    "label_smoothing": 0.0,
+    "f_divergence_type": "reverse_kl",
+    "f_alpha_divergence_coef": 0.5,
+    "ld_alpha": None,
+    "use_weighting": False,
+}
 
 
 def trl_dpo(tokens: Tokens, losses, weights=None, discopop_tau: float = 0.05, **options):
@@ -113,12 +126,17 @@ def ours(tokens: Tokens, losses, weights=None, good=None, statistics=None, **opt
     )
     order = INTERLEAVED if good is None else torch.arange(2 * PAIRS)
     result = preference(
-        tokens.logp[order][tokens.mask[order]], torch.tensor(LENGTHS)[order],
-        tokens.reference[order].sum(1) if objective.needs_reference else None, objective, TOTALS,
+        tokens.logp[order][tokens.mask[order]],
+        torch.tensor(LENGTHS)[order],
+        tokens.reference[order].sum(1) if objective.needs_reference else None,
+        objective,
+        TOTALS,
         reference_T=tokens.reference[order][tokens.mask[order]],
-        log_sum_p2_T=tokens.log_sum_p2[order][tokens.mask[order]], good_S=good,
-        statistics=statistics, implementation="torch",
-    )  # fmt: skip
+        log_sum_p2_T=tokens.log_sum_p2[order][tokens.mask[order]],
+        good_S=good,
+        statistics=statistics,
+        implementation="torch",
+    )
     slopes = torch.autograd.grad(result.loss, tokens.logp)[0]
     return result.loss.detach(), slopes[order][tokens.mask[order]], result
 
@@ -139,9 +157,22 @@ DIVERGENCES = [
 ]
 WITH_DIVERGENCES = ["sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sigmoid_norm"]
 OF_DPO_TRAINER = [
-    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
-    "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
-]  # fmt: skip
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+]
 NEEDED = {"exo_pair": {"label_smoothing": 1e-3}, "robust": {"label_smoothing": 0.1}}
 
 
@@ -235,9 +266,12 @@ GOOD = torch.tensor([True, True, False, True, False, True, False, True])
 def trl_kto(tokens: Tokens, loss_type: str, kl: float, good=GOOD, **weights):
     trl = pytest.importorskip("trl.trainer.kto_trainer")
     own = trainer(
-        tokens, loss_type=loss_type, calculate_KL=loss_type == "kto", beta=0.2,
+        tokens,
+        loss_type=loss_type,
+        calculate_KL=loss_type == "kto",
+        beta=0.2,
         **({"desirable_weight": 1.0, "undesirable_weight": 1.0} | weights),
-    )  # fmt: skip
+    )
     own._compute_kl_logps = lambda model, _: torch.tensor(
         [-5.0 + kl, -7.0 + kl] if model is own.model else [-5.0, -7.0]
     )
@@ -343,9 +377,17 @@ def liger(tokens: Tokens, module: str, function: str, *logps, **options):
 
 
 OF_LIGER = [
-    "sigmoid", "hinge", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero",
-    "apo_down", "discopop",
-]  # fmt: skip
+    "sigmoid",
+    "hinge",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+]
 
 
 @pytest.mark.parametrize("name", OF_LIGER)
@@ -357,14 +399,23 @@ def test_liger_dpo(name):
         zip(("ref_chosen_logps", "ref_rejected_logps"), sides(tokens, tokens.reference))
     )
     expected = liger(
-        tokens, "dpo_loss", "LigerFusedLinearDPOFunction", *sides(tokens, tokens.logp),
-        loss_type=name, **reference, **options,
-    )  # fmt: skip
+        tokens,
+        "dpo_loss",
+        "LigerFusedLinearDPOFunction",
+        *sides(tokens, tokens.logp),
+        loss_type=name,
+        **reference,
+        **options,
+    )
     check(ours(tokens, [name], **options), expected)
     expected = liger(
-        tokens, "dpo_loss", "LigerFusedLinearDPOFunction", *sides(tokens, tokens.logp),
-        loss_type=name, **options,
-    )  # fmt: skip
+        tokens,
+        "dpo_loss",
+        "LigerFusedLinearDPOFunction",
+        *sides(tokens, tokens.logp),
+        loss_type=name,
+        **options,
+    )
     check(ours(tokens, [name], reference_free=True, **options), expected)
 
 
@@ -389,9 +440,13 @@ def test_liger_kto(kl):
     tokens = Tokens()
     kl = None if kl is None else torch.tensor(kl)
     loss = chunked.LigerFusedLinearKTOFunction.preference_loss_fn(
-        tokens.logp.sum(1), GOOD, torch.zeros(2 * PAIRS, LONGEST), tokens.reference.sum(1),
-        beta=0.3, kl=kl,
-    )[0]  # fmt: skip
+        tokens.logp.sum(1),
+        GOOD,
+        torch.zeros(2 * PAIRS, LONGEST),
+        tokens.reference.sum(1),
+        beta=0.3,
+        kl=kl,
+    )[0]
     expected = loss.detach(), torch.autograd.grad(loss, tokens.logp)[0][tokens.mask]
     statistics = {} if kl is None else {"kl": kl}
     check(ours(tokens, ["kto"], good=GOOD, statistics=statistics, beta=0.3), expected)

@@ -147,9 +147,7 @@ def test_attention_on_a_cpu(requested, layout, architecture, expected):
         ("sdpa", "padded", "cpu", torch.float32, CAPPED, "would leave out the soft cap"),
     ],
 )
-def test_attention_that_cannot_be_honoured(
-    requested, layout, device, dtype, architecture, reason
-):  # fmt: skip
+def test_attention_that_cannot_be_honoured(requested, layout, device, dtype, architecture, reason):
     with pytest.raises(UserError, match=f"model.attention={requested} .*{reason}"):
         choose_attention(requested, layout, torch.device(device), dtype, architecture)
 

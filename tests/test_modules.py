@@ -111,9 +111,14 @@ def test_batch_orders_and_packed_rows_are_one_loss():
     lengths = keep.sum(1)
     packed = {"reference_hidden": reference["reference_hidden"][keep]}
     again, metrics_again = concatenated(
-        hidden[keep], weight, labels[keep], bias, lengths=lengths, columns={"margin": margin},
+        hidden[keep],
+        weight,
+        labels[keep],
+        bias,
+        lengths=lengths,
+        columns={"margin": margin},
         **(reference | packed),
-    )  # fmt: skip
+    )
     assert torch.equal(loss, again) and metrics_again.keys() == metrics.keys()
     # By number, sequences mixed with each other, and rows of none of them in between.
     ids = torch.arange(2 * PAIRS)[:, None].expand(-1, L).masked_fill(labels == -100, -1)
@@ -122,9 +127,14 @@ def test_batch_orders_and_packed_rows_are_one_loss():
     )  # the first row of each, the second, ...
     mixed = {"reference_hidden": reference["reference_hidden"].flatten(0, 1)[places]}
     again, _ = concatenated(
-        hidden.flatten(0, 1)[places], weight, labels.flatten()[places], bias,
-        sequence_ids=ids.flatten()[places], columns={"margin": margin}, **(reference | mixed),
-    )  # fmt: skip
+        hidden.flatten(0, 1)[places],
+        weight,
+        labels.flatten()[places],
+        bias,
+        sequence_ids=ids.flatten()[places],
+        columns={"margin": margin},
+        **(reference | mixed),
+    )
     torch.testing.assert_close(loss, again, rtol=1e-6, atol=0)
     whole = torch.where(labels == -100, 3, labels)
     again, _ = concatenated(
@@ -251,9 +261,15 @@ def test_unpaired(name):
     weights = torch.rand(5)
     options = {"beta": 0.4, "desirable_weight": 1.5}
     fused, metrics = FusedLinearPreferenceLoss(name, **options)(
-        hidden, weight, labels, bias, good=good, statistics=statistics,
-        columns={"weight": weights}, **reference,
-    )  # fmt: skip
+        hidden,
+        weight,
+        labels,
+        bias,
+        good=good,
+        statistics=statistics,
+        columns={"weight": weights},
+        **reference,
+    )
     logps = logps_of(hidden, weight, bias, labels).float()
     referred = logps_of(*reference.values(), labels).float()
     loss, same = UnpairedPreferenceLoss(name, **options)(
@@ -390,10 +406,7 @@ def test_options_that_cannot_be_honoured(make_module, message):
         ({"statistics": {"kl": torch.zeros(())}}, "do not use the statistics"),
         ({"good": torch.ones(6, dtype=torch.bool)}, "compare the answers of pairs"),
         ({"lengths": torch.full((6,), 7)}, "one of them, belong to packed labels"),
-        (
-            {"sequence_ids": torch.arange(42) // 7},
-            "one of them, belong to packed labels",
-        ),
+        ({"sequence_ids": torch.arange(42) // 7}, "one of them, belong to packed labels"),
         ({"mask": torch.ones(6, 7)}, r"mask is torch.float32 \(6, 7\); expected torch.bool"),
     ],
 )

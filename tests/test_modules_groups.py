@@ -30,9 +30,10 @@ def test_module(name, changed, packed):
     g = torch.Generator().manual_seed(2)
     old = torch.where(labels != -100, -3 * torch.rand(labels.shape, generator=g), torch.nan)
     groups = of_tokens(
-        token_logps(hidden, weight, labels), old[labels != -100].double(),
+        token_logps(hidden, weight, labels),
+        old[labels != -100].double(),
         token_logps(*(x.detach() for x in other), labels),
-    )  # fmt: skip
+    )
     objective = Objective((name,), (1.0,), LossOptions(**changed))
     truth = objective(groups, Totals(len(COUNTS), 0, S, T))
     module = FusedLinearPreferenceLoss(name, **changed)
@@ -44,12 +45,17 @@ def test_module(name, changed, packed):
         inputs["lengths"] = torch.full((S,), max(LENGTHS))
     reference = {}
     if objective.needs_reference:
-        reference = {"reference_hidden": other[0].flatten(0, 1) if packed else other[0],
-                     "reference_weight": other[1]}  # fmt: skip
+        reference = {
+            "reference_hidden": other[0].flatten(0, 1) if packed else other[0],
+            "reference_weight": other[1],
+        }
     loss, metrics = module(
-        weight=weight, scores=torch.tensor(SCORES), counts=torch.tensor(COUNTS), **inputs,
+        weight=weight,
+        scores=torch.tensor(SCORES),
+        counts=torch.tensor(COUNTS),
+        **inputs,
         **reference,
-    )  # fmt: skip
+    )
     torch.testing.assert_close(loss, truth.float(), rtol=1e-5, atol=1e-6)
     mine, theirs = (torch.autograd.grad(x, (hidden, weight)) for x in (loss, truth))
     for got, want in zip(mine, theirs):
@@ -67,9 +73,12 @@ def test_labels_that_are_tokens_take_their_own_old_log_probs():
     plain = FusedLinearPreferenceLoss("grpo")(hidden, weight, labels, old_logps=old, **groups)[0]
     first = torch.full((S, 1), -100)
     shifted = FusedLinearPreferenceLoss("grpo", shift=True)(
-        torch.cat([hidden, hidden[:, :1]], 1), weight, torch.cat([first, labels], 1),
-        old_logps=torch.cat([torch.full((S, 1), torch.nan), old], 1), **groups,
-    )[0]  # fmt: skip
+        torch.cat([hidden, hidden[:, :1]], 1),
+        weight,
+        torch.cat([first, labels], 1),
+        old_logps=torch.cat([torch.full((S, 1), torch.nan), old], 1),
+        **groups,
+    )[0]
     assert torch.equal(plain, shifted)
 
 

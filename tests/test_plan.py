@@ -32,9 +32,15 @@ def test_triton_stays_within_its_budget(T, budget, dtype, needs):
     """Everything beside inputs and outputs: exponentials, tiles and the sums of products."""
     for V, D in SHAPES:
         chosen = plan(
-            T, V, D, dtype, needs_hidden=needs[0], needs_head=needs[1], workspace_bytes=budget,
+            T,
+            V,
+            D,
+            dtype,
+            needs_hidden=needs[0],
+            needs_head=needs[1],
+            workspace_bytes=budget,
             implementation="triton",
-        )  # fmt: skip
+        )
         assert chosen.bytes <= budget
         kept = dtype != torch.float16
         assert 2.0 <= chosen.gemms <= 3.0 or (all(needs) and chosen.gemms <= 4.0)

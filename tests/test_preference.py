@@ -151,9 +151,13 @@ BY_HAND = {"sigmoid": (0.437488, -0.035434), "hinge": (0.4, -0.1), "ipo": (1.0, 
 def test_values_at_margin_6(name, implementation):
     logp_T, ones = torch.tensor([-1.0, -4.0], requires_grad=True), torch.tensor([1, 1])
     result = preference(
-        logp_T, ones, torch.tensor([-3.0, 0.0]), alone(name), Totals(1, 1),
+        logp_T,
+        ones,
+        torch.tensor([-3.0, 0.0]),
+        alone(name),
+        Totals(1, 1),
         implementation=implementation,
-    )  # fmt: skip
+    )
     result.loss.backward()
     value, slope = BY_HAND[name]
     assert result.loss.item() == pytest.approx(value, abs=1e-6)
@@ -301,9 +305,13 @@ def test_mistakes_are_named(implementation):
         ({"implementation": "fast"}, "implementation='fast'"),
     ]
     good = {
-        "logp_T": logp_T, "lengths_S": lengths_S, "reference_S": reference_S,
-        "objective": Objective(), "totals": TOTALS, "implementation": implementation,
-    }  # fmt: skip
+        "logp_T": logp_T,
+        "lengths_S": lengths_S,
+        "reference_S": reference_S,
+        "objective": Objective(),
+        "totals": TOTALS,
+        "implementation": implementation,
+    }
     preference(**good)
     for change, message in wrong:
         with pytest.raises(ValueError, match=message):

@@ -95,8 +95,10 @@ def test_the_wheel_holds_every_package(tmp_path):
     pytest.importorskip("build")
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", tmp_path, ROOT],
-        check=True, capture_output=True, timeout=120,
-    )  # fmt: skip
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
     names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
     expected = {
         f"dpo_fast/{path.relative_to(PACKAGE)}"
@@ -164,9 +166,15 @@ def test_measured_steps_in_the_readme_are_those_of_the_file():
         rows = {row["impl"]: row for row in csv.DictReader(stream)}
     shown = re.findall(r"^\| (?:TRL 1\.16|dpo_fast), [^|]*\|(?:[^|]*\|){5}$", text, re.M)
     assert len(shown) == 7
-    for name in ("trl", "trl, precomputed", "trl, precomputed, no checkpointing",
-                 "dpo_fast padded, cached", "dpo_fast packed, cached",
-                 "dpo_fast shared_prefix, cached", "dpo_fast shared_prefix, frozen"):  # fmt: skip
+    for name in (
+        "trl",
+        "trl, precomputed",
+        "trl, precomputed, no checkpointing",
+        "dpo_fast padded, cached",
+        "dpo_fast packed, cached",
+        "dpo_fast shared_prefix, cached",
+        "dpo_fast shared_prefix, frozen",
+    ):
         row = rows[name]
         ratios = [float(row[column]) for column in ("x_of_trl", "x_of_trl_precomputed")]
         cells = "| {:.2f} | {:.2f} | {:.2f} | {:,.0f} | {:,.0f} MiB |".format(

@@ -101,18 +101,23 @@ def test_the_folder_reads_as_one_table_with_one_line(tmp_path):
     schema = pyarrow.parquet.read_table(folder).schema
     per_token = pyarrow.list_(pyarrow.float32())
     types = {
-        "digest": pyarrow.binary(), "where": pyarrow.string(),
-        "chosen_logps": pyarrow.float32(), "rejected_logps": pyarrow.float32(),
-        "chosen_tokens": pyarrow.int32(), "rejected_tokens": pyarrow.int32(),
-        "chosen_token_logps": per_token, "rejected_token_logps": per_token,
-    }  # fmt: skip
+        "digest": pyarrow.binary(),
+        "where": pyarrow.string(),
+        "chosen_logps": pyarrow.float32(),
+        "rejected_logps": pyarrow.float32(),
+        "chosen_tokens": pyarrow.int32(),
+        "rejected_tokens": pyarrow.int32(),
+        "chosen_token_logps": per_token,
+        "rejected_token_logps": per_token,
+    }
     assert schema.names == list(types)
     assert all(schema.field(name).type.equals(kind) for name, kind in types.items())
     plain = pyarrow.parquet.read_table(store(tmp_path / "plain", request()))
     assert plain.column_names == list(types)[:6]
     assert [file.name for file in sorted(folder.iterdir())] == [
-        MANIFEST, *(f"part-0000{index}.parquet" for index in range(3))
-    ]  # fmt: skip
+        MANIFEST,
+        *(f"part-0000{index}.parquet" for index in range(3)),
+    ]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -86,8 +86,12 @@ def test_the_folder_reads_as_one_table_of_lists(tmp_path):
     request = store(folder, groups(range(7)))
     table = pandas.read_parquet(folder)
     assert list(table) == [
-        "digest", "where", "completions_logps", "completions_tokens", "completions_token_logps",
-    ]  # fmt: skip
+        "digest",
+        "where",
+        "completions_logps",
+        "completions_tokens",
+        "completions_token_logps",
+    ]
     for row, sums, stored in zip(ROWS, SUMS, table.to_dict("records"), strict=True):
         ids = row["completions_ids"]
         assert stored["completions_logps"].tolist() == sums

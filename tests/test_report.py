@@ -76,13 +76,22 @@ class Page(HTMLParser):
 def train_line(step: int, **values) -> dict:
     share = step / 10
     line = {
-        "step": step, "epoch": step / 5, "loss": LN2 - 0.03 * step, "rewards/chosen": 0.02 * step,
-        "rewards/rejected": -0.03 * step, "rewards/accuracies": 0.5 + 0.3 * share,
-        "rewards/margins": 0.05 * step, "logps/chosen": -40 + 0.1 * step,
-        "logps/rejected": -30 - 0.2 * step, "entropy": 2.0, "grad_norm": 1.5, "learning_rate": 5e-7,
-        "perf/tokens_per_second": 2000.0, "perf/pairs_per_second": 70.0 + step,
+        "step": step,
+        "epoch": step / 5,
+        "loss": LN2 - 0.03 * step,
+        "rewards/chosen": 0.02 * step,
+        "rewards/rejected": -0.03 * step,
+        "rewards/accuracies": 0.5 + 0.3 * share,
+        "rewards/margins": 0.05 * step,
+        "logps/chosen": -40 + 0.1 * step,
+        "logps/rejected": -30 - 0.2 * step,
+        "entropy": 2.0,
+        "grad_norm": 1.5,
+        "learning_rate": 5e-7,
+        "perf/tokens_per_second": 2000.0,
+        "perf/pairs_per_second": 70.0 + step,
         "perf/padding_fraction": 0.02,
-    }  # fmt: skip
+    }
     return line | values
 
 
@@ -116,13 +125,22 @@ def test_curves_have_a_place_for_every_point(tmp_path):
     assert train["values"] == [pytest.approx(pair, rel=1e-5) for pair in expected]
     titles = {title for title, _ in page.curves}
     assert titles == {
-        "Loss", "Accuracy", "Margin", "Rewards, chosen and rejected", "Chosen log-probability",
-        "Rejected log-probability", "Gradient norm", "Learning rate", "Entropy",
-        "Pairs per second", "Tokens per second",
-    }  # fmt: skip
+        "Loss",
+        "Accuracy",
+        "Margin",
+        "Rewards, chosen and rejected",
+        "Chosen log-probability",
+        "Rejected log-probability",
+        "Gradient norm",
+        "Learning rate",
+        "Entropy",
+        "Pairs per second",
+        "Tokens per second",
+    }
     assert {name for title, name in page.curves if title.startswith("Rewards")} == {
-        "chosen", "rejected",
-    }  # fmt: skip
+        "chosen",
+        "rejected",
+    }
 
 
 def test_places_follow_the_values(tmp_path):
@@ -176,10 +194,16 @@ def test_hostile_text_stays_text(tmp_path):
 def test_what_the_loader_kept_and_dropped(tmp_path):
     make(tmp_path, usual())
     report = DataReport(
-        ["pairs.jsonl"], 1000, 950, 50, Tally({"no answer": 30}, {"no answer": [("f:7", "x")]}),
-        Tally({"too long": 20}, {"too long": []}), prompts_cut=3,
-        lengths={"prompt": {"p50": 12, "max": 4321}}, tokens={"prompt": 98765},
-    )  # fmt: skip
+        ["pairs.jsonl"],
+        1000,
+        950,
+        50,
+        Tally({"no answer": 30}, {"no answer": [("f:7", "x")]}),
+        Tally({"too long": 20}, {"too long": []}),
+        prompts_cut=3,
+        lengths={"prompt": {"p50": 12, "max": 4321}},
+        tokens={"prompt": 98765},
+    )
     (tmp_path / "data-report.json").write_text(report.to_json())
     text = read(tmp_path).text
     assert "rows read 1,000 100 %" in text and "used for training 900 90 %" in text
@@ -262,9 +286,14 @@ def test_no_metrics(tmp_path, content):
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("config.yaml", "a: [1"), ("data-report.json", "{}"), ("data-report.json", "[]"),
-     ("samples.json", "{"), ("samples.json", "[1]")],
-)  # fmt: skip
+    [
+        ("config.yaml", "a: [1"),
+        ("data-report.json", "{}"),
+        ("data-report.json", "[]"),
+        ("samples.json", "{"),
+        ("samples.json", "[1]"),
+    ],
+)
 def test_a_broken_companion_is_named(tmp_path, name, content):
     make(tmp_path, usual())
     (tmp_path / name).write_text(content)
@@ -320,9 +349,13 @@ def test_findings(tmp_path, lines, expected):
 
 @pytest.mark.parametrize(
     "config",
-    [{"loss": {"type": "ipo"}}, {"loss": {"type": ["sigmoid", "sft"]}},
-     {"loss": {"type": "sigmoid", "weights": [2.0]}}, {"reference": {"path": "another"}}],
-)  # fmt: skip
+    [
+        {"loss": {"type": "ipo"}},
+        {"loss": {"type": ["sigmoid", "sft"]}},
+        {"loss": {"type": "sigmoid", "weights": [2.0]}},
+        {"reference": {"path": "another"}},
+    ],
+)
 def test_ln2_is_expected_of_plain_sigmoid_only(tmp_path, config):
     lines = changed("eval_", "loss", lambda step: 0.9 - 0.03 * step)
     assert found(make(tmp_path, lines, **config)) == set()
@@ -369,8 +402,13 @@ def test_numbers_for_people():
 
 
 def test_what_losses_estimate_has_panels_of_its_own(tmp_path):
-    names = {"kl": "KL", "delta": "Delta", "clip_ratio/region_mean": "Clipped tokens",
-             "log_odds": "Log-odds", "perf/mfu": "Model flops utilisation"}  # fmt: skip
+    names = {
+        "kl": "KL",
+        "delta": "Delta",
+        "clip_ratio/region_mean": "Clipped tokens",
+        "log_odds": "Log-odds",
+        "perf/mfu": "Model flops utilisation",
+    }
     lines = [train_line(step, **dict.fromkeys(names, 0.1 * step)) for step in range(1, 6)]
     (tmp_path / "with").mkdir()
     (tmp_path / "without").mkdir()

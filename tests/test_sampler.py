@@ -93,8 +93,10 @@ def test_first_epoch_of_the_sampler_that_counts_pairs():
 def test_steps_of_epochs_that_differ():
     """Epochs need not have as many micro-batches; none of their steps is lost or taken twice."""
     sampler = TokenSampler(Costs(np.random.default_rng(2).integers(30, 90, 40)), 100, 1)
-    counts = [sampler.steps(epoch) - (sampler.steps(epoch - 1) if epoch > 1 else 0)
-              for epoch in range(1, 8)]  # fmt: skip
+    counts = [
+        sampler.steps(epoch) - (sampler.steps(epoch - 1) if epoch > 1 else 0)
+        for epoch in range(1, 8)
+    ]
     assert len(set(counts)) > 1, "every epoch is alike: the test shows nothing"
     assert sampler.steps(2.5) == sum(counts[:2]) + round(counts[2] / 2)
 
@@ -152,9 +154,12 @@ def test_an_item_that_does_not_fit_is_refused():
 def test_costs_are_what_the_layout_takes(layout):
     draw = np.random.default_rng(7)
     pairs = [
-        {name: [1] * int(draw.integers(1, 9)) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+        {
+            name: [1] * int(draw.integers(1, 9))
+            for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+        }
         for _ in range(6)
-    ]  # fmt: skip
+    ]
     costs = row_costs(RowLengths.of(pairs, PAIRS), layout)
     for some in ([0], [3], [1, 2, 4], range(6)):
         batch = collate([pairs[index] for index in some], layout)
@@ -240,14 +245,20 @@ def folder(tmp_path_factory):
     base = run_tree(folder, max_steps=STEPS, adam_epsilon=1e-3, micro_pairs=None)
     # 20 pairs are three micro-batches, and two a step: in every other step the second rank has none.
     one = changed(
-        base, folder / "one", parallel={"zero_stage": 0}, data={"eval_rows": 4},
+        base,
+        folder / "one",
+        parallel={"zero_stage": 0},
+        data={"eval_rows": 4},
         train={"tokens_per_batch": 400, "global_pairs": 14, "save_steps": 3},
-    )  # fmt: skip
+    )
     resume = {"resume_from_checkpoint": str(folder / "one" / "checkpoint-3")}
     pairs = changed(
-        base, folder / "pairs", parallel={"zero_stage": 0}, reference={"provider": "frozen"},
+        base,
+        folder / "pairs",
+        parallel={"zero_stage": 0},
+        reference={"provider": "frozen"},
         data={"train": str(folder / "eight.jsonl")},
-    )  # fmt: skip
+    )
     cases = [one, changed(one, folder / "resumed", train=resume), pairs]
     for layout in LAYOUTS:
         tokens = {"tokens_per_batch": 300, "layout": layout}

@@ -222,12 +222,11 @@ OPTIONS = {  # sections that are set, and what the message must say
     "no buffer": ({"data": {"stream_buffer": 0}}, "data.stream_buffer=0 must be at least 1"),
     "small buffer": ({"data": {"stream_buffer": 7}}, "less than one step, train.global_pairs=8"),
     "not streaming": (
-        {"data": {"streaming": False, "stream_buffer": 50}}, "data.stream_buffer=50 is not used",
+        {"data": {"streaming": False, "stream_buffer": 50}},
+        "data.stream_buffer=50 is not used",
     ),
-    "budget": (
-        {"train": {"micro_pairs": None, "tokens_per_batch": 253}}, "set it to 254 or more",
-    ),
-}  # fmt: skip
+    "budget": ({"train": {"micro_pairs": None, "tokens_per_batch": 253}}, "set it to 254 or more"),
+}
 
 
 def streaming_tree(folder: Path, **sections) -> dict:

@@ -19,13 +19,7 @@ from tests.models import run_tree, write_model, write_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, PAIRS, SEED, LEARNING_RATE = 10, 8, 42, 1e-3
-LOSSES = {
-    "sigmoid": {},
-    "ipo": {},
-    "hinge": {},
-    "robust": {"label_smoothing": 0.1},
-    "apo_zero": {},
-}
+LOSSES = {"sigmoid": {}, "ipo": {}, "hinge": {}, "robust": {"label_smoothing": 0.1}, "apo_zero": {}}
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +36,25 @@ def ours(place) -> dict[str, list[float]]:
     trees = []
     for name, options in LOSSES.items():
         tree = run_tree(
-            place, output_dir=str(place / name), global_pairs=PAIRS, micro_pairs=4, seed=SEED,
-            max_steps=STEPS, learning_rate=LEARNING_RATE, lr_scheduler_type="constant",
+            place,
+            output_dir=str(place / name),
+            global_pairs=PAIRS,
+            micro_pairs=4,
+            seed=SEED,
+            max_steps=STEPS,
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
             max_grad_norm=1.0,
-        )  # fmt: skip
+        )
         trees.append(tree | {"loss": {"type": name, "beta": 0.1} | options})
     (place / "trees.json").write_text(json.dumps(trees))
     subprocess.run(
         [sys.executable, "tests/workers/runs.py", str(place / "trees.json")],
-        cwd=ROOT, check=True, timeout=300,
+        cwd=ROOT,
+        check=True,
+        timeout=300,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     return {name: losses_of(place / name / "metrics.jsonl") for name in LOSSES}
 
 
@@ -73,16 +75,30 @@ def in_our_order(place) -> Dataset:
 @pytest.mark.parametrize("name", LOSSES)
 def test_ten_steps_of_trl_are_ten_of_ours(name, ours, place, tmp_path):
     args = trl.DPOConfig(
-        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True,
-        save_strategy="no", logging_steps=1, train_sampling_strategy="sequential",
-        per_device_train_batch_size=PAIRS, max_steps=STEPS, learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant", max_grad_norm=1.0, gradient_checkpointing=False,
-        loss_type=name, beta=0.1, **LOSSES[name],
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_steps=1,
+        train_sampling_strategy="sequential",
+        per_device_train_batch_size=PAIRS,
+        max_steps=STEPS,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        max_grad_norm=1.0,
+        gradient_checkpointing=False,
+        loss_type=name,
+        beta=0.1,
+        **LOSSES[name],
+    )
     trainer = trl.DPOTrainer(
-        model=str(place / "model"), args=args, train_dataset=in_our_order(place),
+        model=str(place / "model"),
+        args=args,
+        train_dataset=in_our_order(place),
         processing_class=AutoTokenizer.from_pretrained(place / "model"),
-    )  # fmt: skip
+    )
     trainer.train()
     theirs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(theirs) == STEPS

@@ -199,14 +199,31 @@ def test_sft_alone_needs_no_reference(folder, runs):
 def test_metrics_have_the_names_people_plot(folder, runs):
     lines = [json.loads(x) for x in (folder / "plain" / "metrics.jsonl").read_text().splitlines()]
     names = {
-        "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
-        "logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected", "entropy",
+        "loss",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+        "rewards/margins",
+        "logps/chosen",
+        "logps/rejected",
+        "logits/chosen",
+        "logits/rejected",
+        "entropy",
         "mean_token_accuracy",
-    }  # fmt: skip
-    rates = {f"perf/{name}" for name in (
-        "tokens_per_second", "pairs_per_second", "mfu", "padding_fraction", "shared_prefix_saving",
-        "head_ms", "reference_ms", "peak_memory_gib",
-    )}  # fmt: skip
+    }
+    rates = {
+        f"perf/{name}"
+        for name in (
+            "tokens_per_second",
+            "pairs_per_second",
+            "mfu",
+            "padding_fraction",
+            "shared_prefix_saving",
+            "head_ms",
+            "reference_ms",
+            "peak_memory_gib",
+        )
+    }
     schedule = {"grad_norm", "learning_rate", "epoch", "num_tokens"}
     assert names | schedule | rates | {"data/truncated", "data/dropped"} <= lines[1].keys()
     assert 0 < lines[2]["perf/mfu"] < 1 and lines[2]["perf/head_ms"] > 0

@@ -77,9 +77,11 @@ def plain_rows(folder: Path, data: str) -> list[dict]:
     rows = []
     for index in Sampler(ROWS, GLOBAL, 4, seed=SEED).global_batch(0):
         raw = json.loads(lines[index])
-        texts = [(raw["completion"], raw["label"])] if data == "completions" else [
-            (raw["chosen"], True), (raw["rejected"], False),
-        ]  # fmt: skip
+        texts = (
+            [(raw["completion"], raw["label"])]
+            if data == "completions"
+            else [(raw["chosen"], True), (raw["rejected"], False)]
+        )
         answers = [([*encode(text), tokenizer.eos_token_id], good) for text, good in texts]
         rows.append(
             {"prompt": [tokenizer.bos_token_id, *encode(raw["prompt"])], "answers": answers}
@@ -136,9 +138,14 @@ def step_case(folder: Path, data: str, name: str, stage: int = 0, **changes) -> 
     loss = LOSSES[name]
     reference = {"provider": "frozen", "path": str(folder / "near")}
     return tree_of(
-        folder, data, loss, max_steps=1, parallel={"zero_stage": stage},
-        reference={} if loss.get("reference_free") else reference, **changes,
-    )  # fmt: skip
+        folder,
+        data,
+        loss,
+        max_steps=1,
+        parallel={"zero_stage": stage},
+        reference={} if loss.get("reference_free") else reference,
+        **changes,
+    )
 
 
 def test_every_loss_equals_plain_pytorch(folder):
@@ -188,8 +195,12 @@ def series(folder: Path, name: str) -> dict[int, float]:
 @pytest.fixture(scope="module")
 def runs(folder):
     """All runs, in one process; those that resume start from copies of a checkpoint at step 3."""
-    common = {"max_steps": STEPS, "micro_pairs": 2, "layout": "shared_prefix",
-              "parallel": {"zero_stage": 0}}  # fmt: skip
+    common = {
+        "max_steps": STEPS,
+        "micro_pairs": 2,
+        "layout": "shared_prefix",
+        "parallel": {"zero_stage": 0},
+    }
     plain = {name: {"type": name} | WEIGHTS for name in ("kto", "bco", "apo_zero_unpaired")}
 
     def tree(name, file, loss, **changes):
@@ -205,16 +216,24 @@ def runs(folder):
         "micro", "completions", plain["bco"], data={"eval_rows": 4}, micro_pairs=8
     )
     trees["lora"] = tree(
-        "lora", "completions", plain["kto"], model={"lora": {"r": 4, "alpha": 8}},
-        parallel={"zero_stage": 3}, micro_pairs=4,
-    )  # fmt: skip
-    trees["budget"] = tree(
-        "budget", "completions", plain["kto"], micro_pairs=None, tokens_per_batch=150,
+        "lora",
+        "completions",
+        plain["kto"],
+        model={"lora": {"r": 4, "alpha": 8}},
         parallel={"zero_stage": 3},
-    )  # fmt: skip
+        micro_pairs=4,
+    )
+    trees["budget"] = tree(
+        "budget",
+        "completions",
+        plain["kto"],
+        micro_pairs=None,
+        tokens_per_batch=150,
+        parallel={"zero_stage": 3},
+    )
     trees["stream"] = tree(
         "stream", "completions", plain["kto"], data={"streaming": True, "stream_buffer": 9}
-    )  # fmt: skip
+    )
     work(folder, list(trees.values()))
     resumed = []
     for name in ("completions-bco", "completions-kto"):
@@ -232,8 +251,11 @@ def work(folder: Path, trees: list[dict]) -> None:
     (folder / "trees.json").write_text(json.dumps(trees))
     subprocess.run(
         [sys.executable, "tests/workers/runs.py", str(folder / "trees.json")],
-        cwd=ROOT, check=True, timeout=600, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+        cwd=ROOT,
+        check=True,
+        timeout=600,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
 
 
 def good_of_first_step(folder: Path) -> int:
@@ -250,10 +272,7 @@ def test_losses_of_the_first_step_are_known(folder, runs):
     """Where policy and reference are one model, kl and delta are 0 and so is every log-ratio."""
     good = good_of_first_step(folder)
     assert 0 < good < GLOBAL
-    mean = {
-        "completions": (good * 1.5 + (GLOBAL - good) * 0.7) / GLOBAL,
-        "pairs": (1.5 + 0.7) / 2,
-    }
+    mean = {"completions": (good * 1.5 + (GLOBAL - good) * 0.7) / GLOBAL, "pairs": (1.5 + 0.7) / 2}
     at = {"kto": 0.5, "bco": 0.6931472, "apo_zero_unpaired": 0.5}
     for data, weight in mean.items():
         for name, value in at.items():
@@ -265,8 +284,16 @@ def test_losses_of_the_first_step_are_known(folder, runs):
 def test_metrics_of_completions(folder, runs):
     for line in lines_of(folder / "completions-kto"):
         prefix = "eval_" if "eval_loss" in line else ""
-        names = ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen",
-                 "logps/rejected", "logits/chosen", "mean_token_accuracy", "kl")  # fmt: skip
+        names = (
+            "rewards/chosen",
+            "rewards/rejected",
+            "rewards/margins",
+            "logps/chosen",
+            "logps/rejected",
+            "logits/chosen",
+            "mean_token_accuracy",
+            "kl",
+        )
         assert all(f"{prefix}{name}" in line for name in names), line
         assert f"{prefix}rewards/accuracies" not in line and "delta" not in line
         chosen, rejected, margins = (line[f"{prefix}{name}"] for name in names[:3])
@@ -321,8 +348,10 @@ def test_where_the_reference_comes_from(folder, runs):
         return yaml.safe_load((folder / name / "config.yaml").read_text())["reference"]["provider"]
 
     assert [provider(n) for n in ("completions-kto", "lora", "completions-bco")] == [
-        "frozen", "adapter_off", "cached",
-    ]  # fmt: skip
+        "frozen",
+        "adapter_off",
+        "cached",
+    ]
     stored = next((folder / "completions-bco" / "reference").glob("train-*"))
     assert {"completion_logps", "completion_tokens"} <= set(pandas.read_parquet(stored))
 
@@ -409,9 +438,10 @@ def test_mismatched_batches_hold_every_row_once(folder, monkeypatch, data, size,
     for batch in (batch for mine in ranks for batch in mine):
         if "tokens_per_batch" in size:
             assert batch.input_ids.numel() <= 160
-        for row, targets in zip(batch.indices_P.repeat_interleave(
-            len(batch.lengths_S) // max(batch.pairs, 1)
-        ).tolist(), batch.targets_T.split(batch.lengths_S.tolist())):  # fmt: skip
+        for row, targets in zip(
+            batch.indices_P.repeat_interleave(len(batch.lengths_S) // max(batch.pairs, 1)).tolist(),
+            batch.targets_T.split(batch.lengths_S.tolist()),
+        ):
             found.setdefault(row, []).append(targets.tolist())
     assert found.keys() == set(rows)
     for index, row in enumerate(rows):
@@ -482,29 +512,47 @@ def test_ten_steps_of_trl_are_ten_of_ours(folder, tmp_path, data):
     rate = {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "max_grad_norm": 1.0}
     many = folder / "many.jsonl"
     write_completions(many, 32)
-    work(folder, [
-        tree_of(
-            folder, "many", {"type": name, "beta": 0.1} | WEIGHTS, max_steps=steps,
-            output_dir=str(tmp_path / name), **rate,
-        )
-        for name in names
-    ])  # fmt: skip
+    work(
+        folder,
+        [
+            tree_of(
+                folder,
+                "many",
+                {"type": name, "beta": 0.1} | WEIGHTS,
+                max_steps=steps,
+                output_dir=str(tmp_path / name),
+                **rate,
+            )
+            for name in names
+        ],
+    )
     rows = [json.loads(line) for line in many.read_text().splitlines()]
     sampler = Sampler(len(rows), GLOBAL, GLOBAL, 1, SEED)
     order = [row for step in range(steps) for row in sampler.global_batch(step)]
     for name in names:
         args = trl.KTOConfig(
-            output_dir=str(tmp_path / f"trl-{name}"), use_cpu=True, bf16=False, report_to="none",
-            disable_tqdm=True, save_strategy="no", logging_steps=1,
-            train_sampling_strategy="sequential", per_device_train_batch_size=GLOBAL,
-            max_steps=steps, gradient_checkpointing=False, loss_type=name, beta=0.1, **WEIGHTS,
+            output_dir=str(tmp_path / f"trl-{name}"),
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            disable_tqdm=True,
+            save_strategy="no",
+            logging_steps=1,
+            train_sampling_strategy="sequential",
+            per_device_train_batch_size=GLOBAL,
+            max_steps=steps,
+            gradient_checkpointing=False,
+            loss_type=name,
+            beta=0.1,
+            **WEIGHTS,
             **rate,
-        )  # fmt: skip
+        )
         trainer = trl.KTOTrainer(
-            model=str(folder / "model"), args=args,
+            model=str(folder / "model"),
+            args=args,
             train_dataset=Dataset.from_list([rows[row] for row in order]),
             processing_class=AutoTokenizer.from_pretrained(folder / "model"),
-        )  # fmt: skip
+        )
         trainer.train()
         for metric in (
             "loss",

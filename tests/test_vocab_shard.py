@@ -19,10 +19,13 @@ def test_two_ranks_against_the_whole():
     peak lies in one slice alone; outputs, extras and every gradient against fp64."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     result = subprocess.run(
-        [*command, str(ROOT / "tests/workers/shards.py")], cwd=ROOT, timeout=300,
+        [*command, str(ROOT / "tests/workers/shards.py")],
+        cwd=ROOT,
+        timeout=300,
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0 and "all shards agree" in result.stdout, result.stderr[-3000:]
 
 

@@ -33,8 +33,14 @@ def scoring(name: str = "llama") -> ScoringModel:
     return ScoringModel(make(name, vocab_size=50, max_position_embeddings=64))
 
 
-CASES = [("llama", (), "packed"), ("llama", ("lm_head",), "padded"), ("llama", ("mlp",), "packed"),
-         ("qwen2, tied", (), "padded"), ("qwen3", (), "padded"), ("gpt2", (), "padded")]  # fmt: skip
+CASES = [
+    ("llama", (), "packed"),
+    ("llama", ("lm_head",), "padded"),
+    ("llama", ("mlp",), "packed"),
+    ("qwen2, tied", (), "padded"),
+    ("qwen3", (), "padded"),
+    ("gpt2", (), "padded"),
+]
 
 
 @pytest.mark.parametrize(("architecture", "frozen", "layout"), CASES)

@@ -30,9 +30,13 @@ def ours(implementation: str, extras: tuple[str, ...] = (), workspace=lambda cas
     def build(case: Case, inputs: HeadInputs):
         def function(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
             return linear_logp(
-                hidden, weight, targets, extras=extras, implementation=implementation,
+                hidden,
+                weight,
+                targets,
+                extras=extras,
+                implementation=implementation,
                 workspace_bytes=workspace(case),
-            ).logp  # fmt: skip
+            ).logp
 
         return per_token(function)(case, inputs)
 

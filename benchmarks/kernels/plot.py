@@ -93,9 +93,14 @@ def _bars(key: tuple, rows: list[dict]):
     counts = [len({r["impl"] for r in rows if r["mode"] == mode}) for mode in modes]
     size = (0.6 + 5.0 * len(dtypes), 0.8 + 0.4 * len(modes) + 0.19 * sum(counts))
     figure, axes = plt.subplots(
-        len(modes), len(dtypes), figsize=size, squeeze=False, layout="constrained", sharex="col",
+        len(modes),
+        len(dtypes),
+        figsize=size,
+        squeeze=False,
+        layout="constrained",
+        sharex="col",
         height_ratios=counts,
-    )  # fmt: skip
+    )
     for line, mode in zip(axes, modes):
         for axis, dtype in zip(line, dtypes):
             _panel(axis, [r for r in rows if r["mode"] == mode and r["dtype"] == dtype])
@@ -118,8 +123,10 @@ def _panel(axis, rows: list[dict]) -> None:
         peak = f", {row['peak_mib']:.0f} MiB" if row["peak_mib"] != "" else ""
         told = f"{x:.2f}  ({_digits(row['ms_p50'])} ms{peak})" if x else row["note"].split(":")[0]
         bar(axis, place, x, row["impl"], told)
-    names = [f"{row['impl']} [{row['products']:.3g}G]" if row["products"] else row["impl"]
-             for row in timed + rest]  # fmt: skip
+    names = [
+        f"{row['impl']} [{row['products']:.3g}G]" if row["products"] else row["impl"]
+        for row in timed + rest
+    ]
     name_bars(axis, names, size=7)
     axis.axvline(1.0, color="#222222", linewidth=0.8, zorder=0)
 

@@ -95,9 +95,11 @@ def train_tokenizer(texts: list[str], vocabulary: int):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=min(VOCABULARY, vocabulary), special_tokens=[PAD, EOS], show_progress=False,
+        vocab_size=min(VOCABULARY, vocabulary),
+        special_tokens=[PAD, EOS],
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return _wrapped(tokenizer)
 

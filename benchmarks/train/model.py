@@ -8,10 +8,14 @@ from pathlib import Path
 import torch
 
 QWEN = {
-    "model_type": "qwen2", "vocab_size": 151936, "num_key_value_heads": 2,
-    "max_position_embeddings": 32768, "rope_theta": 1e6, "rms_norm_eps": 1e-6,
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1e6,
+    "rms_norm_eps": 1e-6,
     "tie_word_embeddings": True,
-}  # fmt: skip
+}
 LLAMA = {"model_type": "llama", "tie_word_embeddings": False, "max_position_embeddings": 4096}
 MODELS = {
     "tiny": LLAMA | {  # 8.9 million parameters, 4.2 of them embedding and head

@@ -65,14 +65,21 @@ def parser() -> argparse.ArgumentParser:
     add("--prompt-ratio", metavar="R", help="drawn pairs: prompts R times as long as the answers")
     add("--model", metavar="NAME", help=f"configuration: {', '.join(MODELS)}")
     add("--global-pairs", metavar="N", help=f"pairs of a step (default {USUAL['global_pairs']})")
-    add("--trl-batch", metavar="N", help="pairs of a forward of TRL's and of our padded layout "
-        f"(default {USUAL['trl_batch']})")  # fmt: skip
+    add(
+        "--trl-batch",
+        metavar="N",
+        help=f"pairs of a forward of TRL's and of our padded layout (default {USUAL['trl_batch']})",
+    )
     add("--micro-pairs", metavar="N", help="the same of our other layouts (default: --trl-batch)")
     add("--rounds", metavar="N", help=f"timed steps of each contender (default {USUAL['rounds']})")
     add("--max-length", metavar="N", help="longer pairs are left out for everybody (default 1024)")
     made.add_common("--only", "--skip")
-    add("--order", metavar="ORDER", help="side-by-side: step by step in turn (default on a CPU); "
-        "one-by-one: for models that do not fit beside each other (default on a GPU)")  # fmt: skip
+    add(
+        "--order",
+        metavar="ORDER",
+        help="side-by-side: step by step in turn (default on a CPU); "
+        "one-by-one: for models that do not fit beside each other (default on a GPU)",
+    )
     made.add_common("--device")
     add("--dtype", metavar="NAME", help="fp32 or bf16 (default: fp32 on a CPU, bf16 on a GPU)")
     add("--zero-stage", metavar="N", help="of our engine, 0 to 3 (default: 0 in fp32, 1 in bf16)")
@@ -87,8 +94,10 @@ def parse(arguments: list[str]) -> Options:
     given = parser().parse_args(arguments)
     device = choose_device(None if given.device == "auto" else given.device)
     if device == "cpu" and torch.cuda.is_available():
-        raise UserError("--device cpu: the trainer takes a GPU that it sees; hide it with "
-                        "CUDA_VISIBLE_DEVICES= in the environment")  # fmt: skip
+        raise UserError(
+            "--device cpu: the trainer takes a GPU that it sees; hide it with "
+            "CUDA_VISIBLE_DEVICES= in the environment"
+        )
     dtype = _choice("--dtype", given.dtype, ("fp32", "bf16"), "fp32" if device == "cpu" else "bf16")
     sizes = {name: whole(f"--{name.replace('_', '-')}", text) for name, text in _sizes(given)}
     usual_order = ORDERS[0] if device == "cpu" else ORDERS[1]

@@ -20,24 +20,32 @@ def tree(contender: Contender, task: Task) -> dict:
     """The configuration of a run."""
     train = {
         "output_dir": str(task.folder / contender.name.replace(" ", "-").replace(",", "")),
-        "global_pairs": task.global_pairs, "layout": contender.layout, "seed": task.seed,
-        "learning_rate": task.learning_rate, "lr_scheduler_type": "constant", "warmup_ratio": 0.0,
-        "max_grad_norm": task.max_grad_norm, "max_steps": task.steps,
+        "global_pairs": task.global_pairs,
+        "layout": contender.layout,
+        "seed": task.seed,
+        "learning_rate": task.learning_rate,
+        "lr_scheduler_type": "constant",
+        "warmup_ratio": 0.0,
+        "max_grad_norm": task.max_grad_norm,
+        "max_steps": task.steps,
         "micro_pairs": task.micro_pairs(contender.layout),
-    }  # fmt: skip
+    }
     return {
         "model": {
-            "path": str(task.model), "dtype": task.dtype,
+            "path": str(task.model),
+            "dtype": task.dtype,
             "gradient_checkpointing": contender.checkpointing,
         },
         "data": {
-            "train": str(task.data), "max_length": task.max_length, "truncation": "error",
+            "train": str(task.data),
+            "max_length": task.max_length,
+            "truncation": "error",
             "cache_dir": str(task.folder / "cache"),
         },
         "reference": {"provider": "cached" if contender.stored else "frozen"},
         "train": train,
         "parallel": {"zero_stage": task.zero_stage},
-    }  # fmt: skip
+    }
 
 
 class Ours:

@@ -13,20 +13,60 @@ from benchmarks.train.model import Sizes
 
 BASE, BASE_STORED = "trl", "trl, precomputed"
 NUMBERS = (
-    "parameters", "global_pairs", "micro_pairs", "rounds", "s_p20", "s_p50", "s_p80", "pairs_per_s",
-    "tokens_per_s", "x_of_trl", "x_of_trl_precomputed", "mfu", "mfu_once", "matmul_tflops",
-    "data_tokens", "once_tokens", "scored_tokens", "computed_tokens", "flops", "flops_once",
-    "head_share", "reference_share", "reference_seconds", "peak_mib", "first_loss", "last_loss",
+    "parameters",
+    "global_pairs",
+    "micro_pairs",
+    "rounds",
+    "s_p20",
+    "s_p50",
+    "s_p80",
+    "pairs_per_s",
+    "tokens_per_s",
+    "x_of_trl",
+    "x_of_trl_precomputed",
+    "mfu",
+    "mfu_once",
+    "matmul_tflops",
+    "data_tokens",
+    "once_tokens",
+    "scored_tokens",
+    "computed_tokens",
+    "flops",
+    "flops_once",
+    "head_share",
+    "reference_share",
+    "reference_seconds",
+    "peak_mib",
+    "first_loss",
+    "last_loss",
     "loss_err",
-)  # fmt: skip
+)
 COLUMNS = Columns(
     names=(
-        "impl", "model", "dtype", "data", "layout", "reference", "checkpointing", *NUMBERS,
-        "max_length", "zero_stage", "device", "threads", "torch", "triton", "transformers",
-        "deepspeed", "trl", "driver", "commit", "date", "note",
+        "impl",
+        "model",
+        "dtype",
+        "data",
+        "layout",
+        "reference",
+        "checkpointing",
+        *NUMBERS,
+        "max_length",
+        "zero_stage",
+        "device",
+        "threads",
+        "torch",
+        "triton",
+        "transformers",
+        "deepspeed",
+        "trl",
+        "driver",
+        "commit",
+        "date",
+        "note",
     ),
     numbers=frozenset(NUMBERS),
-)  # fmt: skip
+)
 
 
 def rows_of(
@@ -50,30 +90,38 @@ def _shared(task: Task, model: str, data: str, sizes: Sizes, matmul: float) -> d
     """What is the same in every row."""
     works = task.works[WARM_UP:]
     return environment(task.device) | {
-        "model": model, "parameters": sizes.parameters, "data": data, "dtype": task.dtype,
-        "global_pairs": task.global_pairs, "max_length": task.max_length,
-        "matmul_tflops": matmul / 1e12, "rounds": len(works),
+        "model": model,
+        "parameters": sizes.parameters,
+        "data": data,
+        "dtype": task.dtype,
+        "global_pairs": task.global_pairs,
+        "max_length": task.max_length,
+        "matmul_tflops": matmul / 1e12,
+        "rounds": len(works),
         "data_tokens": _mean(work.tokens for work in works),
         "once_tokens": _mean(work.once for work in works),
         "scored_tokens": _mean(work.scored for work in works),
         "flops": _mean(work.flops for work in works),
         "flops_once": _mean(work.flops_once for work in works),
         **{name: version(name) for name in ("transformers", "deepspeed", "trl")},
-    }  # fmt: skip
+    }
 
 
 def _told(result: Result, task: Task) -> dict:
     """What a contender is, and how it was checked, timed or not."""
     contender, losses = result.contender, result.losses
     return {
-        "impl": contender.name, "layout": contender.layout or "padded",
+        "impl": contender.name,
+        "layout": contender.layout or "padded",
         "reference": "stored" if contender.stored else "live",
         "checkpointing": "yes" if contender.checkpointing else "no",
         "micro_pairs": task.micro_pairs(contender.layout),
         "zero_stage": task.zero_stage if contender.ours else "",
-        "first_loss": losses[0] if losses else "", "last_loss": losses[-1] if losses else "",
-        "loss_err": result.loss_err, "note": result.note,
-    }  # fmt: skip
+        "first_loss": losses[0] if losses else "",
+        "last_loss": losses[-1] if losses else "",
+        "loss_err": result.loss_err,
+        "note": result.note,
+    }
 
 
 def _measured(result: Result, task: Task, matmul: float) -> dict:
@@ -84,7 +132,9 @@ def _measured(result: Result, task: Task, matmul: float) -> dict:
         return median(count(work) / s for work, s in zip(works, result.seconds))
 
     return {
-        "s_p20": times.p20, "s_p50": times.p50, "s_p80": times.p80,
+        "s_p20": times.p20,
+        "s_p50": times.p50,
+        "s_p80": times.p80,
         "pairs_per_s": task.global_pairs / times.p50,
         "tokens_per_s": rate(lambda work: work.tokens),
         "mfu": rate(lambda work: work.flops) / matmul,
@@ -92,8 +142,9 @@ def _measured(result: Result, task: Task, matmul: float) -> dict:
         "computed_tokens": _mean(result.computed[step] for step in range(WARM_UP, task.steps)),
         "head_share": median(shares.get("head", 0.0) for shares in result.shares),
         "reference_share": median(shares.get("reference", 0.0) for shares in result.shares),
-        "reference_seconds": result.reference_seconds, "peak_mib": result.peak_mib,
-    }  # fmt: skip
+        "reference_seconds": result.reference_seconds,
+        "peak_mib": result.peak_mib,
+    }
 
 
 def _mean(values) -> float:

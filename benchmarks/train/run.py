@@ -75,12 +75,22 @@ def _task(options: Options, pairs: Pairs, folder: Path) -> tuple[Task, Sizes]:
     sizes = write_model(options.model, pairs.tokenizer, folder / "model", options.device)
     works = [work_of(lengths_of([pairs.rows[row] for row in rows]), sizes) for rows in order]
     task = Task(
-        model=folder / "model", data=pairs.write(folder / "pairs.jsonl"), rows=pairs.rows,
-        order=order, works=works, folder=folder, spans=Spans(options.device),
-        device=options.device, dtype=options.dtype, padded_pairs=options.trl_batch,
-        packed_pairs=options.micro_pairs, max_length=options.max_length,
-        zero_stage=options.zero_stage, learning_rate=LEARNING_RATE[options.model], seed=seed,
-    )  # fmt: skip
+        model=folder / "model",
+        data=pairs.write(folder / "pairs.jsonl"),
+        rows=pairs.rows,
+        order=order,
+        works=works,
+        folder=folder,
+        spans=Spans(options.device),
+        device=options.device,
+        dtype=options.dtype,
+        padded_pairs=options.trl_batch,
+        packed_pairs=options.micro_pairs,
+        max_length=options.max_length,
+        zero_stage=options.zero_stage,
+        learning_rate=LEARNING_RATE[options.model],
+        seed=seed,
+    )
     return task, sizes
 
 

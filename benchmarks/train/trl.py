@@ -56,15 +56,14 @@ class Trl:
         self.task, self.computed = task, {}
         compute = task.spans.timed(DPOTrainer.compute_ref_log_probs, "table")
         # A group of one process, which our engine joins, would make TRL wrap its model in DDP.
-        with (
-            _without_launcher(),
-            mock.patch.object(DPOTrainer, "compute_ref_log_probs", compute),
-        ):
+        with _without_launcher(), mock.patch.object(DPOTrainer, "compute_ref_log_probs", compute):
             self.trainer = DPOTrainer(
-                model=str(task.model), args=_arguments(contender, task),
-                train_dataset=_dataset(task), processing_class=_tokenizer(task),
+                model=str(task.model),
+                args=_arguments(contender, task),
+                train_dataset=_dataset(task),
+                processing_class=_tokenizer(task),
                 callbacks=[_StopBeforeTheFirstStep()],
-            )  # fmt: skip
+            )
             if contender.options.get("padding_free") and not self.trainer.padding_free:
                 raise Unavailable(f"{TRL.version()} has padding_free in name only: it pads")
             with contextlib.suppress(_ReadyError):
@@ -123,13 +122,23 @@ def _arguments(contender: Contender, task: Task):
     if contender.stored:
         options["precompute_ref_log_probs"] = True
     return DPOConfig(
-        output_dir=str(task.folder / "trl"), per_device_train_batch_size=task.padded_pairs,
-        gradient_accumulation_steps=task.global_pairs // task.padded_pairs, max_steps=task.steps,
-        learning_rate=task.learning_rate, lr_scheduler_type="constant", seed=task.seed,
-        max_grad_norm=task.max_grad_norm, max_length=task.max_length, bf16=task.dtype == "bf16",
-        use_cpu=task.device == "cpu", train_sampling_strategy="sequential", report_to="none",
-        save_strategy="no", disable_tqdm=True, **options,
-    )  # fmt: skip
+        output_dir=str(task.folder / "trl"),
+        per_device_train_batch_size=task.padded_pairs,
+        gradient_accumulation_steps=task.global_pairs // task.padded_pairs,
+        max_steps=task.steps,
+        learning_rate=task.learning_rate,
+        lr_scheduler_type="constant",
+        seed=task.seed,
+        max_grad_norm=task.max_grad_norm,
+        max_length=task.max_length,
+        bf16=task.dtype == "bf16",
+        use_cpu=task.device == "cpu",
+        train_sampling_strategy="sequential",
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        **options,
+    )
 
 
 def _dataset(task: Task):

@@ -47,8 +47,13 @@ def work_of(lengths: np.ndarray, sizes: Sizes) -> Work:
         return 6 * (sizes.layers * tokens + head + 2 * sizes.attention * attended)
 
     return Work(
-        len(lengths), int(tokens), int(scored), int(once), flops(tokens, whole), flops(once, prompt_once)
-    )  # fmt: skip
+        len(lengths),
+        int(tokens),
+        int(scored),
+        int(once),
+        flops(tokens, whole),
+        flops(once, prompt_once),
+    )
 
 
 def matmul_flops(device: str, dtype: str) -> float:

@@ -18,9 +18,18 @@ from dpo_fast.ops.plan import MIB, default_workspace_bytes
 from dpo_fast.training.distributed import cores
 
 PACKAGES = (
-    "torch", "triton", "transformers", "deepspeed", "datasets", "peft", "flash-attn", "trl",
-    "liger-kernel", "tensorboard", "wandb",
-)  # fmt: skip
+    "torch",
+    "triton",
+    "transformers",
+    "deepspeed",
+    "datasets",
+    "peft",
+    "flash-attn",
+    "trl",
+    "liger-kernel",
+    "tensorboard",
+    "wandb",
+)
 OPERATIONS = ("linear_logp", "logits_logp", "preference")
 
 

@@ -93,9 +93,17 @@ def look(config: RunConfig) -> Outlook:
     head = choose_implementation("linear_logp", device, dtype, train.implementation)
     tokens = train.tokens_per_batch or _answers(config) * each * (config.data.max_length - 1)
     return Outlook(
-        config, choose(config), policy, reference, old, head,
-        _head_plan(config, policy, head.name, tokens, device), tokens, world, device,
-    )  # fmt: skip
+        config,
+        choose(config),
+        policy,
+        reference,
+        old,
+        head,
+        _head_plan(config, policy, head.name, tokens, device),
+        tokens,
+        world,
+        device,
+    )
 
 
 def _answers(config: RunConfig) -> int:
@@ -117,10 +125,13 @@ def _head_plan(config, policy: ScoringModel, implementation: str, tokens: int, d
     weight = policy.causal_lm.get_output_embeddings().weight
     budget = config.train.workspace_bytes
     return plan(
-        tokens, *weight.shape, weight.dtype, needs_head=weight.requires_grad,
+        tokens,
+        *weight.shape,
+        weight.dtype,
+        needs_head=weight.requires_grad,
         workspace_bytes=default_workspace_bytes(device) if budget is None else budget,
         implementation=implementation,
-    )  # fmt: skip
+    )
 
 
 def rows(outlook: Outlook) -> Iterator[Row]:

@@ -58,9 +58,14 @@ COMPLETIONS = Kind(
     judged="label",
 )
 GROUPS = Kind(
-    "groups", "a group of completions with scores", ("completions",), ("weight",),
-    judged="scores", instead="ranks", many=True,
-)  # fmt: skip
+    "groups",
+    "a group of completions with scores",
+    ("completions",),
+    ("weight",),
+    judged="scores",
+    instead="ranks",
+    many=True,
+)
 KINDS = (PAIRS, COMPLETIONS, GROUPS)
 
 

@@ -22,9 +22,14 @@ LAYOUTS = ("padded", "packed", "shared_prefix")
 
 
 def collate(
-    rows: Sequence[dict], layout: str, *, pad_id: int = 0, indices: Sequence[int] | None = None,
-    columns: Sequence[str] = (), kind: Kind = PAIRS,
-) -> ScoredBatch:  # fmt: skip
+    rows: Sequence[dict],
+    layout: str,
+    *,
+    pad_id: int = 0,
+    indices: Sequence[int] | None = None,
+    columns: Sequence[str] = (),
+    kind: Kind = PAIRS,
+) -> ScoredBatch:
     """Lay out pairs with keys `prompt_ids`, `chosen_ids`, `rejected_ids` (lists of int); completions
     with `prompt_ids`, `completion_ids` and the bool `label`; or groups with `prompt_ids`, `completions_ids`
     (lists of lists) and the floats `scores`.
@@ -76,9 +81,12 @@ def _by_prompt(rows: Sequence[dict]) -> tuple[list, list[int]]:
 
 
 def collate_groups(
-    groups: Sequence[tuple[list[int], list[list[int]]]], layout: str, *, pad_id: int = 0,
+    groups: Sequence[tuple[list[int], list[list[int]]]],
+    layout: str,
+    *,
+    pad_id: int = 0,
     indices: Sequence[int] | None = None,
-) -> ScoredBatch:  # fmt: skip
+) -> ScoredBatch:
     """Lay out (prompt, completions), any number of completions each; sequences in that order.
 
     Raises:

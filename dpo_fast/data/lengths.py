@@ -27,8 +27,11 @@ class RowLengths:
     def of(cls, rows: Sequence[dict], kind: Kind) -> RowLengths:
         """Of rows of token ids, as `collate` takes them."""
         answers = [kind.answer_ids(row) for row in rows]
-        sizes = [[len(row["prompt_ids"]) for row in rows],
-                 [len(ids) for each in answers for ids in each], list(map(len, answers))]  # fmt: skip
+        sizes = [
+            [len(row["prompt_ids"]) for row in rows],
+            [len(ids) for each in answers for ids in each],
+            list(map(len, answers)),
+        ]
         return cls(kind, *(np.array(values, dtype=np.int64) for values in sizes))
 
     def __len__(self) -> int:

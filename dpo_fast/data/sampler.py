@@ -97,9 +97,16 @@ class TokenSampler:
     """
 
     def __init__(
-        self, costs: Costs, budget: int, global_pairs: int, world_size: int = 1, seed: int = 0,
-        shuffle: bool = True, first_epoch: int = 0, accumulation: int | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        costs: Costs,
+        budget: int,
+        global_pairs: int,
+        world_size: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        first_epoch: int = 0,
+        accumulation: int | None = None,
+    ) -> None:
         self.costs, self.budget, self.global_pairs = costs, budget, global_pairs
         self.world_size, self.seed, self.shuffle = world_size, seed, shuffle
         self.first_epoch = first_epoch

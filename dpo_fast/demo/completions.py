@@ -36,9 +36,12 @@ def complete(checkpoint: Path, questions: Sequence[Question], description: str) 
     texts = []
     for batch in track(batches, description, len(batches)):
         prompts = tokenizer.apply_chat_template(
-            [question.messages for question in batch], add_generation_prompt=True, padding=True,
-            return_dict=True, return_tensors="pt",
-        ).to(model.device)  # fmt: skip
+            [question.messages for question in batch],
+            add_generation_prompt=True,
+            padding=True,
+            return_dict=True,
+            return_tensors="pt",
+        ).to(model.device)
         ids = model.generate(**prompts, max_new_tokens=16, do_sample=False)
         answers = tokenizer.batch_decode(ids[:, prompts["input_ids"].shape[1] :])
         texts += [answer.replace(tokenizer.pad_token, "") for answer in answers]

@@ -53,9 +53,12 @@ def run_demo(output_dir: str | Path, *, seed: int = 0, quick: bool = False) -> d
     checkpoint, dpo_seconds = _prefer_right(config)
     after = complete(checkpoint, held_out, "answers after DPO")
     result = _measure(folder / "dpo", before, after) | {
-        "parameters": parameters, "seconds": {"sft": sft_seconds, "dpo": dpo_seconds},
-        "config": config, "sft": folder / "sft", "checkpoint": checkpoint,
-    }  # fmt: skip
+        "parameters": parameters,
+        "seconds": {"sft": sft_seconds, "dpo": dpo_seconds},
+        "config": config,
+        "sft": folder / "sft",
+        "checkpoint": checkpoint,
+    }
     return _tell(folder / "dpo", result, samples(held_out, before, after, REPORTED))
 
 
@@ -76,9 +79,14 @@ def _teach_format(
         train=str(folder / "train.jsonl"), max_length=64, cache_dir=str(folder / "cache")
     )
     fine_tune(
-        model, tokenizer, data, steps=scale.sft_steps, pairs_per_step=scale.pairs_per_step,
-        learning_rate=scale.sft_learning_rate, seed=seed,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        data,
+        steps=scale.sft_steps,
+        pairs_per_step=scale.pairs_per_step,
+        learning_rate=scale.sft_learning_rate,
+        seed=seed,
+    )
     save_model(model, tokenizer, folder / "sft")
     return parameters, time.monotonic() - began
 

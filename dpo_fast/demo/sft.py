@@ -18,9 +18,15 @@ from dpo_fast.training.progress import console, progress_bar, say
 
 
 def fine_tune(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: DataConfig, *, steps: int,
-    pairs_per_step: int, learning_rate: float, seed: int,
-) -> float:  # fmt: skip
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataConfig,
+    *,
+    steps: int,
+    pairs_per_step: int,
+    learning_rate: float,
+    seed: int,
+) -> float:
     """Train on both answers of each pair of `data.train`, right and wrong alike; returns the last
     step's loss per token. `model` changes in place and keeps its own head."""
     pairs = load_pairs(data, tokenizer, split="train")

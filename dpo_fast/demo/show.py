@@ -47,5 +47,6 @@ def show_result(result: dict[str, Any], rows: Sequence[dict[str, str]]) -> None:
     console.print(table)
     console.print("examples, changed answers first")
     for row in rows:
-        console.print(f"{row['prompt']}\n  before: {row['before']}\n  after:  {row['after']}",
-                      markup=False)  # fmt: skip
+        console.print(
+            f"{row['prompt']}\n  before: {row['before']}\n  after:  {row['after']}", markup=False
+        )

@@ -59,8 +59,9 @@ def make_questions(
     chance = random.Random(seed)
     pairs = list(itertools.combinations(numbers, 2))
     chance.shuffle(pairs)
-    asked = [(*order, w) for a, b in pairs[held_out:] for order in ((a, b), (b, a))
-             for w in WORDINGS]  # fmt: skip
+    asked = [
+        (*order, w) for a, b in pairs[held_out:] for order in ((a, b), (b, a)) for w in WORDINGS
+    ]
     if len(pairs) <= held_out or len(asked) < train:
         raise ValueError(f"{numbers} gives {len(pairs)} pairs: too few for {train} + {held_out}")
     unseen = [

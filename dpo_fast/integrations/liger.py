@@ -47,9 +47,16 @@ class _Loss(nn.Module):
     """What the five have in common: a loss of the table, and how sequences are scored."""
 
     def __init__(
-        self, name: str, options: LossOptions, ignore_index: int, average_log_prob: bool,
-        compiled: bool, chunk_size: int, implementation: str, workspace_bytes: int | None,
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        options: LossOptions,
+        ignore_index: int,
+        average_log_prob: bool,
+        compiled: bool,
+        chunk_size: int,
+        implementation: str,
+        workspace_bytes: int | None,
+    ) -> None:
         super().__init__()
         self.objective = Objective((name,), (1.0,), options)  # it refuses options not used
         self.ignore_index, self.average_log_prob = ignore_index, average_log_prob
@@ -65,14 +72,22 @@ class _Loss(nn.Module):
 
     def _tokens(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows_T, targets_T):
         return linear_logp(
-            hidden.flatten(0, -2)[rows_T], weight, targets_T, bias=bias,
-            implementation=self.implementation, workspace_bytes=self.workspace_bytes,
-        ).logp  # fmt: skip
+            hidden.flatten(0, -2)[rows_T],
+            weight,
+            targets_T,
+            bias=bias,
+            implementation=self.implementation,
+            workspace_bytes=self.workspace_bytes,
+        ).logp
 
     def _score(
-        self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None,
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None,
         nll_target: Tensor | None = None,
-    ) -> _Scores:  # fmt: skip
+    ) -> _Scores:
         if hidden.dim() != 3 or hidden.shape[:2] != target.shape:
             raise ValueError(
                 f"expected input [B, L, D] and target [B, L]; got {tuple(hidden.shape)} and "
@@ -184,17 +199,29 @@ class LigerFusedLinearDPOLoss(_PairLoss):
         if loss_type == "exo_pair" and label_smoothing == 0:
             raise ValueError("label_smoothing=0.0: exo_pair takes its logarithm; set it to 1e-3")
         super().__init__(
-            loss_type, LossOptions(beta, label_smoothing, discopop_tau=discopop_tau), ignore_index,
-            average_log_prob, compiled, chunk_size, implementation, workspace_bytes,
-            alpha=alpha, compute_nll_loss=compute_nll_loss,
-        )  # fmt: skip
+            loss_type,
+            LossOptions(beta, label_smoothing, discopop_tau=discopop_tau),
+            ignore_index,
+            average_log_prob,
+            compiled,
+            chunk_size,
+            implementation,
+            workspace_bytes,
+            alpha=alpha,
+            compute_nll_loss=compute_nll_loss,
+        )
         self.use_ref_model = use_ref_model
 
     def forward(
-        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None,
-        ref_input: Tensor | None = None, ref_weight: Tensor | None = None,
+        self,
+        lin_weight: Tensor,
+        _input: Tensor,
+        target: Tensor,
+        bias: Tensor | None = None,
+        ref_input: Tensor | None = None,
+        ref_weight: Tensor | None = None,
         ref_bias: Tensor | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Loss, and (chosen_logps, rejected_logps, chosen_logits_mean, rejected_logits_mean, nll_loss,
         chosen_rewards, rejected_rewards), detached; P = B / 2 pairs.
 
@@ -222,14 +249,26 @@ class LigerFusedLinearORPOLoss(_PairLoss):
         workspace_bytes: int | None = None,
     ) -> None:
         super().__init__(
-            "orpo", LossOptions(beta), ignore_index, True, compiled, chunk_size, implementation,
-            workspace_bytes, alpha=1.0, compute_nll_loss=compute_nll_loss,
-        )  # fmt: skip
+            "orpo",
+            LossOptions(beta),
+            ignore_index,
+            True,
+            compiled,
+            chunk_size,
+            implementation,
+            workspace_bytes,
+            alpha=1.0,
+            compute_nll_loss=compute_nll_loss,
+        )
 
     def forward(
-        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None,
+        self,
+        lin_weight: Tensor,
+        _input: Tensor,
+        target: Tensor,
+        bias: Tensor | None = None,
         nll_target: Tensor | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Loss, and the tuple of DPO with (log_odds_ratio, log_odds_chosen), [] each, at its end.
 
         nll_target: int64 [B, L], labels of the nll where they are others than `target`; of the chosen
@@ -262,10 +301,17 @@ class LigerFusedLinearCPOLoss(_PairLoss):
         workspace_bytes: int | None = None,
     ) -> None:
         super().__init__(
-            "cpo", LossOptions(beta, label_smoothing), ignore_index, average_log_prob, compiled,
-            chunk_size, implementation, workspace_bytes,
-            alpha=alpha, compute_nll_loss=compute_nll_loss,
-        )  # fmt: skip
+            "cpo",
+            LossOptions(beta, label_smoothing),
+            ignore_index,
+            average_log_prob,
+            compiled,
+            chunk_size,
+            implementation,
+            workspace_bytes,
+            alpha=alpha,
+            compute_nll_loss=compute_nll_loss,
+        )
 
     def forward(
         self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
@@ -292,10 +338,17 @@ class LigerFusedLinearSimPOLoss(_PairLoss):
         workspace_bytes: int | None = None,
     ) -> None:
         super().__init__(
-            "simpo", LossOptions(beta, label_smoothing, simpo_gamma=gamma), ignore_index, True,
-            compiled, chunk_size, implementation, workspace_bytes,
-            alpha=alpha, compute_nll_loss=compute_nll_loss,
-        )  # fmt: skip
+            "simpo",
+            LossOptions(beta, label_smoothing, simpo_gamma=gamma),
+            ignore_index,
+            True,
+            compiled,
+            chunk_size,
+            implementation,
+            workspace_bytes,
+            alpha=alpha,
+            compute_nll_loss=compute_nll_loss,
+        )
 
     def forward(
         self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
@@ -320,16 +373,29 @@ class LigerFusedLinearKTOLoss(_Loss):
         workspace_bytes: int | None = None,
     ) -> None:
         super().__init__(
-            "kto", LossOptions(beta), ignore_index, average_log_prob, compiled, chunk_size,
-            implementation, workspace_bytes,
-        )  # fmt: skip
+            "kto",
+            LossOptions(beta),
+            ignore_index,
+            average_log_prob,
+            compiled,
+            chunk_size,
+            implementation,
+            workspace_bytes,
+        )
         self.use_ref_model = use_ref_model
 
     def forward(
-        self, _input: Tensor, lin_weight: Tensor, target: Tensor, bias: Tensor | None = None,
-        preference_labels: Tensor | None = None, ref_input: Tensor | None = None,
-        ref_weight: Tensor | None = None, ref_bias: Tensor | None = None, kl: Tensor | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+        self,
+        _input: Tensor,
+        lin_weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None = None,
+        preference_labels: Tensor | None = None,
+        ref_input: Tensor | None = None,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
+        kl: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Loss, and (chosen_logps_sum, rejected_logps_sum, chosen_logits_sum, rejected_logits_sum,
         chosen_rewards_sum, rejected_rewards_sum), [] each, detached.
 

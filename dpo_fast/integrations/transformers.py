@@ -88,10 +88,14 @@ class PreferenceTrainer(transformers.Trainer):
         self._unproven = self.layout != "padded" and dtype
         pad_id = getattr(processing_class, "pad_token_id", None) or 0
         super().__init__(
-            model=model, args=args, data_collator=PreferenceCollator(self.layout, pad_id),
-            train_dataset=train_dataset, eval_dataset=eval_dataset,
-            processing_class=processing_class, **kwargs,
-        )  # fmt: skip
+            model=model,
+            args=args,
+            data_collator=PreferenceCollator(self.layout, pad_id),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
         if self.is_fsdp_enabled or args.n_gpu > 1:
             raise UserError(
                 f"fsdp={args.fsdp}, {args.n_gpu} GPUs in this process: start one process per GPU with "

@@ -15,18 +15,36 @@ from dpo_fast.losses.sums import needs_reference_tokens
 from dpo_fast.ops.preference import sum_sequences
 
 TRL_LOSSES = (
-    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
-    "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
-)  # fmt: skip
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+)
 # Options of a DPOConfig that only some of TRL's own losses read; the others would leave them out.
 READERS = {
     "label_smoothing": ("robust", "exo_pair", "aot", "aot_unpaired"),
     "discopop_tau": ("discopop",),
 }
 SHARED = (
-    "beta", "label_smoothing", "discopop_tau", "ld_alpha", "use_weighting", "f_divergence_type",
+    "beta",
+    "label_smoothing",
+    "discopop_tau",
+    "ld_alpha",
+    "use_weighting",
+    "f_divergence_type",
     "f_alpha_divergence_coef",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -144,11 +162,14 @@ def our_loss(objective: Objective, inputs: Mapping[str, Tensor], policy, referen
         reference_S = sum_sequences(reference_T, lengths_S)
     weighting = objective.options.use_weighting
     result = preference(
-        tokens(policy.log_probs), lengths_S, reference_S, objective,
+        tokens(policy.log_probs),
+        lengths_S,
+        reference_S,
+        objective,
         Totals(len(lengths_S) // 2, int(lengths_S[0::2].sum()), len(lengths_S)),
         reference_T=reference_T,
         log_sum_p2_T=tokens(policy.log_sum_sq_probs) if weighting else None,
-    )  # fmt: skip
+    )
     return result.loss
 
 

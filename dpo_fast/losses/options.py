@@ -14,9 +14,16 @@ CHOICES = {
     "importance_sampling_level": LEVELS,
 }
 NOT_NEGATIVE = (
-    "simpo_gamma", "cpo_alpha", "dpop_lambda", "slic_delta", "slic_lambda", "desirable_weight",
-    "undesirable_weight", "epsilon_high", "grpo_beta",
-)  # fmt: skip
+    "simpo_gamma",
+    "cpo_alpha",
+    "dpop_lambda",
+    "slic_delta",
+    "slic_lambda",
+    "desirable_weight",
+    "undesirable_weight",
+    "epsilon_high",
+    "grpo_beta",
+)
 
 
 def option(default, meaning: str):
@@ -54,9 +61,10 @@ class LossOptions:
     )
     undesirable_weight: float = option(1.0, "weight of bad completions")
     ld_alpha: float | None = option(
-        None, "weight of the tokens of a pair's longer answer beyond the shorter one's length, 0 to 1 "
+        None,
+        "weight of the tokens of a pair's longer answer beyond the shorter one's length, 0 to 1 "
         "(2409.06411)",
-    )  # fmt: skip
+    )
     ld_reference: bool = option(True, "ld_alpha weights the reference's tokens as well")
     token_clamp: float | None = option(None, "bound on the log-ratio of every token")
     reference_free: bool = option(False, "log-probs themselves in place of log-ratios")
@@ -70,9 +78,10 @@ class LossOptions:
         None, "grpo, dapo: how far above 1 it still counts; null: as epsilon"
     )
     scale_rewards: str = option(
-        "group", f"grpo, dapo: what scores are divided by: {', '.join(SCALES)}; group: their standard "
+        "group",
+        f"grpo, dapo: what scores are divided by: {', '.join(SCALES)}; group: their standard "
         "deviation in the group",
-    )  # fmt: skip
+    )
     importance_sampling_level: str = option(
         "token", f"grpo, dapo: whose probability ratio counts: {', '.join(LEVELS)}"
     )

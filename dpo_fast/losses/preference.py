@@ -107,10 +107,14 @@ def preference(
     options = {option: getattr(objective.options, option) for option in KERNEL_OPTIONS}
     return Preference(
         *fused_preference(
-            logp_T, lengths_S, reference_S, objective.names, objective.coefficients(totals),
+            logp_T,
+            lengths_S,
+            reference_S,
+            objective.names,
+            objective.coefficients(totals),
             **options,
         )
-    )  # fmt: skip
+    )
 
 
 def _composed(tokens: Tokens, objective, totals, columns, good_S, statistics) -> Preference:
@@ -123,9 +127,13 @@ def _composed(tokens: Tokens, objective, totals, columns, good_S, statistics) ->
             rows = replace(rows, plain_chosen=plain_S.view(-1, 2)[:, 0])
     else:
         rows = SequenceLogps(
-            logps_S, tokens.lengths_S, good_S, reference_S, statistics.get("kl"),
+            logps_S,
+            tokens.lengths_S,
+            good_S,
+            reference_S,
+            statistics.get("kl"),
             statistics.get("delta"),
-        )  # fmt: skip
+        )
     if options.use_weighting:
         own = policy_weights(tokens, options).view(-1, 2).prod(1)
         if options.weighting_clamp is not None:
@@ -138,17 +146,26 @@ def _composed(tokens: Tokens, objective, totals, columns, good_S, statistics) ->
 def _of_groups(tokens: Tokens, objective, totals, columns, groups: ScoredGroups) -> Preference:
     logps_S, reference_S = sequence_sums(tokens, objective.options, paired=False)
     rows = GroupLogps(
-        logps_S, tokens.lengths_S, groups.scores_S, groups.counts_G, reference_S, tokens.logp_T,
-        groups.old_T, tokens.reference_T,
-    )  # fmt: skip
+        logps_S,
+        tokens.lengths_S,
+        groups.scores_S,
+        groups.counts_G,
+        reference_S,
+        tokens.logp_T,
+        groups.old_T,
+        tokens.reference_T,
+    )
     loss = objective(rows, totals, columns.get("weight"))
     return Preference(loss, logps_S.detach(), objective.rewards(rows), objective.watched(rows))
 
 
 def as_pairs(
-    logps_S: Tensor, lengths_S: Tensor, reference_S: Tensor | None,
-    columns: Mapping[str, Tensor] | None = None, statistics: Mapping[str, Tensor] | None = None,
-) -> PairLogps:  # fmt: skip
+    logps_S: Tensor,
+    lengths_S: Tensor,
+    reference_S: Tensor | None,
+    columns: Mapping[str, Tensor] | None = None,
+    statistics: Mapping[str, Tensor] | None = None,
+) -> PairLogps:
     """Columns of chosen and rejected, [P] each, from those of sequences, [S]."""
     columns, statistics = columns or {}, statistics or {}
     sides = [
@@ -156,9 +173,14 @@ def as_pairs(
         for x in (logps_S, lengths_S, reference_S)
     ]
     return PairLogps(
-        *sides[0], *sides[1], *sides[2], columns.get("margin"), columns.get("soft_label"),
-        statistics.get("delta"), statistics.get("kl"),
-    )  # fmt: skip
+        *sides[0],
+        *sides[1],
+        *sides[2],
+        columns.get("margin"),
+        columns.get("soft_label"),
+        statistics.get("delta"),
+        statistics.get("kl"),
+    )
 
 
 def _check_inputs(objective: Objective, reference_S, columns, good_S) -> None:
@@ -201,12 +223,14 @@ def _check_groups(
         raise ValueError(f"scores must be finite; got {scores_S[~scores_S.isfinite()][0].item()}")
     needed = {
         "old_T, the log-probs that the completions were written with": (
-            objective.needs_old_tokens, old_T,
+            objective.needs_old_tokens,
+            old_T,
         ),
         "reference_T, the reference's log-prob of every token": (
-            objective.needs_reference_tokens, reference_T,
+            objective.needs_reference_tokens,
+            reference_T,
         ),
-    }  # fmt: skip
+    }
     for name, (wanted, values_T) in needed.items():
         if wanted and (values_T is None or values_T.shape != logp_T.shape):
             raise ValueError(f"losses {objective.names} need {name}: [T], here ({len(logp_T)},)")
@@ -222,9 +246,12 @@ def kernel_misses(objective: Objective, extra: Iterable[str] = ()) -> list[str]:
 
 @functools.cache
 def _implementation(
-    objective: Objective, extra: tuple[str, ...], device: torch.device, dtype: torch.dtype,
+    objective: Objective,
+    extra: tuple[str, ...],
+    device: torch.device,
+    dtype: torch.dtype,
     requested: str,
-) -> str:  # fmt: skip
+) -> str:
     missing = kernel_misses(objective, extra)
     if missing and requested in ("auto", "triton"):
         reason = f"the kernel does not compute {', '.join(missing)}"

@@ -85,9 +85,12 @@ def choose_layout(requested: str, architecture: Architecture) -> Choice:
 
 
 def choose_attention(
-    requested: str, layout: str, device: torch.device, dtype: torch.dtype,
+    requested: str,
+    layout: str,
+    device: torch.device,
+    dtype: torch.dtype,
     architecture: Architecture,
-) -> Choice:  # fmt: skip
+) -> Choice:
     """The name to give transformers for `model.attention` and a layout.
 
     Raises:

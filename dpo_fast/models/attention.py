@@ -31,9 +31,16 @@ NAMES = {
 
 
 def sdpa(
-    plan: AttentionPlan, query: Tensor, key: Tensor, value: Tensor, *, scale: float,
-    window: int | None, softcap: float | None, sinks: Tensor | None,
-) -> Tensor:  # fmt: skip
+    plan: AttentionPlan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
     """PyTorch's SDPA, segment by segment. A soft cap or sinks make it write out the scores."""
     sizes = [segment.queries for segment in plan.segments]
     rows = zip(plan.segments, *(x.split(sizes, dim=2) for x in (query, key, value)))
@@ -75,9 +82,16 @@ def _written_out(q, k, v, mask, scale, softcap, sinks) -> Tensor:
 
 
 def flex_attention(
-    plan: AttentionPlan, query: Tensor, key: Tensor, value: Tensor, *, scale: float,
-    window: int | None, softcap: float | None, sinks: Tensor | None,
-) -> Tensor:  # fmt: skip
+    plan: AttentionPlan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
     """FlexAttention: one kernel for any mask, window, cap and sinks."""
     from torch.nn.attention.flex_attention import AuxRequest
 
@@ -92,9 +106,15 @@ def flex_attention(
     # On a CPU it has no backward; uncompiled its forward is plain PyTorch, which is there for tests.
     compute = _flex_kernel() if query.is_cuda else _flex()
     output, auxiliary = compute(
-        query, key, value, score_mod=cap, block_mask=plan.block_mask(window), scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1], return_aux=AuxRequest(lse=True),
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        score_mod=cap,
+        block_mask=plan.block_mask(window),
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+        return_aux=AuxRequest(lse=True),
+    )
     if sinks is not None:
         share = torch.sigmoid(auxiliary.lse - sinks.float().view(1, -1, 1))
         output = output * share.unsqueeze(-1).to(output.dtype)
@@ -113,9 +133,13 @@ def _flex_kernel() -> Callable:
 
 
 def varlen(
-    kernel: Callable[..., Tensor], plan: AttentionPlan, query: Tensor, key: Tensor, value: Tensor,
+    kernel: Callable[..., Tensor],
+    plan: AttentionPlan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     **options,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """A kernel for sequences of unequal length, after gathering each segment's keys and values.
 
     kernel(q, k, v, layout, **options) has q [N, heads, dim], k and v [K, key heads, dim].
@@ -135,20 +159,36 @@ def pytorch_kernel(q, k, v, layout, *, scale, window, softcap, sinks) -> Tensor:
 
     _refuse_if("varlen", softcap=softcap, sinks=sinks)
     return varlen_attn(
-        q, k, v, layout.cu_seq_q, layout.cu_seq_k, layout.max_q, layout.max_k, scale=scale,
-        window_size=(-1 if window is None else window - 1, 0), enable_gqa=q.shape[1] != k.shape[1],
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        layout.cu_seq_q,
+        layout.cu_seq_k,
+        layout.max_q,
+        layout.max_k,
+        scale=scale,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
 
 
 def flash_kernel(name: str, q, k, v, layout, *, scale, window, softcap, sinks) -> Tensor:
     """flash-attn's varlen function, of version 2 or 3."""
     _refuse_if(name, sinks=sinks)
     output = _flash_function(name)(
-        q, k, v, layout.cu_seq_q, layout.cu_seq_k, max_seqlen_q=layout.max_q,
-        max_seqlen_k=layout.max_k, softmax_scale=scale, causal=True,
-        window_size=(-1, -1) if window is None else (window - 1, 0), softcap=softcap or 0.0,
+        q,
+        k,
+        v,
+        layout.cu_seq_q,
+        layout.cu_seq_k,
+        max_seqlen_q=layout.max_q,
+        max_seqlen_k=layout.max_k,
+        softmax_scale=scale,
+        causal=True,
+        window_size=(-1, -1) if window is None else (window - 1, 0),
+        softcap=softcap or 0.0,
         deterministic=torch.are_deterministic_algorithms_enabled(),
-    )  # fmt: skip
+    )
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -196,11 +236,19 @@ def _interface(compute: Callable[..., Tensor]) -> Callable:
 
     @torch.compiler.disable  # a loop over sequences: the layers round it are worth compiling, not it
     def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-        scaling: float | None = None, dropout: float = 0.0, plan: AttentionPlan | None = None,
-        sliding_window: int | None = None, softcap: float | None = None,
-        s_aux: Tensor | None = None, **others,
-    ) -> tuple[Tensor, None]:  # fmt: skip
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        plan: AttentionPlan | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **others,
+    ) -> tuple[Tensor, None]:
         _refuse_what_is_not_told(module, attention_mask, dropout, others)
         if plan is None:
             raise UserError(
@@ -210,9 +258,15 @@ def _interface(compute: Callable[..., Tensor]) -> Callable:
                 'model.set_attn_implementation("sdpa") before the model is used'
             )
         output = compute(
-            plan, query, key, value, scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            window=sliding_window, softcap=softcap, sinks=s_aux,
-        )  # fmt: skip
+            plan,
+            query,
+            key,
+            value,
+            scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            window=sliding_window,
+            softcap=softcap,
+            sinks=s_aux,
+        )
         return output.contiguous(), None
 
     return attention

@@ -87,9 +87,13 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    section: ModelSection, *, attention: str, implementation: str = "auto",
-    workspace_bytes: int | None = None, option: str = "model.path",
-) -> ScoringModel:  # fmt: skip
+    section: ModelSection,
+    *,
+    attention: str,
+    implementation: str = "auto",
+    workspace_bytes: int | None = None,
+    option: str = "model.path",
+) -> ScoringModel:
     """The model of a section as a `ScoringModel`, without dropout, its layers as the section wants them.
 
     Under DeepSpeed's `HfDeepSpeedConfig` at stage 3 the weights are sharded while they load.
@@ -98,9 +102,12 @@ def load_model(
     _without_dropout(config)
     with _told(section, option):
         model = AutoModelForCausalLM.from_pretrained(
-            section.path, config=config, dtype=DTYPES[section.dtype], attn_implementation=attention,
+            section.path,
+            config=config,
+            dtype=DTYPES[section.dtype],
+            attn_implementation=attention,
             trust_remote_code=section.trust_remote_code,
-        )  # fmt: skip
+        )
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -166,9 +173,12 @@ def add_lora(scoring: ScoringModel, section: LoraSection) -> None:
             "never makes logits; name layers of the backbone, or all-linear"
         )
     config = LoraConfig(
-        r=section.r, lora_alpha=section.alpha, lora_dropout=section.dropout,
-        target_modules=targets, task_type="CAUSAL_LM",
-    )  # fmt: skip
+        r=section.r,
+        lora_alpha=section.alpha,
+        lora_dropout=section.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
     try:
         scoring.model = get_peft_model(scoring.model, config)
     except ValueError as error:

@@ -100,10 +100,10 @@ class AttentionPlan:
         values = [
             (group, branch, position)
             for group, (trunk, *branches) in enumerate(self.groups)
-            for branch, begin, size in [(0, 0, trunk)] + [(b, trunk, n) for b, n in
-                                                          enumerate(branches, 1)]
+            for branch, begin, size in [(0, 0, trunk)]
+            + [(b, trunk, n) for b, n in enumerate(branches, 1)]
             for position in range(begin, begin + size)
-        ]  # fmt: skip
+        ]
         columns = torch.tensor(values, dtype=torch.int32).t().contiguous().to(self.device)
         return tuple(columns.unbind(0))
 

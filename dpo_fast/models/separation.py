@@ -18,9 +18,12 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 @torch.no_grad()
 def check_separation(
-    scorer: Callable[..., Mapping[str, Tensor]], layout: str, vocabulary: int,
-    device: torch.device, dtype: torch.dtype,
-) -> None:  # fmt: skip
+    scorer: Callable[..., Mapping[str, Tensor]],
+    layout: str,
+    vocabulary: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
     """Score two groups, then again with other tokens in one completion; all else must stay as it was.
 
     scorer: a `ScoringModel` or an engine round one. It finds what no configuration tells: layers that

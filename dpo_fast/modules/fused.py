@@ -130,9 +130,13 @@ class FusedLinearPreferenceLoss(nn.Module):
             raise ValueError("give good, or scores and counts, not both")
         order_S = None if grouped else self._order(good, S, labels.device)
         rows = scored_rows(
-            labels, lengths, sequence_ids_N=sequence_ids, order_S=order_S,
-            ignore_index=self.ignore_index, shift=self.shift,
-        )  # fmt: skip
+            labels,
+            lengths,
+            sequence_ids_N=sequence_ids,
+            order_S=order_S,
+            ignore_index=self.ignore_index,
+            shift=self.shift,
+        )
         check_lengths(self.objective, rows.lengths_S)
         if totals is not None:
             check_whole(self.objective, totals, S // 2)
@@ -152,11 +156,19 @@ class FusedLinearPreferenceLoss(nn.Module):
             order_S,
         )
         result = preference(
-            found.logp, rows.lengths_S, reference_S, self.objective,
+            found.logp,
+            rows.lengths_S,
+            reference_S,
+            self.objective,
             self._totals(rows.lengths_S, good, groups) if totals is None else totals,
-            reference_T=reference_T, log_sum_p2_T=found.log_sum_p2, columns=columns, good_S=good,
-            groups=groups, statistics=statistics, implementation=self._loss_implementation,
-        )  # fmt: skip
+            reference_T=reference_T,
+            log_sum_p2_T=found.log_sum_p2,
+            columns=columns,
+            good_S=good,
+            groups=groups,
+            statistics=statistics,
+            implementation=self._loss_implementation,
+        )
         asked = {name: getattr(found, name) for name in self.extras}
         metrics = sequence_metrics(result.logps_S, result.rewards_S, good, groups)
         metrics |= {name: values.mean() for name, values in result.watched.items()}
@@ -201,11 +213,17 @@ class FusedLinearPreferenceLoss(nn.Module):
                 "hidden states for each label"
             )
         return linear_logp(
-            hidden.flatten(0, -2)[rows.rows_T], weight, rows.targets_T, bias=bias,
-            logit_scale=self.head_options.logit_scale, softcap=self.head_options.softcap,
-            temperature=self.head_options.temperature, extras=extras,
-            implementation=self.implementation, workspace_bytes=self.workspace_bytes,
-        )  # fmt: skip
+            hidden.flatten(0, -2)[rows.rows_T],
+            weight,
+            rows.targets_T,
+            bias=bias,
+            logit_scale=self.head_options.logit_scale,
+            softcap=self.head_options.softcap,
+            temperature=self.head_options.temperature,
+            extras=extras,
+            implementation=self.implementation,
+            workspace_bytes=self.workspace_bytes,
+        )
 
     def _reference(self, logps_S, head: tuple, labels, rows: ScoredRows, order_S):
         """Sums, [S], and tokens, [T], of the reference in the order of `rows`; None where there are

@@ -38,10 +38,7 @@ class FusedHead(nn.Module):
         self.workspace_bytes = workspace_bytes
 
     def forward(
-        self,
-        hidden: Tensor,
-        targets_T: Tensor | None = None,
-        extras: tuple[str, ...] = (),
+        self, hidden: Tensor, targets_T: Tensor | None = None, extras: tuple[str, ...] = ()
     ) -> Tensor | dict[str, Tensor]:
         """Without targets: logits [..., V] in the dtype of `hidden`. With targets [T] and hidden
         [T, D]: {"logp": fp32 [T], **extras}, a plain dict so that hooks find the tensors in it."""

@@ -14,9 +14,11 @@ TOKEN_METRICS = {"entropy": "entropy", "is_top1": "mean_token_accuracy"}
 
 @torch.no_grad()
 def sequence_metrics(
-    logps_S: Tensor, rewards_S: Tensor, good_S: Tensor | None = None,
+    logps_S: Tensor,
+    rewards_S: Tensor,
+    good_S: Tensor | None = None,
     groups: ScoredGroups | None = None,
-) -> dict[str, Tensor]:  # fmt: skip
+) -> dict[str, Tensor]:
     """Means of log-probabilities and rewards over chosen and over rejected sequences, [] each.
 
     Without good_S and groups the sequences are pairs, chosen and rejected in turn, and have margins and
@@ -39,9 +41,11 @@ def sequence_metrics(
 
 @torch.no_grad()
 def token_metrics(
-    extras: dict[str, Tensor], lengths_S: Tensor, good_S: Tensor | None = None,
+    extras: dict[str, Tensor],
+    lengths_S: Tensor,
+    good_S: Tensor | None = None,
     groups: ScoredGroups | None = None,
-) -> dict[str, Tensor]:  # fmt: skip
+) -> dict[str, Tensor]:
     """Means over scored tokens of what the head was asked for; of logits by side."""
     metrics = {
         name: extras[extra].float().mean()

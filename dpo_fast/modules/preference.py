@@ -105,10 +105,17 @@ class PreferenceLoss(_SequenceLoss):
         check_shapes((*sides, chosen_lengths, rejected_lengths, *columns.values()))
         self._check_lengths(chosen_lengths, rejected_lengths, totals)
         pairs = PairLogps(
-            chosen_logps, rejected_logps, chosen_lengths, rejected_lengths,
-            reference_chosen_logps, reference_rejected_logps, columns.get("margin"),
-            columns.get("soft_label"), statistics.get("delta"), statistics.get("kl"),
-        )  # fmt: skip
+            chosen_logps,
+            rejected_logps,
+            chosen_lengths,
+            rejected_lengths,
+            reference_chosen_logps,
+            reference_rejected_logps,
+            columns.get("margin"),
+            columns.get("soft_label"),
+            statistics.get("delta"),
+            statistics.get("kl"),
+        )
         if totals is None:
             tokens = int(chosen_lengths.sum()) if objective.divides_by_chosen_tokens else 0
             totals = Totals(len(chosen_logps), tokens, 2 * len(chosen_logps))

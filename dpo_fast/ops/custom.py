@@ -42,17 +42,32 @@ def _schedule(hidden, weight, implementation, workspace_bytes, needs) -> tuple[o
     if workspace_bytes is None:
         workspace_bytes = default_workspace_bytes(hidden.device)
     chosen = plan(
-        hidden.shape[0], weight.shape[0], weight.shape[1], hidden.dtype, needs_hidden=needs[0],
-        needs_head=needs[1] or needs[2], workspace_bytes=workspace_bytes, implementation=name,
-    )  # fmt: skip
+        hidden.shape[0],
+        weight.shape[0],
+        weight.shape[1],
+        hidden.dtype,
+        needs_hidden=needs[0],
+        needs_head=needs[1] or needs[2],
+        workspace_bytes=workspace_bytes,
+        implementation=name,
+    )
     return importlib.import_module(f"dpo_fast.ops.linear_logp_{name}"), chosen
 
 
 @torch.library.custom_op("dpo_fast::linear_logp", mutates_args=(), schema=f"({HEAD}) -> Tensor[]")
 def linear_logp(
-    hidden, weight, targets, bias, logit_scale, softcap, temperature, extras, implementation,
-    workspace_bytes, needs,
-):  # fmt: skip
+    hidden,
+    weight,
+    targets,
+    bias,
+    logit_scale,
+    softcap,
+    temperature,
+    extras,
+    implementation,
+    workspace_bytes,
+    needs,
+):
     """[logp, *extras, *what backward needs]."""
     check_targets(targets, weight.shape[0])
     options = HeadOptions(logit_scale, softcap, temperature)
@@ -66,9 +81,18 @@ def linear_logp(
 
 @linear_logp.register_fake
 def _(
-    hidden, weight, targets, bias, logit_scale, softcap, temperature, extras, implementation,
-    workspace_bytes, needs,
-):  # fmt: skip
+    hidden,
+    weight,
+    targets,
+    bias,
+    logit_scale,
+    softcap,
+    temperature,
+    extras,
+    implementation,
+    workspace_bytes,
+    needs,
+):
     check_call(hidden, weight, targets, bias, _names(extras))
     HeadOptions(logit_scale, softcap, temperature)
     name = choose_implementation("linear_logp", hidden.device, hidden.dtype, implementation).name
@@ -87,13 +111,25 @@ def _(
 
 
 @torch.library.custom_op(
-    "dpo_fast::linear_logp_backward", mutates_args=(),
+    "dpo_fast::linear_logp_backward",
+    mutates_args=(),
     schema=f"(Tensor grad, Tensor[] saved, {HEAD}) -> Tensor[]",
-)  # fmt: skip
+)
 def linear_logp_backward(
-    grad, saved, hidden, weight, targets, bias, logit_scale, softcap, temperature, extras,
-    implementation, workspace_bytes, needs,
-):  # fmt: skip
+    grad,
+    saved,
+    hidden,
+    weight,
+    targets,
+    bias,
+    logit_scale,
+    softcap,
+    temperature,
+    extras,
+    implementation,
+    workspace_bytes,
+    needs,
+):
     """Those of the gradients of hidden, weight and bias that are needed."""
     options = HeadOptions(logit_scale, softcap, temperature)
     schedule, chosen = _schedule(hidden, weight, implementation, workspace_bytes, needs)
@@ -105,9 +141,20 @@ def linear_logp_backward(
 
 @linear_logp_backward.register_fake
 def _(
-    grad, saved, hidden, weight, targets, bias, logit_scale, softcap, temperature, extras,
-    implementation, workspace_bytes, needs,
-):  # fmt: skip
+    grad,
+    saved,
+    hidden,
+    weight,
+    targets,
+    bias,
+    logit_scale,
+    softcap,
+    temperature,
+    extras,
+    implementation,
+    workspace_bytes,
+    needs,
+):
     return [x.new_empty(x.shape) for x, need in zip((hidden, weight, bias), needs) if need]
 
 
@@ -159,9 +206,13 @@ def _(logits_TV, targets, temperature, implementation):
 
 @torch.library.custom_op("dpo_fast::logits_logp_backward", mutates_args=())
 def logits_logp_backward(
-    grad: Tensor, logits_TV: Tensor, targets: Tensor, lse: Tensor, temperature: float,
+    grad: Tensor,
+    logits_TV: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    temperature: float,
     implementation: str,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     return logits_gradient(grad, logits_TV, targets, lse, temperature, implementation)
 
 
@@ -189,10 +240,11 @@ logits_logp.register_autograd(_logits_backward, setup_context=_logits_context)
 
 
 @torch.library.custom_op(
-    "dpo_fast::preference", mutates_args=(),
+    "dpo_fast::preference",
+    mutates_args=(),
     schema="(Tensor logp, Tensor lengths, Tensor? reference, str[] losses, float[] coefficients, "
     "float beta, float label_smoothing, bool length_average) -> (Tensor, Tensor, Tensor, Tensor)",
-)  # fmt: skip
+)
 def preference(
     logp, lengths, reference, losses, coefficients, beta, label_smoothing, length_average
 ):
@@ -200,9 +252,15 @@ def preference(
     from dpo_fast.kernels import preference as kernels
 
     return kernels.preference(
-        logp, lengths, reference, tuple(losses), tuple(coefficients), beta=beta,
-        label_smoothing=label_smoothing, length_average=length_average,
-    )  # fmt: skip
+        logp,
+        lengths,
+        reference,
+        tuple(losses),
+        tuple(coefficients),
+        beta=beta,
+        label_smoothing=label_smoothing,
+        length_average=length_average,
+    )
 
 
 @preference.register_fake

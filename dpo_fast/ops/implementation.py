@@ -38,10 +38,14 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype == torch.float64:
         return "the Triton kernels accumulate in fp32 and take fp32, bf16 and fp16, not fp64"
     if device.type == "cpu":
-        return None if interpreting() else (
-            "Triton has no CPU target; set TRITON_INTERPRET=1 before starting Python to run its "
-            "interpreter (slow, for tests)"
-        )  # fmt: skip
+        return (
+            None
+            if interpreting()
+            else (
+                "Triton has no CPU target; set TRITON_INTERPRET=1 before starting Python to run its "
+                "interpreter (slow, for tests)"
+            )
+        )
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if torch.version.hip is None and capability < (8, 0):

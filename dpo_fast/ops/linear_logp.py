@@ -76,9 +76,16 @@ class _LinearLogp(torch.autograd.Function):
             hidden_TD, bias, targets_T, weight_VD, *values = ctx.saved_tensors
             with _own_precision(grad_T):
                 hidden_grad, *head_grads = ctx.schedule.backward(
-                    grad_T, hidden_TD, ctx.weight if weight_VD is None else weight_VD, bias, targets_T,
-                    ctx.options, ctx.plan, dict(zip(ctx.names, values)), ctx.needs_input_grad[:3],
-                )  # fmt: skip
+                    grad_T,
+                    hidden_TD,
+                    ctx.weight if weight_VD is None else weight_VD,
+                    bias,
+                    targets_T,
+                    ctx.options,
+                    ctx.plan,
+                    dict(zip(ctx.names, values)),
+                    ctx.needs_input_grad[:3],
+                )
             if ctx.shard is not None and hidden_grad is not None:
                 hidden_grad = ctx.shard.sum(hidden_grad.float()).to(hidden_grad.dtype)
             gradients = (hidden_grad, *head_grads)
@@ -129,9 +136,17 @@ def linear_logp(
     hidden_TD, weight_VD, bias = _autocast(hidden_TD, weight_VD, bias)
     if torch.compiler.is_compiling() and shard is None:
         return _compiled(
-            hidden_TD, weight_VD, targets_T, bias, logit_scale, softcap, temperature,
-            tuple(extras), implementation, workspace_bytes,
-        )  # fmt: skip
+            hidden_TD,
+            weight_VD,
+            targets_T,
+            bias,
+            logit_scale,
+            softcap,
+            temperature,
+            tuple(extras),
+            implementation,
+            workspace_bytes,
+        )
     options = HeadOptions(logit_scale, softcap, temperature)
     check_call(hidden_TD, weight_VD, targets_T, bias, extras)
     check_targets(targets_T, whole_vocabulary(weight_VD, shard))
@@ -152,9 +167,16 @@ def _compiled(hidden_TD, weight_VD, targets_T, bias, *options) -> LinearLogp:
     needs = [grad and x is not None and x.requires_grad for x in (hidden_TD, weight_VD, bias)]
     *factors, extras, implementation, workspace_bytes = options
     logp_T, *rest = torch.ops.dpo_fast.linear_logp(
-        hidden_TD, weight_VD, targets_T, bias, *factors, ",".join(extras), implementation,
-        workspace_bytes, needs,
-    )  # fmt: skip
+        hidden_TD,
+        weight_VD,
+        targets_T,
+        bias,
+        *factors,
+        ",".join(extras),
+        implementation,
+        workspace_bytes,
+        needs,
+    )
     return LinearLogp(logp_T, **{name: x.detach() for name, x in zip(extras, rest)})
 
 

@@ -122,9 +122,17 @@ class RowPass:
     `dpo_fast.kernels.linear_logp.RowPass`, which see for `sums` and the arguments."""
 
     def __init__(
-        self, hidden_TD: Tensor, weight_VD: Tensor, bias_V: None, targets_T: Tensor, *, options: dict,
-        extras: tuple[str, ...] = (), offset_T: Tensor | None = None, kept_TV: Tensor | None = None,
-    ):  # fmt: skip
+        self,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        bias_V: None,
+        targets_T: Tensor,
+        *,
+        options: dict,
+        extras: tuple[str, ...] = (),
+        offset_T: Tensor | None = None,
+        kept_TV: Tensor | None = None,
+    ):
         T, V = len(hidden_TD), len(weight_VD)
         new = lambda *shape: hidden_TD.new_empty(shape, dtype=torch.float32)  # noqa: E731
         names = [SUMS[name] for name in extras if name in SUMS]
@@ -137,11 +145,22 @@ class RowPass:
         self._launch = plan_launch(T, V, _multiprocessors(hidden_TD.device))
         partials = new(2 + len(computed), self._launch.tiles_v, T)
         self._run = functools.partial(
-            cuda_extension.operations().rows, hidden_TD, weight_VD, targets_T, _factor(options),
-            offset=offset_T, kept=kept_TV, partials=partials, target=sums["target"],
-            maximum=sums["maximum"], total=sums["total"], weighted=sums.get("weighted"),
-            squares=sums.get("squares"), cluster=self._launch.cluster, blocks=self._launch.blocks,
-        )  # fmt: skip
+            cuda_extension.operations().rows,
+            hidden_TD,
+            weight_VD,
+            targets_T,
+            _factor(options),
+            offset=offset_T,
+            kept=kept_TV,
+            partials=partials,
+            target=sums["target"],
+            maximum=sums["maximum"],
+            total=sums["total"],
+            weighted=sums.get("weighted"),
+            squares=sums.get("squares"),
+            cluster=self._launch.cluster,
+            blocks=self._launch.blocks,
+        )
         self._run(repair=None)
 
     def repair(self, wrong_T: Tensor) -> None:
@@ -152,16 +171,34 @@ class RowPass:
 
 
 def gradient_tile(
-    hidden_TD: Tensor, weight_VD: Tensor, bias_V: None, targets_T: Tensor, offset_T: Tensor,
-    hit_T: Tensor, scale_T: Tensor, out_TV: Tensor, *, options: dict, first_column: int = 0,
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    bias_V: None,
+    targets_T: Tensor,
+    offset_T: Tensor,
+    hit_T: Tensor,
+    scale_T: Tensor,
+    out_TV: Tensor,
+    *,
+    options: dict,
+    first_column: int = 0,
     column_sums: bool = False,
-) -> None:  # fmt: skip
+) -> None:
     """The twin of `dpo_fast.kernels.gradient_tile.gradient_tile`. Column sums belong to a bias: none."""
     launch = plan_launch(len(hidden_TD), len(weight_VD), _multiprocessors(hidden_TD.device))
     cuda_extension.operations().gradient(
-        hidden_TD, weight_VD, targets_T, _factor(options), offset_T, hit_T, scale_T, first_column,
-        out_TV, launch.cluster, launch.blocks,
-    )  # fmt: skip
+        hidden_TD,
+        weight_VD,
+        targets_T,
+        _factor(options),
+        offset_T,
+        hit_T,
+        scale_T,
+        first_column,
+        out_TV,
+        launch.cluster,
+        launch.blocks,
+    )
 
 
 PRODUCTS = Products(RowPass, gradient_tile)

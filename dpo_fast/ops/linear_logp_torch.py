@@ -118,9 +118,11 @@ class _OnlineSums:
         optional = {
             name: getattr(self, name) if extra in self.extras else None
             for name, extra in (
-                ("weighted", "entropy"), ("squares", "log_sum_p2"), ("logits", "mean_logit"),
+                ("weighted", "entropy"),
+                ("squares", "log_sum_p2"),
+                ("logits", "mean_logit"),
             )
-        }  # fmt: skip
+        }
         return RowSums(self.offset, self.maximum, self.target, self.total, **optional)
 
 

@@ -47,9 +47,16 @@ def _triton() -> Products:
 
 
 def forward(
-    hidden_TD, weight_VD, bias, targets_T, options, extras, plan: HeadPlan, shard,
+    hidden_TD,
+    weight_VD,
+    bias,
+    targets_T,
+    options,
+    extras,
+    plan: HeadPlan,
+    shard,
     products: Products | None = None,
-):  # fmt: skip
+):
     """Returns {name: [T]} for logp and the extras, and what backward needs, by name."""
     products = products or _triton()
     bias = None if bias is None else bias.contiguous()
@@ -79,25 +86,53 @@ def forward(
     if plan.schedule == "frozen":
         ones = torch.ones_like(sums.total)
         saved["direction"], _, _ = _gradients(
-            ones, hidden_TD, weight_VD, bias, targets_T, options, plan, kept_KV, sums.offset,
-            sums.total, (True, False, False), products,
-        )  # fmt: skip
+            ones,
+            hidden_TD,
+            weight_VD,
+            bias,
+            targets_T,
+            options,
+            plan,
+            kept_KV,
+            sums.offset,
+            sums.total,
+            (True, False, False),
+            products,
+        )
         return outputs, saved
     return outputs, {"kept": kept_KV, "offset": sums.offset, "total": sums.total}
 
 
 def backward(
-    grad_T, hidden_TD, weight_VD, bias, targets_T, options, plan, saved, needs,
+    grad_T,
+    hidden_TD,
+    weight_VD,
+    bias,
+    targets_T,
+    options,
+    plan,
+    saved,
+    needs,
     products: Products | None = None,
-):  # fmt: skip
+):
     """Returns (dH, dW, db), each None where `needs` says that nothing asks for it."""
     if plan.schedule == "frozen":
         direction_TD = saved["direction"]
         return (direction_TD * grad_T[:, None]).to(direction_TD.dtype), None, None
     return _gradients(
-        grad_T.float().contiguous(), hidden_TD, weight_VD, bias, targets_T, options, plan,
-        saved["kept"], saved["offset"], saved["total"], needs, products or _triton(),
-    )  # fmt: skip
+        grad_T.float().contiguous(),
+        hidden_TD,
+        weight_VD,
+        bias,
+        targets_T,
+        options,
+        plan,
+        saved["kept"],
+        saved["offset"],
+        saved["total"],
+        needs,
+        products or _triton(),
+    )
 
 
 def _blocks(first: int, last: int, size: int):
@@ -123,9 +158,14 @@ class _Head:
     def _pass(self, hidden_TD, targets_T, **kept):
         outside = () if self.options.softcap else ("mean_logit",)
         done = self.products.row_pass(
-            hidden_TD, self.weight, self.bias, targets_T, options=dataclasses.asdict(self.options),
-            extras=tuple(name for name in self.extras if name not in outside), **kept,
-        )  # fmt: skip
+            hidden_TD,
+            self.weight,
+            self.bias,
+            targets_T,
+            options=dataclasses.asdict(self.options),
+            extras=tuple(name for name in self.extras if name not in outside),
+            **kept,
+        )
         if "mean_logit" in self.extras and outside:
             done.sums["logits"] = self._logit_sums(hidden_TD)
         return done
@@ -197,9 +237,19 @@ class _Head:
 
 
 def _gradients(
-    grad_T, hidden_TD, weight_VD, bias, targets_T, options, plan, kept_KV, offset_T, total_T, needs,
+    grad_T,
+    hidden_TD,
+    weight_VD,
+    bias,
+    targets_T,
+    options,
+    plan,
+    kept_KV,
+    offset_T,
+    total_T,
+    needs,
     products,
-):  # fmt: skip
+):
     """The three gradients from kept exponentials and recomputed tiles; None for those not needed."""
     (T, D), V, K = hidden_TD.shape, len(weight_VD), len(kept_KV)
     needs_hidden, needs_weight, needs_bias = needs
@@ -231,9 +281,17 @@ def _gradients(
         for c in (columns if needs_weight else ())
     }
     tiles = _GradientTiles(
-        hidden_TD, weight_VD, bias, targets_T.contiguous(), options, offset_T, grad_T, total_T, plan,
+        hidden_TD,
+        weight_VD,
+        bias,
+        targets_T.contiguous(),
+        options,
+        offset_T,
+        grad_T,
+        total_T,
+        plan,
         products,
-    )  # fmt: skip
+    )
     order = [(r, c) for r in rows for c in columns]
     if not plan.tokens_first:
         order = [(r, c) for c in columns for r in rows]
@@ -254,8 +312,18 @@ class _GradientTiles:
     """g = dL/d(h.w + b), one tile at a time in the same memory."""
 
     def __init__(
-        self, hidden_TD, weight_VD, bias, targets_T, options, offset_T, grad_T, total_T, plan, products
-    ):  # fmt: skip
+        self,
+        hidden_TD,
+        weight_VD,
+        bias,
+        targets_T,
+        options,
+        offset_T,
+        grad_T,
+        total_T,
+        plan,
+        products,
+    ):
         self.products = products
         self.hidden, self.weight, self.targets, self.offset = (
             hidden_TD,
@@ -275,10 +343,18 @@ class _GradientTiles:
         """The tile of rows r and columns c, and its column sums in fp32, or None."""
         g = self.room[: r.stop - r.start, : c.stop - c.start]
         sums = self.products.gradient_tile(
-            self.hidden[r], self.weight[c], None if self.bias is None else self.bias[c],
-            self.targets[r], self.offset[r], self.hit[r], self.scale[r], g, options=self.options,
-            first_column=c.start, column_sums=column_sums,
-        )  # fmt: skip
+            self.hidden[r],
+            self.weight[c],
+            None if self.bias is None else self.bias[c],
+            self.targets[r],
+            self.offset[r],
+            self.hit[r],
+            self.scale[r],
+            g,
+            options=self.options,
+            first_column=c.start,
+            column_sums=column_sums,
+        )
         return g, sums
 
 

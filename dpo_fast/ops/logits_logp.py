@@ -42,9 +42,13 @@ def forward(
 
 
 def backward(
-    grad_T: Tensor, logits: Tensor, targets_T: Tensor, lse_T: Tensor, temperature: float,
+    grad_T: Tensor,
+    logits: Tensor,
+    targets_T: Tensor,
+    lse_T: Tensor,
+    temperature: float,
     implementation: str,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The gradient of the logits, in their shape and dtype, contiguous."""
     grad_T = grad_T.to(lse_T.dtype).contiguous()
     out_TV = logits.new_empty(len(targets_T), logits.shape[-1])
@@ -58,11 +62,7 @@ def backward(
 
 
 def logits_logp(
-    logits_TV: Tensor,
-    targets_T: Tensor,
-    *,
-    temperature: float = 1.0,
-    implementation: str = "auto",
+    logits_TV: Tensor, targets_T: Tensor, *, temperature: float = 1.0, implementation: str = "auto"
 ) -> Tensor:
     """Log-probability of each target: logp_t = z_t,y_t - logsumexp_v z_tv, z = logits / temperature
 

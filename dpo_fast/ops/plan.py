@@ -113,9 +113,14 @@ class _Sizes:
 
     def plan(self, schedule: str, gemms: float, **columns) -> HeadPlan:
         defaults = {
-            "kept_tokens": 0, "token_chunk": 0, "vocab_block": 0, "tokens_first": True,
-            "residual_sums": False, "tile_bytes": 0, "sum_bytes": 0,
-        }  # fmt: skip
+            "kept_tokens": 0,
+            "token_chunk": 0,
+            "vocab_block": 0,
+            "tokens_first": True,
+            "residual_sums": False,
+            "tile_bytes": 0,
+            "sum_bytes": 0,
+        }
         columns = defaults | columns
         columns["kept_bytes"] = columns["kept_tokens"] * self.row_bytes
         return HeadPlan(
@@ -200,10 +205,13 @@ def _recomputed(
     columns = (budget - held - chunk_sum) // (token_chunk * itemsize + block_sum)
     vocab_block = min(_fit(V, max(columns, MIN_GPU_ELEMENTS // token_chunk)), widest)
     return {
-        "token_chunk": token_chunk, "vocab_block": vocab_block, "tokens_first": tokens_first,
-        "residual_sums": residual, "tile_bytes": token_chunk * vocab_block * itemsize,
+        "token_chunk": token_chunk,
+        "vocab_block": vocab_block,
+        "tokens_first": tokens_first,
+        "residual_sums": residual,
+        "tile_bytes": token_chunk * vocab_block * itemsize,
         "sum_bytes": held + chunk_sum + vocab_block * block_sum,
-    }  # fmt: skip
+    }
 
 
 def _fit(size: int, limit: int) -> int:

@@ -25,9 +25,12 @@ class CachedReference:
     """
 
     def __init__(
-        self, sums_A: Tensor, counts_R: Tensor,
-        tokens: tuple[pyarrow.ChunkedArray, ...] = (), places_R=(),
-    ) -> None:  # fmt: skip
+        self,
+        sums_A: Tensor,
+        counts_R: Tensor,
+        tokens: tuple[pyarrow.ChunkedArray, ...] = (),
+        places_R=(),
+    ) -> None:
         self.sums_A, self.counts_R = sums_A, counts_R
         self.starts_R = counts_R.cumsum(0) - counts_R
         self.tokens, self.places_R = tokens, places_R
@@ -69,9 +72,12 @@ def find_rows(table: pyarrow.Table, digests: pyarrow.Array) -> pyarrow.Array:
 
 
 def open_reference(
-    folders: list[Path], digests: pyarrow.Array, per_token: bool, device: torch.device | str,
+    folders: list[Path],
+    digests: pyarrow.Array,
+    per_token: bool,
+    device: torch.device | str,
     kind: Kind = PAIRS,
-) -> CachedReference:  # fmt: skip
+) -> CachedReference:
     """The reference of rows, given by their digests in order, all of which the folders hold.
 
     Raises:

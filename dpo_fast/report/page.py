@@ -28,11 +28,16 @@ def page(run: Run) -> str:
     """The whole HTML document."""
     title = escape(_name(run))
     sections = [
-        _head(run), _stats(run), _health(run),
+        _head(run),
+        _stats(run),
+        _health(run),
         _charts(run, "Is it learning?", learning_panels(run), _legend(run)),
         _charts(run, "How it runs", running_panels(run), ""),
-        data_section(run.data), _samples(run.samples), _configuration(run), _foot(run),
-    ]  # fmt: skip
+        data_section(run.data),
+        _samples(run.samples),
+        _configuration(run),
+        _foot(run),
+    ]
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

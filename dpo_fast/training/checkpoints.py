@@ -37,9 +37,13 @@ class Stateful(Protocol):
 
 
 def save_checkpoint(
-    engine, output_dir: str, state: dict, metrics: dict[str, Tensor], keep: int,
+    engine,
+    output_dir: str,
+    state: dict,
+    metrics: dict[str, Tensor],
+    keep: int,
     stateful: Mapping[str, Stateful] = MappingProxyType({}),
-) -> Path:  # fmt: skip
+) -> Path:
     """Written aside, flushed, renamed; `latest` last; then all but the newest `keep` are removed.
 
     Collective. `state` holds at least `step`; `stateful` are parts of the run that change with it.
@@ -113,9 +117,12 @@ def find_checkpoint(requested: bool | str, output_dir: str) -> Path | None:
 
 
 def load_checkpoint(
-    engine, folder: Path, fits: dict, metrics: dict[str, Tensor],
+    engine,
+    folder: Path,
+    fits: dict,
+    metrics: dict[str, Tensor],
     stateful: Mapping[str, Stateful] = MappingProxyType({}),
-) -> dict:  # fmt: skip
+) -> dict:
     """Restore engine, random state, `metrics` and `stateful` (in place); returns the saved state.
 
     `fits` names what must be as it was (world size, data, global batch, ...).

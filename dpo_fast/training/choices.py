@@ -50,6 +50,9 @@ def choose(config: RunConfig, option: str = "reference.path") -> Choices:
 
 def _attention(config: RunConfig, layout: Choice, architecture: Architecture) -> Choice:
     return choose_attention(
-        config.model.attention, layout.name, distributed.device(), DTYPES[config.model.dtype],
+        config.model.attention,
+        layout.name,
+        distributed.device(),
+        DTYPES[config.model.dtype],
         architecture,
-    )  # fmt: skip
+    )

@@ -60,9 +60,15 @@ class BatchTable:
 
 
 def coupled_step(
-    engine, batches: Iterable[ScoredBatch], loss_pass: LossPass, reference, totals: Totals,
-    sums: MetricSums, rows: list[int], statistics: Statistics | None = None,
-) -> Tensor:  # fmt: skip
+    engine,
+    batches: Iterable[ScoredBatch],
+    loss_pass: LossPass,
+    reference,
+    totals: Totals,
+    sums: MetricSums,
+    rows: list[int],
+    statistics: Statistics | None = None,
+) -> Tensor:
     """As `train_step`, for an objective that is coupled. rows: the global batch, all ranks' of it."""
     statistics = statistics or Statistics(device=engine.device)
     batches = [batch.to(engine.device) for batch in batches]

@@ -43,9 +43,13 @@ class LossPass:
         return of_tokens(reference.token_logps(batch), batch) | old
 
     def loss(
-        self, scores: Mapping[str, Tensor], compared: dict, batch: ScoredBatch, totals: Totals,
+        self,
+        scores: Mapping[str, Tensor],
+        compared: dict,
+        batch: ScoredBatch,
+        totals: Totals,
         statistics: Mapping[str, Tensor] | None = None,
-    ) -> Preference:  # fmt: skip
+    ) -> Preference:
         """Loss, log-probabilities and rewards of the batch."""
         used = self.objective.columns
         reference, groups = dict(compared), None
@@ -53,12 +57,18 @@ class LossPass:
         if batch.scores_S is not None:
             groups = ScoredGroups(batch.scores_S, batch.counts_P, old_T)
         return preference(
-            scores["logp"], batch.lengths_S, objective=self.objective, totals=totals, **reference,
+            scores["logp"],
+            batch.lengths_S,
+            objective=self.objective,
+            totals=totals,
+            **reference,
             groups=groups,
-            log_sum_p2_T=scores.get("log_sum_p2"), statistics=statistics, good_S=batch.good_S,
+            log_sum_p2_T=scores.get("log_sum_p2"),
+            statistics=statistics,
+            good_S=batch.good_S,
             columns={name: value for name, value in batch.columns.items() if name in used},
             implementation=self._of_loss(batch),
-        )  # fmt: skip
+        )
 
     def _of_loss(self, batch: ScoredBatch) -> str:
         if self.implementation == "torch":

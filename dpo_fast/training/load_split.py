@@ -48,9 +48,14 @@ def open_stream(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Stream
 
 
 def make_split(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, name: str, pairs: Rows,
-    shuffle: bool, epoch: int = 0, accumulation: int | None = None,
-) -> Split:  # fmt: skip
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    pairs: Rows,
+    shuffle: bool,
+    epoch: int = 0,
+    accumulation: int | None = None,
+) -> Split:
     """Rows with the sampler that the options ask for. Without shuffling every step is one micro-batch
     a rank. epoch: number of the first; accumulation: of a TokenSampler, if it is not to choose.
 
@@ -69,14 +74,25 @@ def make_split(
         costs = row_costs(pairs.lengths, train.layout)
         check_budget(train.tokens_per_batch, train.layout, costs.alone_I, pairs)
         sampler = TokenSampler(
-            costs, train.tokens_per_batch, train.global_pairs, world, train.seed, shuffle, epoch,
+            costs,
+            train.tokens_per_batch,
+            train.global_pairs,
+            world,
+            train.seed,
+            shuffle,
+            epoch,
             accumulation if shuffle else 1,
-        )  # fmt: skip
+        )
     wants_mismatched = "kl" in config.loss.objective.statistics
     return Split(
-        name, pairs, sampler, train.layout, tokenizer.pad_token_id, columns,
+        name,
+        pairs,
+        sampler,
+        train.layout,
+        tokenizer.pad_token_id,
+        columns,
         config.data.max_length if wants_mismatched else None,
-    )  # fmt: skip
+    )
 
 
 def check_kind(config: RunConfig, name: str, rows: Rows) -> None:

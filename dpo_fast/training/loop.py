@@ -97,9 +97,12 @@ def start(run: Run, log: RunLog) -> int:
             for row in split.sampler.micro_batches(index, rank)[0]
         ]
         loss, expected = check_start(
-            run.engine, next(split.batches(index)), *run.models("train"), split.totals(rows),
+            run.engine,
+            next(split.batches(index)),
+            *run.models("train"),
+            split.totals(rows),
             run.config.model.dtype,
-        )  # fmt: skip
+        )
         say(f"step 0: loss {loss:.7f}, expected {expected:.7f} where policy = reference")
     if run.eval:
         log.write(0, evaluate_run(run))
@@ -114,6 +117,9 @@ def evaluate_run(run: Run) -> dict[str, float]:
     models = run.models("eval")
     statistics = run.statistics.estimate(run.engine, split.mismatched(rows), *models)
     return evaluate(
-        run.engine, track(split.all_batches(), "evaluating", sampler.steps_per_epoch),
-        *models, split.totals(rows), statistics,
-    )  # fmt: skip
+        run.engine,
+        track(split.all_batches(), "evaluating", sampler.steps_per_epoch),
+        *models,
+        split.totals(rows),
+        statistics,
+    )

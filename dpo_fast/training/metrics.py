@@ -16,9 +16,13 @@ from dpo_fast.training.clock import Clock
 from dpo_fast.training.work import Work
 
 PAIR_METRICS = (
-    "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
-    "logps/chosen", "logps/rejected",
-)  # fmt: skip
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)
 TIMED = ("perf/head_ms", "perf/reference_ms")
 TOKEN_METRICS = {"entropy": "entropy", "is_top1": "mean_token_accuracy"}
 
@@ -100,9 +104,12 @@ class MetricSums:
         return good_S, ~good_S
 
     def _add_sides(
-        self, name: str, values_S: Tensor, sides: tuple[Tensor, Tensor],
+        self,
+        name: str,
+        values_S: Tensor,
+        sides: tuple[Tensor, Tensor],
         count_S: Tensor | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Good sequences and bad ones under names of their own; by default each counts once."""
         for side, mine_S in zip(("chosen", "rejected"), sides):
             count = mine_S.sum() if count_S is None else torch.where(mine_S, count_S, 0).sum()

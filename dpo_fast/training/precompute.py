@@ -37,10 +37,12 @@ def precompute(config: RunConfig) -> list[StoredReference]:
         each
         for wanted in stored_configs(config)
         for each in store_references(
-            wanted, lambda wanted=wanted: make_scorer(wanted, splits, _option(config, wanted)),
-            distributed.device(), splits,
+            wanted,
+            lambda wanted=wanted: make_scorer(wanted, splits, _option(config, wanted)),
+            distributed.device(),
+            splits,
         )
-    ]  # fmt: skip
+    ]
 
 
 def stored_configs(config: RunConfig) -> list[RunConfig]:

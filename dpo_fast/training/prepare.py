@@ -9,11 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dpo_fast.errors import UserError
-from dpo_fast.models import (
-    ScoringModel,
-    load_model,
-    load_tokenizer,
-)
+from dpo_fast.models import ScoringModel, load_model, load_tokenizer
 from dpo_fast.models.layers import check_layers, checkpoint_layers
 from dpo_fast.models.load import DTYPES, check_model_path, is_folder, load_skeleton
 from dpo_fast.models.separation import check_separation
@@ -135,9 +131,18 @@ def prepare(config: RunConfig) -> Run:
     )
     statistics = Statistics(loss_pass.objective.statistics, engine.device)
     return Run(
-        config, tokenizer, train, held_out, engine, model, references, old, loss_pass, statistics,
+        config,
+        tokenizer,
+        train,
+        held_out,
+        engine,
+        model,
+        references,
+        old,
+        loss_pass,
+        statistics,
         total_steps,
-    )  # fmt: skip
+    )
 
 
 def wants_checkpointing(config: RunConfig, model: ScoringModel) -> bool:

@@ -23,9 +23,12 @@ def progress_bar(description: str, total: int, done: int = 0):
         yield lambda text="": None
         return
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
         TextColumn("{task.fields[text]}"),
-    )  # fmt: skip
+    )
     with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task(description, total=total, completed=done, text="")
         yield lambda text="": progress.update(task, advance=1, text=text)

@@ -69,9 +69,13 @@ def compute_reference(
 
 
 def _score_parts(
-    scorer, split: Split, unfinished: Unfinished, plans: dict[int, list[list[int]]],
-    per_token: bool, device,
-) -> None:  # fmt: skip
+    scorer,
+    split: Split,
+    unfinished: Unfinished,
+    plans: dict[int, list[list[int]]],
+    per_token: bool,
+    device,
+) -> None:
     """Score and write the parts of `plans`, each given by its batches of rows."""
     rounds = sum(-(-len(plan) // distributed.world_size()) for plan in plans.values())
     description = f"reference log-probs ({split.name})"

@@ -23,11 +23,7 @@ from dpo_fast.references.identity import model_digest
 from dpo_fast.references.store import Place, Request, default_place, find_stored, named_place
 from dpo_fast.training.choices import choose
 from dpo_fast.training.config import RunConfig
-from dpo_fast.training.engine import (
-    build_reference_engine,
-    reference_config,
-    shard_while_loading,
-)
+from dpo_fast.training.engine import build_reference_engine, reference_config, shard_while_loading
 from dpo_fast.training.fit import check_positions, check_vocabulary
 from dpo_fast.training.reference_parts import compute_reference, from_main
 from dpo_fast.training.split import Split
@@ -91,9 +87,14 @@ def old_config(config: RunConfig) -> RunConfig | None:
 
 
 def load_second_model(
-    config: RunConfig, attention: str, head: dict, ds_config: dict, device, splits: list[Split],
+    config: RunConfig,
+    attention: str,
+    head: dict,
+    ds_config: dict,
+    device,
+    splits: list[Split],
     option: str = "reference.path",
-):  # fmt: skip
+):
     """As `load_reference_engine`. Raises UserError if the model that `option` names cannot score them."""
     option = option if config.reference.path else "model.path"
     scorer = load_reference_engine(config, attention, head, ds_config, device, option)
@@ -104,9 +105,13 @@ def load_second_model(
 
 
 def load_reference_engine(
-    config: RunConfig, attention: str, head: dict, ds_config: dict, device,
+    config: RunConfig,
+    attention: str,
+    head: dict,
+    ds_config: dict,
+    device,
     option: str = "reference.path",
-):  # fmt: skip
+):
     """The reference model, without adapters: a frozen scorer, sharded at stage 3."""
     option = option if config.reference.path else "model.path"
     ds_config = reference_config(config, ds_config)

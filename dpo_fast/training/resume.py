@@ -14,9 +14,15 @@ from dpo_fast.training.run_log import RunLog
 # Of what DeepSpeed restores with its optimiser a new value would be ignored; the others would make
 # another run of it halfway.
 SAME_TRAIN = (
-    "learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2",
-    "adam_epsilon", "max_grad_norm",
-)  # fmt: skip
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_ratio",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+)
 SAME_REFERENCE = ("provider", "mixup_alpha", "sync_steps")
 
 

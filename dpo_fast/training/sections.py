@@ -152,8 +152,9 @@ class ParallelSection(BaseModel):
 
     model_config = FORBID
 
-    zero_stage: int = Field(3, ge=0, le=3, description="what is sharded: 1 optimiser, 2 + gradients, "
-                            "3 + parameters")  # fmt: skip
+    zero_stage: int = Field(
+        3, ge=0, le=3, description="what is sharded: 1 optimiser, 2 + gradients, 3 + parameters"
+    )
     offload_optimizer: bool = Field(
         False, description="optimiser states in CPU memory (stage 2, 3)"
     )

@@ -66,9 +66,13 @@ class Split:
     ) -> ScoredBatch:
         """Rows of the data, or like them, in the split's layout."""
         return collate(
-            rows, self.layout, pad_id=self.pad_id, indices=indices, columns=columns,
+            rows,
+            self.layout,
+            pad_id=self.pad_id,
+            indices=indices,
+            columns=columns,
             kind=self.pairs.kind,
-        )  # fmt: skip
+        )
 
     def mismatched(self, rows: list[int]) -> Iterator[ScoredBatch]:
         """This rank's share of a global batch in which every row has the completion of the one before it

@@ -15,14 +15,40 @@ from dpo_fast.kernels.tiles import TileConfig, describable, programs
 
 @triton.jit(do_not_specialize=["T", "V", "first_column"])
 def gradient_kernel(
-    hidden, weight, bias_ptr, targets_ptr, offset_ptr, hit_ptr, scale_ptr, out, column_sum_ptr,
-    T, V, D, stride_ht, stride_hd, stride_wv, stride_wd, stride_ot,
-    factor, cap_in, cap_out, first_column,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, HAS_FACTOR: tl.constexpr,
-    COLUMN_SUMS: tl.constexpr, EVEN_D: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    GROUP_T: tl.constexpr, FLATTEN: tl.constexpr,
-):  # fmt: skip
+    hidden,
+    weight,
+    bias_ptr,
+    targets_ptr,
+    offset_ptr,
+    hit_ptr,
+    scale_ptr,
+    out,
+    column_sum_ptr,
+    T,
+    V,
+    D,
+    stride_ht,
+    stride_hd,
+    stride_wv,
+    stride_wd,
+    stride_ot,
+    factor,
+    cap_in,
+    cap_out,
+    first_column,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    COLUMN_SUMS: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_T: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
     """g = (hit 1[v = y] - scale exp(z - offset)) slope, rounded once; hit = c, scale = c / total."""
     tiles_t, tiles_v = tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V)
     for index in tl.range(tl.program_id(0), tiles_t * tiles_v, tl.num_programs(0), flatten=FLATTEN):
@@ -32,9 +58,24 @@ def gradient_kernel(
         offs_v = first_v + tl.arange(0, BLOCK_V)
         mask_t, mask_v = rows < T, offs_v < V
         acc = product(
-            hidden, weight, first_t, first_v, T, V, D, stride_ht, stride_hd, stride_wv, stride_wd,
-            BLOCK_T, BLOCK_V, BLOCK_D, EVEN_D, TMA, PRECISION,
-        )  # fmt: skip
+            hidden,
+            weight,
+            first_t,
+            first_v,
+            T,
+            V,
+            D,
+            stride_ht,
+            stride_hd,
+            stride_wv,
+            stride_wd,
+            BLOCK_T,
+            BLOCK_V,
+            BLOCK_D,
+            EVEN_D,
+            TMA,
+            PRECISION,
+        )
         z, slope = logits(
             acc,
             bias_ptr,
@@ -66,10 +107,20 @@ def gradient_kernel(
 
 
 def gradient_tile(
-    hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_T: Tensor,
-    offset_T: Tensor, hit_T: Tensor, scale_T: Tensor, out_TV: Tensor, *, options: dict,
-    first_column: int = 0, column_sums: bool = False, config: TileConfig | None = None,
-) -> Tensor | None:  # fmt: skip
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_T: Tensor,
+    offset_T: Tensor,
+    hit_T: Tensor,
+    scale_T: Tensor,
+    out_TV: Tensor,
+    *,
+    options: dict,
+    first_column: int = 0,
+    column_sums: bool = False,
+    config: TileConfig | None = None,
+) -> Tensor | None:
     """Write dL/d(h.w + b) to `out_TV` for the rows and columns given; their column sums in fp32.
 
     g = (hit 1[v = y] - scale exp(z - offset)) slope. `weight_VD` and `bias_V` are the columns that start
@@ -82,11 +133,16 @@ def gradient_tile(
     hidden_TD, weight_VD, bias_V, g_TV = interpretable(hidden_TD, weight_VD, bias_V, out_TV)
     how = {"options": options, "first_column": first_column, "column_sums": column_sums}
     config = config or choose_tile(
-        "gradient", hidden_TD.device, hidden_TD.dtype, D, V,
-        lambda tile: gradient_tile(*given, **how, config=tile), stores=True,
+        "gradient",
+        hidden_TD.device,
+        hidden_TD.dtype,
+        D,
+        V,
+        lambda tile: gradient_tile(*given, **how, config=tile),
+        stores=True,
         rich=bias_V is not None or bool(options["softcap"]) or column_sums,
         described=describable(hidden_TD, weight_VD, g_TV),
-    )  # fmt: skip
+    )
     tiles_t = triton.cdiv(T, config.block_t)
     sums = hidden_TD.new_empty((tiles_t, V), dtype=torch.float32) if column_sums else None
     operands = arguments(hidden_TD, weight_VD, bias_V, config, stored=g_TV, **options)
@@ -94,10 +150,17 @@ def gradient_tile(
     tiles = tiles_t * triton.cdiv(V, config.block_v)
     with on_device(hidden_TD):
         gradient_kernel[(programs(config, tiles, hidden_TD.device),)](
-            targets_ptr=targets_T, offset_ptr=offset_T, hit_ptr=hit_T, scale_ptr=scale_T,
-            column_sum_ptr=sums, T=T, V=V, first_column=first_column, COLUMN_SUMS=column_sums,
+            targets_ptr=targets_T,
+            offset_ptr=offset_T,
+            hit_ptr=hit_T,
+            scale_ptr=scale_T,
+            column_sum_ptr=sums,
+            T=T,
+            V=V,
+            first_column=first_column,
+            COLUMN_SUMS=column_sums,
             **operands,
-        )  # fmt: skip
+        )
     if g_TV is not out_TV:
         out_TV.copy_(g_TV)
     return None if sums is None else sums.sum(0)

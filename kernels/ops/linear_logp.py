@@ -23,9 +23,21 @@ SUMS = {"entropy": "weighted", "log_sum_p2": "squares", "mean_logit": "logits"} 
 
 @triton.jit
 def _reduce(
-    z, e, maximum, offset, rows, mask_t, mask_v, partials_ptr, pid_v, tiles_v, T,
-    ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MEAN: tl.constexpr,
-):  # fmt: skip
+    z,
+    e,
+    maximum,
+    offset,
+    rows,
+    mask_t,
+    mask_v,
+    partials_ptr,
+    pid_v,
+    tiles_v,
+    T,
+    ENTROPY: tl.constexpr,
+    SQUARES: tl.constexpr,
+    MEAN: tl.constexpr,
+):
     """Sums of one tile's rows to partials [plane, tile of V, T]; masked columns hold z = -inf, e = 0."""
     plane = tiles_v * T.to(tl.int64)
     out_ptrs = partials_ptr + pid_v * T.to(tl.int64) + rows
@@ -43,22 +55,66 @@ def _reduce(
 
 @triton.jit
 def _rows_tile(
-    hidden, weight, bias_ptr, targets_ptr, target_ptr, partials_ptr, offset_ptr, kept, mask_t,
-    first_t, pid_v, tiles_v, T, V, D, stride_ht, stride_hd, stride_wv, stride_wd, stride_kt,
-    factor, cap_in, cap_out,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, HAS_FACTOR: tl.constexpr,
-    ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MEAN: tl.constexpr, KEEP: tl.constexpr,
-    EVEN_D: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    hidden,
+    weight,
+    bias_ptr,
+    targets_ptr,
+    target_ptr,
+    partials_ptr,
+    offset_ptr,
+    kept,
+    mask_t,
+    first_t,
+    pid_v,
+    tiles_v,
+    T,
+    V,
+    D,
+    stride_ht,
+    stride_hd,
+    stride_wv,
+    stride_wd,
+    stride_kt,
+    factor,
+    cap_in,
+    cap_out,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    SQUARES: tl.constexpr,
+    MEAN: tl.constexpr,
+    KEEP: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     first_v = pid_v * BLOCK_V
     rows = first_t + tl.arange(0, BLOCK_T)
     offs_v = first_v + tl.arange(0, BLOCK_V)
     mask_v = offs_v < V
     acc = product(
-        hidden, weight, first_t, first_v, T, V, D, stride_ht, stride_hd, stride_wv, stride_wd,
-        BLOCK_T, BLOCK_V, BLOCK_D, EVEN_D, TMA, PRECISION,
-    )  # fmt: skip
+        hidden,
+        weight,
+        first_t,
+        first_v,
+        T,
+        V,
+        D,
+        stride_ht,
+        stride_hd,
+        stride_wv,
+        stride_wd,
+        BLOCK_T,
+        BLOCK_V,
+        BLOCK_D,
+        EVEN_D,
+        TMA,
+        PRECISION,
+    )
     z, slope = logits(
         acc, bias_ptr, offs_v, mask_v, factor, cap_in, cap_out, HAS_BIAS, HAS_CAP, HAS_FACTOR, KEEP
     )
@@ -74,9 +130,21 @@ def _rows_tile(
         offset = finite(maximum)
     e = tl.exp(z - offset[:, None])
     _reduce(
-        z, e, maximum, offset, rows, mask_t, mask_v, partials_ptr, pid_v, tiles_v, T,
-        ENTROPY, SQUARES, MEAN,
-    )  # fmt: skip
+        z,
+        e,
+        maximum,
+        offset,
+        rows,
+        mask_t,
+        mask_v,
+        partials_ptr,
+        pid_v,
+        tiles_v,
+        T,
+        ENTROPY,
+        SQUARES,
+        MEAN,
+    )
     if KEEP:
         if HAS_CAP:
             e *= slope
@@ -90,15 +158,43 @@ def _rows_tile(
 
 @triton.jit(do_not_specialize=["T"])
 def rows_kernel(
-    hidden, weight, bias_ptr, targets_ptr, target_ptr, partials_ptr, offset_ptr, kept, repair_ptr,
-    T, V, D, stride_ht, stride_hd, stride_wv, stride_wd, stride_kt, factor, cap_in, cap_out,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, HAS_FACTOR: tl.constexpr,
-    ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MEAN: tl.constexpr,
-    KEEP: tl.constexpr, REPAIR: tl.constexpr,
-    EVEN_D: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    GROUP_T: tl.constexpr, FLATTEN: tl.constexpr,
-):  # fmt: skip
+    hidden,
+    weight,
+    bias_ptr,
+    targets_ptr,
+    target_ptr,
+    partials_ptr,
+    offset_ptr,
+    kept,
+    repair_ptr,
+    T,
+    V,
+    D,
+    stride_ht,
+    stride_hd,
+    stride_wv,
+    stride_wd,
+    stride_kt,
+    factor,
+    cap_in,
+    cap_out,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    SQUARES: tl.constexpr,
+    MEAN: tl.constexpr,
+    KEEP: tl.constexpr,
+    REPAIR: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_T: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
     """Sums of every row over every tile, and with KEEP E = exp(z - offset) (times the cap's slope).
 
     REPAIR does again the rows that repair_ptr[1:] names, and nothing at once if repair_ptr[0] is 0.
@@ -117,26 +213,103 @@ def rows_kernel(
             mask_t = wrong != 0
             if tl.max(wrong.to(tl.int32), axis=0) > 0:
                 _rows_tile(
-                    hidden, weight, bias_ptr, targets_ptr, target_ptr, partials_ptr, offset_ptr, kept,
-                    mask_t, first_t, pid_v, tiles_v, T, V, D, stride_ht, stride_hd, stride_wv,
-                    stride_wd, stride_kt, factor, cap_in, cap_out, HAS_BIAS, HAS_CAP, HAS_FACTOR,
-                    ENTROPY, SQUARES, MEAN, KEEP, EVEN_D, TMA, PRECISION, BLOCK_T, BLOCK_V, BLOCK_D,
-                )  # fmt: skip
+                    hidden,
+                    weight,
+                    bias_ptr,
+                    targets_ptr,
+                    target_ptr,
+                    partials_ptr,
+                    offset_ptr,
+                    kept,
+                    mask_t,
+                    first_t,
+                    pid_v,
+                    tiles_v,
+                    T,
+                    V,
+                    D,
+                    stride_ht,
+                    stride_hd,
+                    stride_wv,
+                    stride_wd,
+                    stride_kt,
+                    factor,
+                    cap_in,
+                    cap_out,
+                    HAS_BIAS,
+                    HAS_CAP,
+                    HAS_FACTOR,
+                    ENTROPY,
+                    SQUARES,
+                    MEAN,
+                    KEEP,
+                    EVEN_D,
+                    TMA,
+                    PRECISION,
+                    BLOCK_T,
+                    BLOCK_V,
+                    BLOCK_D,
+                )
         else:
             _rows_tile(
-                hidden, weight, bias_ptr, targets_ptr, target_ptr, partials_ptr, offset_ptr, kept,
-                mask_t, first_t, pid_v, tiles_v, T, V, D, stride_ht, stride_hd, stride_wv,
-                stride_wd, stride_kt, factor, cap_in, cap_out, HAS_BIAS, HAS_CAP, HAS_FACTOR,
-                ENTROPY, SQUARES, MEAN, KEEP, EVEN_D, TMA, PRECISION, BLOCK_T, BLOCK_V, BLOCK_D,
-            )  # fmt: skip
+                hidden,
+                weight,
+                bias_ptr,
+                targets_ptr,
+                target_ptr,
+                partials_ptr,
+                offset_ptr,
+                kept,
+                mask_t,
+                first_t,
+                pid_v,
+                tiles_v,
+                T,
+                V,
+                D,
+                stride_ht,
+                stride_hd,
+                stride_wv,
+                stride_wd,
+                stride_kt,
+                factor,
+                cap_in,
+                cap_out,
+                HAS_BIAS,
+                HAS_CAP,
+                HAS_FACTOR,
+                ENTROPY,
+                SQUARES,
+                MEAN,
+                KEEP,
+                EVEN_D,
+                TMA,
+                PRECISION,
+                BLOCK_T,
+                BLOCK_V,
+                BLOCK_D,
+            )
 
 
 @triton.jit(do_not_specialize=["T"])
 def merge_kernel(
-    partials_ptr, maximum_ptr, total_ptr, weighted_ptr, squares_ptr, sum_ptr, repair_ptr, T, tiles_v,
-    ENTROPY: tl.constexpr, SQUARES: tl.constexpr, MEAN: tl.constexpr,
-    KEEP: tl.constexpr, REPAIR: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
+    partials_ptr,
+    maximum_ptr,
+    total_ptr,
+    weighted_ptr,
+    squares_ptr,
+    sum_ptr,
+    repair_ptr,
+    T,
+    tiles_v,
+    ENTROPY: tl.constexpr,
+    SQUARES: tl.constexpr,
+    MEAN: tl.constexpr,
+    KEEP: tl.constexpr,
+    REPAIR: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     """Join the tiles of each row, in order. Sums are against the row's offset with KEEP (all tiles
     share it), and against the row's maximum without (each tile had its own)."""
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -203,10 +376,18 @@ class RowPass:
     """
 
     def __init__(
-        self, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_T: Tensor, *,
-        options: dict, extras: tuple[str, ...] = (), offset_T: Tensor | None = None,
-        kept_TV: Tensor | None = None, config: TileConfig | None = None,
-    ):  # fmt: skip
+        self,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_T: Tensor,
+        *,
+        options: dict,
+        extras: tuple[str, ...] = (),
+        offset_T: Tensor | None = None,
+        kept_TV: Tensor | None = None,
+        config: TileConfig | None = None,
+    ):
         check(hidden_TD, weight_VD, bias_V, targets_T)
         self.offset, self.kept = offset_T, kept_TV
         self.hidden, self.weight, self.bias, self.store = interpretable(
@@ -218,14 +399,27 @@ class RowPass:
         rich = bias_V is not None or bool(options["softcap"]) or not {*names} <= {"weighted"}
         stored = () if kept_TV is None else (self.store,)
         self.config = config or choose_tile(
-            "rows", hidden_TD.device, self.hidden.dtype, D, V,
+            "rows",
+            hidden_TD.device,
+            self.hidden.dtype,
+            D,
+            V,
             lambda tile: RowPass(
-                hidden_TD, weight_VD, bias_V, targets_T, options=options, extras=extras,
-                offset_T=offset_T, kept_TV=kept_TV, config=tile,
+                hidden_TD,
+                weight_VD,
+                bias_V,
+                targets_T,
+                options=options,
+                extras=extras,
+                offset_T=offset_T,
+                kept_TV=kept_TV,
+                config=tile,
             ),
-            stores=bool(stored), entropy="weighted" in names, rich=rich,
+            stores=bool(stored),
+            entropy="weighted" in names,
+            rich=rich,
             described=describable(self.hidden, self.weight, *stored),
-        )  # fmt: skip
+        )
         new = lambda *shape: hidden_TD.new_empty(shape, dtype=torch.float32)  # noqa: E731
         self.sums = {name: new(T) for name in ("maximum", "total", *names)}
         self.sums["target"] = hidden_TD.new_zeros(T, dtype=torch.float32)
@@ -256,14 +450,24 @@ class RowPass:
         operands["kept"], operands["stride_kt"] = operands.pop("stored"), operands.pop("stride_st")
         with on_device(self.hidden):
             rows_kernel[(programs(config, tiles, self.hidden.device),)](
-                targets_ptr=self.targets, target_ptr=self.sums["target"], offset_ptr=self.offset,
-                V=V, **operands, **shared,
-            )  # fmt: skip
+                targets_ptr=self.targets,
+                target_ptr=self.sums["target"],
+                offset_ptr=self.offset,
+                V=V,
+                **operands,
+                **shared,
+            )
             merge_kernel[(triton.cdiv(T, MERGE_TOKENS),)](
-                maximum_ptr=self.sums["maximum"], total_ptr=self.sums["total"],
-                weighted_ptr=self.sums.get("weighted"), squares_ptr=self.sums.get("squares"),
-                sum_ptr=self.sums.get("logits"), tiles_v=self.tiles_v, BLOCK_T=MERGE_TOKENS,
-                BLOCK_S=MERGE_TILES, num_warps=4, **shared,
-            )  # fmt: skip
+                maximum_ptr=self.sums["maximum"],
+                total_ptr=self.sums["total"],
+                weighted_ptr=self.sums.get("weighted"),
+                squares_ptr=self.sums.get("squares"),
+                sum_ptr=self.sums.get("logits"),
+                tiles_v=self.tiles_v,
+                BLOCK_T=MERGE_TOKENS,
+                BLOCK_S=MERGE_TILES,
+                num_warps=4,
+                **shared,
+            )
         if self.store is not self.kept:
             self.kept.copy_(self.store)

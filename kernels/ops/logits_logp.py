@@ -19,9 +19,16 @@ NUM_WARPS = 8
 
 @triton.jit
 def forward_kernel(
-    logits_ptr, targets_ptr, logp_ptr, lse_ptr, V, stride_t, stride_v, inverse_temperature,
+    logits_ptr,
+    targets_ptr,
+    logp_ptr,
+    lse_ptr,
+    V,
+    stride_t,
+    stride_v,
+    inverse_temperature,
     BLOCK_V: tl.constexpr,
-):  # fmt: skip
+):
     """One row: online maximum and sum over blocks of the vocabulary."""
     pid_t = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + pid_t * stride_t
@@ -46,9 +53,18 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    logits_ptr, targets_ptr, lse_ptr, grad_ptr, out_ptr, V, stride_t, stride_v, stride_ot,
-    inverse_temperature, BLOCK_V: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,
+    targets_ptr,
+    lse_ptr,
+    grad_ptr,
+    out_ptr,
+    V,
+    stride_t,
+    stride_v,
+    stride_ot,
+    inverse_temperature,
+    BLOCK_V: tl.constexpr,
+):
     """c (1[v = y] - exp(z - lse)) / temperature for one block of one row."""
     pid_t = tl.program_id(0).to(tl.int64)
     offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -86,18 +102,28 @@ def forward(logits_TV: Tensor, targets_T: Tensor, temperature: float) -> tuple[T
     if T:
         with on_device(logits_TV):
             forward_kernel[(T,)](
-                logits_ptr=logits_TV, targets_ptr=targets_T, logp_ptr=logp_T, lse_ptr=lse_T, V=V,
-                stride_t=logits_TV.stride(0), stride_v=logits_TV.stride(1),
-                inverse_temperature=1 / temperature, BLOCK_V=_block(logits_TV),
+                logits_ptr=logits_TV,
+                targets_ptr=targets_T,
+                logp_ptr=logp_T,
+                lse_ptr=lse_T,
+                V=V,
+                stride_t=logits_TV.stride(0),
+                stride_v=logits_TV.stride(1),
+                inverse_temperature=1 / temperature,
+                BLOCK_V=_block(logits_TV),
                 num_warps=NUM_WARPS,
-            )  # fmt: skip
+            )
     return logp_T, lse_T
 
 
 def backward(
-    grad_T: Tensor, logits_TV: Tensor, targets_T: Tensor, lse_T: Tensor, temperature: float,
+    grad_T: Tensor,
+    logits_TV: Tensor,
+    targets_T: Tensor,
+    lse_T: Tensor,
+    temperature: float,
     out_TV: Tensor,
-) -> None:  # fmt: skip
+) -> None:
     """Write dL/dlogits to `out_TV`, whose columns are contiguous. `grad_T`: contiguous fp32."""
     _check(logits_TV, targets_T)
     T, V = logits_TV.shape
@@ -106,10 +132,18 @@ def backward(
         (g_TV,) = interpretable(out_TV)
         with on_device(logits_TV):
             backward_kernel[(T, triton.cdiv(V, block))](
-                logits_ptr=logits_TV, targets_ptr=targets_T, lse_ptr=lse_T, grad_ptr=grad_T,
-                out_ptr=g_TV, V=V, stride_t=logits_TV.stride(0), stride_v=logits_TV.stride(1),
-                stride_ot=g_TV.stride(0), inverse_temperature=1 / temperature, BLOCK_V=block,
+                logits_ptr=logits_TV,
+                targets_ptr=targets_T,
+                lse_ptr=lse_T,
+                grad_ptr=grad_T,
+                out_ptr=g_TV,
+                V=V,
+                stride_t=logits_TV.stride(0),
+                stride_v=logits_TV.stride(1),
+                stride_ot=g_TV.stride(0),
+                inverse_temperature=1 / temperature,
+                BLOCK_V=block,
                 num_warps=NUM_WARPS,
-            )  # fmt: skip
+            )
         if g_TV is not out_TV:
             out_TV.copy_(g_TV)

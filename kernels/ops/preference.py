@@ -93,9 +93,18 @@ def _loss(NAME: tl.constexpr, lw, ll, a, b, nw, nl, beta, eps, LENGTH_AVERAGE: t
 
 @triton.jit
 def _weighted(
-    LOSSES: tl.constexpr, coefficients, lw, ll, a, b, nw, nl, beta, eps,
+    LOSSES: tl.constexpr,
+    coefficients,
+    lw,
+    ll,
+    a,
+    b,
+    nw,
+    nl,
+    beta,
+    eps,
     LENGTH_AVERAGE: tl.constexpr,
-):  # fmt: skip
+):
     """The sum of coefficient times loss, and its slopes by lw and by ll."""
     loss = tl.zeros((), tl.float64)
     slope_w, slope_l = loss, loss
@@ -133,11 +142,24 @@ def _fill(ptr, count, value, BLOCK: tl.constexpr):
 
 @triton.jit
 def preference_kernel(
-    logp_ptr, lengths_ptr, reference_ptr, logps_ptr, rewards_ptr, slopes_ptr, losses_ptr, loss_ptr,
-    arrivals_ptr, stride_t, beta, eps, coefficients,
-    LOSSES: tl.constexpr, LENGTH_AVERAGE: tl.constexpr, HAS_REFERENCE: tl.constexpr,
+    logp_ptr,
+    lengths_ptr,
+    reference_ptr,
+    logps_ptr,
+    rewards_ptr,
+    slopes_ptr,
+    losses_ptr,
+    loss_ptr,
+    arrivals_ptr,
+    stride_t,
+    beta,
+    eps,
+    coefficients,
+    LOSSES: tl.constexpr,
+    LENGTH_AVERAGE: tl.constexpr,
+    HAS_REFERENCE: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """One pair. Whichever program arrives last adds up the losses of all, in their order."""
     pid_p = tl.program_id(0).to(tl.int64)
     chosen, rejected = 2 * pid_p, 2 * pid_p + 1
@@ -158,9 +180,18 @@ def preference_kernel(
     tl.store(rewards_ptr + chosen, (beta * a).to(tl.float32))
     tl.store(rewards_ptr + rejected, (beta * b).to(tl.float32))
     loss, slope_w, slope_l = _weighted(
-        LOSSES, coefficients, lw, ll, a, b, count_w.to(tl.float64), count_l.to(tl.float64),
-        beta, eps, LENGTH_AVERAGE,
-    )  # fmt: skip
+        LOSSES,
+        coefficients,
+        lw,
+        ll,
+        a,
+        b,
+        count_w.to(tl.float64),
+        count_l.to(tl.float64),
+        beta,
+        eps,
+        LENGTH_AVERAGE,
+    )
     _fill(slopes_ptr + first_w, count_w, slope_w, BLOCK)
     _fill(slopes_ptr + first_l, count_l, slope_l, BLOCK)
     tl.store(losses_ptr + pid_p, loss)
@@ -171,9 +202,12 @@ def preference_kernel(
 
 
 def _check(
-    logp_T: Tensor, lengths_S: Tensor, reference_S: Tensor | None,
-    losses: tuple[str, ...], coefficients: tuple[float, ...],
-) -> None:  # fmt: skip
+    logp_T: Tensor,
+    lengths_S: Tensor,
+    reference_S: Tensor | None,
+    losses: tuple[str, ...],
+    coefficients: tuple[float, ...],
+) -> None:
     if logp_T.dim() != 1 or lengths_S.dim() != 1 or len(lengths_S) % 2:
         raise ValueError(f"logp {tuple(logp_T.shape)}, lengths {tuple(lengths_S.shape)}")
     if logp_T.dtype != torch.float32 or lengths_S.dtype != torch.int64:
@@ -187,10 +221,16 @@ def _check(
 
 
 def preference(
-    logp_T: Tensor, lengths_S: Tensor, reference_S: Tensor | None,
-    losses: tuple[str, ...], coefficients: tuple[float, ...], *,
-    beta: float, label_smoothing: float, length_average: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    logp_T: Tensor,
+    lengths_S: Tensor,
+    reference_S: Tensor | None,
+    losses: tuple[str, ...],
+    coefficients: tuple[float, ...],
+    *,
+    beta: float,
+    label_smoothing: float,
+    length_average: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """fp32: the loss [], sums of the sequences [S], beta times their log-ratios [S], dloss/dlogp [T].
 
     The loss is the sum over pairs and k of coefficients[k] * losses[k]. Lengths, int64, add up to T:
@@ -203,12 +243,23 @@ def preference(
         return loss.zero_(), logps_S, rewards_S, slopes_T
     with on_device(logp_T):
         preference_kernel[(P,)](
-            logp_ptr=logp_T, lengths_ptr=lengths_S, reference_ptr=reference_S, logps_ptr=logps_S,
-            rewards_ptr=rewards_S, slopes_ptr=slopes_T, losses_ptr=new(P, dtype=torch.float64),
-            loss_ptr=loss, arrivals_ptr=lengths_S.new_zeros((), dtype=torch.int32),
-            stride_t=logp_T.stride(0), beta=float(beta), eps=float(label_smoothing),
-            coefficients=tuple(map(float, coefficients)), LOSSES=tuple(losses),
-            LENGTH_AVERAGE=length_average, HAS_REFERENCE=reference_S is not None,
-            BLOCK=BLOCK if logp_T.is_cuda else INTERPRETER_BLOCK, num_warps=NUM_WARPS,
-        )  # fmt: skip
+            logp_ptr=logp_T,
+            lengths_ptr=lengths_S,
+            reference_ptr=reference_S,
+            logps_ptr=logps_S,
+            rewards_ptr=rewards_S,
+            slopes_ptr=slopes_T,
+            losses_ptr=new(P, dtype=torch.float64),
+            loss_ptr=loss,
+            arrivals_ptr=lengths_S.new_zeros((), dtype=torch.int32),
+            stride_t=logp_T.stride(0),
+            beta=float(beta),
+            eps=float(label_smoothing),
+            coefficients=tuple(map(float, coefficients)),
+            LOSSES=tuple(losses),
+            LENGTH_AVERAGE=length_average,
+            HAS_REFERENCE=reference_S is not None,
+            BLOCK=BLOCK if logp_T.is_cuda else INTERPRETER_BLOCK,
+            num_warps=NUM_WARPS,
+        )
     return loss, logps_S, rewards_S, slopes_T

@@ -22,11 +22,24 @@ def tile_of(index, tiles_t, tiles_v, GROUP_T: tl.constexpr):
 
 @triton.jit
 def product(
-    hidden, weight, first_t, first_v, T, V, D,
-    stride_ht, stride_hd, stride_wv, stride_wd,
-    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    EVEN_D: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    hidden,
+    weight,
+    first_t,
+    first_v,
+    T,
+    V,
+    D,
+    stride_ht,
+    stride_hd,
+    stride_wv,
+    stride_wd,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """h W^T of one tile in fp32. `hidden` and `weight` are descriptors with TMA, pointers without.
 
     Past the ends a descriptor gives zeros; a pointer reads the last row again, so that the hot loads
@@ -61,9 +74,18 @@ def product(
 
 @triton.jit
 def logits(
-    acc, bias_ptr, offs_v, mask_v, factor, cap_in, cap_out, HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr, HAS_FACTOR: tl.constexpr, WITH_SLOPE: tl.constexpr,
-):  # fmt: skip
+    acc,
+    bias_ptr,
+    offs_v,
+    mask_v,
+    factor,
+    cap_in,
+    cap_out,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    WITH_SLOPE: tl.constexpr,
+):
     """Logits and the cap's slope. z = factor (acc + b), or cap_out tanh(cap_in (acc + b))."""
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)[None, :]
@@ -104,31 +126,47 @@ def check(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_T
 
 
 def arguments(
-    hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, config: TileConfig, *,
-    stored: Tensor | None, logit_scale: float, softcap: float | None, temperature: float,
-) -> dict:  # fmt: skip
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    config: TileConfig,
+    *,
+    stored: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+) -> dict:
     """Keyword arguments that both product kernels take; `stored` is the [T, V] tensor they write."""
     block_t, block_v, block_d = config.block_t, config.block_v, config.block_d
     return {
         "hidden": _operand(hidden_TD, (block_t, block_d), config.tma),
         "weight": _operand(weight_VD, (block_v, block_d), config.tma),
         "stored": None if stored is None else _operand(stored, (block_t, block_v), config.tma),
-        "bias_ptr": bias_V, "D": hidden_TD.shape[1],
-        "stride_ht": hidden_TD.stride(0), "stride_hd": hidden_TD.stride(1),
-        "stride_wv": weight_VD.stride(0), "stride_wd": weight_VD.stride(1),
+        "bias_ptr": bias_V,
+        "D": hidden_TD.shape[1],
+        "stride_ht": hidden_TD.stride(0),
+        "stride_hd": hidden_TD.stride(1),
+        "stride_wv": weight_VD.stride(0),
+        "stride_wd": weight_VD.stride(1),
         "stride_st": None if stored is None else stored.stride(0),
         "factor": logit_scale / temperature,
         "cap_in": logit_scale / softcap if softcap else 0.0,
         "cap_out": softcap / temperature if softcap else 0.0,
-        "HAS_BIAS": bias_V is not None, "HAS_CAP": bool(softcap),
+        "HAS_BIAS": bias_V is not None,
+        "HAS_CAP": bool(softcap),
         "HAS_FACTOR": logit_scale != temperature,
-        "EVEN_D": config.tma or hidden_TD.shape[1] % block_d == 0, "TMA": config.tma,
+        "EVEN_D": config.tma or hidden_TD.shape[1] % block_d == 0,
+        "TMA": config.tma,
         "PRECISION": "ieee" if hidden_TD.dtype == torch.float32 else "tf32",
-        "BLOCK_T": block_t, "BLOCK_V": block_v, "BLOCK_D": block_d, "GROUP_T": config.group_t,
+        "BLOCK_T": block_t,
+        "BLOCK_V": block_v,
+        "BLOCK_D": block_d,
+        "GROUP_T": config.group_t,
         # One loop over tiles and D, so that a tile's first loads start during the last epilogue.
         "FLATTEN": config.tma and config.per_sm > 0,
-        "num_warps": config.num_warps, "num_stages": config.num_stages,
-    }  # fmt: skip
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
 
 
 def _operand(tensor: Tensor, block: tuple[int, int], tma: bool):

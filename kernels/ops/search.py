@@ -26,9 +26,14 @@ VARIABLE = "DPO_FAST_TILE_SEARCH"
 
 
 def choose_tile(
-    kernel: str, device: torch.device, dtype: torch.dtype, D: int, V: int,
-    run: Callable[[TileConfig], object], **flags: bool,
-) -> TileConfig:  # fmt: skip
+    kernel: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    D: int,
+    V: int,
+    run: Callable[[TileConfig], object],
+    **flags: bool,
+) -> TileConfig:
     """`config_for` these flags, or with the search on the fastest tile for this key. `run` launches."""
     default = config_for(arch_of(device), dtype, D, V, **flags)
     path = os.environ.get(VARIABLE)

@@ -14,9 +14,20 @@ BLOCK_T, BLOCK_D = 16, 128
 
 @triton.jit(do_not_specialize=["T"])
 def target_product_kernel(
-    hidden_ptr, weight_ptr, targets_ptr, out_ptr, T, V, D, stride_ht, stride_hd, stride_wv, stride_wd,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    hidden_ptr,
+    weight_ptr,
+    targets_ptr,
+    out_ptr,
+    T,
+    V,
+    D,
+    stride_ht,
+    stride_hd,
+    stride_wv,
+    stride_wd,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     targets = tl.load(targets_ptr + rows, mask=rows < T, other=-1)
     mask_t = (targets >= 0) & (targets < V)
@@ -40,9 +51,19 @@ def target_product(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> T
     if T:
         with on_device(hidden_TD):
             target_product_kernel[(triton.cdiv(T, BLOCK_T),)](
-                hidden_ptr=hidden_TD, weight_ptr=weight_VD, targets_ptr=targets_T, out_ptr=out_T,
-                T=T, V=V, D=D, stride_ht=hidden_TD.stride(0), stride_hd=hidden_TD.stride(1),
-                stride_wv=weight_VD.stride(0), stride_wd=weight_VD.stride(1),
-                BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, num_warps=4,
-            )  # fmt: skip
+                hidden_ptr=hidden_TD,
+                weight_ptr=weight_VD,
+                targets_ptr=targets_T,
+                out_ptr=out_T,
+                T=T,
+                V=V,
+                D=D,
+                stride_ht=hidden_TD.stride(0),
+                stride_hd=hidden_TD.stride(1),
+                stride_wv=weight_VD.stride(0),
+                stride_wd=weight_VD.stride(1),
+                BLOCK_T=BLOCK_T,
+                BLOCK_D=BLOCK_D,
+                num_warps=4,
+            )
     return out_T

@@ -93,9 +93,16 @@ def bins(D: int, V: int) -> tuple[str, str]:
 
 
 def config_for(
-    arch: str, dtype: torch.dtype, D: int, V: int, *, stores: bool = False, entropy: bool = False,
-    rich: bool = False, described: bool = True,
-) -> TileConfig:  # fmt: skip
+    arch: str,
+    dtype: torch.dtype,
+    D: int,
+    V: int,
+    *,
+    stores: bool = False,
+    entropy: bool = False,
+    rich: bool = False,
+    described: bool = True,
+) -> TileConfig:
     """The shipped configuration. `arch`: "sm_90" or the like, or "interpreter".
 
     stores, entropy: what the kernel writes beside row sums; rich: it has a bias, a soft cap, or

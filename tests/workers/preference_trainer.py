@@ -19,23 +19,35 @@ def main() -> None:
     case = json.loads((folder / "case.json").read_text())
     world = int(os.environ["WORLD_SIZE"])
     zero = {
-        "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto", "zero_optimization": {"stage": case["stage"]},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": {"stage": case["stage"]},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
-    }  # fmt: skip
+    }
     args = TrainingArguments(
-        output_dir=str(folder / "run"), use_cpu=True, report_to="none", disable_tqdm=True,
-        logging_steps=1, save_strategy="no", max_steps=2, num_train_epochs=2,
-        lr_scheduler_type="constant", learning_rate=1e-3, train_sampling_strategy="sequential",
-        per_device_train_batch_size=4 // world, gradient_accumulation_steps=2,
+        output_dir=str(folder / "run"),
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        logging_steps=1,
+        save_strategy="no",
+        max_steps=2,
+        num_train_epochs=2,
+        lr_scheduler_type="constant",
+        learning_rate=1e-3,
+        train_sampling_strategy="sequential",
+        per_device_train_batch_size=4 // world,
+        gradient_accumulation_steps=2,
         deepspeed=zero if case["stage"] else None,
-    )  # fmt: skip
+    )
     trainer = PreferenceTrainer(
-        AutoModelForCausalLM.from_pretrained(case["model"]), args,
+        AutoModelForCausalLM.from_pretrained(case["model"]),
+        args,
         objective=Objective(("sigmoid", "sft"), (1.0, 0.5), LossOptions(beta=0.3)),
         reference=AutoModelForCausalLM.from_pretrained(case["reference"]),
         train_dataset=case["rows"][:8],
-    )  # fmt: skip
+    )
     trainer.train()
     if args.process_index == 0:
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -42,17 +42,28 @@ def main():
     rank = dist.get_rank()
     mine = slice(0, SPLIT) if rank == 0 else slice(SPLIT, V)
     cases = itertools.product(
-        ("torch", "triton"), (torch.float32, torch.bfloat16), (False, True), (False, True),
-        (0, 1 << 20), (None, 6.0),
-    )  # fmt: skip
+        ("torch", "triton"),
+        (torch.float32, torch.bfloat16),
+        (False, True),
+        (False, True),
+        (0, 1 << 20),
+        (None, 6.0),
+    )
     for implementation, dtype, peak, frozen, budget, softcap in cases:
         hidden, weight, bias, targets = make(dtype, peak)
         shard = VocabShard.of(weight[mine])
         assert (shard.first, shard.vocab, shard.largest) == (mine.start, V, SPLIT)
         got = run(
-            hidden, weight[mine], bias[mine], targets, frozen=frozen, shard=shard, softcap=softcap,
-            implementation=implementation, workspace_bytes=budget,
-        )  # fmt: skip
+            hidden,
+            weight[mine],
+            bias[mine],
+            targets,
+            frozen=frozen,
+            shard=shard,
+            softcap=softcap,
+            implementation=implementation,
+            workspace_bytes=budget,
+        )
         double = [x.double() for x in (hidden, weight, bias)]
         function = eager.linear_logp
         truth = run(*double, targets, frozen=frozen, softcap=softcap, function=function)
