@@ -44,7 +44,7 @@ ARCHITECTURES = {
     "granite, logits scaling": ("GraniteConfig", {"logits_scaling": 3.0}),
     "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4}),
 }  # fmt: skip
-GROUPS = [
+TREES = [
     ([1, 5, 6, 7, 33, 21, 7], [[8, 9, 2], [10, 2], [2]]),
     ([1, 90], [[11, 2], [12, 13, 14, 15, 44, 2]]),
     ([4, 4, 3], [[2], [9, 9, 9, 9, 9, 2], [9, 9, 5], [50, 51, 2]]),
@@ -66,10 +66,10 @@ def make(name: str, attention: str = "eager", **sizes):
     return model.eval()
 
 
-def alone(model, groups=GROUPS) -> torch.Tensor:
+def alone(model, trees=TREES) -> torch.Tensor:
     """Log-probs of every completion token by the model's own logits, one sequence at a time, [T]."""
     scores = []
-    for prompt, completions in groups:
+    for prompt, completions in trees:
         for completion in completions:
             ids = torch.tensor([prompt + completion])
             logp = model(ids, use_cache=False).logits[0].log_softmax(-1)

@@ -100,8 +100,8 @@ def run_tree(folder: Path, **train) -> dict:
     """A configuration as a tree, for the model and pairs that stand in `folder`."""
     defaults = {
         "output_dir": str(folder / "run"),
-        "global_pairs": 8,
-        "micro_pairs": 4,
+        "global_batch_size": 8,
+        "micro_batch_size": 4,
         "learning_rate": 1e-3,
         "warmup_ratio": 0.0,
     }

@@ -1,4 +1,4 @@
-"""Rows of groups against every sequence alone, for architectures that attend in different ways."""
+"""Rows of trees against every sequence alone, for architectures that attend in different ways."""
 
 import dataclasses
 
@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 transformers = pytest.importorskip("transformers")
 
-from dpo_fast.data.layouts import collate_groups
+from dpo_fast.data.layouts import collate_trees
 from dpo_fast.errors import UserError
 from dpo_fast.models import ScoringModel
 from dpo_fast.models.attention import BACKENDS, NAMES, varlen
 from dpo_fast.models.plan import AttentionPlan
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.models.separation import check_separation
-from tests.architectures import ARCHITECTURES, GROUPS, alone, make, slopes
+from tests.architectures import ARCHITECTURES, TREES, alone, make, slopes
 
 PACKED = ("packed", "shared_prefix")
 
@@ -41,7 +41,7 @@ def test_rows_of_groups_score_like_every_sequence_alone(name):
     model.set_attn_implementation(NAMES["sdpa"])
     scoring = ScoringModel(model)
     for layout in PACKED:
-        scores = scoring(**forward_arguments(collate_groups(GROUPS, layout)))["logp"]
+        scores = scoring(**forward_arguments(collate_trees(TREES, layout)))["logp"]
         assert_same(scores, slopes(scores, parameters), expected, true_gradients)
 
 
@@ -54,7 +54,7 @@ def test_the_same_under_gradient_checkpointing(name):
     model.set_attn_implementation(NAMES["sdpa"])
     scoring = ScoringModel(model).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    scores = scoring(**forward_arguments(collate_groups(GROUPS, "shared_prefix")))["logp"]
+    scores = scoring(**forward_arguments(collate_trees(TREES, "shared_prefix")))["logp"]
     assert_same(scores, slopes(scores, parameters), expected, true_gradients)
 
 
@@ -78,7 +78,7 @@ def test_the_same_with_adapters(checkpointing):
     if checkpointing:
         scoring.train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    batch = forward_arguments(collate_groups(GROUPS, "shared_prefix"))
+    batch = forward_arguments(collate_trees(TREES, "shared_prefix"))
     scores = scoring(**batch)["logp"]
     assert_same(scores, slopes(scores, adapters), expected, true_gradients)
     with torch.no_grad(), scoring.adapter_off():
@@ -94,15 +94,15 @@ def test_flex_attention_scores_the_same(name):
         expected = alone(model)
         model.set_attn_implementation(NAMES["flex_attention"])
         for layout in PACKED:
-            scores = ScoringModel(model)(**forward_arguments(collate_groups(GROUPS, layout)))
+            scores = ScoringModel(model)(**forward_arguments(collate_trees(TREES, layout)))
             torch.testing.assert_close(scores["logp"], expected, rtol=1e-5, atol=1e-5)
 
 
-def visible(groups) -> torch.Tensor:
+def visible(trees) -> torch.Tensor:
     """Bool [N, N] of who sees whom, from the definition, token by token."""
     owner = [
         (group, branch, position)
-        for group, (trunk, *branches) in enumerate(groups)
+        for group, (trunk, *branches) in enumerate(trees)
         for branch, size in enumerate([trunk, *branches])
         for position in range(size)
     ]
@@ -121,10 +121,10 @@ GROUP = st.tuples(st.integers(1, 5), st.lists(st.integers(0, 4), max_size=4)).ma
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(GROUP, min_size=1, max_size=4), st.sampled_from([None, 1, 2, 3, 7]))
-def test_every_form_of_the_plan_says_the_same(groups, window):
+def test_every_form_of_the_plan_says_the_same(trees, window):
     """Segments with their masks, gathered keys, and tags, against the definition."""
-    plan = AttentionPlan(tuple(groups), torch.device("cpu"))
-    expected = visible(groups)
+    plan = AttentionPlan(tuple(trees), torch.device("cpu"))
+    expected = visible(trees)
     size = len(expected)
     group, branch, position = plan.tags
     behind = position[:, None] - position
@@ -168,12 +168,12 @@ def test_the_varlen_arguments_give_what_sdpa_gives(window):
         return torch.cat(outputs)
 
     torch.manual_seed(0)
-    groups = ((3, 2, 1), (1, 0, 4, 2), (5,))
-    rows = sum(map(sum, groups))
+    trees = ((3, 2, 1), (1, 0, 4, 2), (5,))
+    rows = sum(map(sum, trees))
     query, key, value = (torch.randn(1, heads, rows, 8) for heads in (4, 2, 2))
     value = value[..., :6]
     options = {"scale": 0.3, "window": window, "softcap": None, "sinks": None}
-    plan = AttentionPlan(groups, torch.device("cpu"))
+    plan = AttentionPlan(trees, torch.device("cpu"))
     expected = BACKENDS["sdpa"](plan, query, key, value, **options)
     got = varlen(kernel, plan, query, key, value, **options)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
@@ -190,9 +190,9 @@ def test_on_a_gpu_every_backend_scores_like_sdpa(backend):
     if refusal:
         pytest.skip(refusal)
     torch.manual_seed(0)
-    groups = ((70, 30, 1, 200), (1, 0, 400), (129, 64))
-    plan = AttentionPlan(groups, device)
-    rows = sum(map(sum, groups))
+    trees = ((70, 30, 1, 200), (1, 0, 400), (129, 64))
+    plan = AttentionPlan(trees, device)
+    rows = sum(map(sum, trees))
     for window in (None, 50):
         options = {"scale": 0.1, "window": window, "softcap": None, "sinks": None}
         leaves = [
@@ -210,12 +210,12 @@ def test_on_a_gpu_every_backend_scores_like_sdpa(backend):
 def test_sequences_in_a_row_do_not_see_each_other():
     """Other tokens in one branch leave the scores of all others bitwise alone."""
     scoring = ScoringModel(make("llama", NAMES["sdpa"]))
-    other = [(prompt, [list(c) for c in completions]) for prompt, completions in GROUPS]
+    other = [(prompt, [list(c) for c in completions]) for prompt, completions in TREES]
     other[0][1][0] = [50, 51, 2]
     for layout in PACKED:
         a, b = (
-            scoring(**forward_arguments(collate_groups(groups, layout)))["logp"]
-            for groups in (GROUPS, other)
+            scoring(**forward_arguments(collate_trees(trees, layout)))["logp"]
+            for trees in (TREES, other)
         )
         assert torch.equal(a[3:], b[3:])
         assert not torch.allclose(a[:3], b[:3], atol=1e-3)
@@ -277,6 +277,6 @@ def test_kernels_refuse_what_they_do_not_know():
 
 def test_the_batch_without_groups_has_no_plan():
     """Padded batches go by the mask; the plan is for rows."""
-    batch = collate_groups(GROUPS, "padded")
-    assert batch.groups is None
+    batch = collate_trees(TREES, "padded")
+    assert batch.trees is None
     assert dataclasses.asdict(batch)["attention_mask"].sum() == batch.tokens - len(batch.lengths_S)

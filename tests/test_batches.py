@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dpo_fast.data.layouts import LAYOUTS, collate, collate_groups
+from dpo_fast.data.layouts import LAYOUTS, collate, collate_trees
 from dpo_fast.data.sampler import Sampler
 from dpo_fast.ops.preference import sum_sequences
 
@@ -28,7 +28,7 @@ def test_padded():
     assert batch.targets_T.tolist() == [20, 21, 2, 30, 2, 2, 31, 32, 33, 2]
     assert batch.lengths_S.tolist() == [3, 2, 1, 4]
     assert batch.indices_P.tolist() == [7, 3]
-    assert (batch.tokens, batch.pairs, batch.chosen_tokens) == (16, 2, 4)
+    assert (batch.tokens, batch.num_examples, batch.chosen_tokens) == (16, 2, 4)
     assert batch.padding_fraction == 4 / 16
 
 
@@ -36,7 +36,7 @@ def test_packed():
     batch = collate(PAIRS, "packed")
     assert batch.input_ids.tolist() == [[10, 11, 20, 21, 10, 11, 30, 12, 12, 31, 32, 33]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 0, 1, 2, 3]]
-    assert batch.groups == ((2, 2), (2, 1), (1, 0), (1, 3))
+    assert batch.spans == ((2, 2), (2, 1), (1, 0), (1, 3))
     assert batch.attention_mask is None
     assert batch.rows_T.tolist() == [1, 2, 3, 5, 6, 7, 8, 9, 10, 11]
     assert batch.targets_T.tolist() == [20, 21, 2, 30, 2, 2, 31, 32, 33, 2]
@@ -47,24 +47,24 @@ def test_shared_prefix():
     batch = collate(PAIRS, "shared_prefix", indices=[7, 3])
     assert batch.input_ids.tolist() == [[10, 11, 20, 21, 30, 12, 31, 32, 33]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2, 0, 1, 2, 3]]
-    assert batch.groups == ((2, 2, 1), (1, 0, 3))
+    assert batch.spans == ((2, 2, 1), (1, 0, 3))
     # The prompt's last row (1 and 5) predicts the first token of both answers.
     assert batch.rows_T.tolist() == [1, 2, 3, 1, 4, 5, 5, 6, 7, 8]
     assert batch.targets_T.tolist() == [20, 21, 2, 30, 2, 2, 31, 32, 33, 2]
     assert batch.lengths_S.tolist() == [3, 2, 1, 4]
-    assert (batch.tokens, batch.pairs, batch.padding_fraction) == (16, 2, 0)
+    assert (batch.tokens, batch.num_examples, batch.padding_fraction) == (16, 2, 0)
 
 
 def test_any_number_of_completions():
-    groups = [([5, 6], [[1, 2], [3], [4, 4, 2]]), ([7], [[2]])]
-    batch = collate_groups(groups, "shared_prefix")
+    trees = [([5, 6], [[1, 2], [3], [4, 4, 2]]), ([7], [[2]])]
+    batch = collate_trees(trees, "shared_prefix")
     assert batch.input_ids.tolist() == [[5, 6, 1, 4, 4, 7]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 2, 3, 0]]
-    assert batch.groups == ((2, 1, 0, 2), (1, 0))
+    assert batch.spans == ((2, 1, 0, 2), (1, 0))
     assert batch.rows_T.tolist() == [1, 2, 1, 1, 3, 4, 5]
     assert batch.lengths_S.tolist() == [2, 1, 3, 1]
     for layout in LAYOUTS:
-        other = collate_groups(groups, layout)
+        other = collate_trees(trees, layout)
         assert torch.equal(other.targets_T, batch.targets_T)
         assert other.tokens == batch.tokens == 4 + 3 + 5 + 2
         rows = other.input_ids.flatten()[other.rows_T]
@@ -75,7 +75,7 @@ def test_any_number_of_completions():
 def test_nothing_is_one_token_and_nothing_scored(layout):
     batch = collate([], layout, pad_id=5)
     assert batch.input_ids.tolist() == [[5]]
-    assert (batch.pairs, batch.tokens, len(batch.rows_T)) == (0, 0, 0)
+    assert (batch.num_examples, batch.tokens, len(batch.rows_T)) == (0, 0, 0)
     assert batch.padding_fraction == 1
 
 
@@ -99,8 +99,10 @@ def test_sums_of_sequences_are_precise_and_differentiable():
 
 @pytest.mark.parametrize(("micro", "world"), [(1, 1), (2, 1), (4, 2), (1, 8), (3, 2)])
 def test_ranks_and_micro_batches_partition_the_global_batch(micro, world):
-    sampler = Sampler(size=21, global_pairs=8, micro_pairs=micro, world_size=world, seed=3)
-    alone = Sampler(size=21, global_pairs=8, micro_pairs=8, seed=3)
+    sampler = Sampler(
+        size=21, global_batch_size=8, micro_batch_size=micro, world_size=world, seed=3
+    )
+    alone = Sampler(size=21, global_batch_size=8, micro_batch_size=8, seed=3)
     for step in range(6):  # two epochs, whose last batches have 5 pairs
         shares = [sampler.micro_batches(step, rank) for rank in range(world)]
         assert {len(share) for share in shares} == {sampler.accumulation}

@@ -26,15 +26,15 @@ def lay_out(rows, layout, **options):
 
 def test_each_group_has_its_prompt_once():
     batch = lay_out(ROWS[:2], "shared_prefix", indices=[30, 10], columns=["weight"])
-    assert batch.groups == ((3, 1, 0, 2), (2, 0, 1))
+    assert batch.spans == ((3, 1, 0, 2), (2, 0, 1))
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 7, 8, 1, 9, 11]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 3, 4, 0, 1, 2]]
     assert batch.targets_T.tolist() == [4, 5, 6, 7, 8, 9, 10, 11, 12]
     assert batch.rows_T.tolist() == [2, 3, 2, 2, 4, 5, 7, 7, 8]
     assert batch.columns["weight"].tolist() == [1, 2]
-    assert (batch.pairs, batch.tokens, batch.good_S) == (2, 3 * 3 + 6 + 2 * 2 + 3, None)
+    assert (batch.num_examples, batch.tokens, batch.desirable_S) == (2, 3 * 3 + 6 + 2 * 2 + 3, None)
     # Groups of one prompt stay two: what is compared does not depend on what else is in the batch.
-    assert len(lay_out([ROWS[0], ROWS[2]], "shared_prefix").groups) == 2
+    assert len(lay_out([ROWS[0], ROWS[2]], "shared_prefix").spans) == 2
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -49,7 +49,11 @@ def test_layouts_agree_on_what_is_scored(layout):
     before = batch.input_ids.flatten()[batch.rows_T].tolist()
     assert before == [3, 4, 3, 3, 7, 8, 9, 9, 11, 3, 3, 3, 15, 3]  # the token before each target
     empty = lay_out([], layout, columns=["weight"])
-    assert (empty.pairs, empty.input_ids.shape, len(empty.columns["weight"])) == (0, (1, 1), 0)
+    assert (empty.num_examples, empty.input_ids.shape, len(empty.columns["weight"])) == (
+        0,
+        (1, 1),
+        0,
+    )
     assert (empty.scores_S.shape, empty.scores_S.dtype) == ((0,), torch.float32)
     assert (empty.counts_P.shape, empty.counts_P.dtype) == ((0,), torch.int64)
     with pytest.raises(ValueError, match="group of completions with scores has an empty complet"):

@@ -70,7 +70,9 @@ def test_losses_agree_and_the_row_has_its_evidence(small):
         assert abs(row["last_loss"] - math.log(2)) > 2e-3  # else equal losses would say nothing
         assert row["loss_err"] < 1e-4
         assert 0 < row["s_p20"] <= row["s_p50"] <= row["s_p80"] and row["rounds"] == 2
-        assert row["pairs_per_s"] == pytest.approx(row["global_pairs"] / row["s_p50"], rel=1e-4)
+        assert row["pairs_per_s"] == pytest.approx(
+            row["global_batch_size"] / row["s_p50"], rel=1e-4
+        )
         assert (
             row["torch"] == torch.__version__ and row["commit"] and row["date"] and row["deepspeed"]
         )
@@ -92,7 +94,7 @@ def test_everybody_sees_the_same_tokens(small):
     rows, done, _ = small
     by_name = {row["impl"]: row for row in rows}
     packed = by_name["dpo_fast packed, cached"]
-    sequences = 2 * packed["global_pairs"]
+    sequences = 2 * packed["global_batch_size"]
     assert packed["data_tokens"] - sequences <= packed["computed_tokens"] <= packed["data_tokens"]
     assert by_name["dpo_fast padded, cached"]["computed_tokens"] > 1.2 * packed["data_tokens"]
     if HAS_TRL:

@@ -59,9 +59,9 @@ def test_columns_reach_the_loss():
     batch = collate(ROWS, "padded", columns=NAMES)
     compared = loss_pass.reference(ColumnReference(), batch)
     assert compared["reference_S"].tolist() == [-4, -3, -6, -9]
-    scores = loss_pass.scores(model, batch)
-    result = loss_pass.loss(scores, compared, batch, Totals(2, 5, 4))
-    sums = [x.sum() for x in scores["logp"].detach().double().split([3, 2, 2, 3])]
+    token_outputs = loss_pass.token_outputs(model, batch)
+    result = loss_pass.loss(token_outputs, compared, batch, Totals(2, 5, 4))
+    sums = [x.sum() for x in token_outputs["logp"].detach().double().split([3, 2, 2, 3])]
     expected = 0.0
     for index, pair in enumerate(ROWS):
         lw, ll = sums[2 * index : 2 * index + 2]
@@ -80,10 +80,10 @@ def test_columns_of_completions_reach_the_loss(layout):
     batch = collate(SINGLES, layout, columns=("weight", *SINGLE_SUMS), kind=COMPLETIONS)
     compared = loss_pass.reference(ColumnReference(COMPLETIONS), batch)
     assert compared["reference_S"].tolist() == [-4, -3, -9]  # those of one prompt come together
-    scores = loss_pass.scores(model, batch)
-    result = loss_pass.loss(scores, compared, batch, Totals(0, 0, 3))
+    token_outputs = loss_pass.token_outputs(model, batch)
+    result = loss_pass.loss(token_outputs, compared, batch, Totals(0, 0, 3))
     expected = 0.0
-    sums = [x.sum() for x in scores["logp"].detach().double().split([3, 2, 2])]
+    sums = [x.sum() for x in token_outputs["logp"].detach().double().split([3, 2, 2])]
     for logp, row in zip(sums, [SINGLES[0], SINGLES[2], SINGLES[1]], strict=True):
         reward = 0.4 * (logp - row["reference_completion_logps"])
         value = torch.sigmoid(-reward if row["label"] else reward)
@@ -113,9 +113,9 @@ def test_a_live_reference_gives_tokens_where_options_want_them():
     torch.testing.assert_close(
         compared["reference_S"], plain.reference(FrozenReference(other), batch)["reference_S"]
     )
-    scores = clamped.scores(policy, batch)
-    result = clamped.loss(scores, compared, batch, Totals(2, 5, 4))
-    gap = (scores["logp"] - compared["reference_T"]).clamp(-0.05, 0.05).detach()
+    token_outputs = clamped.token_outputs(policy, batch)
+    result = clamped.loss(token_outputs, compared, batch, Totals(2, 5, 4))
+    gap = (token_outputs["logp"] - compared["reference_T"]).clamp(-0.05, 0.05).detach()
     a, b, c, d = (x.sum() for x in gap.split([3, 2, 2, 3]))
     x = 0.3 * torch.stack([a - b, c - d])
     expected = -torch.nn.functional.logsigmoid(x).mean()

@@ -1,4 +1,4 @@
-"""load_pairs: contents, cache, splits, reports, and a real data set."""
+"""load_examples: contents, cache, splits, reports, and a real data set."""
 
 import gzip
 import io
@@ -14,7 +14,7 @@ from rich.console import Console
 
 from dpo_fast.data.cache import publish, tokenizer_hash
 from dpo_fast.data.config import DataConfig
-from dpo_fast.data.dataset import load_pairs
+from dpo_fast.data.dataset import load_examples
 from dpo_fast.data.preview import render_examples
 from dpo_fast.data.report import DataReport
 from dpo_fast.errors import UserError
@@ -44,7 +44,7 @@ def load(tmp_path):
             write(path, rows)
         defaults = {"train": str(path), "cache_dir": str(tmp_path / "cache")}
         config = DataConfig(**(defaults | options))
-        return load_pairs(config, tokenizer or byte_tokenizer(), split=split, eos_ids=eos_ids)
+        return load_examples(config, tokenizer or byte_tokenizer(), split=split, eos_ids=eos_ids)
 
     run.cache = tmp_path / "cache"
     return run
@@ -119,7 +119,7 @@ def test_bad_rows_are_skipped_and_counted(load, tmp_path):
     with open(tmp_path / "pairs.jsonl", "a") as file:
         file.write("{broken\n")
     report = load(on_bad_row="skip").report
-    assert (report.rows_read, report.pairs_kept) == (6, 2)
+    assert (report.rows_read, report.examples_kept) == (6, 2)
     assert report.bad.counts == {
         "empty chosen": 1,
         "empty rejected": 1,
@@ -147,7 +147,7 @@ def test_drops_and_cuts_are_counted(load):
     # Pair 2 has 11 + 6 and 11 + 5 tokens: answers are cut to 12 - 8, or not at all for 12 - 4.
     for reserve, cut in ((8, 2), (4, 0)):
         report = load(rows, max_length=12, max_prompt_length=reserve).report
-        assert (report.prompts_cut, report.answers_cut, report.pairs_kept) == (1, cut, 3)
+        assert (report.prompts_cut, report.answers_cut, report.examples_kept) == (1, cut, 3)
     report = load(rows, max_length=5, max_prompt_length=1).report
     assert report.dropped.counts == {"the answers are the same once cut": 1}
 
@@ -236,10 +236,10 @@ def test_publishing_twice_keeps_the_first(tmp_path):
 PREPARE = """
 import sys
 from dpo_fast.data.config import DataConfig
-from dpo_fast.data.dataset import load_pairs
+from dpo_fast.data.dataset import load_examples
 from tests.tiny import byte_tokenizer
 config = DataConfig(train=sys.argv[1], cache_dir=sys.argv[2])
-print(load_pairs(config, byte_tokenizer(), split="train").fingerprint)
+print(load_examples(config, byte_tokenizer(), split="train").fingerprint)
 """
 
 
@@ -386,6 +386,6 @@ def test_hh_sample(load):
     report = load(train=str(HH), on_bad_row="skip", tokenizer=byte_tokenizer(bos=True)).report
     found = {int(where.rsplit(":", 1)[1]): text.split(":")[0] for where, text in report.bad_rows}
     assert found == expected
-    assert (report.rows_read, report.pairs_kept, report.dropped.total) == (1500, 1495, 0)
+    assert (report.rows_read, report.examples_kept, report.dropped.total) == (1500, 1495, 0)
     with pytest.raises(UserError, match=r"hh_harmless_1500.jsonl.gz:87: empty chosen"):
         load(train=str(HH))

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from dpo_fast.data.config import DataConfig
-from dpo_fast.data.dataset import GroupDataset, load_pairs
+from dpo_fast.data.dataset import GroupDataset, load_examples
 from dpo_fast.data.kinds import GROUPS, PAIRS
 from dpo_fast.data.lengths import RowLengths
 from dpo_fast.data.preview import render_examples, render_report
 from dpo_fast.data.report import DataReport
 from dpo_fast.data.rows import CompletionRow, GroupRow, PairRow, ignored_columns, parse_row
-from dpo_fast.data.stream import PairStream
+from dpo_fast.data.stream import ExampleStream
 from dpo_fast.data.tokenise import RowTokeniser
 from dpo_fast.data.verdicts import BadRow, Dropped
 from dpo_fast.errors import UserError
@@ -41,14 +41,14 @@ def tokenise(tokenizer, completions, prompt="ab", **options):
 
 @pytest.fixture
 def load(tmp_path):
-    def run(rows, tokenizer=None, split="train", make=load_pairs, **options):
+    def run(rows, tokenizer=None, split="train", make=load_examples, **options):
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(each) + "\n" for each in rows))
         config = DataConfig(
             **({"train": str(path), "cache_dir": str(tmp_path / "cache")} | options)
         )
-        if make is PairStream:
-            return PairStream(config, tokenizer or byte_tokenizer(bos=True))
+        if make is ExampleStream:
+            return ExampleStream(config, tokenizer or byte_tokenizer(bos=True))
         return make(config, tokenizer or byte_tokenizer(bos=True), split=split)
 
     return run
@@ -269,7 +269,7 @@ def test_held_out_groups_keep_their_scores(load, rows):
 
 def test_the_report(load, rows):
     report = load(rows).report
-    assert (report.kind, report.pairs_kept, report.answers, report.even) == ("groups", 9, 31, 1)
+    assert (report.kind, report.examples_kept, report.answers, report.even) == ("groups", 9, 31, 1)
     assert report.kept == "9 groups kept of 31 completions"
     assert report.notes() == [
         "9 of 9 prompts did not have their BOS token; it was put first",
@@ -300,14 +300,14 @@ def test_bad_and_dropped_groups_are_counted(load, rows):
     assert any("scores[2]' is not a number: got 'b'" in message for _, message in report.bad_rows)
     assert report.dropped.counts == {"the answers are the same tokens": 1}
     kept = rows[:1] + rows[5:]
-    assert (report.pairs_kept, report.answers) == (5, sum(len(row["scores"]) for row in kept))
+    assert (report.examples_kept, report.answers) == (5, sum(len(row["scores"]) for row in kept))
 
 
 def test_kinds_do_not_mix(load):
     with pytest.raises(UserError, match="rows.jsonl:2 is a pair and .*rows.jsonl:1 is a group of"):
         load([TEXT, PAIR])
     with pytest.raises(UserError, match="rows.jsonl:2 is a group of completions with scores and"):
-        load([SINGLE, TEXT], make=PairStream).read()
+        load([SINGLE, TEXT], make=ExampleStream).read()
     for name, kind in (("groups", GROUPS), ("pairs", PAIRS)):
         kept = load([TEXT, PAIR], format=name, on_bad_row="skip")
         assert (len(kept), kept.report.bad.total, kept.kind) == (1, 1, kind)
@@ -316,7 +316,7 @@ def test_kinds_do_not_mix(load):
 def test_a_stream_reads_the_same(load, rows):
     rows = [row | {"weight": 1.0} for row in rows]
     stored = load(rows)
-    stream = load(rows, make=PairStream, streaming=True, stream_buffer=4)
+    stream = load(rows, make=ExampleStream, streaming=True, stream_buffer=4)
     chunks = [stream.read() for _ in range(3)]
     assert [(chunk.kind, len(chunk)) for chunk in chunks] == [(GROUPS, 4), (GROUPS, 4), (GROUPS, 1)]
     assert sum(map(everything, chunks), []) == everything(stored)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dpo_fast.data.config import DataConfig
-from dpo_fast.data.dataset import CompletionDataset, load_pairs
+from dpo_fast.data.dataset import CompletionDataset, load_examples
 from dpo_fast.data.kinds import COMPLETIONS, PAIRS
 from dpo_fast.data.layouts import LAYOUTS, collate
 from dpo_fast.data.lengths import RowLengths
@@ -17,7 +17,7 @@ from dpo_fast.data.packing import row_costs
 from dpo_fast.data.preview import render_examples, render_report
 from dpo_fast.data.report import DataReport
 from dpo_fast.data.rows import CompletionRow, PairRow, ignored_columns, parse_row
-from dpo_fast.data.stream import PairStream
+from dpo_fast.data.stream import ExampleStream
 from dpo_fast.data.verdicts import BadRow
 from dpo_fast.errors import UserError
 from dpo_fast.losses.spec import LOSSES
@@ -44,14 +44,14 @@ def row(index, **more):
 
 @pytest.fixture
 def load(tmp_path):
-    def run(rows, tokenizer=None, split="train", make=load_pairs, **options):
+    def run(rows, tokenizer=None, split="train", make=load_examples, **options):
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(each) + "\n" for each in rows))
         config = DataConfig(
             **({"train": str(path), "cache_dir": str(tmp_path / "cache")} | options)
         )
-        if make is PairStream:
-            return PairStream(config, tokenizer or byte_tokenizer(bos=True))
+        if make is ExampleStream:
+            return ExampleStream(config, tokenizer or byte_tokenizer(bos=True))
         return make(config, tokenizer or byte_tokenizer(bos=True), split=split)
 
     return run
@@ -137,7 +137,11 @@ def test_what_is_stored(load):
         "prompt": [4, 4, 4],
         "completion": [9, 9, 9],
     }
-    assert (data.report.kind, data.report.pairs_kept, data.report.good) == ("completions", 3, 2)
+    assert (data.report.kind, data.report.examples_kept, data.report.desirable) == (
+        "completions",
+        3,
+        2,
+    )
     assert data.report.tokens == {
         "prompt": 12,
         "completion": 27,
@@ -195,7 +199,7 @@ def test_pairs_and_completions_do_not_mix(load):
     ):
         load([row(0), PAIR])
     with pytest.raises(UserError, match="rows.jsonl:2 is a completion with a label and .*a pair"):
-        load([PAIR, row(0)], make=PairStream).read()
+        load([PAIR, row(0)], make=ExampleStream).read()
     skipped = load([row(0), PAIR], format="unpaired", on_bad_row="skip")
     assert (len(skipped), skipped.report.bad.total, skipped.kind) == (1, 1, COMPLETIONS)
     skipped = load([row(0), PAIR], format="pairs", on_bad_row="skip")
@@ -219,16 +223,16 @@ def test_the_cache_and_workers_and_held_out_rows(load, tmp_path):
 def test_a_stream_reads_the_same(load):
     rows = [row(index, weight=1.0) for index in range(7)]
     stored = load(rows)
-    stream = load(rows, make=PairStream, streaming=True, stream_buffer=4)
+    stream = load(rows, make=ExampleStream, streaming=True, stream_buffer=4)
     chunks = [stream.read(), stream.read()]
     assert [chunk.kind for chunk in chunks] == [COMPLETIONS] * 2
     assert [chunk[i] for chunk in chunks for i in range(len(chunk))] == [
         stored[i] for i in range(7)
     ]
     assert np.concatenate([c.labels for c in chunks]).tolist() == stored.labels.tolist()
-    assert chunks[1].report.good == stored.report.good
+    assert chunks[1].report.desirable == stored.report.desirable
     assert chunks[0].lengths.answers_A.tolist() == stored.lengths.answers_A[:4].tolist()
-    uneven = load([row(0, weight=1.0), row(1)], make=PairStream)
+    uneven = load([row(0, weight=1.0), row(1)], make=ExampleStream)
     with pytest.raises(UserError, match="rows.jsonl:2: no 'weight', which rows before it have"):
         uneven.read()
 
@@ -240,8 +244,8 @@ def test_the_preview_shows_good_and_bad(load):
     render_report(data.report, console)
     render_examples(data, byte_tokenizer(bos=True), console, n=2)
     text = console.export_text()
-    assert "3 rows read, 3 completions kept (2 good, 1 bad), 0 bad, 0 dropped" in text
-    assert "completion 0 " in text and "bad      ⟦a⟧⟦n⟧" in text and "good     ⟦a⟧" in text
+    assert "3 rows read, 3 completions kept (2 desirable, 1 undesirable), 0 bad, 0 dropped" in text
+    assert "completion 0 " in text and "undesirable ⟦a⟧⟦n⟧" in text and "desirable ⟦a⟧" in text
 
 
 # Batches
@@ -259,24 +263,24 @@ def lay_out(rows, layout, **options):
 
 def test_completions_of_one_prompt_share_it():
     batch = lay_out(ROWS, "shared_prefix", indices=[30, 10, 20], columns=["weight"])
-    assert batch.groups == ((3, 1, 2), (2, 0))
+    assert batch.spans == ((3, 1, 2), (2, 0))
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 7, 8, 1, 9]]
     assert batch.targets_T.tolist() == [4, 5, 7, 8, 9, 6]
     assert batch.rows_T.tolist() == [2, 3, 2, 4, 5, 7]
     # What belongs to a row goes with it.
     assert batch.indices_P.tolist() == [30, 20, 10]
     assert batch.lengths_S.tolist() == [2, 3, 1]
-    assert batch.good_S.tolist() == [True, True, False]
+    assert batch.desirable_S.tolist() == [True, True, False]
     assert batch.columns["weight"].tolist() == [1, 3, 2]
-    assert (batch.pairs, batch.tokens) == (3, 14)
+    assert (batch.num_examples, batch.tokens) == (3, 14)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_agree_on_what_is_scored(layout):
     batch, truth = lay_out(ROWS, layout, indices=[5, 6, 7]), lay_out(ROWS, "padded")
-    for name in ("targets_T", "lengths_S", "good_S"):
+    for name in ("targets_T", "lengths_S", "desirable_S"):
         assert torch.equal(getattr(batch, name), getattr(truth, name)), name
-    assert batch.good_S.tolist() == [True, True, False]
+    assert batch.desirable_S.tolist() == [True, True, False]
     assert batch.indices_P.tolist() == [5, 7, 6]
     ids = batch.input_ids.flatten()[batch.rows_T].tolist()
     assert ids == [3, 4, 3, 7, 8, 9]  # the token before each target
@@ -284,7 +288,11 @@ def test_layouts_agree_on_what_is_scored(layout):
     assert costs.of([0, 1, 2]) >= batch.input_ids.numel()
     assert costs.of([1]) == lay_out(ROWS[1:2], layout).input_ids.numel()
     empty = lay_out([], layout, columns=["weight"])
-    assert (empty.pairs, empty.good_S.shape, empty.good_S.dtype) == (0, (0,), torch.bool)
+    assert (empty.num_examples, empty.desirable_S.shape, empty.desirable_S.dtype) == (
+        0,
+        (0,),
+        torch.bool,
+    )
     with pytest.raises(ValueError, match="completion with a label has an empty completion_ids"):
         lay_out([ROWS[0] | {"completion_ids": []}], layout)
 

@@ -105,7 +105,7 @@ def test_everything_it_names_exists(result):
 def test_metrics_are_those_of_the_run(result):
     lines = (result["folder"] / "dpo/metrics.jsonl").read_text().splitlines()
     evaluations = [line for line in map(json.loads, lines) if "eval_loss" in line]
-    steps = QUICK.train_questions // QUICK.pairs_per_step
+    steps = QUICK.train_questions // QUICK.examples_per_step
     assert [evaluations[0]["step"], evaluations[-1]["step"]] == [0, steps]
     for index, when in ((0, "before"), (-1, "after")):
         expected = evaluations[index]["eval_rewards/accuracies"]

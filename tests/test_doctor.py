@@ -86,7 +86,7 @@ def test_defaults_are_told_from_options(folder):
     )
     assert found["head's schedule"][0].startswith("keep: 3.00 products, 1016 tokens kept")
     tree = run_tree(folder)
-    del tree["train"]["micro_pairs"]
+    del tree["train"]["micro_batch_size"]
     found = {row.what: row[1:] for row in rows(look(build_config(tree, "tree")))}
     assert found["micro-batch"][:2] == ("4 pairs", "default")
 
@@ -96,7 +96,7 @@ def test_how_many_completions_a_group_has_is_not_known(folder):
     assert pairs == f"{2 * 4 * 127} scored tokens in a micro-batch, at most"
     groups = table(folder, loss={"type": "grpo"})["head's schedule"][2]
     assert groups == f"{8 * 4 * 127} scored tokens in a micro-batch, if groups have 8 completions"
-    budget = {"micro_pairs": None, "tokens_per_batch": 512}
+    budget = {"micro_batch_size": None, "tokens_per_batch": 512}
     found = table(folder, loss={"type": "grpo"}, train=budget)["head's schedule"][2]
     assert found == "512 scored tokens in a micro-batch, at most"
 
@@ -165,7 +165,7 @@ def test_a_second_model_with_too_small_a_vocabulary(folder, tmp_path, loss, opti
 
 MISTAKES = [
     "model.path=./no-such",
-    "train.global_pairs=7",
+    "train.global_batch_size=7",
     "model.attention=flash_attention_2",
     "model.checkpoint_layers=3",
     "model.torch_compile=true",

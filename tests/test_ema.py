@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ema")
     write_model(folder / "model")
     write_pairs(folder / "pairs.jsonl", 20)
-    base = run_tree(folder, max_steps=6, micro_pairs=2)
+    base = run_tree(folder, max_steps=6, micro_batch_size=2)
     whole, shards = {"zero_stage": 0}, {"zero_stage": 3}
     saving = {"save_steps": 3}
     run_all(

@@ -209,7 +209,7 @@ def folder(tmp_path_factory):
 def case(folder: Path, loss: dict, **changes) -> dict:
     stage = changes.pop("stage", 0)
     model = changes.pop("model", "model")
-    tree = run_tree(folder, global_pairs=GLOBAL, max_steps=1, **changes)
+    tree = run_tree(folder, global_batch_size=GLOBAL, max_steps=1, **changes)
     tree["model"]["path"] = str(folder / model)
     tree["loss"] = loss
     tree["parallel"] = {"zero_stage": stage}
@@ -262,7 +262,7 @@ def test_the_split_does_not_matter(folder, ranks):
             folder,
             loss,
             stage=stage,
-            micro_pairs=micro,
+            micro_batch_size=micro,
             layout=layout,
             implementation=implementation,
         )
@@ -280,7 +280,7 @@ def test_the_split_does_not_matter_where_rows_meet(folder):
     splits = [(0, 1, "padded"), (2, 4, "packed"), (3, 2, "shared_prefix")]
     cases = {
         f"zero {stage}, micro {micro}": case(
-            folder, loss, stage=stage, micro_pairs=micro, layout=layout
+            folder, loss, stage=stage, micro_batch_size=micro, layout=layout
         )
         for stage, micro, layout in splits
     }

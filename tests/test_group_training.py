@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("deepspeed")
 
-from dpo_fast.data.dataset import load_pairs
+from dpo_fast.data.dataset import load_examples
 from dpo_fast.data.sampler import Sampler
 from dpo_fast.errors import UserError
 from dpo_fast.losses import LOSSES, Preference, Totals
@@ -54,7 +54,9 @@ def folder(tmp_path_factory):
 
 def tree_of(folder: Path, loss: dict, **changes) -> dict:
     sections = {name: changes.pop(name, {}) for name in ("model", "data", "parallel", "reference")}
-    tree = run_tree(folder, global_pairs=GLOBAL, seed=SEED, **({"micro_pairs": 3} | changes))
+    tree = run_tree(
+        folder, global_batch_size=GLOBAL, seed=SEED, **({"micro_batch_size": 3} | changes)
+    )
     tree["data"]["train"] = str(folder / "groups.jsonl")
     tree["loss"] = loss
     for name, options in sections.items():
@@ -190,7 +192,7 @@ def test_the_split_does_not_matter(folder):
     ):
         cases = {}
         for stage, micro, layout, reference in splits:
-            tree = step_case(folder, loss, stage, micro_pairs=micro, layout=layout)
+            tree = step_case(folder, loss, stage, micro_batch_size=micro, layout=layout)
             tree["reference"] |= reference
             cases[f"{ranks} ranks, zero {stage}, micro {micro}, {layout}"] = tree
         for name, result in run_cases(folder, cases, ranks).items():
@@ -214,7 +216,7 @@ def runs(folder):
     trees = {
         "ranked": tree("ranked", {"type": "plackett_luce", "beta": 0.3}, data={"eval_rows": 4}),
         "scored": tree("scored", grpo, data={"eval_rows": 4}, save_steps=3, reference=tokens),
-        "free": tree("free", {"type": "dapo"}, micro_pairs=None, tokens_per_batch=400),
+        "free": tree("free", {"type": "dapo"}, micro_batch_size=None, tokens_per_batch=400),
         "lora": tree(
             "lora",
             grpo,
@@ -293,7 +295,7 @@ def test_the_first_loss_of_a_ranking_is_known(folder, runs):
     import math
 
     tree = tree_of(folder, {"type": "plackett_luce"}, data={"eval_rows": 4})
-    rows = load_pairs(build_config(tree, "t").data, byte_tokenizer(bos=True), split="train")
+    rows = load_examples(build_config(tree, "t").data, byte_tokenizer(bos=True), split="train")
     batch = Sampler(len(rows), GLOBAL, 3, seed=SEED).global_batch(0)
     total = sum(
         math.log(1 + sum(other < score for other in rows[row]["scores"]))
@@ -377,7 +379,9 @@ def config(folder: Path, loss: dict, **changes):
 
 def split_of(run):
     tokenizer = byte_tokenizer(bos=True)
-    return make_split(run, tokenizer, "train", load_pairs(run.data, tokenizer, split="train"), True)
+    return make_split(
+        run, tokenizer, "train", load_examples(run.data, tokenizer, split="train"), True
+    )
 
 
 def test_data_and_losses_go_together(folder):
@@ -422,7 +426,7 @@ REFUSED = {
         {
             "data": {"streaming": True},
             "max_steps": 3,
-            "micro_pairs": None,
+            "micro_batch_size": None,
             "tokens_per_batch": 4000,
             "reference": {"provider": "frozen"},
         },
@@ -449,7 +453,7 @@ def test_totals_and_metrics_of_one_batch(folder):
     assert split.totals([1, 2]) == Totals(
         2, 0, len(lengths.answers_A), int(lengths.answers_A.sum())
     )
-    rows = [split.pairs[ROWS - 1], split.pairs[0]]  # the scores of the first are all one
+    rows = [split.examples[ROWS - 1], split.examples[0]]  # the scores of the first are all one
     batch = split.collate(rows, [0, 1])
     sums, zeros = MetricSums(torch.device("cpu")), torch.zeros(len(batch.lengths_S))
     rewards = batch.scores_S.clone()

@@ -285,11 +285,11 @@ def cases(folder: Path) -> dict[str, dict]:
     }
     trees = {}
     for name, (parallel, reference, model, layout) in sections.items():
-        tree = run_tree(folder, layout=layout, global_pairs=4, micro_pairs=2)
+        tree = run_tree(folder, layout=layout, global_batch_size=4, micro_batch_size=2)
         tree["model"] |= model
         if name.startswith("few"):  # the interpreter is slow
             tree["data"]["train"] = str(folder / "few.jsonl")
-            tree["train"] |= {"global_pairs": 2, "micro_pairs": 1}
+            tree["train"] |= {"global_batch_size": 2, "micro_batch_size": 1}
         trees[name] = tree | {"parallel": parallel, "reference": reference}
     return trees
 

@@ -209,12 +209,12 @@ def test_unpaired_completions_and_pairs_give_the_same(name):
     statistics = {"kl": torch.tensor(0.4), "delta": torch.tensor(-0.2)}
     objective = Objective((name,), (1.0,), LossOptions(token_clamp=0.5, desirable_weight=1.5))
     given = {"objective": objective, "totals": TOTALS, "statistics": statistics}
-    good_S = torch.tensor([True, False] * PAIRS)
+    desirable_S = torch.tensor([True, False] * PAIRS)
     pairs = preference(**make_tokens(), **given)
-    apart = preference(**make_tokens(), **given, good_S=good_S)
+    apart = preference(**make_tokens(), **given, desirable_S=desirable_S)
     assert pairs.loss.item() == pytest.approx(apart.loss.item(), rel=1e-6)
     assert torch.equal(pairs.rewards_S, apart.rewards_S)
-    flipped = preference(**make_tokens(), **given, good_S=~good_S)
+    flipped = preference(**make_tokens(), **given, desirable_S=~desirable_S)
     assert flipped.loss.item() != pytest.approx(apart.loss.item(), rel=1e-3)
 
 
@@ -234,10 +234,10 @@ def test_tokens_that_an_option_needs(options, missing, message):
 
 
 def test_pairs_that_a_loss_needs():
-    good_S = torch.tensor([True, False] * PAIRS)
+    desirable_S = torch.tensor([True, False] * PAIRS)
     with pytest.raises(ValueError, match=r"\['sigmoid'\] compare the answers of pairs"):
         objective = Objective(("kto", "sigmoid"), (1.0, 1.0))
-        preference(**make_tokens(), objective=objective, totals=TOTALS, good_S=good_S)
+        preference(**make_tokens(), objective=objective, totals=TOTALS, desirable_S=desirable_S)
 
 
 # The objective: mixtures, and shares of a global batch.

@@ -133,7 +133,7 @@ def ours(tokens: Tokens, losses, weights=None, good=None, statistics=None, **opt
         TOTALS,
         reference_T=tokens.reference[order][tokens.mask[order]],
         log_sum_p2_T=tokens.log_sum_p2[order][tokens.mask[order]],
-        good_S=good,
+        desirable_S=good,
         statistics=statistics,
         implementation="torch",
     )

@@ -5,7 +5,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from dpo_fast.data.layouts import collate, collate_groups
+from dpo_fast.data.layouts import collate, collate_trees
 from dpo_fast.errors import UserError
 from dpo_fast.models import (
     Architecture,
@@ -18,7 +18,7 @@ from dpo_fast.models import (
 from dpo_fast.models.attention import NAMES
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.scoring import forward_arguments
-from tests.architectures import ARCHITECTURES, GROUPS, alone, make, slopes
+from tests.architectures import ARCHITECTURES, TREES, alone, make, slopes
 
 PAIRS = [
     {"prompt_ids": [1, 5, 6, 7], "chosen_ids": [8, 9, 2], "rejected_ids": [10, 2]},
@@ -36,7 +36,7 @@ def test_padded_scores_are_those_of_the_models_own_logits(name):
     parameters = list(model.parameters())
     expected = alone(model)
     gradients = slopes(expected, parameters)
-    scores = ScoringModel(model)(**forward_arguments(collate_groups(GROUPS, "padded")))["logp"]
+    scores = ScoringModel(model)(**forward_arguments(collate_trees(TREES, "padded")))["logp"]
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=2e-5)
     for a, b in zip(gradients, slopes(scores, parameters)):
         assert (a is None) == (b is None)

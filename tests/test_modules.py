@@ -265,7 +265,7 @@ def test_unpaired(name):
         weight,
         labels,
         bias,
-        good=good,
+        desirable=good,
         statistics=statistics,
         columns={"weight": weights},
         **reference,
@@ -404,7 +404,7 @@ def test_options_that_cannot_be_honoured(make_module, message):
         ({"columns": {"margin": torch.zeros(6)}}, "vectors of one length"),
         ({"columns": {"soft_label": torch.zeros(3)}}, "do not use the columns"),
         ({"statistics": {"kl": torch.zeros(())}}, "do not use the statistics"),
-        ({"good": torch.ones(6, dtype=torch.bool)}, "compare the answers of pairs"),
+        ({"desirable": torch.ones(6, dtype=torch.bool)}, "compare the answers of pairs"),
         ({"lengths": torch.full((6,), 7)}, "one of them, belong to packed labels"),
         ({"sequence_ids": torch.arange(42) // 7}, "one of them, belong to packed labels"),
         ({"mask": torch.ones(6, 7)}, r"mask is torch.float32 \(6, 7\); expected torch.bool"),
@@ -433,7 +433,7 @@ def test_sums_that_do_not_fit():
         PreferenceLoss("sft")(chosen, rejected)
     with pytest.raises(ValueError, match="need the columns"):
         PreferenceLoss("soft")(chosen, rejected, *reference)
-    with pytest.raises(ValueError, match="good is torch.float32"):
+    with pytest.raises(ValueError, match="desirable is torch.float32"):
         UnpairedPreferenceLoss()(chosen, rejected, reference[0])
 
 

@@ -94,8 +94,8 @@ def test_modules_name_what_they_cannot_do():
         module(hidden, weight, labels, scores=scores, counts=counts)
     with pytest.raises(ValueError, match=r"old_logps is \(11,\)"):
         module(hidden, weight, labels, scores=scores, counts=counts, old_logps=scores)
-    with pytest.raises(ValueError, match="give good, or scores and counts, not both"):
-        module(hidden, weight, labels, scores=scores, counts=counts, good=scores > 0)
+    with pytest.raises(ValueError, match="give desirable, or scores and counts, not both"):
+        module(hidden, weight, labels, scores=scores, counts=counts, desirable=scores > 0)
     with pytest.raises(ValueError, match="need groups: scores and counts"):
         module(hidden[:10], weight, labels[:10])
     with pytest.raises(ValueError, match="'plackett_luce',. do not use old_logps; leave them out"):

@@ -45,7 +45,7 @@ def small_parts(monkeypatch):
 
 
 def tree(folder: Path, output: str, **sections) -> dict:
-    tree = run_tree(folder, micro_pairs=2, layout="packed")
+    tree = run_tree(folder, micro_batch_size=2, layout="packed")
     tree["data"]["eval_rows"] = EVAL
     tree["train"]["output_dir"] = str(folder / output)
     for section, options in sections.items():
@@ -96,7 +96,7 @@ def whole(folder):
         patch.setattr(writing, "ROWS_PER_PART", PART)
         here = Here(tree(folder, "whole", reference={"per_token": True}))
         stored = here.compute()
-    assert [len(result.split.pairs) for result in stored] == [PAIRS - EVAL, EVAL]
+    assert [len(result.split.examples) for result in stored] == [PAIRS - EVAL, EVAL]
     return rows(folder / "whole")
 
 
@@ -104,8 +104,8 @@ def test_values_are_those_that_the_policy_would_give(folder, whole):
     here = Here(tree(folder, "whole", reference={"per_token": True}))
     references = here.read()
     for split in here.splits:
-        for row in range(len(split.pairs)):
-            batch = collate([split.pairs[row]], "packed", indices=[row])
+        for row in range(len(split.examples)):
+            batch = collate([split.examples[row]], "packed", indices=[row])
             alone = FrozenReference(here.scorer)(batch)
             reference = references[split.name]
             torch.testing.assert_close(reference(batch), alone, rtol=1e-5, atol=1e-5)
@@ -171,7 +171,7 @@ def test_a_signal_in_the_last_batch_is_not_lost(folder):
 
 
 def test_batches_are_filled_where_tokens_decide(folder, whole):
-    options = {"micro_pairs": None, "tokens_per_batch": 600}
+    options = {"micro_batch_size": None, "tokens_per_batch": 600}
     here = Here(tree(folder, "tokens", train=options))
     here.compute()
     assert here.scored == 4 + 1  # a part in one batch

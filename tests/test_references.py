@@ -42,7 +42,7 @@ def small_parts(monkeypatch):
 
 
 def dataset(rows) -> PairDataset:
-    """Some of PAIRS in some order, as `load_pairs` gives them."""
+    """Some of PAIRS in some order, as `load_examples` gives them."""
     pairs = [PAIRS[row] for row in rows]
     digests = [hashlib.sha256(repr(pair).encode()).digest() for pair in pairs]
     wheres = [f"pairs.jsonl:{row + 1}" for row in rows]
@@ -63,7 +63,7 @@ def scorer(targets_T, **arguments):
 
 
 def table_of(wanted: Request, rows: range, layout="packed", size=2, score=scorer):
-    pairs, lengths = wanted.pairs, wanted.pairs.lengths.take(rows)
+    pairs, lengths = wanted.examples, wanted.examples.lengths.take(rows)
     plan = length_batches(rows, row_costs(pairs.lengths, layout), size)
     batches = [collate([pairs[row] for row in some], layout, indices=some) for some in plan]
     values_T = score_part(score, [*batches, collate([], layout)], rows, lengths, "cpu")
@@ -72,7 +72,7 @@ def table_of(wanted: Request, rows: range, layout="packed", size=2, score=scorer
 
 def store(folder: Path, wanted: Request, **options) -> Path:
     """Compute a whole artefact, as one rank does."""
-    unfinished = Unfinished(folder, wanted.manifest, wanted.pairs)
+    unfinished = Unfinished(folder, wanted.manifest, wanted.examples)
     for index in unfinished.begin():
         unfinished.write(index, table_of(wanted, unfinished.parts[index], **options))
     unfinished.finish({"world_size": 1})
@@ -267,7 +267,7 @@ def test_damage_is_noticed(tmp_path):
 def begun(folder: Path, parts: list[int], **options) -> Unfinished:
     """An artefact of which some parts are done, by a process that has ended."""
     wanted = request(**options)
-    unfinished = Unfinished(folder, wanted.manifest, wanted.pairs)
+    unfinished = Unfinished(folder, wanted.manifest, wanted.examples)
     unfinished.begin()
     for index in parts:
         unfinished.write(index, table_of(wanted, unfinished.parts[index]))
@@ -283,7 +283,7 @@ def test_parts_that_are_done_are_kept_and_torn_ones_are_not(tmp_path):
     content = (first.folder / "part-00000.parquet").read_bytes()
     (first.folder / "part-00000.parquet").write_bytes(content[:-30])
     written = (first.folder / "part-00001.parquet").stat().st_mtime_ns
-    again = Unfinished(folder, request().manifest, request().pairs)
+    again = Unfinished(folder, request().manifest, request().examples)
     assert again.begin() == [0, 2]
     for index in (0, 2):
         again.write(index, table_of(request(), again.parts[index]))
@@ -297,7 +297,7 @@ def test_parts_that_are_done_are_kept_and_torn_ones_are_not(tmp_path):
 def test_a_part_with_other_rows_is_not_taken_for_done(tmp_path):
     first = begun(tmp_path / "train", [0, 1])
     (first.folder / "part-00000.parquet").rename(first.folder / "part-00001.parquet")
-    again = Unfinished(tmp_path / "train", request().manifest, request().pairs)
+    again = Unfinished(tmp_path / "train", request().manifest, request().examples)
     assert again.begin() == [0, 1, 2]
 
 
@@ -307,7 +307,7 @@ def test_a_part_whose_values_changed_on_disk_is_not_taken_for_done(tmp_path):
     content = bytearray(part.read_bytes())
     content[content.index(struct.pack("<f", SUMS[1][0]))] ^= 1
     part.write_bytes(content)
-    again = Unfinished(tmp_path / "train", request().manifest, request().pairs)
+    again = Unfinished(tmp_path / "train", request().manifest, request().examples)
     assert again.begin() == [0, 2]
 
 
@@ -316,14 +316,14 @@ def test_a_folder_begun_for_something_else_is_refused_and_stays(tmp_path, option
     first = begun(tmp_path / "train", [0])
     other = request(**option)
     with pytest.raises(UserError, match="was begun for something else.*Delete it to begin anew"):
-        Unfinished(tmp_path / "train", other.manifest, other.pairs).begin()
+        Unfinished(tmp_path / "train", other.manifest, other.examples).begin()
     assert (first.folder / "part-00000.parquet").exists()
 
 
 def test_two_processes_do_not_write_one_folder(tmp_path):
-    first = Unfinished(tmp_path / "train", request().manifest, request().pairs)
+    first = Unfinished(tmp_path / "train", request().manifest, request().examples)
     first.begin()
-    second = Unfinished(tmp_path / "train", request().manifest, request().pairs)
+    second = Unfinished(tmp_path / "train", request().manifest, request().examples)
     with pytest.raises(UserError, match="is being written by another process"):
         second.begin()
     first.close()
@@ -331,7 +331,7 @@ def test_two_processes_do_not_write_one_folder(tmp_path):
 
 
 def test_a_full_disk_is_told_and_costs_nothing(tmp_path, monkeypatch):
-    unfinished = Unfinished(tmp_path / "train", request().manifest, request().pairs)
+    unfinished = Unfinished(tmp_path / "train", request().manifest, request().examples)
     unfinished.begin()
     unfinished.write(0, table_of(request(), unfinished.parts[0]))
 
@@ -343,10 +343,10 @@ def test_a_full_disk_is_told_and_costs_nothing(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="cannot be written.*No space left.*kept"):
             unfinished.write(1, table_of(request(), unfinished.parts[1]))
     unfinished.close()
-    assert Unfinished(tmp_path / "train", request().manifest, request().pairs).begin() == [1, 2]
+    assert Unfinished(tmp_path / "train", request().manifest, request().examples).begin() == [1, 2]
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
-        Unfinished(tmp_path / "file" / "train", request().manifest, request().pairs).begin()
+        Unfinished(tmp_path / "file" / "train", request().manifest, request().examples).begin()
     with pytest.raises(UserError, match="is a file"):
         named_place(tmp_path / "file", request())
 

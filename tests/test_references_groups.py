@@ -45,7 +45,7 @@ def table_of(rows: list[dict], numbers) -> datasets.Dataset:
 
 
 def groups(numbers) -> GroupDataset:
-    """Some of ROWS in some order, as `load_pairs` gives them."""
+    """Some of ROWS in some order, as `load_examples` gives them."""
     return GroupDataset(table_of([ROWS[number] for number in numbers], numbers), report=None)
 
 
@@ -60,7 +60,7 @@ def minus_targets(targets_T, **_):
 
 def compute(unfinished, index, scorer=minus_targets, per_token=True):
     """A part, as `compute_reference` does."""
-    data, rows = unfinished.pairs, unfinished.parts[index]
+    data, rows = unfinished.examples, unfinished.parts[index]
     plan = length_batches(rows, row_costs(data.lengths, "shared_prefix"), 2)
     batches, mine = [lay_out(data, some, "shared_prefix") for some in plan], data.lengths.take(rows)
     values_T = score_part(scorer, batches, rows, mine, "cpu")

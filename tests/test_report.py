@@ -89,7 +89,7 @@ def train_line(step: int, **values) -> dict:
         "grad_norm": 1.5,
         "learning_rate": 5e-7,
         "perf/tokens_per_second": 2000.0,
-        "perf/pairs_per_second": 70.0 + step,
+        "perf/examples_per_second": 70.0 + step,
         "perf/padding_fraction": 0.02,
     }
     return line | values

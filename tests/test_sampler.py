@@ -109,7 +109,7 @@ def test_pairs_of_a_step_are_near_those_asked_for(world):
         bins = sampler.accumulation * world
         nearest = min(range(world, 100, world), key=lambda k: abs(k * per_bin - wanted))
         assert abs(bins * per_bin - wanted) <= abs(nearest * per_bin - wanted) + world
-        assert sampler.pairs_per_step == pytest.approx(bins * per_bin, rel=0.1)
+        assert sampler.examples_per_step == pytest.approx(bins * per_bin, rel=0.1)
 
 
 def test_a_step_is_a_fair_sample():
@@ -180,7 +180,7 @@ def hh_lengths(tmp_path_factory):
     from transformers import PreTrainedTokenizerFast
 
     from dpo_fast.data.config import DataConfig
-    from dpo_fast.data.stream import PairStream
+    from dpo_fast.data.stream import ExampleStream
 
     with gzip.open(HH, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
@@ -193,7 +193,7 @@ def hh_lengths(tmp_path_factory):
     texts = (row[side] for row in rows for side in ("chosen", "rejected"))
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
-    lengths = PairStream(DataConfig(train=str(HH), on_bad_row="skip"), fast).read().lengths
+    lengths = ExampleStream(DataConfig(train=str(HH), on_bad_row="skip"), fast).read().lengths
     assert len(lengths) > 1400
     return lengths
 
@@ -203,7 +203,7 @@ def hh_lengths(tmp_path_factory):
 def test_micro_batches_of_the_hh_sample_are_full(hh_lengths, layout, seed):
     sampler = TokenSampler(row_costs(hh_lengths, layout), 4096, 64, 2, seed)
     assert sampler.fill > 0.97
-    assert sampler.pairs_per_step == pytest.approx(64, rel=0.3)
+    assert sampler.examples_per_step == pytest.approx(64, rel=0.3)
 
 
 def test_padded_micro_batches_of_the_hh_sample_are_as_full_as_they_can_be(hh_lengths):
@@ -242,14 +242,14 @@ def folder(tmp_path_factory):
     write_pairs(folder / "pairs.jsonl", 24)
     write_pairs(folder / "eight.jsonl", 8, seed=1)
     # A larger epsilon than usual: Adam divides by it, and would scale rounding of tiny gradients up.
-    base = run_tree(folder, max_steps=STEPS, adam_epsilon=1e-3, micro_pairs=None)
+    base = run_tree(folder, max_steps=STEPS, adam_epsilon=1e-3, micro_batch_size=None)
     # 20 pairs are three micro-batches, and two a step: in every other step the second rank has none.
     one = changed(
         base,
         folder / "one",
         parallel={"zero_stage": 0},
         data={"eval_rows": 4},
-        train={"tokens_per_batch": 400, "global_pairs": 14, "save_steps": 3},
+        train={"tokens_per_batch": 400, "global_batch_size": 14, "save_steps": 3},
     )
     resume = {"resume_from_checkpoint": str(folder / "one" / "checkpoint-3")}
     pairs = changed(
@@ -321,7 +321,7 @@ def test_a_changed_budget_or_layout_is_not_resumed(folder):
     from dpo_fast.training.resume import must_fit
 
     def fits(**train) -> dict:
-        tree = run_tree(folder, micro_pairs=None, **train)
+        tree = run_tree(folder, micro_batch_size=None, **train)
         split = SimpleNamespace(must_fit=lambda: {"data": "x"})
         return must_fit(
             SimpleNamespace(config=build_config(tree, "tree"), train=split, total_steps=1)
@@ -341,7 +341,7 @@ def test_a_pair_that_does_not_fit_is_named(tmp_path):
     from tests.tiny import byte_tokenizer
 
     def load(tokens: int):
-        tree = run_tree(tmp_path, micro_pairs=None, tokens_per_batch=tokens, layout="packed")
+        tree = run_tree(tmp_path, micro_batch_size=None, tokens_per_batch=tokens, layout="packed")
         return load_split(build_config(tree, "tree"), byte_tokenizer(), "train", shuffle=True)
 
     write_pairs(tmp_path / "pairs.jsonl", 5)

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from dpo_fast.cli.launch import launch_command
 from dpo_fast.data.config import DataConfig
-from dpo_fast.data.dataset import load_pairs
-from dpo_fast.data.stream import PairStream
+from dpo_fast.data.dataset import load_examples
+from dpo_fast.data.stream import ExampleStream
 from dpo_fast.errors import UserError
 from tests.models import run_tree, write_model, write_pairs
 from tests.tiny import byte_tokenizer
@@ -30,13 +30,13 @@ def pair(index, **more):
 def stream(tmp_path):
     """stream(rows, **options): a stream over a file of these rows (dicts, or lines of text)."""
 
-    def run(rows=None, **options) -> PairStream:
+    def run(rows=None, **options) -> ExampleStream:
         path = tmp_path / "pairs.jsonl"
         if rows is not None:
             lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
             path.write_text("".join(f"{line}\n" for line in lines))
         defaults = {"train": str(path), "streaming": True, "stream_buffer": 4}
-        return PairStream(DataConfig(**(defaults | options)), byte_tokenizer(bos=True))
+        return ExampleStream(DataConfig(**(defaults | options)), byte_tokenizer(bos=True))
 
     return run
 
@@ -54,7 +54,7 @@ def test_one_pass_is_the_stored_data_set(stream, tmp_path):
     config = DataConfig(
         train=str(tmp_path / "pairs.jsonl"), cache_dir=str(tmp_path / "cache"), **options
     )
-    stored = load_pairs(config, byte_tokenizer(bos=True), split="train")
+    stored = load_examples(config, byte_tokenizer(bos=True), split="train")
     chunks = [flow.read(), flow.read()]
     assert [(chunk.number, chunk.row, len(chunk)) for chunk in chunks] == [(0, 0, 4), (1, 4, 3)]
     assert [pair for chunk in chunks for pair in ids(chunk)] == ids(stored)
@@ -64,8 +64,8 @@ def test_one_pass_is_the_stored_data_set(stream, tmp_path):
         found = [n for chunk in chunks for n in chunk.lengths.columns()[name].tolist()]
         assert found == lengths.tolist()
     first, last = chunks[0].report, chunks[1].report
-    assert (first.rows_read, first.pairs_kept, first.lengths["prompt"]["max"]) == (4, 4, 3)
-    same = ("rows_read", "pairs_kept", "prompts_cut", "answers_cut", "bos_added", "eos_added")
+    assert (first.rows_read, first.examples_kept, first.lengths["prompt"]["max"]) == (4, 4, 3)
+    same = ("rows_read", "examples_kept", "prompts_cut", "answers_cut", "bos_added", "eos_added")
     for name in same:
         assert getattr(last, name) == getattr(stored.report, name), name
     assert last.bad.counts == stored.report.bad.counts
@@ -114,7 +114,7 @@ def test_max_rows_counts_broken_ones(stream, tmp_path):
     options = {"on_bad_row": "skip", "max_rows": 3}
     assert len(stream(rows, **options).read()) == 2
     config = DataConfig(train=str(tmp_path / "pairs.jsonl"), cache_dir=str(tmp_path), **options)
-    assert len(load_pairs(config, byte_tokenizer(bos=True), split="train")) == 2
+    assert len(load_examples(config, byte_tokenizer(bos=True), split="train")) == 2
 
 
 BAD = {
@@ -131,7 +131,7 @@ def test_a_bad_row_is_told_as_without_streaming(stream, tmp_path, what):
         stream([pair(0), row]).read()
     config = DataConfig(train=str(tmp_path / "pairs.jsonl"), cache_dir=str(tmp_path / "cache"))
     with pytest.raises(UserError) as stored:
-        load_pairs(config, byte_tokenizer(bos=True), split="train")
+        load_examples(config, byte_tokenizer(bos=True), split="train")
     assert str(streamed.value) == str(stored.value)
     assert message in str(streamed.value)
 
@@ -170,7 +170,7 @@ def test_the_next_chunk_is_read_ahead_and_its_error_comes_when_it_is_due(stream)
     flow = stream([*(pair(index) for index in range(10)), pair(10, chosen=" ")])
     split = StreamSplit(flow, make, last=100)
     assert [split.at(step)[1] for step in range(4)] == [0, 1, 0, 1]
-    assert split.pairs.number == 1
+    assert split.examples.number == 1
     split.coming.exception()  # waits for the third chunk
     assert split.at(3)[1] == 1
     with pytest.raises(UserError, match="pairs.jsonl:11: empty chosen"):
@@ -199,7 +199,7 @@ def test_a_resumed_run_goes_to_its_position(stream, monkeypatch, tmp_path):
     old = StreamSplit(stream([pair(index) for index in range(19)]), make, last=9)
     for step in range(8):
         part, index = old.at(step)
-    places = [part.pairs.where(row) for row in part.sampler.global_batch(index)]
+    places = [part.examples.where(row) for row in part.sampler.global_batch(index)]
     state = {"step": 7, **old.position(7)}
     used.clear()
     new = StreamSplit(stream(), make, last=9)
@@ -209,7 +209,7 @@ def test_a_resumed_run_goes_to_its_position(stream, monkeypatch, tmp_path):
     sums, log = SimpleNamespace(values={}), SimpleNamespace(forget_after=lambda step: None)
     assert resume.resume(run, tmp_path, sums, log) == 7
     part, index = new.at(7)
-    assert [part.pairs.where(row) for row in part.sampler.global_batch(index)] == places
+    assert [part.examples.where(row) for row in part.sampler.global_batch(index)] == places
     assert used == [0, 3]
 
 
@@ -220,12 +220,18 @@ OPTIONS = {  # sections that are set, and what the message must say
     "held out": ({"data": {"eval_rows": 4}}, "data.eval_rows=4 cannot be held out of a stream"),
     "workers": ({"data": {"workers": 2}}, "data.workers=2 is not used"),
     "no buffer": ({"data": {"stream_buffer": 0}}, "data.stream_buffer=0 must be at least 1"),
-    "small buffer": ({"data": {"stream_buffer": 7}}, "less than one step, train.global_pairs=8"),
+    "small buffer": (
+        {"data": {"stream_buffer": 7}},
+        "less than one step, train.global_batch_size=8",
+    ),
     "not streaming": (
         {"data": {"streaming": False, "stream_buffer": 50}},
         "data.stream_buffer=50 is not used",
     ),
-    "budget": ({"train": {"micro_pairs": None, "tokens_per_batch": 253}}, "set it to 254 or more"),
+    "budget": (
+        {"train": {"micro_batch_size": None, "tokens_per_batch": 253}},
+        "set it to 254 or more",
+    ),
 }
 
 
@@ -265,13 +271,17 @@ def folder(tmp_path_factory):
 
     def tree(name: str, data: dict, **train) -> dict:
         base = streaming_tree(folder, data=data, parallel={"zero_stage": 0})
-        base["train"] |= {"output_dir": str(folder / name), "global_pairs": 4, "micro_pairs": 2}
+        base["train"] |= {
+            "output_dir": str(folder / name),
+            "global_batch_size": 4,
+            "micro_batch_size": 2,
+        }
         base["train"] |= {"max_steps": STEPS, "seed": 3} | train
         return base
 
     # A chunk of 9 pairs is steps of 4, 4 and 1; one of 3 ends each pass of 7 steps.
     small, whole = {"stream_buffer": 9}, {"stream_buffer": 40}
-    tokens = {"micro_pairs": None, "tokens_per_batch": 254, "layout": "packed"}
+    tokens = {"micro_batch_size": None, "tokens_per_batch": 254, "layout": "packed"}
     cases = [
         tree("small", small, save_steps=1, save_total_limit=20),
         tree("tokens", small, save_steps=7, **tokens),
@@ -331,7 +341,7 @@ def test_chunks_are_shuffled_and_trained_on_in_turn(folder):
     assert state["stream"] == {"chunk": 3, "row": 0, "step": 1}
     assert not list((folder / "small").glob("reference"))
     report = json.loads((folder / "small" / "data-report.json").read_text())
-    assert report["pairs_kept"] == 9
+    assert report["examples_kept"] == 9
 
 
 @pytest.mark.parametrize(("kind", "step"), RESUMED)
@@ -360,7 +370,7 @@ def test_a_checkpoint_knows_its_source(folder):
 
     def fits(**data) -> dict:
         tree = streaming_tree(folder, data={"stream_buffer": 9} | data)
-        tree["train"] |= {"global_pairs": 4, "max_steps": STEPS, "seed": 3}
+        tree["train"] |= {"global_batch_size": 4, "max_steps": STEPS, "seed": 3}
         tree["parallel"] = {"zero_stage": 0}
         config = build_config(tree, "tree")
         train = open_stream(config, load_tokenizer(config.model))

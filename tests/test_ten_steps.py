@@ -38,8 +38,8 @@ def ours(place) -> dict[str, list[float]]:
         tree = run_tree(
             place,
             output_dir=str(place / name),
-            global_pairs=PAIRS,
-            micro_pairs=4,
+            global_batch_size=PAIRS,
+            micro_batch_size=4,
             seed=SEED,
             max_steps=STEPS,
             learning_rate=LEARNING_RATE,

@@ -60,7 +60,7 @@ def folder(tmp_path_factory):
 
 def variants(folder: Path) -> dict[str, dict]:
     """What is run, by the name of its output folder."""
-    base = run_tree(folder, max_steps=STEPS, micro_pairs=2)
+    base = run_tree(folder, max_steps=STEPS, micro_batch_size=2)
     base["parallel"] = {"zero_stage": 0}
     base["data"]["eval_rows"] = 4
     lora = {"lora": {"r": 4, "alpha": 8}}
@@ -107,7 +107,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_two_ranks_with_zero_3_give_the_curve_of_one_without_and_resume_bitwise(folder):
-    tree = run_tree(folder, max_steps=10, micro_pairs=2, save_steps=5)
+    tree = run_tree(folder, max_steps=10, micro_batch_size=2, save_steps=5)
     file = folder / "run.yaml"
     curves = {}
     for name, stage, ranks in (("one", 0, 1), ("two", 3, 2), ("two-resumed", 3, 2)):

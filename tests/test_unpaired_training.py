@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("deepspeed")
 
-from dpo_fast.data.dataset import load_pairs
+from dpo_fast.data.dataset import load_examples
 from dpo_fast.data.sampler import Sampler, TokenSampler
 from dpo_fast.errors import UserError
 from dpo_fast.losses import Objective, Preference, Totals
@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
 def tree_of(folder: Path, file: str, loss: dict, **changes) -> dict:
     """A run on one of the files of `folder`, from another reference than the policy."""
     sections = {name: changes.pop(name, {}) for name in ("model", "data", "parallel", "reference")}
-    tree = run_tree(folder, global_pairs=GLOBAL, seed=SEED, **changes)
+    tree = run_tree(folder, global_batch_size=GLOBAL, seed=SEED, **changes)
     tree["data"]["train"] = str(folder / f"{file}.jsonl")
     tree["loss"] = loss
     for name, options in sections.items():
@@ -173,7 +173,7 @@ def test_the_split_does_not_matter(folder):
     ):
         cases = {
             f"{ranks} ranks, zero {stage}, micro {micro}, {layout}": step_case(
-                folder, "completions", "kto, bco", stage, micro_pairs=micro, layout=layout
+                folder, "completions", "kto, bco", stage, micro_batch_size=micro, layout=layout
             )
             for stage, micro, layout in more
         }
@@ -197,7 +197,7 @@ def runs(folder):
     """All runs, in one process; those that resume start from copies of a checkpoint at step 3."""
     common = {
         "max_steps": STEPS,
-        "micro_pairs": 2,
+        "micro_batch_size": 2,
         "layout": "shared_prefix",
         "parallel": {"zero_stage": 0},
     }
@@ -213,7 +213,7 @@ def runs(folder):
         for name, loss in plain.items()
     }
     trees["micro"] = tree(
-        "micro", "completions", plain["bco"], data={"eval_rows": 4}, micro_pairs=8
+        "micro", "completions", plain["bco"], data={"eval_rows": 4}, micro_batch_size=8
     )
     trees["lora"] = tree(
         "lora",
@@ -221,13 +221,13 @@ def runs(folder):
         plain["kto"],
         model={"lora": {"r": 4, "alpha": 8}},
         parallel={"zero_stage": 3},
-        micro_pairs=4,
+        micro_batch_size=4,
     )
     trees["budget"] = tree(
         "budget",
         "completions",
         plain["kto"],
-        micro_pairs=None,
+        micro_batch_size=None,
         tokens_per_batch=150,
         parallel={"zero_stage": 3},
     )
@@ -264,7 +264,7 @@ def good_of_first_step(folder: Path) -> int:
 
     tree = tree_of(folder, "completions", {"type": "bco"}, data={"eval_rows": 4})
     data = build_config(tree, "test").data
-    rows = load_pairs(data, AutoTokenizer.from_pretrained(folder / "model"), split="train")
+    rows = load_examples(data, AutoTokenizer.from_pretrained(folder / "model"), split="train")
     return int(rows.labels[Sampler(len(rows), GLOBAL, 2, seed=SEED).global_batch(0)].sum())
 
 
@@ -373,7 +373,7 @@ def config(folder: Path, file: str, loss: dict, **changes):
 def split_of(run, tokenizer=None, shuffle=True):
     tokenizer = tokenizer or byte_tokenizer(bos=True)
     return make_split(
-        run, tokenizer, "train", load_pairs(run.data, tokenizer, split="train"), shuffle
+        run, tokenizer, "train", load_examples(run.data, tokenizer, split="train"), shuffle
     )
 
 
@@ -401,9 +401,10 @@ def test_kl_needs_a_live_reference(folder, provider):
 
 
 def test_kl_needs_more_than_one_row(folder, tmp_path):
-    with pytest.raises(UserError, match="train.global_pairs=1, but loss.type=kto"):
+    with pytest.raises(UserError, match="train.global_batch_size=1, but loss.type=kto"):
         build_config(
-            run_tree(folder, global_pairs=1, micro_pairs=1) | {"loss": {"type": "kto"}}, "t"
+            run_tree(folder, global_batch_size=1, micro_batch_size=1) | {"loss": {"type": "kto"}},
+            "t",
         )
     one = tmp_path / "one.jsonl"
     one.write_text((folder / "completions.jsonl").read_text().splitlines()[0])
@@ -420,7 +421,7 @@ def test_dpo_fast_reference_says_that_there_is_nothing_to_store(folder):
 
 @pytest.mark.parametrize("data", ["completions", "pairs"])
 @pytest.mark.parametrize(
-    "size", [{"micro_pairs": 3}, {"micro_pairs": None, "tokens_per_batch": 160}]
+    "size", [{"micro_batch_size": 3}, {"micro_batch_size": None, "tokens_per_batch": 160}]
 )
 @pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
 def test_mismatched_batches_hold_every_row_once(folder, monkeypatch, data, size, layout):
@@ -439,14 +440,16 @@ def test_mismatched_batches_hold_every_row_once(folder, monkeypatch, data, size,
         if "tokens_per_batch" in size:
             assert batch.input_ids.numel() <= 160
         for row, targets in zip(
-            batch.indices_P.repeat_interleave(len(batch.lengths_S) // max(batch.pairs, 1)).tolist(),
+            batch.indices_P.repeat_interleave(
+                len(batch.lengths_S) // max(batch.num_examples, 1)
+            ).tolist(),
             batch.targets_T.split(batch.lengths_S.tolist()),
         ):
             found.setdefault(row, []).append(targets.tolist())
     assert found.keys() == set(rows)
     for index, row in enumerate(rows):
-        before = split.pairs[rows[index - 1]]
-        assert found[row] == [before[f"{name}_ids"] for name in split.pairs.kind.answers]
+        before = split.examples[rows[index - 1]]
+        assert found[row] == [before[f"{name}_ids"] for name in split.examples.kind.answers]
 
 
 def test_no_mismatched_batches_where_no_loss_wants_them(folder):

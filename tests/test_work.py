@@ -74,11 +74,11 @@ def test_meetings_are_those_of_the_mask(layout):
         pairs = sum(int(n) ** 2 for n in batch.attention_mask.sum(1)) / 2
     else:
         pairs = 0.0
-        for trunk, *branches in batch.groups:
+        for trunk, *branches in batch.spans:
             pairs += sum(place + 0.5 for place in range(trunk))
             pairs += sum(trunk + place + 0.5 for branch in branches for place in range(branch))
-    assert batch.meetings == pytest.approx(pairs, abs=len(batch.lengths_S))
-    assert collate([], layout, kind=GROUPS).meetings == 0
+    assert batch.attended_pairs == pytest.approx(pairs, abs=len(batch.lengths_S))
+    assert collate([], layout, kind=GROUPS).attended_pairs == 0
 
 
 def test_experts_are_not_guessed():

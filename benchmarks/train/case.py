@@ -81,10 +81,10 @@ class Task:
         return len(self.order)
 
     @property
-    def global_pairs(self) -> int:
+    def global_batch_size(self) -> int:
         return len(self.order[0])
 
-    def micro_pairs(self, layout: str) -> int:
+    def micro_batch_size(self, layout: str) -> int:
         return self.padded_pairs if layout in ("", "padded") else self.packed_pairs
 
 

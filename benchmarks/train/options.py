@@ -21,12 +21,12 @@ By default: on a CPU an 8.9-million-parameter Llama in fp32, on a GPU qwen2.5-0.
 weights, a tokenizer trained on the data, pairs drawn with the lengths of HH harmless."""
 QUICK = {
     "model": "quick",
-    "global_pairs": "8",
+    "global_batch_size": "8",
     "trl_batch": "4",
     "rounds": "2",
     "max_length": "256",
 }
-USUAL = {"global_pairs": "32", "trl_batch": "8", "rounds": "5", "max_length": "1024"}
+USUAL = {"global_batch_size": "32", "trl_batch": "8", "rounds": "5", "max_length": "1024"}
 ORDERS = ("side-by-side", "one-by-one")
 
 
@@ -39,9 +39,9 @@ class Options:
     model: str
     device: str
     dtype: str
-    global_pairs: int
+    global_batch_size: int
     trl_batch: int
-    micro_pairs: int
+    micro_batch_size: int
     rounds: int
     max_length: int
     zero_stage: int
@@ -64,7 +64,11 @@ def parser() -> argparse.ArgumentParser:
     add("--data", metavar="NAME", help="pairs, as data.train takes them (default: drawn at random)")
     add("--prompt-ratio", metavar="R", help="drawn pairs: prompts R times as long as the answers")
     add("--model", metavar="NAME", help=f"configuration: {', '.join(MODELS)}")
-    add("--global-pairs", metavar="N", help=f"pairs of a step (default {USUAL['global_pairs']})")
+    add(
+        "--global-pairs",
+        metavar="N",
+        help=f"pairs of a step (default {USUAL['global_batch_size']})",
+    )
     add(
         "--trl-batch",
         metavar="N",
@@ -108,7 +112,7 @@ def parse(arguments: list[str]) -> Options:
         model=_model(given, device),
         device=device,
         dtype=dtype,
-        micro_pairs=_micro_pairs(given, sizes),
+        micro_batch_size=_micro_pairs(given, sizes),
         zero_stage=_zero_stage(given.zero_stage, dtype),
         prompt_ratio=_ratio(given),
         side_by_side=_choice("--order", given.order, ORDERS, usual_order) == ORDERS[0],
@@ -116,8 +120,8 @@ def parse(arguments: list[str]) -> Options:
         output=output,
         **sizes,
     )
-    for name in ("trl_batch", "micro_pairs"):
-        _divides(f"--{name.replace('_', '-')}", getattr(options, name), options.global_pairs)
+    for name in ("trl_batch", "micro_batch_size"):
+        _divides(f"--{name.replace('_', '-')}", getattr(options, name), options.global_batch_size)
     return options
 
 
@@ -136,9 +140,9 @@ def _model(given, device: str) -> str:
 
 
 def _micro_pairs(given, sizes: dict[str, int]) -> int:
-    if given.micro_pairs is None:
+    if given.micro_batch_size is None:
         return sizes["trl_batch"]
-    return whole("--micro-pairs", given.micro_pairs)
+    return whole("--micro-pairs", given.micro_batch_size)
 
 
 def _zero_stage(text: str | None, dtype: str) -> int:

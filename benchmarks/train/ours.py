@@ -20,7 +20,7 @@ def tree(contender: Contender, task: Task) -> dict:
     """The configuration of a run."""
     train = {
         "output_dir": str(task.folder / contender.name.replace(" ", "-").replace(",", "")),
-        "global_pairs": task.global_pairs,
+        "global_batch_size": task.global_batch_size,
         "layout": contender.layout,
         "seed": task.seed,
         "learning_rate": task.learning_rate,
@@ -28,7 +28,7 @@ def tree(contender: Contender, task: Task) -> dict:
         "warmup_ratio": 0.0,
         "max_grad_norm": task.max_grad_norm,
         "max_steps": task.steps,
-        "micro_pairs": task.micro_pairs(contender.layout),
+        "micro_batch_size": task.micro_batch_size(contender.layout),
     }
     return {
         "model": {
@@ -71,7 +71,7 @@ class Ours:
 
     def _check_data(self) -> None:
         for index, row in enumerate(self.task.rows):
-            pair = self.run.train.pairs[index]
+            pair = self.run.train.examples[index]
             for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
                 if list(pair[name]) != row[name]:
                     raise ValueError(f"other token ids than in the data: {name} of pair {index}")

@@ -35,7 +35,7 @@ def _draw(file: Path, folder: Path, form: str) -> list[Path]:
 def _title(rows: list[dict]) -> str:
     row = rows[0]
     return (
-        f"{row['model']}, {row['dtype']}, {row['device']}, global batch {row['global_pairs']:.0f}\n"
+        f"{row['model']}, {row['dtype']}, {row['device']}, global batch {row['global_batch_size']:.0f}\n"
         f"{row['data']}"
     )
 

@@ -48,16 +48,16 @@ def run(options: Options) -> int:
 
 def _pairs(options: Options) -> Pairs:
     """Enough pairs for every step, or all there are, in whole global batches."""
-    count = (WARM_UP + options.rounds) * options.global_pairs
+    count = (WARM_UP + options.rounds) * options.global_batch_size
     size = MODELS[options.model]["vocab_size"], options.max_length, count
     if options.data:
         pairs = read_pairs(options.data, *size)
     else:
         pairs = draw_pairs(*size, options.prompt_ratio)
-    whole = len(pairs.rows) // options.global_pairs * options.global_pairs
+    whole = len(pairs.rows) // options.global_batch_size * options.global_batch_size
     if not whole:
         raise UserError(
-            f"--global-pairs {options.global_pairs}, but {len(pairs.rows)} pairs fit into --max-length "
+            f"--global-pairs {options.global_batch_size}, but {len(pairs.rows)} pairs fit into --max-length "
             f"{options.max_length}: lower the one, raise the other or name more data"
         )
     del pairs.rows[whole:]
@@ -69,7 +69,10 @@ def _task(options: Options, pairs: Pairs, folder: Path) -> tuple[Task, Sizes]:
 
     seed = Task.seed
     sampler = Sampler(
-        size=len(pairs.rows), global_pairs=options.global_pairs, micro_pairs=1, seed=seed
+        size=len(pairs.rows),
+        global_batch_size=options.global_batch_size,
+        micro_batch_size=1,
+        seed=seed,
     )
     order = [sampler.global_batch(step) for step in range(WARM_UP + options.rounds)]
     sizes = write_model(options.model, pairs.tokenizer, folder / "model", options.device)
@@ -85,7 +88,7 @@ def _task(options: Options, pairs: Pairs, folder: Path) -> tuple[Task, Sizes]:
         device=options.device,
         dtype=options.dtype,
         padded_pairs=options.trl_batch,
-        packed_pairs=options.micro_pairs,
+        packed_pairs=options.micro_batch_size,
         max_length=options.max_length,
         zero_stage=options.zero_stage,
         learning_rate=LEARNING_RATE[options.model],

@@ -124,7 +124,7 @@ def _arguments(contender: Contender, task: Task):
     return DPOConfig(
         output_dir=str(task.folder / "trl"),
         per_device_train_batch_size=task.padded_pairs,
-        gradient_accumulation_steps=task.global_pairs // task.padded_pairs,
+        gradient_accumulation_steps=task.global_batch_size // task.padded_pairs,
         max_steps=task.steps,
         learning_rate=task.learning_rate,
         lr_scheduler_type="constant",

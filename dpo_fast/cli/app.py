@@ -65,16 +65,16 @@ def train(
 
 def _prepare_data(run) -> dict:
     """Tokenised rows of each split of a run, by name; of a stream its first chunk, which is not stored."""
-    from dpo_fast.data.dataset import load_pairs
-    from dpo_fast.data.stream import PairStream
+    from dpo_fast.data.dataset import load_examples
+    from dpo_fast.data.stream import ExampleStream
     from dpo_fast.models import load_tokenizer
 
     tokenizer = load_tokenizer(run.model)
 
     def read(name: str):
         if name == "train" and run.data.streaming:
-            return PairStream(run.data, tokenizer).read()
-        return load_pairs(run.data, tokenizer, split=name)
+            return ExampleStream(run.data, tokenizer).read()
+        return load_examples(run.data, tokenizer, split=name)
 
     names = ("train", "eval") if run.data.has_eval else ("train",)
     return {"tokenizer": tokenizer, **{name: read(name) for name in names}}
@@ -114,7 +114,7 @@ def reference(
 
 
 def _show_reference(stored) -> None:
-    count, rows = len(stored.split.pairs), stored.split.pairs.kind.name
+    count, rows = len(stored.split.examples), stored.split.examples.kind.name
     done = "was there already"
     if stored.seconds is not None:
         done = f"computed at {count / stored.seconds:.1f} {rows}/s"

@@ -75,8 +75,8 @@ def look(config: RunConfig) -> Outlook:
     """Everything that follows from the configuration. Reads no data, joins no group, writes nothing."""
     check(config)
     train, world, device = config.train, distributed.world_size(), distributed.device()
-    each = train.micro_pairs
-    deepspeed_config(config, world, train.global_pairs // (each * world) if each else 1)
+    each = train.micro_batch_size
+    deepspeed_config(config, world, train.global_batch_size // (each * world) if each else 1)
     policy = _skeleton(config.model, "model.path")
     check_vocabulary(policy, load_tokenizer(config.model))
     reference = None
@@ -161,12 +161,12 @@ def _batch_rows(outlook: Outlook) -> Iterator[Row]:
         yield Row("reference's attention", other.name, origin(model, "attention"), other.reason)
     unit = "groups" if config.loss.objective.grouped else "pairs"
     micro = (
-        f"{train.micro_pairs} {unit}"
+        f"{train.micro_batch_size} {unit}"
         if train.tokens_per_batch is None
         else f"{train.tokens_per_batch} tokens"
     )
-    why = f"{train.global_pairs} {unit} a step over {ranks(outlook.world)}"
-    yield Row("micro-batch", micro, origin(train, "micro_pairs", "tokens_per_batch"), why)
+    why = f"{train.global_batch_size} {unit} a step over {ranks(outlook.world)}"
+    yield Row("micro-batch", micro, origin(train, "micro_batch_size", "tokens_per_batch"), why)
 
 
 def _head_rows(outlook: Outlook) -> Iterator[Row]:

@@ -13,7 +13,7 @@
     endings.py     one BOS, one end of turn
     truncate.py    how a row is made to fit
     build.py       reads, checks and tokenises into a work folder
-    dataset.py     load_pairs: all of it, cached on disk by content
+    dataset.py     load_examples: all of it, cached on disk by content
     cache.py       cache keys, atomic publication
     report.py      what was read, dropped and cut; length statistics
     preview.py     the report and a few rows, on a terminal

@@ -12,36 +12,36 @@ from torch import Tensor
 class ScoredBatch:
     """Sequences of P pairs, 2p the chosen and 2p + 1 the rejected one, in one forward.
 
-    input_ids, position_ids: [B, L] int64; attention_mask: [B, L] int64, or None where `groups` (B = 1)
-    tells attention what belongs together: along L lie groups, each a trunk (the prompt) and the branches
+    input_ids, position_ids: [B, L] int64; attention_mask: [B, L] int64, or None where `spans` (B = 1)
+    tells attention what belongs together: along L lie trees, each a trunk (the prompt) and the branches
     that continue it (completions), of the lengths (trunk, branch, ...). Branches do not see each other.
     rows_T: row of the flattened [B * L] hidden states that predicts scored token t; targets_T: that
     token; lengths_S: scored tokens of each sequence. Sequences are contiguous in T.
     indices_P: rows of the data set, int64. tokens: tokens of the data, every sequence whole; padding:
-    positions of input_ids that are padding; meetings: half of the pairs of positions that see each other,
+    positions of input_ids that are padding; attended_pairs: half of the pairs of positions that see each other,
     as attention has to work for. columns: of the data, fp32 [P] each, by name.
-    good_S: bool [S]; given, rows are completions that are good or bad by themselves, and P is S.
+    desirable_S: bool [S]; given, rows are completions that are desirable or undesirable by themselves, and P is S.
     counts_P: int64; given, rows are groups of so many completions, of which scores_S, fp32, are the scores.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     attention_mask: Tensor | None
-    groups: tuple[tuple[int, ...], ...] | None
+    spans: tuple[tuple[int, ...], ...] | None
     rows_T: Tensor
     targets_T: Tensor
     lengths_S: Tensor
     indices_P: Tensor
     tokens: int
     padding: int
-    meetings: int
+    attended_pairs: int
     columns: dict[str, Tensor] = field(default_factory=dict)
-    good_S: Tensor | None = None
+    desirable_S: Tensor | None = None
     scores_S: Tensor | None = None
     counts_P: Tensor | None = None
 
     @property
-    def pairs(self) -> int:
+    def num_examples(self) -> int:
         return len(self.indices_P)
 
     @property

@@ -186,7 +186,7 @@ def _count(tokenised: datasets.Dataset, report: DataReport, kind: Kind) -> list[
         report.prompts_cut += row["prompt_cut"] > 0
         report.answers_cut += row["answers_cut"]
         report.judge(row)
-    report.pairs_kept = len(kept)
+    report.examples_kept = len(kept)
     return kept
 
 

@@ -75,7 +75,7 @@ class DataConfig(BaseModel):
     stream_buffer: int = Field(
         10_000,
         description="Pairs of a stream that are held at a time, shuffled, and trained on before the "
-        "next; each such chunk ends with a smaller step unless train.global_pairs divides it.",
+        "next; each such chunk ends with a smaller step unless train.global_batch_size divides it.",
     )
     cache_dir: str | None = Field(
         None, description="Where tokenised pairs are kept; beside the cache of `datasets` if unset."
@@ -93,7 +93,7 @@ class DataConfig(BaseModel):
 
     @property
     def has_eval(self) -> bool:
-        """Whether `load_pairs(..., split="eval")` has something to give."""
+        """Whether `load_examples(..., split="eval")` has something to give."""
         return self.eval is not None or self.eval_rows > 0
 
     @property

@@ -1,4 +1,4 @@
-"""load_pairs: files to tokenised rows, streamed through and kept on disk by content."""
+"""load_examples: files to tokenised rows, streamed through and kept on disk by content."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Dataset:
 
 
 class PairDataset(Dataset):
-    """Tokenised pairs, memory-mapped. Made by load_pairs.
+    """Tokenised pairs, memory-mapped. Made by load_examples.
 
     dataset[i] is a dict with the lists of int prompt_ids, chosen_ids and rejected_ids, and the
     floats weight, margin, soft_label, reference_chosen_logps and reference_rejected_logps where
@@ -96,7 +96,7 @@ class PairDataset(Dataset):
 
 
 class CompletionDataset(Dataset):
-    """Tokenised completions that are good or bad by themselves. Otherwise as `PairDataset`.
+    """Tokenised completions that are desirable or undesirable by themselves. Otherwise as `PairDataset`.
 
     dataset[i] has prompt_ids, completion_ids, the bool label, true for a good one, and the floats
     weight, margin and soft_label where the data has them.
@@ -131,7 +131,7 @@ class GroupDataset(Dataset):
 DATASETS = {each.kind: each for each in (PairDataset, CompletionDataset, GroupDataset)}
 
 
-def load_pairs(
+def load_examples(
     config: DataConfig,
     tokenizer: Any,
     *,
@@ -171,12 +171,12 @@ def _prepared(
         work = Path(tempfile.mkdtemp(dir=root, prefix=f".{key}-"))
         try:
             table, report = build(config, tokenizer, sources, eos_ids, work)
-            table.save_to_disk(str(work / "pairs"))
-            lengths = _lengths(datasets.load_from_disk(str(work / "pairs")))
+            table.save_to_disk(str(work / "examples"))
+            lengths = _lengths(datasets.load_from_disk(str(work / "examples")))
             report.answers = len(lengths.answers_A)
             report.measure(lengths)
-            (work / "pairs" / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
-            publish(work / "pairs", target)
+            (work / "examples" / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
+            publish(work / "examples", target)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     try:

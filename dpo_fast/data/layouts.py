@@ -49,12 +49,12 @@ def collate(
             if not all(map(len, texts)):
                 raise ValueError(f"{kind.one} has an empty {name}: {row}")
     indices = list(range(len(rows)) if indices is None else indices)
-    groups, order = _by_prompt(rows) if kind == COMPLETIONS else _by_row(rows, kind)
-    batch = collate_groups(groups, layout, pad_id=pad_id, indices=[indices[i] for i in order])
+    trees, order = _by_prompt(rows) if kind == COMPLETIONS else _by_row(rows, kind)
+    batch = collate_trees(trees, layout, pad_id=pad_id, indices=[indices[i] for i in order])
     values = {name: torch.tensor([rows[i][name] for i in order]).float() for name in columns}
     judged = {}
     if kind == COMPLETIONS:
-        judged["good_S"] = torch.tensor([rows[i]["label"] for i in order], dtype=torch.bool)
+        judged["desirable_S"] = torch.tensor([rows[i]["label"] for i in order], dtype=torch.bool)
     elif kind == GROUPS:
         judged["scores_S"] = torch.tensor(
             [score for row in rows for score in row["scores"]]
@@ -73,15 +73,15 @@ def _by_prompt(rows: Sequence[dict]) -> tuple[list, list[int]]:
     places: dict[tuple[int, ...], list[int]] = {}
     for index, row in enumerate(rows):
         places.setdefault(tuple(row["prompt_ids"]), []).append(index)
-    groups = [
+    trees = [
         (rows[mine[0]]["prompt_ids"], [rows[index]["completion_ids"] for index in mine])
         for mine in places.values()
     ]
-    return groups, [index for mine in places.values() for index in mine]
+    return trees, [index for mine in places.values() for index in mine]
 
 
-def collate_groups(
-    groups: Sequence[tuple[list[int], list[list[int]]]],
+def collate_trees(
+    trees: Sequence[tuple[list[int], list[list[int]]]],
     layout: str,
     *,
     pad_id: int = 0,
@@ -94,11 +94,11 @@ def collate_groups(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r}: choose from {', '.join(LAYOUTS)}")
-    indices = range(len(groups)) if indices is None else indices
-    completions = [completion for _, group in groups for completion in group]
-    prompts = [prompt for prompt, group in groups for _ in group]
+    indices = range(len(trees)) if indices is None else indices
+    completions = [completion for _, group in trees for completion in group]
+    prompts = [prompt for prompt, group in trees for _ in group]
     place = {"padded": _padded, "packed": _packed, "shared_prefix": _shared_prefix}[layout]
-    places, rows = place(groups, pad_id) if groups else (_nothing(pad_id, layout), [])
+    places, rows = place(trees, pad_id) if trees else (_nothing(pad_id, layout), [])
     empty = np.zeros(0, dtype=np.int64)
     return ScoredBatch(
         **places,
@@ -110,10 +110,10 @@ def collate_groups(
     )
 
 
-def _padded(groups, pad_id: int) -> tuple[dict, list[np.ndarray]]:
+def _padded(trees, pad_id: int) -> tuple[dict, list[np.ndarray]]:
     """Right padding, so that positions are those of the sequence alone."""
-    sequences = [[*prompt, *c[:-1]] for prompt, group in groups for c in group]
-    starts = [len(prompt) for prompt, group in groups for _ in group]
+    sequences = [[*prompt, *c[:-1]] for prompt, group in trees for c in group]
+    starts = [len(prompt) for prompt, group in trees for _ in group]
     lengths = [len(sequence) for sequence in sequences]
     width = max(lengths)
     input_ids = torch.full((len(sequences), width), pad_id)
@@ -125,24 +125,24 @@ def _padded(groups, pad_id: int) -> tuple[dict, list[np.ndarray]]:
         "input_ids": input_ids,
         "position_ids": torch.arange(width).expand(len(sequences), -1).contiguous(),
         "attention_mask": mask,
-        "groups": None,
+        "spans": None,
         "padding": input_ids.numel() - sum(lengths),
-        "meetings": sum(length**2 for length in lengths) // 2,
+        "attended_pairs": sum(length**2 for length in lengths) // 2,
     }
     spans = zip(range(0, width * len(sequences), width), starts, lengths)
     return places, [np.arange(row + start - 1, row + length) for row, start, length in spans]
 
 
-def _packed(groups, pad_id: int) -> tuple[dict, list[np.ndarray]]:
+def _packed(trees, pad_id: int) -> tuple[dict, list[np.ndarray]]:
     """Nothing is shared where every completion has a prompt of its own."""
-    alone = [(prompt, [completion]) for prompt, group in groups for completion in group]
+    alone = [(prompt, [completion]) for prompt, group in trees for completion in group]
     return _shared_prefix(alone, pad_id)
 
 
-def _shared_prefix(groups, pad_id: int) -> tuple[dict, list[np.ndarray]]:
+def _shared_prefix(trees, pad_id: int) -> tuple[dict, list[np.ndarray]]:
     """One row; the completions of a prompt all go on from its last position and its last row."""
     ids, positions, lengths, rows, offset = [], [], [], [], 0
-    for prompt, completions in groups:
+    for prompt, completions in trees:
         start = len(prompt)
         last = offset + start - 1
         ids.append(prompt)
@@ -159,14 +159,14 @@ def _shared_prefix(groups, pad_id: int) -> tuple[dict, list[np.ndarray]]:
         "input_ids": torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
         "position_ids": torch.from_numpy(np.concatenate(positions))[None],
         "attention_mask": None,
-        "groups": tuple(lengths),
+        "spans": tuple(lengths),
         "padding": 0,
-        "meetings": sum(map(_meetings, lengths)),
+        "attended_pairs": sum(map(_attended_pairs, lengths)),
     }
     return places, rows
 
 
-def _meetings(group: tuple[int, ...]) -> int:
+def _attended_pairs(group: tuple[int, ...]) -> int:
     """Half of a square for the trunk and for each branch; every branch also sees all of the trunk."""
     trunk, *branches = group
     return (trunk**2 + sum(branch**2 for branch in branches)) // 2 + trunk * sum(branches)
@@ -178,7 +178,7 @@ def _nothing(pad_id: int, layout: str) -> dict:
         "input_ids": torch.full((1, 1), pad_id),
         "position_ids": torch.zeros(1, 1, dtype=torch.int64),
         "attention_mask": torch.ones(1, 1, dtype=torch.int64) if padded else None,
-        "groups": None if padded else ((1,),),
+        "spans": None if padded else ((1,),),
         "padding": 1,
-        "meetings": 0,
+        "attended_pairs": 0,
     }

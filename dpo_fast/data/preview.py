@@ -60,10 +60,14 @@ def render_examples(dataset: PairDataset, tokenizer: Any, console: Console, n: i
     for index in range(min(n, len(dataset))):
         row = dataset[index]
         console.rule(Text(f"{dataset.kind.name[:-1]} {index}  {dataset.where(index)}"))
-        console.print(Text("prompt   ", style="bold") + _prompt(row["prompt_ids"], tokenizer))
-        for ids, title, style in _answers(row):
+        answers = _answers(row)
+        width = max(len("rejected"), *(len(title) for _, title, _ in answers)) + 1
+        console.print(
+            Text(f"{'prompt':<{width}}", style="bold") + _prompt(row["prompt_ids"], tokenizer)
+        )
+        for ids, title, style in answers:
             scored = "".join(f"⟦{piece}⟧" for piece in _pieces(ids, tokenizer))
-            console.print(Text(f"{title:<9}", style="bold") + Text(scored, style=style))
+            console.print(Text(f"{title:<{width}}", style="bold") + Text(scored, style=style))
 
 
 def _answers(row: dict[str, Any]) -> list[tuple[list[int], str, str]]:
@@ -73,7 +77,7 @@ def _answers(row: dict[str, Any]) -> list[tuple[list[int], str, str]]:
         titles = [(f"{score:.3g}", "green" if score == best else "red") for score in row["scores"]]
         return [(ids, *title) for ids, title in zip(row["completions_ids"], titles)]
     if "label" in row:
-        title, style = ("good", "green") if row["label"] else ("bad", "red")
+        title, style = ("desirable", "green") if row["label"] else ("undesirable", "red")
         return [(row["completion_ids"], title, style)]
     return [(row["chosen_ids"], "chosen", "green"), (row["rejected_ids"], "rejected", "red")]
 

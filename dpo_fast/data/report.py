@@ -20,8 +20,8 @@ PERCENTILES = {"p5": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99, "
 class DataReport:
     """Counts over one data set, before any rows of it are held out for evaluation.
 
-    rows_read = pairs_kept + bad.total + dropped.total. `kind` is pairs; or completions, of which
-    `good` are good; or groups, of which `even` have one score for all; pairs_kept counts them too, and
+    rows_read = examples_kept + bad.total + dropped.total. `kind` is pairs; or completions, of which
+    `desirable` are desirable; or groups, of which `even` have one score for all; examples_kept counts them too, and
     `answers` what they have together. `bad` and `dropped` count rows by reason and keep the
     first 50 of each. `prompts_cut` counts rows, `answers_cut` single answers, and `boundary_merges`
     rows in which a token straddles the prompt's end. `lengths` are tokens:
@@ -34,7 +34,7 @@ class DataReport:
 
     sources: list[str]
     rows_read: int = 0
-    pairs_kept: int = 0
+    examples_kept: int = 0
     held_out: int = 0
     bad: Tally = field(default_factory=Tally)
     dropped: Tally = field(default_factory=Tally)
@@ -47,7 +47,7 @@ class DataReport:
     lengths: dict[str, dict[str, int]] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     kind: str = PAIRS.name
-    good: int = 0
+    desirable: int = 0
     even: int = 0
     answers: int = 0
 
@@ -58,7 +58,7 @@ class DataReport:
 
     def judge(self, row: Mapping[str, Any]) -> None:
         """Counts a kept row's label, or whether its scores are all one."""
-        self.good += bool(row.get("label"))
+        self.desirable += bool(row.get("label"))
         scores = row.get("scores") or ()
         self.even += len(scores) > 0 and min(scores) == max(scores)
 
@@ -96,14 +96,14 @@ class DataReport:
         return notes
 
     def _whole(self, text: str) -> int:
-        return self.answers if text.startswith("answers") else self.pairs_kept
+        return self.answers if text.startswith("answers") else self.examples_kept
 
     @property
     def kept(self) -> str:
         """What is kept, in words."""
-        text = f"{self.pairs_kept:,} {self.kind} kept"
+        text = f"{self.examples_kept:,} {self.kind} kept"
         told = {
-            COMPLETIONS.name: f" ({self.good:,} good, {self.pairs_kept - self.good:,} bad)",
+            COMPLETIONS.name: f" ({self.desirable:,} desirable, {self.examples_kept - self.desirable:,} undesirable)",
             GROUPS.name: f" of {self.answers:,} completions",
         }
         return text + told.get(self.kind, "")

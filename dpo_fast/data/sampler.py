@@ -39,17 +39,17 @@ class BatchSampler(Protocol):
 
 @dataclass(frozen=True)
 class Sampler:
-    """Global batches of `global_pairs` pairs, in micro-batches of `micro_pairs` on `world_size` ranks.
+    """Global batches of `global_batch_size` pairs, in micro-batches of `micro_batch_size` on `world_size` ranks.
 
     Every epoch is a fresh seeded permutation (`shuffle=False`: file order). The pairs of a step do
-    not depend on micro_pairs or world_size. The last batch of an epoch may be smaller; then
+    not depend on micro_batch_size or world_size. The last batch of an epoch may be smaller; then
     micro-batches are short or empty, but every rank has the same number of them. Step 0 is the first of
     epoch `first_epoch`.
     """
 
     size: int
-    global_pairs: int
-    micro_pairs: int
+    global_batch_size: int
+    micro_batch_size: int
     world_size: int = 1
     seed: int = 0
     shuffle: bool = True
@@ -57,11 +57,11 @@ class Sampler:
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-self.size // self.global_pairs)
+        return -(-self.size // self.global_batch_size)
 
     @property
     def accumulation(self) -> int:
-        return -(-self.global_pairs // (self.micro_pairs * self.world_size))
+        return -(-self.global_batch_size // (self.micro_batch_size * self.world_size))
 
     def steps(self, epochs: float) -> int:
         return max(round(epochs * self.steps_per_epoch), 1)
@@ -69,11 +69,11 @@ class Sampler:
     def global_batch(self, step: int) -> list[int]:
         epoch, index = divmod(step, self.steps_per_epoch)
         order = self._order(self.first_epoch + epoch)
-        return order[index * self.global_pairs : (index + 1) * self.global_pairs]
+        return order[index * self.global_batch_size : (index + 1) * self.global_batch_size]
 
     def micro_batches(self, step: int, rank: int) -> list[list[int]]:
         batch = self.global_batch(step)
-        size, world = self.micro_pairs, self.world_size
+        size, world = self.micro_batch_size, self.world_size
         starts = [(k * world + rank) * size for k in range(self.accumulation)]
         return [batch[start : start + size] for start in starts]
 
@@ -83,14 +83,14 @@ class Sampler:
 
 class TokenSampler:
     """Micro-batches of whole items, filled to at most `budget` tokens; so many of them are a step that
-    it has about `global_pairs` items.
+    it has about `global_batch_size` items.
 
     The micro-batches of an epoch follow from costs, budget, seed and epoch, not from world_size, and
     come in a seeded order. Every step takes the next `accumulation` x `world_size` of them; the last of
     an epoch has fewer, and some ranks get empty ones. Epochs may differ by a few micro-batches.
 
     costs: what the items take, in the layout of the run. accumulation: micro-batches of a rank in a step;
-    by default as many as bring the first epoch's items per step nearest to `global_pairs`.
+    by default as many as bring the first epoch's items per step nearest to `global_batch_size`.
 
     Raises:
         ValueError: an item that is larger than the budget.
@@ -100,14 +100,14 @@ class TokenSampler:
         self,
         costs: Costs,
         budget: int,
-        global_pairs: int,
+        global_batch_size: int,
         world_size: int = 1,
         seed: int = 0,
         shuffle: bool = True,
         first_epoch: int = 0,
         accumulation: int | None = None,
     ) -> None:
-        self.costs, self.budget, self.global_pairs = costs, budget, global_pairs
+        self.costs, self.budget, self.global_batch_size = costs, budget, global_batch_size
         self.world_size, self.seed, self.shuffle = world_size, seed, shuffle
         self.first_epoch = first_epoch
         self._bins: Callable[[int], list[list[int]]] = functools.lru_cache(2)(self._fill)
@@ -125,7 +125,7 @@ class TokenSampler:
         return sum(map(self.costs.of, bins)) / (len(bins) * self.budget)
 
     @property
-    def pairs_per_step(self) -> float:
+    def examples_per_step(self) -> float:
         """Items of a step, on average over the first epoch's full ones."""
         return self._items_per_bin() * self._bins_per_step
 
@@ -150,7 +150,7 @@ class TokenSampler:
         return len(self.costs.sizes_I) / self._bins_of(self.first_epoch)
 
     def _nearest_accumulation(self) -> int:
-        return max(round(self.global_pairs / self._items_per_bin() / self.world_size), 1)
+        return max(round(self.global_batch_size / self._items_per_bin() / self.world_size), 1)
 
     def _steps_of(self, epoch: int) -> int:
         return -(-self._bins_of(epoch) // self._bins_per_step)

@@ -36,21 +36,21 @@ class Chunk:
     has.
 
     number: how many chunks came before it, over all passes. row: how many rows of the pass. report:
-    counts of the stream up to its end, with the lengths of its own pairs.
+    counts of the stream up to its end, with the lengths of its own examples.
     """
 
     number: int
     row: int
-    pairs: list[dict[str, Any]]
+    examples: list[dict[str, Any]]
     places: list[str]
     report: DataReport
     kind: Kind = PAIRS
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {name: _as_lists(value) for name, value in self.pairs[index].items()}
+        return {name: _as_lists(value) for name, value in self.examples[index].items()}
 
     def where(self, index: int) -> str:
         return self.places[index]
@@ -58,21 +58,21 @@ class Chunk:
     @property
     def extras(self) -> list[str]:
         """The optional float columns that the rows have."""
-        return [name for name in self.kind.numbers if any(name in pair for pair in self.pairs)]
+        return [name for name in self.kind.numbers if any(name in pair for pair in self.examples)]
 
     @cached_property
     def lengths(self) -> RowLengths:
-        return RowLengths.of(self.pairs, self.kind)
+        return RowLengths.of(self.examples, self.kind)
 
     @cached_property
     def labels(self) -> np.ndarray:
-        return np.array([pair["label"] for pair in self.pairs], dtype=bool)
+        return np.array([pair["label"] for pair in self.examples], dtype=bool)
 
 
-class PairStream:
+class ExampleStream:
     """The rows of data.train, without end, in chunks of data.stream_buffer.
 
-    tokenizer, eos_ids: as for `load_pairs`; not to be used by another thread during `read`.
+    tokenizer, eos_ids: as for `load_examples`; not to be used by another thread during `read`.
     """
 
     def __init__(self, config: DataConfig, tokenizer: Any, eos_ids: Iterable[int] = ()) -> None:
@@ -96,23 +96,23 @@ class PairStream:
 
     def read(self) -> Chunk:
         """The next chunk: data.stream_buffer rows, or fewer at the end of a pass. Raises UserError."""
-        row, pairs, places = self._row, [], []
+        row, examples, places = self._row, [], []
         for where, raw in self._rows:
             self._row += 1
             pair = self._pair(where, raw)
             if pair is not None:
-                pairs.append(pair)
+                examples.append(pair)
                 places.append(where)
-            if len(pairs) == self.config.stream_buffer:
+            if len(examples) == self.config.stream_buffer:
                 break
         else:
-            if not pairs and row == 0:
+            if not examples and row == 0:
                 raise nothing_left(self._snapshot())
             self._row, self._rows = 0, self._pass()
-            if not pairs:
+            if not examples:
                 return self.read()
         self._number += 1
-        chunk = Chunk(self._number - 1, row, pairs, places, self._snapshot(), self._seen.kind)
+        chunk = Chunk(self._number - 1, row, examples, places, self._snapshot(), self._seen.kind)
         chunk.report.measure(chunk.lengths)
         return chunk
 
@@ -157,7 +157,7 @@ class PairStream:
 
     def _snapshot(self) -> DataReport:
         report = copy.deepcopy(self.report)
-        report.rows_read = report.pairs_kept + report.bad.total + report.dropped.total
+        report.rows_read = report.examples_kept + report.bad.total + report.dropped.total
         return report
 
 
@@ -188,7 +188,7 @@ class _Forwarded(BadRows):
 
 def _count(report: DataReport, row: Row, pair: Tokenised) -> None:
     report.kind = row.kind.name
-    report.pairs_kept += 1
+    report.examples_kept += 1
     report.answers += len(row.answers)
     report.judge(values(row))
     report.boundary_merges += pair.merged

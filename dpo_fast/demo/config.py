@@ -16,7 +16,7 @@ HEADER = """\
 
 def write_config(folder: Path, scale: Scale, seed: int) -> Path:
     """`folder`/dpo.yaml: DPO of `folder`/sft on the pairs in `folder`, into `folder`/dpo."""
-    steps = max(scale.train_questions // scale.pairs_per_step, 1)
+    steps = max(scale.train_questions // scale.examples_per_step, 1)
     tree = {
         "model": {"path": str(folder / "sft"), "dtype": "fp32"},
         "data": {
@@ -34,8 +34,8 @@ def write_config(folder: Path, scale: Scale, seed: int) -> Path:
         "train": {
             "output_dir": str(folder / "dpo"),
             "num_train_epochs": scale.dpo_epochs,
-            "global_pairs": scale.pairs_per_step,
-            "micro_pairs": scale.pairs_per_step,
+            "global_batch_size": scale.examples_per_step,
+            "micro_batch_size": scale.examples_per_step,
             "learning_rate": scale.dpo_learning_rate,
             "layout": "packed",
             "seed": seed,

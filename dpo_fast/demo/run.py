@@ -83,7 +83,7 @@ def _teach_format(
         tokenizer,
         data,
         steps=scale.sft_steps,
-        pairs_per_step=scale.pairs_per_step,
+        examples_per_step=scale.examples_per_step,
         learning_rate=scale.sft_learning_rate,
         seed=seed,
     )

@@ -9,13 +9,13 @@ from dpo_fast.demo.student import StudentSize
 
 @dataclass(frozen=True)
 class Scale:
-    """Numbers in the questions, questions, steps and rates; `pairs_per_step` is that of SFT and DPO."""
+    """Numbers in the questions, questions, steps and rates; `examples_per_step` is that of SFT and DPO."""
 
     numbers: range = range(10, 60)
     train_questions: int = 4800
     held_out_questions: int = 200
     size: StudentSize = StudentSize(hidden=256, layers=3, heads=4, key_value_heads=4)
-    pairs_per_step: int = 32
+    examples_per_step: int = 32
     sft_steps: int = 140
     sft_learning_rate: float = 1e-3
     dpo_learning_rate: float = 5e-4

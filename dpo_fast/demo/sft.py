@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from dpo_fast.data.config import DataConfig
-from dpo_fast.data.dataset import PairDataset, load_pairs
+from dpo_fast.data.dataset import PairDataset, load_examples
 from dpo_fast.data.layouts import collate
 from dpo_fast.data.sampler import Sampler
 from dpo_fast.models import ScoringModel, architecture_of, choose_attention
@@ -23,14 +23,14 @@ def fine_tune(
     data: DataConfig,
     *,
     steps: int,
-    pairs_per_step: int,
+    examples_per_step: int,
     learning_rate: float,
     seed: int,
 ) -> float:
     """Train on both answers of each pair of `data.train`, right and wrong alike; returns the last
     step's loss per token. `model` changes in place and keeps its own head."""
-    pairs = load_pairs(data, tokenizer, split="train")
-    sampler = Sampler(len(pairs), pairs_per_step, pairs_per_step, 1, seed, shuffle=True)
+    pairs = load_examples(data, tokenizer, split="train")
+    sampler = Sampler(len(pairs), examples_per_step, examples_per_step, 1, seed, shuffle=True)
     head, attention = model.get_output_embeddings(), model.config._attn_implementation
     chosen = choose_attention(
         "auto", "packed", distributed.device(), model.dtype, architecture_of(model)

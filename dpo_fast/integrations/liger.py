@@ -358,7 +358,7 @@ class LigerFusedLinearSimPOLoss(_PairLoss):
 
 
 class LigerFusedLinearKTOLoss(_Loss):
-    """KTO: completions that are good or bad by themselves, in any order."""
+    """KTO: completions that are desirable or undesirable by themselves, in any order."""
 
     def __init__(
         self,
@@ -404,21 +404,28 @@ class LigerFusedLinearKTOLoss(_Loss):
             preference_labels: bool [B], true for good completions.
             kl: of the policy from the reference, one number or [B]; None is 0.
         """
-        good_B = preference_labels
-        if good_B is None or good_B.dtype != torch.bool or good_B.shape != target.shape[:1]:
+        desirable_B = preference_labels
+        if (
+            desirable_B is None
+            or desirable_B.dtype != torch.bool
+            or desirable_B.shape != target.shape[:1]
+        ):
             raise ValueError(
-                f"preference_labels={'None' if good_B is None else good_B.dtype}; expected torch.bool "
+                f"preference_labels={'None' if desirable_B is None else desirable_B.dtype}; expected torch.bool "
                 f"({len(target)},)"
             )
-        if kl is not None and kl.numel() != 1 and kl.shape != good_B.shape:
+        if kl is not None and kl.numel() != 1 and kl.shape != desirable_B.shape:
             raise ValueError(f"kl is {tuple(kl.shape)}; expected one number, or ({len(target)},)")
         reference_B = self._reference(target, ref_input, ref_weight, ref_bias)
         scores = self._score(_input, lin_weight, target, bias)
-        rows = SequenceLogps(scores.logps_B, scores.lengths_B, good_B, reference_B, kl)
+        rows = SequenceLogps(scores.logps_B, scores.lengths_B, desirable_B, reference_B, kl)
         rewards_B = self.beta * rows.ratio.detach()
-        sums = [x for values in (rows.logps.detach(), rewards_B) for x in _by_side(values, good_B)]
+        sums = [
+            x for values in (rows.logps.detach(), rewards_B) for x in _by_side(values, desirable_B)
+        ]
         logits = [
-            mean_logit(_input[mask], lin_weight, bias, total=True) for mask in (good_B, ~good_B)
+            mean_logit(_input[mask], lin_weight, bias, total=True)
+            for mask in (desirable_B, ~desirable_B)
         ]
         return self._losses(rows).mean(), (*sums[:2], *logits, *sums[2:])
 
@@ -436,9 +443,11 @@ def mean_logit(hidden: Tensor, weight: Tensor, bias: Tensor | None, total: bool 
     return mean * (len(rows) * V) if total else mean
 
 
-def _by_side(values_B: Tensor, good_B: Tensor) -> tuple[Tensor, Tensor]:
+def _by_side(values_B: Tensor, desirable_B: Tensor) -> tuple[Tensor, Tensor]:
     zero = values_B.new_zeros(())
-    return torch.where(good_B, values_B, zero).sum(), torch.where(good_B, zero, values_B).sum()
+    return torch.where(desirable_B, values_B, zero).sum(), torch.where(
+        desirable_B, zero, values_B
+    ).sum()
 
 
 def _given(value: Tensor | None) -> str:

@@ -126,11 +126,11 @@ class PreferenceTrainer(transformers.Trainer):
         batch: ScoredBatch = inputs["batch"].to(self.args.device)
         if self._unproven:
             self._prove_separation(model)
-        compared = self.loss_pass.reference(self.reference, batch)
-        scores = self.loss_pass.scores(functools.partial(model, scored=True), batch)
-        totals = num_items_in_batch or _totals(batch.pairs, batch.chosen_tokens)
-        result = self.loss_pass.loss(scores, compared, batch, totals)
-        self._sums["train" if model.training else "eval"].add(result, scores, batch)
+        reference = self.loss_pass.reference(self.reference, batch)
+        token_outputs = self.loss_pass.token_outputs(functools.partial(model, scored=True), batch)
+        totals = num_items_in_batch or _totals(batch.num_examples, batch.chosen_tokens)
+        result = self.loss_pass.loss(token_outputs, reference, batch, totals)
+        self._sums["train" if model.training else "eval"].add(result, token_outputs, batch)
         # DDP and DeepSpeed average gradients over ranks; the loss is divided by global counts already.
         ranks = 1 if num_items_in_batch is None else self.accelerator.num_processes
         loss = result.loss * ranks
@@ -139,7 +139,7 @@ class PreferenceTrainer(transformers.Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[dict], device) -> Totals:
         """The counts of a global batch, over its micro-batches and over ranks."""
         batches = [sample["batch"] for sample in batch_samples]
-        counts = [sum(b.pairs for b in batches), sum(b.chosen_tokens for b in batches)]
+        counts = [sum(b.num_examples for b in batches), sum(b.chosen_tokens for b in batches)]
         counts = self.accelerator.reduce(torch.tensor(counts, device=device), "sum")
         return _totals(*counts.tolist())
 

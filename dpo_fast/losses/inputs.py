@@ -48,16 +48,16 @@ class PairLogps:
 
     @property
     def sequences(self) -> SequenceLogps:
-        """The same completions one by one: chosen ones good, rejected ones bad."""
+        """The same completions one by one: chosen ones desirable, rejected ones undesirable."""
 
         def interleaved(chosen: Tensor | None, rejected: Tensor | None) -> Tensor | None:
             return None if chosen is None else torch.stack([chosen, rejected], 1).flatten()
 
-        good = torch.ones_like(self.chosen, dtype=torch.bool)
+        desirable = torch.ones_like(self.chosen, dtype=torch.bool)
         return SequenceLogps(
             interleaved(self.chosen, self.rejected),
             interleaved(self.chosen_lengths, self.rejected_lengths),
-            interleaved(good, ~good),
+            interleaved(desirable, ~desirable),
             interleaved(self.reference_chosen, self.reference_rejected),
             self.kl,
             self.delta,
@@ -75,15 +75,15 @@ class _Compared:
 
 @dataclass(frozen=True)
 class SequenceLogps(_Compared):
-    """Completions that are good or bad by themselves, [S]; log-probabilities as in `PairLogps`.
+    """Completions that are desirable or undesirable by themselves, [S]; log-probabilities as in `PairLogps`.
 
-    good: bool [S]. kl: estimate of the policy's distance from the reference (KTO), [], or None for 0.
+    desirable: bool [S]. kl: estimate of the policy's distance from the reference (KTO), [], or None for 0.
     delta: running mean of rewards (BCO), [], or None for 0.
     """
 
     logps: Tensor
     lengths: Tensor
-    good: Tensor
+    desirable: Tensor
     reference: Tensor | None = None
     kl: Tensor | None = None
     delta: Tensor | None = None

@@ -57,9 +57,9 @@ class LossOptions:
     slic_delta: float = option(1.0, "margin of log-probs that slic wants")
     slic_lambda: float = option(0.1, "weight of slic's sft term")
     desirable_weight: float = option(
-        1.0, "weight of good completions (kto, bco, apo_zero_unpaired)"
+        1.0, "weight of desirable completions (kto, bco, apo_zero_unpaired)"
     )
-    undesirable_weight: float = option(1.0, "weight of bad completions")
+    undesirable_weight: float = option(1.0, "weight of undesirable completions")
     ld_alpha: float | None = option(
         None,
         "weight of the tokens of a pair's longer answer beyond the shorter one's length, 0 to 1 "

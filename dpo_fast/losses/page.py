@@ -41,11 +41,13 @@ minus the chosen log-probs divided by the chosen tokens of the global batch.
 GROUPS = {  # title: of which losses
     "Pairs, with a reference": lambda spec: spec.paired and spec.needs_reference,
     "Pairs, without a reference": lambda spec: spec.paired and not spec.needs_reference,
-    "Completions that are good or bad by themselves": lambda spec: spec.rows == "completions",
+    "Completions that are desirable or undesirable by themselves": lambda spec: (
+        spec.rows == "completions"
+    ),
     "Groups of scored completions": lambda spec: spec.grouped,
 }
 NOTES = {
-    "completions": "\nPairs are taken as well, each as one good and one bad completion.\n",
+    "completions": "\nPairs are taken as well, each as one desirable and one undesirable completion.\n",
     "groups": """
 Rows have `prompt` and two lists of one length, `completions` and `scores` (or `ranks`, of which 1 is the
 best). `old` are the log-probs that

@@ -53,7 +53,7 @@ def preference(
     reference_T: Tensor | None = None,
     log_sum_p2_T: Tensor | None = None,
     columns: Mapping[str, Tensor] | None = None,
-    good_S: Tensor | None = None,
+    desirable_S: Tensor | None = None,
     groups: ScoredGroups | None = None,
     statistics: Mapping[str, Tensor] | None = None,
     implementation: str = "auto",
@@ -70,7 +70,7 @@ def preference(
         log_sum_p2_T: [T], the head's extra of that name, for `use_weighting`.
         columns: of the data, fp32 [P], of groups [G]: `weight`, `margin`, `soft_label`; those that are
             there.
-        good_S: bool [S]; given, sequences are good or bad by themselves and not pairs.
+        desirable_S: bool [S]; given, sequences are desirable or undesirable by themselves and not pairs.
         groups: given, sequences are groups of scored completions.
         statistics: `kl`, `delta`, [] each, estimated over all ranks; 0 where they are missing.
         implementation: `torch` is the definition, operation by operation; `triton` is one kernel;
@@ -86,9 +86,9 @@ def preference(
         UnavailableError: the named implementation cannot run here, or cannot do these losses.
     """
     columns, statistics = columns or {}, statistics or {}
-    paired = good_S is None and groups is None and not objective.grouped
+    paired = desirable_S is None and groups is None and not objective.grouped
     check_sequences(logp_T, lengths_S, reference_S, paired=paired)
-    _check_inputs(objective, reference_S, columns, good_S)
+    _check_inputs(objective, reference_S, columns, desirable_S)
     _check_groups(objective, groups, logp_T, lengths_S, reference_T)
     rows = len(lengths_S) // 2 if paired else 0 if groups is None else len(groups.counts_G)
     # A compiler does not know how many tokens are scored: some, then.
@@ -103,7 +103,7 @@ def preference(
         tokens = Tokens(logp_T, lengths_S, reference_S, reference_T, log_sum_p2_T)
         if groups is not None:
             return _of_groups(tokens, objective, totals, columns, groups)
-        return _composed(tokens, objective, totals, columns, good_S, statistics)
+        return _composed(tokens, objective, totals, columns, desirable_S, statistics)
     options = {option: getattr(objective.options, option) for option in KERNEL_OPTIONS}
     return Preference(
         *fused_preference(
@@ -117,10 +117,10 @@ def preference(
     )
 
 
-def _composed(tokens: Tokens, objective, totals, columns, good_S, statistics) -> Preference:
+def _composed(tokens: Tokens, objective, totals, columns, desirable_S, statistics) -> Preference:
     options, weight = objective.options, columns.get("weight")
-    logps_S, reference_S = sequence_sums(tokens, options, paired=good_S is None)
-    if good_S is None:
+    logps_S, reference_S = sequence_sums(tokens, options, paired=desirable_S is None)
+    if desirable_S is None:
         rows = as_pairs(logps_S, tokens.lengths_S, reference_S, columns, statistics)
         if options.changes_sums:
             plain_S = sum_sequences(tokens.logp_T, tokens.lengths_S)
@@ -129,7 +129,7 @@ def _composed(tokens: Tokens, objective, totals, columns, good_S, statistics) ->
         rows = SequenceLogps(
             logps_S,
             tokens.lengths_S,
-            good_S,
+            desirable_S,
             reference_S,
             statistics.get("kl"),
             statistics.get("delta"),
@@ -183,12 +183,14 @@ def as_pairs(
     )
 
 
-def _check_inputs(objective: Objective, reference_S, columns, good_S) -> None:
+def _check_inputs(objective: Objective, reference_S, columns, desirable_S) -> None:
     if reference_S is None and objective.needs_reference:
         raise ValueError(f"losses {objective.names} need a reference; reference_S is None")
-    if good_S is not None and objective.paired:
+    if desirable_S is not None and objective.paired:
         names = [spec.name for spec in objective.specs if spec.paired]
-        raise ValueError(f"losses {names} compare the answers of pairs; good_S was given instead")
+        raise ValueError(
+            f"losses {names} compare the answers of pairs; desirable_S was given instead"
+        )
     objective.check_inputs(columns)
 
 

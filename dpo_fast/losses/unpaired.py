@@ -1,6 +1,6 @@
-"""Losses on completions that are good or bad by themselves: r their log-ratio to the reference.
+"""Losses on completions that are desirable or undesirable by themselves: r their log-ratio to the reference.
 
-On paired data every chosen completion is a good one and every rejected one a bad one.
+On paired data every chosen completion is a desirable one and every rejected one an undesirable one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ WEIGHTS = ("desirable_weight", "undesirable_weight")
 
 
 @loss(
-    "good: wd (1 - S(beta (r - kl))); bad: wu (1 - S(beta (kl - r))); kl = max(0, mean log-ratio of "
+    "desirable: wd (1 - S(beta (r - kl))); undesirable: wu (1 - S(beta (kl - r))); kl = max(0, mean log-ratio of "
     "mismatched completions over the global batch)",
     "KTO, arXiv 2402.01306 eq 7",
     "thumbs up or down for single answers; many more of one kind than of the other",
@@ -30,11 +30,11 @@ WEIGHTS = ("desirable_weight", "undesirable_weight")
 def kto(sequences: SequenceLogps, options: LossOptions) -> Tensor:
     kl = 0.0 if sequences.kl is None else sequences.kl
     gap = options.beta * (sequences.ratio - kl)
-    return weighted(sequences, options, torch.sigmoid(torch.where(sequences.good, -gap, gap)))
+    return weighted(sequences, options, torch.sigmoid(torch.where(sequences.desirable, -gap, gap)))
 
 
 @loss(
-    "good: -wd LS(beta r - delta); bad: -wu LS(delta - beta r); delta the running mean of rewards",
+    "desirable: -wd LS(beta r - delta); undesirable: -wu LS(delta - beta r); delta the running mean of rewards",
     "BCO, arXiv 2404.04656",
     "as kto, with a classifier's loss; density-ratio weights, where they are used, in the column weight",
     ("beta", *WEIGHTS, *SUMS),
@@ -45,11 +45,11 @@ def kto(sequences: SequenceLogps, options: LossOptions) -> Tensor:
 def bco(sequences: SequenceLogps, options: LossOptions) -> Tensor:
     delta = 0.0 if sequences.delta is None else sequences.delta
     gap = options.beta * sequences.ratio - delta
-    return weighted(sequences, options, -F.logsigmoid(torch.where(sequences.good, gap, -gap)))
+    return weighted(sequences, options, -F.logsigmoid(torch.where(sequences.desirable, gap, -gap)))
 
 
 @loss(
-    "good: wd (1 - S(beta r)); bad: wu S(beta r)",
+    "desirable: wd (1 - S(beta r)); undesirable: wu S(beta r)",
     "APO zero, arXiv 2408.06266",
     "as apo_zero, where answers do not come in pairs",
     ("beta", *WEIGHTS, *SUMS),
@@ -58,9 +58,11 @@ def bco(sequences: SequenceLogps, options: LossOptions) -> Tensor:
 )
 def apo_zero_unpaired(sequences: SequenceLogps, options: LossOptions) -> Tensor:
     reward = options.beta * sequences.ratio
-    return weighted(sequences, options, torch.sigmoid(torch.where(sequences.good, -reward, reward)))
+    return weighted(
+        sequences, options, torch.sigmoid(torch.where(sequences.desirable, -reward, reward))
+    )
 
 
 def weighted(sequences: SequenceLogps, options: LossOptions, values: Tensor) -> Tensor:
-    good, bad = options.desirable_weight, options.undesirable_weight
-    return torch.where(sequences.good, good * values, bad * values)
+    desirable, undesirable = options.desirable_weight, options.undesirable_weight
+    return torch.where(sequences.desirable, desirable * values, undesirable * values)

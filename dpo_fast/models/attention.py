@@ -1,4 +1,4 @@
-"""Attention over a row of groups, by several means. Registered with transformers by name.
+"""Attention over a row of trees, by several means. Registered with transformers by name.
 
 Each function has the signature of transformers' AttentionInterface: query [1, heads, N, dim], key and
 value [1, key heads, N, dim] in, [1, N, heads, dim] and None out, and is told by `plan` which tokens

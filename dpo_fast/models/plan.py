@@ -30,7 +30,7 @@ class Varlen(NamedTuple):
 
 
 class AttentionPlan:
-    """What attention needs to know of a row of groups, each a trunk with branches that continue it.
+    """What attention needs to know of a row of trees, each a trunk with branches that continue it.
 
     A token sees the tokens before it in its own branch and its trunk, and no others. The first branch
     and the trunk are one causal segment; every other branch is a segment that sees the trunk's keys
@@ -39,11 +39,11 @@ class AttentionPlan:
     One plan serves every layer of a forward pass; what is derived from it is made once. It is an object
     rather than a tuple so that torch.compile does not specialise on the lengths.
 
-    groups: (trunk, branch, ...) lengths along the row; branches may be empty.
+    spans: (trunk, branch, ...) lengths along the row; branches may be empty.
     """
 
-    def __init__(self, groups: tuple[tuple[int, ...], ...], device: torch.device) -> None:
-        self.groups = groups
+    def __init__(self, spans: tuple[tuple[int, ...], ...], device: torch.device) -> None:
+        self.spans = spans
         self.device = device
         self._masks: dict[tuple, Tensor] = {}
         self._block_masks: dict[int | None, object] = {}
@@ -51,13 +51,13 @@ class AttentionPlan:
     @functools.cached_property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
-        return max(trunk + max(branches, default=0) for trunk, *branches in self.groups)
+        return max(trunk + max(branches, default=0) for trunk, *branches in self.spans)
 
     @functools.cached_property
     def segments(self) -> tuple[Segment, ...]:
         """In the order of the row. Empty branches have none."""
         segments, start = [], 0
-        for trunk, *branches in self.groups:
+        for trunk, *branches in self.spans:
             first, *others = branches or [0]
             segments.append(Segment(trunk + first, 0, start))
             segments += [Segment(size, trunk, start) for size in others if size]
@@ -99,7 +99,7 @@ class AttentionPlan:
         """Of every token, int32 [N]: its group, its branch (0 the trunk), its position."""
         values = [
             (group, branch, position)
-            for group, (trunk, *branches) in enumerate(self.groups)
+            for group, (trunk, *branches) in enumerate(self.spans)
             for branch, begin, size in [(0, 0, trunk)]
             + [(b, trunk, n) for b, n in enumerate(branches, 1)]
             for position in range(begin, begin + size)

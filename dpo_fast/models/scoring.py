@@ -69,7 +69,7 @@ def scoring_forward(
     input_ids: Tensor,
     position_ids: Tensor,
     attention_mask: Tensor | None,
-    groups: tuple[tuple[int, ...], ...] | None,
+    spans: tuple[tuple[int, ...], ...] | None,
     rows_T: Tensor,
     targets_T: Tensor,
     extras: tuple[str, ...] = (),
@@ -77,7 +77,7 @@ def scoring_forward(
     """{"logp": fp32 [T], **extras} of the scored tokens, by a model that has a `FusedHead`; arguments as in
     `ScoredBatch`."""
     decoder = causal_lm.get_decoder()
-    places = {} if groups is None else {"plan": AttentionPlan(groups, input_ids.device)}
+    places = {} if spans is None else {"plan": AttentionPlan(spans, input_ids.device)}
     if "position_ids" in inspect.signature(decoder.forward).parameters:
         places["position_ids"] = position_ids
     hidden = decoder(
@@ -89,7 +89,7 @@ def scoring_forward(
 
 def forward_arguments(batch: ScoredBatch) -> dict:
     """The arguments of `ScoringModel.forward` for a batch."""
-    names = ("input_ids", "position_ids", "attention_mask", "groups", "rows_T", "targets_T")
+    names = ("input_ids", "position_ids", "attention_mask", "spans", "rows_T", "targets_T")
     return {name: getattr(batch, name) for name in names}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from dpo_fast.data.layouts import collate_groups
+from dpo_fast.data.layouts import collate_trees
 from dpo_fast.errors import UserError
 from dpo_fast.models.scoring import forward_arguments
 
@@ -24,7 +24,7 @@ def check_separation(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Score two groups, then again with other tokens in one completion; all else must stay as it was.
+    """Score two trees, then again with other tokens in one completion; all else must stay as it was.
 
     scorer: a `ScoringModel` or an engine round one. It finds what no configuration tells: layers that
     carry something along the row (recurrence, convolution, attention of their own). Collective where
@@ -37,11 +37,8 @@ def check_separation(
     other = [(token + 1) % vocabulary for token in tokens]
 
     def scores(first: list[int]) -> Tensor:
-        groups = [
-            (tokens[:3], [first, tokens[7:10]]),
-            (tokens[10:13], [tokens[13:16], tokens[15:]]),
-        ]
-        batch = collate_groups(groups, layout).to(device)
+        trees = [(tokens[:3], [first, tokens[7:10]]), (tokens[10:13], [tokens[13:16], tokens[15:]])]
+        batch = collate_trees(trees, layout).to(device)
         return scorer(**forward_arguments(batch))["logp"]
 
     before, after = scores(tokens[3:7]), scores(other[3:7])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dpo_fast.losses import ScoredGroups, Totals, preference
 from dpo_fast.modules.metrics import METRIC_EXTRAS, sequence_metrics, token_metrics
 from dpo_fast.modules.preference import (
-    check_good,
+    check_desirable,
     check_lengths,
     check_shapes,
     check_statistics,
@@ -88,7 +88,7 @@ class FusedLinearPreferenceLoss(nn.Module):
         lengths: Tensor | None = None,
         sequence_ids: Tensor | None = None,
         mask: Tensor | None = None,
-        good: Tensor | None = None,
+        desirable: Tensor | None = None,
         scores: Tensor | None = None,
         counts: Tensor | None = None,
         old_logps: Tensor | None = None,
@@ -108,7 +108,7 @@ class FusedLinearPreferenceLoss(nn.Module):
             labels: int64 [B, L], or [N] with `lengths`, int64 [S]: packed rows of each sequence; or with
                 `sequence_ids`, int64 [N]: the sequence of each packed row, counted from 0, in any order.
             mask: bool, as labels: which of them are scored; by default all but `ignore_index`.
-            good: bool [S]; given, sequences are good or bad by themselves, in any order, and not pairs.
+            desirable: bool [S]; given, sequences are desirable or undesirable by themselves, in any order, and not pairs.
             scores: fp32 [S], with counts: int64 [G]; given, sequences are groups of so many completions,
                 one group after the other, the higher score the better.
             old_logps: fp32, as labels: what each label had where the completion was written (grpo, dapo).
@@ -126,9 +126,9 @@ class FusedLinearPreferenceLoss(nn.Module):
             labels = masked_labels(labels, mask, self.ignore_index)
         S = sequence_count(labels, lengths, sequence_ids)
         grouped = any(each is not None for each in (scores, counts, old_logps))
-        if grouped and good is not None:
-            raise ValueError("give good, or scores and counts, not both")
-        order_S = None if grouped else self._order(good, S, labels.device)
+        if grouped and desirable is not None:
+            raise ValueError("give desirable, or scores and counts, not both")
+        order_S = None if grouped else self._order(desirable, S, labels.device)
         rows = scored_rows(
             labels,
             lengths,
@@ -143,7 +143,7 @@ class FusedLinearPreferenceLoss(nn.Module):
         if old_logps is not None and not self.objective.needs_old_tokens:
             raise ValueError(f"losses {self.objective.names} do not use old_logps; leave them out")
         groups = self._groups(scores, counts, old_logps, labels, rows) if grouped else None
-        self._check_columns(columns, S // 2 if good is None else S, groups)
+        self._check_columns(columns, S // 2 if desirable is None else S, groups)
         extras = self.extras
         if self.objective.options.use_weighting:
             extras += ("log_sum_p2",)
@@ -160,30 +160,30 @@ class FusedLinearPreferenceLoss(nn.Module):
             rows.lengths_S,
             reference_S,
             self.objective,
-            self._totals(rows.lengths_S, good, groups) if totals is None else totals,
+            self._totals(rows.lengths_S, desirable, groups) if totals is None else totals,
             reference_T=reference_T,
             log_sum_p2_T=found.log_sum_p2,
             columns=columns,
-            good_S=good,
+            desirable_S=desirable,
             groups=groups,
             statistics=statistics,
             implementation=self._loss_implementation,
         )
         asked = {name: getattr(found, name) for name in self.extras}
-        metrics = sequence_metrics(result.logps_S, result.rewards_S, good, groups)
+        metrics = sequence_metrics(result.logps_S, result.rewards_S, desirable, groups)
         metrics |= {name: values.mean() for name, values in result.watched.items()}
-        return result.loss, metrics | token_metrics(asked, rows.lengths_S, good, groups)
+        return result.loss, metrics | token_metrics(asked, rows.lengths_S, desirable, groups)
 
     @property
     def _loss_implementation(self) -> str:
         """The kernel of the small end computes some losses only; the choice is of the head."""
         return "torch" if self.implementation == "torch" else "auto"
 
-    def _order(self, good: Tensor | None, S: int, device: torch.device) -> Tensor | None:
-        if good is None:
+    def _order(self, desirable: Tensor | None, S: int, device: torch.device) -> Tensor | None:
+        if desirable is None:
             return pair_order(S, self.batch_order, device)
         check_unpaired(self.objective)
-        check_good(good, S)
+        check_desirable(desirable, S)
         return None
 
     @staticmethod
@@ -265,12 +265,12 @@ class FusedLinearPreferenceLoss(nn.Module):
             )
 
     def _totals(
-        self, lengths_S: Tensor, good: Tensor | None, groups: ScoredGroups | None
+        self, lengths_S: Tensor, desirable: Tensor | None, groups: ScoredGroups | None
     ) -> Totals:
         S = len(lengths_S)
         if groups is not None:
             return Totals(len(groups.counts_G), 0, S, int(lengths_S.sum()))
-        if good is not None:
+        if desirable is not None:
             return Totals(0, 0, S)
         tokens = int(lengths_S[0::2].sum()) if self.objective.divides_by_chosen_tokens else 0
         return Totals(S // 2, tokens, S)

@@ -143,7 +143,7 @@ class PreferenceLoss(_SequenceLoss):
 
 
 class UnpairedPreferenceLoss(_SequenceLoss):
-    """Losses on completions that are good or bad by themselves: kto, bco, apo_zero_unpaired.
+    """Losses on completions that are desirable or undesirable by themselves: kto, bco, apo_zero_unpaired.
 
     Arguments as of `PreferenceLoss`.
     """
@@ -160,18 +160,18 @@ class UnpairedPreferenceLoss(_SequenceLoss):
     def forward(
         self,
         logps: Tensor,
-        good: Tensor,
+        desirable: Tensor,
         reference_logps: Tensor | None = None,
         *,
         columns: Mapping[str, Tensor] | None = None,
         statistics: Mapping[str, Tensor] | None = None,
         totals: Totals | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss, [], and metrics, detached: means over good and over bad completions, nan where there
+        """Loss, [], and metrics, detached: means over desirable and over undesirable completions, nan where there
         are none.
 
         Args:
-            logps, reference_logps: summed over completion tokens, [S]. good: bool [S].
+            logps, reference_logps: summed over completion tokens, [S]. desirable: bool [S].
             columns, statistics, totals: as in `PreferenceLoss`; `weight` is of completions, [S].
 
         Raises:
@@ -181,15 +181,15 @@ class UnpairedPreferenceLoss(_SequenceLoss):
         self.objective.check_inputs(columns, statistics)
         check_statistics(statistics)
         self._check_reference(reference_logps)
-        check_good(good, len(logps))
+        check_desirable(desirable, len(logps))
         check_shapes((logps, reference_logps, *columns.values()))
         rows = SequenceLogps(
-            logps, None, good, reference_logps, statistics.get("kl"), statistics.get("delta")
+            logps, None, desirable, reference_logps, statistics.get("kl"), statistics.get("delta")
         )
         totals = Totals(0, 0, len(logps)) if totals is None else totals
         self.objective.check_totals(totals, pairs=0, sequences=len(logps), tokens=0)
         loss = self.objective(rows, totals, columns.get("weight"))
-        return loss, sequence_metrics(logps, self.objective.rewards(rows), good)
+        return loss, sequence_metrics(logps, self.objective.rewards(rows), desirable)
 
 
 def check_unpaired(objective: Objective) -> None:
@@ -225,10 +225,10 @@ def check_statistics(statistics: Mapping[str, Tensor]) -> None:
             )
 
 
-def check_good(good: Tensor, S: int) -> None:
-    if good.dtype != torch.bool or good.shape != (S,):
+def check_desirable(desirable: Tensor, S: int) -> None:
+    if desirable.dtype != torch.bool or desirable.shape != (S,):
         raise ValueError(
-            f"good is {good.dtype} {tuple(good.shape)}; expected torch.bool ({S},), true for good "
+            f"desirable is {desirable.dtype} {tuple(desirable.shape)}; expected torch.bool ({S},), true for desirable "
             "completions"
         )
 

@@ -30,7 +30,7 @@ def pair_order(S: int, batch_order: str, device: torch.device) -> Tensor:
     """
     if S % 2:
         raise ValueError(
-            f"{S} sequences are no pairs; give `good` where they are unpaired, `scores` and "
+            f"{S} sequences are no pairs; give `desirable` where they are unpaired, `scores` and "
             "`counts` where they are groups"
         )
     order_S = torch.arange(S, device=device)

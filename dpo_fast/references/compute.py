@@ -22,17 +22,17 @@ from dpo_fast.references.live import Scorer
 
 
 def length_batches(
-    rows: Iterable[int], costs: Costs, pairs: int | None, tokens: int | None = None
+    rows: Iterable[int], costs: Costs, batch_size: int | None, tokens: int | None = None
 ) -> list[list[int]]:
-    """Rows in batches of `pairs`, or of at most `tokens`, from the longest to the shortest.
+    """Rows in batches of `batch_size`, or of at most `tokens`, from the longest to the shortest.
 
-    costs: what every pair of the data set takes in the layout. Alike pairs go together, so little is
+    costs: what every example of the data set takes in the layout. Alike examples go together, so little is
     padded and ranks take about as long. Batches, and so the values, do not depend on the ranks.
     """
     ordered = sorted(rows, key=lambda row: (-costs.alone_I[row], row))
     if tokens is not None:
         return costs.bins(tokens, ordered)
-    return [ordered[start : start + pairs] for start in range(0, len(ordered), pairs)]
+    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
 
 
 @torch.no_grad()
@@ -60,25 +60,25 @@ def score_part(
 
 
 def part_table(
-    values_T: Tensor, lengths: RowLengths, pairs: Dataset, rows: range, per_token: bool
+    values_T: Tensor, lengths: RowLengths, examples: Dataset, rows: range, per_token: bool
 ) -> pyarrow.Table:
     """The rows of a part, from the log-probabilities of its tokens.
 
     Raises:
         UserError: one of them is not finite.
     """
-    kind, lengths_A = pairs.kind, torch.from_numpy(lengths.answers_A)
+    kind, lengths_A = examples.kind, torch.from_numpy(lengths.answers_A)
     sums_A = sum_sequences(values_T, lengths_A)
     if not sums_A.isfinite().all():
         finite_R = np.logical_and.reduceat(sums_A.isfinite().numpy(), lengths.starts_R)
         bad = (~finite_R).nonzero()[0].tolist()
         raise UserError(
             f"the reference log-probs of {len(bad)} {kind.name} are not finite, the first "
-            f"{pairs.where(rows[bad[0]])}; look at the reference model and at model.dtype"
+            f"{examples.where(rows[bad[0]])}; look at the reference model and at model.dtype"
         )
     columns = {
-        "digest": pairs.digests.slice(rows.start, len(rows)),
-        "where": pyarrow.array([pairs.where(row) for row in rows], pyarrow.string()),
+        "digest": examples.digests.slice(rows.start, len(rows)),
+        "where": pyarrow.array([examples.where(row) for row in rows], pyarrow.string()),
     }
     told = {"logps": sums_A.numpy(), "tokens": lengths.answers_A.astype(np.int32)}
     if per_token:

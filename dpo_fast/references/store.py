@@ -28,7 +28,7 @@ class Request:
     """What a split asks of a stored reference."""
 
     name: str
-    pairs: Dataset
+    examples: Dataset
     model: str
     dtype: str
     per_token: bool = False
@@ -42,12 +42,12 @@ class Request:
     @property
     def kind(self) -> str | None:
         """What the rows are, where they are not pairs: of those a manifest says nothing."""
-        return None if self.pairs.kind == PAIRS else self.pairs.kind.name
+        return None if self.examples.kind == PAIRS else self.examples.kind.name
 
     @property
     def manifest(self) -> dict:
         """What an artefact made for this request is made of."""
-        content = {"data": self.pairs.token_fingerprint, "rows": len(self.pairs)}
+        content = {"data": self.examples.token_fingerprint, "rows": len(self.examples)}
         whole = self.must_match | {"per_token": self.per_token} | content
         return {name: value for name, value in whole.items() if value is not None}
 
@@ -55,7 +55,7 @@ class Request:
 @dataclass(frozen=True)
 class Place:
     """`own`: the folder that a request's reference is computed into; `others`: folders that may hold
-    its pairs as well."""
+    its examples as well."""
 
     own: Path
     others: tuple[Path, ...] = ()
@@ -90,7 +90,7 @@ def find_stored(place: Place, request: Request) -> list[Path] | None:
     """Folders that together hold every pair of a request, or None if it is yet to be computed.
 
     Raises:
-        UserError: what is stored is damaged, belongs to another model, or lacks some of the pairs.
+        UserError: what is stored is damaged, belongs to another model, or lacks some of the examples.
     """
     fitting, misfits = [], []
     for folder in place.stored:
@@ -99,7 +99,7 @@ def find_stored(place: Place, request: Request) -> list[Path] | None:
             misfits.append(f"reference {folder} was computed for something else: {difference}")
         else:
             fitting.append(folder)
-    missing = _missing(fitting, request.pairs)
+    missing = _missing(fitting, request.examples)
     if not missing:
         return fitting
     if misfits:
@@ -107,16 +107,16 @@ def find_stored(place: Place, request: Request) -> list[Path] | None:
     if place.own.exists():
         raise UserError(
             f"reference {place.own} was computed for other data: {len(missing)} of "
-            f"{len(request.pairs)} {request.pairs.kind.name} ({request.name}) are not in it, the first "
-            f"{request.pairs.where(missing[0])}; {REMEDY}"
+            f"{len(request.examples)} {request.examples.kind.name} ({request.name}) are not in it, the first "
+            f"{request.examples.where(missing[0])}; {REMEDY}"
         )
     return None
 
 
-def _missing(folders: list[Path], pairs: Dataset) -> list[int]:
-    """Rows of the pairs that no folder holds."""
+def _missing(folders: list[Path], examples: Dataset) -> list[int]:
+    """Rows of the examples that no folder holds."""
     if not folders:
-        return list(range(len(pairs)))
+        return list(range(len(examples)))
     table = pyarrow.concat_tables([read_rows(folder, ["digest"]) for folder in folders])
-    absent = find_rows(table, pairs.digests).is_null().to_numpy(zero_copy_only=False)
+    absent = find_rows(table, examples.digests).is_null().to_numpy(zero_copy_only=False)
     return absent.nonzero()[0].tolist()

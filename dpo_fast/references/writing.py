@@ -1,6 +1,6 @@
 """An artefact while it is computed, so that what is interrupted goes on where it was.
 
-The pairs of a data set are cut into parts of a fixed number, in order. Finished parts gather in
+The examples of a data set are cut into parts of a fixed number, in order. Finished parts gather in
 `.NAME.partial`, which is renamed to NAME when it has them all.
 """
 
@@ -45,11 +45,11 @@ class Unfinished:
     manifest: what the artefact is made of; a folder that was begun with another is refused.
     """
 
-    def __init__(self, final: Path, manifest: dict, pairs: Dataset) -> None:
-        self.final, self.pairs = final, pairs
+    def __init__(self, final: Path, manifest: dict, examples: Dataset) -> None:
+        self.final, self.examples = final, examples
         self.folder = final.with_name(f".{final.name}.partial")
         self.manifest = manifest | {"rows_per_part": ROWS_PER_PART}
-        self.parts = part_rows(len(pairs), ROWS_PER_PART)
+        self.parts = part_rows(len(examples), ROWS_PER_PART)
         self._lock: int | None = None
 
     def begin(self) -> list[int]:
@@ -118,7 +118,7 @@ class Unfinished:
             table = pyarrow.parquet.read_table(
                 self.folder / part_name(index), page_checksum_verification=True
             )
-            return table["digest"].combine_chunks() == self.pairs.digests.slice(
+            return table["digest"].combine_chunks() == self.examples.digests.slice(
                 rows.start, len(rows)
             )
         return False

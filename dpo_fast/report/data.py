@@ -27,7 +27,7 @@ def data_section(report: DataReport | None) -> str:
 
 def _bar(report: DataReport) -> str:
     parts = (
-        ("kept", report.pairs_kept - report.held_out),
+        ("kept", report.examples_kept - report.held_out),
         ("held", report.held_out),
         ("lost", report.bad.total + report.dropped.total),
     )
@@ -37,7 +37,7 @@ def _bar(report: DataReport) -> str:
 
 def _rows(report: DataReport) -> str:
     rows = [_row(report, "rows read", report.rows_read, [], "total")]
-    rows.append(_row(report, "used for training", report.pairs_kept - report.held_out, []))
+    rows.append(_row(report, "used for training", report.examples_kept - report.held_out, []))
     if report.held_out:
         rows.append(_row(report, "held out for evaluation", report.held_out, []))
     for name, tally in (("bad row", report.bad), ("dropped", report.dropped)):

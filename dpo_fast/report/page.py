@@ -58,7 +58,7 @@ def _head(run: Run) -> str:
         " + ".join(run.loss_names) + " loss" if run.loss_names else None,
         _fact("\N{GREEK SMALL LETTER BETA} =", run.setting("loss", "beta")),
         _fact("LoRA rank", run.setting("model", "lora", "r")),
-        f"{run.data.pairs_kept:,} {run.data.kind}" if run.data else None,
+        f"{run.data.examples_kept:,} {run.data.kind}" if run.data else None,
         f"{run.last_step:,.0f} steps",
         f"{epochs:.4g} epochs" if epochs else None,
     ]
@@ -79,7 +79,7 @@ def _stats(run: Run) -> str:
         points = getattr(run, where).get(name)
         if points:
             tiles.append(_change(f"{where} {title}", points, percent if "acc" in name else number))
-    rates = [value for _, value in run.train.get("perf/pairs_per_second", [])]
+    rates = [value for _, value in run.train.get("perf/examples_per_second", [])]
     if rates:
         tokens = [value for _, value in run.train.get("perf/tokens_per_second", [])]
         padding = [value for _, value in run.train.get("perf/padding_fraction", [])]

@@ -135,7 +135,7 @@ def running_panels(run: Run) -> list[Panel]:
         Panel(
             "Pairs per second",
             "Over all ranks, between two log lines.",
-            _both(run, "perf/pairs_per_second"),
+            _both(run, "perf/examples_per_second"),
             [],
             (0.0,),
             (0.0, None),

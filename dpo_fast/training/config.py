@@ -114,9 +114,9 @@ class RunConfig(BaseModel):
                 "estimates kl from completions after the prompts of other rows, drawn anew in every step; "
                 "set reference.provider=frozen, or adapter_off with LoRA"
             )
-        if self.train.global_pairs == 1:
+        if self.train.global_batch_size == 1:
             raise ValueError(
-                f"train.global_pairs=1, but loss.type={names} estimates kl from the completions of other "
+                f"train.global_batch_size=1, but loss.type={names} estimates kl from the completions of other "
                 "rows of the batch; set it to 2 or more"
             )
 
@@ -141,12 +141,12 @@ class RunConfig(BaseModel):
         if self.loss.objective.grouped and train.tokens_per_batch is not None:
             raise ValueError(
                 f"train.tokens_per_batch={train.tokens_per_batch} may not hold every row of a stream of "
-                "groups, which have any number of completions: set train.micro_pairs instead"
+                "groups, which have any number of completions: set train.micro_batch_size instead"
             )
-        if data.stream_buffer < train.global_pairs:
+        if data.stream_buffer < train.global_batch_size:
             raise ValueError(
-                f"data.stream_buffer={data.stream_buffer} holds less than one step, train.global_pairs="
-                f"{train.global_pairs}; try {100 * train.global_pairs}"
+                f"data.stream_buffer={data.stream_buffer} holds less than one step, train.global_batch_size="
+                f"{train.global_batch_size}; try {100 * train.global_batch_size}"
             )
         # Nobody has seen the pairs that will come, so the largest that may come has to fit.
         sequences = 1 if data.format == "unpaired" else 2
@@ -219,14 +219,14 @@ class RunConfig(BaseModel):
 
 def check_batch_sizes(config: RunConfig, world_size: int) -> None:
     """Raises UserError unless the global batch divides into whole micro-batches on every rank."""
-    if config.train.micro_pairs is None:  # tokens decide
+    if config.train.micro_batch_size is None:  # tokens decide
         return
-    unit = config.train.micro_pairs * world_size
-    if config.train.global_pairs % unit:
-        multiple = max(round(config.train.global_pairs / unit), 1) * unit
+    unit = config.train.micro_batch_size * world_size
+    if config.train.global_batch_size % unit:
+        multiple = max(round(config.train.global_batch_size / unit), 1) * unit
         raise UserError(
-            f"train.global_pairs={config.train.global_pairs} must be a multiple of micro_pairs * "
-            f"world_size = {config.train.micro_pairs} * {world_size} = {unit}; try {multiple}"
+            f"train.global_batch_size={config.train.global_batch_size} must be a multiple of micro_batch_size * "
+            f"world_size = {config.train.micro_batch_size} * {world_size} = {unit}; try {multiple}"
         )
 
 

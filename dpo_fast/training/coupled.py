@@ -35,10 +35,10 @@ class BatchTable:
         return [self.place[row] for row in batch.indices_P.tolist()]
 
     @torch.no_grad()
-    def add(self, scores: Mapping[str, Tensor], compared: dict, batch: ScoredBatch) -> None:
+    def add(self, token_outputs: Mapping[str, Tensor], reference: dict, batch: ScoredBatch) -> None:
         """Enter a micro-batch of this rank."""
         mine = self.places(batch)
-        columns = (*batch_sums(scores, compared, batch, self.loss_pass), batch.lengths_S)
+        columns = (*batch_sums(token_outputs, reference, batch, self.loss_pass), batch.lengths_S)
         for which, values_S in enumerate(columns):
             if values_S is not None:
                 self.values[which, mine] = values_S.double().view(-1, 2)
@@ -52,8 +52,8 @@ class BatchTable:
         objective = self.loss_pass.objective
         with torch.enable_grad():
             policy = policy.clone().requires_grad_()
-            compared = reference if objective.needs_reference else None
-            pairs = as_pairs(policy, lengths, compared, statistics=statistics)
+            reference = reference if objective.needs_reference else None
+            pairs = as_pairs(policy, lengths, reference, statistics=statistics)
             loss = objective(pairs, totals)
             (slopes,) = torch.autograd.grad(loss, policy)
         return loss.detach(), slopes.view(-1, 2)
@@ -63,7 +63,7 @@ def coupled_step(
     engine,
     batches: Iterable[ScoredBatch],
     loss_pass: LossPass,
-    reference,
+    provider,
     totals: Totals,
     sums: MetricSums,
     rows: list[int],
@@ -73,27 +73,29 @@ def coupled_step(
     statistics = statistics or Statistics(device=engine.device)
     batches = [batch.to(engine.device) for batch in batches]
     with sums.clock.time("perf/reference_ms"):
-        compared = [loss_pass.reference(reference, batch) for batch in batches]
+        reference = [loss_pass.reference(provider, batch) for batch in batches]
     table = BatchTable(rows, loss_pass, engine.device)
     with torch.no_grad():
-        for batch, own in zip(batches, compared):
-            table.add(loss_pass.scores(engine, batch), own, batch)
+        for batch, own in zip(batches, reference):
+            table.add(loss_pass.token_outputs(engine, batch), own, batch)
     loss, slopes = table.loss(totals, statistics.values)
     share = loss.float() / engine.world_size
-    for batch, own in zip(batches, compared):
-        scores = loss_pass.scores(engine, batch)
-        logps_S, reference_S = batch_sums(scores, own, batch, loss_pass)
+    for batch, own in zip(batches, reference):
+        token_outputs = loss_pass.token_outputs(engine, batch)
+        logps_S, reference_S = batch_sums(token_outputs, own, batch, loss_pass)
         slope_S = slopes[table.places(batch)].flatten().to(logps_S.dtype)
         engine.backward((logps_S * slope_S).sum() * engine.world_size, scale_wrt_gas=False)
         engine.step()
         rewards_S = loss_pass.objective.rewards(as_pairs(logps_S, batch.lengths_S, reference_S))
         # The loss belongs to no micro-batch more than to another.
-        sums.add(Preference(share / len(batches), logps_S.detach(), rewards_S), scores, batch)
+        sums.add(
+            Preference(share / len(batches), logps_S.detach(), rewards_S), token_outputs, batch
+        )
         statistics.add(rewards_S)
     return share
 
 
-def batch_sums(scores, compared: dict, batch: ScoredBatch, loss_pass: LossPass):
+def batch_sums(token_outputs, reference: dict, batch: ScoredBatch, loss_pass: LossPass):
     """Sums of policy and reference (or None), [S] each."""
-    tokens = Tokens(scores["logp"], batch.lengths_S, **compared)
+    tokens = Tokens(token_outputs["logp"], batch.lengths_S, **reference)
     return sequence_sums(tokens, loss_pass.objective.options, paired=True)

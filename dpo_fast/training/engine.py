@@ -22,7 +22,7 @@ def deepspeed_config(config: RunConfig, world_size: int, accumulation: int) -> d
     on_gpu = torch.cuda.is_available()
     bf16 = config.model.dtype == "bf16"
     # DeepSpeed insists on a number; with train.tokens_per_batch there is none, and nothing depends on it.
-    micro = config.train.micro_pairs or 1
+    micro = config.train.micro_batch_size or 1
     zero: dict[str, Any] = {"stage": config.parallel.zero_stage}
     if config.parallel.zero_stage:
         zero["overlap_comm"] = on_gpu

@@ -1,4 +1,4 @@
-"""Metrics on held-out pairs."""
+"""Metrics on held-out examples."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dpo_fast.training.metrics import MetricSums
 
 
 @torch.no_grad()
-def evaluate(engine, batches, loss_pass: LossPass, reference, totals: Totals, statistics=None):
+def evaluate(engine, batches, loss_pass: LossPass, provider, totals: Totals, statistics=None):
     """`eval_` metrics of an evaluation set whose counts are `totals`. Every rank brings the same number
     of batches."""
     sums = MetricSums(engine.device)
@@ -20,16 +20,20 @@ def evaluate(engine, batches, loss_pass: LossPass, reference, totals: Totals, st
     engine.eval()
     for batch in batches:
         batch = batch.to(engine.device)
-        compared = loss_pass.reference(reference, batch)
-        scores = loss_pass.scores(engine, batch)
-        sums.add(loss_pass.loss(scores, compared, batch, totals, statistics), scores, batch)
+        reference = loss_pass.reference(provider, batch)
+        token_outputs = loss_pass.token_outputs(engine, batch)
+        sums.add(
+            loss_pass.loss(token_outputs, reference, batch, totals, statistics),
+            token_outputs,
+            batch,
+        )
         if coupled:
-            table.add(scores, compared, batch)
+            table.add(token_outputs, reference, batch)
     engine.train()
     sums.note(statistics or {})
     metrics = sums.read()
     if coupled:  # its rows meet over the whole set, not within a micro-batch
         metrics["loss"] = table.loss(totals, statistics)[0].item()
-    for name in ("num_tokens", "pairs"):
+    for name in ("num_tokens", "examples"):
         del metrics[name]
     return {f"eval_{name}": value for name, value in metrics.items()}

@@ -29,43 +29,43 @@ class LossPass:
     implementation: str = "auto"
     old: CachedReference | None = None
 
-    def scores(self, engine, batch: ScoredBatch) -> dict[str, Tensor]:
+    def token_outputs(self, engine, batch: ScoredBatch) -> dict[str, Tensor]:
         """The policy's log-probabilities and extras of every scored token, fp32 [T] each."""
         own = ("log_sum_p2",) if self.objective.options.use_weighting else ()
         return engine(**forward_arguments(batch), extras=(*self.extras, *own))
 
-    def reference(self, reference, batch: ScoredBatch) -> dict[str, Tensor | None]:
+    def reference(self, provider, batch: ScoredBatch) -> dict[str, Tensor | None]:
         """What the policy is compared with, for `loss`: the reference's sums, and its tokens where the
         losses want them; `old_T` where they want what the completions were written with."""
         old = {"old_T": self.old.token_logps(batch)} if self.objective.needs_old_tokens else {}
         if not self.objective.needs_reference_tokens:
-            return {"reference_S": reference(batch)} | old
-        return of_tokens(reference.token_logps(batch), batch) | old
+            return {"reference_S": provider(batch)} | old
+        return of_tokens(provider.token_logps(batch), batch) | old
 
     def loss(
         self,
-        scores: Mapping[str, Tensor],
-        compared: dict,
+        token_outputs: Mapping[str, Tensor],
+        reference: dict,
         batch: ScoredBatch,
         totals: Totals,
         statistics: Mapping[str, Tensor] | None = None,
     ) -> Preference:
         """Loss, log-probabilities and rewards of the batch."""
         used = self.objective.columns
-        reference, groups = dict(compared), None
+        reference, groups = dict(reference), None
         old_T = reference.pop("old_T", None)
         if batch.scores_S is not None:
             groups = ScoredGroups(batch.scores_S, batch.counts_P, old_T)
         return preference(
-            scores["logp"],
+            token_outputs["logp"],
             batch.lengths_S,
             objective=self.objective,
             totals=totals,
             **reference,
             groups=groups,
-            log_sum_p2_T=scores.get("log_sum_p2"),
+            log_sum_p2_T=token_outputs.get("log_sum_p2"),
             statistics=statistics,
-            good_S=batch.good_S,
+            desirable_S=batch.desirable_S,
             columns={name: value for name, value in batch.columns.items() if name in used},
             implementation=self._of_loss(batch),
         )
@@ -74,7 +74,7 @@ class LossPass:
         if self.implementation == "torch":
             return "torch"
         extra = [name for name in batch.columns if name in self.objective.columns]
-        extra += [] if batch.good_S is None and batch.scores_S is None else [UNPAIRED]
+        extra += [] if batch.desirable_S is None and batch.scores_S is None else [UNPAIRED]
         fused = self.implementation == "triton" and not kernel_misses(self.objective, extra)
         return "triton" if fused else "auto"  # which says in the log what it takes, and why
 

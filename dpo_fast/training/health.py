@@ -15,7 +15,7 @@ TOLERANCE = {"fp32": 1e-6, "bf16": 1e-3}
 
 @torch.no_grad()
 def check_start(
-    engine, batch: ScoredBatch, loss_pass: LossPass, reference, totals: Totals, dtype: str
+    engine, batch: ScoredBatch, loss_pass: LossPass, provider, totals: Totals, dtype: str
 ) -> tuple[float, float]:
     """Loss of the first step's batch before any update, and what it must be: ln 2 for sigmoid.
 
@@ -26,10 +26,10 @@ def check_start(
         UserError: they differ, which means that the reference is not the policy at its start.
     """
     batch = batch.to(engine.device)
-    compared = loss_pass.reference(reference, batch)
-    scores = loss_pass.scores(engine, batch)
-    own = compared | of_tokens(scores["logp"], batch)
-    losses = [loss_pass.loss(scores, each, batch, totals).loss for each in (compared, own)]
+    reference = loss_pass.reference(provider, batch)
+    token_outputs = loss_pass.token_outputs(engine, batch)
+    own = reference | of_tokens(token_outputs["logp"], batch)
+    losses = [loss_pass.loss(token_outputs, each, batch, totals).loss for each in (reference, own)]
     values = torch.stack(losses).double()
     if distributed.world_size() > 1:
         torch.distributed.all_reduce(values)

@@ -6,11 +6,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo_fast.data.config import CHAT_COLUMNS
-from dpo_fast.data.dataset import load_pairs
+from dpo_fast.data.dataset import load_examples
 from dpo_fast.data.kinds import COMPLETIONS, GROUPS
 from dpo_fast.data.packing import row_costs
 from dpo_fast.data.sampler import BatchSampler, Sampler, TokenSampler
-from dpo_fast.data.stream import Chunk, PairStream
+from dpo_fast.data.stream import Chunk, ExampleStream
 from dpo_fast.errors import UserError
 from dpo_fast.losses import LOSSES
 from dpo_fast.training import distributed
@@ -27,10 +27,10 @@ def load_split(
     """Read, check and tokenise a split (`train` or `eval`), or find it done; or begin a stream."""
     if name == "train" and config.data.streaming:
         return open_stream(config, tokenizer)
-    pairs = distributed.main_first(
-        f"data/{name}", lambda: load_pairs(config.data, tokenizer, split=name)
+    examples = distributed.main_first(
+        f"data/{name}", lambda: load_examples(config.data, tokenizer, split=name)
     )
-    split = make_split(config, tokenizer, name, pairs, shuffle)
+    split = make_split(config, tokenizer, name, examples, shuffle)
     if shuffle:
         tell_size(split.sampler)
     return split
@@ -42,7 +42,7 @@ def open_stream(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Stream
     def make(chunk: Chunk, accumulation: int | None) -> Split:
         return make_split(config, tokenizer, "train", chunk, True, chunk.number, accumulation)
 
-    stream = StreamSplit(PairStream(config.data, tokenizer), make, config.train.max_steps)
+    stream = StreamSplit(ExampleStream(config.data, tokenizer), make, config.train.max_steps)
     tell_size(stream.sampler)
     return stream
 
@@ -51,7 +51,7 @@ def make_split(
     config: RunConfig,
     tokenizer: PreTrainedTokenizerBase,
     name: str,
-    pairs: Rows,
+    examples: Rows,
     shuffle: bool,
     epoch: int = 0,
     accumulation: int | None = None,
@@ -63,20 +63,22 @@ def make_split(
         UserError: rows of a kind that the loss or the reference cannot take, columns that the loss does
             not use or lacks, or a row that is larger than train.tokens_per_batch.
     """
-    check_kind(config, name, pairs)
-    check_renamed(config, name, pairs)
-    columns = used_columns(config, pairs.extras, pairs.kind)
+    check_kind(config, name, examples)
+    check_renamed(config, name, examples)
+    columns = used_columns(config, examples.extras, examples.kind)
     train, world = config.train, distributed.world_size()
     if train.tokens_per_batch is None:
-        size = train.global_pairs if shuffle else train.micro_pairs * world
-        sampler = Sampler(len(pairs), size, train.micro_pairs, world, train.seed, shuffle, epoch)
+        size = train.global_batch_size if shuffle else train.micro_batch_size * world
+        sampler = Sampler(
+            len(examples), size, train.micro_batch_size, world, train.seed, shuffle, epoch
+        )
     else:
-        costs = row_costs(pairs.lengths, train.layout)
-        check_budget(train.tokens_per_batch, train.layout, costs.alone_I, pairs)
+        costs = row_costs(examples.lengths, train.layout)
+        check_budget(train.tokens_per_batch, train.layout, costs.alone_I, examples)
         sampler = TokenSampler(
             costs,
             train.tokens_per_batch,
-            train.global_pairs,
+            train.global_batch_size,
             world,
             train.seed,
             shuffle,
@@ -86,7 +88,7 @@ def make_split(
     wants_mismatched = "kl" in config.loss.objective.statistics
     return Split(
         name,
-        pairs,
+        examples,
         sampler,
         train.layout,
         tokenizer.pad_token_id,
@@ -144,12 +146,12 @@ def check_renamed(config: RunConfig, name: str, rows: Rows) -> None:
             )
 
 
-def check_budget(budget: int, layout: str, alone_I: np.ndarray, pairs: Rows) -> None:
+def check_budget(budget: int, layout: str, alone_I: np.ndarray, examples: Rows) -> None:
     """Raises UserError unless every row fits into a micro-batch of its own."""
     longest = int(alone_I.argmax())
     if alone_I[longest] > budget:
         raise UserError(
-            f"train.tokens_per_batch={budget} does not hold {pairs.where(longest)}, which takes "
+            f"train.tokens_per_batch={budget} does not hold {examples.where(longest)}, which takes "
             f"{alone_I[longest]} tokens in the layout {layout}; set it to {alone_I[longest]} or more, or "
             "lower data.max_length"
         )
@@ -160,6 +162,6 @@ def tell_size(sampler: BatchSampler) -> None:
     if isinstance(sampler, TokenSampler):
         say(
             f"train.tokens_per_batch={sampler.budget}: micro-batches are {sampler.fill:.1%} full; "
-            f"{sampler.accumulation} of them on each rank are a step of {sampler.pairs_per_step:.1f} pairs "
-            f"on average (train.global_pairs={sampler.global_pairs})"
+            f"{sampler.accumulation} of them on each rank are a step of {sampler.examples_per_step:.1f} examples "
+            f"on average (train.global_batch_size={sampler.global_batch_size})"
         )

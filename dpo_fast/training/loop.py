@@ -99,7 +99,7 @@ def start(run: Run, log: RunLog) -> int:
         loss, expected = check_start(
             run.engine,
             next(split.batches(index)),
-            *run.models("train"),
+            *run.loss_and_reference("train"),
             split.totals(rows),
             run.config.model.dtype,
         )
@@ -113,8 +113,8 @@ def evaluate_run(run: Run) -> dict[str, float]:
     """Metrics of the whole evaluation split."""
     split = run.eval
     sampler: Sampler = split.sampler
-    rows = list(range(len(split.pairs)))
-    models = run.models("eval")
+    rows = list(range(len(split.examples)))
+    models = run.loss_and_reference("eval")
     statistics = run.statistics.estimate(run.engine, split.mismatched(rows), *models)
     return evaluate(
         run.engine,

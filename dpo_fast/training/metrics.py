@@ -32,7 +32,7 @@ class MetricSums:
 
     A tie of rewards counts as half in `rewards/accuracies`: where policy and reference are equal the
     accuracy is 0.5, not 0. `loss` is the mean over steps of the global loss. Of completions that are good
-    or bad by themselves, the good ones are `chosen` and the bad ones `rejected`, `rewards/margins` is the
+    or bad by themselves, the desirable ones are `chosen` and the undesirable ones `rejected`, `rewards/margins` is the
     difference of their means, and there are no accuracies. Of groups the completions with the highest score
     are `chosen` and those with the lowest `rejected`, and accuracies are of any two of unequal scores.
     """
@@ -49,11 +49,11 @@ class MetricSums:
         self.values[name] = self.values[name] + pair if name in self.values else pair
 
     @torch.no_grad()
-    def add(self, result: Preference, scores: dict[str, Tensor], batch: ScoredBatch) -> None:
+    def add(self, result: Preference, token_outputs: dict[str, Tensor], batch: ScoredBatch) -> None:
         """Add a micro-batch."""
         self._add("loss", result.loss, 0)  # shares add up; `step` counts
         sides = self._sides(batch)
-        if batch.good_S is None and batch.scores_S is None:
+        if batch.desirable_S is None and batch.scores_S is None:
             self._add_pairs(result)
         else:
             self._add_sides("rewards", result.rewards_S, sides)
@@ -63,17 +63,17 @@ class MetricSums:
         for name, values in result.watched.items():
             self._add(name, values)
         for extra, name in TOKEN_METRICS.items():
-            if extra in scores:
-                self._add(name, scores[extra])
-        if "mean_logit" in scores:
-            sums_S = sum_sequences(scores["mean_logit"], batch.lengths_S)
+            if extra in token_outputs:
+                self._add(name, token_outputs[extra])
+        if "mean_logit" in token_outputs:
+            sums_S = sum_sequences(token_outputs["mean_logit"], batch.lengths_S)
             self._add_sides("logits", sums_S, sides, batch.lengths_S)
         size = batch.input_ids.numel()
         self._count("perf/padding_fraction", batch.padding, size)
         # Prompts that are shared, and the last tokens of sequences, which predict nothing.
         self._count("perf/shared_prefix_saving", batch.tokens - size + batch.padding, batch.tokens)
         self._count("num_tokens", batch.tokens, 0)
-        self._count("pairs", batch.pairs, 0)
+        self._count("examples", batch.num_examples, 0)
         if self.work is not None:
             self._count("flops", self.work.of(batch), 0)
 
@@ -98,10 +98,10 @@ class MetricSums:
         """Which sequences are `chosen` and which `rejected`, bool [S] each."""
         if batch.scores_S is not None:
             return extremes(batch.scores_S, batch.counts_P)
-        good_S = batch.good_S
-        if good_S is None:
-            good_S = torch.arange(len(batch.lengths_S), device=batch.lengths_S.device) % 2 == 0
-        return good_S, ~good_S
+        desirable_S = batch.desirable_S
+        if desirable_S is None:
+            desirable_S = torch.arange(len(batch.lengths_S), device=batch.lengths_S.device) % 2 == 0
+        return desirable_S, ~desirable_S
 
     def _add_sides(
         self,
@@ -110,7 +110,7 @@ class MetricSums:
         sides: tuple[Tensor, Tensor],
         count_S: Tensor | None = None,
     ) -> None:
-        """Good sequences and bad ones under names of their own; by default each counts once."""
+        """Desirable sequences and undesirable ones under names of their own; by default each counts once."""
         for side, mine_S in zip(("chosen", "rejected"), sides):
             count = mine_S.sum() if count_S is None else torch.where(mine_S, count_S, 0).sum()
             self._add(f"{name}/{side}", torch.where(mine_S, values_S, 0), count)
@@ -130,7 +130,7 @@ class MetricSums:
     def read(self) -> dict[str, float]:
         """Means over all ranks and micro-batches since the last call, weighted by count; then reset.
 
-        `num_tokens`, `pairs` and `flops` are sums; what the clock saw is milliseconds of a step.
+        `num_tokens`, `examples` and `flops` are sums; what the clock saw is milliseconds of a step.
         Collective: every rank must call it at the same step.
         """
         spent = self.clock.read()
@@ -146,7 +146,7 @@ class MetricSums:
         sums = dict(zip(names, stacked.tolist()))
         steps = sums.pop("steps", [world, 0])[0] / world
         result = {"loss": sums.pop("loss")[0] / steps}
-        for name in ("num_tokens", "pairs", "flops"):
+        for name in ("num_tokens", "examples", "flops"):
             if name in sums:
                 result[name] = sums.pop(name)[0]
         for name in TIMED:

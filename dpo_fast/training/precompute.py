@@ -93,8 +93,8 @@ def check_provider(config: RunConfig) -> None:
 
 def without_training(config: RunConfig) -> RunConfig:
     """The same without what concerns updates, so that any number of ranks may compute."""
-    pairs = (config.train.micro_pairs or 1) * distributed.world_size()
-    updates = {"global_pairs": pairs, "resume_from_checkpoint": False}
+    examples = (config.train.micro_batch_size or 1) * distributed.world_size()
+    updates = {"global_batch_size": examples, "resume_from_checkpoint": False}
     train = config.train.model_copy(update=updates)
     log = config.log.model_copy(update={"report_to": []})
     return config.model_copy(update={"train": train, "log": log})

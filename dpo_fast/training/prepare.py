@@ -45,7 +45,7 @@ class Run:
     statistics: Statistics
     total_steps: int
 
-    def models(self, split: str) -> tuple[LossPass, object]:
+    def loss_and_reference(self, split: str) -> tuple[LossPass, object]:
         """How the loss of a split's batches comes about, and its reference."""
         return replace(self.loss_pass, old=self.old[split]), self.references[split]
 

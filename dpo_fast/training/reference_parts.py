@@ -49,15 +49,15 @@ def compute_reference(
             log-probability is not finite.
         Interrupted: after SIGINT or SIGTERM.
     """
-    unfinished = Unfinished(folder, request.manifest, split.pairs)
+    unfinished = Unfinished(folder, request.manifest, split.examples)
     costs = row_costs(split.lengths, split.layout)
-    size = (config.train.micro_pairs, config.train.tokens_per_batch)
+    size = (config.train.micro_batch_size, config.train.tokens_per_batch)
     was_training = getattr(scorer, "training", False)
     scorer.eval()
     try:
         missing, parts = from_main(unfinished.begin), unfinished.parts
         say(
-            f"computing the reference log-probs of {len(split.pairs)} {split.pairs.kind.name} "
+            f"computing the reference log-probs of {len(split.examples)} {split.examples.kind.name} "
             f"({split.name}), once: {len(parts) - len(missing)} of {len(parts)} parts are there"
         )
         plans = {index: length_batches(parts[index], costs, *size) for index in missing}
@@ -93,7 +93,7 @@ def _score_parts(
             lengths = split.lengths.take(rows)
             batches = until_asked(_rank_batches(split, plan))
             values_T = score_part(scorer, batches, rows, lengths, device)
-            part = (values_T, lengths, split.pairs, rows, per_token)
+            part = (values_T, lengths, split.examples, rows, per_token)
             from_main(lambda index=index, part=part: unfinished.write(index, part_table(*part)))
         if asked():
             raise ReferenceInterrupted(unfinished.final)
@@ -104,7 +104,7 @@ def _rank_batches(split: Split, plan: list[list[int]]) -> Iterator[ScoredBatch]:
     world = distributed.world_size()
     for first in range(0, len(plan), world):
         rows = dict(enumerate(plan[first : first + world])).get(distributed.rank(), [])
-        yield split.collate([split.pairs[row] for row in rows], rows)
+        yield split.collate([split.examples[row] for row in rows], rows)
 
 
 def _information(config: RunConfig, split: Split) -> dict:

@@ -35,7 +35,7 @@ def build_references(config, engine, model, splits, attention, head, ds_config) 
     if provider == "none":
         return {split.name: NoReference() for split in splits}
     if provider == "columns":
-        return {split.name: ColumnReference(split.pairs.kind) for split in splits}
+        return {split.name: ColumnReference(split.examples.kind) for split in splits}
     if provider == "adapter_off":
         return {s.name: AdapterOffReference(engine, model.adapter_off) for s in splits}
 
@@ -133,7 +133,11 @@ def cached_references(
     per_token = config.reference.per_token
     return {
         stored.split.name: open_reference(
-            stored.folders, stored.split.pairs.digests, per_token, device, stored.split.pairs.kind
+            stored.folders,
+            stored.split.examples.digests,
+            per_token,
+            device,
+            stored.split.examples.kind,
         )
         for stored in store_references(config, make_scorer, device, splits)
     }
@@ -164,7 +168,7 @@ def store_references(
     scorer, results = None, []
     for split in splits:
         request = Request(
-            split.name, split.pairs, model, config.model.dtype, config.reference.per_token
+            split.name, split.examples, model, config.model.dtype, config.reference.per_token
         )
         place, folders = from_main(lambda request=request: _look(config, request))
         seconds = None

@@ -33,7 +33,7 @@ def must_fit(run: Run) -> dict:
         "world_size": distributed.world_size(),
         **run.train.must_fit(),
         "total_steps": run.total_steps,
-        "global_pairs": train.global_pairs,
+        "global_batch_size": train.global_batch_size,
         "tokens_per_batch": train.tokens_per_batch,
         "seed": train.seed,
         "zero_stage": run.config.parallel.zero_stage,

@@ -33,7 +33,7 @@ class RunLog:
         self.folder.mkdir(parents=True, exist_ok=True)
         with writing(self.folder / "config.yaml"):
             (self.folder / "config.yaml").write_text(resolved)
-            (self.folder / "data-report.json").write_text(run.train.pairs.report.to_json())
+            (self.folder / "data-report.json").write_text(run.train.examples.report.to_json())
         if not resumed:
             (self.folder / "metrics.jsonl").unlink(missing_ok=True)
 
@@ -45,13 +45,13 @@ class RunLog:
         if not evaluation:
             seconds = time.monotonic() - self.since
             line["perf/tokens_per_second"] = metrics["num_tokens"] / seconds
-            line["perf/pairs_per_second"] = line.pop("pairs") / seconds
+            line["perf/examples_per_second"] = line.pop("examples") / seconds
             norm = self.run.engine.get_global_grad_norm()
             line["grad_norm"] = float(norm) if norm is not None else None
             line["perf/peak_memory_gib"] = distributed.largest(peak_memory(self.run.engine.device))
             if (flops := line.pop("flops", None)) is not None:
                 line["perf/mfu"] = flops / (seconds * self.rate * distributed.world_size())
-            report = self.run.train.pairs.report
+            report = self.run.train.examples.report
             line["data/truncated"] = report.prompts_cut + report.answers_cut
             line["data/dropped"] = report.dropped.total + report.bad.total
             self.loss = f"loss {metrics['loss']:.4f}"
@@ -92,8 +92,8 @@ class RunLog:
         prefix = "eval_" if evaluation else ""
         shown = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
         parts = [f"{name} {line[prefix + name]:.4f}" for name in shown if prefix + name in line]
-        rows = self.run.train.pairs.kind.name
-        rate = "" if evaluation else f"  {line['perf/pairs_per_second']:.1f} {rows}/s"
+        rows = self.run.train.examples.kind.name
+        rate = "" if evaluation else f"  {line['perf/examples_per_second']:.1f} {rows}/s"
         return f"{'eval ' if evaluation else ''}step {line['step']}  " + "  ".join(parts) + rate
 
     def close(self, model: Path) -> None:

@@ -70,12 +70,12 @@ class TrainSection(BaseModel):
     output_dir: str = Field(description="folder for metrics, checkpoints, reference and model")
     num_train_epochs: float = Field(1.0, gt=0, description="passes over the data")
     max_steps: int | None = Field(None, ge=1, description="optimiser steps; overrides the epochs")
-    global_pairs: int = Field(
+    global_batch_size: int = Field(
         64,
         ge=1,
         description="pairs of one optimiser step, over all ranks; of unpaired data its completions",
     )
-    micro_pairs: int | None = Field(
+    micro_batch_size: int | None = Field(
         None,
         ge=1,
         description="pairs, or completions, of one forward on one rank; default 4, or tokens_per_batch",
@@ -83,8 +83,8 @@ class TrainSection(BaseModel):
     tokens_per_batch: int | None = Field(
         None,
         ge=1,
-        description="in place of micro_pairs: tokens of one forward on one rank, at most, padding "
-        "included; filled with whole pairs, so that a step has about global_pairs of them",
+        description="in place of micro_batch_size: tokens of one forward on one rank, at most, padding "
+        "included; filled with whole pairs, so that a step has about global_batch_size of them",
     )
     learning_rate: float | None = Field(
         None, gt=0, description="peak rate; default 5e-7, with LoRA 5e-6"
@@ -136,14 +136,14 @@ class TrainSection(BaseModel):
             near = difflib.get_close_matches(self.lr_scheduler_type, names, 1)
             hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(names)}"
             raise ValueError(f"train.lr_scheduler_type={self.lr_scheduler_type}: {hint}")
-        if self.micro_pairs is not None and self.tokens_per_batch is not None:
+        if self.micro_batch_size is not None and self.tokens_per_batch is not None:
             raise ValueError(
-                f"train.tokens_per_batch={self.tokens_per_batch} and train.micro_pairs="
-                f"{self.micro_pairs} both say how large a micro-batch is; remove one of them"
+                f"train.tokens_per_batch={self.tokens_per_batch} and train.micro_batch_size="
+                f"{self.micro_batch_size} both say how large a micro-batch is; remove one of them"
             )
-        if self.tokens_per_batch is None and self.micro_pairs is None:
-            self.micro_pairs = 4
-            self.model_fields_set.discard("micro_pairs")  # filled in, not chosen
+        if self.tokens_per_batch is None and self.micro_batch_size is None:
+            self.micro_batch_size = 4
+            self.model_fields_set.discard("micro_batch_size")  # filled in, not chosen
         return self
 
 

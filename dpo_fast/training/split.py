@@ -27,7 +27,7 @@ class Split:
     completions are cut together with their prompts; None where no loss wants such."""
 
     name: str
-    pairs: Rows
+    examples: Rows
     sampler: BatchSampler
     layout: str
     pad_id: int
@@ -37,7 +37,7 @@ class Split:
     @functools.cached_property
     def lengths(self) -> RowLengths:
         """Tokens of every prompt and of its answers."""
-        return self.pairs.lengths
+        return self.examples.lengths
 
     @property
     def longest(self) -> int:
@@ -51,15 +51,15 @@ class Split:
         """Counts of a global batch. Every rank knows them from the data: nothing is communicated."""
         lengths = self.lengths.take(rows)
         sequences, tokens = len(lengths.answers_A), int(lengths.answers_A.sum())
-        if self.pairs.kind == COMPLETIONS:
+        if self.examples.kind == COMPLETIONS:
             return Totals(0, 0, sequences, tokens)
-        chosen = 0 if self.pairs.kind == GROUPS else int(lengths.answers_A[::2].sum())
+        chosen = 0 if self.examples.kind == GROUPS else int(lengths.answers_A[::2].sum())
         return Totals(len(rows), chosen, sequences, tokens)
 
     def batches(self, step: int) -> Iterator[ScoredBatch]:
         """This rank's micro-batches of a step, tokens on the CPU."""
         for rows in self.sampler.micro_batches(step, distributed.rank()):
-            yield self.collate([self.pairs[row] for row in rows], rows, self.columns)
+            yield self.collate([self.examples[row] for row in rows], rows, self.columns)
 
     def collate(
         self, rows: list[dict], indices: list[int], columns: tuple[str, ...] = ()
@@ -71,7 +71,7 @@ class Split:
             pad_id=self.pad_id,
             indices=indices,
             columns=columns,
-            kind=self.pairs.kind,
+            kind=self.examples.kind,
         )
 
     def mismatched(self, rows: list[int]) -> Iterator[ScoredBatch]:
@@ -79,15 +79,15 @@ class Split:
         (`data/mismatched.py`): as many batches as every other rank has. None where no loss wants them."""
         if self.mismatched_length is None:
             return
-        others, world = partners(rows, len(self.pairs)), distributed.world_size()
+        others, world = partners(rows, len(self.examples)), distributed.world_size()
         plan = self._mismatched_plan(others)
         for first in range(0, len(plan), world):
             mine = dict(enumerate(plan[first : first + world])).get(distributed.rank(), [])
             joined = [
                 mismatched(
-                    self.pairs[row],
-                    self.pairs[others[row]],
-                    self.pairs.kind,
+                    self.examples[row],
+                    self.examples[others[row]],
+                    self.examples.kind,
                     self.mismatched_length,
                 )
                 for row in mine
@@ -99,7 +99,7 @@ class Split:
         together with its foreign completion has one of its own."""
         rows = list(others)
         if isinstance(self.sampler, Sampler):
-            size = self.sampler.micro_pairs
+            size = self.sampler.micro_batch_size
             return [rows[start : start + size] for start in range(0, len(rows), size)]
         lengths = mismatched_lengths(self.lengths, others, self.mismatched_length)
         costs = row_costs(lengths, self.layout)
@@ -112,7 +112,7 @@ class Split:
             yield from self.batches(step)
 
     def at(self, step: int) -> tuple[Split, int]:
-        """The set of pairs that a step belongs to, and the step's number in it: itself."""
+        """The examples that a step belongs to, and the step's number in it: itself."""
         return self, step
 
     def epochs(self, step: int) -> float:
@@ -121,7 +121,7 @@ class Split:
 
     def must_fit(self) -> dict:
         """What a resumed run must share with the old one."""
-        return {"data": self.pairs.fingerprint}
+        return {"data": self.examples.fingerprint}
 
     def position(self, step: int) -> dict:
         """What a checkpoint before `step` must hold for `seek`: nothing."""

@@ -33,20 +33,20 @@ class Statistics:
         self._step = torch.zeros_like(self.rewards)
 
     def estimate(
-        self, engine, mismatched: Iterable[ScoredBatch], loss_pass: LossPass, reference
+        self, engine, mismatched: Iterable[ScoredBatch], loss_pass: LossPass, provider
     ) -> dict[str, Tensor]:
         """The values for the rows whose mismatched completions this rank has a share of. Collective."""
         values = {}
         if "kl" in self.names:
-            values["kl"] = estimate_kl(engine, mismatched, loss_pass, reference)
+            values["kl"] = estimate_kl(engine, mismatched, loss_pass, provider)
         if "delta" in self.names:
             total, count = self.rewards
             values["delta"] = (total / count.clamp_min(1)).float()
         return values
 
-    def begin_step(self, engine, mismatched, loss_pass: LossPass, reference) -> None:
+    def begin_step(self, engine, mismatched, loss_pass: LossPass, provider) -> None:
         """Before the first forward of a step: `values` become its own. Collective."""
-        self.values = self.estimate(engine, mismatched, loss_pass, reference)
+        self.values = self.estimate(engine, mismatched, loss_pass, provider)
 
     @torch.no_grad()
     def add(self, rewards_S: Tensor) -> None:
@@ -69,9 +69,7 @@ class Statistics:
 
 
 @torch.no_grad()
-def estimate_kl(
-    engine, mismatched: Iterable[ScoredBatch], loss_pass: LossPass, reference
-) -> Tensor:
+def estimate_kl(engine, mismatched: Iterable[ScoredBatch], loss_pass: LossPass, provider) -> Tensor:
     """max(0, mean log-ratio of these batches of all ranks), [] fp32. Collective: every rank brings as
     many batches. The log-ratio is the loss's: token_clamp and reference_free change it too."""
     objective, training = loss_pass.objective, engine.training
@@ -79,9 +77,9 @@ def estimate_kl(
     engine.eval()
     for batch in mismatched:
         batch = batch.to(engine.device)
-        compared = loss_pass.reference(reference, batch) if objective.needs_reference else {}
+        reference = loss_pass.reference(provider, batch) if objective.needs_reference else {}
         logp_T = engine(**forward_arguments(batch))["logp"]
-        tokens = Tokens(logp_T, batch.lengths_S, **compared)
+        tokens = Tokens(logp_T, batch.lengths_S, **reference)
         policy_S, reference_S = sequence_sums(tokens, objective.options, paired=False)
         ratio_S = policy_S if reference_S is None else policy_S - reference_S
         total[0] += ratio_S.double().sum()

@@ -18,7 +18,7 @@ def train_step(
     engine,
     batches: Iterable[ScoredBatch],
     loss_pass: LossPass,
-    reference,
+    provider,
     totals: Totals,
     sums: MetricSums,
     statistics: Statistics | None = None,
@@ -30,13 +30,13 @@ def train_step(
     for batch in batches:
         batch = batch.to(engine.device)
         with sums.clock.time("perf/reference_ms"):
-            compared = loss_pass.reference(reference, batch)
-        scores = loss_pass.scores(engine, batch)
-        result = loss_pass.loss(scores, compared, batch, totals, statistics.values)
+            reference = loss_pass.reference(provider, batch)
+        token_outputs = loss_pass.token_outputs(engine, batch)
+        result = loss_pass.loss(token_outputs, reference, batch, totals, statistics.values)
         # DeepSpeed averages gradients over ranks; our loss is already divided by the global counts.
         engine.backward(result.loss * engine.world_size, scale_wrt_gas=False)
         engine.step()
         share += result.loss.detach()
-        sums.add(result, scores, batch)
+        sums.add(result, token_outputs, batch)
         statistics.add(result.rewards_S)
     return share

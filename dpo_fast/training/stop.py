@@ -28,7 +28,7 @@ class StopSignals:
         if not_finite:
             split, index = run.train.at(step)
             rows = split.sampler.global_batch(index)
-            places = ", ".join(split.pairs.where(row) for row in rows[:4])
+            places = ", ".join(split.examples.where(row) for row in rows[:4])
             raise UserError(
                 f"the loss of step {step + 1} is not finite; its batch begins with {places}. The last "
                 "checkpoint is whole. People usually lower train.learning_rate or check the data there"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from dpo_fast.data.sampler import BatchSampler
-from dpo_fast.data.stream import Chunk, PairStream
+from dpo_fast.data.stream import Chunk, ExampleStream
 from dpo_fast.training.progress import say
 from dpo_fast.training.split import Split
 
@@ -23,7 +23,7 @@ class StreamSplit:
     name = "train"
 
     def __init__(
-        self, stream: PairStream, make: Callable[[Chunk, int | None], Split], last: int
+        self, stream: ExampleStream, make: Callable[[Chunk, int | None], Split], last: int
     ) -> None:
         self.stream, self.make, self.last = stream, make, last
         self.key = stream.key  # now: later the thread has the tokenizer
@@ -35,8 +35,8 @@ class StreamSplit:
         self.coming: Future[Chunk] | None = None
 
     @property
-    def pairs(self) -> Chunk:
-        return self.part.pairs
+    def examples(self) -> Chunk:
+        return self.part.examples
 
     @property
     def sampler(self) -> BatchSampler:
@@ -65,14 +65,14 @@ class StreamSplit:
         return {"data": self.key, "stream_buffer": self.stream.config.stream_buffer}
 
     def position(self, step: int) -> dict:
-        chunk = self.pairs
+        chunk = self.examples
         place = {"chunk": chunk.number, "row": chunk.row, "step": step - self.begin}
         return {"stream": place}
 
     def seek(self, state: dict) -> None:
         place = state["stream"]
         self.begin = state["step"] - place["step"]
-        if place["chunk"] != self.pairs.number:
+        if place["chunk"] != self.examples.number:
             self.stream.seek(place["chunk"], place["row"])
             self.part = self._use(self.stream.read())
 

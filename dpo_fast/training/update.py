@@ -15,7 +15,7 @@ def update(run: Run, step: int, sums: MetricSums) -> Tensor:
     """Optimiser step number `step`, counted from 0. This rank's share of the loss, [] fp32. Collective."""
     split, index = run.train.at(step)
     rows, statistics = split.sampler.global_batch(index), run.statistics
-    models = run.models("train")
+    models = run.loss_and_reference("train")
     statistics.begin_step(run.engine, split.mismatched(rows), *models)
     common = (run.engine, split.batches(index), *models, split.totals(rows), sums)
     if run.loss_pass.objective.coupled:

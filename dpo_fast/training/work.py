@@ -26,13 +26,13 @@ class Work:
 
     per_token: float
     per_scored: float
-    per_meeting: float
+    per_attended_pair: float
 
     def of(self, batch: ScoredBatch) -> float:
         """Of what goes through the model for a batch: shared prompts once."""
         tokens = batch.input_ids.numel() - batch.padding
-        meetings = self.per_meeting * batch.meetings
-        return self.per_token * tokens + self.per_scored * len(batch.targets_T) + meetings
+        attended_pairs = self.per_attended_pair * batch.attended_pairs
+        return self.per_token * tokens + self.per_scored * len(batch.targets_T) + attended_pairs
 
 
 def work_of(model: ScoringModel) -> Work | None:
