@@ -29,10 +29,10 @@ aot: $(STAMP)
 	$(BIN)/python -m benchmarks.aot
 
 csrc: $(STAMP)
-	$(BIN)/python -m dpo_fast.ops.cuda_extension
+	$(BIN)/python -m dpo_fast.ops.linear_logp.cuda_extension
 
 docs: $(STAMP)
-	$(BIN)/python -m dpo_fast.losses.page > docs/LOSSES.md
+	$(BIN)/python -m dpo_fast.losses.docs > docs/LOSSES.md
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

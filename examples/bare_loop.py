@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dpo_fast import linear_logp
 from dpo_fast.losses import LossOptions, Objective, Totals, preference
-from dpo_fast.ops.preference import sum_sequences
+from dpo_fast.ops.segments import sum_sequences
 
 PAIRS, PROMPT, VOCABULARY, WIDTH, STEPS = 16, 4, 100, 32, 30
 

@@ -211,7 +211,7 @@ def test_the_loss_table_in_the_documents_is_the_code():
 def test_the_page_of_the_losses_is_made_of_the_code():
     import yaml
 
-    from dpo_fast.losses.page import page
+    from dpo_fast.losses.docs import page
     from dpo_fast.training.config import LossSection
 
     text = (ROOT / "docs/LOSSES.md").read_text()

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from benchmarks.kernels.case import Case, Outputs
-from benchmarks.kernels.inputs import HeadInputs
+from benchmarks.kernels.case import Case, HeadInputs, Outputs
 
 
 def differentiated(case: Case, inputs: HeadInputs, function):

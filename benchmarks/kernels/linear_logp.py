@@ -7,13 +7,12 @@ import functools
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.case import Case, Contender, Operation
+from benchmarks.kernels.case import Case, Contender, HeadInputs, Operation, head_inputs
+from benchmarks.kernels.gates import HeadTruth
 from benchmarks.kernels.head import compiled, materialised, per_token, why_not_compile
-from benchmarks.kernels.inputs import HeadInputs, head_inputs
 from benchmarks.kernels.peers import PEERS
-from benchmarks.kernels.truth import HeadTruth
 from dpo_fast import linear_logp
-from dpo_fast.ops.implementation import IMPLEMENTATIONS, interpreting, why_not_cuda, why_not_triton
+from dpo_fast.ops.dispatch import IMPLEMENTATIONS, interpreting, why_not_cuda, why_not_triton
 
 EXTRAS = ("entropy", "mean_logit", "is_top1")
 GIB = 1 << 30

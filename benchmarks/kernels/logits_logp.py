@@ -7,14 +7,13 @@ import functools
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.case import Case, Contender, Operation, Outputs
+from benchmarks.cli import TRL
+from benchmarks.kernels.case import Case, Contender, LogitsInputs, Operation, Outputs, logits_inputs
+from benchmarks.kernels.gates import LogitsTruth
 from benchmarks.kernels.head import compiled, why_not_compile
-from benchmarks.kernels.inputs import LogitsInputs, logits_inputs
 from benchmarks.kernels.linear_logp import why_not
-from benchmarks.kernels.truth import LogitsTruth
-from benchmarks.packages import TRL
 from dpo_fast import logits_logp
-from dpo_fast.ops.implementation import IMPLEMENTATIONS
+from dpo_fast.ops.dispatch import IMPLEMENTATIONS
 
 GRADIENTS = {"logps": (), "trainable": ("logits",)}  # the gradient of the logits
 

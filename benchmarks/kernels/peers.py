@@ -9,10 +9,9 @@ import warnings
 
 import torch
 
-from benchmarks.kernels.case import MODES, Case, Contender
+from benchmarks.cli import CCE, LIGER, QUACK, TRL
+from benchmarks.kernels.case import MODES, Case, Contender, HeadInputs
 from benchmarks.kernels.head import differentiated, per_token, why_not_compile
-from benchmarks.kernels.inputs import HeadInputs
-from benchmarks.packages import CCE, LIGER, QUACK, TRL
 
 COMPLETION = 1024  # tokens of each of Liger's completions, where T allows
 BETA = 0.01  # sums of a thousand log-probs differ by about a hundred nats: the sigmoid must not saturate

@@ -17,7 +17,7 @@ from benchmarks.kernels.case import Case, Contender, Operation, Outputs
 from benchmarks.kernels.head import compiled, why_not_compile
 from benchmarks.kernels.linear_logp import why_not
 from dpo_fast.losses import LossOptions, Objective, Totals, preference
-from dpo_fast.ops.implementation import IMPLEMENTATIONS
+from dpo_fast.ops.dispatch import IMPLEMENTATIONS
 
 BETA = 0.1
 MEAN_LENGTH, SPREAD = 256, 0.7  # tokens of a completion; standard deviation of ln(length)

@@ -1,4 +1,10 @@
-"""Steps of every contender, in turn: build, warm up, memory, rounds; then whoever's losses differ has no
+"""Seconds spent inside chosen functions, by name, on the device's own clock.
+
+From TRL's default to our fastest step, one ingredient at a time: how much each is worth.
+
+A factor is the time before over the time after, so that all of them multiply to the whole.
+
+Steps of every contender, in turn: build, warm up, memory, rounds; then whoever's losses differ has no
 time.
 
 Contenders of a block live side by side and take each step one after the other, backwards in every other
@@ -8,8 +14,10 @@ round. Models that do not fit beside each other are measured in blocks of one.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -18,6 +26,121 @@ import torch
 from benchmarks import memory, report
 from benchmarks.train import ours, trl
 from benchmarks.train.case import WARM_UP, Contender, Task
+
+
+class Spans:
+    """A function called inside another that is timed counts for the outer one: the head of a
+    reference's forward is the reference's.
+
+    On a GPU a span is a pair of events, read when the step is over: nothing waits.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+        self.depth = 0
+        self.pending: list[tuple] = []
+
+    def timed(self, function: Callable, name: str) -> Callable:
+        @functools.wraps(function)
+        def call(*arguments, **options):
+            if self.depth:
+                return function(*arguments, **options)
+            self.depth += 1
+            start = self._mark()
+            try:
+                return function(*arguments, **options)
+            finally:
+                self.depth -= 1
+                self.pending.append((name, start, self._mark()))
+
+        return call
+
+    def watch_autograd(self, function: type[torch.autograd.Function], name: str) -> None:
+        """Time forward and backward of an autograd function, from now on."""
+        for part in ("forward", "backward"):
+            setattr(function, part, staticmethod(self.timed(getattr(function, part), name)))
+
+    def take(self) -> dict[str, float]:
+        """Seconds by name since the last call."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        totals: dict[str, float] = defaultdict(float)
+        for name, start, end in self.pending:
+            totals[name] += start.elapsed_time(end) / 1e3 if self.cuda else end - start
+        self.pending.clear()
+        return dict(totals)
+
+    def _mark(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+# What changes on the way to the next contender.
+CHAIN = (
+    ("", "trl"),
+    ("no checkpointing", "trl, no checkpointing"),
+    ("stored reference", "trl, precomputed, no checkpointing"),
+    ("head and the rest of the step", "dpo_fast padded, cached"),
+    ("no padding", "dpo_fast packed, cached"),
+    ("each prompt once", "dpo_fast shared_prefix, cached"),
+)
+SPLIT = "head and the rest of the step"
+
+
+@dataclass(frozen=True)
+class Ingredient:
+    """A factor of the whole, and the seconds of a step after it. The first of a list is the start: its name
+    is the contender's, its factor 1."""
+
+    name: str
+    factor: float
+    seconds: float
+
+
+def ingredients(rows: list[dict]) -> list[Ingredient]:
+    """The start, and what makes it faster, in order; [] without two contenders of the chain. Where one is
+    missing, the ingredients on both sides of it are one."""
+    timed = {row["impl"]: row for row in rows if row["s_p50"] != ""}
+    before, names, found = None, [], []
+    for name, impl in CHAIN:
+        names.append(name)
+        if impl not in timed:
+            continue
+        row = timed[impl]
+        if before is None:
+            found.append(Ingredient(impl, 1.0, row["s_p50"]))
+        elif names == [SPLIT]:
+            found += _head_and_rest(before, row)
+        else:
+            told = " + ".join(part for part in names if part)
+            found.append(Ingredient(told, before["s_p50"] / row["s_p50"], row["s_p50"]))
+        before, names = row, []
+    return found if len(found) > 1 else []
+
+
+def _head_and_rest(before: dict, after: dict) -> list[Ingredient]:
+    """The step with our head in it would take so much; what is left is the rest of the trainer."""
+    saved = before["head_share"] * before["s_p50"] - after["head_share"] * after["s_p50"]
+    between = before["s_p50"] - saved
+    return [
+        Ingredient("head", before["s_p50"] / between, between),
+        Ingredient("rest of the step", between / after["s_p50"], after["s_p50"]),
+    ]
+
+
+def token_factors(rows: list[dict]) -> dict[str, float]:
+    """Positions of a padded step over its tokens, and tokens over those with every prompt once."""
+    padded = next(
+        (row for row in rows if row["layout"] == "padded" and row["computed_tokens"]), None
+    )
+    factors = {"repeated prompts": rows[0]["data_tokens"] / rows[0]["once_tokens"]}
+    if padded:
+        factors = {"padding": padded["computed_tokens"] / padded["data_tokens"]} | factors
+    return factors
+
 
 FIRST_LOSS = math.log(2)  # where policy and reference are one model
 # Largest difference of a loss. In bf16 a sum of a hundred log-probs is off by tenths, and beta is 0.1.

@@ -11,7 +11,7 @@ from benchmarks.train.case import Contender, Task
 def watch(task: Task) -> None:
     """The time in our head, from now on."""
     module = importlib.import_module(
-        "dpo_fast.ops.linear_logp"
+        "dpo_fast.ops.linear_logp.op"
     )  # the package has a function so named
     task.spans.watch_autograd(module._LinearLogp, "head")
 

@@ -1,29 +1,214 @@
-"""The run of `bench train`: pairs, model, everybody's steps, and the tables of them."""
+"""The options of `bench train`, checked.
+
+The run of `bench train`: pairs, model, everybody's steps, and the tables of them.
+"""
 
 from __future__ import annotations
 
+import argparse
+import math
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from benchmarks import report
+from benchmarks.cli import Parser, Selection, choose_device, positive, whole
+from benchmarks.results import Output
 from benchmarks.train import options as command
 from benchmarks.train import plot, table
-from benchmarks.train.case import WARM_UP, Task, lengths_of
+from benchmarks.train.case import (
+    CONTENDERS,
+    WARM_UP,
+    Contender,
+    Task,
+    lengths_of,
+    matmul_flops,
+    work_of,
+)
 from benchmarks.train.data import Pairs, draw_pairs, read_pairs
-from benchmarks.train.measure import Plan, measure, why_not
+from benchmarks.train.measure import Plan, Spans, measure, why_not
 from benchmarks.train.model import LEARNING_RATE, MODELS, Sizes, write_model
-from benchmarks.train.options import Options
-from benchmarks.train.rows import COLUMNS, rows_of
-from benchmarks.train.spans import Spans
-from benchmarks.train.work import matmul_flops, work_of
+from benchmarks.train.results import COLUMNS, rows_of
 from dpo_fast.errors import UserError
+
+USAGE = """whole training steps, ours and TRL's, of one model on the same pairs in one run
+
+By default: on a CPU an 8.9-million-parameter Llama in fp32, on a GPU qwen2.5-0.5b in bf16; random
+weights, a tokenizer trained on the data, pairs drawn with the lengths of HH harmless."""
+QUICK = {
+    "model": "quick",
+    "global_batch_size": "8",
+    "trl_batch": "4",
+    "rounds": "2",
+    "max_length": "256",
+}
+USUAL = {"global_batch_size": "32", "trl_batch": "8", "rounds": "5", "max_length": "1024"}
+ORDERS = ("side-by-side", "one-by-one")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure, and where the rows go."""
+
+    contenders: tuple[Contender, ...]
+    data: str | None
+    model: str
+    device: str
+    dtype: str
+    global_batch_size: int
+    trl_batch: int
+    micro_batch_size: int
+    rounds: int
+    max_length: int
+    zero_stage: int
+    prompt_ratio: float | None
+    side_by_side: bool
+    memory: bool
+    output: Output
+
+    @property
+    def blocks(self) -> list[list[Contender]]:
+        """Who is measured together."""
+        if self.side_by_side:
+            return [list(self.contenders)]
+        return [[contender] for contender in self.contenders]
+
+
+def parser() -> argparse.ArgumentParser:
+    made = Parser("bench train", USAGE)
+    add = made.add_argument
+    add("--data", metavar="NAME", help="pairs, as data.train takes them (default: drawn at random)")
+    add("--prompt-ratio", metavar="R", help="drawn pairs: prompts R times as long as the answers")
+    add("--model", metavar="NAME", help=f"configuration: {', '.join(MODELS)}")
+    add(
+        "--global-pairs",
+        metavar="N",
+        help=f"pairs of a step (default {USUAL['global_batch_size']})",
+    )
+    add(
+        "--trl-batch",
+        metavar="N",
+        help=f"pairs of a forward of TRL's and of our padded layout (default {USUAL['trl_batch']})",
+    )
+    add("--micro-pairs", metavar="N", help="the same of our other layouts (default: --trl-batch)")
+    add("--rounds", metavar="N", help=f"timed steps of each contender (default {USUAL['rounds']})")
+    add("--max-length", metavar="N", help="longer pairs are left out for everybody (default 1024)")
+    made.add_common("--only", "--skip")
+    add(
+        "--order",
+        metavar="ORDER",
+        help="side-by-side: step by step in turn (default on a CPU); "
+        "one-by-one: for models that do not fit beside each other (default on a GPU)",
+    )
+    made.add_common("--device")
+    add("--dtype", metavar="NAME", help="fp32 or bf16 (default: fp32 on a CPU, bf16 on a GPU)")
+    add("--zero-stage", metavar="N", help="of our engine, 0 to 3 (default: 0 in fp32, 1 in bf16)")
+    add("--quick", action="store_true", help="a tiny model and two rounds: does everything run?")
+    add("--csv", metavar="FILE", help="write the rows here")
+    made.add_common("--plots", "--no-memory")
+    return made
+
+
+def parse(arguments: list[str]) -> Options:
+    """Options of the command line, checked."""
+    given = parser().parse_args(arguments)
+    device = choose_device(None if given.device == "auto" else given.device)
+    if device == "cpu" and torch.cuda.is_available():
+        raise UserError(
+            "--device cpu: the trainer takes a GPU that it sees; hide it with "
+            "CUDA_VISIBLE_DEVICES= in the environment"
+        )
+    dtype = _choice("--dtype", given.dtype, ("fp32", "bf16"), "fp32" if device == "cpu" else "bf16")
+    sizes = {name: whole(f"--{name.replace('_', '-')}", text) for name, text in _sizes(given)}
+    usual_order = ORDERS[0] if device == "cpu" else ORDERS[1]
+    output = Output.of(given, "train")
+    options = Options(
+        contenders=_contenders(given),
+        data=given.data,
+        model=_model(given, device),
+        device=device,
+        dtype=dtype,
+        micro_batch_size=_micro_pairs(given, sizes),
+        zero_stage=_zero_stage(given.zero_stage, dtype),
+        prompt_ratio=_ratio(given),
+        side_by_side=_choice("--order", given.order, ORDERS, usual_order) == ORDERS[0],
+        memory=not given.no_memory,
+        output=output,
+        **sizes,
+    )
+    for name in ("trl_batch", "micro_batch_size"):
+        _divides(f"--{name.replace('_', '-')}", getattr(options, name), options.global_batch_size)
+    return options
+
+
+def _sizes(given) -> list[tuple[str, str]]:
+    usual = QUICK if given.quick else USUAL
+    return [(name, getattr(given, name) or usual[name]) for name in USUAL]
+
+
+def _model(given, device: str) -> str:
+    if given.quick and given.model:
+        raise UserError(
+            f"--quick chooses its own model: leave out --model {given.model} or --quick"
+        )
+    usual = QUICK["model"] if given.quick else "tiny" if device == "cpu" else "qwen2.5-0.5b"
+    return _choice("--model", given.model, tuple(MODELS), usual)
+
+
+def _micro_pairs(given, sizes: dict[str, int]) -> int:
+    if given.micro_batch_size is None:
+        return sizes["trl_batch"]
+    return whole("--micro-pairs", given.micro_batch_size)
+
+
+def _zero_stage(text: str | None, dtype: str) -> int:
+    """Stage 0 adds up bf16 gradients in bf16; stage 1 in fp32, as TRL does."""
+    usual = "0" if dtype == "fp32" else "1"
+    return int(_choice("--zero-stage", text, ("0", "1", "2", "3"), usual))
+
+
+def _ratio(given) -> float | None:
+    if given.prompt_ratio is None:
+        return None
+    if given.data:
+        raise UserError(
+            f"--prompt-ratio {given.prompt_ratio} is about drawn pairs: leave out it or "
+            f"--data {given.data}"
+        )
+    return positive("--prompt-ratio", given.prompt_ratio, below=math.inf)
+
+
+def _divides(option: str, value: int, total: int) -> None:
+    if total % value:
+        raise UserError(
+            f"{option} {value} does not divide --global-pairs {total}; try "
+            f"{next(n for n in range(min(value, total), 0, -1) if total % n == 0)}"
+        )
+
+
+def _contenders(given) -> tuple[Contender, ...]:
+    selection = Selection.of(given, tuple(CONTENDERS))
+    chosen = tuple(c for name, c in CONTENDERS.items() if selection.chosen(name))
+    if not chosen:
+        raise selection.nobody()
+    return chosen
+
+
+def _choice(option: str, text: str | None, known: tuple[str, ...], usual: str) -> str:
+    if text is None or text == "auto":
+        return usual
+    if text not in known:
+        raise UserError(f"{option} {text}: choose from {', '.join(known)}")
+    return text
 
 
 def run(options: Options) -> int:
     """Measure, print, write; returns the exit code."""
     from dpo_fast.training import distributed
-    from dpo_fast.training.quiet import quiet
+    from dpo_fast.training.console import quiet
 
     if distributed.world_size() > 1:
         raise UserError("bench train measures one process: run it without a launcher")

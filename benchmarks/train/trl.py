@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from transformers import TrainerCallback
 
-from benchmarks.packages import TRL
+from benchmarks.cli import TRL
 from benchmarks.train.case import Contender, Task
 
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

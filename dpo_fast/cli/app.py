@@ -38,7 +38,7 @@ def train(
     """
     from dpo_fast.training import distributed
     from dpo_fast.training.config import check_batch_sizes, load_config
-    from dpo_fast.training.quiet import quiet
+    from dpo_fast.training.console import quiet
 
     distributed.adopt_slurm()
     run = load_config(config, overrides or ())
@@ -92,7 +92,7 @@ def reference(
     """
     from dpo_fast.training import distributed
     from dpo_fast.training.config import load_config
-    from dpo_fast.training.quiet import quiet
+    from dpo_fast.training.console import quiet
 
     distributed.adopt_slurm()
     run = load_config(config, overrides or ())
@@ -130,9 +130,9 @@ def data(
     examples: Annotated[int, typer.Option(min=0, help="rows to show")] = 3,
 ) -> None:
     """Show what would be trained on: counts, lengths, drops, truncation, and marked examples."""
-    from dpo_fast.data.preview import render_examples
+    from dpo_fast.data.report import render_examples
     from dpo_fast.training.config import load_config
-    from dpo_fast.training.quiet import quiet
+    from dpo_fast.training.console import quiet
 
     quiet()
     prepared = _prepare_data(load_config(config, overrides or ()))
@@ -161,7 +161,7 @@ def doctor(
     if config is None:
         return
     from dpo_fast.training.config import load_config
-    from dpo_fast.training.quiet import quiet
+    from dpo_fast.training.console import quiet
 
     if nproc is not None:
         os.environ["WORLD_SIZE"] = str(nproc)
@@ -187,8 +187,8 @@ def demo(
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """The whole story on a CPU: a tiny model, SFT, DPO under ZeRO-3, a report."""
+    from dpo_fast.training.console import quiet
     from dpo_fast.training.distributed import leave_distributed
-    from dpo_fast.training.quiet import quiet
 
     quiet()
     from dpo_fast.demo.run import run_demo

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dpo_fast.ops.implementation import choose_implementation
-from dpo_fast.ops.plan import MIB, default_workspace_bytes
+from dpo_fast.ops.dispatch import choose_implementation
+from dpo_fast.ops.linear_logp.plan import MIB, default_workspace_bytes
 from dpo_fast.training.distributed import cores
 
 PACKAGES = (

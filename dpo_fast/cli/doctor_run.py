@@ -19,13 +19,12 @@ from dpo_fast.models import ScoringModel, load_tokenizer
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.layers import checkpointed_layers, decoder_layers
 from dpo_fast.models.load import DTYPES, add_lora, load_skeleton
-from dpo_fast.ops.implementation import Choice, choose_implementation
-from dpo_fast.ops.plan import HeadPlan, default_workspace_bytes, plan
+from dpo_fast.ops.dispatch import Choice, choose_implementation
+from dpo_fast.ops.linear_logp.plan import HeadPlan, default_workspace_bytes, plan
 from dpo_fast.training import distributed
-from dpo_fast.training.choices import Choices, choose
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.engine import deepspeed_config
-from dpo_fast.training.fit import check_vocabulary
+from dpo_fast.training.fit import Choices, check_vocabulary, choose
 from dpo_fast.training.prepare import check, wants_checkpointing
 from dpo_fast.training.references import old_config
 

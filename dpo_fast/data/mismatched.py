@@ -11,8 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from dpo_fast.data.kinds import Kind
-from dpo_fast.data.lengths import RowLengths
+from dpo_fast.data.kinds import Kind, RowLengths
 
 
 def partners(rows: Sequence[int], size: int) -> dict[int, int]:

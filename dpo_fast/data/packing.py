@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpo_fast.data.lengths import RowLengths
+from dpo_fast.data.kinds import RowLengths
 
 AHEAD = 1024  # items that `pack` chooses from; more fill no better
 WINDOW = 8192  # items that `group` sorts by length at a time

@@ -1,8 +1,13 @@
-"""Finds the prompt that two whole texts share."""
+"""Finds the prompt that two whole texts share.
+
+Lists of chat messages: checks, and the split of two conversations into prompt and answers.
+"""
 
 from __future__ import annotations
 
 import os.path
+from collections.abc import Mapping
+from typing import Any
 
 from dpo_fast.data.verdicts import BadRow
 
@@ -45,3 +50,74 @@ def _common_words(chosen: str, rejected: str) -> int:
     if not common[:end].strip():
         raise BadRow("no common prompt", "chosen and rejected do not begin with the same words")
     return end
+
+
+Messages = list[dict[str, Any]]
+ROLES = ("system", "user", "assistant", "tool")
+
+
+def check_messages(value: list[Any], field: str) -> Messages:
+    """`value` as clean messages: known roles, text contents. Raises BadRow naming `field[i]`.
+
+    Keys whose value is null are left out: Arrow gives every message the keys of all others.
+    """
+    if not value:
+        raise BadRow(f"empty {field}", "the message list has no messages")
+    return [_message(item, f"{field}[{index}]") for index, item in enumerate(value)]
+
+
+def _message(item: Any, name: str) -> dict[str, Any]:
+    if not isinstance(item, Mapping):
+        raise BadRow("not a message", f"{name}: expected an object, got {type(item).__name__}")
+    message = {key: value for key, value in item.items() if value is not None}
+    if "role" not in message:
+        raise BadRow("message without role", f"{name} has {', '.join(map(repr, message))}")
+    if message["role"] not in ROLES:
+        raise BadRow(
+            f"unknown role {message['role']!r}", f"{name}.role: expected {', '.join(ROLES)}"
+        )
+    if "content" not in message and message.get("tool_calls"):
+        message["content"] = ""
+    if not isinstance(message.get("content"), str):
+        kind = type(item.get("content")).__name__
+        raise BadRow("content is not text", f"{name}.content: expected text, got {kind}")
+    try:
+        message["content"].encode()
+    except UnicodeEncodeError:
+        raise BadRow("content is not Unicode text", f"{name} has a lone surrogate") from None
+    return message
+
+
+def check_answer(messages: Messages, field: str) -> None:
+    """Raises BadRow unless all messages are the assistant's and have text or tool calls.
+
+    Every token of an answer is scored, so turns the model did not write may not be part of it.
+    """
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            raise BadRow(
+                f"{field} holds a {message['role']} message",
+                f"{field}[{index}] of the answer would be scored: an answer has only assistant "
+                "messages, and earlier turns belong to the prompt",
+            )
+        if not message["content"].strip() and not message.get("tool_calls"):
+            raise BadRow(f"empty {field}", f"message {index} of the answer has no text")
+
+
+def split_conversations(chosen: Messages, rejected: Messages) -> tuple[Messages, ...]:
+    """(prompt, chosen, rejected) of two conversations; the prompt is their shared beginning.
+
+    The prompt never ends with an assistant message: such messages go back to both answers.
+    Raises BadRow when nothing is shared, or when a conversation ends within the shared part.
+    """
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    while shared and chosen[shared - 1]["role"] == "assistant":
+        shared -= 1
+    if not shared:
+        raise BadRow("no common prompt", "chosen and rejected share no leading messages")
+    for field, messages in (("chosen", chosen), ("rejected", rejected)):
+        if len(messages) == shared:
+            raise BadRow(f"empty {field}", "no message follows the shared prompt")
+    return chosen[:shared], chosen[shared:], rejected[shared:]

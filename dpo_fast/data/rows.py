@@ -11,8 +11,13 @@ from typing import Any, ClassVar
 
 from dpo_fast.data.config import CHAT_COLUMNS, COLUMNS, DataConfig
 from dpo_fast.data.kinds import COMPLETIONS, GROUPS, PAIRS, Kind
-from dpo_fast.data.messages import Messages, check_answer, check_messages, split_conversations
-from dpo_fast.data.prompts import split_texts
+from dpo_fast.data.prompts import (
+    Messages,
+    check_answer,
+    check_messages,
+    split_conversations,
+    split_texts,
+)
 from dpo_fast.data.verdicts import BadRow
 
 TEMPLATE_ARGUMENTS = ("tokenize", "add_generation_prompt", "tools", "conversation", "chat_template")

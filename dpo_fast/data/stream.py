@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 
 from dpo_fast.data.build import nothing_left, values
-from dpo_fast.data.cache import cache_key
 from dpo_fast.data.config import DataConfig
+from dpo_fast.data.dataset import cache_key
 from dpo_fast.data.files import Rows
-from dpo_fast.data.kinds import PAIRS, Kind, OneKind
-from dpo_fast.data.lengths import RowLengths
+from dpo_fast.data.kinds import PAIRS, Kind, OneKind, RowLengths
 from dpo_fast.data.report import DataReport
 from dpo_fast.data.rows import Row, ignored_columns, parse_row
 from dpo_fast.data.sources import read_rows, resolve

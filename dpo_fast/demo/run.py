@@ -1,4 +1,7 @@
-"""The demo from its first line to its last: text, tokenizer, model, SFT, DPO, before and after."""
+"""The DPO run as a configuration file, so that it can be read, changed and run again.
+
+The demo from its first line to its last: text, tokenizer, model, SFT, DPO, before and after.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,59 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from dpo_fast.data.config import DataConfig
-from dpo_fast.demo.completions import Completions, complete
-from dpo_fast.demo.config import write_config
-from dpo_fast.demo.scale import QUICK, WHOLE, Scale
-from dpo_fast.demo.sft import fine_tune, save_model
-from dpo_fast.demo.show import read_evaluations, samples, show_result
-from dpo_fast.demo.student import build_model, build_tokenizer
-from dpo_fast.demo.task import Question, make_questions, write_pairs
+from dpo_fast.demo.show import Completions, complete, read_evaluations, samples, show_result
+from dpo_fast.demo.student import build_model, build_tokenizer, fine_tune, save_model
+from dpo_fast.demo.task import QUICK, WHOLE, Question, Scale, make_questions, write_pairs
 from dpo_fast.report import write_report
 from dpo_fast.training import distributed
 from dpo_fast.training.config import load_config
+from dpo_fast.training.console import say
 from dpo_fast.training.loop import train
-from dpo_fast.training.progress import say
+
+HEADER = """\
+# Written by `dpo-fast demo`. To run it again, elsewhere and with another rate:
+#   dpo-fast train {file} train.output_dir=elsewhere train.learning_rate=1e-4
+"""
+
+
+def write_config(folder: Path, scale: Scale, seed: int) -> Path:
+    """`folder`/dpo.yaml: DPO of `folder`/sft on the pairs in `folder`, into `folder`/dpo."""
+    steps = max(scale.train_questions // scale.examples_per_step, 1)
+    tree = {
+        "model": {"path": str(folder / "sft"), "dtype": "fp32"},
+        "data": {
+            "train": str(folder / "train.jsonl"),
+            "eval": str(folder / "eval.jsonl"),
+            "max_length": 64,
+            "cache_dir": str(folder / "cache"),
+        },
+        "loss": {
+            "type": ["sigmoid", "sft"],  # the second term keeps the right answers likely
+            "weights": [1.0, scale.sft_weight],
+            "beta": scale.beta,
+        },
+        "reference": {"provider": "cached"},
+        "train": {
+            "output_dir": str(folder / "dpo"),
+            "num_train_epochs": scale.dpo_epochs,
+            "global_batch_size": scale.examples_per_step,
+            "micro_batch_size": scale.examples_per_step,
+            "learning_rate": scale.dpo_learning_rate,
+            "layout": "packed",
+            "seed": seed,
+            "eval_steps": max(steps // 3, 1),
+        },
+        "parallel": {"zero_stage": 3},
+        "log": {"logging_steps": max(steps // 10, 1)},
+    }
+    file = folder / "dpo.yaml"
+    text = HEADER.format(file=file) + yaml.safe_dump(tree, sort_keys=False)
+    file.write_text(text, encoding="utf-8")
+    return file
+
 
 SHOWN, REPORTED = 3, 12  # sample answers on the terminal, in the report
 

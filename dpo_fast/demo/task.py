@@ -1,4 +1,7 @@
-"""The task: of two numbers, name the larger one. A right and a wrong answer for every question."""
+"""The task: of two numbers, name the larger one. A right and a wrong answer for every question.
+
+How large the demo is: the whole one, and a quick one for tests.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from dpo_fast.demo.student import StudentSize
 
 WORDINGS = ("Which is larger, {} or {}?", "Which is more: {} or {}?", "Larger of {} and {}?")
 ANSWER = "It is {}."
@@ -75,3 +80,32 @@ def write_pairs(questions: Iterable[Question], file: Path) -> Path:
     rows = (json.dumps(question.pair) + "\n" for question in questions)
     file.write_text("".join(rows), encoding="utf-8")
     return file
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Numbers in the questions, questions, steps and rates; `examples_per_step` is that of SFT and DPO."""
+
+    numbers: range = range(10, 60)
+    train_questions: int = 4800
+    held_out_questions: int = 200
+    size: StudentSize = StudentSize(hidden=256, layers=3, heads=4, key_value_heads=4)
+    examples_per_step: int = 32
+    sft_steps: int = 140
+    sft_learning_rate: float = 1e-3
+    dpo_learning_rate: float = 5e-4
+    dpo_epochs: float = 1.0
+    beta: float = 0.3
+    sft_weight: float = 1.0
+
+
+WHOLE = Scale()
+QUICK = Scale(
+    numbers=range(10, 40),
+    train_questions=640,
+    held_out_questions=48,
+    size=StudentSize(hidden=64, layers=2, heads=2, key_value_heads=2),
+    sft_steps=60,
+    sft_learning_rate=3e-3,
+    dpo_learning_rate=2e-3,
+)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from dpo_fast.data.batch import collate
 from dpo_fast.data.kinds import PAIRS
-from dpo_fast.data.layouts import collate
 
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 NUMBERS = (*PAIRS.reference_columns, "weight", "margin", "soft_label")

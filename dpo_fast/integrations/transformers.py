@@ -11,9 +11,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dpo_fast.data.batch import ScoredBatch
+from dpo_fast.data.batch import LAYOUTS, ScoredBatch
 from dpo_fast.data.kinds import PAIRS
-from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.errors import UnavailableError, UserError
 from dpo_fast.integrations.collator import IDS, NUMBERS, PreferenceCollator
 from dpo_fast.integrations.forward import add_forward, fuse_head
@@ -21,13 +20,13 @@ from dpo_fast.losses import Objective, Totals
 from dpo_fast.models.architecture import architecture_of, choose_attention, choose_layout
 from dpo_fast.models.scoring import scoring_forward
 from dpo_fast.models.separation import check_separation
-from dpo_fast.references.live import (
+from dpo_fast.references.providers import (
     AdapterOffReference,
     ColumnReference,
     FrozenReference,
     NoReference,
 )
-from dpo_fast.training.forward import EXTRAS, LossPass
+from dpo_fast.training.loss_pass import EXTRAS, LossPass
 from dpo_fast.training.metrics import MetricSums
 
 __all__ = ["PreferenceCollator", "PreferenceTrainer"]

@@ -12,7 +12,7 @@ from trl import DPOConfig
 from dpo_fast.errors import UserError
 from dpo_fast.losses import LOSSES, LossOptions, Objective, Totals, preference
 from dpo_fast.losses.sums import needs_reference_tokens
-from dpo_fast.ops.preference import sum_sequences
+from dpo_fast.ops.segments import sum_sequences
 
 TRL_LOSSES = (
     "sigmoid",

@@ -1,6 +1,6 @@
 """Preference losses: pure functions of sequence log-probabilities, one table, weighted sums of them."""
 
-from dpo_fast.losses.inputs import GroupLogps, PairLogps, SequenceLogps
+from dpo_fast.losses.logps import GroupLogps, PairLogps, SequenceLogps
 from dpo_fast.losses.objective import Objective, Totals
 from dpo_fast.losses.options import LossOptions
 from dpo_fast.losses.preference import Preference, ScoredGroups, preference

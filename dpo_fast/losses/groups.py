@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dpo_fast.losses.inputs import GroupLogps, spread
+from dpo_fast.losses.divergence import LARGEST_EXPONENT, score
+from dpo_fast.losses.logps import GroupLogps, spread
 from dpo_fast.losses.options import LossOptions
-from dpo_fast.losses.scores import LARGEST_EXPONENT, score
 from dpo_fast.losses.spec import DIVERGENCE, loss
 
 CLIPPED = ("epsilon", "epsilon_high", "scale_rewards", "importance_sampling_level", "grpo_beta")

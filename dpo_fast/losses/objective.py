@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpo_fast.losses.inputs import GroupLogps, PairLogps, SequenceLogps, spread
+from dpo_fast.losses.logps import GroupLogps, PairLogps, SequenceLogps, spread
 from dpo_fast.losses.options import LossOptions
 from dpo_fast.losses.spec import SHARED, LossSpec
 from dpo_fast.losses.sums import needs_reference_tokens

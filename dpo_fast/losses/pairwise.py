@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_fast.losses.inputs import PairLogps
+from dpo_fast.losses.divergence import less_margin, margin, mean_margin, smoothed
+from dpo_fast.losses.logps import PairLogps
 from dpo_fast.losses.options import LossOptions
-from dpo_fast.losses.scores import less_margin, margin, mean_margin, smoothed
 from dpo_fast.losses.spec import DIVERGENCE, SUMS, WEIGHTING, loss
 
 COMMON = ("beta", *SUMS, *WEIGHTING)

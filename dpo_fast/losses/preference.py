@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from dpo_fast.errors import UnavailableError
-from dpo_fast.losses.inputs import GroupLogps, PairLogps, SequenceLogps
+from dpo_fast.losses.fused import check_sequences, fused_preference
+from dpo_fast.losses.logps import GroupLogps, PairLogps, SequenceLogps
 from dpo_fast.losses.objective import Objective, Totals
 from dpo_fast.losses.sums import Tokens, policy_weights, sequence_sums
-from dpo_fast.ops.implementation import choose_implementation
-from dpo_fast.ops.preference import check_sequences, fused_preference, sum_sequences
+from dpo_fast.ops.dispatch import choose_implementation
+from dpo_fast.ops.segments import sum_sequences
 
 logger = logging.getLogger("dpo_fast")
 UNPAIRED = "unpaired completions"

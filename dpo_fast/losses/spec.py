@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from dpo_fast.losses.inputs import GroupLogps, PairLogps, SequenceLogps
+from dpo_fast.losses.logps import GroupLogps, PairLogps, SequenceLogps
 from dpo_fast.losses.options import LossOptions
 
 SUMS = ("ld_alpha", "ld_reference", "token_clamp", "reference_free")

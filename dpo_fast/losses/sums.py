@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dpo_fast.losses.options import LossOptions
-from dpo_fast.ops.preference import sum_sequences
+from dpo_fast.ops.segments import sum_sequences
 
 
 class Tokens(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_fast.losses.inputs import SequenceLogps
+from dpo_fast.losses.logps import SequenceLogps
 from dpo_fast.losses.options import LossOptions
 from dpo_fast.losses.spec import loss
 

@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_fast.errors import UserError
 from dpo_fast.models.config import ModelSection
-from dpo_fast.ops.implementation import interpreting
+from dpo_fast.ops.dispatch import interpreting
 
 # What liger's fused MLPs compute, whatever the model's configuration says.
 LIGER_ACTIVATIONS = {

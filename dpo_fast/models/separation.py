@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from dpo_fast.data.layouts import collate_trees
+from dpo_fast.data.batch import collate_trees
 from dpo_fast.errors import UserError
 from dpo_fast.models.scoring import forward_arguments
 

@@ -8,10 +8,10 @@ format is in `artefact.py`, which folder serves a run in `store.py`, how it come
 
 from dpo_fast.references.cached import CachedReference
 from dpo_fast.references.config import ReferenceSection
-from dpo_fast.references.ema import EmaReference
-from dpo_fast.references.live import (
+from dpo_fast.references.providers import (
     AdapterOffReference,
     ColumnReference,
+    EmaReference,
     FrozenReference,
     NoReference,
 )

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.data.dataset import Dataset
-from dpo_fast.data.lengths import RowLengths
+from dpo_fast.data.kinds import RowLengths
 from dpo_fast.data.packing import Costs
 from dpo_fast.errors import UserError
 from dpo_fast.models.scoring import forward_arguments
-from dpo_fast.ops.preference import sum_sequences
+from dpo_fast.ops.segments import sum_sequences
 from dpo_fast.references.artefact import names_of
-from dpo_fast.references.live import Scorer
+from dpo_fast.references.providers import Scorer
 
 
 def length_batches(

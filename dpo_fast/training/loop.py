@@ -1,28 +1,136 @@
-"""`train`: the whole run, from a configuration to a Hugging Face folder."""
+"""How a run ends before its time: SIGINT, SIGTERM, a loss that is not finite.
+
+A run's checkpoints: what they hold, and what a run that goes on from one must share with it.
+
+One update of a run: the pairs of a step, and the kind of step that its losses want.
+
+`train`: the whole run, from a configuration to a Hugging Face folder.
+"""
 
 from __future__ import annotations
 
 import math
+import signal
 import tempfile
 from pathlib import Path
 
+from torch import Tensor
+
 from dpo_fast.data.sampler import Sampler
 from dpo_fast.errors import Interrupted, UserError
+from dpo_fast.references import EmaReference
 from dpo_fast.training import distributed
-from dpo_fast.training.checkpoints import find_checkpoint
-from dpo_fast.training.clock import watch_head
+from dpo_fast.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
 from dpo_fast.training.config import RunConfig
-from dpo_fast.training.evaluate import evaluate
+from dpo_fast.training.console import progress_bar, say, track
 from dpo_fast.training.export import export
-from dpo_fast.training.health import check_start
 from dpo_fast.training.metrics import MetricSums
+from dpo_fast.training.perf import watch_head, work_of
 from dpo_fast.training.prepare import Run, check, prepare
-from dpo_fast.training.progress import progress_bar, say, track
-from dpo_fast.training.resume import resume, save
 from dpo_fast.training.run_log import RunLog
-from dpo_fast.training.stop import StopSignals
-from dpo_fast.training.update import update
-from dpo_fast.training.work import work_of
+from dpo_fast.training.step import check_start, coupled_step, evaluate, train_step
+
+
+class StopSignals:
+    """SIGINT and SIGTERM ask for an end after the step; all ranks agree on which step that is."""
+
+    def __init__(self) -> None:
+        self.asked = self.raised = False
+        self.previous = {
+            name: signal.signal(name, self._ask) for name in (signal.SIGINT, signal.SIGTERM)
+        }
+
+    def _ask(self, number, frame) -> None:
+        if self.asked and number == signal.SIGINT:  # the second Ctrl-C means now
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def agree(self, finite: bool, run: Run, step: int) -> None:
+        self.raised, not_finite = distributed.any_rank(self.asked, not finite)
+        if not_finite:
+            split, index = run.train.at(step)
+            rows = split.sampler.global_batch(index)
+            places = ", ".join(split.examples.where(row) for row in rows[:4])
+            raise UserError(
+                f"the loss of step {step + 1} is not finite; its batch begins with {places}. The last "
+                "checkpoint is whole. People usually lower train.learning_rate or check the data there"
+            )
+
+    def restore(self) -> None:
+        for name, handler in self.previous.items():
+            signal.signal(name, handler)
+
+
+# Of what DeepSpeed restores with its optimiser a new value would be ignored; the others would make
+# another run of it halfway.
+SAME_TRAIN = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_ratio",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+)
+SAME_REFERENCE = ("provider", "mixup_alpha", "sync_steps")
+
+
+def must_fit(run: Run) -> dict:
+    """What a resumed run must share with the one that was interrupted, to be the same run."""
+    train, tree = run.config.train, run.config.resolved()
+    fits = {
+        "world_size": distributed.world_size(),
+        **run.train.must_fit(),
+        "total_steps": run.total_steps,
+        "global_batch_size": train.global_batch_size,
+        "tokens_per_batch": train.tokens_per_batch,
+        "seed": train.seed,
+        "zero_stage": run.config.parallel.zero_stage,
+    }
+    fits |= {f"train.{name}": tree["train"][name] for name in SAME_TRAIN}
+    fits |= {f"loss.{name}": value for name, value in tree["loss"].items()}
+    fits |= {f"reference.{name}": tree["reference"][name] for name in SAME_REFERENCE}
+    fits |= {"model.dtype": tree["model"]["dtype"], "model.lora": tree["model"]["lora"]}
+    if train.tokens_per_batch is not None:  # what a pair takes depends on the layout
+        fits["layout"] = train.layout
+    return fits
+
+
+def resume(run: Run, checkpoint: Path, sums: MetricSums, log: RunLog) -> int:
+    """Everything as it was when the checkpoint was written, the open window of metrics included."""
+    state = load_checkpoint(run.engine, checkpoint, must_fit(run), sums.values, run.stateful)
+    run.train.seek(state)
+    log.forget_after(state["step"])
+    say(f"resumed {checkpoint} at step {state['step']}")
+    return state["step"]
+
+
+def save(run: Run, step: int, sums: MetricSums) -> Path:
+    """A checkpoint of this step."""
+    train = run.config.train
+    state = {"step": step, **run.train.position(step), **must_fit(run)}
+    return save_checkpoint(
+        run.engine, train.output_dir, state, sums.values, train.save_total_limit, run.stateful
+    )
+
+
+def update(run: Run, step: int, sums: MetricSums) -> Tensor:
+    """Optimiser step number `step`, counted from 0. This rank's share of the loss, [] fp32. Collective."""
+    split, index = run.train.at(step)
+    rows, statistics = split.sampler.global_batch(index), run.statistics
+    models = run.loss_and_reference("train")
+    statistics.begin_step(run.engine, split.mismatched(rows), *models)
+    common = (run.engine, split.batches(index), *models, split.totals(rows), sums)
+    if run.loss_pass.objective.coupled:
+        share = coupled_step(*common, rows, statistics)
+    else:
+        share = train_step(*common, statistics)
+    sums.note(statistics.values)
+    statistics.end_step()
+    if isinstance(reference := run.references["train"], EmaReference):
+        reference.after_step(step + 1)
+    return share
 
 
 def train(config: RunConfig) -> Path:

@@ -11,9 +11,8 @@ from torch import Tensor
 from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.losses import Preference
 from dpo_fast.losses.groups import extremes, order_kept, score_spread
-from dpo_fast.ops.preference import sum_sequences
-from dpo_fast.training.clock import Clock
-from dpo_fast.training.work import Work
+from dpo_fast.ops.segments import sum_sequences
+from dpo_fast.training.perf import Clock, Work
 
 PAIR_METRICS = (
     "rewards/chosen",

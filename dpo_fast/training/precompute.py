@@ -5,10 +5,10 @@ from __future__ import annotations
 from dpo_fast.errors import UserError
 from dpo_fast.models import load_tokenizer
 from dpo_fast.training import distributed
-from dpo_fast.training.choices import choose
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.engine import deepspeed_config
-from dpo_fast.training.load_split import load_split
+from dpo_fast.training.fit import choose
+from dpo_fast.training.load_data import load_split
 from dpo_fast.training.prepare import check
 from dpo_fast.training.references import (
     StoredReference,

@@ -13,20 +13,18 @@ from dpo_fast.models import ScoringModel, load_model, load_tokenizer
 from dpo_fast.models.layers import check_layers, checkpoint_layers
 from dpo_fast.models.load import DTYPES, check_model_path, is_folder, load_skeleton
 from dpo_fast.models.separation import check_separation
-from dpo_fast.ops.implementation import choose_implementation
+from dpo_fast.ops.dispatch import choose_implementation
 from dpo_fast.references import EmaReference
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import find_checkpoint
-from dpo_fast.training.choices import choose
 from dpo_fast.training.config import RunConfig, check_batch_sizes
+from dpo_fast.training.console import say
 from dpo_fast.training.engine import build_engine, deepspeed_config, shard_while_loading
-from dpo_fast.training.fit import check_positions, check_vocabulary
-from dpo_fast.training.forward import EXTRAS, LossPass
-from dpo_fast.training.load_split import load_split
-from dpo_fast.training.progress import say
+from dpo_fast.training.fit import check_positions, check_vocabulary, choose
+from dpo_fast.training.load_data import load_split
+from dpo_fast.training.loss_pass import EXTRAS, LossPass, Statistics
 from dpo_fast.training.references import build_old, build_references
-from dpo_fast.training.split import Split
-from dpo_fast.training.statistics import Statistics
+from dpo_fast.training.splits import Split
 
 
 @dataclass

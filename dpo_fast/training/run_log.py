@@ -12,10 +12,9 @@ import yaml
 from dpo_fast.models.load import DTYPES
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import writing
-from dpo_fast.training.clock import peak_memory
+from dpo_fast.training.console import say
+from dpo_fast.training.perf import peak_memory, product_rate
 from dpo_fast.training.prepare import Run
-from dpo_fast.training.progress import say
-from dpo_fast.training.work import product_rate
 
 
 class RunLog:

@@ -1,0 +1,158 @@
+"""What the options of both benchmarks share. One that cannot be honoured is an error that names it, its
+value and the remedy; nothing is ignored.
+
+Who takes part: contenders by name or by pattern, where * matches any text.
+
+Peers' packages. None is needed: what is not there is named, with the command that installs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import fnmatch
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks import machine
+from dpo_fast.errors import UserError
+
+COMMON = {  # options that mean the same in both
+    "--only": {
+        "metavar": "NAME",
+        "action": "append",
+        "help": "these contenders; * matches any text",
+    },
+    "--skip": {"metavar": "NAME", "action": "append", "help": "without these contenders"},
+    "--device": {"metavar": "NAME", "help": "cpu or cuda (default: cuda where there is one)"},
+    "--plots": {
+        "metavar": "FOLDER",
+        "help": "draw the rows here; without --csv keep them here too",
+    },
+    "--no-memory": {"action": "store_true", "help": "leave out the peak memory"},
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes are a UserError, as everywhere. Texts stay text: each option is checked by its own name."""
+
+    def __init__(self, name: str, usage: str) -> None:
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(name, description=usage, formatter_class=form)
+
+    def add_common(self, *options: str) -> None:
+        for option in options:
+            self.add_argument(option, **COMMON[option])
+
+    def error(self, message: str):
+        raise UserError(f"{message}; --help lists the options")
+
+
+def choose_device(name: str | None) -> str:
+    there = torch.cuda.is_available()
+    if name is None:
+        return "cuda" if there else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: choose cpu or cuda")
+    if name == "cuda" and not there:
+        raise UserError(
+            "--device cuda: this torch sees no GPU; install a CUDA build, or choose --device cpu"
+        )
+    return name
+
+
+def whole(option: str, text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise UserError(f"{option} {text}: expected a whole number, 1 or more")
+    return value
+
+
+def positive(option: str, text: str, below: float | None = None) -> float:
+    """A number greater than 0; infinity is one, unless it has to be `below` that."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not value > 0 or (below is not None and value >= below):
+        raise UserError(f"{option} {text}: expected a number greater than 0")
+    return value
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Those that match `only`, or everybody where it is empty; without those that match `skip`."""
+
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, given, known: Sequence[str]) -> Selection:
+        """From --only and --skip. Raises UserError for a pattern that matches none of the known names."""
+        return cls(_matching("--only", given.only, known), _matching("--skip", given.skip, known))
+
+    def asked(self, name: str) -> bool:
+        """By its name: a pattern does not call in what takes minutes."""
+        return name in self.only
+
+    def chosen(self, name: str) -> bool:
+        return (not self.only or _any(name, self.only)) and not _any(name, self.skip)
+
+    def nobody(self) -> UserError:
+        """What to raise where none of those who could be measured is chosen."""
+        return UserError(
+            f"--only {' '.join(self.only) or '*'} --skip {' '.join(self.skip) or 'nothing'} "
+            "leave no contender: choose others"
+        )
+
+
+def _any(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _matching(option: str, patterns: list[str] | None, known: Sequence[str]) -> tuple[str, ...]:
+    for pattern in patterns or ():
+        if not fnmatch.filter(known, pattern):
+            close = difflib.get_close_matches(pattern, known, 1)
+            remedy = f"did you mean {close[0]!r}?" if close else f"choose from: {'; '.join(known)}"
+            raise UserError(f"{option} {pattern!r} matches no contender; {remedy}")
+    return tuple(patterns or ())
+
+
+@dataclass(frozen=True)
+class Package:
+    """A peer's distribution, its top-level module, the command that installs it, and the modules that
+    take seconds to import."""
+
+    name: str
+    module: str
+    pip: str
+    heavy: tuple[str, ...] = ()
+
+    def missing(self) -> str | None:
+        if importlib.util.find_spec(self.module) is not None:
+            return None
+        return f"{self.name} is not installed: {self.pip}"
+
+    def version(self) -> str:
+        found = machine.version(self.name)
+        return f"{self.name} {found}" if found else ""
+
+
+TRL = Package(
+    "trl", "trl", 'pip install "trl>=1.16,<2"', heavy=("trl.kernels", "trl.trainer.utils")
+)
+LIGER = Package(
+    "liger-kernel",
+    "liger_kernel",
+    'pip install "liger-kernel>=0.8.5"',
+    heavy=("liger_kernel.chunked_loss",),
+)
+CCE = Package("cut-cross-entropy", "cut_cross_entropy", "pip install cut-cross-entropy")
+QUACK = Package("quack-kernels", "quack", "pip install quack-kernels")

@@ -1,0 +1,1 @@
+"""hidden states and the head's weight to log-probabilities of the targets."""

@@ -1,0 +1,74 @@
+"""Progress on the terminal: rank 0 speaks.
+
+Libraries that talk too much, told once to keep to warnings that matter to the user.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dpo_fast.training import distributed
+
+T = TypeVar("T")
+console = Console(stderr=True)
+
+
+@contextmanager
+def progress_bar(description: str, total: int, done: int = 0):
+    """Yields advance(text=""), which moves the bar by one and shows `text` beside it."""
+    if not distributed.is_main():
+        yield lambda text="": None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
+    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task(description, total=total, completed=done, text="")
+        yield lambda text="": progress.update(task, advance=1, text=text)
+
+
+def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
+    """Iterate with a progress bar."""
+    with progress_bar(description, total) as advance:
+        for item in items:
+            yield item
+            advance()
+
+
+def say(message: str) -> None:
+    """One line from rank 0, on standard error."""
+    if distributed.is_main():
+        console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+
+def quiet() -> None:
+    """Call before DeepSpeed is imported. Set DPO_FAST_VERBOSE=1 to hear everything."""
+    if os.environ.get("DPO_FAST_VERBOSE", "0") == "1":
+        return
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category)
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    for name in ("DeepSpeed", "torch.distributed", "deepspeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not distributed.is_main():
+        logging.disable(logging.WARNING)

@@ -1,0 +1,203 @@
+"""From the data of a configuration to its splits, and whether rows and run belong together.
+
+Columns of numbers in the data: which a run uses, and that none is ignored.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from dpo_fast.data.config import CHAT_COLUMNS
+from dpo_fast.data.dataset import load_examples
+from dpo_fast.data.kinds import COMPLETIONS, GROUPS, KINDS, Kind
+from dpo_fast.data.packing import row_costs
+from dpo_fast.data.sampler import BatchSampler, Sampler, TokenSampler
+from dpo_fast.data.stream import Chunk, ExampleStream
+from dpo_fast.errors import UserError
+from dpo_fast.losses import LOSSES
+from dpo_fast.training import distributed
+from dpo_fast.training.config import RunConfig
+from dpo_fast.training.console import say
+from dpo_fast.training.splits import Rows, Split, StreamSplit
+
+
+def load_split(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, name: str, shuffle: bool
+) -> Split | StreamSplit:
+    """Read, check and tokenise a split (`train` or `eval`), or find it done; or begin a stream."""
+    if name == "train" and config.data.streaming:
+        return open_stream(config, tokenizer)
+    examples = distributed.main_first(
+        f"data/{name}", lambda: load_examples(config.data, tokenizer, split=name)
+    )
+    split = make_split(config, tokenizer, name, examples, shuffle)
+    if shuffle:
+        tell_size(split.sampler)
+    return split
+
+
+def open_stream(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> StreamSplit:
+    """The stream of data.train at its beginning, its first chunk read."""
+
+    def make(chunk: Chunk, accumulation: int | None) -> Split:
+        return make_split(config, tokenizer, "train", chunk, True, chunk.number, accumulation)
+
+    stream = StreamSplit(ExampleStream(config.data, tokenizer), make, config.train.max_steps)
+    tell_size(stream.sampler)
+    return stream
+
+
+def make_split(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    examples: Rows,
+    shuffle: bool,
+    epoch: int = 0,
+    accumulation: int | None = None,
+) -> Split:
+    """Rows with the sampler that the options ask for. Without shuffling every step is one micro-batch
+    a rank. epoch: number of the first; accumulation: of a TokenSampler, if it is not to choose.
+
+    Raises:
+        UserError: rows of a kind that the loss or the reference cannot take, columns that the loss does
+            not use or lacks, or a row that is larger than train.tokens_per_batch.
+    """
+    check_kind(config, name, examples)
+    check_renamed(config, name, examples)
+    columns = used_columns(config, examples.extras, examples.kind)
+    train, world = config.train, distributed.world_size()
+    if train.tokens_per_batch is None:
+        size = train.global_batch_size if shuffle else train.micro_batch_size * world
+        sampler = Sampler(
+            len(examples), size, train.micro_batch_size, world, train.seed, shuffle, epoch
+        )
+    else:
+        costs = row_costs(examples.lengths, train.layout)
+        check_budget(train.tokens_per_batch, train.layout, costs.alone_I, examples)
+        sampler = TokenSampler(
+            costs,
+            train.tokens_per_batch,
+            train.global_batch_size,
+            world,
+            train.seed,
+            shuffle,
+            epoch,
+            accumulation if shuffle else 1,
+        )
+    wants_mismatched = "kl" in config.loss.objective.statistics
+    return Split(
+        name,
+        examples,
+        sampler,
+        train.layout,
+        tokenizer.pad_token_id,
+        columns,
+        config.data.max_length if wants_mismatched else None,
+    )
+
+
+def check_kind(config: RunConfig, name: str, rows: Rows) -> None:
+    """Raises UserError if what the rows are does not go with the run."""
+    objective, where = (
+        config.loss.objective,
+        f"data.{name} holds {rows.kind.name}, the first {rows.where(0)}",
+    )
+    names = ", ".join(config.loss.names)
+    if objective.grouped and rows.kind != GROUPS:
+        raise UserError(
+            f"loss.type={names} goes by the scores of several completions of a prompt, but {where}; give "
+            "rows with completions and scores, or choose another loss"
+        )
+    if rows.kind == GROUPS and not objective.grouped:
+        groups = " or ".join(spec.name for spec in LOSSES.values() if spec.grouped)
+        raise UserError(
+            f"loss.type={names} does not go by scores, but {where}; set loss.type to {groups}, or give "
+            "pairs"
+        )
+    if rows.kind == COMPLETIONS and objective.paired:
+        paired = ", ".join(spec.name for spec in objective.specs if spec.paired)
+        single = " or ".join(spec.name for spec in LOSSES.values() if spec.rows == "completions")
+        raise UserError(
+            f"loss.type={paired} compares the two answers of a pair, but {where}; set loss.type to "
+            f"{single}, or give pairs"
+        )
+    if rows.kind == GROUPS and config.reference_provider == "columns":
+        raise UserError(
+            f"reference.provider=columns takes sums of pairs or completions, but {where}; set "
+            "reference.provider to cached, frozen or adapter_off"
+        )
+    if "kl" in objective.statistics and len(rows) < 2:
+        raise UserError(
+            f"loss.type={names} estimates kl from completions of other rows, but data.{name} has one row, "
+            f"{rows.where(0)}; give it two or more"
+        )
+
+
+def check_renamed(config: RunConfig, name: str, rows: Rows) -> None:
+    """Raises UserError if data.columns renames what rows of this kind do not have."""
+    kind = rows.kind
+    known = ("prompt", *kind.answers, *sorted(kind.judges), *kind.numbers)
+    for ours, theirs in config.data.columns.items():
+        if ours not in (*known, *CHAT_COLUMNS):
+            raise UserError(
+                f"data.columns.{ours}={theirs!r} is not used: data.{name} holds {kind.name}, the first "
+                f"{rows.where(0)}, whose columns are {', '.join(known)}; remove it, or set data.format"
+            )
+
+
+def check_budget(budget: int, layout: str, alone_I: np.ndarray, examples: Rows) -> None:
+    """Raises UserError unless every row fits into a micro-batch of its own."""
+    longest = int(alone_I.argmax())
+    if alone_I[longest] > budget:
+        raise UserError(
+            f"train.tokens_per_batch={budget} does not hold {examples.where(longest)}, which takes "
+            f"{alone_I[longest]} tokens in the layout {layout}; set it to {alone_I[longest]} or more, or "
+            "lower data.max_length"
+        )
+
+
+def tell_size(sampler: BatchSampler) -> None:
+    """One line about what a step has, where the tokens decide it."""
+    if isinstance(sampler, TokenSampler):
+        say(
+            f"train.tokens_per_batch={sampler.budget}: micro-batches are {sampler.fill:.1%} full; "
+            f"{sampler.accumulation} of them on each rank are a step of {sampler.examples_per_step:.1f} examples "
+            f"on average (train.global_batch_size={sampler.global_batch_size})"
+        )
+
+
+REFERENCES = {name for kind in KINDS for name in kind.reference_columns}
+
+
+def used_columns(config: RunConfig, present: list[str], kind: Kind) -> tuple[str, ...]:
+    """Names of the columns that go into batches: all that are there, if the run uses all.
+
+    Raises:
+        UserError: a column that would change the loss and that this loss does not use, or one that it
+            needs and that is not there.
+    """
+    objective, names = config.loss.objective, ", ".join(config.loss.names)
+    used, needed = set(objective.columns), set(objective.needed_columns)
+    if config.reference_provider == "columns":
+        used |= set(kind.reference_columns)
+        needed |= set(kind.reference_columns)
+    idle = [column for column in present if column not in used]
+    if stored := [column for column in idle if column in REFERENCES]:
+        raise UserError(
+            f"the data has the columns {' and '.join(stored)}, and reference.provider="
+            f"{config.reference_provider} takes them from elsewhere: set reference.provider=columns, or "
+            "leave them out with data.columns"
+        )
+    if idle:
+        raise UserError(
+            f"the data has the columns {', '.join(idle)}, which loss.type={names} does not use; rename or "
+            "remove them in the data, or choose another loss (docs/LOSSES.md says which uses what)"
+        )
+    if missing := sorted(needed - set(present)):
+        raise UserError(
+            f"the data has no columns {', '.join(missing)}, which loss.type={names} with "
+            f"reference.provider={config.reference_provider} needs; name yours with data.columns"
+        )
+    return tuple(present)

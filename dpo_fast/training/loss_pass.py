@@ -1,0 +1,171 @@
+"""One micro-batch: what policy and reference say of it, and the loss of that.
+
+What losses need that is estimated over all ranks: the kl of KTO and the delta of BCO.
+
+kl     max(0, mean log-ratio of policy to reference of mismatched completions), over the global batch, with
+       the weights that a step begins with
+delta  mean reward of all sequences of all steps before this one, 0 in the first. (TRL's has the present
+       micro-batch in it as well, so that it depends on how a batch is split.)
+
+Neither depends on micro-batches, accumulation or ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dpo_fast.data.batch import ScoredBatch
+from dpo_fast.losses import Objective, Preference, ScoredGroups, Totals, preference
+from dpo_fast.losses.preference import UNPAIRED, kernel_misses
+from dpo_fast.losses.sums import Tokens, sequence_sums
+from dpo_fast.models.scoring import forward_arguments
+from dpo_fast.ops.segments import sum_sequences
+from dpo_fast.references import CachedReference
+
+EXTRAS = ("entropy", "mean_logit", "is_top1")  # what the metrics show of tokens
+
+
+@dataclass(frozen=True)
+class LossPass:
+    """How the loss of a batch comes about. extras: of the head, for metrics; those that the objective
+    needs are added. implementation: of the head, and of the loss where its kernel computes all that is
+    asked. old: a reference that holds the log-probs that completions were written with, where the
+    objective needs those."""
+
+    objective: Objective = Objective()
+    extras: tuple[str, ...] = ()
+    implementation: str = "auto"
+    old: CachedReference | None = None
+
+    def token_outputs(self, engine, batch: ScoredBatch) -> dict[str, Tensor]:
+        """The policy's log-probabilities and extras of every scored token, fp32 [T] each."""
+        own = ("log_sum_p2",) if self.objective.options.use_weighting else ()
+        return engine(**forward_arguments(batch), extras=(*self.extras, *own))
+
+    def reference(self, provider, batch: ScoredBatch) -> dict[str, Tensor | None]:
+        """What the policy is compared with, for `loss`: the reference's sums, and its tokens where the
+        losses want them; `old_T` where they want what the completions were written with."""
+        old = {"old_T": self.old.token_logps(batch)} if self.objective.needs_old_tokens else {}
+        if not self.objective.needs_reference_tokens:
+            return {"reference_S": provider(batch)} | old
+        return of_tokens(provider.token_logps(batch), batch) | old
+
+    def loss(
+        self,
+        token_outputs: Mapping[str, Tensor],
+        reference: dict,
+        batch: ScoredBatch,
+        totals: Totals,
+        statistics: Mapping[str, Tensor] | None = None,
+    ) -> Preference:
+        """Loss, log-probabilities and rewards of the batch."""
+        used = self.objective.columns
+        reference, groups = dict(reference), None
+        old_T = reference.pop("old_T", None)
+        if batch.scores_S is not None:
+            groups = ScoredGroups(batch.scores_S, batch.counts_P, old_T)
+        return preference(
+            token_outputs["logp"],
+            batch.lengths_S,
+            objective=self.objective,
+            totals=totals,
+            **reference,
+            groups=groups,
+            log_sum_p2_T=token_outputs.get("log_sum_p2"),
+            statistics=statistics,
+            desirable_S=batch.desirable_S,
+            columns={name: value for name, value in batch.columns.items() if name in used},
+            implementation=self._of_loss(batch),
+        )
+
+    def _of_loss(self, batch: ScoredBatch) -> str:
+        if self.implementation == "torch":
+            return "torch"
+        extra = [name for name in batch.columns if name in self.objective.columns]
+        extra += [] if batch.desirable_S is None and batch.scores_S is None else [UNPAIRED]
+        fused = self.implementation == "triton" and not kernel_misses(self.objective, extra)
+        return "triton" if fused else "auto"  # which says in the log what it takes, and why
+
+
+def of_tokens(logp_T: Tensor, batch: ScoredBatch) -> dict[str, Tensor]:
+    """A reference given by its tokens."""
+    return {"reference_S": sum_sequences(logp_T, batch.lengths_S), "reference_T": logp_T}
+
+
+class Statistics:
+    """The statistics that an objective names. values: those of the present step, [] fp32 each, by name."""
+
+    def __init__(self, names: tuple[str, ...] = (), device: torch.device | str = "cpu") -> None:
+        self.names = names
+        self.values: dict[str, Tensor] = {}
+        # Sum and count of rewards: of the steps that are over, and of this rank in the present one.
+        self.rewards = torch.zeros(2, dtype=torch.float64, device=device)
+        self._step = torch.zeros_like(self.rewards)
+
+    def estimate(
+        self, engine, mismatched: Iterable[ScoredBatch], loss_pass: LossPass, provider
+    ) -> dict[str, Tensor]:
+        """The values for the rows whose mismatched completions this rank has a share of. Collective."""
+        values = {}
+        if "kl" in self.names:
+            values["kl"] = estimate_kl(engine, mismatched, loss_pass, provider)
+        if "delta" in self.names:
+            total, count = self.rewards
+            values["delta"] = (total / count.clamp_min(1)).float()
+        return values
+
+    def begin_step(self, engine, mismatched, loss_pass: LossPass, provider) -> None:
+        """Before the first forward of a step: `values` become its own. Collective."""
+        self.values = self.estimate(engine, mismatched, loss_pass, provider)
+
+    @torch.no_grad()
+    def add(self, rewards_S: Tensor) -> None:
+        """Rewards of a micro-batch of this step."""
+        count = torch.tensor(rewards_S.numel(), dtype=torch.float64, device=rewards_S.device)
+        self._step += torch.stack([rewards_S.double().sum(), count])
+
+    def end_step(self) -> None:
+        """The step counts from now on. Collective."""
+        if "delta" in self.names:
+            self.rewards += all_sum(self._step)
+        self._step = torch.zeros_like(self.rewards)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint between two steps must hold."""
+        return {"rewards": self.rewards}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.rewards = state["rewards"].to(self.rewards.device)
+
+
+@torch.no_grad()
+def estimate_kl(engine, mismatched: Iterable[ScoredBatch], loss_pass: LossPass, provider) -> Tensor:
+    """max(0, mean log-ratio of these batches of all ranks), [] fp32. Collective: every rank brings as
+    many batches. The log-ratio is the loss's: token_clamp and reference_free change it too."""
+    objective, training = loss_pass.objective, engine.training
+    total = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    engine.eval()
+    for batch in mismatched:
+        batch = batch.to(engine.device)
+        reference = loss_pass.reference(provider, batch) if objective.needs_reference else {}
+        logp_T = engine(**forward_arguments(batch))["logp"]
+        tokens = Tokens(logp_T, batch.lengths_S, **reference)
+        policy_S, reference_S = sequence_sums(tokens, objective.options, paired=False)
+        ratio_S = policy_S if reference_S is None else policy_S - reference_S
+        total[0] += ratio_S.double().sum()
+        total[1] += len(ratio_S)
+    engine.train(training)
+    total, count = all_sum(total)
+    return (total / count).clamp_min(0).float()
+
+
+def all_sum(values: Tensor) -> Tensor:
+    """Sum over all ranks. Collective."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values

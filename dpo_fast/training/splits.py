@@ -1,0 +1,214 @@
+"""The rows of a run, and how their batches are made.
+
+A stream as a split: asked by the trainer for what it asks a `Split`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from dpo_fast.data.batch import ScoredBatch, collate
+from dpo_fast.data.dataset import Dataset
+from dpo_fast.data.kinds import COMPLETIONS, GROUPS, RowLengths
+from dpo_fast.data.mismatched import mismatched, mismatched_lengths, partners
+from dpo_fast.data.packing import row_costs
+from dpo_fast.data.sampler import BatchSampler, Sampler
+from dpo_fast.data.stream import Chunk, ExampleStream
+from dpo_fast.losses import Totals
+from dpo_fast.training import distributed
+from dpo_fast.training.console import say
+
+Rows = Dataset | Chunk
+
+
+@dataclass
+class Split:
+    """One set of rows, and how its batches are made. mismatched_length: to how many tokens mismatched
+    completions are cut together with their prompts; None where no loss wants such."""
+
+    name: str
+    examples: Rows
+    sampler: BatchSampler
+    layout: str
+    pad_id: int
+    columns: tuple[str, ...] = ()
+    mismatched_length: int | None = None
+
+    @functools.cached_property
+    def lengths(self) -> RowLengths:
+        """Tokens of every prompt and of its answers."""
+        return self.examples.lengths
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, mismatched ones included."""
+        prompt_R, answer_R = self.lengths.prompt_R, self.lengths.longest_R
+        if self.mismatched_length is None:
+            return int((prompt_R + answer_R).max())
+        return min(self.mismatched_length, int(prompt_R.max() + answer_R.max()))
+
+    def totals(self, rows: list[int]) -> Totals:
+        """Counts of a global batch. Every rank knows them from the data: nothing is communicated."""
+        lengths = self.lengths.take(rows)
+        sequences, tokens = len(lengths.answers_A), int(lengths.answers_A.sum())
+        if self.examples.kind == COMPLETIONS:
+            return Totals(0, 0, sequences, tokens)
+        chosen = 0 if self.examples.kind == GROUPS else int(lengths.answers_A[::2].sum())
+        return Totals(len(rows), chosen, sequences, tokens)
+
+    def batches(self, step: int) -> Iterator[ScoredBatch]:
+        """This rank's micro-batches of a step, tokens on the CPU."""
+        for rows in self.sampler.micro_batches(step, distributed.rank()):
+            yield self.collate([self.examples[row] for row in rows], rows, self.columns)
+
+    def collate(
+        self, rows: list[dict], indices: list[int], columns: tuple[str, ...] = ()
+    ) -> ScoredBatch:
+        """Rows of the data, or like them, in the split's layout."""
+        return collate(
+            rows,
+            self.layout,
+            pad_id=self.pad_id,
+            indices=indices,
+            columns=columns,
+            kind=self.examples.kind,
+        )
+
+    def mismatched(self, rows: list[int]) -> Iterator[ScoredBatch]:
+        """This rank's share of a global batch in which every row has the completion of the one before it
+        (`data/mismatched.py`): as many batches as every other rank has. None where no loss wants them."""
+        if self.mismatched_length is None:
+            return
+        others, world = partners(rows, len(self.examples)), distributed.world_size()
+        plan = self._mismatched_plan(others)
+        for first in range(0, len(plan), world):
+            mine = dict(enumerate(plan[first : first + world])).get(distributed.rank(), [])
+            joined = [
+                mismatched(
+                    self.examples[row],
+                    self.examples[others[row]],
+                    self.examples.kind,
+                    self.mismatched_length,
+                )
+                for row in mine
+            ]
+            yield self.collate(joined, mine)
+
+    def _mismatched_plan(self, others: dict[int, int]) -> list[list[int]]:
+        """Micro-batches of rows, as large as those of the sampler. A row that takes more than the budget
+        together with its foreign completion has one of its own."""
+        rows = list(others)
+        if isinstance(self.sampler, Sampler):
+            size = self.sampler.micro_batch_size
+            return [rows[start : start + size] for start in range(0, len(rows), size)]
+        lengths = mismatched_lengths(self.lengths, others, self.mismatched_length)
+        costs = row_costs(lengths, self.layout)
+        budget = max(self.sampler.budget, int(costs.alone_I.max()))
+        return [[rows[item] for item in items] for items in costs.bins(budget, range(len(rows)))]
+
+    def all_batches(self) -> Iterator[ScoredBatch]:
+        """This rank's share of one pass, the same number of batches on every rank."""
+        for step in range(self.sampler.steps_per_epoch):
+            yield from self.batches(step)
+
+    def at(self, step: int) -> tuple[Split, int]:
+        """The examples that a step belongs to, and the step's number in it: itself."""
+        return self, step
+
+    def epochs(self, step: int) -> float:
+        """Passes over the data after so many steps."""
+        return step / self.sampler.steps_per_epoch
+
+    def must_fit(self) -> dict:
+        """What a resumed run must share with the old one."""
+        return {"data": self.examples.fingerprint}
+
+    def position(self, step: int) -> dict:
+        """What a checkpoint before `step` must hold for `seek`: nothing."""
+        return {}
+
+    def seek(self, state: dict) -> None:
+        """Go to where a checkpoint was written, given its state."""
+
+
+class StreamSplit:
+    """A stream as one split after the other; asked by the trainer for what it asks a `Split`.
+
+    stream: at its beginning. make: a chunk to a split, given the accumulation of the first one (None
+    for the first itself). last: steps of the run. Steps must be asked for in order. While one chunk is
+    trained on, a thread reads the next. Every rank reads the whole stream, so that every rank knows the
+    counts of a global batch.
+    """
+
+    name = "train"
+
+    def __init__(
+        self, stream: ExampleStream, make: Callable[[Chunk, int | None], Split], last: int
+    ) -> None:
+        self.stream, self.make, self.last = stream, make, last
+        self.key = stream.key  # now: later the thread has the tokenizer
+        self.accumulation: int | None = None
+        self.begin = 0  # step with which the chunk begins
+        self.part = self._use(stream.read())
+        self.accumulation = self.part.sampler.accumulation
+        self.reader = ThreadPoolExecutor(1)
+        self.coming: Future[Chunk] | None = None
+
+    @property
+    def examples(self) -> Chunk:
+        return self.part.examples
+
+    @property
+    def sampler(self) -> BatchSampler:
+        return self.part.sampler
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that may come."""
+        return self.stream.config.max_length
+
+    def at(self, step: int) -> tuple[Split, int]:
+        """The split of the step's chunk, and the step's number in it. Raises UserError."""
+        while step >= self._end:
+            chunk = self.coming.result() if self.coming else self.stream.read()
+            self.begin, self.coming = self._end, None
+            self.part = self._use(chunk)
+        if self.coming is None and self._end < self.last:
+            self.coming = self.reader.submit(self.stream.read)
+        return self.part, step - self.begin
+
+    def epochs(self, step: int) -> float | None:
+        """How long a pass is, a stream does not know."""
+        return None
+
+    def must_fit(self) -> dict:
+        return {"data": self.key, "stream_buffer": self.stream.config.stream_buffer}
+
+    def position(self, step: int) -> dict:
+        chunk = self.examples
+        place = {"chunk": chunk.number, "row": chunk.row, "step": step - self.begin}
+        return {"stream": place}
+
+    def seek(self, state: dict) -> None:
+        place = state["stream"]
+        self.begin = state["step"] - place["step"]
+        if place["chunk"] != self.examples.number:
+            self.stream.seek(place["chunk"], place["row"])
+            self.part = self._use(self.stream.read())
+
+    @property
+    def _end(self) -> int:
+        return self.begin + self.part.sampler.steps_per_epoch
+
+    def _use(self, chunk: Chunk) -> Split:
+        report = chunk.report
+        unused = report.bad.total + report.dropped.total
+        if unused:
+            say(
+                f"chunk {chunk.number + 1} of the stream: {report.rows_read} rows read so far, "
+                f"{report.bad.total} of them bad, {report.dropped.total} dropped"
+            )
+        return self.make(chunk, self.accumulation)

@@ -1,0 +1,89 @@
+"""Micro-benchmarks of every contender at small sizes, so that none rots. No time is asserted."""
+
+import dataclasses
+
+import pytest
+
+pytest.importorskip("pytest_benchmark")
+
+import torch
+
+from benchmarks.kernels.case import Case, head_inputs
+from benchmarks.kernels.gates import compare
+from benchmarks.kernels.peak import cpu_peak_mib
+from benchmarks.kernels.peers import pair_slopes
+from benchmarks.kernels.registry import OPERATIONS
+
+# Of what compiles, one is enough for CI, in one mode: a compilation takes ten seconds.
+COMPILED = [("linear_logp", "materialised, compiled", "trainable")]
+DTYPES = {"logps": "bf16", "frozen": "fp32", "trainable": "bf16"}
+CELLS = [
+    (op, contender.name, mode)
+    for op, operation in OPERATIONS.items()
+    for contender in operation.contenders
+    for mode in operation.modes
+    if mode in contender.modes and "cpu" in contender.devices
+    if not contender.compiled or (op, contender.name, mode) in COMPILED
+]
+
+
+def cell(op: str, mode: str, T: int = 16) -> Case:
+    """32 and 500: columns that are no multiple of any tile."""
+    operation = OPERATIONS[op]
+    D, V = (32 if "D" in operation.sizes else 0, 500 if "V" in operation.sizes else 0)
+    dtype = (operation.dtypes or (DTYPES[mode],))[0]
+    return Case(op, mode, T, D, V, dtype, "cpu")
+
+
+@pytest.mark.parametrize(("op", "name", "mode"), CELLS)
+def test_contender(benchmark, op, name, mode):
+    operation, case = OPERATIONS[op], cell(op, mode)
+    contender = next(c for c in operation.contenders if c.name == name)
+    if reason := contender.why_not(case):
+        pytest.skip(reason)
+    inputs = operation.inputs(case, 0)
+    rounds = 1 if "triton" in name else 2  # the interpreter takes a second where a GPU takes none
+    outputs = benchmark.pedantic(contender.build(case, inputs), rounds=rounds)
+    truth = operation.truth(inputs)
+    slopes = {"token": inputs.slopes, "equal": -torch.ones_like(inputs.slopes)}
+    if contender.slopes == "pairs":
+        slopes["pairs"] = pair_slopes(truth.logp)
+    names = operation.gradients[mode]
+    found = truth.gradients(contender.slopes, slopes[contender.slopes], names) if names else {}
+    errors = compare(outputs, truth.logp, [found[name] for name in names])
+    assert errors.verdict(contender, case.dtype) is None
+
+
+@pytest.mark.parametrize("mode", ["logps", "frozen", "trainable"])
+def test_bare_products(benchmark, mode):
+    operation, case = OPERATIONS["linear_logp"], cell("linear_logp", mode)
+    products = operation.products(case, operation.inputs(case, 0))
+    assert list(products) == ["logits", "dH", "dW"][: int(operation.least[mode])]
+    benchmark.pedantic(lambda: [product() for product in products.values()], rounds=2)
+
+
+def test_memory_does_not_grow_with_whole_logits():
+    """At a workspace that holds everything the extra memory is one [T, V], not several."""
+    contenders = {c.name: c for c in OPERATIONS["linear_logp"].contenders}
+    case = Case("linear_logp", "trainable", 1024, 64, 32000, "fp32", "cpu")
+    whole = case.T * case.V * 4 / (1 << 20)
+    assert cpu_peak_mib(contenders["dpo_fast torch"], case) < 1.3 * whole
+    assert cpu_peak_mib(contenders["materialised"], case) > 1.8 * whole
+    unknown = dataclasses.replace(contenders["materialised"], name="nobody")
+    with pytest.raises(
+        RuntimeError, match="StopIteration"
+    ):  # told, and not taken for a lack of memory
+        cpu_peak_mib(unknown, case)
+
+
+def test_inputs_are_peaked_like_a_language_model():
+    hidden, weight, targets, slopes = (
+        x.detach() for x in head_inputs(512, 256, 8000, torch.float32)
+    )
+    logp = torch.log_softmax(hidden @ weight.t(), -1)
+    chosen = logp.gather(1, targets[:, None]).squeeze(1)
+    assert -1.7 < chosen.mean() < -0.7
+    assert 0.6 < (logp.argmax(-1) == targets).float().mean() < 0.95
+    assert (logp.exp() > 2**-12).float().mean() < 0.05  # few words carry the mass
+    assert (targets < 80).float().mean() > 0.4  # the first hundredth of the vocabulary
+    assert slopes.std() > 0.5

@@ -1,0 +1,274 @@
+"""`dpo-fast bench train`: same losses or no time, rows with their evidence, shares that multiply."""
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.train import options, shares, table
+from benchmarks.train.case import CONTENDERS, lengths_of, work_of
+from benchmarks.train.data import draw_pairs, read_pairs
+from benchmarks.train.measure import Result, Spans, judge
+from benchmarks.train.model import MODELS, Sizes, sizes_of
+from benchmarks.train.results import COLUMNS
+from dpo_fast.errors import UserError
+from tests.support.paths import ROOT
+
+HAS_TRL = importlib.util.find_spec("trl") is not None
+HAS_PLOTS = importlib.util.find_spec("matplotlib") is not None
+CHOSEN = (
+    "trl",
+    "trl, precomputed, no checkpointing",
+    "dpo_fast padded, cached",
+    "dpo_fast packed, *",
+)
+
+
+def bench(module: list[str], *arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", *module, "--quick", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """One run of the command: its rows, its output, its folder."""
+    folder = tmp_path_factory.mktemp("bench")
+    only = [word for name in CHOSEN for word in ("--only", name)]
+    plots = ["--plots", str(folder)] if HAS_PLOTS else []
+    file = folder / "train.csv"
+    done = bench(["dpo_fast", "bench", "train"], *only, "--csv", str(file), *plots)
+    assert done.returncode == 0, done.stderr
+    return COLUMNS.read(file), done, folder
+
+
+def test_losses_agree_and_the_row_has_its_evidence(small):
+    rows, done, folder = small
+    names = [row["impl"] for row in rows]
+    assert [name for name in names if name.startswith("dpo_fast")] == [
+        "dpo_fast padded, cached",
+        "dpo_fast packed, cached",
+        "dpo_fast packed, frozen",
+    ]
+    assert ("trl" in names) == HAS_TRL
+    if not HAS_TRL:
+        assert (
+            "missing: trl; trl, precomputed, no checkpointing: trl is not installed" in done.stdout
+        )
+    for row in rows:
+        assert list(row) == list(COLUMNS.names) and not row["note"]
+        assert row["first_loss"] == pytest.approx(math.log(2), abs=1e-5)
+        assert abs(row["last_loss"] - math.log(2)) > 2e-3  # else equal losses would say nothing
+        assert row["loss_err"] < 1e-4
+        assert 0 < row["s_p20"] <= row["s_p50"] <= row["s_p80"] and row["rounds"] == 2
+        assert row["pairs_per_s"] == pytest.approx(
+            row["global_batch_size"] / row["s_p50"], rel=1e-4
+        )
+        assert (
+            row["torch"] == torch.__version__ and row["commit"] and row["date"] and row["deepspeed"]
+        )
+        assert 0 < row["mfu_once"] < row["mfu"] and row["peak_mib"] > 0
+        assert 0 < row["head_share"] < 1
+    by_name = {row["impl"]: row for row in rows}
+    assert by_name["dpo_fast packed, frozen"]["reference_share"] > 0.1
+    assert by_name["dpo_fast packed, cached"]["reference_share"] < 0.1
+    assert by_name["dpo_fast packed, cached"]["reference_seconds"] > 0
+    if HAS_PLOTS:
+        assert {path.name.split("_")[0] for path in folder.glob("*.svg")} == {
+            "pairs",
+            "ingredients",
+        }
+
+
+def test_everybody_sees_the_same_tokens(small):
+    """Packed ours takes all but the last token of every sequence; padding and TRL's come on top."""
+    rows, done, _ = small
+    by_name = {row["impl"]: row for row in rows}
+    packed = by_name["dpo_fast packed, cached"]
+    sequences = 2 * packed["global_batch_size"]
+    assert packed["data_tokens"] - sequences <= packed["computed_tokens"] <= packed["data_tokens"]
+    assert by_name["dpo_fast padded, cached"]["computed_tokens"] > 1.2 * packed["data_tokens"]
+    if HAS_TRL:
+        assert by_name["trl"]["computed_tokens"] > 1.2 * packed["data_tokens"]
+        assert "missing: trl, padding_free" not in done.stdout  # nobody asked for it
+    assert "losses went from 0.693147 to" in done.stdout and "all together" in done.stdout
+
+
+def test_a_contender_with_other_losses_has_no_time(tmp_path):
+    only = ["--only", "dpo_fast padded, cached", "--only", "dpo_fast packed, cached"]
+    file = tmp_path / "train.csv"
+    done = bench(["tests.support.workers.bench_train"], *only, "--no-memory", "--csv", str(file))
+    assert (
+        done.returncode == 1 and "FAILED: dpo_fast packed, cached: wrong: loss_err" in done.stderr
+    )
+    right, wrong = COLUMNS.read(file)
+    assert right["s_p50"] and right["pairs_per_s"] and not right["note"]
+    assert wrong["note"].startswith("wrong") and wrong["loss_err"] > 1e-3
+    assert wrong["s_p50"] == wrong["pairs_per_s"] == wrong["mfu"] == wrong["head_share"] == ""
+
+
+def result(name: str, *losses: float) -> Result:
+    return Result(CONTENDERS[name], list(losses))
+
+
+def test_losses_are_held_against_trl_and_the_first_against_ln_2():
+    ln2 = math.log(2)
+    found = [
+        result("dpo_fast packed, cached", ln2, 0.6),
+        result("trl", ln2, 0.6005),
+        result("dpo_fast padded, cached", ln2, 0.602),
+        result("trl, precomputed", 0.70, 0.6005),
+        result("dpo_fast padded, frozen", ln2, math.nan),
+    ]
+    judge(found, "fp32")
+    assert [bool(r.note) for r in found] == [False, False, True, True, True]
+    assert [r.failed for r in found] == [False, False, True, True, True]
+    found = [
+        result("dpo_fast padded, cached", 0.5, 0.5),
+        result("dpo_fast packed, cached", 0.5, 0.5),
+    ]
+    judge(found, "fp32")  # equal, and equally wrong
+    assert all(r.failed for r in found)
+
+
+def timed(impl: str, seconds: float, head: float = 0.1, **more) -> dict:
+    row = dict.fromkeys(COLUMNS.names, "")
+    row |= {"impl": impl, "s_p50": seconds, "head_share": head, "layout": "padded"}
+    return row | {"data_tokens": 100.0, "once_tokens": 50.0, "computed_tokens": 300.0} | more
+
+
+def test_factors_multiply_to_the_whole():
+    rows = [
+        timed("trl", 30.0),
+        timed("trl, no checkpointing", 24.0),
+        timed("trl, precomputed, no checkpointing", 16.0, head=0.5),
+        timed("dpo_fast padded, cached", 9.0, head=0.1),
+        timed("dpo_fast packed, cached", 4.0, layout="packed"),
+        timed("dpo_fast shared_prefix, cached", 2.5),
+    ]
+    found = shares.ingredients(rows)
+    assert (found[0].name, found[0].seconds) == ("trl", 30)
+    assert math.prod(part.factor for part in found) == pytest.approx(30 / 2.5)
+    by_name = {part.name: part for part in found}
+    assert by_name["head"].factor == pytest.approx(16 / (16 - 8 + 0.9))
+    assert by_name["no padding"].factor == 9 / 4 and by_name["no padding"].seconds == 4
+    assert shares.token_factors(rows) == {"padding": 3.0, "repeated prompts": 2.0}
+    assert "all together" in table.shares(rows) and "12.00" in table.shares(rows)
+
+
+def test_a_missing_contender_joins_its_neighbours():
+    rows = [timed("trl", 30.0), timed("dpo_fast packed, cached", 4.0, layout="packed")]
+    start, rest = shares.ingredients(rows)
+    assert start.seconds == 30 and rest.factor == 7.5
+    assert "stored reference" in rest.name and "no padding" in rest.name
+    assert shares.ingredients(rows[1:]) == []
+
+
+def test_work_counts_every_product():
+    """Weights and attention as torch counts them in a forward pass; work, as sums over tokens."""
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tree = dict(MODELS["quick"])
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(tree.pop("model_type"), **tree), attn_implementation="eager"
+    )
+    sizes, n = sizes_of(model), 24
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, n, dtype=torch.int64))
+    counted = counter.get_total_flops()
+    square = 2 * (sizes.layers * n + sizes.head * n) + 4 * sizes.attention * n * n
+    rotary = counted - square  # a small product of positions and frequencies
+    assert 0 <= rotary < 0.01 * counted
+
+    lengths = np.array([[5, 3, 2], [1, 1, 4]])
+    work = work_of(lengths, Sizes(0, layers=7, head=11, attention=13))
+    assert (work.pairs, work.tokens, work.once, work.scored) == (2, 22, 16, 10)
+    attended = sum((p + a) ** 2 for p, *answers in lengths for a in answers) / 2
+    once = attended - sum(p * p for p, *_ in lengths) / 2
+    assert work.flops == pytest.approx(6 * (7 * 22 + 11 * 10 + 26 * attended))
+    assert work.flops_once == pytest.approx(6 * (7 * 16 + 11 * 10 + 26 * once))
+
+
+def test_a_span_inside_another_counts_for_the_outer_one():
+    spans = Spans("cpu")
+    head = spans.timed(lambda: None, "head")
+    spans.timed(lambda: [head() for _ in range(3)], "reference")()
+    assert set(spans.take()) == {"reference"}
+    head()
+    assert set(spans.take()) == {"head"} and spans.take() == {}
+
+
+def write(file: Path, rows: list[dict]) -> str:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def test_pairs_that_trainers_would_cut_differently_are_left_out(tmp_path):
+    good = [
+        {"prompt": f"\n\nHuman: {n} or?\n\nAssistant:", "chosen": f" {n} yes", "rejected": " no"}
+        for n in range(30)
+    ]
+    chat = {
+        "prompt": [{"role": "user", "content": "7 or?"}],
+        "chosen": [{"role": "assistant", "content": "yes"}],
+        "rejected": [{"role": "assistant", "content": "no"}],
+    }
+    merged = {"prompt": "0 o", "chosen": "r", "rejected": " no"}  # `or` is a token
+    long = {"prompt": "a b " * 200, "chosen": " c", "rejected": " d"}
+    empty = {"prompt": "x", "chosen": "", "rejected": "y"}
+    file = write(tmp_path / "pairs.jsonl", [*good, chat, merged, long, empty])
+    pairs = read_pairs(file, 1024, 64, 100)
+    assert len(pairs.rows) == 31 and "31 of 33 pairs" in pairs.told and "1 bad rows" in pairs.told
+    prompts = [row["prompt"] for row in pairs.rows]
+    assert "\n\nHuman: 7 or?\n\nAssistant:" in prompts and "0 o" not in prompts
+    eos = pairs.tokenizer.eos_token_id
+    assert all(
+        row[name][-1] == eos for row in pairs.rows for name in ("chosen_ids", "rejected_ids")
+    )
+    with pytest.raises(UserError, match="no usable pair in it"):
+        read_pairs(write(tmp_path / "bad.jsonl", [empty]), 1024, 64, 100)
+
+
+def test_drawn_pairs_have_the_lengths_that_were_asked_for():
+    lengths = lengths_of(draw_pairs(8192, 1024, 400, None).rows)
+    assert np.median(lengths, axis=0) == pytest.approx([95, 29, 37], rel=0.15)
+    P, C, R = lengths_of(draw_pairs(8192, 1024, 400, 4.0).rows).T
+    assert np.allclose(P / ((C + R) / 2), 4, atol=0.3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("--model tinny", "--model tinny: choose from tiny"),
+        ("--rounds 0", "--rounds 0: expected a whole number"),
+        ("--trl-batch 5", "--trl-batch 5 does not divide --global-pairs 32; try 4"),
+        ("--data x.jsonl --prompt-ratio 4", "--prompt-ratio 4 is about drawn pairs"),
+        ("--prompt-ratio -1", "--prompt-ratio -1: expected a number greater than 0"),
+        ("--prompt-ratio inf", "--prompt-ratio inf: expected a number greater than 0"),
+        ("--quick --model tiny", "--quick chooses its own model"),
+        ("--only trll", "--only 'trll' matches no contender; did you mean 'trl'?"),
+        ("--only trl --skip trl", "leave no contender"),
+        ("--dtype fp16", "--dtype fp16: choose from fp32, bf16"),
+        ("--order sideways", "--order sideways: choose from side-by-side, one-by-one"),
+        ("--zero-stage 4", "--zero-stage 4: choose from 0, 1, 2, 3"),
+        ("--unknown", "--help lists the options"),
+    ],
+)
+def test_an_option_that_cannot_be_honoured_is_an_error(arguments, told):
+    with pytest.raises(UserError) as caught:
+        options.parse(arguments.split())
+    assert told in str(caught.value)
+
+
+def test_one_by_one_is_a_block_for_each():
+    asked = ["--only", "trl*", "--skip", "*padding_free", "--order", "one-by-one"]
+    blocks = options.parse(asked).blocks
+    assert len(blocks) == 4 and all(len(block) == 1 for block in blocks)

@@ -1,0 +1,254 @@
+"""What a user meets at the command line, above all when something is wrong: one paragraph, exit
+code 2, no traceback, nothing half-written."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytest.importorskip("transformers")
+
+from dpo_fast.cli import app
+from tests.support.models import run_tree, write_model, write_pairs
+from tests.support.paths import ROOT
+
+GOOD = {"prompt": "1 or 2? ", "chosen": "2", "rejected": "1"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    write_model(folder / "model")
+    write_pairs(folder / "pairs.jsonl")
+    return folder
+
+
+def run(capsys, monkeypatch, *arguments) -> tuple[int, str, str]:
+    """Exit code, standard output and error of `dpo-fast *arguments`, in this process."""
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(app, "_leave", leave)
+    monkeypatch.setattr(sys, "argv", ["dpo-fast", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        app.main()
+    out, err = capsys.readouterr()
+    return ended.value.code or 0, out, err
+
+
+def config(folder: Path, tree: dict, name: str = "bad.yaml") -> Path:
+    (folder / name).write_text(yaml.safe_dump(tree))
+    return folder / name
+
+
+OPTIONS = {  # what is wrong: key=value, and what the message must say
+    "unknown key": (
+        "train.learning_rat=1e-6",
+        "unknown key train.learning_rat; did you mean learning",
+    ),
+    "unknown section": ("modle.path=x", "unknown key modle; did you mean model?"),
+    "unknown nested key": ("model.lora.rank=4", "unknown key model.lora.rank; "),
+    "unknown loss": ("loss.type=sigmod", "loss.type=sigmod: did you mean sigmoid?"),
+    "unused option": ("loss={type: hinge, label_smoothing: 0.1}", "is not used by hinge"),
+    "label smoothing": ("loss.label_smoothing=0.5", "label_smoothing=0.5 must be"),
+    "negative beta": ("loss.beta=-1", "beta=-1"),
+    "weights": ("loss={type: [sigmoid, sft], weights: [1]}", "2 losses"),
+    "no reference": ("reference.provider=none", "compares with a reference"),
+    "no adapters": ("reference.provider=adapter_off", "set model.lora"),
+    "impossible sizes": ("data.max_prompt_length=4096", "leaves no room for a completion"),
+    "batch": (
+        "train.global_batch_size=7",
+        "train.global_batch_size=7 must be a multiple of micro_batch_size",
+    ),
+    "two sizes": ("train.tokens_per_batch=512", "train.micro_batch_size=4 both say how large"),
+    "endless stream": ("data.streaming=true", "set train.max_steps"),
+    "unused buffer": ("data.stream_buffer=64", "data.stream_buffer=64 is not used"),
+    "no steps": ("train.max_steps=0", "train.max_steps=0"),
+    "stage": ("parallel.zero_stage=4", "parallel.zero_stage=4"),
+    "offload": (
+        "parallel={zero_stage: 1, offload_optimizer: true}",
+        "parallel.zero_stage=2 or more",
+    ),
+    "nothing to evaluate": ("train.eval_steps=5", "set data.eval or data.eval_rows"),
+    "scheduler": ("train.lr_scheduler_type=cosin", "did you mean cosine?"),
+    "type": ("train.global_batch_size=many", "train.global_batch_size='many'"),
+    "model folder": ("model.path=/no/such/model", "no such folder"),
+    "layout": ("train.layout=packd", "train.layout='packd'"),
+    "not key=value": ("train.max_steps", "expected section.key=value"),
+    "monitor": ("log.report_to=[wandb]", "pip install wandb"),
+    "tokenizer folder": ("model.tokenizer=./no-such", "model.tokenizer=./no-such: no such folder"),
+    "tokens of no cache": (
+        "reference={provider: frozen, per_token: true}",
+        "per_token=true is not used",
+    ),
+    "layers": ("model.checkpoint_layers=3", "checkpoint_layers=3: the model has 2 decoder layers"),
+    "compiled shards": ("model.torch_compile=true", "set parallel.zero_stage=2 or less"),
+    "nothing to offload": ("reference.offload=true", "no second model to offload; choose frozen"),
+    "endless epochs": (
+        "train.num_train_epochs=.inf",
+        "train.num_train_epochs=inf: input should be",
+    ),
+    "weight of nothing": ("loss={type: [sigmoid, sft], weights: [1, .nan]}", "loss.weights.1=nan"),
+    "seed": (
+        "train.seed=1208925819614629174706176",
+        "train.seed=1208925819614629174706176: input should",
+    ),
+    "data seed": ("data.seed=-1", "data.seed=-1 must be at least 0"),
+    "blank folder": ("train.output_dir=' '", "train.output_dir=' ' names no folder"),
+    "a key twice": ("loss={beta: 0.1, beta: 0.2}", "the key 'beta' stands twice"),
+    "no folder": (
+        "train.output_dir=/dev/null/run",
+        "train.output_dir=/dev/null/run cannot be written",
+    ),
+    "flash on a CPU": ("model.attention=flash_attention_2", "does not train on a CPU"),
+}
+
+
+@pytest.mark.parametrize("what", OPTIONS)
+def test_bad_option(folder, capsys, monkeypatch, what):
+    from dpo_fast.training import distributed
+
+    # These must fail before a process group is made: a launcher's other ranks would wait in it.
+    monkeypatch.setattr(
+        distributed, "init_distributed", lambda *_: pytest.fail("a process group was made")
+    )
+    override, message = OPTIONS[what]
+    if what == "monitor" and importlib.util.find_spec("wandb"):
+        pytest.skip("wandb is installed")
+    tree = run_tree(folder)
+    output = folder / "never"
+    tree["train"]["output_dir"] = str(output)
+    code, _, err = run(capsys, monkeypatch, "train", config(folder, tree), override)
+    assert code == 2
+    assert message in err
+    assert len(err.strip().splitlines()) == 1, err
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("train: {output_dir: other}", "the key 'train' stands twice"),
+        ("1: 2", "unknown key 1"),
+        ("? [a]\n: 2", "is not YAML"),
+    ],
+)
+def test_bad_keys(folder, capsys, monkeypatch, line, message):
+    file = config(folder, run_tree(folder))
+    file.write_text(file.read_text() + line + "\n")
+    code, _, err = run(capsys, monkeypatch, "train", file)
+    assert code == 2 and message in err
+    assert len(err.strip().splitlines()) == 1, err
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("reference.provider=frozen", "reference.provider=frozen stores nothing"),
+        ("loss.type=sft", "loss.type=sft compares with no reference"),
+        ("reference.path=./no-such", "reference.path=./no-such: no such folder"),
+        ("data={streaming: true, train: x}", "data.streaming=true"),
+    ],
+)
+def test_a_reference_that_cannot_be_stored(folder, capsys, monkeypatch, override, message):
+    tree = run_tree(folder)
+    tree["train"]["output_dir"] = str(folder / "never")
+    code, _, err = run(capsys, monkeypatch, "reference", config(folder, tree), override)
+    assert code == 2 and message in err
+    assert len(err.strip().splitlines()) == 1, err
+    assert not (folder / "never").exists()
+
+
+BAD_DATA = {
+    "broken JSON": ([json.dumps(GOOD), '{"prompt": "x"'], ":2"),
+    "missing field": ([json.dumps({"prompt": "x", "chosen": "y"})], "rejected"),
+    "empty answer": ([json.dumps(GOOD | {"chosen": "  "})], "chosen"),
+    "equal answers": ([json.dumps(GOOD | {"chosen": "1"})], ":1"),
+    "wrong role": ([json.dumps(GOOD | {"prompt": [{"role": "robot", "content": "hi"}]})], "robot"),
+    "not an object": (["[1, 2]"], ":1"),
+    "empty file": ([], "there are no rows in it"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_DATA)
+def test_bad_data(folder, capsys, monkeypatch, what):
+    lines, message = BAD_DATA[what]
+    file = folder / "bad.jsonl"
+    file.write_text("\n".join(lines))
+    tree = run_tree(folder)
+    code, _, err = run(capsys, monkeypatch, "data", config(folder, tree), f"data.train={file}")
+    assert code == 2
+    assert "bad.jsonl" in err and message in err
+    assert len(err.strip().splitlines()) == 1, err
+
+
+def test_missing_files_are_named(folder, capsys, monkeypatch):
+    code, _, err = run(capsys, monkeypatch, "train", folder / "absent.yaml")
+    assert code == 2 and "absent.yaml: no such configuration file" in err
+    tree = run_tree(folder)
+    code, _, err = run(
+        capsys, monkeypatch, "data", config(folder, tree), f"data.train={folder}/pair.jsonl"
+    )
+    assert code == 2 and "pair.jsonl" in err and "pairs.jsonl" in err  # names the near miss
+    (folder / "broken.yaml").write_text("model: [1,")
+    code, _, err = run(capsys, monkeypatch, "data", folder / "broken.yaml")
+    assert code == 2 and "is not YAML" in err
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "no config.json"),
+        ({"config.json": "{"}, "is not JSON"),
+        ({"config.json": "{}"}, "no weights"),
+    ],
+)
+def test_a_folder_that_is_no_model(folder, tmp_path, capsys, monkeypatch, files, message):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    code, _, err = run(
+        capsys, monkeypatch, "data", config(folder, run_tree(folder)), f"model.path={tmp_path}"
+    )
+    assert code == 2 and message in err
+
+
+def test_data_shows_counts_lengths_and_scored_tokens(folder, capsys, monkeypatch):
+    code, out, _ = run(
+        capsys, monkeypatch, "data", config(folder, run_tree(folder)), "--examples", "1"
+    )
+    assert code == 0
+    assert "24 pairs" in out and "p95" in out and "⟦</s>⟧" in out
+
+
+def test_deepspeeds_launcher_puts_a_word_first(capsys, monkeypatch):
+    code, out, _ = run(capsys, monkeypatch, "--local_rank=0", "doctor")
+    assert code == 0 and "deepspeed" in out
+
+
+def test_train_fails_cleanly_in_a_process_of_its_own_and_on_two_ranks(folder):
+    """The real thing: exit code 2 and no traceback, alone and with --nproc 2."""
+    file = folder / "bad.jsonl"
+    file.write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD | {"rejected": ""}))
+    tree = run_tree(folder)
+    tree["train"]["output_dir"] = str(folder / "never")
+    tree["data"]["train"] = str(file)
+    path = config(folder, tree, "real.yaml")
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    for extra in ([], ["--nproc", "2"]):
+        result = subprocess.run(
+            [sys.executable, "-m", "dpo_fast", "train", str(path), *extra],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert result.returncode == 2, result.stderr
+        assert "bad.jsonl:2" in result.stderr and "rejected" in result.stderr
+        assert "Traceback" not in result.stderr
+        assert not (folder / "never").exists()

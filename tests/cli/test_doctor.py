@@ -1,0 +1,222 @@
+"""What the doctor says: of the machine, and of a run before it begins."""
+
+import pytest
+import yaml
+
+pytest.importorskip("transformers")
+
+from rich.console import Console, ConsoleDimensions
+from typer.testing import CliRunner
+
+from dpo_fast.cli import app
+from dpo_fast.cli.doctor_memory import Sizes, in_units, memory
+from dpo_fast.cli.doctor_run import _sizes, look, rows
+from dpo_fast.errors import UserError
+from dpo_fast.training import distributed
+from dpo_fast.training.config import build_config
+from tests.support.models import run_tree, write_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Models whose weights cannot be read, and no data at all: the doctor asks for neither."""
+    folder = tmp_path_factory.mktemp("doctor")
+    for name in ("model", "reference-model"):
+        write_model(folder / name)
+        (folder / name / "model.safetensors").write_bytes(b"")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """Nothing may join a process group, and --nproc must not outlive a test."""
+    refuse = lambda *_: pytest.fail("a process group was made")  # noqa: E731
+    monkeypatch.setattr(distributed, "init_distributed", refuse)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    # Whatever another test has made of the terminal: nothing wraps.
+    monkeypatch.setattr(Console, "size", property(lambda self: ConsoleDimensions(250, 50)))
+
+
+def table(folder, **sections) -> dict[str, tuple[str, str, str]]:
+    """value, from and why of each choice."""
+    tree = run_tree(folder)
+    for name, options in sections.items():
+        tree[name] = tree.get(name, {}) | options
+    return {row.what: row[1:] for row in rows(look(build_config(tree, "tree")))}
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app.app, list(map(str, arguments)))
+
+
+def write(folder, **train):
+    file = folder / "run.yaml"
+    file.write_text(yaml.safe_dump(run_tree(folder, **train)))
+    return file
+
+
+def test_the_machine():
+    result = invoke("doctor")
+    assert result.exit_code == 0
+    for word in ("torch", "deepspeed", "linear_logp", "cpu", "attention, packed", "liger-kernel"):
+        assert word in result.output
+    assert "This run would use" not in result.output
+
+
+def test_a_run_needs_no_weight_no_data_and_no_folder(folder):
+    output = folder / "never"
+    result = invoke("doctor", write(folder, output_dir=str(output)), "--nproc", "2")
+    assert result.exit_code == 0, result.exception
+    for words in ("This run would use", "shared_prefix", "sharded over 2 ranks", "/ 2 ranks"):
+        assert words in result.output
+    assert not output.exists()
+
+
+def test_defaults_are_told_from_options(folder):
+    found = table(folder)
+    assert found["layout"][:2] == ("shared_prefix", "default")
+    assert found["dtype"][:2] == ("fp32", "option")
+    assert found["micro-batch"][:2] == ("4 pairs", "option")
+    assert found["activation checkpointing"][:2] == ("off", "default")
+    assert found["reference"][:2] == ("cached", "default")
+    assert found["ZeRO stage"] == (
+        "3",
+        "default",
+        "optimiser states, gradients, parameters sharded over 1 rank",
+    )
+    assert found["head's schedule"][0].startswith("keep: 3.00 products, 1016 tokens kept")
+    tree = run_tree(folder)
+    del tree["train"]["micro_batch_size"]
+    found = {row.what: row[1:] for row in rows(look(build_config(tree, "tree")))}
+    assert found["micro-batch"][:2] == ("4 pairs", "default")
+
+
+def test_how_many_completions_a_group_has_is_not_known(folder):
+    pairs = table(folder)["head's schedule"][2]
+    assert pairs == f"{2 * 4 * 127} scored tokens in a micro-batch, at most"
+    groups = table(folder, loss={"type": "grpo"})["head's schedule"][2]
+    assert groups == f"{8 * 4 * 127} scored tokens in a micro-batch, if groups have 8 completions"
+    budget = {"micro_batch_size": None, "tokens_per_batch": 512}
+    found = table(folder, loss={"type": "grpo"}, train=budget)["head's schedule"][2]
+    assert found == "512 scored tokens in a micro-batch, at most"
+
+
+def test_options_show(folder):
+    found = table(
+        folder,
+        model={"lora": {"r": 2}, "checkpoint_layers": [1], "torch_compile": True},
+        train={"layout": "padded", "implementation": "torch", "workspace_bytes": 0},
+        reference={"provider": "adapter_off"},
+        parallel={"zero_stage": 2, "offload_optimizer": True},
+    )
+    assert found["layout"] == ("padded", "option", "train.layout says so")
+    assert found["attention"][0] == "sdpa"
+    assert found["head"] == ("torch", "option", "asked for by name")
+    assert found["head's schedule"][0].startswith("frozen: 2.00 products")
+    assert found["activation checkpointing"][:2] == ("layer 1 of 2", "option")
+    assert found["torch.compile"] == ("on", "option", "blocks of 2 layers")
+    assert found["LoRA"] == ("r 2", "option", "1,856 of 34,080 are trained")
+    assert "no second copy" in found["reference"][2]
+    assert found["offload of optimiser"] == ("on", "option", "in CPU memory")
+    assert found["offload of parameters"] == ("off", "default", "on the device (cpu)")
+
+
+def test_where_a_second_model_lives(folder):
+    path = str(folder / "reference-model")
+    frozen = {"provider": "frozen", "path": path}
+    assert (
+        "sharded over 1 rank, off"
+        in table(folder, reference=frozen | {"offload": True})["reference"][2]
+    )
+    stage = {"zero_stage": 1}
+    assert "whole on every rank" in table(folder, reference=frozen, parallel=stage)["reference"][2]
+    assert (
+        "computed once by a second model" in table(folder, reference={"path": path})["reference"][2]
+    )
+
+
+def test_what_wrote_the_completions_is_told(folder, tmp_path):
+    stored = {"provider": "cached", "per_token": True}
+    grpo, divergence = {"type": "grpo"}, {"type": "grpo", "grpo_beta": 0.1}
+    assert "old log-probs" not in table(folder, loss={"type": "plackett_luce"})
+    own = table(folder, loss=grpo)["old log-probs"]
+    assert own[1:] == (
+        "default",
+        "computed once by the policy as it starts, then read from a table",
+    )
+    assert table(folder, loss=divergence, reference=stored)["old log-probs"][2].endswith("serves")
+    path = str(write_model(tmp_path / "old", vocab=1000))
+    found = table(folder, loss=divergence, reference=stored | {"old_path": path})
+    assert path in found["old log-probs"][2]
+    assert "by the policy as it starts" in found["reference"][2]
+    tree = run_tree(folder) | {"loss": grpo, "reference": {"old_path": path}}
+    outlook = look(build_config(tree, "tree"))
+    lines = {line.what: line.device for line in memory(outlook.config, _sizes(outlook), 1)}
+    assert lines["reference.old_path, before training"] > lines["weights"]
+    assert "reference model, before training" not in lines
+
+
+@pytest.mark.parametrize(("loss", "option"), [("grpo", "old_path"), ("plackett_luce", "path")])
+def test_a_second_model_with_too_small_a_vocabulary(folder, tmp_path, loss, option):
+    path = str(write_model(tmp_path / "small", vocab=100))
+    with pytest.raises(UserError, match=f"vocabulary of 100.*reference.{option}"):
+        table(folder, loss={"type": loss}, reference={option: path})
+
+
+MISTAKES = [
+    "model.path=./no-such",
+    "train.global_batch_size=7",
+    "model.attention=flash_attention_2",
+    "model.checkpoint_layers=3",
+    "model.torch_compile=true",
+    "reference.offload=true",
+    "parallel={zero_stage: 2, offload_parameters: true}",
+]
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+def test_a_mistake_is_told_as_train_tells_it(folder, override):
+    file = write(folder, output_dir=str(folder / "never"))
+    doctor, train = (invoke(command, file, override) for command in ("doctor", "train"))
+    assert isinstance(doctor.exception, UserError)
+    assert str(doctor.exception) == str(train.exception)
+    assert not (folder / "never").exists()
+
+
+def test_a_contradiction_with_deepspeeds_section_is_told(folder):
+    with pytest.raises(UserError, match="parallel.deepspeed.gradient_clipping=3 contradicts"):
+        table(folder, parallel={"deepspeed": {"gradient_clipping": 3}})
+
+
+SIZES = Sizes(parameters=1000, trainable=800, gathered=100, reference=600, head_bytes=7)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "parallel", "expected"),
+    [  # weights, gathered, gradients, optimiser, reference: bytes on the device and in CPU memory
+        ("bf16", {"zero_stage": 0}, [(2000, 0), (1600, 0), (9600, 0), (1200, 0)]),
+        ("fp32", {"zero_stage": 0}, [(4000, 0), (3200, 0), (6400, 0), (2400, 0)]),
+        ("bf16", {"zero_stage": 1}, [(2000, 0), (3200, 0), (2400, 0), (1200, 0)]),
+        ("bf16", {"zero_stage": 2}, [(2000, 0), (800, 0), (2400, 0), (1200, 0)]),
+        ("bf16", {"zero_stage": 3}, [(500, 0), (200, 0), (800, 0), (2400, 0), (300, 0)]),
+        (
+            "bf16",
+            {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True},
+            [(0, 500), (200, 0), (0, 800), (0, 2400), (0, 300)],
+        ),
+    ],
+)
+def test_memory_of_a_rank(folder, dtype, parallel, expected):
+    tree = run_tree(folder) | {"parallel": parallel, "reference": {"provider": "frozen"}}
+    tree["model"]["dtype"] = dtype
+    lines = memory(build_config(tree, "tree"), SIZES, ranks=4)
+    assert [(line.device, line.host) for line in lines] == [*expected, (7, 0)]
+
+
+def test_units():
+    assert [in_units(size) for size in (0, 2048, 3 << 20, 5 << 29)] == [
+        "-",
+        "2 KiB",
+        "3.0 MiB",
+        "2.5 GiB",
+    ]

@@ -1,0 +1,389 @@
+"""load_examples: contents, cache, splits, reports, and a real data set."""
+
+import gzip
+import io
+import json
+import os
+import subprocess
+import sys
+
+import datasets
+import pytest
+from rich.console import Console
+
+from dpo_fast.data.config import DataConfig
+from dpo_fast.data.dataset import load_examples, publish, tokenizer_hash
+from dpo_fast.data.report import DataReport, render_examples
+from dpo_fast.errors import UserError
+from tests.support.paths import ROOT
+from tests.support.tokenizers import CHATML, EOS, byte_tokenizer, ids_of
+
+HH = ROOT.parent / "shared" / "data" / "hh_harmless_1500.jsonl.gz"
+datasets.disable_progress_bars()
+
+
+def pair(index, **more):
+    return {"prompt": f"Q{index}", "chosen": f"yes {index}", "rejected": f"no {index}", **more}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def load(tmp_path):
+    """load(rows, split, tokenizer, **options): writes the rows to pairs.jsonl and loads them."""
+
+    def run(rows=None, split="train", tokenizer=None, eos_ids=(), **options):
+        path = tmp_path / "pairs.jsonl"
+        if rows is not None:
+            write(path, rows)
+        defaults = {"train": str(path), "cache_dir": str(tmp_path / "cache")}
+        config = DataConfig(**(defaults | options))
+        return load_examples(config, tokenizer or byte_tokenizer(), split=split, eos_ids=eos_ids)
+
+    run.cache = tmp_path / "cache"
+    return run
+
+
+def stored(load):
+    """The names in the cache."""
+    return sorted(path.name for path in load.cache.iterdir())
+
+
+def test_pairs_and_extras(load):
+    tokenizer = byte_tokenizer()
+    data = load([pair(1, weight=2, note="x"), pair(22, weight=0.5)])
+    assert len(data) == 2
+    assert data[1] == {
+        "prompt_ids": ids_of(tokenizer, "Q22"),
+        "chosen_ids": [*ids_of(tokenizer, "yes 22"), EOS],
+        "rejected_ids": [*ids_of(tokenizer, "no 22"), EOS],
+        "weight": 0.5,
+    }
+    assert data[-1] == data[1]
+    assert data.extras == ["weight"]
+    assert data.where(1).endswith("pairs.jsonl:2")
+    assert {name: values.tolist() for name, values in data.lengths.columns().items()} == {
+        "prompt": [2, 3],
+        "chosen": [6, 7],
+        "rejected": [5, 6],
+    }
+    assert data.report.ignored_columns == ["note"]
+    with pytest.raises(IndexError):
+        data[2]
+
+
+def test_a_column_that_only_some_rows_have(load):
+    with pytest.raises(UserError, match=r"pairs.jsonl:2: no 'margin'.*1 of 2 rows lack it"):
+        load([pair(1, margin=0.0), pair(2)])
+
+
+def test_parquet_with_null_columns(load, tmp_path):
+    path = tmp_path / "pairs.parquet"
+    datasets.Dataset.from_list([pair(1, margin=None), pair(2, margin=None)]).to_parquet(str(path))
+    data = load(train=str(path))
+    assert len(data) == 2
+    assert data.extras == []
+
+
+def test_several_sources_and_max_rows(load, tmp_path):
+    more = write(tmp_path / "more.jsonl", [pair(8), pair(9)])
+    write(tmp_path / "pairs.jsonl", [pair(1)])
+    data = load(train=[str(tmp_path / "pairs.jsonl"), str(more)])
+    assert [data.where(index).split("/")[-1] for index in range(3)] == [
+        "pairs.jsonl:1",
+        "more.jsonl:1",
+        "more.jsonl:2",
+    ]
+    few = load([pair(index) for index in range(9)], max_rows=4)
+    assert (len(few), few.report.rows_read) == (4, 4)
+
+
+# Bad rows and drops
+
+
+def test_bad_row_stops_with_its_place(load):
+    with pytest.raises(UserError, match=r"pairs.jsonl:2: empty chosen.*data.on_bad_row=skip"):
+        load([pair(1), pair(2, chosen=" ")])
+    assert stored(load) == []
+
+
+def test_bad_rows_are_skipped_and_counted(load, tmp_path):
+    rows = [pair(1), pair(2, chosen=" "), pair(3), pair(4, rejected=""), pair(5, chosen="<s>b")]
+    write(tmp_path / "pairs.jsonl", rows)
+    with open(tmp_path / "pairs.jsonl", "a") as file:
+        file.write("{broken\n")
+    report = load(on_bad_row="skip").report
+    assert (report.rows_read, report.examples_kept) == (6, 2)
+    assert report.bad.counts == {
+        "empty chosen": 1,
+        "empty rejected": 1,
+        "broken JSON": 1,
+        "BOS inside chosen": 1,
+    }
+    places = [where.rsplit(":", 1)[1] for where, _ in report.bad_rows]
+    assert places == ["2", "4", "6", "5"]
+    with pytest.raises(UserError, match=r"pairs.jsonl:5: BOS inside chosen"):
+        load([pair(1), pair(1), pair(1), pair(1), rows[4]])
+
+
+def test_every_row_is_counted_but_fifty_are_kept(load):
+    rows = [pair(0), *(pair(index, chosen="") for index in range(60))]
+    report = load(rows, on_bad_row="skip").report
+    assert report.bad.counts == {"empty chosen": 60}
+    assert len(report.bad_rows) == 50
+
+
+def test_drops_and_cuts_are_counted(load):
+    rows = [pair(1), pair(2, prompt="long prompt"), pair(3, chosen="no 3\x00", rejected="no 3")]
+    report = load(rows, max_length=12, truncation="drop").report
+    assert report.dropped.counts == {"longer than max_length": 1}
+    assert list(report.dropped)[0][1] == "longer than max_length: 17 > 12 tokens"
+    # Pair 2 has 11 + 6 and 11 + 5 tokens: answers are cut to 12 - 8, or not at all for 12 - 4.
+    for reserve, cut in ((8, 2), (4, 0)):
+        report = load(rows, max_length=12, max_prompt_length=reserve).report
+        assert (report.prompts_cut, report.answers_cut, report.examples_kept) == (1, cut, 3)
+    report = load(rows, max_length=5, max_prompt_length=1).report
+    assert report.dropped.counts == {"the answers are the same once cut": 1}
+
+
+def test_truncation_error_is_not_skipped(load):
+    with pytest.raises(UserError, match=r"pairs.jsonl:1: .*data.max_length=5; raise it to 8"):
+        load([pair(1)], max_length=5, truncation="error", on_bad_row="skip")
+
+
+def test_nothing_left(load):
+    with pytest.raises(UserError, match=r"none of 2 rows.*2 x empty chosen \(first: .*:1"):
+        load([pair(1, chosen=""), pair(2, chosen="")], on_bad_row="skip")
+    with pytest.raises(UserError, match=r"none of 1 rows.*1 x longer than max_length"):
+        load([pair(1)], max_length=3, truncation="drop")
+    assert stored(load) == []
+
+
+# The cache
+
+
+def test_second_call_reuses_the_first(load, monkeypatch):
+    first = load([pair(1), pair(2)])
+    monkeypatch.setattr("dpo_fast.data.dataset.build", None)  # calling it would fail
+    again = load()
+    assert again.fingerprint == first.fingerprint
+    assert again.report == first.report
+    # Options that do not change the stored pairs; and padding state left by another call.
+    tokenizer = byte_tokenizer()
+    tokenizer(["a", "ab"], padding=True)
+    assert len(load(eval_rows=1, workers=3, tokenizer=tokenizer)) == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_length": 99},
+        {"max_prompt_length": 9},
+        {"truncation": "keep_start"},
+        {"on_bad_row": "skip"},
+        {"add_eos": False},
+        {"max_rows": 2},
+        {"format": "pairs"},
+        {"prompt_end": "#"},
+        {"columns": {"chosen": "rejected", "rejected": "chosen"}},
+        {"eos_ids": (7,)},
+        {"tokenizer": byte_tokenizer(bos=True)},
+        {"tokenizer": byte_tokenizer(template=CHATML)},
+        {"tokenizer": byte_tokenizer(merges=(("y", "e"),))},
+        {"tokenizer": byte_tokenizer(eos_token="<|im_end|>")},
+        {"rows": [pair(1), pair(3)]},
+    ],
+)
+def test_what_changes_the_pairs_changes_the_key(load, options):
+    load([pair(1), pair(2)])
+    load(**options)
+    assert len(stored(load)) == 2
+
+
+def test_template_file_is_part_of_the_key(load, tmp_path):
+    template = tmp_path / "t.jinja"
+    for content in (CHATML, CHATML + " "):
+        template.write_text(content)
+        load([pair(1)], chat_template=str(template))
+    assert len(stored(load)) == 2
+
+
+def test_damaged_cache_names_the_folder(load):
+    load([pair(1)])
+    (key,) = stored(load)
+    (load.cache / key / "report.json").write_text("{")
+    with pytest.raises(UserError, match=f"{key}: the stored data is damaged.*delete the folder"):
+        load()
+
+
+def test_publishing_twice_keeps_the_first(tmp_path):
+    for name in ("mine", "theirs"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    publish(tmp_path / "theirs", tmp_path / "key")
+    publish(tmp_path / "mine", tmp_path / "key")
+    assert (tmp_path / "key" / "file").read_text() == "theirs"
+    with pytest.raises(OSError):
+        publish(tmp_path / "nothing", tmp_path / "other")
+
+
+PREPARE = """
+import sys
+from dpo_fast.data.config import DataConfig
+from dpo_fast.data.dataset import load_examples
+from tests.support.paths import ROOT
+from tests.support.tokenizers import byte_tokenizer
+config = DataConfig(train=sys.argv[1], cache_dir=sys.argv[2])
+print(load_examples(config, byte_tokenizer(), split="train").fingerprint)
+"""
+
+
+def test_two_processes_at_once(load, tmp_path):
+    path = write(tmp_path / "pairs.jsonl", [pair(index) for index in range(300)])
+    command = [sys.executable, "-c", PREPARE, str(path), str(load.cache)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    runs = [subprocess.Popen(command, env=environment, text=True, **streams) for _ in range(2)]
+    prints = {run.communicate(timeout=120)[0].strip() for run in runs}
+    assert [run.returncode for run in runs] == [0, 0]
+    assert prints == {load().fingerprint}
+    assert len(stored(load)) == 1
+
+
+def test_workers_give_the_same_pairs(load, tmp_path):
+    rows = [pair(index, chosen="" if index % 7 == 0 else "y" * index) for index in range(1, 40)]
+    one = load(rows, on_bad_row="skip", cache_dir=str(tmp_path / "one"))
+    two = load(on_bad_row="skip", cache_dir=str(tmp_path / "two"), workers=2)
+    assert two.fingerprint == one.fingerprint
+    assert two.report == one.report
+
+
+def test_error_in_a_worker_is_a_user_error(load):
+    with pytest.raises(UserError, match=r"pairs.jsonl:3: BOS inside chosen"):
+        load([pair(1), pair(2), pair(3, chosen="<s>x")], workers=2)
+
+
+def test_fingerprint_follows_order_and_content(load, tmp_path):
+    rows = [pair(1), pair(2), pair(3)]
+    same = load(rows).fingerprint
+    other_file = write(tmp_path / "other.jsonl", rows)
+    assert load(train=str(other_file)).fingerprint == same
+    assert load(rows[::-1]).fingerprint != same
+    assert load(rows[:2]).fingerprint != same
+    assert len(same) == 64
+
+
+def test_tokenizer_hash_is_stable():
+    assert tokenizer_hash(byte_tokenizer()) == tokenizer_hash(byte_tokenizer())
+
+
+# Splits
+
+
+def test_held_out_pairs_are_disjoint_and_reproducible(load):
+    load([pair(index) for index in range(20)])
+    train, held_out = (load(split=split, eval_rows=5, seed=3) for split in ("train", "eval"))
+    places = [{data.where(i) for i in range(len(data))} for data in (train, held_out)]
+    assert [len(place) for place in places] == [15, 5]
+    assert not places[0] & places[1]
+    assert len(stored(load)) == 1  # tokenised once for both
+    assert load(split="eval", eval_rows=5, seed=3).fingerprint == held_out.fingerprint
+    assert load(split="eval", eval_rows=5, seed=4).fingerprint != held_out.fingerprint
+    assert len(train.lengths) == 15
+    assert train.report.held_out == 5
+
+
+def test_own_evaluation_data(load, tmp_path):
+    other = write(tmp_path / "eval.jsonl", [pair(7)])
+    data = load([pair(1)], split="eval", eval=str(other))
+    assert data.where(0).endswith("eval.jsonl:1")
+
+
+def test_impossible_splits(load):
+    with pytest.raises(UserError, match=r"data.eval_rows=3 leaves nothing.*3 usable pairs; try 1"):
+        load([pair(1), pair(2), pair(3)], eval_rows=3)
+    with pytest.raises(UserError, match="set data.eval, or data.eval_rows"):
+        load(split="eval")
+    with pytest.raises(UserError, match="split='test'"):
+        load(split="test")
+
+
+# Reports
+
+
+def rendered(function, *arguments):
+    stream = io.StringIO()
+    function(*arguments, Console(file=stream, width=120))
+    return stream.getvalue()
+
+
+def test_report_numbers_round_trip_and_rendering(load):
+    report = load([pair(1), pair(22), pair(3, chosen="")], on_bad_row="skip").report
+    assert report.lengths["longest"]["max"] == 10
+    assert report.lengths["prompt"] == dict.fromkeys(("p75", "p95", "p99", "max"), 3) | {
+        "p5": 3,
+        "p25": 3,
+        "p50": 3,
+    }
+    assert report.tokens == {
+        "prompt": 5,
+        "chosen": 13,
+        "rejected": 11,
+        "total": 29,
+        "scored": 24,
+        "separate": 34,
+    }
+    assert DataReport.from_json(report.to_json()) == report
+    text = rendered(report.render)
+    assert "3 rows read, 2 pairs kept, 1 bad, 0 dropped" in text
+    assert "empty chosen" in text
+    assert "4 of 4 answers did not end their turn; EOS was put last" in text
+
+
+def test_examples_mark_scored_tokens_without_colour(load):
+    data = load([pair(1, prompt="Q\n", chosen="é!")])
+    text = rendered(render_examples, data, byte_tokenizer())
+    assert "prompt   Q·\\n\n" in text
+    assert "chosen   ⟦Ã⟧⟦©⟧⟦!⟧⟦</s>⟧" in text
+    assert "rejected ⟦n⟧⟦o⟧⟦ ⟧⟦1⟧⟦</s>⟧" in text
+
+
+# A real data set
+
+
+def unusable_by_hand(line):
+    """Why a row of the HH sample is unusable, found without the package; None when it is not."""
+    row = json.loads(line)
+    # Everything before the last turn of the assistant, and that turn.
+    heads, tails = zip(*(row[k].rsplit("\n\nAssistant:", 1) for k in ("chosen", "rejected")))
+    if row["chosen"] == row["rejected"]:
+        return "chosen equals rejected"
+    if heads[0] != heads[1]:
+        return "no common prompt"
+    empty = [name for name, tail in zip(("chosen", "rejected"), tails) if not tail.strip()]
+    return f"empty {empty[0]}" if empty else None
+
+
+@pytest.mark.skipif(not HH.exists(), reason="the HH sample is not beside the repository")
+def test_hh_sample(load):
+    expected = {}
+    with gzip.open(HH, "rt", encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if reason := unusable_by_hand(line):
+                expected[number] = reason
+    assert expected == {
+        87: "empty chosen",
+        517: "empty chosen",
+        926: "empty chosen",
+        1104: "empty chosen",
+        1255: "no common prompt",
+    }
+    report = load(train=str(HH), on_bad_row="skip", tokenizer=byte_tokenizer(bos=True)).report
+    found = {int(where.rsplit(":", 1)[1]): text.split(":")[0] for where, text in report.bad_rows}
+    assert found == expected
+    assert (report.rows_read, report.examples_kept, report.dropped.total) == (1500, 1495, 0)
+    with pytest.raises(UserError, match=r"hh_harmless_1500.jsonl.gz:87: empty chosen"):
+        load(train=str(HH))

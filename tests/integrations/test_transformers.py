@@ -1,0 +1,357 @@
+"""`PreferenceTrainer`: the loss of our own step, however it is split, and plain folders out."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
+    FalconH1Config,
+    HyperCLOVAXConfig,
+    TrainingArguments,
+)
+
+from dpo_fast.errors import UserError
+from dpo_fast.integrations.transformers import PreferenceCollator, PreferenceTrainer
+from dpo_fast.losses import LossOptions, Objective, PairLogps, Totals, preference
+from dpo_fast.models import ScoringModel
+from dpo_fast.models.scoring import forward_arguments, head_options
+from dpo_fast.ops.segments import sum_sequences
+from tests.support.models import write_model, write_pairs
+from tests.support.paths import ROOT
+
+SIDES = ("chosen", "rejected")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hf")
+    write_model(folder / "model")
+    write_pairs(folder / "pairs.jsonl", count=10)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(place):
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    result = []
+    for line in (place / "pairs.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        ids = {f"{side}_ids": tokenizer.encode(row[side])[1:] + [2] for side in SIDES}
+        result.append({"prompt_ids": tokenizer.encode(row["prompt"])} | ids)
+    return result
+
+
+@torch.no_grad()
+def score(scoring, batch):
+    return sum_sequences(scoring(**forward_arguments(batch))["logp"], batch.lengths_S)
+
+
+def model_of(place):
+    return AutoModelForCausalLM.from_pretrained(place / "model")
+
+
+def build(place, rows, output, *, model=None, **options):
+    """Eight pairs a step, one step unless told otherwise."""
+    ours = ("objective", "reference", "layout", "eval_dataset", "compute_metrics")
+    given = {name: options.pop(name) for name in ours if name in options}
+    options = {"per_device_train_batch_size": 8, "max_steps": 1, "save_strategy": "no"} | options
+    args = TrainingArguments(
+        output_dir=str(output),
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        logging_steps=1,
+        lr_scheduler_type="constant",
+        learning_rate=1e-3,
+        train_sampling_strategy="sequential",
+        **options,
+    )
+    return PreferenceTrainer(model or model_of(place), args, train_dataset=rows, **given)
+
+
+def train(*arguments, **options):
+    trainer = build(*arguments, **options)
+    trainer.train()
+    return trainer, [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def expected_loss(place, rows, objective, reference=None, weight=None):
+    """From full logits, one sequence at a time."""
+    policy, logps, lengths = model_of(place), [], []
+    models = [policy] if reference is None else [policy, reference]
+    for model in models:
+        for row in rows:
+            for side in SIDES:
+                ids = torch.tensor([row["prompt_ids"] + row[f"{side}_ids"]])
+                logp_L = model(ids[:, :-1]).logits.log_softmax(-1).gather(2, ids[:, 1:, None])
+                logps.append(logp_L.flatten()[len(row["prompt_ids"]) - 1 :].sum().item())
+                lengths.append(len(row[f"{side}_ids"]))
+    table = torch.tensor(logps).view(len(models), -1, 2)
+    sizes = torch.tensor(lengths).view(len(models), -1, 2)[0]
+    sides = [] if reference is None else [table[1, :, 0], table[1, :, 1]]
+    pairs = PairLogps(table[0, :, 0], table[0, :, 1], sizes[:, 0], sizes[:, 1], *sides)
+    totals = Totals(len(rows), int(sizes[:, 0].sum()), 2 * len(rows))
+    return objective(pairs, totals, weight).item()
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """Another model, so that policy and reference differ from the start."""
+    return write_model(tmp_path_factory.mktemp("other"), seed=1)
+
+
+OBJECTIVE = Objective(("sigmoid", "sft"), (1.0, 0.5), LossOptions(beta=0.3))
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared_prefix"])
+@pytest.mark.parametrize("micro", [8, 2])
+def test_the_loss_of_plain_logits_however_it_is_split(layout, micro, place, rows, other, tmp_path):
+    reference = AutoModelForCausalLM.from_pretrained(other)
+    expected = expected_loss(place, rows[:8], OBJECTIVE, reference)
+    trainer, log = train(
+        place,
+        rows,
+        tmp_path,
+        reference=reference,
+        objective=OBJECTIVE,
+        layout=layout,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=8 // micro,
+    )
+    assert trainer.layout == layout
+    assert log[0]["loss"] == pytest.approx(expected, abs=1e-5)
+    assert log[0]["pairs"] == 8
+
+
+def test_the_same_steps_as_an_engine_of_our_own(place, rows, tmp_path):
+    """Three steps against AdamW round `ScoringModel`, uneven micro-batches against whole ones."""
+    reference = model_of(place)
+    options = {"max_steps": 3, "objective": OBJECTIVE, "max_grad_norm": 0.0, "num_train_epochs": 3}
+    trainer, log = train(
+        place,
+        rows[:8],
+        tmp_path,
+        reference=reference,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=3,
+        **options,
+    )
+    scoring, frozen = ScoringModel(model_of(place)), ScoringModel(model_of(place))
+    optimiser = torch.optim.AdamW(scoring.parameters(), lr=1e-3, weight_decay=0.0)
+    batch = PreferenceCollator()(rows[:8])["batch"]
+    totals = Totals(8, batch.chosen_tokens, 16)
+    for entry in log:
+        scores = scoring(**forward_arguments(batch))
+        result = preference(
+            scores["logp"], batch.lengths_S, score(frozen, batch), OBJECTIVE, totals
+        )
+        assert entry["loss"] == pytest.approx(result.loss.item(), abs=1e-5)
+        result.loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    assert log[0]["loss"] != log[2]["loss"]
+    for name, value in trainer.model.state_dict().items():
+        torch.testing.assert_close(value, scoring.model.state_dict()[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_stored_reference_is_that_reference(place, rows, other, tmp_path):
+    frozen = ScoringModel(AutoModelForCausalLM.from_pretrained(other))
+    sums = score(frozen, PreferenceCollator()(rows)["batch"]).view(-1, 2).tolist()
+    names = [f"reference_{side}_logps" for side in SIDES]
+    stored = [row | dict(zip(names, pair)) for row, pair in zip(rows, sums)]
+    reference = AutoModelForCausalLM.from_pretrained(other)
+    _, live = train(place, rows, tmp_path / "live", reference=reference)
+    _, kept = train(place, stored, tmp_path / "stored")
+    for name in ("loss", "rewards/chosen", "rewards/margins", "logps/rejected", "entropy"):
+        assert kept[0][name] == pytest.approx(live[0][name], abs=1e-5), name
+    with pytest.raises(UserError, match="two references"):
+        build(place, stored, tmp_path, reference=frozen.model)
+    half = [row if index else rows[0] for index, row in enumerate(stored)]
+    with pytest.raises(ValueError, match="1 of 10 rows have no reference_chosen_logps"):
+        PreferenceCollator()(half)
+
+
+def test_columns_of_the_data_change_the_loss(place, rows, tmp_path):
+    objective = Objective(("simpo",), options=LossOptions(beta=2.0))
+    weights = [0.0, 2.0, 0.5, 1.0, 1.0, 1.0, 3.0, 0.1, 1.0, 1.0]
+    weighted = [row | {"weight": w} for row, w in zip(rows, weights)]
+    _, log = train(place, weighted, tmp_path, objective=objective)
+    expected = expected_loss(place, rows[:8], objective, weight=torch.tensor(weights[:8]))
+    assert log[0]["loss"] == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(UserError, match="soft_label, which losses"):
+        build(place, [row | {"soft_label": 1.0} for row in rows], tmp_path, objective=objective)
+    with pytest.raises(UserError, match="need the columns soft_label"):
+        build(place, rows, tmp_path, objective=Objective(("soft",)))
+
+
+@pytest.mark.parametrize(
+    "options", [{"ld_alpha": 0.3}, {"token_clamp": 0.2}, {"use_weighting": True}]
+)
+def test_options_that_look_at_tokens(options, place, rows, other, tmp_path):
+    reference = AutoModelForCausalLM.from_pretrained(other)
+    _, plain = train(place, rows, tmp_path / "plain", reference=reference)
+    objective = Objective(options=LossOptions(**options))
+    reference = AutoModelForCausalLM.from_pretrained(other)
+    _, changed = train(place, rows, tmp_path / "it", reference=reference, objective=objective)
+    assert abs(changed[0]["loss"] - plain[0]["loss"]) > 1e-3
+
+
+def test_lora_saves_an_adapter_and_needs_no_reference(place, rows, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer, log = train(
+        place,
+        rows,
+        tmp_path,
+        model=get_peft_model(model_of(place), config),
+        max_steps=3,
+        num_train_epochs=3,
+    )
+    assert log[0]["loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert log[-1]["rewards/margins"] != 0
+    trainer.save_model(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(model_of(place), tmp_path / "adapter")
+    ids = torch.arange(5, 15)[None]
+    trainer.model.eval().get_base_model().set_attn_implementation("sdpa")
+    torch.testing.assert_close(
+        loaded(ids).logits, trainer.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    )
+
+
+def test_a_checkpoint_is_a_plain_folder_and_resumes(place, rows, tmp_path):
+    options = {"max_steps": 4, "num_train_epochs": 4, "layout": "shared_prefix"}
+    whole, log = train(place, rows, tmp_path / "whole", reference=model_of(place), **options)
+    options |= {"save_strategy": "steps", "save_steps": 2, "reference": model_of(place)}
+    train(place, rows, tmp_path / "half", **options)
+    plain, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "half" / "checkpoint-4", output_loading_info=True
+    )
+    assert type(plain).__name__ == "LlamaForCausalLM"
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    options["reference"] = model_of(place)
+    resumed = build(place, rows, tmp_path / "half", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "half" / "checkpoint-2"))
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+        assert torch.equal(value, plain.state_dict()[name]), name
+
+
+def test_evaluation_is_the_mean_over_pairs(place, rows, other, tmp_path):
+    """Batches of 4, 4 and 2 pairs."""
+    reference = AutoModelForCausalLM.from_pretrained(other)
+    objective = Objective(options=LossOptions(beta=0.3))
+    trainer = build(
+        place,
+        rows,
+        tmp_path,
+        reference=reference,
+        objective=objective,
+        eval_dataset=rows,
+        per_device_eval_batch_size=4,
+    )
+    metrics = trainer.evaluate()
+    expected = expected_loss(place, rows, objective, AutoModelForCausalLM.from_pretrained(other))
+    assert metrics["eval_loss"] == pytest.approx(expected, abs=1e-5)
+    entry = trainer.state.log_history[-1]
+    assert entry["eval_pairs"] == 10 and "eval_rewards/accuracies" in entry
+
+
+@pytest.mark.parametrize("ranks, stage", [(2, None), (1, 3)])
+def test_ranks_and_shards_do_not_change_the_loss(ranks, stage, place, rows, other, tmp_path):
+    """Two ranks by DDP; one whose policy and reference ZeRO-3 has sharded."""
+    whole = expected_loss(place, rows[:8], OBJECTIVE, AutoModelForCausalLM.from_pretrained(other))
+    case = {"model": str(place / "model"), "reference": str(other), "rows": rows, "stage": stage}
+    (tmp_path / "case.json").write_text(json.dumps(case))
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+    ]
+    worker = [str(ROOT / "tests/support/workers/preference_trainer.py"), str(tmp_path)]
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    subprocess.run([*launch, *worker], env=environment, check=True, timeout=200)
+    losses = json.loads((tmp_path / "losses.json").read_text())
+    assert losses[0] == pytest.approx(whole, abs=1e-5)
+    reference = AutoModelForCausalLM.from_pretrained(other)
+    _, log = train(
+        place,
+        rows[:8],
+        tmp_path,
+        reference=reference,
+        objective=OBJECTIVE,
+        max_steps=2,
+        num_train_epochs=2,
+    )
+    # DeepSpeed clips a little otherwise, and a first step of AdamW is all sign.
+    assert losses == pytest.approx([e["loss"] for e in log], abs=1e-5 if stage is None else 1e-3)
+
+
+def test_mixed_precision_stays_near(place, rows, tmp_path):
+    _, log = train(place, rows, tmp_path, reference=model_of(place), bf16=True)
+    assert log[0]["loss"] == pytest.approx(0.693147, abs=1e-3)
+
+
+def test_what_cannot_be_honoured_is_refused_by_name(place, rows, tmp_path):
+    cases = {
+        "reference=model": {},
+        "aot": {"objective": Objective(("aot",))},
+        "bco_pair": {"objective": Objective(("bco_pair",))},
+        "go by groups of scored completions": {"objective": Objective(("grpo",))},
+        "compute_metrics": {"compute_metrics": len},
+        "label_smoothing_factor=0.1": {"label_smoothing_factor": 0.1},
+        "choose from auto": {"layout": "diagonal"},
+    }
+    for message, options in cases.items():
+        with pytest.raises(ValueError, match=message):
+            build(place, rows, tmp_path, **options)
+    with pytest.raises(UserError, match="shared_prefix cannot be honoured"):
+        build(
+            place,
+            rows,
+            tmp_path,
+            model=BloomForCausalLM(BloomConfig(hidden_size=8, n_layer=1, n_head=1)),
+            layout="shared_prefix",
+            reference=model_of(place),
+        )
+
+
+def test_data_sets_that_do_not_fit_are_refused_before_the_run(place, rows, tmp_path):
+    stored = [
+        row | {"reference_chosen_logps": -9.0, "reference_rejected_logps": -8.0} for row in rows
+    ]
+    soft = {"reference": model_of(place), "eval_dataset": [rows[0] | {"soft_label": 0.9}]}
+    cases = [
+        (stored, {"eval_dataset": rows}, "train_dataset has the column reference_chosen_logps"),
+        (stored, {"eval_dataset": {"a": stored, "b": rows}}, r"and eval_dataset\['b'\] does not"),
+        (
+            rows,
+            {"reference": model_of(place), "eval_dataset": stored},
+            "and train_dataset does not",
+        ),
+        (rows, soft, "the columns soft_label, which losses"),
+        ([], {"reference": model_of(place)}, "has no rows"),
+    ]
+    for data, options, message in cases:
+        with pytest.raises(UserError, match=message):
+            build(place, data, tmp_path, **options)
+    model = model_of(place)
+    with pytest.raises(UserError, match="reference is the model that is trained"):
+        build(place, rows, tmp_path, model=model, reference=model)
+
+
+@pytest.mark.parametrize("kind", [FalconH1Config, HyperCLOVAXConfig])
+def test_the_scale_of_logits_is_read(kind):
+    config = kind()
+    value = {"falcon_h1": "lm_head_multiplier", "hyperclovax": "logits_scaling"}[config.model_type]
+    setattr(config, value, 0.25)
+    assert head_options(config).logit_scale == 0.25

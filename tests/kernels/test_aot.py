@@ -1,0 +1,93 @@
+"""Every shipped tile configuration becomes machine code without a GPU: no spills, and it fits."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.support.paths import ROOT
+
+pytest.importorskip("triton")
+SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}  # opt-in, per block
+TENSOR_CORES = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
+
+
+@pytest.fixture(scope="module")
+def results():
+    # A process of its own: this one has the interpreter in place of the compiler.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.aot", "--json"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def test_every_architecture_and_kernel_is_there(results):
+    """Every kernel of every module: a new one without a case here fails."""
+    kernels = set()
+    for path in (ROOT / "kernels" / "ops").glob("*.py"):
+        kernels |= set(re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE))
+    assert len(kernels) >= 6
+    for arch in SHARED_BYTES:
+        names = {r["case"]["kernel"] for r in results if r["case"]["arch"] == arch}
+        assert names == kernels
+
+
+def test_every_shipped_configuration_is_there(results):
+    from dpo_fast.kernels import tiles
+
+    def key(config, arch):
+        sizes = [config.block_t, config.block_v, config.block_d, config.group_t]
+        return arch, *sizes, config.num_warps, config.num_stages, config.tma
+
+    compiled = {
+        (c["arch"], *c["sizes"], c["num_warps"], c["num_stages"], c["tma"])
+        for c in (result["case"] for result in results)
+        if c["kernel"] == "rows_kernel"
+    }
+    shipped = {
+        key(config, names[0])
+        for names, row in tiles.HALF_CONFIGS.items()
+        for tile in (row.sums, row.stores, row.entropy)
+        for config in (tile, tiles.repair_config(tile))
+    }
+    for arch in SHARED_BYTES:
+        rich = tiles.config_for(arch, torch.bfloat16, 4096, 128_256, rich=True)
+        for config in (rich, tiles.RICH_HALF, tiles.FLOAT):
+            shipped |= {key(config, arch), key(tiles.repair_config(config), arch)}
+    shipped |= {key(tiles.OTHER_HALF, "sm_80"), key(tiles.POINTER_HALF, "sm_90")}
+    shipped.add(key(tiles.POINTER_HALF, "sm_100"))
+    assert shipped <= compiled
+
+
+def test_nothing_spills(results):
+    for result in results:
+        assert result["stack"] == 0 and result["local"] == 0, result
+
+
+def test_shared_memory_fits(results):
+    for result in results:
+        assert result["shared"] <= SHARED_BYTES[result["case"]["arch"]], result
+
+
+def test_half_products_use_tensor_cores(results):
+    for result in results:
+        case = result["case"]
+        if case["kernel"] in ("rows_kernel", "gradient_kernel") and case["dtype"] != "fp32":
+            assert result["instruction"] == TENSOR_CORES[case["arch"]], result
+
+
+def test_descriptors_become_bulk_copies(results):
+    assert any(result["case"]["tma"] for result in results)
+    for result in results:
+        assert result["tma"] == result["case"]["tma"], result

@@ -1,0 +1,282 @@
+"""Rows of trees against every sequence alone, for architectures that attend in different ways."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+transformers = pytest.importorskip("transformers")
+
+from dpo_fast.data.batch import collate_trees
+from dpo_fast.errors import UserError
+from dpo_fast.models import ScoringModel
+from dpo_fast.models.attention import BACKENDS, NAMES, varlen
+from dpo_fast.models.plan import AttentionPlan
+from dpo_fast.models.scoring import forward_arguments
+from dpo_fast.models.separation import check_separation
+from tests.support.architectures import ARCHITECTURES, TREES, alone, make, slopes
+
+PACKED = ("packed", "shared_prefix")
+
+
+def assert_same(scores, gradients, expected, true_gradients):
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
+    largest = max(g.abs().max() for g in true_gradients if g is not None)
+    for gradient, true in zip(gradients, true_gradients):
+        assert (gradient is None) == (true is None)
+        if true is not None:
+            size = torch.maximum(true.abs().max(), largest * 1e-2)
+            assert (gradient - true).abs().max() <= 1e-5 * size
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_rows_of_groups_score_like_every_sequence_alone(name):
+    """Log-probs and the gradient of every parameter, fp32, to 1e-5."""
+    model = make(name)
+    parameters = list(model.parameters())
+    expected = alone(model)
+    true_gradients = slopes(expected, parameters)
+    model.set_attn_implementation(NAMES["sdpa"])
+    scoring = ScoringModel(model)
+    for layout in PACKED:
+        scores = scoring(**forward_arguments(collate_trees(TREES, layout)))["logp"]
+        assert_same(scores, slopes(scores, parameters), expected, true_gradients)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2, caps and windows", "qwen3-moe, experts"])
+def test_the_same_under_gradient_checkpointing(name):
+    model = make(name)
+    parameters = list(model.parameters())
+    expected = alone(model)
+    true_gradients = slopes(expected, parameters)
+    model.set_attn_implementation(NAMES["sdpa"])
+    scoring = ScoringModel(model).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    scores = scoring(**forward_arguments(collate_trees(TREES, "shared_prefix")))["logp"]
+    assert_same(scores, slopes(scores, parameters), expected, true_gradients)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_same_with_adapters(checkpointing):
+    """LoRA on every linear layer, its second factor not zero; then with the adapters off."""
+    from peft import LoraConfig, get_peft_model
+
+    model = make("llama")
+    base = alone(model)
+    peft = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    adapters = [p for n, p in peft.named_parameters() if "lora_" in n]
+    for parameter in adapters:
+        torch.nn.init.normal_(parameter, std=0.3)
+    expected = alone(model)
+    true_gradients = slopes(expected, adapters)
+    assert not torch.allclose(base, expected, atol=0.1)
+    model.set_attn_implementation(NAMES["sdpa"])
+    scoring = ScoringModel(model)
+    scoring.model = peft
+    if checkpointing:
+        scoring.train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    batch = forward_arguments(collate_trees(TREES, "shared_prefix"))
+    scores = scoring(**batch)["logp"]
+    assert_same(scores, slopes(scores, adapters), expected, true_gradients)
+    with torch.no_grad(), scoring.adapter_off():
+        torch.testing.assert_close(scoring(**batch)["logp"], base, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", [n for n in ARCHITECTURES if "unequal" not in n])
+def test_flex_attention_scores_the_same(name):
+    """Its forward alone: FlexAttention has no backward on a CPU, and is refused for training there."""
+    model = make(name)
+    with torch.no_grad():
+        expected = alone(model)
+        model.set_attn_implementation(NAMES["flex_attention"])
+        for layout in PACKED:
+            scores = ScoringModel(model)(**forward_arguments(collate_trees(TREES, layout)))
+            torch.testing.assert_close(scores["logp"], expected, rtol=1e-5, atol=1e-5)
+
+
+def visible(trees) -> torch.Tensor:
+    """Bool [N, N] of who sees whom, from the definition, token by token."""
+    owner = [
+        (group, branch, position)
+        for group, (trunk, *branches) in enumerate(trees)
+        for branch, size in enumerate([trunk, *branches])
+        for position in range(size)
+    ]
+    return torch.tensor(
+        [
+            [g == h and ((b == c and i <= p) or (c == 0 and b > 0)) for h, c, i in owner]
+            for g, b, p in owner
+        ]
+    )
+
+
+GROUP = st.tuples(st.integers(1, 5), st.lists(st.integers(0, 4), max_size=4)).map(
+    lambda group: (group[0], *group[1])
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(GROUP, min_size=1, max_size=4), st.sampled_from([None, 1, 2, 3, 7]))
+def test_every_form_of_the_plan_says_the_same(trees, window):
+    """Segments with their masks, gathered keys, and tags, against the definition."""
+    plan = AttentionPlan(tuple(trees), torch.device("cpu"))
+    expected = visible(trees)
+    size = len(expected)
+    group, branch, position = plan.tags
+    behind = position[:, None] - position
+    if window is not None:
+        expected = expected & (behind < window)
+    tags = (group[:, None] == group) & ((branch == 0) | (branch[:, None] == branch)) & (behind >= 0)
+    assert torch.equal(tags if window is None else tags & (behind < window), expected)
+    layout = plan.varlen
+    keys = torch.arange(size) if layout.keys is None else layout.keys
+    seen = torch.zeros(size, size, dtype=torch.bool)
+    starts = zip(plan.segments, layout.cu_seq_q.tolist(), layout.cu_seq_k.tolist())
+    for segment, q, k in starts:
+        rows = torch.arange(q, q + segment.queries)
+        columns = keys[k : k + segment.prefix + segment.queries]
+        seen[rows[:, None], columns] = plan.mask(segment, window)
+    assert torch.equal(seen, expected)
+    assert layout.max_q == max(s.queries for s in plan.segments)
+    assert layout.max_k == max(s.queries + s.prefix for s in plan.segments)
+    assert layout.cu_seq_q[-1] == size and layout.cu_seq_k[-1] == len(keys)
+    assert plan.longest == int(position.max()) + 1
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_varlen_arguments_give_what_sdpa_gives(window):
+    """A kernel as flash-attention documents it (causal, aligned at the end, its window to the left), in
+    plain PyTorch. The real ones need a GPU; they take these very arguments."""
+
+    def kernel(q, k, v, layout, *, scale, window, softcap, sinks):
+        assert softcap is None and sinks is None
+        outputs = []
+        spans = zip(*(o.tolist() for x in layout[1:3] for o in (x[:-1], x[1:])))
+        for q0, q1, k0, k1 in spans:
+            i = torch.arange(k1 - k0 - (q1 - q0), k1 - k0)[:, None]
+            j = torch.arange(k1 - k0)
+            mask = (j <= i) & (True if window is None else j > i - window)
+            parts = (x[a:b].transpose(0, 1) for x, a, b in ((q, q0, q1), (k, k0, k1), (v, k0, k1)))
+            out = torch.nn.functional.scaled_dot_product_attention(
+                *parts, attn_mask=mask, scale=scale, enable_gqa=True
+            )
+            outputs.append(out.transpose(0, 1))
+        return torch.cat(outputs)
+
+    torch.manual_seed(0)
+    trees = ((3, 2, 1), (1, 0, 4, 2), (5,))
+    rows = sum(map(sum, trees))
+    query, key, value = (torch.randn(1, heads, rows, 8) for heads in (4, 2, 2))
+    value = value[..., :6]
+    options = {"scale": 0.3, "window": window, "softcap": None, "sinks": None}
+    plan = AttentionPlan(trees, torch.device("cpu"))
+    expected = BACKENDS["sdpa"](plan, query, key, value, **options)
+    got = varlen(kernel, plan, query, key, value, **options)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_every_backend_scores_like_sdpa(backend):
+    from dpo_fast.models.architecture import Architecture, _refusal
+
+    plain = Architecture("", None, softcap=False, sinks=False)
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    refusal = _refusal(backend, True, device, dtype, plain)
+    if refusal:
+        pytest.skip(refusal)
+    torch.manual_seed(0)
+    trees = ((70, 30, 1, 200), (1, 0, 400), (129, 64))
+    plan = AttentionPlan(trees, device)
+    rows = sum(map(sum, trees))
+    for window in (None, 50):
+        options = {"scale": 0.1, "window": window, "softcap": None, "sinks": None}
+        leaves = [
+            torch.randn(1, heads, rows, 64, device=device, dtype=dtype, requires_grad=True)
+            for heads in (4, 2, 2)
+        ]
+        results = []
+        for name in ("sdpa", backend):
+            out = BACKENDS[name](plan, *leaves, **options)
+            results.append([out, *torch.autograd.grad(out.float().sin().sum(), leaves)])
+        for a, b in zip(*results):
+            torch.testing.assert_close(b, a, rtol=2e-2, atol=2e-2)
+
+
+def test_sequences_in_a_row_do_not_see_each_other():
+    """Other tokens in one branch leave the scores of all others bitwise alone."""
+    scoring = ScoringModel(make("llama", NAMES["sdpa"]))
+    other = [(prompt, [list(c) for c in completions]) for prompt, completions in TREES]
+    other[0][1][0] = [50, 51, 2]
+    for layout in PACKED:
+        a, b = (
+            scoring(**forward_arguments(collate_trees(trees, layout)))["logp"]
+            for trees in (TREES, other)
+        )
+        assert torch.equal(a[3:], b[3:])
+        assert not torch.allclose(a[:3], b[:3], atol=1e-3)
+
+
+@pytest.mark.parametrize("layout", PACKED)
+@pytest.mark.parametrize("name", ["llama", "mixtral, experts", "gpt-oss, sinks"])
+def test_the_trial_passes_what_keeps_sequences_apart(name, layout):
+    scoring = ScoringModel(make(name, NAMES["sdpa"]))
+    check_separation(scoring, layout, 97, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("layout", PACKED)
+def test_the_trial_finds_a_layer_that_mixes_tokens(layout):
+    """A convolution along the row, as a model of one's own may have: no configuration tells of it."""
+    model = make("llama", NAMES["sdpa"])
+    model.model.layers[0].register_forward_hook(
+        lambda module, inputs, output: output + 0.1 * output.roll(1, dims=1)
+    )
+    with pytest.raises(
+        UserError, match=f"train.layout={layout} .* mixes tokens .* train.layout=pad"
+    ):
+        check_separation(ScoringModel(model), layout, 97, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"attention_mask": torch.zeros(1, 1, 2, 2)}, "a mask of its own"),
+        ({"dropout": 0.1}, "dropout"),
+        ({"position_bias": torch.zeros(1)}, r"not known here \(position_bias\)"),
+        ({"indices": torch.zeros(1, dtype=torch.int64)}, r"not known here \(indices\)"),
+        ({"sinks": torch.zeros(2)}, r"not known here \(sinks\)"),
+        ({"is_causal": False}, "look ahead"),
+        ({"plan": None}, "got no plan"),
+    ],
+)
+def test_what_would_change_the_scores_is_refused(changes, reason):
+    attention = transformers.AttentionInterface()[NAMES["sdpa"]]
+    states = (torch.randn(1, 2, 2, 4) for _ in range(3))
+    options = {"plan": AttentionPlan(((2,),), torch.device("cpu")), "attention_mask": None}
+    with pytest.raises(UserError, match=reason):
+        attention(torch.nn.Module(), *states, **(options | changes))
+
+
+def test_kernels_refuse_what_they_do_not_know():
+    from dpo_fast.models.attention import flash_kernel, pytorch_kernel
+
+    plan = AttentionPlan(((2,),), torch.device("cpu"))
+    q = torch.randn(2, 2, 4)
+    options = {"scale": 1.0, "window": None, "softcap": None, "sinks": None}
+    with pytest.raises(UserError, match="model.attention=varlen .* soft-capped"):
+        pytorch_kernel(q, q, q, plan.varlen, **(options | {"softcap": 30.0}))
+    with pytest.raises(UserError, match="model.attention=flash_attention_2 .* sinks"):
+        flash_kernel(
+            "flash_attention_2", q, q, q, plan.varlen, **(options | {"sinks": torch.zeros(2)})
+        )
+
+
+def test_the_batch_without_groups_has_no_plan():
+    """Padded batches go by the mask; the plan is for rows."""
+    batch = collate_trees(TREES, "padded")
+    assert batch.trees is None
+    assert dataclasses.asdict(batch)["attention_mask"].sum() == batch.tokens - len(batch.lengths_S)

@@ -1,0 +1,41 @@
+"""A head in slices over two gloo ranks gives what the whole head gives, forward and backward."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dpo_fast.ops import linear_logp
+from dpo_fast.ops.linear_logp.vocab_shard import VocabShard
+from tests.support.paths import ROOT
+
+
+def test_two_ranks_against_the_whole():
+    """Both implementations, fp32 and bf16, kept and recomputed, frozen or not, soft cap, a row whose
+    peak lies in one slice alone; outputs, extras and every gradient against fp64."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run(
+        [*command, str(ROOT / "tests/support/workers/shards.py")],
+        cwd=ROOT,
+        timeout=300,
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0 and "all shards agree" in result.stdout, result.stderr[-3000:]
+
+
+def test_needs_a_process_group():
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        VocabShard.of(torch.zeros(3, 2))
+
+
+def test_a_shard_of_another_weight_is_refused():
+    shard = VocabShard(group=None, first=4, vocab=8, largest=4)
+    hidden, weight, targets = torch.zeros(1, 2), torch.zeros(5, 2), torch.tensor([7])
+    with pytest.raises(ValueError, match="does not fit a weight of 5 rows"):
+        linear_logp(hidden, weight, targets, shard=shard)
+    with pytest.raises(ValueError, match=r"targets must be in 0\.\.7"):
+        linear_logp(hidden, weight[:4], targets + 1, shard=shard)

@@ -1,0 +1,366 @@
+"""The stored reference: complete or absent, checked when read, found by content, whatever the batches."""
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+datasets = pytest.importorskip("datasets")
+
+import pyarrow.parquet
+
+from dpo_fast.data import kinds
+from dpo_fast.data.batch import LAYOUTS, collate
+from dpo_fast.data.dataset import PairDataset
+from dpo_fast.data.kinds import RowLengths
+from dpo_fast.data.packing import row_costs
+from dpo_fast.errors import UserError
+from dpo_fast.references import CachedReference, artefact
+from dpo_fast.references.artefact import MANIFEST, Unfinished, read_rows
+from dpo_fast.references.cached import open_reference
+from dpo_fast.references.compute import length_batches, part_table, score_part
+from dpo_fast.references.store import Request, default_place, find_stored, model_digest, named_place
+from tests.support.models import write_model
+
+PAIRS = [
+    {"prompt_ids": [1], "chosen_ids": [10 + row, 2], "rejected_ids": [20 + row] * (row + 1)}
+    for row in range(5)
+]
+SUMS = [[-(10.0 + row + 2), -(20.0 + row) * (row + 1)] for row in range(5)]
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(artefact, "ROWS_PER_PART", 2)
+
+
+def dataset(rows) -> PairDataset:
+    """Some of PAIRS in some order, as `load_examples` gives them."""
+    pairs = [PAIRS[row] for row in rows]
+    digests = [hashlib.sha256(repr(pair).encode()).digest() for pair in pairs]
+    wheres = [f"pairs.jsonl:{row + 1}" for row in rows]
+    columns = {name: [pair[name] for pair in pairs] for name in PAIRS[0]}
+    return PairDataset(
+        datasets.Dataset.from_dict(columns | {"where": wheres, "digest": digests}), report=None
+    )
+
+
+def request(rows=range(5), name="train", model="m", dtype="fp32", per_token=False) -> Request:
+    return Request(name, dataset(rows), model, dtype, per_token)
+
+
+def scorer(targets_T, **arguments):
+    """A model whose log-probability of a token is minus its number."""
+    assert not torch.is_grad_enabled()
+    return {"logp": -targets_T.float()}
+
+
+def table_of(wanted: Request, rows: range, layout="packed", size=2, score=scorer):
+    pairs, lengths = wanted.examples, wanted.examples.lengths.take(rows)
+    plan = length_batches(rows, row_costs(pairs.lengths, layout), size)
+    batches = [collate([pairs[row] for row in some], layout, indices=some) for some in plan]
+    values_T = score_part(score, [*batches, collate([], layout)], rows, lengths, "cpu")
+    return part_table(values_T, lengths, pairs, rows, wanted.per_token)
+
+
+def store(folder: Path, wanted: Request, **options) -> Path:
+    """Compute a whole artefact, as one rank does."""
+    unfinished = Unfinished(folder, wanted.manifest, wanted.examples)
+    for index in unfinished.begin():
+        unfinished.write(index, table_of(wanted, unfinished.parts[index], **options))
+    unfinished.finish({"world_size": 1})
+    return folder
+
+
+def opened(folders, rows, per_token=False) -> CachedReference:
+    return open_reference(folders, dataset(rows).digests, per_token, "cpu")
+
+
+def test_the_folder_reads_as_one_table_with_one_line(tmp_path):
+    folder = store(tmp_path / "train", request(per_token=True))
+    pandas = pytest.importorskip("pandas")
+    for rows in (
+        pandas.read_parquet(folder).to_dict("records"),
+        pyarrow.parquet.read_table(folder).to_pylist(),
+    ):
+        assert [row["where"] for row in rows] == [f"pairs.jsonl:{row}" for row in range(1, 6)]
+        assert [[row["chosen_logps"], row["rejected_logps"]] for row in rows] == SUMS
+        assert [row["chosen_tokens"] for row in rows] == [2] * 5
+        assert [row["rejected_tokens"] for row in rows] == [1, 2, 3, 4, 5]
+        assert [list(row["chosen_token_logps"]) for row in rows] == [
+            [-(10.0 + row), -2.0] for row in range(5)
+        ]
+        assert [len(row["digest"]) for row in rows] == [32] * 5
+    schema = pyarrow.parquet.read_table(folder).schema
+    per_token = pyarrow.list_(pyarrow.float32())
+    types = {
+        "digest": pyarrow.binary(),
+        "where": pyarrow.string(),
+        "chosen_logps": pyarrow.float32(),
+        "rejected_logps": pyarrow.float32(),
+        "chosen_tokens": pyarrow.int32(),
+        "rejected_tokens": pyarrow.int32(),
+        "chosen_token_logps": per_token,
+        "rejected_token_logps": per_token,
+    }
+    assert schema.names == list(types)
+    assert all(schema.field(name).type.equals(kind) for name, kind in types.items())
+    plain = pyarrow.parquet.read_table(store(tmp_path / "plain", request()))
+    assert plain.column_names == list(types)[:6]
+    assert [file.name for file in sorted(folder.iterdir())] == [
+        MANIFEST,
+        *(f"part-0000{index}.parquet" for index in range(3)),
+    ]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("rows_per_part", [1, 3, 5, 100])
+def test_values_are_those_of_the_scorer_whatever_the_batches(
+    tmp_path, monkeypatch, layout, size, rows_per_part
+):
+    monkeypatch.setattr(artefact, "ROWS_PER_PART", rows_per_part)
+    folder = store(tmp_path / "train", request(per_token=True), layout=layout, size=size)
+    reference = opened([folder], range(5), per_token=True)
+    batch = collate([PAIRS[4], PAIRS[0]], layout, indices=[4, 0])
+    assert reference(batch).tolist() == [*SUMS[4], *SUMS[0]]
+    assert torch.equal(reference.token_logps(batch), -batch.targets_T.float())
+    assert reference.token_logps(batch).dtype == reference(batch).dtype == torch.float32
+    assert reference.token_logps(collate([], layout)).shape == (0,)
+
+
+def test_rows_are_found_by_content_in_any_order_subset_and_number(tmp_path):
+    folder = store(tmp_path / "train", request([3, 0, 1, 1, 2, 0, 4], per_token=True))
+    for rows in ([4, 2, 0], [0, 1, 2, 3, 4], [1, 1, 3, 1]):
+        reference = opened([folder], rows, per_token=True)
+        assert reference.sums_A.view(-1, 2).tolist() == [SUMS[row] for row in rows]
+        indices = list(range(len(rows)))
+        batch = collate([PAIRS[row] for row in rows], "packed", indices=indices)
+        assert torch.equal(reference.token_logps(batch), -batch.targets_T.float())
+    halves = [store(tmp_path / name, request(rows)) for name, rows in (("a", [0, 3]), ("b", [1]))]
+    assert opened(halves, [1, 0]).sums_A.view(-1, 2).tolist() == [SUMS[1], SUMS[0]]
+    with pytest.raises(ValueError, match="1 of 2 pairs are not in"):
+        opened(halves, [1, 2])
+
+
+def test_sums_alone_have_no_token_values(tmp_path):
+    folder = store(tmp_path / "train", request())
+    with pytest.raises(ValueError, match="reference.per_token=true"):
+        opened([folder], range(5)).token_logps(collate(PAIRS[:1], "packed"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_batches_are_of_like_lengths_and_hold_every_row_once(layout):
+    draw = torch.Generator().manual_seed(0)
+    sizes = torch.randint(1, 50, (3 * 41,), generator=draw).numpy()
+    lengths = RowLengths(kinds.PAIRS, sizes[:41], sizes[41:], np.full(41, 2))
+    costs, rows = row_costs(lengths, layout), range(10, 41)
+    batches = length_batches(rows, costs, 4)
+    assert [len(batch) for batch in batches] == [4] * 7 + [3]
+    ordered = [costs.alone_I[row] for batch in batches for row in batch]
+    assert ordered == sorted(ordered, reverse=True)
+    filled = length_batches(rows, costs, None, tokens=400)
+    assert max(costs.of(batch) for batch in filled) <= 400
+    assert len({len(batch) for batch in filled}) > 1
+    for plan in (batches, filled):
+        assert sorted(row for batch in plan for row in batch) == list(rows)
+
+
+def test_what_is_stored_is_found_beside_the_run_by_content(tmp_path):
+    place = default_place(tmp_path, request())
+    assert find_stored(place, request()) is None
+    store(place.own, request())
+    assert find_stored(place, request()) == [place.own]
+    assert place.own.parent == tmp_path / "reference"
+    others = [request([0, 1]), request(model="x"), request(dtype="bf16"), request(per_token=True)]
+    for other in others:
+        assert default_place(tmp_path, other).own != place.own
+
+
+def test_a_named_folder_serves_any_split_whose_pairs_are_in_it(tmp_path):
+    root = tmp_path / "references"
+    assert find_stored(named_place(root, request()), request()) is None
+    store(root / "train-0123", request([0, 1, 2]))
+    store(root / "eval", request([3, 4]))
+    for wanted in (request([4, 0]), request([2, 2]), request([3], name="eval")):
+        assert set(find_stored(named_place(root, wanted), wanted)) <= set(root.iterdir())
+    # The artefact itself, too.
+    wanted = request([2, 0])
+    assert find_stored(named_place(root / "train-0123", wanted), wanted) == [root / "train-0123"]
+    # A folder that is still being written is none.
+    (root / "eval").rename(root / ".eval.partial")
+    wanted = request([3], name="eval")
+    assert find_stored(named_place(root, wanted), wanted) is None
+
+
+def test_token_values_serve_a_run_that_wants_none_but_not_the_other_way(tmp_path):
+    store(tmp_path / "tokens" / "train", request(per_token=True))
+    store(tmp_path / "sums" / "train", request())
+    place = named_place(tmp_path / "tokens", request())
+    assert find_stored(place, request()) == [place.own]
+    wanted = request(per_token=True)
+    with pytest.raises(UserError, match="per_token is False there and True here.*Delete"):
+        find_stored(named_place(tmp_path / "sums", wanted), wanted)
+
+
+@pytest.mark.parametrize("name", ["model", "dtype"])
+def test_a_reference_of_something_else_is_refused_by_name(tmp_path, name):
+    store(tmp_path / "train", request())
+    wanted = request(**{name: "other"})
+    with pytest.raises(
+        UserError, match=f"{name} is '.*' there and 'other' here. Delete the folder"
+    ):
+        find_stored(named_place(tmp_path, wanted), wanted)
+
+
+def test_pairs_that_are_missing_are_counted_and_the_first_is_named(tmp_path):
+    store(tmp_path / "train", request([0, 1, 3]))
+    wanted = request([0, 2, 1, 4])
+    message = r"2 of 4 pairs \(train\) are not in it, the first pairs.jsonl:3; delete the folder"
+    with pytest.raises(UserError, match=message):
+        find_stored(named_place(tmp_path, wanted), wanted)
+    with pytest.raises(UserError, match=message):
+        find_stored(named_place(tmp_path / "train", wanted), wanted)
+
+
+def test_damage_is_noticed(tmp_path):
+    folder, wanted = tmp_path / "train", request()
+    place = named_place(tmp_path, wanted)
+    part, manifest = folder / "part-00001.parquet", folder / MANIFEST
+    store(folder, wanted)
+    content = part.read_bytes()
+    for position in range(0, len(content), 97):  # one bit, anywhere
+        flipped = bytearray(content)
+        flipped[position] ^= 1
+        part.write_bytes(flipped)
+        with pytest.raises(UserError, match="damaged: part-00001.parquet changed"):
+            find_stored(place, wanted)
+    part.write_bytes(content[:20])
+    with pytest.raises(UserError, match="damaged"):
+        read_rows(folder, ["digest"])
+    part.unlink()
+    with pytest.raises(UserError, match="cannot be read.*No such file.*delete the folder"):
+        find_stored(place, wanted)
+    part.write_bytes(content)
+    assert find_stored(place, wanted) == [folder]
+    stored = json.loads(manifest.read_text())
+    for text, message in (
+        ("{", "cannot be read"),
+        ("[]", "holds no object"),
+        (json.dumps({k: v for k, v in stored.items() if k != "parts"}), "names no parts"),
+    ):
+        manifest.write_text(text)
+        with pytest.raises(UserError, match=message):
+            find_stored(place, wanted)
+    manifest.unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        find_stored(place, wanted)
+
+
+def begun(folder: Path, parts: list[int], **options) -> Unfinished:
+    """An artefact of which some parts are done, by a process that has ended."""
+    wanted = request(**options)
+    unfinished = Unfinished(folder, wanted.manifest, wanted.examples)
+    unfinished.begin()
+    for index in parts:
+        unfinished.write(index, table_of(wanted, unfinished.parts[index]))
+    unfinished.close()
+    return unfinished
+
+
+def test_parts_that_are_done_are_kept_and_torn_ones_are_not(tmp_path):
+    folder = tmp_path / "train"
+    first = begun(folder, [0, 1])
+    assert not folder.exists()
+    (first.folder / ".part-00002.parquet.partial").write_bytes(b"torn")
+    content = (first.folder / "part-00000.parquet").read_bytes()
+    (first.folder / "part-00000.parquet").write_bytes(content[:-30])
+    written = (first.folder / "part-00001.parquet").stat().st_mtime_ns
+    again = Unfinished(folder, request().manifest, request().examples)
+    assert again.begin() == [0, 2]
+    for index in (0, 2):
+        again.write(index, table_of(request(), again.parts[index]))
+    again.finish({})
+    assert (folder / "part-00001.parquet").stat().st_mtime_ns == written
+    assert opened([folder], range(5)).sums_A.view(-1, 2).tolist() == SUMS
+    assert [path.name for path in tmp_path.iterdir()] == ["train"]
+    assert not list(folder.glob(".*"))
+
+
+def test_a_part_with_other_rows_is_not_taken_for_done(tmp_path):
+    first = begun(tmp_path / "train", [0, 1])
+    (first.folder / "part-00000.parquet").rename(first.folder / "part-00001.parquet")
+    again = Unfinished(tmp_path / "train", request().manifest, request().examples)
+    assert again.begin() == [0, 1, 2]
+
+
+def test_a_part_whose_values_changed_on_disk_is_not_taken_for_done(tmp_path):
+    first = begun(tmp_path / "train", [0, 1])
+    part = first.folder / "part-00000.parquet"
+    content = bytearray(part.read_bytes())
+    content[content.index(struct.pack("<f", SUMS[1][0]))] ^= 1
+    part.write_bytes(content)
+    again = Unfinished(tmp_path / "train", request().manifest, request().examples)
+    assert again.begin() == [0, 2]
+
+
+@pytest.mark.parametrize("option", [{"model": "x"}, {"rows": [0, 1]}, {"per_token": True}])
+def test_a_folder_begun_for_something_else_is_refused_and_stays(tmp_path, option):
+    first = begun(tmp_path / "train", [0])
+    other = request(**option)
+    with pytest.raises(UserError, match="was begun for something else.*Delete it to begin anew"):
+        Unfinished(tmp_path / "train", other.manifest, other.examples).begin()
+    assert (first.folder / "part-00000.parquet").exists()
+
+
+def test_two_processes_do_not_write_one_folder(tmp_path):
+    first = Unfinished(tmp_path / "train", request().manifest, request().examples)
+    first.begin()
+    second = Unfinished(tmp_path / "train", request().manifest, request().examples)
+    with pytest.raises(UserError, match="is being written by another process"):
+        second.begin()
+    first.close()
+    assert second.begin() == [0, 1, 2]
+
+
+def test_a_full_disk_is_told_and_costs_nothing(tmp_path, monkeypatch):
+    unfinished = Unfinished(tmp_path / "train", request().manifest, request().examples)
+    unfinished.begin()
+    unfinished.write(0, table_of(request(), unfinished.parts[0]))
+
+    def full(file, content):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artefact, "write_durably", full)
+        with pytest.raises(UserError, match="cannot be written.*No space left.*kept"):
+            unfinished.write(1, table_of(request(), unfinished.parts[1]))
+    unfinished.close()
+    assert Unfinished(tmp_path / "train", request().manifest, request().examples).begin() == [1, 2]
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        Unfinished(tmp_path / "file" / "train", request().manifest, request().examples).begin()
+    with pytest.raises(UserError, match="is a file"):
+        named_place(tmp_path / "file", request())
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+def test_values_that_are_not_finite_are_refused(value):
+    def broken(targets_T, **arguments):
+        logp = -targets_T.float()
+        return {"logp": torch.where(targets_T == 23, value, logp)}
+
+    message = "log-probs of 1 pairs are not finite, the first pairs.jsonl:4;"
+    with pytest.raises(UserError, match=message):
+        table_of(request(), range(2, 4), score=broken)
+
+
+def test_model_digest_tells_models_apart(tmp_path):
+    a, b = write_model(tmp_path / "a", seed=0), write_model(tmp_path / "b", seed=1)
+    same = write_model(tmp_path / "same", seed=0)
+    assert model_digest(str(a)) == model_digest(str(same)) != model_digest(str(b))

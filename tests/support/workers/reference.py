@@ -1,0 +1,57 @@
+"""`dpo-fast` commands in one process, one after the other, under conditions that a test sets.
+
+    reference.py '[{"arguments": [...], "kill_after": 2, "scoring": false}, ...]'
+
+Parts have 4 pairs. kill_after: SIGKILL to rank 0 when it has written so many parts. scoring=false:
+loading a model that scores a reference, or scoring, is an error. refused: the UserError that must end
+the command, on every rank."""
+
+import json
+import os
+import signal
+import sys
+
+from dpo_fast.cli.app import app
+from dpo_fast.errors import UserError
+from dpo_fast.references import artefact
+from dpo_fast.training import distributed, references
+
+artefact.ROWS_PER_PART = 4
+write, score, load = artefact.Unfinished.write, references.score_part, references.load_model
+
+
+def refused(*arguments, **options):
+    raise AssertionError("what is stored is computed again")
+
+
+def killed_after(parts: int):
+    left = [parts]
+
+    def write_and_die(self, *part):
+        write(self, *part)
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return write_and_die
+
+
+def main() -> None:
+    distributed.leave_distributed = lambda: None  # the next command goes on in the same group
+    for case in json.loads(sys.argv[1]):
+        scoring = case.get("scoring", True)
+        artefact.Unfinished.write = (
+            killed_after(case["kill_after"]) if "kill_after" in case else write
+        )
+        references.score_part = score if scoring else refused
+        references.load_model = load if scoring else refused
+        try:
+            app(case["arguments"], standalone_mode=False)
+        except UserError as error:
+            if case.get("refused", "not at all") not in str(error):
+                raise
+        else:
+            assert "refused" not in case, case
+
+
+main()

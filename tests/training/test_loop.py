@@ -1,0 +1,454 @@
+"""Whole runs: the same curve on two ranks, exact resume, references, adapters, exports."""
+
+import copy
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("deepspeed")
+
+from safetensors.torch import load_file
+
+from tests.support.models import run_tree, write_model, write_pairs
+from tests.support.paths import ROOT
+
+STEPS = 6
+ENVIRONMENT = dict(os.environ, PYTHONPATH=str(ROOT))
+
+
+def command(*arguments) -> list[str]:
+    return [sys.executable, "-m", "dpo_fast", *map(str, arguments)]
+
+
+def losses(folder: Path, name: str = "loss") -> dict[int, float]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+def changed(tree: dict, output: Path, **sections) -> dict:
+    """A copy of a tree with its own output folder and some options changed."""
+    tree = copy.deepcopy(tree)
+    for section, options in sections.items():
+        tree[section] = tree.get(section, {}) | options
+    tree["train"]["output_dir"] = str(output)
+    return tree
+
+
+def load_tree(tree: dict):
+    from dpo_fast.training.config import build_config
+
+    return build_config(tree, "tree")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("training")
+    write_model(folder / "model")
+    write_model(folder / "tied", tied=True)
+    write_pairs(folder / "pairs.jsonl", 20)
+    return folder
+
+
+def variants(folder: Path) -> dict[str, dict]:
+    """What is run, by the name of its output folder."""
+    base = run_tree(folder, max_steps=STEPS, micro_batch_size=2)
+    base["parallel"] = {"zero_stage": 0}
+    base["data"]["eval_rows"] = 4
+    lora = {"lora": {"r": 4, "alpha": 8}}
+    zero3 = {"zero_stage": 3}
+    sections = {
+        "plain": {},
+        "whole": {
+            "train": {"save_steps": 3, "save_total_limit": 5},
+            "log": {"logging_steps": 2},  # the checkpoint falls into an open window of metrics
+        },
+        "frozen": {"reference": {"provider": "frozen"}, "parallel": zero3},
+        "checkpointed": {"model": {"gradient_checkpointing": True}, "parallel": zero3},
+        "tied": {"model": {"path": str(folder / "tied")}, "parallel": zero3},
+        "tied-plain": {"model": {"path": str(folder / "tied")}},
+        "adapter-off": {"model": lora, "reference": {"provider": "adapter_off"}},
+        "adapter-cached": {"model": lora, "parallel": zero3, "train": {"merge_lora": True}},
+        "bf16": {"model": {"dtype": "bf16"}, "parallel": zero3},
+        "monitored": {"log": {"report_to": ["tensorboard"], "logging_steps": 2}},
+        "sft-only": {"loss": {"type": "sft"}},
+    }
+    return {name: changed(base, folder / name, **options) for name, options in sections.items()}
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
+    """All variants, run in one process; the resumed one starts from a copy of `whole` at step 3."""
+    trees = variants(folder)
+    cases = folder / "cases.json"
+    cases.write_text(json.dumps(list(trees.values())))
+    worker = [sys.executable, str(ROOT / "tests/support/workers/runs.py"), str(cases)]
+    subprocess.run(worker, env=ENVIRONMENT, check=True, timeout=900)
+    shutil.copytree(folder / "whole" / "checkpoint-3", folder / "resumed" / "checkpoint-3")
+    checkpoint = str(folder / "resumed" / "checkpoint-3")
+    resumed = changed(
+        trees["whole"], folder / "resumed", train={"resume_from_checkpoint": checkpoint}
+    )
+    cases.write_text(json.dumps([resumed]))
+    subprocess.run(worker, env=ENVIRONMENT, check=True, timeout=300)
+    return trees
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "final" / "model.safetensors")
+
+
+def test_two_ranks_with_zero_3_give_the_curve_of_one_without_and_resume_bitwise(folder):
+    tree = run_tree(folder, max_steps=10, micro_batch_size=2, save_steps=5)
+    file = folder / "run.yaml"
+    curves = {}
+    for name, stage, ranks in (("one", 0, 1), ("two", 3, 2), ("two-resumed", 3, 2)):
+        case = changed(tree, folder / name, parallel={"zero_stage": stage})
+        if name == "two-resumed":
+            shutil.copytree(folder / "two" / "checkpoint-5", folder / name / "checkpoint-5")
+            case["train"]["resume_from_checkpoint"] = True
+        file.write_text(yaml.safe_dump(case))
+        subprocess.run(
+            command("train", file, "--nproc", ranks), env=ENVIRONMENT, check=True, timeout=300
+        )
+        curves[name] = losses(folder / name)
+    assert curves["two-resumed"] == {step: curves["two"][step] for step in range(6, 11)}
+    a, b = weights(folder / "two"), weights(folder / "two-resumed")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert len(curves["one"]) == 10
+    assert curves["one"][10] < 0.9 * curves["one"][1], (
+        "nothing was learned: the curve shows nothing"
+    )
+    for step, loss in curves["one"].items():
+        assert curves["two"][step] == pytest.approx(loss, abs=1e-5), f"step {step}"
+
+
+def test_resume_is_bitwise(folder, runs):
+    whole, resumed = losses(folder / "whole"), losses(folder / "resumed")
+    assert sorted(resumed) == [4, 6]
+    assert all(resumed[step] == whole[step] for step in resumed)
+    for name in ("eval_loss", "grad_norm", "learning_rate"):
+        a, b = losses(folder / "whole", name), losses(folder / "resumed", name)
+        assert all(a[step] == b[step] for step in b if step > 3), name
+    a, b = weights(folder / "whole"), weights(folder / "resumed")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_saving_does_not_change_a_run(folder, runs):
+    a, b = weights(folder / "plain"), weights(folder / "whole")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_resolved_configuration_gives_the_same_run(folder, runs):
+    from dpo_fast.training.config import load_config
+
+    for name, tree in runs.items():
+        again = load_config(str(folder / name / "config.yaml"))
+        asked = load_tree(tree).resolved()
+        if asked["train"]["layout"] == "auto":
+            asked["train"]["layout"] = "shared_prefix"  # what auto was resolved to
+        assert again.resolved() == asked, name
+
+
+@pytest.mark.parametrize("name", ["frozen", "checkpointed"])
+def test_other_ways_to_the_same_run(folder, runs, name):
+    """A frozen second model, or recomputed activations, change the last bits at most."""
+    plain = losses(folder / "plain")
+    for step, loss in losses(folder / name).items():
+        assert loss == pytest.approx(plain[step], abs=1e-5), (name, step)
+
+
+def test_tied_embeddings_train_alike_with_and_without_zero_3(folder, runs):
+    plain, sharded = losses(folder / "tied-plain"), losses(folder / "tied")
+    assert all(sharded[step] == pytest.approx(plain[step], abs=1e-5) for step in plain)
+    assert "lm_head.weight" not in weights(folder / "tied")
+
+
+def test_adapters_off_is_the_model_before_training(folder, runs):
+    off, cached = losses(folder / "adapter-off"), losses(folder / "adapter-cached")
+    assert off[STEPS] < 0.6931
+    assert all(cached[step] == pytest.approx(off[step], abs=1e-5) for step in off)
+
+
+def test_step_0_is_ln_2_and_accuracy_starts_at_a_half(folder, runs):
+    for name in ("plain", "frozen", "adapter-off", "tied"):
+        assert losses(folder / name, "eval_loss")[0] == pytest.approx(0.6931472, abs=1e-6), name
+        assert losses(folder / name)[1] == pytest.approx(0.6931472, abs=1e-6), name
+    assert losses(folder / "bf16")[1] == pytest.approx(0.6931472, abs=1e-3)
+
+
+def test_bf16_learns(folder, runs):
+    assert losses(folder / "bf16")[STEPS] < 0.6
+
+
+def test_sft_alone_needs_no_reference(folder, runs):
+    assert not (folder / "sft-only" / "reference").exists()
+    curve = losses(folder / "sft-only")
+    assert curve[STEPS] < curve[1]
+
+
+def test_metrics_have_the_names_people_plot(folder, runs):
+    lines = [json.loads(x) for x in (folder / "plain" / "metrics.jsonl").read_text().splitlines()]
+    names = {
+        "loss",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+        "rewards/margins",
+        "logps/chosen",
+        "logps/rejected",
+        "logits/chosen",
+        "logits/rejected",
+        "entropy",
+        "mean_token_accuracy",
+    }
+    rates = {
+        f"perf/{name}"
+        for name in (
+            "tokens_per_second",
+            "pairs_per_second",
+            "mfu",
+            "padding_fraction",
+            "shared_prefix_saving",
+            "head_ms",
+            "reference_ms",
+            "peak_memory_gib",
+        )
+    }
+    schedule = {"grad_norm", "learning_rate", "epoch", "num_tokens"}
+    assert names | schedule | rates | {"data/truncated", "data/dropped"} <= lines[1].keys()
+    assert 0 < lines[2]["perf/mfu"] < 1 and lines[2]["perf/head_ms"] > 0
+    assert lines[1]["data/dropped"] == lines[1]["data/truncated"] == 0
+    assert {f"eval_{name}" for name in names} <= lines[0].keys()
+    margin = lines[-2]["rewards/chosen"] - lines[-2]["rewards/rejected"]
+    assert lines[-2]["rewards/margins"] == pytest.approx(margin, abs=1e-6)
+
+
+def test_monitor_receives_the_metrics(folder, runs):
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    events = next((folder / "monitored" / "tensorboard").rglob("events.*"))
+    reader = event_accumulator.EventAccumulator(str(events))
+    reader.Reload()
+    scalars = {event.step: event.value for event in reader.Scalars("Train/loss")}
+    assert scalars == pytest.approx(losses(folder / "monitored"))
+
+
+def test_export_loads_and_says_what_was_trained(folder, runs):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for name in ("plain", "tied", "frozen"):
+        final = folder / name / "final"
+        model = AutoModelForCausalLM.from_pretrained(final, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(final)
+        start = AutoModelForCausalLM.from_pretrained(runs[name]["model"]["path"])
+        moved = [(a - b).abs().max().item() for a, b in zip(model.parameters(), start.parameters())]
+        assert min(moved) > 0, "a parameter was not trained"
+        ids = tokenizer("1 or 2? ", return_tensors="pt")["input_ids"]
+        assert model.generate(ids, max_new_tokens=2).shape[1] > ids.shape[1]
+
+
+def test_adapter_export_merges_to_the_same_model(folder, runs):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    final = folder / "adapter-cached" / "final"
+    merged_model = AutoModelForCausalLM.from_pretrained(final / "merged", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    ids = torch.arange(5, 25)[None]
+    untouched = base(ids).logits
+    adapted = PeftModel.from_pretrained(base, final)(ids).logits
+    torch.testing.assert_close(merged_model(ids).logits, adapted, rtol=1e-4, atol=1e-5)
+    assert (adapted - untouched).abs().max() > 1e-3
+
+
+def test_sigterm_finishes_the_step_saves_and_exits_130(folder, runs):
+    tree = changed(runs["plain"], folder / "stopped")
+    tree["train"]["max_steps"] = 400
+    file = folder / "stopped.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    process = subprocess.Popen(command("train", file), env=ENVIRONMENT)
+    metrics = folder / "stopped" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 4):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 130
+    saved = int((folder / "stopped" / "latest").read_text().removeprefix("checkpoint-"))
+    assert sorted(losses(folder / "stopped"))[-1] == saved < 400
+    # A killed run may have logged steps that its last checkpoint does not hold.
+    with metrics.open("a") as stream:
+        stream.write(json.dumps({"step": saved + 1, "loss": 0.0}) + '\n{"step": 9')
+    tree["train"] |= {"resume_from_checkpoint": True}
+    file.write_text(yaml.safe_dump(tree))
+    process = subprocess.Popen(command("train", file), env=ENVIRONMENT)
+    deadline = time.monotonic() + 120
+    while len(losses(folder / "stopped") if metrics.read_text().endswith("\n") else []) < saved + 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    lines = [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")]
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps == list(range(1, len(steps) + 1)), "a step is missing or doubled"
+    assert all(line.get("loss", 1.0) > 0 for line in lines)
+
+
+def test_a_stale_reference_is_refused(folder, runs):
+    """A stored reference of other data, named by the user, is an error that says what differs."""
+    tree = changed(runs["plain"], folder / "stale")
+    root = folder / "stored"
+    for split in ("train", "eval"):
+        source = next((folder / "plain" / "reference").glob(f"{split}-*"))
+        shutil.copytree(source, root / split)
+    tree["reference"] = {"cache_dir": str(root)}
+    tree["data"]["max_length"] = 24
+    file = folder / "stale.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    result = subprocess.run(
+        command("train", file), env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 2
+    assert "was computed for other data" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (folder / "stale" / "metrics.jsonl").exists()
+
+
+# Folders that are used twice, damaged or full
+
+
+class Engine:
+    """What a checkpoint asks of an engine. broken: what saving and loading raise."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, broken: Exception | None = None) -> None:
+        self.broken = broken
+
+    def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
+        (Path(folder) / tag).mkdir()
+        if self.broken:
+            raise self.broken
+
+    def load_checkpoint(self, folder: str, tag: str):
+        if self.broken:
+            raise self.broken
+        return folder, {}
+
+
+def saved(root: Path, *steps: int, keep: int = 2) -> list[str]:
+    """The checkpoints that are there after a run has saved at these steps."""
+    from dpo_fast.training.checkpoints import checkpoints, find_checkpoint, save_checkpoint
+
+    for step in steps:
+        save_checkpoint(Engine(), str(root), {"step": step}, {}, keep)
+        assert find_checkpoint(True, str(root)).name == f"checkpoint-{step}"
+    return [folder.name for folder in checkpoints(root)]
+
+
+def test_a_shorter_run_in_the_same_folder_keeps_its_own_checkpoints(tmp_path):
+    assert saved(tmp_path, 40, 80) == ["checkpoint-40", "checkpoint-80"]
+    assert saved(tmp_path, 2) == ["checkpoint-2", "checkpoint-80"]
+    assert saved(tmp_path, 4, 6) == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_a_folder_of_the_users_own_is_no_checkpoint(tmp_path):
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-best" / "state.json").write_text("{}")
+    assert saved(tmp_path, 1, 2, 3) == ["checkpoint-2", "checkpoint-3"]
+    assert (tmp_path / "checkpoint-best" / "state.json").exists()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("unexpected pos"), OSError(28, "No space left")])
+def test_a_full_disk_costs_no_checkpoint(tmp_path, error):
+    from dpo_fast.errors import UserError
+    from dpo_fast.training.checkpoints import save_checkpoint
+
+    saved(tmp_path, 1, 2)
+    with pytest.raises(UserError, match="checkpoint-3.partial cannot be written: .*(pos|space)"):
+        save_checkpoint(Engine(error), str(tmp_path), {"step": 3}, {}, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2", "latest"]
+
+
+def test_a_damaged_checkpoint_is_told(tmp_path):
+    from dpo_fast.errors import UserError
+    from dpo_fast.training.checkpoints import load_checkpoint
+
+    saved(tmp_path, 1)
+    folder = tmp_path / "checkpoint-1"
+    load_checkpoint(Engine(), folder, {"step": 1}, {})
+    with pytest.raises(UserError, match="engine cannot be read: size mismatch"):
+        load_checkpoint(Engine(RuntimeError("size mismatch")), folder, {"step": 1}, {})
+    (folder / "rank-0.pt").write_bytes(b"torn")
+    with pytest.raises(UserError, match="rank-0.pt cannot be read"):
+        load_checkpoint(Engine(), folder, {"step": 1}, {})
+
+
+def test_a_state_that_is_no_state_is_told(tmp_path):
+    from dpo_fast.errors import UserError
+    from dpo_fast.training.checkpoints import find_checkpoint, load_checkpoint
+
+    saved(tmp_path, 1)
+    (tmp_path / "latest").write_bytes(b"\xff\xfe")
+    folder = find_checkpoint(True, str(tmp_path))
+    assert folder.name == "checkpoint-1", "what `latest` cannot tell, the folders do"
+    (folder / "state.json").write_text("[]")
+    with pytest.raises(UserError, match="state.json cannot be read"):
+        load_checkpoint(Engine(), folder, {"step": 1}, {})
+
+
+def test_a_tilde_in_folders_is_the_home(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    train = {"output_dir": "~/run", "resume_from_checkpoint": "~/run/checkpoint-1"}
+    sections = {
+        "train": train,
+        "model": {"path": "~/model", "tokenizer": "~/tied"},
+        "reference": {"path": "~/tied", "old_path": "~/model", "per_token": True},
+        "loss": {"type": "grpo", "grpo_beta": 0.1},
+    }
+    config = load_tree(run_tree(folder) | sections)
+    assert config.train.output_dir == str(folder / "run")
+    assert config.train.resume_from_checkpoint == str(folder / "run" / "checkpoint-1")
+    assert (config.model.path, config.model.tokenizer) == (
+        str(folder / "model"),
+        str(folder / "tied"),
+    )
+    assert config.reference.path == str(folder / "tied")
+    assert config.reference.old_path == str(folder / "model")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"train": {"learning_rate": 1e-2}},
+        {"train": {"weight_decay": 0.1}},
+        {"train": {"lr_scheduler_type": "linear"}},
+        {"loss": {"beta": 0.2}},
+        {"loss": {"type": "ipo"}},
+        {"reference": {"provider": "ema"}},
+        {"model": {"lora": {"r": 4}}},
+    ],
+)
+def test_an_option_that_resuming_would_ignore_is_not_resumed(folder, change):
+    from types import SimpleNamespace
+
+    from dpo_fast.training.loop import must_fit
+
+    def fits(**sections) -> dict:
+        tree = changed(run_tree(folder), folder / "never", **sections)
+        split = SimpleNamespace(must_fit=dict)
+        return must_fit(SimpleNamespace(config=load_tree(tree), train=split, total_steps=1))
+
+    assert fits() != fits(**change)
+    assert json.loads(json.dumps(fits())) == fits(), "state.json gives it back as it was"
