@@ -127,7 +127,7 @@ def test_the_loss_of_plain_logits_however_it_is_split(layout, micro, place, rows
     )
     assert trainer.layout == layout
     assert log[0]["loss"] == pytest.approx(expected, abs=1e-5)
-    assert log[0]["pairs"] == 8
+    assert log[0]["examples"] == 8
 
 
 def test_the_same_steps_as_an_engine_of_our_own(place, rows, tmp_path):
@@ -261,7 +261,7 @@ def test_evaluation_is_the_mean_over_pairs(place, rows, other, tmp_path):
     expected = expected_loss(place, rows, objective, AutoModelForCausalLM.from_pretrained(other))
     assert metrics["eval_loss"] == pytest.approx(expected, abs=1e-5)
     entry = trainer.state.log_history[-1]
-    assert entry["eval_pairs"] == 10 and "eval_rewards/accuracies" in entry
+    assert entry["eval_examples"] == 10 and "eval_rewards/accuracies" in entry
 
 
 @pytest.mark.parametrize("ranks, stage", [(2, None), (1, 3)])

@@ -32,7 +32,7 @@ def assert_same(scores, gradients, expected, true_gradients):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_rows_of_groups_score_like_every_sequence_alone(name):
+def test_trees_score_like_every_sequence_alone(name):
     """Log-probs and the gradient of every parameter, fp32, to 1e-5."""
     model = make(name)
     parameters = list(model.parameters())
@@ -275,8 +275,8 @@ def test_kernels_refuse_what_they_do_not_know():
         )
 
 
-def test_the_batch_without_groups_has_no_plan():
+def test_a_padded_batch_has_no_plan():
     """Padded batches go by the mask; the plan is for rows."""
     batch = collate_trees(TREES, "padded")
-    assert batch.trees is None
+    assert batch.spans is None
     assert dataclasses.asdict(batch)["attention_mask"].sum() == batch.tokens - len(batch.lengths_S)

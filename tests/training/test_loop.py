@@ -215,7 +215,7 @@ def test_metrics_have_the_names_people_plot(folder, runs):
         f"perf/{name}"
         for name in (
             "tokens_per_second",
-            "pairs_per_second",
+            "examples_per_second",
             "mfu",
             "padding_fraction",
             "shared_prefix_saving",

@@ -125,7 +125,7 @@ def test_clock_and_sums(monkeypatch):
             now[0] += 0.003
         sums._add("loss", torch.tensor(1.0), 0)
         sums._count("num_tokens", 5, 0)
-        sums._count("pairs", 1, 0)
+        sums._count("examples", 1, 0)
         sums.step()
     found = sums.read()
     assert found["perf/reference_ms"] == pytest.approx(3.0) and found["perf/head_ms"] == 0

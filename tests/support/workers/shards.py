@@ -71,7 +71,10 @@ def main():
         for name, value in truth.items():
             rows = mine if name in ("dW", "db") else slice(None)
             error = (got[name] - value[rows]).abs().max()
-            allowed = 2 * (same[name] - value).abs().max() + 2e-6 * value.abs().max()
+            # A nat is what log-probs and entropies are measured in, however near 0 they come out: the
+            # eager form may be exact by luck of the processor's exp.
+            size = value.abs().max() if name.startswith("d") else value.abs().max().clamp_min(1)
+            allowed = 2 * (same[name] - value).abs().max() + 2e-6 * size
             if name.startswith("d") and dtype == torch.bfloat16:
                 allowed = allowed + 2**-7 * value.abs().max()
             case = (implementation, dtype, peak, frozen, budget, softcap, name)
