@@ -16,8 +16,9 @@ import torch
 from benchmarks.machine import DTYPES
 from benchmarks.train.measure import Spans
 from benchmarks.train.model import Sizes
+from dpo_fast.data.layouts import LAYOUTS
 
-LAYOUTS = ("padded", "packed", "shared_prefix")
+TRL_LAYOUT = "padded"
 WARM_UP = (
     2  # steps before the rounds: the first allocates and compiles, the second tells the memory
 )
@@ -27,7 +28,7 @@ WARM_UP = (
 class Contender:
     """One way to take a training step.
 
-    layout: ours, or "" for TRL's, which is padded. stored: the reference's log-probs come from a table
+    layout: ours, or "" for TRL's own, `TRL_LAYOUT`. stored: the reference's log-probs come from a table
     made before training; else a frozen model is asked in every step. checkpointing: activations are
     recomputed in backward. options: further arguments of TRL's configuration.
     """
@@ -92,7 +93,8 @@ class Task:
         return len(self.order[0])
 
     def micro_batch_size(self, layout: str) -> int:
-        return self.padded_pairs if layout in ("", "padded") else self.packed_pairs
+        shared = LAYOUTS[layout or TRL_LAYOUT].shares_rows
+        return self.packed_pairs if shared else self.padded_pairs
 
 
 def lengths_of(rows: list[dict]) -> np.ndarray:

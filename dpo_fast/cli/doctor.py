@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.ops.dispatch import choose_implementation
 from dpo_fast.ops.linear_logp.plan import MIB, default_workspace_bytes
 from dpo_fast.training.distributed import cores
@@ -80,7 +81,7 @@ def _choices() -> Table:
                 choice = choose_implementation(operation, device, dtype)
                 short = str(dtype).removeprefix("torch.")
                 table.add_row(operation, str(device), short, choice.name, choice.reason)
-        for layout in ("padded", "packed"):
+        for layout in LAYOUTS:
             name, why = attention(layout, device)
             table.add_row(f"attention, {layout}", str(device), "bfloat16", name, escape(why))
     on_gpu = torch.cuda.is_available()

@@ -1,17 +1,11 @@
-"""The one batch type. Layouts differ in how tokens are laid out; the head always sees the same vectors.
+"""Examples of token ids to `ScoredBatch`, the one batch type.
 
-Layouts: rows of token ids to a `ScoredBatch`.
-
-padded          [prompt chosen] and [prompt rejected], a row each, padded to the longest
-packed          the same sequences one after the other in one row
-shared_prefix   [prompt | chosen | rejected]: the prompt once, its completions side by side
-
-The last token of a sequence predicts nothing, so it does not go through the backbone.
+The head sees the same vectors in every layout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
@@ -19,22 +13,32 @@ import torch
 from torch import Tensor
 
 from dpo_fast.data.kinds import COMPLETIONS, GROUPS, PAIRS, Kind
+from dpo_fast.data.layouts import LAYOUTS, Trees
 
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """Sequences of P pairs, 2p the chosen and 2p + 1 the rejected one, in one forward.
+    """P examples with S sequences, a prompt with one completion each, in one forward.
 
-    input_ids, position_ids: [B, L] int64; attention_mask: [B, L] int64, or None where `spans` (B = 1)
-    tells attention what belongs together: along L lie trees, each a trunk (the prompt) and the branches
-    that continue it (completions), of the lengths (trunk, branch, ...). Branches do not see each other.
-    rows_T: row of the flattened [B * L] hidden states that predicts scored token t; targets_T: that
-    token; lengths_S: scored tokens of each sequence. Sequences are contiguous in T.
-    indices_P: rows of the data set, int64. tokens: tokens of the data, every sequence whole; padding:
-    positions of input_ids that are padding; attended_pairs: half of the pairs of positions that see each other,
-    as attention has to work for. columns: of the data, fp32 [P] each, by name.
-    desirable_S: bool [S]; given, rows are completions that are desirable or undesirable by themselves, and P is S.
-    counts_P: int64; given, rows are groups of so many completions, of which scores_S, fp32, are the scores.
+    Of pairs, sequence 2p is the chosen one of pair p and 2p + 1 the rejected one.
+
+    input_ids, position_ids: int64 [B, L].
+    attention_mask: int64 [B, L]; None where `spans` are given.
+    spans: lengths (trunk, branch, ...) of the trees along the one row (B = 1); None where
+        `attention_mask` is given. A trunk is a prompt and its branches are completions, which do
+        not see each other.
+    rows_T: int64, row of the flattened [B * L] hidden states that predicts scored token t. The
+        tokens of a sequence are contiguous in T.
+    targets_T: int64, the scored tokens.
+    lengths_S: int64, scored tokens of each sequence.
+    indices_P: int64, places of the examples in the data set, on the host.
+    tokens: tokens of the data, every sequence whole.
+    padding: positions of input_ids that are padding.
+    attended_pairs: (query, key) pairs that attention computes.
+    columns: further columns of the data by name, fp32 [P].
+    desirable_S: bool; given, the examples are completions with a label, and P is S.
+    scores_S, counts_P: fp32 and int64; given, the examples are groups of so many completions with
+        scores.
     """
 
     input_ids: Tensor
@@ -59,6 +63,7 @@ class ScoredBatch:
 
     @property
     def chosen_tokens(self) -> int:
+        """Scored tokens of the chosen completions; for pairs alone."""
         return int(self.lengths_S[0::2].sum())
 
     @property
@@ -66,8 +71,11 @@ class ScoredBatch:
         return self.padding / self.input_ids.numel()
 
     def to(self, device: torch.device | str) -> ScoredBatch:
-        """On another device, all but indices_P: tables on the host are looked up by them, and to ask a GPU
-        for them would wait for all that it has to do."""
+        """The batch on another device.
+
+        `indices_P` stays: it looks up tables on the host, and reading it from a GPU would wait for
+            all work there.
+        """
         tensors = {
             each.name: value.to(device, non_blocking=True)
             for each in fields(self)
@@ -77,11 +85,8 @@ class ScoredBatch:
         return replace(self, **tensors, columns=columns)
 
 
-LAYOUTS = ("padded", "packed", "shared_prefix")
-
-
 def collate(
-    rows: Sequence[dict],
+    examples: Sequence[Mapping],
     layout: str,
     *,
     pad_id: int = 0,
@@ -89,62 +94,76 @@ def collate(
     columns: Sequence[str] = (),
     kind: Kind = PAIRS,
 ) -> ScoredBatch:
-    """Lay out pairs with keys `prompt_ids`, `chosen_ids`, `rejected_ids` (lists of int); completions
-    with `prompt_ids`, `completion_ids` and the bool `label`; or groups with `prompt_ids`, `completions_ids`
-    (lists of lists) and the floats `scores`.
+    """Lay out examples of one kind.
 
-    columns: names of further keys, floats, that go into the batch's columns. Completions of one prompt
-    come one after the other, in all that the batch holds, so that they can share it.
+    Completions that share a prompt come one after the other in the batch, so that a layout can lay
+    out the prompt once. No examples at all give one padding token and nothing scored.
 
-    No rows at all give one padding token and nothing scored, so that a rank without work still
-    takes part in every collective.
+    Args:
+        examples: with the lists of int `prompt_ids` and, by kind, `chosen_ids` and `rejected_ids`;
+            `completion_ids` and the bool `label`; or `completions_ids`, a list of lists, and the
+            floats `scores`.
+        layout: a name of the table of layouts.
+        pad_id: fills padding; nothing attends to it.
+        indices: places of the examples in the data set; by default 0, 1, ...
+        columns: names of further keys, floats, that become columns of the batch.
 
     Raises:
         ValueError: an unknown layout, or a sequence without prompt or completion.
     """
-    for row in rows:
-        for name in kind.ids:
-            texts = row[name] if kind.many and name != "prompt_ids" else [row[name]]
-            if not all(map(len, texts)):
-                raise ValueError(f"{kind.one} has an empty {name}: {row}")
-    indices = list(range(len(rows)) if indices is None else indices)
-    trees, order = _by_prompt(rows) if kind == COMPLETIONS else _by_row(rows, kind)
-    batch = collate_trees(trees, layout, pad_id=pad_id, indices=[indices[i] for i in order])
-    values = {name: torch.tensor([rows[i][name] for i in order]).float() for name in columns}
-    judged = {}
-    if kind == COMPLETIONS:
-        judged["desirable_S"] = torch.tensor([rows[i]["label"] for i in order], dtype=torch.bool)
-    elif kind == GROUPS:
-        judged["scores_S"] = torch.tensor(
-            [score for row in rows for score in row["scores"]]
-        ).float()
-        judged["counts_P"] = torch.tensor([len(row["scores"]) for row in rows], dtype=torch.int64)
-    return replace(batch, columns=values, **judged)
+    for example in examples:
+        _check(example, kind)
+    places = _by_prompt(examples) if kind == COMPLETIONS else range(len(examples))
+    ordered = [examples[place] for place in places]
+    indices = places if indices is None else [indices[place] for place in places]
+    batch = collate_trees(_trees(ordered, kind), layout, pad_id=pad_id, indices=indices)
+    values = {name: torch.tensor([each[name] for each in ordered]).float() for name in columns}
+    return replace(batch, columns=values, **_labels(ordered, kind))
 
 
-def _by_row(rows: Sequence[dict], kind: Kind) -> tuple[list, range]:
-    """A group for each row, and the order of rows."""
-    return [(row["prompt_ids"], kind.answer_ids(row)) for row in rows], range(len(rows))
+def _check(example: Mapping, kind: Kind) -> None:
+    for name in kind.ids:
+        texts = example[name] if kind.many and name != "prompt_ids" else [example[name]]
+        if not all(map(len, texts)):
+            raise ValueError(f"{kind.one} has an empty {name}: {example}")
 
 
-def _by_prompt(rows: Sequence[dict]) -> tuple[list, list[int]]:
-    """A group for each prompt, with the completions of all its rows, and the order of rows in that."""
+def _by_prompt(completions: Sequence[Mapping]) -> list[int]:
+    """Their places, those of one prompt together, in the order in which the prompts first come."""
     places: dict[tuple[int, ...], list[int]] = {}
-    for index, row in enumerate(rows):
-        places.setdefault(tuple(row["prompt_ids"]), []).append(index)
-    trees = [
-        (rows[mine[0]]["prompt_ids"], [rows[index]["completion_ids"] for index in mine])
-        for mine in places.values()
-    ]
-    return trees, [index for mine in places.values() for index in mine]
+    for place, each in enumerate(completions):
+        places.setdefault(tuple(each["prompt_ids"]), []).append(place)
+    return [place for mine in places.values() for place in mine]
+
+
+def _trees(examples: Sequence[Mapping], kind: Kind) -> Trees:
+    """A tree for each example; completions of one prompt, which are neighbours, are one tree."""
+    trees: list[tuple[list[int], list[list[int]]]] = []
+    for example in examples:
+        prompt, answers = example["prompt_ids"], kind.answer_ids(example)
+        if kind == COMPLETIONS and trees and trees[-1][0] == prompt:
+            trees[-1][1].extend(answers)
+        else:
+            trees.append((prompt, answers))
+    return trees
+
+
+def _labels(examples: Sequence[Mapping], kind: Kind) -> dict[str, Tensor]:
+    """What says how good the answers are, by the name of its field."""
+    if kind == COMPLETIONS:
+        return {"desirable_S": torch.tensor([each["label"] for each in examples], dtype=torch.bool)}
+    if kind == GROUPS:
+        scores = [score for each in examples for score in each["scores"]]
+        counts = [len(each["scores"]) for each in examples]
+        return {
+            "scores_S": torch.tensor(scores).float(),
+            "counts_P": torch.tensor(counts, dtype=torch.int64),
+        }
+    return {}
 
 
 def collate_trees(
-    trees: Sequence[tuple[list[int], list[list[int]]]],
-    layout: str,
-    *,
-    pad_id: int = 0,
-    indices: Sequence[int] | None = None,
+    trees: Trees, layout: str, *, pad_id: int = 0, indices: Sequence[int] | None = None
 ) -> ScoredBatch:
     """Lay out (prompt, completions), any number of completions each; sequences in that order.
 
@@ -156,88 +175,12 @@ def collate_trees(
     indices = range(len(trees)) if indices is None else indices
     completions = [completion for _, group in trees for completion in group]
     prompts = [prompt for prompt, group in trees for _ in group]
-    place = {"padded": _padded, "packed": _packed, "shared_prefix": _shared_prefix}[layout]
-    places, rows = place(trees, pad_id) if trees else (_nothing(pad_id, layout), [])
-    empty = np.zeros(0, dtype=np.int64)
+    placement = LAYOUTS[layout].place(trees, pad_id) if trees else LAYOUTS[layout].nothing(pad_id)
+    targets = np.concatenate([np.zeros(0, dtype=np.int64), *completions]).astype(np.int64)
     return ScoredBatch(
-        **places,
-        rows_T=torch.from_numpy(np.concatenate([empty, *rows])),
-        targets_T=torch.from_numpy(np.concatenate([empty, *completions]).astype(np.int64)),
+        **vars(placement),
+        targets_T=torch.from_numpy(targets),
         lengths_S=torch.tensor([len(c) for c in completions], dtype=torch.int64),
         indices_P=torch.tensor(list(indices), dtype=torch.int64),
         tokens=sum(map(len, prompts)) + sum(map(len, completions)),
     )
-
-
-def _padded(trees, pad_id: int) -> tuple[dict, list[np.ndarray]]:
-    """Right padding, so that positions are those of the sequence alone."""
-    sequences = [[*prompt, *c[:-1]] for prompt, group in trees for c in group]
-    starts = [len(prompt) for prompt, group in trees for _ in group]
-    lengths = [len(sequence) for sequence in sequences]
-    width = max(lengths)
-    input_ids = torch.full((len(sequences), width), pad_id)
-    mask = torch.zeros(len(sequences), width, dtype=torch.int64)
-    for row, sequence in enumerate(sequences):
-        input_ids[row, : len(sequence)] = torch.tensor(sequence)
-        mask[row, : len(sequence)] = 1
-    places = {
-        "input_ids": input_ids,
-        "position_ids": torch.arange(width).expand(len(sequences), -1).contiguous(),
-        "attention_mask": mask,
-        "spans": None,
-        "padding": input_ids.numel() - sum(lengths),
-        "attended_pairs": sum(length**2 for length in lengths) // 2,
-    }
-    spans = zip(range(0, width * len(sequences), width), starts, lengths)
-    return places, [np.arange(row + start - 1, row + length) for row, start, length in spans]
-
-
-def _packed(trees, pad_id: int) -> tuple[dict, list[np.ndarray]]:
-    """Nothing is shared where every completion has a prompt of its own."""
-    alone = [(prompt, [completion]) for prompt, group in trees for completion in group]
-    return _shared_prefix(alone, pad_id)
-
-
-def _shared_prefix(trees, pad_id: int) -> tuple[dict, list[np.ndarray]]:
-    """One row; the completions of a prompt all go on from its last position and its last row."""
-    ids, positions, lengths, rows, offset = [], [], [], [], 0
-    for prompt, completions in trees:
-        start = len(prompt)
-        last = offset + start - 1
-        ids.append(prompt)
-        positions.append(np.arange(start))
-        offset += start
-        for completion in completions:
-            size = len(completion) - 1
-            ids.append(completion[:-1])
-            positions.append(np.arange(start, start + size))
-            rows.append(np.concatenate([[last], np.arange(offset, offset + size)]))
-            offset += size
-        lengths.append((start, *(len(completion) - 1 for completion in completions)))
-    places = {
-        "input_ids": torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
-        "position_ids": torch.from_numpy(np.concatenate(positions))[None],
-        "attention_mask": None,
-        "spans": tuple(lengths),
-        "padding": 0,
-        "attended_pairs": sum(map(_attended_pairs, lengths)),
-    }
-    return places, rows
-
-
-def _attended_pairs(group: tuple[int, ...]) -> int:
-    """Half of a square for the trunk and for each branch; every branch also sees all of the trunk."""
-    trunk, *branches = group
-    return (trunk**2 + sum(branch**2 for branch in branches)) // 2 + trunk * sum(branches)
-
-
-def _nothing(pad_id: int, layout: str) -> dict:
-    padded = layout == "padded"
-    return {
-        "input_ids": torch.full((1, 1), pad_id),
-        "position_ids": torch.zeros(1, 1, dtype=torch.int64),
-        "attention_mask": torch.ones(1, 1, dtype=torch.int64) if padded else None,
-        "spans": None if padded else ((1,),),
-        "padding": 1,
-        "attended_pairs": 0,
-    }

@@ -22,7 +22,10 @@ from dpo_fast.errors import UserError
 
 
 class Split(NamedTuple):
-    """Ids of a prompt and its answers; `merged` tells whether a token straddles the prompt's end."""
+    """Ids of a prompt and its answers;
+
+    `merged` tells whether a token straddles the prompt's end.
+    """
 
     prompt: list[int]
     answers: list[list[int]]

@@ -32,7 +32,7 @@ COUNTERS = ("merged", "bos_added", "eos_added", "prompt_cut", "answers_cut")
 CHECKED = pyarrow.schema([("where", pyarrow.string()), ("row", pyarrow.string())])
 VERDICT = ("fault", "kind", "message")
 IDS = datasets.List(datasets.Value("int32"))
-JUDGED = {"label": datasets.Value("bool"), "scores": datasets.List(datasets.Value("float64"))}
+LABELS = {"label": datasets.Value("bool"), "scores": datasets.List(datasets.Value("float64"))}
 
 
 def features(kind: Kind) -> datasets.Features:
@@ -44,9 +44,9 @@ def features(kind: Kind) -> datasets.Features:
         "digest": "binary",
     }
     answers = dict.fromkeys(kind.ids[1:], datasets.List(IDS) if kind.many else IDS)
-    judged = {kind.judged: JUDGED[kind.judged]} if kind.judged else {}
+    labels = {name: LABELS[name] for name in kind.stored_labels}
     values = {name: datasets.Value(dtype) for name, dtype in types.items()}
-    return datasets.Features(values | judged | {"prompt_ids": IDS} | answers)
+    return datasets.Features(values | labels | {"prompt_ids": IDS} | answers)
 
 
 def build(
@@ -151,10 +151,9 @@ def _row_columns(row: Row, tokenised: Tokenised) -> dict[str, Any]:
 
 
 def values(row: Row) -> dict[str, Any]:
-    """What is kept of a row beside its ids: numbers, and what says how good its answers are."""
+    """What is kept of a row beside its ids: its numbers, and its label or scores."""
     numbers = {name: value for name, value in row.extras.items() if name in row.kind.numbers}
-    judged = row.kind.judged
-    return numbers | ({judged: getattr(row, judged)} if judged else {})
+    return numbers | {name: getattr(row, name) for name in row.kind.stored_labels}
 
 
 def _digest(tokenised: Tokenised, kind: Kind) -> bytes:
@@ -171,22 +170,14 @@ def _verdict_columns(fault: str, verdict: Verdict) -> dict[str, Any]:
 def _count(tokenised: datasets.Dataset, report: DataReport, kind: Kind) -> list[int]:
     """Adds up the outcomes in `report`; returns the indices of the rows that are kept."""
     kept: list[int] = []
-    judged = [kind.judged] if kind.judged else []
-    outcomes = tokenised.select_columns(["where", *VERDICT, *COUNTERS, *judged])
-    report.kind = kind.name
+    outcomes = tokenised.select_columns(["where", *VERDICT, *COUNTERS, *kind.stored_labels])
     for index, row in enumerate(outcomes):
         if row["fault"]:
             tally = report.bad if row["fault"] == "bad" else report.dropped
             tally.add(row["where"], row["kind"], row["message"])
             continue
         kept.append(index)
-        report.boundary_merges += row["merged"]
-        report.bos_added += row["bos_added"]
-        report.eos_added += row["eos_added"]
-        report.prompts_cut += row["prompt_cut"] > 0
-        report.answers_cut += row["answers_cut"]
-        report.judge(row)
-    report.examples_kept = len(kept)
+        report.keep(kind, row)
     return kept
 
 
@@ -214,5 +205,4 @@ def _stored_columns(table: datasets.Dataset, kind: Kind) -> list[str]:
                 f"{table[missing[0]]['where']}: no {name!r}, which other rows have ({len(missing)} "
                 f"of {len(table)} rows lack it); give every row a value, or none"
             )
-    judged = [kind.judged] if kind.judged else []
-    return ["where", *kind.ids, *judged, *numbers, "digest"]
+    return ["where", *kind.ids, *kind.stored_labels, *numbers, "digest"]

@@ -12,7 +12,7 @@ CHAT_COLUMNS = ("tools", "chat_template_kwargs")
 COLUMNS = (
     "prompt",
     *(answer for kind in KINDS for answer in kind.answers),
-    *(name for kind in KINDS for name in sorted(kind.judges, reverse=True)),
+    *(column for kind in KINDS for column in kind.label_columns),
     *dict.fromkeys(number for kind in KINDS for number in kind.numbers),
     *CHAT_COLUMNS,
 )

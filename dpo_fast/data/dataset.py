@@ -23,7 +23,7 @@ import pyarrow.compute
 
 from dpo_fast.data.build import build
 from dpo_fast.data.config import DataConfig
-from dpo_fast.data.kinds import COMPLETIONS, GROUPS, PAIRS, Kind, RowLengths, kind_of
+from dpo_fast.data.kinds import COMPLETIONS, GROUPS, PAIRS, ExampleLengths, Kind, kind_of
 from dpo_fast.data.report import DataReport
 from dpo_fast.data.sources import Source, resolve
 from dpo_fast.data.tokenise import read_template
@@ -133,7 +133,7 @@ class Dataset:
         return [name for name in self.kind.numbers if name in self._table.column_names]
 
     @property
-    def lengths(self) -> RowLengths:
+    def lengths(self) -> ExampleLengths:
         """Token counts of prompts and answers."""
         return _lengths(self._table).take(self._rows)
 
@@ -171,7 +171,8 @@ class PairDataset(Dataset):
 
 
 class CompletionDataset(Dataset):
-    """Tokenised completions that are desirable or undesirable by themselves. Otherwise as `PairDataset`.
+    """Tokenised completions that are desirable or undesirable by themselves. Otherwise as
+    `PairDataset`.
 
     dataset[i] has prompt_ids, completion_ids, the bool label, true for a good one, and the floats
     weight, margin and soft_label where the data has them.
@@ -192,8 +193,8 @@ class GroupDataset(Dataset):
     """Tokenised groups: two or more completions of a prompt, each with a score. Otherwise as
     `PairDataset`.
 
-    dataset[i] has prompt_ids, completions_ids (a list of lists), the floats scores, one each, and the
-    float weight where the data has it.
+    dataset[i] has prompt_ids, completions_ids (a list of lists), the floats scores, one each, and
+    the float weight where the data has it.
     """
 
     kind = GROUPS
@@ -218,7 +219,8 @@ def load_examples(
     tokenizer: a transformers tokenizer. eos_ids: end-of-turn ids beside its EOS, as in a model's
     generation config. The result is kept in data.cache_dir under a hash of the files' content,
     the tokenizer and the options, and is published by one rename, so that processes may run this
-    at the same time. What the rows are, pairs, completions or groups, their columns tell. Raises UserError.
+    at the same time. What the rows are, pairs, completions or groups, their columns tell. Raises
+    UserError.
     """
     if split not in ("train", "eval"):
         raise UserError(f"split={split!r}: expected train or eval")
@@ -247,9 +249,7 @@ def _prepared(
         try:
             table, report = build(config, tokenizer, sources, eos_ids, work)
             table.save_to_disk(str(work / "examples"))
-            lengths = _lengths(datasets.load_from_disk(str(work / "examples")))
-            report.answers = len(lengths.answers_A)
-            report.measure(lengths)
+            report.measure(_lengths(datasets.load_from_disk(str(work / "examples"))))
             (work / "examples" / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
             publish(work / "examples", target)
         finally:
@@ -275,14 +275,14 @@ def _split_rows(count: int, kind: Kind, config: DataConfig, split: str) -> np.nd
     return np.sort(held_out if split == "eval" else training)
 
 
-def _lengths(table: datasets.Dataset) -> RowLengths:
+def _lengths(table: datasets.Dataset) -> ExampleLengths:
     kind = kind_of(table.column_names)
-    prompt_R, *sides = (_sizes(table.data.column(name)) for name in kind.ids)
+    prompt_P, *sides = (_sizes(table.data.column(name)) for name in kind.ids)
     if kind.many:
         answers = pyarrow.compute.list_flatten(table.data.column(kind.ids[1]))
-        return RowLengths(kind, prompt_R, _sizes(answers), sides[0])
-    counts_R = np.full(len(prompt_R), len(sides))
-    return RowLengths(kind, prompt_R, np.stack(sides, axis=1).reshape(-1), counts_R)
+        return ExampleLengths(kind, prompt_P, _sizes(answers), sides[0])
+    counts_P = np.full(len(prompt_P), len(sides))
+    return ExampleLengths(kind, prompt_P, np.stack(sides, axis=1).reshape(-1), counts_P)
 
 
 def _sizes(column: pyarrow.ChunkedArray) -> np.ndarray:

@@ -1,6 +1,7 @@
-"""What a row of the data is: a pair of answers, a completion that is good or bad, or a scored group.
+"""The kinds of example: a pair, a completion with a label, a group of completions with scores.
 
-How many tokens rows have: prompts, and the answers that continue them, as many as each row has.
+Tables of token ids name their columns after their kind, and `ExampleLengths` counts the tokens of
+any kind.
 """
 
 from __future__ import annotations
@@ -16,37 +17,41 @@ from dpo_fast.errors import UserError
 
 @dataclass(frozen=True)
 class Kind:
-    """name: of many rows; one: of one row. answers: names of the columns that continue the prompt.
-    numbers: optional columns of floats. judged: column that says how good the answers are; instead: one
-    that may say it in its place. many: whether the one column of answers is a list of them, of any
-    length."""
+    """The columns of one kind of example, beside `prompt`.
+
+    name: of many examples; one: of one example.
+    answers: columns that continue the prompt.
+    numbers: optional columns of floats.
+    label_columns: columns that say how good the answers are. An example has one of them, and it is
+        stored under the first name.
+    many: the one column of answers is a list of any length.
+    """
 
     name: str
     one: str
     answers: tuple[str, ...]
     numbers: tuple[str, ...]
-    judged: str | None = None
-    instead: str | None = None
+    label_columns: tuple[str, ...] = ()
     many: bool = False
 
     @property
-    def judges(self) -> set[str]:
-        """Names of the columns that say how good the answers are."""
-        return {name for name in (self.judged, self.instead) if name}
+    def stored_labels(self) -> tuple[str, ...]:
+        """The stored label column, or nothing for a kind without one."""
+        return self.label_columns[:1]
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """Names of the columns of token ids, the prompt's first."""
+        """Columns of token ids, the prompt's first."""
         return ("prompt_ids", *(f"{answer}_ids" for answer in self.answers))
 
     @property
     def reference_columns(self) -> tuple[str, ...]:
-        """Names of the numbers that hold the reference's sums, an answer each; none for many answers."""
+        """Columns of the reference's log-prob sums, one for each answer; none where `many`."""
         return () if self.many else tuple(f"reference_{answer}_logps" for answer in self.answers)
 
-    def answer_ids(self, row: Mapping) -> list[list[int]]:
-        """The token ids of every answer of a row."""
-        return list(row[self.ids[1]]) if self.many else [row[name] for name in self.ids[1:]]
+    def answer_ids(self, example: Mapping) -> list[list[int]]:
+        """The token ids of every answer of an example."""
+        return list(example[self.ids[1]]) if self.many else [example[name] for name in self.ids[1:]]
 
 
 NUMBERS = ("weight", "margin", "soft_label")
@@ -61,15 +66,14 @@ COMPLETIONS = Kind(
     "a completion with a label",
     ("completion",),
     (*NUMBERS, "reference_completion_logps"),
-    judged="label",
+    label_columns=("label",),
 )
 GROUPS = Kind(
     "groups",
     "a group of completions with scores",
     ("completions",),
     ("weight",),
-    judged="scores",
-    instead="ranks",
+    label_columns=("scores", "ranks"),
     many=True,
 )
 KINDS = (PAIRS, COMPLETIONS, GROUPS)
@@ -81,7 +85,7 @@ def kind_of(columns: list[str]) -> Kind:
 
 
 class OneKind:
-    """The kind of all rows, which the first one tells."""
+    """The kind of all rows of the data: that of the first row."""
 
     def __init__(self) -> None:
         self.kind: Kind | None = None
@@ -100,67 +104,62 @@ class OneKind:
 
 
 @dataclass(frozen=True)
-class RowLengths:
-    """Token counts of R rows with A answers in all, int64.
+class ExampleLengths:
+    """Token counts of P examples with S answers in all, int64.
 
-    prompt_R: of prompts. answers_A: of answers, row by row. counts_R: answers of each row, 1 or more.
+    prompt_P: tokens of the prompt.
+    answers_S: tokens of each answer, example by example.
+    counts_P: answers of each example, 1 or more.
     """
 
     kind: Kind
-    prompt_R: np.ndarray
-    answers_A: np.ndarray
-    counts_R: np.ndarray
+    prompt_P: np.ndarray
+    answers_S: np.ndarray
+    counts_P: np.ndarray
 
     @classmethod
-    def of(cls, rows: Sequence[dict], kind: Kind) -> RowLengths:
-        """Of rows of token ids, as `collate` takes them."""
-        answers = [kind.answer_ids(row) for row in rows]
+    def of(cls, examples: Sequence[Mapping], kind: Kind) -> ExampleLengths:
+        """Lengths of token ids, as `collate` takes them."""
+        answers = [kind.answer_ids(example) for example in examples]
         sizes = [
-            [len(row["prompt_ids"]) for row in rows],
+            [len(example["prompt_ids"]) for example in examples],
             [len(ids) for each in answers for ids in each],
             list(map(len, answers)),
         ]
         return cls(kind, *(np.array(values, dtype=np.int64) for values in sizes))
 
     def __len__(self) -> int:
-        return len(self.prompt_R)
+        return len(self.prompt_P)
 
     @cached_property
-    def starts_R(self) -> np.ndarray:
-        """Place of each row's first answer in A."""
-        return np.cumsum(self.counts_R) - self.counts_R
+    def starts_P(self) -> np.ndarray:
+        """Place of each example's first answer in `answers_S`."""
+        return np.cumsum(self.counts_P) - self.counts_P
 
     @property
-    def longest_R(self) -> np.ndarray:
-        """Tokens of each row's longest answer."""
-        return np.maximum.reduceat(self.answers_A, self.starts_R) if len(self) else self.prompt_R
+    def longest_P(self) -> np.ndarray:
+        """Tokens of each example's longest answer."""
+        return np.maximum.reduceat(self.answers_S, self.starts_P) if len(self) else self.prompt_P
 
     @property
-    def sums_R(self) -> np.ndarray:
-        """Tokens of all of a row's answers."""
-        return np.add.reduceat(self.answers_A, self.starts_R) if len(self) else self.prompt_R
+    def sums_P(self) -> np.ndarray:
+        """Tokens of each example's answers together."""
+        return np.add.reduceat(self.answers_S, self.starts_P) if len(self) else self.prompt_P
 
-    def take(self, rows: Sequence[int] | np.ndarray) -> RowLengths:
-        """Of these rows, in their order."""
-        rows = np.asarray(rows, dtype=np.int64)
-        places = ragged_places(self.starts_R[rows], self.counts_R[rows])
-        return RowLengths(
-            self.kind, self.prompt_R[rows], self.answers_A[places], self.counts_R[rows]
-        )
+    def take(self, indices: Sequence[int] | np.ndarray) -> ExampleLengths:
+        """Lengths of these examples, in their order."""
+        indices = np.asarray(indices, dtype=np.int64)
+        starts_P, counts_P = self.starts_P[indices], self.counts_P[indices]
+        # The places start, start + 1, ... of every example, one example after the other.
+        before_P = np.cumsum(counts_P) - counts_P
+        places_S = np.repeat(starts_P - before_P, counts_P) + np.arange(int(counts_P.sum()))
+        return ExampleLengths(self.kind, self.prompt_P[indices], self.answers_S[places_S], counts_P)
 
     def columns(self) -> dict[str, np.ndarray]:
-        """By name: prompt, and each answer's as many as rows; of groups `completions`, all of them."""
+        """Lengths by name:
+
+        `prompt`, and each column of answers; [P] each, but [S] for a group's `completions`.
+        """
         names, count = self.kind.answers, len(self.kind.answers)
-        sides = [self.answers_A] if self.kind.many else self.answers_A.reshape(-1, count).T
-        return {"prompt": self.prompt_R, **dict(zip(names, sides))}
-
-    @property
-    def compares(self) -> bool:
-        """Whether a row has more than one answer."""
-        return self.kind != COMPLETIONS
-
-
-def ragged_places(starts_R: np.ndarray, counts_R: np.ndarray) -> np.ndarray:
-    """The places start, start + 1, ... of every row, one row after the other."""
-    before_R = np.cumsum(counts_R) - counts_R
-    return np.repeat(starts_R - before_R, counts_R) + np.arange(int(counts_R.sum()))
+        sides = [self.answers_S] if self.kind.many else self.answers_S.reshape(-1, count).T
+        return {"prompt": self.prompt_P, **dict(zip(names, sides))}

@@ -1,9 +1,9 @@
-"""Whole items into micro-batches of at most so many tokens.
+"""Whole examples into micro-batches of at most so many tokens.
 
-An item is what must stay together: a pair, or a prompt with all its completions. Where the sequences of a
-micro-batch lie one after the other, what they take adds up (`pack`); where they are padded, all take as
-much as the longest (`group`). Both follow an order that is drawn anew for every epoch, and look ahead
-in it by a limited number of items, so that micro-batches differ from epoch to epoch.
+Where the sequences of a micro-batch lie one after the other, their tokens add up (`best_fit`).
+Where they are padded, each takes as much as the longest (`by_length`). Both follow an order that is
+drawn anew for every epoch and look ahead in it by a limited number of examples, so micro-batches
+differ from epoch to epoch.
 """
 
 from __future__ import annotations
@@ -14,130 +14,115 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpo_fast.data.kinds import RowLengths
-
-AHEAD = 1024  # items that `pack` chooses from; more fill no better
-WINDOW = 8192  # items that `group` sorts by length at a time
+AHEAD = 1024  # examples that `best_fit` chooses from; more fill no better
+WINDOW = 8192  # examples that `by_length` sorts at a time
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What each of I items takes in the backbone, in tokens.
+    """Tokens that each of P examples takes in the backbone.
 
-    sizes_I: int64, tokens of an item; where sequences are padded, tokens of its longest sequence.
-    sequences_I: int64, sequences of an item where they are padded; None where they are not.
+    sizes_P: int64, tokens of an example; where sequences are padded, of its longest sequence.
+    sequences_P: int64, sequences of an example where they are padded; None where tokens add up.
     """
 
-    sizes_I: np.ndarray
-    sequences_I: np.ndarray | None = None
+    sizes_P: np.ndarray
+    sequences_P: np.ndarray | None = None
 
     @property
-    def alone_I(self) -> np.ndarray:
-        """Tokens that each item takes in a micro-batch of its own, int64."""
-        return self.sizes_I if self.sequences_I is None else self.sizes_I * self.sequences_I
+    def alone_P(self) -> np.ndarray:
+        """Tokens that each example takes in a micro-batch of its own, int64."""
+        return self.sizes_P if self.sequences_P is None else self.sizes_P * self.sequences_P
 
-    def of(self, items: Sequence[int]) -> int:
-        """Tokens that a micro-batch takes; at least one item."""
-        if self.sequences_I is None:
-            return int(self.sizes_I[items].sum())
-        return int(self.sizes_I[items].max() * self.sequences_I[items].sum())
+    def of(self, examples: Sequence[int]) -> int:
+        """Tokens that a micro-batch of these examples, at least one, takes."""
+        if self.sequences_P is None:
+            return int(self.sizes_P[examples].sum())
+        return int(self.sizes_P[examples].max() * self.sequences_P[examples].sum())
 
     def bins(self, budget: int, order: Sequence[int]) -> list[list[int]]:
-        """The items of `order` in micro-batches of at most `budget` tokens, each item in one.
+        """The examples of `order` in micro-batches of at most `budget` tokens, each example in one.
 
         Raises:
-            ValueError: an item that is larger than the budget.
+            ValueError: an example that is larger than the budget.
         """
-        if len(order) and self.alone_I[order].max() > budget:
+        if len(order) and self.alone_P[order].max() > budget:
             raise ValueError(
-                f"an item takes {self.alone_I[order].max()} tokens, more than {budget}"
+                f"an example takes {self.alone_P[order].max()} tokens, more than {budget}"
             )
-        if self.sequences_I is None:
-            return pack(self.sizes_I, budget, order)
-        return group(self.sizes_I, self.sequences_I, budget, order)
+        if self.sequences_P is None:
+            return best_fit(self.sizes_P, budget, order)
+        return by_length(self.sizes_P, self.sequences_P, budget, order)
 
 
-def row_costs(lengths: RowLengths, layout: str) -> Costs:
-    """Costs of rows in a layout.
+def best_fit(sizes_P: np.ndarray, budget: int, order: Sequence[int]) -> list[list[int]]:
+    """Micro-batches of examples whose tokens add up.
 
-    The last token of a sequence predicts nothing and does not go through the backbone. Completions of one
-    prompt that meet in a micro-batch take less than this.
-    """
-    prompt_R, counts_R = lengths.prompt_R, lengths.counts_R
-    if layout == "padded":
-        return Costs(prompt_R + lengths.longest_R - 1, counts_R)
-    prompts = {"packed": counts_R, "shared_prefix": 1}[layout]
-    return Costs(prompts * prompt_R + lengths.sums_R - counts_R)
-
-
-def pack(sizes_I: np.ndarray, budget: int, order: Sequence[int]) -> list[list[int]]:
-    """Micro-batches for items whose sizes add up.
-
-    Each takes the next items of the order until one does not fit, and then, again and again, the largest
-    of those ahead that does. So the bulk of a micro-batch is a random sample, with about as many items as
-    any other, and only its end is chosen. (Taking the largest first would fill no better, and give
-    micro-batches of few long items and others of many short ones.)
+    A micro-batch takes the next examples of the order until one does not fit. Then it takes the
+    largest of those ahead that does, again and again. So its bulk is a random sample, with about as
+    many examples as any other, and only its end is chosen. Taking the largest first would fill no
+    better, and would put few long examples into some micro-batches and many short ones into others.
     """
     count = len(order)
-    sizes = sizes_I[order].tolist()  # from here on an item is its place in the order
-    key = [size * count + item for item, size in enumerate(sizes)]  # sorts by size
+    sizes = sizes_P[order].tolist()  # from here on an example is its place in the order
+    key = [size * count + place for place, size in enumerate(sizes)]  # sorts by size
     ahead, coming = sorted(key[:AHEAD]), iter(key[AHEAD:])
     taken = bytearray(count)
     bins: list[list[int]] = []
     room = 0
 
-    def take(place: int) -> int:
-        """Move an item from those ahead to the last micro-batch; returns its size."""
-        size, item = divmod(ahead.pop(place), count)
-        taken[item] = True
-        bins[-1].append(order[item])
+    def take(index: int) -> int:
+        """Move an example from those ahead to the last micro-batch; returns its size."""
+        size, place = divmod(ahead.pop(index), count)
+        taken[place] = True
+        bins[-1].append(order[place])
         if (following := next(coming, None)) is not None:
             insort(ahead, following)
         return size
 
-    for item in range(count):
-        if not taken[item] and sizes[item] > room:
-            while place := bisect_right(ahead, room * count + count - 1):
-                room -= take(place - 1)
-        if not taken[item]:  # it may have been the best fit just now
-            if sizes[item] > room:
+    for place in range(count):
+        if not taken[place] and sizes[place] > room:
+            while index := bisect_right(ahead, room * count + count - 1):
+                room -= take(index - 1)
+        if not taken[place]:  # it may have been the best fit just now
+            if sizes[place] > room:
                 bins.append([])
                 room = budget
-            room -= take(bisect_left(ahead, key[item]))
+            room -= take(bisect_left(ahead, key[place]))
     return bins
 
 
-def group(
-    sizes_I: np.ndarray, sequences_I: np.ndarray, budget: int, order: Sequence[int]
+def by_length(
+    sizes_P: np.ndarray, sequences_P: np.ndarray, budget: int, order: Sequence[int]
 ) -> list[list[int]]:
-    """Micro-batches for items that are padded to the longest of them.
+    """Micro-batches of examples that are padded to the longest sequence.
 
-    Within a window of the order, the longest items that are left go together, as many as fit: where items
-    have as many sequences each, no other choice needs fewer micro-batches. The shortest, which do not
-    fill one, go on to the next window.
+    Within a window of the order the longest examples that are left go together, as many as fit.
+    Where examples have as many sequences each, no other choice needs fewer micro-batches. The
+    shortest, which do not fill one, go on to the next window.
     """
     bins: list[list[int]] = []
     left: list[int] = []
     for start in range(0, len(order), WINDOW):
-        items = np.array([*left, *order[start : start + WINDOW]])
-        items = items[np.argsort(-sizes_I[items], kind="stable")].tolist()
-        groups = _cut(items, sizes_I, sequences_I, budget)
-        left = groups.pop()
-        bins += groups
+        window = np.array([*left, *order[start : start + WINDOW]])
+        window = window[np.argsort(-sizes_P[window], kind="stable")].tolist()
+        cut = _cut(window, sizes_P, sequences_P, budget)
+        left = cut.pop()
+        bins += cut
     return [*bins, left] if left else bins
 
 
 def _cut(
-    items: list[int], sizes_I: np.ndarray, sequences_I: np.ndarray, budget: int
+    examples: list[int], sizes_P: np.ndarray, sequences_P: np.ndarray, budget: int
 ) -> list[list[int]]:
-    """Items from the longest to the shortest, cut where the next would not fit."""
-    groups: list[list[int]] = []
-    room = 0  # sequences that the current group has room for
-    for item in items:
-        sequences = int(sequences_I[item])
+    """Examples from the longest to the shortest, cut where the next would not fit."""
+    bins: list[list[int]] = []
+    room = 0  # sequences that the last micro-batch has room for
+    for example in examples:
+        sequences = int(sequences_P[example])
         if sequences > room:
-            groups.append([])
-            room = budget // int(sizes_I[item])
-        groups[-1].append(item)
+            bins.append([])
+            room = budget // int(sizes_P[example])
+        bins[-1].append(example)
         room -= sequences
-    return groups
+    return bins

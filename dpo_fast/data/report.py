@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dpo_fast.data.kinds import COMPLETIONS, GROUPS, PAIRS, RowLengths
+from dpo_fast.data.kinds import COMPLETIONS, GROUPS, PAIRS, ExampleLengths, Kind
 from dpo_fast.data.verdicts import Tally
 
 PERCENTILES = {"p5": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99, "max": 100}
@@ -26,14 +26,16 @@ class DataReport:
     """Counts over one data set, before any rows of it are held out for evaluation.
 
     rows_read = examples_kept + bad.total + dropped.total. `kind` is pairs; or completions, of which
-    `desirable` are desirable; or groups, of which `even` have one score for all; examples_kept counts them too, and
-    `answers` what they have together. `bad` and `dropped` count rows by reason and keep the
-    first 50 of each. `prompts_cut` counts rows, `answers_cut` single answers, and `boundary_merges`
-    rows in which a token straddles the prompt's end. `lengths` are tokens:
+    `desirable` are desirable; or groups, of which `even` have one score for all; examples_kept
+    counts them too, and `answers` what they have together. `bad` and `dropped` count rows by reason
+    and keep the first 50 of each. `prompts_cut` counts rows, `answers_cut` single answers, and
+    `boundary_merges` rows in which a token straddles the prompt's end. `lengths` are tokens:
     {"prompt" | "chosen" | "rejected" | "longest" | "total": {"p5": int, ..., "max": int}}, where
     longest = prompt + longest answer (what max_length bounds) and total = prompt + all answers; of
-    completions they are prompt, completion and total, of groups prompt, completions, longest and total.
-    `tokens` are sums: prompt, each answer, scored, total, and separate, which is what goes through the
+    completions they are prompt, completion and total, of groups prompt, completions, longest and
+    total.
+    `tokens` are sums: prompt, each answer, scored, total, and separate, which is what goes through
+        the
     model when the prompt is not shared.
     """
 
@@ -61,20 +63,28 @@ class DataReport:
         """(where, message) of bad rows, the first 50 of each kind."""
         return list(self.bad)
 
-    def judge(self, row: Mapping[str, Any]) -> None:
-        """Counts a kept row's label, or whether its scores are all one."""
-        self.desirable += bool(row.get("label"))
-        scores = row.get("scores") or ()
-        self.even += len(scores) > 0 and min(scores) == max(scores)
+    def keep(self, kind: Kind, row: Mapping[str, Any]) -> None:
+        """Counts a row that is kept: what its tokenising did to it, and its label or scores."""
+        self.kind = kind.name
+        self.examples_kept += 1
+        self.boundary_merges += row["merged"]
+        self.bos_added += row["bos_added"]
+        self.eos_added += row["eos_added"]
+        self.prompts_cut += row["prompt_cut"] > 0
+        self.answers_cut += row["answers_cut"]
+        self.answers += len(row["scores"]) if kind.many else len(kind.answers)
+        self.desirable += kind == COMPLETIONS and row["label"]
+        self.even += kind == GROUPS and min(row["scores"]) == max(row["scores"])
 
-    def measure(self, lengths: RowLengths) -> None:
+    def measure(self, lengths: ExampleLengths) -> None:
         """Fills `lengths` and `tokens`."""
-        prompt, named = lengths.prompt_R, lengths.columns()
-        longest = {"longest": prompt + lengths.longest_R} if lengths.compares else {}
-        columns = {**named, **longest, "total": prompt + lengths.sums_R}
+        prompt, named = lengths.prompt_P, lengths.columns()
+        several = lengths.kind != COMPLETIONS
+        longest = {"longest": prompt + lengths.longest_P} if several else {}
+        columns = {**named, **longest, "total": prompt + lengths.sums_P}
         self.lengths = {name: _percentiles(values) for name, values in columns.items()}
         sums = {name: int(columns[name].sum()) for name in (*named, "total")}
-        again = int((prompt * (lengths.counts_R - 1)).sum())
+        again = int((prompt * (lengths.counts_P - 1)).sum())
         scored = sums["total"] - sums["prompt"]
         self.tokens = {**sums, "scored": scored, "separate": sums["total"] + again}
 

@@ -68,8 +68,8 @@ class CompletionRow(_Row):
 
 @dataclass(frozen=True)
 class GroupRow(_Row):
-    """Two or more completions of one prompt, each with a score: the higher, the better. Ranks are scores
-    below 0. Otherwise as `PairRow`."""
+    """Two or more completions of one prompt, each with a score: the higher, the better. Ranks are
+    scores below 0. Otherwise as `PairRow`."""
 
     where: str
     prompt: str | Messages
@@ -102,7 +102,9 @@ def _kind(row: Mapping[str, Any], config: DataConfig) -> Kind:
     given = {name for name, value in row.items() if value is not None}
     if given & set(PAIRS.answers):
         return PAIRS
-    found = {kind: len(given & {*kind.answers, *kind.judges}) for kind in (COMPLETIONS, GROUPS)}
+    found = {
+        kind: len(given & {*kind.answers, *kind.label_columns}) for kind in (COMPLETIONS, GROUPS)
+    }
     return max(found, key=found.get) if any(found.values()) else PAIRS
 
 
@@ -192,7 +194,7 @@ def ignored_columns(raw: Mapping[str, Any], config: DataConfig) -> set[str]:
     """The columns of a raw row that parse_row does not look at."""
     row = _known(raw, config)
     kind = _kind(row, config)
-    used = {"prompt", *kind.answers, *kind.numbers, *CHAT_COLUMNS, *kind.judges}
+    used = {"prompt", *kind.answers, *kind.numbers, *CHAT_COLUMNS, *kind.label_columns}
     return set(raw) - {config.columns.get(name, name) for name in used}
 
 

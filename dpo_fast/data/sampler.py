@@ -1,4 +1,5 @@
-"""Which pairs each rank sees at each step: a pure function of seed, epoch and step, so resume is exact.
+"""Which pairs each rank sees at each step: a pure function of seed, epoch and step, so resume is
+exact.
 
 `Sampler` counts pairs, `TokenSampler` counts tokens; both are asked for the same things.
 """
@@ -39,12 +40,13 @@ class BatchSampler(Protocol):
 
 @dataclass(frozen=True)
 class Sampler:
-    """Global batches of `global_batch_size` pairs, in micro-batches of `micro_batch_size` on `world_size` ranks.
+    """Global batches of `global_batch_size` pairs, in micro-batches of `micro_batch_size` on
+    `world_size` ranks.
 
     Every epoch is a fresh seeded permutation (`shuffle=False`: file order). The pairs of a step do
     not depend on micro_batch_size or world_size. The last batch of an epoch may be smaller; then
-    micro-batches are short or empty, but every rank has the same number of them. Step 0 is the first of
-    epoch `first_epoch`.
+    micro-batches are short or empty, but every rank has the same number of them. Step 0 is the
+    first of epoch `first_epoch`.
     """
 
     size: int
@@ -82,14 +84,16 @@ class Sampler:
 
 
 class TokenSampler:
-    """Micro-batches of whole items, filled to at most `budget` tokens; so many of them are a step that
-    it has about `global_batch_size` items.
+    """Micro-batches of whole items, filled to at most `budget` tokens; so many of them are a step
+    that it has about `global_batch_size` items.
 
-    The micro-batches of an epoch follow from costs, budget, seed and epoch, not from world_size, and
-    come in a seeded order. Every step takes the next `accumulation` x `world_size` of them; the last of
-    an epoch has fewer, and some ranks get empty ones. Epochs may differ by a few micro-batches.
+    The micro-batches of an epoch follow from costs, budget, seed and epoch, not from world_size,
+    and come in a seeded order. Every step takes the next `accumulation` x `world_size` of them; the
+    last of an epoch has fewer, and some ranks get empty ones. Epochs may differ by a few
+    micro-batches.
 
-    costs: what the items take, in the layout of the run. accumulation: micro-batches of a rank in a step;
+    costs: what the items take, in the layout of the run. accumulation: micro-batches of a rank in a
+        step;
     by default as many as bring the first epoch's items per step nearest to `global_batch_size`.
 
     Raises:
@@ -147,7 +151,7 @@ class TokenSampler:
         return self.accumulation * self.world_size
 
     def _items_per_bin(self) -> float:
-        return len(self.costs.sizes_I) / self._bins_of(self.first_epoch)
+        return len(self.costs.sizes_P) / self._bins_of(self.first_epoch)
 
     def _nearest_accumulation(self) -> int:
         return max(round(self.global_batch_size / self._items_per_bin() / self.world_size), 1)
@@ -164,7 +168,7 @@ class TokenSampler:
         return self._bins(epoch)[start : start + self._bins_per_step]
 
     def _fill(self, epoch: int) -> list[list[int]]:
-        items = range(len(self.costs.sizes_I))
+        items = range(len(self.costs.sizes_P))
         if not self.shuffle:
             return self.costs.bins(self.budget, items)
         draw = np.random.default_rng((self.seed, epoch))

@@ -1,8 +1,9 @@
 """Rows that are read, checked and tokenised while a run trains on them; nothing is stored.
 
-A stream is cut into chunks, and each chunk is a small data set in memory: it is shuffled and batched like
-one. A pass over the data ends a chunk early; then the data begins again. Where a chunk begins is known by
-its row in the pass, so that a resumed run need not tokenise what comes before it.
+A stream is cut into chunks, and each chunk is a small data set in memory: it is shuffled and
+    batched like
+one. A pass over the data ends a chunk early; then the data begins again. Where a chunk begins is
+known by its row in the pass, so that a resumed run need not tokenise what comes before it.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from dpo_fast.data.build import nothing_left, values
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.dataset import cache_key
 from dpo_fast.data.files import Rows
-from dpo_fast.data.kinds import PAIRS, Kind, OneKind, RowLengths
+from dpo_fast.data.kinds import PAIRS, ExampleLengths, Kind, OneKind
 from dpo_fast.data.report import DataReport
 from dpo_fast.data.rows import Row, ignored_columns, parse_row
 from dpo_fast.data.sources import read_rows, resolve
-from dpo_fast.data.tokenise import RowTokeniser, Tokenised
+from dpo_fast.data.tokenise import RowTokeniser
 from dpo_fast.data.verdicts import BadRow, BadRows, Dropped
 from dpo_fast.errors import UserError
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive rows of a stream. Read like the `Dataset` of its kind, whose attributes of these names it
-    has.
+    """Consecutive rows of a stream. Read like the `Dataset` of its kind, whose attributes of these
+    names it has.
 
     number: how many chunks came before it, over all passes. row: how many rows of the pass. report:
     counts of the stream up to its end, with the lengths of its own examples.
@@ -60,8 +61,8 @@ class Chunk:
         return [name for name in self.kind.numbers if any(name in pair for pair in self.examples)]
 
     @cached_property
-    def lengths(self) -> RowLengths:
-        return RowLengths.of(self.examples, self.kind)
+    def lengths(self) -> ExampleLengths:
+        return ExampleLengths.of(self.examples, self.kind)
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -87,14 +88,17 @@ class ExampleStream:
         return cache_key(self.config, self.tokenizer, self.sources, self.eos_ids)
 
     def seek(self, number: int, row: int) -> None:
-        """Go to the beginning of a chunk, given by its `number` and `row`. Tokenises nothing; the report
-        is on what is read from here on."""
+        """Go to the beginning of a chunk, given by its `number` and `row`. Tokenises nothing; the
+        report is on what is read from here on."""
         self.report = DataReport(list(map(str, self.sources)), bad=BadRows(self.config.on_bad_row))
         self._number, self._row, self._rows = number, row, self._pass()
         next(islice(self._rows, row, row), None)
 
     def read(self) -> Chunk:
-        """The next chunk: data.stream_buffer rows, or fewer at the end of a pass. Raises UserError."""
+        """The next chunk:
+
+        data.stream_buffer rows, or fewer at the end of a pass. Raises UserError.
+        """
         row, examples, places = self._row, [], []
         for where, raw in self._rows:
             self._row += 1
@@ -137,12 +141,13 @@ class ExampleStream:
         except BadRow as verdict:
             self.report.bad.reject(where, verdict)
         else:
-            _count(self.report, row, pair)
+            self.report.keep(row.kind, vars(pair) | values(row))
             return {name: _as_arrays(getattr(pair, name)) for name in row.kind.ids} | values(row)
         return None
 
     def _see(self, row: Row) -> None:
-        """Raises UserError if the row is of another kind than those before, or has other numbers."""
+        """Raises UserError if the row is of another kind than those before, or has other
+        numbers."""
         self._seen.see(row.where, row.kind)
         numbers = {name for name in row.extras if name in row.kind.numbers}
         if self._numbers is None:
@@ -183,15 +188,3 @@ class _Forwarded(BadRows):
     def add(self, where: str, kind: str, message: str) -> None:
         super().add(where, kind, message)
         self.tally.add(where, kind, message)
-
-
-def _count(report: DataReport, row: Row, pair: Tokenised) -> None:
-    report.kind = row.kind.name
-    report.examples_kept += 1
-    report.answers += len(row.answers)
-    report.judge(values(row))
-    report.boundary_merges += pair.merged
-    report.bos_added += pair.bos_added
-    report.eos_added += pair.eos_added
-    report.prompts_cut += pair.prompt_cut > 0
-    report.answers_cut += pair.answers_cut

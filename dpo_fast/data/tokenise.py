@@ -23,8 +23,8 @@ class Tokenised:
     """Ids of one row. prompt_ids + an answer's ids is a sequence; the answer's are what is scored.
 
     The counters tell what was done on the way: `merged`, a token straddles the prompt's end;
-    `bos_added` (0 or 1) and `eos_added` (at most one an answer), special tokens the text did not have
-    itself; `prompt_cut`, prompt tokens removed; `answers_cut`, answers shortened.
+    `bos_added` (0 or 1) and `eos_added` (at most one an answer), special tokens the text did not
+    have itself; `prompt_cut`, prompt tokens removed; `answers_cut`, answers shortened.
     """
 
     prompt_ids: list[int]

@@ -11,8 +11,8 @@ EXAMPLES_KEPT = 50
 
 
 class Verdict(ValueError):
-    """`kind` is the same for all rows with this fault; `detail` is about the one row. fault: the kind, with
-    which completion of a group it is about, as in `scores[1]`; the kind is without."""
+    """`kind` is the same for all rows with this fault; `detail` is about the one row. fault: the
+    kind, with which completion of a group it is about, as in `scores[1]`; the kind is without."""
 
     def __init__(self, fault: str, detail: str = "") -> None:
         super().__init__(fault, detail)

@@ -1,4 +1,7 @@
-"""Preference training by transformers' `Trainer`: its arguments, callbacks, launchers and checkpoints."""
+"""Preference training by transformers' `Trainer`:
+
+its arguments, callbacks, launchers and checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dpo_fast.data.batch import LAYOUTS, ScoredBatch
+from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.data.kinds import PAIRS
+from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.errors import UnavailableError, UserError
 from dpo_fast.integrations.collator import IDS, NUMBERS, PreferenceCollator
 from dpo_fast.integrations.forward import add_forward, fuse_head
@@ -35,20 +39,22 @@ __all__ = ["PreferenceCollator", "PreferenceTrainer"]
 class PreferenceTrainer(transformers.Trainer):
     """`transformers.Trainer` for pairs of completions.
 
-    The loss is divided by the counts of the whole global batch, over micro-batches and ranks, so it does
-    not depend on `gradient_accumulation_steps`. Checkpoints are what `Trainer` writes for the model:
-    plain Hugging Face folders, or the adapter alone for a `PeftModel`. Dropout stays as the model has it.
+    The loss is divided by the counts of the whole global batch, over micro-batches and ranks, so it
+    does not depend on `gradient_accumulation_steps`. Checkpoints are what `Trainer` writes for the
+    model: plain Hugging Face folders, or the adapter alone for a `PeftModel`. Dropout stays as the
+    model has it.
 
     Args:
-        model: causal LM, or a `PeftModel` round one. Its `lm_head` becomes a `FusedHead` over the same
-            weights. With another layout than `padded` its attention becomes one for such rows: to use
-            the model in this process afterwards call `model.set_attn_implementation("sdpa")`.
+        model: causal LM, or a `PeftModel` round one. Its `lm_head` becomes a `FusedHead` over the
+            same weights. With a layout that puts sequences in one row its attention becomes one for
+            such rows: to use the model in this process afterwards call
+            `model.set_attn_implementation("sdpa")`.
         args: `TrainingArguments`.
         objective: the losses; those that look at the whole global batch at once are refused.
         reference: a frozen model to compare with. Left out, the reference is the columns
-            `reference_chosen_logps` and `reference_rejected_logps` of the data; or for a `PeftModel`
-            without them the model with its adapters off.
-        layout: `padded`, `packed`, `shared_prefix`, or `auto`: shared_prefix where the model allows it.
+            `reference_chosen_logps` and `reference_rejected_logps` of the data; or for a
+            `PeftModel` without them the model with its adapters off.
+        layout: a name of the table of layouts, or `auto`: the last of them that the model allows.
         train_dataset, eval_dataset: map-style, with the rows that `PreferenceCollator` takes.
         kwargs: any other argument of `Trainer`.
 
@@ -84,7 +90,7 @@ class PreferenceTrainer(transformers.Trainer):
         for each in (causal_lm, reference):
             if each is not None:
                 _prepare(each, self.layout, args.device, dtype)
-        self._unproven = self.layout != "padded" and dtype
+        self._unproven = dtype
         pad_id = getattr(processing_class, "pad_token_id", None) or 0
         super().__init__(
             model=model,
@@ -120,8 +126,8 @@ class PreferenceTrainer(transformers.Trainer):
         return NoReference()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """This micro-batch's share of the global loss. num_items_in_batch: its `Totals`; None, as in
-        evaluation, is for those of the batch alone."""
+        """This micro-batch's share of the global loss. num_items_in_batch: its `Totals`; None, as
+        in evaluation, is for those of the batch alone."""
         batch: ScoredBatch = inputs["batch"].to(self.args.device)
         if self._unproven:
             self._prove_separation(model)
@@ -130,7 +136,8 @@ class PreferenceTrainer(transformers.Trainer):
         totals = num_items_in_batch or _totals(batch.num_examples, batch.chosen_tokens)
         result = self.loss_pass.loss(token_outputs, reference, batch, totals)
         self._sums["train" if model.training else "eval"].add(result, token_outputs, batch)
-        # DDP and DeepSpeed average gradients over ranks; the loss is divided by global counts already.
+        # DDP and DeepSpeed average gradients over ranks; the loss is divided by global counts
+        # already.
         ranks = 1 if num_items_in_batch is None else self.accelerator.num_processes
         loss = result.loss * ranks
         return (loss, result) if return_outputs else loss
@@ -143,7 +150,8 @@ class PreferenceTrainer(transformers.Trainer):
         return _totals(*counts.tolist())
 
     def _prove_separation(self, model) -> None:
-        """Before the first batch, because the weights of a sharded model are there only in its engine."""
+        """Before the first batch, because the weights of a sharded model are there only in its
+        engine."""
         training = model.training
         model.eval()
         vocabulary = _causal_lm(self.model).config.get_text_config().vocab_size
@@ -193,7 +201,10 @@ def _gathered(model: PreTrainedModel) -> nn.Module:
 
 
 def _columns(dataset, objective: Objective) -> list[str]:
-    """The columns of numbers that the data have. Raises UserError for one that would not be used."""
+    """The columns of numbers that the data have.
+
+    Raises UserError for one that would not be used.
+    """
     if not len(dataset):
         raise UserError("a data set of the trainer has no rows; leave it out, or fill it")
     row = dataset[0]
@@ -251,8 +262,9 @@ def _check_reference(model, objective: Objective, reference, columns: list[str])
 
 
 def _prepare(model: PreTrainedModel, layout: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Give a model the head, the forward `model(scored=True, ...)` and the attention of the layout."""
-    if layout != "padded":
+    """Give a model the head, the forward `model(scored=True, ...)` and the attention of the
+    layout."""
+    if LAYOUTS[layout].shares_rows:
         attention = choose_attention("auto", layout, device, dtype, architecture_of(model))
         model.set_attn_implementation(attention.name)
     fuse_head(model)

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
+from dpo_fast.data.layouts import LAYOUTS, Layout, layouts_with
 from dpo_fast.errors import UserError
 from dpo_fast.models.attention import NAMES, has_varlen
 from dpo_fast.models.config import ModelSection
@@ -28,12 +29,19 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Architecture:
-    """obstacle: why sequences cannot share a row, or None; softcap, sinks: whether attention has them."""
+    """What matters of a model to layouts and attention.
+
+    obstacle: why sequences cannot share a row; None where they can.
+    softcap, sinks: whether its attention has them.
+    """
 
     name: str
     obstacle: str | None
     softcap: bool
     sinks: bool
+
+    def allows(self, layout: Layout) -> bool:
+        return self.obstacle is None or not layout.shares_rows
 
 
 def architecture_of(model: PreTrainedModel) -> Architecture:
@@ -52,7 +60,10 @@ def read_architecture(section: ModelSection, option: str = "model.path") -> Arch
 
 
 def _obstacle(model: PreTrainedModel) -> str | None:
-    """Attention alone keeps sequences of a row apart; a layer that mixes tokens otherwise does not."""
+    """Attention alone keeps sequences of a row apart;
+
+    a layer that mixes tokens otherwise does not.
+    """
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
     others = kinds - {"full_attention", "sliding_attention"}
     if others or model._is_stateful:
@@ -66,20 +77,22 @@ def _obstacle(model: PreTrainedModel) -> str | None:
 
 
 def choose_layout(requested: str, architecture: Architecture) -> Choice:
-    """The layout for `train.layout`.
+    """The layout for `train.layout`: a name of the table, or auto for the last that the
+    architecture allows.
 
     Raises:
-        UserError: packed or shared_prefix is asked for, and the architecture cannot have it.
+        UserError: the architecture cannot have the layout that is asked for.
     """
-    obstacle = architecture.obstacle
+    allowed = [name for name, layout in LAYOUTS.items() if architecture.allows(layout)]
     if requested == "auto":
-        if obstacle is None:
-            return Choice("shared_prefix", "no token goes through the backbone twice")
-        return Choice("padded", f"{architecture.name} allows no other: {obstacle}")
-    if requested != "padded" and obstacle is not None:
+        name = allowed[-1]
+        if len(allowed) == len(LAYOUTS):
+            return Choice(name, LAYOUTS[name].merit)
+        return Choice(name, f"{architecture.name} allows no other: {architecture.obstacle}")
+    if requested not in allowed:
         raise UserError(
-            f"train.layout={requested} cannot be honoured for {architecture.name}: {obstacle}. Set "
-            "train.layout=padded or auto"
+            f"train.layout={requested} cannot be honoured for {architecture.name}: "
+            f"{architecture.obstacle}. Set train.layout={', '.join(allowed)} or auto"
         )
     return Choice(requested, "train.layout says so")
 
@@ -96,17 +109,19 @@ def choose_attention(
     Raises:
         UserError: the named implementation cannot do it on this device, dtype, layout or model.
     """
-    packed = layout != "padded"
+    shared = LAYOUTS[layout].shares_rows
     if requested == "auto":
-        return _automatic(packed, device, dtype, architecture)
-    refusal = _refusal(requested, packed, device, dtype, architecture)
+        return _automatic(shared, device, dtype, architecture)
+    refusal = _refusal(requested, shared, device, dtype, architecture)
     if refusal:
         raise UserError(f"model.attention={requested} {refusal}")
-    return Choice(NAMES[requested] if packed else requested, "model.attention says so")
+    return Choice(NAMES[requested] if shared else requested, "model.attention says so")
 
 
-def _automatic(packed, device, dtype, architecture) -> Choice:
-    if not packed:
+def _automatic(
+    shared: bool, device: torch.device, dtype: torch.dtype, architecture: Architecture
+) -> Choice:
+    if not shared:
         if architecture.softcap or architecture.sinks:
             return Choice("eager", "sdpa knows neither soft caps nor sinks")
         return Choice("sdpa", "a padded batch is plain causal attention with a mask")
@@ -126,24 +141,20 @@ def _automatic(packed, device, dtype, architecture) -> Choice:
     )
 
 
-def _refusal(name, packed, device, dtype, architecture: Architecture) -> str | None:
-    """Why an implementation cannot be used here, with the remedy."""
-    if packed and name not in NAMES:
+def _refusal(
+    name: str, shared: bool, device: torch.device, dtype: torch.dtype, architecture: Architecture
+) -> str | None:
+    """Why an implementation of attention cannot be used here, with the remedy.
+
+    shared: whether sequences share a row.
+    """
+    if not shared:
+        return _refusal_of_a_mask(name, device, architecture)
+    if name not in NAMES:
         return (
-            "cannot keep packed sequences apart: set train.layout=padded, or model.attention=auto, "
-            f"{', '.join(list(NAMES)[:-1])} or {list(NAMES)[-1]}"
+            f"cannot keep sequences of one row apart: set train.layout={layouts_with(shares_rows=False)}, "
+            f"or model.attention=auto, {', '.join(list(NAMES)[:-1])} or {list(NAMES)[-1]}"
         )
-    if not packed:
-        if name.startswith("flash_attention") and device.type == "cpu":
-            return "does not run on a CPU: use auto, sdpa or eager"
-        if name == "sdpa" and (architecture.softcap or architecture.sinks):
-            return (
-                f"would leave out the soft cap or the sinks of {architecture.name}'s attention: set "
-                "model.attention=eager or auto, or train.layout=auto"
-            )
-        if name == "varlen":
-            return "serves rows of sequences: set train.layout=packed, shared_prefix or auto"
-        return None
     if name == "sdpa":
         return None
     if device.type == "cpu":
@@ -155,6 +166,11 @@ def _refusal(name, packed, device, dtype, architecture: Architecture) -> str | N
     if architecture.sinks or (architecture.softcap and name == "varlen"):
         what = "sinks" if architecture.sinks else "soft-capped scores"
         return f"does not know {what}: set model.attention=auto or flex_attention"
+    return _missing(name)
+
+
+def _missing(name: str) -> str | None:
+    """What the installation lacks for one of the kernels."""
     missing = {
         "varlen": None if has_varlen() else "needs torch 2.11 or later",
         "flash_attention_2": None
@@ -165,3 +181,18 @@ def _refusal(name, packed, device, dtype, architecture: Architecture) -> str | N
         else "needs flash-attn 3 installed",
     }[name]
     return missing and f"{missing}; or set model.attention=auto"
+
+
+def _refusal_of_a_mask(name: str, device: torch.device, architecture: Architecture) -> str | None:
+    """Where every sequence has a row of its own, and attention gets a mask."""
+    if name.startswith("flash_attention") and device.type == "cpu":
+        return "does not run on a CPU: use auto, sdpa or eager"
+    if name == "sdpa" and (architecture.softcap or architecture.sinks):
+        return (
+            f"would leave out the soft cap or the sinks of {architecture.name}'s attention: set "
+            "model.attention=eager or auto, or train.layout=auto"
+        )
+    if name == "varlen":
+        names = layouts_with(shares_rows=True)
+        return f"serves sequences that share a row: set train.layout={names}, or auto"
+    return None

@@ -1,8 +1,8 @@
 """Attention over a row of trees, by several means. Registered with transformers by name.
 
-Each function has the signature of transformers' AttentionInterface: query [1, heads, N, dim], key and
-value [1, key heads, N, dim] in, [1, N, heads, dim] and None out, and is told by `plan` which tokens
-see which. A layer's sliding window, soft cap and sinks are honoured, or refused by name.
+Each function has the signature of transformers' AttentionInterface: query [1, heads, N, dim], key
+and value [1, key heads, N, dim] in, [1, N, heads, dim] and None out, and is told by `plan` which
+tokens see which. A layer's sliding window, soft cap and sinks are honoured, or refused by name.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from dpo_fast.data.layouts import layouts_with
 from dpo_fast.errors import UserError
 from dpo_fast.models.plan import AttentionPlan
 
-# The names by which transformers knows these. It takes one with sdpa, flex or flash in it for its own.
+# The names by which transformers knows these. It takes one with sdpa, flex or flash in it for its
+# own.
 NAMES = {
     "sdpa": "dpo_fast_packed",
     "flex_attention": "dpo_fast_any_mask",
@@ -68,7 +70,8 @@ def sdpa(
 
 
 def _written_out(q, k, v, mask, scale, softcap, sinks) -> Tensor:
-    """softmax over softcap * tanh(scores / softcap) and the sink, which takes weight and gives nothing."""
+    """softmax over softcap * tanh(scores / softcap) and the sink, which takes weight and gives
+    nothing."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     scores = (q @ k.transpose(2, 3)).float() * scale
     if softcap is not None:
@@ -103,7 +106,8 @@ def flex_attention(
 
     if window is not None and plan.longest <= window:
         window = None
-    # On a CPU it has no backward; uncompiled its forward is plain PyTorch, which is there for tests.
+    # On a CPU it has no backward; uncompiled its forward is plain PyTorch, which is there for
+    # tests.
     compute = _flex_kernel() if query.is_cuda else _flex()
     output, auxiliary = compute(
         query,
@@ -252,9 +256,9 @@ def _interface(compute: Callable[..., Tensor]) -> Callable:
         _refuse_what_is_not_told(module, attention_mask, dropout, others)
         if plan is None:
             raise UserError(
-                "this attention serves rows of a packed batch, and got no plan of one. In training: "
+                "this attention serves sequences that share a row, and got no plan of the row. In training: "
                 f"{type(module).__name__} does not get the keywords that the model is called with, "
-                "so set train.layout=padded. Otherwise call "
+                f"so set train.layout={layouts_with(shares_rows=False)}. Otherwise call "
                 'model.set_attn_implementation("sdpa") before the model is used'
             )
         output = compute(
@@ -273,7 +277,8 @@ def _interface(compute: Callable[..., Tensor]) -> Callable:
 
 
 def _refuse_what_is_not_told(module, attention_mask, dropout, others) -> None:
-    """Whatever else would change the scores: attention here is causal within a sequence, and no more.
+    """Whatever else would change the scores: attention here is causal within a sequence, and no
+    more.
 
     A tensor by another name than these is taken for such: sparse attention's `indices`, a
     `position_bias`, sinks under a name of their own.
@@ -291,8 +296,9 @@ def _refuse_what_is_not_told(module, attention_mask, dropout, others) -> None:
     reasons = [reason for reason, there in found.items() if there]
     if reasons:
         raise UserError(
-            f"train.layout=packed or shared_prefix cannot be honoured: this model's attention "
-            f"({type(module).__name__}) has {' and '.join(reasons)}. Set train.layout=padded"
+            f"train.layout={layouts_with(shares_rows=True)} cannot be honoured: this model's attention "
+            f"({type(module).__name__}) has {' and '.join(reasons)}. "
+            f"Set train.layout={layouts_with(shares_rows=False)}"
         )
 
 

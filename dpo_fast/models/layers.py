@@ -97,8 +97,8 @@ def _why_not_checkpoint(model: PreTrainedModel) -> str | None:
 def use_liger_kernel(model: PreTrainedModel) -> None:
     """Give a loaded model liger's RMSNorm, MLP and RoPE; its forward and its head stay as they are.
 
-    Norms and MLPs of this instance alone are changed. RoPE is a function of transformers' module, so
-    later models of this architecture use liger's as well, as long as the process lives.
+    Norms and MLPs of this instance alone are changed. RoPE is a function of transformers' module,
+    so later models of this architecture use liger's as well, as long as the process lives.
     """
     from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
 
@@ -146,7 +146,8 @@ def checkpointed_layers(model: PreTrainedModel, choice: int | list[int] | None) 
 
 
 def checkpoint_layers(model: PreTrainedModel, choice: int | list[int] | None = None) -> None:
-    """Keep only the inputs of the chosen layers, and recompute what is inside in the backward pass."""
+    """Keep only the inputs of the chosen layers, and recompute what is inside in the backward
+    pass."""
     # The older name warns that it will go; transformers 5.0 has no other.
     enable = getattr(model, "activation_checkpointing_enable", None)
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})

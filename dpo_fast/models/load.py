@@ -94,7 +94,8 @@ def load_model(
     workspace_bytes: int | None = None,
     option: str = "model.path",
 ) -> ScoringModel:
-    """The model of a section as a `ScoringModel`, without dropout, its layers as the section wants them.
+    """The model of a section as a `ScoringModel`, without dropout, its layers as the section wants
+    them.
 
     Under DeepSpeed's `HfDeepSpeedConfig` at stage 3 the weights are sharded while they load.
     """
@@ -129,7 +130,10 @@ def load_model_config(section: ModelSection, option: str = "model.path") -> Pret
 
 
 def load_skeleton(section: ModelSection, option: str = "model.path") -> PreTrainedModel:
-    """The model of a section on the meta device: modules and shapes in its dtype, but no weights."""
+    """The model of a section on the meta device:
+
+    modules and shapes in its dtype, but no weights.
+    """
     config = load_model_config(section, option)
     with _told(section, option), torch.device("meta"):
         return AutoModelForCausalLM.from_config(
@@ -149,7 +153,10 @@ def _told(section: ModelSection, option: str):
 
 
 def _without_dropout(config) -> None:
-    """A preference loss compares two passes over the same tokens: dropout would be noise between them."""
+    """A preference loss compares two passes over the same tokens:
+
+    dropout would be noise between them.
+    """
     for name in vars(config):
         if name.endswith(("dropout", "pdrop", "dropout_prob")) and isinstance(
             getattr(config, name), float

@@ -11,8 +11,8 @@ from torch import Tensor
 
 
 class Segment(NamedTuple):
-    """Queries that follow one another, and the keys before them: a trunk of `prefix` tokens that ends
-    elsewhere in the row, then the queries' own. Causal, aligned at the end."""
+    """Queries that follow one another, and the keys before them: a trunk of `prefix` tokens that
+    ends elsewhere in the row, then the queries' own. Causal, aligned at the end."""
 
     queries: int
     prefix: int
@@ -20,7 +20,10 @@ class Segment(NamedTuple):
 
 
 class Varlen(NamedTuple):
-    """Arguments of a varlen kernel; `keys` gathers keys and values so that each segment's are in a row."""
+    """Arguments of a varlen kernel;
+
+    `keys` gathers keys and values so that each segment's are in a row.
+    """
 
     keys: Tensor | None
     cu_seq_q: Tensor
@@ -32,12 +35,13 @@ class Varlen(NamedTuple):
 class AttentionPlan:
     """What attention needs to know of a row of trees, each a trunk with branches that continue it.
 
-    A token sees the tokens before it in its own branch and its trunk, and no others. The first branch
-    and the trunk are one causal segment; every other branch is a segment that sees the trunk's keys
-    and its own. So no score is computed that is masked away, but for the causal triangle.
+    A token sees the tokens before it in its own branch and its trunk, and no others. The first
+    branch and the trunk are one causal segment; every other branch is a segment that sees the
+    trunk's keys and its own. So no score is computed that is masked away, but for the causal
+    triangle.
 
-    One plan serves every layer of a forward pass; what is derived from it is made once. It is an object
-    rather than a tuple so that torch.compile does not specialise on the lengths.
+    One plan serves every layer of a forward pass; what is derived from it is made once. It is an
+    object rather than a tuple so that torch.compile does not specialise on the lengths.
 
     spans: (trunk, branch, ...) lengths along the row; branches may be empty.
     """

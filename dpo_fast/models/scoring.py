@@ -18,8 +18,8 @@ from dpo_fast.ops.linear_logp.op import HeadOptions
 class ScoringModel(nn.Module):
     """A transformers causal LM whose `lm_head` is a `FusedHead`.
 
-    `forward` runs the backbone once over a `ScoredBatch` and the head over its scored rows only. All of
-    it happens inside one call, so that DeepSpeed's hooks gather and release the weights.
+    `forward` runs the backbone once over a `ScoredBatch` and the head over its scored rows only.
+    All of it happens inside one call, so that DeepSpeed's hooks gather and release the weights.
     """
 
     def __init__(
@@ -74,8 +74,8 @@ def scoring_forward(
     targets_T: Tensor,
     extras: tuple[str, ...] = (),
 ) -> dict[str, Tensor]:
-    """{"logp": fp32 [T], **extras} of the scored tokens, by a model that has a `FusedHead`; arguments as in
-    `ScoredBatch`."""
+    """{"logp": fp32 [T], **extras} of the scored tokens, by a model that has a `FusedHead`;
+    arguments as in `ScoredBatch`."""
     decoder = causal_lm.get_decoder()
     places = {} if spans is None else {"plan": AttentionPlan(spans, input_ids.device)}
     if "position_ids" in inspect.signature(decoder.forward).parameters:
@@ -97,8 +97,8 @@ def head_options(config) -> HeadOptions:
     """How a model's own forward treats the output of its head, from its configuration.
 
     Gemma 2 and 3 cap logits (`final_logit_softcapping`), Cohere and Falcon-H1 multiply them
-    (`logit_scale`, `lm_head_multiplier`), Granite divides them by what HyperCLOVA X multiplies them by
-    (`logits_scaling`).
+    (`logit_scale`, `lm_head_multiplier`), Granite divides them by what HyperCLOVA X multiplies them
+    by (`logits_scaling`).
     """
     text = config.get_text_config()
     scale = getattr(text, "logit_scale", None) or getattr(text, "lm_head_multiplier", None) or 1.0

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.data.dataset import Dataset
-from dpo_fast.data.kinds import RowLengths
+from dpo_fast.data.kinds import ExampleLengths
 from dpo_fast.data.packing import Costs
 from dpo_fast.errors import UserError
 from dpo_fast.models.scoring import forward_arguments
@@ -29,7 +29,7 @@ def length_batches(
     costs: what every example of the data set takes in the layout. Alike examples go together, so little is
     padded and ranks take about as long. Batches, and so the values, do not depend on the ranks.
     """
-    ordered = sorted(rows, key=lambda row: (-costs.alone_I[row], row))
+    ordered = sorted(rows, key=lambda row: (-costs.alone_P[row], row))
     if tokens is not None:
         return costs.bins(tokens, ordered)
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
@@ -37,14 +37,14 @@ def length_batches(
 
 @torch.no_grad()
 def score_part(
-    scorer: Scorer, batches: Iterable[ScoredBatch], rows: range, lengths: RowLengths, device
+    scorer: Scorer, batches: Iterable[ScoredBatch], rows: range, lengths: ExampleLengths, device
 ) -> Tensor:
     """Log-probability of every scored token of a part, fp32 [T] on the CPU, on every rank.
 
     Each rank brings its own batches, which together hold every row once, and all the same number of
     them, since a sharded model is gathered together. lengths: of the part's rows.
     """
-    row_tokens = torch.from_numpy(lengths.sums_R)
+    row_tokens = torch.from_numpy(lengths.sums_P)
     ends = row_tokens.cumsum(0)
     values_T = torch.zeros(int(row_tokens.sum()), device=device)
     for batch in batches:
@@ -60,18 +60,18 @@ def score_part(
 
 
 def part_table(
-    values_T: Tensor, lengths: RowLengths, examples: Dataset, rows: range, per_token: bool
+    values_T: Tensor, lengths: ExampleLengths, examples: Dataset, rows: range, per_token: bool
 ) -> pyarrow.Table:
     """The rows of a part, from the log-probabilities of its tokens.
 
     Raises:
         UserError: one of them is not finite.
     """
-    kind, lengths_A = examples.kind, torch.from_numpy(lengths.answers_A)
-    sums_A = sum_sequences(values_T, lengths_A)
-    if not sums_A.isfinite().all():
-        finite_R = np.logical_and.reduceat(sums_A.isfinite().numpy(), lengths.starts_R)
-        bad = (~finite_R).nonzero()[0].tolist()
+    kind, lengths_S = examples.kind, torch.from_numpy(lengths.answers_S)
+    sums_S = sum_sequences(values_T, lengths_S)
+    if not sums_S.isfinite().all():
+        finite_P = np.logical_and.reduceat(sums_S.isfinite().numpy(), lengths.starts_P)
+        bad = (~finite_P).nonzero()[0].tolist()
         raise UserError(
             f"the reference log-probs of {len(bad)} {kind.name} are not finite, the first "
             f"{examples.where(rows[bad[0]])}; look at the reference model and at model.dtype"
@@ -80,22 +80,22 @@ def part_table(
         "digest": examples.digests.slice(rows.start, len(rows)),
         "where": pyarrow.array([examples.where(row) for row in rows], pyarrow.string()),
     }
-    told = {"logps": sums_A.numpy(), "tokens": lengths.answers_A.astype(np.int32)}
+    told = {"logps": sums_S.numpy(), "tokens": lengths.answers_S.astype(np.int32)}
     if per_token:
-        told["token_logps"] = _lists(values_T.numpy(), lengths.answers_A)
-    for what, values_A in told.items():
-        for name, column in zip(names_of(kind, what), _by_answer(pyarrow.array(values_A), lengths)):
+        told["token_logps"] = _lists(values_T.numpy(), lengths.answers_S)
+    for what, values_S in told.items():
+        for name, column in zip(names_of(kind, what), _by_answer(pyarrow.array(values_S), lengths)):
             columns[name] = column
     return pyarrow.table(columns)
 
 
-def _by_answer(values_A: pyarrow.Array, lengths: RowLengths) -> list[pyarrow.Array]:
+def _by_answer(values_S: pyarrow.Array, lengths: ExampleLengths) -> list[pyarrow.Array]:
     """A column for each answer of a row; of groups one column of lists."""
     if lengths.kind.many:
-        return [_lists(values_A, lengths.counts_R)]
+        return [_lists(values_S, lengths.counts_P)]
     count = len(lengths.kind.answers)
     return [
-        values_A.take(pyarrow.array(range(side, len(values_A), count))) for side in range(count)
+        values_S.take(pyarrow.array(range(side, len(values_S), count))) for side in range(count)
     ]
 
 

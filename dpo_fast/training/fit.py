@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.errors import UserError
 from dpo_fast.models import ScoringModel
 from dpo_fast.models.architecture import (
@@ -98,7 +99,7 @@ def choose(config: RunConfig, option: str = "reference.path") -> Choices:
         reference = read_architecture(section, option)
     # Both score the same batches, so the layout is one that both allow.
     layouts = [choose_layout(config.train.layout, each) for each in (policy, reference)]
-    layout = next((choice for choice in layouts if choice.name == "padded"), layouts[0])
+    layout = min(layouts, key=lambda choice: list(LAYOUTS).index(choice.name))
     attention = [_attention(config, layout, each) for each in (policy, reference)]
     return Choices(layout, *attention)
 

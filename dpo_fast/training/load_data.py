@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_fast.data.config import CHAT_COLUMNS
 from dpo_fast.data.dataset import load_examples
 from dpo_fast.data.kinds import COMPLETIONS, GROUPS, KINDS, Kind
-from dpo_fast.data.packing import row_costs
+from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.data.sampler import BatchSampler, Sampler, TokenSampler
 from dpo_fast.data.stream import Chunk, ExampleStream
 from dpo_fast.errors import UserError
@@ -74,8 +74,8 @@ def make_split(
             len(examples), size, train.micro_batch_size, world, train.seed, shuffle, epoch
         )
     else:
-        costs = row_costs(examples.lengths, train.layout)
-        check_budget(train.tokens_per_batch, train.layout, costs.alone_I, examples)
+        costs = LAYOUTS[train.layout].costs(examples.lengths)
+        check_budget(train.tokens_per_batch, train.layout, costs.alone_P, examples)
         sampler = TokenSampler(
             costs,
             train.tokens_per_batch,
@@ -138,7 +138,7 @@ def check_kind(config: RunConfig, name: str, rows: Rows) -> None:
 def check_renamed(config: RunConfig, name: str, rows: Rows) -> None:
     """Raises UserError if data.columns renames what rows of this kind do not have."""
     kind = rows.kind
-    known = ("prompt", *kind.answers, *sorted(kind.judges), *kind.numbers)
+    known = ("prompt", *kind.answers, *kind.label_columns, *kind.numbers)
     for ours, theirs in config.data.columns.items():
         if ours not in (*known, *CHAT_COLUMNS):
             raise UserError(
@@ -147,13 +147,13 @@ def check_renamed(config: RunConfig, name: str, rows: Rows) -> None:
             )
 
 
-def check_budget(budget: int, layout: str, alone_I: np.ndarray, examples: Rows) -> None:
+def check_budget(budget: int, layout: str, alone_P: np.ndarray, examples: Rows) -> None:
     """Raises UserError unless every row fits into a micro-batch of its own."""
-    longest = int(alone_I.argmax())
-    if alone_I[longest] > budget:
+    longest = int(alone_P.argmax())
+    if alone_P[longest] > budget:
         raise UserError(
             f"train.tokens_per_batch={budget} does not hold {examples.where(longest)}, which takes "
-            f"{alone_I[longest]} tokens in the layout {layout}; set it to {alone_I[longest]} or more, or "
+            f"{alone_P[longest]} tokens in the layout {layout}; set it to {alone_P[longest]} or more, or "
             "lower data.max_length"
         )
 

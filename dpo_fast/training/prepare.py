@@ -113,10 +113,9 @@ def prepare(config: RunConfig) -> Run:
     if wants_checkpointing(config, model):
         checkpoint_layers(model.causal_lm, config.model.checkpoint_layers)
     engine = build_engine(config, model, ds_config, total_steps)
-    if config.train.layout != "padded":
-        check_separation(
-            engine, config.train.layout, len(tokenizer), engine.device, DTYPES[config.model.dtype]
-        )
+    check_separation(
+        engine, config.train.layout, len(tokenizer), engine.device, DTYPES[config.model.dtype]
+    )
     references = build_references(
         config, engine, model, splits, choices.reference_attention.name, head, ds_config
     )

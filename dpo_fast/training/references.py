@@ -18,7 +18,7 @@ import torch
 
 from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.data.dataset import tokenizer_hash
-from dpo_fast.data.packing import row_costs
+from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.errors import Interrupted, UserError
 from dpo_fast.models import load_model, load_tokenizer
 from dpo_fast.models.load import DTYPES
@@ -75,7 +75,7 @@ def compute_reference(
         Interrupted: after SIGINT or SIGTERM.
     """
     unfinished = Unfinished(folder, request.manifest, split.examples)
-    costs = row_costs(split.lengths, split.layout)
+    costs = LAYOUTS[split.layout].costs(split.lengths)
     size = (config.train.micro_batch_size, config.train.tokens_per_batch)
     was_training = getattr(scorer, "training", False)
     scorer.eval()
@@ -272,10 +272,9 @@ def load_reference_engine(
     model = load_model(config.reference_model, attention=attention, option=option, **head)
     del keep_alive
     scorer = build_reference_engine(config, model.to(device), ds_config)
-    if config.train.layout != "padded":
-        vocabulary = model.causal_lm.config.get_text_config().vocab_size
-        dtype = DTYPES[config.model.dtype]
-        check_separation(scorer, config.train.layout, vocabulary, device, dtype)
+    vocabulary = model.causal_lm.config.get_text_config().vocab_size
+    dtype = DTYPES[config.model.dtype]
+    check_separation(scorer, config.train.layout, vocabulary, device, dtype)
     return scorer
 
 

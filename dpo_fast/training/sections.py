@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.losses import LOSSES, LossOptions, Objective
 
 FORBID = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -97,10 +98,11 @@ class TrainSection(BaseModel):
     adam_epsilon: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, ge=0, description="gradient norm is clipped to it; 0: not")
     seed: int = Field(42, ge=0, lt=2**32)
-    layout: Literal["auto", "padded", "packed", "shared_prefix"] = Field(
+    layout: Literal[("auto", *LAYOUTS)] = Field(
         "auto",
-        description="how a micro-batch is laid out; shared_prefix: the prompt once, its completions "
-        "after it; auto: shared_prefix where the architecture allows it, else padded",
+        description="how a micro-batch is laid out; "
+        + "; ".join(f"{name}: {layout.meaning}" for name, layout in LAYOUTS.items())
+        + "; auto: the last of these that the architecture allows",
     )
     implementation: Literal["auto", "torch", "triton", "cuda"] = Field(
         "auto",

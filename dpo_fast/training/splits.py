@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from dpo_fast.data.batch import ScoredBatch, collate
 from dpo_fast.data.dataset import Dataset
-from dpo_fast.data.kinds import COMPLETIONS, GROUPS, RowLengths
+from dpo_fast.data.kinds import COMPLETIONS, GROUPS, ExampleLengths
+from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.data.mismatched import mismatched, mismatched_lengths, partners
-from dpo_fast.data.packing import row_costs
 from dpo_fast.data.sampler import BatchSampler, Sampler
 from dpo_fast.data.stream import Chunk, ExampleStream
 from dpo_fast.losses import Totals
@@ -38,25 +38,25 @@ class Split:
     mismatched_length: int | None = None
 
     @functools.cached_property
-    def lengths(self) -> RowLengths:
+    def lengths(self) -> ExampleLengths:
         """Tokens of every prompt and of its answers."""
         return self.examples.lengths
 
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence, mismatched ones included."""
-        prompt_R, answer_R = self.lengths.prompt_R, self.lengths.longest_R
+        prompt_P, answer_P = self.lengths.prompt_P, self.lengths.longest_P
         if self.mismatched_length is None:
-            return int((prompt_R + answer_R).max())
-        return min(self.mismatched_length, int(prompt_R.max() + answer_R.max()))
+            return int((prompt_P + answer_P).max())
+        return min(self.mismatched_length, int(prompt_P.max() + answer_P.max()))
 
     def totals(self, rows: list[int]) -> Totals:
         """Counts of a global batch. Every rank knows them from the data: nothing is communicated."""
         lengths = self.lengths.take(rows)
-        sequences, tokens = len(lengths.answers_A), int(lengths.answers_A.sum())
+        sequences, tokens = len(lengths.answers_S), int(lengths.answers_S.sum())
         if self.examples.kind == COMPLETIONS:
             return Totals(0, 0, sequences, tokens)
-        chosen = 0 if self.examples.kind == GROUPS else int(lengths.answers_A[::2].sum())
+        chosen = 0 if self.examples.kind == GROUPS else int(lengths.answers_S[::2].sum())
         return Totals(len(rows), chosen, sequences, tokens)
 
     def batches(self, step: int) -> Iterator[ScoredBatch]:
@@ -105,8 +105,8 @@ class Split:
             size = self.sampler.micro_batch_size
             return [rows[start : start + size] for start in range(0, len(rows), size)]
         lengths = mismatched_lengths(self.lengths, others, self.mismatched_length)
-        costs = row_costs(lengths, self.layout)
-        budget = max(self.sampler.budget, int(costs.alone_I.max()))
+        costs = LAYOUTS[self.layout].costs(lengths)
+        budget = max(self.sampler.budget, int(costs.alone_P.max()))
         return [[rows[item] for item in items] for items in costs.bins(budget, range(len(rows)))]
 
     def all_batches(self) -> Iterator[ScoredBatch]:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dpo_fast.data.batch import LAYOUTS, collate, collate_trees
+from dpo_fast.data.batch import collate, collate_trees
+from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.data.sampler import Sampler
 from dpo_fast.ops.segments import sum_sequences
 

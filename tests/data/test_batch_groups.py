@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_fast.data.batch import LAYOUTS, collate
-from dpo_fast.data.kinds import GROUPS, RowLengths
-from dpo_fast.data.packing import row_costs
+from dpo_fast.data.batch import collate
+from dpo_fast.data.kinds import GROUPS, ExampleLengths
+from dpo_fast.data.layouts import LAYOUTS
 
 ROWS = [
     {"prompt_ids": [1, 2, 3], "completions_ids": [[4, 5], [6], [7, 8, 9]],
@@ -67,25 +67,24 @@ def test_costs_are_what_a_batch_takes(layout):
          "completions_ids": [[2] * draw.randint(1, 20) for _ in range(count)]}
         for count in (2, 5, 3, 2, 8, 4, 3, 2, 6)
     ]  # fmt: skip
-    costs = row_costs(RowLengths.of(rows, GROUPS), layout)
+    costs = LAYOUTS[layout].costs(ExampleLengths.of(rows, GROUPS))
     bins = costs.bins(budget := 400, range(len(rows)))
     assert sorted(sum(bins, [])) == list(range(len(rows))) and 1 < len(bins) < len(rows)
     for some in [*bins, *([row] for row in range(len(rows)))]:
         batch = lay_out([rows[row] for row in some], layout)
         assert costs.of(some) == batch.input_ids.numel() <= budget
-    assert costs.alone_I.tolist() == [costs.of([row]) for row in range(len(rows))]
+    assert costs.alone_P.tolist() == [costs.of([row]) for row in range(len(rows))]
 
 
 def test_lengths_of_rows_of_any_number_of_answers():
-    lengths = RowLengths.of(ROWS, GROUPS)
-    assert lengths.starts_R.tolist() == [0, 3, 5]
-    assert (lengths.longest_R.tolist(), lengths.sums_R.tolist()) == ([3, 2, 2], [6, 3, 5])
-    assert lengths.compares
+    lengths = ExampleLengths.of(ROWS, GROUPS)
+    assert lengths.starts_P.tolist() == [0, 3, 5]
+    assert (lengths.longest_P.tolist(), lengths.sums_P.tolist()) == ([3, 2, 2], [6, 3, 5])
     assert {name: values.tolist() for name, values in lengths.columns().items()} == {
         "prompt": [3, 2, 3], "completions": [2, 1, 3, 1, 2, 1, 1, 2, 1],
     }  # fmt: skip
     for order in ([2, 0], [1, 1, 2, 0], []):
-        taken, truth = lengths.take(order), RowLengths.of([ROWS[row] for row in order], GROUPS)
-        for name in ("prompt_R", "answers_A", "counts_R", "longest_R", "sums_R"):
+        taken, truth = lengths.take(order), ExampleLengths.of([ROWS[row] for row in order], GROUPS)
+        for name in ("prompt_P", "answers_S", "counts_P", "longest_P", "sums_P"):
             found, wanted = getattr(taken, name), getattr(truth, name)
             assert (found.tolist(), found.dtype) == (wanted.tolist(), np.int64), (name, order)

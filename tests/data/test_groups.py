@@ -8,7 +8,7 @@ import pytest
 
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.dataset import GroupDataset, load_examples
-from dpo_fast.data.kinds import GROUPS, PAIRS, RowLengths
+from dpo_fast.data.kinds import GROUPS, PAIRS, ExampleLengths
 from dpo_fast.data.report import DataReport, render_examples, render_report
 from dpo_fast.data.rows import CompletionRow, GroupRow, PairRow, ignored_columns, parse_row
 from dpo_fast.data.stream import ExampleStream
@@ -232,8 +232,8 @@ def test_what_is_stored(load, rows):
             "weight": index,
         }
     assert data.where(2).endswith("rows.jsonl:3")
-    lengths, truth = data.lengths, RowLengths.of(everything(data), GROUPS)
-    for name in ("prompt_R", "answers_A", "counts_R"):
+    lengths, truth = data.lengths, ExampleLengths.of(everything(data), GROUPS)
+    for name in ("prompt_P", "answers_S", "counts_P"):
         assert getattr(lengths, name).tolist() == getattr(truth, name).tolist(), name
 
 
@@ -259,7 +259,7 @@ def test_held_out_groups_keep_their_scores(load, rows):
     assert (len(held), len(training), held.report.held_out) == (3, 6, 3)
     numbers = [int(held.where(index).rsplit(":", 1)[1]) - 1 for index in range(3)]
     assert [each["scores"] for each in everything(held)] == [rows[n]["scores"] for n in numbers]
-    assert held.lengths.counts_R.tolist() == [len(rows[n]["scores"]) for n in numbers]
+    assert held.lengths.counts_P.tolist() == [len(rows[n]["scores"]) for n in numbers]
     rows[numbers[1]]["scores"][0] += 1.0
     assert load(rows, eval_rows=3).fingerprint == training.fingerprint
     assert load(rows, split="eval", eval_rows=3).fingerprint != held.fingerprint
@@ -318,8 +318,8 @@ def test_a_stream_reads_the_same(load, rows):
     chunks = [stream.read() for _ in range(3)]
     assert [(chunk.kind, len(chunk)) for chunk in chunks] == [(GROUPS, 4), (GROUPS, 4), (GROUPS, 1)]
     assert sum(map(everything, chunks), []) == everything(stored)
-    answers = np.concatenate([chunk.lengths.answers_A for chunk in chunks])
-    assert answers.tolist() == stored.lengths.answers_A.tolist()
+    answers = np.concatenate([chunk.lengths.answers_S for chunk in chunks])
+    assert answers.tolist() == stored.lengths.answers_S.tolist()
     assert chunks[0].extras == ["weight"]
     # Counts are of the stream so far.
     assert [chunk.report.answers for chunk in chunks] == [14, 28, 31]

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from dpo_fast.cli.launch import launch_command
-from dpo_fast.data.batch import LAYOUTS, collate
-from dpo_fast.data.kinds import PAIRS, RowLengths
-from dpo_fast.data.packing import AHEAD, WINDOW, Costs, row_costs
+from dpo_fast.data.batch import collate
+from dpo_fast.data.kinds import PAIRS, ExampleLengths
+from dpo_fast.data.layouts import LAYOUTS
+from dpo_fast.data.packing import AHEAD, WINDOW, Costs
 from dpo_fast.data.sampler import Sampler, TokenSampler
 from tests.support.models import run_tree, write_model, write_pairs
 from tests.support.paths import ROOT
@@ -35,7 +36,7 @@ def costs_and_budget(draw):
         number = st.integers(1, 4)
         sequences = np.array(draw(st.lists(number, min_size=len(sizes), max_size=len(sizes))))
     costs = Costs(sizes, sequences)
-    return costs, draw(st.integers(int(costs.alone_I.max()), 400))
+    return costs, draw(st.integers(int(costs.alone_P.max()), 400))
 
 
 @given(costs_and_budget(), st.integers(1, 20), st.integers(1, 4), st.integers(0, 3))
@@ -55,7 +56,7 @@ def test_every_epoch_has_every_item_once_within_the_budget(case, pairs, world, s
             together = [row for batch in batches for row in batch]
             assert sorted(together) == sorted(sampler.global_batch(step))
             rows += together
-        assert sorted(rows) == list(range(len(costs.sizes_I)))
+        assert sorted(rows) == list(range(len(costs.sizes_P)))
     assert 0 < sampler.fill <= 1
 
 
@@ -159,12 +160,12 @@ def test_costs_are_what_the_layout_takes(layout):
         }
         for _ in range(6)
     ]
-    costs = row_costs(RowLengths.of(pairs, PAIRS), layout)
+    costs = LAYOUTS[layout].costs(ExampleLengths.of(pairs, PAIRS))
     for some in ([0], [3], [1, 2, 4], range(6)):
         batch = collate([pairs[index] for index in some], layout)
         assert costs.of(some) == batch.input_ids.numel()
         if len(some) == 1:
-            assert costs.alone_I[some[0]] == batch.input_ids.numel()
+            assert costs.alone_P[some[0]] == batch.input_ids.numel()
 
 
 # A real data set
@@ -200,19 +201,19 @@ def hh_lengths(tmp_path_factory):
 @pytest.mark.parametrize("layout", ["shared_prefix", "packed"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_micro_batches_of_the_hh_sample_are_full(hh_lengths, layout, seed):
-    sampler = TokenSampler(row_costs(hh_lengths, layout), 4096, 64, 2, seed)
+    sampler = TokenSampler(LAYOUTS[layout].costs(hh_lengths), 4096, 64, 2, seed)
     assert sampler.fill > 0.97
     assert sampler.examples_per_step == pytest.approx(64, rel=0.3)
 
 
 def test_padded_micro_batches_of_the_hh_sample_are_as_full_as_they_can_be(hh_lengths):
     """Equal rows waste what is left over when their number is whole: a tenth, of the longest half."""
-    costs = row_costs(hh_lengths, "padded")
+    costs = LAYOUTS["padded"].costs(hh_lengths)
     sampler = TokenSampler(costs, 4096, 64, 2)
     assert sampler.fill > 0.92
-    alone = Sampler(len(costs.sizes_I), 22, 11)  # as many pairs each as the sampler has on average
-    widest = [costs.sizes_I[alone.micro_batches(step, 0)[0]].max() for step in range(60)]
-    used = [costs.sizes_I[alone.micro_batches(step, 0)[0]].mean() for step in range(60)]
+    alone = Sampler(len(costs.sizes_P), 22, 11)  # as many pairs each as the sampler has on average
+    widest = [costs.sizes_P[alone.micro_batches(step, 0)[0]].max() for step in range(60)]
+    used = [costs.sizes_P[alone.micro_batches(step, 0)[0]].mean() for step in range(60)]
     assert np.mean(used) / np.mean(widest) < 0.5, (
         "unsorted batches are no worse: this shows nothing"
     )
@@ -344,9 +345,9 @@ def test_a_pair_that_does_not_fit_is_named(tmp_path):
         return load_split(build_config(tree, "tree"), byte_tokenizer(), "train", shuffle=True)
 
     write_pairs(tmp_path / "pairs.jsonl", 5)
-    alone_I = row_costs(load(1000).lengths, "packed").alone_I
-    load(int(alone_I.max()))
-    place = int(alone_I.argmax()) + 1
+    alone_P = LAYOUTS["packed"].costs(load(1000).lengths).alone_P
+    load(int(alone_P.max()))
+    place = int(alone_P.argmax()) + 1
     with pytest.raises(
         UserError, match=rf"tokens_per_batch=40 does not hold .*jsonl:{place}, which"
     ):

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_fast.data.batch import LAYOUTS, collate
+from dpo_fast.data.batch import collate
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.dataset import CompletionDataset, load_examples
-from dpo_fast.data.kinds import COMPLETIONS, PAIRS, RowLengths
+from dpo_fast.data.kinds import COMPLETIONS, PAIRS, ExampleLengths
+from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.data.mismatched import mismatched, mismatched_lengths, partners
-from dpo_fast.data.packing import row_costs
 from dpo_fast.data.report import DataReport, render_examples, render_report
 from dpo_fast.data.rows import CompletionRow, PairRow, ignored_columns, parse_row
 from dpo_fast.data.stream import ExampleStream
@@ -229,7 +229,7 @@ def test_a_stream_reads_the_same(load):
     ]
     assert np.concatenate([c.labels for c in chunks]).tolist() == stored.labels.tolist()
     assert chunks[1].report.desirable == stored.report.desirable
-    assert chunks[0].lengths.answers_A.tolist() == stored.lengths.answers_A[:4].tolist()
+    assert chunks[0].lengths.answers_S.tolist() == stored.lengths.answers_S[:4].tolist()
     uneven = load([row(0, weight=1.0), row(1)], make=ExampleStream)
     with pytest.raises(UserError, match="rows.jsonl:2: no 'weight', which rows before it have"):
         uneven.read()
@@ -282,7 +282,7 @@ def test_layouts_agree_on_what_is_scored(layout):
     assert batch.indices_P.tolist() == [5, 7, 6]
     ids = batch.input_ids.flatten()[batch.rows_T].tolist()
     assert ids == [3, 4, 3, 7, 8, 9]  # the token before each target
-    costs = row_costs(RowLengths.of(ROWS, COMPLETIONS), layout)
+    costs = LAYOUTS[layout].costs(ExampleLengths.of(ROWS, COMPLETIONS))
     assert costs.of([0, 1, 2]) >= batch.input_ids.numel()
     assert costs.of([1]) == lay_out(ROWS[1:2], layout).input_ids.numel()
     empty = lay_out([], layout, columns=["weight"])
@@ -310,7 +310,7 @@ def test_every_row_gets_the_completion_of_the_row_before():
 
 
 def test_mismatched_lengths_are_those_of_the_rows():
-    lengths = RowLengths.of(ROWS, COMPLETIONS)
+    lengths = ExampleLengths.of(ROWS, COMPLETIONS)
     others = partners([2, 0, 1], 3)
     found = mismatched_lengths(lengths, others, 5)
     rows = [mismatched(ROWS[row], ROWS[other], COMPLETIONS, 5) for row, other in others.items()]
@@ -333,7 +333,7 @@ def store(data, folder, per_token=True):
     for index in unfinished.begin():
         rows = unfinished.parts[index]
         mine = data.lengths.take(rows)
-        costs = row_costs(data.lengths, "shared_prefix")
+        costs = LAYOUTS["shared_prefix"].costs(data.lengths)
         plan = length_batches(rows, costs, 3)
         batches = [
             lay_out([data[row] for row in some], "shared_prefix", indices=some) for some in plan

@@ -15,10 +15,10 @@ datasets = pytest.importorskip("datasets")
 import pyarrow.parquet
 
 from dpo_fast.data import kinds
-from dpo_fast.data.batch import LAYOUTS, collate
+from dpo_fast.data.batch import collate
 from dpo_fast.data.dataset import PairDataset
-from dpo_fast.data.kinds import RowLengths
-from dpo_fast.data.packing import row_costs
+from dpo_fast.data.kinds import ExampleLengths
+from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.errors import UserError
 from dpo_fast.references import CachedReference, artefact
 from dpo_fast.references.artefact import MANIFEST, Unfinished, read_rows
@@ -62,7 +62,7 @@ def scorer(targets_T, **arguments):
 
 def table_of(wanted: Request, rows: range, layout="packed", size=2, score=scorer):
     pairs, lengths = wanted.examples, wanted.examples.lengths.take(rows)
-    plan = length_batches(rows, row_costs(pairs.lengths, layout), size)
+    plan = length_batches(rows, LAYOUTS[layout].costs(pairs.lengths), size)
     batches = [collate([pairs[row] for row in some], layout, indices=some) for some in plan]
     values_T = score_part(score, [*batches, collate([], layout)], rows, lengths, "cpu")
     return part_table(values_T, lengths, pairs, rows, wanted.per_token)
@@ -158,11 +158,11 @@ def test_sums_alone_have_no_token_values(tmp_path):
 def test_batches_are_of_like_lengths_and_hold_every_row_once(layout):
     draw = torch.Generator().manual_seed(0)
     sizes = torch.randint(1, 50, (3 * 41,), generator=draw).numpy()
-    lengths = RowLengths(kinds.PAIRS, sizes[:41], sizes[41:], np.full(41, 2))
-    costs, rows = row_costs(lengths, layout), range(10, 41)
+    lengths = ExampleLengths(kinds.PAIRS, sizes[:41], sizes[41:], np.full(41, 2))
+    costs, rows = LAYOUTS[layout].costs(lengths), range(10, 41)
     batches = length_batches(rows, costs, 4)
     assert [len(batch) for batch in batches] == [4] * 7 + [3]
-    ordered = [costs.alone_I[row] for batch in batches for row in batch]
+    ordered = [costs.alone_P[row] for batch in batches for row in batch]
     assert ordered == sorted(ordered, reverse=True)
     filled = length_batches(rows, costs, None, tokens=400)
     assert max(costs.of(batch) for batch in filled) <= 400

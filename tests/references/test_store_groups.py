@@ -7,10 +7,10 @@ import torch
 
 datasets = pytest.importorskip("datasets")
 
-from dpo_fast.data.batch import LAYOUTS, collate
+from dpo_fast.data.batch import collate
 from dpo_fast.data.dataset import GroupDataset, PairDataset
 from dpo_fast.data.kinds import GROUPS
-from dpo_fast.data.packing import row_costs
+from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.errors import UserError
 from dpo_fast.references import artefact
 from dpo_fast.references.artefact import Unfinished
@@ -61,7 +61,7 @@ def minus_targets(targets_T, **_):
 def compute(unfinished, index, scorer=minus_targets, per_token=True):
     """A part, as `compute_reference` does."""
     data, rows = unfinished.examples, unfinished.parts[index]
-    plan = length_batches(rows, row_costs(data.lengths, "shared_prefix"), 2)
+    plan = length_batches(rows, LAYOUTS["shared_prefix"].costs(data.lengths), 2)
     batches, mine = [lay_out(data, some, "shared_prefix") for some in plan], data.lengths.take(rows)
     values_T = score_part(scorer, batches, rows, mine, "cpu")
     unfinished.write(index, part_table(values_T, mine, data, rows, per_token))

@@ -8,8 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("transformers")
 
-from dpo_fast.data.batch import LAYOUTS, collate
+from dpo_fast.data.batch import collate
 from dpo_fast.data.kinds import GROUPS
+from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.models import ScoringModel
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.training.metrics import MetricSums

@@ -451,7 +451,7 @@ def test_totals_and_metrics_of_one_batch(folder):
     split = split_of(config(folder, {"type": "grpo"}, layout="padded"))
     lengths = split.lengths.take([1, 2])
     assert split.totals([1, 2]) == Totals(
-        2, 0, len(lengths.answers_A), int(lengths.answers_A.sum())
+        2, 0, len(lengths.answers_S), int(lengths.answers_S.sum())
     )
     rows = [split.examples[ROWS - 1], split.examples[0]]  # the scores of the first are all one
     batch = split.collate(rows, [0, 1])

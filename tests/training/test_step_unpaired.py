@@ -496,7 +496,7 @@ def test_metrics_of_a_batch_without_bad_ones():
 
 def test_totals_count_completions(folder):
     split = split_of(config(folder, "completions", {"type": "bco"}, layout="padded"))
-    tokens = int(split.lengths.answers_A[1:4].sum())
+    tokens = int(split.lengths.answers_S[1:4].sum())
     assert split.totals([1, 2, 3]) == Totals(0, 0, 3, tokens)
     assert Objective(("kto",)).coefficients(split.totals([1, 2, 3])) == (1 / 3,)
 
