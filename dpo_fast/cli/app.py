@@ -130,7 +130,7 @@ def data(
     examples: Annotated[int, typer.Option(min=0, help="rows to show")] = 3,
 ) -> None:
     """Show what would be trained on: counts, lengths, drops, truncation, and marked examples."""
-    from dpo_fast.data.report import render_examples
+    from dpo_fast.data.report import render_examples, render_report
     from dpo_fast.training.config import load_config
     from dpo_fast.training.console import quiet
 
@@ -141,7 +141,7 @@ def data(
     for name, pairs in prepared.items():
         console.rule(f"{name}: {len(pairs)} {pairs.kind.name}")
         if name == "train" or not pairs.report.held_out:  # a held-out split shares train's report
-            pairs.report.render(console)
+            render_report(pairs.report, console)
     render_examples(prepared["train"], tokenizer, console, n=examples)
 
 

@@ -1,24 +1,25 @@
-"""Preference data, from files to token ids.
+"""Preference data, from files to batches of token ids.
 
     config.py      DataConfig: every option, checked
+    kinds.py       pairs, completions with labels, groups with scores; how many tokens they have
     sources.py     the files, folders and hub data sets a name stands for, and their hashes
     files.py       JSON, JSON Lines, Parquet and Arrow as a stream of (where, row)
-    kinds.py       pairs, or completions by themselves; data is one or the other
-    rows.py        a raw row becomes a typed PairRow or CompletionRow, or a BadRow that says why
-    messages.py    checks and splits lists of chat messages
-    prompts.py     finds the prompt that two whole texts share
+    rows.py        a raw row becomes a PairRow, CompletionRow or GroupRow, or a BadRow that says why
+    prompts.py     the prompt that whole texts or conversations share; checks of chat messages
+    boundary.py    where the prompt's tokens end; one BOS, one end of turn
+    tokenise.py    a row becomes token ids that fit max_length
     verdicts.py    BadRow and Dropped, and their tally
-    tokenise.py    a row becomes the ids of its prompt and answers
-    boundary.py    where the prompt's tokens end
-    endings.py     one BOS, one end of turn
-    truncate.py    how a row is made to fit
     build.py       reads, checks and tokenises into a work folder
-    dataset.py     load_examples: all of it, cached on disk by content
-    cache.py       cache keys, atomic publication
-    report.py      what was read, dropped and cut; length statistics
-    preview.py     the report and a few rows, on a terminal
-    mismatched.py  completions after the prompts of other rows, for the kl of KTO
-    batch.py, layouts.py, sampler.py    token ids to the batches of each rank
+    dataset.py     load_examples: all of that, cached on disk by content
+    stream.py      the same while a run trains; nothing is stored
+    report.py      what was read, dropped and cut; the report and a few examples on a terminal
+    batch.py       examples to ScoredBatch, the one batch type
+    layouts.py     the table of layouts: how the tokens of a batch lie
+    packing.py     examples into micro-batches of at most so many tokens
+    sampler.py     the examples of every step and rank
+    mismatched.py  completions after the prompts of other examples, for the kl of KTO
+
+A *row* is what a file holds; an *example* is what training sees of it, as token ids.
 
 Nothing is imported here, so that a part can be used without `datasets` or `transformers`.
 """

@@ -1,13 +1,13 @@
-"""Where the prompt's tokens end: the prompt must be an exact token prefix of prompt + completion.
+"""Where the token ids of prompt and answers begin and end.
 
-Most often the prompt's own ids are a prefix of the whole text's ids. Where they are not, since the
-tokenizer joins the prompt's last characters to the completion's first, the boundary is derived
-again from the character offsets of the whole text's tokens: a token that straddles it belongs to
-the completion, and is scored. With the vocabulary {a, b, c, bc}:
+The prompt must be an exact token prefix of prompt + answer. Most often its own ids are a prefix of
+the whole text's ids. They are not where the tokenizer joins the prompt's last characters to the
+answer's first. Then the boundary comes from the character offsets of the whole text's tokens: a
+token that straddles it belongs to the answer, and is scored. With the vocabulary {a, b, c, bc}:
 
-    prompt "ab", completion "c"      alone [a b]     whole [a bc]     prompt [a], completion [bc]
+    prompt "ab", answer "c"      alone [a b]     whole [a bc]     prompt [a], answer [bc]
 
-At most one BOS at the start of a sequence; exactly one end of turn at the end of an answer.
+A sequence begins with at most one BOS, and an answer ends with exactly one end of turn.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dpo_fast.data.verdicts import BadRow
 from dpo_fast.errors import UserError
 
 
-class Split(NamedTuple):
+class PromptAndAnswers(NamedTuple):
     """Ids of a prompt and its answers;
 
     `merged` tells whether a token straddles the prompt's end.
@@ -33,10 +33,11 @@ class Split(NamedTuple):
 
 
 class _Cut(NamedTuple):
-    """Ids of one whole text, of which `end` belong to the prompt.
+    """One whole text, cut at the end of the prompt.
 
-    `straddle` is the character at which a token that straddles the prompt's end begins; it is the
-    prompt's length when there is none.
+    ids: of the whole text; the first `end` of them are the prompt's.
+    straddle: the character at which a token that straddles the prompt's end begins; the prompt's
+        length where there is none.
     """
 
     ids: list[int]
@@ -45,16 +46,16 @@ class _Cut(NamedTuple):
 
 
 class PromptBoundary:
-    """Splits texts into prompt and completion ids with one tokenizer."""
+    """Splits texts into the ids of prompt and answers with one tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
-    def split(self, prompt: str, *texts: str) -> Split:
+    def split(self, prompt: str, *texts: str) -> PromptAndAnswers:
         """Ids of one or more whole texts that begin with `prompt`. Raises BadRow.
 
-        All sequences get the same prompt ids. Where only some of them join a token across the
-        boundary, the others' tokens of those characters go to its completion too.
+        All answers get the same prompt ids. If only some texts join a token across the boundary,
+        the others' tokens of the same characters go to their answers too.
         """
         encoded = self.tokenizer(
             [prompt, *texts],
@@ -75,7 +76,7 @@ class PromptBoundary:
                     f"from token {shared} of the prompt on",
                 )
         answers = [cut.ids[shared:] for cut in cuts]
-        return Split(cuts[0].ids[:shared], answers, merged=straddle < len(prompt))
+        return PromptAndAnswers(cuts[0].ids[:shared], answers, merged=straddle < len(prompt))
 
     def _cut(self, prompt: str, prompt_ids: list[int], text: str, ids: list[int]) -> _Cut:
         if ids[: len(prompt_ids)] == prompt_ids:
@@ -122,7 +123,7 @@ def _common(left: list[int], right: list[int]) -> int:
 class Endings:
     """The special tokens of one tokenizer that begin and end sequences.
 
-    `eos_ids` are end-of-turn ids beside the tokenizer's EOS, as in a model's generation config.
+    eos_ids: end-of-turn ids beside the tokenizer's EOS, as in a model's generation config.
     """
 
     def __init__(self, tokenizer: Any, eos_ids: Iterable[int], add_eos: bool) -> None:
@@ -148,7 +149,7 @@ class Endings:
         return special - (set(others) - self.end_ids)
 
     def begin(self, prompt_ids: list[int]) -> tuple[list[int], bool]:
-        """The prompt with one BOS if the tokenizer uses one; and whether it had to be put there."""
+        """The prompt, with one BOS if the tokenizer uses it, and whether BOS had to be added."""
         bos = self.bos_id
         start = 0
         while bos is not None and prompt_ids[start : start + 2] == [bos, bos]:
@@ -158,12 +159,13 @@ class Endings:
         return prompt_ids[start:], False
 
     def end(self, answer_ids: list[int], *, chat: bool) -> tuple[list[int], bool]:
-        """The answer with one end of turn, and whether EOS had to be put there.
+        """The answer with one end of turn, and whether EOS had to be added.
 
-        What follows the first end of turn of the tail (white space and special tokens that come
-        after the answer's last word) is cut off. A chat template may end turns with a special
-        token that is neither the tokenizer's EOS nor among eos_ids: the tail's last one counts.
-        Raises UserError when EOS is needed and the tokenizer has none.
+        The tail is the white space and the special tokens after the answer's last word. What
+        follows the first end of turn in the tail is cut off. If a chat template ends turns with a
+        special token that is neither the tokenizer's EOS nor among eos_ids, the last special token
+        of the tail is the end of turn. Raises UserError when EOS is needed and the tokenizer has
+        none.
         """
         tail = self._tail(answer_ids, chat)
         ends = [i for i in range(tail, len(answer_ids)) if answer_ids[i] in self.end_ids]

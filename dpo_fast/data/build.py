@@ -1,7 +1,7 @@
 """Builds a tokenised data set in a work folder: rows to Arrow, Arrow through `datasets.map`.
 
-First every row is read and checked, one by one, in one process: a mistake is reported in file
-order and before any tokenising. Then the checked rows are tokenised, in data.workers processes.
+First one process reads and checks every row, so mistakes are reported in file order and before any
+tokenising. Then data.workers processes tokenise the checked rows.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LABELS = {"label": datasets.Value("bool"), "scores": datasets.List(datasets.Valu
 
 
 def features(kind: Kind) -> datasets.Features:
-    """What comes out of tokenising: the stored columns, and what the report wants."""
+    """Types of the columns after tokenising: those that are stored, and those for the report."""
     types = {
         **dict.fromkeys(("where", *VERDICT), "string"),
         **dict.fromkeys(kind.numbers, "float64"),
@@ -52,10 +52,10 @@ def features(kind: Kind) -> datasets.Features:
 def build(
     config: DataConfig, tokenizer: Any, sources: list[Source], eos_ids: list[int], work: Path
 ) -> tuple[datasets.Dataset, DataReport]:
-    """The kept rows and the report on them, without lengths. Raises UserError.
+    """The examples, and the report on them without lengths. Raises UserError.
 
-    The data set is memory-mapped from files in `work`. Its columns: where, ids, the label of
-    completions or the scores of groups, digest, and the float columns that there are.
+    The data set is memory-mapped from files in `work`. Its columns are where, the token ids, the
+    stored label column, digest, and the float columns that the data has.
     """
     tokeniser = RowTokeniser(tokenizer, config, eos_ids)
     report = DataReport([str(source) for source in sources], bad=BadRows(config.on_bad_row))
@@ -81,7 +81,7 @@ def build(
 def _check_rows(
     config: DataConfig, sources: list[Source], report: DataReport, path: Path
 ) -> tuple[datasets.Dataset, Kind]:
-    """Streams the checked rows, as JSON text, into an Arrow file; and their kind."""
+    """The checked rows, as JSON text streamed into an Arrow file, and their kind."""
     seen = OneKind()
     with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, CHECKED) as writer:
         batch: list[dict[str, str]] = []
@@ -99,7 +99,7 @@ def _check_rows(
 def _checked_rows(
     config: DataConfig, sources: list[Source], report: DataReport, seen: OneKind
 ) -> Iterator[dict[str, str]]:
-    bad, good, ignored = report.bad, 0, set()
+    bad, checked, ignored = report.bad, 0, set()
     raw_rows = (item for source in sources for item in read_rows(source, bad))
     for where, raw in datasets.utils.tqdm(raw_rows, desc="Reading rows", unit=" rows", delay=2):
         ignored |= ignored_columns(raw, config)
@@ -108,12 +108,12 @@ def _checked_rows(
             text = _to_json(row)
             seen.see(where, row.kind)
             yield {"where": where, "row": text}
-            good += 1
+            checked += 1
         except BadRow as verdict:
             bad.reject(where, verdict)
-        if config.max_rows is not None and good + bad.total >= config.max_rows:
+        if config.max_rows is not None and checked + bad.total >= config.max_rows:
             break
-    report.rows_read = good + bad.total
+    report.rows_read = checked + bad.total
     report.ignored_columns = sorted(ignored)
 
 
@@ -168,7 +168,7 @@ def _verdict_columns(fault: str, verdict: Verdict) -> dict[str, Any]:
 
 
 def _count(tokenised: datasets.Dataset, report: DataReport, kind: Kind) -> list[int]:
-    """Adds up the outcomes in `report`; returns the indices of the rows that are kept."""
+    """Counts the outcomes in `report`; returns the indices of the rows that are kept."""
     kept: list[int] = []
     outcomes = tokenised.select_columns(["where", *VERDICT, *COUNTERS, *kind.stored_labels])
     for index, row in enumerate(outcomes):
@@ -182,6 +182,7 @@ def _count(tokenised: datasets.Dataset, report: DataReport, kind: Kind) -> list[
 
 
 def nothing_left(report: DataReport) -> UserError:
+    """The error for data without a usable row, with the reasons and the first row of each."""
     reasons = []
     for tally in (report.bad, report.dropped):
         for kind, count in tally.counts.items():

@@ -29,15 +29,15 @@ class DataConfig(BaseModel):
     )
     eval: str | list[str] | None = Field(None, description="The same, for evaluation.")
     eval_rows: int = Field(
-        0, description="Pairs held out of `train` when `eval` is not set; 0 means no evaluation."
+        0, description="Examples held out of `train` when `eval` is not set; 0: no evaluation."
     )
     seed: int = Field(0, description="Seed of the shuffle whose end is held out for evaluation.")
     format: Literal["auto", "pairs", "messages", "unpaired", "groups"] = Field(
         "auto",
         description="`pairs`: answers are text; `messages`: answers are message lists; `unpaired`: "
-        "completions by themselves, text or messages, with a label that is true for good ones; `groups`: "
-        "completions and scores, lists of one length, or ranks, of which 1 is the best; `auto`: what the "
-        "columns and their values tell.",
+        "single completions, text or messages, with a label that is true for desirable ones; `groups`: "
+        "lists of completions with scores, or with ranks, 1 for the best; `auto`: the columns and "
+        "their values tell.",
     )
     columns: dict[str, str] = Field(
         default_factory=dict, description="Our column name to yours, as in `chosen: good`."
@@ -55,8 +55,8 @@ class DataConfig(BaseModel):
     )
     truncation: Literal["keep_end", "keep_start", "drop", "error"] = Field(
         "keep_end",
-        description="What to do with a pair that is too long: keep the prompt's end or its start, "
-        "drop the pair, or stop.",
+        description="What to do with a row that is too long: keep the prompt's end or its start, "
+        "drop the row, or stop.",
     )
     on_bad_row: Literal["error", "skip"] = Field(
         "error", description="Stop at a bad row, or skip and report it."
@@ -74,11 +74,11 @@ class DataConfig(BaseModel):
     )
     stream_buffer: int = Field(
         10_000,
-        description="Pairs of a stream that are held at a time, shuffled, and trained on before the "
-        "next; each such chunk ends with a smaller step unless train.global_batch_size divides it.",
+        description="Examples of a stream that are held, shuffled and trained on at a time; each such "
+        "chunk ends with a smaller step unless train.global_batch_size divides it.",
     )
     cache_dir: str | None = Field(
-        None, description="Where tokenised pairs are kept; beside the cache of `datasets` if unset."
+        None, description="Where tokenised data is kept; beside the cache of `datasets` if unset."
     )
 
     @property
@@ -93,7 +93,7 @@ class DataConfig(BaseModel):
 
     @property
     def has_eval(self) -> bool:
-        """Whether `load_examples(..., split="eval")` has something to give."""
+        """Whether there is evaluation data."""
         return self.eval is not None or self.eval_rows > 0
 
     @property
@@ -124,12 +124,12 @@ def _check_sources(config: DataConfig) -> None:
     shared = sorted(set(config.train_sources) & set(config.eval_sources))
     if shared:
         raise ValueError(
-            f"data.eval={shared[0]!r} is also in data.train; evaluation on training pairs means "
+            f"data.eval={shared[0]!r} is also in data.train; evaluation on training data means "
             "nothing. Name other data, or leave data.eval out and set data.eval_rows"
         )
     if config.eval is not None and config.eval_rows:
         raise ValueError(
-            f"data.eval_rows={config.eval_rows} holds pairs out of data.train, but data.eval="
+            f"data.eval_rows={config.eval_rows} holds examples out of data.train, but data.eval="
             f"{config.eval!r} is set as well; leave one of them out"
         )
     if config.prompt_end is not None and not config.prompt_end.strip():

@@ -1,7 +1,4 @@
-"""Names and publication of tokenised data on disk.
-
-load_examples: files to tokenised rows, streamed through and kept on disk by content.
-"""
+"""load_examples: files to tokenised examples, kept on disk under a hash of what made them."""
 
 from __future__ import annotations
 
@@ -29,10 +26,10 @@ from dpo_fast.data.sources import Source, resolve
 from dpo_fast.data.tokenise import read_template
 from dpo_fast.errors import UserError
 
-# Raised by one whenever the same input would give other rows or another layout on disk.
+REPORT_FILE = "report.json"
+# Raised by one whenever the same input would give other examples or other files.
 FORMAT_VERSION = 3
-# The options that change what is stored. Where it is stored, by how many processes, and how it is
-# split for evaluation do not.
+# The options that change what is stored.
 OPTIONS = (
     *("format", "columns", "prompt_end", "max_length", "max_prompt_length", "truncation"),
     *("on_bad_row", "add_eos", "max_rows"),
@@ -43,8 +40,6 @@ def cache_root(config: DataConfig) -> Path:
     """data.cache_dir, or a folder in the cache of `datasets` (which obeys HF_DATASETS_CACHE)."""
     if config.cache_dir is not None:
         return Path(config.cache_dir).expanduser()
-    import datasets
-
     return Path(datasets.config.HF_DATASETS_CACHE) / "dpo_fast"
 
 
@@ -100,11 +95,12 @@ def publish(finished: Path, target: Path) -> None:
             raise
 
 
-REPORT_FILE = "report.json"
-
-
 class Dataset:
-    """Tokenised rows of one kind, memory-mapped."""
+    """Tokenised examples of one kind, memory-mapped.
+
+    table: as `build` makes it. report: about all of it. rows: those of the table that belong to the
+    data set, in its order; by default all.
+    """
 
     kind: ClassVar[Kind]
 
@@ -119,17 +115,17 @@ class Dataset:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The row at `index`, which may count from the end. Raises IndexError."""
+        """The example at `index`, which may count from the end. Raises IndexError."""
         row = self._table[int(self._rows[index])]
         return {name: value for name, value in row.items() if name not in ("where", "digest")}
 
     def where(self, index: int) -> str:
-        """The file and line, or split and row, that a row came from."""
+        """The file and line, or split and row, that an example came from."""
         return self._table[int(self._rows[index])]["where"]
 
     @property
     def extras(self) -> list[str]:
-        """The optional float columns that are there."""
+        """The optional float columns that the examples have."""
         return [name for name in self.kind.numbers if name in self._table.column_names]
 
     @property
@@ -139,7 +135,7 @@ class Dataset:
 
     @functools.cached_property
     def digests(self) -> pyarrow.Array:
-        """sha256 of each row's token ids, binary [rows]; the same on every machine."""
+        """sha256 of each example's token ids, binary [P]; the same on every machine."""
         return self._table.data.column("digest").take(self._rows).combine_chunks()
 
     @property
@@ -149,57 +145,55 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """As `token_fingerprint`, and of what says how good the answers are."""
-        judged = self._judged()
-        if not judged:
+        """sha256 hex of all token ids and of the labels or scores."""
+        labels = self._label_bytes()
+        if not labels:
             return self.token_fingerprint
-        return hashlib.sha256(self.token_fingerprint.encode() + judged).hexdigest()
+        return hashlib.sha256(self.token_fingerprint.encode() + labels).hexdigest()
 
-    def _judged(self) -> bytes:
+    def _label_bytes(self) -> bytes:
         return b""
 
 
 class PairDataset(Dataset):
-    """Tokenised pairs, memory-mapped. Made by load_examples.
+    """Tokenised pairs. Made by load_examples.
 
-    dataset[i] is a dict with the lists of int prompt_ids, chosen_ids and rejected_ids, and the
-    floats weight, margin, soft_label, reference_chosen_logps and reference_rejected_logps where
-    the data has them (then in every row). `report` is about the whole data set that was read.
+    dataset[i] has the lists of int prompt_ids, chosen_ids and rejected_ids, and the floats weight,
+    margin, soft_label, reference_chosen_logps and reference_rejected_logps as far as the data has
+    them, in every example or in none. `report` is about the whole data set that was read.
     """
 
     kind = PAIRS
 
 
 class CompletionDataset(Dataset):
-    """Tokenised completions that are desirable or undesirable by themselves. Otherwise as
-    `PairDataset`.
+    """Tokenised completions with labels. Otherwise as `PairDataset`.
 
-    dataset[i] has prompt_ids, completion_ids, the bool label, true for a good one, and the floats
-    weight, margin and soft_label where the data has them.
+    dataset[i] has prompt_ids, completion_ids, the bool label, true for a desirable completion, and
+    the floats weight, margin, soft_label and reference_completion_logps as far as the data has them.
     """
 
     kind = COMPLETIONS
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
-        """bool [rows]."""
+        """bool [P], true for desirable completions."""
         return self._table.data.column("label").to_numpy()[self._rows]
 
-    def _judged(self) -> bytes:
+    def _label_bytes(self) -> bytes:
         return self.labels.tobytes()
 
 
 class GroupDataset(Dataset):
-    """Tokenised groups: two or more completions of a prompt, each with a score. Otherwise as
-    `PairDataset`.
+    """Tokenised groups: two or more completions of a prompt, with scores. Otherwise as `PairDataset`.
 
-    dataset[i] has prompt_ids, completions_ids (a list of lists), the floats scores, one each, and
-    the float weight where the data has it.
+    dataset[i] has prompt_ids, completions_ids (a list of lists), the floats scores, one for each
+    completion, and the float weight where the data has it.
     """
 
     kind = GROUPS
 
-    def _judged(self) -> bytes:
+    def _label_bytes(self) -> bytes:
         scores = self._table.data.column("scores").take(pyarrow.array(self._rows))
         return scores.combine_chunks().flatten().to_numpy(zero_copy_only=False).tobytes()
 
@@ -216,11 +210,15 @@ def load_examples(
 ) -> PairDataset | CompletionDataset | GroupDataset:
     """Reads, checks and tokenises data.train or data.eval, or finds it done before.
 
-    tokenizer: a transformers tokenizer. eos_ids: end-of-turn ids beside its EOS, as in a model's
-    generation config. The result is kept in data.cache_dir under a hash of the files' content,
-    the tokenizer and the options, and is published by one rename, so that processes may run this
-    at the same time. What the rows are, pairs, completions or groups, their columns tell. Raises
-    UserError.
+    The result is kept in data.cache_dir under a hash of the files' content, the tokenizer and the
+    options. One rename publishes it, so several processes may run this at the same time. The columns
+    of the rows tell their kind.
+
+    tokenizer: a transformers tokenizer.
+    eos_ids: end-of-turn ids beside its EOS, as in a model's generation config.
+
+    Raises:
+        UserError: data that cannot be read or used.
     """
     if split not in ("train", "eval"):
         raise UserError(f"split={split!r}: expected train or eval")
@@ -239,7 +237,7 @@ def load_examples(
 def _prepared(
     config: DataConfig, tokenizer: Any, sources: list[Source], eos_ids: list[int]
 ) -> tuple[datasets.Dataset, DataReport]:
-    """The stored data set of these sources; builds it first where it is not there."""
+    """The stored data set of these sources, built first where it is not there."""
     root = cache_root(config)
     key = cache_key(config, tokenizer, sources, eos_ids)
     target = root / key
@@ -264,7 +262,7 @@ def _prepared(
 
 
 def _split_rows(count: int, kind: Kind, config: DataConfig, split: str) -> np.ndarray:
-    """Indices of the training rows, in file order, or of the rows held out for evaluation."""
+    """Rows of the table for training, or those held out for evaluation, in file order."""
     if config.eval_rows >= count:
         raise UserError(
             f"data.eval_rows={config.eval_rows} leaves nothing to train on: there are {count} "

@@ -1,7 +1,7 @@
 """JSON, JSON Lines, Parquet and Arrow files as a stream of (where, row).
 
 `where` is "path:line" for text and "path:row" for Parquet and Arrow, counted from 1. A broken row
-goes to `bad`, which stops or skips; a file that cannot be read to its end always raises UserError.
+goes to `bad`, which stops or skips. A file that cannot be read to its end always raises UserError.
 """
 
 from __future__ import annotations
@@ -17,12 +17,10 @@ from typing import Any
 from dpo_fast.data.verdicts import BadRow, BadRows
 from dpo_fast.errors import UserError
 
-Rows = Iterator[tuple[str, dict[str, Any]]]
+RawRows = Iterator[tuple[str, dict[str, Any]]]  # (where, row)
 LINES = (".jsonl", ".ndjson")
-SUFFIXES = (
-    *(".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz"),
-    *(".parquet", ".arrow"),
-)
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
+SUFFIXES = (*JSON_SUFFIXES, ".parquet", ".arrow")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -31,7 +29,7 @@ def suffix_of(path: Path) -> str | None:
     return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
 
 
-def read_file(path: Path, bad: BadRows) -> Rows:
+def read_file(path: Path, bad: BadRows) -> RawRows:
     """Streams one file's rows. Raises UserError for a file it cannot read."""
     suffix = suffix_of(path)
     if suffix is None:
@@ -69,7 +67,7 @@ def _first_byte(path: Path) -> bytes:
     return next((line.lstrip()[:1] for _, line in _lines(path)), b"")
 
 
-def _json_lines(path: Path, bad: BadRows) -> Rows:
+def _json_lines(path: Path, bad: BadRows) -> RawRows:
     for number, line in _lines(path):
         where = f"{path}:{number}"
         try:
@@ -133,8 +131,8 @@ def _not_finite(value: Any) -> bool:
     return any(map(_not_finite, items))
 
 
-def _json_array(path: Path, bad: BadRows) -> Rows:
-    """The objects of a JSON array; the file is held in memory, unlike JSON Lines."""
+def _json_array(path: Path, bad: BadRows) -> RawRows:
+    """The objects of a JSON array. Unlike JSON Lines, the whole file is held in memory."""
     text = _whole_text(path)
     position = text.index("[") + 1
     line, counted, separator = 1, 0, "["
@@ -166,7 +164,7 @@ def _json_array(path: Path, bad: BadRows) -> Rows:
 
 
 def _whole_text(path: Path) -> str:
-    """The file's text, with its line breaks; blank lines are kept so that lines can be counted."""
+    """The file's text. Blank lines are kept, so that lines can be counted."""
     chunks: list[str] = []
     last = 0
     for number, line in _lines(path):
@@ -196,7 +194,7 @@ def _broken_array(path: Path, text: str, position: int, error: object) -> UserEr
     )
 
 
-def _arrow_rows(path: Path, batches) -> Rows:
+def _arrow_rows(path: Path, batches) -> RawRows:
     import pyarrow
 
     number = 0

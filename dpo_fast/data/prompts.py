@@ -1,7 +1,4 @@
-"""Finds the prompt that two whole texts share.
-
-Lists of chat messages: checks, and the split of two conversations into prompt and answers.
-"""
+"""The prompt that two whole texts or two conversations share, and the checks of chat messages."""
 
 from __future__ import annotations
 
@@ -11,6 +8,8 @@ from typing import Any
 
 from dpo_fast.data.verdicts import BadRow
 
+Messages = list[dict[str, Any]]
+ROLES = ("system", "user", "assistant", "tool")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
@@ -52,10 +51,6 @@ def _common_words(chosen: str, rejected: str) -> int:
     return end
 
 
-Messages = list[dict[str, Any]]
-ROLES = ("system", "user", "assistant", "tool")
-
-
 def check_messages(value: list[Any], field: str) -> Messages:
     """`value` as clean messages: known roles, text contents. Raises BadRow naming `field[i]`.
 
@@ -63,10 +58,10 @@ def check_messages(value: list[Any], field: str) -> Messages:
     """
     if not value:
         raise BadRow(f"empty {field}", "the message list has no messages")
-    return [_message(item, f"{field}[{index}]") for index, item in enumerate(value)]
+    return [_checked(item, f"{field}[{index}]") for index, item in enumerate(value)]
 
 
-def _message(item: Any, name: str) -> dict[str, Any]:
+def _checked(item: Any, name: str) -> dict[str, Any]:
     if not isinstance(item, Mapping):
         raise BadRow("not a message", f"{name}: expected an object, got {type(item).__name__}")
     message = {key: value for key, value in item.items() if value is not None}
@@ -121,3 +116,49 @@ def split_conversations(chosen: Messages, rejected: Messages) -> tuple[Messages,
         if len(messages) == shared:
             raise BadRow(f"empty {field}", "no message follows the shared prompt")
     return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def joined(
+    prompt: str | Messages, completions: list[str] | list[Messages]
+) -> tuple[str | Messages, list[str] | list[Messages]]:
+    """(prompt, completions), all of them messages if one is."""
+    if isinstance(completions[0], str) and not isinstance(prompt, str):
+        return prompt, [_message("assistant", each) for each in completions]
+    if isinstance(prompt, str) and not isinstance(completions[0], str):
+        return _message("user", prompt), completions
+    return prompt, completions
+
+
+def with_prompt(
+    prompt: str | Messages, chosen: str | Messages, rejected: str | Messages
+) -> tuple[str | Messages, ...]:
+    """(prompt, chosen, rejected) of a pair with a prompt column, all text or all messages.
+
+    Answers that are whole conversations repeat the prompt; it is taken off. Raises BadRow.
+    """
+    if isinstance(chosen, str):
+        if isinstance(prompt, str):
+            return prompt, chosen, rejected
+        return prompt, _message("assistant", chosen), _message("assistant", rejected)
+    whole = chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant"
+    if not whole:
+        return _message("user", prompt) if isinstance(prompt, str) else prompt, chosen, rejected
+    shared, chosen, rejected = split_conversations(chosen, rejected)
+    if not _repeats(prompt, shared):
+        raise BadRow(
+            "chosen and rejected do not begin with the prompt",
+            "they are whole conversations, so their shared beginning must be the prompt",
+        )
+    return shared, chosen, rejected
+
+
+def _repeats(prompt: str | Messages, shared: Messages) -> bool:
+    """Whether a conversation's shared beginning says what the prompt column says."""
+    if isinstance(prompt, str):
+        users = [message["content"] for message in shared if message["role"] == "user"]
+        return prompt.strip() in [content.strip() for content in users]
+    return shared == prompt
+
+
+def _message(role: str, content: str) -> Messages:
+    return [{"role": role, "content": content}]

@@ -1,14 +1,11 @@
-"""What became of the data: rows read, dropped and cut, and how long they are.
-
-The report and a few rows, on a terminal.
-"""
+"""What became of the rows: read, refused and cut; how long the examples are; a few of them in full."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -18,25 +15,29 @@ from rich.text import Text
 from dpo_fast.data.kinds import COMPLETIONS, GROUPS, PAIRS, ExampleLengths, Kind
 from dpo_fast.data.verdicts import Tally
 
+ROWS_SHOWN = 3  # of those refused for one reason
+HEAD, TAIL = 60, 100  # prompt tokens shown before and after the gap; the end matters more
 PERCENTILES = {"p5": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99, "max": 100}
 
 
 @dataclass
 class DataReport:
-    """Counts over one data set, before any rows of it are held out for evaluation.
+    """Counts over one data set, before any examples of it are held out for evaluation.
 
-    rows_read = examples_kept + bad.total + dropped.total. `kind` is pairs; or completions, of which
-    `desirable` are desirable; or groups, of which `even` have one score for all; examples_kept
-    counts them too, and `answers` what they have together. `bad` and `dropped` count rows by reason
-    and keep the first 50 of each. `prompts_cut` counts rows, `answers_cut` single answers, and
-    `boundary_merges` rows in which a token straddles the prompt's end. `lengths` are tokens:
-    {"prompt" | "chosen" | "rejected" | "longest" | "total": {"p5": int, ..., "max": int}}, where
-    longest = prompt + longest answer (what max_length bounds) and total = prompt + all answers; of
-    completions they are prompt, completion and total, of groups prompt, completions, longest and
-    total.
-    `tokens` are sums: prompt, each answer, scored, total, and separate, which is what goes through
-        the
-    model when the prompt is not shared.
+    rows_read = examples_kept + bad.total + dropped.total
+    held_out: examples of them that are for evaluation.
+    bad, dropped: rows by reason, with the first 50 of each reason.
+    prompts_cut, bos_added: examples; answers_cut, eos_added: single answers.
+    boundary_merges: examples in which a token straddles the prompt's end.
+    lengths: percentiles of tokens, {name: {"p5": int, ..., "max": int}}. The names are prompt, each
+        column of answers, longest = prompt + longest answer (max_length bounds it) where examples
+        have several answers, and total = prompt + all answers.
+    tokens: sums over the data: prompt, each column of answers, scored, total, and separate, which
+        goes through the model when prompts are not shared.
+    kind: name of the kind of the examples.
+    desirable: completions whose label is true.
+    even: groups with one score for all their completions.
+    answers: answers of all examples together.
     """
 
     sources: list[str]
@@ -90,38 +91,39 @@ class DataReport:
 
     def notes(self) -> list[str]:
         """Sentences about what was done to the rows, for a reader."""
+        examples, answers = self.examples_kept, self.answers
         facts = (
-            (self.prompts_cut, "prompts were cut to fit data.max_length"),
-            (self.answers_cut, "answers were cut to fit data.max_length"),
+            (self.prompts_cut, examples, "prompts were cut to fit data.max_length"),
+            (self.answers_cut, answers, "answers were cut to fit data.max_length"),
             (
                 self.boundary_merges,
+                examples,
                 f"{self.kind} have a token across the prompt's end; it is scored",
             ),
-            (self.bos_added, "prompts did not have their BOS token; it was put first"),
-            (self.eos_added, "answers did not end their turn; EOS was put last"),
+            (self.bos_added, examples, "prompts did not have their BOS token; it was put first"),
+            (self.eos_added, answers, "answers did not end their turn; EOS was put last"),
             (
                 self.even,
+                examples,
                 "groups have one score for all their completions; nothing is preferred there",
             ),
-            (self.held_out, f"{self.kind} are held out for evaluation"),
+            (self.held_out, examples, f"{self.kind} are held out for evaluation"),
         )
-        notes = [f"{count} of {self._whole(text)} {text}" for count, text in facts if count]
+        notes = [f"{count} of {whole} {text}" for count, whole, text in facts if count]
         if self.ignored_columns:
             notes.append(f"columns not used: {', '.join(self.ignored_columns)}")
         return notes
-
-    def _whole(self, text: str) -> int:
-        return self.answers if text.startswith("answers") else self.examples_kept
 
     @property
     def kept(self) -> str:
         """What is kept, in words."""
         text = f"{self.examples_kept:,} {self.kind} kept"
-        told = {
-            COMPLETIONS.name: f" ({self.desirable:,} desirable, {self.examples_kept - self.desirable:,} undesirable)",
-            GROUPS.name: f" of {self.answers:,} completions",
-        }
-        return text + told.get(self.kind, "")
+        if self.kind == COMPLETIONS.name:
+            undesirable = self.examples_kept - self.desirable
+            return f"{text} ({self.desirable:,} desirable, {undesirable:,} undesirable)"
+        if self.kind == GROUPS.name:
+            return f"{text} of {self.answers:,} completions"
+        return text
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -136,25 +138,12 @@ class DataReport:
             values[name] = Tally(tally["counts"], rows)
         return cls(**values)
 
-    def render(self, console: Any) -> None:
-        """Prints the report on a rich console."""
-        from dpo_fast.data.report import render_report
-
-        render_report(self, console)
-
 
 def _percentiles(values: np.ndarray) -> dict[str, int]:
     if not len(values):
         return {}
     # "higher" gives a length that occurs, and the max at 100.
     return {name: int(np.percentile(values, q, method="higher")) for name, q in PERCENTILES.items()}
-
-
-if TYPE_CHECKING:
-    from dpo_fast.data.dataset import PairDataset
-
-EXAMPLES_SHOWN = 3
-HEAD, TAIL = 60, 100  # prompt tokens shown before and after the gap; the end matters more
 
 
 def render_report(report: DataReport, console: Console) -> None:
@@ -174,7 +163,7 @@ def render_report(report: DataReport, console: Console) -> None:
 def _verdicts(title: str, tally: Tally) -> Table:
     table = Table("reason", "rows", "first", title=title, title_justify="left")
     for kind, count in sorted(tally.counts.items(), key=lambda item: -item[1]):
-        first = ", ".join(where for where, _ in tally.rows[kind][:EXAMPLES_SHOWN])
+        first = ", ".join(where for where, _ in tally.rows[kind][:ROWS_SHOWN])
         table.add_row(Text(kind), f"{count:,}", Text(first))
     return table
 
@@ -190,11 +179,11 @@ def _lengths(report: DataReport) -> Table:
     return table
 
 
-def render_examples(dataset: PairDataset, tokenizer: Any, console: Console, n: int = 3) -> None:
-    """Prints the first n rows token by token.
+def render_examples(dataset: Any, tokenizer: Any, console: Console, n: int = 3) -> None:
+    """Prints the first n examples of a `Dataset` or a `Chunk` token by token.
 
-    Each scored token stands in its own ⟦ ⟧, so that it shows without colour; prompt tokens are
-    separated by a middle dot. Line breaks are written \\n.
+    Each scored token stands in its own ⟦ ⟧, so that it shows without colour. A middle dot separates
+    prompt tokens. Line breaks are written \\n.
     """
     for index in range(min(n, len(dataset))):
         row = dataset[index]

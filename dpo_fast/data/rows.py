@@ -1,4 +1,4 @@
-"""A raw row becomes a typed PairRow, CompletionRow or GroupRow, or a BadRow that says why not."""
+"""A raw row becomes a PairRow, CompletionRow or GroupRow, or a BadRow that says why not."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from dpo_fast.data.prompts import (
     Messages,
     check_answer,
     check_messages,
+    joined,
     split_conversations,
     split_texts,
+    with_prompt,
 )
 from dpo_fast.data.verdicts import BadRow
 
@@ -40,10 +42,10 @@ class _Row:
 class PairRow(_Row):
     """One pair, checked but not tokenised.
 
-    Either all three of prompt, chosen and rejected are text, or all three are lists of messages
-    `{"role": str, "content": str, ...}`; the prompt then ends before the first scored message.
-    `extras` holds the optional columns that the row has: floats, `tools`, `chat_template_kwargs`.
-    `where` names the row, as in "pairs.jsonl:17".
+    where: the row's place, as in "pairs.jsonl:17".
+    prompt, chosen, rejected: all text, or all lists of messages `{"role": str, "content": str, ...}`.
+        A prompt of messages ends before the first scored message.
+    extras: the optional columns that the row has: floats, `tools`, `chat_template_kwargs`.
     """
 
     where: str
@@ -56,7 +58,7 @@ class PairRow(_Row):
 
 @dataclass(frozen=True)
 class CompletionRow(_Row):
-    """One completion that is good (label is true) or bad by itself. Otherwise as `PairRow`."""
+    """One completion; label: true for a desirable one. Otherwise as `PairRow`."""
 
     where: str
     prompt: str | Messages
@@ -68,8 +70,10 @@ class CompletionRow(_Row):
 
 @dataclass(frozen=True)
 class GroupRow(_Row):
-    """Two or more completions of one prompt, each with a score: the higher, the better. Ranks are
-    scores below 0. Otherwise as `PairRow`."""
+    """Two or more completions of one prompt. Otherwise as `PairRow`.
+
+    scores: one for each completion, higher is better. Ranks become negative scores.
+    """
 
     where: str
     prompt: str | Messages
@@ -85,7 +89,7 @@ class GroupRow(_Row):
 
 Row = PairRow | CompletionRow | GroupRow
 ROW_TYPES: dict[Kind, type[Row]] = {each.kind: each for each in (PairRow, CompletionRow, GroupRow)}
-FORMATS = {"unpaired": COMPLETIONS, "groups": GROUPS}  # the others are of pairs
+FORMATS = {"unpaired": COMPLETIONS, "groups": GROUPS}  # data.format; all others are pairs
 
 
 def parse_row(where: str, raw: Mapping[str, Any], config: DataConfig) -> Row:
@@ -96,7 +100,7 @@ def parse_row(where: str, raw: Mapping[str, Any], config: DataConfig) -> Row:
 
 
 def _kind(row: Mapping[str, Any], config: DataConfig) -> Kind:
-    """What its columns make of a row, if the configuration leaves it open."""
+    """The kind that data.format asks for, or the one that the row's columns fit best."""
     if config.format != "auto":
         return FORMATS.get(config.format, PAIRS)
     given = {name for name, value in row.items() if value is not None}
@@ -108,10 +112,29 @@ def _kind(row: Mapping[str, Any], config: DataConfig) -> Kind:
     return max(found, key=found.get) if any(found.values()) else PAIRS
 
 
+def _pair(where: str, row: dict[str, Any], raw: Mapping[str, Any], config: DataConfig) -> PairRow:
+    chosen, rejected = _answer(row, raw, "chosen"), _answer(row, raw, "rejected")
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise BadRow("chosen and rejected differ in kind", "one is text, the other a message list")
+    _check_format(chosen, config)
+    if chosen == rejected:
+        raise BadRow("chosen equals rejected", "a pair needs two different answers")
+    if "prompt" in row:
+        prompt, chosen, rejected = with_prompt(_value(row["prompt"], "prompt"), chosen, rejected)
+    elif isinstance(chosen, str):
+        prompt, chosen, rejected = split_texts(chosen, rejected, config.prompt_end)
+    else:
+        prompt, chosen, rejected = split_conversations(chosen, rejected)
+    _check_texts(prompt, {"chosen": chosen, "rejected": rejected})
+    extras = _extras(row, PAIRS)
+    _check_chat_extras(prompt, extras)
+    return PairRow(where, prompt, chosen, rejected, extras)
+
+
 def _completion(
     where: str, row: dict[str, Any], raw: Mapping[str, Any], config: DataConfig
 ) -> CompletionRow:
-    prompt, (completion,) = _joined(_answer(row, raw, "prompt"), [_answer(row, raw, "completion")])
+    prompt, (completion,) = joined(_answer(row, raw, "prompt"), [_answer(row, raw, "completion")])
     _check_texts(prompt, {"completion": completion})
     _need(row, raw, "label")
     if not isinstance(row["label"], bool):
@@ -123,20 +146,20 @@ def _completion(
 
 def _group(where: str, row: dict[str, Any], raw: Mapping[str, Any], config: DataConfig) -> GroupRow:
     prompt = _answer(row, raw, "prompt")
-    completions, judged = _list(row, raw, "completions"), _judge(row)
-    scores = _list(row, raw, judged)
+    completions, column = _list(row, raw, "completions"), _score_column(row)
+    scores = _list(row, raw, column)
     if len(completions) < 2:
         raise BadRow("a group of one", f"got {len(completions)} completions; a group has 2 or more")
     if len(scores) != len(completions):
         raise BadRow(
-            f"{judged} and completions differ in number", f"{len(scores)} and {len(completions)}"
+            f"{column} and completions differ in number", f"{len(scores)} and {len(completions)}"
         )
     texts = [_value(each, f"completions[{index}]") for index, each in enumerate(completions)]
     if len({type(each) for each in texts}) > 1:
         raise BadRow("completions differ in kind", "some are text, others message lists")
-    prompt, texts = _joined(prompt, texts)
-    numbers = [_number(each, f"{judged}[{index}]") for index, each in enumerate(scores)]
-    if judged == "ranks":
+    prompt, texts = joined(prompt, texts)
+    numbers = [_number(each, f"{column}[{index}]") for index, each in enumerate(scores)]
+    if column == "ranks":
         numbers = [-number for number in numbers]
     group = GroupRow(where, prompt, texts, numbers, _extras(row, GROUPS))
     _check_texts(prompt, group.answers)
@@ -144,50 +167,12 @@ def _group(where: str, row: dict[str, Any], raw: Mapping[str, Any], config: Data
     return group
 
 
-def _judge(row: dict[str, Any]) -> str:
-    """Scores, of which the highest is the best, or ranks, of which the lowest is."""
-    given = [name for name in ("scores", "ranks") if row.get(name) is not None]
+def _score_column(row: dict[str, Any]) -> str:
+    """`scores`, higher is better, or `ranks`, lower is better. Raises BadRow if the row has both."""
+    given = [name for name in GROUPS.label_columns if row.get(name) is not None]
     if len(given) > 1:
         raise BadRow("scores and ranks", "both say how good completions are: give one of them")
-    return given[0] if given else "scores"
-
-
-def _joined(prompt: str | Messages, completions: list):
-    """Prompt and completions, all of them messages if one is."""
-    if isinstance(completions[0], str) and not isinstance(prompt, str):
-        return prompt, [_message("assistant", each) for each in completions]
-    if isinstance(prompt, str) and not isinstance(completions[0], str):
-        return _message("user", prompt), completions
-    return prompt, completions
-
-
-def _list(row: dict[str, Any], raw: Mapping[str, Any], name: str) -> list:
-    _need(row, raw, name)
-    if not isinstance(row[name], list):
-        got = "null" if row[name] is None else type(row[name]).__name__
-        raise BadRow(
-            f"field {name!r} is not a list", f"expected one entry for each completion, got {got}"
-        )
-    return row[name]
-
-
-def _pair(where: str, row: dict[str, Any], raw: Mapping[str, Any], config: DataConfig) -> PairRow:
-    chosen, rejected = _answer(row, raw, "chosen"), _answer(row, raw, "rejected")
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise BadRow("chosen and rejected differ in kind", "one is text, the other a message list")
-    _check_format(chosen, config)
-    if chosen == rejected:
-        raise BadRow("chosen equals rejected", "a pair needs two different answers")
-    if "prompt" in row:
-        prompt, chosen, rejected = _with_prompt(_value(row["prompt"], "prompt"), chosen, rejected)
-    elif isinstance(chosen, str):
-        prompt, chosen, rejected = split_texts(chosen, rejected, config.prompt_end)
-    else:
-        prompt, chosen, rejected = split_conversations(chosen, rejected)
-    _check_texts(prompt, {"chosen": chosen, "rejected": rejected})
-    extras = _extras(row, PAIRS)
-    _check_chat_extras(prompt, extras)
-    return PairRow(where, prompt, chosen, rejected, extras)
+    return given[0] if given else GROUPS.label_columns[0]
 
 
 def ignored_columns(raw: Mapping[str, Any], config: DataConfig) -> set[str]:
@@ -208,7 +193,7 @@ def _renamed(raw: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
 
 
 def _known(raw: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
-    """The columns that we have a name for, under it."""
+    """The columns that we know, under our names."""
     names = {ours: config.columns.get(ours, ours) for ours in COLUMNS}
     return {ours: raw[theirs] for ours, theirs in names.items() if theirs in raw}
 
@@ -222,6 +207,16 @@ def _seen(raw: Mapping[str, Any], wanted: str) -> str:
 def _answer(row: dict[str, Any], raw: Mapping[str, Any], name: str) -> str | Messages:
     _need(row, raw, name)
     return _value(row[name], name)
+
+
+def _list(row: dict[str, Any], raw: Mapping[str, Any], name: str) -> list:
+    _need(row, raw, name)
+    if not isinstance(row[name], list):
+        got = "null" if row[name] is None else type(row[name]).__name__
+        raise BadRow(
+            f"field {name!r} is not a list", f"expected one entry for each completion, got {got}"
+        )
+    return row[name]
 
 
 def _need(row: dict[str, Any], raw: Mapping[str, Any], name: str) -> None:
@@ -251,35 +246,6 @@ def _check_format(chosen: str | Messages, config: DataConfig) -> None:
     found = "pairs" if isinstance(chosen, str) else "messages"
     if config.format not in ("auto", found):
         raise BadRow(f"not in data.format={config.format}", f"the answers are in format {found}")
-
-
-def _with_prompt(prompt: str | Messages, chosen: str | Messages, rejected: str | Messages):
-    if isinstance(chosen, str):
-        if isinstance(prompt, str):
-            return prompt, chosen, rejected
-        return prompt, _message("assistant", chosen), _message("assistant", rejected)
-    whole = chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant"
-    if not whole:
-        return _message("user", prompt) if isinstance(prompt, str) else prompt, chosen, rejected
-    shared, chosen, rejected = split_conversations(chosen, rejected)
-    if not _repeats(prompt, shared):
-        raise BadRow(
-            "chosen and rejected do not begin with the prompt",
-            "they are whole conversations, so their shared beginning must be the prompt",
-        )
-    return shared, chosen, rejected
-
-
-def _repeats(prompt: str | Messages, shared: Messages) -> bool:
-    """Whether a conversation's shared beginning says what the prompt column says."""
-    if isinstance(prompt, str):
-        users = [message["content"] for message in shared if message["role"] == "user"]
-        return prompt.strip() in [content.strip() for content in users]
-    return shared == prompt
-
-
-def _message(role: str, content: str) -> Messages:
-    return [{"role": role, "content": content}]
 
 
 def _check_texts(prompt: str | Messages, answers: dict[str, str | Messages]) -> None:
@@ -312,9 +278,9 @@ def _extras(row: dict[str, Any], kind: Kind) -> dict[str, Any]:
     given = [name for name in kind.reference_columns if name in extras]
     if 0 < len(given) < len(kind.reference_columns):
         raise BadRow(f"{given[0]} without its partner", "give both reference columns or neither")
-    for name, kind in (("tools", list), ("chat_template_kwargs", dict)):
+    for name, shape in (("tools", list), ("chat_template_kwargs", dict)):
         if row.get(name):
-            extras[name] = _structure(row[name], name, kind)
+            extras[name] = _structure(row[name], name, shape)
     clash = set(extras.get("chat_template_kwargs", ())) & set(TEMPLATE_ARGUMENTS)
     if clash:
         raise BadRow(f"chat_template_kwargs sets {min(clash)!r}", "it is set by dpo_fast itself")
@@ -333,14 +299,16 @@ def _number(value: Any, name: str) -> float:
     return number
 
 
-def _structure(value: Any, name: str, kind: type) -> Any:
+def _structure(value: Any, name: str, shape: type) -> Any:
     # Arrow cannot hold free-form objects, so such columns often arrive as JSON text.
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except ValueError as error:
             raise BadRow(f"field {name!r} is not JSON", str(error)) from None
-    if not isinstance(value, kind):
-        expected = {list: "a list", dict: "an object"}[kind]
+    if not isinstance(value, shape):
+        expected = {list: "a list", dict: "an object"}[shape]
         raise BadRow(f"field {name!r} has the wrong type", f"expected {expected}")
-    return {key: item for key, item in value.items() if item is not None} if kind is dict else value
+    return (
+        {key: item for key, item in value.items() if item is not None} if shape is dict else value
+    )

@@ -1,7 +1,6 @@
-"""Which pairs each rank sees at each step: a pure function of seed, epoch and step, so resume is
-exact.
+"""The examples of every step and rank: a pure function of seed, epoch and step, so resume is exact.
 
-`Sampler` counts pairs, `TokenSampler` counts tokens; both are asked for the same things.
+`Sampler` counts examples and `TokenSampler` counts tokens. Both answer the same questions.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from dpo_fast.data.packing import Costs
 
 
 class BatchSampler(Protocol):
-    """Global batches, and each rank's micro-batches of them. Rows are those of the data set."""
+    """Global batches, and each rank's micro-batches of them, as places in the data set."""
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps of the first epoch; all of `Sampler`'s have as many."""
+        """Optimiser steps of the first epoch."""
 
     @property
     def accumulation(self) -> int:
@@ -32,7 +31,7 @@ class BatchSampler(Protocol):
         """Optimiser steps of that many epochs, at least 1."""
 
     def global_batch(self, step: int) -> list[int]:
-        """Rows of optimiser step `step`, counted from 0 over all epochs."""
+        """Examples of optimiser step `step`, counted from 0 over all epochs."""
 
     def micro_batches(self, step: int, rank: int) -> list[list[int]]:
         """This rank's micro-batches of a step: always `accumulation` of them, some may be empty."""
@@ -40,13 +39,13 @@ class BatchSampler(Protocol):
 
 @dataclass(frozen=True)
 class Sampler:
-    """Global batches of `global_batch_size` pairs, in micro-batches of `micro_batch_size` on
-    `world_size` ranks.
+    """Global batches of `global_batch_size` examples, in micro-batches of `micro_batch_size`.
 
-    Every epoch is a fresh seeded permutation (`shuffle=False`: file order). The pairs of a step do
-    not depend on micro_batch_size or world_size. The last batch of an epoch may be smaller; then
-    micro-batches are short or empty, but every rank has the same number of them. Step 0 is the
-    first of epoch `first_epoch`.
+    Every epoch is a fresh seeded permutation, or file order without `shuffle`. The examples of a step
+    do not depend on micro_batch_size or world_size. The last batch of an epoch may be smaller. Then
+    micro-batches are short or empty, but every rank has the same number of them.
+
+    size: examples of the data set. first_epoch: the epoch of step 0.
     """
 
     size: int
@@ -84,20 +83,19 @@ class Sampler:
 
 
 class TokenSampler:
-    """Micro-batches of whole items, filled to at most `budget` tokens; so many of them are a step
-    that it has about `global_batch_size` items.
+    """Micro-batches of whole examples, filled to at most `budget` tokens.
 
-    The micro-batches of an epoch follow from costs, budget, seed and epoch, not from world_size,
-    and come in a seeded order. Every step takes the next `accumulation` x `world_size` of them; the
-    last of an epoch has fewer, and some ranks get empty ones. Epochs may differ by a few
-    micro-batches.
+    The micro-batches of an epoch follow from costs, budget, seed and epoch, not from world_size, and
+    come in a seeded order. Every step takes the next `accumulation` x `world_size` of them. The last
+    step of an epoch has fewer, and some ranks get empty ones. Epochs may differ by a few micro-batches.
 
-    costs: what the items take, in the layout of the run. accumulation: micro-batches of a rank in a
-        step;
-    by default as many as bring the first epoch's items per step nearest to `global_batch_size`.
+    costs: tokens of every example in the layout of the run.
+    global_batch_size: examples that a step should have on average.
+    accumulation: micro-batches of a rank in a step; by default as many as bring the examples of the
+        first epoch's steps nearest to `global_batch_size`.
 
     Raises:
-        ValueError: an item that is larger than the budget.
+        ValueError: an example that is larger than the budget.
     """
 
     def __init__(
@@ -124,14 +122,14 @@ class TokenSampler:
 
     @property
     def fill(self) -> float:
-        """Tokens of the first epoch's micro-batches over what they have room for, 0 to 1."""
+        """Share of the first epoch's budget that tokens fill, 0 to 1."""
         bins = self._bins(self.first_epoch)
         return sum(map(self.costs.of, bins)) / (len(bins) * self.budget)
 
     @property
     def examples_per_step(self) -> float:
-        """Items of a step, on average over the first epoch's full ones."""
-        return self._items_per_bin() * self._bins_per_step
+        """Examples of a step, on average over the first epoch's full steps."""
+        return self._examples_per_bin() * self._bins_per_step
 
     def steps(self, epochs: float) -> int:
         whole, part = divmod(epochs, 1)
@@ -140,7 +138,7 @@ class TokenSampler:
         return max(sum(counts) + round(rest), 1)
 
     def global_batch(self, step: int) -> list[int]:
-        return [item for items in self._bins_at(step) for item in items]
+        return [example for examples in self._bins_at(step) for example in examples]
 
     def micro_batches(self, step: int, rank: int) -> list[list[int]]:
         mine = self._bins_at(step)[rank :: self.world_size]
@@ -150,11 +148,11 @@ class TokenSampler:
     def _bins_per_step(self) -> int:
         return self.accumulation * self.world_size
 
-    def _items_per_bin(self) -> float:
+    def _examples_per_bin(self) -> float:
         return len(self.costs.sizes_P) / self._bins_of(self.first_epoch)
 
     def _nearest_accumulation(self) -> int:
-        return max(round(self.global_batch_size / self._items_per_bin() / self.world_size), 1)
+        return max(round(self.global_batch_size / self._examples_per_bin() / self.world_size), 1)
 
     def _steps_of(self, epoch: int) -> int:
         return -(-self._bins_of(epoch) // self._bins_per_step)
@@ -168,11 +166,11 @@ class TokenSampler:
         return self._bins(epoch)[start : start + self._bins_per_step]
 
     def _fill(self, epoch: int) -> list[list[int]]:
-        items = range(len(self.costs.sizes_P))
+        examples = range(len(self.costs.sizes_P))
         if not self.shuffle:
-            return self.costs.bins(self.budget, items)
+            return self.costs.bins(self.budget, examples)
         draw = np.random.default_rng((self.seed, epoch))
-        bins = self.costs.bins(self.budget, draw.permutation(items).tolist())
+        bins = self.costs.bins(self.budget, draw.permutation(examples).tolist())
         return [bins[index] for index in draw.permutation(len(bins))]
 
 

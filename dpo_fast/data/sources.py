@@ -1,4 +1,4 @@
-"""Which files, folders and hub data sets a name stands for, and the hash of what they hold."""
+"""The files, folders and hub data sets that a name stands for, and hashes of their content."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dpo_fast.data.files import SUFFIXES, Rows, read_file, suffix_of
+from dpo_fast.data.files import SUFFIXES, RawRows, read_file, suffix_of
 from dpo_fast.data.verdicts import BadRows
 from dpo_fast.errors import UserError
 
@@ -29,7 +29,7 @@ class FileSource:
         """Changes when the file's content or name does."""
         return f"{self.path}={_hash_files([self.path])}"
 
-    def rows(self, bad: BadRows) -> Rows:
+    def rows(self, bad: BadRows) -> RawRows:
         return read_file(self.path, bad)
 
     def __str__(self) -> str:
@@ -47,7 +47,7 @@ class SavedSource:
         files = sorted(path for path in self.path.rglob("*") if path.is_file())
         return f"{self}={_hash_files(files)}"
 
-    def rows(self, bad: BadRows) -> Rows:
+    def rows(self, bad: BadRows) -> RawRows:
         import datasets
 
         try:
@@ -93,7 +93,7 @@ class HubSource:
     def identity(self) -> str:
         return f"{self}={self._data._fingerprint}"
 
-    def rows(self, bad: BadRows) -> Rows:
+    def rows(self, bad: BadRows) -> RawRows:
         return _numbered(str(self), self._data)
 
     def __str__(self) -> str:
@@ -106,8 +106,8 @@ Source = FileSource | SavedSource | HubSource
 def resolve(names: list[str]) -> list[Source]:
     """The sources that the names of data.train or data.eval stand for, in order.
 
-    A folder without `datasets` metadata and a glob stand for their files in alphabetical order.
-    Raises UserError when a name stands for nothing.
+    A folder without `datasets` metadata stands for its files, and a glob for its matches, in
+    alphabetical order. Raises UserError when a name stands for nothing.
     """
     return [source for name in names for source in _resolve(name)]
 
@@ -120,7 +120,7 @@ def read_rows(source: Source, bad: BadRows) -> Iterator[tuple[str, dict[str, Any
         empty = False
         yield item
     if empty and bad.total == before:
-        raise UserError(f"{source}: there are no rows in it; expected one preference pair per row")
+        raise UserError(f"{source}: there are no rows in it; expected one example per row")
 
 
 def _resolve(name: str) -> list[Source]:
@@ -168,7 +168,7 @@ def _near(path: Path) -> str:
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
-def _numbered(name: str, data: Any) -> Rows:
+def _numbered(name: str, data: Any) -> RawRows:
     return ((f"{name}:{number}", row) for number, row in enumerate(data, 1))
 
 

@@ -1,9 +1,8 @@
 """Rows that are read, checked and tokenised while a run trains on them; nothing is stored.
 
-A stream is cut into chunks, and each chunk is a small data set in memory: it is shuffled and
-    batched like
-one. A pass over the data ends a chunk early; then the data begins again. Where a chunk begins is
-known by its row in the pass, so that a resumed run need not tokenise what comes before it.
+A stream is cut into chunks. Each chunk is a small data set in memory, shuffled and batched like any
+other. The end of a pass over the data ends a chunk early; then the data begins again. A chunk knows
+the row of the pass at which it begins, so a resumed run need not tokenise the rows before it.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import numpy as np
 from dpo_fast.data.build import nothing_left, values
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.dataset import cache_key
-from dpo_fast.data.files import Rows
+from dpo_fast.data.files import RawRows
 from dpo_fast.data.kinds import PAIRS, ExampleLengths, Kind, OneKind
 from dpo_fast.data.report import DataReport
 from dpo_fast.data.rows import Row, ignored_columns, parse_row
@@ -32,11 +31,11 @@ from dpo_fast.errors import UserError
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive rows of a stream. Read like the `Dataset` of its kind, whose attributes of these
-    names it has.
+    """Consecutive examples of a stream, with those attributes of a `Dataset` that training reads.
 
-    number: how many chunks came before it, over all passes. row: how many rows of the pass. report:
-    counts of the stream up to its end, with the lengths of its own examples.
+    number: chunks before it, over all passes.
+    row: rows of the pass before it.
+    report: counts of the stream up to its end, with the lengths of its own examples.
     """
 
     number: int
@@ -57,8 +56,8 @@ class Chunk:
 
     @property
     def extras(self) -> list[str]:
-        """The optional float columns that the rows have."""
-        return [name for name in self.kind.numbers if any(name in pair for pair in self.examples)]
+        """The optional float columns that the examples have."""
+        return [name for name in self.kind.numbers if any(name in each for each in self.examples)]
 
     @cached_property
     def lengths(self) -> ExampleLengths:
@@ -66,7 +65,7 @@ class Chunk:
 
     @cached_property
     def labels(self) -> np.ndarray:
-        return np.array([pair["label"] for pair in self.examples], dtype=bool)
+        return np.array([each["label"] for each in self.examples], dtype=bool)
 
 
 class ExampleStream:
@@ -88,8 +87,10 @@ class ExampleStream:
         return cache_key(self.config, self.tokenizer, self.sources, self.eos_ids)
 
     def seek(self, number: int, row: int) -> None:
-        """Go to the beginning of a chunk, given by its `number` and `row`. Tokenises nothing; the
-        report is on what is read from here on."""
+        """Go to the beginning of a chunk, given by its `number` and `row`. Tokenises nothing.
+
+        The report starts anew.
+        """
         self.report = DataReport(list(map(str, self.sources)), bad=BadRows(self.config.on_bad_row))
         self._number, self._row, self._rows = number, row, self._pass()
         next(islice(self._rows, row, row), None)
@@ -102,9 +103,9 @@ class ExampleStream:
         row, examples, places = self._row, [], []
         for where, raw in self._rows:
             self._row += 1
-            pair = self._pair(where, raw)
-            if pair is not None:
-                examples.append(pair)
+            example = self._example(where, raw)
+            if example is not None:
+                examples.append(example)
                 places.append(where)
             if len(examples) == self.config.stream_buffer:
                 break
@@ -119,7 +120,7 @@ class ExampleStream:
         chunk.report.measure(chunk.lengths)
         return chunk
 
-    def _pass(self) -> Rows:
+    def _pass(self) -> RawRows:
         """All rows of the data, or the first data.max_rows, once."""
         broken = _Forwarded(self.report.bad)
         rows = (item for source in self.sources for item in read_rows(source, broken))
@@ -128,21 +129,23 @@ class ExampleStream:
             if self.config.max_rows is not None and number + broken.total >= self.config.max_rows:
                 break
 
-    def _pair(self, where: str, raw: dict[str, Any]) -> dict[str, Any] | None:
+    def _example(self, where: str, raw: dict[str, Any]) -> dict[str, Any] | None:
         """Ids as int32 arrays, and the row's numbers; None for a row that is not used."""
         unused = ignored_columns(raw, self.config)
         self.report.ignored_columns = sorted(unused.union(self.report.ignored_columns))
         try:
             row = parse_row(where, raw, self.config)
             self._see(row)
-            pair = self._tokeniser(row)
+            tokenised = self._tokeniser(row)
         except Dropped as verdict:
             self.report.dropped.add(where, verdict.kind, str(verdict))
         except BadRow as verdict:
             self.report.bad.reject(where, verdict)
         else:
-            self.report.keep(row.kind, vars(pair) | values(row))
-            return {name: _as_arrays(getattr(pair, name)) for name in row.kind.ids} | values(row)
+            self.report.keep(row.kind, vars(tokenised) | values(row))
+            return {name: _as_arrays(getattr(tokenised, name)) for name in row.kind.ids} | values(
+                row
+            )
         return None
 
     def _see(self, row: Row) -> None:
@@ -166,7 +169,7 @@ class ExampleStream:
 
 
 def _as_arrays(ids: list) -> np.ndarray | list[np.ndarray]:
-    """Token ids, of one text or of several, in an eighth of the room that lists of them take."""
+    """Token ids of one text, or of several. Lists of them take eight times the memory."""
     if isinstance(ids[0], list):
         return [_as_arrays(each) for each in ids]
     return np.array(ids, dtype=np.int32)
@@ -179,7 +182,7 @@ def _as_lists(value: Any) -> Any:
 
 
 class _Forwarded(BadRows):
-    """The rows that a reader itself refuses, on their way to the tally of all bad rows."""
+    """A tally of its own for the rows that a reader refuses; it also counts them in another."""
 
     def __init__(self, tally: BadRows) -> None:
         super().__init__(tally.on_bad_row)

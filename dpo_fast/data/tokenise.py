@@ -1,7 +1,4 @@
-"""A row becomes token ids: the prompt's and each answer's.
-
-How a row is made to fit into max_length.
-"""
+"""A row becomes the token ids of its prompt and answers, cut to fit into data.max_length."""
 
 from __future__ import annotations
 
@@ -20,11 +17,12 @@ from dpo_fast.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenised:
-    """Ids of one row. prompt_ids + an answer's ids is a sequence; the answer's are what is scored.
+    """Ids of one row. A sequence is prompt_ids + an answer's ids, and the answer's ids are scored.
 
-    The counters tell what was done on the way: `merged`, a token straddles the prompt's end;
-    `bos_added` (0 or 1) and `eos_added` (at most one an answer), special tokens the text did not
-    have itself; `prompt_cut`, prompt tokens removed; `answers_cut`, answers shortened.
+    merged: 1 if a token straddles the prompt's end.
+    bos_added, eos_added: special tokens that the text did not have; at most one EOS for each answer.
+    prompt_cut: prompt tokens removed.
+    answers_cut: answers shortened.
     """
 
     prompt_ids: list[int]
@@ -75,7 +73,7 @@ class RowTokeniser:
         self.endings = Endings(tokenizer, eos_ids, config.add_eos)
 
     def __call__(self, row: Row) -> Tokenised:
-        """Raises BadRow, Dropped, and UserError for what no row can mend."""
+        """Raises BadRow or Dropped for the row, and UserError for what no row can mend."""
         prompt, texts = self._render(row) if row.is_chat else (row.prompt, self._texts(row))
         split = self.boundary.split(prompt, *texts)
         prompt_ids, bos_added = self.endings.begin(split.prompt)
@@ -86,9 +84,10 @@ class RowTokeniser:
             answers[name], added = self._answer(ids, name, row.is_chat)
             eos_added += added
         fitted = fit(row.where, prompt_ids, answers, self.config, self.endings.bos_id)
+        columns = [fitted.answers] if row.kind.many else fitted.answers
         return TOKENISED[row.kind](
             prompt_ids=fitted.prompt,
-            **dict(zip(row.kind.ids[1:], [fitted.answers] if row.kind.many else fitted.answers)),
+            **dict(zip(row.kind.ids[1:], columns)),
             merged=int(split.merged),
             bos_added=int(bos_added),
             eos_added=eos_added,
@@ -156,7 +155,7 @@ def read_template(config: DataConfig) -> str | None:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A row that fits; `prompt_cut` and `answers_cut` say how many tokens and answers were cut."""
+    """Ids that fit; prompt_cut: tokens removed; answers_cut: answers shortened."""
 
     prompt: list[int]
     answers: list[list[int]]
@@ -171,24 +170,26 @@ def fit(
     config: DataConfig,
     bos_id: int | None,
 ) -> Fitted:
-    """Cuts a row so that prompt + completion is at most config.max_length tokens, for every answer.
+    """Cuts a row so that prompt + answer is at most config.max_length tokens, for every answer.
 
-    All sequences of a row keep the same prompt. First the completions: each keeps its first
-    `max_length - min(len(prompt), max_prompt_length)` tokens. Then the prompt, which gets what the
-    longest completion leaves: its end (`keep_end`, with BOS still first) or its start
-    (`keep_start`). So the answers are cut only where the prompt already is at its reserve, and at
-    least one token of each part stays. With max_length=8 and max_prompt_length=3:
+    All sequences of a row keep the same prompt. First the answers are cut: each keeps its first
+    `max_length - min(len(prompt), max_prompt_length)` tokens. Then the prompt is cut to the room
+    that the longest answer leaves: its end stays (`keep_end`, with BOS still first) or its start
+    (`keep_start`). So answers are cut only where the prompt is down to its reserve, and at least one
+    token of each part stays. With max_length=8 and max_prompt_length=3:
 
         prompt 4, chosen 4, rejected 2    fits: 4 + 4
         prompt 9, chosen 4, rejected 2    prompt cut to 4
         prompt 9, chosen 7, rejected 2    chosen cut to 5, prompt to 3
         prompt 1, chosen 9, rejected 2    chosen cut to 7, prompt stays 1
 
-    A cut completion has no end of turn, and none is put there: the model is not taught to stop
-    in mid-sentence. `drop` and `error` never cut.
+    A cut answer gets no end of turn, so that the model does not learn to stop in mid-sentence.
+    `drop` and `error` never cut.
 
-    Raises Dropped (too long under `drop`; an answer without tokens; answers that are the same
-    tokens, or become so by the cut) and UserError (too long under `error`).
+    Raises:
+        Dropped: too long under `drop`; an answer without tokens; answers that are the same tokens,
+            or become so by the cut.
+        UserError: too long under `error`.
     """
     parts = list(answers.values())
     if not all(parts):

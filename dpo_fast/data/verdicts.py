@@ -1,4 +1,4 @@
-"""What can be said against a row: it is bad, or it does not fit. And the tally of such verdicts."""
+"""Verdicts against a row, bad or too long, and their tally."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ EXAMPLES_KEPT = 50
 
 
 class Verdict(ValueError):
-    """`kind` is the same for all rows with this fault; `detail` is about the one row. fault: the
-    kind, with which completion of a group it is about, as in `scores[1]`; the kind is without."""
+    """Why a row is not used.
+
+    fault: in words; it may name one completion of a group, as in `scores[1]`.
+    kind: the fault without such a number, the same for all rows with this fault.
+    detail: about the one row.
+    """
 
     def __init__(self, fault: str, detail: str = "") -> None:
         super().__init__(fault, detail)
@@ -29,7 +33,7 @@ class BadRow(Verdict):
 
 
 class Dropped(Verdict):
-    """The row is in order but nothing of it can be trained on at this length."""
+    """The row is in order, but at this length nothing of it can be trained on."""
 
 
 @dataclass

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.dataset import load_examples, publish, tokenizer_hash
-from dpo_fast.data.report import DataReport, render_examples
+from dpo_fast.data.report import DataReport, render_examples, render_report
 from dpo_fast.errors import UserError
 from tests.support.paths import ROOT
 from tests.support.tokenizers import CHATML, EOS, byte_tokenizer, ids_of
@@ -337,7 +337,7 @@ def test_report_numbers_round_trip_and_rendering(load):
         "separate": 34,
     }
     assert DataReport.from_json(report.to_json()) == report
-    text = rendered(report.render)
+    text = rendered(render_report, report)
     assert "3 rows read, 2 pairs kept, 1 bad, 0 dropped" in text
     assert "empty chosen" in text
     assert "4 of 4 answers did not end their turn; EOS was put last" in text
