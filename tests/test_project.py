@@ -58,6 +58,50 @@ def test_floors_import_downwards_only():
                     assert other == room or LEVEL[other] <= LEVEL[room], f"{path} imports {name}"
 
 
+def import_graph() -> dict[str, set[str]]:
+    """For every module of the library and the benchmarks those of them that it imports.
+
+    Imports inside functions and for type checkers count too.
+    """
+    files = {}
+    for path in [*sources(), *(ROOT / "benchmarks").rglob("*.py")]:
+        kernel = path.is_relative_to(ROOT / "kernels")
+        parts = (*PACKAGE.parts, "kernels", path.name) if kernel else path.parts
+        name = ".".join(parts[len(ROOT.parts) :]).removesuffix(".py")
+        files[name.removesuffix(".__init__")] = path
+    graph = {}
+    for module, path in files.items():
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        found = {a.name for node in nodes if isinstance(node, ast.Import) for a in node.names}
+        for node in nodes:
+            if isinstance(node, ast.ImportFrom):  # each name is a module, or stands in one
+                names = (f"{node.module}.{alias.name}" for alias in node.names)
+                found |= {name if name in files else node.module for name in names}
+        graph[module] = found & set(files)
+    return graph
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of one circle, the first again at the end; or nothing."""
+    left = dict(graph)
+    # A module that imports none of those left is in no circle.
+    while free := [name for name, found in left.items() if not found & set(left)]:
+        for name in free:
+            del left[name]
+    path: list[str] = []
+    while left and (not path or path[-1] not in path[:-1]):
+        path.append(min(left[path[-1]] & set(left)) if path else min(left))
+    return path[path.index(path[-1]) :] if path else []
+
+
+def test_imports_make_no_circle():
+    assert circle({"a": {"b"}, "b": {"c", "d"}, "c": {"b"}, "d": set()}) == ["b", "c", "b"]
+    assert circle({"a": {"a"}}) == ["a", "a"] and not circle({"a": {"b"}, "b": set()})
+    graph = import_graph()
+    assert "dpo_fast.kernels.tiles" in graph and "benchmarks.run" in graph
+    assert graph["dpo_fast.data.report"] and not circle(graph), " -> ".join(circle(graph))
+
+
 def test_losses_import_torch_alone_and_kernels_know_no_autograd():
     for path in sources():
         outside = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names)

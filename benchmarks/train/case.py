@@ -16,9 +16,8 @@ import torch
 from benchmarks.machine import DTYPES
 from benchmarks.train.measure import Spans
 from benchmarks.train.model import Sizes
-from dpo_fast.data.layouts import LAYOUTS
 
-TRL_LAYOUT = "padded"
+LAYOUTS = ("padded", "packed", "shared_prefix")
 WARM_UP = (
     2  # steps before the rounds: the first allocates and compiles, the second tells the memory
 )
@@ -28,7 +27,7 @@ WARM_UP = (
 class Contender:
     """One way to take a training step.
 
-    layout: ours, or "" for TRL's own, `TRL_LAYOUT`. stored: the reference's log-probs come from a table
+    layout: ours, or "" for TRL's, which is padded. stored: the reference's log-probs come from a table
     made before training; else a frozen model is asked in every step. checkpointing: activations are
     recomputed in backward. options: further arguments of TRL's configuration.
     """
@@ -93,8 +92,7 @@ class Task:
         return len(self.order[0])
 
     def micro_batch_size(self, layout: str) -> int:
-        shared = LAYOUTS[layout or TRL_LAYOUT].shares_rows
-        return self.packed_pairs if shared else self.padded_pairs
+        return self.padded_pairs if layout in ("", "padded") else self.packed_pairs
 
 
 def lengths_of(rows: list[dict]) -> np.ndarray:

@@ -25,7 +25,7 @@ import torch
 
 from benchmarks import memory, report
 from benchmarks.train import ours, trl
-from benchmarks.train.case import TRL_LAYOUT, WARM_UP, Contender, Task
+from benchmarks.train.case import WARM_UP, Contender, Task
 
 
 class Spans:
@@ -134,7 +134,7 @@ def _head_and_rest(before: dict, after: dict) -> list[Ingredient]:
 def token_factors(rows: list[dict]) -> dict[str, float]:
     """Positions of a padded step over its tokens, and tokens over those with every prompt once."""
     padded = next(
-        (row for row in rows if row["layout"] == TRL_LAYOUT and row["computed_tokens"]), None
+        (row for row in rows if row["layout"] == "padded" and row["computed_tokens"]), None
     )
     factors = {"repeated prompts": rows[0]["data_tokens"] / rows[0]["once_tokens"]}
     if padded:

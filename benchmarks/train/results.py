@@ -19,7 +19,7 @@ from benchmarks import pictures
 from benchmarks.machine import environment, summary, version
 from benchmarks.plots import bar, begin, colour, name_bars, save, short_device
 from benchmarks.results import Column, Columns, header, line
-from benchmarks.train.case import TRL_LAYOUT, WARM_UP, Task
+from benchmarks.train.case import WARM_UP, Task
 from benchmarks.train.measure import Result, ingredients, token_factors
 from benchmarks.train.model import Sizes
 
@@ -124,7 +124,7 @@ def _told(result: Result, task: Task) -> dict:
     contender, losses = result.contender, result.losses
     return {
         "impl": contender.name,
-        "layout": contender.layout or TRL_LAYOUT,
+        "layout": contender.layout or "padded",
         "reference": "stored" if contender.stored else "live",
         "checkpointing": "yes" if contender.checkpointing else "no",
         "micro_batch_size": task.micro_batch_size(contender.layout),
