@@ -1,7 +1,4 @@
-"""The DPO run as a configuration file, so that it can be read, changed and run again.
-
-The demo from its first line to its last: text, tokenizer, model, SFT, DPO, before and after.
-"""
+"""The demo from its first line to its last: questions, tokenizer, model, SFT, DPO, before and after."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ import yaml
 
 from dpo_fast.data.config import DataConfig
 from dpo_fast.demo.show import Completions, complete, read_evaluations, samples, show_result
-from dpo_fast.demo.student import build_model, build_tokenizer, fine_tune, save_model
+from dpo_fast.demo.student import LAYOUT, build_model, build_tokenizer, fine_tune, save_model
 from dpo_fast.demo.task import QUICK, WHOLE, Question, Scale, make_questions, write_pairs
 from dpo_fast.report import write_report
 from dpo_fast.training import distributed
@@ -23,62 +20,25 @@ from dpo_fast.training.config import load_config
 from dpo_fast.training.console import say
 from dpo_fast.training.loop import train
 
+SHOWN, REPORTED = 3, 12  # sample answers on the terminal, in the report
 HEADER = """\
 # Written by `dpo-fast demo`. To run it again, elsewhere and with another rate:
 #   dpo-fast train {file} train.output_dir=elsewhere train.learning_rate=1e-4
 """
 
 
-def write_config(folder: Path, scale: Scale, seed: int) -> Path:
-    """`folder`/dpo.yaml: DPO of `folder`/sft on the pairs in `folder`, into `folder`/dpo."""
-    steps = max(scale.train_questions // scale.examples_per_step, 1)
-    tree = {
-        "model": {"path": str(folder / "sft"), "dtype": "fp32"},
-        "data": {
-            "train": str(folder / "train.jsonl"),
-            "eval": str(folder / "eval.jsonl"),
-            "max_length": 64,
-            "cache_dir": str(folder / "cache"),
-        },
-        "loss": {
-            "type": ["sigmoid", "sft"],  # the second term keeps the right answers likely
-            "weights": [1.0, scale.sft_weight],
-            "beta": scale.beta,
-        },
-        "reference": {"provider": "cached"},
-        "train": {
-            "output_dir": str(folder / "dpo"),
-            "num_train_epochs": scale.dpo_epochs,
-            "global_batch_size": scale.examples_per_step,
-            "micro_batch_size": scale.examples_per_step,
-            "learning_rate": scale.dpo_learning_rate,
-            "layout": "packed",
-            "seed": seed,
-            "eval_steps": max(steps // 3, 1),
-        },
-        "parallel": {"zero_stage": 3},
-        "log": {"logging_steps": max(steps // 10, 1)},
-    }
-    file = folder / "dpo.yaml"
-    text = HEADER.format(file=file) + yaml.safe_dump(tree, sort_keys=False)
-    file.write_text(text, encoding="utf-8")
-    return file
-
-
-SHOWN, REPORTED = 3, 12  # sample answers on the terminal, in the report
-
-
 def run_demo(output_dir: str | Path, *, seed: int = 0, quick: bool = False) -> dict[str, Any]:
-    """Teach a tiny model to answer, then by DPO to answer right; everything lands in `output_dir`.
+    """Teach a tiny model to answer, then by DPO to answer right. All files go to `output_dir`.
 
     Args:
-        seed: of the questions, the weights and the order of the data; the same seed gives the same run.
+        seed: of the questions, the weights and the order of the data.
         quick: a much smaller model and task, for tests.
 
     Returns:
-        `reward_accuracy`, `right_share`, `chosen_logps` and `rejected_logps` on held-out questions,
-        {"before": float, "after": float} each; `parameters`; `seconds` of SFT and DPO; the paths
-        `config`, `sft`, `checkpoint` and `report`.
+        `reward_accuracy`, `right_share`, `chosen_logps`, `rejected_logps`: of held-out questions,
+            {"before": float, "after": float} each.
+        `parameters`: of the model. `seconds`: {"sft": float, "dpo": float}.
+        `config`, `sft`, `checkpoint`, `report`: paths.
     """
     folder = Path(output_dir).expanduser().resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +68,7 @@ def run_demo(output_dir: str | Path, *, seed: int = 0, quick: bool = False) -> d
 def _teach_format(
     folder: Path, questions: Sequence[Question], scale: Scale, seed: int
 ) -> tuple[int, float]:
-    """SFT of a new model into `folder`/sft; returns its parameters and the seconds it took."""
+    """SFT of a new model into `folder`/sft; returns its number of parameters, and seconds."""
     began = time.monotonic()
     tokenizer = build_tokenizer(text for q in questions for text in (q.text, q.right, q.wrong))
     model = build_model(tokenizer, scale.size, seed)
@@ -134,8 +94,47 @@ def _teach_format(
     return parameters, time.monotonic() - began
 
 
+def write_config(folder: Path, scale: Scale, seed: int) -> Path:
+    """Write `folder`/dpo.yaml: DPO of `folder`/sft on the pairs in `folder`, into `folder`/dpo.
+
+    A file, so that people can read the run, change it and run it again.
+    """
+    steps = max(scale.train_questions // scale.examples_per_step, 1)
+    tree = {
+        "model": {"path": str(folder / "sft"), "dtype": "fp32"},
+        "data": {
+            "train": str(folder / "train.jsonl"),
+            "eval": str(folder / "eval.jsonl"),
+            "max_length": 64,
+            "cache_dir": str(folder / "cache"),
+        },
+        "loss": {
+            "type": ["sigmoid", "sft"],  # the second term keeps the right answers likely
+            "weights": [1.0, scale.sft_weight],
+            "beta": scale.beta,
+        },
+        "reference": {"provider": "cached"},
+        "train": {
+            "output_dir": str(folder / "dpo"),
+            "num_train_epochs": scale.dpo_epochs,
+            "global_batch_size": scale.examples_per_step,
+            "micro_batch_size": scale.examples_per_step,
+            "learning_rate": scale.dpo_learning_rate,
+            "layout": LAYOUT,
+            "seed": seed,
+            "eval_steps": max(steps // 3, 1),
+        },
+        "parallel": {"zero_stage": 3},
+        "log": {"logging_steps": max(steps // 10, 1)},
+    }
+    file = folder / "dpo.yaml"
+    text = HEADER.format(file=file) + yaml.safe_dump(tree, sort_keys=False)
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
 def _prefer_right(file: Path) -> tuple[Path, float]:
-    """DPO as the configuration file says; returns the checkpoint and the seconds it took."""
+    """DPO as the configuration file says; returns the checkpoint, and seconds."""
     say(f"DPO under DeepSpeed ZeRO-3, as in {file}: of each pair the right answer is preferred")
     began = time.monotonic()
     return train(load_config(str(file))), time.monotonic() - began
@@ -157,7 +156,7 @@ def _measure(run: Path, before: Completions, after: Completions) -> dict[str, An
 
 
 def _tell(run: Path, result: dict[str, Any], rows: list[dict[str, str]]) -> dict[str, Any]:
-    """Write the report, print what came out; returns the result with the report's path."""
+    """Write the report and print the result; returns the result with the report's path."""
     (run / "samples.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     result = result | {"report": write_report(run)}
     show_result(result, rows[:SHOWN])

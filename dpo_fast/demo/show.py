@@ -1,7 +1,4 @@
-"""Greedy completions of a saved checkpoint, by transformers alone.
-
-What the demo tells: a table of before and after, and some answers.
-"""
+"""Greedy answers of a checkpoint, and the table of before and after on a terminal."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Completions:
-    """The text a checkpoint gives for each question, and the share that is the right answer."""
+    """A checkpoint's answer to each question, and the share of answers that are right."""
 
     texts: list[str]
     right_share: float
@@ -33,9 +30,9 @@ class Completions:
 
 @torch.no_grad()
 def complete(checkpoint: Path, questions: Sequence[Question], description: str) -> Completions:
-    """Load `checkpoint` with `AutoModelForCausalLM.from_pretrained` and answer the questions.
+    """Answer the questions greedily, with transformers alone.
 
-    An answer counts as right if the whole text is the right answer and ends by itself.
+    An answer is right if the whole text is the right answer and ends by itself.
     """
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(checkpoint).to(distributed.device()).eval()
@@ -58,7 +55,7 @@ def complete(checkpoint: Path, questions: Sequence[Question], description: str) 
 
 
 def read_evaluations(run: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl that hold evaluations, in their order."""
+    """The evaluations in a run's metrics.jsonl, in their order."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [line for line in map(json.loads, lines) if "eval_loss" in line]
 
@@ -66,7 +63,7 @@ def read_evaluations(run: Path) -> list[dict[str, float]]:
 def samples(
     questions: Sequence[Question], before: Completions, after: Completions, count: int
 ) -> list[dict[str, str]]:
-    """`count` questions with both answers and the right one; first those whose answer changed."""
+    """`count` questions with both answers and the right one. Changed answers come first."""
     rows = [
         {"prompt": question.text, "before": old, "after": new, "right": question.right}
         for question, old, new in zip(questions, before.texts, after.texts)

@@ -1,6 +1,6 @@
-"""The student: a byte-level BPE tokenizer and a Llama of a few million parameters, from scratch.
+"""The student: a small tokenizer and Llama from scratch, and SFT that teaches it to answer.
 
-Supervised fine-tuning in a plain loop: the model learns to answer, and no idea which answer is right.
+SFT takes right and wrong answers alike, so the student does not learn which answer is right.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.training import distributed
 from dpo_fast.training.console import console, progress_bar, say
 
+LAYOUT = "packed"  # of SFT and DPO
 PAD, BOS, EOS = "<|pad|>", "<|begin|>", "<|end|>"
 ROLES = ("<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
@@ -49,8 +50,10 @@ class StudentSize:
 
 
 def build_tokenizer(texts: Iterable[str], vocabulary: int = 1024) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on `texts`, with at most `vocabulary` tokens, BOS, EOS, PAD
-    and a chat template. Any text can be encoded: the 256 bytes are tokens."""
+    """A byte-level BPE tokenizer with BOS, EOS, PAD and a chat template, trained on `texts`.
+
+    It has at most `vocabulary` tokens. The 256 bytes are among them, so it encodes any text.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -77,7 +80,7 @@ def build_tokenizer(texts: Iterable[str], vocabulary: int = 1024) -> PreTrainedT
 def build_model(
     tokenizer: PreTrainedTokenizerFast, size: StudentSize, seed: int
 ) -> LlamaForCausalLM:
-    """A Llama with random weights in fp32, the vocabulary of `tokenizer`, and at most 128 tokens."""
+    """A Llama with random fp32 weights and tied embeddings, for up to 1024 tokens."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -105,13 +108,15 @@ def fine_tune(
     learning_rate: float,
     seed: int,
 ) -> float:
-    """Train on both answers of each pair of `data.train`, right and wrong alike; returns the last
-    step's loss per token. `model` changes in place and keeps its own head."""
+    """Train on both answers of each pair of `data.train`; returns the last step's loss per token.
+
+    `model` changes in place and gets its own head and attention back.
+    """
     pairs = load_examples(data, tokenizer, split="train")
     sampler = Sampler(len(pairs), examples_per_step, examples_per_step, 1, seed, shuffle=True)
     head, attention = model.get_output_embeddings(), model.config._attn_implementation
     chosen = choose_attention(
-        "auto", "packed", distributed.device(), model.dtype, architecture_of(model)
+        "auto", LAYOUT, distributed.device(), model.dtype, architecture_of(model)
     )
     model.set_attn_implementation(chosen.name)
     scoring = ScoringModel(model.to(distributed.device()))
@@ -135,7 +140,7 @@ def _step(
     scoring: ScoringModel, pairs: PairDataset, rows: list[int], optimizer: torch.optim.Optimizer
 ) -> float:
     """One update on the mean negative log-probability of the answers' tokens."""
-    batch = collate([pairs[row] for row in rows], "packed").to(distributed.device())
+    batch = collate([pairs[row] for row in rows], LAYOUT).to(distributed.device())
     loss = -scoring(**forward_arguments(batch))["logp"].mean()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(scoring.parameters(), 1.0)
@@ -144,8 +149,7 @@ def _step(
     return loss.item()
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
-    """A Hugging Face folder."""
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a Hugging Face folder."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder

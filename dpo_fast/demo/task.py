@@ -1,7 +1,4 @@
-"""The task: of two numbers, name the larger one. A right and a wrong answer for every question.
-
-How large the demo is: the whole one, and a quick one for tests.
-"""
+"""The task: name the larger of two numbers. And its scale: the whole demo, or a quick one for tests."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ ANSWER = "It is {}."
 
 @dataclass(frozen=True)
 class Question:
-    """Two different numbers, in the order in which the text names them."""
+    """Two different numbers in the order of the text, with a right and a wrong answer."""
 
     first: int
     second: int
@@ -55,11 +52,12 @@ class Question:
 def make_questions(
     train: int, held_out: int, numbers: range, seed: int
 ) -> tuple[list[Question], list[Question]]:
-    """`train` questions, and `held_out` ones about pairs of numbers that training never sees,
-    in no order and no wording.
+    """`train` questions and `held_out` questions.
+
+    Training never sees the pairs of numbers that are held out, in either order or in any wording.
 
     Raises:
-        ValueError: `numbers` has too few pairs for it.
+        ValueError: `numbers` has too few pairs.
     """
     chance = random.Random(seed)
     pairs = list(itertools.combinations(numbers, 2))
@@ -75,16 +73,15 @@ def make_questions(
     return [Question(*question) for question in chance.sample(asked, train)], unseen
 
 
-def write_pairs(questions: Iterable[Question], file: Path) -> Path:
-    """One JSON row for each question."""
+def write_pairs(questions: Iterable[Question], file: Path) -> None:
+    """One JSON line for each question."""
     rows = (json.dumps(question.pair) + "\n" for question in questions)
     file.write_text("".join(rows), encoding="utf-8")
-    return file
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Numbers in the questions, questions, steps and rates; `examples_per_step` is that of SFT and DPO."""
+    """How large the demo is. `examples_per_step` holds for SFT and for DPO."""
 
     numbers: range = range(10, 60)
     train_questions: int = 4800

@@ -1,4 +1,4 @@
-"""Rows of token ids to the batches of `PreferenceTrainer`."""
+"""Pairs of token ids to the batches of `PreferenceTrainer`."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from dpo_fast.data.batch import collate
 from dpo_fast.data.kinds import PAIRS
 
-IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
-NUMBERS = (*PAIRS.reference_columns, "weight", "margin", "soft_label")
+IDS = PAIRS.ids
+NUMBERS = PAIRS.numbers
 
 
 @dataclass(frozen=True)
 class PreferenceCollator:
     """A data collator for rows with `prompt_ids`, `chosen_ids` and `rejected_ids`, lists of int.
 
-    A row may also have the sums of a reference's log-probs, `reference_chosen_logps` and
-    `reference_rejected_logps`, and the columns `weight`, `margin` and `soft_label`, numbers all.
-    layout: as in `collate`. pad_id: fills `padded` rows; nothing attends to it.
+    A row may also have these floats: the sums of a reference's log-probs, `reference_chosen_logps`
+    and `reference_rejected_logps`, and `weight`, `margin` and `soft_label`.
+
+    layout, pad_id: as in `collate`.
     """
 
     layout: str = "padded"

@@ -1,7 +1,4 @@
-"""Preference training by transformers' `Trainer`:
-
-its arguments, callbacks, launchers and checkpoints.
-"""
+"""Preference training by transformers' `Trainer`, with its arguments, callbacks and launchers."""
 
 from __future__ import annotations
 
@@ -40,14 +37,13 @@ class PreferenceTrainer(transformers.Trainer):
     """`transformers.Trainer` for pairs of completions.
 
     The loss is divided by the counts of the whole global batch, over micro-batches and ranks, so it
-    does not depend on `gradient_accumulation_steps`. Checkpoints are what `Trainer` writes for the
-    model: plain Hugging Face folders, or the adapter alone for a `PeftModel`. Dropout stays as the
-    model has it.
+    does not depend on `gradient_accumulation_steps`. `Trainer` writes the checkpoints: plain Hugging
+    Face folders, or the adapter alone for a `PeftModel`. Dropout stays as the model has it.
 
     Args:
         model: causal LM, or a `PeftModel` round one. Its `lm_head` becomes a `FusedHead` over the
-            same weights. With a layout that puts sequences in one row its attention becomes one for
-            such rows: to use the model in this process afterwards call
+            same weights. Where the layout puts sequences into one row, its attention becomes one for
+            such rows. To use the model in this process afterwards call
             `model.set_attn_implementation("sdpa")`.
         args: `TrainingArguments`.
         objective: the losses; those that look at the whole global batch at once are refused.
@@ -126,8 +122,10 @@ class PreferenceTrainer(transformers.Trainer):
         return NoReference()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """This micro-batch's share of the global loss. num_items_in_batch: its `Totals`; None, as
-        in evaluation, is for those of the batch alone."""
+        """This micro-batch's share of the global loss.
+
+        num_items_in_batch: `Totals` of the global batch; in evaluation None, for this batch alone.
+        """
         batch: ScoredBatch = inputs["batch"].to(self.args.device)
         if self._unproven:
             self._prove_separation(model)
@@ -136,8 +134,7 @@ class PreferenceTrainer(transformers.Trainer):
         totals = num_items_in_batch or _totals(batch.num_examples, batch.chosen_tokens)
         result = self.loss_pass.loss(token_outputs, reference, batch, totals)
         self._sums["train" if model.training else "eval"].add(result, token_outputs, batch)
-        # DDP and DeepSpeed average gradients over ranks; the loss is divided by global counts
-        # already.
+        # DDP and DeepSpeed average gradients over ranks, and the loss is divided by global counts.
         ranks = 1 if num_items_in_batch is None else self.accelerator.num_processes
         loss = result.loss * ranks
         return (loss, result) if return_outputs else loss
@@ -150,8 +147,7 @@ class PreferenceTrainer(transformers.Trainer):
         return _totals(*counts.tolist())
 
     def _prove_separation(self, model) -> None:
-        """Before the first batch, because the weights of a sharded model are there only in its
-        engine."""
+        """Runs before the first batch: a sharded model has its weights in the engine alone."""
         training = model.training
         model.eval()
         vocabulary = _causal_lm(self.model).config.get_text_config().vocab_size
@@ -201,10 +197,7 @@ def _gathered(model: PreTrainedModel) -> nn.Module:
 
 
 def _columns(dataset, objective: Objective) -> list[str]:
-    """The columns of numbers that the data have.
-
-    Raises UserError for one that would not be used.
-    """
+    """The float columns of the data. Raises UserError for one that would not be used."""
     if not len(dataset):
         raise UserError("a data set of the trainer has no rows; leave it out, or fill it")
     row = dataset[0]
@@ -262,8 +255,7 @@ def _check_reference(model, objective: Objective, reference, columns: list[str])
 
 
 def _prepare(model: PreTrainedModel, layout: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Give a model the head, the forward `model(scored=True, ...)` and the attention of the
-    layout."""
+    """Give a model the fused head, `model(scored=True, ...)` and the attention of the layout."""
     if LAYOUTS[layout].shares_rows:
         attention = choose_attention("auto", layout, device, dtype, architecture_of(model))
         model.set_attn_implementation(attention.name)

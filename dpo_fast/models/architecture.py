@@ -45,7 +45,7 @@ class Architecture:
 
 
 def architecture_of(model: PreTrainedModel) -> Architecture:
-    """What a model, loaded or on the meta device, allows."""
+    """Of a model, loaded or on the meta device."""
     return Architecture(
         type(model).__name__,
         _obstacle(model),
@@ -55,15 +55,12 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
 
 
 def read_architecture(section: ModelSection, option: str = "model.path") -> Architecture:
-    """The same from a model's configuration alone. Raises UserError if it cannot be read."""
+    """Of a section's model, without its weights. Raises UserError if it cannot be read."""
     return architecture_of(load_skeleton(section, option))
 
 
 def _obstacle(model: PreTrainedModel) -> str | None:
-    """Attention alone keeps sequences of a row apart;
-
-    a layer that mixes tokens otherwise does not.
-    """
+    """Why sequences cannot share a row: something beside attention mixes tokens, or may."""
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
     others = kinds - {"full_attention", "sliding_attention"}
     if others or model._is_stateful:
@@ -77,8 +74,7 @@ def _obstacle(model: PreTrainedModel) -> str | None:
 
 
 def choose_layout(requested: str, architecture: Architecture) -> Choice:
-    """The layout for `train.layout`: a name of the table, or auto for the last that the
-    architecture allows.
+    """The layout for `train.layout`; for `auto` the last of the table that is allowed.
 
     Raises:
         UserError: the architecture cannot have the layout that is asked for.

@@ -1,8 +1,8 @@
-"""Attention over a row of trees, by several means. Registered with transformers by name.
+"""Attention over a row of trees, by several backends, registered with transformers by name.
 
-Each function has the signature of transformers' AttentionInterface: query [1, heads, N, dim], key
-and value [1, key heads, N, dim] in, [1, N, heads, dim] and None out, and is told by `plan` which
-tokens see which. A layer's sliding window, soft cap and sinks are honoured, or refused by name.
+A backend takes query [1, heads, N, dim], key and value [1, key heads, N, dim] and gives
+[1, N, heads, dim]. Its `plan` says which tokens see which. It honours a layer's sliding window, soft
+cap and sinks, or refuses them by name.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from dpo_fast.data.layouts import layouts_with
 from dpo_fast.errors import UserError
-from dpo_fast.models.plan import AttentionPlan
+from dpo_fast.models.plan import AttentionPlan, Varlen
 
-# The names by which transformers knows these. It takes one with sdpa, flex or flash in it for its
-# own.
+# Names for transformers, which takes any with sdpa, flex or flash in it for one of its own.
 NAMES = {
     "sdpa": "dpo_fast_packed",
     "flex_attention": "dpo_fast_any_mask",
@@ -70,8 +69,7 @@ def sdpa(
 
 
 def _written_out(q, k, v, mask, scale, softcap, sinks) -> Tensor:
-    """softmax over softcap * tanh(scores / softcap) and the sink, which takes weight and gives
-    nothing."""
+    """softmax over softcap * tanh(scores / softcap) and the sink, whose weight goes nowhere."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     scores = (q @ k.transpose(2, 3)).float() * scale
     if softcap is not None:
@@ -106,8 +104,7 @@ def flex_attention(
 
     if window is not None and plan.longest <= window:
         window = None
-    # On a CPU it has no backward; uncompiled its forward is plain PyTorch, which is there for
-    # tests.
+    # On a CPU the kernel has no backward. Tests use its uncompiled forward, plain PyTorch.
     compute = _flex_kernel() if query.is_cuda else _flex()
     output, auxiliary = compute(
         query,
@@ -146,18 +143,19 @@ def varlen(
 ) -> Tensor:
     """A kernel for sequences of unequal length, after gathering each segment's keys and values.
 
-    kernel(q, k, v, layout, **options) has q [N, heads, dim], k and v [K, key heads, dim].
+    kernel(q, k, v, arguments, **options) takes q [N, heads, dim], and k and v
+    [gathered keys, key heads, dim].
     """
-    layout = plan.varlen
+    arguments = plan.varlen
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    if layout.keys is not None:
-        k, v = (x.index_select(0, layout.keys) for x in (k, v))
+    if arguments.keys is not None:
+        k, v = (x.index_select(0, arguments.keys) for x in (k, v))
     short = q.shape[-1] - v.shape[-1]  # these kernels want one head size for all three
-    output = kernel(q, k, pad(v, (0, short)) if short else v, layout, **options)
+    output = kernel(q, k, pad(v, (0, short)) if short else v, arguments, **options)
     return output[None, ..., : output.shape[-1] - short]
 
 
-def pytorch_kernel(q, k, v, layout, *, scale, window, softcap, sinks) -> Tensor:
+def pytorch_kernel(q, k, v, arguments: Varlen, *, scale, window, softcap, sinks) -> Tensor:
     """torch.nn.attention.varlen, PyTorch's own build of flash-attention (from 2.11 on)."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -166,27 +164,27 @@ def pytorch_kernel(q, k, v, layout, *, scale, window, softcap, sinks) -> Tensor:
         q,
         k,
         v,
-        layout.cu_seq_q,
-        layout.cu_seq_k,
-        layout.max_q,
-        layout.max_k,
+        arguments.cu_seq_q,
+        arguments.cu_seq_k,
+        arguments.max_q,
+        arguments.max_k,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=q.shape[1] != k.shape[1],
     )
 
 
-def flash_kernel(name: str, q, k, v, layout, *, scale, window, softcap, sinks) -> Tensor:
+def flash_kernel(name: str, q, k, v, arguments: Varlen, *, scale, window, softcap, sinks) -> Tensor:
     """flash-attn's varlen function, of version 2 or 3."""
     _refuse_if(name, sinks=sinks)
     output = _flash_function(name)(
         q,
         k,
         v,
-        layout.cu_seq_q,
-        layout.cu_seq_k,
-        max_seqlen_q=layout.max_q,
-        max_seqlen_k=layout.max_k,
+        arguments.cu_seq_q,
+        arguments.cu_seq_k,
+        max_seqlen_q=arguments.max_q,
+        max_seqlen_k=arguments.max_k,
         softmax_scale=scale,
         causal=True,
         window_size=(-1, -1) if window is None else (window - 1, 0),
@@ -215,8 +213,8 @@ def _refuse_if(name: str, **features) -> None:
             )
 
 
-# Where a token stands: rotary embeddings have been applied when attention is called.
-PLACES = ("position_ids", "cache_position")
+# Positions of tokens. Rotary embeddings are applied before attention is called, so it ignores them.
+POSITIONS = ("position_ids", "cache_position")
 BACKENDS: dict[str, Callable[..., Tensor]] = {
     "sdpa": sdpa,
     "flex_attention": flex_attention,
@@ -236,9 +234,9 @@ def has_varlen() -> bool:
 
 
 def _interface(compute: Callable[..., Tensor]) -> Callable:
-    """One of the above as a function of transformers' AttentionInterface."""
+    """A backend as a function of transformers' AttentionInterface."""
 
-    @torch.compiler.disable  # a loop over sequences: the layers round it are worth compiling, not it
+    @torch.compiler.disable  # it loops over sequences; the layers round it are worth compiling
     def attention(
         module: nn.Module,
         query: Tensor,
@@ -253,12 +251,12 @@ def _interface(compute: Callable[..., Tensor]) -> Callable:
         s_aux: Tensor | None = None,
         **others,
     ) -> tuple[Tensor, None]:
-        _refuse_what_is_not_told(module, attention_mask, dropout, others)
+        _refuse_unknown_inputs(module, attention_mask, dropout, others)
         if plan is None:
             raise UserError(
-                "this attention serves sequences that share a row, and got no plan of the row. In training: "
-                f"{type(module).__name__} does not get the keywords that the model is called with, "
-                f"so set train.layout={layouts_with(shares_rows=False)}. Otherwise call "
+                "this attention serves sequences that share a row, and got no plan of the row. "
+                f"In training: {type(module).__name__} does not get the keywords that the model is "
+                f"called with, so set train.layout={layouts_with(shares_rows=False)}. Otherwise call "
                 'model.set_attn_implementation("sdpa") before the model is used'
             )
         output = compute(
@@ -276,15 +274,16 @@ def _interface(compute: Callable[..., Tensor]) -> Callable:
     return attention
 
 
-def _refuse_what_is_not_told(module, attention_mask, dropout, others) -> None:
-    """Whatever else would change the scores: attention here is causal within a sequence, and no
-    more.
+def _refuse_unknown_inputs(module, attention_mask, dropout, others) -> None:
+    """Raises UserError for an input that would change attention beyond the causal plan.
 
-    A tensor by another name than these is taken for such: sparse attention's `indices`, a
-    `position_bias`, sinks under a name of their own.
+    Any tensor of an unknown name is one: sparse attention's `indices`, a `position_bias`, sinks
+    under another name.
     """
     unknown = [
-        name for name, value in others.items() if isinstance(value, Tensor) and name not in PLACES
+        name
+        for name, value in others.items()
+        if isinstance(value, Tensor) and name not in POSITIONS
     ]
     ahead = others.get("is_causal") is False or getattr(module, "is_causal", True) is False
     found = {
@@ -303,7 +302,7 @@ def _refuse_what_is_not_told(module, attention_mask, dropout, others) -> None:
 
 
 def _no_mask(*args, **kwargs) -> None:
-    """The plan says it all."""
+    """No mask: the plan says which tokens see which."""
 
 
 for _backend, _compute in BACKENDS.items():

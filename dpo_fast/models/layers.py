@@ -1,6 +1,6 @@
 """How decoder layers run: liger-kernel, torch.compile, activation checkpointing.
 
-Layers are changed in place: what they compute stays, and so do the names of their weights.
+Layers change in place. They compute the same, and their weights keep their names.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dpo_fast.errors import UserError
 from dpo_fast.models.config import ModelSection
 from dpo_fast.ops.dispatch import interpreting
 
-# What liger's fused MLPs compute, whatever the model's configuration says.
+# The activations that liger's fused MLPs compute, whatever the model's configuration says.
 LIGER_ACTIVATIONS = {
     "swiglu": ("silu", "swish"),
     "geglu": ("gelu_pytorch_tanh",),
@@ -38,10 +38,10 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def check_layers(section: ModelSection, model: PreTrainedModel, device: torch.device) -> None:
-    """What the options of `section` ask of this model's layers. A model on the meta device will do.
+    """Check the options of `section` that concern the layers. A model on the meta device will do.
 
     Raises:
-        UserError: one of them cannot be honoured for this model or on this device.
+        UserError: an option cannot be honoured for this model or on this device.
     """
     if section.use_liger_kernel:
         _refuse("model.use_liger_kernel=true", _why_not_liger(model.config, device))
@@ -146,9 +146,8 @@ def checkpointed_layers(model: PreTrainedModel, choice: int | list[int] | None) 
 
 
 def checkpoint_layers(model: PreTrainedModel, choice: int | list[int] | None = None) -> None:
-    """Keep only the inputs of the chosen layers, and recompute what is inside in the backward
-    pass."""
-    # The older name warns that it will go; transformers 5.0 has no other.
+    """Keep only the inputs of the chosen layers; recompute their inside in the backward pass."""
+    # transformers 5.0 has the second name alone; later versions warn that it will go.
     enable = getattr(model, "activation_checkpointing_enable", None)
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     chosen = set(checkpointed_layers(model, choice))

@@ -1,4 +1,4 @@
-"""Models and tokenizers from a folder or a hub id, with errors that say what is missing."""
+"""Models and tokenizers from a folder or a hub id, with errors that name what is missing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 
 
 def check_model_path(path: str, option: str = "model.path") -> None:
-    """A folder must hold a model. A name that is not a folder is left to the hub.
+    """Check that a folder holds a model. A name that is not a folder is left to the hub.
 
     Raises:
         UserError: naming the option, the path and what was expected there.
@@ -82,7 +82,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
             f"{option}={path}: the tokenizer has no eos_token; set one and save it again"
         )
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # only fills rows that no one attends to
+        tokenizer.pad_token = tokenizer.eos_token  # nothing attends to padding
     return tokenizer
 
 
@@ -94,8 +94,7 @@ def load_model(
     workspace_bytes: int | None = None,
     option: str = "model.path",
 ) -> ScoringModel:
-    """The model of a section as a `ScoringModel`, without dropout, its layers as the section wants
-    them.
+    """The model of a section as a `ScoringModel`, without dropout.
 
     Under DeepSpeed's `HfDeepSpeedConfig` at stage 3 the weights are sharded while they load.
     """
@@ -123,17 +122,14 @@ def load_model(
 
 
 def load_model_config(section: ModelSection, option: str = "model.path") -> PretrainedConfig:
-    """The configuration of the model of a section, and nothing else of it."""
+    """The configuration of a section's model, without its weights."""
     check_model_path(section.path, option)
     with _told(section, option):
         return AutoConfig.from_pretrained(section.path, trust_remote_code=section.trust_remote_code)
 
 
 def load_skeleton(section: ModelSection, option: str = "model.path") -> PreTrainedModel:
-    """The model of a section on the meta device:
-
-    modules and shapes in its dtype, but no weights.
-    """
+    """The modules and shapes of a section's model on the meta device, without weights."""
     config = load_model_config(section, option)
     with _told(section, option), torch.device("meta"):
         return AutoModelForCausalLM.from_config(
@@ -143,7 +139,7 @@ def load_skeleton(section: ModelSection, option: str = "model.path") -> PreTrain
 
 @contextlib.contextmanager
 def _told(section: ModelSection, option: str):
-    """What keeps a model from loading, as an error that names the option and its value."""
+    """Turns an error in loading into one that names the option and its value."""
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
@@ -153,10 +149,7 @@ def _told(section: ModelSection, option: str):
 
 
 def _without_dropout(config) -> None:
-    """A preference loss compares two passes over the same tokens:
-
-    dropout would be noise between them.
-    """
+    """A preference loss compares two passes over the same tokens; dropout would be noise there."""
     for name in vars(config):
         if name.endswith(("dropout", "pdrop", "dropout_prob")) and isinstance(
             getattr(config, name), float
@@ -168,7 +161,7 @@ def add_lora(scoring: ScoringModel, section: LoraSection) -> None:
     """Wrap the backbone's layers with adapters and freeze everything else.
 
     Raises:
-        UserError: adapters on the head, which scores without the logits an adapter would change.
+        UserError: adapters on the head, which makes no logits that they could change.
     """
     from peft import LoraConfig, get_peft_model
 

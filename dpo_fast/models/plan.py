@@ -11,18 +11,24 @@ from torch import Tensor
 
 
 class Segment(NamedTuple):
-    """Queries that follow one another, and the keys before them: a trunk of `prefix` tokens that
-    ends elsewhere in the row, then the queries' own. Causal, aligned at the end."""
+    """Neighbouring queries with their keys. Attention is causal, aligned at the end of the keys.
+
+    queries: how many.
+    prefix: keys of a trunk elsewhere in the row, which come before the queries' own keys.
+    trunk: place in the row at which that trunk begins.
+    """
 
     queries: int
     prefix: int
-    trunk: int  # where the trunk begins in the row
+    trunk: int
 
 
 class Varlen(NamedTuple):
-    """Arguments of a varlen kernel;
+    """Arguments of a varlen kernel.
 
-    `keys` gathers keys and values so that each segment's are in a row.
+    keys: index that brings the keys and values of each segment together; None where they are so.
+    cu_seq_q, cu_seq_k: int32, where each segment's queries and keys begin, and the end.
+    max_q, max_k: of the longest segment.
     """
 
     keys: Tensor | None
@@ -36,12 +42,11 @@ class AttentionPlan:
     """What attention needs to know of a row of trees, each a trunk with branches that continue it.
 
     A token sees the tokens before it in its own branch and its trunk, and no others. The first
-    branch and the trunk are one causal segment; every other branch is a segment that sees the
-    trunk's keys and its own. So no score is computed that is masked away, but for the causal
-    triangle.
+    branch and the trunk are one causal segment. Every other branch is a segment that sees the
+    trunk's keys and its own. So only the causal triangle is masked away.
 
-    One plan serves every layer of a forward pass; what is derived from it is made once. It is an
-    object rather than a tuple so that torch.compile does not specialise on the lengths.
+    One plan serves every layer of a forward pass, and each derived value is made once. It is an
+    object rather than a tuple, so torch.compile does not specialise on the lengths.
 
     spans: (trunk, branch, ...) lengths along the row; branches may be empty.
     """
@@ -81,7 +86,7 @@ class AttentionPlan:
 
     @functools.cached_property
     def varlen(self) -> Varlen:
-        """Index vectors int64, offsets int32, as flash-attention takes them."""
+        """As flash-attention takes it."""
         starts = [0, *accumulate(segment.queries for segment in self.segments)]
         keys = [segment.prefix + segment.queries for segment in self.segments]
         gather = None
@@ -100,10 +105,10 @@ class AttentionPlan:
 
     @functools.cached_property
     def tags(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of every token, int32 [N]: its group, its branch (0 the trunk), its position."""
+        """For every token its tree, its branch (0 the trunk) and its position, int32 [N] each."""
         values = [
-            (group, branch, position)
-            for group, (trunk, *branches) in enumerate(self.spans)
+            (tree, branch, position)
+            for tree, (trunk, *branches) in enumerate(self.spans)
             for branch, begin, size in [(0, 0, trunk)]
             + [(b, trunk, n) for b, n in enumerate(branches, 1)]
             for position in range(begin, begin + size)
@@ -116,13 +121,13 @@ class AttentionPlan:
         if window not in self._block_masks:
             from torch.nn.attention.flex_attention import create_block_mask
 
-            group, branch, position = self.tags
-            size = len(group)
+            tree, branch, position = self.tags
+            size = len(tree)
 
             def sees(batch, head, query, key):
                 behind = position[query] - position[key]
                 mine = (branch[key] == 0) | (branch[key] == branch[query])
-                allowed = (group[key] == group[query]) & mine & (behind >= 0)
+                allowed = (tree[key] == tree[query]) & mine & (behind >= 0)
                 return allowed if window is None else allowed & (behind < window)
 
             self._block_masks[window] = create_block_mask(

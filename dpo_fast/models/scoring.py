@@ -18,8 +18,8 @@ from dpo_fast.ops.linear_logp.op import HeadOptions
 class ScoringModel(nn.Module):
     """A transformers causal LM whose `lm_head` is a `FusedHead`.
 
-    `forward` runs the backbone once over a `ScoredBatch` and the head over its scored rows only.
-    All of it happens inside one call, so that DeepSpeed's hooks gather and release the weights.
+    `forward` runs the backbone once over a `ScoredBatch`, and the head over its scored rows only. It
+    is one call, so that DeepSpeed's hooks gather and release the weights.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class ScoringModel(nn.Module):
         return hasattr(self.model, "peft_config")
 
     def adapter_off(self) -> contextlib.AbstractContextManager:
-        """Within it the model is the one that the adapters were added to."""
+        """A context in which the model computes without its adapters."""
         return self.model.disable_adapter()
 
     def forward(self, *arguments, **options) -> dict[str, Tensor]:
-        """{"logp": fp32 [T], **extras} of the scored tokens, as `scoring_forward` has it."""
+        """As `scoring_forward`."""
         return scoring_forward(self.causal_lm, *arguments, **options)
 
 
@@ -74,8 +74,10 @@ def scoring_forward(
     targets_T: Tensor,
     extras: tuple[str, ...] = (),
 ) -> dict[str, Tensor]:
-    """{"logp": fp32 [T], **extras} of the scored tokens, by a model that has a `FusedHead`;
-    arguments as in `ScoredBatch`."""
+    """Token outputs, {"logp": fp32 [T], **extras}, of a model with a `FusedHead`.
+
+    The other arguments are the fields of a `ScoredBatch`.
+    """
     decoder = causal_lm.get_decoder()
     places = {} if spans is None else {"plan": AttentionPlan(spans, input_ids.device)}
     if "position_ids" in inspect.signature(decoder.forward).parameters:
@@ -94,11 +96,11 @@ def forward_arguments(batch: ScoredBatch) -> dict:
 
 
 def head_options(config) -> HeadOptions:
-    """How a model's own forward treats the output of its head, from its configuration.
+    """What a model's own forward does to its logits, read from its configuration.
 
-    Gemma 2 and 3 cap logits (`final_logit_softcapping`), Cohere and Falcon-H1 multiply them
-    (`logit_scale`, `lm_head_multiplier`), Granite divides them by what HyperCLOVA X multiplies them
-    by (`logits_scaling`).
+    Gemma 2 and 3 cap them (`final_logit_softcapping`). Cohere and Falcon-H1 multiply them
+    (`logit_scale`, `lm_head_multiplier`). By `logits_scaling` Granite divides them and HyperCLOVA X
+    multiplies them.
     """
     text = config.get_text_config()
     scale = getattr(text, "logit_scale", None) or getattr(text, "lm_head_multiplier", None) or 1.0

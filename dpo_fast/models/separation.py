@@ -1,7 +1,4 @@
-"""A trial of the loaded model:
-
-sequences that share a row must not change each other's log-probs.
-"""
+"""A trial of the loaded model: no sequence may change the log-probs of others in its row."""
 
 from __future__ import annotations
 
@@ -15,8 +12,8 @@ from dpo_fast.data.layouts import LAYOUTS, layouts_with
 from dpo_fast.errors import UserError
 from dpo_fast.models.scoring import forward_arguments
 
-# Rows of one product come out alike whatever the other rows hold; experts that get other rows may
-# round differently. What leaks through a layer moves log-probs by far more.
+# A product gives the same row whatever the other rows are, but experts that get other rows may round
+# differently. A layer that mixes sequences moves log-probs by far more.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
@@ -28,13 +25,11 @@ def check_separation(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Score two trees, then again with other tokens in one completion: all other log-probs must
-    stay.
+    """Score two trees, then again with other tokens in one completion; the rest must stay the same.
 
-    The trial finds what no configuration tells: layers that carry something along the row by
-        recurrence,
-    convolution or attention of their own. It is collective where weights are sharded. A layout with
-    a row for every sequence needs no trial.
+    The trial finds layers that no configuration tells of: recurrence, convolution, attention of
+    their own. It is collective where weights are sharded. A layout with a row for every sequence
+    needs no trial.
 
     scorer: a `ScoringModel`, or an engine round one.
 

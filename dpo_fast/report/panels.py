@@ -64,7 +64,7 @@ def learning_panels(run: Run) -> list[Panel]:
         ),
         Panel(
             "Delta",
-            "Mean reward so far: answers above it count as good, those below it as bad.",
+            "Mean reward so far: answers above it count as desirable, those below it as undesirable.",
             _both(run, "delta"),
             [(0.0, "")],
             (0.0,),
