@@ -175,8 +175,8 @@ _TABLE = (
         shares_prompts=True,
     ),
 )
-# From the one that every model allows to the one with the fewest tokens: `auto` takes the last it
-# can have.
+# From the one that every model allows to the one with the fewest tokens. `auto` takes the last that
+# the model allows.
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in _TABLE}
 
 

@@ -16,9 +16,9 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 def split_texts(chosen: str, rejected: str, marker: str | None) -> tuple[str, str, str]:
     """(prompt, chosen, rejected) of two texts that begin with the same prompt. Raises BadRow.
 
-    With a marker, given or found (dialogues of Human: and Assistant: turns), the prompt of each
-    text runs up to and including its last marker, and the two prompts must be the same. Without
-    one it is the longest common beginning, cut back to the end of a word:
+    With a marker the prompt of each text ends with its last marker, and the two prompts must be the
+    same. Dialogues of Human: and Assistant: turns bring their marker. Without a marker the prompt is
+    the longest common beginning, cut back to the end of a word:
 
     >>> split_texts("2 + 2 is four.", "2 + 2 is five.", None)
     ('2 + 2 is', ' four.', ' five.')
@@ -153,7 +153,7 @@ def with_prompt(
 
 
 def _repeats(prompt: str | Messages, shared: Messages) -> bool:
-    """Whether a conversation's shared beginning says what the prompt column says."""
+    """Whether the shared beginning of two conversations is what the prompt column says."""
     if isinstance(prompt, str):
         users = [message["content"] for message in shared if message["role"] == "user"]
         return prompt.strip() in [content.strip() for content in users]

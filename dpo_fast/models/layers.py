@@ -108,7 +108,7 @@ def use_liger_kernel(model: PreTrainedModel) -> None:
 
 @contextlib.contextmanager
 def _classes_restored(module: str):
-    """liger also replaces the classes that models built afterwards would be made of."""
+    """Undoes liger's change to the classes, which models built afterwards would be made of."""
     names = vars(sys.modules[module])
     before = {name: value for name, value in names.items() if inspect.isclass(value)}
     yield

@@ -1,10 +1,10 @@
-"""The report of a run: one HTML file that needs nothing else, from what training left behind.
+"""The report of a run: one self-contained HTML file, made from the files of the run.
 
 read.py      the run's files, read and checked
-health.py    what the metrics say is wrong, and what people usually change
-scale.py     ticks and numbers for people
+health.py    checks of the metrics, with the usual remedies
+scale.py     ticks at round numbers, and numbers as text
 chart.py     curves as SVG
-panels.py    which curves there are, in words
+panels.py    which curves there are, and a sentence on each
 data.py      the section about the data
 page.py      the sections of the page
 style.py     its style sheet, and the script of the hover read-out

@@ -19,9 +19,11 @@ SMOOTH_FROM = 40  # training lines of as many points get a running mean
 
 @dataclass
 class Curve:
-    """`tone` names a colour of the style sheet: chosen, rejected, or plain. No label, no text.
+    """One line of training, or the dots of an evaluation.
 
-    `noisy` says that a running mean helps where there are many training points.
+    tone: a colour of the style sheet: chosen, rejected, or plain.
+    label: text at the curve's end; without one there is none.
+    noisy: many training points get a running mean.
     """
 
     name: str
@@ -40,7 +42,13 @@ class Curve:
 
 @dataclass
 class Panel:
-    """A chart. `rules` are horizontal lines (value, text); the axis reaches all of `include`."""
+    """A chart.
+
+    rules: horizontal lines (value, text).
+    include: values that the axis reaches.
+    limits: the axis ends here unless a value lies beyond.
+    write: number to text, for the last value of a curve.
+    """
 
     title: str
     note: str
@@ -54,7 +62,7 @@ class Panel:
 
 @dataclass
 class Frame:
-    """From steps and values to places on the panel."""
+    """Maps steps and values to places on the panel."""
 
     last_step: float
     low: float
@@ -98,7 +106,7 @@ def smooth(points: Points) -> Points:
 
 
 def thin(points: Points) -> Points:
-    """No more than MOST_POINTS: the least and the greatest value of each stretch, and the last."""
+    """At most MOST_POINTS: the least and the greatest value of each stretch, and the last."""
     if len(points) <= MOST_POINTS:
         return points
     size = -(-len(points) // (MOST_POINTS // 2 - 1))

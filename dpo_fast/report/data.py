@@ -1,4 +1,4 @@
-"""The section about the data: what was kept and dropped, and why; how long the pairs are."""
+"""The section about the data: rows kept and refused, and why; lengths of the examples."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ EXAMPLES = 3
 
 
 def data_section(report: DataReport | None) -> str:
-    """Empty where there is no report."""
+    """Its HTML; empty without a report."""
     if report is None:
         return ""
     sources = escape(", ".join(map(str, report.sources)))

@@ -1,4 +1,4 @@
-"""What the metrics say is wrong: what it means, and what people usually change."""
+"""Checks of the metrics: what is wrong, what it means, and what people usually change."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ LEAST_GROWTH = 0.02  # of the margin
 
 @dataclass
 class Check:
-    """`finding` is empty where all is in order, and None where the metrics do not allow a check."""
+    """finding: empty if all is in order; None if the metrics do not allow the check."""
 
     name: str
     finding: str | None
 
 
 def examine(run: Run) -> list[Check]:
-    """All checks, in the order in which they are worth reading."""
+    """All checks, the most important first."""
     return [
         Check("all values finite", _not_finite(run)),
         Check("start at ln 2", _start(run)),
@@ -105,7 +105,7 @@ def _turn(run: Run) -> str | None:
 
 
 def _accuracy(run: Run) -> str | None:
-    """Pinned: the last half of at least four log lines, or two evaluations or more after the first."""
+    """Looks for accuracies at 0 or 1 at the end: two of three evaluations, half of four log lines."""
     evaluations = run.eval.get("rewards/accuracies", [])
     points = run.train.get("rewards/accuracies", [])
     tails = [evaluations[-2:] if len(evaluations) >= 3 else [], points[-(len(points) // 2) :]]

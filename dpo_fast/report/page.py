@@ -1,4 +1,4 @@
-"""The page: its sections, each an HTML text, and how they are put together."""
+"""The page: one HTML document of sections, each a function that gives HTML."""
 
 from __future__ import annotations
 

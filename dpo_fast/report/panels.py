@@ -1,4 +1,4 @@
-"""Which curves the report shows, and what to say about each."""
+"""The panels of the report: their curves, and a sentence on each."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def epoch_marks(run: Run) -> list[tuple[float, str]]:
 
 
 def learning_panels(run: Run) -> list[Panel]:
-    """Loss, accuracy, margin, rewards, log-probabilities, what losses estimate: as far as it was logged."""
+    """Loss, rewards, log-probabilities and the estimates of losses, as far as they were logged."""
     panels = [
         _loss(run),
         Panel(
@@ -91,7 +91,7 @@ def learning_panels(run: Run) -> list[Panel]:
 
 
 def running_panels(run: Run) -> list[Panel]:
-    """Gradient norm, learning rate, entropy and throughput, as far as that was logged."""
+    """Gradient norm, learning rate, entropy and throughput, as far as they were logged."""
     clip = run.setting("train", "max_grad_norm")
     clip = [(float(clip), "clipped here")] if isinstance(clip, (int, float)) and clip > 0 else []
     rate = _both(run, "learning_rate")

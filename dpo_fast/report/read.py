@@ -24,8 +24,9 @@ Points = list[tuple[float, float]]
 class Run:
     """What a run left behind. A curve is a list of (step, value), by step, finite values only.
 
-    `train` and `eval` hold curves by metric name, without the `eval_` prefix. `epochs` are the same
-    for the line's epoch. `not_finite` names the first step at which a metric was NaN or infinite.
+    train, eval: curves by metric name, without the `eval_` prefix.
+    epochs: the curve of the epoch.
+    not_finite: by metric, the first step at which it was NaN or infinite.
     """
 
     folder: Path
@@ -134,7 +135,7 @@ def _broken(path: Path, number: int, fault: str) -> str:
 
 
 def _add_line(run: Run, curves: dict[str, dict[float, float]], values: dict[str, Any]) -> None:
-    """A step that is there twice was trained again after a resumption: the later line counts."""
+    """Of two lines for one step the later counts: the step was trained again after a resumption."""
     step = _number(values.get("step"))
     if step is None or not 0 <= step < LARGEST:
         run.without_step += 1
