@@ -9,10 +9,10 @@ pytest.importorskip("pytest_benchmark")
 import torch
 
 from benchmarks.kernels.case import Case, head_inputs
-from benchmarks.kernels.gates import compare
-from benchmarks.kernels.peak import cpu_peak_mib
-from benchmarks.kernels.peers import pair_slopes
-from benchmarks.kernels.registry import OPERATIONS
+from benchmarks.kernels.checks import compare
+from benchmarks.kernels.contenders import pair_slopes
+from benchmarks.kernels.meters import cpu_peak_mib
+from benchmarks.kernels.operations import OPERATIONS
 
 # Of what compiles, one is enough for CI, in one mode: a compilation takes ten seconds.
 COMPILED = [("linear_logp", "materialised, compiled", "trainable")]

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import dpo_fast.ops
-from benchmarks import run
+from benchmarks import plots, run
 from benchmarks.cli import Package
-from benchmarks.kernels import gates, measure, options, peak, rows, table, timing, truth
+from benchmarks.kernels import checks, measure, meters, results
 from benchmarks.kernels.case import Case, Contender, Outputs, head_inputs, logits_inputs
 from benchmarks.kernels.linear_logp import OPERATION as HEAD
-from benchmarks.kernels.registry import OPERATIONS
+from benchmarks.kernels.operations import OPERATIONS
+from benchmarks.kernels.run import parse
 from benchmarks.machine import summary
 from dpo_fast.errors import UserError
 
@@ -49,30 +50,30 @@ def contenders(monkeypatch):
 def run_small(tmp_path, *arguments) -> tuple[int, list[dict]]:
     path = tmp_path / "rows.csv"
     code = run.main(["kernels", *SMALL, "--csv", str(path), *arguments])
-    return code, rows.COLUMNS.read(path)
+    return code, results.COLUMNS.read(path)
 
 
 def test_rows_have_every_column_and_sensible_values(tmp_path, capsys):
     code, found = run_small(tmp_path, *OURS, "--dtypes", "fp32,bf16")
     assert code == 0
     for row in found:
-        assert list(row) == list(rows.COLUMNS.names)
+        assert list(row) == list(results.COLUMNS.names)
         assert 0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
         assert row["device"].startswith("cpu") and row["torch"] == torch.__version__
         assert row["commit"] and row["date"] and row["rounds"] == 2
         assert (row["T"], row["D"], row["V"]) == (64, 32, 500)
-        if row["impl"] == rows.COPY:
+        if row["impl"] == results.COPY:
             assert row["gbps"] > 0
             continue
         assert row["flops"] == pytest.approx(row["products"] * 2 * 64 * 32 * 500, rel=1e-4)
         assert row["tflops"] == pytest.approx(row["flops"] / row["ms_p50"] / 1e9, rel=1e-4)
         assert row["x_of_bare_gemm"] > 0
-        if row["impl"] != rows.BARE:
+        if row["impl"] != results.BARE:
             assert row["max_err"] < 1e-2 and row["err_logp"] < 1e-4
     products = {(row["impl"], row["mode"]): row["products"] for row in found if row["products"]}
-    assert products["dpo_fast torch", "logps"] == products[rows.BARE, "logps"] == 1
-    assert products["dpo_fast torch", "frozen"] == products[rows.BARE, "frozen"] == 2
-    assert products["dpo_fast torch", "trainable"] == products[rows.BARE, "trainable"] == 3
+    assert products["dpo_fast torch", "logps"] == products[results.BARE, "logps"] == 1
+    assert products["dpo_fast torch", "frozen"] == products[results.BARE, "frozen"] == 2
+    assert products["dpo_fast torch", "trainable"] == products[results.BARE, "trainable"] == 3
     assert products["dpo_fast torch, recompute", "trainable"] == 4
     assert 3 < products["dpo_fast torch, half budget", "trainable"] < 4
     printed = capsys.readouterr().out
@@ -80,7 +81,12 @@ def test_rows_have_every_column_and_sensible_values(tmp_path, capsys):
 
 
 def test_a_ratio_is_of_the_products_of_the_rows_own_schedule():
-    series = {"logits": [10.0, 12.0, 10.0], "dH": [3.0] * 3, "dW": [5.0] * 3, rows.COPY: [1.0] * 3}
+    series = {
+        "logits": [10.0, 12.0, 10.0],
+        "dH": [3.0] * 3,
+        "dW": [5.0] * 3,
+        results.COPY: [1.0] * 3,
+    }
     cases = {mode: Case("linear_logp", mode, 8, 4, 16, "fp32", "cpu") for mode in HEAD.modes}
     bare = lambda mode, count: measure._bare_ms(HEAD, cases[mode], count, series)  # noqa: E731
     assert bare("logps", 1) == 10
@@ -174,23 +180,23 @@ def test_rows_go_to_a_file_and_from_it_to_pictures(tmp_path, capsys):
     assert run.main(["kernels", *OURS, *curve, *plots]) == 0
     path = tmp_path / "plots" / "kernels.csv"
     again = tmp_path / "again.csv"
-    rows.COLUMNS.write(again, rows.COLUMNS.read(path))
-    assert rows.COLUMNS.read(again) == rows.COLUMNS.read(path)
+    results.COLUMNS.write(again, results.COLUMNS.read(path))
+    assert results.COLUMNS.read(again) == results.COLUMNS.read(path)
     picture = tmp_path / "plots" / "growth_D16_V200_trainable_fp32_cpu.svg"
     assert "dpo_fast torch, recompute" in picture.read_text()
 
-    from benchmarks.kernels import plot
-
     assert run_small(tmp_path, *OURS)[0] == 0
-    assert plot.main([str(tmp_path / "rows.csv"), "--out", str(tmp_path), "--format", "png"]) == 0
+    assert (
+        results.main([str(tmp_path / "rows.csv"), "--out", str(tmp_path), "--format", "png"]) == 0
+    )
     assert (tmp_path / "bars_T64_D32_V500_cpu.png").stat().st_size > 1000
     first = (tmp_path / "plots" / "growth_D16_V200_trainable_fp32_cpu.svg").read_bytes()
-    plot.draw([path], tmp_path / "plots")
+    results.draw([path], tmp_path / "plots")
     assert picture.read_bytes() == first  # the same rows, the same file
-    full = [row | {"impl": "large"} for row in rows.COLUMNS.read(path)]
+    full = [row | {"impl": "large"} for row in results.COLUMNS.read(path)]
     full[-1] |= {"ms_p50": "", "peak_mib": "", "note": "out of memory"}
-    rows.COLUMNS.write(again, full)
-    plot.draw([again], tmp_path)
+    results.COLUMNS.write(again, full)
+    results.draw([again], tmp_path)
     assert "large (no memory at 64)" in (tmp_path / picture.name).read_text()
 
 
@@ -223,29 +229,27 @@ OPTIONS = {  # arguments, and what the message must say
 @pytest.mark.parametrize("arguments", OPTIONS)
 def test_an_option_that_cannot_be_honoured_is_named(arguments):
     with pytest.raises(UserError) as error:
-        options.parse(
-            [*arguments.split(), "--device", "cpu"][: None if "device" not in arguments else -2]
-        )
+        parse([*arguments.split(), "--device", "cpu"][: None if "device" not in arguments else -2])
     assert OPTIONS[arguments] in str(error.value)
 
 
 def test_options_of_this_machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--device cuda: this torch sees no GPU"):
-        options.parse(["--device", "cuda"])
+        parse(["--device", "cuda"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="--plots x needs matplotlib: pip install matplotlib"):
-        options.parse(["--plots", "x"])
+        parse(["--plots", "x"])
 
 
 def test_one_command_on_a_gpu_measures_points_and_the_curve(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    groups = options.parse([]).groups
-    heads = [group for group in groups if group.op == "linear_logp"]
-    points = {(g.T, g.D, g.V) for g in heads if not g.growth}
+    settings = parse([]).settings
+    heads = [s for s in settings if s.op == "linear_logp"]
+    points = {(s.T, s.D, s.V) for s in heads if not s.growth}
     assert points == {(8192, 4096, 128256), (16384, 896, 151936), (65536, 4096, 151936)}
-    assert [g.T for g in heads if g.growth] == [1024 * 2**n for n in range(7)]
-    assert {g.op for g in groups} == set(OPERATIONS) and {g.dtype for g in heads} == {"bf16"}
+    assert [s.T for s in heads if s.growth] == [1024 * 2**n for n in range(7)]
+    assert {s.op for s in settings} == set(OPERATIONS) and {s.dtype for s in heads} == {"bf16"}
 
 
 def test_who_stands_where():
@@ -298,14 +302,14 @@ def test_every_operation_with_implementations_is_measured():
 
 @pytest.mark.parametrize("make", ["head", "logits"])
 def test_truth_in_chunks_is_autograd_through_whole_logits(monkeypatch, make):
-    monkeypatch.setitem(truth.CHUNK_BYTES, "cpu", 8 * 50 * 3)  # three tokens at a time
+    monkeypatch.setitem(checks.CHUNK_BYTES, "cpu", 8 * 50 * 3)  # three tokens at a time
     if make == "head":
         inputs = head_inputs(10, 8, 50, torch.float32)
-        found, leaves = truth.HeadTruth(inputs), (inputs.hidden, inputs.weight)
+        found, leaves = checks.HeadTruth(inputs), (inputs.hidden, inputs.weight)
         logits = inputs.hidden.double() @ inputs.weight.double().t()
     else:
         inputs = logits_inputs(10, 50, torch.float32)
-        found, leaves = truth.LogitsTruth(inputs), (inputs.logits,)
+        found, leaves = checks.LogitsTruth(inputs), (inputs.logits,)
         logits = inputs.logits.double()
     logp = torch.log_softmax(logits, -1).gather(1, inputs.targets[:, None]).squeeze(1)
     torch.testing.assert_close(found.logp, logp.detach())
@@ -318,17 +322,17 @@ def test_truth_in_chunks_is_autograd_through_whole_logits(monkeypatch, make):
 def test_gates_let_no_nan_through():
     logp, gradient = torch.zeros(4).sub(1.0), torch.ones(2, 2)
     contender = Contender("x", lambda case, inputs: None)
-    good = gates.compare(Outputs(logp.clone(), (gradient.clone(),)), logp, [gradient])
+    good = checks.compare(Outputs(logp.clone(), (gradient.clone(),)), logp, [gradient])
     assert good.verdict(contender, "bf16") is None
     for values, found in ((logp * torch.nan, gradient), (logp, gradient * torch.nan)):
-        errors = gates.compare(Outputs(values, (found,)), logp, [gradient])
+        errors = checks.compare(Outputs(values, (found,)), logp, [gradient])
         assert "above its gate" in errors.verdict(contender, "bf16")
 
 
 def test_rounds_go_there_and_back():
     calls = []
     functions = {name: lambda number, name=name: calls.append((name, number)) for name in "ab"}
-    series = timing.interleave(functions, "cpu", rounds=3)
+    series = meters.interleave(functions, "cpu", rounds=3)
     assert calls == [("a", 0), ("b", 0), ("b", 1), ("a", 1), ("a", 2), ("b", 2)]
     assert all(len(series[name]) == 3 for name in "ab")
     assert summary([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == (2.0, 3.5, 5.0)
@@ -336,19 +340,17 @@ def test_rounds_go_there_and_back():
 
 def test_pictures_are_drawn_again_by_a_command(monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    from benchmarks import pictures
-    from benchmarks.train import plot
-    from benchmarks.train.results import COLUMNS
+    from benchmarks.train import results as train
 
-    monkeypatch.setattr(pictures, "RESULTS", tmp_path)
-    assert plot.main([]) == 2
+    monkeypatch.setattr(plots, "RESULTS", tmp_path)
+    assert train.main([]) == 2
     assert f"plot: no train*.csv in {tmp_path}: run `dpo-fast bench" in capsys.readouterr().err
     committed = BENCHMARKS / "results" / "train_cpu.csv"
     (tmp_path / committed.name).write_bytes(committed.read_bytes())
-    assert plot.main(["--out", str(tmp_path / "drawn")]) == 0
+    assert train.main(["--out", str(tmp_path / "drawn")]) == 0
     (picture,) = (tmp_path / "drawn").glob("pairs_*.svg")
     drawn = picture.read_text()
-    assert all(f">{row['impl']}<" in drawn for row in COLUMNS.read(committed))
+    assert all(f">{row['impl']}<" in drawn for row in train.COLUMNS.read(committed))
     assert str(picture) in capsys.readouterr().out
 
 
@@ -363,10 +365,10 @@ def test_a_printed_row_stands_under_its_titles():
     }
     case = Case("linear_logp", "trainable", 8, 4, 16, "fp32", "cpu")
     found = [
-        rows.row(case, "ours", schedule="mixed", products=3.5, **values),
-        rows.row(case, "large", products=3.0, note="out of memory"),
+        results.row(case, "ours", schedule="mixed", products=3.5, **values),
+        results.row(case, "large", products=3.0, note="out of memory"),
     ]
-    header, ours, large = table.block(found).split("\n")
+    header, ours, large = results.block(found).split("\n")
     cells = {
         "schedule": "mixed 3.5G",
         "ms p50": "123.5",
@@ -404,7 +406,7 @@ def test_memory_on_a_gpu_is_the_allocators(monkeypatch):
         seen.append("run")
         return Outputs(torch.zeros(1 << 18))
 
-    assert peak.peak_mib(function, "cuda") == 2
+    assert meters.peak_mib(function, "cuda") == 2
     told = [name for name in seen if name != "empty_cache"]
     assert told == [
         "memory_allocated",

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.train import options, shares, table
-from benchmarks.train.case import CONTENDERS, lengths_of, work_of
-from benchmarks.train.data import draw_pairs, read_pairs
-from benchmarks.train.measure import Result, Spans, judge
-from benchmarks.train.model import MODELS, Sizes, sizes_of
+from benchmarks.machine import Stopwatch
+from benchmarks.train import results
+from benchmarks.train import run as command
+from benchmarks.train.case import CONTENDERS, MODELS, Sizes, lengths_of, sizes_of, work_of
+from benchmarks.train.measure import Result, judge
+from benchmarks.train.pairs import draw_pairs, read_pairs
 from benchmarks.train.results import COLUMNS
 from dpo_fast.errors import UserError
 from tests.support.paths import ROOT
@@ -153,22 +154,22 @@ def test_factors_multiply_to_the_whole():
         timed("dpo_fast packed, cached", 4.0, layout="packed"),
         timed("dpo_fast shared_prefix, cached", 2.5),
     ]
-    found = shares.ingredients(rows)
+    found = results.ingredients(rows)
     assert (found[0].name, found[0].seconds) == ("trl", 30)
     assert math.prod(part.factor for part in found) == pytest.approx(30 / 2.5)
     by_name = {part.name: part for part in found}
     assert by_name["head"].factor == pytest.approx(16 / (16 - 8 + 0.9))
     assert by_name["no padding"].factor == 9 / 4 and by_name["no padding"].seconds == 4
-    assert shares.token_factors(rows) == {"padding": 3.0, "repeated prompts": 2.0}
-    assert "all together" in table.shares(rows) and "12.00" in table.shares(rows)
+    assert results.token_factors(rows) == {"padding": 3.0, "repeated prompts": 2.0}
+    assert "all together" in results.factors(rows) and "12.00" in results.factors(rows)
 
 
 def test_a_missing_contender_joins_its_neighbours():
     rows = [timed("trl", 30.0), timed("dpo_fast packed, cached", 4.0, layout="packed")]
-    start, rest = shares.ingredients(rows)
+    start, rest = results.ingredients(rows)
     assert start.seconds == 30 and rest.factor == 7.5
     assert "stored reference" in rest.name and "no padding" in rest.name
-    assert shares.ingredients(rows[1:]) == []
+    assert results.ingredients(rows[1:]) == []
 
 
 def test_work_counts_every_product():
@@ -197,13 +198,13 @@ def test_work_counts_every_product():
     assert work.flops_once == pytest.approx(6 * (7 * 16 + 11 * 10 + 26 * once))
 
 
-def test_a_span_inside_another_counts_for_the_outer_one():
-    spans = Spans("cpu")
-    head = spans.timed(lambda: None, "head")
-    spans.timed(lambda: [head() for _ in range(3)], "reference")()
-    assert set(spans.take()) == {"reference"}
+def test_a_timed_function_inside_another_counts_for_the_outer_one():
+    stopwatch = Stopwatch("cpu")
+    head = stopwatch.timed(lambda: None, "head")
+    stopwatch.timed(lambda: [head() for _ in range(3)], "reference")()
+    assert set(stopwatch.take()) == {"reference"}
     head()
-    assert set(spans.take()) == {"head"} and spans.take() == {}
+    assert set(stopwatch.take()) == {"head"} and stopwatch.take() == {}
 
 
 def write(file: Path, rows: list[dict]) -> str:
@@ -226,7 +227,9 @@ def test_pairs_that_trainers_would_cut_differently_are_left_out(tmp_path):
     empty = {"prompt": "x", "chosen": "", "rejected": "y"}
     file = write(tmp_path / "pairs.jsonl", [*good, chat, merged, long, empty])
     pairs = read_pairs(file, 1024, 64, 100)
-    assert len(pairs.rows) == 31 and "31 of 33 pairs" in pairs.told and "1 bad rows" in pairs.told
+    assert (
+        len(pairs.rows) == 31 and "31 of 33 pairs" in pairs.origin and "1 bad rows" in pairs.origin
+    )
     prompts = [row["prompt"] for row in pairs.rows]
     assert "\n\nHuman: 7 or?\n\nAssistant:" in prompts and "0 o" not in prompts
     eos = pairs.tokenizer.eos_token_id
@@ -249,7 +252,7 @@ def test_drawn_pairs_have_the_lengths_that_were_asked_for():
     [
         ("--model tinny", "--model tinny: choose from tiny"),
         ("--rounds 0", "--rounds 0: expected a whole number"),
-        ("--trl-batch 5", "--trl-batch 5 does not divide --global-pairs 32; try 4"),
+        ("--trl-batch 5", "--trl-batch 5 does not divide --global-batch-size 32; try 4"),
         ("--data x.jsonl --prompt-ratio 4", "--prompt-ratio 4 is about drawn pairs"),
         ("--prompt-ratio -1", "--prompt-ratio -1: expected a number greater than 0"),
         ("--prompt-ratio inf", "--prompt-ratio inf: expected a number greater than 0"),
@@ -264,11 +267,11 @@ def test_drawn_pairs_have_the_lengths_that_were_asked_for():
 )
 def test_an_option_that_cannot_be_honoured_is_an_error(arguments, told):
     with pytest.raises(UserError) as caught:
-        options.parse(arguments.split())
+        command.parse(arguments.split())
     assert told in str(caught.value)
 
 
 def test_one_by_one_is_a_block_for_each():
     asked = ["--only", "trl*", "--skip", "*padding_free", "--order", "one-by-one"]
-    blocks = options.parse(asked).blocks
+    blocks = command.parse(asked).blocks
     assert len(blocks) == 4 and all(len(block) == 1 for block in blocks)

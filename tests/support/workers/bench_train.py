@@ -1,5 +1,7 @@
-"""`bench train` with one of our contenders made wrong: it trains at another learning rate than it should.
-Started by a test with the options of the command line."""
+"""`bench train` with one of our contenders made wrong: it trains at three times the learning rate.
+
+A test starts it with the options of the command line.
+"""
 
 import sys
 
