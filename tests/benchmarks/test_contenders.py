@@ -1,4 +1,4 @@
-"""Micro-benchmarks of every contender at small sizes, so that none rots. No time is asserted."""
+"""Micro-benchmarks of every contender at small sizes, so that each stays right. No time is asserted."""
 
 import dataclasses
 
@@ -70,16 +70,13 @@ def test_memory_does_not_grow_with_whole_logits():
     assert cpu_peak_mib(contenders["dpo_fast torch"], case) < 1.3 * whole
     assert cpu_peak_mib(contenders["materialised"], case) > 1.8 * whole
     unknown = dataclasses.replace(contenders["materialised"], name="nobody")
-    with pytest.raises(
-        RuntimeError, match="StopIteration"
-    ):  # told, and not taken for a lack of memory
+    with pytest.raises(RuntimeError, match="StopIteration"):  # and not a lack of memory
         cpu_peak_mib(unknown, case)
 
 
 def test_inputs_are_peaked_like_a_language_model():
-    hidden, weight, targets, slopes = (
-        x.detach() for x in head_inputs(512, 256, 8000, torch.float32)
-    )
+    inputs = head_inputs(512, 256, 8000, torch.float32)
+    hidden, weight, targets, slopes = (x.detach() for x in inputs)
     logp = torch.log_softmax(hidden @ weight.t(), -1)
     chosen = logp.gather(1, targets[:, None]).squeeze(1)
     assert -1.7 < chosen.mean() < -0.7

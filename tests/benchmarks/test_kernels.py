@@ -1,15 +1,14 @@
-"""The runner of the benchmarks: rows with their evidence, no time without correctness, options."""
+"""`dpo-fast bench kernels`: rows with their evidence, no time without correctness, options."""
 
 import dataclasses
+import gc
 import inspect
-import re
-from pathlib import Path
 
 import pytest
 import torch
 
 import dpo_fast.ops
-from benchmarks import plots, run
+from benchmarks import run
 from benchmarks.cli import Package
 from benchmarks.kernels import checks, measure, meters, results
 from benchmarks.kernels.case import Case, Contender, Outputs, head_inputs, logits_inputs
@@ -19,8 +18,9 @@ from benchmarks.kernels.run import parse
 from benchmarks.machine import summary
 from dpo_fast.errors import UserError
 
-BENCHMARKS = Path(run.__file__).parent
 SMALL = [
+    "--ops",
+    "linear_logp",
     "--shape",
     "32,500",
     "--tokens",
@@ -28,10 +28,20 @@ SMALL = [
     "--repeats",
     "2",
     "--no-memory",
-    "--ops",
-    "linear_logp",
 ]
 OURS = ["--only", "dpo_fast torch*"]
+ONE_CELL = ["--modes", "trainable", "--dtypes", "fp32"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_buffers():
+    """No test needs the bandwidth of a large copy, or a cache emptied before every call."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(meters.FLUSH_BYTES, "cpu", 1 << 16)
+        patch.setitem(meters.COPY_BYTES, "cpu", 1 << 16)
+        gc.freeze()  # a run collects after every contender: what the imports left need not be searched
+        yield
+        gc.unfreeze()
 
 
 @pytest.fixture
@@ -54,6 +64,7 @@ def run_small(tmp_path, *arguments) -> tuple[int, list[dict]]:
 
 
 def test_rows_have_every_column_and_sensible_values(tmp_path, capsys):
+    """And the pictures of them are drawn by a command."""
     code, found = run_small(tmp_path, *OURS, "--dtypes", "fp32,bf16")
     assert code == 0
     for row in found:
@@ -78,6 +89,10 @@ def test_rows_have_every_column_and_sensible_values(tmp_path, capsys):
     assert 3 < products["dpo_fast torch, half budget", "trainable"] < 4
     printed = capsys.readouterr().out
     assert "ceilings of this run: bare products" in printed and "recompute 4G" in printed
+    pytest.importorskip("matplotlib")
+    drawn = ["--out", str(tmp_path), "--format", "png"]
+    assert results.main([str(tmp_path / "rows.csv"), *drawn]) == 0
+    assert (tmp_path / "bars_T64_D32_V500_cpu.png").stat().st_size > 1000
 
 
 def test_a_ratio_is_of_the_products_of_the_rows_own_schedule():
@@ -114,7 +129,7 @@ def wrong(name="wrong", factor=1.01):
 
 def test_a_wrong_contender_gets_no_time_and_fails_the_run(tmp_path, capsys, contenders):
     contenders(wrong(), wrong("slightly off", 1.00001))
-    code, found = run_small(tmp_path, "--modes", "trainable", "--dtypes", "fp32")
+    code, found = run_small(tmp_path, *ONE_CELL)
     assert code == 1
     by_name = {row["impl"]: row for row in found}
     bad = by_name["wrong"]
@@ -144,7 +159,7 @@ def test_what_does_not_fit_or_breaks_has_a_row_that_says_so(tmp_path, contenders
         failing("broken peer", KeyError("x")),
         failing("ours, too large", torch.OutOfMemoryError("no"), ours=True),
     )
-    code, found = run_small(tmp_path, "--modes", "trainable", "--dtypes", "fp32")
+    code, found = run_small(tmp_path, *ONE_CELL)
     notes = {row["impl"]: row["note"] for row in found}
     assert code == 0
     assert notes["large"] == notes["large on a CPU"] == notes["ours, too large"] == "out of memory"
@@ -153,7 +168,7 @@ def test_what_does_not_fit_or_breaks_has_a_row_that_says_so(tmp_path, contenders
 
 def test_an_exception_in_ours_fails_the_run(tmp_path, capsys, contenders):
     contenders(failing("ours", KeyError("x"), ours=True))
-    assert run_small(tmp_path, "--modes", "trainable", "--dtypes", "fp32")[0] == 1
+    assert run_small(tmp_path, *ONE_CELL)[0] == 1
     assert "FAILED: ours / trainable" in capsys.readouterr().err
 
 
@@ -162,7 +177,7 @@ def test_who_is_missing_is_named_with_the_reason(tmp_path, capsys, contenders):
     peer = failing("peer", KeyError(), package=package)
     gpu = dataclasses.replace(peer, name="gpu peer", devices=("cuda",))
     contenders(peer, dataclasses.replace(peer, name="peer, exact"), gpu)
-    assert run_small(tmp_path, "--dtypes", "fp32,bf16")[0] == 0
+    assert run_small(tmp_path, "--modes", "trainable", "--dtypes", "fp32,bf16")[0] == 0
     lines = [line for line in capsys.readouterr().out.split("\n") if line.startswith("missing")]
     missing = "no-such-peer is not installed: pip install no-such-peer"
     assert lines == [
@@ -174,34 +189,31 @@ def test_who_is_missing_is_named_with_the_reason(tmp_path, capsys, contenders):
 
 
 def test_rows_go_to_a_file_and_from_it_to_pictures(tmp_path, capsys):
+    """The curve, with the memory: each figure is made in a process of its own."""
     pytest.importorskip("matplotlib")
-    plots = ["--plots", str(tmp_path / "plots"), "--repeats", "1"]
+    only = ["--only", "dpo_fast torch, recompute", "--repeats", "1"]
     curve = ["--growth", "--shape", "16,200", "--tokens", "16,32,64", "--dtypes", "fp32"]
-    assert run.main(["kernels", *OURS, *curve, *plots]) == 0
-    path = tmp_path / "plots" / "kernels.csv"
+    assert run.main(["kernels", *only, *curve, "--plots", str(tmp_path)]) == 0
+    path = tmp_path / "kernels.csv"
+    found = results.COLUMNS.read(path)
+    assert all(row["peak_mib"] >= 0 for row in found if row["impl"].startswith("dpo_fast"))
     again = tmp_path / "again.csv"
-    results.COLUMNS.write(again, results.COLUMNS.read(path))
-    assert results.COLUMNS.read(again) == results.COLUMNS.read(path)
-    picture = tmp_path / "plots" / "growth_D16_V200_trainable_fp32_cpu.svg"
-    assert "dpo_fast torch, recompute" in picture.read_text()
-
-    assert run_small(tmp_path, *OURS)[0] == 0
-    assert (
-        results.main([str(tmp_path / "rows.csv"), "--out", str(tmp_path), "--format", "png"]) == 0
-    )
-    assert (tmp_path / "bars_T64_D32_V500_cpu.png").stat().st_size > 1000
-    first = (tmp_path / "plots" / "growth_D16_V200_trainable_fp32_cpu.svg").read_bytes()
-    results.draw([path], tmp_path / "plots")
-    assert picture.read_bytes() == first  # the same rows, the same file
-    full = [row | {"impl": "large"} for row in results.COLUMNS.read(path)]
-    full[-1] |= {"ms_p50": "", "peak_mib": "", "note": "out of memory"}
-    results.COLUMNS.write(again, full)
+    results.COLUMNS.write(again, found)
+    assert results.COLUMNS.read(again) == found
+    picture = tmp_path / "growth_D16_V200_trainable_fp32_cpu.svg"
+    first = picture.read_bytes()
+    assert b"dpo_fast torch, recompute" in first
     results.draw([again], tmp_path)
-    assert "large (no memory at 64)" in (tmp_path / picture.name).read_text()
+    assert picture.read_bytes() == first  # the same rows, the same file
+    found[-1] |= {"ms_p50": "", "peak_mib": "", "note": "out of memory"}
+    results.COLUMNS.write(again, found)
+    results.draw([again], tmp_path)
+    assert "dpo_fast torch, recompute (no memory at 64)" in picture.read_text()
 
 
 def test_the_budget_ends_a_run_between_groups(tmp_path, capsys):
-    code, found = run_small(tmp_path, *OURS, "--tokens", "16,32,48", "--budget-minutes", "1e-9")
+    few = [*ONE_CELL, "--only", "dpo_fast torch", "--tokens", "16,32,48"]
+    code, found = run_small(tmp_path, *few, "--budget-minutes", "1e-9")
     assert code == 0 and {row["T"] for row in found} == {16}
     assert "not measured" in capsys.readouterr().out
 
@@ -228,8 +240,9 @@ OPTIONS = {  # arguments, and what the message must say
 
 @pytest.mark.parametrize("arguments", OPTIONS)
 def test_an_option_that_cannot_be_honoured_is_named(arguments):
+    device = [] if "--device" in arguments else ["--device", "cpu"]
     with pytest.raises(UserError) as error:
-        parse([*arguments.split(), "--device", "cpu"][: None if "device" not in arguments else -2])
+        parse([*arguments.split(), *device])
     assert OPTIONS[arguments] in str(error.value)
 
 
@@ -276,10 +289,10 @@ def test_a_spare_contender_runs_when_it_is_asked_for(tmp_path, capsys, contender
     ours = contenders()
     spare = dataclasses.replace(ours, name="spare", spare=lambda case: True)
     contenders(spare)
-    code, found = run_small(tmp_path, "--modes", "logps", "--dtypes", "fp32")
+    code, found = run_small(tmp_path, *ONE_CELL)
     assert code == 0 and "spare" not in {row["impl"] for row in found}
     assert "left out in some mode unless --only has the name: spare" in capsys.readouterr().out
-    code, found = run_small(tmp_path, "--modes", "logps", "--dtypes", "fp32", "--only", "spare")
+    code, found = run_small(tmp_path, *ONE_CELL, "--only", "spare")
     assert code == 0 and "spare" in {row["impl"] for row in found}
     with pytest.raises(UserError, match="Ask for these by name, without \\*: spare"):
         run_small(tmp_path, "--only", "spar*")
@@ -338,22 +351,6 @@ def test_rounds_go_there_and_back():
     assert summary([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == (2.0, 3.5, 5.0)
 
 
-def test_pictures_are_drawn_again_by_a_command(monkeypatch, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    from benchmarks.train import results as train
-
-    monkeypatch.setattr(plots, "RESULTS", tmp_path)
-    assert train.main([]) == 2
-    assert f"plot: no train*.csv in {tmp_path}: run `dpo-fast bench" in capsys.readouterr().err
-    committed = BENCHMARKS / "results" / "train_cpu.csv"
-    (tmp_path / committed.name).write_bytes(committed.read_bytes())
-    assert train.main(["--out", str(tmp_path / "drawn")]) == 0
-    (picture,) = (tmp_path / "drawn").glob("pairs_*.svg")
-    drawn = picture.read_text()
-    assert all(f">{row['impl']}<" in drawn for row in train.COLUMNS.read(committed))
-    assert str(picture) in capsys.readouterr().out
-
-
 def test_a_printed_row_stands_under_its_titles():
     values = {
         "ms_p50": 123.456,
@@ -392,13 +389,7 @@ def test_memory_on_a_gpu_is_the_allocators(monkeypatch):
     """Beyond what is there before and what comes out; counted anew for every call."""
     seen = []
     counts = {"memory_allocated": 1 << 20, "max_memory_allocated": 4 << 20}
-    for name in (
-        "empty_cache",
-        "memory_allocated",
-        "reset_peak_memory_stats",
-        "synchronize",
-        "max_memory_allocated",
-    ):
+    for name in ("empty_cache", "reset_peak_memory_stats", "synchronize", *counts):
         call = lambda name=name: (seen.append(name), counts.get(name))[1]  # noqa: E731
         monkeypatch.setattr(torch.cuda, name, call)
 
@@ -407,61 +398,10 @@ def test_memory_on_a_gpu_is_the_allocators(monkeypatch):
         return Outputs(torch.zeros(1 << 18))
 
     assert meters.peak_mib(function, "cuda") == 2
-    told = [name for name in seen if name != "empty_cache"]
-    assert told == [
-        "memory_allocated",
-        "reset_peak_memory_stats",
-        "run",
-        "synchronize",
-        "max_memory_allocated",
-    ]
+    others = [name for name in seen if name != "empty_cache"]
+    before, after = (
+        ["memory_allocated", "reset_peak_memory_stats"],
+        ["synchronize", "max_memory_allocated"],
+    )
+    assert others == [*before, "run", *after]
     assert seen[0] == "empty_cache"
-
-
-def test_what_is_measured_has_a_name():
-    with pytest.raises(UserError, match="kernel to measure: choose kernels or train"):
-        run.main(["kernel"])
-    with pytest.raises(UserError, match="nothing to measure"):
-        run.main([])
-
-
-def test_the_benchmarks_know_nothing_of_each_other():
-    """And what they share knows neither. `run` imports what was asked for, by its name."""
-    for folder, strangers in (("kernels", "train"), ("train", "kernels"), (".", "kernels|train")):
-        files = list((BENCHMARKS / folder).glob("*.py"))
-        assert len(files) > 5
-        for file in files:
-            found = re.findall(
-                rf"^\s*from benchmarks(?:\.| import )(?:{strangers})\b.*", file.read_text(), re.M
-            )
-            assert not found, (file, found)
-
-
-@pytest.mark.parametrize("folder", ["kernels", "train"])
-def test_a_benchmark_lists_its_files(folder):
-    listed = re.findall(r"\w+\.py", (BENCHMARKS / folder / "__init__.py").read_text())
-    there = {file.name for file in (BENCHMARKS / folder).glob("*.py")} - {"__init__.py"}
-    assert len(listed) == len(there) and set(listed) == there
-
-
-def test_the_command_needs_a_checkout(monkeypatch, tmp_path):
-    pytest.importorskip("typer")
-    from dpo_fast.cli import bench
-
-    assert (bench.checkout() / "benchmarks" / "run.py").is_file()
-    monkeypatch.setattr(dpo_fast, "__file__", str(tmp_path / "site" / "dpo_fast" / "__init__.py"))
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="bench needs benchmarks/, which is not in the wheel"):
-        bench.checkout()
-
-
-def test_the_command_passes_options_on(monkeypatch, capsys):
-    pytest.importorskip("typer")
-    from dpo_fast.cli import app
-
-    monkeypatch.setattr("sys.argv", ["dpo-fast", "bench", "kernels", "--tokens", "0"])
-    monkeypatch.setattr(app, "_leave", lambda code: (_ for _ in ()).throw(SystemExit(code)))
-    with pytest.raises(SystemExit) as ended:
-        app.main()
-    assert ended.value.code == 2
-    assert "dpo-fast: --tokens 0: expected a whole number" in capsys.readouterr().err

@@ -24,95 +24,89 @@ from tests.support.paths import ROOT
 
 HAS_TRL = importlib.util.find_spec("trl") is not None
 HAS_PLOTS = importlib.util.find_spec("matplotlib") is not None
+WRONG = "dpo_fast shared_prefix, cached"  # made so by the worker
 CHOSEN = (
     "trl",
     "trl, precomputed, no checkpointing",
     "dpo_fast padded, cached",
     "dpo_fast packed, *",
+    WRONG,
 )
-
-
-def bench(module: list[str], *arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-m", *module, "--quick", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """One run of the command: its rows, its output, its folder."""
+    """One run of the command, with a contender made wrong: its rows by name, its output, its folder."""
     folder = tmp_path_factory.mktemp("bench")
     only = [word for name in CHOSEN for word in ("--only", name)]
     plots = ["--plots", str(folder)] if HAS_PLOTS else []
     file = folder / "train.csv"
-    done = bench(["dpo_fast", "bench", "train"], *only, "--csv", str(file), *plots)
-    assert done.returncode == 0, done.stderr
-    return COLUMNS.read(file), done, folder
+    module = [sys.executable, "-m", "tests.support.workers.bench_train"]
+    done = subprocess.run(
+        [*module, "--quick", *only, "--csv", str(file), *plots],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"},
+    )
+    assert file.exists(), done.stderr
+    return {row["impl"]: row for row in COLUMNS.read(file)}, done, folder
 
 
 def test_losses_agree_and_the_row_has_its_evidence(small):
     rows, done, folder = small
-    names = [row["impl"] for row in rows]
-    assert [name for name in names if name.startswith("dpo_fast")] == [
+    assert [name for name in rows if name.startswith("dpo_fast")] == [
         "dpo_fast padded, cached",
         "dpo_fast packed, cached",
+        "dpo_fast shared_prefix, cached",
         "dpo_fast packed, frozen",
     ]
-    assert ("trl" in names) == HAS_TRL
-    if not HAS_TRL:
-        assert (
-            "missing: trl; trl, precomputed, no checkpointing: trl is not installed" in done.stdout
-        )
-    for row in rows:
-        assert list(row) == list(COLUMNS.names) and not row["note"]
+    assert ("trl" in rows) == HAS_TRL
+    missing = "missing: trl; trl, precomputed, no checkpointing: trl is not installed"
+    assert (missing in done.stdout) != HAS_TRL
+    for name, row in rows.items():
+        assert list(row) == list(COLUMNS.names)
         assert row["first_loss"] == pytest.approx(math.log(2), abs=1e-5)
+        assert row["torch"] == torch.__version__ and row["deepspeed"]
+        assert row["commit"] and row["date"] and row["rounds"] == 2
+        if name == WRONG:
+            continue
+        assert not row["note"]
         assert abs(row["last_loss"] - math.log(2)) > 2e-3  # else equal losses would say nothing
         assert row["loss_err"] < 1e-4
-        assert 0 < row["s_p20"] <= row["s_p50"] <= row["s_p80"] and row["rounds"] == 2
-        assert row["pairs_per_s"] == pytest.approx(
-            row["global_batch_size"] / row["s_p50"], rel=1e-4
-        )
-        assert (
-            row["torch"] == torch.__version__ and row["commit"] and row["date"] and row["deepspeed"]
-        )
+        assert 0 < row["s_p20"] <= row["s_p50"] <= row["s_p80"]
+        rate = row["global_batch_size"] / row["s_p50"]
+        assert row["pairs_per_s"] == pytest.approx(rate, rel=1e-4)
         assert 0 < row["mfu_once"] < row["mfu"] and row["peak_mib"] > 0
         assert 0 < row["head_share"] < 1
-    by_name = {row["impl"]: row for row in rows}
-    assert by_name["dpo_fast packed, frozen"]["reference_share"] > 0.1
-    assert by_name["dpo_fast packed, cached"]["reference_share"] < 0.1
-    assert by_name["dpo_fast packed, cached"]["reference_seconds"] > 0
+    assert rows["dpo_fast packed, frozen"]["reference_share"] > 0.1
+    assert rows["dpo_fast packed, cached"]["reference_share"] < 0.1
+    assert rows["dpo_fast packed, cached"]["reference_seconds"] > 0
     if HAS_PLOTS:
-        assert {path.name.split("_")[0] for path in folder.glob("*.svg")} == {
-            "pairs",
-            "ingredients",
-        }
+        pictures = {path.name.split("_")[0] for path in folder.glob("*.svg")}
+        assert pictures == {"pairs", "ingredients"}
+
+
+def test_a_contender_with_other_losses_has_no_time(small):
+    rows, done, _ = small
+    assert done.returncode == 1
+    assert f"FAILED: {WRONG}: wrong: loss_err" in done.stderr and done.stderr.count("FAILED") == 1
+    wrong = rows[WRONG]
+    assert wrong["note"].startswith("wrong") and wrong["loss_err"] > 1e-3
+    assert wrong["s_p50"] == wrong["pairs_per_s"] == wrong["mfu"] == wrong["head_share"] == ""
 
 
 def test_everybody_sees_the_same_tokens(small):
     """Packed ours takes all but the last token of every sequence; padding and TRL's come on top."""
     rows, done, _ = small
-    by_name = {row["impl"]: row for row in rows}
-    packed = by_name["dpo_fast packed, cached"]
+    packed = rows["dpo_fast packed, cached"]
     sequences = 2 * packed["global_batch_size"]
     assert packed["data_tokens"] - sequences <= packed["computed_tokens"] <= packed["data_tokens"]
-    assert by_name["dpo_fast padded, cached"]["computed_tokens"] > 1.2 * packed["data_tokens"]
+    assert rows["dpo_fast padded, cached"]["computed_tokens"] > 1.2 * packed["data_tokens"]
     if HAS_TRL:
-        assert by_name["trl"]["computed_tokens"] > 1.2 * packed["data_tokens"]
+        assert rows["trl"]["computed_tokens"] > 1.2 * packed["data_tokens"]
         assert "missing: trl, padding_free" not in done.stdout  # nobody asked for it
     assert "losses went from 0.693147 to" in done.stdout and "all together" in done.stdout
-
-
-def test_a_contender_with_other_losses_has_no_time(tmp_path):
-    only = ["--only", "dpo_fast padded, cached", "--only", "dpo_fast packed, cached"]
-    file = tmp_path / "train.csv"
-    done = bench(["tests.support.workers.bench_train"], *only, "--no-memory", "--csv", str(file))
-    assert (
-        done.returncode == 1 and "FAILED: dpo_fast packed, cached: wrong: loss_err" in done.stderr
-    )
-    right, wrong = COLUMNS.read(file)
-    assert right["s_p50"] and right["pairs_per_s"] and not right["note"]
-    assert wrong["note"].startswith("wrong") and wrong["loss_err"] > 1e-3
-    assert wrong["s_p50"] == wrong["pairs_per_s"] == wrong["mfu"] == wrong["head_share"] == ""
 
 
 def result(name: str, *losses: float) -> Result:
@@ -233,9 +227,8 @@ def test_pairs_that_trainers_would_cut_differently_are_left_out(tmp_path):
     prompts = [row["prompt"] for row in pairs.rows]
     assert "\n\nHuman: 7 or?\n\nAssistant:" in prompts and "0 o" not in prompts
     eos = pairs.tokenizer.eos_token_id
-    assert all(
-        row[name][-1] == eos for row in pairs.rows for name in ("chosen_ids", "rejected_ids")
-    )
+    for row in pairs.rows:
+        assert row["chosen_ids"][-1] == row["rejected_ids"][-1] == eos
     with pytest.raises(UserError, match="no usable pair in it"):
         read_pairs(write(tmp_path / "bad.jsonl", [empty]), 1024, 64, 100)
 

@@ -13,7 +13,7 @@ right = ours.tree
 
 def tree(contender, task):
     made = right(contender, task)
-    if contender.layout == "packed":
+    if contender.layout == "shared_prefix":
         made["train"]["learning_rate"] *= 3
     return made
 
