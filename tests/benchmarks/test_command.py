@@ -38,6 +38,14 @@ def test_a_benchmark_lists_its_files(folder):
     assert len(listed) == len(there) and set(listed) == there
 
 
+def test_files_in_the_readme_exist():
+    named = re.findall(r"`([\w./]+\.(?:py|csv))`", (BENCHMARKS / "README.md").read_text())
+    assert len(named) > 8
+    for name in named:
+        here = [BENCHMARKS / name, BENCHMARKS / "kernels" / name]
+        assert any(path.exists() for path in here), name
+
+
 def test_the_command_needs_a_checkout(monkeypatch, tmp_path):
     pytest.importorskip("typer")
     from dpo_fast.cli import bench

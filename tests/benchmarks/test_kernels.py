@@ -18,17 +18,7 @@ from benchmarks.kernels.run import parse
 from benchmarks.machine import summary
 from dpo_fast.errors import UserError
 
-SMALL = [
-    "--ops",
-    "linear_logp",
-    "--shape",
-    "32,500",
-    "--tokens",
-    "64",
-    "--repeats",
-    "2",
-    "--no-memory",
-]
+SMALL = "--ops linear_logp --shape 32,500 --tokens 64 --repeats 2 --no-memory"
 OURS = ["--only", "dpo_fast torch*"]
 ONE_CELL = ["--modes", "trainable", "--dtypes", "fp32"]
 
@@ -59,7 +49,7 @@ def contenders(monkeypatch):
 
 def run_small(tmp_path, *arguments) -> tuple[int, list[dict]]:
     path = tmp_path / "rows.csv"
-    code = run.main(["kernels", *SMALL, "--csv", str(path), *arguments])
+    code = run.main(["kernels", *SMALL.split(), "--csv", str(path), *arguments])
     return code, results.COLUMNS.read(path)
 
 
