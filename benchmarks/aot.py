@@ -29,7 +29,7 @@ class Case:
     """One kernel to compile.
 
     variant: plain, or several of: ragged (D % BLOCK_D != 0), entropy, full (every option and extra at
-        once), keep, repair. The losses for `preference_kernel`.
+        once), keep, repair. For `preference_kernel` its set of losses.
     sizes: of a block, in the kernel's order.
     """
 

@@ -89,7 +89,7 @@ def _text(column: Column, value) -> str:
 class Output:
     """Where rows and pictures go. Pictures are drawn from the CSV file and from nothing else.
 
-    csv: the file; without --csv it lies beside the pictures; None without --plots too.
+    csv: the file; beside the pictures if only --plots is given; None if neither is.
     plots: folder of the pictures.
     """
 
@@ -115,7 +115,7 @@ class Output:
 
 
 class Progress:
-    """Prints what begins to stderr, with the seconds since the start."""
+    """Prints each phase to stderr as it begins, with the seconds since the start."""
 
     def __init__(self) -> None:
         self.start = time.monotonic()
@@ -144,9 +144,9 @@ def print_failures(failures: list[str]) -> int:
 
 
 def note(error: Exception, most: int) -> tuple[str, bool]:
-    """The note of a contender that raised, and whether the error fails the run if the contender is ours.
+    """The note for an exception, and whether the exception fails the run if the contender is ours.
 
-    Running out of memory does not. The message is cut after `most` characters.
+    Running out of memory does not fail it. The message is cut after `most` characters.
     """
     if is_out_of_memory(error):
         return "out of memory", False

@@ -147,7 +147,7 @@ class Operation:
 
 
 class HeadInputs(NamedTuple):
-    """Hidden [T, D] and weight [V, D] (both leaves), targets [T], upstream slopes dL/dlogp [T]."""
+    """Hidden [T, D] and weight [V, D], both leaves; targets [T]; upstream slopes dL/dlogp [T]."""
 
     hidden: Tensor
     weight: Tensor
@@ -156,7 +156,7 @@ class HeadInputs(NamedTuple):
 
 
 class LogitsInputs(NamedTuple):
-    """Logits [T, V] (a leaf), targets [T], upstream slopes dL/dlogp [T]."""
+    """Logits [T, V], a leaf; targets [T]; upstream slopes dL/dlogp [T]."""
 
     logits: Tensor
     targets: Tensor

@@ -21,7 +21,7 @@ from dpo_fast.ops.dispatch import interpreting, why_not_cuda, why_not_triton
 
 INTERPRETED = 1 << 18  # elements of [T, V] beyond which Triton's interpreter takes minutes
 
-COMPLETION = 1024  # tokens of each of Liger's completions, where T allows
+COMPLETION = 1024  # tokens of each of Liger's completions, if T allows
 BETA = 0.01  # sums of a thousand log-probs differ by about a hundred nats: the sigmoid must not saturate
 HALF = ("bf16", "fp16")
 GPU = {"devices": ("cuda",)}
@@ -46,7 +46,7 @@ def differentiated(case: Case, inputs: HeadInputs, function):
     hidden, weight, targets, slopes = inputs
     if case.mode != "trainable":
         weight = weight.detach()
-    if case.mode == "logps":  # some ask a tensor, and not autograd, whether to compute gradients
+    if case.mode == "logps":  # some ask the tensor, not autograd, whether it needs a gradient
         hidden = hidden.detach()
     leaves = [x for x in (hidden, weight) if x.requires_grad]
 
@@ -89,7 +89,7 @@ def compiled(function):
 
 
 def why_not_compile(case: Case) -> str | None:
-    """torch.compile writes C++ for a CPU, and Triton with a C launcher for a GPU."""
+    """Why torch.compile cannot run: it writes C++ for a CPU, and Triton with a C launcher for a GPU."""
     variable, usual = ("CXX", "g++") if case.device == "cpu" else ("CC", "gcc")
     names = (os.environ.get(variable, usual), usual, "clang")
     if any(shutil.which(name) for name in names):
@@ -191,7 +191,7 @@ def _why_not_quack(case: Case) -> str | None:
 
 
 def torch_chunked(reduction: str):
-    """PyTorch's own head with options, which make it chunked; without them it is the materialised one."""
+    """PyTorch's own head. The options make it chunked; without them it is the materialised one."""
 
     def function(hidden, weight, targets):
         from torch.nn import LinearCrossEntropyOptions

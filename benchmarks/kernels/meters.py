@@ -20,6 +20,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.kernels.case import Case, Contender, Outputs
+from benchmarks.kernels.operations import OPERATIONS
 from benchmarks.machine import (
     MIB,
     OutOfMemoryError,
@@ -74,7 +75,7 @@ class _CpuClock:
 
 
 class _CudaClock:
-    """Waits for the device once a round: within one, launches queue behind the flush."""
+    """Waits for the device once a round. Within a round, launches queue behind the flush."""
 
     def __init__(self):
         self.series: dict[str, list[float]] = {}
@@ -118,7 +119,7 @@ def peak_mib(run, device: str) -> float:
 
 def preload(contenders: list[Contender]) -> None:
     """Name the modules that the fork server imports. Only the first call of a process counts."""
-    modules = [__name__, "benchmarks.kernels.operations"]
+    modules = [__name__]
     for contender in contenders:
         modules += contender.package.heavy if contender.package else ()
     if any(contender.compiled for contender in contenders):
@@ -127,7 +128,7 @@ def preload(contenders: list[Contender]) -> None:
 
 
 def cpu_peak_mib(contender: Contender, case: Case) -> float:
-    """`peak_mib` in a fresh process, forked from one that imported the libraries and did nothing else."""
+    """`peak_mib` in a fresh process, forked from a server that has only imported the libraries."""
     context = multiprocessing.get_context("forkserver")
     receiver, sender = context.Pipe(duplex=False)
     arguments = (sender, contender.name, case, torch.get_num_threads())
@@ -142,7 +143,7 @@ def cpu_peak_mib(contender: Contender, case: Case) -> float:
     process.join(GRACE_SECONDS)
     process.kill()
     process.join()
-    if answer is None and process.exitcode == -signal.SIGKILL:  # how memory ends on Linux
+    if answer is None and process.exitcode == -signal.SIGKILL:  # Linux does so when memory ends
         raise OutOfMemoryError("out of memory")
     if not isinstance(answer, float):
         raise RuntimeError(answer or f"its process ended with exit code {process.exitcode}")
@@ -158,11 +159,9 @@ def _child(sender, name: str, case: Case, threads: int) -> None:
 
 
 def _resident_peak(name: str, case: Case) -> float:
-    from benchmarks.kernels.operations import OPERATIONS
-
     operation = OPERATIONS[case.op]
     contender = next(c for c in operation.contenders if c.name == name)
-    # What is compiled is compiled for one shape: its first call is at the real one.
+    # torch.compile compiles for one shape: its first call must have the real one.
     first = case if contender.compiled else dataclasses.replace(case, **SMALL)
     contender.build(first, operation.inputs(first, 0))()
     run = contender.build(case, operation.inputs(case, 1))

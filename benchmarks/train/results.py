@@ -168,7 +168,7 @@ def _head_and_rest(before: dict, after: dict) -> list[Ingredient]:
 
 
 def token_factors(rows: list[dict]) -> dict[str, float]:
-    """What padding adds to the tokens of a step, and what repeated prompts add to those with each once."""
+    """Positions of a padded step over its tokens, and tokens over tokens with every prompt once."""
     found = {"repeated prompts": rows[0]["data_tokens"] / rows[0]["once_tokens"]}
     for row in rows:
         if row["layout"] == "padded" and row["computed_tokens"]:
@@ -205,7 +205,7 @@ def _line(row: dict) -> str:
 
 
 def agreement(rows: list[dict]) -> str:
-    """How far the losses moved, and how well they agree. Agreement proves little if they did not move."""
+    """How far the losses moved, and how well they agree: agreement proves little if they did not move."""
     good = [row for row in rows if not row["note"]]
     if not good:
         return "no contender passed the check"

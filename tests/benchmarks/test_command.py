@@ -20,7 +20,7 @@ def test_what_is_measured_has_a_name():
 
 
 def test_the_benchmarks_know_nothing_of_each_other():
-    """And what they share knows neither. `run` imports what was asked for, by its name."""
+    """And neither do the files that they share: `run` imports by name what was asked for."""
     for folder, strangers in (("kernels", "train"), ("train", "kernels"), (".", "kernels|train")):
         files = list((BENCHMARKS / folder).glob("*.py"))
         assert len(files) > 5

@@ -14,7 +14,7 @@ from benchmarks.kernels.contenders import pair_slopes
 from benchmarks.kernels.meters import cpu_peak_mib
 from benchmarks.kernels.operations import OPERATIONS
 
-# Of what compiles, one is enough for CI, in one mode: a compilation takes ten seconds.
+# One compiled contender in one mode is enough: a compilation takes ten seconds.
 COMPILED = [("linear_logp", "materialised, compiled", "trainable")]
 DTYPES = {"logps": "bf16", "frozen": "fp32", "trainable": "bf16"}
 CELLS = [
@@ -63,7 +63,7 @@ def test_bare_products(benchmark, mode):
 
 
 def test_memory_does_not_grow_with_whole_logits():
-    """At a workspace that holds everything the extra memory is one [T, V], not several."""
+    """With a workspace that holds everything, the extra memory is one [T, V] and not several."""
     contenders = {c.name: c for c in OPERATIONS["linear_logp"].contenders}
     case = Case("linear_logp", "trainable", 1024, 64, 32000, "fp32", "cpu")
     whole = case.T * case.V * 4 / (1 << 20)

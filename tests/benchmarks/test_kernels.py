@@ -54,7 +54,7 @@ def run_small(tmp_path, *arguments) -> tuple[int, list[dict]]:
 
 
 def test_rows_have_every_column_and_sensible_values(tmp_path, capsys):
-    """And the pictures of them are drawn by a command."""
+    """Their pictures are drawn by a command."""
     code, found = run_small(tmp_path, *OURS, "--dtypes", "fp32,bf16")
     assert code == 0
     for row in found:
@@ -179,7 +179,7 @@ def test_who_is_missing_is_named_with_the_reason(tmp_path, capsys, contenders):
 
 
 def test_rows_go_to_a_file_and_from_it_to_pictures(tmp_path, capsys):
-    """The curve, with the memory: each figure is made in a process of its own."""
+    """A curve of time and memory. Each memory is measured in a process of its own."""
     pytest.importorskip("matplotlib")
     only = ["--only", "dpo_fast torch, recompute", "--repeats", "1"]
     curve = ["--growth", "--shape", "16,200", "--tokens", "16,32,64", "--dtypes", "fp32"]
@@ -256,8 +256,11 @@ def test_one_command_on_a_gpu_measures_points_and_the_curve(monkeypatch):
 
 
 def test_who_stands_where():
-    """Without being asked for: on a GPU no fp32 products that take seconds, on a CPU no peer that adds
-    nothing but minutes, and of two forms of one peer the one that this machine has."""
+    """Contenders that nobody asked for by name.
+
+    On a GPU none whose fp32 products take seconds. On a CPU no peer that adds only minutes. Of two forms of a
+    peer the one that this machine can run.
+    """
 
     def names(device, mode, T, D, V):
         case = Case("linear_logp", mode, T, D, V, "bf16", device)
@@ -376,7 +379,7 @@ def test_a_printed_row_stands_under_its_titles():
 
 
 def test_memory_on_a_gpu_is_the_allocators(monkeypatch):
-    """Beyond what is there before and what comes out; counted anew for every call."""
+    """The peak of a call, less what was there before it and less its outputs."""
     seen = []
     counts = {"memory_allocated": 1 << 20, "max_memory_allocated": 4 << 20}
     for name in ("empty_cache", "reset_peak_memory_stats", "synchronize", *counts):

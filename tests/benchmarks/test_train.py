@@ -97,7 +97,7 @@ def test_a_contender_with_other_losses_has_no_time(small):
 
 
 def test_everybody_sees_the_same_tokens(small):
-    """Packed ours takes all but the last token of every sequence; padding and TRL's come on top."""
+    """Our packed layout computes all but the last token of every sequence; padding comes on top."""
     rows, done, _ = small
     packed = rows["dpo_fast packed, cached"]
     sequences = 2 * packed["global_batch_size"]
@@ -167,7 +167,7 @@ def test_a_missing_contender_joins_its_neighbours():
 
 
 def test_work_counts_every_product():
-    """Weights and attention as torch counts them in a forward pass; work, as sums over tokens."""
+    """A model's sizes as torch counts the flops of a forward pass; the work as sums over tokens."""
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import AutoConfig, AutoModelForCausalLM
 
