@@ -26,8 +26,12 @@ INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel. `variant`: plain, or of ragged (D % BLOCK_D != 0), entropy, full (every option and
-    extra at once), keep and repair."""
+    """One kernel to compile.
+
+    variant: plain, or several of: ragged (D % BLOCK_D != 0), entropy, full (every option and extra at
+        once), keep, repair. For `preference_kernel` its set of losses.
+    sizes: of a block, in the kernel's order.
+    """
 
     kernel: str
     variant: str
@@ -41,7 +45,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """What the compiler made of a case. Bytes of stack and local memory are per thread."""
+    """The resources of a compiled case. Bytes of stack and local memory are per thread."""
 
     case: Case
     registers: int
@@ -53,35 +57,35 @@ class Result:
 
 
 def cases(archs: tuple[str, ...] = ARCHS) -> list[Case]:
-    """Each distinct configuration once per kernel, architecture and variant."""
+    """Every distinct configuration of every kernel, once for each architecture and variant."""
     from dpo_fast.kernels import linear_logp, logits_logp, preference, target_product
 
     found = {}
+
+    def add(*kernel, warps: int = 4, stages: int = 3, tma: bool = False) -> None:
+        found[Case(*kernel, warps, stages, tma)] = None
+
     for arch in archs:
         for kernel, variant, dtype, config in _products(arch):
             sizes = (config.block_t, config.block_v, config.block_d, config.group_t)
-            case = Case(
-                kernel, variant, arch, dtype, sizes, config.num_warps, config.num_stages, config.tma
-            )
-            found[case] = None
+            launch = {"warps": config.num_warps, "stages": config.num_stages, "tma": config.tma}
+            add(kernel, variant, arch, dtype, sizes, **launch)
+        sizes = (linear_logp.MERGE_TOKENS, linear_logp.MERGE_TILES)
         for variant in ("plain", "full", "keep", "keep-full", "repair", "repair-full"):
-            sizes = (linear_logp.MERGE_TOKENS, linear_logp.MERGE_TILES)
-            found[Case("merge_kernel", variant, arch, "fp32", sizes, 4, 3)] = None
+            add("merge_kernel", variant, arch, "fp32", sizes)
         sizes = (target_product.BLOCK_T, target_product.BLOCK_D)
-        found[Case("target_product_kernel", "plain", arch, "bf16", sizes, 4, 3)] = None
+        add("target_product_kernel", "plain", arch, "bf16", sizes)
+        sizes, warps = (preference.BLOCK,), preference.NUM_WARPS
         for variant in (*PREFERENCES, "no-reference"):
-            sizes = (preference.BLOCK,)
-            found[
-                Case("preference_kernel", variant, arch, "fp32", sizes, preference.NUM_WARPS, 3)
-            ] = None
+            add("preference_kernel", variant, arch, "fp32", sizes, warps=warps)
+        sizes, warps = (logits_logp.BLOCK_V,), logits_logp.NUM_WARPS
         for kernel in ("forward_kernel", "backward_kernel"):
-            sizes = (logits_logp.BLOCK_V,)
-            found[Case(kernel, "plain", arch, "bf16", sizes, logits_logp.NUM_WARPS, 3)] = None
+            add(kernel, "plain", arch, "bf16", sizes, warps=warps)
     return list(found)
 
 
 def _products(arch: str):
-    """(kernel, variant, dtype, configuration) of the product kernels: all that the table can give."""
+    """(kernel, variant, dtype, configuration) of the product kernels, for every entry of the table."""
     import torch
 
     from dpo_fast.kernels import tiles
@@ -188,7 +192,7 @@ def _kernel(name: str):
 
 
 def compile_case(case: Case) -> Result:
-    """Compile with the attributes that a launch with aligned tensors and D % 16 == 0 would have."""
+    """Compile a case as a launch with aligned tensors and D % 16 == 0 would."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -1,9 +1,7 @@
-"""What the options of both benchmarks share. One that cannot be honoured is an error that names it, its
-value and the remedy; nothing is ignored.
+"""Options that both benchmarks share, contenders by name or pattern, and the packages of the peers.
 
-Who takes part: contenders by name or by pattern, where * matches any text.
-
-Peers' packages. None is needed: what is not there is named, with the command that installs it.
+An option that cannot be honoured is an error that names it, its value and the remedy. No peer's package is
+needed: a missing one is named, with the command that installs it.
 """
 
 from __future__ import annotations
@@ -20,13 +18,10 @@ import torch
 from benchmarks import machine
 from dpo_fast.errors import UserError
 
+NAMES = {"metavar": "NAME", "action": "append"}
 COMMON = {  # options that mean the same in both
-    "--only": {
-        "metavar": "NAME",
-        "action": "append",
-        "help": "these contenders; * matches any text",
-    },
-    "--skip": {"metavar": "NAME", "action": "append", "help": "without these contenders"},
+    "--only": NAMES | {"help": "these contenders; * matches any text"},
+    "--skip": NAMES | {"help": "without these contenders"},
     "--device": {"metavar": "NAME", "help": "cpu or cuda (default: cuda where there is one)"},
     "--plots": {
         "metavar": "FOLDER",
@@ -37,7 +32,7 @@ COMMON = {  # options that mean the same in both
 
 
 class Parser(argparse.ArgumentParser):
-    """Mistakes are a UserError, as everywhere. Texts stay text: each option is checked by its own name."""
+    """An argument parser whose errors are UserErrors. Values stay text until they are checked by name."""
 
     def __init__(self, name: str, usage: str) -> None:
         form = argparse.RawDescriptionHelpFormatter
@@ -65,6 +60,7 @@ def choose_device(name: str | None) -> str:
 
 
 def whole(option: str, text: str) -> int:
+    """The value of an option that takes a whole number, 1 or more."""
     try:
         value = int(text)
     except ValueError:
@@ -75,7 +71,7 @@ def whole(option: str, text: str) -> int:
 
 
 def positive(option: str, text: str, below: float | None = None) -> float:
-    """A number greater than 0; infinity is one, unless it has to be `below` that."""
+    """The value of an option that takes a number greater than 0, and less than `below` if given."""
     try:
         value = float(text)
     except ValueError:
@@ -87,25 +83,25 @@ def positive(option: str, text: str, below: float | None = None) -> float:
 
 @dataclass(frozen=True)
 class Selection:
-    """Those that match `only`, or everybody where it is empty; without those that match `skip`."""
+    """Contenders that match a pattern of `only` (all if it is empty) and none of `skip`."""
 
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, given, known: Sequence[str]) -> Selection:
-        """From --only and --skip. Raises UserError for a pattern that matches none of the known names."""
+        """From --only and --skip. Raises UserError for a pattern that matches no known name."""
         return cls(_matching("--only", given.only, known), _matching("--skip", given.skip, known))
 
     def asked(self, name: str) -> bool:
-        """By its name: a pattern does not call in what takes minutes."""
+        """Whether --only has the name itself: a pattern does not ask for what takes minutes."""
         return name in self.only
 
     def chosen(self, name: str) -> bool:
         return (not self.only or _any(name, self.only)) and not _any(name, self.skip)
 
     def nobody(self) -> UserError:
-        """What to raise where none of those who could be measured is chosen."""
+        """The error for a selection that leaves no contender."""
         return UserError(
             f"--only {' '.join(self.only) or '*'} --skip {' '.join(self.skip) or 'nothing'} "
             "leave no contender: choose others"
@@ -127,8 +123,13 @@ def _matching(option: str, patterns: list[str] | None, known: Sequence[str]) -> 
 
 @dataclass(frozen=True)
 class Package:
-    """A peer's distribution, its top-level module, the command that installs it, and the modules that
-    take seconds to import."""
+    """A peer's package.
+
+    name: of the distribution.
+    module: top level, to see whether it is installed.
+    pip: the command that installs it.
+    heavy: modules that take seconds to import.
+    """
 
     name: str
     module: str
@@ -136,11 +137,13 @@ class Package:
     heavy: tuple[str, ...] = ()
 
     def missing(self) -> str | None:
+        """How to install it, None if it is installed."""
         if importlib.util.find_spec(self.module) is not None:
             return None
         return f"{self.name} is not installed: {self.pip}"
 
     def version(self) -> str:
+        """Name and version, "" if it is not installed."""
         found = machine.version(self.name)
         return f"{self.name} {found}" if found else ""
 

@@ -1,9 +1,4 @@
-"""The machine and what is installed on it: what numbers depend on besides the code.
-
-Memory of this process: on a GPU the allocator counts, on a CPU the kernel does.
-
-A series of times in three numbers.
-"""
+"""What numbers depend on besides the code: the machine, its memory and its clock."""
 
 from __future__ import annotations
 
@@ -16,6 +11,9 @@ import platform
 import resource
 import shutil
 import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,72 +21,69 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MIB = 1 << 20
 
 
 @functools.cache
 def environment(device: str) -> dict:
     """The columns that are the same in every row of a run."""
     cuda = device == "cuda"
+    driver = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "device": torch.cuda.get_device_name() if cuda else f"cpu {platform.machine()}",
         "torch": torch.__version__,
         "triton": version("triton"),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        if cuda
-        else "",
+        "driver": _output(*driver) if cuda else "",
         "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=12"),
         "date": datetime.date.today().isoformat(),
         "threads": "" if cuda else torch.get_num_threads(),
     }
 
 
-def version(package: str) -> str:
-    """Of an installed distribution, "" where it is not there."""
+def version(distribution: str) -> str:
+    """Version of an installed distribution, "" if it is not installed."""
     try:
-        return importlib.metadata.version(package)
+        return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return ""
 
 
 def _output(*command: str) -> str:
-    """First line of what a command prints, "" where it is not there or fails."""
+    """First line that a command prints, "" if it is missing or fails."""
     if shutil.which(command[0]) is None:
         return ""
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     return result.stdout.strip().split("\n")[0] if result.returncode == 0 else ""
 
 
-MIB = 1 << 20
-
-
 class OutOfMemoryError(RuntimeError):
-    """A contender that does not fit."""
+    """A contender does not fit."""
 
 
-def is_full(error: Exception) -> bool:
-    """Whether an exception says that memory has run out, on either device."""
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception says that memory ran out, on either device."""
     if isinstance(error, (OutOfMemoryError, torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
-def release(device: str) -> None:
-    """Give back what nobody refers to."""
+def release_memory(device: str) -> None:
+    """Free what nobody refers to."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
 
 
-def used(device: str) -> int:
-    """Bytes in use, without what nobody refers to."""
+def memory_used(device: str) -> int:
+    """Bytes in use by this process: the allocator's count on a GPU, the resident size on a CPU."""
     _settle(device)
     if device == "cuda":
         return torch.cuda.memory_allocated()
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def forget_peak(device: str) -> None:
-    """The largest size starts again here."""
+def reset_peak_memory(device: str) -> None:
+    """`peak_memory` counts from here on."""
     _settle(device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -96,8 +91,8 @@ def forget_peak(device: str) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak(device: str) -> int:
-    """The largest number of bytes in use since it was forgotten."""
+def peak_memory(device: str) -> int:
+    """Most bytes in use at a time since the reset."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -107,9 +102,15 @@ def peak(device: str) -> int:
 
 
 def _settle(device: str) -> None:
-    release(device)
+    release_memory(device)
     if device == "cpu":
-        ctypes.CDLL(None).malloc_trim(0)  # else what the heap has kept hides what comes next
+        ctypes.CDLL(None).malloc_trim(0)  # what the heap keeps would hide the next allocation
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has done all that was asked of it."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 class Times(NamedTuple):
@@ -123,3 +124,53 @@ class Times(NamedTuple):
 def summary(series: list[float]) -> Times:
     limits = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     return Times(*torch.tensor(series, dtype=torch.float64).quantile(limits).tolist())
+
+
+class Stopwatch:
+    """Seconds inside chosen functions, by name, on the device's own clock.
+
+    Only the outermost timed function counts: the head inside the reference's forward is the reference's
+    time. On a GPU a time is a pair of events, read when the step is over, so that nothing waits.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+        self.depth = 0
+        self.pending: list[tuple] = []
+
+    def timed(self, function: Callable, name: str) -> Callable:
+        @functools.wraps(function)
+        def call(*arguments, **options):
+            if self.depth:
+                return function(*arguments, **options)
+            self.depth += 1
+            start = self._mark()
+            try:
+                return function(*arguments, **options)
+            finally:
+                self.depth -= 1
+                self.pending.append((name, start, self._mark()))
+
+        return call
+
+    def watch_autograd(self, function: type[torch.autograd.Function], name: str) -> None:
+        """Time forward and backward of an autograd function, from now on."""
+        for part in ("forward", "backward"):
+            setattr(function, part, staticmethod(self.timed(getattr(function, part), name)))
+
+    def take(self) -> dict[str, float]:
+        """Seconds by name since the last call."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        totals: dict[str, float] = defaultdict(float)
+        for name, start, end in self.pending:
+            totals[name] += start.elapsed_time(end) / 1e3 if self.cuda else end - start
+        self.pending.clear()
+        return dict(totals)
+
+    def _mark(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

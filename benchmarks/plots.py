@@ -1,4 +1,4 @@
-"""How the pictures of both benchmarks look, and the command that draws them again."""
+"""The look that the pictures of both benchmarks share, and the command that draws them again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from dpo_fast.errors import UserError
 
 RESULTS = Path(__file__).parent / "results"
-FAMILIES = {  # colour of everything whose name begins so; ours stand out, peers keep theirs everywhere
+FAMILIES = {  # colour by the first letters of a contender's name, the same in every picture
     "dpo_fast": "#1f5fd0",
     "bare": "#222222",
     "materialised": "#8a8a8a",
@@ -23,7 +23,7 @@ FAMILIES = {  # colour of everything whose name begins so; ours stand out, peers
 
 
 def begin() -> None:
-    """The same look, and the same rows the same file."""
+    """Settings of every picture. A fixed salt: the same rows make the same file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -38,14 +38,14 @@ def short_device(device: str) -> str:
     return "cpu" if device.startswith("cpu") else device.removeprefix("NVIDIA ").replace(" ", "-")
 
 
-def bar(axis, place: int, length: float, name: str, told: str) -> None:
-    """A contender's bar in the colour of its family, and behind its end what is told of it."""
+def bar(axis, place: int, length: float, name: str, caption: str) -> None:
+    """A contender's bar in the colour of its family, with a caption behind its end."""
     axis.barh(place, length, color=colour(name), height=0.72)
-    axis.text(length, place, f" {told}", va="center", fontsize=7)
+    axis.text(length, place, f" {caption}", va="center", fontsize=7)
 
 
 def name_bars(axis, names: list[str], size: int) -> None:
-    """From the top down, in letters of this size."""
+    """Label the bars from the top down, in letters of `size` points."""
     axis.set_yticks(range(len(names)), names, fontsize=size)
     axis.invert_yaxis()
     axis.spines[["top", "right"]].set_visible(False)
@@ -54,7 +54,7 @@ def name_bars(axis, names: list[str], size: int) -> None:
 def save(figure, path: Path) -> Path:
     import matplotlib.pyplot as plt
 
-    metadata = {"Date": None} if path.suffix == ".svg" else None  # the same rows, the same file
+    metadata = {"Date": None} if path.suffix == ".svg" else None  # else no two files are equal
     figure.savefig(path, dpi=110, metadata=metadata)
     plt.close(figure)
     return path
@@ -66,8 +66,10 @@ def command(
     draw: Callable[[list[Path], Path, str], list[Path]],
     arguments: list[str] | None,
 ) -> int:
-    """`python -m benchmarks.BENCHMARK.plot`: draw, and print the paths. Returns the exit code, 2 where
-    there is nothing to draw."""
+    """`python -m benchmarks.BENCHMARK.results`: draw, and print the paths.
+
+    Returns the exit code: 2 if there is nothing to draw.
+    """
     parser = argparse.ArgumentParser("plot", description=about)
     parser.add_argument("csv", nargs="*", type=Path, help="default: all under benchmarks/results/")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the pictures")
@@ -83,7 +85,7 @@ def command(
 
 
 def results(benchmark: str) -> list[Path]:
-    """Its files in the checkout."""
+    """The committed CSV files of a benchmark."""
     files = sorted(RESULTS.glob(f"{benchmark}*.csv"))
     if not files:
         raise UserError(

@@ -1,11 +1,4 @@
-"""Rows as they lie in a CSV file: every column in every row, numbers as numbers.
-
-Numbers in columns, as they are printed.
-
-Where the rows of a run go.
-
-What a run says in words: what it is doing, who is missing, what failed.
-"""
+"""What becomes of a run: rows in a CSV file, a printed table, pictures, and messages."""
 
 from __future__ import annotations
 
@@ -18,21 +11,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import memory
+from benchmarks.machine import is_out_of_memory
 from dpo_fast.errors import UserError
 
 
 class Columns(NamedTuple):
-    """The columns of a file in their order, and those of them that hold numbers. What a row does not have
-    is "", in memory as in the file."""
+    """The columns of a CSV file.
+
+    A value that a row lacks is "", in memory as in the file.
+    names: every column, in the order of the file.
+    numbers: the columns that are read as floats.
+    """
 
     names: tuple[str, ...]
     numbers: frozenset[str]
 
+    @classmethod
+    def of(cls, names: str, numbers: str) -> Columns:
+        """From two texts with a space between the names."""
+        return cls(tuple(names.split()), frozenset(numbers.split()))
+
     def row(self, values: dict) -> dict:
         """A row with every column. Floats are rounded to six digits: more than a clock has."""
         whole = dict.fromkeys(self.names, "") | values
-        return {name: _shortened(value) for name, value in whole.items()}
+        return {name: _rounded(value) for name, value in whole.items()}
 
     def write(self, path: Path, rows: list[dict]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,25 +45,27 @@ class Columns(NamedTuple):
 
     def read(self, path: Path) -> list[dict]:
         with path.open(newline="") as stream:
-            rows = list(csv.DictReader(stream))
-        return [
-            {
-                name: float(cell) if cell and name in self.numbers else cell
-                for name, cell in row.items()
-            }
-            for row in rows
-        ]
+            return [
+                {name: self._value(name, cell) for name, cell in row.items()}
+                for row in csv.DictReader(stream)
+            ]
+
+    def _value(self, name: str, cell: str) -> str | float:
+        return float(cell) if cell and name in self.numbers else cell
 
 
-def _shortened(value):
+def _rounded(value):
     if value is None:
         return ""
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 class Column(NamedTuple):
-    """A title, and under it the value of that name in every row, both flush right. An empty value stays
-    empty."""
+    """A column of a printed table, flush right. An empty value stays empty.
+
+    name: the value's key in a row.
+    form: number -> text.
+    """
 
     title: str
     name: str
@@ -83,23 +87,26 @@ def _text(column: Column, value) -> str:
 
 @dataclass(frozen=True)
 class Output:
-    """A file, and a folder for the pictures. These are drawn from the file and from nothing else, so
-    without --csv it lies beside them."""
+    """Where rows and pictures go. Pictures are drawn from the CSV file and from nothing else.
+
+    csv: the file; beside the pictures if only --plots is given; None if neither is.
+    plots: folder of the pictures.
+    """
 
     csv: Path | None
     plots: Path | None
 
     @classmethod
     def of(cls, given, benchmark: str) -> Output:
-        """From --csv and --plots. Raises UserError where nothing can draw."""
+        """From --csv and --plots. Raises UserError if matplotlib is needed and missing."""
         if given.plots and importlib.util.find_spec("matplotlib") is None:
             raise UserError(f"--plots {given.plots} needs matplotlib: pip install matplotlib")
         plots = Path(given.plots) if given.plots else None
         beside = plots / f"{benchmark}.csv" if plots else None
         return cls(Path(given.csv) if given.csv else beside, plots)
 
-    def tell(self, draw: Callable[[list[Path], Path], list[Path]]) -> None:
-        """At the end of a run, whose rows are written: draw them, and say where everything is."""
+    def finish(self, draw: Callable[[list[Path], Path], list[Path]]) -> None:
+        """Draw the rows, which are in the file by now, and print where everything is."""
         if self.csv:
             print(f"rows: {self.csv}")
         if self.plots:
@@ -108,7 +115,7 @@ class Output:
 
 
 class Progress:
-    """A line on stderr for everything that is begun, with the seconds since the start."""
+    """Prints each phase to stderr as it begins, with the seconds since the start."""
 
     def __init__(self) -> None:
         self.start = time.monotonic()
@@ -120,8 +127,8 @@ class Progress:
         return f"  {time.monotonic() - self.start:4.0f} s  {line}"
 
 
-def tell_missing(refusals: Iterable[tuple[str, str]]) -> None:
-    """Of (contender, reason): a line for every reason."""
+def print_missing(refusals: Iterable[tuple[str, str]]) -> None:
+    """One line for each reason among (contender, reason)."""
     reasons: dict[str, list[str]] = {}
     for name, reason in refusals:
         reasons.setdefault(reason, []).append(name)
@@ -129,16 +136,18 @@ def tell_missing(refusals: Iterable[tuple[str, str]]) -> None:
         print(f"missing: {'; '.join(names)}: {reason}", flush=True)
 
 
-def tell_failures(failures: list[str]) -> int:
-    """The exit code of a run in which these are wrong."""
+def print_failures(failures: list[str]) -> int:
+    """Print what is wrong; returns the exit code of the run."""
     for failure in failures:
         print(f"FAILED: {failure}", file=sys.stderr)
     return 1 if failures else 0
 
 
 def note(error: Exception, most: int) -> tuple[str, bool]:
-    """What the row of a contender says that raised, at most so many characters of the message; and
-    whether it fails the run where the contender is ours: not if memory ran out."""
-    if memory.is_full(error):
+    """The note for an exception, and whether the exception fails the run if the contender is ours.
+
+    Running out of memory does not fail it. The message is cut after `most` characters.
+    """
+    if is_out_of_memory(error):
         return "out of memory", False
     return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:most]}", True

@@ -3,7 +3,7 @@
     python -m benchmarks.run kernels [--help]      or      dpo-fast bench kernels [--help]
     python -m benchmarks.run train [--help]        or      dpo-fast bench train [--help]
 
-Exit codes: 0 done; 1 something is wrong, and has no time; 2 an option that cannot be honoured.
+Exit codes: 0 done; 1 a contender is wrong and has no time; 2 an option cannot be honoured.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BENCHMARKS = ("kernels", "train")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Raises UserError for what a user can mend; `python -m` tells it in one paragraph."""
+    """Returns the exit code. Raises UserError for mistakes; `python -m` prints them as one paragraph."""
     words = sys.argv[1:] if arguments is None else arguments
     if words[:1] in (["-h"], ["--help"]):
         print(__doc__)
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not words or words[0] not in BENCHMARKS:
         asked = " ".join(words[:1]) or "nothing"
         raise UserError(f"{asked} to measure: choose {' or '.join(BENCHMARKS)}")
-    # Each has needs that the other has not: `kernels` runs without transformers.
+    # By name: `kernels` must run without transformers, which `train` imports.
     return importlib.import_module(f"benchmarks.{words[0]}.run").main(words[1:])
 
 

@@ -35,7 +35,7 @@ class Policy(nn.Module):
 
 
 def pairs() -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids [S, L], which of them are scored [S, L], and how many in each sequence [S].
+    """Token ids [S, L], a mask of the scored ones [S, L], and their number in each sequence [S].
 
     Row 2p is the chosen completion of pair p, row 2p + 1 the rejected one; they share a prompt.
     """
@@ -53,7 +53,7 @@ def main() -> None:
     reference = copy.deepcopy(policy).requires_grad_(False)
     ids_SL, scored_SL, lengths_S = pairs()
     objective = Objective(("sigmoid", "sft"), (1.0, 0.1), LossOptions(beta=0.1))
-    # What the sums are divided by: the counts of the whole batch, also where it is split.
+    # The loss is divided by the counts of the whole batch, even if the batch is split.
     totals = Totals(pairs=PAIRS, chosen_tokens=int(lengths_S[0::2].sum()))
     with torch.no_grad():
         reference_S = sum_sequences(reference.score(ids_SL, scored_SL), lengths_S)

@@ -1,10 +1,12 @@
 """The shape of the project: floors, packaging, and that the documents tell the truth."""
 
 import ast
+import csv
 import re
 import subprocess
 import sys
 import zipfile
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -189,45 +191,89 @@ def test_python_in_the_readme_runs():
         exec(compile(block, "README.md", "exec"), {})
 
 
-def test_measured_numbers_in_the_readme_are_those_of_the_file():
-    """Every row of the head in the file stands in the README, with its numbers."""
-    import csv
+MEASURED = (ROOT / "benchmarks/README.md", ROOT / "README.md")  # the first has every row
+STEPS = {
+    "TRL 1.16, default": "trl",
+    "TRL 1.16, stored reference": "trl, precomputed",
+    "TRL 1.16, stored reference, no checkpointing": "trl, precomputed, no checkpointing",
+    "dpo_fast, padded, stored reference": "dpo_fast padded, cached",
+    "dpo_fast, packed, stored reference": "dpo_fast packed, cached",
+    "dpo_fast, shared_prefix, stored reference": "dpo_fast shared_prefix, cached",
+    "dpo_fast, shared_prefix, frozen reference beside": "dpo_fast shared_prefix, frozen",
+}
+STEP_COLUMNS = {  # title -> column and format
+    "pairs/s": ("pairs_per_s", "{:.2f}"),
+    "x TRL": ("x_of_trl", "{:.2f}"),
+    "x TRL, stored reference": ("x_of_trl_precomputed", "{:.2f}"),
+    "positions computed": ("computed_tokens", "{:,.0f}"),
+    "memory": ("peak_mib", "{:,.0f} MiB"),
+}
+HEADS = {
+    "bare products": "bare products",
+    "dpo_fast": "dpo_fast torch",
+    "dpo_fast, with entropy, mean logit, top-1": "dpo_fast torch, extras",
+    "dpo_fast, half of the tokens kept": "dpo_fast torch, half budget",
+    "dpo_fast, nothing kept": "dpo_fast torch, recompute",
+    "logits in full, PyTorch": "materialised",
+    "logits in full, torch.compile": "materialised, compiled",
+    "TRL 1.16, chunked": "trl",
+    "TRL 1.16, with the same extras": "trl, extras",
+    "Liger 0.8.5, fused linear DPO": "liger dpo, compiled",
+}
 
-    text = (ROOT / "README.md").read_text().replace("**", "")
-    with (ROOT / "benchmarks/results/kernels_cpu.csv").open() as stream:
-        rows = [row for row in csv.DictReader(stream) if row["op"] == "linear_logp" and row["mode"]]
-    assert len(rows) > 20
+
+def rows_of(name: str) -> list[dict]:
+    with (ROOT / "benchmarks/results" / name).open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def tables_with(title: str, document: Path) -> list[tuple[list[str], list[list[str]]]]:
+    """Titles and rows of the Markdown tables that have a column of this title."""
+    found, lines = [], []
+    for line in [*document.read_text().replace("**", "").splitlines(), ""]:
+        if line.startswith("|"):
+            lines.append([cell.strip() for cell in line.strip("|").split("|")])
+        elif lines:
+            titles, _, *rows = lines
+            found += [(titles, rows)] if title in titles else []
+            lines = []
+    return found
+
+
+def test_measured_heads_in_the_documents_are_those_of_the_file():
+    """Time, ratio and memory of a contender must be those of one of its rows, in this dtype."""
+    rows = [row for row in rows_of("kernels_cpu.csv") if row["op"] == "linear_logp" and row["mode"]]
+    measured = defaultdict(set)
     for row in rows:
-        cells = f"| {float(row['ms_p50']):.0f} ms | {float(row['x_of_bare_gemm']):.2f} |"
-        assert cells in text, (row["impl"], row["mode"], row["dtype"], cells)
+        peak = f"{float(row['peak_mib']):.0f} MiB" if row["peak_mib"] else ""
+        time, ratio = f"{float(row['ms_p50']):.0f} ms", f"{float(row['x_of_bare_gemm']):.2f}"
+        measured[row["impl"], row["dtype"]].add((time, ratio, peak))
+    shown = {document: set() for document in MEASURED}
+    for document in MEASURED:
+        for titles, lines in tables_with("x bare", document):
+            for label, *cells in lines:
+                if not any(cells):
+                    continue  # the name of a mode
+                for start in range(0, len(cells), 3):
+                    dtype = titles[1 + start].split()[0]
+                    cell = (HEADS[label], dtype), tuple(cells[start : start + 3])
+                    assert cell[1] in measured[cell[0]], (document, label, dtype, cells)
+                    shown[document].add(cell)
+    assert len(shown[MEASURED[0]]) == sum(map(len, measured.values())) > 20
 
 
-def test_measured_steps_in_the_readme_are_those_of_the_file():
-    import csv
-
-    text = (ROOT / "README.md").read_text().replace("**", "")
-    with (ROOT / "benchmarks/results/train_cpu.csv").open() as stream:
-        rows = {row["impl"]: row for row in csv.DictReader(stream)}
-    shown = re.findall(r"^\| (?:TRL 1\.16|dpo_fast), [^|]*\|(?:[^|]*\|){5}$", text, re.M)
-    assert len(shown) == 7
-    for name in (
-        "trl",
-        "trl, precomputed",
-        "trl, precomputed, no checkpointing",
-        "dpo_fast padded, cached",
-        "dpo_fast packed, cached",
-        "dpo_fast shared_prefix, cached",
-        "dpo_fast shared_prefix, frozen",
-    ):
-        row = rows[name]
-        ratios = [float(row[column]) for column in ("x_of_trl", "x_of_trl_precomputed")]
-        cells = "| {:.2f} | {:.2f} | {:.2f} | {:,.0f} | {:,.0f} MiB |".format(
-            float(row["pairs_per_s"]),
-            *ratios,
-            float(row["computed_tokens"]),
-            float(row["peak_mib"]),
-        )
-        assert cells in text, (name, cells)
+def test_measured_steps_in_the_documents_are_those_of_the_file():
+    rows = {row["impl"]: row for row in rows_of("train_cpu.csv")}
+    shown = {document: set() for document in MEASURED}
+    for document in MEASURED:
+        for titles, lines in tables_with("pairs/s", document):
+            for label, *cells in lines:
+                for title, cell in zip(titles[1:], cells, strict=True):
+                    column, form = STEP_COLUMNS[title]
+                    value = form.format(float(rows[STEPS[label]][column]))
+                    assert cell == value, (document, label, title, value)
+                    shown[document].add((label, title))
+    assert len(shown[MEASURED[0]]) == len(STEPS) * len(STEP_COLUMNS)
 
 
 def test_every_configuration_is_valid_and_comments_every_key():

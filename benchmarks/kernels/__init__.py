@@ -1,20 +1,14 @@
 """`dpo-fast bench kernels`: every implementation of an operation, checked and timed side by side.
 
-    run.py          group by group: measured, printed, written
-    options.py      the command's options
-    suite.py        named heads, default points, the curve against T
-    registry.py     the operations
-    linear_logp.py, logits_logp.py, preference.py    each with its contenders, inputs and work
-    peers.py        other people's heads
-    head.py         what contenders for the head share
-    case.py         what a row is about, what a contender is, what an operation is
-    inputs.py       logits that look like a language model's
-    measure.py      one group: inputs, truth, check, memory, times
-    truth.py        log-probs and gradients in fp64 or fp32
-    gates.py        how far a contender may be off
-    peak.py         peak memory of one call
-    timing.py       launches in turn
-    rows.py, table.py, plot.py    the file, the table, the pictures
+    run.py          sizes, options, and the run: setting by setting
+    measure.py      one setting: inputs, truth, check, memory, times
+    case.py         case, contender, operation, and inputs that look like a language model's
+    operations.py   the table of operations
+    linear_logp.py, logits_logp.py, preference.py    an operation each, with its contenders
+    contenders.py   what contenders share, the plain head, and other people's heads
+    checks.py       log-probs and gradients in fp64 or fp32, and how far a contender may be off
+    meters.py       time and peak memory of a call
+    results.py      columns, printed table, pictures
 
-This benchmark and `train` know nothing of each other: what both use lies one folder up.
+This benchmark and `train` do not import each other. What both use lies one folder up.
 """

@@ -1,13 +1,11 @@
-"""What one row of the table is about, what a contender is, and what an operation is.
+"""What a row is about: a case, its inputs, a contender, an operation.
 
-Inputs of the benchmarks: logits that look like a language model's.
-
-Uniform logits flatter gradient filters (nothing to drop, or everything) and zeros flatter clocks.
-Here the vocabulary follows Zipf's law (the logit of rank r is -ln r plus noise of standard deviation
-1.5), and each target is lifted to stand LIFT +- 3 above the log-sum of all the rest. With the head of
-Qwen2.5-0.5B that gives, in fp32: mean log-prob -1.2, median -0.6, a tenth below -3.4, four targets in
-five the argmax, entropy 3.3 nats, 0.1 % of the probabilities above 2^-12, logits of standard
-deviation 2.4.
+The inputs make logits that look like a language model's. Uniform logits would flatter gradient filters
+(nothing to drop, or everything), and zeros would flatter clocks. Here the vocabulary follows Zipf's law:
+the logit of rank r is -ln r plus noise of standard deviation 1.5. Each target is lifted to 1.5 +- 3 above
+the log-sum of the rest. With the head of Qwen2.5-0.5B that gives, in fp32: mean log-prob -1.2, median -0.6,
+a tenth below -3.4, four targets in five the argmax, entropy 3.3 nats, 0.1 % of the probabilities above
+2^-12, logits of standard deviation 2.4.
 """
 
 from __future__ import annotations
@@ -23,14 +21,17 @@ from benchmarks.cli import Package
 from benchmarks.machine import DTYPES
 
 MODES = ("logps", "frozen", "trainable")
+NOISE = 1.5  # standard deviation of a logit beside its Zipf term
+LIFT, LIFT_SPREAD = 1.5, 3.0  # of a target above the log-sum of the rest: mean, standard deviation
 
 
 @dataclass(frozen=True)
 class Case:
-    """One cell of the table.
+    """One operation in one mode, at one size and dtype.
 
     mode: `logps` (forward, nothing differentiable), `frozen` (forward and backward, gradient of the
         hidden states alone) or `trainable` (forward and backward, every gradient).
+    D, V: 0 for an operation without them.
     """
 
     op: str
@@ -55,9 +56,13 @@ class Case:
 
 
 class Outputs(NamedTuple):
-    """What a contender computed: log-probs summed over T / len(values) consecutive tokens each
-    (1 for most, a completion for Liger's DPO, all of them for a cross-entropy), gradients, and the
-    name and the number of products of the schedule, where the contender tells."""
+    """What a contender computed.
+
+    values: log-probs, each summed over T / len(values) consecutive tokens: one token for most, a
+        completion for Liger's DPO, all of them for a cross-entropy.
+    gradients: of the inputs that the operation names for the mode, in its order.
+    schedule, products: name and number of products of the schedule, if the contender reports them.
+    """
 
     values: Tensor
     gradients: tuple[Tensor, ...] = ()
@@ -69,16 +74,15 @@ class Outputs(NamedTuple):
 class Contender:
     """One implementation of an operation.
 
-    build: (case, inputs) -> a function of no arguments that runs once and returns `Outputs`. With
-        gradients, if the mode has any.
-    ours: held to the tight gate, and an exception in it fails the run; a peer's is told and its
-        row left out.
-    slopes: what its gradients are of: `token` (any slope per token, which is what DPO needs),
-        `equal` (minus the sum of all log-probs: a plain cross-entropy) or `pairs` (the DPO loss itself).
-    exact: its logits are fp32 whatever the inputs (the tight gate is about this).
+    build: (case, inputs) -> a function without arguments that runs once and returns `Outputs`, with
+        gradients if the mode has any.
+    ours: an exception fails the run. A peer's exception becomes the note of its row.
+    exact: its logits are fp32 whatever the inputs' dtype, so the tight gate holds for it.
+    slopes: what its gradients are of: `token` (any slope per token, as DPO needs), `equal` (minus the
+        sum of all log-probs, a plain cross-entropy) or `pairs` (the DPO loss itself).
     obstacle: (case) -> why it cannot run this case, or None.
-    spare: (case) -> True leaves it out unless --only has its name: another one stands for it, or it would
-        add minutes and tell little.
+    spare: (case) -> True to leave it out unless --only has its name. Another contender stands for it, or
+        it would add minutes and show little.
     compiled: its first call at a shape compiles.
     growth: it stands in the curves against T.
     """
@@ -115,14 +119,14 @@ class Operation:
     """An operation that is measured, and everything that is particular to it.
 
     sizes: which of T, D and V it has.
-    dtypes: those of its inputs, if they are not the head's: log-probs are fp32 whatever that is.
+    dtypes: the only dtypes of its inputs; None for those that were asked for.
     gradients: by mode, the names of the inputs whose gradients are computed, in order.
-    least: by mode, the matrix products that no implementation can do without.
+    least: by mode, the matrix products that every implementation has to do.
     inputs: (case, seed) -> a NamedTuple of tensors with `targets` and `slopes`.
-    truth: (inputs) -> an object with `logp` [T] and `gradients(slopes, names)`.
+    truth: (inputs) -> an object with `logp` [T] and `gradients(kind, slopes, names)`.
     products: (case, inputs) -> the bare matrix products by name, as functions to time.
-    needed: (case, products) -> how many times each bare product stands in that many products.
-    work: (case, products) -> flops, and bytes that must move at least once.
+    needed: (case, count) -> how often each bare product stands in a schedule of `count` products.
+    work: (case, count) -> flops of `count` products, and bytes that must move at least once.
     """
 
     name: str
@@ -142,12 +146,8 @@ class Operation:
         return tuple(self.gradients)
 
 
-NOISE = 1.5
-LIFT, LIFT_SPREAD = 1.5, 3.0
-
-
 class HeadInputs(NamedTuple):
-    """Hidden [T, D] and weight [V, D] (both leaves), targets [T], upstream slopes dL/dlogp [T]."""
+    """Hidden [T, D] and weight [V, D], both leaves; targets [T]; upstream slopes dL/dlogp [T]."""
 
     hidden: Tensor
     weight: Tensor
@@ -156,7 +156,7 @@ class HeadInputs(NamedTuple):
 
 
 class LogitsInputs(NamedTuple):
-    """Logits [T, V] (a leaf), targets [T], upstream slopes dL/dlogp [T]."""
+    """Logits [T, V], a leaf; targets [T]; upstream slopes dL/dlogp [T]."""
 
     logits: Tensor
     targets: Tensor
@@ -166,8 +166,11 @@ class LogitsInputs(NamedTuple):
 def head_inputs(
     T: int, D: int, V: int, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
 ) -> HeadInputs:
-    """Hidden states that all share one direction, which carries the Zipf term of every row of the
-    weight; each leans towards its target's row as far as its lift asks."""
+    """Inputs of a loss head.
+
+    All hidden states share one direction, in which the weight's rows carry their Zipf terms. Each also
+    leans towards its target's row, as far as its lift asks.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     normal = lambda *shape: torch.randn(*shape, generator=generator, device=device)  # noqa: E731
     targets, zipf_V = _zipf(T, V, generator, device)
@@ -185,7 +188,7 @@ def head_inputs(
 def logits_inputs(
     T: int, V: int, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
 ) -> LogitsInputs:
-    """The same law for logits that exist already."""
+    """Logits by the same law."""
     generator = torch.Generator(device).manual_seed(seed)
     normal = lambda *shape: torch.randn(*shape, generator=generator, device=device)  # noqa: E731
     targets, zipf_V = _zipf(T, V, generator, device)
@@ -195,7 +198,7 @@ def logits_inputs(
 
 
 def _zipf(T: int, V: int, generator, device) -> tuple[Tensor, Tensor]:
-    """Targets drawn with probability 1/rank, and -ln rank of every word."""
+    """Targets drawn with probability proportional to 1 / rank, and -ln rank of every word."""
     zipf_V = -torch.arange(1, V + 1, dtype=torch.float64, device=device).log()
     targets = torch.multinomial(zipf_V.exp(), T, replacement=True, generator=generator)
     return targets, zipf_V.float()

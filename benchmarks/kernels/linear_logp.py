@@ -1,4 +1,4 @@
-"""`linear_logp` as it is measured: ours, the materialised head, the peers, and the bare products."""
+"""`linear_logp`: our schedules, the materialised head, the peers, and the bare products."""
 
 from __future__ import annotations
 
@@ -8,17 +8,22 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.case import Case, Contender, HeadInputs, Operation, head_inputs
-from benchmarks.kernels.gates import HeadTruth
-from benchmarks.kernels.head import compiled, materialised, per_token, why_not_compile
-from benchmarks.kernels.peers import PEERS
+from benchmarks.kernels.checks import HeadTruth
+from benchmarks.kernels.contenders import (
+    PEERS,
+    compiled,
+    materialised,
+    per_token,
+    why_not,
+    why_not_compile,
+)
 from dpo_fast import linear_logp
-from dpo_fast.ops.dispatch import IMPLEMENTATIONS, interpreting, why_not_cuda, why_not_triton
+from dpo_fast.ops.dispatch import IMPLEMENTATIONS
 
 EXTRAS = ("entropy", "mean_logit", "is_top1")
 GIB = 1 << 30
 BARE_TOKENS = {"cpu": 2048, "cuda": 8192}  # rows of a bare product: its tile of [rows, V] must fit
 SLOW_FLOPS = 1e13  # of a product, on a GPU in fp32
-INTERPRETED = 1 << 18  # elements of [T, V] beyond which Triton's interpreter takes minutes
 GRADIENTS = {"logps": (), "frozen": ("hidden",), "trainable": ("hidden", "weight")}
 LEAST = {"logps": 1.0, "frozen": 2.0, "trainable": 3.0}
 
@@ -43,35 +48,27 @@ def ours(implementation: str, extras: tuple[str, ...] = (), workspace=lambda cas
 
 
 def half(case: Case) -> int:
-    """Bytes that would hold the exponentials of half of the tokens, and nothing else."""
+    """Bytes of the exponentials of half of the tokens."""
     return case.T // 2 * case.V * case.itemsize
 
 
-def why_not(implementation: str, case: Case) -> str | None:
-    if implementation == "torch":
-        return None
-    if case.device == "cpu" and interpreting() and case.T * case.V > INTERPRETED:
-        return "Triton's interpreter is for tests: choose T * V <= 2^18, or unset TRITON_INTERPRET"
-    if implementation == "cuda":
-        return why_not_cuda("linear_logp", torch.device(case.device), case.torch_dtype)
-    return why_not_triton(torch.device(case.device), case.torch_dtype)
-
-
 def too_slow(implementation: str, default: bool, case: Case) -> bool:
-    """On a GPU `torch` is what runs where nothing else does, with products in fp32: one row is enough,
-    and none where a call takes seconds."""
+    """`spare` of our `torch` contenders on a GPU: only the default one stands, if its calls are fast.
+
+    It is the fallback where nothing else runs, and its products are in fp32.
+    """
     if implementation != "torch" or case.device == "cpu":
         return False
     return not default or 2.0 * case.T * case.V * case.D > SLOW_FLOPS
 
 
 def bounded(implementation: str, case: Case) -> bool:
-    """1 GiB is a CPU's default already."""
+    """`spare` of the contender with 1 GiB, which is a CPU's default already."""
     return case.device == "cpu" or too_slow(implementation, False, case)
 
 
 def _ours(implementation: str) -> list[Contender]:
-    """Each schedule of one implementation."""
+    """The contenders of one implementation: one for each schedule."""
     make = functools.partial(
         Contender,
         ours=True,
@@ -92,9 +89,12 @@ def _ours(implementation: str) -> list[Contender]:
 
 
 def products(case: Case, inputs: HeadInputs) -> dict:
-    """The bare products by name. Logits are made in fp32 on a CPU, whose products have no fp32 output
-    for 16-bit inputs (they are needed unrounded), and in the dtype on a GPU, where all accumulate in
-    fp32. In token chunks, so that a tile of logits fits; chunks of dW add up in fp32."""
+    """The bare products by name, in chunks of tokens so that a tile of logits fits.
+
+    On a CPU the logits are made in fp32: they are needed unrounded, and CPU products of 16-bit inputs have
+    no fp32 output. On a GPU all products are in the dtype and accumulate in fp32. Chunks of dW add up in
+    fp32.
+    """
     h, w = inputs.hidden.detach(), inputs.weight.detach()
     rows = min(case.T, BARE_TOKENS[case.device])
     chunks = [slice(i, min(i + rows, case.T)) for i in range(0, case.T, rows)]
@@ -133,14 +133,16 @@ def _add_product(total, a: Tensor, b: Tensor, out: Tensor, chunks: list):
 
 
 def needed(case: Case, count: float) -> dict[str, float]:
-    """How many times each bare product stands in a schedule of `count` products: what is above the
-    least recomputes logits."""
+    """How often each bare product stands in a schedule of `count` products.
+
+    Products above the least recompute logits.
+    """
     once = dict.fromkeys(("logits", "dH", "dW")[: int(LEAST[case.mode])], 1.0)
     return once | {"logits": 1.0 + count - LEAST[case.mode]}
 
 
 def work(case: Case, count: float) -> tuple[float, float]:
-    """Flops of that many products; bytes of inputs and outputs, each moved once."""
+    """Flops of `count` products; bytes of inputs and outputs, each moved once."""
     matrices = 1 + len(GRADIENTS[case.mode])
     T, D, V = case.T, case.D, case.V
     moved = {1: T * D + V * D, 2: 2 * T * D + V * D, 3: 2 * T * D + 2 * V * D}[matrices]

@@ -1,4 +1,4 @@
-"""`logits_logp` as it is measured. There is no product in it: the copy bandwidth is its ceiling."""
+"""`logits_logp`: ours, plain PyTorch and TRL's. It has no product: the copy's bandwidth is its ceiling."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from torch import Tensor
 
 from benchmarks.cli import TRL
 from benchmarks.kernels.case import Case, Contender, LogitsInputs, Operation, Outputs, logits_inputs
-from benchmarks.kernels.gates import LogitsTruth
-from benchmarks.kernels.head import compiled, why_not_compile
-from benchmarks.kernels.linear_logp import why_not
+from benchmarks.kernels.checks import LogitsTruth
+from benchmarks.kernels.contenders import compiled, why_not, why_not_compile
 from dpo_fast import logits_logp
 from dpo_fast.ops.dispatch import IMPLEMENTATIONS
 
-GRADIENTS = {"logps": (), "trainable": ("logits",)}  # the gradient of the logits
+GRADIENTS = {"logps": (), "trainable": ("logits",)}
 
 
 def per_token(function):
@@ -46,7 +45,7 @@ def trl(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def work(case: Case, count: float) -> tuple[float, float]:
-    """No products. Bytes: logits are read, and in backward read again and their gradient written."""
+    """No flops. Bytes: the logits are read; in backward they are read again and their gradient written."""
     passes = 1 if case.mode == "logps" else 3
     return 0.0, float(passes * case.T * case.V * case.itemsize)
 

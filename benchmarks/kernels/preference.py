@@ -1,7 +1,7 @@
-"""`preference` as it is measured: token log-probabilities of pairs to the DPO loss and its slopes.
+"""`preference`: token log-probabilities of pairs to the DPO loss and its slopes.
 
-A few kilobytes: what counts is how many operations are launched, not what they move. Completions have
-lengths as chat data have them: log-normal, a quarter longer than 1.6 times the median.
+It moves a few kilobytes, so the number of launches counts and not the bytes. Lengths of completions are
+log-normal, as in chat data: a quarter of them are longer than 1.6 times the median.
 """
 
 from __future__ import annotations
@@ -14,22 +14,24 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from benchmarks.kernels.case import Case, Contender, Operation, Outputs
-from benchmarks.kernels.head import compiled, why_not_compile
-from benchmarks.kernels.linear_logp import why_not
+from benchmarks.kernels.contenders import compiled, why_not, why_not_compile
 from dpo_fast.losses import LossOptions, Objective, Totals, preference
 from dpo_fast.ops.dispatch import IMPLEMENTATIONS
 
 BETA = 0.1
 MEAN_LENGTH, SPREAD = 256, 0.7  # tokens of a completion; standard deviation of ln(length)
-GRADIENTS = {
-    "logps": (),
-    "trainable": ("logp",),
-}  # forward only, and with the gradient of the log-probs
+GRADIENTS = {"logps": (), "trainable": ("logp",)}
 
 
 class PairInputs(NamedTuple):
-    """Log-probs [T] (a leaf), lengths [S], the reference's sums [S], dL/dloss [1], sequence of each
-    token [T]; `targets` are those: nothing here has a vocabulary."""
+    """Inputs of the loss.
+
+    logp: [T], a leaf.
+    lengths: [S], tokens of each sequence.
+    reference: [S], the reference's sums.
+    slopes: [1], dL/dloss.
+    targets: [T], the sequence of each token. The name is the one that every operation's inputs have.
+    """
 
     logp: Tensor
     lengths: Tensor
@@ -77,7 +79,7 @@ def ours(implementation: str, inputs: PairInputs) -> Tensor:
 
 
 def plain(logp: Tensor, owners: Tensor, reference: Tensor) -> Tensor:
-    """What a trainer would write: sums by index, log-ratios, log-sigmoid, mean."""
+    """Plain PyTorch: sums by index, log-ratios, log-sigmoid, mean."""
     ratios = (logp.new_zeros(len(reference)).index_add(0, owners, logp) - reference).view(-1, 2)
     return -logsigmoid(BETA * (ratios[:, 0] - ratios[:, 1])).mean()
 
@@ -87,22 +89,22 @@ def _plain(function, inputs: PairInputs) -> Tensor:
 
 
 class Truth:
-    """The same formula in fp64, sequence by sequence. `logp` holds the loss, [1]."""
+    """The loss and its gradient in fp64, sequence by sequence. logp: the loss, [1]."""
 
     def __init__(self, inputs: PairInputs):
         leaf = inputs.logp.detach().double().requires_grad_()
         sums = torch.stack([part.sum() for part in leaf.split(inputs.lengths.tolist())])
         chosen, rejected = (sums - inputs.reference.double()).view(-1, 2).unbind(1)
         loss = -logsigmoid(BETA * (chosen - rejected)).mean()
-        self.found = {"logp": torch.autograd.grad(loss, leaf)[0]}
+        self.by_input = {"logp": torch.autograd.grad(loss, leaf)[0]}
         self.logp = loss.detach().view(1)
 
     def gradients(self, kind: str, slopes: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
-        return self.found
+        return self.by_input
 
 
 def work(case: Case, count: float) -> tuple[float, float]:
-    """No products. Bytes: log-probs read, and their gradient written."""
+    """No flops. Bytes: the log-probs are read, and their gradient written."""
     return 0.0, 4.0 * case.T * (1 if case.mode == "logps" else 2)
 
 

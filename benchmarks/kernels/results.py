@@ -1,13 +1,9 @@
-"""Rows of `bench kernels` and their evidence: versions, device, commit and date stand in each.
-
-The table of `bench kernels` as it is printed: one block per group, the ceilings first.
-
-Pictures of `bench kernels`, from its CSV files and from nothing else.
+"""Results of `bench kernels`: the columns of its rows, the printed table, the pictures.
 
     python -m benchmarks.kernels.results [CSV ...] [--out FOLDER] [--format svg|png]
 
-A curve of time and memory against T for each head that was measured at several T, and bars of
-x_of_bare_gemm for each other size.
+draws the pictures again, from CSV files and from nothing else: a curve of time and memory against T for
+each head that was measured at several T, and bars of x_of_bare_gemm for each other size.
 """
 
 from __future__ import annotations
@@ -16,81 +12,35 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from benchmarks import pictures
+from benchmarks import plots
 from benchmarks.kernels.case import Case, Contender
-from benchmarks.kernels.gates import Errors
+from benchmarks.kernels.checks import Errors
 from benchmarks.machine import Times, environment
 from benchmarks.plots import bar, begin, colour, name_bars, save, short_device
 from benchmarks.results import Column, Columns, header, line
 
 BARE, COPY = "bare products", "copy"
-COLUMNS = Columns(
-    names=(
-        "op",
-        "impl",
-        "mode",
-        "T",
-        "D",
-        "V",
-        "dtype",
-        "ms_p20",
-        "ms_p50",
-        "ms_p80",
-        "peak_mib",
-        "flops",
-        "bytes",
-        "tflops",
-        "gbps",
-        "x_of_bare_gemm",
-        "max_err",
-        "device",
-        "torch",
-        "triton",
-        "driver",
-        "commit",
-        "date",
-        "schedule",
-        "products",
-        "err_logp",
-        "err_sequence",
-        "threads",
-        "rounds",
-        "package",
-        "note",
-    ),
-    numbers=frozenset(
-        (
-            "T",
-            "D",
-            "V",
-            "ms_p20",
-            "ms_p50",
-            "ms_p80",
-            "peak_mib",
-            "flops",
-            "bytes",
-            "tflops",
-            "gbps",
-            "x_of_bare_gemm",
-            "max_err",
-            "products",
-            "err_logp",
-            "err_sequence",
-            "rounds",
-        )
-    ),
+NAMES = (
+    "op impl mode T D V dtype ms_p20 ms_p50 ms_p80 peak_mib flops bytes tflops gbps x_of_bare_gemm "
+    "max_err device torch triton driver commit date schedule products err_logp err_sequence threads "
+    "rounds package note"
 )
+NUMBERS = (
+    "T D V ms_p20 ms_p50 ms_p80 peak_mib flops bytes tflops gbps x_of_bare_gemm max_err products "
+    "err_logp err_sequence rounds"
+)
+COLUMNS = Columns.of(NAMES, NUMBERS)
 
 
 def row(case: Case, impl: str, **values) -> dict:
-    """A row with every column; what is not given is empty."""
+    """A row with every column, empty where no value is given."""
     base = {name: getattr(case, name) for name in ("op", "mode", "T", "dtype")}
     base |= {"D": case.D or "", "V": case.V or "", "impl": impl}
     return COLUMNS.row(base | environment(case.device) | values)
 
 
 def timed(times: Times, flops: float, moved: float, bare_ms: float | None) -> dict:
-    """The columns that follow from a time in milliseconds and the work counted for it."""
+    """The columns of a time in milliseconds and of the work counted for it."""
     values = {"ms_p20": times.p20, "ms_p50": times.p50, "ms_p80": times.p80}
     values |= {"flops": round(flops), "bytes": round(moved), "gbps": moved / times.p50 / 1e6}
     if flops:
@@ -101,7 +51,7 @@ def timed(times: Times, flops: float, moved: float, bare_ms: float | None) -> di
 
 
 def checked(contender: Contender, errors: Errors | None) -> dict:
-    """The columns about correctness, and the version of what was called."""
+    """The columns of errors, and the version of the package."""
     values = {"package": contender.package.version() if contender.package else ""}
     return values | (errors._asdict() if errors else {})
 
@@ -126,7 +76,7 @@ HEADER = f"{'implementation':<34}{'mode':<11}{'schedule':<14}{header(SHOWN)}"
 
 
 def block(rows: list[dict]) -> str:
-    """The rows of one group, by mode, a line each. A row without a time says why."""
+    """The rows of one setting, by mode, a line each. A row without a time shows its note."""
     order = list(dict.fromkeys(row["mode"] for row in rows))
     lines = [HEADER, *(_line(row) for mode in order for row in rows if row["mode"] == mode)]
     return "\n".join(lines)
@@ -139,7 +89,7 @@ def _line(row: dict) -> str:
 
 
 def ceilings(rows: list[dict]) -> str:
-    """What nothing can beat: the fastest bare product and the copy of this run."""
+    """The fastest bare product and the copy of this run, which no contender can beat."""
     tflops = max((row["tflops"] for row in rows if row["impl"] == BARE), default=None)
     gbps = max(row["gbps"] for row in rows if row["impl"] == COPY)
     product = f"bare products {tflops:.2f} TFLOP/s, " if tflops else ""
@@ -151,7 +101,7 @@ MARKERS = ("o", "s", "^", "D")
 
 
 def draw(files: list[Path], folder: Path, form: str = "svg") -> list[Path]:
-    """Every picture that the rows allow; returns their paths."""
+    """Draw every picture that the rows allow; returns the paths."""
     begin()
     rows = [row for file in files for row in COLUMNS.read(file)]
     heads = [row for row in rows if row["op"] == "linear_logp" and row["impl"] != COPY]
@@ -168,11 +118,11 @@ def draw(files: list[Path], folder: Path, form: str = "svg") -> list[Path]:
 
 
 def _curves(rows: list[dict]) -> dict[tuple, list[dict]]:
-    """Rows by head, mode, dtype and device, where three or more T were measured."""
-    groups = defaultdict(list)
+    """Rows by device, head, mode and dtype, if three or more T were measured."""
+    by_head = defaultdict(list)
     for row in rows:
-        groups[row["device"], row["D"], row["V"], row["mode"], row["dtype"]].append(row)
-    return {key: found for key, found in groups.items() if len({row["T"] for row in found}) >= 3}
+        by_head[row["device"], row["D"], row["V"], row["mode"], row["dtype"]].append(row)
+    return {key: found for key, found in by_head.items() if len({row["T"] for row in found}) >= 3}
 
 
 def _curve(key: tuple, rows: list[dict]):
@@ -199,7 +149,7 @@ def _curve(key: tuple, rows: list[dict]):
 
 
 def _label(name: str, rows: list[dict]) -> str:
-    """The name, and from which T on it does not fit."""
+    """The name, with the first T that does not fit."""
     full = [row["T"] for row in rows if row["impl"] == name and row["note"] == "out of memory"]
     return f"{name} (no memory at {min(full):.0f})" if full else name
 
@@ -231,8 +181,8 @@ def _bars(key: tuple, rows: list[dict]):
         sharex="col",
         height_ratios=counts,
     )
-    for line, mode in zip(axes, modes):
-        for axis, dtype in zip(line, dtypes):
+    for panels, mode in zip(axes, modes):
+        for axis, dtype in zip(panels, dtypes):
             _panel(axis, [r for r in rows if r["mode"] == mode and r["dtype"] == dtype])
             axis.set_title(f"{mode}, {dtype}", fontsize=9, loc="left")
         largest = max((r["x_of_bare_gemm"] or 0.0 for r in rows if r["dtype"] == dtype), default=1)
@@ -251,8 +201,10 @@ def _panel(axis, rows: list[dict]) -> None:
     for place, row in enumerate(timed + rest):
         x = row["x_of_bare_gemm"] or 0.0
         peak = f", {row['peak_mib']:.0f} MiB" if row["peak_mib"] != "" else ""
-        told = f"{x:.2f}  ({_digits(row['ms_p50'])} ms{peak})" if x else row["note"].split(":")[0]
-        bar(axis, place, x, row["impl"], told)
+        caption = (
+            f"{x:.2f}  ({_digits(row['ms_p50'])} ms{peak})" if x else row["note"].split(":")[0]
+        )
+        bar(axis, place, x, row["impl"], caption)
     names = [
         f"{row['impl']} [{row['products']:.3g}G]" if row["products"] else row["impl"]
         for row in timed + rest
@@ -270,7 +222,7 @@ def _in_order(rows: list[dict]) -> list[str]:
 
 
 def _look(name: str, names: list[str]) -> dict:
-    """Same family, same colour; its members differ in line and marker."""
+    """A family shares its colour; its members differ in line and marker."""
     family = [other for other in names if colour(other) == colour(name)]
     place = family.index(name) % len(STYLES)
     width = 2.0 if name.startswith("dpo_fast") else 1.2
@@ -284,7 +236,7 @@ def _words(mode: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return pictures.command("kernels", __doc__.split("\n")[0], draw, arguments)
+    return plots.command("kernels", __doc__.split("\n")[0], draw, arguments)
 
 
 if __name__ == "__main__":

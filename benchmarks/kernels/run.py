@@ -1,8 +1,6 @@
-"""Which sizes are measured: named heads, the default points of a device, and the curve against T.
+"""`bench kernels`: the sizes, the options, and the run.
 
-The options of `bench kernels`, checked.
-
-The run of `bench kernels`: group by group, each measured, printed and written before the next.
+Each setting is measured, printed and written before the next.
 """
 
 from __future__ import annotations
@@ -13,16 +11,13 @@ import sys
 import time
 from dataclasses import dataclass
 
-from benchmarks import report
 from benchmarks.cli import Parser, Selection, choose_device, positive, whole
-from benchmarks.kernels import options as command
-from benchmarks.kernels import plot, suite, table
 from benchmarks.kernels.case import MODES, Operation
-from benchmarks.kernels.measure import Choices, Group, Result, measure
-from benchmarks.kernels.registry import OPERATIONS, contender_names
-from benchmarks.kernels.results import COLUMNS
+from benchmarks.kernels.measure import Choices, Outcome, Setting, measure
+from benchmarks.kernels.operations import OPERATIONS, contender_names
+from benchmarks.kernels.results import COLUMNS, block, ceilings, draw
 from benchmarks.machine import DTYPES
-from benchmarks.results import Output
+from benchmarks.results import Output, Progress, print_failures, print_missing
 from dpo_fast.errors import UserError
 
 HEADS = {  # D, V
@@ -43,36 +38,36 @@ POINTS = {
         (65536, (4096, 151936), ("trainable",)),
     ),
 }
-DTYPES = {"cpu": ("fp32", "bf16"), "cuda": ("bf16",)}
+USUAL_DTYPES = {"cpu": ("fp32", "bf16"), "cuda": ("bf16",)}
 CURVE = {  # head, and two decades of tokens or nearly so, in powers of 2
     "cpu": ((256, 8192), tuple(2**n for n in range(7, 15))),
     "cuda": (HEADS["qwen2.5-1.5b"], tuple(2**n for n in range(10, 17))),
 }
 TOKENS = {"cpu": 2048, "cuda": 8192}  # for a head chosen without tokens
-MOST_LOGITS = 1 << 31
+MOST_LOGITS = 1 << 31  # elements of given logits
 QUICK = (128, HEADS["tiny"], MODES)
 
 
-def points(operation: Operation, device: str, dtypes, modes, points) -> list[Group]:
-    """One group per point and dtype, in the modes that the operation has of those asked for."""
-    groups = {}
+def at_points(operation: Operation, device: str, dtypes, modes, points) -> list[Setting]:
+    """A setting for each point and dtype, in those of the modes that the operation has."""
+    settings = {}
     for T, (D, V), own in points:
         wanted = tuple(m for m in operation.modes if m in own and m in (modes or MODES))
-        # Logits that exist are read once: beyond some GiB that tells nothing new.
+        # Given logits are only read: beyond some GiB there is nothing new to see.
         if not wanted or (operation.sizes == "TV" and T * V > MOST_LOGITS):
             continue
         sizes = (D if "D" in operation.sizes else 0, V if "V" in operation.sizes else 0)
         for dtype in operation.dtypes or dtypes:
-            groups[Group(operation.name, T, *sizes, dtype, device, wanted)] = None
-    return list(groups)
+            settings[Setting(operation.name, T, *sizes, dtype, device, wanted)] = None
+    return list(settings)
 
 
-def curve(operation: Operation, device: str, dtypes, modes, head, tokens) -> list[Group]:
-    """Groups along T: forward and backward of a trainable head, unless modes say otherwise."""
+def along_tokens(operation: Operation, device: str, dtypes, modes, head, tokens) -> list[Setting]:
+    """A setting for each T and dtype: a trainable head, unless modes say otherwise."""
     if operation.sizes != "TDV":
         return []
     return [
-        Group(operation.name, T, *head, dtype, device, modes or ("trainable",), growth=True)
+        Setting(operation.name, T, *head, dtype, device, modes or ("trainable",), growth=True)
         for dtype in dtypes
         for T in tokens
     ]
@@ -88,7 +83,7 @@ By default: on a GPU the points of the targets and the curve against T, in bf16;
 class Options:
     """What to measure, and where the rows go."""
 
-    groups: tuple[Group, ...]
+    settings: tuple[Setting, ...]
     selection: Selection
     output: Output
     repeats: int | None
@@ -100,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
     made = Parser("bench kernels", USAGE)
     add = made.add_argument
     add("--ops", metavar="NAMES", help=f"operations: {', '.join(OPERATIONS)} (default: all)")
-    add("--shape", metavar="HEAD", help=f"{', '.join(suite.HEADS)}, or D,V as in 896,32000")
+    add("--shape", metavar="HEAD", help=f"{', '.join(HEADS)}, or D,V as in 896,32000")
     add("--tokens", metavar="T,...", help="scored tokens; with --growth the curve's")
     add("--modes", metavar="NAMES", help=f"{', '.join(MODES)} (default: all)")
     add("--dtypes", metavar="NAMES", help=f"{', '.join(DTYPES)}")
@@ -109,9 +104,9 @@ def parser() -> argparse.ArgumentParser:
     add("--growth", action="store_true", help="the curve of time and memory against T, alone")
     add("--quick", action="store_true", help="tiny sizes, one dtype, two rounds: does all run?")
     made.add_common("--device")
-    add("--csv", metavar="FILE", help="write the rows here, after every group")
+    add("--csv", metavar="FILE", help="write the rows here, after every setting")
     made.add_common("--plots")
-    add("--budget-minutes", metavar="M", help="start no further group after this long")
+    add("--budget-minutes", metavar="M", help="start no further setting after this long")
     made.add_common("--no-memory")
     return made
 
@@ -121,16 +116,16 @@ def parse(arguments: list[str]) -> Options:
     given = parser().parse_args(arguments)
     device = choose_device(given.device)
     modes = choose_names("--modes", given.modes, MODES)
-    usual = suite.DTYPES[device][: 1 if given.quick else None]
+    usual = USUAL_DTYPES[device][: 1 if given.quick else None]
     dtypes = choose_names("--dtypes", given.dtypes, tuple(DTYPES)) or usual
     operations = choose_names("--ops", given.ops, tuple(OPERATIONS)) or tuple(OPERATIONS)
     selection = Selection.of(given, contender_names())
     output = Output.of(given, "kernels")
     repeats = None if given.repeats is None else whole("--repeats", given.repeats)
     minutes = given.budget_minutes
-    groups = _groups(given, operations, device, dtypes, modes)
+    settings = _settings(given, operations, device, dtypes, modes)
     return Options(
-        groups=_inhabited(groups, selection),
+        settings=_inhabited(settings, selection),
         selection=selection,
         output=output,
         repeats=repeats or (2 if given.quick else None),
@@ -139,19 +134,19 @@ def parse(arguments: list[str]) -> Options:
     )
 
 
-def _inhabited(groups: list[Group], selection: Selection) -> tuple[Group, ...]:
-    """Groups with a contender among those chosen."""
+def _inhabited(settings: list[Setting], selection: Selection) -> tuple[Setting, ...]:
+    """Settings that have a chosen contender."""
     found = tuple(
-        group
-        for group in groups
-        if any(selection.chosen(contender.name) for contender in OPERATIONS[group.op].contenders)
+        setting
+        for setting in settings
+        if any(selection.chosen(contender.name) for contender in OPERATIONS[setting.op].contenders)
     )
     if not found:
         raise selection.nobody()
     return found
 
 
-def _groups(given, operations, device: str, dtypes, modes) -> list[Group]:
+def _settings(given, operations, device: str, dtypes, modes) -> list[Setting]:
     if given.quick and (given.shape or given.tokens or given.growth):
         which = next(n for n in ("shape", "tokens", "growth") if getattr(given, n))
         raise UserError(f"--quick chooses its own sizes: leave out --{which} or --quick")
@@ -160,26 +155,26 @@ def _groups(given, operations, device: str, dtypes, modes) -> list[Group]:
     head = _head(given.shape) if given.shape else None
     parts = given.tokens.split(",") if given.tokens else []
     tokens = [whole("--tokens", part) for part in parts]
-    usual_head, usual_tokens = suite.CURVE[device]
-    points = [suite.QUICK] if given.quick else suite.POINTS[device]
+    usual_head, usual_tokens = CURVE[device]
+    points = [QUICK] if given.quick else POINTS[device]
     if head or tokens:
-        one = head or suite.POINTS[device][0][1]
-        points = [(T, one, MODES) for T in tokens or [suite.TOKENS[device]]]
+        one = head or POINTS[device][0][1]
+        points = [(T, one, MODES) for T in tokens or [TOKENS[device]]]
     chosen_sizes = given.quick or head or tokens
-    groups = []
+    settings = []
     for operation in (OPERATIONS[name] for name in operations):
         common = operation, device, dtypes, modes
         if not given.growth:
-            groups += suite.points(*common, points)
+            settings += at_points(*common, points)
         if given.growth or (device == "cuda" and not chosen_sizes):
-            groups += suite.curve(*common, head or usual_head, tokens or usual_tokens)
-    if not groups:
+            settings += along_tokens(*common, head or usual_head, tokens or usual_tokens)
+    if not settings:
         raise UserError(f"--modes {given.modes}: none of {', '.join(operations)} has such a mode")
-    return groups
+    return settings
 
 
 def choose_names(option: str, text: str | None, known: tuple[str, ...]) -> tuple[str, ...]:
-    """The known names in a list, each once; () where the option is not given."""
+    """The names in a comma-separated list, each once; () if the option is not given."""
     names = [] if text is None else [name.strip() for name in text.split(",")]
     for name in names:
         if name not in known:
@@ -190,67 +185,67 @@ def choose_names(option: str, text: str | None, known: tuple[str, ...]) -> tuple
 
 
 def _head(text: str) -> tuple[int, int]:
-    if text in suite.HEADS:
-        return suite.HEADS[text]
+    if text in HEADS:
+        return HEADS[text]
     parts = text.split(",")
     if len(parts) == 2 and all(part.strip().isdigit() and int(part) > 0 for part in parts):
         return int(parts[0]), int(parts[1])
-    close = difflib.get_close_matches(text, suite.HEADS, 1)
-    remedy = f"did you mean {close[0]}?" if close else f"choose {', '.join(suite.HEADS)}, or D,V"
+    close = difflib.get_close_matches(text, HEADS, 1)
+    remedy = f"did you mean {close[0]}?" if close else f"choose {', '.join(HEADS)}, or D,V"
     raise UserError(f"--shape {text}: {remedy}")
 
 
 def run(options: Options) -> int:
     """Measure, print, write; returns the exit code."""
-    start, everything = time.monotonic(), Result()
-    for number, group in enumerate(options.groups, 1):
+    start, everything = time.monotonic(), Outcome()
+    for number, setting in enumerate(options.settings, 1):
         minutes = (time.monotonic() - start) / 60
         if number > 1 and options.budget_minutes is not None and minutes > options.budget_minutes:
-            left = "; ".join(map(str, options.groups[number - 1 :]))
+            left = "; ".join(map(str, options.settings[number - 1 :]))
             print(
                 f"\nnot measured, the budget of {options.budget_minutes:g} minutes is spent: {left}"
             )
             break
-        title = f"[{number}/{len(options.groups)}] {group}"
+        title = f"[{number}/{len(options.settings)}] {setting}"
         print(f"\n{title}", flush=True)
         choices = Choices(options.selection, options.repeats, options.memory, _Phases())
-        result = measure(group, OPERATIONS[group.op], choices)
-        _tell(result, everything)
-        everything.rows += result.rows
-        everything.failures += result.failures
-        if options.output.csv:  # now: a later group may take the machine down
+        outcome = measure(setting, OPERATIONS[setting.op], choices)
+        _print(outcome, everything)
+        everything.rows += outcome.rows
+        everything.failures += outcome.failures
+        if options.output.csv:  # now: a later setting may take the machine down
             COLUMNS.write(options.output.csv, everything.rows)
     return _finish(options, everything, time.monotonic() - start)
 
 
-def _tell(result: Result, everything: Result) -> None:
-    """The block of a group. Each reason why somebody is missing stands once a run, on one line."""
+def _print(outcome: Outcome, everything: Outcome) -> None:
+    """Print the table of a setting. A reason why contenders are missing is printed once a run."""
     known = everything.refusals
-    refusals = [refusal for refusal in dict.fromkeys(result.refusals) if refusal not in known]
+    refusals = [refusal for refusal in dict.fromkeys(outcome.refusals) if refusal not in known]
     everything.refusals += refusals
-    report.tell_missing(refusals)
-    spare = [name for name in dict.fromkeys(result.spare) if name not in everything.spare]
+    print_missing(refusals)
+    spare = [name for name in dict.fromkeys(outcome.spare) if name not in everything.spare]
     everything.spare += spare
     if spare:
         print(f"left out in some mode unless --only has the name: {'; '.join(spare)}")
-    if result.rows:
-        print(table.block(result.rows))
-        print(table.ceilings(result.rows), flush=True)
+    if outcome.rows:
+        print(block(outcome.rows))
+        print(ceilings(outcome.rows), flush=True)
 
 
-def _finish(options: Options, everything: Result, seconds: float) -> int:
+def _finish(options: Options, everything: Outcome, seconds: float) -> int:
     if not everything.rows:
-        told = "; ".join(f"{name}: {reason}" for name, reason in everything.refusals)
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in everything.refusals)
         if everything.spare:
-            told += f" Ask for these by name, without *: {'; '.join(everything.spare)}"
-        raise UserError(f"no contender that was chosen can run here. {told}")
+            reasons += f" Ask for these by name, without *: {'; '.join(everything.spare)}"
+        raise UserError(f"no contender that was chosen can run here. {reasons}")
     print(f"\n{len(everything.rows)} rows in {seconds / 60:.1f} minutes")
-    options.output.tell(plot.draw)
-    return report.tell_failures(everything.failures)
+    options.output.finish(draw)
+    return print_failures(everything.failures)
 
 
-class _Phases(report.Progress):
-    """On one line of a terminal, or in a log a line per phase."""
+class _Phases(Progress):
+    """Progress on one line of a terminal; in a log a line for each phase."""
 
     phase = ""
 
@@ -263,4 +258,4 @@ class _Phases(report.Progress):
 
 
 def main(arguments: list[str]) -> int:
-    return run(command.parse(arguments))
+    return run(parse(arguments))

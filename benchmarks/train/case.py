@@ -1,7 +1,8 @@
-"""Who takes part in `bench train`, and what all of them are given.
+"""What a step of `bench train` is about: who takes it, the model, and the work in it.
 
-What a step has to do, counted from the lengths of its pairs: the numerator of MFU. And its
-denominator, the fastest matrix product that this machine showed.
+A model is a configuration. Its weights are drawn at random and written once, for every contender. The work
+of a step is counted from the lengths of its pairs: it is the numerator of MFU. The denominator is the
+fastest matrix product that this machine showed.
 """
 
 from __future__ import annotations
@@ -13,23 +14,55 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.machine import DTYPES
-from benchmarks.train.measure import Spans
-from benchmarks.train.model import Sizes
+from benchmarks.machine import DTYPES, Stopwatch, synchronize
 
 LAYOUTS = ("padded", "packed", "shared_prefix")
 WARM_UP = (
-    2  # steps before the rounds: the first allocates and compiles, the second tells the memory
+    2  # steps before the rounds: the first allocates and compiles, memory is that of the second
 )
+QWEN = {
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1e6,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+}
+LLAMA = {"model_type": "llama", "tie_word_embeddings": False, "max_position_embeddings": 4096}
+MODELS = {
+    "tiny": LLAMA | {  # 8.9 million parameters, 4.2 of them embedding and head
+        "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6,
+        "num_attention_heads": 4, "num_key_value_heads": 4,
+    },
+    "qwen2.5-0.5b": QWEN | {
+        "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+    },
+    "qwen2.5-1.5b": QWEN | {
+        "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+    },
+    "quick": LLAMA | {
+        "vocab_size": 1024, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2,
+    },
+}  # fmt: skip
+
+# Large for DPO, so that the losses of a few steps tell one contender from another.
+LEARNING_RATE = dict.fromkeys(MODELS, 1e-4) | {"quick": 1e-2}
+PRODUCT = {"cpu": 1024, "cuda": 8192}  # rows and columns of the square product
+REPEATS = {"cpu": 12, "cuda": 30}
 
 
 @dataclass(frozen=True)
 class Contender:
     """One way to take a training step.
 
-    layout: ours, or "" for TRL's, which is padded. stored: the reference's log-probs come from a table
-    made before training; else a frozen model is asked in every step. checkpointing: activations are
-    recomputed in backward. options: further arguments of TRL's configuration.
+    layout: one of ours, "" for TRL's, which is padded.
+    stored: the reference's log-probs come from a table made before training, not from a frozen model.
+    checkpointing: activations are recomputed in backward.
+    options: further arguments of TRL's configuration.
     """
 
     name: str
@@ -62,8 +95,14 @@ CONTENDERS = {contender.name: contender for contender in (*TRL, *OURS)}
 class Task:
     """The same for every contender: model, pairs, order of the pairs, optimiser.
 
-    order: rows of the data of every step. works: counts of every step. padded_pairs, packed_pairs: of one
-    forward, TRL's and ours padded; ours without padding.
+    model: folder with weights and tokenizer.
+    data: file of the pairs.
+    rows: the pairs as `Pairs.rows` has them.
+    order: indices into rows, by step.
+    works: counts, by step.
+    folder: for what contenders write.
+    padded_pairs: micro-batch of TRL and of our padded layout.
+    packed_pairs: micro-batch of our layouts without padding.
     """
 
     model: Path
@@ -72,7 +111,7 @@ class Task:
     order: list[list[int]]
     works: list[Work]
     folder: Path
-    spans: Spans
+    stopwatch: Stopwatch
     device: str
     dtype: str
     padded_pairs: int
@@ -95,24 +134,65 @@ class Task:
         return self.padded_pairs if layout in ("", "padded") else self.packed_pairs
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a model.
+
+    parameters: in all.
+    layers: weights in the products of all layers.
+    head: weights of the head.
+    attention: layers x heads x head width.
+    """
+
+    parameters: int
+    layers: int
+    head: int
+    attention: int
+
+
+def write_model(name: str, tokenizer, folder: Path, device: str, seed: int = 0) -> Sizes:
+    """Draw the weights in fp32, and save model and tokenizer as `save_pretrained` does."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tree = dict(MODELS[name])
+    tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = AutoConfig.for_model(tree.pop("model_type"), **tree, bos_token_id=None, **tokens)
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return sizes_of(model)
+
+
+def sizes_of(model) -> Sizes:
+    config, head = model.config, model.get_output_embeddings()
+    linear = (m for m in model.get_decoder().modules() if isinstance(m, torch.nn.Linear))
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Sizes(
+        parameters=sum(p.numel() for p in model.parameters()),
+        layers=sum(m.weight.numel() for m in linear),
+        head=head.weight.numel(),
+        attention=config.num_hidden_layers * config.num_attention_heads * width,
+    )
+
+
 def lengths_of(rows: list[dict]) -> np.ndarray:
-    """[pairs, 3] tokens of prompt, chosen and rejected."""
+    """Tokens of prompt, chosen and rejected, int64 [pairs, 3]."""
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     return np.array([[len(row[name]) for name in names] for row in rows], dtype=np.int64)
-
-
-PRODUCT = {"cpu": 1024, "cuda": 8192}  # rows and columns of the square product
-REPEATS = {"cpu": 12, "cuda": 30}
 
 
 @dataclass(frozen=True)
 class Work:
     """Counts of one step over its global batch.
 
-    tokens: of the data, every sequence whole, so a prompt counts twice; scored: answer tokens; once:
-    tokens with every prompt counted once. flops: forward and backward over `tokens` (each weight of a
-    layer 6 times, causal attention by the squares of the lengths) and the head over `scored`;
-    flops_once: the same with every prompt once. No reference, no recomputation, no padding in either.
+    tokens: of every whole sequence, so a prompt counts twice.
+    scored: answer tokens.
+    once: tokens with every prompt counted once.
+    flops: forward and backward of the layers over `tokens` (each weight 6 times, causal attention by the
+        squares of the lengths) and of the head over `scored`. No reference, recomputation or padding.
+    flops_once: the same with every prompt once.
     """
 
     pairs: int
@@ -124,10 +204,10 @@ class Work:
 
 
 def work_of(lengths: np.ndarray, sizes: Sizes) -> Work:
-    """lengths: [pairs, 3] tokens of prompt, chosen and rejected."""
+    """lengths: tokens of prompt, chosen and rejected, [pairs, 3]."""
     P, C, R = lengths.T.astype(np.float64)
     tokens, scored, once = (2 * P + C + R).sum(), (C + R).sum(), (P + C + R).sum()
-    # Token j attends to j tokens: half of a square; an answer also to all of its prompt.
+    # Token j attends to j tokens, half of a square in all; an answer also attends to its whole prompt.
     whole = (((P + C) ** 2 + (P + R) ** 2) / 2).sum()
     prompt_once = (P**2 / 2 + P * (C + R) + (C**2 + R**2) / 2).sum()
     head = sizes.head * scored
@@ -136,26 +216,24 @@ def work_of(lengths: np.ndarray, sizes: Sizes) -> Work:
         return 6 * (sizes.layers * tokens + head + 2 * sizes.attention * attended)
 
     return Work(
-        len(lengths),
-        int(tokens),
-        int(scored),
-        int(once),
-        flops(tokens, whole),
-        flops(once, prompt_once),
+        pairs=len(lengths),
+        tokens=int(tokens),
+        scored=int(scored),
+        once=int(once),
+        flops=flops(tokens, whole),
+        flops_once=flops(once, prompt_once),
     )
 
 
 def matmul_flops(device: str, dtype: str) -> float:
-    """Flops a second of the fastest of several square products in the dtype."""
+    """Flops per second of the fastest of several square products in the dtype."""
     size = PRODUCT[device]
     a, b = (torch.randn(size, size, device=device, dtype=DTYPES[dtype]) for _ in range(2))
     best = float("inf")
     for _ in range(REPEATS[device]):
-        if device == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         start = time.perf_counter()
         a @ b
-        if device == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best

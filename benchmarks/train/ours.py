@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 from unittest import mock
 
 from benchmarks.train.case import Contender, Task
 
 
 def watch(task: Task) -> None:
-    """The time in our head, from now on."""
-    module = importlib.import_module(
-        "dpo_fast.ops.linear_logp.op"
-    )  # the package has a function so named
-    task.spans.watch_autograd(module._LinearLogp, "head")
+    """Time our head, from now on."""
+    from dpo_fast.ops.linear_logp.op import _LinearLogp
+
+    task.stopwatch.watch_autograd(_LinearLogp, "head")
 
 
 def tree(contender: Contender, task: Task) -> dict:
-    """The configuration of a run."""
+    """The configuration of a run, as a YAML file would have it."""
     train = {
         "output_dir": str(task.folder / contender.name.replace(" ", "-").replace(",", "")),
         "global_batch_size": task.global_batch_size,
@@ -49,8 +47,11 @@ def tree(contender: Contender, task: Task) -> dict:
 
 
 class Ours:
-    """`step` takes one optimiser step and returns its loss. computed: token positions that went through
-    the policy's backbone, by step. reference_seconds: to make the stored table."""
+    """A run of our trainer. `step` takes one optimiser step and returns its loss.
+
+    computed: token positions through the policy's backbone, by step.
+    reference_seconds: to make the stored table; None if there is none to make.
+    """
 
     def __init__(self, contender: Contender, task: Task) -> None:
         from dpo_fast.training import references
@@ -61,11 +62,11 @@ class Ours:
         config = build_config(tree(contender, task), contender.name)
         check(config)
         self.task, self.computed = task, {}
-        compute = task.spans.timed(references.compute_reference, "table")
+        compute = task.stopwatch.timed(references.compute_reference, "table")
         with mock.patch.object(references, "compute_reference", compute):
             self.run = prepare(config)
-        self.reference_seconds = task.spans.take().get("table")
-        self.reference = task.spans.timed(self.run.references["train"], "reference")
+        self.reference_seconds = task.stopwatch.take().get("table")
+        self.reference = task.stopwatch.timed(self.run.references["train"], "reference")
         self.sums = MetricSums(self.run.engine.device)
         self._check_data()
 

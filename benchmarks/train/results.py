@@ -1,93 +1,56 @@
-"""Rows of `bench train`: one per contender, with versions, device, commit and date in each.
-
-The tables of `bench train` as they are printed.
-
-Pictures of `bench train`, from its CSV files and from nothing else.
+"""Results of `bench train`: the columns of its rows, the printed tables, the pictures.
 
     python -m benchmarks.train.results [CSV ...] [--out FOLDER] [--format svg|png]
 
-Bars of pairs a second, and a step's seconds from ingredient to ingredient.
+draws the pictures again, from CSV files and from nothing else: bars of pairs per second, and the seconds
+of a step from ingredient to ingredient. Ingredients lead from TRL's default to our fastest step, along
+CHAIN. A factor is the time before over the time after, so all factors multiply to the whole.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
-from benchmarks import pictures
+from benchmarks import plots
 from benchmarks.machine import environment, summary, version
 from benchmarks.plots import bar, begin, colour, name_bars, save, short_device
 from benchmarks.results import Column, Columns, header, line
-from benchmarks.train.case import WARM_UP, Task
-from benchmarks.train.measure import Result, ingredients, token_factors
-from benchmarks.train.model import Sizes
+from benchmarks.train.case import WARM_UP, Sizes, Task
+from benchmarks.train.measure import Result
 
 BASE, BASE_STORED = "trl", "trl, precomputed"
 NUMBERS = (
-    "parameters",
-    "global_batch_size",
-    "micro_batch_size",
-    "rounds",
-    "s_p20",
-    "s_p50",
-    "s_p80",
-    "pairs_per_s",
-    "tokens_per_s",
-    "x_of_trl",
-    "x_of_trl_precomputed",
-    "mfu",
-    "mfu_once",
-    "matmul_tflops",
-    "data_tokens",
-    "once_tokens",
-    "scored_tokens",
-    "computed_tokens",
-    "flops",
-    "flops_once",
-    "head_share",
-    "reference_share",
-    "reference_seconds",
-    "peak_mib",
-    "first_loss",
-    "last_loss",
-    "loss_err",
+    "parameters global_batch_size micro_batch_size rounds s_p20 s_p50 s_p80 pairs_per_s tokens_per_s "
+    "x_of_trl x_of_trl_precomputed mfu mfu_once matmul_tflops data_tokens once_tokens scored_tokens "
+    "computed_tokens flops flops_once head_share reference_share reference_seconds peak_mib first_loss "
+    "last_loss loss_err"
 )
-COLUMNS = Columns(
-    names=(
-        "impl",
-        "model",
-        "dtype",
-        "data",
-        "layout",
-        "reference",
-        "checkpointing",
-        *NUMBERS,
-        "max_length",
-        "zero_stage",
-        "device",
-        "threads",
-        "torch",
-        "triton",
-        "transformers",
-        "deepspeed",
-        "trl",
-        "driver",
-        "commit",
-        "date",
-        "note",
-    ),
-    numbers=frozenset(NUMBERS),
+NAMES = (
+    f"impl model dtype data layout reference checkpointing {NUMBERS} max_length zero_stage device threads "
+    "torch triton transformers deepspeed trl driver commit date note"
+)
+COLUMNS = Columns.of(NAMES, NUMBERS)
+SPLIT = "head and the rest of the step"
+CHAIN = (  # what changes on the way to the contender
+    ("", "trl"),
+    ("no checkpointing", "trl, no checkpointing"),
+    ("stored reference", "trl, precomputed, no checkpointing"),
+    (SPLIT, "dpo_fast padded, cached"),
+    ("no padding", "dpo_fast packed, cached"),
+    ("each prompt once", "dpo_fast shared_prefix, cached"),
 )
 
 
 def rows_of(
     results: list[Result], task: Task, model: str, data: str, sizes: Sizes, matmul: float
 ) -> list[dict]:
-    """matmul: flops a second of the bare product."""
+    """A row for each contender. matmul: flops per second of the bare product."""
     shared = _shared(task, model, data, sizes, matmul)
     rows = [
-        shared | _told(result, task) | ({} if result.note else _measured(result, task, matmul))
+        shared | _checked(result, task) | ({} if result.note else _measured(result, task, matmul))
         for result in results
     ]
     for base, column in ((BASE, "x_of_trl"), (BASE_STORED, "x_of_trl_precomputed")):
@@ -110,17 +73,17 @@ def _shared(task: Task, model: str, data: str, sizes: Sizes, matmul: float) -> d
         "max_length": task.max_length,
         "matmul_tflops": matmul / 1e12,
         "rounds": len(works),
-        "data_tokens": _mean(work.tokens for work in works),
-        "once_tokens": _mean(work.once for work in works),
-        "scored_tokens": _mean(work.scored for work in works),
-        "flops": _mean(work.flops for work in works),
-        "flops_once": _mean(work.flops_once for work in works),
+        "data_tokens": fmean(work.tokens for work in works),
+        "once_tokens": fmean(work.once for work in works),
+        "scored_tokens": fmean(work.scored for work in works),
+        "flops": fmean(work.flops for work in works),
+        "flops_once": fmean(work.flops_once for work in works),
         **{name: version(name) for name in ("transformers", "deepspeed", "trl")},
     }
 
 
-def _told(result: Result, task: Task) -> dict:
-    """What a contender is, and how it was checked, timed or not."""
+def _checked(result: Result, task: Task) -> dict:
+    """What a contender is, and its check. Every row has them, timed or not."""
     contender, losses = result.contender, result.losses
     return {
         "impl": contender.name,
@@ -140,7 +103,7 @@ def _measured(result: Result, task: Task, matmul: float) -> dict:
     works, times = task.works[WARM_UP:], summary(result.seconds)
 
     def rate(count) -> float:
-        """Median over the rounds of what `count` finds in a step's work, by the second."""
+        """count(work) per second, median over the rounds."""
         return median(count(work) / s for work, s in zip(works, result.seconds))
 
     return {
@@ -151,7 +114,7 @@ def _measured(result: Result, task: Task, matmul: float) -> dict:
         "tokens_per_s": rate(lambda work: work.tokens),
         "mfu": rate(lambda work: work.flops) / matmul,
         "mfu_once": rate(lambda work: work.flops_once) / matmul,
-        "computed_tokens": _mean(result.computed[step] for step in range(WARM_UP, task.steps)),
+        "computed_tokens": fmean(result.computed[step] for step in range(WARM_UP, task.steps)),
         "head_share": median(shares.get("head", 0.0) for shares in result.shares),
         "reference_share": median(shares.get("reference", 0.0) for shares in result.shares),
         "reference_seconds": result.reference_seconds,
@@ -159,9 +122,58 @@ def _measured(result: Result, task: Task, matmul: float) -> dict:
     }
 
 
-def _mean(values) -> float:
-    found = list(values)
-    return sum(found) / len(found)
+@dataclass(frozen=True)
+class Ingredient:
+    """A factor of the whole, and the seconds of a step after it.
+
+    The first of a list is the start: the name of a contender, and factor 1.
+    """
+
+    name: str
+    factor: float
+    seconds: float
+
+
+def ingredients(rows: list[dict]) -> list[Ingredient]:
+    """The start, and what makes it faster, in order; [] without two contenders of the chain.
+
+    If a contender of the chain is missing, the ingredients on both sides of it are one.
+    """
+    timed = {row["impl"]: row for row in rows if row["s_p50"] != ""}
+    before, names, found = None, [], []
+    for name, impl in CHAIN:
+        names.append(name)
+        if impl not in timed:
+            continue
+        row = timed[impl]
+        if before is None:
+            found.append(Ingredient(impl, 1.0, row["s_p50"]))
+        elif names == [SPLIT]:
+            found += _head_and_rest(before, row)
+        else:
+            joined = " + ".join(part for part in names if part)
+            found.append(Ingredient(joined, before["s_p50"] / row["s_p50"], row["s_p50"]))
+        before, names = row, []
+    return found if len(found) > 1 else []
+
+
+def _head_and_rest(before: dict, after: dict) -> list[Ingredient]:
+    """The head: from TRL's step to one with our head in it. The rest: from there to our step."""
+    saved = before["head_share"] * before["s_p50"] - after["head_share"] * after["s_p50"]
+    between = before["s_p50"] - saved
+    return [
+        Ingredient("head", before["s_p50"] / between, between),
+        Ingredient("rest of the step", between / after["s_p50"], after["s_p50"]),
+    ]
+
+
+def token_factors(rows: list[dict]) -> dict[str, float]:
+    """Positions of a padded step over its tokens, and tokens over tokens with every prompt once."""
+    found = {"repeated prompts": rows[0]["data_tokens"] / rows[0]["once_tokens"]}
+    for row in rows:
+        if row["layout"] == "padded" and row["computed_tokens"]:
+            return {"padding": row["computed_tokens"] / row["data_tokens"]} | found
+    return found
 
 
 SHOWN = (
@@ -183,7 +195,7 @@ SHOWN = (
 HEADER = f"{'contender':<38}{header(SHOWN)}"
 
 
-def contenders(rows: list[dict]) -> str:
+def table(rows: list[dict]) -> str:
     return "\n".join([HEADER, *map(_line, rows)])
 
 
@@ -192,8 +204,8 @@ def _line(row: dict) -> str:
     return f"{start}  {row['note']}" if row["note"] else start + line(SHOWN, row)
 
 
-def checked(rows: list[dict]) -> str:
-    """How far the losses went, and how well they agree. Losses that stay where they are prove little."""
+def agreement(rows: list[dict]) -> str:
+    """How far the losses moved, and how well they agree: agreement proves little if they did not move."""
     good = [row for row in rows if not row["note"]]
     if not good:
         return "no contender passed the check"
@@ -202,8 +214,8 @@ def checked(rows: list[dict]) -> str:
     return f"losses went from {first:.6f} to {last:.6f} and agree to {worst:.1e}"
 
 
-def shares(rows: list[dict]) -> str:
-    """What each ingredient is worth; "" where nothing can be compared."""
+def factors(rows: list[dict]) -> str:
+    """The factors of tokens and, if contenders can be compared, of the ingredients."""
     found = ingredients(rows)
     counted = ", ".join(f"{name} {factor:.2f}" for name, factor in token_factors(rows).items())
     lines = [f"tokens, times what is needed: {counted}"]
@@ -215,7 +227,7 @@ def shares(rows: list[dict]) -> str:
 
 
 def draw(files: list[Path], folder: Path, form: str = "svg") -> list[Path]:
-    """Of each file: bars of pairs/s, and the ingredients where the rows have them. Returns the paths."""
+    """Draw bars of pairs/s for each file, and ingredients if the rows have them; returns the paths."""
     begin()
     folder.mkdir(parents=True, exist_ok=True)
     return [path for file in files for path in _draw(file, folder, form)]
@@ -232,10 +244,8 @@ def _draw(file: Path, folder: Path, form: str) -> list[Path]:
 
 def _title(rows: list[dict]) -> str:
     row = rows[0]
-    return (
-        f"{row['model']}, {row['dtype']}, {row['device']}, global batch {row['global_batch_size']:.0f}\n"
-        f"{row['data']}"
-    )
+    batch = f"global batch {row['global_batch_size']:.0f}"
+    return f"{row['model']}, {row['dtype']}, {row['device']}, {batch}\n{row['data']}"
 
 
 def _bars(rows: list[dict]):
@@ -262,7 +272,7 @@ def _caption(row: dict) -> str:
 
 
 def _ingredients(rows: list[dict]):
-    """Seconds of a step, falling from ingredient to ingredient."""
+    """Seconds of a step, ingredient after ingredient."""
     import matplotlib.pyplot as plt
 
     found = ingredients(rows)
@@ -271,8 +281,9 @@ def _ingredients(rows: list[dict]):
         name = "dpo_fast" if place else part.name
         axis.barh(place, before.seconds, color="#c9d8f5", height=0.66)
         axis.barh(place, part.seconds, color=colour(name), height=0.66)
-        told = f" x {part.factor:.2f}, {part.seconds:.3g} s" if place else f" {part.seconds:.3g} s"
-        axis.text(max(before.seconds, part.seconds), place, told, va="center", fontsize=8)
+        factor = f" x {part.factor:.2f}," if place else ""
+        caption = f"{factor} {part.seconds:.3g} s"
+        axis.text(max(before.seconds, part.seconds), place, caption, va="center", fontsize=8)
     name_bars(axis, [part.name for part in found], size=8)
     axis.set_xlim(0, 1.3 * max(part.seconds for part in found))
     axis.set_xlabel("seconds a step, median; pale: what the ingredient saves")
@@ -281,7 +292,7 @@ def _ingredients(rows: list[dict]):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return pictures.command("train", __doc__.split("\n")[0], draw, arguments)
+    return plots.command("train", __doc__.split("\n")[0], draw, arguments)
 
 
 if __name__ == "__main__":

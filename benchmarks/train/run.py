@@ -1,7 +1,4 @@
-"""The options of `bench train`, checked.
-
-The run of `bench train`: pairs, model, everybody's steps, and the tables of them.
-"""
+"""`bench train`: the options, and the run: pairs, model, everybody's steps, tables."""
 
 from __future__ import annotations
 
@@ -14,38 +11,41 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import report
 from benchmarks.cli import Parser, Selection, choose_device, positive, whole
-from benchmarks.results import Output
-from benchmarks.train import options as command
-from benchmarks.train import plot, table
+from benchmarks.machine import Stopwatch
+from benchmarks.results import Output, Progress, print_failures, print_missing
 from benchmarks.train.case import (
     CONTENDERS,
+    LEARNING_RATE,
+    MODELS,
     WARM_UP,
     Contender,
+    Sizes,
     Task,
     lengths_of,
     matmul_flops,
     work_of,
+    write_model,
 )
-from benchmarks.train.data import Pairs, draw_pairs, read_pairs
-from benchmarks.train.measure import Plan, Spans, measure, why_not
-from benchmarks.train.model import LEARNING_RATE, MODELS, Sizes, write_model
-from benchmarks.train.results import COLUMNS, rows_of
+from benchmarks.train.measure import Plan, measure, why_not
+from benchmarks.train.pairs import Pairs, draw_pairs, read_pairs
+from benchmarks.train.results import COLUMNS, agreement, draw, factors, rows_of, table
 from dpo_fast.errors import UserError
 
 USAGE = """whole training steps, ours and TRL's, of one model on the same pairs in one run
 
 By default: on a CPU an 8.9-million-parameter Llama in fp32, on a GPU qwen2.5-0.5b in bf16; random
 weights, a tokenizer trained on the data, pairs drawn with the lengths of HH harmless."""
-QUICK = {
-    "model": "quick",
-    "global_batch_size": "8",
-    "trl_batch": "4",
-    "rounds": "2",
-    "max_length": "256",
-}
 USUAL = {"global_batch_size": "32", "trl_batch": "8", "rounds": "5", "max_length": "1024"}
+QUICK = {"global_batch_size": "8", "trl_batch": "4", "rounds": "2", "max_length": "256"}
+QUICK_MODEL = "quick"
+SIZES = {
+    "--global-batch-size": "pairs of a step",
+    "--trl-batch": "pairs of a forward of TRL's and of our padded layout",
+    "--micro-batch-size": "pairs of a forward of our other layouts",
+    "--rounds": "timed steps of each contender",
+    "--max-length": "tokens of a sequence; longer pairs are left out for everybody",
+}
 ORDERS = ("side-by-side", "one-by-one")
 
 
@@ -83,19 +83,9 @@ def parser() -> argparse.ArgumentParser:
     add("--data", metavar="NAME", help="pairs, as data.train takes them (default: drawn at random)")
     add("--prompt-ratio", metavar="R", help="drawn pairs: prompts R times as long as the answers")
     add("--model", metavar="NAME", help=f"configuration: {', '.join(MODELS)}")
-    add(
-        "--global-pairs",
-        metavar="N",
-        help=f"pairs of a step (default {USUAL['global_batch_size']})",
-    )
-    add(
-        "--trl-batch",
-        metavar="N",
-        help=f"pairs of a forward of TRL's and of our padded layout (default {USUAL['trl_batch']})",
-    )
-    add("--micro-pairs", metavar="N", help="the same of our other layouts (default: --trl-batch)")
-    add("--rounds", metavar="N", help=f"timed steps of each contender (default {USUAL['rounds']})")
-    add("--max-length", metavar="N", help="longer pairs are left out for everybody (default 1024)")
+    for option, what in SIZES.items():
+        name = option.lstrip("-").replace("-", "_")
+        add(option, metavar="N", help=f"{what} (default {USUAL.get(name, '--trl-batch')})")
     made.add_common("--only", "--skip")
     add(
         "--order",
@@ -131,7 +121,7 @@ def parse(arguments: list[str]) -> Options:
         model=_model(given, device),
         device=device,
         dtype=dtype,
-        micro_batch_size=_micro_pairs(given, sizes),
+        micro_batch_size=_micro_batch_size(given, sizes),
         zero_stage=_zero_stage(given.zero_stage, dtype),
         prompt_ratio=_ratio(given),
         side_by_side=_choice("--order", given.order, ORDERS, usual_order) == ORDERS[0],
@@ -154,14 +144,14 @@ def _model(given, device: str) -> str:
         raise UserError(
             f"--quick chooses its own model: leave out --model {given.model} or --quick"
         )
-    usual = QUICK["model"] if given.quick else "tiny" if device == "cpu" else "qwen2.5-0.5b"
+    usual = QUICK_MODEL if given.quick else "tiny" if device == "cpu" else "qwen2.5-0.5b"
     return _choice("--model", given.model, tuple(MODELS), usual)
 
 
-def _micro_pairs(given, sizes: dict[str, int]) -> int:
+def _micro_batch_size(given, sizes: dict[str, int]) -> int:
     if given.micro_batch_size is None:
         return sizes["trl_batch"]
-    return whole("--micro-pairs", given.micro_batch_size)
+    return whole("--micro-batch-size", given.micro_batch_size)
 
 
 def _zero_stage(text: str | None, dtype: str) -> int:
@@ -184,7 +174,7 @@ def _ratio(given) -> float | None:
 def _divides(option: str, value: int, total: int) -> None:
     if total % value:
         raise UserError(
-            f"{option} {value} does not divide --global-pairs {total}; try "
+            f"{option} {value} does not divide --global-batch-size {total}; try "
             f"{next(n for n in range(min(value, total), 0, -1) if total % n == 0)}"
         )
 
@@ -214,25 +204,25 @@ def run(options: Options) -> int:
         raise UserError("bench train measures one process: run it without a launcher")
     quiet()  # before DeepSpeed and TRL are imported
     distributed.init_distributed()
-    start, progress = time.monotonic(), report.Progress()
+    start, progress = time.monotonic(), Progress()
     try:
         with tempfile.TemporaryDirectory(prefix="dpo-fast-bench-") as folder:
             pairs = _pairs(options)
-            print(f"{pairs.told}; {options.model}, {options.dtype}, {options.device}", flush=True)
+            print(f"{pairs.origin}; {options.model}, {options.dtype}, {options.device}", flush=True)
             task, sizes = _task(options, pairs, Path(folder))
             plan = _plan(options, task, progress)
             matmul = matmul_flops(options.device, options.dtype)
             results = measure(task, plan)
             matmul = max(matmul, matmul_flops(options.device, options.dtype))
-        rows = rows_of(results, task, options.model, pairs.told, sizes, matmul)
+        rows = rows_of(results, task, options.model, pairs.origin, sizes, matmul)
     finally:
         distributed.leave_distributed()
-    _tell(rows, options, time.monotonic() - start)
-    return report.tell_failures([f"{r.contender.name}: {r.note}" for r in results if r.failed])
+    _finish(rows, options, time.monotonic() - start)
+    return print_failures([f"{r.contender.name}: {r.note}" for r in results if r.failed])
 
 
 def _pairs(options: Options) -> Pairs:
-    """Enough pairs for every step, or all there are, in whole global batches."""
+    """Pairs for every step, or all there are, in whole global batches."""
     count = (WARM_UP + options.rounds) * options.global_batch_size
     size = MODELS[options.model]["vocab_size"], options.max_length, count
     if options.data:
@@ -242,8 +232,8 @@ def _pairs(options: Options) -> Pairs:
     whole = len(pairs.rows) // options.global_batch_size * options.global_batch_size
     if not whole:
         raise UserError(
-            f"--global-pairs {options.global_batch_size}, but {len(pairs.rows)} pairs fit into --max-length "
-            f"{options.max_length}: lower the one, raise the other or name more data"
+            f"--global-batch-size {options.global_batch_size}, but {len(pairs.rows)} pairs fit into "
+            f"--max-length {options.max_length}: lower the one, raise the other or name more data"
         )
     del pairs.rows[whole:]
     return pairs
@@ -269,7 +259,7 @@ def _task(options: Options, pairs: Pairs, folder: Path) -> tuple[Task, Sizes]:
         order=order,
         works=works,
         folder=folder,
-        spans=Spans(options.device),
+        stopwatch=Stopwatch(options.device),
         device=options.device,
         dtype=options.dtype,
         padded_pairs=options.trl_batch,
@@ -283,26 +273,24 @@ def _task(options: Options, pairs: Pairs, folder: Path) -> tuple[Task, Sizes]:
 
 
 def _plan(options: Options, task: Task, progress) -> Plan:
-    """Blocks without those who cannot take part; they are named."""
-    reasons = {contender.name: why_not(contender, task) for contender in options.contenders}
-    missing = {name: reason for name, reason in reasons.items() if reason}
-    report.tell_missing(missing.items())
+    """Blocks of the contenders that can take part. The others are named."""
+    missing = {c.name: why for c in options.contenders if (why := why_not(c, task))}
+    print_missing(missing.items())
     blocks = [[c for c in block if c.name not in missing] for block in options.blocks]
     blocks = [block for block in blocks if block]
     if not blocks:
-        told = "; ".join(dict.fromkeys(missing.values()))
-        raise UserError(f"no contender that was chosen can run here. {told}")
+        reasons = "; ".join(dict.fromkeys(missing.values()))
+        raise UserError(f"no contender that was chosen can run here. {reasons}")
     return Plan(blocks, options.memory, progress)
 
 
-def _tell(rows: list[dict], options: Options, seconds: float) -> None:
-    print(f"\n{table.contenders(rows)}\n\n{table.checked(rows)}")
-    print(table.shares(rows))
+def _finish(rows: list[dict], options: Options, seconds: float) -> None:
+    print(f"\n{table(rows)}\n\n{agreement(rows)}\n{factors(rows)}")
     print(f"\nbare product {rows[0]['matmul_tflops']:.3g} TFLOP/s; {seconds / 60:.1f} minutes")
     if options.output.csv:
         COLUMNS.write(options.output.csv, rows)
-    options.output.tell(plot.draw)
+    options.output.finish(draw)
 
 
 def main(arguments: list[str]) -> int:
-    return run(command.parse(arguments))
+    return run(parse(arguments))

@@ -1,7 +1,7 @@
-"""TRL's training step: its own trainer, set up by its own `train`, stepped from outside so that others
-can take a step in between.
+"""TRL's training step: its own trainer, set up by its own `train`.
 
-Left out, in TRL's favour: callbacks, logging, checkpoints, the count of flops.
+It is stepped from outside, so that others can take a step in between. Callbacks, logging, checkpoints and
+the count of flops are left out, in TRL's favour.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 
 
 class Unavailable(RuntimeError):
-    """An option that this TRL has in name only."""
+    """This TRL accepts an option and ignores it."""
 
 
 def watch(task: Task) -> None:
-    """The time in TRL's head, from now on."""
+    """Time TRL's head, from now on."""
     from trl.kernels import ChunkedLogProbFunction
 
-    task.spans.watch_autograd(ChunkedLogProbFunction, "head")
+    task.stopwatch.watch_autograd(ChunkedLogProbFunction, "head")
 
 
 def why_not(contender: Contender, task: Task) -> str | None:
@@ -39,7 +39,7 @@ def why_not(contender: Contender, task: Task) -> str | None:
 
 
 class _ReadyError(Exception):
-    pass
+    """The trainer is set up, and would take its first step."""
 
 
 class _StopBeforeTheFirstStep(TrainerCallback):
@@ -48,14 +48,14 @@ class _StopBeforeTheFirstStep(TrainerCallback):
 
 
 class Trl:
-    """As `Ours`: `step`, `computed`, `reference_seconds`, `close`."""
+    """A DPOTrainer, with the attributes and methods of `Ours`."""
 
     def __init__(self, contender: Contender, task: Task) -> None:
         from trl import DPOTrainer
 
         self.task, self.computed = task, {}
-        compute = task.spans.timed(DPOTrainer.compute_ref_log_probs, "table")
-        # A group of one process, which our engine joins, would make TRL wrap its model in DDP.
+        compute = task.stopwatch.timed(DPOTrainer.compute_ref_log_probs, "table")
+        # Our engine has joined a group of one process: TRL would wrap its model in DDP.
         with _without_launcher(), mock.patch.object(DPOTrainer, "compute_ref_log_probs", compute):
             self.trainer = DPOTrainer(
                 model=str(task.model),
@@ -78,9 +78,9 @@ class Trl:
             raise ValueError(f"TRL's stored reference is not {contender.stored}")
         if not contender.stored:
             model = self.trainer.ref_model
-            model.forward = task.spans.timed(model.forward, "reference")
-        # None where TRL finds the table that the contender before has made.
-        self.reference_seconds = task.spans.take().get("table")
+            model.forward = task.stopwatch.timed(model.forward, "reference")
+        # None if TRL finds the table of an earlier contender.
+        self.reference_seconds = task.stopwatch.take().get("table")
         self._check_data()
         self.batches = iter(self.trainer.get_train_dataloader())
 
@@ -113,7 +113,7 @@ class Trl:
 
 
 def _arguments(contender: Contender, task: Task):
-    """TRL's defaults, but for what the task says. Its bf16 is autocast round fp32 weights."""
+    """TRL's defaults, apart from what the task sets. Its bf16 is autocast round fp32 weights."""
     from trl import DPOConfig
 
     options = dict(contender.options)

@@ -12,7 +12,7 @@ import dpo_fast
 from dpo_fast.errors import UserError
 
 app = typer.Typer(help="Measure, on this machine.", no_args_is_help=True)
-# One definition of the options, in benchmarks/*/options.py: --help and mistakes are its own.
+# benchmarks/*/run.py defines the options once, and answers --help and mistakes.
 PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 
@@ -35,7 +35,7 @@ def _measure(benchmark: str, arguments: list[str]) -> None:
 
 
 def checkout() -> Path:
-    """The folder that holds benchmarks/: beside the package (an editable install), or the current one."""
+    """The folder with benchmarks/: beside the package (an editable install), or the current folder."""
     beside, here = Path(dpo_fast.__file__).resolve().parents[1], Path.cwd()
     for folder in (beside, here):
         if (folder / "benchmarks" / "run.py").is_file() and (folder / "dpo_fast").is_dir():
@@ -47,7 +47,7 @@ def checkout() -> Path:
 
 
 def _module(name: str, root: Path):
-    """Import from the checkout, and make sure that it came from there."""
+    """Import from the checkout. Raises UserError if another package of that name comes first."""
     sys.path.insert(0, str(root))
     found = importlib.import_module(name)
     if not Path(found.__file__).resolve().is_relative_to(root.resolve()):

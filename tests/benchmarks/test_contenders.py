@@ -1,4 +1,4 @@
-"""Micro-benchmarks of every contender at small sizes, so that none rots. No time is asserted."""
+"""Micro-benchmarks of every contender at small sizes, so that each stays right. No time is asserted."""
 
 import dataclasses
 
@@ -9,12 +9,12 @@ pytest.importorskip("pytest_benchmark")
 import torch
 
 from benchmarks.kernels.case import Case, head_inputs
-from benchmarks.kernels.gates import compare
-from benchmarks.kernels.peak import cpu_peak_mib
-from benchmarks.kernels.peers import pair_slopes
-from benchmarks.kernels.registry import OPERATIONS
+from benchmarks.kernels.checks import compare
+from benchmarks.kernels.contenders import pair_slopes
+from benchmarks.kernels.meters import cpu_peak_mib
+from benchmarks.kernels.operations import OPERATIONS
 
-# Of what compiles, one is enough for CI, in one mode: a compilation takes ten seconds.
+# One compiled contender in one mode is enough: a compilation takes ten seconds.
 COMPILED = [("linear_logp", "materialised, compiled", "trainable")]
 DTYPES = {"logps": "bf16", "frozen": "fp32", "trainable": "bf16"}
 CELLS = [
@@ -63,23 +63,20 @@ def test_bare_products(benchmark, mode):
 
 
 def test_memory_does_not_grow_with_whole_logits():
-    """At a workspace that holds everything the extra memory is one [T, V], not several."""
+    """With a workspace that holds everything, the extra memory is one [T, V] and not several."""
     contenders = {c.name: c for c in OPERATIONS["linear_logp"].contenders}
     case = Case("linear_logp", "trainable", 1024, 64, 32000, "fp32", "cpu")
     whole = case.T * case.V * 4 / (1 << 20)
     assert cpu_peak_mib(contenders["dpo_fast torch"], case) < 1.3 * whole
     assert cpu_peak_mib(contenders["materialised"], case) > 1.8 * whole
     unknown = dataclasses.replace(contenders["materialised"], name="nobody")
-    with pytest.raises(
-        RuntimeError, match="StopIteration"
-    ):  # told, and not taken for a lack of memory
+    with pytest.raises(RuntimeError, match="StopIteration"):  # and not a lack of memory
         cpu_peak_mib(unknown, case)
 
 
 def test_inputs_are_peaked_like_a_language_model():
-    hidden, weight, targets, slopes = (
-        x.detach() for x in head_inputs(512, 256, 8000, torch.float32)
-    )
+    inputs = head_inputs(512, 256, 8000, torch.float32)
+    hidden, weight, targets, slopes = (x.detach() for x in inputs)
     logp = torch.log_softmax(hidden @ weight.t(), -1)
     chosen = logp.gather(1, targets[:, None]).squeeze(1)
     assert -1.7 < chosen.mean() < -0.7

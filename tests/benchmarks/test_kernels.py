@@ -1,9 +1,8 @@
-"""The runner of the benchmarks: rows with their evidence, no time without correctness, options."""
+"""`dpo-fast bench kernels`: rows with their evidence, no time without correctness, options."""
 
 import dataclasses
+import gc
 import inspect
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,26 +10,28 @@ import torch
 import dpo_fast.ops
 from benchmarks import run
 from benchmarks.cli import Package
-from benchmarks.kernels import gates, measure, options, peak, rows, table, timing, truth
+from benchmarks.kernels import checks, measure, meters, results
 from benchmarks.kernels.case import Case, Contender, Outputs, head_inputs, logits_inputs
 from benchmarks.kernels.linear_logp import OPERATION as HEAD
-from benchmarks.kernels.registry import OPERATIONS
+from benchmarks.kernels.operations import OPERATIONS
+from benchmarks.kernels.run import parse
 from benchmarks.machine import summary
 from dpo_fast.errors import UserError
 
-BENCHMARKS = Path(run.__file__).parent
-SMALL = [
-    "--shape",
-    "32,500",
-    "--tokens",
-    "64",
-    "--repeats",
-    "2",
-    "--no-memory",
-    "--ops",
-    "linear_logp",
-]
+SMALL = "--ops linear_logp --shape 32,500 --tokens 64 --repeats 2 --no-memory"
 OURS = ["--only", "dpo_fast torch*"]
+ONE_CELL = ["--modes", "trainable", "--dtypes", "fp32"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_buffers():
+    """No test needs the bandwidth of a large copy, or a cache emptied before every call."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(meters.FLUSH_BYTES, "cpu", 1 << 16)
+        patch.setitem(meters.COPY_BYTES, "cpu", 1 << 16)
+        gc.freeze()  # a run collects after every contender: what the imports left need not be searched
+        yield
+        gc.unfreeze()
 
 
 @pytest.fixture
@@ -48,39 +49,49 @@ def contenders(monkeypatch):
 
 def run_small(tmp_path, *arguments) -> tuple[int, list[dict]]:
     path = tmp_path / "rows.csv"
-    code = run.main(["kernels", *SMALL, "--csv", str(path), *arguments])
-    return code, rows.COLUMNS.read(path)
+    code = run.main(["kernels", *SMALL.split(), "--csv", str(path), *arguments])
+    return code, results.COLUMNS.read(path)
 
 
 def test_rows_have_every_column_and_sensible_values(tmp_path, capsys):
+    """Their pictures are drawn by a command."""
     code, found = run_small(tmp_path, *OURS, "--dtypes", "fp32,bf16")
     assert code == 0
     for row in found:
-        assert list(row) == list(rows.COLUMNS.names)
+        assert list(row) == list(results.COLUMNS.names)
         assert 0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
         assert row["device"].startswith("cpu") and row["torch"] == torch.__version__
         assert row["commit"] and row["date"] and row["rounds"] == 2
         assert (row["T"], row["D"], row["V"]) == (64, 32, 500)
-        if row["impl"] == rows.COPY:
+        if row["impl"] == results.COPY:
             assert row["gbps"] > 0
             continue
         assert row["flops"] == pytest.approx(row["products"] * 2 * 64 * 32 * 500, rel=1e-4)
         assert row["tflops"] == pytest.approx(row["flops"] / row["ms_p50"] / 1e9, rel=1e-4)
         assert row["x_of_bare_gemm"] > 0
-        if row["impl"] != rows.BARE:
+        if row["impl"] != results.BARE:
             assert row["max_err"] < 1e-2 and row["err_logp"] < 1e-4
     products = {(row["impl"], row["mode"]): row["products"] for row in found if row["products"]}
-    assert products["dpo_fast torch", "logps"] == products[rows.BARE, "logps"] == 1
-    assert products["dpo_fast torch", "frozen"] == products[rows.BARE, "frozen"] == 2
-    assert products["dpo_fast torch", "trainable"] == products[rows.BARE, "trainable"] == 3
+    assert products["dpo_fast torch", "logps"] == products[results.BARE, "logps"] == 1
+    assert products["dpo_fast torch", "frozen"] == products[results.BARE, "frozen"] == 2
+    assert products["dpo_fast torch", "trainable"] == products[results.BARE, "trainable"] == 3
     assert products["dpo_fast torch, recompute", "trainable"] == 4
     assert 3 < products["dpo_fast torch, half budget", "trainable"] < 4
     printed = capsys.readouterr().out
     assert "ceilings of this run: bare products" in printed and "recompute 4G" in printed
+    pytest.importorskip("matplotlib")
+    drawn = ["--out", str(tmp_path), "--format", "png"]
+    assert results.main([str(tmp_path / "rows.csv"), *drawn]) == 0
+    assert (tmp_path / "bars_T64_D32_V500_cpu.png").stat().st_size > 1000
 
 
 def test_a_ratio_is_of_the_products_of_the_rows_own_schedule():
-    series = {"logits": [10.0, 12.0, 10.0], "dH": [3.0] * 3, "dW": [5.0] * 3, rows.COPY: [1.0] * 3}
+    series = {
+        "logits": [10.0, 12.0, 10.0],
+        "dH": [3.0] * 3,
+        "dW": [5.0] * 3,
+        results.COPY: [1.0] * 3,
+    }
     cases = {mode: Case("linear_logp", mode, 8, 4, 16, "fp32", "cpu") for mode in HEAD.modes}
     bare = lambda mode, count: measure._bare_ms(HEAD, cases[mode], count, series)  # noqa: E731
     assert bare("logps", 1) == 10
@@ -108,7 +119,7 @@ def wrong(name="wrong", factor=1.01):
 
 def test_a_wrong_contender_gets_no_time_and_fails_the_run(tmp_path, capsys, contenders):
     contenders(wrong(), wrong("slightly off", 1.00001))
-    code, found = run_small(tmp_path, "--modes", "trainable", "--dtypes", "fp32")
+    code, found = run_small(tmp_path, *ONE_CELL)
     assert code == 1
     by_name = {row["impl"]: row for row in found}
     bad = by_name["wrong"]
@@ -138,7 +149,7 @@ def test_what_does_not_fit_or_breaks_has_a_row_that_says_so(tmp_path, contenders
         failing("broken peer", KeyError("x")),
         failing("ours, too large", torch.OutOfMemoryError("no"), ours=True),
     )
-    code, found = run_small(tmp_path, "--modes", "trainable", "--dtypes", "fp32")
+    code, found = run_small(tmp_path, *ONE_CELL)
     notes = {row["impl"]: row["note"] for row in found}
     assert code == 0
     assert notes["large"] == notes["large on a CPU"] == notes["ours, too large"] == "out of memory"
@@ -147,7 +158,7 @@ def test_what_does_not_fit_or_breaks_has_a_row_that_says_so(tmp_path, contenders
 
 def test_an_exception_in_ours_fails_the_run(tmp_path, capsys, contenders):
     contenders(failing("ours", KeyError("x"), ours=True))
-    assert run_small(tmp_path, "--modes", "trainable", "--dtypes", "fp32")[0] == 1
+    assert run_small(tmp_path, *ONE_CELL)[0] == 1
     assert "FAILED: ours / trainable" in capsys.readouterr().err
 
 
@@ -156,7 +167,7 @@ def test_who_is_missing_is_named_with_the_reason(tmp_path, capsys, contenders):
     peer = failing("peer", KeyError(), package=package)
     gpu = dataclasses.replace(peer, name="gpu peer", devices=("cuda",))
     contenders(peer, dataclasses.replace(peer, name="peer, exact"), gpu)
-    assert run_small(tmp_path, "--dtypes", "fp32,bf16")[0] == 0
+    assert run_small(tmp_path, "--modes", "trainable", "--dtypes", "fp32,bf16")[0] == 0
     lines = [line for line in capsys.readouterr().out.split("\n") if line.startswith("missing")]
     missing = "no-such-peer is not installed: pip install no-such-peer"
     assert lines == [
@@ -168,34 +179,31 @@ def test_who_is_missing_is_named_with_the_reason(tmp_path, capsys, contenders):
 
 
 def test_rows_go_to_a_file_and_from_it_to_pictures(tmp_path, capsys):
+    """A curve of time and memory. Each memory is measured in a process of its own."""
     pytest.importorskip("matplotlib")
-    plots = ["--plots", str(tmp_path / "plots"), "--repeats", "1"]
+    only = ["--only", "dpo_fast torch, recompute", "--repeats", "1"]
     curve = ["--growth", "--shape", "16,200", "--tokens", "16,32,64", "--dtypes", "fp32"]
-    assert run.main(["kernels", *OURS, *curve, *plots]) == 0
-    path = tmp_path / "plots" / "kernels.csv"
+    assert run.main(["kernels", *only, *curve, "--plots", str(tmp_path)]) == 0
+    path = tmp_path / "kernels.csv"
+    found = results.COLUMNS.read(path)
+    assert all(row["peak_mib"] >= 0 for row in found if row["impl"].startswith("dpo_fast"))
     again = tmp_path / "again.csv"
-    rows.COLUMNS.write(again, rows.COLUMNS.read(path))
-    assert rows.COLUMNS.read(again) == rows.COLUMNS.read(path)
-    picture = tmp_path / "plots" / "growth_D16_V200_trainable_fp32_cpu.svg"
-    assert "dpo_fast torch, recompute" in picture.read_text()
-
-    from benchmarks.kernels import plot
-
-    assert run_small(tmp_path, *OURS)[0] == 0
-    assert plot.main([str(tmp_path / "rows.csv"), "--out", str(tmp_path), "--format", "png"]) == 0
-    assert (tmp_path / "bars_T64_D32_V500_cpu.png").stat().st_size > 1000
-    first = (tmp_path / "plots" / "growth_D16_V200_trainable_fp32_cpu.svg").read_bytes()
-    plot.draw([path], tmp_path / "plots")
+    results.COLUMNS.write(again, found)
+    assert results.COLUMNS.read(again) == found
+    picture = tmp_path / "growth_D16_V200_trainable_fp32_cpu.svg"
+    first = picture.read_bytes()
+    assert b"dpo_fast torch, recompute" in first
+    results.draw([again], tmp_path)
     assert picture.read_bytes() == first  # the same rows, the same file
-    full = [row | {"impl": "large"} for row in rows.COLUMNS.read(path)]
-    full[-1] |= {"ms_p50": "", "peak_mib": "", "note": "out of memory"}
-    rows.COLUMNS.write(again, full)
-    plot.draw([again], tmp_path)
-    assert "large (no memory at 64)" in (tmp_path / picture.name).read_text()
+    found[-1] |= {"ms_p50": "", "peak_mib": "", "note": "out of memory"}
+    results.COLUMNS.write(again, found)
+    results.draw([again], tmp_path)
+    assert "dpo_fast torch, recompute (no memory at 64)" in picture.read_text()
 
 
 def test_the_budget_ends_a_run_between_groups(tmp_path, capsys):
-    code, found = run_small(tmp_path, *OURS, "--tokens", "16,32,48", "--budget-minutes", "1e-9")
+    few = [*ONE_CELL, "--only", "dpo_fast torch", "--tokens", "16,32,48"]
+    code, found = run_small(tmp_path, *few, "--budget-minutes", "1e-9")
     assert code == 0 and {row["T"] for row in found} == {16}
     assert "not measured" in capsys.readouterr().out
 
@@ -222,35 +230,37 @@ OPTIONS = {  # arguments, and what the message must say
 
 @pytest.mark.parametrize("arguments", OPTIONS)
 def test_an_option_that_cannot_be_honoured_is_named(arguments):
+    device = [] if "--device" in arguments else ["--device", "cpu"]
     with pytest.raises(UserError) as error:
-        options.parse(
-            [*arguments.split(), "--device", "cpu"][: None if "device" not in arguments else -2]
-        )
+        parse([*arguments.split(), *device])
     assert OPTIONS[arguments] in str(error.value)
 
 
 def test_options_of_this_machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--device cuda: this torch sees no GPU"):
-        options.parse(["--device", "cuda"])
+        parse(["--device", "cuda"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="--plots x needs matplotlib: pip install matplotlib"):
-        options.parse(["--plots", "x"])
+        parse(["--plots", "x"])
 
 
 def test_one_command_on_a_gpu_measures_points_and_the_curve(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    groups = options.parse([]).groups
-    heads = [group for group in groups if group.op == "linear_logp"]
-    points = {(g.T, g.D, g.V) for g in heads if not g.growth}
+    settings = parse([]).settings
+    heads = [s for s in settings if s.op == "linear_logp"]
+    points = {(s.T, s.D, s.V) for s in heads if not s.growth}
     assert points == {(8192, 4096, 128256), (16384, 896, 151936), (65536, 4096, 151936)}
-    assert [g.T for g in heads if g.growth] == [1024 * 2**n for n in range(7)]
-    assert {g.op for g in groups} == set(OPERATIONS) and {g.dtype for g in heads} == {"bf16"}
+    assert [s.T for s in heads if s.growth] == [1024 * 2**n for n in range(7)]
+    assert {s.op for s in settings} == set(OPERATIONS) and {s.dtype for s in heads} == {"bf16"}
 
 
 def test_who_stands_where():
-    """Without being asked for: on a GPU no fp32 products that take seconds, on a CPU no peer that adds
-    nothing but minutes, and of two forms of one peer the one that this machine has."""
+    """Contenders that nobody asked for by name.
+
+    On a GPU none whose fp32 products take seconds. On a CPU no peer that adds only minutes. Of two forms of a
+    peer the one that this machine can run.
+    """
 
     def names(device, mode, T, D, V):
         case = Case("linear_logp", mode, T, D, V, "bf16", device)
@@ -272,10 +282,10 @@ def test_a_spare_contender_runs_when_it_is_asked_for(tmp_path, capsys, contender
     ours = contenders()
     spare = dataclasses.replace(ours, name="spare", spare=lambda case: True)
     contenders(spare)
-    code, found = run_small(tmp_path, "--modes", "logps", "--dtypes", "fp32")
+    code, found = run_small(tmp_path, *ONE_CELL)
     assert code == 0 and "spare" not in {row["impl"] for row in found}
     assert "left out in some mode unless --only has the name: spare" in capsys.readouterr().out
-    code, found = run_small(tmp_path, "--modes", "logps", "--dtypes", "fp32", "--only", "spare")
+    code, found = run_small(tmp_path, *ONE_CELL, "--only", "spare")
     assert code == 0 and "spare" in {row["impl"] for row in found}
     with pytest.raises(UserError, match="Ask for these by name, without \\*: spare"):
         run_small(tmp_path, "--only", "spar*")
@@ -298,14 +308,14 @@ def test_every_operation_with_implementations_is_measured():
 
 @pytest.mark.parametrize("make", ["head", "logits"])
 def test_truth_in_chunks_is_autograd_through_whole_logits(monkeypatch, make):
-    monkeypatch.setitem(truth.CHUNK_BYTES, "cpu", 8 * 50 * 3)  # three tokens at a time
+    monkeypatch.setitem(checks.CHUNK_BYTES, "cpu", 8 * 50 * 3)  # three tokens at a time
     if make == "head":
         inputs = head_inputs(10, 8, 50, torch.float32)
-        found, leaves = truth.HeadTruth(inputs), (inputs.hidden, inputs.weight)
+        found, leaves = checks.HeadTruth(inputs), (inputs.hidden, inputs.weight)
         logits = inputs.hidden.double() @ inputs.weight.double().t()
     else:
         inputs = logits_inputs(10, 50, torch.float32)
-        found, leaves = truth.LogitsTruth(inputs), (inputs.logits,)
+        found, leaves = checks.LogitsTruth(inputs), (inputs.logits,)
         logits = inputs.logits.double()
     logp = torch.log_softmax(logits, -1).gather(1, inputs.targets[:, None]).squeeze(1)
     torch.testing.assert_close(found.logp, logp.detach())
@@ -318,38 +328,20 @@ def test_truth_in_chunks_is_autograd_through_whole_logits(monkeypatch, make):
 def test_gates_let_no_nan_through():
     logp, gradient = torch.zeros(4).sub(1.0), torch.ones(2, 2)
     contender = Contender("x", lambda case, inputs: None)
-    good = gates.compare(Outputs(logp.clone(), (gradient.clone(),)), logp, [gradient])
+    good = checks.compare(Outputs(logp.clone(), (gradient.clone(),)), logp, [gradient])
     assert good.verdict(contender, "bf16") is None
     for values, found in ((logp * torch.nan, gradient), (logp, gradient * torch.nan)):
-        errors = gates.compare(Outputs(values, (found,)), logp, [gradient])
+        errors = checks.compare(Outputs(values, (found,)), logp, [gradient])
         assert "above its gate" in errors.verdict(contender, "bf16")
 
 
 def test_rounds_go_there_and_back():
     calls = []
     functions = {name: lambda number, name=name: calls.append((name, number)) for name in "ab"}
-    series = timing.interleave(functions, "cpu", rounds=3)
+    series = meters.interleave(functions, "cpu", rounds=3)
     assert calls == [("a", 0), ("b", 0), ("b", 1), ("a", 1), ("a", 2), ("b", 2)]
     assert all(len(series[name]) == 3 for name in "ab")
     assert summary([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == (2.0, 3.5, 5.0)
-
-
-def test_pictures_are_drawn_again_by_a_command(monkeypatch, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    from benchmarks import pictures
-    from benchmarks.train import plot
-    from benchmarks.train.results import COLUMNS
-
-    monkeypatch.setattr(pictures, "RESULTS", tmp_path)
-    assert plot.main([]) == 2
-    assert f"plot: no train*.csv in {tmp_path}: run `dpo-fast bench" in capsys.readouterr().err
-    committed = BENCHMARKS / "results" / "train_cpu.csv"
-    (tmp_path / committed.name).write_bytes(committed.read_bytes())
-    assert plot.main(["--out", str(tmp_path / "drawn")]) == 0
-    (picture,) = (tmp_path / "drawn").glob("pairs_*.svg")
-    drawn = picture.read_text()
-    assert all(f">{row['impl']}<" in drawn for row in COLUMNS.read(committed))
-    assert str(picture) in capsys.readouterr().out
 
 
 def test_a_printed_row_stands_under_its_titles():
@@ -363,10 +355,10 @@ def test_a_printed_row_stands_under_its_titles():
     }
     case = Case("linear_logp", "trainable", 8, 4, 16, "fp32", "cpu")
     found = [
-        rows.row(case, "ours", schedule="mixed", products=3.5, **values),
-        rows.row(case, "large", products=3.0, note="out of memory"),
+        results.row(case, "ours", schedule="mixed", products=3.5, **values),
+        results.row(case, "large", products=3.0, note="out of memory"),
     ]
-    header, ours, large = table.block(found).split("\n")
+    header, ours, large = results.block(found).split("\n")
     cells = {
         "schedule": "mixed 3.5G",
         "ms p50": "123.5",
@@ -387,16 +379,10 @@ def test_a_printed_row_stands_under_its_titles():
 
 
 def test_memory_on_a_gpu_is_the_allocators(monkeypatch):
-    """Beyond what is there before and what comes out; counted anew for every call."""
+    """The peak of a call, less what was there before it and less its outputs."""
     seen = []
     counts = {"memory_allocated": 1 << 20, "max_memory_allocated": 4 << 20}
-    for name in (
-        "empty_cache",
-        "memory_allocated",
-        "reset_peak_memory_stats",
-        "synchronize",
-        "max_memory_allocated",
-    ):
+    for name in ("empty_cache", "reset_peak_memory_stats", "synchronize", *counts):
         call = lambda name=name: (seen.append(name), counts.get(name))[1]  # noqa: E731
         monkeypatch.setattr(torch.cuda, name, call)
 
@@ -404,62 +390,11 @@ def test_memory_on_a_gpu_is_the_allocators(monkeypatch):
         seen.append("run")
         return Outputs(torch.zeros(1 << 18))
 
-    assert peak.peak_mib(function, "cuda") == 2
-    told = [name for name in seen if name != "empty_cache"]
-    assert told == [
-        "memory_allocated",
-        "reset_peak_memory_stats",
-        "run",
-        "synchronize",
-        "max_memory_allocated",
-    ]
+    assert meters.peak_mib(function, "cuda") == 2
+    others = [name for name in seen if name != "empty_cache"]
+    before, after = (
+        ["memory_allocated", "reset_peak_memory_stats"],
+        ["synchronize", "max_memory_allocated"],
+    )
+    assert others == [*before, "run", *after]
     assert seen[0] == "empty_cache"
-
-
-def test_what_is_measured_has_a_name():
-    with pytest.raises(UserError, match="kernel to measure: choose kernels or train"):
-        run.main(["kernel"])
-    with pytest.raises(UserError, match="nothing to measure"):
-        run.main([])
-
-
-def test_the_benchmarks_know_nothing_of_each_other():
-    """And what they share knows neither. `run` imports what was asked for, by its name."""
-    for folder, strangers in (("kernels", "train"), ("train", "kernels"), (".", "kernels|train")):
-        files = list((BENCHMARKS / folder).glob("*.py"))
-        assert len(files) > 5
-        for file in files:
-            found = re.findall(
-                rf"^\s*from benchmarks(?:\.| import )(?:{strangers})\b.*", file.read_text(), re.M
-            )
-            assert not found, (file, found)
-
-
-@pytest.mark.parametrize("folder", ["kernels", "train"])
-def test_a_benchmark_lists_its_files(folder):
-    listed = re.findall(r"\w+\.py", (BENCHMARKS / folder / "__init__.py").read_text())
-    there = {file.name for file in (BENCHMARKS / folder).glob("*.py")} - {"__init__.py"}
-    assert len(listed) == len(there) and set(listed) == there
-
-
-def test_the_command_needs_a_checkout(monkeypatch, tmp_path):
-    pytest.importorskip("typer")
-    from dpo_fast.cli import bench
-
-    assert (bench.checkout() / "benchmarks" / "run.py").is_file()
-    monkeypatch.setattr(dpo_fast, "__file__", str(tmp_path / "site" / "dpo_fast" / "__init__.py"))
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="bench needs benchmarks/, which is not in the wheel"):
-        bench.checkout()
-
-
-def test_the_command_passes_options_on(monkeypatch, capsys):
-    pytest.importorskip("typer")
-    from dpo_fast.cli import app
-
-    monkeypatch.setattr("sys.argv", ["dpo-fast", "bench", "kernels", "--tokens", "0"])
-    monkeypatch.setattr(app, "_leave", lambda code: (_ for _ in ()).throw(SystemExit(code)))
-    with pytest.raises(SystemExit) as ended:
-        app.main()
-    assert ended.value.code == 2
-    assert "dpo-fast: --tokens 0: expected a whole number" in capsys.readouterr().err

@@ -12,106 +12,101 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.train import options, shares, table
-from benchmarks.train.case import CONTENDERS, lengths_of, work_of
-from benchmarks.train.data import draw_pairs, read_pairs
-from benchmarks.train.measure import Result, Spans, judge
-from benchmarks.train.model import MODELS, Sizes, sizes_of
+from benchmarks.machine import Stopwatch
+from benchmarks.train import results
+from benchmarks.train import run as command
+from benchmarks.train.case import CONTENDERS, MODELS, Sizes, lengths_of, sizes_of, work_of
+from benchmarks.train.measure import Result, judge
+from benchmarks.train.pairs import draw_pairs, read_pairs
 from benchmarks.train.results import COLUMNS
 from dpo_fast.errors import UserError
 from tests.support.paths import ROOT
 
 HAS_TRL = importlib.util.find_spec("trl") is not None
 HAS_PLOTS = importlib.util.find_spec("matplotlib") is not None
+WRONG = "dpo_fast shared_prefix, cached"  # made so by the worker
 CHOSEN = (
     "trl",
     "trl, precomputed, no checkpointing",
     "dpo_fast padded, cached",
     "dpo_fast packed, *",
+    WRONG,
 )
-
-
-def bench(module: list[str], *arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-m", *module, "--quick", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """One run of the command: its rows, its output, its folder."""
+    """One run of the command, with a contender made wrong: its rows by name, its output, its folder."""
     folder = tmp_path_factory.mktemp("bench")
     only = [word for name in CHOSEN for word in ("--only", name)]
     plots = ["--plots", str(folder)] if HAS_PLOTS else []
     file = folder / "train.csv"
-    done = bench(["dpo_fast", "bench", "train"], *only, "--csv", str(file), *plots)
-    assert done.returncode == 0, done.stderr
-    return COLUMNS.read(file), done, folder
+    module = [sys.executable, "-m", "tests.support.workers.bench_train"]
+    done = subprocess.run(
+        [*module, "--quick", *only, "--csv", str(file), *plots],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"},
+    )
+    assert file.exists(), done.stderr
+    return {row["impl"]: row for row in COLUMNS.read(file)}, done, folder
 
 
 def test_losses_agree_and_the_row_has_its_evidence(small):
     rows, done, folder = small
-    names = [row["impl"] for row in rows]
-    assert [name for name in names if name.startswith("dpo_fast")] == [
+    assert [name for name in rows if name.startswith("dpo_fast")] == [
         "dpo_fast padded, cached",
         "dpo_fast packed, cached",
+        "dpo_fast shared_prefix, cached",
         "dpo_fast packed, frozen",
     ]
-    assert ("trl" in names) == HAS_TRL
-    if not HAS_TRL:
-        assert (
-            "missing: trl; trl, precomputed, no checkpointing: trl is not installed" in done.stdout
-        )
-    for row in rows:
-        assert list(row) == list(COLUMNS.names) and not row["note"]
+    assert ("trl" in rows) == HAS_TRL
+    missing = "missing: trl; trl, precomputed, no checkpointing: trl is not installed"
+    assert (missing in done.stdout) != HAS_TRL
+    for name, row in rows.items():
+        assert list(row) == list(COLUMNS.names)
         assert row["first_loss"] == pytest.approx(math.log(2), abs=1e-5)
+        assert row["torch"] == torch.__version__ and row["deepspeed"]
+        assert row["commit"] and row["date"] and row["rounds"] == 2
+        if name == WRONG:
+            continue
+        assert not row["note"]
         assert abs(row["last_loss"] - math.log(2)) > 2e-3  # else equal losses would say nothing
         assert row["loss_err"] < 1e-4
-        assert 0 < row["s_p20"] <= row["s_p50"] <= row["s_p80"] and row["rounds"] == 2
-        assert row["pairs_per_s"] == pytest.approx(
-            row["global_batch_size"] / row["s_p50"], rel=1e-4
-        )
-        assert (
-            row["torch"] == torch.__version__ and row["commit"] and row["date"] and row["deepspeed"]
-        )
+        assert 0 < row["s_p20"] <= row["s_p50"] <= row["s_p80"]
+        rate = row["global_batch_size"] / row["s_p50"]
+        assert row["pairs_per_s"] == pytest.approx(rate, rel=1e-4)
         assert 0 < row["mfu_once"] < row["mfu"] and row["peak_mib"] > 0
         assert 0 < row["head_share"] < 1
-    by_name = {row["impl"]: row for row in rows}
-    assert by_name["dpo_fast packed, frozen"]["reference_share"] > 0.1
-    assert by_name["dpo_fast packed, cached"]["reference_share"] < 0.1
-    assert by_name["dpo_fast packed, cached"]["reference_seconds"] > 0
+    assert rows["dpo_fast packed, frozen"]["reference_share"] > 0.1
+    assert rows["dpo_fast packed, cached"]["reference_share"] < 0.1
+    assert rows["dpo_fast packed, cached"]["reference_seconds"] > 0
     if HAS_PLOTS:
-        assert {path.name.split("_")[0] for path in folder.glob("*.svg")} == {
-            "pairs",
-            "ingredients",
-        }
+        pictures = {path.name.split("_")[0] for path in folder.glob("*.svg")}
+        assert pictures == {"pairs", "ingredients"}
+
+
+def test_a_contender_with_other_losses_has_no_time(small):
+    rows, done, _ = small
+    assert done.returncode == 1
+    assert f"FAILED: {WRONG}: wrong: loss_err" in done.stderr and done.stderr.count("FAILED") == 1
+    wrong = rows[WRONG]
+    assert wrong["note"].startswith("wrong") and wrong["loss_err"] > 1e-3
+    assert wrong["s_p50"] == wrong["pairs_per_s"] == wrong["mfu"] == wrong["head_share"] == ""
 
 
 def test_everybody_sees_the_same_tokens(small):
-    """Packed ours takes all but the last token of every sequence; padding and TRL's come on top."""
+    """Our packed layout computes all but the last token of every sequence; padding comes on top."""
     rows, done, _ = small
-    by_name = {row["impl"]: row for row in rows}
-    packed = by_name["dpo_fast packed, cached"]
+    packed = rows["dpo_fast packed, cached"]
     sequences = 2 * packed["global_batch_size"]
     assert packed["data_tokens"] - sequences <= packed["computed_tokens"] <= packed["data_tokens"]
-    assert by_name["dpo_fast padded, cached"]["computed_tokens"] > 1.2 * packed["data_tokens"]
+    assert rows["dpo_fast padded, cached"]["computed_tokens"] > 1.2 * packed["data_tokens"]
     if HAS_TRL:
-        assert by_name["trl"]["computed_tokens"] > 1.2 * packed["data_tokens"]
+        assert rows["trl"]["computed_tokens"] > 1.2 * packed["data_tokens"]
         assert "missing: trl, padding_free" not in done.stdout  # nobody asked for it
     assert "losses went from 0.693147 to" in done.stdout and "all together" in done.stdout
-
-
-def test_a_contender_with_other_losses_has_no_time(tmp_path):
-    only = ["--only", "dpo_fast padded, cached", "--only", "dpo_fast packed, cached"]
-    file = tmp_path / "train.csv"
-    done = bench(["tests.support.workers.bench_train"], *only, "--no-memory", "--csv", str(file))
-    assert (
-        done.returncode == 1 and "FAILED: dpo_fast packed, cached: wrong: loss_err" in done.stderr
-    )
-    right, wrong = COLUMNS.read(file)
-    assert right["s_p50"] and right["pairs_per_s"] and not right["note"]
-    assert wrong["note"].startswith("wrong") and wrong["loss_err"] > 1e-3
-    assert wrong["s_p50"] == wrong["pairs_per_s"] == wrong["mfu"] == wrong["head_share"] == ""
 
 
 def result(name: str, *losses: float) -> Result:
@@ -153,26 +148,26 @@ def test_factors_multiply_to_the_whole():
         timed("dpo_fast packed, cached", 4.0, layout="packed"),
         timed("dpo_fast shared_prefix, cached", 2.5),
     ]
-    found = shares.ingredients(rows)
+    found = results.ingredients(rows)
     assert (found[0].name, found[0].seconds) == ("trl", 30)
     assert math.prod(part.factor for part in found) == pytest.approx(30 / 2.5)
     by_name = {part.name: part for part in found}
     assert by_name["head"].factor == pytest.approx(16 / (16 - 8 + 0.9))
     assert by_name["no padding"].factor == 9 / 4 and by_name["no padding"].seconds == 4
-    assert shares.token_factors(rows) == {"padding": 3.0, "repeated prompts": 2.0}
-    assert "all together" in table.shares(rows) and "12.00" in table.shares(rows)
+    assert results.token_factors(rows) == {"padding": 3.0, "repeated prompts": 2.0}
+    assert "all together" in results.factors(rows) and "12.00" in results.factors(rows)
 
 
 def test_a_missing_contender_joins_its_neighbours():
     rows = [timed("trl", 30.0), timed("dpo_fast packed, cached", 4.0, layout="packed")]
-    start, rest = shares.ingredients(rows)
+    start, rest = results.ingredients(rows)
     assert start.seconds == 30 and rest.factor == 7.5
     assert "stored reference" in rest.name and "no padding" in rest.name
-    assert shares.ingredients(rows[1:]) == []
+    assert results.ingredients(rows[1:]) == []
 
 
 def test_work_counts_every_product():
-    """Weights and attention as torch counts them in a forward pass; work, as sums over tokens."""
+    """A model's sizes as torch counts the flops of a forward pass; the work as sums over tokens."""
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -197,13 +192,13 @@ def test_work_counts_every_product():
     assert work.flops_once == pytest.approx(6 * (7 * 16 + 11 * 10 + 26 * once))
 
 
-def test_a_span_inside_another_counts_for_the_outer_one():
-    spans = Spans("cpu")
-    head = spans.timed(lambda: None, "head")
-    spans.timed(lambda: [head() for _ in range(3)], "reference")()
-    assert set(spans.take()) == {"reference"}
+def test_a_timed_function_inside_another_counts_for_the_outer_one():
+    stopwatch = Stopwatch("cpu")
+    head = stopwatch.timed(lambda: None, "head")
+    stopwatch.timed(lambda: [head() for _ in range(3)], "reference")()
+    assert set(stopwatch.take()) == {"reference"}
     head()
-    assert set(spans.take()) == {"head"} and spans.take() == {}
+    assert set(stopwatch.take()) == {"head"} and stopwatch.take() == {}
 
 
 def write(file: Path, rows: list[dict]) -> str:
@@ -226,13 +221,14 @@ def test_pairs_that_trainers_would_cut_differently_are_left_out(tmp_path):
     empty = {"prompt": "x", "chosen": "", "rejected": "y"}
     file = write(tmp_path / "pairs.jsonl", [*good, chat, merged, long, empty])
     pairs = read_pairs(file, 1024, 64, 100)
-    assert len(pairs.rows) == 31 and "31 of 33 pairs" in pairs.told and "1 bad rows" in pairs.told
+    assert (
+        len(pairs.rows) == 31 and "31 of 33 pairs" in pairs.origin and "1 bad rows" in pairs.origin
+    )
     prompts = [row["prompt"] for row in pairs.rows]
     assert "\n\nHuman: 7 or?\n\nAssistant:" in prompts and "0 o" not in prompts
     eos = pairs.tokenizer.eos_token_id
-    assert all(
-        row[name][-1] == eos for row in pairs.rows for name in ("chosen_ids", "rejected_ids")
-    )
+    for row in pairs.rows:
+        assert row["chosen_ids"][-1] == row["rejected_ids"][-1] == eos
     with pytest.raises(UserError, match="no usable pair in it"):
         read_pairs(write(tmp_path / "bad.jsonl", [empty]), 1024, 64, 100)
 
@@ -249,7 +245,7 @@ def test_drawn_pairs_have_the_lengths_that_were_asked_for():
     [
         ("--model tinny", "--model tinny: choose from tiny"),
         ("--rounds 0", "--rounds 0: expected a whole number"),
-        ("--trl-batch 5", "--trl-batch 5 does not divide --global-pairs 32; try 4"),
+        ("--trl-batch 5", "--trl-batch 5 does not divide --global-batch-size 32; try 4"),
         ("--data x.jsonl --prompt-ratio 4", "--prompt-ratio 4 is about drawn pairs"),
         ("--prompt-ratio -1", "--prompt-ratio -1: expected a number greater than 0"),
         ("--prompt-ratio inf", "--prompt-ratio inf: expected a number greater than 0"),
@@ -264,11 +260,11 @@ def test_drawn_pairs_have_the_lengths_that_were_asked_for():
 )
 def test_an_option_that_cannot_be_honoured_is_an_error(arguments, told):
     with pytest.raises(UserError) as caught:
-        options.parse(arguments.split())
+        command.parse(arguments.split())
     assert told in str(caught.value)
 
 
 def test_one_by_one_is_a_block_for_each():
     asked = ["--only", "trl*", "--skip", "*padding_free", "--order", "one-by-one"]
-    blocks = options.parse(asked).blocks
+    blocks = command.parse(asked).blocks
     assert len(blocks) == 4 and all(len(block) == 1 for block in blocks)

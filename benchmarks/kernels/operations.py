@@ -1,5 +1,4 @@
-"""Every operation that is measured, each with its contenders. `ls` answers "is it measured": an
-operation's file here has the name of its file in dpo_fast/ops and kernels/ops."""
+"""The operations that are measured, each in a file with the name of its kernel's file in kernels/ops."""
 
 from __future__ import annotations
 

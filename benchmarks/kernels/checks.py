@@ -1,16 +1,13 @@
-"""What the contenders are compared with: log-probs and gradients in fp64 (for fp32 inputs) or fp32 (for
-16-bit inputs, whose own rounding is ten thousand times coarser). Token chunk by token chunk, in plain
-PyTorch, and without a line of the code under test.
+"""No speed without correctness: the truth, and how far a contender may be off before it has no time.
 
-No speed without correctness: how far a contender may be off before its time is not printed.
+The truth is log-probs and gradients in fp64 for fp32 inputs, and in fp32 for 16-bit inputs, whose own
+rounding is ten thousand times coarser. Plain PyTorch computes it in chunks of tokens, without a line of the
+code under test.
 
-max_err       worst gradient element's error, relative to the largest element of that gradient (the
-              worst of the gradients; of the log-probs where a mode has no gradient)
-err_logp      worst log-prob's error in nats, per token where a contender returns sums
-err_sequence  worst error of the sum over SEQUENCE consecutive tokens, in nats
-
-`exact` is for contenders whose logits are fp32; `rounded` for those that round logits to the inputs'
-dtype, which bounds nothing better. With fp32 inputs both are the same thing.
+max_err       worst gradient element, relative to the largest element of its gradient; over all gradients
+              (of the log-probs in a mode without gradients)
+err_logp      worst log-prob in nats, per token if a contender returns sums
+err_sequence  worst sum over SEQUENCE consecutive tokens, in nats
 """
 
 from __future__ import annotations
@@ -24,6 +21,22 @@ from torch import Tensor
 from benchmarks.kernels.case import Contender, Outputs
 
 CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}  # of logits that exist at a time
+SEQUENCE = 2048  # tokens
+
+
+class Gate(NamedTuple):
+    gradient: float
+    logp: float
+
+
+GATES = {  # exact: logits in fp32; rounded: to the inputs' dtype, which in fp32 is the same
+    ("exact", "fp32"): Gate(1e-4, 2e-4),
+    ("exact", "bf16"): Gate(1e-2, 2e-3),
+    ("exact", "fp16"): Gate(1e-2, 2e-3),
+    ("rounded", "fp32"): Gate(1e-4, 2e-4),
+    ("rounded", "bf16"): Gate(1e-1, 3e-1),  # half a unit in the last place of a logit of 32: 0.06
+    ("rounded", "fp16"): Gate(2e-2, 4e-2),
+}
 
 
 def precision(dtype: torch.dtype) -> torch.dtype:
@@ -31,7 +44,10 @@ def precision(dtype: torch.dtype) -> torch.dtype:
 
 
 class _Truth(abc.ABC):
-    """`logp` [T] at once; gradients for given slopes when asked, kept until the next slopes."""
+    """Log-probs and gradients of an operation.
+
+    logp: [T], computed at once. Gradients are computed when asked for, and kept until other slopes come.
+    """
 
     def __init__(self, targets: Tensor, V: int, dtype: torch.dtype):
         self.targets, self.V, self.dtype = targets, V, precision(dtype)
@@ -44,7 +60,7 @@ class _Truth(abc.ABC):
     def logits(self, rows: slice) -> Tensor: ...
 
     def gradients(self, kind: str, slopes: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """Gradients of sum slopes * logp by name. `kind` names the slopes, to compute them once."""
+        """Gradients of sum_t slopes_t * logp_t, by input. kind: a name for the slopes, to keep them by."""
         if self._kind != kind:
             self._kind, self._kept = kind, {}  # freed first: a [V, D] in this precision is large
             with torch.no_grad():
@@ -72,7 +88,7 @@ class _Truth(abc.ABC):
 
 
 class HeadTruth(_Truth):
-    """Of z = h W^T."""
+    """The truth of logits z = h W^T."""
 
     def __init__(self, inputs):
         self.hidden, self.weight = inputs.hidden.detach(), inputs.weight.detach()
@@ -95,7 +111,7 @@ class HeadTruth(_Truth):
 
 
 class LogitsTruth(_Truth):
-    """Of logits that exist already."""
+    """The truth of given logits."""
 
     def __init__(self, inputs):
         self.given = inputs.logits.detach()
@@ -108,31 +124,13 @@ class LogitsTruth(_Truth):
         return {"logits": torch.cat([self._slope(rows, slopes) for rows in self._chunks()])}
 
 
-SEQUENCE = 2048  # tokens, the length of the target's statement about sums
-
-
-class Gate(NamedTuple):
-    gradient: float
-    logp: float
-
-
-GATES = {
-    ("exact", "fp32"): Gate(1e-4, 2e-4),
-    ("exact", "bf16"): Gate(1e-2, 2e-3),
-    ("exact", "fp16"): Gate(1e-2, 2e-3),
-    ("rounded", "fp32"): Gate(1e-4, 2e-4),
-    ("rounded", "bf16"): Gate(1e-1, 3e-1),  # half a unit in the last place of a logit of 32: 0.06
-    ("rounded", "fp16"): Gate(2e-2, 4e-2),
-}
-
-
 class Errors(NamedTuple):
     max_err: float
     err_logp: float
     err_sequence: float | None
 
     def verdict(self, contender: Contender, dtype: str) -> str | None:
-        """What is above its gate, or None. NaN is above every gate."""
+        """Which error is above its gate, None if none is. NaN is above every gate."""
         gate = GATES["exact" if contender.exact else "rounded", dtype]
         if not self.max_err <= gate.gradient:
             return f"wrong: max_err {self.max_err:.1e} is above its gate of {gate.gradient:.0e}"
@@ -144,7 +142,7 @@ class Errors(NamedTuple):
 def compare(outputs: Outputs, logp_T: Tensor, gradients: list[Tensor]) -> Errors:
     """Errors of a contender against the truth's log-probs and gradients."""
     values = outputs.values.detach().to(logp_T.dtype).reshape(-1)
-    tokens = len(logp_T) // len(values)  # that each value sums over
+    tokens = len(logp_T) // len(values)  # in the sum of each value
     distance = (values - logp_T.view(-1, tokens).sum(-1)).abs()
     err_logp = distance.max().item() / tokens
     sequence = None
@@ -159,7 +157,7 @@ def compare(outputs: Outputs, logp_T: Tensor, gradients: list[Tensor]) -> Errors
 
 
 def _relative(gradient: Tensor, truth: Tensor) -> float:
-    """Row chunk by row chunk: a whole difference in the truth's precision may not fit."""
+    """Largest error over largest element, in chunks of rows: a whole difference may not fit."""
     rows = max(1, (1 << 26) // max(1, truth[0].numel()))
     pairs = zip(gradient.split(rows), truth.split(rows), strict=True)
     worst = torch.stack([(g.to(t.dtype) - t).abs().max() for g, t in pairs]).max()

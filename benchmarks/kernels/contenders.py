@@ -1,26 +1,104 @@
-"""Other people's heads, each called the way its own documentation or trainer calls it.
+"""What contenders share, the plain head, and other people's heads.
 
-A peer imports its package when it first runs, so that the table needs none of them.
+A peer is called as its own documentation or trainer calls it. It imports its package when it first runs, so
+the table needs none of them.
 """
 
 from __future__ import annotations
 
+import functools
+import os
+import shutil
 import warnings
 
 import torch
+from torch import Tensor
+from torch.nn.functional import linear
 
 from benchmarks.cli import CCE, LIGER, QUACK, TRL
-from benchmarks.kernels.case import MODES, Case, Contender, HeadInputs
-from benchmarks.kernels.head import differentiated, per_token, why_not_compile
+from benchmarks.kernels.case import MODES, Case, Contender, HeadInputs, Outputs
+from dpo_fast.ops.dispatch import interpreting, why_not_cuda, why_not_triton
 
-COMPLETION = 1024  # tokens of each of Liger's completions, where T allows
+INTERPRETED = 1 << 18  # elements of [T, V] beyond which Triton's interpreter takes minutes
+
+COMPLETION = 1024  # tokens of each of Liger's completions, if T allows
 BETA = 0.01  # sums of a thousand log-probs differ by about a hundred nats: the sigmoid must not saturate
 HALF = ("bf16", "fp16")
 GPU = {"devices": ("cuda",)}
 
 
+def why_not(implementation: str, case: Case) -> str | None:
+    """Why one of our implementations cannot run a case; None if it can."""
+    if implementation == "torch":
+        return None
+    if case.device == "cpu" and interpreting() and case.T * case.V > INTERPRETED:
+        return "Triton's interpreter is for tests: choose T * V <= 2^18, or unset TRITON_INTERPRET"
+    if implementation == "cuda":
+        return why_not_cuda("linear_logp", torch.device(case.device), case.torch_dtype)
+    return why_not_triton(torch.device(case.device), case.torch_dtype)
+
+
+def differentiated(case: Case, inputs: HeadInputs, function):
+    """A run of `function(hidden, weight, targets) -> (values, root)` in the case's mode.
+
+    root: what is differentiated; with the slopes per token if it has one element per token.
+    """
+    hidden, weight, targets, slopes = inputs
+    if case.mode != "trainable":
+        weight = weight.detach()
+    if case.mode == "logps":  # some ask the tensor, not autograd, whether it needs a gradient
+        hidden = hidden.detach()
+    leaves = [x for x in (hidden, weight) if x.requires_grad]
+
+    def run() -> Outputs:
+        if case.mode == "logps":
+            with torch.no_grad():
+                return Outputs(function(hidden, weight, targets)[0])
+        values, root = function(hidden, weight, targets)
+        plan = getattr(root.grad_fn, "plan", None)  # our own node keeps the plan of the call
+        gradients = torch.autograd.grad(root, leaves, slopes if root.dim() else None)
+        reported = (plan.schedule, plan.gemms) if plan else ()
+        return Outputs(values.detach(), gradients, *reported)
+
+    return run
+
+
+def per_token(function):
+    """`build` of a contender from `function(hidden, weight, targets) -> logp [T]`."""
+
+    def build(case: Case, inputs: HeadInputs):
+        def both(*arguments):
+            logp = function(*arguments)
+            return logp, logp
+
+        return differentiated(case, inputs, both)
+
+    return build
+
+
+def materialised(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """What most trainers do: logits in the inputs' dtype, softmax in fp32."""
+    logits = linear(hidden, weight).float()
+    return torch.log_softmax(logits, -1).gather(1, targets[:, None]).squeeze(1)
+
+
+@functools.cache
+def compiled(function):
+    """torch.compile, once per process: Dynamo guards on the shape and keeps a graph for each."""
+    return torch.compile(function, dynamic=False)
+
+
+def why_not_compile(case: Case) -> str | None:
+    """Why torch.compile cannot run: it writes C++ for a CPU, and Triton with a C launcher for a GPU."""
+    variable, usual = ("CXX", "g++") if case.device == "cpu" else ("CC", "gcc")
+    names = (os.environ.get(variable, usual), usual, "clang")
+    if any(shutil.which(name) for name in names):
+        return None
+    return f"torch.compile needs a compiler: install {usual}, or name one in {variable}"
+
+
 def trl(outputs: tuple[str, ...]):
-    """TRL's chunked log-prob with the arguments of DPOTrainer; bare, or with its metrics."""
+    """TRL's chunked log-prob with DPOTrainer's arguments. outputs: the metrics asked for."""
 
     def function(hidden, weight, targets):
         from trl.kernels import ChunkedLogProbFunction
@@ -33,7 +111,7 @@ def trl(outputs: tuple[str, ...]):
 
 
 def pairs(T: int) -> int:
-    """Pairs whose completions, all equally long, have T tokens in all: no padding, Liger's best case."""
+    """Pairs of equally long completions with T tokens in all: no padding, Liger's best case."""
     return max(1, T // (2 * COMPLETION))
 
 
@@ -53,8 +131,8 @@ def liger_dpo(compile: bool):
 
             rows = 2 * pairs(case.T), -1
             loss = LigerFusedLinearDPOLoss(beta=BETA, compiled=compile, use_ref_model=False)
-            value, told = loss(weight, hidden.view(*rows, case.D), targets.view(rows))
-            return torch.cat(told[:2]), value
+            value, parts = loss(weight, hidden.view(*rows, case.D), targets.view(rows))
+            return torch.cat(parts[:2]), value
 
         return differentiated(case, inputs, function)
 
@@ -69,8 +147,10 @@ def _uneven(case: Case) -> str | None:
 
 
 def _of_loss(loss: torch.Tensor):
-    """(log-probs, what to differentiate) of a cross-entropy. A sum is differentiated as it is: with an
-    upstream slope of 1 its gradients need no scaling, and some skip it."""
+    """(log-probs, what to differentiate) of a cross-entropy.
+
+    A sum is differentiated as it is: some skip the scaling of gradients if the upstream slope is 1.
+    """
     return -loss, loss if loss.dim() == 0 else -loss
 
 
@@ -111,7 +191,7 @@ def _why_not_quack(case: Case) -> str | None:
 
 
 def torch_chunked(reduction: str):
-    """PyTorch's own head in its chunked form; without options it is the materialised one."""
+    """PyTorch's own head. The options make it chunked; without them it is the materialised one."""
 
     def function(hidden, weight, targets):
         from torch.nn import LinearCrossEntropyOptions
@@ -134,12 +214,12 @@ def _why_not_torch_chunked(case: Case) -> str | None:
 
 
 def _on_a_cpu(*modes: str):
-    """`spare`: on a CPU in these modes. They would add minutes."""
+    """`spare` of a contender that would add minutes on a CPU, in these modes."""
     return lambda case: case.device == "cpu" and case.mode in modes
 
 
 def _liger(compile: bool) -> Contender:
-    """One of two stands in the table: compiled where that is possible."""
+    """Liger's DPO. One of its two forms stands in the table: compiled if there is a compiler."""
     slow = _on_a_cpu("logps")
     return Contender(
         f"liger dpo, {'compiled' if compile else 'eager'}",
@@ -153,7 +233,7 @@ def _liger(compile: bool) -> Contender:
 
 
 def _torch(name: str, reduction: str, **options) -> Contender:
-    """On a CPU its chunks are a dozen tokens: several times slower than anything else."""
+    """PyTorch's head. On a CPU its chunks are a dozen tokens: several times slower than all others."""
     return Contender(
         name,
         torch_chunked(reduction),

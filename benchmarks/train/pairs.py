@@ -1,7 +1,7 @@
-"""The pairs of `bench train`, as one file of prompt, chosen and rejected that everybody reads.
+"""The pairs of `bench train`: one file of prompt, chosen and rejected that every contender reads.
 
-Kept are pairs that fit, and that everybody's tokenising cuts at the same token; so nothing is truncated
-and all contenders are trained on the same ids.
+A pair is kept if it fits, so nothing is truncated, and if no token straddles the end of its prompt, so all
+contenders train on the same ids.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from dpo_fast.errors import UserError
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
 VOCABULARY = 8192
-# Mean and deviation of the log of the lengths in tokens (vocabulary of 8,192, with the end of turn) over
-# 1,495 pairs of HH harmless: medians of 95, 29 and 37 tokens, means of 123, 42 and 53.
+# Mean and standard deviation of ln(tokens) over 1,495 pairs of HH harmless, with a vocabulary of 8,192 and
+# the end of turn. The medians are 95, 29 and 37 tokens, the means 123, 42 and 53.
 HH_LENGTHS = {"prompt": (4.37, 1.00), "chosen": (3.37, 0.87), "rejected": (3.56, 0.93)}
 TEXTS = ("prompt", "chosen", "rejected")
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """rows: the three texts and the three lists of ids of each pair. told: where they are from."""
+    """rows: texts and ids of each pair. origin: where they come from, in words."""
 
     rows: list[dict]
     tokenizer: object
-    told: str
+    origin: str
 
     def write(self, file: Path) -> Path:
         lines = [json.dumps({name: row[name] for name in TEXTS}) + "\n" for row in self.rows]
@@ -40,8 +40,10 @@ class Pairs:
 
 
 def read_pairs(name: str, vocabulary: int, max_length: int, count: int, seed: int = 0) -> Pairs:
-    """`count` pairs, or all, drawn from what `data.train` would take, with a byte-level BPE tokenizer of
-    at most 8,192 tokens trained on their text."""
+    """Up to `count` pairs of a source that `data.train` would take, drawn at random.
+
+    Their tokenizer is a byte-level BPE of at most 8,192 tokens, trained on their text.
+    """
     config = DataConfig(train=name, on_bad_row="skip", max_length=max_length)
     bad, texts = BadRows("skip"), []
     for source in resolve(config.train_sources):
@@ -54,20 +56,20 @@ def read_pairs(name: str, vocabulary: int, max_length: int, count: int, seed: in
         raise UserError(f"--data {name}: no usable pair in it ({bad.total} bad rows)")
     tokenizer = train_tokenizer([" ".join(row.values()) for row in texts], vocabulary)
     kept = _kept(texts, tokenizer, max_length, count, seed)
-    told = f"{len(kept)} of {len(texts)} pairs of {Path(name).name}"
-    told += f" ({bad.total} bad rows left out)" if bad.total else ""
-    return Pairs(kept, tokenizer, told)
+    origin = f"{len(kept)} of {len(texts)} pairs of {Path(name).name}"
+    origin += f" ({bad.total} bad rows left out)" if bad.total else ""
+    return Pairs(kept, tokenizer, origin)
 
 
 def draw_pairs(
     vocabulary: int, max_length: int, count: int, ratio: float | None, seed: int = 0
 ) -> Pairs:
-    """Pairs of random words, one token each, with the lengths of HH harmless; with a ratio the prompt
-    is so many times as long as the mean of the two answers."""
-    draw, words = (
-        random.Random(seed),
-        [f"w{number}" for number in range(min(VOCABULARY, vocabulary))],
-    )
+    """Pairs of random words, one token each, with the lengths of HH harmless.
+
+    ratio: length of a prompt over the mean length of its two answers.
+    """
+    draw = random.Random(seed)
+    words = [f"w{number}" for number in range(min(VOCABULARY, vocabulary))]
     tokenizer, texts = word_tokenizer(words), []
     while len(texts) < 2 * count:  # more than enough of them fit
         lengths = {
@@ -83,9 +85,8 @@ def draw_pairs(
         )
     kept = _kept(texts, tokenizer, max_length, count, seed)
     shape = f"prompts {ratio:g} times the answers" if ratio else "the prompts' of HH harmless too"
-    return Pairs(
-        kept, tokenizer, f"{len(kept)} random pairs, answer lengths of HH harmless, {shape}"
-    )
+    origin = f"{len(kept)} random pairs, answer lengths of HH harmless, {shape}"
+    return Pairs(kept, tokenizer, origin)
 
 
 def train_tokenizer(texts: list[str], vocabulary: int):
@@ -105,7 +106,7 @@ def train_tokenizer(texts: list[str], vocabulary: int):
 
 
 def word_tokenizer(words: list[str]):
-    """The first three words give way to the special tokens."""
+    """A tokenizer with a token for each word. The special tokens replace the first three."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     vocabulary = {word: index for index, word in enumerate([PAD, EOS, UNKNOWN, *words[3:]])}
@@ -122,7 +123,7 @@ def _wrapped(tokenizer):
 
 
 def _texts(row: PairRow) -> dict[str, str]:
-    """The three texts; messages become turns, as HH has them."""
+    """The three texts; messages become turns as in HH."""
     if not row.is_chat:
         return {name: getattr(row, name) for name in TEXTS}
     names = {"user": "Human", "assistant": "Assistant"}
@@ -147,7 +148,11 @@ def _kept(texts: list[dict], tokenizer, max_length: int, count: int, seed: int) 
 
 
 def _ids(row: dict[str, str], tokenizer) -> dict:
-    """Ids of the parts, and whether prompt and answer meet between two tokens."""
+    """Ids of the three parts, the length of the longer sequence, and whether the pair is clean.
+
+    In a clean pair no token straddles the end of the prompt, no text holds an end of turn, and the answers
+    differ.
+    """
     prompt = tokenizer(row["prompt"])["input_ids"]
     ids = {"prompt_ids": prompt, "clean": bool(prompt), "longest": 0}
     for name in ("chosen", "rejected"):
