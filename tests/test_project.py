@@ -99,7 +99,8 @@ def test_the_wheel_holds_every_package(tmp_path):
         capture_output=True,
         timeout=120,
     )
-    names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
+    wheel = zipfile.ZipFile(next(tmp_path.glob("*.whl")))
+    names = set(wheel.namelist())
     expected = {
         f"dpo_fast/{path.relative_to(PACKAGE)}"
         for path in PACKAGE.rglob("*.py")
@@ -107,6 +108,9 @@ def test_the_wheel_holds_every_package(tmp_path):
     }
     expected |= {f"dpo_fast/kernels/{path.name}" for path in (ROOT / "kernels/ops").glob("*.py")}
     assert {name for name in names if name.endswith(".py")} == expected
+    about = next(name.removesuffix("METADATA") for name in names if name.endswith("/METADATA"))
+    assert b"License-Expression: Apache-2.0" in wheel.read(f"{about}METADATA")
+    assert wheel.read(f"{about}licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
 
 
 def documents() -> list[Path]:
