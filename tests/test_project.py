@@ -202,16 +202,6 @@ def test_every_configuration_is_valid_and_comments_every_key():
                 assert "#" in line, f"{file.name}: no comment beside {line.strip()!r}"
 
 
-def test_the_loss_table_in_the_documents_is_the_code():
-    from dpo_fast.losses import LOSSES
-
-    text = (ROOT / "README.md").read_text()
-    for name in LOSSES:
-        assert f"`{name}`" in text, name
-    table = text.split("| loss | what | source |")[1].split("\n\n")[0]
-    assert set(re.findall(r"^\| `(\w+)`", table, re.M)) <= set(LOSSES)
-
-
 def test_the_page_of_the_losses_is_made_of_the_code():
     import yaml
 
@@ -222,6 +212,12 @@ def test_the_page_of_the_losses_is_made_of_the_code():
     assert text == page(), "run make docs"
     (example,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
     LossSection(**yaml.safe_load(example)["loss"])
+
+
+def test_the_page_of_the_configuration_is_made_of_the_code():
+    from dpo_fast.training.config_docs import page
+
+    assert (ROOT / "docs/CONFIG.md").read_text() == page(), "run make docs"
 
 
 def test_every_environment_variable_is_in_the_table():
