@@ -14,6 +14,12 @@ from dpo_fast.losses.options import CHOICES
 from dpo_fast.losses.spec import SHARED
 from dpo_fast.training.config import RunConfig
 
+COMPANIONS = {  # options of the losses that only modify another one, and what refuses them besides
+    "f_alpha_divergence_coef": "unless `f_divergence_type` is alpha_divergence",
+    "weighting_clamp": "without `use_weighting`",
+    "ld_reference": "false without `ld_alpha`",
+    "token_clamp": "with `reference_free`",
+}
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 
 
@@ -67,9 +73,8 @@ def _add_losses(properties: dict[str, Any]) -> None:
     for option, choices in CHOICES.items():
         properties[option]["enum"] = list(choices)
     for option in properties.keys() - {"type", "weights", "beta"}:
-        also = properties[option].get("refused")
-        refused = f"{_loss_refusal(option)}; {also}" if also else _loss_refusal(option)
-        properties[option]["refused"] = refused
+        refusals = (_loss_refusal(option), COMPANIONS.get(option))
+        properties[option]["refused"] = "; ".join(filter(None, refusals))
 
 
 def _loss_refusal(option: str) -> str:

@@ -13,7 +13,7 @@ from dpo_fast.cli.app import app
 from dpo_fast.errors import UserError
 from dpo_fast.losses import LOSSES
 from dpo_fast.training.config import RunConfig, build_config, load_config
-from dpo_fast.training.config_schema import editor_schema, run_schema
+from dpo_fast.training.config_schema import COMPANIONS, editor_schema, run_schema
 from tests.support.paths import ROOT
 
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -114,6 +114,19 @@ def test_what_the_schema_says_of_losses_is_so():
             build_config(changed("loss", type=idle, **{option: value}), "run.yaml")
         named = all(f"`{name}`" in field["refused"] for name in users)
         assert named or "`sft` aside" in field["refused"], option
+
+
+def test_options_that_modify_another_one_are_refused_without_it():
+    trees = {
+        "f_alpha_divergence_coef": {"f_alpha_divergence_coef": 0.7},
+        "weighting_clamp": {"weighting_clamp": 1.0},
+        "ld_reference": {"ld_reference": False},
+        "token_clamp": {"token_clamp": 1.0, "reference_free": True},
+    }
+    assert set(trees) == set(COMPANIONS)
+    for option, values in trees.items():
+        with pytest.raises(UserError, match=option):
+            build_config(changed("loss", **values), "run.yaml")
 
 
 def test_refusals_stand_in_what_editors_show():
