@@ -23,7 +23,7 @@ BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveM
 NAMES = {"boolean": "bool", "integer": "int", "number": "float", "string": "str", "object": "dict"}
 EMPTY = {"array": [], "object": {}}  # the schema leaves out defaults that a factory makes
 BAR = "\\|"  # a bar within a cell
-MANY = 8  # more names than this do not fit a cell
+MANY = 8  # more names than this do not fit a cell: the meaning says where they stand
 
 
 def page() -> str:
@@ -60,7 +60,7 @@ def kind(field: dict[str, Any]) -> str:
     """The type of a field in Python's words, with its bounds."""
     if "enum" in field:
         names = [f"`{name}`" for name in field["enum"]]
-        return ", ".join(names) if len(names) <= MANY else f"one of {len(names)} names"
+        return ", ".join(names) if len(names) <= MANY else "str"
     if "anyOf" in field:
         return " or ".join(kind(each) for each in field["anyOf"] if each.get("type") != "null")
     if "properties" in field:

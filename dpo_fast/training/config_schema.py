@@ -81,8 +81,12 @@ def _loss_refusal(option: str) -> str:
     """Which losses refuse an option, in words."""
     if option in SHARED:
         return "if one of the losses, `sft` aside, does not use it"
-    takers = (f"`{name}`" for name, spec in LOSSES.items() if option in spec.options)
-    return f"unless `type` has {' or '.join(takers)}"
+    *others, last = (f"`{name}`" for name, spec in LOSSES.items() if option in spec.options)
+    return (
+        f"unless `type` has {', '.join(others)} or {last}"
+        if others
+        else f"unless `type` has {last}"
+    )
 
 
 def _tell_refusals(properties: dict[str, Any]) -> None:
