@@ -33,6 +33,8 @@ csrc: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python -m dpo_fast.losses.docs > docs/LOSSES.md
+	$(BIN)/python -m dpo_fast.training.config_docs > docs/CONFIG.md
+	$(BIN)/dpo-fast config schema --out configs/schema.json
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

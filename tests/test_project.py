@@ -145,7 +145,8 @@ def test_the_wheel_holds_every_package(tmp_path):
         capture_output=True,
         timeout=120,
     )
-    names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
+    wheel = zipfile.ZipFile(next(tmp_path.glob("*.whl")))
+    names = set(wheel.namelist())
     expected = {
         f"dpo_fast/{path.relative_to(PACKAGE)}"
         for path in PACKAGE.rglob("*.py")
@@ -153,6 +154,9 @@ def test_the_wheel_holds_every_package(tmp_path):
     }
     expected |= {f"dpo_fast/kernels/{path.name}" for path in (ROOT / "kernels/ops").glob("*.py")}
     assert {name for name in names if name.endswith(".py")} == expected
+    about = next(name.removesuffix("METADATA") for name in names if name.endswith("/METADATA"))
+    assert b"License-Expression: Apache-2.0" in wheel.read(f"{about}METADATA")
+    assert wheel.read(f"{about}licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
 
 
 def documents() -> list[Path]:
@@ -168,8 +172,10 @@ def test_paths_in_the_documents_exist():
                 or "output_dir" in name
             ):
                 continue
-            found = (ROOT / name).exists() or (PACKAGE / name).exists()
-            assert found, f"{document.name} names {name}"
+            roots = (ROOT, PACKAGE, document.parent)
+            assert any((root / name).exists() for root in roots), f"{document.name} names {name}"
+        for link in re.findall(r"\]\(([^):#]+)\)", document.read_text()):
+            assert (document.parent / link).exists(), f"{document.name} links to {link}"
 
 
 def test_make_targets_and_commands_in_the_readme_exist():
@@ -183,6 +189,34 @@ def test_make_targets_and_commands_in_the_readme_exist():
         assert re.search(rf"^{target}:", makefile, re.M), target
     commands = set(re.findall(r"dpo-fast ([a-z]+)", text))
     assert commands <= set(get_command(app).commands), commands
+
+
+def test_the_tree_in_the_readme_is_the_repository():
+    """Every folder of it exists, and every folder of the repository and of the library is in it."""
+    (tree,) = re.findall(r"```text\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    lines = re.findall(r"^( *)(\w+)/ +\S", tree, re.M)
+    assert len(lines) == len(tree.splitlines())
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    files = [Path(name) for name in tracked.stdout.splitlines()]
+    assert (
+        files or tracked.returncode
+    )  # without git, as from an archive, there is nothing to compare
+    folders = {file.parts[0] for file in files if len(file.parts) > 1} - {".ci"}
+    rooms = {file.parts[1] for file in files if file.parts[0] == "dpo_fast" and len(file.parts) > 2}
+    assert not files or {name for indent, name in lines if not indent} == folders
+    assert not files or {name for indent, name in lines if indent} == rooms
+
+
+def test_what_the_readme_says_of_losses_and_configuration_is_so():
+    import yaml
+
+    from dpo_fast.losses import LOSSES
+    from dpo_fast.training.config import build_config
+
+    text = (ROOT / "README.md").read_text()
+    assert f"DPO and {len(LOSSES) - 1} other losses" in text
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    build_config(yaml.safe_load(example), "README.md")
 
 
 def test_python_in_the_readme_runs():
@@ -288,16 +322,6 @@ def test_every_configuration_is_valid_and_comments_every_key():
                 assert "#" in line, f"{file.name}: no comment beside {line.strip()!r}"
 
 
-def test_the_loss_table_in_the_documents_is_the_code():
-    from dpo_fast.losses import LOSSES
-
-    text = (ROOT / "README.md").read_text()
-    for name in LOSSES:
-        assert f"`{name}`" in text, name
-    table = text.split("| loss | what | source |")[1].split("\n\n")[0]
-    assert set(re.findall(r"^\| `(\w+)`", table, re.M)) <= set(LOSSES)
-
-
 def test_the_page_of_the_losses_is_made_of_the_code():
     import yaml
 
@@ -308,6 +332,12 @@ def test_the_page_of_the_losses_is_made_of_the_code():
     assert text == page(), "run make docs"
     (example,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
     LossSection(**yaml.safe_load(example)["loss"])
+
+
+def test_the_page_of_the_configuration_is_made_of_the_code():
+    from dpo_fast.training.config_docs import page
+
+    assert (ROOT / "docs/CONFIG.md").read_text() == page(), "run make docs"
 
 
 def test_every_environment_variable_is_in_the_table():

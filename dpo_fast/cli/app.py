@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 
 from dpo_fast.cli import bench
+from dpo_fast.cli.config import Config, Overrides
+from dpo_fast.cli.config import app as config_app
 from dpo_fast.errors import Interrupted, UserError
 
 app = typer.Typer(
@@ -20,10 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench.app, name="bench")
-Config = Annotated[str, typer.Argument(help="YAML file, see configs/", metavar="CONFIG")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="section.key=value", metavar="[KEY=VALUE]...")
-]
+app.add_typer(config_app, name="config")
 
 
 @app.command()

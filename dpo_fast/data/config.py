@@ -19,7 +19,7 @@ COLUMNS = (
 
 
 class DataConfig(BaseModel):
-    """Which rows to read and how to turn them into tokens. Raises ValidationError on a mistake."""
+    """Which rows to read, and how to turn them into tokens."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

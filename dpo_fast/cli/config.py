@@ -1,0 +1,49 @@
+"""`dpo-fast config ...`: what a configuration may hold, and what one comes to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+
+from dpo_fast.errors import UserError
+
+app = typer.Typer(
+    help="Look at configurations; docs/CONFIG.md has every key.", no_args_is_help=True
+)
+Config = Annotated[str, typer.Argument(help="YAML file, see configs/", metavar="CONFIG")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="section.key=value", metavar="[KEY=VALUE]...")
+]
+
+
+@app.command()
+def show(config: Config, overrides: Overrides = None) -> None:
+    """Print the whole configuration, with every default filled in. The output is itself one."""
+    from dpo_fast.training.config import load_config
+
+    tree = load_config(config, overrides or ()).resolved()
+    typer.echo(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), nl=False)
+
+
+@app.command()
+def schema(
+    out: Annotated[
+        Path | None, typer.Option(help="write to this file, not to the terminal")
+    ] = None,
+) -> None:
+    """Print the JSON schema of a configuration, with which editors complete and check one."""
+    from dpo_fast.training.config_schema import editor_schema
+
+    text = json.dumps(editor_schema(), indent=2, ensure_ascii=False) + "\n"
+    if out is None:
+        typer.echo(text, nl=False)
+        return
+    try:
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}") from None
+    typer.echo(out)
