@@ -21,7 +21,7 @@ FLOORS = [  # each may import from those below it
     {"losses"},
     {"ops"},
     {"kernels"},
-    {"errors"},
+    {"errors", "durable"},
 ]
 LEVEL = {room: len(FLOORS) - index for index, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -18,6 +17,7 @@ import numpy as np
 import pyarrow
 import pyarrow.compute
 
+from dpo_fast import durable
 from dpo_fast.data.build import build
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.kinds import COMPLETIONS, GROUPS, PAIRS, ExampleLengths, Kind, kind_of
@@ -84,12 +84,9 @@ def _saved_files(tokenizer: Any) -> dict[str, str]:
 
 
 def publish(finished: Path, target: Path) -> None:
-    """Renames a finished folder to its final name: readers see all of it or nothing.
-
-    When another process published the same key first, its folder stays: the contents are equal.
-    """
+    """`durable.publish`; if another process was first, its folder stays, since the contents are equal."""
     try:
-        os.rename(finished, target)
+        durable.publish(finished, target)
     except OSError:
         if not target.is_dir():
             raise

@@ -23,14 +23,14 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 
+from dpo_fast import durable
 from dpo_fast.data.dataset import Dataset
 from dpo_fast.data.kinds import Kind
 from dpo_fast.errors import UserError
@@ -90,26 +90,6 @@ def read_rows(folder: Path, columns: list[str]) -> pyarrow.Table:
     return pyarrow.concat_tables(tables)
 
 
-def write_durably(file: Path, content: bytes) -> None:
-    """Aside, flushed, renamed: after a power cut too the file is whole or absent."""
-    aside = file.with_name(f".{file.name}.partial")
-    with aside.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.rename(file)
-    flush_folder(file.parent)
-
-
-def flush_folder(folder: Path) -> None:
-    """Names in a folder reach the disk too."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 ROWS_PER_PART = 2048  # what is lost at most when a process is killed
 
 
@@ -127,7 +107,7 @@ class Unfinished:
 
     def __init__(self, final: Path, manifest: dict, examples: Dataset) -> None:
         self.final, self.examples = final, examples
-        self.folder = final.with_name(f".{final.name}.partial")
+        self.folder = durable.aside(final)
         self.manifest = manifest | {"rows_per_part": ROWS_PER_PART}
         self.parts = part_rows(len(examples), ROWS_PER_PART)
         self._lock: int | None = None
@@ -150,7 +130,7 @@ class Unfinished:
                     )
             else:
                 content = json.dumps(self.manifest, indent=2)
-                write_durably(self.folder / MANIFEST, content.encode())
+                durable.write_file(self.folder / MANIFEST, content)
         return [index for index in range(len(self.parts)) if not self._is_done(index)]
 
     def write(self, index: int, table: pyarrow.Table) -> None:
@@ -158,7 +138,7 @@ class Unfinished:
         content = io.BytesIO()
         pyarrow.parquet.write_table(table, content, write_page_checksum=True)
         with self._writing():
-            write_durably(self.folder / part_name(index), content.getvalue())
+            durable.write_file(self.folder / part_name(index), content.getvalue())
 
     def finish(self, information: dict) -> None:
         """All parts are there: completes the manifest and gives the folder its name."""
@@ -167,9 +147,8 @@ class Unfinished:
             digests = {n: hashlib.sha256((self.folder / n).read_bytes()).hexdigest() for n in names}
             created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
             whole = self.manifest | information | {"created": created, "parts": digests}
-            write_durably(self.folder / MANIFEST, json.dumps(whole, indent=2).encode())
-            self.folder.rename(self.final)
-            flush_folder(self.final.parent)
+            durable.write_file(self.folder / MANIFEST, json.dumps(whole, indent=2))
+            durable.publish(self.folder, self.final)
         self.close()
 
     def close(self) -> None:
@@ -203,12 +182,8 @@ class Unfinished:
             )
         return False
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"the reference {self.final} cannot be written: {error}. The parts that are done are "
-                "kept: the same command goes on after them"
-            ) from error
+    def _writing(self) -> AbstractContextManager[None]:
+        remedy = (
+            "The parts that are done are kept: make room, and the same command goes on after them"
+        )
+        return durable.writing(self.final, remedy)

@@ -12,9 +12,9 @@ style.py     its style sheet, and the script of the hover read-out
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from dpo_fast.durable import write_file
 from dpo_fast.report.page import page
 from dpo_fast.report.read import read_run
 
@@ -34,10 +34,5 @@ def write_report(run_dir: Path) -> Path:
     run_dir = Path(run_dir)
     content = page(read_run(run_dir)).encode("utf-8", "replace")
     path = run_dir / REPORT_FILE
-    aside = run_dir / f".{REPORT_FILE}.{os.getpid()}"
-    try:
-        aside.write_bytes(content)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_file(path, content)
     return path

@@ -1,27 +1,27 @@
 """Checkpoints that are complete or absent, and exact resume.
 
 output_dir/checkpoint-40/     engine/       DeepSpeed's shards: weights, optimiser, schedule
-                              rank-0.pt     of each rank: random state, metrics since the last line,
-                                            what else changes (a reference that follows the policy)
-                              state.json    step and what it belongs to
-output_dir/latest             the name of the newest, written last
+                              rank-0.pt     one for each rank: random state, metrics since the last
+                                            line, state of a reference that follows the policy
+                              state.json    the step, and what a resumed run must share
+output_dir/latest             name of the newest, written last
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from dpo_fast import durable
 from dpo_fast.errors import UserError
 from dpo_fast.training import distributed
 
@@ -44,16 +44,22 @@ def save_checkpoint(
     keep: int,
     stateful: Mapping[str, Stateful] = MappingProxyType({}),
 ) -> Path:
-    """Written aside, flushed, renamed; `latest` last; then all but the newest `keep` are removed.
+    """Write a checkpoint, then `latest`, then remove all but the newest `keep`. Collective.
 
-    Collective. `state` holds at least `step`; `stateful` are parts of the run that change with it.
+    state: for state.json; holds at least `step`.
+    metrics: sums of the open window.
+    stateful: parts of the run that change with it.
+
+    Raises:
+        UserError: it cannot be written; the older ones are whole.
     """
     root = Path(output_dir)
     final = root / f"{PREFIX}{state['step']}"
-    aside = root / f".{final.name}.partial"
+    aside = durable.aside(final)
     if distributed.is_main():
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        with writing(aside):
+            aside.mkdir(parents=True)
     distributed.barrier()
     with writing(aside):
         engine.save_checkpoint(str(aside), tag="engine", save_latest=False)
@@ -64,32 +70,19 @@ def save_checkpoint(
     if distributed.is_main():
         with writing(aside):
             (aside / "state.json").write_text(json.dumps(state, indent=2))
-            _flush(aside)
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
-        with writing(root):
-            _write_whole(root / "latest", final.name)
+            durable.publish(aside, final, replace=True)
+        with writing(root / "latest"):
+            durable.write_file(root / "latest", final.name)
         for old in _by_age(checkpoints(root), final)[:-keep]:
             shutil.rmtree(old)
     distributed.barrier()
     return final
 
 
-def checkpoints(root: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    steps = {p: p.name.removeprefix(PREFIX) for p in root.glob(f"{PREFIX}*")}
-    found = [p for p, step in steps.items() if step.isdecimal() and (p / "state.json").is_file()]
-    return sorted(found, key=lambda p: int(steps[p]))
-
-
-def _by_age(found: list[Path], newest: Path) -> list[Path]:
-    """Checkpoints, those first that another run left in the folder: steps that this one has yet to take."""
-    ours = found.index(newest) + 1
-    return found[ours:] + found[:ours]
-
-
 def find_checkpoint(requested: bool | str, output_dir: str) -> Path | None:
-    """What `train.resume_from_checkpoint` names: None, the latest of the run, or a folder.
+    """The checkpoint that `train.resume_from_checkpoint` asks for.
+
+    requested: false for none, true for the newest of output_dir if there is one, or a folder.
 
     Raises:
         UserError: the named folder is not a checkpoint.
@@ -97,16 +90,7 @@ def find_checkpoint(requested: bool | str, output_dir: str) -> Path | None:
     if requested is False:
         return None
     if requested is True:
-        latest = Path(output_dir) / "latest"
-        named = (
-            Path(output_dir) / latest.read_text(errors="replace").strip()
-            if latest.is_file()
-            else None
-        )
-        if named is not None and (named / "state.json").is_file():
-            return named
-        complete = checkpoints(Path(output_dir))
-        return complete[-1] if complete else None
+        return _newest(Path(output_dir))
     folder = Path(requested)
     if not (folder / "state.json").is_file():
         raise UserError(
@@ -123,26 +107,14 @@ def load_checkpoint(
     metrics: dict[str, Tensor],
     stateful: Mapping[str, Stateful] = MappingProxyType({}),
 ) -> dict:
-    """Restore engine, random state, `metrics` and `stateful` (in place); returns the saved state.
+    """Restore engine, random state, `metrics` and `stateful` in place; returns the content of state.json.
 
-    `fits` names what must be as it was (world size, data, global batch, ...).
+    fits: what must be as it was (world size, data, batch size, ...), by its name in state.json.
 
     Raises:
         UserError: the checkpoint is of a run that differs in one of `fits`, or is damaged.
     """
-    try:
-        state = json.loads((folder / "state.json").read_text())
-        if not isinstance(state, dict):
-            raise ValueError("it holds no object")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}/state.json cannot be read: {error}") from None
-    differing = [name for name, value in fits.items() if state.get(name) != value]
-    if differing:
-        details = "; ".join(f"{n} was {state.get(n)!r} and is {fits[n]!r}" for n in differing)
-        raise UserError(
-            f"{folder} cannot be resumed exactly: {details}. Set it back, or start a new run from "
-            "this one's weights with another train.output_dir"
-        )
+    state = _read_state(folder, fits)
     with _reading(folder / "engine"):
         path, _ = engine.load_checkpoint(str(folder), tag="engine")
     if path is None:
@@ -160,54 +132,69 @@ def load_checkpoint(
     return state
 
 
-@contextmanager
-def writing(place: Path) -> Iterator[None]:
-    """A full disk is told as a UserError; torch raises it as a RuntimeError. A half-written folder goes."""
+def checkpoints(root: Path) -> list[Path]:
+    """Complete checkpoints, in the order of their steps."""
+    steps = {p: p.name.removeprefix(PREFIX) for p in root.glob(f"{PREFIX}*")}
+    found = [p for p, step in steps.items() if step.isdecimal() and (p / "state.json").is_file()]
+    return sorted(found, key=lambda p: int(steps[p]))
+
+
+def writing(place: Path) -> AbstractContextManager[None]:
+    """`durable.writing` for the files of a run. torch and safetensors have errors of their own for a full
+    disk."""
+    remedy = (
+        "The checkpoints that are done are whole: make room, and go on with "
+        "train.resume_from_checkpoint=true"
+    )
+    return durable.writing(place, remedy, (OSError, RuntimeError, SafetensorError))
+
+
+def _by_age(found: list[Path], newest: Path) -> list[Path]:
+    """Oldest first. Later steps than the newest are of an earlier, longer run in the same folder."""
+    ours = found.index(newest) + 1
+    return found[ours:] + found[:ours]
+
+
+def _newest(root: Path) -> Path | None:
+    """The checkpoint that `latest` names, or else the one of the highest step."""
+    latest = root / "latest"
+    if latest.is_file():
+        named = root / latest.read_text(errors="replace").strip()
+        if (named / "state.json").is_file():
+            return named
+    return next(reversed(checkpoints(root)), None)
+
+
+def _read_state(folder: Path, fits: dict) -> dict[str, Any]:
+    """The content of state.json. Raises UserError if it cannot be read, or differs from `fits`."""
     try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        free = shutil.disk_usage(place.parent).free / 2**20
-        if place.name.endswith(".partial"):
-            shutil.rmtree(place, ignore_errors=True)
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        state = json.loads((folder / "state.json").read_text())
+        if not isinstance(state, dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}/state.json cannot be read: {error}") from None
+    differing = [name for name, value in fits.items() if state.get(name) != value]
+    if differing:
+        details = "; ".join(f"{n} was {state.get(n)!r} and is {fits[n]!r}" for n in differing)
         raise UserError(
-            f"{place} cannot be written: {reason} ({free:,.0f} MiB are free there). The checkpoints that "
-            "are done are whole: make room, and go on with train.resume_from_checkpoint=true"
-        ) from error
+            f"{folder} cannot be resumed exactly: {details}. Set it back, or start a new run from "
+            "this one's weights with another train.output_dir"
+        )
+    return state
 
 
 @contextmanager
 def _reading(place: Path) -> Iterator[None]:
-    """A torn file makes torch raise nearly anything."""
+    """Tell a damaged file as a UserError. torch raises nearly anything when it reads one."""
     try:
         yield
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{place} cannot be read: {reason} The checkpoint is damaged or of another model: name "
-            "an earlier one with train.resume_from_checkpoint, or start a new run"
+            f"{place} cannot be read: {durable.first_line(error)} The checkpoint is damaged or of another "
+            "model: name an earlier one with train.resume_from_checkpoint, or start a new run"
         ) from error
 
 
-def _random_state() -> dict:
+def _random_state() -> dict[str, Tensor]:
     state = {"cpu": torch.get_rng_state()}
     return state | {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else state
-
-
-def _flush(folder: Path) -> None:
-    """Everything below a folder reaches the disk before the rename that makes it count."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.partial")
-    with aside.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.rename(path)

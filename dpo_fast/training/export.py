@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dpo_fast import durable
 from dpo_fast.models import ScoringModel
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.load import DTYPES
@@ -15,10 +16,36 @@ from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import writing
 
 
-def gather_state(model: nn.Module, trainable_only: bool = False) -> dict[str, Tensor]:
-    """Whole tensors on the CPU of rank 0, one parameter gathered at a time; {} on other ranks.
+def export(
+    model: ScoringModel, tokenizer, folder: Path, section: ModelSection, merge_lora: bool = False
+) -> Path:
+    """Write what `from_pretrained` loads: the model, or its adapter. Collective.
 
-    A Parameter that appears under two names (tied embeddings) appears as one tensor.
+    section: names the base model to merge an adapter into.
+    merge_lora: also write the merged model, to `merged/`.
+
+    Raises:
+        UserError: it cannot be written; an older export stays whole.
+    """
+    state = gather_state(model.model, trainable_only=model.has_adapter)
+    if distributed.is_main():
+        aside = durable.aside(folder)
+        shutil.rmtree(aside, ignore_errors=True)
+        with writing(aside):
+            _save(model, state, aside)
+            tokenizer.save_pretrained(aside)
+            if merge_lora:
+                _save_merged(section, aside)
+                tokenizer.save_pretrained(aside / "merged")
+            durable.publish(aside, folder, replace=True)
+    distributed.barrier()
+    return folder
+
+
+def gather_state(model: nn.Module, trainable_only: bool = False) -> dict[str, Tensor]:
+    """Whole tensors on the CPU of rank 0, {} on other ranks. Collective: parameters are gathered singly.
+
+    A Parameter with two names (tied embeddings) becomes one tensor with two names.
     """
     state: dict[str, Tensor] = {}
     copies: dict[int, Tensor] = {}
@@ -40,31 +67,8 @@ def _whole(value: Tensor) -> Tensor:
         return value.detach().cpu().clone() if distributed.is_main() else torch.empty(0)
 
 
-def export(
-    model: ScoringModel, tokenizer, folder: Path, section: ModelSection, merge_lora: bool = False
-) -> Path:
-    """Write what `from_pretrained` loads: the model, or the adapter (and `merged/` on request).
-
-    Written aside and renamed. Collective: every rank takes part in the gathering.
-    """
-    state = gather_state(model.model, trainable_only=model.has_adapter)
-    if distributed.is_main():
-        aside = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(aside, ignore_errors=True)
-        with writing(aside):
-            _save(model, state, aside)
-            tokenizer.save_pretrained(aside)
-            if merge_lora:
-                _save_merged(section, aside)
-                tokenizer.save_pretrained(aside / "merged")
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
-    distributed.barrier()
-    return folder
-
-
 def _save(model: ScoringModel, state: dict[str, Tensor], folder: Path) -> None:
-    # The attention implementation of this run is no business of whoever loads the model.
+    # The attention of this run is registered here alone: whoever loads the model has another.
     text = model.causal_lm.config
     attention, text._attn_implementation = text._attn_implementation, None
     try:

@@ -85,6 +85,7 @@ def _read(path: Path) -> dict:
 
 
 def _write(path: Path, found: dict) -> None:
+    """Not by dpo_fast.durable: this package imports nothing of the library, and ranks write at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(f".{os.getpid()}")
     aside.write_text(json.dumps(found, indent=1, sort_keys=True))

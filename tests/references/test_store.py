@@ -14,6 +14,7 @@ datasets = pytest.importorskip("datasets")
 
 import pyarrow.parquet
 
+from dpo_fast import durable
 from dpo_fast.data import kinds
 from dpo_fast.data.batch import collate
 from dpo_fast.data.dataset import PairDataset
@@ -337,7 +338,7 @@ def test_a_full_disk_is_told_and_costs_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(artefact, "write_durably", full)
+        patch.setattr(durable, "write_file", full)
         with pytest.raises(UserError, match="cannot be written.*No space left.*kept"):
             unfinished.write(1, table_of(request(), unfinished.parts[1]))
     unfinished.close()

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from dpo_fast import durable
 from dpo_fast.errors import UnavailableError
 
 logger = logging.getLogger("dpo_fast")
@@ -175,8 +176,9 @@ def _compile(nvcc: Path) -> Path:
                 "or ask for implementation='triton'"
             )
         (made / LOG).write_text(log)
-        shutil.rmtree(folder, ignore_errors=True)  # without a library, or it would have been found
-        made.rename(folder)
+        durable.publish(
+            made, folder, replace=True
+        )  # an older one has no library, or had been found
     return folder / LIBRARY
 
 
