@@ -86,7 +86,13 @@ class Ours:
         run = self.run
         totals = run.train.totals(run.train.sampler.global_batch(number))
         share = train_step(
-            run.engine, self._counted(number), run.loss_pass, self.reference, totals, self.sums
+            run.engine,
+            self._counted(number),
+            run.loss_pass,
+            self.reference,
+            totals,
+            self.sums,
+            run.statistics,
         )
         self.sums.step()
         return share.item()

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 import numpy as np
 import pyarrow
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dpo_fast.data.batch import ScoredBatch
@@ -39,10 +38,14 @@ def length_batches(
 def score_part(
     scorer: Scorer, batches: Iterable[ScoredBatch], rows: range, lengths: ExampleLengths, device
 ) -> Tensor:
-    """Log-probability of every scored token of a part, fp32 [T] on the CPU, on every rank.
+    """This rank's share of the log-probabilities of a part's scored tokens, fp32 [T] on `device`.
 
-    Each rank brings its own batches, which together hold every row once, and all the same number of
-    them, since a sharded model is gathered together. lengths: of the part's rows.
+    Tokens of other ranks' batches are 0. The batches of all ranks hold every row once, so the shares add
+    up to the part, exactly. Collective if the model is sharded.
+
+    batches: this rank's, as many as every other rank has.
+    rows: of the part.
+    lengths: of its rows.
     """
     row_tokens = torch.from_numpy(lengths.sums_P)
     ends = row_tokens.cumsum(0)
@@ -54,9 +57,7 @@ def score_part(
         logp_T = scorer(**forward_arguments(batch))["logp"].float()
         if places:
             values_T[torch.cat(places).to(device)] = logp_T
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(values_T)  # one rank's value plus zeros: exact
-    return values_T.cpu()
+    return values_T
 
 
 def part_table(

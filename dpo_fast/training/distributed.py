@@ -1,15 +1,21 @@
-"""Processes and ranks: one process alone, torchrun, deepspeed and SLURM look the same from here on."""
+"""Processes and ranks: one process alone, torchrun, deepspeed and SLURM look the same from here on.
+
+Who this process is, joining and leaving the group, what ranks agree on, and the signals that end a run.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
 FOREVER = timedelta(days=30)
@@ -60,15 +66,17 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
 
 
 def leave_out_shm_comm() -> None:
-    """Keep DeepSpeed from compiling an all-reduce for inference on a CPU. Nothing here calls it, and a
-    build that is killed leaves a lock behind which every later process waits for, for ever."""
+    """Keep DeepSpeed from compiling an all-reduce for inference on a CPU.
+
+    Nothing here calls it, and a killed build leaves a lock that every later process waits for.
+    """
     import deepspeed  # reads DS_ACCELERATOR when it is imported
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def leave_distributed() -> None:
-    """Part from the process group, as nccl wishes, when a run is over."""
+    """Leave the process group when a run is over; nccl warns otherwise."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -79,14 +87,14 @@ def cores() -> int:
 
 
 def share_cores() -> None:
-    """Ranks on one machine share its cores; with more threads than cores they wait for each other."""
+    """Divide a machine's cores among its ranks; with more threads than cores they wait for each other."""
     if "OMP_NUM_THREADS" not in os.environ:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(max(cores() // local, 1))
 
 
 def adopt_slurm() -> None:
-    """srun tells ranks by its own names; MASTER_ADDR and MASTER_PORT must be exported beside them."""
+    """Take rank and world size from srun. MASTER_ADDR and MASTER_PORT must be exported by the user."""
     if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
         names = {"RANK": "PROCID", "LOCAL_RANK": "LOCALID", "WORLD_SIZE": "NTASKS"}
         os.environ |= {ours: os.environ[f"SLURM_{theirs}"] for ours, theirs in names.items()}
@@ -98,10 +106,12 @@ def barrier() -> None:
 
 
 def main_first(name: str, work: Callable[[], T]) -> T:
-    """Rank 0 of each node does the work while its others wait; then they do it, finding it done.
+    """Do the work on the first rank of each node; then on its other ranks, which find it done.
 
-    The waiting goes through the store, not through a collective, so it cannot time out while rank 0
-    is still at it. If rank 0 fails, the others fail with its message.
+    The others wait in the store and not in a collective, so no timeout ends long work. They exit with
+    code 2 if the first rank fails.
+
+    name: of the work, used once in a process group.
     """
     if world_size() == 1:
         return work()
@@ -111,31 +121,55 @@ def main_first(name: str, work: Callable[[], T]) -> T:
     if first_of_node:
         try:
             result = work()
-        except BaseException as error:
-            store.set(key, f"failed: {error}")
+        except BaseException:
+            store.set(key, "failed")
             raise
         store.set(key, "done")
         return result
     store.wait([key], FOREVER)
-    state = store.get(key).decode()
-    if state != "done":
-        raise SystemExit(2)  # rank 0 has said why
+    if store.get(key) != b"done":
+        raise SystemExit(2)  # the first rank has said why
     return work()
 
 
-def any_rank(*flags: bool) -> list[bool]:
-    """Whether each flag is set on any rank. One small all-reduce."""
-    if world_size() == 1:
-        return list(flags)
-    values = torch.tensor([int(flag) for flag in flags], device=device())
-    dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return [bool(value) for value in values.tolist()]
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank. Collective."""
+    return bool(largest(flag))
 
 
 def largest(value: float) -> float:
-    """Of the values of all ranks. Collective."""
+    """The largest value of all ranks. Collective."""
     if world_size() == 1:
         return value
     values = torch.tensor(value, dtype=torch.float64, device=device())
     dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values.item()
+
+
+def all_sum(values: Tensor) -> Tensor:
+    """The sum over all ranks, in place. Collective. Another trainer may have made the group, or none."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Yields asked(), collective: whether SIGINT or SIGTERM has come to any rank.
+
+    The first signal only asks, so that work ends where it can go on later. A second Ctrl-C raises
+    KeyboardInterrupt at once.
+    """
+    seen: list[int] = []
+
+    def note(number, frame) -> None:
+        if seen and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: any_rank(bool(seen))
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,13 +1,12 @@
-"""One micro-batch: what policy and reference say of it, and the loss of that.
+"""The loss of a micro-batch: policy and reference score it, and the losses compare them.
 
-What losses need that is estimated over all ranks: the kl of KTO and the delta of BCO.
+KTO and BCO need statistics of more than the micro-batch. They do not depend on how a global batch is split
+into micro-batches, accumulation steps or ranks:
 
 kl     max(0, mean log-ratio of policy to reference of mismatched completions), over the global batch, with
-       the weights that a step begins with
-delta  mean reward of all sequences of all steps before this one, 0 in the first. (TRL's has the present
-       micro-batch in it as well, so that it depends on how a batch is split.)
-
-Neither depends on micro-batches, accumulation or ranks.
+       the weights before the step
+delta  mean reward of all sequences of all earlier steps, 0 in the first step. (TRL's includes the present
+       micro-batch, so it depends on how a batch is split.)
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dpo_fast.data.batch import ScoredBatch
@@ -26,16 +24,20 @@ from dpo_fast.losses.sums import Tokens, sequence_sums
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.ops.segments import sum_sequences
 from dpo_fast.references import CachedReference
+from dpo_fast.training.distributed import all_sum
 
-EXTRAS = ("entropy", "mean_logit", "is_top1")  # what the metrics show of tokens
+EXTRAS = ("entropy", "mean_logit", "is_top1")  # extras of the head that metrics show
 
 
 @dataclass(frozen=True)
 class LossPass:
-    """How the loss of a batch comes about. extras: of the head, for metrics; those that the objective
-    needs are added. implementation: of the head, and of the loss where its kernel computes all that is
-    asked. old: a reference that holds the log-probs that completions were written with, where the
-    objective needs those."""
+    """How the loss of a batch is computed.
+
+    objective: the weighted losses.
+    extras: extras of the head for metrics; those that the objective needs are added.
+    implementation: of the head, and of the loss if its kernel can do all that is asked.
+    old: log-probabilities under the model that wrote the completions, where the objective needs them.
+    """
 
     objective: Objective = Objective()
     extras: tuple[str, ...] = ()
@@ -43,17 +45,21 @@ class LossPass:
     old: CachedReference | None = None
 
     def token_outputs(self, engine, batch: ScoredBatch) -> dict[str, Tensor]:
-        """The policy's log-probabilities and extras of every scored token, fp32 [T] each."""
+        """The policy's log-probability (`logp`) and extras of every scored token, fp32 [T] each."""
         own = ("log_sum_p2",) if self.objective.options.use_weighting else ()
         return engine(**forward_arguments(batch), extras=(*self.extras, *own))
 
     def reference(self, provider, batch: ScoredBatch) -> dict[str, Tensor | None]:
-        """What the policy is compared with, for `loss`: the reference's sums, and its tokens where the
-        losses want them; `old_T` where they want what the completions were written with."""
+        """What the policy is compared with, as `loss` takes it, fp32.
+
+        reference_S: the reference's log-probability of each sequence, or None.
+        reference_T: that of each token, where the objective needs tokens.
+        old_T: that of each token when it was written, where the objective needs it.
+        """
         old = {"old_T": self.old.token_logps(batch)} if self.objective.needs_old_tokens else {}
         if not self.objective.needs_reference_tokens:
             return {"reference_S": provider(batch)} | old
-        return of_tokens(provider.token_logps(batch), batch) | old
+        return token_reference(provider.token_logps(batch), batch) | old
 
     def loss(
         self,
@@ -63,7 +69,12 @@ class LossPass:
         totals: Totals,
         statistics: Mapping[str, Tensor] | None = None,
     ) -> Preference:
-        """Loss, log-probabilities and rewards of the batch."""
+        """Loss, log-probabilities and rewards of the batch.
+
+        token_outputs, reference: what the methods of these names return.
+        totals: counts of the global batch; the loss is the batch's share in it.
+        statistics: `kl` and `delta`, [] each; 0 where missing.
+        """
         used = self.objective.columns
         reference, groups = dict(reference), None
         old_T = reference.pop("old_T", None)
@@ -80,37 +91,43 @@ class LossPass:
             statistics=statistics,
             desirable_S=batch.desirable_S,
             columns={name: value for name, value in batch.columns.items() if name in used},
-            implementation=self._of_loss(batch),
+            implementation=self._loss_implementation(batch),
         )
 
-    def _of_loss(self, batch: ScoredBatch) -> str:
+    def _loss_implementation(self, batch: ScoredBatch) -> str:
         if self.implementation == "torch":
             return "torch"
         extra = [name for name in batch.columns if name in self.objective.columns]
         extra += [] if batch.desirable_S is None and batch.scores_S is None else [UNPAIRED]
         fused = self.implementation == "triton" and not kernel_misses(self.objective, extra)
-        return "triton" if fused else "auto"  # which says in the log what it takes, and why
+        return "triton" if fused else "auto"  # auto logs what it takes, and why
 
 
-def of_tokens(logp_T: Tensor, batch: ScoredBatch) -> dict[str, Tensor]:
-    """A reference given by its tokens."""
+def token_reference(logp_T: Tensor, batch: ScoredBatch) -> dict[str, Tensor]:
+    """A reference from its log-probabilities of tokens, as `LossPass.reference` gives it."""
     return {"reference_S": sum_sequences(logp_T, batch.lengths_S), "reference_T": logp_T}
 
 
 class Statistics:
-    """The statistics that an objective names. values: those of the present step, [] fp32 each, by name."""
+    """The statistics that an objective names, over the steps of a run.
 
-    def __init__(self, names: tuple[str, ...] = (), device: torch.device | str = "cpu") -> None:
+    values: those of the present step, [] fp32 each, by name.
+    """
+
+    def __init__(self, names: tuple[str, ...], device: torch.device | str = "cpu") -> None:
         self.names = names
         self.values: dict[str, Tensor] = {}
-        # Sum and count of rewards: of the steps that are over, and of this rank in the present one.
+        # Sum and count of rewards: of all ranks in earlier steps, and of this rank in the present one.
         self.rewards = torch.zeros(2, dtype=torch.float64, device=device)
         self._step = torch.zeros_like(self.rewards)
 
     def estimate(
         self, engine, mismatched: Iterable[ScoredBatch], loss_pass: LossPass, provider
     ) -> dict[str, Tensor]:
-        """The values for the rows whose mismatched completions this rank has a share of. Collective."""
+        """The values for some rows, [] fp32 each. Collective.
+
+        mismatched: this rank's share of the rows' mismatched completions.
+        """
         values = {}
         if "kl" in self.names:
             values["kl"] = estimate_kl(engine, mismatched, loss_pass, provider)
@@ -119,18 +136,20 @@ class Statistics:
             values["delta"] = (total / count.clamp_min(1)).float()
         return values
 
-    def begin_step(self, engine, mismatched, loss_pass: LossPass, provider) -> None:
-        """Before the first forward of a step: `values` become its own. Collective."""
+    def begin_step(
+        self, engine, mismatched: Iterable[ScoredBatch], loss_pass: LossPass, provider
+    ) -> None:
+        """Estimate `values` before the first forward of a step. Collective."""
         self.values = self.estimate(engine, mismatched, loss_pass, provider)
 
     @torch.no_grad()
     def add(self, rewards_S: Tensor) -> None:
-        """Rewards of a micro-batch of this step."""
+        """Add the rewards of a micro-batch of the present step."""
         count = torch.tensor(rewards_S.numel(), dtype=torch.float64, device=rewards_S.device)
         self._step += torch.stack([rewards_S.double().sum(), count])
 
     def end_step(self) -> None:
-        """The step counts from now on. Collective."""
+        """Make the present step one of the earlier ones. Collective."""
         if "delta" in self.names:
             self.rewards += all_sum(self._step)
         self._step = torch.zeros_like(self.rewards)
@@ -145,8 +164,12 @@ class Statistics:
 
 @torch.no_grad()
 def estimate_kl(engine, mismatched: Iterable[ScoredBatch], loss_pass: LossPass, provider) -> Tensor:
-    """max(0, mean log-ratio of these batches of all ranks), [] fp32. Collective: every rank brings as
-    many batches. The log-ratio is the loss's: token_clamp and reference_free change it too."""
+    """max(0, mean log-ratio of mismatched completions over all ranks), [] fp32. Collective.
+
+    The log-ratio is that of the loss, so token_clamp and reference_free change it too.
+
+    mismatched: this rank's batches, as many as every other rank has.
+    """
     objective, training = loss_pass.objective, engine.training
     total = torch.zeros(2, dtype=torch.float64, device=engine.device)
     engine.eval()
@@ -162,10 +185,3 @@ def estimate_kl(engine, mismatched: Iterable[ScoredBatch], loss_pass: LossPass, 
     engine.train(training)
     total, count = all_sum(total)
     return (total / count).clamp_min(0).float()
-
-
-def all_sum(values: Tensor) -> Tensor:
-    """Sum over all ranks. Collective."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(values)
-    return values

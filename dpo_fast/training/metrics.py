@@ -12,6 +12,7 @@ from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.losses import Preference
 from dpo_fast.losses.groups import extremes, order_kept, score_spread
 from dpo_fast.ops.segments import sum_sequences
+from dpo_fast.training.distributed import all_sum
 from dpo_fast.training.perf import Clock, Work
 
 PAIR_METRICS = (
@@ -136,11 +137,8 @@ class MetricSums:
         for name in TIMED if "steps" in self.values else ():
             self._count(name, spent.get(name, 0.0), 0)
         names = sorted(self.values)
-        stacked = torch.stack([self.values[name] for name in names])
-        world = 1
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            world = dist.get_world_size()
-            dist.all_reduce(stacked)
+        stacked = all_sum(torch.stack([self.values[name] for name in names]))
+        world = dist.get_world_size() if dist.is_initialized() else 1
         self.values = {}
         sums = dict(zip(names, stacked.tolist()))
         steps = sums.pop("steps", [world, 0])[0] / world

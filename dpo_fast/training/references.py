@@ -5,10 +5,8 @@ The reference of a run: which provider, and the stored one, found or computed by
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -104,7 +102,7 @@ def _score_parts(
     """Score and write the parts of `plans`, each given by its batches of rows."""
     rounds = sum(-(-len(plan) // distributed.world_size()) for plan in plans.values())
     description = f"reference log-probs ({split.name})"
-    with stop_signals() as asked, progress_bar(description, rounds) as advance:
+    with distributed.stop_signals() as asked, progress_bar(description, rounds) as advance:
 
         def until_asked(batches: Iterable[ScoredBatch]) -> Iterator[ScoredBatch]:
             for batch in batches:
@@ -117,7 +115,8 @@ def _score_parts(
             rows = unfinished.parts[index]
             lengths = split.lengths.take(rows)
             batches = until_asked(_rank_batches(split, plan))
-            values_T = score_part(scorer, batches, rows, lengths, device)
+            share_T = score_part(scorer, batches, rows, lengths, device)
+            values_T = distributed.all_sum(share_T).cpu()
             part = (values_T, lengths, split.examples, rows, per_token)
             from_main(lambda index=index, part=part: unfinished.write(index, part_table(*part)))
         if asked():
@@ -162,24 +161,6 @@ def from_main(work: Callable[[], T]) -> T:
     if message is not None:
         raise UserError(message)
     return result
-
-
-@contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yields asked(), collective: whether SIGINT or SIGTERM has come to any rank."""
-    seen: list[int] = []
-
-    def note(number, frame) -> None:
-        if seen and number == signal.SIGINT:  # the second Ctrl-C means now
-            raise KeyboardInterrupt
-        seen.append(number)
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: distributed.any_rank(bool(seen))[0]
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def build_references(config, engine, model, splits, attention, head, ds_config) -> dict:

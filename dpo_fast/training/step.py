@@ -1,14 +1,9 @@
-"""One optimiser step.
+"""What a run does with the batches of a global batch or an evaluation set.
 
-Losses in which the rows of a global batch meet (aot sorts them): slopes first, then the backward.
-
-A first pass, without gradients, scores the whole global batch on all ranks. The loss of all its sequences
-gives the slope of each one's log-probability; the second pass is forward and backward with those slopes, so
-that the result is the same however the batch was split. It costs one more forward.
-
-Metrics on held-out examples.
-
-Checks of a run that costs one forward: is the reference the policy that training starts from?
+`train_step`    one optimiser step
+`coupled_step`  the same for a loss whose rows meet over the global batch, in two passes
+`evaluate`      metrics on held-out examples
+`check_start`   whether the reference is the model that training starts from
 """
 
 from __future__ import annotations
@@ -16,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dpo_fast.data.batch import ScoredBatch
@@ -25,8 +19,10 @@ from dpo_fast.losses import Preference, Totals
 from dpo_fast.losses.preference import as_pairs
 from dpo_fast.losses.sums import Tokens, sequence_sums
 from dpo_fast.training import distributed
-from dpo_fast.training.loss_pass import LossPass, Statistics, of_tokens
+from dpo_fast.training.loss_pass import LossPass, Statistics, token_reference
 from dpo_fast.training.metrics import MetricSums
+
+TOLERANCE = {"fp32": 1e-6, "bf16": 1e-3}
 
 
 def train_step(
@@ -36,11 +32,13 @@ def train_step(
     provider,
     totals: Totals,
     sums: MetricSums,
-    statistics: Statistics | None = None,
+    statistics: Statistics,
 ) -> Tensor:
-    """Forward and backward over this rank's micro-batches, then one update. Returns this rank's share
-    of the global batch's loss, [] fp32: the shares of all ranks add up to it."""
-    statistics = statistics or Statistics(device=engine.device)
+    """Forward and backward over this rank's micro-batches, then one update.
+
+    Returns:
+        This rank's share of the loss of the global batch, [] fp32; the shares of all ranks add up to it.
+    """
     share = torch.zeros((), device=engine.device)
     for batch in batches:
         batch = batch.to(engine.device)
@@ -48,7 +46,7 @@ def train_step(
             reference = loss_pass.reference(provider, batch)
         token_outputs = loss_pass.token_outputs(engine, batch)
         result = loss_pass.loss(token_outputs, reference, batch, totals, statistics.values)
-        # DeepSpeed averages gradients over ranks; our loss is already divided by the global counts.
+        # DeepSpeed averages gradients over ranks; the loss is already divided by the global counts.
         engine.backward(result.loss * engine.world_size, scale_wrt_gas=False)
         engine.step()
         share += result.loss.detach()
@@ -57,16 +55,58 @@ def train_step(
     return share
 
 
+def coupled_step(
+    engine,
+    batches: Iterable[ScoredBatch],
+    loss_pass: LossPass,
+    provider,
+    totals: Totals,
+    sums: MetricSums,
+    statistics: Statistics,
+    rows: list[int],
+) -> Tensor:
+    """As `train_step`, for a loss whose rows meet over the global batch (aot sorts them).
+
+    The first pass scores the global batch on all ranks, without gradients. Its loss gives a slope for
+    every sequence's log-probability; the second pass is forward and backward with those slopes. So the
+    result does not depend on how the batch was split. It costs one more forward.
+
+    rows: the global batch, those of all ranks.
+    """
+    batches = [batch.to(engine.device) for batch in batches]
+    with sums.clock.time("perf/reference_ms"):
+        references = [loss_pass.reference(provider, batch) for batch in batches]
+    table = BatchTable(rows, loss_pass, engine.device)
+    with torch.no_grad():
+        for batch, reference in zip(batches, references):
+            table.add(loss_pass.token_outputs(engine, batch), reference, batch)
+    loss, slopes = table.loss(totals, statistics.values)
+    share = loss.float() / engine.world_size
+    for batch, reference in zip(batches, references):
+        token_outputs = loss_pass.token_outputs(engine, batch)
+        logps_S, reference_S = batch_sums(token_outputs, reference, batch, loss_pass)
+        slope_S = slopes[table.places(batch)].flatten().to(logps_S.dtype)
+        engine.backward((logps_S * slope_S).sum() * engine.world_size, scale_wrt_gas=False)
+        engine.step()
+        rewards_S = loss_pass.objective.rewards(as_pairs(logps_S, batch.lengths_S, reference_S))
+        # The loss is of the whole global batch: every micro-batch gets the same part of it.
+        result = Preference(share / len(batches), logps_S.detach(), rewards_S)
+        sums.add(result, token_outputs, batch)
+        statistics.add(rewards_S)
+    return share
+
+
 class BatchTable:
-    """Sums of every sequence of a global batch, in the order of its rows, gathered from all ranks."""
+    """Sums of every sequence of a global batch, gathered from all ranks in the order of `rows`."""
 
     def __init__(self, rows: list[int], loss_pass: LossPass, device: torch.device) -> None:
         self.place = {row: index for index, row in enumerate(rows)}
         self.loss_pass = loss_pass
-        # Policy, reference, lengths; of chosen and rejected.
+        # Policy, reference and lengths; of chosen and rejected.
         self.values = torch.zeros(3, len(rows), 2, dtype=torch.float64, device=device)
 
     def places(self, batch: ScoredBatch) -> list[int]:
+        """Where the pairs of a micro-batch stand in the table."""
         return [self.place[row] for row in batch.indices_P.tolist()]
 
     @torch.no_grad()
@@ -78,12 +118,13 @@ class BatchTable:
             if values_S is not None:
                 self.values[which, mine] = values_S.double().view(-1, 2)
 
-    def loss(self, totals: Totals, statistics: Mapping | None = None) -> tuple[Tensor, Tensor]:
-        """The loss of the whole batch, [] fp64, and its slope by every sequence's sum, [P, 2].
-        Collective."""
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(self.values)  # one rank's value plus zeros: exact
-        policy, reference, lengths = (x.flatten() for x in self.values.unbind(0))
+    def loss(self, totals: Totals, statistics: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The loss of the whole batch, [] fp64, and its slopes by the policy's sums, fp64 [P, 2].
+
+        Collective. Call it once, when all micro-batches are entered.
+        """
+        values = distributed.all_sum(self.values)  # one rank's value plus zeros: exact
+        policy, reference, lengths = (x.flatten() for x in values.unbind(0))
         objective = self.loss_pass.objective
         with torch.enable_grad():
             policy = policy.clone().requires_grad_()
@@ -94,52 +135,29 @@ class BatchTable:
         return loss.detach(), slopes.view(-1, 2)
 
 
-def coupled_step(
-    engine,
-    batches: Iterable[ScoredBatch],
-    loss_pass: LossPass,
-    provider,
-    totals: Totals,
-    sums: MetricSums,
-    rows: list[int],
-    statistics: Statistics | None = None,
-) -> Tensor:
-    """As `train_step`, for an objective that is coupled. rows: the global batch, all ranks' of it."""
-    statistics = statistics or Statistics(device=engine.device)
-    batches = [batch.to(engine.device) for batch in batches]
-    with sums.clock.time("perf/reference_ms"):
-        reference = [loss_pass.reference(provider, batch) for batch in batches]
-    table = BatchTable(rows, loss_pass, engine.device)
-    with torch.no_grad():
-        for batch, own in zip(batches, reference):
-            table.add(loss_pass.token_outputs(engine, batch), own, batch)
-    loss, slopes = table.loss(totals, statistics.values)
-    share = loss.float() / engine.world_size
-    for batch, own in zip(batches, reference):
-        token_outputs = loss_pass.token_outputs(engine, batch)
-        logps_S, reference_S = batch_sums(token_outputs, own, batch, loss_pass)
-        slope_S = slopes[table.places(batch)].flatten().to(logps_S.dtype)
-        engine.backward((logps_S * slope_S).sum() * engine.world_size, scale_wrt_gas=False)
-        engine.step()
-        rewards_S = loss_pass.objective.rewards(as_pairs(logps_S, batch.lengths_S, reference_S))
-        # The loss belongs to no micro-batch more than to another.
-        sums.add(
-            Preference(share / len(batches), logps_S.detach(), rewards_S), token_outputs, batch
-        )
-        statistics.add(rewards_S)
-    return share
-
-
-def batch_sums(token_outputs, reference: dict, batch: ScoredBatch, loss_pass: LossPass):
-    """Sums of policy and reference (or None), [S] each."""
+def batch_sums(
+    token_outputs: Mapping[str, Tensor], reference: dict, batch: ScoredBatch, loss_pass: LossPass
+) -> tuple[Tensor, Tensor | None]:
+    """Sums of the policy's and the reference's log-probabilities as the loss takes them, [S] each."""
     tokens = Tokens(token_outputs["logp"], batch.lengths_S, **reference)
     return sequence_sums(tokens, loss_pass.objective.options, paired=True)
 
 
 @torch.no_grad()
-def evaluate(engine, batches, loss_pass: LossPass, provider, totals: Totals, statistics=None):
-    """`eval_` metrics of an evaluation set whose counts are `totals`. Every rank brings the same number
-    of batches."""
+def evaluate(
+    engine,
+    batches: Iterable[ScoredBatch],
+    loss_pass: LossPass,
+    provider,
+    totals: Totals,
+    statistics: Mapping[str, Tensor],
+) -> dict[str, float]:
+    """Metrics of an evaluation set, under names with `eval_` before them. Collective.
+
+    batches: this rank's share, as many as every other rank has.
+    totals: counts of the whole set.
+    statistics: values of `Statistics.estimate` for the whole set.
+    """
     sums = MetricSums(engine.device)
     coupled = loss_pass.objective.coupled
     table = BatchTable(list(range(totals.pairs)), loss_pass, engine.device) if coupled else None
@@ -148,47 +166,41 @@ def evaluate(engine, batches, loss_pass: LossPass, provider, totals: Totals, sta
         batch = batch.to(engine.device)
         reference = loss_pass.reference(provider, batch)
         token_outputs = loss_pass.token_outputs(engine, batch)
-        sums.add(
-            loss_pass.loss(token_outputs, reference, batch, totals, statistics),
-            token_outputs,
-            batch,
-        )
+        result = loss_pass.loss(token_outputs, reference, batch, totals, statistics)
+        sums.add(result, token_outputs, batch)
         if coupled:
             table.add(token_outputs, reference, batch)
     engine.train()
-    sums.note(statistics or {})
+    sums.note(statistics)
     metrics = sums.read()
-    if coupled:  # its rows meet over the whole set, not within a micro-batch
+    if coupled:  # rows meet over the whole set, not within a micro-batch
         metrics["loss"] = table.loss(totals, statistics)[0].item()
     for name in ("num_tokens", "examples"):
         del metrics[name]
     return {f"eval_{name}": value for name, value in metrics.items()}
 
 
-TOLERANCE = {"fp32": 1e-6, "bf16": 1e-3}
-
-
 @torch.no_grad()
 def check_start(
     engine, batch: ScoredBatch, loss_pass: LossPass, provider, totals: Totals, dtype: str
 ) -> tuple[float, float]:
-    """Loss of the first step's batch before any update, and what it must be: ln 2 for sigmoid.
+    """The loss of a batch before any update, and what it must be: ln 2 for sigmoid. Collective.
 
-    What it must be is the same loss with the policy's own log-probabilities as the reference, so it
-    holds for any loss. The tolerance (1e-6 in fp32, 1e-3 in bf16) grows with the loss itself.
+    The second is the same loss with the policy's own log-probabilities as the reference, so it holds for
+    any loss. The tolerance (1e-6 in fp32, 1e-3 in bf16) grows with the loss itself.
+
+    batch: this rank's first micro-batch of the first step.
+    totals: counts of the first micro-batches of all ranks.
 
     Raises:
-        UserError: they differ, which means that the reference is not the policy at its start.
+        UserError: they differ, so the reference is not the policy at its start.
     """
     batch = batch.to(engine.device)
     reference = loss_pass.reference(provider, batch)
     token_outputs = loss_pass.token_outputs(engine, batch)
-    own = reference | of_tokens(token_outputs["logp"], batch)
+    own = reference | token_reference(token_outputs["logp"], batch)
     losses = [loss_pass.loss(token_outputs, each, batch, totals).loss for each in (reference, own)]
-    values = torch.stack(losses).double()
-    if distributed.world_size() > 1:
-        torch.distributed.all_reduce(values)
-    loss, expected = values.tolist()
+    loss, expected = distributed.all_sum(torch.stack(losses).double()).tolist()
     if not abs(loss - expected) <= TOLERANCE[dtype] * max(1.0, abs(expected)):
         raise UserError(
             f"before the first update the loss is {loss:.7f} and should be {expected:.7f}, because "

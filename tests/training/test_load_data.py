@@ -248,7 +248,7 @@ def test_the_kernel_of_the_loss_is_used_where_it_computes_all():
 
     def chosen(name, batch, asked, **options):
         objective = Objective((name,), options=LossOptions(**options))
-        return LossPass(objective, implementation=asked)._of_loss(batch)
+        return LossPass(objective, implementation=asked)._loss_implementation(batch)
 
     assert chosen("sigmoid", pairs, "triton") == "triton"
     assert chosen("sigmoid", weighted, "triton") == "auto"

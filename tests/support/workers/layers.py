@@ -31,6 +31,7 @@ def run_case(tree: dict) -> dict:
             run.references["train"],
             totals,
             sums,
+            run.statistics,
         )
         torch.distributed.all_reduce(share)
         losses.append(share.item())
