@@ -1,13 +1,14 @@
-"""The trainer: configuration, engine, loop, checkpoints, metrics.
+"""The trainer: from a configuration to a trained model.
 
-config.py       the whole run as typed data; YAML plus key=value
-distributed.py  processes, ranks and barriers
-prepare.py      from a configuration to everything a run needs
-engine.py       the DeepSpeed engine and its configuration
-step.py         one optimiser step
-loop.py         train()
-evaluate.py     metrics on held-out pairs
-metrics.py      sums on the device, means over all ranks
-checkpoints.py  complete or absent; exact resume
-export.py       a plain Hugging Face folder
+config, sections      the whole run as typed data; YAML plus key=value
+prepare, fit          from a configuration to all that a run works with, and whether it fits together
+loop                  train(); one update, evaluation, checkpoints, resuming
+step                  one optimiser step; evaluation; the check before the first
+loss_pass             the loss of a micro-batch
+load_data, splits     the examples of a run and their batches
+references, precompute  the reference of a run, found or computed
+engine                DeepSpeed
+distributed           processes, ranks and signals
+checkpoints, export   what is kept
+metrics, perf, run_log, console  what is measured, logged and shown
 """

@@ -1,7 +1,4 @@
-"""Progress on the terminal: rank 0 speaks.
-
-Libraries that talk too much, told once to keep to warnings that matter to the user.
-"""
+"""What the terminal shows: progress and messages of rank 0, and little of what libraries say."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -23,8 +20,8 @@ console = Console(stderr=True)
 
 
 @contextmanager
-def progress_bar(description: str, total: int, done: int = 0):
-    """Yields advance(text=""), which moves the bar by one and shows `text` beside it."""
+def progress_bar(description: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
+    """Yields advance(text=""), which moves the bar by one and shows `text` beside it. Rank 0 has a bar."""
     if not distributed.is_main():
         yield lambda text="": None
         return
@@ -55,7 +52,10 @@ def say(message: str) -> None:
 
 
 def quiet() -> None:
-    """Call before DeepSpeed is imported. Set DPO_FAST_VERBOSE=1 to hear everything."""
+    """Keep libraries to warnings that matter to the user; DPO_FAST_VERBOSE=1 lets all through.
+
+    Call it before DeepSpeed is imported.
+    """
     if os.environ.get("DPO_FAST_VERBOSE", "0") == "1":
         return
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")

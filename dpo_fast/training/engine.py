@@ -16,28 +16,21 @@ from dpo_fast.training.config import RunConfig
 def deepspeed_config(config: RunConfig, world_size: int, accumulation: int) -> dict[str, Any]:
     """Our configuration in DeepSpeed's words, with `parallel.deepspeed` merged in.
 
+    accumulation: micro-batches of every rank in a step.
+
     Raises:
         UserError: a value of `parallel.deepspeed` contradicts one that follows from our options.
     """
-    on_gpu = torch.cuda.is_available()
     bf16 = config.model.dtype == "bf16"
-    # DeepSpeed insists on a number; with train.tokens_per_batch there is none, and nothing depends on it.
+    # DeepSpeed insists on a number. With train.tokens_per_batch there is none, and nothing depends on it.
     micro = config.train.micro_batch_size or 1
-    zero: dict[str, Any] = {"stage": config.parallel.zero_stage}
-    if config.parallel.zero_stage:
-        zero["overlap_comm"] = on_gpu
-        zero["contiguous_gradients"] = True
-    if config.parallel.offload_optimizer:
-        zero["offload_optimizer"] = in_cpu_memory()
-    if config.parallel.offload_parameters:
-        zero["offload_param"] = in_cpu_memory()
     derived: dict[str, Any] = {
         "train_batch_size": micro * accumulation * world_size,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.train.max_grad_norm,
         "bf16": {"enabled": bf16},
-        "zero_optimization": zero,
+        "zero_optimization": _zero(config),
         # torch's AdamW is the optimiser at every stage, also where DeepSpeed would build its own.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
@@ -53,35 +46,26 @@ def deepspeed_config(config: RunConfig, world_size: int, accumulation: int) -> d
     return merge(derived, config.parallel.deepspeed, "parallel.deepspeed")
 
 
-def in_cpu_memory() -> dict[str, Any]:
-    """DeepSpeed's words for it; pages are pinned where there is a GPU to copy to."""
-    return {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-
-
-def reference_config(config: RunConfig, ds_config: dict[str, Any]) -> dict[str, Any]:
-    """DeepSpeed's configuration for a frozen model at stage 3: the policy's without its optimiser, and
-    with parameters where `reference.offload` wants them."""
-    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    zero = dict(ds_config["zero_optimization"])
-    zero.pop("offload_optimizer", None)
-    offload = zero.pop("offload_param", in_cpu_memory())
-    if config.offloads_reference:
-        zero["offload_param"] = offload
-    reduced = {name: ds_config[name] for name in (*names, "bf16", "steps_per_print")}
-    return reduced | {"zero_optimization": zero}
-
-
-def shard_while_loading(config: RunConfig, ds_config: dict[str, Any]):
-    """At stage 3 transformers shards weights while it loads them, as long as this object lives."""
-    if config.parallel.zero_stage < 3:
-        return None
-    from transformers.integrations import HfDeepSpeedConfig
-
-    return HfDeepSpeedConfig(ds_config)
+def _zero(config: RunConfig) -> dict[str, Any]:
+    """DeepSpeed's section `zero_optimization`."""
+    parallel = config.parallel
+    zero: dict[str, Any] = {"stage": parallel.zero_stage}
+    if parallel.zero_stage:
+        zero["overlap_comm"] = torch.cuda.is_available()
+        zero["contiguous_gradients"] = True
+    if parallel.offload_optimizer:
+        zero["offload_optimizer"] = in_cpu_memory()
+    if parallel.offload_parameters:
+        zero["offload_param"] = in_cpu_memory()
+    return zero
 
 
 def merge(ours: dict, theirs: dict, place: str) -> dict:
-    """`theirs` added to `ours`; a different value for the same key is a contradiction."""
+    """`theirs` added to `ours`, both in DeepSpeed's words. place: the option that holds `theirs`.
+
+    Raises:
+        UserError: the two have different values for one key.
+    """
     merged = dict(ours)
     for name, value in theirs.items():
         if isinstance(value, dict) and isinstance(merged.get(name, {}), dict):
@@ -94,6 +78,35 @@ def merge(ours: dict, theirs: dict, place: str) -> dict:
         elif value != "auto":
             merged[name] = value
     return merged
+
+
+def in_cpu_memory() -> dict[str, Any]:
+    """DeepSpeed's words for offloading. Pages are pinned where there is a GPU to copy to."""
+    return {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+
+
+def reference_config(config: RunConfig, ds_config: dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's configuration for a frozen model at stage 3: the policy's without its optimiser.
+
+    Parameters lie in CPU memory if `reference.offload` says so.
+    """
+    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    zero = dict(ds_config["zero_optimization"])
+    zero.pop("offload_optimizer", None)
+    offload = zero.pop("offload_param", in_cpu_memory())
+    if config.offloads_reference:
+        zero["offload_param"] = offload
+    reduced = {name: ds_config[name] for name in (*names, "bf16", "steps_per_print")}
+    return reduced | {"zero_optimization": zero}
+
+
+def shard_while_loading(config: RunConfig, ds_config: dict[str, Any]):
+    """At stage 3, an object; as long as it lives, transformers shards weights while it loads them."""
+    if config.parallel.zero_stage < 3:
+        return None
+    from transformers.integrations import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(ds_config)
 
 
 def build_optimizer(config: RunConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -117,7 +130,7 @@ def build_optimizer(config: RunConfig, model: torch.nn.Module) -> torch.optim.Op
 
 
 def build_engine(config: RunConfig, model: ScoringModel, ds_config: dict, total_steps: int):
-    """A DeepSpeed engine round the scoring model, with AdamW and a transformers schedule."""
+    """A DeepSpeed engine for the scoring model, with AdamW and a schedule of transformers."""
     import deepspeed
 
     optimizer = build_optimizer(config, model)
@@ -134,7 +147,7 @@ def build_engine(config: RunConfig, model: ScoringModel, ds_config: dict, total_
 
 
 def build_reference_engine(config: RunConfig, model: ScoringModel, ds_config: dict):
-    """A frozen scorer: at stage 3 an engine by `reference_config`, otherwise simply the model."""
+    """The model frozen, to score with; at stage 3 in an engine. ds_config: from `reference_config`."""
     model.requires_grad_(False)
     model.eval()
     if config.parallel.zero_stage < 3:

@@ -1,7 +1,4 @@
-"""From the data of a configuration to its splits, and whether rows and run belong together.
-
-Columns of numbers in the data: which a run uses, and that none is ignored.
-"""
+"""From the data of a configuration to its splits, checked against the losses and the reference."""
 
 from __future__ import annotations
 
@@ -19,13 +16,18 @@ from dpo_fast.losses import LOSSES
 from dpo_fast.training import distributed
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import say
-from dpo_fast.training.splits import Rows, Split, StreamSplit
+from dpo_fast.training.splits import Examples, Split, StreamSplit
+
+REFERENCE_COLUMNS = {name for kind in KINDS for name in kind.reference_columns}
 
 
 def load_split(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, name: str, shuffle: bool
 ) -> Split | StreamSplit:
-    """Read, check and tokenise a split (`train` or `eval`), or find it done; or begin a stream."""
+    """Read, check and tokenise a split (`train` or `eval`), or find it done; or begin a stream.
+
+    Collective. Raises UserError.
+    """
     if name == "train" and config.data.streaming:
         return open_stream(config, tokenizer)
     examples = distributed.main_first(
@@ -52,103 +54,95 @@ def make_split(
     config: RunConfig,
     tokenizer: PreTrainedTokenizerBase,
     name: str,
-    examples: Rows,
+    examples: Examples,
     shuffle: bool,
-    epoch: int = 0,
+    first_epoch: int = 0,
     accumulation: int | None = None,
 ) -> Split:
-    """Rows with the sampler that the options ask for. Without shuffling every step is one micro-batch
-    a rank. epoch: number of the first; accumulation: of a TokenSampler, if it is not to choose.
+    """Check examples and give them the sampler that the options ask for.
+
+    shuffle: whether they are trained on. Otherwise a step is one micro-batch on each rank.
+    first_epoch: number of the epoch that step 0 begins.
+    accumulation: of a TokenSampler, if it is not to choose.
 
     Raises:
-        UserError: rows of a kind that the loss or the reference cannot take, columns that the loss does
-            not use or lacks, or a row that is larger than train.tokens_per_batch.
+        UserError: examples of a kind that the loss or the reference cannot take, columns that the loss
+            lacks or does not use, or an example that is larger than train.tokens_per_batch.
     """
     check_kind(config, name, examples)
     check_renamed(config, name, examples)
     columns = used_columns(config, examples.extras, examples.kind)
-    train, world = config.train, distributed.world_size()
+    sampler = _make_sampler(config, examples, shuffle, first_epoch, accumulation)
+    wants_mismatched = "kl" in config.loss.objective.statistics
+    mismatched_length = config.data.max_length if wants_mismatched else None
+    layout, pad_id = config.train.layout, tokenizer.pad_token_id
+    return Split(name, examples, sampler, layout, pad_id, columns, mismatched_length)
+
+
+def _make_sampler(
+    config: RunConfig, examples: Examples, shuffle: bool, first_epoch: int, accumulation: int | None
+) -> BatchSampler:
+    train = config.train
+    order = {"seed": train.seed, "shuffle": shuffle, "first_epoch": first_epoch}
+    order["world_size"] = world = distributed.world_size()
     if train.tokens_per_batch is None:
         size = train.global_batch_size if shuffle else train.micro_batch_size * world
-        sampler = Sampler(
-            len(examples), size, train.micro_batch_size, world, train.seed, shuffle, epoch
-        )
-    else:
-        costs = LAYOUTS[train.layout].costs(examples.lengths)
-        check_budget(train.tokens_per_batch, train.layout, costs.alone_P, examples)
-        sampler = TokenSampler(
-            costs,
-            train.tokens_per_batch,
-            train.global_batch_size,
-            world,
-            train.seed,
-            shuffle,
-            epoch,
-            accumulation if shuffle else 1,
-        )
-    wants_mismatched = "kl" in config.loss.objective.statistics
-    return Split(
-        name,
-        examples,
-        sampler,
-        train.layout,
-        tokenizer.pad_token_id,
-        columns,
-        config.data.max_length if wants_mismatched else None,
-    )
+        return Sampler(len(examples), size, train.micro_batch_size, **order)
+    costs = LAYOUTS[train.layout].costs(examples.lengths)
+    check_budget(train.tokens_per_batch, train.layout, costs.alone_P, examples)
+    order["accumulation"] = accumulation if shuffle else 1
+    return TokenSampler(costs, train.tokens_per_batch, train.global_batch_size, **order)
 
 
-def check_kind(config: RunConfig, name: str, rows: Rows) -> None:
-    """Raises UserError if what the rows are does not go with the run."""
-    objective, where = (
-        config.loss.objective,
-        f"data.{name} holds {rows.kind.name}, the first {rows.where(0)}",
-    )
+def check_kind(config: RunConfig, name: str, examples: Examples) -> None:
+    """Raises UserError if the losses or the reference cannot take examples of this kind."""
+    objective, kind = config.loss.objective, examples.kind
     names = ", ".join(config.loss.names)
-    if objective.grouped and rows.kind != GROUPS:
+    where = f"data.{name} holds {kind.name}, the first {examples.where(0)}"
+    if objective.grouped and kind != GROUPS:
         raise UserError(
             f"loss.type={names} goes by the scores of several completions of a prompt, but {where}; give "
             "rows with completions and scores, or choose another loss"
         )
-    if rows.kind == GROUPS and not objective.grouped:
+    if kind == GROUPS and not objective.grouped:
         groups = " or ".join(spec.name for spec in LOSSES.values() if spec.grouped)
         raise UserError(
             f"loss.type={names} does not go by scores, but {where}; set loss.type to {groups}, or give "
             "pairs"
         )
-    if rows.kind == COMPLETIONS and objective.paired:
+    if kind == COMPLETIONS and objective.paired:
         paired = ", ".join(spec.name for spec in objective.specs if spec.paired)
         single = " or ".join(spec.name for spec in LOSSES.values() if spec.rows == "completions")
         raise UserError(
             f"loss.type={paired} compares the two answers of a pair, but {where}; set loss.type to "
             f"{single}, or give pairs"
         )
-    if rows.kind == GROUPS and config.reference_provider == "columns":
+    if kind == GROUPS and config.reference_provider == "columns":
         raise UserError(
             f"reference.provider=columns takes sums of pairs or completions, but {where}; set "
             "reference.provider to cached, frozen or adapter_off"
         )
-    if "kl" in objective.statistics and len(rows) < 2:
+    if "kl" in objective.statistics and len(examples) < 2:
         raise UserError(
             f"loss.type={names} estimates kl from completions of other rows, but data.{name} has one row, "
-            f"{rows.where(0)}; give it two or more"
+            f"{examples.where(0)}; give it two or more"
         )
 
 
-def check_renamed(config: RunConfig, name: str, rows: Rows) -> None:
-    """Raises UserError if data.columns renames what rows of this kind do not have."""
-    kind = rows.kind
+def check_renamed(config: RunConfig, name: str, examples: Examples) -> None:
+    """Raises UserError if data.columns renames a column that examples of this kind do not have."""
+    kind = examples.kind
     known = ("prompt", *kind.answers, *kind.label_columns, *kind.numbers)
     for ours, theirs in config.data.columns.items():
         if ours not in (*known, *CHAT_COLUMNS):
             raise UserError(
                 f"data.columns.{ours}={theirs!r} is not used: data.{name} holds {kind.name}, the first "
-                f"{rows.where(0)}, whose columns are {', '.join(known)}; remove it, or set data.format"
+                f"{examples.where(0)}, whose columns are {', '.join(known)}; remove it, or set data.format"
             )
 
 
-def check_budget(budget: int, layout: str, alone_P: np.ndarray, examples: Rows) -> None:
-    """Raises UserError unless every row fits into a micro-batch of its own."""
+def check_budget(budget: int, layout: str, alone_P: np.ndarray, examples: Examples) -> None:
+    """Raises UserError unless every example fits into a micro-batch. alone_P: tokens of each."""
     longest = int(alone_P.argmax())
     if alone_P[longest] > budget:
         raise UserError(
@@ -159,24 +153,21 @@ def check_budget(budget: int, layout: str, alone_P: np.ndarray, examples: Rows) 
 
 
 def tell_size(sampler: BatchSampler) -> None:
-    """One line about what a step has, where the tokens decide it."""
+    """Say how many examples a step has, if the tokens decide it."""
     if isinstance(sampler, TokenSampler):
         say(
             f"train.tokens_per_batch={sampler.budget}: micro-batches are {sampler.fill:.1%} full; "
-            f"{sampler.accumulation} of them on each rank are a step of {sampler.examples_per_step:.1f} examples "
-            f"on average (train.global_batch_size={sampler.global_batch_size})"
+            f"{sampler.accumulation} of them on each rank are a step of "
+            f"{sampler.examples_per_step:.1f} examples on average "
+            f"(train.global_batch_size={sampler.global_batch_size})"
         )
 
 
-REFERENCES = {name for kind in KINDS for name in kind.reference_columns}
-
-
 def used_columns(config: RunConfig, present: list[str], kind: Kind) -> tuple[str, ...]:
-    """Names of the columns that go into batches: all that are there, if the run uses all.
+    """The columns of numbers that go into batches: all that are present.
 
     Raises:
-        UserError: a column that would change the loss and that this loss does not use, or one that it
-            needs and that is not there.
+        UserError: the run does not use one of them, or needs one that is not there.
     """
     objective, names = config.loss.objective, ", ".join(config.loss.names)
     used, needed = set(objective.columns), set(objective.needed_columns)
@@ -184,7 +175,7 @@ def used_columns(config: RunConfig, present: list[str], kind: Kind) -> tuple[str
         used |= set(kind.reference_columns)
         needed |= set(kind.reference_columns)
     idle = [column for column in present if column not in used]
-    if stored := [column for column in idle if column in REFERENCES]:
+    if stored := [column for column in idle if column in REFERENCE_COLUMNS]:
         raise UserError(
             f"the data has the columns {' and '.join(stored)}, and reference.provider="
             f"{config.reference_provider} takes them from elsewhere: set reference.provider=columns, or "

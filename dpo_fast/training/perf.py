@@ -1,7 +1,4 @@
-"""How long parts of a step take. On a GPU by events, which wait for nothing until they are read.
-
-Floating-point operations of a step, and how many this device does in a second: perf/mfu.
-"""
+"""What the `perf/` metrics are made of: times and operations of a step, memory and rate of the device."""
 
 from __future__ import annotations
 
@@ -13,35 +10,33 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.models import ScoringModel
 
-
-def peak_memory(device: torch.device) -> float:
-    """GiB that the process held at most since it began: on a GPU of the device, else of the machine."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return held / (2**30 if sys.platform == "darwin" else 2**20)
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+PRODUCT = {"cpu": (512, 4), "cuda": (8192, 10)}  # rows and columns of the square product, repeats
 
 
 class Clock:
-    """Adds up the milliseconds between `begin` and `end` of each name."""
+    """Adds up the milliseconds between `begin` and `end` of each name.
+
+    On a GPU it records events, so nothing waits until `read`.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = torch.device(device).type == "cuda"
-        self.spans: list[tuple[str, Any, Any]] = []
+        self._intervals: list[tuple[str, Any, Any]] = []
         self._open: dict[str, Any] = {}
 
     def begin(self, name: str) -> None:
         self._open[name] = self._now()
 
     def end(self, name: str) -> None:
-        """Without a `begin` before it nothing is added."""
+        """Nothing is added without a `begin` before."""
         if (start := self._open.pop(name, None)) is not None:
-            self.spans.append((name, start, self._now()))
+            self._intervals.append((name, start, self._now()))
 
     @contextmanager
     def time(self, name: str):
@@ -50,14 +45,14 @@ class Clock:
         self.end(name)
 
     def read(self) -> dict[str, float]:
-        """Milliseconds since the last reading, by name. Waits for the device."""
-        if self.spans and self.on_gpu:
+        """Milliseconds since the last reading, by name; waits for the device."""
+        if self._intervals and self.on_gpu:
             torch.cuda.synchronize()
         sums: dict[str, float] = {}
-        for name, start, end in self.spans:
+        for name, start, end in self._intervals:
             spent = start.elapsed_time(end) if self.on_gpu else 1000 * (end - start)
             sums[name] = sums.get(name, 0.0) + spent
-        self.spans = []
+        self._intervals = []
         return sums
 
     def _now(self):
@@ -69,8 +64,10 @@ class Clock:
 
 
 def watch_head(head: nn.Module, clock: Clock, name: str = "perf/head_ms") -> None:
-    """Time the forward of a `FusedHead` that is trained through, and its backward: from the gradient of its
-    log-probabilities to that of its hidden states. Scoring without gradients is not counted."""
+    """Time forward and backward of a `FusedHead`. Scoring without gradients is not counted.
+
+    The backward pass lasts from the gradient of the log-probabilities to that of the hidden states.
+    """
 
     def before(module, arguments) -> None:
         if torch.is_grad_enabled() and len(arguments) > 1:
@@ -82,29 +79,23 @@ def watch_head(head: nn.Module, clock: Clock, name: str = "perf/head_ms") -> Non
         clock.end(name)
         hidden, logp = arguments[0], output["logp"]
         if hidden.requires_grad and logp.requires_grad:
-            logp.register_hook(lambda grad: _then(clock.begin, name))
-            hidden.register_hook(lambda grad: _then(clock.end, name))
+            logp.register_hook(lambda grad: clock.begin(name))
+            hidden.register_hook(lambda grad: clock.end(name))
 
     head.register_forward_pre_hook(before)
     head.register_forward_hook(after)
 
 
-def _then(act, name: str) -> Tensor | None:
-    """For a hook of a gradient, which leaves it as it is."""
-    act(name)
-
-
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-PRODUCT = {"cpu": (512, 4), "cuda": (8192, 10)}  # rows and columns of the square product, repeats
-
-
 @dataclass(frozen=True)
 class Work:
-    """Operations of forward and backward for each token of a layer stack and of a head, and for each pair
-    of tokens of which one attends to the other.
+    """Floating-point operations of forward and backward.
 
-    A weight takes part in a product of two operations forward, two for the gradient of its input and, if
-    it is trained, two for its own. Recomputation, references and padding are no work.
+    An element of a weight costs two operations forward, two for the gradient of its input and, if it is
+    trained, two for its own. Recomputation, references and padding are not counted.
+
+    per_token: of the layers, for a token of the backbone.
+    per_scored: of the head, for a scored token.
+    per_attended_pair: of attention, for two tokens one of which attends to the other.
     """
 
     per_token: float
@@ -112,14 +103,14 @@ class Work:
     per_attended_pair: float
 
     def of(self, batch: ScoredBatch) -> float:
-        """Of what goes through the model for a batch: shared prompts once."""
+        """Operations for a batch. A shared prompt counts once, as it goes through the model once."""
         tokens = batch.input_ids.numel() - batch.padding
         attended_pairs = self.per_attended_pair * batch.attended_pairs
         return self.per_token * tokens + self.per_scored * len(batch.targets_T) + attended_pairs
 
 
 def work_of(model: ScoringModel) -> Work | None:
-    """None for a model whose operations do not follow from its weights: experts, or no known attention."""
+    """The operations of a model; None if its weights do not tell: experts, or no known attention."""
     causal_lm = model.causal_lm
     config, decoder = causal_lm.config.get_text_config(), causal_lm.get_decoder()
     heads = getattr(config, "num_attention_heads", None)
@@ -129,23 +120,14 @@ def work_of(model: ScoringModel) -> Work | None:
     tables = {id(m.weight) for m in decoder.modules() if isinstance(m, nn.Embedding)}
     weights = [p for p in decoder.parameters() if id(p) not in tables and _dimensions(p) == 2]
     head = causal_lm.get_output_embeddings().weight
-    # Scores and their sum over values, forward and twice backward.
-    meeting = 3 * 2 * 2 * config.num_hidden_layers * heads * width
-    return Work(sum(map(_operations, weights)), _operations(head), meeting)
-
-
-def _operations(weight: nn.Parameter) -> int:
-    size = getattr(weight, "ds_numel", weight.numel())  # of all ranks, where it is sharded
-    return (6 if weight.requires_grad else 4) * size
-
-
-def _dimensions(weight: nn.Parameter) -> int:
-    return len(getattr(weight, "ds_shape", weight.shape))
+    # Two products, q k^T and p v, of two operations each; once forward and twice backward.
+    per_attended_pair = 3 * 2 * 2 * config.num_hidden_layers * heads * width
+    return Work(sum(map(_operations, weights)), _operations(head), per_attended_pair)
 
 
 @torch.no_grad()
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations in a second of the fastest of several square matrix products."""
+    """Operations a second that a device can do, from the fastest of several square matrix products."""
     size, repeats = PRODUCT[device.type]
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
@@ -156,6 +138,23 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
         _wait(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory in GiB that the process has held: the GPU's if `device` is one, else the host's."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return held / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def _operations(weight: nn.Parameter) -> int:
+    size = getattr(weight, "ds_numel", weight.numel())  # of all ranks, where it is sharded
+    return (6 if weight.requires_grad else 4) * size
+
+
+def _dimensions(weight: nn.Parameter) -> int:
+    return len(getattr(weight, "ds_shape", weight.shape))
 
 
 def _wait(device: torch.device) -> None:

@@ -1,7 +1,4 @@
-"""The rows of a run, and how their batches are made.
-
-A stream as a split: asked by the trainer for what it asks a `Split`.
-"""
+"""The examples of a run as batches: a stored data set (`Split`) or a stream (`StreamSplit`)."""
 
 from __future__ import annotations
 
@@ -21,16 +18,20 @@ from dpo_fast.losses import Totals
 from dpo_fast.training import distributed
 from dpo_fast.training.console import say
 
-Rows = Dataset | Chunk
+Examples = Dataset | Chunk
 
 
 @dataclass
 class Split:
-    """One set of rows, and how its batches are made. mismatched_length: to how many tokens mismatched
-    completions are cut together with their prompts; None where no loss wants such."""
+    """Examples of one kind, and how their batches are made.
+
+    columns: columns of numbers that go into batches.
+    mismatched_length: tokens that a prompt and a mismatched completion may have together; the completion
+        is cut to that. None if no loss wants mismatched completions.
+    """
 
     name: str
-    examples: Rows
+    examples: Examples
     sampler: BatchSampler
     layout: str
     pad_id: int
@@ -51,7 +52,7 @@ class Split:
         return min(self.mismatched_length, int(prompt_P.max() + answer_P.max()))
 
     def totals(self, rows: list[int]) -> Totals:
-        """Counts of a global batch. Every rank knows them from the data: nothing is communicated."""
+        """Counts of a global batch. Every rank knows the lengths of all rows, so none is communicated."""
         lengths = self.lengths.take(rows)
         sequences, tokens = len(lengths.answers_S), int(lengths.answers_S.sum())
         if self.examples.kind == COMPLETIONS:
@@ -67,7 +68,7 @@ class Split:
     def collate(
         self, rows: list[dict], indices: list[int], columns: tuple[str, ...] = ()
     ) -> ScoredBatch:
-        """Rows of the data, or like them, in the split's layout."""
+        """Lay out rows of the data, or rows like them. indices: their numbers in the data."""
         return collate(
             rows,
             self.layout,
@@ -78,8 +79,11 @@ class Split:
         )
 
     def mismatched(self, rows: list[int]) -> Iterator[ScoredBatch]:
-        """This rank's share of a global batch in which every row has the completion of the one before it
-        (`data/mismatched.py`): as many batches as every other rank has. None where no loss wants them."""
+        """This rank's share of a global batch with mismatched completions (`data/mismatched.py`).
+
+        Every row gets the completion of the row before it. Every rank has the same number of batches, and
+        none if no loss wants them.
+        """
         if self.mismatched_length is None:
             return
         others, world = partners(rows, len(self.examples)), distributed.world_size()
@@ -98,8 +102,8 @@ class Split:
             yield self.collate(joined, mine)
 
     def _mismatched_plan(self, others: dict[int, int]) -> list[list[int]]:
-        """Micro-batches of rows, as large as those of the sampler. A row that takes more than the budget
-        together with its foreign completion has one of its own."""
+        """Micro-batches as large as the sampler's. A row whose foreign completion exceeds the budget has
+        one of its own."""
         rows = list(others)
         if isinstance(self.sampler, Sampler):
             size = self.sampler.micro_batch_size
@@ -110,12 +114,12 @@ class Split:
         return [[rows[item] for item in items] for items in costs.bins(budget, range(len(rows)))]
 
     def all_batches(self) -> Iterator[ScoredBatch]:
-        """This rank's share of one pass, the same number of batches on every rank."""
+        """This rank's batches of one pass; every rank has the same number."""
         for step in range(self.sampler.steps_per_epoch):
             yield from self.batches(step)
 
     def at(self, step: int) -> tuple[Split, int]:
-        """The examples that a step belongs to, and the step's number in it: itself."""
+        """The split that a step belongs to, and the step's number in it: a stream has several."""
         return self, step
 
     def epochs(self, step: int) -> float:
@@ -127,20 +131,22 @@ class Split:
         return {"data": self.examples.fingerprint}
 
     def position(self, step: int) -> dict:
-        """What a checkpoint before `step` must hold for `seek`: nothing."""
+        """What `seek` needs of a checkpoint before `step`: nothing, as batches follow from the step."""
         return {}
 
     def seek(self, state: dict) -> None:
-        """Go to where a checkpoint was written, given its state."""
+        """Go to where a checkpoint was written. state: the content of its state.json."""
 
 
 class StreamSplit:
-    """A stream as one split after the other; asked by the trainer for what it asks a `Split`.
+    """A stream as one split after the other, for the trainer like one `Split`. Making it reads a chunk.
 
-    stream: at its beginning. make: a chunk to a split, given the accumulation of the first one (None
-    for the first itself). last: steps of the run. Steps must be asked for in order. While one chunk is
-    trained on, a thread reads the next. Every rank reads the whole stream, so that every rank knows the
-    counts of a global batch.
+    Steps must be asked for in order. While one chunk is trained on, a thread reads the next. Every rank
+    reads the whole stream, so every rank knows the counts of a global batch.
+
+    stream: at its beginning.
+    make: a chunk to a split, given the accumulation of the first split (None for the first itself).
+    last: steps of the run; a chunk behind them is not read.
     """
 
     name = "train"
@@ -149,7 +155,7 @@ class StreamSplit:
         self, stream: ExampleStream, make: Callable[[Chunk, int | None], Split], last: int
     ) -> None:
         self.stream, self.make, self.last = stream, make, last
-        self.key = stream.key  # now: later the thread has the tokenizer
+        self.key = stream.key  # read here, because the thread uses the tokenizer later
         self.accumulation: int | None = None
         self.begin = 0  # step with which the chunk begins
         self.part = self._use(stream.read())
@@ -181,7 +187,7 @@ class StreamSplit:
         return self.part, step - self.begin
 
     def epochs(self, step: int) -> float | None:
-        """How long a pass is, a stream does not know."""
+        """None: a stream does not know how long a pass is."""
         return None
 
     def must_fit(self) -> dict:
