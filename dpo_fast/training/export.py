@@ -17,8 +17,8 @@ from dpo_fast.training.checkpoints import writing
 
 
 def export(
-    model: ScoringModel, tokenizer, folder: Path, section: ModelSection, merge_lora: bool = False
-) -> Path:
+    model: ScoringModel, tokenizer, folder: Path, section: ModelSection, merge_lora: bool
+) -> None:
     """Write what `from_pretrained` loads: the model, or its adapter. Collective.
 
     section: names the base model to merge an adapter into.
@@ -39,10 +39,9 @@ def export(
                 tokenizer.save_pretrained(aside / "merged")
             durable.publish(aside, folder, replace=True)
     distributed.barrier()
-    return folder
 
 
-def gather_state(model: nn.Module, trainable_only: bool = False) -> dict[str, Tensor]:
+def gather_state(model: nn.Module, trainable_only: bool) -> dict[str, Tensor]:
     """Whole tensors on the CPU of rank 0, {} on other ranks. Collective: parameters are gathered singly.
 
     A Parameter with two names (tied embeddings) becomes one tensor with two names.

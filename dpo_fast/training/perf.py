@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.models import ScoringModel
 
+HEAD = "perf/head_ms"
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 PRODUCT = {"cpu": (512, 4), "cuda": (8192, 10)}  # rows and columns of the square product, repeats
 
@@ -39,7 +41,7 @@ class Clock:
             self._intervals.append((name, start, self._now()))
 
     @contextmanager
-    def time(self, name: str):
+    def time(self, name: str) -> Iterator[None]:
         self.begin(name)
         yield
         self.end(name)
@@ -63,7 +65,7 @@ class Clock:
         return event
 
 
-def watch_head(head: nn.Module, clock: Clock, name: str = "perf/head_ms") -> None:
+def watch_head(head: nn.Module, clock: Clock) -> None:
     """Time forward and backward of a `FusedHead`. Scoring without gradients is not counted.
 
     The backward pass lasts from the gradient of the log-probabilities to that of the hidden states.
@@ -71,16 +73,16 @@ def watch_head(head: nn.Module, clock: Clock, name: str = "perf/head_ms") -> Non
 
     def before(module, arguments) -> None:
         if torch.is_grad_enabled() and len(arguments) > 1:
-            clock.begin(name)
+            clock.begin(HEAD)
 
     def after(module, arguments, output) -> None:
         if not (isinstance(output, dict) and torch.is_grad_enabled()):
             return
-        clock.end(name)
+        clock.end(HEAD)
         hidden, logp = arguments[0], output["logp"]
         if hidden.requires_grad and logp.requires_grad:
-            logp.register_hook(lambda grad: clock.begin(name))
-            hidden.register_hook(lambda grad: clock.end(name))
+            logp.register_hook(lambda grad: clock.begin(HEAD))
+            hidden.register_hook(lambda grad: clock.end(HEAD))
 
     head.register_forward_pre_hook(before)
     head.register_forward_hook(after)
