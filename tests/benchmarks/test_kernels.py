@@ -258,8 +258,8 @@ def test_one_command_on_a_gpu_measures_points_and_the_curve(monkeypatch):
 def test_who_stands_where():
     """Contenders that nobody asked for by name.
 
-    On a GPU none whose fp32 products take seconds. On a CPU no peer that adds only minutes. Of two forms of a
-    peer the one that this machine can run.
+    On a GPU none whose fp32 products take seconds. On a CPU no peer that adds only minutes. Of two forms of
+    a peer the one that this machine can run.
     """
 
     def names(device, mode, T, D, V):
