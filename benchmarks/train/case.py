@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from benchmarks.machine import DTYPES, Stopwatch, synchronize
+from dpo_fast.data.layouts import LAYOUTS
 
-LAYOUTS = ("padded", "packed", "shared_prefix")
+TRL_LAYOUT = "padded"
 WARM_UP = (
     2  # steps before the rounds: the first allocates and compiles, memory is that of the second
 )
@@ -59,7 +60,7 @@ REPEATS = {"cpu": 12, "cuda": 30}
 class Contender:
     """One way to take a training step.
 
-    layout: one of ours, "" for TRL's, which is padded.
+    layout: one of ours, or "" for TRL's own, `TRL_LAYOUT`.
     stored: the reference's log-probs come from a table made before training, not from a frozen model.
     checkpointing: activations are recomputed in backward.
     options: further arguments of TRL's configuration.
@@ -131,7 +132,8 @@ class Task:
         return len(self.order[0])
 
     def micro_batch_size(self, layout: str) -> int:
-        return self.padded_pairs if layout in ("", "padded") else self.packed_pairs
+        shared = LAYOUTS[layout or TRL_LAYOUT].shares_rows
+        return self.packed_pairs if shared else self.padded_pairs
 
 
 @dataclass(frozen=True)

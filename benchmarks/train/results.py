@@ -18,7 +18,7 @@ from benchmarks import plots
 from benchmarks.machine import environment, summary, version
 from benchmarks.plots import bar, begin, colour, name_bars, save, short_device
 from benchmarks.results import Column, Columns, header, line
-from benchmarks.train.case import WARM_UP, Sizes, Task
+from benchmarks.train.case import TRL_LAYOUT, WARM_UP, Sizes, Task
 from benchmarks.train.measure import Result
 
 BASE, BASE_STORED = "trl", "trl, precomputed"
@@ -87,7 +87,7 @@ def _checked(result: Result, task: Task) -> dict:
     contender, losses = result.contender, result.losses
     return {
         "impl": contender.name,
-        "layout": contender.layout or "padded",
+        "layout": contender.layout or TRL_LAYOUT,
         "reference": "stored" if contender.stored else "live",
         "checkpointing": "yes" if contender.checkpointing else "no",
         "micro_batch_size": task.micro_batch_size(contender.layout),
@@ -171,7 +171,7 @@ def token_factors(rows: list[dict]) -> dict[str, float]:
     """Positions of a padded step over its tokens, and tokens over tokens with every prompt once."""
     found = {"repeated prompts": rows[0]["data_tokens"] / rows[0]["once_tokens"]}
     for row in rows:
-        if row["layout"] == "padded" and row["computed_tokens"]:
+        if row["layout"] == TRL_LAYOUT and row["computed_tokens"]:
             return {"padding": row["computed_tokens"] / row["data_tokens"]} | found
     return found
 

@@ -22,10 +22,7 @@ from dpo_fast.errors import UserError
 
 
 class PromptAndAnswers(NamedTuple):
-    """Ids of a prompt and its answers;
-
-    `merged` tells whether a token straddles the prompt's end.
-    """
+    """Token ids. merged: a token straddles the prompt's end."""
 
     prompt: list[int]
     answers: list[list[int]]

@@ -156,10 +156,7 @@ class ExampleLengths:
         return ExampleLengths(self.kind, self.prompt_P[indices], self.answers_S[places_S], counts_P)
 
     def columns(self) -> dict[str, np.ndarray]:
-        """Lengths by name:
-
-        `prompt`, and each column of answers; [P] each, but [S] for a group's `completions`.
-        """
+        """Lengths by column: `prompt` and answers, [P] each; `completions` of groups [S]."""
         names, count = self.kind.answers, len(self.kind.answers)
         sides = [self.answers_S] if self.kind.many else self.answers_S.reshape(-1, count).T
         return {"prompt": self.prompt_P, **dict(zip(names, sides))}

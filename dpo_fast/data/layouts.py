@@ -109,8 +109,7 @@ def _packed_costs(lengths: ExampleLengths) -> Costs:
 
 
 def _place_shared_prefix(trees: Trees, pad_id: int) -> Placement:
-    """All completions of a prompt continue its last position, and its last row predicts their first
-    tokens."""
+    """All completions continue the prompt's last position; its row predicts their first tokens."""
     ids, positions, spans, rows, offset = [], [], [], [], 0
     for prompt, completions in trees:
         start = len(prompt)

@@ -96,10 +96,7 @@ class ExampleStream:
         next(islice(self._rows, row, row), None)
 
     def read(self) -> Chunk:
-        """The next chunk:
-
-        data.stream_buffer rows, or fewer at the end of a pass. Raises UserError.
-        """
+        """The next chunk, which is shorter at the end of a pass. Raises UserError."""
         row, examples, places = self._row, [], []
         for where, raw in self._rows:
             self._row += 1
@@ -143,14 +140,12 @@ class ExampleStream:
             self.report.bad.reject(where, verdict)
         else:
             self.report.keep(row.kind, vars(tokenised) | values(row))
-            return {name: _as_arrays(getattr(tokenised, name)) for name in row.kind.ids} | values(
-                row
-            )
+            ids = {name: _as_arrays(getattr(tokenised, name)) for name in row.kind.ids}
+            return ids | values(row)
         return None
 
     def _see(self, row: Row) -> None:
-        """Raises UserError if the row is of another kind than those before, or has other
-        numbers."""
+        """Raises UserError if the row differs from those before in its kind or its numbers."""
         self._seen.see(row.where, row.kind)
         numbers = {name for name in row.extras if name in row.kind.numbers}
         if self._numbers is None:

@@ -77,12 +77,8 @@ class PreferenceTrainer(transformers.Trainer):
         causal_lm = _causal_lm(model)
         self.layout = choose_layout(layout, architecture_of(causal_lm)).name
         dtype = torch.bfloat16 if args.bf16 else causal_lm.dtype
-        columns = [] if train_dataset is None else _columns(train_dataset, objective)
+        columns = _shared_columns(train_dataset, eval_dataset, objective)
         _check_reference(model, objective, reference, columns)
-        several = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
-        for name, each in several.items():
-            if each is not None and train_dataset is not None:
-                _check_alike(name, _columns(each, objective), columns)
         for each in (causal_lm, reference):
             if each is not None:
                 _prepare(each, self.layout, args.device, dtype)
@@ -212,6 +208,18 @@ def _columns(dataset, objective: Objective) -> list[str]:
     if missing := sorted(objective.needed_columns - set(present)):
         raise UserError(f"losses {objective.names} need the columns {', '.join(missing)}")
     return present
+
+
+def _shared_columns(train_dataset, eval_dataset, objective: Objective) -> list[str]:
+    """The float columns of the training data; evaluation data must have the same reference."""
+    if train_dataset is None:
+        return []
+    columns = _columns(train_dataset, objective)
+    several = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
+    for name, each in several.items():
+        if each is not None:
+            _check_alike(name, _columns(each, objective), columns)
+    return columns
 
 
 def _check_alike(name: str, columns: list[str], trained: list[str]) -> None:

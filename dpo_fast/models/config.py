@@ -34,8 +34,8 @@ class ModelSection(BaseModel):
     attention: str = Field(
         "auto",
         description="attention implementation of transformers (sdpa, eager, flash_attention_2, ...); "
-        "auto: sdpa where every sequence has a row of its own; where sequences share a row the fastest "
-        "varlen kernel that runs, else SDPA sequence by sequence",
+        "auto: sdpa where every sequence has a row of its own; where sequences share a row, a varlen "
+        "kernel or else flex_attention on a GPU, and SDPA sequence by sequence on a CPU",
     )
     gradient_checkpointing: bool | None = Field(
         None, description="recompute activations in backward; default: above 1e9 parameters"
