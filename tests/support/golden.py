@@ -1,25 +1,26 @@
 """The golden curves: ten steps of every case below, as losses and gradient norms.
 
-`python -m tests.support.golden` runs the cases and rewrites tests/golden/curves.json. Do that only in a change
-that is meant to alter numbers, and say in its message why they moved. With `--noise N` it writes nothing: it moves
-every weight at random by about one unit in its last place, N times, and prints how far the curves move.
+`python -m tests.support.golden` runs the cases and rewrites tests/golden/curves.json. Do that only
+in a change that is meant to alter numbers, and say in its message why they moved. With `--noise N`
+it writes nothing: it moves every weight at random by about one unit in its last place, N times, and
+prints how far the curves move.
 
-Adam divides by the size of a gradient, so a weight whose gradient is rounding noise moves by the noise's sign.
-Here epsilon is a thousand times any gradient and the rate a thousand times higher: the update is that of SGD with
-momentum, and a change in the last bits stays one.
+Adam divides by the size of a gradient, so a weight whose gradient is rounding noise moves by the
+noise's sign. Here epsilon is a thousand times any gradient and the rate a thousand times higher:
+the update is that of SGD with momentum, and a change in the last bits stays one.
 """
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 
+from tests.support import ranks
+from tests.support.metrics import series
 from tests.support.models import run_tree, write_completions, write_groups, write_model, write_pairs
-from tests.support.paths import ENVIRONMENT, ROOT
+from tests.support.paths import ROOT
 
 FILE = ROOT / "tests/golden/curves.json"
 STEPS = 10
@@ -73,17 +74,12 @@ def tree(folder: Path, name: str) -> dict:
 
 
 def curve(folder: Path) -> dict[str, list[float]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "loss" in line]
-    return {name: [step[name] for step in steps] for name in ("loss", "grad_norm")}
+    return {name: list(series(folder, name).values()) for name in ("loss", "grad_norm")}
 
 
 def curves(folder: Path) -> dict[str, dict[str, list[float]]]:
-    """Runs every case in one process, from the inputs in `folder`."""
-    trees = folder / "trees.json"
-    trees.write_text(json.dumps([tree(folder, name) for name in CASES]))
-    worker = [sys.executable, str(ROOT / "tests/support/workers/runs.py"), str(trees)]
-    subprocess.run(worker, env=ENVIRONMENT, stdout=subprocess.DEVNULL, check=True, timeout=300)
+    """Runs every case from the inputs in `folder`."""
+    ranks.train([tree(folder, name) for name in CASES])
     return {name: curve(folder / name) for name in CASES}
 
 

@@ -1,5 +1,6 @@
 """Tiny models and data for tests, made on the spot."""
 
+import copy
 import json
 import random
 from pathlib import Path
@@ -115,3 +116,12 @@ def run_tree(folder: Path, **train) -> dict:
         "train": defaults | train,
         "log": {"logging_steps": 1},
     }
+
+
+def changed(tree: dict, output: Path, **sections) -> dict:
+    """A copy of a tree with its own output folder and some options changed."""
+    tree = copy.deepcopy(tree)
+    for section, options in sections.items():
+        tree[section] = tree.get(section, {}) | options
+    tree["train"]["output_dir"] = str(output)
+    return tree

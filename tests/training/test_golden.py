@@ -1,7 +1,7 @@
 """Ten steps of many losses give the committed losses and gradient norms (tests/golden/curves.json).
 
-The tolerance is ten times what noise in the last place of every weight does to the curves: 1.1e-6 of a curve's
-largest value at most, over three draws (`python -m tests.support.golden --noise 3`).
+The tolerance is ten times what noise in the last place of every weight does to the curves: 1.1e-6
+of a curve's largest value at most, over three draws (`python -m tests.support.golden --noise 3`).
 """
 
 import json

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -20,11 +19,12 @@ from dpo_fast.losses import LOSSES, Preference, Totals
 from dpo_fast.training.config import build_config
 from dpo_fast.training.load_data import make_split
 from dpo_fast.training.metrics import MetricSums
+from tests.support import ranks
+from tests.support.metrics import lines_of, series
 from tests.support.models import run_tree, write_completions, write_groups, write_model, write_pairs
 from tests.support.paths import ROOT
+from tests.support.plain_torch import assert_same_step, token_logps
 from tests.support.tokenizers import byte_tokenizer
-from tests.training.test_step import assert_same, run_cases, token_logps
-from tests.training.test_step_unpaired import lines_of, series
 
 ROWS, GLOBAL, STEPS, SEED = 20, 6, 6, 42
 CASES = {
@@ -146,9 +146,9 @@ def step_case(folder: Path, loss: dict, stage: int = 0, **changes) -> dict:
 
 def test_every_loss_equals_plain_pytorch(folder):
     cases = {name: step_case(folder, loss, layout="shared_prefix") for name, loss in CASES.items()}
-    results = run_cases(folder, cases, 1)
+    results = ranks.first_steps(cases)
     for name, loss in CASES.items():
-        assert_same(results[name], plain_step(folder, loss), 2e-5, name)
+        assert_same_step(results[name], plain_step(folder, loss), 2e-5, name)
     tried = {
         n for o in CASES.values() for n in (o["type"] if type(o["type"]) is list else [o["type"]])
     }
@@ -186,7 +186,7 @@ def test_the_split_does_not_matter(folder):
         "path": str(folder / "far"),
         "old_path": str(folder / "near"),
     }
-    for ranks, splits in (
+    for count, splits in (
         (1, [(0, 1, "padded", {}), (0, 6, "packed", stored)]),
         (2, [(3, 1, "shared_prefix", {}), (2, 3, "padded", stored)]),
     ):
@@ -194,9 +194,9 @@ def test_the_split_does_not_matter(folder):
         for stage, micro, layout, reference in splits:
             tree = step_case(folder, loss, stage, micro_batch_size=micro, layout=layout)
             tree["reference"] |= reference
-            cases[f"{ranks} ranks, zero {stage}, micro {micro}, {layout}"] = tree
-        for name, result in run_cases(folder, cases, ranks).items():
-            assert_same(result, truth, 1e-5, name)
+            cases[f"{count} ranks, zero {stage}, micro {micro}, {layout}"] = tree
+        for name, result in ranks.first_steps(cases, count).items():
+            assert_same_step(result, truth, 1e-5, name)
 
 
 # Whole runs
@@ -204,7 +204,7 @@ def test_the_split_does_not_matter(folder):
 
 @pytest.fixture(scope="module")
 def runs(folder):
-    """All runs, in one process; the one that resumes starts from a copy of a checkpoint at step 3."""
+    """All runs; the one that resumes starts from a copy of a checkpoint at step 3."""
     common = {"max_steps": STEPS, "layout": "shared_prefix", "parallel": {"zero_stage": 0}}
 
     def tree(name, loss, **changes):
@@ -234,23 +234,12 @@ def runs(folder):
             reference={"provider": "frozen"},
         ),
     }
-    work(folder, list(trees.values()))
+    ranks.train(list(trees.values()))
     again = copy.deepcopy(trees["scored"])
     again["train"] |= {"output_dir": str(folder / "again"), "resume_from_checkpoint": True}
     shutil.copytree(folder / "scored" / "checkpoint-3", folder / "again" / "checkpoint-3")
-    work(folder, [again])
+    ranks.train([again])
     return trees
-
-
-def work(folder: Path, trees: list[dict]) -> None:
-    (folder / "trees.json").write_text(json.dumps(trees))
-    subprocess.run(
-        [sys.executable, "tests/support/workers/runs.py", str(folder / "trees.json")],
-        cwd=ROOT,
-        check=True,
-        timeout=600,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
 
 
 def test_metrics_of_groups(folder, runs):

@@ -3,10 +3,7 @@ whole runs, exact resume, and TRL's own trainer."""
 
 import copy
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,10 +19,11 @@ from dpo_fast.training.config import build_config
 from dpo_fast.training.load_data import make_split
 from dpo_fast.training.loss_pass import Statistics
 from dpo_fast.training.metrics import MetricSums
+from tests.support import ranks
+from tests.support.metrics import lines_of, series
 from tests.support.models import run_tree, write_completions, write_model, write_pairs
-from tests.support.paths import ROOT
+from tests.support.plain_torch import assert_same_step, token_logps
 from tests.support.tokenizers import byte_tokenizer
-from tests.training.test_step import assert_same, run_cases, token_logps
 
 ROWS, GLOBAL, STEPS, SEED = 20, 8, 6, 42
 WEIGHTS = {"desirable_weight": 1.5, "undesirable_weight": 0.7}
@@ -154,11 +152,11 @@ def test_every_loss_equals_plain_pytorch(folder):
         f"{data}, {name}": step_case(folder, data, name, layout="shared_prefix")
         for data, name in names
     }
-    results = run_cases(folder, cases, 1)
+    results = ranks.first_steps(cases)
     kls = {}
     for data, name in names:
         loss, gradients, kls[data, name] = plain_step(folder, data, LOSSES[name])
-        assert_same(results[f"{data}, {name}"], (loss, gradients), 2e-5, f"{data}, {name}")
+        assert_same_step(results[f"{data}, {name}"], (loss, gradients), 2e-5, f"{data}, {name}")
     assert min(kls["completions", "kto"], kls["pairs", "kto"]) > 0.5, kls
     assert 0 in kls.values(), kls
 
@@ -167,34 +165,26 @@ def test_the_split_does_not_matter(folder):
     """Any micro-batch, number of ranks, ZeRO stage and layout: also of the mismatched completions."""
     loss, gradients, _ = plain_step(folder, "completions", LOSSES["kto, bco"])
     splits = [(0, 1, "padded"), (0, 8, "shared_prefix"), (0, 4, "packed")]
-    for ranks, more in (
+    for count, more in (
         (1, splits),
         (2, [(3, 1, "padded"), (3, 4, "shared_prefix"), (2, 2, "packed")]),
     ):
         cases = {
-            f"{ranks} ranks, zero {stage}, micro {micro}, {layout}": step_case(
+            f"{count} ranks, zero {stage}, micro {micro}, {layout}": step_case(
                 folder, "completions", "kto, bco", stage, micro_batch_size=micro, layout=layout
             )
             for stage, micro, layout in more
         }
-        for name, result in run_cases(folder, cases, ranks).items():
-            assert_same(result, (loss, gradients), 1e-5, name)
+        for name, result in ranks.first_steps(cases, count).items():
+            assert_same_step(result, (loss, gradients), 1e-5, name)
 
 
 # Whole runs
 
 
-def lines_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def series(folder: Path, name: str) -> dict[int, float]:
-    return {line["step"]: line[name] for line in lines_of(folder) if name in line}
-
-
 @pytest.fixture(scope="module")
 def runs(folder):
-    """All runs, in one process; those that resume start from copies of a checkpoint at step 3."""
+    """All runs; those that resume start from copies of a checkpoint at step 3."""
     common = {
         "max_steps": STEPS,
         "micro_batch_size": 2,
@@ -234,7 +224,7 @@ def runs(folder):
     trees["stream"] = tree(
         "stream", "completions", plain["kto"], data={"streaming": True, "stream_buffer": 9}
     )
-    work(folder, list(trees.values()))
+    ranks.train(list(trees.values()))
     resumed = []
     for name in ("completions-bco", "completions-kto"):
         again = copy.deepcopy(trees[name])
@@ -243,19 +233,8 @@ def runs(folder):
         place = folder / f"{name}-resumed"
         shutil.copytree(folder / name / "checkpoint-3", place / "checkpoint-3")
         resumed.append(again)
-    work(folder, resumed)
+    ranks.train(resumed)
     return trees
-
-
-def work(folder: Path, trees: list[dict]) -> None:
-    (folder / "trees.json").write_text(json.dumps(trees))
-    subprocess.run(
-        [sys.executable, "tests/support/workers/runs.py", str(folder / "trees.json")],
-        cwd=ROOT,
-        check=True,
-        timeout=600,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
 
 
 def good_of_first_step(folder: Path) -> int:
@@ -430,13 +409,13 @@ def test_mismatched_batches_hold_every_row_once(folder, monkeypatch, data, size,
     split = split_of(config(folder, data, {"type": "kto"}, layout=layout, **size))
     assert isinstance(split.sampler, TokenSampler) == ("tokens_per_batch" in size)
     rows = split.sampler.global_batch(0)
-    ranks = []
+    found_by = []
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
-        ranks.append(list(split.mismatched(rows)))
-    assert len(ranks[0]) == len(ranks[1])
+        found_by.append(list(split.mismatched(rows)))
+    assert len(found_by[0]) == len(found_by[1])
     found = {}
-    for batch in (batch for mine in ranks for batch in mine):
+    for batch in (batch for mine in found_by for batch in mine):
         if "tokens_per_batch" in size:
             assert batch.input_ids.numel() <= 160
         for row, targets in zip(
@@ -515,8 +494,7 @@ def test_ten_steps_of_trl_are_ten_of_ours(folder, tmp_path, data):
     rate = {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "max_grad_norm": 1.0}
     many = folder / "many.jsonl"
     write_completions(many, 32)
-    work(
-        folder,
+    ranks.train(
         [
             tree_of(
                 folder,
@@ -527,7 +505,7 @@ def test_ten_steps_of_trl_are_ten_of_ours(folder, tmp_path, data):
                 **rate,
             )
             for name in names
-        ],
+        ]
     )
     rows = [json.loads(line) for line in many.read_text().splitlines()]
     sampler = Sampler(len(rows), GLOBAL, GLOBAL, 1, SEED)
