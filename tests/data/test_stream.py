@@ -266,7 +266,7 @@ def folder(tmp_path_factory):
     write_pairs(folder / "pairs.jsonl", 21)
 
     def tree(name: str, data: dict, **train) -> dict:
-        base = streaming_tree(folder, data=data, parallel={"zero_stage": 0})
+        base = streaming_tree(folder, data=data, parallel={"zero_stage": 1})
         base["train"] |= {
             "output_dir": str(folder / name),
             "global_batch_size": 4,
@@ -307,6 +307,7 @@ def same_weights(a: Path, b: Path) -> bool:
     return all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kind", ["", "-tokens"])
 def test_a_buffer_for_everything_is_a_run_without_streaming(folder, kind):
     """Bit for bit, over the end of the first pass too."""
@@ -318,6 +319,7 @@ def test_a_buffer_for_everything_is_a_run_without_streaming(folder, kind):
     assert same_weights(whole, stored)
 
 
+@pytest.mark.processes
 def test_chunks_are_shuffled_and_trained_on_in_turn(folder):
     """Each step is named by its tokens: a pass has all of them, and the next in another order."""
     assert series(folder / "small")[STEPS] < 0.9 * series(folder / "small")[1], (
@@ -334,6 +336,7 @@ def test_chunks_are_shuffled_and_trained_on_in_turn(folder):
     assert report["examples_kept"] == 9
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("kind", "step"), RESUMED)
 def test_resume_is_bitwise(folder, kind, step):
     resumed = folder / f"{kind}-from-{step}"
@@ -344,12 +347,14 @@ def test_resume_is_bitwise(folder, kind, step):
     assert same_weights(folder / kind, resumed)
 
 
+@pytest.mark.processes
 def test_two_ranks_read_the_same_stream(folder):
     one, two = folder / "small", folder / "two"
     assert series(two) == pytest.approx(series(one), abs=1e-6)
     assert series(two, "num_tokens") == series(one, "num_tokens")
 
 
+@pytest.mark.processes
 def test_a_checkpoint_knows_its_source(folder):
     from dpo_fast.models import load_tokenizer
     from dpo_fast.training.config import build_config
@@ -361,7 +366,7 @@ def test_a_checkpoint_knows_its_source(folder):
     def fits(**data) -> dict:
         tree = streaming_tree(folder, data={"stream_buffer": 9} | data)
         tree["train"] |= {"global_batch_size": 4, "max_steps": STEPS, "seed": 3}
-        tree["parallel"] = {"zero_stage": 0}
+        tree["parallel"] = {"zero_stage": 1}
         config = build_config(tree, "tree")
         train = open_stream(config, load_tokenizer(config.model))
         return must_fit(SimpleNamespace(config=config, train=train, total_steps=STEPS))

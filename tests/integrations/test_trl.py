@@ -19,7 +19,9 @@ from dpo_fast.integrations import trl as fast
 from dpo_fast.integrations.trl_forward import add_linear_logp
 from dpo_fast.losses import LossOptions, Objective, Totals, preference
 from tests.support.architectures import make
-from tests.support.models import write_architecture, write_model, write_pairs
+from tests.support.models import LIKE_SGD, write_architecture, write_model, write_pairs
+
+pytestmark = pytest.mark.peers
 
 STEPS = 3
 head = importlib.import_module("dpo_fast.ops.linear_logp.op")  # the package has a function so named
@@ -59,7 +61,7 @@ def build(
     options = {
         "per_device_train_batch_size": 2,
         "max_steps": STEPS,
-        "learning_rate": 1e-3,
+        **LIKE_SGD,
         "bf16": False,
         "logging_steps": 1,
         "save_strategy": "no",
@@ -141,7 +143,7 @@ def test_lora_with_the_adapters_off_as_reference(stored, place, tmp_path):
     def lora():
         return {"peft_config": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")}
 
-    options = {"precompute_ref_log_probs": stored, "learning_rate": 1e-2}
+    options = {"precompute_ref_log_probs": stored, "learning_rate": 1.0}
     theirs = trained(trl.DPOTrainer, place, tmp_path / "theirs", rest=lora(), **options)
     ours = trained(fast.DPOTrainer, place, tmp_path / "ours", rest=lora(), **options)
     assert ours[1][-1]["rewards/margins"] != 0
@@ -153,7 +155,9 @@ def test_a_mixture_of_experts_keeps_its_aux_loss(place, tmp_path):
     options = {"model": str(tmp_path / "model"), "router_aux_loss_coef": 0.1}
     theirs = trained(trl.DPOTrainer, place, tmp_path / "theirs", **options)
     ours = trained(fast.DPOTrainer, place, tmp_path / "ours", **options)
-    assert [e["aux_loss"] for e in ours[1]] == pytest.approx([e["aux_loss"] for e in theirs[1]])
+    assert [e["aux_loss"] for e in ours[1]] == pytest.approx(
+        [e["aux_loss"] for e in theirs[1]], rel=1e-5
+    )
     assert ours[1][0]["aux_loss"] > 0
     assert_same(theirs, ours)
 

@@ -9,6 +9,10 @@ import torch
 
 from tests.support.tokenizers import byte_tokenizer
 
+# Adam with an epsilon far above every gradient is SGD with momentum. As it comes, it moves a weight
+# whose gradient is rounding noise by the noise's sign, and the noise is the processor's.
+LIKE_SGD = {"learning_rate": 0.1, "adam_epsilon": 1.0}
+
 
 def write_model(
     folder: Path, *, seed: int = 0, tied: bool = False, vocab: int | None = None
@@ -104,6 +108,8 @@ def run_tree(folder: Path, **train) -> dict:
         "global_batch_size": 8,
         "micro_batch_size": 4,
         "learning_rate": 1e-3,
+        # Larger than usual: a weight whose gradient is rounding noise shall not move by its sign.
+        "adam_epsilon": 1e-3,
         "warmup_ratio": 0.0,
     }
     return {

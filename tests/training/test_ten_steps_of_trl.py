@@ -15,7 +15,9 @@ from tests.support import ranks
 from tests.support.metrics import series
 from tests.support.models import run_tree, write_model, write_pairs
 
-STEPS, PAIRS, SEED, LEARNING_RATE = 10, 8, 42, 1e-3
+pytestmark = [pytest.mark.processes, pytest.mark.peers]
+
+STEPS, PAIRS, SEED, LEARNING_RATE, EPSILON = 10, 8, 42, 1e-3, 1e-3
 LOSSES = {"sigmoid": {}, "ipo": {}, "hinge": {}, "robust": {"label_smoothing": 0.1}, "apo_zero": {}}
 
 
@@ -42,6 +44,7 @@ def ours(place) -> dict[str, list[float]]:
             learning_rate=LEARNING_RATE,
             lr_scheduler_type="constant",
             max_grad_norm=1.0,
+            adam_epsilon=EPSILON,
         )
         trees.append(tree | {"loss": {"type": name, "beta": 0.1} | options})
     ranks.train(trees)
@@ -73,6 +76,7 @@ def test_ten_steps_of_trl_are_ten_of_ours(name, ours, place, tmp_path):
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         max_grad_norm=1.0,
+        adam_epsilon=EPSILON,
         gradient_checkpointing=False,
         loss_type=name,
         beta=0.1,
