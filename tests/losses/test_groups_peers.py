@@ -22,6 +22,8 @@ from tests.support.scored_groups import (
     make,
 )
 
+pytestmark = pytest.mark.peers
+
 
 def rows(values: torch.Tensor) -> torch.Tensor:
     """[S, longest] of values [T], 0 where there is no token."""

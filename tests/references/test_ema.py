@@ -38,6 +38,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.processes
 def test_the_curve_changes_when_the_reference_has_moved(folder):
     ema, frozen = series(folder / "ema"), series(folder / "frozen")
     assert [ema[step] for step in (1, 2)] == [frozen[step] for step in (1, 2)]
@@ -45,11 +46,13 @@ def test_the_curve_changes_when_the_reference_has_moved(folder):
     assert series(folder / "never") == frozen
 
 
+@pytest.mark.processes
 def test_shards_on_two_ranks_follow_like_whole_weights(folder):
     whole, sharded = series(folder / "ema"), series(folder / "sharded")
     assert all(sharded[step] == pytest.approx(whole[step], abs=1e-5) for step in whole)
 
 
+@pytest.mark.processes
 def test_resume_is_bitwise(folder):
     """The checkpoint at step 3 lies between two updates of the reference."""
     whole, resumed = series(folder / "sharded"), series(folder / "resumed")

@@ -12,7 +12,7 @@ pytest.importorskip("deepspeed")
 
 from tests.support import golden
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.core]
 TOLERANCE = 1e-5
 COMMITTED = json.loads(golden.FILE.read_text())
 

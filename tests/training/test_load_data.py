@@ -187,6 +187,7 @@ def with_sums(source: Path, target: Path, reference: torch.nn.Module) -> None:
             stream.write(json.dumps(row) + "\n")
 
 
+@pytest.mark.processes
 @torch.no_grad()
 def test_runs_with_columns_are_those_with_the_model_that_they_are_of(tmp_path):
     """Unpaired losses, on completions and on pairs, with a reference far from the policy."""

@@ -88,12 +88,17 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "final" / "model.safetensors")
 
 
+@pytest.mark.processes
 def test_two_ranks_with_zero_3_give_the_curve_of_one_without_and_resume_bitwise(folder):
     tree = run_tree(folder, max_steps=10, micro_batch_size=2, save_steps=5)
     file = folder / "run.yaml"
     curves = {}
     for name, stage, count in (("one", 0, 1), ("two", 3, 2), ("two-resumed", 3, 2)):
         case = changed(tree, folder / name, parallel={"zero_stage": stage})
+        if count == 1:
+            ranks.train([case])
+            curves[name] = series(folder / name)
+            continue
         if name == "two-resumed":
             shutil.copytree(folder / "two" / "checkpoint-5", folder / name / "checkpoint-5")
             case["train"]["resume_from_checkpoint"] = True
@@ -102,6 +107,8 @@ def test_two_ranks_with_zero_3_give_the_curve_of_one_without_and_resume_bitwise(
             command("train", file, "--nproc", count), env=ENVIRONMENT, check=True, timeout=300
         )
         curves[name] = series(folder / name)
+    norms = {name: series(folder / name, "grad_norm") for name in ("two", "two-resumed")}
+    assert all(norms["two-resumed"][step] == norms["two"][step] > 0 for step in range(6, 11))
     assert curves["two-resumed"] == {step: curves["two"][step] for step in range(6, 11)}
     a, b = weights(folder / "two"), weights(folder / "two-resumed")
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -113,11 +120,12 @@ def test_two_ranks_with_zero_3_give_the_curve_of_one_without_and_resume_bitwise(
         assert curves["two"][step] == pytest.approx(loss, abs=1e-5), f"step {step}"
 
 
+@pytest.mark.processes
 def test_resume_is_bitwise(folder, runs):
     whole, resumed = series(folder / "whole"), series(folder / "resumed")
     assert sorted(resumed) == [4, 6]
     assert all(resumed[step] == whole[step] for step in resumed)
-    for name in ("eval_loss", "grad_norm", "learning_rate"):
+    for name in ("eval_loss", "learning_rate"):
         a, b = series(folder / "whole", name), series(folder / "resumed", name)
         assert all(a[step] == b[step] for step in b if step > 3), name
     a, b = weights(folder / "whole"), weights(folder / "resumed")
@@ -125,11 +133,13 @@ def test_resume_is_bitwise(folder, runs):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.processes
 def test_saving_does_not_change_a_run(folder, runs):
     a, b = weights(folder / "plain"), weights(folder / "whole")
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.processes
 def test_the_resolved_configuration_gives_the_same_run(folder, runs):
     from dpo_fast.training.config import load_config
 
@@ -141,6 +151,7 @@ def test_the_resolved_configuration_gives_the_same_run(folder, runs):
         assert again.resolved() == asked, name
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", ["frozen", "checkpointed"])
 def test_other_ways_to_the_same_run(folder, runs, name):
     """A frozen second model, or recomputed activations, change the last bits at most."""
@@ -149,18 +160,21 @@ def test_other_ways_to_the_same_run(folder, runs, name):
         assert loss == pytest.approx(plain[step], abs=1e-5), (name, step)
 
 
+@pytest.mark.processes
 def test_tied_embeddings_train_alike_with_and_without_zero_3(folder, runs):
     plain, sharded = series(folder / "tied-plain"), series(folder / "tied")
     assert all(sharded[step] == pytest.approx(plain[step], abs=1e-5) for step in plain)
     assert "lm_head.weight" not in weights(folder / "tied")
 
 
+@pytest.mark.processes
 def test_adapters_off_is_the_model_before_training(folder, runs):
     off, cached = series(folder / "adapter-off"), series(folder / "adapter-cached")
     assert off[STEPS] < 0.6931
     assert all(cached[step] == pytest.approx(off[step], abs=1e-5) for step in off)
 
 
+@pytest.mark.processes
 def test_step_0_is_ln_2_and_accuracy_starts_at_a_half(folder, runs):
     for name in ("plain", "frozen", "adapter-off", "tied"):
         assert series(folder / name, "eval_loss")[0] == pytest.approx(0.6931472, abs=1e-6), name
@@ -168,16 +182,19 @@ def test_step_0_is_ln_2_and_accuracy_starts_at_a_half(folder, runs):
     assert series(folder / "bf16")[1] == pytest.approx(0.6931472, abs=1e-3)
 
 
+@pytest.mark.processes
 def test_bf16_learns(folder, runs):
     assert series(folder / "bf16")[STEPS] < 0.6
 
 
+@pytest.mark.processes
 def test_sft_alone_needs_no_reference(folder, runs):
     assert not (folder / "sft-only" / "reference").exists()
     curve = series(folder / "sft-only")
     assert curve[STEPS] < curve[1]
 
 
+@pytest.mark.processes
 def test_metrics_have_the_names_people_plot(folder, runs):
     lines = [json.loads(x) for x in (folder / "plain" / "metrics.jsonl").read_text().splitlines()]
     names = {
@@ -215,6 +232,7 @@ def test_metrics_have_the_names_people_plot(folder, runs):
     assert lines[-2]["rewards/margins"] == pytest.approx(margin, abs=1e-6)
 
 
+@pytest.mark.processes
 def test_monitor_receives_the_metrics(folder, runs):
     event_accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator"
@@ -226,6 +244,7 @@ def test_monitor_receives_the_metrics(folder, runs):
     assert scalars == pytest.approx(series(folder / "monitored"))
 
 
+@pytest.mark.processes
 def test_export_loads_and_says_what_was_trained(folder, runs):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -240,6 +259,7 @@ def test_export_loads_and_says_what_was_trained(folder, runs):
         assert model.generate(ids, max_new_tokens=2).shape[1] > ids.shape[1]
 
 
+@pytest.mark.processes
 def test_adapter_export_merges_to_the_same_model(folder, runs):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -254,6 +274,7 @@ def test_adapter_export_merges_to_the_same_model(folder, runs):
     assert (adapted - untouched).abs().max() > 1e-3
 
 
+@pytest.mark.processes
 def test_sigterm_finishes_the_step_saves_and_exits_130(folder, runs):
     tree = changed(runs["plain"], folder / "stopped")
     tree["train"]["max_steps"] = 400
@@ -287,6 +308,7 @@ def test_sigterm_finishes_the_step_saves_and_exits_130(folder, runs):
     assert all(line.get("loss", 1.0) > 0 for line in lines)
 
 
+@pytest.mark.processes
 def test_a_stale_reference_is_refused(folder, runs):
     """A stored reference of other data, named by the user, is an error that says what differs."""
     tree = changed(runs["plain"], folder / "stale")

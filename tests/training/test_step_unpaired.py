@@ -146,6 +146,7 @@ def step_case(folder: Path, data: str, name: str, stage: int = 0, **changes) -> 
     )
 
 
+@pytest.mark.processes
 def test_every_loss_equals_plain_pytorch(folder):
     names = [(data, name) for data in ("completions", "pairs") for name in LOSSES]
     cases = {
@@ -161,6 +162,7 @@ def test_every_loss_equals_plain_pytorch(folder):
     assert 0 in kls.values(), kls
 
 
+@pytest.mark.processes
 def test_the_split_does_not_matter(folder):
     """Any micro-batch, number of ranks, ZeRO stage and layout: also of the mismatched completions."""
     loss, gradients, _ = plain_step(folder, "completions", LOSSES["kto, bco"])
@@ -247,6 +249,7 @@ def good_of_first_step(folder: Path) -> int:
     return int(rows.labels[Sampler(len(rows), GLOBAL, 2, seed=SEED).global_batch(0)].sum())
 
 
+@pytest.mark.processes
 def test_losses_of_the_first_step_are_known(folder, runs):
     """Where policy and reference are one model, kl and delta are 0 and so is every log-ratio."""
     good = good_of_first_step(folder)
@@ -260,6 +263,7 @@ def test_losses_of_the_first_step_are_known(folder, runs):
             assert found[STEPS] < found[1] - 0.01, (data, name, found)  # it learns
 
 
+@pytest.mark.processes
 def test_metrics_of_completions(folder, runs):
     for line in lines_of(folder / "completions-kto"):
         prefix = "eval_" if "eval_loss" in line else ""
@@ -284,6 +288,7 @@ def test_metrics_of_completions(folder, runs):
     assert not {"kl", "delta"} & lines_of(folder / "completions-apo_zero_unpaired")[1].keys()
 
 
+@pytest.mark.processes
 def test_delta_is_the_mean_reward_of_the_steps_before(folder, runs):
     """On pairs every step but the odd ones has as many good as bad rewards."""
     run = folder / "pairs-bco"
@@ -297,6 +302,7 @@ def test_delta_is_the_mean_reward_of_the_steps_before(folder, runs):
     assert series(run, "eval_delta")[0] == 0 and series(run, "eval_delta")[STEPS] != 0
 
 
+@pytest.mark.processes
 def test_resume_is_bitwise_and_delta_goes_on(folder, runs):
     from safetensors.torch import load_file
 
@@ -310,6 +316,7 @@ def test_resume_is_bitwise_and_delta_goes_on(folder, runs):
     assert series(folder / "completions-bco-resumed", "delta")[4] != 0
 
 
+@pytest.mark.processes
 def test_the_curve_does_not_depend_on_micro_batches(folder, runs):
     for name in ("loss", "delta", "eval_loss", "rewards/margins"):
         one, other = series(folder / "completions-bco", name), series(folder / "micro", name)
@@ -318,6 +325,7 @@ def test_the_curve_does_not_depend_on_micro_batches(folder, runs):
             assert other[step] == pytest.approx(value, abs=1e-5), (name, step)
 
 
+@pytest.mark.processes
 def test_where_the_reference_comes_from(folder, runs):
     import pandas
 
@@ -335,6 +343,7 @@ def test_where_the_reference_comes_from(folder, runs):
     assert {"completion_logps", "completion_tokens"} <= set(pandas.read_parquet(stored))
 
 
+@pytest.mark.processes
 def test_adapters_budgets_and_streams(folder, runs):
     for name in ("lora", "budget", "stream"):
         found = series(folder / name, "loss")
@@ -483,6 +492,8 @@ def test_totals_count_completions(folder):
 # TRL's own trainer
 
 
+@pytest.mark.peers
+@pytest.mark.processes
 @pytest.mark.parametrize("data", ["completions"])
 def test_ten_steps_of_trl_are_ten_of_ours(folder, tmp_path, data):
     pytest.importorskip("trl")
@@ -491,7 +502,12 @@ def test_ten_steps_of_trl_are_ten_of_ours(folder, tmp_path, data):
     from transformers import AutoTokenizer
 
     steps, names = 10, ("kto", "apo_zero_unpaired")
-    rate = {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "max_grad_norm": 1.0}
+    rate = {
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 1.0,
+        "adam_epsilon": 1e-3,
+    }
     many = folder / "many.jsonl"
     write_completions(many, 32)
     ranks.train(
