@@ -298,7 +298,7 @@ def test_resume_in_an_epoch_is_bitwise(folder):
 
 @pytest.mark.processes
 def test_a_changed_budget_or_layout_is_not_resumed(folder):
-    """Checked on the state alone: `must_fit` names them."""
+    """`must_fit` holds both, so a checkpoint with others is refused."""
     from types import SimpleNamespace
 
     from dpo_fast.training.config import build_config

@@ -180,7 +180,7 @@ def test_the_next_chunk_is_read_ahead_and_its_error_comes_when_it_is_due(stream)
 
 
 def test_a_resumed_run_goes_to_its_position(stream, monkeypatch, tmp_path):
-    """It would come to the same pairs without, by tokenising all before them."""
+    """It seeks. Tokenising all pairs before would give the same pairs, and take as long as the run did."""
     from dpo_fast.data.sampler import Sampler
     from dpo_fast.training import loop
     from dpo_fast.training.config import build_config

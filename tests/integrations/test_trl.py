@@ -187,7 +187,7 @@ def test_every_log_prob_is_ours(place, tmp_path, monkeypatch):
 
 
 def test_a_table_made_by_another_head_is_not_taken(place, tmp_path):
-    """Of one stored data set: TRL names its table by data and model alone."""
+    """TRL names its table by data and model alone; ours must have another name."""
     pairs(place).save_to_disk(tmp_path / "data")
     data = Dataset.load_from_disk(str(tmp_path / "data"))
     options = {"precompute_ref_log_probs": True, "data": data, "max_steps": 1}
@@ -260,7 +260,7 @@ def test_a_copy_of_the_model_runs_on_its_own_weights(place):
 
 
 @pytest.mark.parametrize("stored", [False, True])
-def test_losses_that_trl_has_not(stored, place, tmp_path):
+def test_losses_that_trl_does_not_have(stored, place, tmp_path):
     """simpo beside sigmoid is what `preference` gives for the batch, plus what TRL gives."""
     options = {"precompute_ref_log_probs": stored, "max_steps": 1, "ld_alpha": 0.5}
     _, plain = trained(fast.DPOTrainer, place, tmp_path / "plain", **options)

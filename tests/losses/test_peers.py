@@ -21,7 +21,7 @@ TOTALS = Totals(PAIRS, sum(LENGTHS[:PAIRS]), 2 * PAIRS)
 
 
 class Tokens:
-    """What a model says of the batch: rows of TRL's shape, 0 outside completions; and ours of them."""
+    """A model's log-probs of the batch, in TRL's rows (0 outside completions) and in ours."""
 
     def __init__(self, seed: int = 0, spread: float = 1.0):
         g = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Columns of the data on their way into the loss; one that the run does not use stops it."""
+"""Columns of the data reach the loss; a column that the run does not use stops it."""
 
 import json
 from pathlib import Path
@@ -175,7 +175,7 @@ def test_options_that_fit(tmp_path):
 
 
 def with_sums(source: Path, target: Path, reference: torch.nn.Module) -> None:
-    """The file's rows with what the reference gives their answers, one sequence at a time."""
+    """The file's rows, and with each answer the reference's log-probability of it."""
     tokenizer = byte_tokenizer(bos=True)
     with target.open("w") as stream:
         for line in source.read_text().splitlines():
@@ -189,7 +189,7 @@ def with_sums(source: Path, target: Path, reference: torch.nn.Module) -> None:
 
 @pytest.mark.processes
 @torch.no_grad()
-def test_runs_with_columns_are_those_with_the_model_that_they_are_of(tmp_path):
+def test_a_column_of_reference_sums_trains_like_the_reference_itself(tmp_path):
     """Unpaired losses, on completions and on pairs, with a reference far from the policy."""
     from transformers import AutoModelForCausalLM
 

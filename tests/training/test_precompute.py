@@ -1,4 +1,4 @@
-"""`dpo-fast reference`: by any number of ranks, interrupted and gone on with, used by other runs."""
+"""`dpo-fast reference`: on any number of ranks, interrupted and continued, used by other runs."""
 
 import importlib
 import json

@@ -203,7 +203,7 @@ def tree_names(loss: dict) -> list[str]:
 
 
 def test_every_loss_is_in_the_cases():
-    """Of those on pairs; `soft` needs a column, the others have tests of their own."""
+    """Every loss on pairs except `soft`, which needs a column."""
     paired = {name for name, spec in LOSSES.items() if spec.paired} - {"soft"}
     assert {name for c in LOSS_CASES.values() for name in tree_names(c)} == paired
 

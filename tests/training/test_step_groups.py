@@ -322,7 +322,7 @@ def test_a_reference_that_follows_is_followed(folder, runs):
 
 @pytest.mark.processes
 def test_what_wrote_the_completions_is_stored_once(folder, runs):
-    """One artefact serves as both where the reference is the policy as it starts, too."""
+    """Where the reference is the policy at its start, one artefact serves for both."""
     import pandas
 
     def stored(name):

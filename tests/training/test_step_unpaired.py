@@ -1,5 +1,4 @@
-"""Losses on completions by themselves, on unpaired data and on pairs: whole steps against plain PyTorch,
-whole runs, exact resume, and TRL's own trainer."""
+"""Unpaired losses, on completions and on pairs: steps against plain PyTorch, whole runs, exact resume, TRL."""
 
 import copy
 import json
@@ -42,7 +41,7 @@ LOSSES |= OPTIONS
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """`near` is a reference from which `model` is far on completions of both files: kl is above 0."""
+    """`model` and its reference `near` differ so much that kl is above 0 in both files."""
     folder = tmp_path_factory.mktemp("unpaired")
     write_model(folder / "model", seed=0)
     write_model(folder / "near", seed=2)
@@ -239,8 +238,8 @@ def runs(folder):
     return trees
 
 
-def good_of_first_step(folder: Path) -> int:
-    """Good rows of step 0 of the runs with four rows held out."""
+def desirable_of_first_step(folder: Path) -> int:
+    """How many rows of step 0 are desirable, in runs that hold four rows out."""
     from transformers import AutoTokenizer
 
     tree = tree_of(folder, "completions", {"type": "bco"}, data={"eval_rows": 4})
@@ -252,7 +251,7 @@ def good_of_first_step(folder: Path) -> int:
 @pytest.mark.processes
 def test_losses_of_the_first_step_are_known(folder, runs):
     """Where policy and reference are one model, kl and delta are 0 and so is every log-ratio."""
-    good = good_of_first_step(folder)
+    good = desirable_of_first_step(folder)
     assert 0 < good < GLOBAL
     mean = {"completions": (good * 1.5 + (GLOBAL - good) * 0.7) / GLOBAL, "pairs": (1.5 + 0.7) / 2}
     at = {"kto": 0.5, "bco": 0.6931472, "apo_zero_unpaired": 0.5}
@@ -413,7 +412,7 @@ def test_dpo_fast_reference_says_that_there_is_nothing_to_store(folder):
 )
 @pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
 def test_mismatched_batches_hold_every_row_once(folder, monkeypatch, data, size, layout):
-    """On two ranks, as many batches on each; each completion after the prompt of the next row."""
+    """Two ranks have equally many batches. Each completion follows the prompt of the next row."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     split = split_of(config(folder, data, {"type": "kto"}, layout=layout, **size))
     assert isinstance(split.sampler, TokenSampler) == ("tokens_per_batch" in size)
@@ -448,7 +447,7 @@ def test_no_mismatched_batches_where_no_loss_wants_them(folder):
 
 
 def test_delta_counts_every_sequence_once(monkeypatch):
-    """Two micro-batches are one step; what is running does not count yet."""
+    """Two micro-batches are one step. The step that is running does not count yet."""
     statistics = Statistics(("delta",))
 
     def delta():
