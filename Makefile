@@ -1,17 +1,22 @@
-# make demo, make test: both make their own virtual environment and need nothing but Python 3.10+.
+# make demo, make check, make test: each makes its own virtual environment and needs nothing but Python 3.10+.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test lint bench bench-train aot csrc docs clean
+.PHONY: demo check test lint bench bench-train aot csrc docs clean
 
 demo: $(STAMP)
 	$(BIN)/dpo-fast demo
 
+# What a change needs while it is made: a golden curve of every kind, and all that is quick.
+check: $(STAMP)
+	$(BIN)/python -m pytest $(PARALLEL) -m "core or not (processes or peers or emulator or slow)"
+
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest $(PARALLEL)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,22 +1,79 @@
-"""What has to be settled before torch or a kernel is imported.
+"""What has to be settled before torch or a kernel is imported, and what holds for every test.
 
-Triton runs in its interpreter. One thread a process: models here are tiny, files run in parallel, and
-threads that wait for each other on busy cores take ten milliseconds for a product of microseconds.
+Triton runs in its interpreter. One thread a process: models here are tiny, files run in parallel,
+and threads that wait for each other on busy cores take ten milliseconds for a product of
+microseconds. A terminal has 100 columns and no colour, wherever the tests run.
 """
 
 import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ |= {"COLUMNS": "100", "NO_COLOR": "1"}
+os.environ.pop("FORCE_COLOR", None)
+
+import subprocess
+import sys
 
 import hypothesis
 import pytest
 import torch
 
+from tests.support import ranks
+from tests.support.paths import ROOT
+
 # The same examples in every CI run: a failure there should be the change's, not the draw's.
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
+
+
+# A file is run by one worker. The longest come first, so that the workers end together.
+LONGEST = (
+    "kernels/test_aot.py",
+    "training/test_step.py",
+    "training/test_loop.py",
+    "benchmarks/test_kernels.py",
+    "csrc/test_linear_logp_sm90.py",
+    "ops/test_compiled.py",
+    "ops/test_linear_logp.py",
+    "models/test_layers.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    place = {ROOT / "tests" / name: index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
+
+
+class Popen(subprocess.Popen):
+    """Starts no Python for a test that does not say so: `make check` counts on the marker."""
+
+    test: pytest.Item | None = None
+
+    def __init__(self, args, *rest, **options) -> None:
+        first = args if isinstance(args, str) else str(next(iter(args)))
+        test = Popen.test
+        if first == sys.executable and test and not test.get_closest_marker("processes"):
+            pytest.fail(f"{test.nodeid} starts {args}: mark it `processes`")
+        super().__init__(args, *rest, **options)
+
+
+subprocess.Popen = Popen
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    Popen.test = item
+    try:
+        return (yield)
+    finally:
+        Popen.test = None
+
+
+def pytest_sessionfinish():
+    for group in ranks.GROUPS.values():
+        group.end()
 
 
 def _poisoned(make):

@@ -31,6 +31,7 @@ def test_every_example_is_tested():
         assert f'"{file.name}"' in text, file.name
 
 
+@pytest.mark.processes
 def test_the_bare_loop_learns_its_pairs():
     steps = re.findall(r"loss (\S+)  reward accuracy (\S+)", output_of("bare_loop.py"))
     losses, accuracies = zip(*[(float(a), float(b)) for a, b in steps])

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ def room_of(path: Path) -> str:
     return first.removesuffix(".py")
 
 
+@cache
 def imports(path: Path) -> set[str]:
     """Modules that a file imports, anywhere in it."""
     names = set()
@@ -104,6 +106,84 @@ def test_imports_make_no_circle():
     assert graph["dpo_fast.data.report"] and not circle(graph), " -> ".join(circle(graph))
 
 
+TESTS = ROOT / "tests"
+# Modules of some size that no test imports, and the test, or its process, that runs them through others.
+TESTED_THROUGH = {
+    "data.boundary": "data/test_tokenise.py",
+    "data.build": "data/test_dataset.py",
+    "data.files": "data/test_sources.py",
+    "data.prompts": "data/test_tokenise.py",
+    "demo.show": "demo/test_demo.py",
+    "integrations.trl_losses": "integrations/test_trl.py",
+    "kernels.gradient_tile": "ops/test_linear_logp_triton.py",
+    "kernels.product": "ops/test_linear_logp_triton.py",
+    "kernels.target_product": "ops/test_linear_logp_triton.py",
+    "losses.pairwise": "losses/test_table.py",
+    "losses.unpaired": "losses/test_table.py",
+    "modules.metrics": "modules/test_fused.py",
+    "ops.linear_logp.torch": "ops/test_linear_logp.py",
+    "report.data": "report/test_report.py",
+    "report.health": "report/test_report.py",
+    "report.panels": "report/test_report.py",
+    "report.style": "report/test_report.py",
+    "training.export": "support/workers/jobs.py",
+    "training.run_log": "support/workers/jobs.py",
+}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the library by its name, `dpo_fast.data.batch` and the like."""
+    found = {}
+    for path in sources():
+        kernel = path.is_relative_to(ROOT / "kernels")
+        below = path.relative_to(ROOT / "kernels/ops" if kernel else PACKAGE).with_suffix("")
+        parts = ["dpo_fast", *(["kernels"] if kernel else []), *below.parts]
+        found[".".join(part for part in parts if part != "__init__")] = path
+    return found
+
+
+def reached_from(path: Path, known: dict[str, Path]) -> set[str]:
+    """Modules that a file imports, by way of others too."""
+    found, left = set(), [path]
+    while left:
+        for name in imports(left.pop()) & known.keys() - found:
+            found.add(name)
+            left.append(known[name])
+    return found
+
+
+def test_no_test_imports_another():
+    for path in TESTS.rglob("*.py"):
+        for name in imports(path):
+            assert not name.startswith("tests.") or name.startswith("tests.support"), path
+
+
+def test_every_operation_has_its_test_and_every_module_is_tested():
+    for operation in ("linear_logp", "logits_logp"):
+        assert (TESTS / f"ops/test_{operation}.py").exists()
+    assert (TESTS / "losses/test_fused.py").exists()  # the operation `preference`
+    known = modules()
+    # Helpers and workers are imported by tests, and are walked like the library.
+    known |= {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+        for path in (TESTS / "support").rglob("*.py")
+    }
+    direct = {name for path in TESTS.rglob("*.py") for name in imports(path)}
+    for package in {n for name in direct for n in (name, name.rpartition(".")[0])} & known.keys():
+        if known[package].name == "__init__.py":
+            direct |= imports(known[package])
+    missing = set()
+    for name, path in modules().items():
+        room, _, stem = name.removeprefix("dpo_fast.").partition(".")
+        room, stem = "ops" if room == "kernels" else room, stem.replace(".", "_")
+        small = path.name == "__init__.py" or len(path.read_text().splitlines()) <= 60
+        if not small and name not in direct and not (TESTS / room / f"test_{stem}.py").exists():
+            missing.add(name.removeprefix("dpo_fast."))
+    assert missing <= TESTED_THROUGH.keys(), "no test imports these"
+    for name, file in TESTED_THROUGH.items():
+        assert f"dpo_fast.{name}" in reached_from(TESTS / file, known), (name, file)
+
+
 def test_losses_import_torch_alone_and_kernels_know_no_autograd():
     for path in sources():
         outside = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names)
@@ -116,6 +196,7 @@ def test_losses_import_torch_alone_and_kernels_know_no_autograd():
             assert "triton" not in outside
 
 
+@pytest.mark.processes
 def test_importing_the_drop_in_is_light():
     """No trainer library, no Triton, no CUDA initialisation."""
     code = (
@@ -126,6 +207,7 @@ def test_importing_the_drop_in_is_light():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 
 
+@pytest.mark.processes
 def test_the_root_is_not_taken_for_hugging_faces_kernels():
     code = (
         "import importlib.util, transformers.integrations; "
@@ -137,6 +219,7 @@ def test_the_root_is_not_taken_for_hugging_faces_kernels():
         assert not (ROOT / name / "__init__.py").exists()
 
 
+@pytest.mark.processes
 def test_the_wheel_holds_every_package(tmp_path):
     pytest.importorskip("build")
     subprocess.run(

@@ -231,6 +231,7 @@ def test_deepspeeds_launcher_puts_a_word_first(capsys, monkeypatch):
     assert code == 0 and "deepspeed" in out
 
 
+@pytest.mark.processes
 def test_train_fails_cleanly_in_a_process_of_its_own_and_on_two_ranks(folder):
     """The real thing: exit code 2 and no traceback, alone and with --nproc 2."""
     file = folder / "bad.jsonl"

@@ -98,6 +98,7 @@ def test_ranks_that_start_together_build_once(fake_nvcc):
     assert len(paths) == 1 and runs.read_text() == "run\n"
 
 
+@pytest.mark.processes
 def test_a_killed_build_leaves_no_lock_and_its_files_go_with_the_next(fake_nvcc):
     runs = fake_nvcc()
     left = cuda_extension.cache_folder() / "building-left"

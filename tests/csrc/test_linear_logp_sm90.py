@@ -70,6 +70,7 @@ def products(machine_code: dict) -> dict[str, str]:
     }
 
 
+@pytest.mark.emulator
 @needs_nvcc
 def test_nothing_spills_and_ptxas_warns_of_nothing(library):
     log = (library.parent / cuda_extension.LOG).read_text()
@@ -80,6 +81,7 @@ def test_nothing_spills_and_ptxas_warns_of_nothing(library):
     assert len(re.findall(rf"Used {entry} registers", log)) == len(KERNELS)
 
 
+@pytest.mark.processes
 @needs_nvcc
 def test_the_machine_code_is_hoppers(machine_code):
     """wgmma at the tile's width, TMA in and out, multicast, registers moved between warps."""
@@ -94,6 +96,7 @@ def test_the_machine_code_is_hoppers(machine_code):
     assert not any("UTMALDG" in code for symbol, code in machine_code.items() if "finish" in symbol)
 
 
+@pytest.mark.processes
 @needs_nvcc
 def test_products_are_issued_in_a_row(machine_code):
     """Between the wgmmas of one stage nothing waits: two halves times four steps, one wait behind them."""
@@ -103,6 +106,7 @@ def test_products_are_issued_in_a_row(machine_code):
         assert runs and all(run % 8 == 0 for run in runs), (name, runs)
 
 
+@pytest.mark.processes
 @needs_nvcc
 def test_no_fence_of_the_whole_gpu_in_a_loop(machine_code):
     """A release to the cluster compiles to one. Those of the two cluster barriers are outside of it."""
@@ -113,6 +117,7 @@ def test_no_fence_of_the_whole_gpu_in_a_loop(machine_code):
         assert "MEMBAR.ALL.GPU" not in loop, name
 
 
+@pytest.mark.processes
 @needs_nvcc
 def test_the_library_asks_torch_for_its_stable_c_interface_alone(library):
     text = subprocess.run(
@@ -137,6 +142,7 @@ def in_another_process(code: str, **environment: str) -> subprocess.CompletedPro
     )
 
 
+@pytest.mark.processes
 @needs_nvcc
 def test_the_bindings_load_and_name_what_does_not_fit(library):
     """The library loads beside torch's wheel without CUDA, and every check comes before a launch."""
@@ -205,6 +211,7 @@ def test_the_bindings_load_and_name_what_does_not_fit(library):
         assert re.search(pattern, said[name]), (name, said[name])
 
 
+@pytest.mark.processes
 def test_the_commands_for_a_gpu_select_tests():
     """Those of csrc/README.md: pytest's -k knows no commas, and an id has no underscores."""
     commands = (cuda_extension.SOURCES / "README.md").read_text()
@@ -274,6 +281,7 @@ def test_repair_flags_name_the_units_with_wrong_rows():
     assert flags.tolist() == [1, 1] + [0] * (launch.units_t - 2) + [1]
 
 
+@pytest.mark.emulator
 @needs_compiler
 @pytest.mark.parametrize(("units_t", "tiles_v"), [(1, 1), (1, 7), (5, 3), (8, 4), (9, 4), (37, 11)])
 def test_the_order_of_the_tiles_visits_each_once(units_t, tiles_v):
@@ -360,6 +368,7 @@ def exercise(operations) -> None:
             torch.testing.assert_close(kept, expected, rtol=2**-7, atol=1e-4, check_dtype=False)
 
 
+@pytest.mark.emulator
 @needs_compiler
 @pytest.mark.parametrize("seed", range(6))
 def test_any_order_of_events_gives_the_right_sums(seed):
@@ -367,6 +376,7 @@ def test_any_order_of_events_gives_the_right_sums(seed):
     exercise(emulated_sm90.Emulated(emulated_sm90.emulated().library._name, 100 * seed))
 
 
+@pytest.mark.emulator
 @needs_compiler
 @pytest.mark.parametrize("name", MUTANTS)
 def test_the_emulation_notices(name, tmp_path):

@@ -241,6 +241,7 @@ print(load_examples(config, byte_tokenizer(), split="train").fingerprint)
 """
 
 
+@pytest.mark.processes
 def test_two_processes_at_once(load, tmp_path):
     path = write(tmp_path / "pairs.jsonl", [pair(index) for index in range(300)])
     command = [sys.executable, "-c", PREPARE, str(path), str(load.cache)]

@@ -1,10 +1,7 @@
 """Micro-batches filled to a number of tokens: whole items, each once an epoch, and the same training."""
 
-import copy
 import gzip
 import json
-import os
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -15,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from dpo_fast.cli.launch import launch_command
 from dpo_fast.data.batch import collate
 from dpo_fast.data.kinds import PAIRS, ExampleLengths
 from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.data.packing import AHEAD, WINDOW, Costs
 from dpo_fast.data.sampler import Sampler, TokenSampler
-from tests.support.models import run_tree, write_model, write_pairs
+from tests.support import ranks
+from tests.support.metrics import series
+from tests.support.models import changed, run_tree, write_model, write_pairs
 from tests.support.paths import ROOT
 
 HH = ROOT.parent / "shared" / "data" / "hh_harmless_1500.jsonl.gz"
@@ -225,14 +223,6 @@ def test_padded_micro_batches_of_the_hh_sample_are_as_full_as_they_can_be(hh_len
 STEPS = 6
 
 
-def changed(tree: dict, output: Path, **sections) -> dict:
-    tree = copy.deepcopy(tree)
-    for section, options in sections.items():
-        tree[section] = tree.get(section, {}) | options
-    tree["train"]["output_dir"] = str(output)
-    return tree
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Runs of one rank, and one of two ranks."""
@@ -241,13 +231,12 @@ def folder(tmp_path_factory):
     write_model(folder / "model")
     write_pairs(folder / "pairs.jsonl", 24)
     write_pairs(folder / "eight.jsonl", 8, seed=1)
-    # A larger epsilon than usual: Adam divides by it, and would scale rounding of tiny gradients up.
-    base = run_tree(folder, max_steps=STEPS, adam_epsilon=1e-3, micro_batch_size=None)
+    base = run_tree(folder, max_steps=STEPS, micro_batch_size=None)
     # 20 pairs are three micro-batches, and two a step: in every other step the second rank has none.
     one = changed(
         base,
         folder / "one",
-        parallel={"zero_stage": 0},
+        parallel={"zero_stage": 1},
         data={"eval_rows": 4},
         train={"tokens_per_batch": 400, "global_batch_size": 14, "save_steps": 3},
     )
@@ -264,18 +253,9 @@ def folder(tmp_path_factory):
         tokens = {"tokens_per_batch": 300, "layout": layout}
         cases.append(changed(pairs, folder / layout, train=tokens))
     two = changed(one, folder / "two", parallel={"zero_stage": 3})
-    environment = dict(os.environ, PYTHONPATH=str(ROOT))
-    for ranks, trees in ((1, cases), (2, [two])):
-        file = folder / f"{ranks}.json"
-        file.write_text(json.dumps(trees))
-        worker = [sys.executable, str(ROOT / "tests/support/workers/runs.py"), str(file)]
-        assert launch_command(ranks, worker, environment) == 0
+    ranks.train(cases)
+    ranks.train([two], 2)
     return folder
-
-
-def lines(folder: Path, name: str = "loss") -> dict[int, float]:
-    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: line[name] for line in records if name in line}
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -283,38 +263,42 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_run(folder: Path, a: str, b: str, within: float) -> None:
-    assert len(lines(folder / a)) == STEPS
-    assert lines(folder / b) == pytest.approx(lines(folder / a), abs=within)
+    assert len(series(folder / a)) == STEPS
+    assert series(folder / b) == pytest.approx(series(folder / a), abs=within)
     first, second = weights(folder / a), weights(folder / b)
     for name, value in first.items():
         assert (value - second[name]).abs().max() <= within, name
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_same_pairs_in_a_step_train_the_same(folder, layout):
     """All eight pairs in every step, in micro-batches of 4 pairs or of 300 tokens."""
     state = json.loads((folder / layout / f"checkpoint-{STEPS}" / "state.json").read_text())
     assert (state["tokens_per_batch"], state["layout"]) == (300, layout)
-    assert lines(folder / layout)[STEPS] < 0.99 * lines(folder / layout)[1], "nothing was learned"
+    assert series(folder / layout)[STEPS] < 0.99 * series(folder / layout)[1], "nothing was learned"
     assert_same_run(folder, "pairs", layout, 1e-6)
 
 
+@pytest.mark.processes
 def test_two_ranks_with_zero_3_train_as_one(folder):
-    assert lines(folder / "one", "epoch")[STEPS] == 3, "the steps are not those that were planned"
+    assert series(folder / "one", "epoch")[STEPS] == 3, "the steps are not those that were planned"
     assert_same_run(folder, "one", "two", 1e-6)
 
 
+@pytest.mark.processes
 def test_resume_in_an_epoch_is_bitwise(folder):
-    assert sorted(lines(folder / "resumed")) == [4, 5, 6]
+    assert sorted(series(folder / "resumed")) == [4, 5, 6]
     for name in ("loss", "grad_norm", "learning_rate", "eval_loss", "num_tokens"):
-        whole, resumed = lines(folder / "one", name), lines(folder / "resumed", name)
+        whole, resumed = series(folder / "one", name), series(folder / "resumed", name)
         assert all(resumed[step] == whole[step] for step in resumed), name
     whole, resumed = weights(folder / "one"), weights(folder / "resumed")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.mark.processes
 def test_a_changed_budget_or_layout_is_not_resumed(folder):
-    """Checked on the state alone: `must_fit` names them."""
+    """`must_fit` holds both, so a checkpoint with others is refused."""
     from types import SimpleNamespace
 
     from dpo_fast.training.config import build_config

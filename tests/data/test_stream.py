@@ -1,8 +1,6 @@
 """Pairs tokenised while they are trained on: which they are, resume, and what is refused."""
 
 import json
-import os
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpo_fast.cli.launch import launch_command
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.dataset import load_examples
 from dpo_fast.data.stream import ExampleStream
 from dpo_fast.errors import UserError
+from tests.support import ranks
+from tests.support.metrics import series
 from tests.support.models import run_tree, write_model, write_pairs
-from tests.support.paths import ROOT
 from tests.support.tokenizers import byte_tokenizer
 
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -182,7 +180,7 @@ def test_the_next_chunk_is_read_ahead_and_its_error_comes_when_it_is_due(stream)
 
 
 def test_a_resumed_run_goes_to_its_position(stream, monkeypatch, tmp_path):
-    """It would come to the same pairs without, by tokenising all before them."""
+    """It seeks. Tokenising all pairs before would give the same pairs, and take as long as the run did."""
     from dpo_fast.data.sampler import Sampler
     from dpo_fast.training import loop
     from dpo_fast.training.config import build_config
@@ -261,14 +259,14 @@ RESUMED = (("small", 2), ("small", 3), ("small", 7), ("tokens", 7))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Runs of one process, some resumed by another, and one of two ranks."""
+    """Runs of one rank, some of them resumed, and one of two ranks."""
     pytest.importorskip("deepspeed")
     folder = tmp_path_factory.mktemp("stream")
     write_model(folder / "model")
     write_pairs(folder / "pairs.jsonl", 21)
 
     def tree(name: str, data: dict, **train) -> dict:
-        base = streaming_tree(folder, data=data, parallel={"zero_stage": 0})
+        base = streaming_tree(folder, data=data, parallel={"zero_stage": 1})
         base["train"] |= {
             "output_dir": str(folder / name),
             "global_batch_size": 4,
@@ -299,21 +297,9 @@ def folder(tmp_path_factory):
         resumed.append(tree | {"train": tree["train"] | train})
     two = cases[0] | {"parallel": {"zero_stage": 3}}
     two["train"] = two["train"] | {"output_dir": str(folder / "two"), "save_steps": None}
-    environment = dict(os.environ, PYTHONPATH=str(ROOT))
-    for ranks, trees in ((1, cases), (1, resumed), (2, [two])):
-        (folder / "cases.json").write_text(json.dumps(trees))
-        worker = [
-            sys.executable,
-            str(ROOT / "tests/support/workers/runs.py"),
-            str(folder / "cases.json"),
-        ]
-        assert launch_command(ranks, worker, environment) == 0
+    for count, trees in ((1, cases), (1, resumed), (2, [two])):
+        ranks.train(trees, count)
     return folder
-
-
-def lines(folder: Path, name: str = "loss") -> dict[int, float]:
-    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: line[name] for line in records if name in line}
 
 
 def same_weights(a: Path, b: Path) -> bool:
@@ -321,22 +307,26 @@ def same_weights(a: Path, b: Path) -> bool:
     return all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kind", ["", "-tokens"])
 def test_a_buffer_for_everything_is_a_run_without_streaming(folder, kind):
     """Bit for bit, over the end of the first pass too."""
     whole, stored = folder / f"whole{kind}", folder / f"stored{kind}"
-    assert max(lines(stored, "epoch").values()) > 1
+    assert max(series(stored, "epoch").values()) > 1
     for name in ("loss", "grad_norm", "num_tokens"):
-        assert len(lines(whole, name)) == STEPS
-        assert lines(whole, name) == lines(stored, name), name
+        assert len(series(whole, name)) == STEPS
+        assert series(whole, name) == series(stored, name), name
     assert same_weights(whole, stored)
 
 
+@pytest.mark.processes
 def test_chunks_are_shuffled_and_trained_on_in_turn(folder):
     """Each step is named by its tokens: a pass has all of them, and the next in another order."""
-    assert lines(folder / "small")[STEPS] < 0.9 * lines(folder / "small")[1], "nothing was learned"
-    tokens = lines(folder / "small", "num_tokens")
-    passes = lines(folder / "stored", "num_tokens")
+    assert series(folder / "small")[STEPS] < 0.9 * series(folder / "small")[1], (
+        "nothing was learned"
+    )
+    tokens = series(folder / "small", "num_tokens")
+    passes = series(folder / "stored", "num_tokens")
     assert sum(tokens[step] for step in range(1, 8)) == sum(passes[step] for step in range(1, 7))
     assert tokens[1] != tokens[8]
     state = json.loads((folder / "small" / "checkpoint-8" / "state.json").read_text())
@@ -346,22 +336,25 @@ def test_chunks_are_shuffled_and_trained_on_in_turn(folder):
     assert report["examples_kept"] == 9
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("kind", "step"), RESUMED)
 def test_resume_is_bitwise(folder, kind, step):
     resumed = folder / f"{kind}-from-{step}"
-    assert sorted(lines(resumed)) == list(range(step + 1, STEPS + 1))
+    assert sorted(series(resumed)) == list(range(step + 1, STEPS + 1))
     for name in ("loss", "grad_norm", "num_tokens"):
-        before, after = lines(folder / kind, name), lines(resumed, name)
+        before, after = series(folder / kind, name), series(resumed, name)
         assert all(before[step] == after[step] for step in after), name
     assert same_weights(folder / kind, resumed)
 
 
+@pytest.mark.processes
 def test_two_ranks_read_the_same_stream(folder):
     one, two = folder / "small", folder / "two"
-    assert lines(two) == pytest.approx(lines(one), abs=1e-6)
-    assert lines(two, "num_tokens") == lines(one, "num_tokens")
+    assert series(two) == pytest.approx(series(one), abs=1e-6)
+    assert series(two, "num_tokens") == series(one, "num_tokens")
 
 
+@pytest.mark.processes
 def test_a_checkpoint_knows_its_source(folder):
     from dpo_fast.models import load_tokenizer
     from dpo_fast.training.config import build_config
@@ -373,7 +366,7 @@ def test_a_checkpoint_knows_its_source(folder):
     def fits(**data) -> dict:
         tree = streaming_tree(folder, data={"stream_buffer": 9} | data)
         tree["train"] |= {"global_batch_size": 4, "max_steps": STEPS, "seed": 3}
-        tree["parallel"] = {"zero_stage": 0}
+        tree["parallel"] = {"zero_stage": 1}
         config = build_config(tree, "tree")
         train = open_stream(config, load_tokenizer(config.model))
         return must_fit(SimpleNamespace(config=config, train=train, total_steps=STEPS))

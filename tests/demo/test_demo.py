@@ -89,6 +89,7 @@ def test_configuration_is_valid(tmp_path):
     assert config.reference_provider == "cached" and config.train.layout == "packed"
 
 
+@pytest.mark.processes
 def test_everything_it_names_exists(result):
     folder = result["folder"]
     for name in ("train.jsonl", "eval.jsonl", "dpo.yaml", "dpo/metrics.jsonl", "dpo/samples.json"):
@@ -101,6 +102,7 @@ def test_everything_it_names_exists(result):
     assert all(set(row) == {"prompt", "before", "after", "right"} for row in samples)
 
 
+@pytest.mark.processes
 def test_metrics_are_those_of_the_run(result):
     lines = (result["folder"] / "dpo/metrics.jsonl").read_text().splitlines()
     evaluations = [line for line in map(json.loads, lines) if "eval_loss" in line]
@@ -111,6 +113,7 @@ def test_metrics_are_those_of_the_run(result):
         assert result["reward_accuracy"][when] == expected
 
 
+@pytest.mark.processes
 def test_dpo_improves_on_held_out_questions(result):
     accuracy, right = result["reward_accuracy"], result["right_share"]
     assert accuracy["before"] == pytest.approx(0.5, abs=0.1)  # every reward is 0: ties
@@ -118,6 +121,7 @@ def test_dpo_improves_on_held_out_questions(result):
     assert all(0 <= share <= 1 for share in right.values())
 
 
+@pytest.mark.processes
 def test_checkpoint_loads_with_transformers_alone(result):
     model = AutoModelForCausalLM.from_pretrained(result["checkpoint"])
     tokenizer = AutoTokenizer.from_pretrained(result["checkpoint"])

@@ -8,6 +8,8 @@ import torch
 from dpo_fast.integrations import liger as ours
 from dpo_fast.losses import LOSSES
 
+pytestmark = pytest.mark.peers
+
 theirs = pytest.importorskip("liger_kernel.chunked_loss")
 NAMES = ("DPO", "ORPO", "CPO", "SimPO", "KTO")
 IGNORED = -100

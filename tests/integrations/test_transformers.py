@@ -23,7 +23,7 @@ from dpo_fast.losses import LossOptions, Objective, PairLogps, Totals, preferenc
 from dpo_fast.models import ScoringModel
 from dpo_fast.models.scoring import forward_arguments, head_options
 from dpo_fast.ops.segments import sum_sequences
-from tests.support.models import write_model, write_pairs
+from tests.support.models import LIKE_SGD, write_model, write_pairs
 from tests.support.paths import ROOT
 
 SIDES = ("chosen", "rejected")
@@ -69,7 +69,7 @@ def build(place, rows, output, *, model=None, **options):
         disable_tqdm=True,
         logging_steps=1,
         lr_scheduler_type="constant",
-        learning_rate=1e-3,
+        **LIKE_SGD,
         train_sampling_strategy="sequential",
         **options,
     )
@@ -110,6 +110,7 @@ def other(tmp_path_factory):
 OBJECTIVE = Objective(("sigmoid", "sft"), (1.0, 0.5), LossOptions(beta=0.3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["padded", "packed", "shared_prefix"])
 @pytest.mark.parametrize("micro", [8, 2])
 def test_the_loss_of_plain_logits_however_it_is_split(layout, micro, place, rows, other, tmp_path):
@@ -144,7 +145,12 @@ def test_the_same_steps_as_an_engine_of_our_own(place, rows, tmp_path):
         **options,
     )
     scoring, frozen = ScoringModel(model_of(place)), ScoringModel(model_of(place))
-    optimiser = torch.optim.AdamW(scoring.parameters(), lr=1e-3, weight_decay=0.0)
+    optimiser = torch.optim.AdamW(
+        scoring.parameters(),
+        lr=LIKE_SGD["learning_rate"],
+        eps=LIKE_SGD["adam_epsilon"],
+        weight_decay=0.0,
+    )
     batch = PreferenceCollator()(rows[:8])["batch"]
     totals = Totals(8, batch.chosen_tokens, 16)
     for entry in log:
@@ -191,6 +197,7 @@ def test_columns_of_the_data_change_the_loss(place, rows, tmp_path):
         build(place, rows, tmp_path, objective=Objective(("soft",)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{"ld_alpha": 0.3}, {"token_clamp": 0.2}, {"use_weighting": True}]
 )
@@ -264,6 +271,7 @@ def test_evaluation_is_the_mean_over_pairs(place, rows, other, tmp_path):
     assert entry["eval_examples"] == 10 and "eval_rewards/accuracies" in entry
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("ranks, stage", [(2, None), (1, 3)])
 def test_ranks_and_shards_do_not_change_the_loss(ranks, stage, place, rows, other, tmp_path):
     """Two ranks by DDP; one whose policy and reference ZeRO-3 has sharded."""
@@ -292,8 +300,7 @@ def test_ranks_and_shards_do_not_change_the_loss(ranks, stage, place, rows, othe
         max_steps=2,
         num_train_epochs=2,
     )
-    # DeepSpeed clips a little otherwise, and a first step of AdamW is all sign.
-    assert losses == pytest.approx([e["loss"] for e in log], abs=1e-5 if stage is None else 1e-3)
+    assert losses == pytest.approx([e["loss"] for e in log], abs=1e-5)
 
 
 def test_mixed_precision_stays_near(place, rows, tmp_path):

@@ -19,7 +19,9 @@ from dpo_fast.integrations import trl as fast
 from dpo_fast.integrations.trl_forward import add_linear_logp
 from dpo_fast.losses import LossOptions, Objective, Totals, preference
 from tests.support.architectures import make
-from tests.support.models import write_architecture, write_model, write_pairs
+from tests.support.models import LIKE_SGD, write_architecture, write_model, write_pairs
+
+pytestmark = pytest.mark.peers
 
 STEPS = 3
 head = importlib.import_module("dpo_fast.ops.linear_logp.op")  # the package has a function so named
@@ -59,7 +61,7 @@ def build(
     options = {
         "per_device_train_batch_size": 2,
         "max_steps": STEPS,
-        "learning_rate": 1e-3,
+        **LIKE_SGD,
         "bf16": False,
         "logging_steps": 1,
         "save_strategy": "no",
@@ -141,7 +143,7 @@ def test_lora_with_the_adapters_off_as_reference(stored, place, tmp_path):
     def lora():
         return {"peft_config": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")}
 
-    options = {"precompute_ref_log_probs": stored, "learning_rate": 1e-2}
+    options = {"precompute_ref_log_probs": stored, "learning_rate": 1.0}
     theirs = trained(trl.DPOTrainer, place, tmp_path / "theirs", rest=lora(), **options)
     ours = trained(fast.DPOTrainer, place, tmp_path / "ours", rest=lora(), **options)
     assert ours[1][-1]["rewards/margins"] != 0
@@ -153,7 +155,9 @@ def test_a_mixture_of_experts_keeps_its_aux_loss(place, tmp_path):
     options = {"model": str(tmp_path / "model"), "router_aux_loss_coef": 0.1}
     theirs = trained(trl.DPOTrainer, place, tmp_path / "theirs", **options)
     ours = trained(fast.DPOTrainer, place, tmp_path / "ours", **options)
-    assert [e["aux_loss"] for e in ours[1]] == pytest.approx([e["aux_loss"] for e in theirs[1]])
+    assert [e["aux_loss"] for e in ours[1]] == pytest.approx(
+        [e["aux_loss"] for e in theirs[1]], rel=1e-5
+    )
     assert ours[1][0]["aux_loss"] > 0
     assert_same(theirs, ours)
 
@@ -183,7 +187,7 @@ def test_every_log_prob_is_ours(place, tmp_path, monkeypatch):
 
 
 def test_a_table_made_by_another_head_is_not_taken(place, tmp_path):
-    """Of one stored data set: TRL names its table by data and model alone."""
+    """TRL names its table by data and model alone; ours must have another name."""
     pairs(place).save_to_disk(tmp_path / "data")
     data = Dataset.load_from_disk(str(tmp_path / "data"))
     options = {"precompute_ref_log_probs": True, "data": data, "max_steps": 1}
@@ -256,7 +260,7 @@ def test_a_copy_of_the_model_runs_on_its_own_weights(place):
 
 
 @pytest.mark.parametrize("stored", [False, True])
-def test_losses_that_trl_has_not(stored, place, tmp_path):
+def test_losses_that_trl_does_not_have(stored, place, tmp_path):
     """simpo beside sigmoid is what `preference` gives for the batch, plus what TRL gives."""
     options = {"precompute_ref_log_probs": stored, "max_steps": 1, "ld_alpha": 0.5}
     _, plain = trained(fast.DPOTrainer, place, tmp_path / "plain", **options)

@@ -12,6 +12,8 @@ import torch
 from tests.support.paths import ROOT
 
 pytest.importorskip("triton")
+
+pytestmark = pytest.mark.processes
 SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}  # opt-in, per block
 TENSOR_CORES = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
 

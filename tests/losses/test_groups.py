@@ -1,6 +1,5 @@
 """Losses on groups of scored completions: formulas in plain Python, gradcheck, extremes, TRL, Liger."""
 
-import itertools
 import math
 
 import pytest
@@ -12,73 +11,28 @@ from dpo_fast.losses import (
     LossOptions,
     Objective,
     PairLogps,
-    ScoredGroups,
     Totals,
     preference,
 )
 from dpo_fast.losses.groups import extremes, order_kept
-
-GROUPED = [name for name, spec in LOSSES.items() if spec.grouped]
-COUNTS = [3, 2, 4, 2]
-SCORES = [0.2, 1.5, -0.3, 2.0, 2.0, 0.0, 1.0, 1.0, -3.0, 0.1, 0.7]  # a tie of all, a tie of two
-LENGTHS = [3, 1, 4, 2, 2, 5, 1, 3, 2, 1, 4]
-S, T = len(SCORES), sum(LENGTHS)
-TOTALS = Totals(pairs=7, chosen_tokens=0, sequences=19, tokens=50)
-CASES = {
-    "plackett_luce": [{}, {"beta": 0.7}, {"f_divergence_type": "js_divergence"}],
-    "grpo": [
-        {},
-        {"epsilon": 0.05},
-        {"epsilon_high": 0.6},
-        {"scale_rewards": "none"},
-        {"importance_sampling_level": "sequence"},
-        {"grpo_beta": 0.3},
-        {
-            "grpo_beta": 0.3,
-            "importance_sampling_level": "sequence",
-            "epsilon": 0.1,
-            "epsilon_high": 0.0,
-        },
-    ],
-}
-CASES["dapo"] = CASES["grpo"]
-each_case = pytest.mark.parametrize(
-    ("name", "changed"), [(name, changed) for name in GROUPED for changed in CASES[name]]
+from tests.support.scored_groups import (
+    CASES,
+    COUNTS,
+    GROUPED,
+    LENGTHS,
+    SCORES,
+    arguments,
+    each_case,
+    groups_of,
+    make,
+    of_tokens,
 )
-
-
-def make(seed: int = 0, dtype=torch.float64) -> GroupLogps:
-    g = torch.Generator().manual_seed(seed)
-    tokens = -2 * torch.rand(T, generator=g).to(dtype)
-    near = lambda: tokens + 0.4 * torch.randn(T, generator=g).to(dtype)  # noqa: E731
-    old, reference = near(), near()
-    return of_tokens(tokens, old, reference)
-
-
-def of_tokens(tokens, old, reference) -> GroupLogps:
-    sums = lambda x: torch.stack([part.sum() for part in x.split(LENGTHS)])  # noqa: E731
-    return GroupLogps(
-        sums(tokens),
-        torch.tensor(LENGTHS),
-        torch.tensor(SCORES, dtype=tokens.dtype),
-        torch.tensor(COUNTS),
-        sums(reference),
-        tokens,
-        old,
-        reference,
-    )
-
 
 # The formulas once more, completion by completion.
 
 
 def lists(values: torch.Tensor) -> list[list[float]]:
     return [part.tolist() for part in values.split(LENGTHS)]
-
-
-def groups_of(values: list) -> list[list]:
-    ends = list(itertools.accumulate(COUNTS))
-    return [values[end - count : end] for end, count in zip(ends, COUNTS)]
 
 
 def ranking(groups: GroupLogps, o: LossOptions) -> list[float]:
@@ -197,17 +151,6 @@ def test_extremes_are_finite(name, far):
 
 
 # The objective and `preference`
-
-
-def arguments(groups: GroupLogps, **more) -> dict:
-    return {
-        "logp_T": groups.tokens.float(),
-        "lengths_S": groups.lengths,
-        "reference_S": groups.reference.float(),
-        "reference_T": groups.reference_tokens.float(),
-        "groups": ScoredGroups(groups.scores.float(), groups.counts, groups.old_tokens.float()),
-        "totals": TOTALS,
-    } | more
 
 
 NORMALISERS = {"plackett_luce": 7, "grpo": 19, "dapo": 50}

@@ -9,7 +9,7 @@ import torch
 
 from dpo_fast.losses import GroupLogps, LossOptions, Objective, Totals, preference
 from dpo_fast.modules import FusedLinearPreferenceLoss
-from tests.losses.test_groups import (
+from tests.support.scored_groups import (
     CASES,
     COUNTS,
     LENGTHS,
@@ -18,9 +18,11 @@ from tests.losses.test_groups import (
     T,
     arguments,
     groups_of,
+    head,
     make,
 )
-from tests.modules.test_fused_groups import head
+
+pytestmark = pytest.mark.peers
 
 
 def rows(values: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ TOTALS = Totals(PAIRS, sum(LENGTHS[:PAIRS]), 2 * PAIRS)
 
 
 class Tokens:
-    """What a model says of the batch: rows of TRL's shape, 0 outside completions; and ours of them."""
+    """A model's log-probs of the batch, in TRL's rows (0 outside completions) and in ours."""
 
     def __init__(self, seed: int = 0, spread: float = 1.0):
         g = torch.Generator().manual_seed(seed)
@@ -176,6 +176,7 @@ OF_DPO_TRAINER = [
 NEEDED = {"exo_pair": {"label_smoothing": 1e-3}, "robust": {"label_smoothing": 0.1}}
 
 
+@pytest.mark.peers
 def test_these_are_all_losses_of_trl():
     with pytest.raises(ValueError, match="Should be one of") as error:
         trl_dpo(Tokens(), ["no such loss"])
@@ -184,6 +185,7 @@ def test_these_are_all_losses_of_trl():
     assert set(names) <= set(LOSSES)
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("beta", [0.1, 1.3])
 @pytest.mark.parametrize("name", OF_DPO_TRAINER)
 def test_trl_dpo(name, beta):
@@ -191,6 +193,7 @@ def test_trl_dpo(name, beta):
     check(ours(tokens, [name], **options), trl_dpo(tokens, [name], **options))
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("options", DIVERGENCES, ids=str)
 @pytest.mark.parametrize("name", WITH_DIVERGENCES)
 def test_trl_divergences(name, options):
@@ -198,6 +201,7 @@ def test_trl_divergences(name, options):
     check(ours(tokens, [name], **options), trl_dpo(tokens, [name], **options))
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -213,6 +217,7 @@ def test_trl_options_of_single_losses(name, options):
     check(ours(tokens, [name], **options), trl_dpo(tokens, [name], **options))
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("name", [name for name in OF_DPO_TRAINER if name != "sft"])
 def test_trl_ld_alpha(name, alpha):
@@ -223,6 +228,7 @@ def test_trl_ld_alpha(name, alpha):
 UNWEIGHTED = {"aot", "aot_unpaired", "hinge", "sft"}  # TRL refuses, or fails: see the end
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("name", [n for n in OF_DPO_TRAINER if n not in UNWEIGHTED])
 def test_trl_weighting(name):
     tokens, options = Tokens(), {"use_weighting": True} | NEEDED.get(name, {})
@@ -243,6 +249,7 @@ MIXTURES = {
 }
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("case", MIXTURES)
 def test_trl_mixtures(case):
     losses, weights, options = MIXTURES[case]
@@ -250,6 +257,7 @@ def test_trl_mixtures(case):
     check(ours(tokens, losses, weights, **options), trl_dpo(tokens, losses, weights, **options))
 
 
+@pytest.mark.peers
 def test_trl_rewards():
     tokens = Tokens()
     metrics = trl_dpo(tokens, ["sigmoid"], beta=0.3)[2]["train"]
@@ -281,6 +289,7 @@ def trl_kto(tokens: Tokens, loss_type: str, kl: float, good=GOOD, **weights):
     return loss.detach(), slopes, own._metrics["train"]["kl"][0]
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("good", [GOOD, ~GOOD, GOOD | True, GOOD & False], ids=str)
 @pytest.mark.parametrize("weights", [{}, {"desirable_weight": 0.7, "undesirable_weight": 1.5}])
 @pytest.mark.parametrize(
@@ -315,6 +324,7 @@ def forward(tokens: Tokens, average: bool):
     return *logps.split(PAIRS), torch.zeros(1), torch.zeros(1), nll
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("alpha", [0.0, 1.0, 0.3])
 def test_trl_cpo(alpha, smoothing):
@@ -323,6 +333,7 @@ def test_trl_cpo(alpha, smoothing):
     check(ours(tokens, ["cpo"], **options), trl_cpo(tokens, "sigmoid", average=False, **options))
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_trl_simpo(smoothing):
     tokens = Tokens()
@@ -334,6 +345,7 @@ def test_trl_simpo(smoothing):
     check(ours(tokens, ["simpo", "sft"], [1.0, 0.6], **options), expected)
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("beta", [1.0, 0.25])
 def test_trl_cpo_hinge_is_slic(beta):
     """relu(1 - beta gap) + alpha sft = beta (relu(1/beta - gap) + alpha/beta sft)."""
@@ -343,12 +355,14 @@ def test_trl_cpo_hinge_is_slic(beta):
     check(ours(tokens, ["slic"], [beta], **options), expected)
 
 
+@pytest.mark.peers
 def test_trl_cpo_ipo_is_ipo_without_reference():
     tokens = Tokens()
     expected = trl_cpo(tokens, "ipo", average=True, beta=0.3)
     check(ours(tokens, ["ipo"], beta=0.3, reference_free=True), expected)
 
 
+@pytest.mark.peers
 def test_trl_orpo():
     """Given the mean over the chosen tokens, as here. Its trainer counts those of the prompt as well."""
     trl = pytest.importorskip("trl.experimental.orpo.orpo_trainer")
@@ -434,6 +448,7 @@ def test_liger_without_reference(smoothing):
     check(ours(tokens, ["orpo", "sft"], [1.0, -1.0], beta=0.6), expected)
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("kl", [None, 1.25])
 def test_liger_kto(kl):
     chunked = pytest.importorskip("liger_kernel.chunked_loss.kto_loss")
@@ -455,6 +470,7 @@ def test_liger_kto(kl):
 # Where we differ by design.
 
 
+@pytest.mark.peers
 def test_label_smoothing_of_sigmoid_is_honoured_here():
     """TRL's sigmoid and sigmoid_norm take no notice of it."""
     tokens = Tokens()
@@ -465,6 +481,7 @@ def test_label_smoothing_of_sigmoid_is_honoured_here():
         assert ours(tokens, [name])[0] != ours(tokens, [name], label_smoothing=0.3)[0]
 
 
+@pytest.mark.peers
 def test_discopop_of_a_pair_that_is_far_off_is_finite_here():
     """There exp(-x) overflows, where its factor S(x / tau) is 0."""
     tokens = Tokens(spread=400.0)
@@ -473,6 +490,7 @@ def test_discopop_of_a_pair_that_is_far_off_is_finite_here():
     assert loss.isfinite() and slopes.isfinite().all() and slopes.abs().max() > 0
 
 
+@pytest.mark.peers
 def test_forward_kl_of_a_completion_that_has_become_impossible_is_finite_here():
     tokens = Tokens()
     with torch.no_grad():
@@ -483,6 +501,7 @@ def test_forward_kl_of_a_completion_that_has_become_impossible_is_finite_here():
     assert loss.isfinite() and slopes.isfinite().all()
 
 
+@pytest.mark.peers
 def test_weighting_trains_where_trl_cannot():
     """TRL multiplies in place: on hinge's relu backward fails, on sft's one number the forward."""
     tokens = Tokens()

@@ -42,7 +42,7 @@ COLUMNS = {
 
 
 def run(name: str, columns=(), **options) -> float:
-    """Loss of the tokens above, with the options and columns that the loss cannot do without."""
+    """Loss of the tokens above, with the options and columns that it requires."""
     needed = dict.fromkeys(LOSSES[name].needs_options, 1e-3)
     objective = Objective((name,), (1.0,), LossOptions(**(needed | options)))
     columns = {key: COLUMNS[key] for key in (*LOSSES[name].needs_columns, *columns)}
@@ -189,7 +189,7 @@ def test_use_weighting(bound):
 
 @pytest.mark.parametrize(("name", "share"), [("cpo", "cpo_alpha"), ("slic", "slic_lambda")])
 def test_sft_terms_see_plain_sums(name, share):
-    """Whatever ld_alpha makes of the sums, likelihood is that of all tokens."""
+    """ld_alpha changes the sums of the other losses; the likelihood still counts every token."""
     nll = -sum(sum(chosen) for chosen, _ in sides(make_tokens()["logp_T"])) / TOTALS.chosen_tokens
     got, without = (run(name, ld_alpha=0.3, **{share: weight}) for weight in (0.5, 0.0))
     assert got - without == pytest.approx(0.5 * nll, rel=1e-5)

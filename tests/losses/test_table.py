@@ -31,7 +31,7 @@ def make_pairs(count: int = 5, seed: int = 0) -> PairLogps:
 
 
 def options_of(name: str, **changed) -> LossOptions:
-    """Those that the loss cannot do without, and the changed ones."""
+    """The options that the loss requires, and the changed ones."""
     needed = dict.fromkeys(LOSSES[name].needs_options, 1e-3)
     return LossOptions(**(needed | changed))
 

@@ -85,6 +85,7 @@ def test_the_same_with_adapters(checkpointing):
         torch.testing.assert_close(scoring(**batch)["logp"], base, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("name", [n for n in ARCHITECTURES if "unequal" not in n])
 def test_flex_attention_scores_the_same(name):

@@ -159,6 +159,7 @@ def counter():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "checkpointed", "lora"),
     [("shared_prefix", True, False), ("packed", False, True), ("padded", False, False)],
@@ -208,6 +209,7 @@ def liger(monkeypatch):
         monkeypatch.setattr(module, "apply_rotary_pos_emb", module.apply_rotary_pos_emb)
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize(("name", "lora"), [("Llama", False), ("Qwen2", False), ("Llama", True)])
 def test_liger_layers_give_the_same(liger, name, lora):
     from liger_kernel.transformers.rms_norm import LigerRMSNorm
@@ -227,6 +229,7 @@ def test_liger_layers_give_the_same(liger, name, lora):
     assert "Liger" not in repr(untouched), "models without the option got it too"
 
 
+@pytest.mark.peers
 def test_a_model_is_loaded_with_liger_layers(liger, tmp_path):
     path = str(write_model(tmp_path / "model"))
     data = batch("packed", 1)
@@ -249,6 +252,7 @@ def refused(name: str = "Llama", device: torch.device = CPU, **changes) -> str:
     return str(told.value)
 
 
+@pytest.mark.peers
 def test_liger_is_refused_where_it_would_not_do(monkeypatch):
     pytest.importorskip("liger_kernel")
     assert "no layers for models of type phi:" in refused("Phi")
@@ -314,6 +318,8 @@ def steps(tmp_path_factory):
     return [json.loads((folder / f"results-{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.peers
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("name", "plain"),
     [
@@ -333,6 +339,8 @@ def test_where_things_wait_does_not_change_the_losses(steps, name, plain):
     assert got["optimizer"] == "torch.optim.adamw"
 
 
+@pytest.mark.peers
+@pytest.mark.processes
 def test_what_is_offloaded_and_that_a_frozen_reference_is_sharded_at_stage_3(steps):
     for rank in steps:
         policies = {name: found["policy"] for name, found in rank.items() if found["policy"]}
@@ -375,6 +383,8 @@ def test_a_reference_is_loaded_to_where_it_waits(monkeypatch, tmp_path):
     assert seen == [True, False, True, False]
 
 
+@pytest.mark.peers
+@pytest.mark.processes
 @pytest.mark.parametrize("name", ["adapters, 3", "adapters, padded"])
 def test_adapters_off_is_a_frozen_copy(steps, name):
     """After updates, so that adapters are not nothing."""

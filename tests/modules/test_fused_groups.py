@@ -5,16 +5,7 @@ import torch
 
 from dpo_fast.losses import LossOptions, Objective, Totals
 from dpo_fast.modules import FusedLinearPreferenceLoss, PreferenceLoss
-from tests.losses.test_groups import COUNTS, LENGTHS, SCORES, S, T, each_case, of_tokens
-
-
-def head(seed: int = 0):
-    g = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(S, max(LENGTHS), 8, generator=g).requires_grad_()
-    weight = torch.randn(13, 8, generator=g).requires_grad_()
-    labels = torch.randint(0, 13, (S, max(LENGTHS)), generator=g)
-    labels[torch.arange(max(LENGTHS)) >= torch.tensor(LENGTHS)[:, None]] = -100
-    return hidden, weight, labels
+from tests.support.scored_groups import COUNTS, LENGTHS, SCORES, S, T, each_case, head, of_tokens
 
 
 def token_logps(hidden, weight, labels) -> torch.Tensor:

@@ -81,6 +81,7 @@ def assert_same(step, fast, lengths, needs, dtype=torch.float32, columns=()):
     assert all(torch.equal(x, y) for x, y in zip(*results))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "needs, implementation",
     [
@@ -109,6 +110,7 @@ def test_a_step_is_one_graph_for_any_number_of_tokens(needs, implementation):
     assert not heads  # not compiled again
 
 
+@pytest.mark.slow
 @each_implementation
 @pytest.mark.parametrize("budget", [0, 1500, 1 << 30], ids=["recompute", "mixed", "keep"])
 def test_every_schedule_and_option_of_the_head(implementation, budget):
@@ -125,6 +127,7 @@ def test_every_schedule_and_option_of_the_head(implementation, budget):
         assert_same(step, fast, lengths, (True, True, True))
 
 
+@pytest.mark.slow
 def test_sixteen_bits_and_autocast():
     step = step_of(OBJECTIVE, "torch")
     assert_same(step, compiled(step), LENGTHS[0], (True, True, False), torch.bfloat16)
@@ -136,6 +139,7 @@ def test_sixteen_bits_and_autocast():
     assert_same(autocast, compiled(autocast), LENGTHS[0], (True, True, True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "objective, columns",
     [
@@ -171,6 +175,7 @@ def test_the_kernel_of_the_loss():
         assert all(torch.equal(x, y) for x, y in zip(*results))
 
 
+@pytest.mark.slow
 def test_losses_on_groups():
     objective = Objective(("plackett_luce", "grpo"), (1.0, 0.5), LossOptions(grpo_beta=0.1))
 

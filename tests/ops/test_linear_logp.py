@@ -107,6 +107,7 @@ def check(
         assert_as_good_as_eager(a, b, c, f"d{name}", slack, size, largest_logit)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", BUDGETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_forward_and_gradients(schedule, dtype, poison):
@@ -114,6 +115,7 @@ def test_forward_and_gradients(schedule, dtype, poison):
     check(2500, 3001, 24, dtype, BUDGETS[schedule])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", BUDGETS)
 @pytest.mark.parametrize(
     "options",
@@ -150,6 +152,7 @@ def test_any_shape(T, V, D, kept, dtype, bias, options, layout, spread, seed):
     check(T, V, D, dtype, budget, bias=bias, seed=seed, layout=layout, spread=spread, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", BUDGETS)
 def test_rows_outside_the_range_of_the_exponential(schedule):
     """The maximum climbs by 1,000 from block to block, and targets have log-probs down to -1e4."""
@@ -172,6 +175,7 @@ def test_rows_outside_the_range_of_the_exponential(schedule):
         torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("softcap", [None, 400.0])
 def test_moving_offset_rescales_what_was_kept(frozen, softcap):
@@ -373,6 +377,7 @@ def likely_sequence():
     return hidden, weight, targets, truth
 
 
+@pytest.mark.slow
 def test_sequence_log_prob_error_in_bf16():
     """The sum over 2,048 tokens stays within 5e-3 nats of fp64 where logits are large."""
     hidden, weight, targets, truth = likely_sequence()
@@ -380,6 +385,8 @@ def test_sequence_log_prob_error_in_bf16():
     assert (got - truth).abs() <= 5e-3
 
 
+@pytest.mark.slow
+@pytest.mark.peers
 def test_sequence_log_prob_error_is_a_hundredth_of_trls():
     """TRL's chunked log-probs round their tile of logits to bf16: about a nat over the same sequence."""
     kernels = pytest.importorskip("trl.kernels", reason="trl is not installed")

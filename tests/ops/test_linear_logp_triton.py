@@ -181,6 +181,7 @@ def test_each_extra_alone(extra, poison):
     check(19, 67, 40, FP32, extras=(extra,))
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_every_schedule(dtype, schedule, poison):
     """37 tokens and 75 columns: ragged chunks, blocks and tiles, with and without options."""
@@ -188,6 +189,7 @@ def test_every_schedule(dtype, schedule, poison):
     check(37, 75, 24, dtype, bias=True, softcap=5.0, temperature=1.3)
 
 
+@pytest.mark.emulator
 @settings(max_examples=25, deadline=None)
 @given(
     T=st.integers(0, 40),
@@ -285,6 +287,7 @@ def test_log_prob_of_minus_500(schedule, poison):
     torch.testing.assert_close(got["dW"][0], slopes[0].expand(4), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.emulator
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_some_rows_leave_their_range(dtype, frozen, poison):

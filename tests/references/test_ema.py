@@ -1,30 +1,18 @@
 """TR-DPO: the reference follows the policy, on whole weights and on shards, and through a checkpoint."""
 
-import json
-import os
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("deepspeed")
 
-from dpo_fast.cli.launch import launch_command
 from dpo_fast.references import EmaReference
-from tests.support.models import run_tree, write_model, write_pairs
-from tests.support.paths import ROOT
-from tests.training.test_loop import changed, losses
+from tests.support import ranks
+from tests.support.metrics import series
+from tests.support.models import changed, run_tree, write_model, write_pairs
 
 EMA = {"provider": "ema", "mixup_alpha": 0.5, "sync_steps": 2}
-
-
-def run_all(folder: Path, trees: list[dict], ranks: int) -> None:
-    cases = folder / f"cases-{ranks}.json"
-    cases.write_text(json.dumps(trees))
-    command = [sys.executable, str(ROOT / "tests/support/workers/runs.py"), str(cases)]
-    assert launch_command(ranks, command, dict(os.environ, PYTHONPATH=str(ROOT))) == 0
 
 
 @pytest.fixture(scope="module")
@@ -35,39 +23,39 @@ def folder(tmp_path_factory):
     base = run_tree(folder, max_steps=6, micro_batch_size=2)
     whole, shards = {"zero_stage": 0}, {"zero_stage": 3}
     saving = {"save_steps": 3}
-    run_all(
-        folder,
+    ranks.train(
         [
             changed(base, folder / "ema", reference=EMA, parallel=whole),
             changed(base, folder / "never", reference=EMA | {"sync_steps": 100}, parallel=whole),
             changed(base, folder / "frozen", reference={"provider": "frozen"}, parallel=whole),
-        ],
-        1,
+        ]
     )
     sharded = changed(base, folder / "sharded", reference=EMA, parallel=shards, train=saving)
-    run_all(folder, [sharded], 2)
+    ranks.train([sharded], 2)
     shutil.copytree(folder / "sharded" / "checkpoint-3", folder / "resumed" / "checkpoint-3")
-    run_all(
-        folder, [changed(sharded, folder / "resumed", train={"resume_from_checkpoint": True})], 2
-    )
+    resume = {"resume_from_checkpoint": True}
+    ranks.train([changed(sharded, folder / "resumed", train=resume)], 2)
     return folder
 
 
+@pytest.mark.processes
 def test_the_curve_changes_when_the_reference_has_moved(folder):
-    ema, frozen = losses(folder / "ema"), losses(folder / "frozen")
+    ema, frozen = series(folder / "ema"), series(folder / "frozen")
     assert [ema[step] for step in (1, 2)] == [frozen[step] for step in (1, 2)]
     assert all(abs(ema[step] - frozen[step]) > 1e-3 for step in (4, 5, 6))
-    assert losses(folder / "never") == frozen
+    assert series(folder / "never") == frozen
 
 
+@pytest.mark.processes
 def test_shards_on_two_ranks_follow_like_whole_weights(folder):
-    whole, sharded = losses(folder / "ema"), losses(folder / "sharded")
+    whole, sharded = series(folder / "ema"), series(folder / "sharded")
     assert all(sharded[step] == pytest.approx(whole[step], abs=1e-5) for step in whole)
 
 
+@pytest.mark.processes
 def test_resume_is_bitwise(folder):
     """The checkpoint at step 3 lies between two updates of the reference."""
-    whole, resumed = losses(folder / "sharded"), losses(folder / "resumed")
+    whole, resumed = series(folder / "sharded"), series(folder / "resumed")
     assert sorted(resumed) == [4, 5, 6]
     assert all(resumed[step] == whole[step] for step in resumed)
 

@@ -1,5 +1,6 @@
 """Tiny models and data for tests, made on the spot."""
 
+import copy
 import json
 import random
 from pathlib import Path
@@ -7,6 +8,10 @@ from pathlib import Path
 import torch
 
 from tests.support.tokenizers import byte_tokenizer
+
+# Adam with an epsilon far above every gradient is SGD with momentum. As it comes, it moves a weight
+# whose gradient is rounding noise by the noise's sign, and the noise is the processor's.
+LIKE_SGD = {"learning_rate": 0.1, "adam_epsilon": 1.0}
 
 
 def write_model(
@@ -103,6 +108,8 @@ def run_tree(folder: Path, **train) -> dict:
         "global_batch_size": 8,
         "micro_batch_size": 4,
         "learning_rate": 1e-3,
+        # Larger than usual: a weight whose gradient is rounding noise shall not move by its sign.
+        "adam_epsilon": 1e-3,
         "warmup_ratio": 0.0,
     }
     return {
@@ -115,3 +122,12 @@ def run_tree(folder: Path, **train) -> dict:
         "train": defaults | train,
         "log": {"logging_steps": 1},
     }
+
+
+def changed(tree: dict, output: Path, **sections) -> dict:
+    """A copy of a tree with its own output folder and some options changed."""
+    tree = copy.deepcopy(tree)
+    for section, options in sections.items():
+        tree[section] = tree.get(section, {}) | options
+    tree["train"]["output_dir"] = str(output)
+    return tree

@@ -10,6 +10,8 @@ from tests.support.paths import ROOT
 
 pytest.importorskip("deepspeed")
 
+pytestmark = pytest.mark.processes
+
 JOIN = "from dpo_fast.training.distributed import init_distributed; init_distributed(); print('in')"
 
 

@@ -1,9 +1,6 @@
-"""Columns of the data on their way into the loss; one that the run does not use stops it."""
+"""Columns of the data reach the loss; a column that the run does not use stops it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,11 +17,11 @@ from dpo_fast.references import ColumnReference, FrozenReference
 from dpo_fast.training.config import build_config
 from dpo_fast.training.load_data import used_columns
 from dpo_fast.training.loss_pass import LossPass
+from tests.support import ranks
 from tests.support.architectures import make
 from tests.support.models import run_tree, write_completions, write_model, write_pairs
-from tests.support.paths import ROOT
+from tests.support.plain_torch import token_logps
 from tests.support.tokenizers import BOS, EOS, byte_tokenizer, ids_of
-from tests.training.test_step import token_logps
 
 ROWS = [
     {"prompt_ids": [1, 5, 6], "chosen_ids": [8, 9, 2], "rejected_ids": [10, 2], "weight": 0.5,
@@ -178,7 +175,7 @@ def test_options_that_fit(tmp_path):
 
 
 def with_sums(source: Path, target: Path, reference: torch.nn.Module) -> None:
-    """The file's rows with what the reference gives their answers, one sequence at a time."""
+    """The file's rows, and with each answer the reference's log-probability of it."""
     tokenizer = byte_tokenizer(bos=True)
     with target.open("w") as stream:
         for line in source.read_text().splitlines():
@@ -190,8 +187,9 @@ def with_sums(source: Path, target: Path, reference: torch.nn.Module) -> None:
             stream.write(json.dumps(row) + "\n")
 
 
+@pytest.mark.processes
 @torch.no_grad()
-def test_runs_with_columns_are_those_with_the_model_that_they_are_of(tmp_path):
+def test_a_column_of_reference_sums_trains_like_the_reference_itself(tmp_path):
     """Unpaired losses, on completions and on pairs, with a reference far from the policy."""
     from transformers import AutoModelForCausalLM
 
@@ -221,14 +219,7 @@ def test_runs_with_columns_are_those_with_the_model_that_they_are_of(tmp_path):
                 "reference": reference,
                 "parallel": {"zero_stage": 0},
             }
-    (tmp_path / "trees.json").write_text(json.dumps(list(trees.values())))
-    subprocess.run(
-        [sys.executable, "tests/support/workers/runs.py", str(tmp_path / "trees.json")],
-        cwd=ROOT,
-        check=True,
-        timeout=600,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+    ranks.train(list(trees.values()))
     curves = [losses(folder) for folder in trees]
     for frozen, columns in zip(curves[::2], curves[1::2], strict=True):
         assert len(frozen) == 6  # four steps, and two evaluations

@@ -1,8 +1,6 @@
 """Whole runs: the same curve on two ranks, exact resume, references, adapters, exports."""
 
-import copy
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -18,29 +16,16 @@ pytest.importorskip("deepspeed")
 
 from safetensors.torch import load_file
 
-from tests.support.models import run_tree, write_model, write_pairs
-from tests.support.paths import ROOT
+from tests.support import ranks
+from tests.support.metrics import series
+from tests.support.models import changed, run_tree, write_model, write_pairs
+from tests.support.paths import ENVIRONMENT
 
 STEPS = 6
-ENVIRONMENT = dict(os.environ, PYTHONPATH=str(ROOT))
 
 
 def command(*arguments) -> list[str]:
     return [sys.executable, "-m", "dpo_fast", *map(str, arguments)]
-
-
-def losses(folder: Path, name: str = "loss") -> dict[int, float]:
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: line[name] for line in lines if name in line}
-
-
-def changed(tree: dict, output: Path, **sections) -> dict:
-    """A copy of a tree with its own output folder and some options changed."""
-    tree = copy.deepcopy(tree)
-    for section, options in sections.items():
-        tree[section] = tree.get(section, {}) | options
-    tree["train"]["output_dir"] = str(output)
-    return tree
 
 
 def load_tree(tree: dict):
@@ -86,19 +71,16 @@ def variants(folder: Path) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def runs(folder):
-    """All variants, run in one process; the resumed one starts from a copy of `whole` at step 3."""
+    """All variants, and one that goes on from step 3 of `whole` in a process of its own."""
     trees = variants(folder)
-    cases = folder / "cases.json"
-    cases.write_text(json.dumps(list(trees.values())))
-    worker = [sys.executable, str(ROOT / "tests/support/workers/runs.py"), str(cases)]
-    subprocess.run(worker, env=ENVIRONMENT, check=True, timeout=900)
-    shutil.copytree(folder / "whole" / "checkpoint-3", folder / "resumed" / "checkpoint-3")
-    checkpoint = str(folder / "resumed" / "checkpoint-3")
+    ranks.train(list(trees.values()))
+    checkpoint = str(folder / "whole" / "checkpoint-3")
     resumed = changed(
         trees["whole"], folder / "resumed", train={"resume_from_checkpoint": checkpoint}
     )
-    cases.write_text(json.dumps([resumed]))
-    subprocess.run(worker, env=ENVIRONMENT, check=True, timeout=300)
+    alone = ranks.Ranks(1)
+    alone.do("train", [resumed])
+    alone.end()
     return trees
 
 
@@ -106,20 +88,27 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "final" / "model.safetensors")
 
 
+@pytest.mark.processes
 def test_two_ranks_with_zero_3_give_the_curve_of_one_without_and_resume_bitwise(folder):
     tree = run_tree(folder, max_steps=10, micro_batch_size=2, save_steps=5)
     file = folder / "run.yaml"
     curves = {}
-    for name, stage, ranks in (("one", 0, 1), ("two", 3, 2), ("two-resumed", 3, 2)):
+    for name, stage, count in (("one", 0, 1), ("two", 3, 2), ("two-resumed", 3, 2)):
         case = changed(tree, folder / name, parallel={"zero_stage": stage})
+        if count == 1:
+            ranks.train([case])
+            curves[name] = series(folder / name)
+            continue
         if name == "two-resumed":
             shutil.copytree(folder / "two" / "checkpoint-5", folder / name / "checkpoint-5")
             case["train"]["resume_from_checkpoint"] = True
         file.write_text(yaml.safe_dump(case))
         subprocess.run(
-            command("train", file, "--nproc", ranks), env=ENVIRONMENT, check=True, timeout=300
+            command("train", file, "--nproc", count), env=ENVIRONMENT, check=True, timeout=300
         )
-        curves[name] = losses(folder / name)
+        curves[name] = series(folder / name)
+    norms = {name: series(folder / name, "grad_norm") for name in ("two", "two-resumed")}
+    assert all(norms["two-resumed"][step] == norms["two"][step] > 0 for step in range(6, 11))
     assert curves["two-resumed"] == {step: curves["two"][step] for step in range(6, 11)}
     a, b = weights(folder / "two"), weights(folder / "two-resumed")
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -131,23 +120,26 @@ def test_two_ranks_with_zero_3_give_the_curve_of_one_without_and_resume_bitwise(
         assert curves["two"][step] == pytest.approx(loss, abs=1e-5), f"step {step}"
 
 
+@pytest.mark.processes
 def test_resume_is_bitwise(folder, runs):
-    whole, resumed = losses(folder / "whole"), losses(folder / "resumed")
+    whole, resumed = series(folder / "whole"), series(folder / "resumed")
     assert sorted(resumed) == [4, 6]
     assert all(resumed[step] == whole[step] for step in resumed)
-    for name in ("eval_loss", "grad_norm", "learning_rate"):
-        a, b = losses(folder / "whole", name), losses(folder / "resumed", name)
+    for name in ("eval_loss", "learning_rate"):
+        a, b = series(folder / "whole", name), series(folder / "resumed", name)
         assert all(a[step] == b[step] for step in b if step > 3), name
     a, b = weights(folder / "whole"), weights(folder / "resumed")
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.processes
 def test_saving_does_not_change_a_run(folder, runs):
     a, b = weights(folder / "plain"), weights(folder / "whole")
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.processes
 def test_the_resolved_configuration_gives_the_same_run(folder, runs):
     from dpo_fast.training.config import load_config
 
@@ -159,43 +151,50 @@ def test_the_resolved_configuration_gives_the_same_run(folder, runs):
         assert again.resolved() == asked, name
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", ["frozen", "checkpointed"])
 def test_other_ways_to_the_same_run(folder, runs, name):
     """A frozen second model, or recomputed activations, change the last bits at most."""
-    plain = losses(folder / "plain")
-    for step, loss in losses(folder / name).items():
+    plain = series(folder / "plain")
+    for step, loss in series(folder / name).items():
         assert loss == pytest.approx(plain[step], abs=1e-5), (name, step)
 
 
+@pytest.mark.processes
 def test_tied_embeddings_train_alike_with_and_without_zero_3(folder, runs):
-    plain, sharded = losses(folder / "tied-plain"), losses(folder / "tied")
+    plain, sharded = series(folder / "tied-plain"), series(folder / "tied")
     assert all(sharded[step] == pytest.approx(plain[step], abs=1e-5) for step in plain)
     assert "lm_head.weight" not in weights(folder / "tied")
 
 
+@pytest.mark.processes
 def test_adapters_off_is_the_model_before_training(folder, runs):
-    off, cached = losses(folder / "adapter-off"), losses(folder / "adapter-cached")
+    off, cached = series(folder / "adapter-off"), series(folder / "adapter-cached")
     assert off[STEPS] < 0.6931
     assert all(cached[step] == pytest.approx(off[step], abs=1e-5) for step in off)
 
 
+@pytest.mark.processes
 def test_step_0_is_ln_2_and_accuracy_starts_at_a_half(folder, runs):
     for name in ("plain", "frozen", "adapter-off", "tied"):
-        assert losses(folder / name, "eval_loss")[0] == pytest.approx(0.6931472, abs=1e-6), name
-        assert losses(folder / name)[1] == pytest.approx(0.6931472, abs=1e-6), name
-    assert losses(folder / "bf16")[1] == pytest.approx(0.6931472, abs=1e-3)
+        assert series(folder / name, "eval_loss")[0] == pytest.approx(0.6931472, abs=1e-6), name
+        assert series(folder / name)[1] == pytest.approx(0.6931472, abs=1e-6), name
+    assert series(folder / "bf16")[1] == pytest.approx(0.6931472, abs=1e-3)
 
 
+@pytest.mark.processes
 def test_bf16_learns(folder, runs):
-    assert losses(folder / "bf16")[STEPS] < 0.6
+    assert series(folder / "bf16")[STEPS] < 0.6
 
 
+@pytest.mark.processes
 def test_sft_alone_needs_no_reference(folder, runs):
     assert not (folder / "sft-only" / "reference").exists()
-    curve = losses(folder / "sft-only")
+    curve = series(folder / "sft-only")
     assert curve[STEPS] < curve[1]
 
 
+@pytest.mark.processes
 def test_metrics_have_the_names_people_plot(folder, runs):
     lines = [json.loads(x) for x in (folder / "plain" / "metrics.jsonl").read_text().splitlines()]
     names = {
@@ -233,6 +232,7 @@ def test_metrics_have_the_names_people_plot(folder, runs):
     assert lines[-2]["rewards/margins"] == pytest.approx(margin, abs=1e-6)
 
 
+@pytest.mark.processes
 def test_monitor_receives_the_metrics(folder, runs):
     event_accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator"
@@ -241,9 +241,10 @@ def test_monitor_receives_the_metrics(folder, runs):
     reader = event_accumulator.EventAccumulator(str(events))
     reader.Reload()
     scalars = {event.step: event.value for event in reader.Scalars("Train/loss")}
-    assert scalars == pytest.approx(losses(folder / "monitored"))
+    assert scalars == pytest.approx(series(folder / "monitored"))
 
 
+@pytest.mark.processes
 def test_export_loads_and_says_what_was_trained(folder, runs):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -258,6 +259,7 @@ def test_export_loads_and_says_what_was_trained(folder, runs):
         assert model.generate(ids, max_new_tokens=2).shape[1] > ids.shape[1]
 
 
+@pytest.mark.processes
 def test_adapter_export_merges_to_the_same_model(folder, runs):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -272,6 +274,7 @@ def test_adapter_export_merges_to_the_same_model(folder, runs):
     assert (adapted - untouched).abs().max() > 1e-3
 
 
+@pytest.mark.processes
 def test_sigterm_finishes_the_step_saves_and_exits_130(folder, runs):
     tree = changed(runs["plain"], folder / "stopped")
     tree["train"]["max_steps"] = 400
@@ -286,7 +289,7 @@ def test_sigterm_finishes_the_step_saves_and_exits_130(folder, runs):
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 130
     saved = int((folder / "stopped" / "latest").read_text().removeprefix("checkpoint-"))
-    assert sorted(losses(folder / "stopped"))[-1] == saved < 400
+    assert sorted(series(folder / "stopped"))[-1] == saved < 400
     # A killed run may have logged steps that its last checkpoint does not hold.
     with metrics.open("a") as stream:
         stream.write(json.dumps({"step": saved + 1, "loss": 0.0}) + '\n{"step": 9')
@@ -294,7 +297,7 @@ def test_sigterm_finishes_the_step_saves_and_exits_130(folder, runs):
     file.write_text(yaml.safe_dump(tree))
     process = subprocess.Popen(command("train", file), env=ENVIRONMENT)
     deadline = time.monotonic() + 120
-    while len(losses(folder / "stopped") if metrics.read_text().endswith("\n") else []) < saved + 2:
+    while len(series(folder / "stopped") if metrics.read_text().endswith("\n") else []) < saved + 2:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
     process.kill()
@@ -305,6 +308,7 @@ def test_sigterm_finishes_the_step_saves_and_exits_130(folder, runs):
     assert all(line.get("loss", 1.0) > 0 for line in lines)
 
 
+@pytest.mark.processes
 def test_a_stale_reference_is_refused(folder, runs):
     """A stored reference of other data, named by the user, is an error that says what differs."""
     tree = changed(runs["plain"], folder / "stale")

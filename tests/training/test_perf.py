@@ -67,8 +67,8 @@ def test_operations_are_those_that_torch_counts(architecture, frozen, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_meetings_are_those_of_the_mask(layout):
-    """Half of all ordered pairs that may see each other, the diagonal counted half."""
+def test_attended_pairs_are_those_of_the_mask(layout):
+    """Tokens that may see each other, counted once a pair; a token with itself counts half."""
     batch = collate(ROWS, layout, kind=GROUPS)
     if layout == "padded":
         pairs = sum(int(n) ** 2 for n in batch.attention_mask.sum(1)) / 2

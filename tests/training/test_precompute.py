@@ -1,4 +1,4 @@
-"""`dpo-fast reference`: by any number of ranks, interrupted and gone on with, used by other runs."""
+"""`dpo-fast reference`: on any number of ranks, interrupted and continued, used by other runs."""
 
 import importlib
 import json
@@ -219,12 +219,14 @@ def killed(folder, whole):
     return run
 
 
+@pytest.mark.processes
 def test_two_ranks_give_the_values_of_one(folder, whole, killed):
     assert rows(folder / "two") == whole
     (stored,) = (folder / "two").glob("reference/train-*")
     assert json.loads((stored / "_manifest.json").read_text())["world_size"] == 2
 
 
+@pytest.mark.processes
 def test_what_two_killed_ranks_began_one_completes_and_two_runs_use(folder, whole, killed, capfd):
     reference = folder / "killed" / "reference"
     assert [path.name[:7] for path in reference.iterdir()] == [".train-"]

@@ -1,22 +1,19 @@
 """The whole step against plain PyTorch in fp64, and against itself however the batch is split."""
 
 import json
-import os
-import sys
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 pytest.importorskip("deepspeed")
 
-from dpo_fast.cli.launch import launch_command
 from dpo_fast.data.sampler import Sampler
 from dpo_fast.losses import LOSSES
+from tests.support import ranks
 from tests.support.models import run_tree, write_architecture, write_model, write_pairs
-from tests.support.paths import ROOT
+from tests.support.plain_torch import assert_same_step, token_logps
 
 PAIRS, GLOBAL = 10, 8
 LOSS_CASES = {
@@ -152,14 +149,6 @@ def plain_losses(o: dict, pairs: list[dict]) -> torch.Tensor:
     return total
 
 
-def token_logps(model, prompt: list[int], completion: list[int]) -> tuple[torch.Tensor, ...]:
-    """Materialised logits of one sequence alone: log-probs of its completion, and log sum p^2."""
-    ids = torch.tensor([prompt + completion])
-    logp = F.log_softmax(model(ids).logits[0, len(prompt) - 1 : -1], dim=-1)
-    chosen = logp.gather(1, torch.tensor(completion)[:, None]).squeeze(1)
-    return chosen, logp.exp().square().sum(-1).log()
-
-
 def plain_step(folder: Path, options: dict) -> tuple[float, dict]:
     """Loss and gradients of step 0 by transformers alone, in fp64, one sequence at a time."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -185,20 +174,6 @@ def plain_step(folder: Path, options: dict) -> tuple[float, dict]:
     loss = plain_losses(options, pairs)
     loss.backward()
     return loss.item(), {f"model.{n}": p.grad for n, p in policy.named_parameters()}
-
-
-def run_cases(folder: Path, cases: dict, ranks: int) -> dict:
-    (folder / "cases.json").write_text(json.dumps(cases))
-    command = [
-        sys.executable,
-        str(ROOT / "tests/support/workers/exactness.py"),
-        str(folder),
-        "triton",
-    ]
-    environment = dict(os.environ, PYTHONPATH=str(ROOT))
-    code = launch_command(ranks, command, environment)
-    assert code == 0, f"the worker ended with {code}"
-    return torch.load(folder / f"results-{ranks}.pt", weights_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -227,41 +202,29 @@ def tree_names(loss: dict) -> list[str]:
     return loss["type"] if isinstance(loss["type"], list) else [loss["type"]]
 
 
-def assert_same(result, truth, tolerance: float, what: str) -> None:
-    """Loss relative to its size; each gradient relative to the largest element of its truth."""
-    loss, gradients = result
-    true_loss, true_gradients = truth
-    assert abs(loss - true_loss) <= tolerance * max(abs(true_loss), 1), (what, loss, true_loss)
-    assert gradients.keys() == true_gradients.keys(), what
-    for name, true in true_gradients.items():
-        size = true.abs().max().clamp_min(1e-12)  # an adapter's first factor has none at first
-        error = (gradients[name].double() - true.double()).abs().max() / size
-        assert error <= tolerance, (
-            f"{what}: gradient of {name} is off by {error:.2e} of its maximum"
-        )
-
-
 def test_every_loss_is_in_the_cases():
-    """Of those on pairs; `soft` needs a column, the others have tests of their own."""
+    """Every loss on pairs except `soft`, which needs a column."""
     paired = {name for name, spec in LOSSES.items() if spec.paired} - {"soft"}
     assert {name for c in LOSS_CASES.values() for name in tree_names(c)} == paired
 
 
+@pytest.mark.processes
 def test_every_loss_equals_plain_pytorch(folder):
     cases = {name: case(folder, loss, layout="shared_prefix") for name, loss in LOSS_CASES.items()}
-    results = run_cases(folder, cases, 1)
+    results = ranks.first_steps(cases)
     for name, loss in LOSS_CASES.items():
-        assert_same(results[name], plain_step(folder, loss), 2e-5, name)
+        assert_same_step(results[name], plain_step(folder, loss), 2e-5, name)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_the_split_does_not_matter(folder, ranks):
+@pytest.mark.processes
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_split_does_not_matter(folder, count):
     """Any micro-batch, accumulation, number of ranks, ZeRO stage, layout and implementation."""
     loss = LOSS_CASES["mixture"]
     splits = [*product((0, 1, 2, 3), (1, 4), ("padded", "shared_prefix"), ("torch",))]
     splits += [(0, 2, "packed", "torch"), (3, 1, "packed", "torch")]
-    # Triton's interpreter is slow: each of its cases differs from the other in every dimension.
-    splits += [(0, 4, "shared_prefix", "triton"), (3, 2, "padded", "triton")]
+    # Triton's interpreter is slow: its two cases differ in every dimension, also in the ranks.
+    splits += [(0, 4, "shared_prefix", "triton") if count == 1 else (3, 2, "padded", "triton")]
     cases = {
         f"zero {stage}, micro {micro}, {layout}, {implementation}": case(
             folder,
@@ -273,12 +236,13 @@ def test_the_split_does_not_matter(folder, ranks):
         )
         for stage, micro, layout, implementation in splits
     }
-    results = run_cases(folder, cases, ranks)
+    results = ranks.first_steps(cases, count)
     truth = plain_step(folder, loss)
     for name, result in results.items():
-        assert_same(result, truth, 2e-5, f"{ranks} ranks, {name}")
+        assert_same_step(result, truth, 2e-5, f"{count} ranks, {name}")
 
 
+@pytest.mark.processes
 def test_the_split_does_not_matter_where_rows_meet(folder):
     """aot sorts the whole global batch, whichever rank and micro-batch a pair is in."""
     loss = LOSS_CASES["aot, sft"]
@@ -290,8 +254,8 @@ def test_the_split_does_not_matter_where_rows_meet(folder):
         for stage, micro, layout in splits
     }
     truth = plain_step(folder, loss)
-    for name, result in run_cases(folder, cases, 2).items():
-        assert_same(result, truth, 2e-5, name)
+    for name, result in ranks.first_steps(cases, 2).items():
+        assert_same_step(result, truth, 2e-5, name)
 
 
 MODELS = {
@@ -302,6 +266,7 @@ MODELS = {
 }
 
 
+@pytest.mark.processes
 def test_no_layout_changes_the_step_of_any_model(folder):
     """Each layout under ZeRO-3 on two ranks, against padded batches on one rank without."""
     for name in MODELS:
@@ -318,7 +283,7 @@ def test_no_layout_changes_the_step_of_any_model(folder):
                 trees[f"{name}/{layout}"] = tree
         return trees
 
-    truth = run_cases(folder, cases(0, ("padded",)), 1)
-    results = run_cases(folder, cases(3, ("padded", "packed", "shared_prefix")), 2)
+    truth = ranks.first_steps(cases(0, ("padded",)))
+    results = ranks.first_steps(cases(3, ("padded", "packed", "shared_prefix")), 2)
     for name, result in results.items():
-        assert_same(result, truth[f"{name.split('/')[0]}/padded"], 1e-5, name)
+        assert_same_step(result, truth[f"{name.split('/')[0]}/padded"], 1e-5, name)

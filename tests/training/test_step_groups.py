@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -20,11 +19,12 @@ from dpo_fast.losses import LOSSES, Preference, Totals
 from dpo_fast.training.config import build_config
 from dpo_fast.training.load_data import make_split
 from dpo_fast.training.metrics import MetricSums
+from tests.support import ranks
+from tests.support.metrics import lines_of, series
 from tests.support.models import run_tree, write_completions, write_groups, write_model, write_pairs
-from tests.support.paths import ROOT
+from tests.support.paths import ENVIRONMENT, ROOT
+from tests.support.plain_torch import assert_same_step, token_logps
 from tests.support.tokenizers import byte_tokenizer
-from tests.training.test_step import assert_same, run_cases, token_logps
-from tests.training.test_step_unpaired import lines_of, series
 
 ROWS, GLOBAL, STEPS, SEED = 20, 6, 6, 42
 CASES = {
@@ -144,17 +144,19 @@ def step_case(folder: Path, loss: dict, stage: int = 0, **changes) -> dict:
     )
 
 
+@pytest.mark.processes
 def test_every_loss_equals_plain_pytorch(folder):
     cases = {name: step_case(folder, loss, layout="shared_prefix") for name, loss in CASES.items()}
-    results = run_cases(folder, cases, 1)
+    results = ranks.first_steps(cases)
     for name, loss in CASES.items():
-        assert_same(results[name], plain_step(folder, loss), 2e-5, name)
+        assert_same_step(results[name], plain_step(folder, loss), 2e-5, name)
     tried = {
         n for o in CASES.values() for n in (o["type"] if type(o["type"]) is list else [o["type"]])
     }
     assert tried == {name for name, spec in LOSSES.items() if spec.grouped}
 
 
+@pytest.mark.processes
 def test_the_split_does_not_matter(folder):
     """Any micro-batch, number of ranks, ZeRO stage and layout; a stored reference and a live one."""
     loss = {
@@ -186,7 +188,7 @@ def test_the_split_does_not_matter(folder):
         "path": str(folder / "far"),
         "old_path": str(folder / "near"),
     }
-    for ranks, splits in (
+    for count, splits in (
         (1, [(0, 1, "padded", {}), (0, 6, "packed", stored)]),
         (2, [(3, 1, "shared_prefix", {}), (2, 3, "padded", stored)]),
     ):
@@ -194,9 +196,9 @@ def test_the_split_does_not_matter(folder):
         for stage, micro, layout, reference in splits:
             tree = step_case(folder, loss, stage, micro_batch_size=micro, layout=layout)
             tree["reference"] |= reference
-            cases[f"{ranks} ranks, zero {stage}, micro {micro}, {layout}"] = tree
-        for name, result in run_cases(folder, cases, ranks).items():
-            assert_same(result, truth, 1e-5, name)
+            cases[f"{count} ranks, zero {stage}, micro {micro}, {layout}"] = tree
+        for name, result in ranks.first_steps(cases, count).items():
+            assert_same_step(result, truth, 1e-5, name)
 
 
 # Whole runs
@@ -204,7 +206,7 @@ def test_the_split_does_not_matter(folder):
 
 @pytest.fixture(scope="module")
 def runs(folder):
-    """All runs, in one process; the one that resumes starts from a copy of a checkpoint at step 3."""
+    """All runs; the one that resumes starts from a copy of a checkpoint at step 3."""
     common = {"max_steps": STEPS, "layout": "shared_prefix", "parallel": {"zero_stage": 0}}
 
     def tree(name, loss, **changes):
@@ -234,25 +236,15 @@ def runs(folder):
             reference={"provider": "frozen"},
         ),
     }
-    work(folder, list(trees.values()))
+    ranks.train(list(trees.values()))
     again = copy.deepcopy(trees["scored"])
     again["train"] |= {"output_dir": str(folder / "again"), "resume_from_checkpoint": True}
     shutil.copytree(folder / "scored" / "checkpoint-3", folder / "again" / "checkpoint-3")
-    work(folder, [again])
+    ranks.train([again])
     return trees
 
 
-def work(folder: Path, trees: list[dict]) -> None:
-    (folder / "trees.json").write_text(json.dumps(trees))
-    subprocess.run(
-        [sys.executable, "tests/support/workers/runs.py", str(folder / "trees.json")],
-        cwd=ROOT,
-        check=True,
-        timeout=600,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-
-
+@pytest.mark.processes
 def test_metrics_of_groups(folder, runs):
     common = (
         "rewards/chosen",
@@ -281,6 +273,7 @@ def test_metrics_of_groups(folder, runs):
     assert rewards[0] == 0.5
 
 
+@pytest.mark.processes
 def test_they_learn(folder, runs):
     """At first the loss of a ranking is that of a coin; at the end the order is kept more often."""
     ranked = series(folder / "ranked", "loss")
@@ -290,6 +283,7 @@ def test_they_learn(folder, runs):
         assert max(list(found.values())[-2:]) > 0.55, (run, found)
 
 
+@pytest.mark.processes
 def test_the_first_loss_of_a_ranking_is_known(folder, runs):
     """Where policy and reference are one: the sum over completions of log(1 + how many are worse)."""
     import math
@@ -305,6 +299,7 @@ def test_the_first_loss_of_a_ranking_is_known(folder, runs):
     assert series(folder / "ranked", "loss")[1] == pytest.approx(total / GLOBAL, abs=1e-6)
 
 
+@pytest.mark.processes
 def test_resume_is_bitwise(folder, runs):
     from safetensors.torch import load_file
 
@@ -318,14 +313,16 @@ def test_resume_is_bitwise(folder, runs):
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.processes
 def test_a_reference_that_follows_is_followed(folder, runs):
     """With mixup_alpha=1 it is copied every other step, and the divergence from it is 0 right after."""
     kl = series(folder / "followed", "kl")
     assert max(kl[1], kl[3], kl[5]) < 1e-6 < 1e-5 < min(kl[2], kl[4], kl[6])
 
 
+@pytest.mark.processes
 def test_what_wrote_the_completions_is_stored_once(folder, runs):
-    """One artefact serves as both where the reference is the policy as it starts, too."""
+    """Where the reference is the policy at its start, one artefact serves for both."""
     import pandas
 
     def stored(name):
@@ -342,6 +339,7 @@ def test_what_wrote_the_completions_is_stored_once(folder, runs):
         assert total == pytest.approx(each.sum(), rel=1e-5)
 
 
+@pytest.mark.processes
 def test_the_command_stores_it_beforehand(folder, tmp_path):
     """`dpo-fast reference` computes what wrote the completions; a run of the same folder finds it."""
     from dpo_fast.training.precompute import check_provider, stored_configs
@@ -364,10 +362,13 @@ def test_the_command_stores_it_beforehand(folder, tmp_path):
     assert stored_configs(same) == [same]
     tree = tree_of(folder, {"type": "grpo"}, output_dir=str(tmp_path / "run"))
     (tmp_path / "run.yaml").write_text(json.dumps(tree))
-    command = [sys.executable, "-m", "dpo_fast", "reference", str(tmp_path / "run.yaml")]
-    for expected in (f"train: {ROWS} groups, computed at", f"train: {ROWS} groups, was there"):
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0 and expected in done.stdout, done.stdout + done.stderr
+    arguments = ["reference", str(tmp_path / "run.yaml")]
+    cases = json.dumps([{"arguments": arguments}, {"arguments": arguments, "scoring": False}])
+    command = [sys.executable, str(ROOT / "tests/support/workers/reference.py"), cases]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for expected in ("computed at", "was there"):
+        assert f"train: {ROWS} groups, {expected}" in done.stdout
 
 
 # What is refused

@@ -1,12 +1,8 @@
-"""Losses on completions by themselves, on unpaired data and on pairs: whole steps against plain PyTorch,
-whole runs, exact resume, and TRL's own trainer."""
+"""Unpaired losses, on completions and on pairs: steps against plain PyTorch, whole runs, exact resume, TRL."""
 
 import copy
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,10 +18,11 @@ from dpo_fast.training.config import build_config
 from dpo_fast.training.load_data import make_split
 from dpo_fast.training.loss_pass import Statistics
 from dpo_fast.training.metrics import MetricSums
+from tests.support import ranks
+from tests.support.metrics import lines_of, series
 from tests.support.models import run_tree, write_completions, write_model, write_pairs
-from tests.support.paths import ROOT
+from tests.support.plain_torch import assert_same_step, token_logps
 from tests.support.tokenizers import byte_tokenizer
-from tests.training.test_step import assert_same, run_cases, token_logps
 
 ROWS, GLOBAL, STEPS, SEED = 20, 8, 6, 42
 WEIGHTS = {"desirable_weight": 1.5, "undesirable_weight": 0.7}
@@ -44,7 +41,7 @@ LOSSES |= OPTIONS
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """`near` is a reference from which `model` is far on completions of both files: kl is above 0."""
+    """`model` and its reference `near` differ so much that kl is above 0 in both files."""
     folder = tmp_path_factory.mktemp("unpaired")
     write_model(folder / "model", seed=0)
     write_model(folder / "near", seed=2)
@@ -148,53 +145,47 @@ def step_case(folder: Path, data: str, name: str, stage: int = 0, **changes) -> 
     )
 
 
+@pytest.mark.processes
 def test_every_loss_equals_plain_pytorch(folder):
     names = [(data, name) for data in ("completions", "pairs") for name in LOSSES]
     cases = {
         f"{data}, {name}": step_case(folder, data, name, layout="shared_prefix")
         for data, name in names
     }
-    results = run_cases(folder, cases, 1)
+    results = ranks.first_steps(cases)
     kls = {}
     for data, name in names:
         loss, gradients, kls[data, name] = plain_step(folder, data, LOSSES[name])
-        assert_same(results[f"{data}, {name}"], (loss, gradients), 2e-5, f"{data}, {name}")
+        assert_same_step(results[f"{data}, {name}"], (loss, gradients), 2e-5, f"{data}, {name}")
     assert min(kls["completions", "kto"], kls["pairs", "kto"]) > 0.5, kls
     assert 0 in kls.values(), kls
 
 
+@pytest.mark.processes
 def test_the_split_does_not_matter(folder):
     """Any micro-batch, number of ranks, ZeRO stage and layout: also of the mismatched completions."""
     loss, gradients, _ = plain_step(folder, "completions", LOSSES["kto, bco"])
     splits = [(0, 1, "padded"), (0, 8, "shared_prefix"), (0, 4, "packed")]
-    for ranks, more in (
+    for count, more in (
         (1, splits),
         (2, [(3, 1, "padded"), (3, 4, "shared_prefix"), (2, 2, "packed")]),
     ):
         cases = {
-            f"{ranks} ranks, zero {stage}, micro {micro}, {layout}": step_case(
+            f"{count} ranks, zero {stage}, micro {micro}, {layout}": step_case(
                 folder, "completions", "kto, bco", stage, micro_batch_size=micro, layout=layout
             )
             for stage, micro, layout in more
         }
-        for name, result in run_cases(folder, cases, ranks).items():
-            assert_same(result, (loss, gradients), 1e-5, name)
+        for name, result in ranks.first_steps(cases, count).items():
+            assert_same_step(result, (loss, gradients), 1e-5, name)
 
 
 # Whole runs
 
 
-def lines_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def series(folder: Path, name: str) -> dict[int, float]:
-    return {line["step"]: line[name] for line in lines_of(folder) if name in line}
-
-
 @pytest.fixture(scope="module")
 def runs(folder):
-    """All runs, in one process; those that resume start from copies of a checkpoint at step 3."""
+    """All runs; those that resume start from copies of a checkpoint at step 3."""
     common = {
         "max_steps": STEPS,
         "micro_batch_size": 2,
@@ -234,7 +225,7 @@ def runs(folder):
     trees["stream"] = tree(
         "stream", "completions", plain["kto"], data={"streaming": True, "stream_buffer": 9}
     )
-    work(folder, list(trees.values()))
+    ranks.train(list(trees.values()))
     resumed = []
     for name in ("completions-bco", "completions-kto"):
         again = copy.deepcopy(trees[name])
@@ -243,23 +234,12 @@ def runs(folder):
         place = folder / f"{name}-resumed"
         shutil.copytree(folder / name / "checkpoint-3", place / "checkpoint-3")
         resumed.append(again)
-    work(folder, resumed)
+    ranks.train(resumed)
     return trees
 
 
-def work(folder: Path, trees: list[dict]) -> None:
-    (folder / "trees.json").write_text(json.dumps(trees))
-    subprocess.run(
-        [sys.executable, "tests/support/workers/runs.py", str(folder / "trees.json")],
-        cwd=ROOT,
-        check=True,
-        timeout=600,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-
-
-def good_of_first_step(folder: Path) -> int:
-    """Good rows of step 0 of the runs with four rows held out."""
+def desirable_of_first_step(folder: Path) -> int:
+    """How many rows of step 0 are desirable, in runs that hold four rows out."""
     from transformers import AutoTokenizer
 
     tree = tree_of(folder, "completions", {"type": "bco"}, data={"eval_rows": 4})
@@ -268,9 +248,10 @@ def good_of_first_step(folder: Path) -> int:
     return int(rows.labels[Sampler(len(rows), GLOBAL, 2, seed=SEED).global_batch(0)].sum())
 
 
+@pytest.mark.processes
 def test_losses_of_the_first_step_are_known(folder, runs):
     """Where policy and reference are one model, kl and delta are 0 and so is every log-ratio."""
-    good = good_of_first_step(folder)
+    good = desirable_of_first_step(folder)
     assert 0 < good < GLOBAL
     mean = {"completions": (good * 1.5 + (GLOBAL - good) * 0.7) / GLOBAL, "pairs": (1.5 + 0.7) / 2}
     at = {"kto": 0.5, "bco": 0.6931472, "apo_zero_unpaired": 0.5}
@@ -281,6 +262,7 @@ def test_losses_of_the_first_step_are_known(folder, runs):
             assert found[STEPS] < found[1] - 0.01, (data, name, found)  # it learns
 
 
+@pytest.mark.processes
 def test_metrics_of_completions(folder, runs):
     for line in lines_of(folder / "completions-kto"):
         prefix = "eval_" if "eval_loss" in line else ""
@@ -305,6 +287,7 @@ def test_metrics_of_completions(folder, runs):
     assert not {"kl", "delta"} & lines_of(folder / "completions-apo_zero_unpaired")[1].keys()
 
 
+@pytest.mark.processes
 def test_delta_is_the_mean_reward_of_the_steps_before(folder, runs):
     """On pairs every step but the odd ones has as many good as bad rewards."""
     run = folder / "pairs-bco"
@@ -318,6 +301,7 @@ def test_delta_is_the_mean_reward_of_the_steps_before(folder, runs):
     assert series(run, "eval_delta")[0] == 0 and series(run, "eval_delta")[STEPS] != 0
 
 
+@pytest.mark.processes
 def test_resume_is_bitwise_and_delta_goes_on(folder, runs):
     from safetensors.torch import load_file
 
@@ -331,6 +315,7 @@ def test_resume_is_bitwise_and_delta_goes_on(folder, runs):
     assert series(folder / "completions-bco-resumed", "delta")[4] != 0
 
 
+@pytest.mark.processes
 def test_the_curve_does_not_depend_on_micro_batches(folder, runs):
     for name in ("loss", "delta", "eval_loss", "rewards/margins"):
         one, other = series(folder / "completions-bco", name), series(folder / "micro", name)
@@ -339,6 +324,7 @@ def test_the_curve_does_not_depend_on_micro_batches(folder, runs):
             assert other[step] == pytest.approx(value, abs=1e-5), (name, step)
 
 
+@pytest.mark.processes
 def test_where_the_reference_comes_from(folder, runs):
     import pandas
 
@@ -356,6 +342,7 @@ def test_where_the_reference_comes_from(folder, runs):
     assert {"completion_logps", "completion_tokens"} <= set(pandas.read_parquet(stored))
 
 
+@pytest.mark.processes
 def test_adapters_budgets_and_streams(folder, runs):
     for name in ("lora", "budget", "stream"):
         found = series(folder / name, "loss")
@@ -425,18 +412,18 @@ def test_dpo_fast_reference_says_that_there_is_nothing_to_store(folder):
 )
 @pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
 def test_mismatched_batches_hold_every_row_once(folder, monkeypatch, data, size, layout):
-    """On two ranks, as many batches on each; each completion after the prompt of the next row."""
+    """Two ranks have equally many batches. Each completion follows the prompt of the next row."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     split = split_of(config(folder, data, {"type": "kto"}, layout=layout, **size))
     assert isinstance(split.sampler, TokenSampler) == ("tokens_per_batch" in size)
     rows = split.sampler.global_batch(0)
-    ranks = []
+    found_by = []
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
-        ranks.append(list(split.mismatched(rows)))
-    assert len(ranks[0]) == len(ranks[1])
+        found_by.append(list(split.mismatched(rows)))
+    assert len(found_by[0]) == len(found_by[1])
     found = {}
-    for batch in (batch for mine in ranks for batch in mine):
+    for batch in (batch for mine in found_by for batch in mine):
         if "tokens_per_batch" in size:
             assert batch.input_ids.numel() <= 160
         for row, targets in zip(
@@ -460,7 +447,7 @@ def test_no_mismatched_batches_where_no_loss_wants_them(folder):
 
 
 def test_delta_counts_every_sequence_once(monkeypatch):
-    """Two micro-batches are one step; what is running does not count yet."""
+    """Two micro-batches are one step. The step that is running does not count yet."""
     statistics = Statistics(("delta",))
 
     def delta():
@@ -504,6 +491,8 @@ def test_totals_count_completions(folder):
 # TRL's own trainer
 
 
+@pytest.mark.peers
+@pytest.mark.processes
 @pytest.mark.parametrize("data", ["completions"])
 def test_ten_steps_of_trl_are_ten_of_ours(folder, tmp_path, data):
     pytest.importorskip("trl")
@@ -512,11 +501,15 @@ def test_ten_steps_of_trl_are_ten_of_ours(folder, tmp_path, data):
     from transformers import AutoTokenizer
 
     steps, names = 10, ("kto", "apo_zero_unpaired")
-    rate = {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "max_grad_norm": 1.0}
+    rate = {
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 1.0,
+        "adam_epsilon": 1e-3,
+    }
     many = folder / "many.jsonl"
     write_completions(many, 32)
-    work(
-        folder,
+    ranks.train(
         [
             tree_of(
                 folder,
@@ -527,7 +520,7 @@ def test_ten_steps_of_trl_are_ten_of_ours(folder, tmp_path, data):
                 **rate,
             )
             for name in names
-        ],
+        ]
     )
     rows = [json.loads(line) for line in many.read_text().splitlines()]
     sampler = Sampler(len(rows), GLOBAL, GLOBAL, 1, SEED)

@@ -1,10 +1,6 @@
 """Ten steps of our trainer and of TRL's own, from the same weights over the same pairs: the same losses."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -15,10 +11,13 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from dpo_fast.data.sampler import Sampler
+from tests.support import ranks
+from tests.support.metrics import series
 from tests.support.models import run_tree, write_model, write_pairs
-from tests.support.paths import ROOT
 
-STEPS, PAIRS, SEED, LEARNING_RATE = 10, 8, 42, 1e-3
+pytestmark = [pytest.mark.processes, pytest.mark.peers]
+
+STEPS, PAIRS, SEED, LEARNING_RATE, EPSILON = 10, 8, 42, 1e-3, 1e-3
 LOSSES = {"sigmoid": {}, "ipo": {}, "hinge": {}, "robust": {"label_smoothing": 0.1}, "apo_zero": {}}
 
 
@@ -32,7 +31,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ours(place) -> dict[str, list[float]]:
-    """All runs in one process: the losses of their steps, by name."""
+    """All runs: the losses of their steps, by name."""
     trees = []
     for name, options in LOSSES.items():
         tree = run_tree(
@@ -45,22 +44,11 @@ def ours(place) -> dict[str, list[float]]:
             learning_rate=LEARNING_RATE,
             lr_scheduler_type="constant",
             max_grad_norm=1.0,
+            adam_epsilon=EPSILON,
         )
         trees.append(tree | {"loss": {"type": name, "beta": 0.1} | options})
-    (place / "trees.json").write_text(json.dumps(trees))
-    subprocess.run(
-        [sys.executable, "tests/support/workers/runs.py", str(place / "trees.json")],
-        cwd=ROOT,
-        check=True,
-        timeout=300,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    return {name: losses_of(place / name / "metrics.jsonl") for name in LOSSES}
-
-
-def losses_of(file: Path) -> list[float]:
-    entries = [json.loads(line) for line in file.read_text().splitlines()]
-    return [entry["loss"] for entry in entries if "loss" in entry]
+    ranks.train(trees)
+    return {name: list(series(place / name).values()) for name in LOSSES}
 
 
 def in_our_order(place) -> Dataset:
@@ -88,6 +76,7 @@ def test_ten_steps_of_trl_are_ten_of_ours(name, ours, place, tmp_path):
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         max_grad_norm=1.0,
+        adam_epsilon=EPSILON,
         gradient_checkpointing=False,
         loss_type=name,
         beta=0.1,

@@ -1,5 +1,6 @@
-"""Takes a few steps per case and writes what they gave: losses, reference scores, where things live.
-Started by a test, as one rank or several."""
+"""Takes two steps per case and writes losses, reference log-probs and where tensors live.
+
+A test starts it, as one rank or several."""
 
 import json
 import sys
@@ -55,7 +56,7 @@ def run_case(tree: dict) -> dict:
 
 
 def places(run) -> dict:
-    """Of a second model at stage 3: whether it is offloaded, elements held here and elements in all."""
+    """For a second model at stage 3: is it offloaded, and (elements held here, elements in all)."""
     if run.config.reference_provider != "frozen" or run.config.parallel.zero_stage < 3:
         return {}
     scorer = run.references["train"].scorer

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from dpo_fast.integrations.transformers import PreferenceTrainer
 from dpo_fast.losses import LossOptions, Objective
 from dpo_fast.training.distributed import leave_out_shm_comm
+from tests.support.models import LIKE_SGD
 
 
 def main() -> None:
@@ -23,7 +24,7 @@ def main() -> None:
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
         "zero_optimization": {"stage": case["stage"]},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "eps": "auto", "torch_adam": True}},
     }
     args = TrainingArguments(
         output_dir=str(folder / "run"),
@@ -35,7 +36,7 @@ def main() -> None:
         max_steps=2,
         num_train_epochs=2,
         lr_scheduler_type="constant",
-        learning_rate=1e-3,
+        **LIKE_SGD,
         train_sampling_strategy="sequential",
         per_device_train_batch_size=4 // world,
         gradient_accumulation_steps=2,

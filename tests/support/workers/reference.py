@@ -2,9 +2,10 @@
 
     reference.py '[{"arguments": [...], "kill_after": 2, "scoring": false}, ...]'
 
-Parts have 4 pairs. kill_after: SIGKILL to rank 0 when it has written so many parts. scoring=false:
-loading a model that scores a reference, or scoring, is an error. refused: the UserError that must end
-the command, on every rank."""
+Parts have 4 pairs.
+kill_after: rank 0 gets SIGKILL when it has written so many parts.
+scoring=false: it is an error to load a model that scores a reference, or to score.
+refused: the UserError that must end the command, on every rank."""
 
 import json
 import os

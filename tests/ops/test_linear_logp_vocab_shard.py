@@ -12,6 +12,7 @@ from dpo_fast.ops.linear_logp.vocab_shard import VocabShard
 from tests.support.paths import ROOT
 
 
+@pytest.mark.processes
 def test_two_ranks_against_the_whole():
     """Both implementations, fp32 and bf16, kept and recomputed, frozen or not, soft cap, a row whose
     peak lies in one slice alone; outputs, extras and every gradient against fp64."""

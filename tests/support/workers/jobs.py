@@ -1,0 +1,73 @@
+"""One rank of tests/support/ranks.py: reads jobs from stdin, a JSON line each, until there are no more.
+
+The answer to each is a line on the file descriptor that is the first argument: null, or a traceback.
+"""
+
+import json
+import os
+import sys
+import traceback
+
+import torch
+
+from dpo_fast.training import distributed
+from dpo_fast.training.config import build_config
+from dpo_fast.training.console import quiet
+from dpo_fast.training.loop import train, update
+from dpo_fast.training.metrics import MetricSums
+from dpo_fast.training.prepare import prepare
+
+
+def train_all(trees: list[dict]) -> None:
+    for tree in trees:
+        train(build_config(tree, "case"))
+
+
+def first_steps(trees: dict[str, dict], file: str) -> None:
+    results = {name: first_step(tree) for name, tree in trees.items()}
+    if distributed.is_main():
+        torch.save(results, file)
+
+
+def first_step(tree: dict) -> tuple[float, dict]:
+    """Loss of step 0 over all ranks, and the gradient of every parameter before clipping."""
+    from deepspeed.utils import safe_get_full_grad
+
+    run = prepare(build_config(tree, "case"))
+    gradients, step = {}, run.engine.step
+
+    def capture():
+        if run.engine.is_gradient_accumulation_boundary():
+            for name, parameter in run.model.named_parameters():
+                value = safe_get_full_grad(parameter) if parameter.requires_grad else None
+                if value is not None:
+                    gradients[name] = value.detach().float().clone()
+        step()
+
+    run.engine.step = capture
+    share = update(run, 0, MetricSums(run.engine.device))
+    if distributed.world_size() > 1:
+        torch.distributed.all_reduce(share)
+    run.engine.destroy()
+    return share.item(), gradients
+
+
+JOBS = {"train": train_all, "first_steps": first_steps}
+
+
+def main() -> None:
+    answers = os.fdopen(int(sys.argv[1]), "w")
+    quiet()
+    distributed.init_distributed()
+    for line in sys.stdin:
+        job, *arguments = json.loads(line)
+        try:
+            JOBS[job](*arguments)
+            error = None
+        except BaseException:
+            error = traceback.format_exc()
+        print(json.dumps(error), file=answers, flush=True)
+    os._exit(0)  # gloo's threads may still hold tensors, and then tearing down aborts
+
+
+main()
