@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from dpo_fast.losses import LOSSES, LossOptions, Objective, PairLogps, SequenceLogps
 from dpo_fast.losses.reference_free import log1mexp
 from dpo_fast.modules.rows import scored_rows
-from dpo_fast.ops.linear_logp.op import linear_logp
+from dpo_fast.ops.linear_logp import linear_logp
 from dpo_fast.ops.segments import sum_sequences
 
 DPO_LOSSES = tuple(

@@ -26,7 +26,7 @@ from dpo_fast.modules.rows import (
     scored_rows,
     sequence_count,
 )
-from dpo_fast.ops.linear_logp.op import HeadOptions, linear_logp
+from dpo_fast.ops.linear_logp import HeadOptions, linear_logp
 from dpo_fast.ops.segments import sum_sequences
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dpo_fast.ops.linear_logp.op import HeadOptions, linear_logp
+from dpo_fast.ops.linear_logp import HeadOptions, linear_logp
 
 
 class FusedHead(nn.Module):

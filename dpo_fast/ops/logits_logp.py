@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dpo_fast.ops.dispatch import choose_implementation
-from dpo_fast.ops.linear_logp.op import check_targets
+from dpo_fast.ops.linear_logp.call import check_targets
 
 CHUNK_ELEMENTS = 1 << 20  # 4 MiB of fp32: the only precise copy of logits that exists at a time
 
