@@ -31,6 +31,7 @@ from dpo_fast.training.loss_pass import EXTRAS, LossPass
 from dpo_fast.training.metrics import MetricSums
 
 __all__ = ["PreferenceCollator", "PreferenceTrainer"]
+OLDEST = "5.19"  # whose Trainer can leave the division of losses to us
 
 
 class PreferenceTrainer(transformers.Trainer):
@@ -275,17 +276,17 @@ def _check_arguments(args, objective: Objective, layout: str, others: dict) -> N
     if not hasattr(transformers.Trainer, "loss_is_scaled_for_ga"):
         raise UnavailableError(
             f"transformers {transformers.__version__} divides every loss by the accumulation steps: "
-            "pip install 'transformers>=5.19'"
+            f"pip install 'transformers>={OLDEST}'"
         )
     if objective.grouped:
         raise UserError(
-            f"losses {objective.names} go by groups of scored completions; this trainer takes pairs: use "
+            f"losses {objective.names} take groups of scored completions; this trainer takes pairs: use "
             "dpo-fast train"
         )
     whole = [spec.name for spec in objective.specs if spec.coupled or spec.statistics]
     if whole:
         raise UserError(
-            f"losses {whole} look at the whole global batch at once, which Trainer never has: use "
+            f"losses {whole} need the whole global batch at once, which Trainer never has: use "
             "dpo-fast train"
         )
     for name in ("data_collator", "compute_metrics", "compute_loss_func", "model_init"):
