@@ -26,7 +26,8 @@ from dpo_fast.modules.rows import (
     scored_rows,
     sequence_count,
 )
-from dpo_fast.ops.linear_logp import HeadOptions, LinearLogp, linear_logp
+from dpo_fast.ops.linear_logp.call import HeadOptions
+from dpo_fast.ops.linear_logp.op import LinearLogp, linear_logp
 from dpo_fast.ops.segments import sum_sequences
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dpo_fast.ops.linear_logp import HeadOptions, linear_logp
+from dpo_fast.ops.linear_logp.call import HeadOptions
+from dpo_fast.ops.linear_logp.op import linear_logp
 
 
 class FusedHead(nn.Module):

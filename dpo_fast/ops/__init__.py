@@ -11,7 +11,7 @@ The letters of shapes, as suffixes of names (`hidden_TD`) and in docstrings, eve
 """
 
 from dpo_fast.ops import compiled  # noqa: F401 registers torch.ops.dpo_fast
-from dpo_fast.ops.linear_logp import LinearLogp, linear_logp
+from dpo_fast.ops.linear_logp.op import LinearLogp, linear_logp
 from dpo_fast.ops.linear_logp.plan import HeadPlan, plan
 from dpo_fast.ops.linear_logp.vocab_shard import VocabShard
 from dpo_fast.ops.logits_logp import logits_logp

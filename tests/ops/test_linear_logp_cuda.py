@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from dpo_fast.errors import UnavailableError
 from dpo_fast.ops import dispatch, eager, linear_logp
 from dpo_fast.ops.dispatch import interpreting
-from dpo_fast.ops.linear_logp import HeadOptions, cuda_extension, op
+from dpo_fast.ops.linear_logp import cuda_extension, op
+from dpo_fast.ops.linear_logp.call import HeadOptions
 from tests.support import emulated_sm90
 
 kernels = pytest.importorskip("dpo_fast.kernels.linear_logp")

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from dpo_fast.ops import eager, linear_logp
 from dpo_fast.ops.dispatch import interpreting
-from dpo_fast.ops.linear_logp import EXTRAS, HeadOptions, op
+from dpo_fast.ops.linear_logp import op
+from dpo_fast.ops.linear_logp.call import EXTRAS, HeadOptions
 
 kernels = pytest.importorskip("dpo_fast.kernels.linear_logp")
 tiles = pytest.importorskip("dpo_fast.kernels.tiles")

@@ -5,14 +5,9 @@
     plan            which products are computed and what is kept, from sizes alone
     torch, triton   the schedules, each with `forward` and `backward`
     cuda            Triton's schedules with the products of csrc; cuda_extension builds those
-    row_sums        what a pass over the vocabulary leaves of each row
+    row_sums        sums of each row over the vocabulary, and outputs from them
     vocab_shard     a head that is spread over ranks
 
-`dpo_fast.ops.linear_logp` is this package for an import statement (`from dpo_fast.ops.linear_logp import
-op`) and the function for whoever reads the attribute of `dpo_fast.ops`.
+An import statement sees this package: `from dpo_fast.ops.linear_logp import op`. The attribute of that name
+in `dpo_fast.ops` is the function. Nothing is imported here, so no circle arises.
 """
-
-from dpo_fast.ops.linear_logp.call import EXTRAS, HeadOptions
-from dpo_fast.ops.linear_logp.op import LinearLogp, linear_logp
-
-__all__ = ["EXTRAS", "HeadOptions", "LinearLogp", "linear_logp"]

@@ -1,8 +1,8 @@
 """The schedules of triton.py with row sums, exponentials and gradient tiles from csrc, for sm_90a.
 
 sm_90a is H100 and H200. bf16 alone, no bias, no soft cap, rows at multiples of 16 bytes; anything else is
-refused by name. The kernels compile, and run in an emulation of the hardware (csrc/README.md says what that
-shows). They have not run on a GPU, nor been timed: `auto` never chooses them.
+refused by name. The kernels compile, and run in an emulation of the hardware: csrc/README.md says what
+that shows. They have not run on a GPU, nor been timed: `auto` never chooses them.
 """
 
 from __future__ import annotations

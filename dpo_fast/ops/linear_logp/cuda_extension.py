@@ -1,4 +1,4 @@
-"""csrc as a library: built by nvcc on first use or ahead of it, and found again by what it is made of.
+"""csrc as a library: built by nvcc on first use or ahead of it, and found again by a hash.
 
     python -m dpo_fast.ops.linear_logp.cuda_extension    # make csrc: builds, prints registers
 

@@ -1,4 +1,4 @@
-"""What one pass over the vocabulary leaves of each row of logits, and what follows from it.
+"""Sums of each row of logits over the vocabulary, and the outputs that follow from them.
 
 `ProductSum`: sums of matrix products, fp32 between the terms and rounded once.
 """

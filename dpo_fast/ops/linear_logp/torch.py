@@ -79,7 +79,7 @@ class _Tiles:
 
 
 class _OnlineSums:
-    """Online sums of rows against the moving offset m: l = sum exp(z - m), and what extras need.
+    """Online sums of rows against the moving offset m: l = sum exp(z - m), and sums for extras.
 
     linear: the sums of logits are known without a pass.
     """
@@ -280,7 +280,7 @@ def backward(
 
 
 def _add_tiles(recompute: _Recompute, dH, dW, db, kept_TV: Tensor) -> None:
-    """What recomputed tiles add to the gradients. db is written whole.
+    """Add recomputed tiles to the gradients. db is written whole.
 
     Vocabulary outside, tokens inside: sums over chunks are one block of fp32, not a whole [V, D].
     """

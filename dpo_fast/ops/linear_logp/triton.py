@@ -40,7 +40,7 @@ SAMPLE = 256  # columns whose maximum supports the target's logit as offset: V /
 
 
 class Products(NamedTuple):
-    """Who makes h W^T and what is left of it: Triton's kernels, or their twins in csrc.
+    """The kernels that multiply h W^T and consume it: Triton's, or their twins in csrc.
 
     row_pass: launches the pass over a block of tokens and returns its `sums` and `repair`. The class
         `kernels.linear_logp.RowPass` is one: its constructor launches.
@@ -245,7 +245,7 @@ def _gradients(call, grad_T, saved, needs, products) -> tuple[Tensor | None, ...
 
 
 def _add_tiles(tiles: _GradientTiles, dH, dW, db, kept_TV: Tensor, scaled_TD) -> None:
-    """What recomputed tiles add to the gradients, and to dW the product of what is kept."""
+    """Add recomputed tiles to the gradients, and to dW also the product of the kept tokens."""
     call, plan, K = tiles.call, tiles.call.plan, len(kept_TV)
     rows = _blocks(K, len(call.hidden_TD), plan.token_chunk)
     columns = _blocks(0, len(call.weight_VD), plan.vocab_block)
