@@ -196,6 +196,42 @@ def test_losses_import_torch_alone_and_kernels_know_no_autograd():
             assert "triton" not in outside
 
 
+def identifiers(path: Path) -> set[str]:
+    """Names of variables, fields and arguments."""
+    kinds = {ast.Name: "id", ast.arg: "arg", ast.Attribute: "attr", ast.keyword: "arg"}
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return {getattr(node, kinds[type(node)]) or "" for node in nodes if type(node) in kinds}
+
+
+def test_every_letter_of_a_shape_stands_in_the_legend():
+    import dpo_fast.ops
+
+    legend = set(re.findall(r"(?:^|  )([A-Z])  \w", dpo_fast.ops.__doc__, re.M))
+    assert {"P", "S", "T", "N", "D", "V"} <= legend
+    for path in [*sources(), *(ROOT / "benchmarks").rglob("*.py")]:
+        for name in identifiers(path):
+            suffix = re.search(r"[a-z0-9]_([A-Z]{1,3})$", name)
+            unknown = set(suffix.group(1) if suffix else "") - legend
+            assert not unknown, (
+                f"{path}: {name} ends in {unknown}, which dpo_fast.ops does not explain"
+            )
+
+
+def test_the_pins_are_what_the_integrations_accept():
+    pins = (ROOT / "pyproject.toml").read_text()
+    trl = re.search(r'^WRITTEN_FOR = "(\d+)\.(\d+)"', text_of("integrations/trl.py"), re.M).groups()
+    pinned = re.findall(r'"trl>=(\d+)\.(\d+),<(\d+)\.(\d+);', pins)
+    assert pinned and set(pinned) == {(*trl, trl[0], str(int(trl[1]) + 1))}
+    oldest = re.search(r'^OLDEST = "(.+?)"', text_of("integrations/transformers.py"), re.M).group(1)
+    assert f'"transformers>={oldest},' in pins
+    liger = re.search(r"liger-kernel (\d\S+)'s", text_of("integrations/liger.py")).group(1)
+    assert set(re.findall(r'"liger-kernel>=(.+?)"', pins)) == {liger}
+
+
+def text_of(name: str) -> str:
+    return (PACKAGE / name).read_text()
+
+
 @pytest.mark.processes
 def test_importing_the_drop_in_is_light():
     """No trainer library, no Triton, no CUDA initialisation."""

@@ -16,12 +16,12 @@ from dpo_fast.modules.head import FusedHead
 
 
 def add_forward(model: PreTrainedModel, keyword: str, forward: Callable) -> None:
-    """`model(..., keyword=True)` is `forward(model, ...)`; all other calls are the model's own.
+    """`model(..., keyword=True)` becomes `forward(model, ...)`. Other calls run the model's own forward.
 
-    The call stays one of the model's: the hooks of DDP, DeepSpeed and peft around it see it.
+    Either is a call of the model, so hooks of DDP, DeepSpeed and peft see it.
     """
     own = model.forward
-    # A method takes `self` anew: in a copy of the model it has to be the copy.
+    # A method is bound anew at each call: in a copy of the model `self` must be the copy.
     method = own.__func__ if getattr(own, "__self__", None) is model else None
 
     @functools.wraps(type(model).forward)  # `generate` and the trainers read the signature

@@ -31,6 +31,7 @@ from dpo_fast.training.loss_pass import EXTRAS, LossPass
 from dpo_fast.training.metrics import MetricSums
 
 __all__ = ["PreferenceCollator", "PreferenceTrainer"]
+OLDEST = "5.19"  # whose Trainer can leave the division of losses to us
 
 
 class PreferenceTrainer(transformers.Trainer):
@@ -136,7 +137,7 @@ class PreferenceTrainer(transformers.Trainer):
         return (loss, result) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list[dict], device) -> Totals:
-        """The counts of a global batch, over its micro-batches and over ranks."""
+        """Counts of a global batch, over its micro-batches and over ranks."""
         batches = [sample["batch"] for sample in batch_samples]
         counts = [sum(b.num_examples for b in batches), sum(b.chosen_tokens for b in batches)]
         counts = self.accelerator.reduce(torch.tensor(counts, device=device), "sum")
@@ -158,7 +159,7 @@ class PreferenceTrainer(transformers.Trainer):
             return self.compute_loss(model, self._prepare_inputs(inputs)), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds rewards, log-probs, entropy and the like, means since the last time."""
+        """Adds the metrics of `MetricSums`, means since the last call."""
         prefix = next((key[: -len("loss")] for key in logs if key.endswith("_loss")), "")
         sums = self._sums["train" if prefix in ("", "train_") else "eval"]
         if sums.values:
@@ -223,7 +224,7 @@ def _shared_columns(train_dataset, eval_dataset, objective: Objective) -> list[s
 
 
 def _check_alike(name: str, columns: list[str], trained: list[str]) -> None:
-    """One reference serves training and evaluation. Raises UserError."""
+    """Raises UserError unless one reference serves training and evaluation."""
     for column in PAIRS.reference_columns:
         if (column in columns) != (column in trained):
             where = "eval_dataset" + (f"[{name!r}]" if name else "")
@@ -234,7 +235,7 @@ def _check_alike(name: str, columns: list[str], trained: list[str]) -> None:
 
 
 def _check_reference(model, objective: Objective, reference, columns: list[str]) -> None:
-    """One reference, if the losses want any. Raises UserError."""
+    """Raises UserError unless there is one reference, if the losses need any."""
     stored = [name for name in PAIRS.reference_columns if name in columns]
     both = " and ".join(PAIRS.reference_columns)
     if reference is not None and _causal_lm(reference) is _causal_lm(model):
@@ -257,7 +258,7 @@ def _check_reference(model, objective: Objective, reference, columns: list[str])
         )
     if stored and objective.needs_reference_tokens:
         raise UserError(
-            "ld_alpha and token_clamp want the reference's tokens, and the data have sums: pass "
+            "ld_alpha and token_clamp need the reference's tokens, and the data have sums: pass "
             "reference=model, or set ld_reference=False"
         )
 
@@ -272,7 +273,7 @@ def _prepare(model: PreTrainedModel, layout: str, device: torch.device, dtype: t
 
 
 def _score(model: PreTrainedModel, **kwargs) -> dict[str, Tensor]:
-    """peft's forward adds arguments of its own, all None."""
+    """`scoring_forward`, without the arguments that peft adds, all None."""
     names = inspect.signature(scoring_forward).parameters
     return scoring_forward(model, **{name: kwargs[name] for name in names if name in kwargs})
 
@@ -283,17 +284,17 @@ def _check_arguments(args, objective: Objective, layout: str, others: dict) -> N
     if not hasattr(transformers.Trainer, "loss_is_scaled_for_ga"):
         raise UnavailableError(
             f"transformers {transformers.__version__} divides every loss by the accumulation steps: "
-            "pip install 'transformers>=5.19'"
+            f"pip install 'transformers>={OLDEST}'"
         )
     if objective.grouped:
         raise UserError(
-            f"losses {objective.names} go by groups of scored completions; this trainer takes pairs: use "
+            f"losses {objective.names} take groups of scored completions; this trainer takes pairs: use "
             "dpo-fast train"
         )
     whole = [spec.name for spec in objective.specs if spec.coupled or spec.statistics]
     if whole:
         raise UserError(
-            f"losses {whole} look at the whole global batch at once, which Trainer never has: use "
+            f"losses {whole} need the whole global batch at once, which Trainer never has: use "
             "dpo-fast train"
         )
     for name in ("data_collator", "compute_metrics", "compute_loss_func", "model_init"):

@@ -1,9 +1,8 @@
 """TRL's trainers with our head: import `DPOTrainer` from here, and nothing else changes.
 
-Configuration, data, reference models, metrics, checkpoints and TRL's own losses stay TRL's code, so that
-every option of a DPOConfig does what it does there, and a loss is a mean over the micro-batch. What
-changes is the place where hidden states become log-probabilities: TRL calls `add_fused_lm_head` for it,
-on the policy and on the reference, and here that is `add_linear_logp`.
+Configuration, data, reference models, metrics, checkpoints and TRL's own losses stay TRL's code. So every
+option of a DPOConfig works as it does there, and a loss is a mean over the micro-batch. One thing changes:
+where TRL calls `add_fused_lm_head` on the policy and the reference, `add_linear_logp` runs.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ HEAD = "add_fused_lm_head"
 
 
 def check_version(version: str) -> None:
-    """Raises UnavailableError for a TRL whose trainers may ask for something else of their model."""
+    """Raises UnavailableError for another TRL: its trainers may ask other things of their model."""
     if not version.startswith(f"{WRITTEN_FOR}."):
         raise UnavailableError(
             f"trl {version} is installed, and dpo_fast.integrations.trl is written for trl "
@@ -37,10 +36,10 @@ check_version(trl.__version__)
 
 
 class FastHeadMixin:
-    """Goes before a trainer of TRL's that scores with a fused head: `DPOTrainer`, `KTOTrainer`."""
+    """Goes before a TRL trainer that scores with a fused head: `DPOTrainer`, `KTOTrainer`."""
 
     def __init__(self, *args, **kwargs) -> None:
-        # Within __init__, because a stored reference is computed there, and wrappers come after it.
+        # Within __init__: a stored reference is computed there, and wrappers come after it.
         with _replaced(self._trl_module(), HEAD, self.add_head):
             super().__init__(*args, **kwargs)
 
@@ -58,8 +57,8 @@ class FastHeadMixin:
         add_linear_logp(model, outputs)
 
     def _precompute_ref_logps(self, dataset, name: str, batch_size: int):
-        # TRL names its table by data and model. Another head has other last bits, and ld_alpha other
-        # sums: neither may be taken for the table that is wanted here.
+        # TRL names its table by data and model. Our head has other last bits, and ld_alpha gives other
+        # sums, so they need names of their own.
         key = f"dpo_fast ld_alpha={getattr(self, 'ld_alpha', None)} "
         if not str(self._precompute_model_hash).startswith(key):
             self._precompute_model_hash = f"{key}{self._precompute_model_hash}"
@@ -72,17 +71,20 @@ class FastHeadMixin:
             if hasattr(module, HEAD):
                 return module
         raise UserError(
-            f"{cls.__name__} has no trainer of TRL's among its bases that has a fused head"
+            f"{cls.__name__} has no base among TRL's trainers with a fused head: derive it from "
+            "FastHeadMixin and trl.DPOTrainer or trl.KTOTrainer"
         )
 
 
 class DPOTrainer(FastHeadMixin, trl.DPOTrainer):
     """`trl.DPOTrainer` whose log-probabilities come from `linear_logp`.
 
-    Arguments are TRL's. `args.loss_type` also takes the losses of `dpo_fast.losses` that TRL has not
-    (simpo, cpo, orpo, slic, dpop, apo_zero_unpaired), alone or beside TRL's; loss_options are the fields
-    of `LossOptions` for them that a DPOConfig has not, as {"simpo_gamma": 0.5}. The reference is
-    computed for losses without one as well: TRL's reward metrics want it.
+    Arguments are TRL's. `args.loss_type` also takes losses of `dpo_fast.losses` that TRL lacks (simpo, cpo,
+    orpo, slic, dpop, apo_zero_unpaired), alone or beside TRL's.
+
+    loss_options: fields of `LossOptions` for them that a DPOConfig lacks, such as {"simpo_gamma": 0.5}.
+
+    The reference is computed for losses without one as well: TRL's reward metrics need it.
 
     Raises:
         UserError: an option that TRL accepts and would not use.
@@ -138,7 +140,7 @@ def _replaced(module: ModuleType, name: str, value) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _recorded(*models: nn.Module | None) -> Iterator[list]:
-    """The outputs of these models in the order of their calls: first the policy's, then the reference's."""
+    """The outputs of these models, in the order of their calls: the policy's, then the reference's."""
     outputs: list = []
     hooks = [
         model.register_forward_hook(lambda module, args, output: outputs.append(output))

@@ -1,4 +1,4 @@
-"""What TRL asks of a model: a forward that gives the log-probabilities of labels."""
+"""What TRL asks of a model: a forward that returns the log-probabilities of labels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from dpo_fast.integrations.forward import add_forward, fuse_head
 
 IGNORED = -100
-EXTRAS = {
+FIELDS = {  # of TRL's output: our extra
     "entropy": "entropy",
     "mean_logits": "mean_logit",
     "is_top1": "is_top1",
@@ -20,12 +20,14 @@ EXTRAS = {
 
 
 def add_linear_logp(model: PreTrainedModel, outputs: tuple[str, ...] = ("log_probs",)) -> None:
-    """In the place of TRL's `add_fused_lm_head`: the same call, answered by `linear_logp`.
+    """Takes the place of TRL's `add_fused_lm_head`.
 
-    `model(..., labels=labels, fused_lm_head=True)` runs the backbone, and the head over the positions
-    whose next label is not -100. outputs: fields of `FusedCausalLMOutput`.
+    `model(..., labels=labels, fused_lm_head=True)` runs the backbone, and `linear_logp` over the positions
+    whose next label is not -100.
+
+    outputs: fields of `FusedCausalLMOutput`.
     """
-    fields = {name: EXTRAS[name] for name in outputs if name != "log_probs"}
+    fields = {name: FIELDS[name] for name in outputs if name != "log_probs"}
     fuse_head(model)
     add_forward(model, "fused_lm_head", functools.partial(_score, fields=fields))
 
@@ -33,7 +35,7 @@ def add_linear_logp(model: PreTrainedModel, outputs: tuple[str, ...] = ("log_pro
 def _score(
     model: PreTrainedModel, *args, labels: Tensor, fields: dict[str, str], **kwargs
 ) -> FusedCausalLMOutput:
-    """labels: [B, L]. Fields are [B, L - 1], fp32 (is_top1 is bool), and 0 where nothing is scored."""
+    """Fields [S, L - 1], fp32 (is_top1 bool), 0 where nothing is scored. labels: int64 [S, L]."""
     output = model.base_model(*args, **kwargs | {"use_cache": False})
     head = model.get_output_embeddings()
     hidden = output.last_hidden_state[:, :-1].to(head.weight.device)
@@ -41,7 +43,7 @@ def _score(
     scored = labels != IGNORED
     values = head(hidden[scored], labels[scored], tuple(fields.values()))
     names = {"log_probs": "logp"} | fields
-    # masked_scatter keeps the result connected to the model where nothing at all is scored.
+    # masked_scatter keeps the result connected to the model even if nothing is scored.
     rows = {
         field: values[name].new_zeros(scored.shape).masked_scatter(scored, values[name])
         for field, name in names.items()
@@ -53,7 +55,7 @@ def _score(
 
 
 def _aux_loss(model: PreTrainedModel, router_logits, attention_mask: Tensor | None) -> Tensor:
-    """The load-balancing loss that every mixture-of-experts model of transformers has from Mixtral."""
+    """Mixtral's load-balancing loss, which transformers' mixture-of-experts models share."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     config = model.config.get_text_config()

@@ -1,4 +1,4 @@
-"""Which losses of a DPOConfig are TRL's and which are ours, and ours on TRL's batches."""
+"""The losses of a DPOConfig: which TRL computes, which we compute, and ours on TRL's batches."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TRL_LOSSES = (
     "sft",
     "sigmoid_norm",
 )
-# Options of a DPOConfig that only some of TRL's own losses read; the others would leave them out.
+# Options of a DPOConfig that only some of TRL's own losses read; its others ignore them.
 READERS = {
     "label_smoothing": ("robust", "exo_pair", "aot", "aot_unpaired"),
     "discopop_tau": ("discopop",),
@@ -49,7 +49,7 @@ SHARED = (
 
 @dataclass(frozen=True)
 class Shares:
-    """names, weights: what TRL computes. objective: what we compute beside it, or None."""
+    """names, weights: TRL's losses. objective: ours beside them, or None."""
 
     names: list[str]
     weights: list[float]
@@ -57,12 +57,12 @@ class Shares:
 
 
 def share_losses(args: DPOConfig, loss_options: Mapping[str, object]) -> Shares:
-    """Divide `args.loss_type` between TRL, for the names it knows, and us.
+    """Divide `args.loss_type` between TRL, which computes the names it knows, and us.
 
-    loss_options: fields of `LossOptions` that a DPOConfig does not have, for our losses.
+    loss_options: for our losses, fields of `LossOptions` that a DPOConfig lacks.
 
     Raises:
-        UserError: a name that neither knows, or an option that no loss of the list reads.
+        UserError: an unknown name, or an option that no loss of the list reads.
     """
     weights = args.loss_weights or [1.0] * len(args.loss_type)
     both = list(zip(args.loss_type, weights, strict=True))
@@ -118,17 +118,17 @@ def _objective(
     if not names:
         if loss_options:
             raise UserError(
-                f"loss_options={dict(loss_options)} are for losses that TRL has not; "
+                f"loss_options={dict(loss_options)} are for losses that TRL lacks; "
                 f"loss_type={args.loss_type} takes its options from DPOConfig"
             )
         return None
     if twice := set(loss_options) & set(SHARED):
         raise UserError(f"loss_options: {', '.join(sorted(twice))} belongs into DPOConfig")
-    # An option that only TRL's losses of the list read stays with them.
+    # An option that only TRL's losses read is not given to ours.
     shared = [option for option in SHARED if alone or any(_reads(n, option) for n in names)]
     values = {option: getattr(args, option) for option in shared} | {"beta": args.beta}
     if args.precompute_ref_log_probs and values.get("ld_alpha") is not None:
-        values["ld_reference"] = False  # TRL's stored sums have it in them
+        values["ld_reference"] = False  # TRL's stored sums are weighted already
     try:
         options = LossOptions(**values, **loss_options)
         objective = Objective(names, tuple(weight for _, weight in ours), options)
@@ -145,7 +145,7 @@ def _objective(
 def our_loss(objective: Objective, inputs: Mapping[str, Tensor], policy, reference) -> Tensor:
     """The objective's mean over a micro-batch of TRL's, [], differentiable.
 
-    policy, reference: outputs of the fused forward; reference is None where `inputs` have its sums.
+    policy, reference: outputs of the fused forward; reference is None if `inputs` hold its sums.
     """
     mask_SL = _in_pairs(inputs["completion_mask"][:, 1:].bool())
     lengths_S = mask_SL.sum(1)
@@ -174,5 +174,5 @@ def our_loss(objective: Objective, inputs: Mapping[str, Tensor], policy, referen
 
 
 def _in_pairs(rows: Tensor) -> Tensor:
-    """TRL has all chosen rows before all rejected ones; we have them in turn."""
+    """Chosen and rejected in turn, from TRL's order: all chosen rows, then all rejected ones."""
     return rows.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)

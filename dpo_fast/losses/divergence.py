@@ -1,4 +1,4 @@
-"""From log-ratios to scores: which divergence from the reference is penalised (arXiv 2309.16240)."""
+"""Log-ratios shaped by the divergence from the reference that is penalised (arXiv 2309.16240)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,14 @@ from dpo_fast.losses.options import LossOptions
 LARGEST_EXPONENT = 80.0  # exp of it is finite in fp32
 
 
-def score(ratio: Tensor, options: LossOptions) -> Tensor:
-    """s(r), elementwise: r; 1 - exp(-r); log 2 + LS(r); (exp((A-1) r) - 1) / (A-1), by divergence."""
+def shaped(ratio: Tensor, options: LossOptions) -> Tensor:
+    """s(r), elementwise, by `f_divergence_type`.
+
+    reverse_kl: r.
+    forward_kl: 1 - exp(-r).
+    js_divergence: log 2 + LS(r).
+    alpha_divergence: (exp((A-1) r) - 1) / (A-1), A = f_alpha_divergence_coef; r near A = 1.
+    """
     if options.f_divergence_type == "forward_kl":
         return 1 - torch.exp((-ratio).clamp(max=LARGEST_EXPONENT))
     if options.f_divergence_type == "js_divergence":
@@ -28,19 +34,20 @@ def score(ratio: Tensor, options: LossOptions) -> Tensor:
 
 def margin(pairs: PairLogps, options: LossOptions) -> Tensor:
     """d = s(a) - s(b), [P]."""
-    return score(pairs.chosen_ratio, options) - score(pairs.rejected_ratio, options)
+    return shaped(pairs.chosen_ratio, options) - shaped(pairs.rejected_ratio, options)
 
 
 def mean_margin(pairs: PairLogps, options: LossOptions) -> Tensor:
     """s(a)/nw - s(b)/nl, [P]."""
-    chosen, rejected = score(pairs.chosen_ratio, options), score(pairs.rejected_ratio, options)
+    chosen, rejected = shaped(pairs.chosen_ratio, options), shaped(pairs.rejected_ratio, options)
     return chosen / pairs.chosen_lengths - rejected / pairs.rejected_lengths
 
 
 def less_margin(x: Tensor, pairs: PairLogps) -> Tensor:
-    """x minus the margin that the data ask for, in units of reward."""
+    """x less the column `margin`, in units of reward."""
     return x if pairs.margin is None else x - pairs.margin
 
 
 def smoothed(x: Tensor, eps: float) -> Tensor:
+    """-(1-eps) LS(x) - eps LS(-x)."""
     return -(1 - eps) * F.logsigmoid(x) - eps * F.logsigmoid(-x)

@@ -1,31 +1,13 @@
-"""From token log-probabilities to the loss of pairs in one kernel, eager and compiled."""
+"""From token log-probabilities to the loss of pairs in one Triton kernel, eager and compiled.
+
+For the losses that the table marks with `kernel`; `preference` decides. The slope of every token is known
+in the forward pass, so backward is one multiplication.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-
-class _Preference(torch.autograd.Function):
-    """The slope of every token is known in the forward pass: backward is one multiplication."""
-
-    @staticmethod
-    def forward(ctx, logp_T, lengths_S, reference_S, losses, coefficients, options):
-        from dpo_fast.kernels import preference as kernels
-
-        loss, logps_S, rewards_S, slopes_T = kernels.preference(
-            logp_T, lengths_S, reference_S, losses, coefficients, **options
-        )
-        ctx.save_for_backward(slopes_T)
-        ctx.mark_non_differentiable(logps_S, rewards_S)
-        ctx.set_materialize_grads(False)
-        return loss, logps_S, rewards_S
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, *_):
-        (slopes_T,) = ctx.saved_tensors
-        return None if grad is None else slopes_T * grad, None, None, None, None, None
 
 
 def fused_preference(
@@ -36,26 +18,26 @@ def fused_preference(
     coefficients: tuple[float, ...],
     **options,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`dpo_fast.losses.preference` by the Triton kernel: loss, logps_S and rewards_S.
+    """Loss [], logps_S and rewards_S. The loss is the sum over pairs and k of coefficients[k] * losses[k].
 
-    The loss is the sum over pairs and k of coefficients[k] * losses[k]. `options` are the fields of
-    `LossOptions`. Arguments are those that `check_sequences` lets through, logp_T in fp32.
+    Args:
+        logp_T, lengths_S, reference_S: as `check_sequences` lets them through, logp_T in fp32.
+        options: `beta`, `label_smoothing`, `length_average`, as in `LossOptions`.
     """
     reference_S = None if reference_S is None else reference_S.contiguous()
+    lengths_S = lengths_S.contiguous()
     if torch.compiler.is_compiling():
         loss, logps_S, rewards_S, _ = torch.ops.dpo_fast.preference(
-            logp_T, lengths_S.contiguous(), reference_S, losses, coefficients, **options
+            logp_T, lengths_S, reference_S, losses, coefficients, **options
         )
         return loss, logps_S.detach(), rewards_S.detach()
-    return _Preference.apply(
-        logp_T, lengths_S.contiguous(), reference_S, losses, coefficients, options
-    )
+    return _Preference.apply(logp_T, lengths_S, reference_S, losses, coefficients, options)
 
 
 def check_sequences(
     logp_T: Tensor, lengths_S: Tensor, reference_S: Tensor | None, paired: bool = True
 ) -> None:
-    """Raises ValueError unless these are tokens of sequences, or pairs. Waits for nothing on a GPU."""
+    """Raises ValueError unless these are tokens of sequences, or of pairs. Waits for nothing on a GPU."""
     S = lengths_S.shape[0] if lengths_S.dim() == 1 else 0
     if logp_T.dim() != 1 or lengths_S.dim() != 1 or (paired and S % 2):
         raise ValueError(
@@ -88,7 +70,31 @@ def check_sequences(
         )
 
 
-# The same kernel as a custom operator, which compiled code calls as torch.ops.dpo_fast.preference.
+def _launch(*arguments, **options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss [], logps [S], rewards [S], and the slope of every token, [T]."""
+    from dpo_fast.kernels import preference as kernels
+
+    return kernels.preference(*arguments, **options)
+
+
+class _Preference(torch.autograd.Function):
+    """For eager code."""
+
+    @staticmethod
+    def forward(ctx, logp_T, lengths_S, reference_S, losses, coefficients, options):
+        loss, logps_S, rewards_S, slopes_T = _launch(
+            logp_T, lengths_S, reference_S, losses, coefficients, **options
+        )
+        ctx.save_for_backward(slopes_T)
+        ctx.mark_non_differentiable(logps_S, rewards_S)
+        ctx.set_materialize_grads(False)
+        return loss, logps_S, rewards_S
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, *_):
+        (slopes_T,) = ctx.saved_tensors
+        return None if grad is None else slopes_T * grad, None, None, None, None, None
 
 
 @torch.library.custom_op(
@@ -97,28 +103,21 @@ def check_sequences(
     schema="(Tensor logp, Tensor lengths, Tensor? reference, str[] losses, float[] coefficients, "
     "float beta, float label_smoothing, bool length_average) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def preference(
-    logp, lengths, reference, losses, coefficients, beta, label_smoothing, length_average
-):
-    """loss [], logps [S], rewards [S], and the slope of every token, [T], by the Triton kernel."""
-    from dpo_fast.kernels import preference as kernels
-
-    return kernels.preference(
-        logp,
-        lengths,
-        reference,
-        tuple(losses),
-        tuple(coefficients),
-        beta=beta,
-        label_smoothing=label_smoothing,
-        length_average=length_average,
-    )
+def preference(logp_T, lengths_S, reference_S, losses, coefficients, *options):
+    """For compiled code: as `_launch`."""
+    options = dict(zip(("beta", "label_smoothing", "length_average"), options))
+    return _launch(logp_T, lengths_S, reference_S, tuple(losses), tuple(coefficients), **options)
 
 
 @preference.register_fake
-def _(logp, lengths, reference, losses, coefficients, beta, label_smoothing, length_average):
-    sequences = logp.new_empty(lengths.shape[0])
-    return logp.new_empty(()), sequences, torch.empty_like(sequences), logp.new_empty(logp.shape[0])
+def _(logp_T, lengths_S, *_):
+    logps_S = logp_T.new_empty(lengths_S.shape[0])
+    return (
+        logp_T.new_empty(()),
+        logps_S,
+        torch.empty_like(logps_S),
+        logp_T.new_empty(logp_T.shape[0]),
+    )
 
 
 def _preference_context(ctx, inputs, output) -> None:
@@ -127,8 +126,8 @@ def _preference_context(ctx, inputs, output) -> None:
 
 
 def _preference_backward(ctx, grad, *_):
-    (slopes,) = ctx.saved_tensors
-    return None if grad is None else slopes * grad, *(None,) * 7
+    (slopes_T,) = ctx.saved_tensors
+    return None if grad is None else slopes_T * grad, *(None,) * 7
 
 
 preference.register_autograd(_preference_backward, setup_context=_preference_context)

@@ -1,4 +1,4 @@
-"""What losses are functions of: sums of log-probabilities over completions, and counts."""
+"""What losses are functions of: log-probabilities of completions, and counts of tokens."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PairLogps:
-    """Summed completion log-probabilities of P pairs, [P] in fp32; lengths are scored tokens, [P].
+    """P pairs. Each field is [P]; log-probabilities are sums over a completion's tokens, in fp32.
 
-    reference_chosen, reference_rejected: None where no reference is used. margin, soft_label: columns of
-    the data, [P], or None. delta, kl: as in `SequenceLogps`. plain_chosen: sums of the chosen tokens
-    where `chosen` weighs or bounds them, for the sft term; None: they are the same.
+    chosen_lengths, rejected_lengths: scored tokens.
+    reference_chosen, reference_rejected: None where no reference is used.
+    margin, soft_label: columns of the data, or None.
+    delta, kl: as in `SequenceLogps`.
+    plain_chosen: for the sft term, the chosen sums without token_clamp and ld_alpha; None where `chosen`
+        is those.
     """
 
     chosen: Tensor
@@ -31,7 +34,7 @@ class PairLogps:
 
     @property
     def likelihood(self) -> Tensor:
-        """Log-likelihood of the chosen completions, [P], whatever the options make of their sums."""
+        """Plain sums of the chosen completions, [P]."""
         return self.chosen if self.plain_chosen is None else self.plain_chosen
 
     @property
@@ -64,20 +67,22 @@ class PairLogps:
         )
 
 
-class _Compared:
-    """Sequences with `logps` and the `reference`'s, [S]."""
+class _WithRatio:
+    """What has `logps` and perhaps a `reference`, [S]."""
 
     @property
     def ratio(self) -> Tensor:
-        """r: log-ratio to the reference, [S]; the log-probability where there is none."""
+        """r, [S]: log-ratio to the reference; the log-probability where there is none."""
         return self.logps if self.reference is None else self.logps - self.reference
 
 
 @dataclass(frozen=True)
-class SequenceLogps(_Compared):
-    """Completions that are desirable or undesirable by themselves, [S]; log-probabilities as in `PairLogps`.
+class SequenceLogps(_WithRatio):
+    """S completions that are desirable or undesirable by themselves; log-probabilities as in `PairLogps`.
 
-    desirable: bool [S]. kl: estimate of the policy's distance from the reference (KTO), [], or None for 0.
+    logps, lengths, reference: [S].
+    desirable: bool [S].
+    kl: estimate of the policy's distance from the reference (KTO), [], or None for 0.
     delta: running mean of rewards (BCO), [], or None for 0.
     """
 
@@ -90,12 +95,14 @@ class SequenceLogps(_Compared):
 
 
 @dataclass(frozen=True)
-class GroupLogps(_Compared):
-    """Completions of G prompts, group after group; log-probabilities as in `PairLogps`.
+class GroupLogps(_WithRatio):
+    """S completions in P groups, one group after the other; log-probabilities as in `PairLogps`.
 
-    logps, lengths, scores: [S]. counts: int64 [G], completions of each group. reference: [S] or None.
-    tokens, old_tokens, reference_tokens: log-probabilities of every token, [T]: of the policy, of the model
-    that wrote the completions, and of the reference; None where no loss goes by tokens.
+    logps, lengths, scores: [S].
+    counts: int64 [P], completions of each group.
+    reference: [S] or None.
+    tokens, old_tokens, reference_tokens: log-probabilities of every token, [T], of the policy, of the model
+        that wrote the completions, and of the reference; None where no loss needs tokens.
     """
 
     logps: Tensor
@@ -108,10 +115,13 @@ class GroupLogps(_Compared):
     reference_tokens: Tensor | None = None
 
     def to_tokens(self, values_S: Tensor) -> Tensor:
-        """[T]: to each token its completion's value."""
+        """Each token its completion's value, [T]."""
         return spread(values_S, self.lengths, len(self.tokens))
 
 
 def spread(values: Tensor, counts: Tensor, total: int) -> Tensor:
-    """Each value as often as its count says, `total` in all. Waits for nothing on a GPU."""
+    """Each value repeated `counts` times, `total` in all. Waits for nothing on a GPU."""
     return values.repeat_interleave(counts, output_size=total)
+
+
+Logps = PairLogps | SequenceLogps | GroupLogps

@@ -10,20 +10,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpo_fast.losses.logps import GroupLogps, PairLogps, SequenceLogps, spread
+from dpo_fast.losses.logps import GroupLogps, Logps, PairLogps, spread
 from dpo_fast.losses.options import LossOptions
 from dpo_fast.losses.spec import SHARED, LossSpec
 from dpo_fast.losses.sums import needs_reference_tokens
 from dpo_fast.losses.table import LOSSES
 
-Rows = PairLogps | SequenceLogps | GroupLogps
-
 
 @dataclass(frozen=True)
 class Totals:
-    """Counts over the global batch: every micro-batch of every rank. They make the loss, and its
-    gradient, independent of how the batch was split. pairs: or groups. sequences: by default 2 for each
-    pair. tokens: scored tokens of all sequences, for losses that are averages over tokens."""
+    """Counts over the global batch: every micro-batch of every rank.
+
+    The loss is divided by them, so it and its gradient do not depend on how the batch is split.
+
+    pairs: pairs, or groups.
+    chosen_tokens: scored tokens of chosen completions, for sft terms.
+    sequences: by default two for each pair.
+    tokens: scored tokens of all sequences, for losses that are means over tokens.
+    """
 
     pairs: int
     chosen_tokens: int
@@ -37,11 +41,11 @@ class Totals:
 
 @dataclass(frozen=True)
 class Objective:
-    """sum_k weight_k * (sum over rows of loss_k) / total_k, and the sft terms that losses bring along.
+    """sum_k weight_k * (sum over examples of loss_k) / total_k, and the sft terms that losses bring along.
 
     Raises:
-        ValueError: an unknown name, weights that do not fit the names, an option that is changed and
-            that none of the losses uses, or one that a loss needs and that is not.
+        ValueError: an unknown name; weights that do not fit the names; an option that is changed and not
+            used by any loss; an option that a loss needs and that is at its default.
     """
 
     names: tuple[str, ...] = ("sigmoid",)
@@ -68,12 +72,12 @@ class Objective:
         others = [spec.name for spec in self.specs if not spec.grouped]
         if groups and others:
             raise ValueError(
-                f"{', '.join(groups)} goes by groups of scored completions and {', '.join(others)} does "
+                f"{', '.join(groups)} needs groups of scored completions and {', '.join(others)} does "
                 "not: no data serves both; choose losses of one kind"
             )
 
     def _check_options(self) -> None:
-        """An option is used by some loss; one that changes what all losses see is used by all."""
+        """Some loss uses each option that is changed. One that changes what all losses see, all use."""
         for spec in self.specs:
             for option in set(spec.needs_options) - set(self.options.changed):
                 raise ValueError(
@@ -84,7 +88,7 @@ class Objective:
         for option in [name for name in self.options.changed if name != "beta"]:
             idle = [spec.name for spec in self.specs if option not in spec.options]
             if len(idle) < len(self.specs):
-                # What all losses see concerns them all, but for sft: it sees the plain sums.
+                # A shared option concerns all losses but sft, which sees the plain sums.
                 idle = [name for name in idle if option in SHARED and name != "sft"]
             if idle:
                 takers = [name for name, spec in LOSSES.items() if option in spec.options]
@@ -94,14 +98,14 @@ class Objective:
                 )
 
     def _check_coupled(self) -> None:
-        """A loss whose rows meet gives no row a loss of its own that something could weigh."""
+        """A coupled loss has no loss of each pair that something could weigh."""
         if not self.coupled:
             return
         first = next(spec.name for spec in self.specs if spec.coupled)
         columns = [spec.name for spec in self.specs if spec.needs_columns]
         if columns:
             raise ValueError(
-                f"{', '.join(columns)} goes by columns of the data, which {first} does not"
+                f"{', '.join(columns)} needs columns of the data, beside which {first} is not defined"
             )
         if self.options.changes_sums and (
             "sft" in self.names or self.sft_coefficient(Totals(1, 1))
@@ -128,17 +132,17 @@ class Objective:
 
     @property
     def needs_old_tokens(self) -> bool:
-        """Whether the log-probs are needed that the completions were written with."""
+        """Whether it needs log-probs from when the completions were written."""
         return any(spec.by_token for spec in self.specs)
 
     @property
     def paired(self) -> bool:
-        """Whether some loss needs pairs; the others take completions one by one as well."""
+        """Whether some loss needs pairs. Without one, completions may come one by one."""
         return any(spec.paired for spec in self.specs)
 
     @property
     def grouped(self) -> bool:
-        """Whether it goes by groups of scored completions."""
+        """Whether it takes groups of scored completions."""
         return any(spec.grouped for spec in self.specs)
 
     @property
@@ -147,19 +151,19 @@ class Objective:
 
     @property
     def columns(self) -> frozenset[str]:
-        """Of the data: those that some loss uses; none where rows meet, and have no loss of their own."""
+        """Columns of the data that some loss uses; none beside a coupled loss."""
         used = {column for spec in self.specs for column in spec.columns}
         return frozenset() if self.coupled else frozenset(used)
 
     @property
     def needed_columns(self) -> frozenset[str]:
-        """Columns that some loss cannot do without."""
+        """Columns of the data that some loss needs."""
         return frozenset(column for spec in self.specs for column in spec.needs_columns)
 
     def check_inputs(self, columns: Iterable[str], statistics: Iterable[str] = ()) -> None:
-        """Raises ValueError for a column or a statistic that no loss uses, or a column that one needs."""
+        """Raises ValueError for a column or statistic without use, or a needed column that is missing."""
         if unused := [column for column in columns if column not in self.columns]:
-            why = ", as rows are sorted over the batch" if self.coupled else ""
+            why = ", as pairs are sorted over the batch" if self.coupled else ""
             raise ValueError(
                 f"losses {self.names} do not use the columns {unused}{why}; leave them out"
             )
@@ -169,8 +173,10 @@ class Objective:
             raise ValueError(f"losses {self.names} do not use the statistics {unused}")
 
     def check_totals(self, totals: Totals, *, pairs: int, sequences: int, tokens: int) -> None:
-        """Raises ValueError for a total below what these rows alone have: counts left at 0 would make a
-        mean a sum. tokens: scored ones, of all sequences."""
+        """Raises ValueError for a total below the count of these examples alone.
+
+        A count left at 0 would make a mean a sum. tokens: scored ones, of all sequences.
+        """
         for spec in self.specs:
             here = {"pairs": pairs, "sequences": sequences, "tokens": tokens}.get(
                 spec.normaliser, 0
@@ -178,8 +184,8 @@ class Objective:
             count = getattr(totals, spec.normaliser)
             if here > count:
                 raise ValueError(
-                    f"totals.{spec.normaliser}={count}: {spec.name} divides by it, and these rows alone "
-                    f"have {here}; give the count of the global batch"
+                    f"totals.{spec.normaliser}={count}: {spec.name} divides by it, and this batch alone "
+                    f"has {here}; give the count of the global batch"
                 )
         if tokens and totals.chosen_tokens <= 0 and self.divides_by_chosen_tokens:
             raise ValueError(
@@ -195,55 +201,55 @@ class Objective:
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        """What has to be estimated over all ranks: `kl`, `delta`."""
+        """`kl`, `delta`: what the trainer estimates over all ranks."""
         return tuple(sorted({name for spec in self.specs for name in spec.statistics}))
 
     def coefficients(self, totals: Totals) -> tuple[float, ...]:
-        """What the sum over rows of each loss is multiplied by: weight_k / total_k."""
+        """weight_k / total_k: the factor of each loss's sum over examples."""
         return tuple(
             weight / max(getattr(totals, spec.normaliser), 1)
             for spec, weight in zip(self.specs, self.weights)
         )
 
     def sft_coefficient(self, totals: Totals) -> float:
-        """What minus the sum of the chosen log-probs is multiplied by, for losses that bring it along."""
+        """The factor of minus the sum of chosen log-probs, for losses that bring an sft term."""
         weight = sum(w * spec.sft(self.options) for spec, w in zip(self.specs, self.weights))
         return weight / max(totals.chosen_tokens, 1)
 
-    def __call__(self, rows: Rows, totals: Totals, weight: Tensor | None = None) -> Tensor:
-        """The share of these rows in the loss of the global batch; shares add up to the loss.
+    def __call__(self, logps: Logps, totals: Totals, weight: Tensor | None = None) -> Tensor:
+        """The share of these examples in the loss of the global batch; shares add up to the loss.
 
-        weight: of each row, [P], [S] or [G]; it multiplies the row's losses and its sft term.
+        weight: of each example, [P], or [S] of completions; multiplies its losses and its sft term.
         """
-        loss = self._sft(rows, totals, weight)
-        if isinstance(rows, GroupLogps) and weight is not None:
-            weight = spread(weight, rows.counts, len(rows.logps))
+        loss = self._sft(logps, totals, weight)
+        if isinstance(logps, GroupLogps) and weight is not None:
+            weight = spread(weight, logps.counts, len(logps.logps))
         for spec, coefficient in zip(self.specs, self.coefficients(totals)):
-            split = isinstance(rows, PairLogps) and not spec.paired
-            values = spec.function(rows.sequences if split else rows, self.options)
+            split = isinstance(logps, PairLogps) and not spec.paired
+            values = spec.function(logps.sequences if split else logps, self.options)
             if weight is not None:
                 values = values * (weight.repeat_interleave(2) if split else weight)
             loss = loss + coefficient * values.sum()
         return loss
 
-    def _sft(self, rows: Rows, totals: Totals, weight: Tensor | None) -> Tensor | float:
+    def _sft(self, logps: Logps, totals: Totals, weight: Tensor | None) -> Tensor | float:
         """The sft terms of losses that bring one along."""
         coefficient = self.sft_coefficient(totals)
         if coefficient == 0:
             return 0.0
-        likelihood = rows.likelihood if weight is None else rows.likelihood * weight
+        likelihood = logps.likelihood if weight is None else logps.likelihood * weight
         return -coefficient * likelihood.sum()
 
     @torch.no_grad()
-    def watched(self, rows: Rows) -> dict[str, Tensor]:
-        """Values whose means are plotted beside the loss, by name: what its losses have to show."""
+    def watched(self, logps: Logps) -> dict[str, Tensor]:
+        """Values whose means are plotted beside the loss, by name."""
         found = {}
         for spec in self.specs:
-            found |= spec.watch(rows, self.options) if spec.watch else {}
+            found |= spec.watch(logps, self.options) if spec.watch else {}
         return found
 
     @torch.no_grad()
-    def rewards(self, rows: Rows) -> Tensor:
-        """Implicit rewards, beta * log-ratio, [S]: of pairs chosen and rejected in turn."""
-        sequences = rows.sequences if isinstance(rows, PairLogps) else rows
+    def rewards(self, logps: Logps) -> Tensor:
+        """Implicit rewards, beta * log-ratio, [S]; of pairs chosen and rejected in turn."""
+        sequences = logps.sequences if isinstance(logps, PairLogps) else logps
         return self.options.beta * sequences.ratio.detach()

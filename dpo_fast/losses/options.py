@@ -27,13 +27,13 @@ NOT_NEGATIVE = (
 
 
 def option(default, meaning: str):
-    """A field whose meaning the configuration and docs/LOSSES.md tell."""
+    """A field whose meaning stands in the configuration and docs/LOSSES.md."""
     return field(default=default, metadata={"meaning": meaning})
 
 
 @dataclass(frozen=True)
 class LossOptions:
-    """`LossSpec.options` says which loss uses which; each field's meaning stands beside it.
+    """Options of all losses. `LossSpec.options` says which loss uses which.
 
     Raises:
         ValueError: naming the option, its value and what it must be.
@@ -47,7 +47,7 @@ class LossOptions:
     )
     length_average: bool = option(True, "ipo: mean (true) or summed (false) log-ratios")
     f_divergence_type: str = option(
-        "reverse_kl", f"how a log-ratio becomes a score: {', '.join(DIVERGENCES)} (2309.16240)"
+        "reverse_kl", f"how a log-ratio is shaped: {', '.join(DIVERGENCES)} (2309.16240)"
     )
     f_alpha_divergence_coef: float = option(0.5, "alpha of alpha_divergence; 1 is reverse_kl")
     discopop_tau: float = option(0.05, "temperature of discopop's blend; above 0, at most 1")
@@ -83,10 +83,10 @@ class LossOptions:
         "deviation in the group",
     )
     importance_sampling_level: str = option(
-        "token", f"grpo, dapo: whose probability ratio counts: {', '.join(LEVELS)}"
+        "token", f"grpo, dapo: the probability ratio is of each: {', '.join(LEVELS)}"
     )
     grpo_beta: float = option(
-        0.0, "grpo, dapo: weight of the divergence from the reference, which 0 leaves out"
+        0.0, "grpo, dapo: weight of the divergence from the reference; 0 needs no reference"
     )
 
     def __post_init__(self) -> None:
@@ -145,7 +145,7 @@ class LossOptions:
 
     @property
     def changes_sums(self) -> bool:
-        """Whether the policy's sums over tokens are other than plain ones."""
+        """Whether an option changes the policy's sums over tokens."""
         return self.token_clamp is not None or self.ld_alpha is not None
 
     @property

@@ -1,8 +1,12 @@
 """Losses on pairs with a reference.
 
-Per pair: a = lw - rw and b = ll - rl are the log-ratios of chosen and rejected, nw and nl their numbers
-of scored tokens, d = s(a) - s(b) the margin of their scores, m the margin column (0 without), S the
-sigmoid, LS its logarithm, eps the label smoothing.
+lw, ll    summed log-probs of the chosen and the rejected completion; rw, rl: the reference's
+nw, nl    their scored tokens
+a, b      log-ratios: lw - rw, ll - rl
+d         margin of the shaped log-ratios: s(a) - s(b)
+m         the column `margin`, 0 without it
+S, LS     sigmoid, its logarithm
+eps       label smoothing
 """
 
 from __future__ import annotations
@@ -102,7 +106,7 @@ def nca_pair(pairs: PairLogps, options: LossOptions) -> Tensor:
 @loss(
     "-LS(beta a - delta) - LS(-(beta b - delta)), delta the running mean of rewards",
     "BCO on pairs, arXiv 2404.04656",
-    "good and bad should be told apart by themselves, not only from each other",
+    "each answer should be good or bad by itself, not only better or worse than the other",
     COMMON,
     statistics=("delta",),
 )
@@ -115,7 +119,7 @@ def bco_pair(pairs: PairLogps, options: LossOptions) -> Tensor:
 @loss(
     "(a - 1/(2 beta))^2 + (b + 1/(2 beta))^2",
     "SPPO with hard labels, arXiv 2405.00675 algorithm 1",
-    "self-play: chosen and rejected are pushed to fixed places",
+    "self-play: chosen and rejected log-ratios are pushed to fixed values",
     COMMON,
 )
 def sppo_hard(pairs: PairLogps, options: LossOptions) -> Tensor:
@@ -141,7 +145,7 @@ def aot(pairs: PairLogps, options: LossOptions) -> Tensor:
 @loss(
     "-(1-eps) LS(beta D) - eps LS(-beta D), D = sort(a) - sort(b) over the global batch",
     "AOT unpaired, arXiv 2406.05882",
-    "as aot, where chosen and rejected do not belong together",
+    "as aot, where chosen and rejected answers do not come in pairs",
     ("beta", *SUMS, "label_smoothing"),
     columns=(),
     coupled=True,

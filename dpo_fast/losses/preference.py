@@ -26,8 +26,12 @@ KERNEL_OPTIONS = ("beta", "label_smoothing", "length_average")
 
 
 class Preference(NamedTuple):
-    """fp32. `loss`, [], is differentiable; log-probabilities and rewards of sequences, [S], are not, nor
-    are `watched`, values whose means people watch, by name."""
+    """fp32.
+
+    loss: [], differentiable. The others are not.
+    logps_S, rewards_S: log-probabilities and implicit rewards of sequences.
+    watched: values by name, whose means are plotted beside the loss.
+    """
 
     loss: Tensor
     logps_S: Tensor
@@ -36,11 +40,15 @@ class Preference(NamedTuple):
 
 
 class ScoredGroups(NamedTuple):
-    """Groups of completions. scores_S: fp32 [S]; counts_G: int64 [G], completions of each group, one group
-    after the other; old_T: fp32 [T], log-probs that the tokens were written with, or None."""
+    """P groups of completions, one group after the other.
+
+    scores_S: fp32 [S], higher is better.
+    counts_P: int64 [P], completions of each group.
+    old_T: fp32 [T], log-probs of the tokens from when they were written; or None.
+    """
 
     scores_S: Tensor
-    counts_G: Tensor
+    counts_P: Tensor
     old_T: Tensor | None = None
 
 
@@ -59,31 +67,32 @@ def preference(
     statistics: Mapping[str, Tensor] | None = None,
     implementation: str = "auto",
 ) -> Preference:
-    """The share of these rows in the loss of the global batch, and what metrics need of them.
+    """The share of this batch in the loss of the global batch, and what metrics need.
 
     Args:
         logp_T: [T] fp32 (or fp64), log-probabilities of scored tokens, any stride.
-        lengths_S: [S] int64, tokens of each sequence, contiguous in T: 2p is the chosen and 2p + 1
-            the rejected one of pair p. A length may be 0, and so may S.
+        lengths_S: [S] int64, tokens of each sequence, contiguous in T. Of pair p sequence 2p is the chosen
+            and 2p + 1 the rejected one. A length may be 0, and so may S.
         reference_S: [S] fp32, the reference's log-probabilities, or None where no loss needs them.
-        objective, totals: the weighted losses, and the counts that they are divided by.
+        objective: the weighted losses.
+        totals: counts of the global batch, which losses are divided by.
         reference_T: [T], the reference's tokens, for `ld_alpha`, `token_clamp` and `grpo_beta`.
         log_sum_p2_T: [T], the head's extra of that name, for `use_weighting`.
-        columns: of the data, fp32 [P], of groups [G]: `weight`, `margin`, `soft_label`; those that are
-            there.
-        desirable_S: bool [S]; given, sequences are desirable or undesirable by themselves and not pairs.
-        groups: given, sequences are groups of scored completions.
-        statistics: `kl`, `delta`, [] each, estimated over all ranks; 0 where they are missing.
+        columns: of the data, fp32 [P], of labelled completions [S]: any of `weight`, `margin`,
+            `soft_label`.
+        desirable_S: bool [S]. With it sequences are desirable or undesirable by themselves, not pairs.
+        groups: with it sequences are groups of scored completions.
+        statistics: `kl`, `delta`, [] each, estimated over all ranks; 0 if missing.
         implementation: `torch` is the definition, operation by operation; `triton` is one kernel;
             `auto` takes the kernel on a GPU if it computes all that is asked.
 
     Returns:
-        `Preference`; its rewards are beta times the log-ratios (the log-probabilities themselves
-        without a reference).
+        `Preference`. Rewards are beta times the log-ratios; without a reference beta times the
+        log-probabilities.
 
     Raises:
-        ValueError: shapes, dtypes or lengths that do not fit, or an input that a loss needs is missing
-            or that none uses is given.
+        ValueError: shapes, dtypes or lengths that do not fit; an input that a loss needs is missing, or
+            one that no loss uses is given.
         UnavailableError: the named implementation cannot run here, or cannot do these losses.
     """
     columns, statistics = columns or {}, statistics or {}
@@ -91,10 +100,10 @@ def preference(
     check_sequences(logp_T, lengths_S, reference_S, paired=paired)
     _check_inputs(objective, reference_S, columns, desirable_S)
     _check_groups(objective, groups, logp_T, lengths_S, reference_T)
-    rows = len(lengths_S) // 2 if paired else 0 if groups is None else len(groups.counts_G)
+    pairs = len(lengths_S) // 2 if paired else 0 if groups is None else len(groups.counts_P)
     # A compiler does not know how many tokens are scored: some, then.
     tokens = 1 if torch.compiler.is_compiling() else len(logp_T)
-    objective.check_totals(totals, pairs=rows, sequences=len(lengths_S), tokens=tokens)
+    objective.check_totals(totals, pairs=pairs, sequences=len(lengths_S), tokens=tokens)
     columns = {name: values.float() for name, values in columns.items()}
     extra = (*columns, *(() if paired else (UNPAIRED,)))
     # A compiler would trace through the cache, and warn.
@@ -122,12 +131,12 @@ def _composed(tokens: Tokens, objective, totals, columns, desirable_S, statistic
     options, weight = objective.options, columns.get("weight")
     logps_S, reference_S = sequence_sums(tokens, options, paired=desirable_S is None)
     if desirable_S is None:
-        rows = as_pairs(logps_S, tokens.lengths_S, reference_S, columns, statistics)
+        logps = as_pairs(logps_S, tokens.lengths_S, reference_S, columns, statistics)
         if options.changes_sums:
             plain_S = sum_sequences(tokens.logp_T, tokens.lengths_S)
-            rows = replace(rows, plain_chosen=plain_S.view(-1, 2)[:, 0])
+            logps = replace(logps, plain_chosen=plain_S.view(-1, 2)[:, 0])
     else:
-        rows = SequenceLogps(
+        logps = SequenceLogps(
             logps_S,
             tokens.lengths_S,
             desirable_S,
@@ -140,24 +149,24 @@ def _composed(tokens: Tokens, objective, totals, columns, desirable_S, statistic
         if options.weighting_clamp is not None:
             own = own.clamp(max=options.weighting_clamp)
         weight = own if weight is None else own * weight
-    loss = objective(rows, totals, weight)
-    return Preference(loss, logps_S.detach(), objective.rewards(rows), objective.watched(rows))
+    loss = objective(logps, totals, weight)
+    return Preference(loss, logps_S.detach(), objective.rewards(logps), objective.watched(logps))
 
 
 def _of_groups(tokens: Tokens, objective, totals, columns, groups: ScoredGroups) -> Preference:
     logps_S, reference_S = sequence_sums(tokens, objective.options, paired=False)
-    rows = GroupLogps(
+    logps = GroupLogps(
         logps_S,
         tokens.lengths_S,
         groups.scores_S,
-        groups.counts_G,
+        groups.counts_P,
         reference_S,
         tokens.logp_T,
         groups.old_T,
         tokens.reference_T,
     )
-    loss = objective(rows, totals, columns.get("weight"))
-    return Preference(loss, logps_S.detach(), objective.rewards(rows), objective.watched(rows))
+    loss = objective(logps, totals, columns.get("weight"))
+    return Preference(loss, logps_S.detach(), objective.rewards(logps), objective.watched(logps))
 
 
 def as_pairs(
@@ -167,7 +176,7 @@ def as_pairs(
     columns: Mapping[str, Tensor] | None = None,
     statistics: Mapping[str, Tensor] | None = None,
 ) -> PairLogps:
-    """Columns of chosen and rejected, [P] each, from those of sequences, [S]."""
+    """Pairs from sequences that are chosen and rejected in turn."""
     columns, statistics = columns or {}, statistics or {}
     sides = [
         (None, None) if x is None else x.view(-1, 2).unbind(1)
@@ -203,27 +212,14 @@ def _check_groups(
             raise ValueError(f"losses {objective.names} need groups: scores and counts")
         return
     if not objective.grouped:
-        raise ValueError(f"losses {objective.names} do not go by scores; groups was given")
-    scores_S, counts_G, old_T = groups
-    if scores_S.shape != lengths_S.shape or counts_G.dtype != torch.int64 or counts_G.dim() != 1:
+        raise ValueError(f"losses {objective.names} do not take groups; groups was given")
+    scores_S, counts_P, old_T = groups
+    if scores_S.shape != lengths_S.shape or counts_P.dtype != torch.int64 or counts_P.dim() != 1:
         raise ValueError(
-            f"scores are {tuple(scores_S.shape)}, counts {counts_G.dtype} {tuple(counts_G.shape)}; "
-            f"expected ({len(lengths_S)},), a score for each completion, and torch.int64 [G]"
+            f"scores are {tuple(scores_S.shape)}, counts {counts_P.dtype} {tuple(counts_P.shape)}; "
+            f"expected ({len(lengths_S)},), a score for each completion, and torch.int64 [P]"
         )
-    total, negative = counts_G.sum(), (counts_G < 0).any()
-    finite = scores_S.isfinite().all()
-    if logp_T.is_cuda or torch.compiler.is_compiling():
-        message = (
-            "counts must add up to the completions, and none be below 0; scores must be finite"
-        )
-        torch._assert_async((total == len(lengths_S)) & ~negative & finite, message)
-    elif total != len(lengths_S) or negative:
-        raise ValueError(
-            f"counts add up to {total.item()}; there are {len(lengths_S)} completions, and no count may be "
-            "below 0"
-        )
-    elif not finite:
-        raise ValueError(f"scores must be finite; got {scores_S[~scores_S.isfinite()][0].item()}")
+    _check_values(scores_S, counts_P, waits=not (logp_T.is_cuda or torch.compiler.is_compiling()))
     needed = {
         "old_T, the log-probs that the completions were written with": (
             objective.needs_old_tokens,
@@ -239,11 +235,31 @@ def _check_groups(
             raise ValueError(f"losses {objective.names} need {name}: [T], here ({len(logp_T)},)")
 
 
+def _check_values(scores_S: Tensor, counts_P: Tensor, waits: bool) -> None:
+    """waits: whether the host may look at the values."""
+    total, negative = counts_P.sum(), (counts_P < 0).any()
+    finite = scores_S.isfinite().all()
+    if not waits:
+        message = (
+            "counts must add up to the completions, and none be below 0; scores must be finite"
+        )
+        torch._assert_async((total == len(scores_S)) & ~negative & finite, message)
+    elif total != len(scores_S) or negative:
+        raise ValueError(
+            f"counts add up to {total.item()}; there are {len(scores_S)} completions, and no count may be "
+            "below 0"
+        )
+    elif not finite:
+        raise ValueError(f"scores must be finite; got {scores_S[~scores_S.isfinite()][0].item()}")
+
+
 def kernel_misses(objective: Objective, extra: Iterable[str] = ()) -> list[str]:
-    """What the kernel does not compute of this, in words; empty: it computes all. extra: names of columns,
-    or what else comes with the rows."""
+    """What the kernel does not compute of this, in words; empty if it computes all.
+
+    extra: names of columns, or in words what else comes with the batch.
+    """
     missing = [f"the loss {spec.name}" for spec in objective.specs if not spec.kernel]
-    missing += [f"{o}" for o in objective.options.changed if o not in KERNEL_OPTIONS]
+    missing += [name for name in objective.options.changed if name not in KERNEL_OPTIONS]
     return missing + [f"the column {name}" if " " not in name else name for name in extra]
 
 

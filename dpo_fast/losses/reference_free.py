@@ -1,4 +1,4 @@
-"""Losses on pairs that compare with no reference. Names as in `pairwise`."""
+"""Losses on pairs without a reference. Letters as in `pairwise`."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def cpo(pairs: PairLogps, options: LossOptions) -> Tensor:
 
 
 def log_odds(pairs: PairLogps, options: LossOptions) -> dict[str, Tensor]:
-    """Log of how much likelier, in odds, the chosen answer's mean token is, [P]."""
+    """Log of the ratio of odds, chosen over rejected, of the mean token's probability, [P]."""
     p, q = pairs.chosen / pairs.chosen_lengths, pairs.rejected / pairs.rejected_lengths
     return {"log_odds": (p - q) - (log1mexp(p) - log1mexp(q))}
 
@@ -78,13 +78,13 @@ def orpo(pairs: PairLogps, options: LossOptions) -> Tensor:
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - e^x) for x <= 0, in the form that is exact on either side of -ln 2 (Maechler 2012).
+    """log(1 - e^x) for x <= 0, exact on both sides of -ln 2 (Maechler 2012).
 
-    A mean log-probability of 0, a certain token, is taken as the next smaller number.
+    x = 0, a certain token, is taken as the next smaller number.
     """
     x = x.clamp(max=-torch.finfo(x.dtype).tiny)
     near = x > -math.log(2)
-    # Each branch sees values it can take, or the one not used would make the gradient nan.
+    # Each branch sees values in its range: else the branch not used would make the gradient nan.
     small = torch.where(near, x, -1.0)
     large = torch.where(near, -1.0, x)
     return torch.where(near, torch.log(-torch.expm1(small)), torch.log1p(-torch.exp(large)))

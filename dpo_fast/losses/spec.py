@@ -7,35 +7,41 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from dpo_fast.losses.logps import GroupLogps, PairLogps, SequenceLogps
+from dpo_fast.losses.logps import Logps
 from dpo_fast.losses.options import LossOptions
 
 SUMS = ("ld_alpha", "ld_reference", "token_clamp", "reference_free")
 WEIGHTING = ("use_weighting", "weighting_clamp")
 DIVERGENCE = ("f_divergence_type", "f_alpha_divergence_coef")
-SHARED = (*SUMS, *WEIGHTING, *DIVERGENCE)  # options that concern every loss of a mixture
+SHARED = (*SUMS, *WEIGHTING, *DIVERGENCE)  # options that all losses of a mixture must use
 LOSSES: dict[str, LossSpec] = {}
 
 
 @dataclass(frozen=True)
 class LossSpec:
-    """function: of `PairLogps`, `SequenceLogps` or `GroupLogps`, and options, gives [P], or [S].
+    """One loss.
 
-    rows: `pairs`; `completions`, which may also be those of pairs; or `groups`.
-
-    options: names of the fields of `LossOptions` that change it. columns: of the data that it uses;
-    those in `needs_columns` it needs. needs_options: those that cannot stay at their defaults, and why.
-    reference_option: one that brings a reference in where it is above 0. by_token: whether it goes by
-    tokens, and by what the model that wrote them gave them. normaliser: what the sum over rows is
-    divided by, globally. sft: weight of the sft term that it brings along. coupled: whether rows of the
-    global batch enter into each other's values. statistics: what the trainer estimates for it over all
-    ranks. kernel: whether the Triton kernel of `preference` computes it, under the same name. divides:
-    whether a completion's log-probability is divided by its length. watch: gives values whose means people
-    plot beside the loss, by name.
+    function: from log-probabilities and options to values, [P] for pairs, [S] otherwise.
+    formula, source, when: its text in docs/LOSSES.md.
+    options: names of the fields of `LossOptions` that change it.
+    columns: columns of the data that it uses.
+    needs_columns: those of them that it cannot do without.
+    needs_options: options that cannot stay at their defaults, and why.
+    kind: what it takes: `pairs`; `completions`, also those of pairs; or `groups`.
+    needs_reference: whether it compares with a reference.
+    reference_option: the option that brings in a reference where it is above 0.
+    by_token: whether it needs log-probs of every token, also from when the completions were written.
+    normaliser: the field of `Totals` that the sum over the global batch is divided by.
+    sft: weight of the sft term that it adds.
+    coupled: whether pairs of the global batch enter into each other's values.
+    statistics: what the trainer estimates for it over all ranks: `kl`, `delta`.
+    kernel: whether the Triton kernel of `preference` computes it, under the same name.
+    divides: whether it divides a completion's log-probability by its length.
+    watch: gives values by name, whose means are plotted beside the loss.
     """
 
     name: str
-    function: Callable[[PairLogps | SequenceLogps | GroupLogps, LossOptions], Tensor]
+    function: Callable[[Logps, LossOptions], Tensor]
     formula: str
     source: str
     when: str
@@ -43,7 +49,7 @@ class LossSpec:
     columns: tuple[str, ...] = ("weight",)
     needs_columns: tuple[str, ...] = ()
     needs_options: Mapping[str, str] = field(default_factory=dict)
-    rows: str = "pairs"
+    kind: str = "pairs"
     needs_reference: bool = True
     reference_option: str | None = None
     by_token: bool = False
@@ -53,18 +59,18 @@ class LossSpec:
     statistics: tuple[str, ...] = ()
     kernel: bool = False
     divides: Callable[[LossOptions], bool] = lambda options: False
-    watch: Callable[[PairLogps | GroupLogps, LossOptions], dict[str, Tensor]] | None = None
+    watch: Callable[[Logps, LossOptions], dict[str, Tensor]] | None = None
 
     @property
     def paired(self) -> bool:
-        return self.rows == "pairs"
+        return self.kind == "pairs"
 
     @property
     def grouped(self) -> bool:
-        return self.rows == "groups"
+        return self.kind == "groups"
 
     def compares(self, options: LossOptions) -> bool:
-        """Whether it compares with a reference."""
+        """Whether it compares with a reference under these options."""
         option = self.reference_option
         return self.needs_reference or (option is not None and getattr(options, option) > 0)
 

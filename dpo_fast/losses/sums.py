@@ -1,4 +1,4 @@
-"""From token log-probabilities to the sums that losses see, with the options that change the sums."""
+"""From token log-probabilities to the sums that losses see, under the options that change sums."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from dpo_fast.ops.segments import sum_sequences
 
 
 class Tokens(NamedTuple):
-    """Scored tokens of S sequences, contiguous. logp_T: fp32 (or fp64) [T]; lengths_S: int64 [S].
+    """Scored tokens of S sequences, one sequence after the other.
 
-    reference_S: sums of the reference, or None; reference_T: its tokens, for options that need them.
-    log_sum_p2_T: log sum_v p_v^2 of each row (`extras` of the head), for `use_weighting`.
+    logp_T: fp32 (or fp64) [T].
+    lengths_S: int64 [S].
+    reference_S: sums of the reference, or None.
+    reference_T: its tokens, for options that need them.
+    log_sum_p2_T: log sum_v p_v^2 of each token (the head's extra), for `use_weighting`.
     """
 
     logp_T: Tensor
@@ -37,13 +40,13 @@ def needs_reference_tokens(options: LossOptions) -> bool:
 def sequence_sums(
     tokens: Tokens, options: LossOptions, paired: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities of sequences of the policy and of the reference (or None), [S] each.
+    """Sums over tokens of the policy and of the reference (or None), [S] each.
 
-    token_clamp bounds logp_t - reference_t; ld_alpha weights the tokens of a pair's longer answer
-    beyond the length of its shorter one (arXiv 2409.06411 eq 7).
+    token_clamp bounds logp_t - reference_t. ld_alpha weights the tokens of a pair's longer answer that lie
+    beyond the shorter one's length (arXiv 2409.06411 eq 7).
 
     Raises:
-        ValueError: reference tokens are needed and not there, or ld_alpha without pairs.
+        ValueError: reference tokens are needed and missing, or ld_alpha without pairs.
     """
     logp_T, lengths_S, reference_S, reference_T, _ = tokens
     if options.reference_free:
@@ -69,7 +72,7 @@ def sequence_sums(
 
 
 def tail_weights(lengths_S: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
-    """[T]: 1 for the first min(nw, nl) tokens of a sequence, alpha for those after them."""
+    """1 for the first min(nw, nl) tokens of a sequence, alpha for the later ones, [T]."""
     shorter_S = lengths_S.view(-1, 2).amin(1).repeat_interleave(2)
     start_S = lengths_S.cumsum(0) - lengths_S
     total = int(lengths_S.sum())
@@ -82,11 +85,12 @@ def tail_weights(lengths_S: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
 
 @torch.no_grad()
 def policy_weights(tokens: Tokens, options: LossOptions) -> Tensor:
-    """[S]: exp(mean_t[logp_t - log sum_v p_tv^2]), 1 where the policy's own samples lie
-    (WPO, arXiv 2406.11827 eq 2); of a pair both factors multiply.
+    """exp(mean_t[logp_t - log sum_v p_tv^2]), [S] (WPO, arXiv 2406.11827 eq 2).
+
+    About 1 for what the policy itself would sample. A pair's weight is the product of both.
 
     Raises:
-        ValueError: the head was not asked for `log_sum_p2`.
+        ValueError: `log_sum_p2_T` is missing.
     """
     if tokens.log_sum_p2_T is None:
         raise ValueError("loss.use_weighting=true needs the extra log_sum_p2 of every scored token")

@@ -1,6 +1,7 @@
-"""Losses on completions that are desirable or undesirable by themselves: r their log-ratio to the reference.
+"""Losses on completions that are desirable or undesirable by themselves.
 
-On paired data every chosen completion is a desirable one and every rejected one an undesirable one.
+r is the log-ratio to the reference. On pairs, chosen completions are desirable and rejected ones
+undesirable.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ WEIGHTS = ("desirable_weight", "undesirable_weight")
 
 
 @loss(
-    "desirable: wd (1 - S(beta (r - kl))); undesirable: wu (1 - S(beta (kl - r))); kl = max(0, mean log-ratio of "
-    "mismatched completions over the global batch)",
+    "desirable: wd (1 - S(beta (r - kl))); undesirable: wu (1 - S(beta (kl - r))); "
+    "kl = max(0, mean log-ratio of mismatched completions over the global batch)",
     "KTO, arXiv 2402.01306 eq 7",
     "thumbs up or down for single answers; many more of one kind than of the other",
     ("beta", *WEIGHTS, *SUMS),
-    rows="completions",
+    kind="completions",
     normaliser="sequences",
     statistics=("kl",),
 )
@@ -34,11 +35,12 @@ def kto(sequences: SequenceLogps, options: LossOptions) -> Tensor:
 
 
 @loss(
-    "desirable: -wd LS(beta r - delta); undesirable: -wu LS(delta - beta r); delta the running mean of rewards",
+    "desirable: -wd LS(beta r - delta); undesirable: -wu LS(delta - beta r); "
+    "delta the running mean of rewards",
     "BCO, arXiv 2404.04656",
-    "as kto, with a classifier's loss; density-ratio weights, where they are used, in the column weight",
+    "as kto, with a classifier's loss; density-ratio weights, if any, in the column weight",
     ("beta", *WEIGHTS, *SUMS),
-    rows="completions",
+    kind="completions",
     normaliser="sequences",
     statistics=("delta",),
 )
@@ -53,7 +55,7 @@ def bco(sequences: SequenceLogps, options: LossOptions) -> Tensor:
     "APO zero, arXiv 2408.06266",
     "as apo_zero, where answers do not come in pairs",
     ("beta", *WEIGHTS, *SUMS),
-    rows="completions",
+    kind="completions",
     normaliser="sequences",
 )
 def apo_zero_unpaired(sequences: SequenceLogps, options: LossOptions) -> Tensor:
@@ -64,5 +66,6 @@ def apo_zero_unpaired(sequences: SequenceLogps, options: LossOptions) -> Tensor:
 
 
 def weighted(sequences: SequenceLogps, options: LossOptions, values: Tensor) -> Tensor:
+    """Values times the weight of their side."""
     desirable, undesirable = options.desirable_weight, options.undesirable_weight
     return torch.where(sequences.desirable, desirable * values, undesirable * values)

@@ -12,7 +12,7 @@ from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.errors import UserError
 from dpo_fast.models.plan import AttentionPlan
 from dpo_fast.modules.head import FusedHead
-from dpo_fast.ops.linear_logp.op import HeadOptions
+from dpo_fast.ops.linear_logp.call import HeadOptions
 
 
 class ScoringModel(nn.Module):

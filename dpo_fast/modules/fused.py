@@ -1,4 +1,4 @@
-"""From hidden states to a preference loss in one module, without logits."""
+"""From hidden states to a preference loss, in one module and without logits."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from dpo_fast.losses import ScoredGroups, Totals, preference
-from dpo_fast.modules.metrics import METRIC_EXTRAS, sequence_metrics, token_metrics
+from dpo_fast.losses import Preference, ScoredGroups, Totals, preference
+from dpo_fast.modules.metrics import METRIC_EXTRAS, means, sequence_metrics, token_metrics
 from dpo_fast.modules.preference import (
     check_desirable,
     check_lengths,
@@ -26,23 +26,24 @@ from dpo_fast.modules.rows import (
     scored_rows,
     sequence_count,
 )
-from dpo_fast.ops.linear_logp.op import HeadOptions, linear_logp
+from dpo_fast.ops.linear_logp.call import HeadOptions
+from dpo_fast.ops.linear_logp.op import LinearLogp, linear_logp
 from dpo_fast.ops.segments import sum_sequences
 
 
 class FusedLinearPreferenceLoss(nn.Module):
     """Any loss of the table, from hidden states and the weight of a language-model head.
 
-    The weight is an argument of `forward`, so no hook of DeepSpeed gathers it: under ZeRO-3 let a
-    `FusedHead` score, and give `PreferenceLoss` its sums.
+    The weight is an argument of `forward`, so no hook of DeepSpeed gathers it. Under ZeRO-3 use a
+    `FusedHead`, and give its sums to `PreferenceLoss`.
 
     Args:
         loss_type, loss_weights: a name of `dpo_fast.losses.LOSSES`, or several and their weights.
         batch_order: `concatenated`, all chosen sequences and then all rejected ones, as TRL and Liger
             have them; or `interleaved`, chosen and rejected in turn.
         ignore_index: labels that are not scored.
-        shift: labels are the tokens themselves, as Hugging Face models take them, and each row predicts
-            the next one. By default they are shifted already: row l predicts labels[b, l].
+        shift: labels are the tokens themselves, as Hugging Face models take them, and position l - 1
+            predicts labels[s, l]. By default they are shifted already: position l predicts labels[s, l].
         extras: of the head, for metrics: `entropy`, `mean_logit`, `is_top1`.
         logit_scale, softcap, temperature, implementation, workspace_bytes: as in `linear_logp`.
         options: fields of `LossOptions`, under TRL's names: beta, label_smoothing, ...
@@ -100,20 +101,24 @@ class FusedLinearPreferenceLoss(nn.Module):
         statistics: Mapping[str, Tensor] | None = None,
         totals: Totals | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss, [] fp32, and metrics, detached: rewards and log-probabilities of both sides, margins,
-        accuracies, and those of `extras`.
+        """Loss, [] fp32, and metrics, detached: `sequence_metrics`, and `token_metrics` of the extras.
 
         Args:
-            hidden: [B, L, D], or packed rows [N, D]. weight: [V, D]. bias: [V] or None.
-            labels: int64 [B, L], or [N] with `lengths`, int64 [S]: packed rows of each sequence; or with
-                `sequence_ids`, int64 [N]: the sequence of each packed row, counted from 0, in any order.
-            mask: bool, as labels: which of them are scored; by default all but `ignore_index`.
-            desirable: bool [S]; given, sequences are desirable or undesirable by themselves, in any order, and not pairs.
-            scores: fp32 [S], with counts: int64 [G]; given, sequences are groups of so many completions,
-                one group after the other, the higher score the better.
-            old_logps: fp32, as labels: what each label had where the completion was written (grpo, dapo).
-            reference_logps: fp32 [S], in the order of the batch. Or, scored here without gradients,
-            reference_hidden: as `hidden`, with reference_weight: [V, Dr], and reference_bias.
+            hidden: [S, L, D], or packed [N, D].
+            weight: [V, D].
+            labels: int64 [S, L], or packed [N] with one of
+            lengths: int64 [S], packed rows of each sequence;
+            sequence_ids: int64 [N], the sequence of each packed row, counted from 0, in any order.
+            bias: [V] or None.
+            mask: bool, shaped as labels: which of them are scored; by default all but `ignore_index`.
+            desirable: bool [S]. With it sequences are desirable or undesirable by themselves, in any
+                order, not pairs.
+            scores: fp32 [S], higher is better, and
+            counts: int64 [P]. With them sequences are P groups of so many completions, one after the other.
+            old_logps: fp32, shaped as labels: log-probs from when the completions were written (grpo,
+                dapo).
+            reference_logps: fp32 [S], in the order of the batch. Or, to be scored here without gradients,
+            reference_hidden, reference_weight, reference_bias: as the policy's; the hidden size may differ.
             columns, statistics, totals: as in `PreferenceLoss`.
 
         Raises:
@@ -137,24 +142,14 @@ class FusedLinearPreferenceLoss(nn.Module):
             ignore_index=self.ignore_index,
             shift=self.shift,
         )
-        check_lengths(self.objective, rows.lengths_S)
-        if totals is not None:
-            check_whole(self.objective, totals, S // 2)
-        if old_logps is not None and not self.objective.needs_old_tokens:
-            raise ValueError(f"losses {self.objective.names} do not use old_logps; leave them out")
         groups = self._groups(scores, counts, old_logps, labels, rows) if grouped else None
-        self._check_columns(columns, S // 2 if desirable is None else S, groups)
+        self._check_batch(rows, desirable, groups, columns, totals)
         extras = self.extras
         if self.objective.options.use_weighting:
             extras += ("log_sum_p2",)
         found = self._score(hidden, weight, bias, labels, rows, extras)
-        reference_S, reference_T = self._reference(
-            reference_logps,
-            (reference_hidden, reference_weight, reference_bias),
-            labels,
-            rows,
-            order_S,
-        )
+        head = reference_hidden, reference_weight, reference_bias
+        reference_S, reference_T = self._reference(reference_logps, head, labels, rows, order_S)
         result = preference(
             found.logp,
             rows.lengths_S,
@@ -169,14 +164,17 @@ class FusedLinearPreferenceLoss(nn.Module):
             statistics=statistics,
             implementation=self._loss_implementation,
         )
+        return result.loss, self._metrics(result, found, rows.lengths_S, desirable, groups)
+
+    def _metrics(self, result: Preference, found: LinearLogp, lengths_S, desirable, groups):
         asked = {name: getattr(found, name) for name in self.extras}
         metrics = sequence_metrics(result.logps_S, result.rewards_S, desirable, groups)
-        metrics |= {name: values.mean() for name, values in result.watched.items()}
-        return result.loss, metrics | token_metrics(asked, rows.lengths_S, desirable, groups)
+        metrics |= token_metrics(asked, lengths_S, desirable, groups)
+        return means(metrics) | {name: values.mean() for name, values in result.watched.items()}
 
     @property
     def _loss_implementation(self) -> str:
-        """The kernel of the small end computes some losses only; the choice is of the head."""
+        """`implementation` is the head's. The kernel of the loss computes some losses only."""
         return "torch" if self.implementation == "torch" else "auto"
 
     def _order(self, desirable: Tensor | None, S: int, device: torch.device) -> Tensor | None:
@@ -186,27 +184,33 @@ class FusedLinearPreferenceLoss(nn.Module):
         check_desirable(desirable, S)
         return None
 
-    @staticmethod
-    def _groups(scores, counts, old_logps, labels: Tensor, rows: ScoredRows) -> ScoredGroups:
-        """The groups, with what the scored tokens had where they were written."""
+    def _groups(self, scores, counts, old_logps, labels: Tensor, rows: ScoredRows) -> ScoredGroups:
+        """The groups, with the scored tokens' log-probs from when they were written."""
         if scores is None or counts is None:
             raise ValueError("scores and counts belong together; give both")
-        if old_logps is not None and old_logps.shape != labels.shape:
+        if old_logps is None:
+            return ScoredGroups(scores, counts)
+        if old_logps.shape != labels.shape:
             raise ValueError(
                 f"old_logps is {tuple(old_logps.shape)}, labels are {tuple(labels.shape)}; expected one "
                 "log-prob for each label"
             )
-        old_T = None if old_logps is None else old_logps.flatten()[rows.labels_T].detach().float()
-        return ScoredGroups(scores, counts, old_T)
+        if not self.objective.needs_old_tokens:
+            raise ValueError(f"losses {self.objective.names} do not use old_logps; leave them out")
+        return ScoredGroups(scores, counts, old_logps.flatten()[rows.labels_T].detach().float())
 
-    @staticmethod
-    def _check_columns(
-        columns: Mapping[str, Tensor], rows: int, groups: ScoredGroups | None
-    ) -> None:
-        rows = rows if groups is None else len(groups.counts_G)
-        check_shapes([*columns.values(), torch.empty(rows)])
+    def _check_batch(self, rows: ScoredRows, desirable, groups, columns, totals) -> None:
+        """Raises ValueError for lengths, totals or columns that do not fit the batch."""
+        S = len(rows.lengths_S)
+        check_lengths(self.objective, rows.lengths_S)
+        if totals is not None:
+            check_whole(self.objective, totals, S // 2)
+        P = len(groups.counts_P) if groups is not None else S if desirable is not None else S // 2
+        check_shapes([*columns.values(), torch.empty(P)])
 
-    def _score(self, hidden, weight, bias, labels: Tensor, rows: ScoredRows, extras: tuple = ()):
+    def _score(
+        self, hidden, weight, bias, labels: Tensor, rows: ScoredRows, extras: tuple = ()
+    ) -> LinearLogp:
         if hidden.shape[:-1] != labels.shape:
             raise ValueError(
                 f"hidden is {tuple(hidden.shape)}, labels are {tuple(labels.shape)}; expected a row of "
@@ -226,8 +230,7 @@ class FusedLinearPreferenceLoss(nn.Module):
         )
 
     def _reference(self, logps_S, head: tuple, labels, rows: ScoredRows, order_S):
-        """Sums, [S], and tokens, [T], of the reference in the order of `rows`; None where there are
-        none."""
+        """The reference's sums, [S], and tokens, [T], in the order of `rows`; each may be None."""
         hidden, weight, bias = head
         scored = hidden is not None or weight is not None
         self._check_reference(logps_S, scored)
@@ -269,7 +272,7 @@ class FusedLinearPreferenceLoss(nn.Module):
     ) -> Totals:
         S = len(lengths_S)
         if groups is not None:
-            return Totals(len(groups.counts_G), 0, S, int(lengths_S.sum()))
+            return Totals(len(groups.counts_P), 0, S, int(lengths_S.sum()))
         if desirable is not None:
             return Totals(0, 0, S)
         tokens = int(lengths_S[0::2].sum()) if self.objective.divides_by_chosen_tokens else 0

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dpo_fast.ops.linear_logp.op import HeadOptions, linear_logp
+from dpo_fast.ops.linear_logp.call import HeadOptions
+from dpo_fast.ops.linear_logp.op import linear_logp
 
 
 class FusedHead(nn.Module):
     """Takes the place of `lm_head`. Owns the very Parameter it is given, so tied embeddings stay tied.
 
-    Called with targets it returns log-probabilities through `linear_logp`; without, logits, so that
-    `generate` and plain forwards go on working. It is a module, and reads its weight only inside
-    `forward`, because DeepSpeed's hooks gather a sharded weight when a module is called.
+    With targets it returns log-probabilities, through `linear_logp`. Without, it returns logits, so that
+    `generate` and plain forwards work as before. It reads its weight only inside `forward`, because
+    DeepSpeed's hooks gather a sharded weight when a module is called.
 
     Args:
-        weight: [V, D] Parameter; bias: [V] Parameter or None.
-        options: the head's scale and soft cap. They shape the log-probabilities only: a model that
-            scales or caps its logits does so itself after calling its head for logits.
+        weight: [V, D] Parameter.
+        bias: [V] Parameter or None.
+        options: the head's scale and soft cap, for log-probabilities only: a model that scales or caps
+            its logits does so itself, after its head.
         implementation, workspace_bytes: as in `linear_logp`.
     """
 
@@ -40,11 +42,13 @@ class FusedHead(nn.Module):
     def forward(
         self, hidden: Tensor, targets_T: Tensor | None = None, extras: tuple[str, ...] = ()
     ) -> Tensor | dict[str, Tensor]:
-        """Without targets: logits [..., V] in the dtype of `hidden`. With targets [T] and hidden
-        [T, D]: {"logp": fp32 [T], **extras}, a plain dict so that hooks find the tensors in it."""
+        """Logits [..., V] in the dtype of `hidden`; with targets [T], and hidden [T, D], log-probabilities.
+
+        These come as {"logp": fp32 [T], **extras}, a plain dict so that hooks find its tensors.
+        """
         if targets_T is None:
             if extras:
-                raise ValueError(f"extras={tuple(extras)} are of scored rows: give targets_T")
+                raise ValueError(f"extras={tuple(extras)} belong to scored tokens: give targets_T")
             return nn.functional.linear(hidden, self.weight, self.bias)
         result = linear_logp(
             hidden,

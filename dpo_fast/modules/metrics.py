@@ -1,15 +1,44 @@
-"""Metrics of one batch under the names people plot, as tensors that wait for nothing."""
+"""Metrics under the names people plot: one definition for the modules and for the trainer.
+
+Chosen and rejected sequences, by the kind of batch:
+
+    pairs              the first and the second of each
+    labels             the desirable and the undesirable ones
+    groups             those of the highest score in their group, and those of the lowest
+
+`rewards/accuracies`: how often the chosen one of a pair, or the better one of any two of a group, has the
+higher reward. A tie counts as half: policy and reference that are equal have an accuracy of 0.5, not 0.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dpo_fast.losses import ScoredGroups
-from dpo_fast.losses.groups import extremes, order_kept
+from dpo_fast.losses.groups import extremes, order_kept, preferred
+from dpo_fast.ops.segments import sum_sequences
 
-METRIC_EXTRAS = ("entropy", "mean_logit", "is_top1")
-TOKEN_METRICS = {"entropy": "entropy", "is_top1": "mean_token_accuracy"}
+TOKEN_METRICS = {"entropy": "entropy", "is_top1": "mean_token_accuracy"}  # extra: its metric
+METRIC_EXTRAS = (*TOKEN_METRICS, "mean_logit")  # extras of the head that metrics show
+
+
+class Metric(NamedTuple):
+    """A mean: the sum of `values` over `count`. Means of several batches add up both."""
+
+    values: Tensor
+    count: Tensor | int
+
+    def mean(self) -> Tensor:
+        """[]; nan over none."""
+        return self.values.sum() / self.count
+
+
+def means(metrics: dict[str, Metric]) -> dict[str, Tensor]:
+    """The mean of each, []."""
+    return {name: metric.mean() for name, metric in metrics.items()}
 
 
 @torch.no_grad()
@@ -18,24 +47,23 @@ def sequence_metrics(
     rewards_S: Tensor,
     desirable_S: Tensor | None = None,
     groups: ScoredGroups | None = None,
-) -> dict[str, Tensor]:
-    """Means of log-probabilities and rewards over chosen and over rejected sequences, [] each.
+) -> dict[str, Metric]:
+    """Rewards and log-probabilities by side; of pairs margins; of pairs and groups accuracies.
 
-    Without desirable_S and groups the sequences are pairs, chosen and rejected in turn, and have margins and
-    accuracies as well; a tie counts as half. Of groups those of the highest score are chosen and those of
-    the lowest rejected, and accuracies are of any two of unequal scores. A mean over none is nan.
+    Without desirable_S and groups the sequences are pairs, chosen and rejected in turn.
     """
+    chosen_S, rejected_S = sides(len(logps_S), logps_S.device, desirable_S, groups)
     metrics = {}
     for name, values_S in (("rewards", rewards_S), ("logps", logps_S.detach())):
-        for side, mask_S in sides(len(logps_S), logps_S.device, desirable_S, groups).items():
-            metrics[f"{name}/{side}"] = masked_mean(values_S, mask_S)
+        metrics[f"{name}/chosen"] = _masked(values_S, chosen_S)
+        metrics[f"{name}/rejected"] = _masked(values_S, rejected_S)
     if groups is not None:
-        kept, count = order_kept(rewards_S, groups.scores_S, groups.counts_G)
-        metrics["rewards/accuracies"] = kept / count
+        kept = order_kept(rewards_S, groups.scores_S, groups.counts_P)
+        metrics["rewards/accuracies"] = Metric(*kept)
     elif desirable_S is None:
-        margin_P = rewards_S[0::2] - rewards_S[1::2]
-        metrics["rewards/margins"] = margin_P.mean()
-        metrics["rewards/accuracies"] = (margin_P.sign() / 2 + 0.5).mean()
+        chosen_P, rejected_P = rewards_S.view(-1, 2).unbind(1)
+        metrics["rewards/margins"] = Metric(chosen_P - rejected_P, len(chosen_P))
+        metrics["rewards/accuracies"] = Metric(preferred(chosen_P, rejected_P), len(chosen_P))
     return metrics
 
 
@@ -45,29 +73,28 @@ def token_metrics(
     lengths_S: Tensor,
     desirable_S: Tensor | None = None,
     groups: ScoredGroups | None = None,
-) -> dict[str, Tensor]:
-    """Means over scored tokens of what the head was asked for; of logits by side."""
-    metrics = {
-        name: extras[extra].float().mean()
-        for extra, name in TOKEN_METRICS.items()
-        if extra in extras
-    }
+) -> dict[str, Metric]:
+    """Those of the head's extras, [T] each, over scored tokens; of logits by side."""
+    found = {name: extras[extra] for extra, name in TOKEN_METRICS.items() if extra in extras}
+    metrics = {name: Metric(values_T, values_T.numel()) for name, values_T in found.items()}
     if "mean_logit" in extras:
-        for side, mask_S in sides(len(lengths_S), lengths_S.device, desirable_S, groups).items():
-            mask_T = mask_S.repeat_interleave(lengths_S)
-            metrics[f"logits/{side}"] = masked_mean(extras["mean_logit"], mask_T)
+        logits_S = sum_sequences(extras["mean_logit"], lengths_S)
+        masks = sides(len(lengths_S), lengths_S.device, desirable_S, groups)
+        for side, mask_S in zip(("chosen", "rejected"), masks):
+            tokens = torch.where(mask_S, lengths_S, 0).sum()
+            metrics[f"logits/{side}"] = Metric(torch.where(mask_S, logits_S, 0), tokens)
     return metrics
 
 
 def sides(
     S: int, device: torch.device, desirable_S: Tensor | None, groups: ScoredGroups | None
-) -> dict[str, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Which sequences are chosen and which rejected, bool [S] each."""
     if groups is not None:
-        return dict(zip(("chosen", "rejected"), extremes(groups.scores_S, groups.counts_G)))
+        return extremes(groups.scores_S, groups.counts_P)
     chosen_S = torch.arange(S, device=device) % 2 == 0 if desirable_S is None else desirable_S
-    return {"chosen": chosen_S, "rejected": ~chosen_S}
+    return chosen_S, ~chosen_S
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask, values, 0).sum() / mask.sum()
+def _masked(values: Tensor, mask: Tensor) -> Metric:
+    return Metric(torch.where(mask, values, 0), mask.sum())

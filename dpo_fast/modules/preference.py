@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_fast.losses import LossOptions, Objective, PairLogps, SequenceLogps, Totals
-from dpo_fast.modules.metrics import sequence_metrics
+from dpo_fast.modules.metrics import means, sequence_metrics
 
 TOKEN_OPTIONS = ("ld_alpha", "token_clamp", "use_weighting")
 
@@ -16,14 +16,14 @@ TOKEN_OPTIONS = ("ld_alpha", "token_clamp", "use_weighting")
 def make_objective(
     loss_type: str | Sequence[str], loss_weights: Sequence[float] | None, options: dict
 ) -> Objective:
-    """Names, weights (1 each by default) and options under TRL's names as one `Objective`."""
+    """Names, weights (1 each by default) and options, under TRL's names, as one `Objective`."""
     names = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
     weights = (1.0,) * len(names) if loss_weights is None else tuple(loss_weights)
     return Objective(names, weights, LossOptions(**options))
 
 
 class _SequenceLoss(nn.Module):
-    """An objective of sequence log-probabilities, which knows no tokens."""
+    """An objective on sums of log-probabilities, without their tokens."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class _SequenceLoss(nn.Module):
         self.objective = make_objective(loss_type, loss_weights, options)
         if self.objective.grouped:
             raise ValueError(
-                f"losses {self.objective.names} go by groups of scored completions: use "
+                f"losses {self.objective.names} take groups of scored completions: use "
                 "FusedLinearPreferenceLoss, or dpo_fast.losses.preference"
             )
         for name in TOKEN_OPTIONS:
@@ -85,12 +85,13 @@ class PreferenceLoss(_SequenceLoss):
         """Loss, [], and metrics, detached.
 
         Args:
-            chosen_logps, rejected_logps: summed over completion tokens, [P]; those of the reference too.
+            chosen_logps, rejected_logps: sums over a completion's tokens, [P].
+            reference_chosen_logps, reference_rejected_logps: the same under the reference.
             chosen_lengths, rejected_lengths: scored tokens, [P], for losses that divide by them.
-            columns: of the data, [P] each: `weight`, `margin`, `soft_label`, where a loss uses them.
-            statistics: `kl`, `delta`, [] each, where a loss uses them; 0 where they are missing.
-            totals: counts of the global batch, of which these pairs are a part; shares then add up to
-                the loss, and gradients over micro-batches are exact. Default: these pairs are all.
+            columns: `weight`, `margin`, `soft_label` of the data, [P] each, where a loss uses them.
+            statistics: `kl`, `delta`, [] each, where a loss uses them; 0 if missing.
+            totals: counts of the global batch that these pairs are a part of. The losses of its parts
+                add up to its loss, so gradients over micro-batches are exact. Default: these pairs alone.
 
         Raises:
             ValueError: an input is missing, is not used, or does not fit the others.
@@ -123,7 +124,7 @@ class PreferenceLoss(_SequenceLoss):
         check_whole(objective, totals, P)
         objective.check_totals(totals, pairs=P, sequences=2 * P, tokens=P)
         loss = objective(pairs, totals, columns.get("weight"))
-        metrics = sequence_metrics(pairs.sequences.logps, objective.rewards(pairs))
+        metrics = means(sequence_metrics(pairs.sequences.logps, objective.rewards(pairs)))
         return loss, metrics | {x: v.mean() for x, v in objective.watched(pairs).items()}
 
     def _check_lengths(self, chosen_lengths, rejected_lengths, totals: Totals | None) -> None:
@@ -145,7 +146,7 @@ class PreferenceLoss(_SequenceLoss):
 class UnpairedPreferenceLoss(_SequenceLoss):
     """Losses on completions that are desirable or undesirable by themselves: kto, bco, apo_zero_unpaired.
 
-    Arguments as of `PreferenceLoss`.
+    Arguments as for `PreferenceLoss`.
     """
 
     def __init__(
@@ -167,12 +168,14 @@ class UnpairedPreferenceLoss(_SequenceLoss):
         statistics: Mapping[str, Tensor] | None = None,
         totals: Totals | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss, [], and metrics, detached: means over desirable and over undesirable completions, nan where there
-        are none.
+        """Loss, [], and metrics, detached: means over desirable and over undesirable completions.
+
+        A mean over no completion is nan.
 
         Args:
-            logps, reference_logps: summed over completion tokens, [S]. desirable: bool [S].
-            columns, statistics, totals: as in `PreferenceLoss`; `weight` is of completions, [S].
+            logps, reference_logps: sums over a completion's tokens, [S].
+            desirable: bool [S].
+            columns, statistics, totals: as in `PreferenceLoss`; `weight` is [S].
 
         Raises:
             ValueError: an input is missing, is not used, or does not fit the others.
@@ -183,32 +186,33 @@ class UnpairedPreferenceLoss(_SequenceLoss):
         self._check_reference(reference_logps)
         check_desirable(desirable, len(logps))
         check_shapes((logps, reference_logps, *columns.values()))
-        rows = SequenceLogps(
+        sequences = SequenceLogps(
             logps, None, desirable, reference_logps, statistics.get("kl"), statistics.get("delta")
         )
         totals = Totals(0, 0, len(logps)) if totals is None else totals
         self.objective.check_totals(totals, pairs=0, sequences=len(logps), tokens=0)
-        loss = self.objective(rows, totals, columns.get("weight"))
-        return loss, sequence_metrics(logps, self.objective.rewards(rows), desirable)
+        loss = self.objective(sequences, totals, columns.get("weight"))
+        return loss, means(sequence_metrics(logps, self.objective.rewards(sequences), desirable))
 
 
 def check_unpaired(objective: Objective) -> None:
+    """Raises ValueError for a loss that needs pairs."""
     paired = [spec.name for spec in objective.specs if spec.paired]
     if paired:
         raise ValueError(f"losses {paired} compare the answers of pairs; these are not pairs")
 
 
 def check_whole(objective: Objective, totals: Totals, pairs: int) -> None:
-    """Raises ValueError for a part of the global batch where its rows meet: shares would not add up."""
+    """Raises ValueError for a coupled loss on a part of the global batch: parts would not add up."""
     if objective.coupled and totals.pairs != pairs:
         raise ValueError(
-            f"totals.pairs={totals.pairs}, and there are {pairs}: losses {objective.names} sort the rows "
-            "of the global batch, so that parts of it have no share; give it whole"
+            f"totals.pairs={totals.pairs}, and there are {pairs}: losses {objective.names} sort the pairs "
+            "of the global batch, so its parts have no losses of their own; give it whole"
         )
 
 
 def check_lengths(objective: Objective, lengths: Tensor) -> None:
-    """Raises ValueError for a sequence without scored tokens where something is divided by its length."""
+    """Raises ValueError for a sequence without scored tokens if a loss divides by lengths."""
     means = [spec.name for spec in objective.specs if spec.divides(objective.options)]
     if means and not torch.compiler.is_compiling() and (lengths <= 0).any():
         raise ValueError(
@@ -217,7 +221,7 @@ def check_lengths(objective: Objective, lengths: Tensor) -> None:
 
 
 def check_statistics(statistics: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless each is one number: values of rows would meet other rows in pair order."""
+    """Raises ValueError unless each is one number: pairs are reordered, and values of each would not be."""
     for name, value in statistics.items():
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(
@@ -225,16 +229,17 @@ def check_statistics(statistics: Mapping[str, Tensor]) -> None:
             )
 
 
-def check_desirable(desirable: Tensor, S: int) -> None:
+def check_desirable(desirable: Tensor, S: int, name: str = "desirable") -> None:
+    """Raises ValueError unless it is bool [S]."""
     if desirable.dtype != torch.bool or desirable.shape != (S,):
         raise ValueError(
-            f"desirable is {desirable.dtype} {tuple(desirable.shape)}; expected torch.bool ({S},), true for desirable "
-            "completions"
+            f"{name} is {desirable.dtype} {tuple(desirable.shape)}; expected torch.bool ({S},), true "
+            "for desirable completions"
         )
 
 
-def check_shapes(rows: Sequence[Tensor | None]) -> None:
-    """Raises ValueError unless all are of one length: broadcasting would add up other pairs."""
-    shapes = {tuple(x.shape) for x in rows if x is not None}
+def check_shapes(vectors: Sequence[Tensor | None]) -> None:
+    """Raises ValueError unless all have one length: broadcasting would mix pairs."""
+    shapes = {tuple(x.shape) for x in vectors if x is not None}
     if len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
         raise ValueError(f"expected vectors of one length; got shapes {sorted(shapes)}")

@@ -1,4 +1,4 @@
-"""Which rows of hidden states are scored, from labels in the shape that models use."""
+"""Which rows of hidden states are scored, and in which order, from labels as models take them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ BATCH_ORDERS = ("concatenated", "interleaved")
 
 
 class ScoredRows(NamedTuple):
-    """rows_T: rows of the flattened hidden states; targets_T: what each predicts; labels_T: place of that
-    in the flattened labels; int64 [T], sequence after sequence. lengths_S: int64 [S]."""
+    """int64, sequence after sequence.
+
+    rows_T: rows of the flattened hidden states.
+    targets_T: the token that each predicts.
+    lengths_S: scored tokens of each sequence.
+    labels_T: place of the target in the flattened labels.
+    """
 
     rows_T: Tensor
     targets_T: Tensor
@@ -21,9 +26,10 @@ class ScoredRows(NamedTuple):
 
 
 def pair_order(S: int, batch_order: str, device: torch.device) -> Tensor:
-    """[S]: which sequence of the batch is the chosen one of pair 0, its rejected one, the next, ...
+    """[S]: places in the batch of the chosen and the rejected sequence of pair 0, of pair 1, ...
 
-    concatenated: all chosen sequences, then all rejected ones (TRL, Liger). interleaved: in turn.
+    batch_order: `concatenated`, all chosen sequences and then all rejected ones (TRL, Liger); or
+        `interleaved`, in turn.
 
     Raises:
         ValueError: an odd number of sequences.
@@ -49,13 +55,13 @@ def scored_rows(
     """The rows whose label is not `ignore_index`, sequences in the order of `order_S`.
 
     Args:
-        labels: int64 [B, L], a sequence per row; or [N], packed.
-        lengths_S: int64 [S], packed rows of each sequence, ignored ones included, where sequences lie one
-            after the other. Or
-        sequence_ids_N: int64, the sequence of each packed row, from 0 on, in any order; of an ignored row
-            it may be -1.
-        shift: labels[b, l] is token l itself, as Hugging Face models take it, and row l - 1 predicts
-            it. Otherwise row l predicts labels[b, l].
+        labels: int64 [S, L], or packed [N] with one of
+        lengths_S: int64 [S], packed rows of each sequence, ignored ones included, one sequence after the
+            other;
+        sequence_ids_N: int64, the sequence of each packed row, from 0 on, in any order; an ignored row may
+            have -1.
+        shift: labels[s, l] is token l itself, as Hugging Face models take it, and position l - 1 predicts
+            it. Otherwise position l predicts labels[s, l].
 
     Raises:
         ValueError: shapes that do not fit, or packed labels to shift.
@@ -68,7 +74,7 @@ def scored_rows(
     rows_T = (targets_N != ignore_index).nonzero().squeeze(1)
     sequence_T = sequence_N[rows_T]
     if sequence_ids_N is not None and (sequence_T < 0).any():
-        raise ValueError("sequence_ids below 0 are of rows that are not scored; some of theirs are")
+        raise ValueError("sequence_ids below 0 mark rows that are not scored; some such rows are")
     if order_S is not None:
         sequence_T = order_S.argsort()[sequence_T]
     if order_S is not None or sequence_ids_N is not None:
@@ -81,7 +87,7 @@ def scored_rows(
 
 
 def masked_labels(labels: Tensor, mask: Tensor, ignore_index: int) -> Tensor:
-    """Labels of which only those in the mask are scored.
+    """Labels with `ignore_index` outside the mask.
 
     Raises:
         ValueError: a mask of another shape, or not of bool.
@@ -107,7 +113,7 @@ def _sequences(
     """The sequence of each row, [N], and the number of sequences."""
     if labels.dtype != torch.int64 or labels.dim() not in (1, 2):
         raise ValueError(
-            f"labels are {labels.dtype} {tuple(labels.shape)}; expected torch.int64 [B, L], or [N] "
+            f"labels are {labels.dtype} {tuple(labels.shape)}; expected torch.int64 [S, L], or [N] "
             "with lengths"
         )
     told = [x for x in (lengths_S, sequence_ids_N) if x is not None]
@@ -117,11 +123,11 @@ def _sequences(
             f"them; got labels {tuple(labels.shape)} and {len(told)} of the two"
         )
     if not told:
-        B, L = labels.shape
-        return torch.arange(B, device=labels.device).repeat_interleave(L), B
+        S, L = labels.shape
+        return torch.arange(S, device=labels.device).repeat_interleave(L), S
     if shift:
         raise ValueError(
-            "shift=True concerns labels [B, L]: give packed rows the token that each predicts"
+            "shift=True concerns labels [S, L]: give packed rows the token that each predicts"
         )
     S = sequence_count(labels, lengths_S, sequence_ids_N)
     if sequence_ids_N is not None:

@@ -1,10 +1,13 @@
 """Differentiable operations: autograd functions, their schedules, and the choice of implementation.
 
-Legend of shapes, used as suffixes of names everywhere in the library:
+The letters of shapes, as suffixes of names (`hidden_TD`) and in docstrings, everywhere in the project:
 
-    P  pairs                      S  sequences (two per pair)
-    T  scored tokens              N  tokens that go through the backbone
-    D  hidden size                V  vocabulary
+    P  examples: pairs, groups, or completions with a label
+    S  sequences: a prompt with one completion
+    T  scored tokens; a slice of them too
+    N  rows of hidden states: tokens that go through the backbone
+    B  rows of a model's input          L  their length
+    D  hidden size                      V  vocabulary; a slice of it too
 """
 
 from dpo_fast.ops import compiled  # noqa: F401 registers torch.ops.dpo_fast

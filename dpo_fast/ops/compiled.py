@@ -1,110 +1,105 @@
 """The operations as PyTorch custom operators, for torch.compile: no graph break, any number of tokens.
 
-Only compiled code calls them, as `torch.ops.dpo_fast.*`; the autograd functions beside it go on serving
-eager code, because there a sharded Parameter itself has to outlive the forward pass. The schedules are
-the same, and so is every number. How many tokens keep their exponentials depends on sizes that the
-compiler does not know: it is a dynamic size of its own to it.
+Only compiled code calls them, as `torch.ops.dpo_fast.*`. Eager code goes on through the autograd functions
+beside them, because there a sharded Parameter itself has to outlive the forward pass. The schedules are
+the same, and so is every number. The number of tokens that keep their exponentials depends on sizes that
+the compiler does not know, so it is a dynamic size of its own.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dpo_fast.ops.dispatch import choose_implementation
-from dpo_fast.ops.linear_logp.op import HeadOptions, check_call, check_targets, schedule_of
-from dpo_fast.ops.linear_logp.plan import HeadPlan, default_workspace_bytes, kept_stride, plan
+from dpo_fast.ops.linear_logp.call import HeadCall, HeadOptions, check_call, check_targets
+from dpo_fast.ops.linear_logp.op import plan_call, scaled_direction, schedules_of
+from dpo_fast.ops.linear_logp.plan import kept_stride
 from dpo_fast.ops.logits_logp import backward as logits_gradient
 from dpo_fast.ops.logits_logp import forward as logits_forward
 
-# Lists of names travel as one string, and these belong to every call of the head.
 HEAD = (
     "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float logit_scale, float? softcap, "
     "float temperature, str extras, str implementation, int? workspace_bytes, bool[] needs"
 )
 
 
-def _names(extras: str) -> tuple[str, ...]:
-    return tuple(filter(None, extras.split(",")))
+class _Head(NamedTuple):
+    """The arguments of `HEAD`, in its order.
 
+    extras: names joined by commas, since a schema has no tuple of them.
+    needs: which gradients are wanted, of hidden states, weight and bias.
+    """
 
-def _saved(needs: list[bool]) -> tuple[str, ...]:
-    """What the forward pass leaves for the backward one. needs: gradients of hidden, weight, bias."""
-    if needs[1] or needs[2]:
-        return "kept", "total", "offset"
-    return ("direction",) if needs[0] else ()
+    hidden_TD: Tensor
+    weight_VD: Tensor
+    targets_T: Tensor
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
+    temperature: float
+    extras: str
+    implementation: str
+    workspace_bytes: int | None
+    needs: list[bool]
 
+    @property
+    def extra_names(self) -> tuple[str, ...]:
+        return tuple(filter(None, self.extras.split(",")))
 
-def _schedule(hidden, weight, implementation, workspace_bytes, needs) -> tuple[object, HeadPlan]:
-    name = choose_implementation("linear_logp", hidden.device, hidden.dtype, implementation).name
-    if workspace_bytes is None:
-        workspace_bytes = default_workspace_bytes(hidden.device)
-    chosen = plan(
-        hidden.shape[0],
-        weight.shape[0],
-        weight.shape[1],
-        hidden.dtype,
-        needs_hidden=needs[0],
-        needs_head=needs[1] or needs[2],
-        workspace_bytes=workspace_bytes,
-        implementation=name,
-    )
-    return schedule_of(name), chosen
+    @property
+    def saved_names(self) -> tuple[str, ...]:
+        """What the forward pass leaves for the backward one."""
+        if self.needs[1] or self.needs[2]:
+            return "kept", "total", "offset"
+        return ("direction",) if self.needs[0] else ()
+
+    @property
+    def chosen(self) -> str:
+        """The implementation that runs."""
+        device, dtype = self.hidden_TD.device, self.hidden_TD.dtype
+        return choose_implementation("linear_logp", device, dtype, self.implementation).name
+
+    @property
+    def options(self) -> HeadOptions:
+        return HeadOptions(self.logit_scale, self.softcap, self.temperature)
+
+    def call(self) -> HeadCall:
+        hidden_TD, weight_VD, targets_T, bias = self[:4]
+        plan = plan_call(hidden_TD, weight_VD, self.needs, self.workspace_bytes, self.chosen)
+        return HeadCall(hidden_TD, weight_VD, targets_T, bias, self.options, plan)
 
 
 @torch.library.custom_op("dpo_fast::linear_logp", mutates_args=(), schema=f"({HEAD}) -> Tensor[]")
-def linear_logp(
-    hidden,
-    weight,
-    targets,
-    bias,
-    logit_scale,
-    softcap,
-    temperature,
-    extras,
-    implementation,
-    workspace_bytes,
-    needs,
-):
+def linear_logp(*arguments):
     """[logp, *extras, *what backward needs]."""
-    check_targets(targets, weight.shape[0])
-    options = HeadOptions(logit_scale, softcap, temperature)
-    schedule, chosen = _schedule(hidden, weight, implementation, workspace_bytes, needs)
-    outputs, saved = schedule.forward(
-        hidden, weight, bias, targets, options, _names(extras), chosen, None
-    )
-    results = [outputs[name] for name in ("logp", *_names(extras))]
-    return results + [saved[name] for name in _saved(needs)]
+    head = _Head(*arguments)
+    check_targets(head.targets_T, len(head.weight_VD))
+    outputs, saved = schedules_of(head.chosen).forward(head.call(), head.extra_names)
+    results = [outputs[name] for name in ("logp", *head.extra_names)]
+    return results + [saved[name] for name in head.saved_names]
 
 
 @linear_logp.register_fake
-def _(
-    hidden,
-    weight,
-    targets,
-    bias,
-    logit_scale,
-    softcap,
-    temperature,
-    extras,
-    implementation,
-    workspace_bytes,
-    needs,
-):
-    check_call(hidden, weight, targets, bias, _names(extras))
-    HeadOptions(logit_scale, softcap, temperature)
-    name = choose_implementation("linear_logp", hidden.device, hidden.dtype, implementation).name
-    T, (V, D) = hidden.shape[0], weight.shape
-    precision = torch.promote_types(hidden.dtype, torch.float32)
-    dtypes = [torch.bool if x == "is_top1" else precision for x in ("logp", *_names(extras))]
-    results = [hidden.new_empty(T, dtype=dtype) for dtype in dtypes]
-    if "direction" in _saved(needs):
-        results.append(hidden.new_empty(T, D))
-    elif "kept" in _saved(needs):
-        K = torch.library.get_ctx().new_dynamic_size()
-        stride = V if name == "torch" else kept_stride(V)
-        results.append(hidden.new_empty(K, stride)[:, :V])
-        results += [hidden.new_empty(T, dtype=precision) for _ in range(2)]
+def _(*arguments):
+    head = _Head(*arguments)
+    hidden_TD, weight_VD, targets_T, bias = head[:4]
+    check_call(hidden_TD, weight_VD, targets_T, bias, head.extra_names)
+    _ = head.options  # raises for those out of range
+    T, (V, D) = hidden_TD.shape[0], weight_VD.shape
+    precision = torch.promote_types(hidden_TD.dtype, torch.float32)
+    names = ("logp", *head.extra_names)
+    dtypes = [torch.bool if name == "is_top1" else precision for name in names]
+    results = [hidden_TD.new_empty(T, dtype=dtype) for dtype in dtypes]
+    if "direction" in head.saved_names:
+        results.append(hidden_TD.new_empty(T, D))
+    elif "kept" in head.saved_names:
+        kept_tokens = torch.library.get_ctx().new_dynamic_size()
+        stride = V if head.chosen == "torch" else kept_stride(V)
+        results.append(hidden_TD.new_empty(kept_tokens, stride)[:, :V])
+        results += [hidden_TD.new_empty(T, dtype=precision) for _ in range(2)]
     return results
 
 
@@ -113,73 +108,40 @@ def _(
     mutates_args=(),
     schema=f"(Tensor grad, Tensor[] saved, {HEAD}) -> Tensor[]",
 )
-def linear_logp_backward(
-    grad,
-    saved,
-    hidden,
-    weight,
-    targets,
-    bias,
-    logit_scale,
-    softcap,
-    temperature,
-    extras,
-    implementation,
-    workspace_bytes,
-    needs,
-):
-    """Those of the gradients of hidden, weight and bias that are needed."""
-    options = HeadOptions(logit_scale, softcap, temperature)
-    schedule, chosen = _schedule(hidden, weight, implementation, workspace_bytes, needs)
-    gradients = schedule.backward(
-        grad, hidden, weight, bias, targets, options, chosen, dict(zip(_saved(needs), saved)), needs
-    )
+def linear_logp_backward(grad_T, saved, *arguments):
+    """Those of the gradients of hidden states, weight and bias that are needed."""
+    head = _Head(*arguments)
+    saved = dict(zip(head.saved_names, saved))
+    gradients = schedules_of(head.chosen).backward(head.call(), grad_T, saved, head.needs)
     return [gradient for gradient in gradients if gradient is not None]
 
 
 @linear_logp_backward.register_fake
-def _(
-    grad,
-    saved,
-    hidden,
-    weight,
-    targets,
-    bias,
-    logit_scale,
-    softcap,
-    temperature,
-    extras,
-    implementation,
-    workspace_bytes,
-    needs,
-):
-    return [x.new_empty(x.shape) for x, need in zip((hidden, weight, bias), needs) if need]
+def _(grad_T, saved, *arguments):
+    head = _Head(*arguments)
+    inputs = head.hidden_TD, head.weight_VD, head.bias
+    return [x.new_empty(x.shape) for x, need in zip(inputs, head.needs) if need]
 
 
 def _head_context(ctx, inputs, output) -> None:
-    hidden, weight, targets, bias, *ctx.arguments = inputs
-    ctx.needs = ctx.arguments[-1]
-    saved = output[len(output) - len(_saved(ctx.needs)) :]
-    if "direction" in _saved(ctx.needs):  # its backward is a product of rows
-        hidden = weight = targets = bias = None
-    ctx.save_for_backward(hidden, weight, targets, bias, *saved)
+    head = _Head(*inputs)
+    tensors = head[:4]
+    if "direction" in head.saved_names:  # its backward is a product of rows
+        tensors = (None,) * 4
+    ctx.scalars = head[4:]
+    ctx.save_for_backward(*tensors, *output[len(output) - len(head.saved_names) :])
     ctx.set_materialize_grads(False)
 
 
 def _head_backward(ctx, gradients):
-    hidden, weight, targets, bias, *saved = ctx.saved_tensors
-    grad, nothing = gradients[0], (None,) * len(ctx.arguments)
-    if grad is None:
-        return None, None, None, None, *nothing
-    if "direction" in _saved(ctx.needs):
-        return (saved[0] * grad[:, None]).to(saved[0].dtype), None, None, None, *nothing
-    values = iter(
-        torch.ops.dpo_fast.linear_logp_backward(
-            grad, saved, hidden, weight, targets, bias, *ctx.arguments
-        )
-    )
-    dH, dW, db = (next(values) if need else None for need in ctx.needs)
-    return dH, dW, None, db, *nothing
+    head, saved = _Head(*ctx.saved_tensors[:4], *ctx.scalars), ctx.saved_tensors[4:]
+    grad_T, dH, dW, db = gradients[0], None, None, None
+    if grad_T is not None and "direction" in head.saved_names:
+        dH = scaled_direction(saved[0], grad_T)
+    elif grad_T is not None:
+        found = iter(torch.ops.dpo_fast.linear_logp_backward(grad_T, saved, *head))
+        dH, dW, db = (next(found) if need else None for need in head.needs)
+    return dH, dW, None, db, *(None,) * len(ctx.scalars)
 
 
 linear_logp.register_autograd(_head_backward, setup_context=_head_context)

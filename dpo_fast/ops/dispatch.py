@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs on a device, and why. One function decides."""
+"""Which implementation of an operation runs on a device, and why: `choose_implementation` decides."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 @dataclass(frozen=True)
 class Choice:
-    """The name of the implementation and one sentence that says why."""
+    """An implementation's name, and one sentence that says why."""
 
     name: str
     reason: str
 
 
 def interpreting() -> bool:
-    """Triton's interpreter runs kernels on a CPU, for tests: TRITON_INTERPRET=1 before import."""
+    """Whether Triton's interpreter runs kernels on a CPU: TRITON_INTERPRET=1 before import, for tests."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
@@ -38,13 +38,11 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype == torch.float64:
         return "the Triton kernels accumulate in fp32 and take fp32, bf16 and fp16, not fp64"
     if device.type == "cpu":
+        if interpreting():
+            return None
         return (
-            None
-            if interpreting()
-            else (
-                "Triton has no CPU target; set TRITON_INTERPRET=1 before starting Python to run its "
-                "interpreter (slow, for tests)"
-            )
+            "Triton has no CPU target; set TRITON_INTERPRET=1 before starting Python to run its "
+            "interpreter (slow, for tests)"
         )
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
@@ -78,11 +76,14 @@ def why_not_cuda(operation: str, device: torch.device, dtype: torch.dtype) -> st
 def choose_implementation(
     operation: str, device: torch.device, dtype: torch.dtype, requested: str = "auto"
 ) -> Choice:
-    """Choose once per (operation, device, dtype, request) and log it; while compiling, without a word.
+    """Choose an implementation. Each choice is logged once, and never while compiling.
+
+    Args:
+        requested: `auto`, `torch`, `triton` or `cuda`.
 
     Raises:
         UnavailableError: `requested` cannot run here.
-        ValueError: `requested` is not a name.
+        ValueError: `requested` is not one of the names.
     """
     choose = _choice if torch.compiler.is_compiling() else _logged_choice
     return choose(operation, device, dtype, requested)

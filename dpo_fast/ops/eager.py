@@ -1,4 +1,4 @@
-"""What each operation means, in plain PyTorch: same signatures, no cleverness. Tests compare with these."""
+"""The definition of each operation in plain PyTorch, with the same signature. Tests compare with these."""
 
 from __future__ import annotations
 

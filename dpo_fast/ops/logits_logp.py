@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dpo_fast.ops.dispatch import choose_implementation
-from dpo_fast.ops.linear_logp.op import check_targets
+from dpo_fast.ops.linear_logp.call import check_targets
 
-CHUNK_ELEMENTS = 1 << 20  # 4 MiB of fp32: the only precise copy of logits that exists at a time
+CHUNK_ELEMENTS = 1 << 20  # 4 MiB: the largest fp32 copy of logits that exists at a time
 
 
 class _LogitsLogp(torch.autograd.Function):
@@ -108,10 +108,10 @@ def _check(logits_TV: Tensor, targets_T: Tensor, temperature: float) -> None:
 
 
 def _matrices(logits: Tensor) -> list[Tensor]:
-    """[rows, V] views that cover the logits in order: one, unless the leading strides forbid it."""
+    """[rows, V] views that cover the logits in order; one, unless the leading strides forbid it."""
     try:
         return [logits.view(math.prod(logits.shape[:-1]), logits.shape[-1])]
-    except RuntimeError:  # view is defined to raise where it would have to copy
+    except RuntimeError:  # `view` raises rather than copy
         return [matrix for item in logits.unbind(0) for matrix in _matrices(item)]
 
 

@@ -1,4 +1,4 @@
-"""Reference log-probabilities looked up in what is stored, a row by the digest of its token ids."""
+"""A stored reference as a provider. Rows are found by the digest of their token ids."""
 
 from __future__ import annotations
 
@@ -16,33 +16,30 @@ from dpo_fast.references.artefact import names_of, read_rows
 
 
 class CachedReference:
-    """Looks up a batch's rows.
+    """Looks up the log-probs of a batch's rows.
 
-    sums_A: fp32, of the answers of all rows, one row after the other. counts_R: int64, answers of each
-    row, on the same device. tokens: where token values are stored, a list column for each answer, or of
-    groups one of lists of lists; places_R: the row in them of each row. They stay in Arrow's memory: a
-    Python float takes six times the room.
+    sums: fp32, summed log-probs of the answers of all rows, one row after the other.
+    counts: int64, answers of each row, on the same device.
+    tokens: with token log-probs, a column for each answer: lists of fp32; of groups lists of lists. They
+        stay in Arrow's memory and take a sixth of what Python floats take.
+    places: the position of each row in `tokens`.
     """
 
     def __init__(
-        self,
-        sums_A: Tensor,
-        counts_R: Tensor,
-        tokens: tuple[pyarrow.ChunkedArray, ...] = (),
-        places_R=(),
+        self, sums: Tensor, counts: Tensor, tokens: tuple[pyarrow.ChunkedArray, ...] = (), places=()
     ) -> None:
-        self.sums_A, self.counts_R = sums_A, counts_R
-        self.starts_R = counts_R.cumsum(0) - counts_R
-        self.tokens, self.places_R = tokens, places_R
+        self.sums, self.counts = sums, counts
+        self.starts = counts.cumsum(0) - counts
+        self.tokens, self.places = tokens, places
 
     def __call__(self, batch: ScoredBatch) -> Tensor:
         """Sequence log-probabilities, fp32 [S], on the batch's device."""
-        rows_P, S = batch.indices_P.to(self.counts_R.device), len(batch.lengths_S)
-        counts_P = self.counts_R[rows_P]
-        first_P = self.starts_R[rows_P] - (counts_P.cumsum(0) - counts_P)
+        rows_P, S = batch.indices_P.to(self.counts.device), len(batch.lengths_S)
+        counts_P = self.counts[rows_P]
+        first_P = self.starts[rows_P] - (counts_P.cumsum(0) - counts_P)
         places_S = first_P.repeat_interleave(counts_P, output_size=S)  # waits for nothing on a GPU
         places_S = places_S + torch.arange(S, device=places_S.device)
-        return self.sums_A[places_S].to(batch.input_ids.device, non_blocking=True)
+        return self.sums[places_S].to(batch.input_ids.device, non_blocking=True)
 
     def token_logps(self, batch: ScoredBatch) -> Tensor:
         """Log-probability of every scored token, fp32 [T], on the batch's device.
@@ -54,20 +51,20 @@ class CachedReference:
             raise ValueError(
                 "this reference holds sums only; compute it with reference.per_token=true"
             )
-        places = [int(self.places_R[row]) for row in batch.indices_P.tolist()]
+        places = [int(self.places[row]) for row in batch.indices_P.tolist()]
         values = [_floats(column[place].values) for place in places for column in self.tokens]
         values_T = np.concatenate(values) if values else np.zeros(0, np.float32)
         return torch.from_numpy(values_T).to(batch.input_ids.device)
 
 
 def _floats(values: pyarrow.Array) -> np.ndarray:
-    """Of one answer, or of all answers of a group."""
+    """The values of one answer, or of all answers of a group."""
     nested = pyarrow.types.is_list(values.type)
     return (values.flatten() if nested else values).to_numpy()
 
 
 def find_rows(table: pyarrow.Table, digests: pyarrow.Array) -> pyarrow.Array:
-    """The row of each digest in a table, int32, null where there is none. Of equal rows the first."""
+    """The position of each digest in a table, int32; null where it is absent. The first of equal rows."""
     return pyarrow.compute.index_in(digests, value_set=table["digest"].combine_chunks())
 
 
@@ -78,25 +75,31 @@ def open_reference(
     device: torch.device | str,
     kind: Kind = PAIRS,
 ) -> CachedReference:
-    """The reference of rows, given by their digests in order, all of which the folders hold.
+    """The reference of a split.
+
+    folders: together they hold all rows.
+    digests: of the rows of the split, in order.
+    per_token: whether token log-probs are read too.
+    device: where the sums are kept.
 
     Raises:
         UserError: a folder is damaged.
+        ValueError: a row is in none of the folders.
     """
     sums_of, tokens_of = names_of(kind, "logps"), names_of(kind, "token_logps")
-    columns = ["digest", *sums_of, *(tokens_of if per_token else ())]
-    table = pyarrow.concat_tables([read_rows(folder, columns) for folder in folders])
+    wanted = ["digest", *sums_of, *(tokens_of if per_token else ())]
+    table = pyarrow.concat_tables([read_rows(folder, wanted) for folder in folders])
     places = find_rows(table, digests)
     if places.null_count:
         raise ValueError(f"{places.null_count} of {len(digests)} {kind.name} are not in {folders}")
-    sums = [table[name].take(places) for name in sums_of]
+    columns = [table[name].take(places) for name in sums_of]
     if kind.many:
-        counts_R = pyarrow.compute.list_value_length(sums[0]).to_numpy()
-        sums_A = pyarrow.compute.list_flatten(sums[0]).to_numpy()
+        counts = pyarrow.compute.list_value_length(columns[0]).to_numpy()
+        sums = pyarrow.compute.list_flatten(columns[0]).to_numpy()
     else:
-        counts_R = np.full(len(places), len(sums))
-        sums_A = np.stack([column.to_numpy() for column in sums], axis=1).reshape(-1)
+        counts = np.full(len(places), len(columns))
+        sums = np.stack([column.to_numpy() for column in columns], axis=1).reshape(-1)
     tokens = tuple(table[name] for name in tokens_of) if per_token else ()
-    sums_A = torch.from_numpy(sums_A.copy()).to(device)
-    counts_R = torch.from_numpy(counts_R.astype(np.int64)).to(device)
-    return CachedReference(sums_A, counts_R, tokens, places.to_numpy())
+    sums = torch.from_numpy(sums.copy()).to(device)
+    counts = torch.from_numpy(counts.astype(np.int64)).to(device)
+    return CachedReference(sums, counts, tokens, places.to_numpy())

@@ -112,7 +112,7 @@ def check_kind(config: RunConfig, name: str, examples: Examples) -> None:
         )
     if kind == COMPLETIONS and objective.paired:
         paired = ", ".join(spec.name for spec in objective.specs if spec.paired)
-        single = " or ".join(spec.name for spec in LOSSES.values() if spec.rows == "completions")
+        single = " or ".join(spec.name for spec in LOSSES.values() if spec.kind == "completions")
         raise UserError(
             f"loss.type={paired} compares the two answers of a pair, but {where}; set loss.type to "
             f"{single}, or give pairs"

@@ -9,32 +9,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpo_fast.data.batch import ScoredBatch
-from dpo_fast.losses import Preference
-from dpo_fast.losses.groups import extremes, order_kept, score_spread
-from dpo_fast.ops.segments import sum_sequences
+from dpo_fast.losses import Preference, ScoredGroups
+from dpo_fast.losses.groups import score_spread
+from dpo_fast.modules.metrics import sequence_metrics, token_metrics
 from dpo_fast.training.distributed import all_sum
 from dpo_fast.training.perf import Clock, Work
 
-PAIR_METRICS = (
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-)
 TIMED = ("perf/head_ms", "perf/reference_ms")
-TOKEN_METRICS = {"entropy": "entropy", "is_top1": "mean_token_accuracy"}
 
 
 class MetricSums:
     """Sums and counts since the last reading. Nothing leaves the device before `read`.
 
-    A tie of rewards counts as half in `rewards/accuracies`: where policy and reference are equal the
-    accuracy is 0.5, not 0. `loss` is the mean over steps of the global loss. Of completions that are good
-    or bad by themselves, the desirable ones are `chosen` and the undesirable ones `rejected`, `rewards/margins` is the
-    difference of their means, and there are no accuracies. Of groups the completions with the highest score
-    are `chosen` and those with the lowest `rejected`, and accuracies are of any two of unequal scores.
+    Names and sides are those of `dpo_fast.modules.metrics`. Besides:
+
+    loss: mean over steps of the global loss.
+    rewards/margins: of batches without pairs, the difference of the means of both sides.
+    reward, reward_std, frac_reward_zero_std: the scores of groups, under TRL's names.
     """
 
     def __init__(self, device: torch.device, work: Work | None = None) -> None:
@@ -51,69 +42,33 @@ class MetricSums:
     @torch.no_grad()
     def add(self, result: Preference, token_outputs: dict[str, Tensor], batch: ScoredBatch) -> None:
         """Add a micro-batch."""
-        self._add("loss", result.loss, 0)  # shares add up; `step` counts
-        sides = self._sides(batch)
-        if batch.desirable_S is None and batch.scores_S is None:
-            self._add_pairs(result)
-        else:
-            self._add_sides("rewards", result.rewards_S, sides)
-            self._add_sides("logps", result.logps_S, sides)
+        groups = None
         if batch.scores_S is not None:
-            self._add_groups(result.rewards_S, batch)
+            groups = ScoredGroups(batch.scores_S, batch.counts_P)
+            self._add_scores(groups)
+        kind = batch.desirable_S, groups
+        self._add("loss", result.loss, 0)  # shares add up; `step` counts
+        metrics = sequence_metrics(result.logps_S, result.rewards_S, *kind)
+        metrics |= token_metrics(token_outputs, batch.lengths_S, *kind)
+        for name, (values, count) in metrics.items():
+            self._add(name, values, count)
         for name, values in result.watched.items():
             self._add(name, values)
-        for extra, name in TOKEN_METRICS.items():
-            if extra in token_outputs:
-                self._add(name, token_outputs[extra])
-        if "mean_logit" in token_outputs:
-            sums_S = sum_sequences(token_outputs["mean_logit"], batch.lengths_S)
-            self._add_sides("logits", sums_S, sides, batch.lengths_S)
         size = batch.input_ids.numel()
         self._count("perf/padding_fraction", batch.padding, size)
-        # Prompts that are shared, and the last tokens of sequences, which predict nothing.
+        # Saved: prompts that are shared, and last tokens, which predict nothing.
         self._count("perf/shared_prefix_saving", batch.tokens - size + batch.padding, batch.tokens)
         self._count("num_tokens", batch.tokens, 0)
         self._count("examples", batch.num_examples, 0)
         if self.work is not None:
             self._count("flops", self.work.of(batch), 0)
 
-    def _add_pairs(self, result: Preference) -> None:
-        chosen, rejected = result.rewards_S.view(-1, 2).unbind(1)
-        accuracies = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
-        logps = result.logps_S.view(-1, 2).unbind(1)
-        values = (chosen, rejected, accuracies, chosen - rejected, *logps)
-        for name, value in zip(PAIR_METRICS, values):
-            self._add(name, value)
-
-    def _add_groups(self, rewards_S: Tensor, batch: ScoredBatch) -> None:
-        """Which of two the policy prefers, and the scores under TRL's names."""
-        self._add("rewards/accuracies", *order_kept(rewards_S, batch.scores_S, batch.counts_P))
-        spread_P = score_spread(batch.scores_S, batch.counts_P)
-        self._add("reward", batch.scores_S)
+    def _add_scores(self, groups: ScoredGroups) -> None:
+        """The scores under TRL's names."""
+        spread_P = score_spread(groups.scores_S, groups.counts_P)
+        self._add("reward", groups.scores_S)
         self._add("reward_std", spread_P)
         self._add("frac_reward_zero_std", (spread_P == 0).double())
-
-    @staticmethod
-    def _sides(batch: ScoredBatch) -> tuple[Tensor, Tensor]:
-        """Which sequences are `chosen` and which `rejected`, bool [S] each."""
-        if batch.scores_S is not None:
-            return extremes(batch.scores_S, batch.counts_P)
-        desirable_S = batch.desirable_S
-        if desirable_S is None:
-            desirable_S = torch.arange(len(batch.lengths_S), device=batch.lengths_S.device) % 2 == 0
-        return desirable_S, ~desirable_S
-
-    def _add_sides(
-        self,
-        name: str,
-        values_S: Tensor,
-        sides: tuple[Tensor, Tensor],
-        count_S: Tensor | None = None,
-    ) -> None:
-        """Desirable sequences and undesirable ones under names of their own; by default each counts once."""
-        for side, mine_S in zip(("chosen", "rejected"), sides):
-            count = mine_S.sum() if count_S is None else torch.where(mine_S, count_S, 0).sum()
-            self._add(f"{name}/{side}", torch.where(mine_S, values_S, 0), count)
 
     def note(self, values: Mapping[str, Tensor]) -> None:
         """Values of a step, [] each, the same on every rank."""
@@ -124,13 +79,13 @@ class MetricSums:
         self._add(name, torch.tensor(float(value), device=self.device), count)
 
     def step(self) -> None:
-        """An optimiser step is over. Counted on one rank's behalf: the shares of all add up."""
+        """An optimiser step is over. Every rank counts it; `read` divides by the ranks."""
         self._add("steps", torch.ones((), device=self.device), 0)
 
     def read(self) -> dict[str, float]:
         """Means over all ranks and micro-batches since the last call, weighted by count; then reset.
 
-        `num_tokens`, `examples` and `flops` are sums; what the clock saw is milliseconds of a step.
+        `num_tokens`, `examples` and `flops` are sums. Times are milliseconds per step.
         Collective: every rank must call it at the same step.
         """
         spent = self.clock.read()

@@ -23,7 +23,9 @@ def on_device(tensor: Tensor):
 
 
 def interpretable(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """On a CPU bf16 as fp32, the same values: the interpreter multiplies the bit patterns of bf16
-    and truncates where a device rounds. Anything else unchanged."""
+    """bf16 on a CPU becomes fp32, with the same values; anything else is unchanged.
+
+    The interpreter multiplies the bit patterns of bf16, and truncates where a device rounds.
+    """
     narrow = lambda x: x is not None and x.dtype == torch.bfloat16 and not x.is_cuda  # noqa: E731
     return tuple(x.float() if narrow(x) else x for x in tensors)

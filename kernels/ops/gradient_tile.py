@@ -121,11 +121,13 @@ def gradient_tile(
     column_sums: bool = False,
     config: TileConfig | None = None,
 ) -> Tensor | None:
-    """Write dL/d(h.w + b) to `out_TV` for the rows and columns given; their column sums in fp32.
+    """Write g = dL/d(h.w + b) of these rows and columns to `out_TV`. Returns its column sums, or None.
 
-    g = (hit 1[v = y] - scale exp(z - offset)) slope. `weight_VD` and `bias_V` are the columns that start
-    at `first_column` of those that `targets_T` counts. offset, hit and scale are contiguous fp32.
-    The sums are None unless asked for.
+    g = (hit 1[v = y] - scale exp(z - offset)) slope.
+
+    weight_VD, bias_V: columns of the vocabulary from `first_column` on; targets count from column 0.
+    offset_T, hit_T, scale_T: contiguous fp32.
+    column_sums: whether they are wanted, in fp32.
     """
     check(hidden_TD, weight_VD, bias_V, targets_T)
     (T, D), V = hidden_TD.shape, weight_VD.shape[0]

@@ -1,8 +1,8 @@
 """Row sums of z = cap(logit_scale * (h W^T + b)) / temperature, and on request its exponentials.
 
-`rows_kernel` consumes the fp32 accumulator of the product, so that a logit is never rounded nor
-stored: it reduces the rows of each tile, and with KEEP stores exp(z - m) against a row offset m that is
-known before. `merge_kernel` joins the tiles of a row in a fixed order.
+`rows_kernel` consumes the fp32 accumulator of the product, so a logit is never rounded nor stored. It
+reduces the rows of each tile, and with KEEP stores exp(z - m) against a row offset m that is known before.
+`merge_kernel` joins the tiles of a row in a fixed order.
 """
 
 from __future__ import annotations
@@ -310,8 +310,11 @@ def merge_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Join the tiles of each row, in order. Sums are against the row's offset with KEEP (all tiles
-    share it), and against the row's maximum without (each tile had its own)."""
+    """Join the tiles of each row, in order.
+
+    Sums are against the row's offset with KEEP, where all tiles share it. Without, each tile had its own
+    maximum, and sums are against the row's.
+    """
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = rows < T
     if REPAIR:
@@ -362,12 +365,16 @@ def merge_kernel(
 
 
 class RowPass:
-    """The row sums of one block of tokens, and with `kept` their exponentials.
+    """A pass over one block of tokens: row sums, and with `kept_TV` the exponentials.
 
-    sums: name to [T] fp32: `maximum` of z; `target`, its logit, 0 where the target is not among these
-    columns; `total` = sum exp(z - m); and for the extras asked for `weighted` = sum exp(z - m) (z - m),
-    `squares` = sum exp(z - m)^2, `logits` = sum z. m is `offset` with `kept`, else the maximum (0 for
-    a row of -inf).
+    The constructor launches the kernels; `repair` launches them again.
+
+    sums: by name, [T] fp32. m is `offset_T` with `kept_TV`, else the maximum (0 for a row of -inf).
+        maximum: of z.
+        target: the target's logit; 0 where the target is not among these columns.
+        total: sum exp(z - m).
+        weighted: sum exp(z - m) (z - m), squares: sum exp(z - m)^2, logits: sum z; for the extras that
+            need them.
 
     Args:
         hidden_TD, weight_VD: fp32, bf16 or fp16, any strides; bias_V: [V], contiguous, or None.
@@ -433,8 +440,10 @@ class RowPass:
             self._launch(self.config, None)
 
     def repair(self, wrong_T: Tensor) -> None:
-        """Do again the rows that `wrong_T` (bool) marks, against the offsets as they are now. Waits for
-        nothing: without such rows the kernels find that out and return."""
+        """Do again the rows that `wrong_T` (bool) marks, against the offsets as they are now.
+
+        Waits for nothing: the kernels look for such rows themselves, and return if there are none.
+        """
         if len(wrong_T):
             flags = torch.cat([wrong_T.any()[None], wrong_T]).to(torch.int8)
             self._launch(repair_config(self.config), flags)

@@ -12,8 +12,7 @@ from dpo_fast.kernels.tiles import TileConfig
 
 @triton.jit
 def tile_of(index, tiles_t, tiles_v, GROUP_T: tl.constexpr):
-    """(pid_t, pid_v). Token tiles vary fastest within a group, so that running programs share both
-    operands."""
+    """(pid_t, pid_v). Token tiles vary fastest in a group, so that running programs share operands."""
     first = index // (GROUP_T * tiles_v) * GROUP_T
     size = tl.minimum(tiles_t - first, GROUP_T)
     inside = index % (GROUP_T * tiles_v)
@@ -112,7 +111,7 @@ def finite(maximum):
 
 
 def check(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_T: Tensor) -> None:
-    """ValueError for operands that the kernels would misread."""
+    """Raises ValueError for operands that the kernels would misread."""
     T, D = hidden_TD.shape
     if weight_VD.shape[1] != D or targets_T.shape != (T,) or targets_T.stride() not in ((1,), (0,)):
         raise ValueError(
@@ -136,7 +135,7 @@ def arguments(
     softcap: float | None,
     temperature: float,
 ) -> dict:
-    """Keyword arguments that both product kernels take; `stored` is the [T, V] tensor they write."""
+    """Keyword arguments of both product kernels. stored: the [T, V] tensor that they write."""
     block_t, block_v, block_d = config.block_t, config.block_v, config.block_d
     return {
         "hidden": _operand(hidden_TD, (block_t, block_d), config.tma),

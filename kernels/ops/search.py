@@ -34,7 +34,7 @@ def choose_tile(
     run: Callable[[TileConfig], object],
     **flags: bool,
 ) -> TileConfig:
-    """`config_for` these flags, or with the search on the fastest tile for this key. `run` launches."""
+    """The tile of `config_for`; with the search on, the fastest for this key. run: launches with one."""
     default = config_for(arch_of(device), dtype, D, V, **flags)
     path = os.environ.get(VARIABLE)
     if not path:
@@ -69,7 +69,7 @@ def candidates(default: TileConfig) -> list[TileConfig]:
 
 
 def _median_ms(run: Callable, config: TileConfig, device: torch.device) -> float:
-    """Infinite for a tile that does not fit the device."""
+    """Milliseconds of `run`; infinite for a tile that does not fit the device."""
     try:
         if device.type == "cuda":
             return triton.testing.do_bench(lambda: run(config), return_mode="median")

@@ -34,9 +34,12 @@ def _persistent(*sizes: int, per_sm: int) -> TileConfig:
 
 @dataclass(frozen=True)
 class Tiles:
-    """One row of the table: the tile of a kernel that writes row sums alone, of one that stores a tile
-    of [T, V] as well, which takes its share of shared memory, and of either with the entropy, which
-    takes registers."""
+    """One row of the table.
+
+    sums: for a kernel that writes row sums alone.
+    stores: for one that stores a tile of [T, V] as well, which takes shared memory.
+    entropy: for either with the entropy, which takes registers.
+    """
 
     sums: TileConfig
     stores: TileConfig
@@ -103,10 +106,12 @@ def config_for(
     rich: bool = False,
     described: bool = True,
 ) -> TileConfig:
-    """The shipped configuration. `arch`: "sm_90" or the like, or "interpreter".
+    """The shipped configuration.
 
-    stores, entropy: what the kernel writes beside row sums; rich: it has a bias, a soft cap, or
-    more sums than the entropy; described: every operand has a layout for a tensor descriptor.
+    arch: "sm_90" or the like, or "interpreter".
+    stores, entropy: what the kernel writes beside row sums.
+    rich: it has a bias, a soft cap, or more sums than the entropy.
+    described: every operand has a layout for a tensor descriptor.
     """
     if arch == "interpreter":
         return INTERPRETER_TMA if described and not rich else INTERPRETER
@@ -124,14 +129,16 @@ def config_for(
 
 
 def repair_config(config: TileConfig) -> TileConfig:
-    """For the few rows done again: the same columns a tile, through pointers, since a descriptor cannot
-    mask rows; fewer rows a tile, so that masks fit the registers."""
+    """The tile for the few rows done again: as many columns, fewer rows, through pointers.
+
+    A descriptor cannot mask rows, and fewer of them let masks fit the registers.
+    """
     rows = min(64, max(16, config.block_t // 2))
     return replace(config, block_t=rows, num_stages=2, per_sm=2, tma=False)
 
 
 def describable(*tensors: Tensor) -> bool:
-    """Rows of contiguous elements, 16-byte aligned: what a tensor descriptor can address."""
+    """Whether a tensor descriptor can address all: contiguous elements in rows that are 16-byte aligned."""
     return all(
         x.stride(-1) == 1
         and x.stride(0) * x.element_size() % 16 == 0

@@ -319,7 +319,7 @@ def test_mismatched_lengths_are_those_of_the_rows():
 
 
 def test_losses_that_take_completions_are_the_unpaired_ones():
-    takers = {spec.name for spec in LOSSES.values() if spec.rows == "completions"}
+    takers = {spec.name for spec in LOSSES.values() if spec.kind == "completions"}
     assert takers == {"kto", "bco", "apo_zero_unpaired"}
 
 

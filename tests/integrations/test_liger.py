@@ -220,7 +220,7 @@ def test_inputs_that_do_not_fit():
     for alone in ((None, reference[1], None), (None, None, reference[2]), (reference[0],)):
         with pytest.raises(ValueError, match="use_ref_model=False, ref_input is"):
             dpo(leaves, target, alone, use_ref_model=False)
-    with pytest.raises(ValueError, match="5 rows is no pairs"):
+    with pytest.raises(ValueError, match="5 sequences are no pairs"):
         ours.LigerFusedLinearCPOLoss()(weight, hidden[:5], target[:5])
     with pytest.raises(ValueError, match="expected input"):
         ours.LigerFusedLinearCPOLoss()(weight, hidden.flatten(0, 1), target.flatten())

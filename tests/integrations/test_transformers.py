@@ -313,7 +313,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(place, rows, tmp_path):
         "reference=model": {},
         "aot": {"objective": Objective(("aot",))},
         "bco_pair": {"objective": Objective(("bco_pair",))},
-        "go by groups of scored completions": {"objective": Objective(("grpo",))},
+        "take groups of scored completions": {"objective": Objective(("grpo",))},
         "compute_metrics": {"compute_metrics": len},
         "label_smoothing_factor=0.1": {"label_smoothing_factor": 0.1},
         "choose from auto": {"layout": "diagonal"},

@@ -1,7 +1,6 @@
 """TRL's trainers with our head, against TRL's own: the same losses, metrics and weights."""
 
 import copy
-import importlib
 import json
 import math
 
@@ -18,13 +17,13 @@ from dpo_fast.errors import UnavailableError, UserError
 from dpo_fast.integrations import trl as fast
 from dpo_fast.integrations.trl_forward import add_linear_logp
 from dpo_fast.losses import LossOptions, Objective, Totals, preference
+from dpo_fast.ops.linear_logp import op
 from tests.support.architectures import make
 from tests.support.models import LIKE_SGD, write_architecture, write_model, write_pairs
 
 pytestmark = pytest.mark.peers
 
 STEPS = 3
-head = importlib.import_module("dpo_fast.ops.linear_logp.op")  # the package has a function so named
 METRICS = (
     "loss",
     "grad_norm",
@@ -165,13 +164,13 @@ def test_a_mixture_of_experts_keeps_its_aux_loss(place, tmp_path):
 def test_every_log_prob_is_ours(place, tmp_path, monkeypatch):
     """Policy, live and stored reference: our function is called, and TRL's is not."""
     calls = []
-    forward = head._LinearLogp.forward
+    forward = op._LinearLogp.forward
 
     def counted(*arguments):
         calls.append(len(arguments[4]))
         return forward(*arguments)
 
-    monkeypatch.setattr(head._LinearLogp, "forward", staticmethod(counted))
+    monkeypatch.setattr(op._LinearLogp, "forward", staticmethod(counted))
 
     def forbidden(*arguments):
         raise AssertionError("TRL's head was used")

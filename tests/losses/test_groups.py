@@ -192,7 +192,7 @@ def test_mixtures_are_of_one_kind():
     mixed = preference(**arguments(groups, objective=both)).loss
     assert mixed.item() == pytest.approx((a + b / 2).item(), rel=1e-6)
     for other in ("sigmoid", "kto", "sft"):
-        with pytest.raises(ValueError, match=f"grpo goes by groups .* and {other} does not"):
+        with pytest.raises(ValueError, match=f"grpo needs groups .* and {other} does not"):
             Objective(("grpo", other), (1.0, 1.0))
 
 
@@ -213,11 +213,11 @@ def test_what_is_missing_or_does_not_fit_is_named():
         ({"reference_T": None}, "need reference_T, the reference's log-prob of every token"),
         ({"reference_S": None}, "need a reference; reference_S is None"),
         ({"groups": scored._replace(scores_S=scored.scores_S[1:])}, r"scores are \(10,\).*\(11,\)"),
-        ({"groups": scored._replace(counts_G=scored.counts_G + 1)}, "add up to 15; there are 11"),
-        ({"groups": scored._replace(counts_G=scored.counts_G.float())}, "torch.int64"),
-        ({"groups": scored._replace(counts_G=scored.counts_G[:, None])}, r"expected .*int64 \[G\]"),
+        ({"groups": scored._replace(counts_P=scored.counts_P + 1)}, "add up to 15; there are 11"),
+        ({"groups": scored._replace(counts_P=scored.counts_P.float())}, "torch.int64"),
+        ({"groups": scored._replace(counts_P=scored.counts_P[:, None])}, r"expected .*int64 \[P\]"),
         (
-            {"groups": scored._replace(counts_G=torch.tensor([-1, 12]))},
+            {"groups": scored._replace(counts_P=torch.tensor([-1, 12]))},
             "add up to 11; there are 11 completions, and no count may be below 0",
         ),
         (
@@ -226,9 +226,9 @@ def test_what_is_missing_or_does_not_fit_is_named():
         ),
         (
             {"objective": Objective(("dapo",)), "reference_S": None, "totals": Totals(4, 0)},
-            r"totals.tokens=0: dapo divides by it, and these rows alone have",
+            r"totals.tokens=0: dapo divides by it, and this batch alone has",
         ),
-        ({"objective": Objective(("kto",))}, "'kto'.* do not go by scores; groups was given"),
+        ({"objective": Objective(("kto",))}, "'kto'.* do not take groups; groups was given"),
         ({"columns": {"margin": torch.ones(4)}}, r"do not use the columns \['margin'\]"),
     ]
     for change, message in wrong:

@@ -158,7 +158,7 @@ def test_labels_of_hugging_face_are_shifted():
 def test_sequence_ids_that_do_not_fit():
     labels = torch.tensor([4, 5, -100])
     for ids, message in (
-        (torch.tensor([0, -1, -1]), "some of theirs are"),
+        (torch.tensor([0, -1, -1]), "some such rows are"),
         (torch.tensor([0, 1]), r"sequence_ids are torch.int64 \(2,\); expected torch.int64 \(3,\)"),
         (torch.tensor([0.0, 1.0, 1.0]), "sequence_ids are torch.float32"),
     ):
@@ -456,14 +456,14 @@ def test_a_sequence_without_scored_tokens_has_no_mean(name):
 
 
 def test_totals_that_leave_rows_out():
-    """Counts left at 0 would make a mean a sum; and rows that are sorted have no shares."""
+    """Counts left at 0 would make a mean a sum; and parts of a sorted batch have no losses of their own."""
     sums, lengths = pairs_of()
     pairs = len(lengths[0])
     with pytest.raises(ValueError, match="totals.pairs=1: sigmoid divides by it"):
         PreferenceLoss()(*sums, totals=Totals(1, 0))
     with pytest.raises(ValueError, match=r"totals.chosen_tokens=0: losses \('cpo',\) divide by"):
         PreferenceLoss("cpo")(*sums[:2], totals=Totals(pairs, 0))
-    with pytest.raises(ValueError, match="losses .'aot',. sort the rows of the global batch"):
+    with pytest.raises(ValueError, match="losses .'aot',. sort the pairs of the global batch"):
         PreferenceLoss("aot")(*sums, totals=Totals(2 * pairs, 0))
     good = torch.arange(pairs) == 0
     with pytest.raises(ValueError, match="totals.sequences=0: kto divides by it"):
@@ -471,7 +471,7 @@ def test_totals_that_leave_rows_out():
     hidden, weight, bias, labels, reference = make()
     with pytest.raises(ValueError, match="totals.chosen_tokens=0"):
         FusedLinearPreferenceLoss("sft")(hidden, weight, labels, bias, totals=Totals(PAIRS, 0))
-    with pytest.raises(ValueError, match="parts of it have no share; give it whole"):
+    with pytest.raises(ValueError, match="its parts have no losses of their own; give it whole"):
         FusedLinearPreferenceLoss("aot")(
             hidden, weight, labels, bias, **reference, totals=Totals(2 * PAIRS, 0)
         )
@@ -488,7 +488,7 @@ def test_what_would_be_ignored_is_refused():
         FusedLinearPreferenceLoss("kto")(
             hidden, weight, labels, reference_logps=logps, statistics={"kl": logps}
         )
-    with pytest.raises(ValueError, match=r"extras=\('entropy',\) are of scored rows"):
+    with pytest.raises(ValueError, match=r"extras=\('entropy',\) belong to scored tokens"):
         FusedHead(torch.nn.Parameter(weight.detach()))(hidden, extras=("entropy",))
     with pytest.raises(ValueError, match=r"weights=\[nan\]: each must be a finite number"):
         FusedLinearPreferenceLoss("sigmoid", [float("nan")])

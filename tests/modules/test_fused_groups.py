@@ -77,7 +77,7 @@ def test_modules_name_what_they_cannot_do():
     hidden, weight, labels = head()
     scores, counts = torch.tensor(SCORES), torch.tensor(COUNTS)
     module = FusedLinearPreferenceLoss("grpo")
-    with pytest.raises(ValueError, match="go by groups of scored completions: use FusedLinear"):
+    with pytest.raises(ValueError, match="take groups of scored completions: use FusedLinear"):
         PreferenceLoss("plackett_luce")
     with pytest.raises(ValueError, match="scores and counts belong together"):
         module(hidden, weight, labels, scores=scores)

@@ -7,7 +7,7 @@ from dpo_fast import linear_logp, logits_logp
 from dpo_fast.losses import LossOptions, Objective, ScoredGroups, Totals, preference
 from dpo_fast.modules import FusedHead
 from dpo_fast.ops.dispatch import interpreting
-from dpo_fast.ops.linear_logp.op import EXTRAS
+from dpo_fast.ops.linear_logp.call import EXTRAS
 
 IMPLEMENTATIONS = ["torch"] + (["triton"] if interpreting() else [])
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_fast.ops import eager, linear_logp, plan
-from dpo_fast.ops.linear_logp.op import EXTRAS
+from dpo_fast.ops.linear_logp.call import EXTRAS
 
 BUDGETS = {"keep": 1 << 30, "mixed": None, "recompute": 0}  # None: room for a third of the tokens
 

@@ -6,7 +6,6 @@ run in the emulation of csrc/emulator, on small shapes, through the whole of `li
 
 import contextlib
 import dataclasses
-import importlib
 from functools import partial
 
 import pytest
@@ -17,12 +16,13 @@ from hypothesis import strategies as st
 from dpo_fast.errors import UnavailableError
 from dpo_fast.ops import dispatch, eager, linear_logp
 from dpo_fast.ops.dispatch import interpreting
-from dpo_fast.ops.linear_logp import cuda_extension
-from dpo_fast.ops.linear_logp.op import HeadOptions
+from dpo_fast.ops.linear_logp import cuda_extension, op
+from dpo_fast.ops.linear_logp.call import HeadOptions
 from tests.support import emulated_sm90
 
 kernels = pytest.importorskip("dpo_fast.kernels.linear_logp")
-ops = importlib.import_module("dpo_fast.ops.linear_logp.cuda")
+from dpo_fast.ops.linear_logp import cuda as ops  # noqa: E402 it imports triton
+
 ON_A_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 OBSTACLE = cuda_extension.why_not() if ON_A_GPU else emulated_sm90.why_not()
 if not ON_A_GPU and not interpreting():
@@ -164,9 +164,7 @@ SCHEDULES = {
 @contextlib.contextmanager
 def forced(columns):
     """Every trainable call runs this schedule, in tiles of 144 x 208 and passes of at most 144 tokens."""
-    head = importlib.import_module("dpo_fast.ops.linear_logp.op")
-    schedules = importlib.import_module("dpo_fast.ops.linear_logp.triton")
-    plan_call = head.plan_call
+    plan_call = op.plan_call
 
     def plan(*arguments):
         return dataclasses.replace(
@@ -174,8 +172,8 @@ def forced(columns):
         )
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(head, "plan_call", plan)
-        patch.setattr(schedules, "CHUNK_TOKENS", 144)
+        patch.setattr(op, "plan_call", plan)
+        patch.setattr(ops.triton, "CHUNK_TOKENS", 144)
         yield
 
 
@@ -241,7 +239,7 @@ def test_same_bits_whatever_the_grid_and_the_batch():
                 "plan_launch",
                 lambda *_: ops.Launch(*launch, units_t, tiles_v),  # noqa: B023
             )
-            part = ops.RowPass(
+            part = ops.row_pass(
                 hidden[:T], weight, None, targets[:T], options=options, extras=EXTRAS
             )
         found.append({name: x[:130] for name, x in part.sums.items()})
@@ -257,7 +255,7 @@ def test_sums_and_exponentials_are_those_of_the_triton_twin():
     offset = torch.linspace(-3, 3, 70)
     for keep in (False, True):
         sums = []
-        for row_pass in (ops.RowPass, kernels.RowPass):
+        for row_pass in (ops.row_pass, kernels.RowPass):
             room = torch.zeros(70, 272, dtype=BF16)[:, :260]
             kept = {"offset_T": offset, "kept_TV": room} if keep else {}
             done = row_pass(hidden, weight, None, targets, **arguments, **kept)
@@ -280,8 +278,8 @@ def test_row_offsets_beyond_32_bits():
     hidden, weight, targets = make(3, 40, 8)
     apart.copy_(hidden)
     options = dataclasses.asdict(HeadOptions())
-    got = ops.RowPass(apart, weight, None, targets, options=options).sums
-    expected = ops.RowPass(hidden, weight, None, targets, options=options).sums
+    got = ops.row_pass(apart, weight, None, targets, options=options).sums
+    expected = ops.row_pass(hidden, weight, None, targets, options=options).sums
     for name, value in expected.items():
         assert torch.equal(got[name], value), name
 

@@ -5,7 +5,6 @@ Interpreted on a CPU; on a GPU with `TRITON_INTERPRET=0 pytest tests/ops/test_li
 
 import contextlib
 import dataclasses
-import importlib
 from functools import partial
 
 import pytest
@@ -15,7 +14,8 @@ from hypothesis import strategies as st
 
 from dpo_fast.ops import eager, linear_logp
 from dpo_fast.ops.dispatch import interpreting
-from dpo_fast.ops.linear_logp.op import EXTRAS, HeadOptions
+from dpo_fast.ops.linear_logp import op
+from dpo_fast.ops.linear_logp.call import EXTRAS, HeadOptions
 
 kernels = pytest.importorskip("dpo_fast.kernels.linear_logp")
 tiles = pytest.importorskip("dpo_fast.kernels.tiles")
@@ -119,10 +119,7 @@ def forced(columns):
     """Every trainable call runs this schedule, in tiles of 16 x 32 and passes of at most 16 tokens."""
     from dpo_fast.ops.linear_logp import triton as ops
 
-    module = importlib.import_module(
-        "dpo_fast.ops.linear_logp.op"
-    )  # the package exports the function
-    plan_call = module.plan_call
+    plan_call = op.plan_call
 
     def plan(hidden_TD, *arguments):
         chosen, T = plan_call(hidden_TD, *arguments), len(hidden_TD)
@@ -134,7 +131,7 @@ def forced(columns):
         return chosen
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "plan_call", plan)
+        patch.setattr(op, "plan_call", plan)
         patch.setattr(ops, "CHUNK_TOKENS", 16)
         yield
 

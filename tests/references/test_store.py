@@ -139,12 +139,12 @@ def test_rows_are_found_by_content_in_any_order_subset_and_number(tmp_path):
     folder = store(tmp_path / "train", request([3, 0, 1, 1, 2, 0, 4], per_token=True))
     for rows in ([4, 2, 0], [0, 1, 2, 3, 4], [1, 1, 3, 1]):
         reference = opened([folder], rows, per_token=True)
-        assert reference.sums_A.view(-1, 2).tolist() == [SUMS[row] for row in rows]
+        assert reference.sums.view(-1, 2).tolist() == [SUMS[row] for row in rows]
         indices = list(range(len(rows)))
         batch = collate([PAIRS[row] for row in rows], "packed", indices=indices)
         assert torch.equal(reference.token_logps(batch), -batch.targets_T.float())
     halves = [store(tmp_path / name, request(rows)) for name, rows in (("a", [0, 3]), ("b", [1]))]
-    assert opened(halves, [1, 0]).sums_A.view(-1, 2).tolist() == [SUMS[1], SUMS[0]]
+    assert opened(halves, [1, 0]).sums.view(-1, 2).tolist() == [SUMS[1], SUMS[0]]
     with pytest.raises(ValueError, match="1 of 2 pairs are not in"):
         opened(halves, [1, 2])
 
@@ -288,7 +288,7 @@ def test_parts_that_are_done_are_kept_and_torn_ones_are_not(tmp_path):
         again.write(index, table_of(request(), again.parts[index]))
     again.finish({})
     assert (folder / "part-00001.parquet").stat().st_mtime_ns == written
-    assert opened([folder], range(5)).sums_A.view(-1, 2).tolist() == SUMS
+    assert opened([folder], range(5)).sums.view(-1, 2).tolist() == SUMS
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
     assert not list(folder.glob(".*"))
 

@@ -149,7 +149,7 @@ def test_parts_that_are_done_are_kept(tmp_path):
     for index in (1, 2):
         compute(again, index)
     again.finish({})
-    assert opened([folder], data).sums_A.tolist() == sum(SUMS, [])
+    assert opened([folder], data).sums.tolist() == sum(SUMS, [])
 
 
 def test_a_pair_of_the_same_tokens_does_not_take_a_groups_reference(tmp_path):

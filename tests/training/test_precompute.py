@@ -1,6 +1,5 @@
 """`dpo-fast reference`: on any number of ranks, interrupted and continued, used by other runs."""
 
-import importlib
 import json
 import os
 import signal
@@ -17,6 +16,7 @@ pytest.importorskip("transformers")
 from dpo_fast.cli.launch import launch_command
 from dpo_fast.data.batch import collate
 from dpo_fast.models import load_model, load_tokenizer
+from dpo_fast.ops.linear_logp import op
 from dpo_fast.references import artefact
 from dpo_fast.references.providers import FrozenReference
 from dpo_fast.training.config import build_config
@@ -114,12 +114,9 @@ def test_values_are_those_that_the_policy_would_give(folder, whole):
 
 
 def test_nothing_of_a_gradient_is_computed(folder, monkeypatch):
-    head = importlib.import_module(
-        "dpo_fast.ops.linear_logp.op"
-    )  # the package has a function of its name
-    plans, plan = [], head.plan_call
+    plans, plan = [], op.plan_call
     monkeypatch.setattr(
-        head, "plan_call", lambda *arguments: plans.append(plan(*arguments)) or plans[-1]
+        op, "plan_call", lambda *arguments: plans.append(plan(*arguments)) or plans[-1]
     )
     here = Here(tree(folder, "schedule"))
     assert any(parameter.requires_grad for parameter in here.scorer.parameters())

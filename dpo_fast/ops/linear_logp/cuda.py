@@ -1,15 +1,15 @@
-"""The schedules of `linear_logp` with the first product in CUDA C++ (csrc), for sm_90a: H100, H200.
+"""The schedules of triton.py with row sums, exponentials and gradient tiles from csrc, for sm_90a.
 
-The schedules are those of triton.py; what differs is who makes row sums, exponentials and
-gradient tiles. bf16 alone, no bias, no soft cap, rows at multiples of 16 bytes; anything else is
-refused by name. The kernels compile and run in an emulation of the hardware (csrc/README.md says what that
-shows). They have not run on a GPU, nor been timed: `auto` never chooses them.
+sm_90a is H100 and H200. bf16 alone, no bias, no soft cap, rows at multiples of 16 bytes; anything else is
+refused by name. The kernels compile, and run in an emulation of the hardware: csrc/README.md says what
+that shows. They have not run on a GPU, nor been timed: `auto` never chooses them.
 """
 
 from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,41 +17,41 @@ from torch import Tensor
 
 from dpo_fast.errors import UnavailableError
 from dpo_fast.ops.linear_logp import cuda_extension, triton
+from dpo_fast.ops.linear_logp.call import HeadCall
 from dpo_fast.ops.linear_logp.triton import Products
 
 SUMS = {"entropy": "weighted", "log_sum_p2": "squares"}  # extra: the sum it needs
-MANY_TILES = 8  # beyond so many tiles of tokens a ninth that nobody needs is worth a cluster
+# Tiles of tokens. With more of them than this, clusters of two pay even if one tile stands idle.
+MANY_TILES = 8
 
 
-def forward(hidden_TD, weight_VD, bias, targets_T, options, extras, plan, shard):
-    """As `triton.forward`.
+def forward(call: HeadCall, extras: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """As `op.Schedules.forward`.
 
     Raises:
         UnavailableError: something that these kernels do not serve, with its name and value.
     """
-    refuse(hidden_TD, weight_VD, bias, options)
-    return triton.forward(
-        hidden_TD, weight_VD, bias, targets_T, options, extras, plan, shard, PRODUCTS
-    )
+    refuse(call)
+    return triton.forward(call, extras, PRODUCTS)
 
 
-def backward(grad_T, hidden_TD, weight_VD, bias, targets_T, options, plan, saved, needs):
-    """As `triton.backward`."""
-    return triton.backward(
-        grad_T, hidden_TD, weight_VD, bias, targets_T, options, plan, saved, needs, PRODUCTS
-    )
+def backward(
+    call: HeadCall, grad_T: Tensor, saved: dict[str, Tensor], needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As `op.Schedules.backward`."""
+    return triton.backward(call, grad_T, saved, needs, PRODUCTS)
 
 
-def refuse(hidden_TD: Tensor, weight_VD: Tensor, bias: Tensor | None, options) -> None:
-    """UnavailableError for what the kernels do not serve."""
+def refuse(call: HeadCall) -> None:
+    """Raises UnavailableError for what the kernels do not serve."""
     wrong = None
-    if bias is not None:
-        wrong = f"bias of {len(bias)} elements: a bias is not served"
-    elif options.softcap:
-        wrong = f"softcap={options.softcap}: a soft cap is not served"
-    elif hidden_TD.dtype != torch.bfloat16:
-        wrong = f"hidden is {hidden_TD.dtype}: torch.bfloat16 alone is served"
-    for name, x in (("hidden", hidden_TD), ("weight", weight_VD)):
+    if call.bias is not None:
+        wrong = f"bias of {len(call.bias)} elements: a bias is not served"
+    elif call.options.softcap:
+        wrong = f"softcap={call.options.softcap}: a soft cap is not served"
+    elif call.hidden_TD.dtype != torch.bfloat16:
+        wrong = f"hidden is {call.hidden_TD.dtype}: torch.bfloat16 alone is served"
+    for name, x in (("hidden", call.hidden_TD), ("weight", call.weight_VD)):
         wrong = wrong or _why_not_described(name, x)
     if wrong:
         raise UnavailableError(
@@ -83,10 +83,13 @@ def sizes() -> dict[str, int]:
 class Launch:
     """The grid of one launch.
 
-    cluster: blocks that share a tile of the weight, one tile of tokens each. blocks: of the persistent
-    grid. units_t, tiles_v: units of `cluster` tiles of tokens, tiles of the vocabulary; a cluster takes
-    every (blocks / cluster)-th pair of them. Every tile of V is summed by itself, whatever T is: the
-    vocabulary is split, so that few tokens fill a device too, and a token's bits do not depend on T.
+    cluster: blocks that share a tile of the weight, one tile of tokens each.
+    blocks: of the persistent grid.
+    units_t: units of `cluster` tiles of tokens.
+    tiles_v: tiles of the vocabulary.
+
+    A cluster takes every (blocks / cluster)-th pair of unit and tile. Every tile of V is summed by itself,
+    so few tokens fill a device too, and a token's bits do not depend on T.
     """
 
     cluster: int
@@ -100,8 +103,11 @@ class Launch:
 
 
 def plan_launch(T: int, V: int, multiprocessors: int) -> Launch:
-    """For T and V of 1 or more. In clusters of two, unless an odd tile of tokens would leave one of few
-    tiles idle, or there is one multiprocessor."""
+    """The grid for T and V of 1 or more.
+
+    Clusters of two, unless there is one multiprocessor, or the tiles of tokens are few and odd in number:
+    then one of them would be idle.
+    """
     tiles_t, tiles_v = -(-T // sizes()["kBlockT"]), -(-V // sizes()["kBlockV"])
     paired = tiles_t % 2 == 0 or tiles_t > MANY_TILES
     cluster = 2 if paired and multiprocessors > 1 else 1
@@ -117,57 +123,68 @@ def repair_flags(wrong_T: Tensor, launch: Launch) -> Tensor:
     return torch.cat([wrong_T.any()[None], units]).to(torch.int8)
 
 
+@dataclass(frozen=True)
 class RowPass:
-    """The row sums of one block of tokens, and with `kept_TV` their exponentials: the twin of
-    `dpo_fast.kernels.linear_logp.RowPass`, which see for `sums` and the arguments."""
+    """A pass over a block of tokens that has been launched.
 
-    def __init__(
-        self,
-        hidden_TD: Tensor,
-        weight_VD: Tensor,
-        bias_V: None,
-        targets_T: Tensor,
-        *,
-        options: dict,
-        extras: tuple[str, ...] = (),
-        offset_T: Tensor | None = None,
-        kept_TV: Tensor | None = None,
-    ):
-        T, V = len(hidden_TD), len(weight_VD)
-        new = lambda *shape: hidden_TD.new_empty(shape, dtype=torch.float32)  # noqa: E731
-        names = [SUMS[name] for name in extras if name in SUMS]
-        computed = ("weighted", "squares") if names else ()  # both or neither
-        sums = {name: new(T) for name in ("maximum", "total", *computed)}
-        sums["target"] = hidden_TD.new_zeros(T, dtype=torch.float32)
-        self.sums = {k: v for k, v in sums.items() if k not in computed or k in names}
-        if T == 0:
-            return
-        self._launch = plan_launch(T, V, _multiprocessors(hidden_TD.device))
-        partials = new(2 + len(computed), self._launch.tiles_v, T)
-        self._run = functools.partial(
-            cuda_extension.operations().rows,
-            hidden_TD,
-            weight_VD,
-            targets_T,
-            _factor(options),
-            offset=offset_T,
-            kept=kept_TV,
-            partials=partials,
-            target=sums["target"],
-            maximum=sums["maximum"],
-            total=sums["total"],
-            weighted=sums.get("weighted"),
-            squares=sums.get("squares"),
-            cluster=self._launch.cluster,
-            blocks=self._launch.blocks,
-        )
-        self._run(repair=None)
+    sums: as of `dpo_fast.kernels.linear_logp.RowPass`.
+    """
+
+    sums: dict[str, Tensor]
+    _launch: Launch | None = None
+    _run: Callable | None = None
 
     def repair(self, wrong_T: Tensor) -> None:
-        """Do again the units that hold rows that `wrong_T` (bool) marks, against the offsets as they are
-        now; their other rows come out with the same bits. Waits for nothing."""
-        if len(wrong_T):
+        """Do again the units that hold rows which `wrong_T` (bool) marks, against the offsets as they are
+        now. Their other rows come out with the same bits. Waits for nothing."""
+        if self._run is not None:
             self._run(repair=repair_flags(wrong_T, self._launch))
+
+
+def row_pass(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    bias_V: None,
+    targets_T: Tensor,
+    *,
+    options: dict,
+    extras: tuple[str, ...] = (),
+    offset_T: Tensor | None = None,
+    kept_TV: Tensor | None = None,
+) -> RowPass:
+    """Launch the pass over a block of tokens; with `kept_TV` it stores their exponentials.
+
+    The twin of `dpo_fast.kernels.linear_logp.RowPass`, which explains the arguments.
+    """
+    T, V = len(hidden_TD), len(weight_VD)
+    new = lambda *shape: hidden_TD.new_empty(shape, dtype=torch.float32)  # noqa: E731
+    names = [SUMS[name] for name in extras if name in SUMS]
+    computed = ("weighted", "squares") if names else ()  # both or neither
+    sums = {name: new(T) for name in ("maximum", "total", *computed)}
+    sums["target"] = hidden_TD.new_zeros(T, dtype=torch.float32)
+    wanted = {name: x for name, x in sums.items() if name not in computed or name in names}
+    if T == 0:
+        return RowPass(wanted)
+    launch = plan_launch(T, V, _multiprocessors(hidden_TD.device))
+    run = functools.partial(
+        cuda_extension.operations().rows,
+        hidden_TD,
+        weight_VD,
+        targets_T,
+        _factor(options),
+        offset=offset_T,
+        kept=kept_TV,
+        partials=new(2 + len(computed), launch.tiles_v, T),
+        target=sums["target"],
+        maximum=sums["maximum"],
+        total=sums["total"],
+        weighted=sums.get("weighted"),
+        squares=sums.get("squares"),
+        cluster=launch.cluster,
+        blocks=launch.blocks,
+    )
+    run(repair=None)
+    return RowPass(wanted, launch, run)
 
 
 def gradient_tile(
@@ -201,7 +218,7 @@ def gradient_tile(
     )
 
 
-PRODUCTS = Products(RowPass, gradient_tile)
+PRODUCTS = Products(row_pass, gradient_tile)
 
 
 def _factor(options: dict) -> float:

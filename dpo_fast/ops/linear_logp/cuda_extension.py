@@ -1,11 +1,13 @@
-"""csrc as a library: built by nvcc on first use or ahead of it, and found again by what it is made of.
+"""csrc as a library: built by nvcc on first use or ahead of it, and found again by a hash.
 
-    python -m dpo_fast.ops.linear_logp.cuda_extension     # make csrc: builds, and says what the compiler made of it
+    python -m dpo_fast.ops.linear_logp.cuda_extension    # make csrc: builds, prints registers
 
-A library lies in a folder named after the hash of the sources, flags and kind of processor and after
-nvcc's version, below torch's folder of extensions or the user's cache. It uses torch's stable ABI and
-brings CUDA's runtime along, so that torch's version is not part of the name. Built aside and renamed; a
-lock that the system drops with its process keeps ranks from building at the same time.
+The library's folder is named after the hash of sources, flags and kind of processor, and after nvcc's
+version. It lies below torch's folder of extensions or the user's cache. torch's version is not part of the
+name: the library uses torch's stable ABI and brings CUDA's runtime along.
+
+It is built aside and renamed. A lock, which the system drops with its process, keeps ranks from building at
+the same time.
 """
 
 from __future__ import annotations
@@ -53,10 +55,10 @@ def find_nvcc() -> Path | None:
 
 
 def sources() -> list[Path]:
-    """Everything that the library is made of.
+    """The files that the library is made of.
 
     Raises:
-        UnavailableError: they are not there.
+        UnavailableError: there is no csrc.
     """
     if not SOURCES.is_dir():
         raise UnavailableError(
@@ -67,8 +69,10 @@ def sources() -> list[Path]:
 
 
 def content_hash() -> str:
-    """Of the sources, their names, the flags and the kind of processor, since machines of two kinds may
-    share a home; 16 hexadecimal digits."""
+    """16 hexadecimal digits, of the sources, their names, the flags and the kind of processor.
+
+    Machines of two kinds may share a home.
+    """
     digest = hashlib.sha256(repr((FLAGS, platform.machine())).encode())
     for path in sources():
         content = path.read_bytes()
@@ -77,10 +81,10 @@ def content_hash() -> str:
 
 
 def nvcc_version(nvcc: Path) -> str:
-    """As in 13.0.88.
+    """Such as 13.0.88.
 
     Raises:
-        UnavailableError: the system cannot run it.
+        UnavailableError: nvcc does not run.
     """
     try:
         text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
@@ -91,13 +95,13 @@ def nvcc_version(nvcc: Path) -> str:
 
 
 def cache_folder() -> Path:
-    """$TORCH_EXTENSIONS_DIR, else $XDG_CACHE_HOME, else ~/.cache; in each the folder dpo_fast."""
+    """The folder dpo_fast in $TORCH_EXTENSIONS_DIR, else in $XDG_CACHE_HOME, else in ~/.cache."""
     named = os.environ.get("TORCH_EXTENSIONS_DIR") or os.environ.get("XDG_CACHE_HOME")
     return Path(named or Path.home() / ".cache") / "dpo_fast"
 
 
 def built() -> Path | None:
-    """The library of these sources: this nvcc's, or any where nvcc is absent. None: not built yet."""
+    """The library of these sources, by this nvcc, or by any if there is no nvcc. None: not built yet."""
     nvcc = find_nvcc()
     pattern = f"csrc-{content_hash()}-nvcc{nvcc_version(nvcc) if nvcc else '*'}/{LIBRARY}"
     found = sorted(cache_folder().glob(pattern), key=lambda path: path.stat().st_mtime)
@@ -115,6 +119,7 @@ def why_not() -> str | None:
 
 
 def command(nvcc: Path, output: Path) -> list[str]:
+    """nvcc's command line."""
     torch_folder = Path(torch.__file__).parent
     # libtorch stands for libtorch_cpu and, where there is one, libtorch_cuda.
     link = [f"-L{torch_folder / 'lib'}", "-Xlinker=--no-as-needed", "-ltorch", "-ltorch_cpu"]
@@ -127,8 +132,8 @@ def build() -> Path:
     """The library's path, built if need be.
 
     Raises:
-        UnavailableError: no nvcc, or it fails, or what it makes spills registers; no sources; no room in
-            the cache.
+        UnavailableError: no nvcc, no sources, no room in the cache, nvcc fails, or its code spills
+            registers.
     """
     found = built()
     if found is not None:
@@ -160,7 +165,7 @@ def _lock(path: Path):
 def _compile(nvcc: Path) -> Path:
     folder = cache_folder() / f"csrc-{content_hash()}-nvcc{nvcc_version(nvcc)}"
     logger.info("building csrc with %s, once, into %s", nvcc, folder)
-    for left in folder.parent.glob("building-*"):  # by builds that were killed: the lock is ours
+    for left in folder.parent.glob("building-*"):  # of builds that were killed: the lock is ours
         shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="building-") as aside:
         made = Path(aside) / folder.name
@@ -176,14 +181,13 @@ def _compile(nvcc: Path) -> Path:
                 "or ask for implementation='triton'"
             )
         (made / LOG).write_text(log)
-        durable.publish(
-            made, folder, replace=True
-        )  # an older one has no library, or had been found
+        # An older one has no library, or `built` had found it.
+        durable.publish(made, folder, replace=True)
     return folder / LIBRARY
 
 
 def complaints(log: str) -> list[str]:
-    """Spills, and what ptxas warns of under C75xx: setmaxnreg ignored, wgmma put one after the other."""
+    """Spills, and ptxas's warnings C75xx: setmaxnreg ignored, wgmma put one after the other."""
     spills = re.findall(r"([1-9]\d* bytes spill (?:stores|loads))", log)
     return spills + re.findall(r".*\bC75\d\d\b.*", log)
 

@@ -1,4 +1,4 @@
-"""Which products the head computes and what it keeps: a pure function of sizes, printable and testable."""
+"""Which products the head computes and what it keeps: a pure function of sizes."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ WORTH_KEEPING = 8  # keep a part of the tokens if that is at least 1 / 8 of them
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """The schedule of one call. A "product" is 2*T*V*D flops, forward and backward together.
+    """The schedule of one call, its memory and its cost.
 
     schedule: `logps` (nothing differentiable), `frozen` (no gradient for the head), `keep` (all
         exponentials kept), `recompute` (none kept) or `mixed` (the first `kept_tokens` kept).
-    token_chunk, vocab_block: the tile of [T, V] that exists at a time beside what is kept.
-    tokens_first: whether recomputed tiles walk over the vocabulary per chunk of tokens.
+    kept_tokens: tokens whose exponentials are kept between forward and backward.
+    token_chunk, vocab_block: the tile of [T, V] that exists at a time, beside what is kept.
+    tokens_first: for each chunk of tokens recomputed tiles go through the vocabulary; else the reverse.
     residual_sums: sums over tiles are held in 2 x 16 bits instead of 32 (see `ProductSum`).
-    kept_bytes, tile_bytes, sum_bytes: memory beyond inputs and outputs, between and during the passes.
+    kept_bytes: memory between forward and backward.
+    tile_bytes, sum_bytes: memory during a pass.
+    workspace_bytes: the budget.
+    gemms: products of 2 T V D flops, forward and backward together.
     """
 
     schedule: str
@@ -57,8 +61,8 @@ class HeadPlan:
 def default_workspace_bytes(device: torch.device) -> int:
     """1 GiB on a CPU, a sixteenth of the device's memory on a GPU.
 
-    A share of the *free* memory would make the schedule, and with it the last bits of the result,
-    depend on what else runs. The device's size does not change between runs.
+    A share of the free memory would make the schedule, and so the last bits of the result, depend on what
+    else runs.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory // 16
@@ -81,8 +85,8 @@ def plan(
     Args:
         needs_hidden: a gradient of the hidden states is wanted.
         needs_head: a gradient of the weight or the bias is wanted.
-        workspace_bytes: bounds kept exponentials [kept_tokens, V] in `dtype`, tiles and sums; 0 leaves
-            the smallest tile and the sums that cannot be avoided.
+        workspace_bytes: bounds kept exponentials [kept_tokens, V] in `dtype`, tiles and sums. With 0 the
+            smallest tile and the sums that cannot be avoided remain.
         implementation: `torch` (fp32 tiles for a cache), `triton` or `cuda` (tiles in `dtype` for cuBLAS).
     """
     if workspace_bytes < 0:
@@ -108,7 +112,7 @@ class _Sizes:
 
     @property
     def keeps(self) -> bool:
-        """fp16 has no range for exponentials that are not normalised."""
+        """Whether exponentials that are not normalised fit: fp16 has no range for them."""
         return self.dtype != torch.float16
 
     def plan(self, schedule: str, gemms: float, **columns) -> HeadPlan:
@@ -128,7 +132,7 @@ class _Sizes:
         )
 
     def trainable(self, needs_hidden: bool, **columns) -> HeadPlan:
-        """keep, mixed or recompute, by how many tokens are kept."""
+        """keep, mixed or recompute, by the number of kept tokens."""
         kept = columns["kept_tokens"]
         schedule = "keep" if kept == self.T else "mixed" if kept else "recompute"
         again = 0 if self.T == 0 else 1 - kept / self.T
@@ -136,7 +140,7 @@ class _Sizes:
 
 
 def kept_stride(V: int) -> int:
-    """Elements from one kept row to the next: a multiple of 16, as tensor descriptors ask."""
+    """Elements from one kept row to the next: a multiple of 16, as tensor descriptors need."""
     return -(-V // 16) * 16
 
 
@@ -187,9 +191,11 @@ def _plan_triton(sizes: _Sizes, needs_hidden: bool, needs_head: bool) -> HeadPla
 def _recomputed(
     sizes: _Sizes, budget: int, needs_hidden: bool, needs_weight: bool, widest: int
 ) -> dict:
-    """Tiles of g, and the sums over them: of dW, [V, D], when tokens come first, and of dH, [T, D], when
-    they do not. The smaller of the two stays open; in fp32, or in twice 16 bits where that would
-    take more than half of what there is."""
+    """Tiles of g, and the sums over them.
+
+    With tokens first, dW [V, D] is summed over all tiles; else dH [T, D] is. The smaller of the two stays
+    open: in fp32, or in twice 16 bits if fp32 would take more than half of the budget.
+    """
     T, V, D, itemsize = sizes.T, sizes.V, sizes.D, sizes.dtype.itemsize
     tokens_first = V * needs_weight < T * needs_hidden
     open_rows = V * needs_weight if tokens_first else T * needs_hidden
@@ -197,7 +203,7 @@ def _recomputed(
     held = 0 if itemsize == 4 else open_rows * D * (itemsize if residual else 4)
     elements = max((budget - held) // itemsize, MIN_GPU_ELEMENTS)
     token_chunk = _fit(T, min(CHUNK_TOKENS, elements // 1024))  # 1 or more
-    # The other sum is of one chunk or block at a time, and closed with it. In fp32 as well.
+    # The other sum is of one chunk or block at a time, and closed with it. It is fp32 too.
     chunk_sum = token_chunk * D * 4 * (needs_hidden and itemsize < 4)
     block_sum = D * 4 * (needs_weight and itemsize < 4 and token_chunk < T)
     if tokens_first and not residual:
@@ -215,7 +221,7 @@ def _recomputed(
 
 
 def _fit(size: int, limit: int) -> int:
-    """The size of equal pieces of at most `limit`, whole tiles each; one piece if it is small enough."""
+    """The size of equal pieces of at most `limit`, in whole tiles; `size` itself if it is small enough."""
     if size <= limit:
         return max(1, size)
     most = max(limit // ROW_MULTIPLE, 1)

@@ -1,6 +1,6 @@
-"""What one pass over the vocabulary leaves of each row of logits, and what follows from it.
+"""Sums of each row of logits over the vocabulary, and the outputs that follow from them.
 
-Sums of matrix products that are rounded once: fp32 between the terms.
+`ProductSum`: sums of matrix products, fp32 between the terms and rounded once.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from dpo_fast.ops.linear_logp.call import HeadOptions
 from dpo_fast.ops.linear_logp.vocab_shard import VocabShard
 
 
@@ -18,7 +19,7 @@ def finite_offset(maximum_T: Tensor) -> Tensor:
     return torch.where(maximum_T == -torch.inf, 0.0, maximum_T)
 
 
-def softcap_slope(logits: Tensor, options) -> Tensor | None:
+def softcap_slope(logits: Tensor, options: HeadOptions) -> Tensor | None:
     """1 - tanh^2 from capped logits; None without a soft cap."""
     if not options.softcap:
         return None
@@ -29,9 +30,12 @@ def softcap_slope(logits: Tensor, options) -> Tensor | None:
 class RowSums:
     """Sums of each row against its offset m, [T] each, in fp32 (fp64 for fp64 inputs).
 
-    maximum: max z; target: the target's logit, 0 where another shard has it; total: sum exp(z - m);
-    weighted: sum exp(z - m) (z - m); squares: sum exp(z - m)^2; logits: sum z. The last three are None
-    unless an extra needs them.
+    offset: m.
+    maximum: max z.
+    target: the target's logit; 0 where another shard has it.
+    total: sum exp(z - m).
+    weighted: sum exp(z - m) (z - m), squares: sum exp(z - m)^2, logits: sum z; None unless an extra
+        needs them.
     """
 
     offset: Tensor
@@ -47,9 +51,8 @@ class RowSums:
         step = self.offset - offset
         factor = step.exp()
         weighted, squares = self.weighted, self.squares
-        if (
-            weighted is not None
-        ):  # a row that summed nothing has no place on the scale: 0, not 0 * inf
+        if weighted is not None:
+            # A row that summed nothing has no place on the scale: 0, not 0 * inf.
             moved = torch.where(self.total > 0, step * self.total, 0.0)
             weighted = factor * (weighted + moved)
         if squares is not None:
@@ -80,22 +83,29 @@ class RowSums:
 
 
 def patch_targets(
-    kept_KV: Tensor, sums: RowSums, targets_T: Tensor, options, shard: VocabShard | None
+    kept_TV: Tensor,
+    sums: RowSums,
+    targets_T: Tensor,
+    options: HeadOptions,
+    shard: VocabShard | None,
 ) -> None:
     """E' = E - total at each target's column, times the cap's slope, formed in full precision and
-    rounded once; so that dL/dz = -c / total E'. `kept_KV` holds the first K rows of `sums`."""
-    K, V = kept_KV.shape
+    rounded once.
+
+    Then dL/dz = -c / total E'. `kept_TV` holds the first rows of `sums`.
+    """
+    K, V = kept_TV.shape
     target = sums.target[:K]
     patch = (target - sums.offset[:K]).exp() - sums.total[:K]
     slope = softcap_slope(target, options)
-    patch = (patch if slope is None else patch * slope).to(kept_KV.dtype)
-    rows, columns = torch.arange(K, device=kept_KV.device), targets_T[:K]
+    patch = (patch if slope is None else patch * slope).to(kept_TV.dtype)
+    rows, columns = torch.arange(K, device=kept_TV.device), targets_T[:K]
     if shard is not None:  # a target of another shard changes nothing here
         inside = (columns >= 0) & (columns < V)
         columns = columns.clamp(0, V - 1)
-        patch = torch.where(inside, patch, kept_KV[rows, columns])
+        patch = torch.where(inside, patch, kept_TV[rows, columns])
     # Not scatter_, which copies a low-precision tensor whole on a CPU.
-    kept_KV[rows, columns] = patch
+    kept_TV[rows, columns] = patch
 
 
 def joined(parts: list[RowSums]) -> RowSums:
@@ -119,12 +129,13 @@ class ProductSum:
     """out = sum of a_i @ b_i over a known number of terms.
 
     A single term goes to `out` directly, and so do all terms in fp32. Otherwise an fp32 sum is held
-    until the last term. With `residual` the sum lives in `out` and in a second tensor of its dtype
-    that holds what rounding took away (16 bits of mantissa for bf16): half the memory, one more
-    pass over the sum per term.
+    until the last term.
+
+    residual: the sum lives in `out` and in a second tensor of its dtype with what rounding took away
+        (16 bits of mantissa for bf16). Half the memory, one more pass over the sum per term.
     """
 
-    def __init__(self, out: Tensor, terms: int, residual: bool = False):
+    def __init__(self, out: Tensor, terms: int, residual: bool = False) -> None:
         self.out, self.terms, self.seen, self.total, self.rest = out, terms, 0, None, None
         self.residual = residual and out.dtype != torch.float32
 

@@ -1,24 +1,26 @@
 """The schedules of `linear_logp` in PyTorch: the fast path on a CPU, and correct on any device.
 
-Logits are made tile by tile, [token_chunk, vocab_block], in fp32. What is kept for backward is
-E = exp(z - m) against a row offset m, with its sum l, so that p = E / l and
+Logits are made tile by tile, [token_chunk, vocab_block], in fp32. Backward keeps E = exp(z - m)
+against a row offset m, and its sum l, so that p = E / l and
 
     dL/dz_tv = c_t (1[v = y_t] - p_tv) = s_t E'_tv,   s = -c / l,   E' = E with E_ty - l at the target
     dH = diag(s) (E' W)        dW = E'^T (diag(s) H)        db = E'^T s
 
-are plain products on E' (c = dL/dlogp). A soft cap multiplies E' by its slope. `m` starts as the larger
-of the target's own logit and the first tile's row maximum, and moves only when a later logit exceeds
-it by SLACK; then what that row has kept is rescaled. The log-probability is exact either way.
+are plain products on E' (c = dL/dlogp). A soft cap multiplies E' by its slope.
+
+m starts as the larger of the target's own logit and the first tile's row maximum. It moves only when a
+later logit exceeds it by SLACK; then what the row has kept is rescaled. logp is exact either way.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from dpo_fast.ops.eager import head_options
+from dpo_fast.ops.linear_logp.call import HeadCall
 from dpo_fast.ops.linear_logp.plan import HeadPlan
 from dpo_fast.ops.linear_logp.row_sums import (
     RowSums,
@@ -27,28 +29,27 @@ from dpo_fast.ops.linear_logp.row_sums import (
     patch_targets,
     softcap_slope,
 )
+from dpo_fast.ops.linear_logp.vocab_shard import VocabShard
 
 SLACK = 40.0  # exp(40) V, and its square, stay far from the end of fp32's range
 LOWEST = -1e30  # stands in for a row maximum of -inf (masked vocabulary), which would make NaN
 
 
 class _Tiles:
-    """The logits of rows [start, stop), one vocabulary block at a time, in fp32 (fp64 for fp64)."""
+    """The logits of some rows, one vocabulary block at a time, in fp32 (fp64 for fp64)."""
 
-    def __init__(self, hidden_TD, weight_VD, bias, options, plan: HeadPlan, buffer: Tensor, rows):
-        self.weight, self.bias, self.plan, self.softcap = weight_VD, bias, plan, options.softcap
-        self.precision = torch.promote_types(hidden_TD.dtype, torch.float32)
-        self.temperature = options.temperature
-        # With a cap the temperature acts after it, without one both factors act on the hidden rows.
+    def __init__(self, call: HeadCall, buffer: Tensor, rows: slice) -> None:
+        options = call.options
+        self.weight, self.bias, self.plan = call.weight_VD, call.bias, call.plan
+        self.softcap, self.temperature = options.softcap, options.temperature
+        self.precision = torch.promote_types(call.hidden_TD.dtype, torch.float32)
+        # The temperature acts after a soft cap. Without one both factors act on the hidden rows.
         self.factor = options.logit_scale / (1.0 if self.softcap else options.temperature)
-        self.slope_factor = (
-            options.logit_scale / options.temperature
-        )  # dz/d(h.w), cap's slope apart
-        chunk = hidden_TD[rows].to(self.precision)
+        chunk = call.hidden_TD[rows].to(self.precision)
         self.rows = chunk * self.factor if self.factor != 1.0 else chunk
         self.buffer = buffer
 
-    def blocks(self):
+    def blocks(self) -> Iterator[slice]:
         return vocab_blocks(self.plan, self.weight.shape[0])
 
     def logits(self, block: slice) -> Tensor:
@@ -78,17 +79,22 @@ class _Tiles:
 
 
 class _OnlineSums:
-    """Online sums of rows against the moving offset m: l = sum exp(z - m), and what extras need."""
+    """Online sums of rows against the moving offset m: l = sum exp(z - m), and sums for extras.
 
-    def __init__(self, targets: Tensor, extras: tuple, offset: Tensor, linear: bool):
+    linear: the sums of logits are known without a pass.
+    """
+
+    def __init__(self, targets: Tensor, extras: tuple, offset: Tensor, linear: bool) -> None:
         self.targets, self.extras, self.linear, self.offset = targets, extras, linear, offset
         zeros = lambda: offset.new_zeros(len(targets))  # noqa: E731
         self.maximum, self.target = zeros().fill_(-torch.inf), zeros()
         self.total, self.weighted, self.squares, self.logits = zeros(), zeros(), zeros(), zeros()
 
     def shift(self, z: Tensor, block: slice) -> tuple[Tensor, Tensor] | None:
-        """z -= m in place. Returns the rows whose offset moved, and their factors exp(m_old - m_new);
-        None if none did."""
+        """z -= m in place.
+
+        Returns the rows whose offset moved and their factors exp(m_old - m_new), or None.
+        """
         maximum = z.amax(-1)
         rows, columns = in_block(self.targets, block)
         self.target[rows] = z[rows, columns]
@@ -141,7 +147,7 @@ def token_chunks(plan: HeadPlan, first: int, T: int) -> list[slice]:
     return [slice(start, min(start + plan.token_chunk, T)) for start in starts]
 
 
-def vocab_blocks(plan: HeadPlan, V: int):
+def vocab_blocks(plan: HeadPlan, V: int) -> Iterator[slice]:
     for first in range(0, V, plan.vocab_block):
         yield slice(first, min(first + plan.vocab_block, V))
 
@@ -156,78 +162,85 @@ def _row_dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1)  # torch's sum is pairwise; a batched product would add up in order
 
 
-def forward(hidden_TD, weight_VD, bias, targets_T, options, extras, plan: HeadPlan, shard):
-    """Returns {name: [T]} for logp and the extras, and what backward needs, by name."""
-    (T, D), V = hidden_TD.shape, shard.vocab if shard else weight_VD.shape[0]
-    precision = torch.promote_types(hidden_TD.dtype, torch.float32)
-    kept_KV = hidden_TD.new_empty(plan.kept_tokens, weight_VD.shape[0])
-    direction_TD = hidden_TD.new_empty(T if plan.schedule == "frozen" else 0, D)
-    buffer = tile_buffer(plan, hidden_TD.new_empty(0, dtype=precision))
-    # Without a soft cap the mean logit is the logit of the mean column: no pass over tiles.
+def forward(call: HeadCall, extras: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """As `op.Schedules.forward`."""
+    plan, (T, D), V = call.plan, call.hidden_TD.shape, len(call.weight_VD)
+    frozen = plan.schedule == "frozen"
+    kept_TV = call.hidden_TD.new_empty(plan.kept_tokens, V)
+    direction_TD = call.hidden_TD.new_empty(T if frozen else 0, D)
+    precision = torch.promote_types(call.hidden_TD.dtype, torch.float32)
+    buffer = tile_buffer(plan, call.hidden_TD.new_empty(0, dtype=precision))
     mean = None
-    if "mean_logit" in extras and not options.softcap:
-        # Block by block, because a sum in another dtype copies its input whole.
-        blocks = vocab_blocks(plan, len(weight_VD))
-        column = sum(weight_VD[block].to(precision).sum(0) for block in blocks) / len(weight_VD)
-        mean = column, 0.0 if bias is None else bias.mean(dtype=precision)
+    if "mean_logit" in extras and not call.options.softcap:
+        mean = _mean_column(call, precision)
     parts = []
     for rows in token_chunks(plan, 0, T) or [slice(0, 0)]:
-        tiles = _Tiles(hidden_TD, weight_VD, bias, options, plan, buffer, rows)
-        offset = tiles.target_logits(targets_T[rows]).clamp_min(LOWEST)
-        online = _OnlineSums(targets_T[rows], extras, offset, linear=mean is not None)
+        tiles, targets_T = _Tiles(call, buffer, rows), call.targets_T[rows]
+        offset_T = tiles.target_logits(targets_T).clamp_min(LOWEST)
+        online = _OnlineSums(targets_T, extras, offset_T, linear=mean is not None)
         if mean is not None:
-            online.logits = tiles.mean_logits(*mean) * len(weight_VD)
-        if plan.schedule == "frozen":
-            parts.append(_direction(tiles, online, direction_TD[rows], options, shard))
-            continue
-        kept = kept_KV[rows]
-        _keep(tiles, online, kept, options)
-        sums = online.done()
-        if shard is not None:
-            sums = _over(sums, shard, kept)
-        patch_targets(kept, sums, targets_T[rows], options, shard)
-        parts.append(sums)
+            online.logits = tiles.mean_logits(*mean) * V
+        if frozen:
+            parts.append(_direction(call, tiles, online, direction_TD[rows]))
+        else:
+            parts.append(_keep(call, tiles, online, kept_TV[rows]))
     sums = joined(parts)
-    outputs = sums.outputs(V, extras)
+    outputs = sums.outputs(call.vocabulary, extras)
     if plan.schedule == "logps":
         return outputs, {}
-    if plan.schedule == "frozen":
+    if frozen:
         return outputs, {"direction": direction_TD}
-    return outputs, {"kept": kept_KV, "total": sums.total, "offset": sums.offset}
+    return outputs, {"kept": kept_TV, "total": sums.total, "offset": sums.offset}
 
 
-def _over(sums: RowSums, shard, scaled: Tensor) -> RowSums:
-    """Sums over all shards, against the maximum of the whole row; `scaled` rows move with the offset."""
+def _mean_column(call: HeadCall, precision: torch.dtype) -> tuple[Tensor, Tensor | float]:
+    """Means over the vocabulary of the weight, [D], and of the bias.
+
+    Without a soft cap the mean logit is their logit, and needs no pass over tiles.
+    """
+    V = len(call.weight_VD)
+    # Block by block, because a sum in another dtype copies its input whole.
+    blocks = vocab_blocks(call.plan, V)
+    column_D = sum(call.weight_VD[block].to(precision).sum(0) for block in blocks) / V
+    return column_D, 0.0 if call.bias is None else call.bias.mean(dtype=precision)
+
+
+def _over(sums: RowSums, shard: VocabShard | None, scaled: Tensor) -> RowSums:
+    """Sums over all shards, against the maximum of the whole row. The rows of `scaled` move with it."""
+    if shard is None:
+        return sums
     common = sums.rebased(finite_offset(shard.maximum(sums.maximum)))
     scaled *= (sums.offset - common.offset).exp()[: len(scaled), None]
     return common.over(shard)
 
 
-def _keep(tiles: _Tiles, online: _OnlineSums, kept: Tensor, options) -> None:
-    """One pass over the vocabulary; writes E for the first len(kept) rows of the chunk."""
-    n = len(kept)
-    direct = n == len(tiles.rows) and kept.dtype == tiles.precision  # no rounding, no copy
+def _keep(call: HeadCall, tiles: _Tiles, online: _OnlineSums, kept_TV: Tensor) -> RowSums:
+    """One pass over the vocabulary. Writes E' for the first len(kept_TV) rows of the chunk."""
+    n = len(kept_TV)
+    direct = n == len(tiles.rows) and kept_TV.dtype == tiles.precision  # no rounding, no copy
     for block in tiles.blocks():
         z = tiles.logits(block)
-        slope = softcap_slope(z[:n], options) if n else None
+        slope = softcap_slope(z[:n], call.options) if n else None
         if (moved := online.shift(z, block)) is not None:
             changed, factor = (x[moved[0] < n] for x in moved)
-            kept[changed, : block.start] = (kept[changed, : block.start] * factor[:, None]).to(
-                kept.dtype
-            )
-        e = online.add(z, kept[:, block] if direct else z)[:n]
+            before = kept_TV[changed, : block.start] * factor[:, None]
+            kept_TV[changed, : block.start] = before.to(kept_TV.dtype)
+        e = online.add(z, kept_TV[:, block] if direct else z)[:n]
         if slope is not None:
             e = e.mul_(slope)
         if n and not direct:
-            kept[:, block] = e
+            kept_TV[:, block] = e
+    sums = _over(online.done(), call.shard, kept_TV)
+    patch_targets(kept_TV, sums, online.targets, call.options, call.shard)
+    return sums
 
 
-def _direction(tiles: _Tiles, online: _OnlineSums, out: Tensor, options, shard) -> RowSums:
+def _direction(call: HeadCall, tiles: _Tiles, online: _OnlineSums, out_TD: Tensor) -> RowSums:
     """u_t = slope_y w_y - sum_v p_tv slope_v w_v, so that dH = c u: no second pass is needed."""
-    weight = tiles.weight
+    weight, options = call.weight_VD, call.options
     # Sums of exponentials that are not normalised yet leave the range of fp16.
-    dtype = tiles.precision if out.dtype == torch.float16 else out.dtype
-    direction = tiles.rows.new_zeros(out.shape)
+    dtype = tiles.precision if out_TD.dtype == torch.float16 else out_TD.dtype
+    direction = tiles.rows.new_zeros(out_TD.shape)
     for block in tiles.blocks():
         z = tiles.logits(block)
         slope = softcap_slope(z, options)
@@ -237,80 +250,84 @@ def _direction(tiles: _Tiles, online: _OnlineSums, out: Tensor, options, shard) 
         if slope is not None:
             e = e.mul_(slope)
         direction += e.to(dtype) @ weight[block].to(dtype)
-    sums = online.done()
-    if shard is not None:
-        sums = _over(sums, shard, direction)
+    sums = _over(online.done(), call.shard, direction)
     inside, columns = in_block(online.targets, slice(0, len(weight)))
     gathered = weight[columns].to(tiles.precision)
     slope = softcap_slope(sums.target[inside], options)
     direction.div_(-sums.total[:, None])
     direction[inside] += gathered if slope is None else gathered * slope[:, None]
-    out.copy_(direction.mul_(tiles.slope_factor))
+    out_TD.copy_(direction.mul_(options.factor))
     return sums
 
 
-def backward(grad_T, hidden_TD, weight_VD, bias, targets_T, options, plan, saved, needs):
-    """Returns (dH, dW, db), each None where `needs` says that nothing asks for it."""
-    if plan.schedule == "frozen":
-        direction_TD = saved["direction"]
-        return (direction_TD * grad_T[:, None]).to(direction_TD.dtype), None, None
+def backward(
+    call: HeadCall, grad_T: Tensor, saved: dict[str, Tensor], needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As `op.Schedules.backward`."""
     needs_hidden, needs_weight, needs_bias = needs
-    T, K = len(hidden_TD), plan.kept_tokens
-    precision = torch.promote_types(hidden_TD.dtype, torch.float32)
-    kept_KV = saved["kept"]
-    scale_T = -grad_T / saved["total"] * (options.logit_scale / options.temperature)
-    scale_K = scale_T[:K]
-    scaled_KD = (hidden_TD[:K] * scale_K[:, None]).to(kept_KV.dtype)
-    hidden_grad = hidden_TD.new_zeros(T, weight_VD.shape[1]) if needs_hidden else None
+    hidden_TD, weight_VD, kept_TV = call.hidden_TD, call.weight_VD, saved["kept"]
+    T, K = len(hidden_TD), len(kept_TV)
+    scale_T = -grad_T / saved["total"] * call.options.factor
+    scaled_TD = (hidden_TD[:K] * scale_T[:K, None]).to(kept_TV.dtype)
+    dH = hidden_TD.new_zeros(hidden_TD.shape) if needs_hidden else None
     if needs_hidden and K:
-        hidden_grad[:K] = (kept_KV @ weight_VD) * scale_K[:, None]
-    weight_grad = kept_KV.t() @ scaled_KD if needs_weight else None
-    if K == T and not needs_bias:
-        return hidden_grad, weight_grad, None
-    bias_grad = torch.empty_like(bias) if needs_bias else None
-    rest = _Recompute(hidden_TD, weight_VD, bias, targets_T, options, plan, saved, scale_T)
-    hidden_sum = torch.zeros_like(hidden_TD[K:], dtype=precision) if needs_hidden else None
-    # Vocabulary outside, tokens inside: sums over chunks are one block of fp32, not a whole [V, D].
-    for block in vocab_blocks(plan, weight_VD.shape[0]):
-        weight_sum = weight_grad[block].to(precision) if needs_weight else None
-        bias_sum = kept_KV[:, block].to(precision).t() @ scale_K if needs_bias else None
-        for rows, g in rest.tiles(block):
-            if needs_bias:
+        dH[:K] = (kept_TV @ weight_VD) * scale_T[:K, None]
+    dW = kept_TV.t() @ scaled_TD if needs_weight else None
+    db = torch.empty_like(call.bias) if needs_bias else None
+    if needs_bias or K < T:
+        _add_tiles(_Recompute(call, saved, scale_T), dH, dW, db, kept_TV)
+    return dH, dW, db
+
+
+def _add_tiles(recompute: _Recompute, dH, dW, db, kept_TV: Tensor) -> None:
+    """Add recomputed tiles to the gradients. db is written whole.
+
+    Vocabulary outside, tokens inside: sums over chunks are one block of fp32, not a whole [V, D].
+    """
+    call, scale_T, K = recompute.call, recompute.scale_T, len(kept_TV)
+    precision = scale_T.dtype
+    hidden_sum = None if dH is None else torch.zeros_like(dH[K:], dtype=precision)
+    for block in vocab_blocks(call.plan, len(call.weight_VD)):
+        weight_sum = None if dW is None else dW[block].to(precision)
+        if db is not None:
+            bias_sum = kept_TV[:, block].to(precision).t() @ scale_T[:K]
+        for rows, g in recompute.tiles(block):
+            if db is not None:
                 bias_sum += g.sum(0)
-            g = g.to(hidden_TD.dtype)
-            if needs_hidden:
-                hidden_sum[rows.start - K : rows.stop - K] += g @ weight_VD[block]
-            if needs_weight:
-                weight_sum += g.t() @ hidden_TD[rows]
-        if needs_weight:
-            weight_grad[block] = weight_sum
-        if needs_bias:
-            bias_grad[block] = bias_sum
-    if needs_hidden:
-        hidden_grad[K:] = hidden_sum
-    return hidden_grad, weight_grad, bias_grad
+            g = g.to(call.hidden_TD.dtype)
+            if dH is not None:
+                hidden_sum[rows.start - K : rows.stop - K] += g @ call.weight_VD[block]
+            if dW is not None:
+                weight_sum += g.t() @ call.hidden_TD[rows]
+        if dW is not None:
+            dW[block] = weight_sum
+        if db is not None:
+            db[block] = bias_sum
+    if dH is not None:
+        dH[K:] = hidden_sum
 
 
 class _Recompute:
     """Gradient tiles of the tokens that were not kept, from their logits made again."""
 
-    def __init__(self, hidden_TD, weight_VD, bias, targets_T, options, plan, saved, scale_T):
-        self.targets, self.scale, self.options = targets_T, scale_T, options
-        self.total, self.offset = saved["total"], saved["offset"]
-        buffer = tile_buffer(plan, self.total)
-        make = partial(_Tiles, hidden_TD, weight_VD, bias, options, plan, buffer)
-        chunks = token_chunks(plan, plan.kept_tokens, len(hidden_TD))
-        self.chunks = [(rows, make(rows)) for rows in chunks]
+    def __init__(self, call: HeadCall, saved: dict[str, Tensor], scale_T: Tensor) -> None:
+        self.call, self.scale_T = call, scale_T
+        self.total_T, self.offset_T = saved["total"], saved["offset"]
+        buffer = tile_buffer(call.plan, self.total_T)
+        chunks = token_chunks(call.plan, call.plan.kept_tokens, len(call.hidden_TD))
+        self.chunks = [(rows, _Tiles(call, buffer, rows)) for rows in chunks]
 
-    def tiles(self, block: slice):
-        """Yields (rows, dL/d(h.w + b)), the latter as s E' from the offset and sum of the forward: with
-        logits near 1e4 their log-sum-exp has lost the digits that exp(z - lse) needs."""
+    def tiles(self, block: slice) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, dL/d(h.w + b)), the latter as s E' from the forward pass's offset and sum.
+
+        With logits near 1e4 their log-sum-exp has lost the digits that exp(z - lse) needs.
+        """
         for rows, tiles in self.chunks:
             z = tiles.logits(block)
-            slope = softcap_slope(z, self.options)
-            z.sub_(self.offset[rows, None]).exp_()
-            inside, columns = in_block(self.targets[rows], block)
-            z[inside, columns] -= self.total[rows][inside]
+            slope = softcap_slope(z, self.call.options)
+            z.sub_(self.offset_T[rows, None]).exp_()
+            inside, columns = in_block(self.call.targets_T[rows], block)
+            z[inside, columns] -= self.total_T[rows][inside]
             if slope is not None:
                 z.mul_(slope)
-            yield rows, z.mul_(self.scale[rows, None])
+            yield rows, z.mul_(self.scale_T[rows, None])

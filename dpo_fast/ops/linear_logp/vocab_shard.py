@@ -10,13 +10,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class VocabShard:
-    """This rank's slice of the vocabulary: `first` .. `first` + rows of its weight, out of `vocab`.
+    """This rank's slice of the vocabulary. Slices lie in the order of the ranks.
 
-    Slices lie in the order of the ranks. Hidden states and targets are the same on every rank;
-    targets count the whole vocabulary.
+    Hidden states and targets are the same on every rank; targets count from the whole vocabulary's start.
 
-    group: the process group; None is the default one. largest: rows of the largest slice, by which
-    all ranks choose the same schedule.
+    group: the process group; None is the default one.
+    first: column of the whole head that is row 0 of this rank's weight.
+    vocab: columns of the whole head.
+    largest: rows of the largest slice; all ranks choose their schedule by it, so it is the same.
     """
 
     group: dist.ProcessGroup | None
@@ -26,7 +27,7 @@ class VocabShard:
 
     @classmethod
     def of(cls, weight_VD: Tensor, group: dist.ProcessGroup | None = None) -> VocabShard:
-        """The shard of a rank that holds `weight_VD`. Collective, and waits: call it once, not per step.
+        """The shard of the rank that holds `weight_VD`. Collective, and waits: call it once, not per step.
 
         Raises:
             RuntimeError: torch.distributed is not initialised.
@@ -39,9 +40,11 @@ class VocabShard:
         return cls(group, sum(sizes[:rank]), sum(sizes), max(sizes))
 
     def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks, in new memory. Collective."""
         return self._reduced(tensor, dist.ReduceOp.SUM)
 
     def maximum(self, tensor: Tensor) -> Tensor:
+        """The maximum over ranks, in new memory. Collective."""
         return self._reduced(tensor, dist.ReduceOp.MAX)
 
     def _reduced(self, tensor: Tensor, operation) -> Tensor:
@@ -51,7 +54,7 @@ class VocabShard:
 
 
 def whole_vocabulary(weight_VD: Tensor, shard: VocabShard | None) -> int:
-    """V of the whole head. ValueError if the shard was made for another weight."""
+    """V of the whole head. Raises ValueError if the shard was made for another weight."""
     if shard is None:
         return weight_VD.shape[0]
     rows = weight_VD.shape[0]

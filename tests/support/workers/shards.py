@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from dpo_fast.ops import eager, linear_logp
-from dpo_fast.ops.linear_logp.op import EXTRAS
+from dpo_fast.ops.linear_logp.call import EXTRAS
 from dpo_fast.ops.linear_logp.vocab_shard import VocabShard
 
 T, V, D, SPLIT = 21, 83, 24, 50  # uneven slices, no multiples of a tile

@@ -1,0 +1,195 @@
+"""What the classes of `integrations.liger` share: scores of sequences, and a loss of the table on them.
+
+Tensors have the shapes of Liger's interface: input [S, L, D] and target [S, L], of pairs the chosen
+sequences first and then the rejected ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dpo_fast.losses import LossOptions, Objective, PairLogps, SequenceLogps
+from dpo_fast.modules.rows import scored_rows
+from dpo_fast.ops.linear_logp.op import linear_logp
+from dpo_fast.ops.segments import sum_sequences
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Arguments that Liger's constructors have in common, and ours.
+
+    ignore_index: labels that are not scored.
+    average_log_prob: means over tokens in the place of sums.
+    compiled, chunk_size: how Liger runs; without effect here.
+    implementation, workspace_bytes: as in `linear_logp`.
+    """
+
+    ignore_index: int
+    average_log_prob: bool
+    compiled: bool
+    chunk_size: int
+    implementation: str
+    workspace_bytes: int | None
+
+
+class Scores(NamedTuple):
+    """logps_S: of sequences. lengths_S: their scored tokens. nll: mean over chosen tokens, []."""
+
+    logps_S: Tensor
+    lengths_S: Tensor
+    nll: Tensor
+
+
+class LigerLoss(nn.Module):
+    """A loss of the table, by name, on sequences that are scored from hidden states."""
+
+    use_ref_model = False
+
+    def __init__(self, name: str, options: LossOptions, settings: Settings) -> None:
+        super().__init__()
+        self.objective = Objective((name,), (1.0,), options)  # it refuses options not used
+        self.ignore_index, self.average_log_prob = settings.ignore_index, settings.average_log_prob
+        self.compiled, self.chunk_size = settings.compiled, settings.chunk_size
+        self.implementation = settings.implementation
+        self.workspace_bytes = settings.workspace_bytes
+
+    @property
+    def beta(self) -> float:
+        return self.objective.options.beta
+
+    def losses(self, logps: PairLogps | SequenceLogps) -> Tensor:
+        """[P] of pairs, else [S]."""
+        return self.objective.specs[0].function(logps, self.objective.options)
+
+    def _tokens(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows_T, targets_T):
+        """Log-probabilities of these targets, [T]."""
+        return linear_logp(
+            hidden.flatten(0, -2)[rows_T],
+            weight,
+            targets_T,
+            bias=bias,
+            implementation=self.implementation,
+            workspace_bytes=self.workspace_bytes,
+        ).logp
+
+    def score(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None,
+        nll_target: Tensor | None = None,
+    ) -> Scores:
+        """Scores of the sequences. nll_target: labels of the nll where they differ from `target`."""
+        if hidden.dim() != 3 or hidden.shape[:2] != target.shape:
+            raise ValueError(
+                f"expected input [S, L, D] and target [S, L]; got {tuple(hidden.shape)} and "
+                f"{tuple(target.shape)}"
+            )
+        rows = scored_rows(target, ignore_index=self.ignore_index)
+        only_nll, counted_N = self._only_nll(target, nll_target)
+        targets = nll_target.flatten()[only_nll] if len(only_nll) else only_nll
+        both = torch.cat([rows.rows_T, only_nll]), torch.cat([rows.targets_T, targets])
+        sizes = len(rows.rows_T), len(only_nll)
+        logp_T, nll_logp = self._tokens(hidden, weight, bias, *both).split(sizes)
+        in_nll_T = counted_N[rows.rows_T]
+        total = torch.where(in_nll_T, logp_T, 0).sum() + nll_logp.sum()
+        logps_S = sum_sequences(logp_T, rows.lengths_S)
+        if self.average_log_prob:
+            logps_S = logps_S / rows.lengths_S
+        return Scores(logps_S, rows.lengths_S, -total / (in_nll_T.sum() + len(only_nll)))
+
+    def _only_nll(self, target: Tensor, nll_target: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Rows that the nll alone scores, int64, and a mask of rows that it shares, [N]; N = S L."""
+        chosen = torch.zeros_like(target, dtype=torch.bool)
+        chosen[: len(target) // 2] = True
+        if nll_target is None:
+            return target.new_empty(0), chosen.flatten()
+        if nll_target.shape != target.shape:
+            raise ValueError(
+                f"nll_target is {tuple(nll_target.shape)}; expected the shape of target, "
+                f"{tuple(target.shape)}"
+            )
+        counted = chosen & (nll_target != self.ignore_index)
+        same = nll_target == target
+        more = (counted & ~same).flatten().nonzero().squeeze(1)
+        return more, (counted & same).flatten()
+
+    @torch.no_grad()
+    def reference(self, target, hidden, weight, bias) -> Tensor | None:
+        """The reference's log-probabilities, [S]; None where it is not used."""
+        wanted = [x is not None for x in (hidden, weight)]
+        if not all(wanted) if self.use_ref_model else any([*wanted, bias is not None]):
+            raise ValueError(
+                f"use_ref_model={self.use_ref_model}, ref_input is {given(hidden)}, ref_weight is "
+                f"{given(weight)}, ref_bias is {given(bias)}: a reference needs ref_input and "
+                "ref_weight, and without use_ref_model=True none is used"
+            )
+        return self.score(hidden, weight, target, bias).logps_S if self.use_ref_model else None
+
+    def extra_repr(self) -> str:
+        return f"{self.objective.names[0]}, {self.objective.options}"
+
+
+class LigerPairLoss(LigerLoss):
+    """A loss on pairs, and alpha * nll."""
+
+    def __init__(
+        self,
+        name: str,
+        options: LossOptions,
+        settings: Settings,
+        *,
+        alpha: float,
+        compute_nll_loss: bool,
+    ) -> None:
+        super().__init__(name, options, settings)
+        self.alpha, self.compute_nll_loss = alpha, compute_nll_loss
+
+    def pair_loss(
+        self, weight, hidden, target, bias, reference_S=None, nll_target=None
+    ) -> tuple[Tensor, tuple[Tensor, ...], PairLogps]:
+        """Loss, Liger's tuple for pairs, and the pairs."""
+        if len(target) % 2:
+            raise ValueError(
+                f"{len(target)} sequences are no pairs: give all chosen ones, then all rejected ones"
+            )
+        if nll_target is not None and not self.compute_nll_loss:
+            raise ValueError("compute_nll_loss=False uses no nll_target; leave it out")
+        scores = self.score(hidden, weight, target, bias, nll_target)
+        # A mean is the sum of a completion of length 1 to losses that divide by lengths.
+        lengths_S = torch.ones_like(scores.lengths_S) if self.average_log_prob else scores.lengths_S
+        reference = (None, None) if reference_S is None else reference_S.chunk(2)
+        pairs = PairLogps(*scores.logps_S.chunk(2), *lengths_S.chunk(2), *reference)
+        nll = scores.nll if self.compute_nll_loss else torch.zeros_like(scores.nll)
+        loss = self.losses(pairs).mean() + self.alpha * nll
+        half = len(hidden) // 2
+        logits = (mean_logit(side, weight, bias) for side in (hidden[:half], hidden[half:]))
+        rewards = (
+            self.beta * ratio.detach() for ratio in (pairs.chosen_ratio, pairs.rejected_ratio)
+        )
+        outputs = (pairs.chosen.detach(), pairs.rejected.detach(), *logits, nll.detach(), *rewards)
+        return loss, outputs, pairs
+
+
+@torch.no_grad()
+def mean_logit(hidden: Tensor, weight: Tensor, bias: Tensor | None, total: bool = False) -> Tensor:
+    """Mean (or sum) of all logits of these rows, masked ones too, [] fp32.
+
+    It is the logit of the mean row at the mean column, so no logits are made.
+    """
+    rows, V = hidden.reshape(-1, hidden.shape[-1]), len(weight)
+    count = max(len(rows), 1)
+    row_D = rows.sum(0, dtype=torch.float32) / count
+    mean = (row_D * weight.mean(0, dtype=torch.float32)).sum()  # autocast would round a product
+    if bias is not None:
+        mean = mean + bias.mean(dtype=torch.float32)
+    return mean * (len(rows) * V) if total else mean
+
+
+def given(value: Tensor | None) -> str:
+    return "None" if value is None else "given"
