@@ -1,18 +1,20 @@
-"""A stored reference: Parquet parts and a manifest. Complete or absent, and checked when it is read.
+"""A stored reference on disk: a folder of Parquet parts and a manifest. It is complete or absent.
 
-train/_manifest.json        what it was computed with and for, and a sha256 of every part
-train/part-00000.parquet    a row for each pair: digest of its token ids, where it came from,
-                            chosen_logps, rejected_logps, chosen_tokens, rejected_tokens;
-                            per token also chosen_token_logps and rejected_token_logps;
-                            for each completion completion_logps and so on; of groups lists,
-                            completions_logps and so on
+train/_manifest.json        model, dtype and data that it was computed with, and a sha256 of every part
+train/part-00000.parquet    a row for each example, in the order of the data:
 
-The folder reads as one table, `pandas.read_parquet(folder)`: what begins with `_` is passed over.
+    digest                                  hash of the token ids
+    where                                   file and line of the data
+    chosen_logps, rejected_logps            summed log-probs, fp32
+    chosen_tokens, rejected_tokens          scored tokens, int32
+    chosen_token_logps, ...                 lists of fp32, with reference.per_token
 
-An artefact while it is computed, so that what is interrupted goes on where it was.
+The columns are named after the answers: `completion_logps` and so on for unpaired data; `completions_logps`
+and so on for groups, as lists. `pandas.read_parquet(folder)` reads the folder as one table and passes over
+the manifest.
 
-The examples of a data set are cut into parts of a fixed number, in order. Finished parts gather in
-`.NAME.partial`, which is renamed to NAME when it has them all.
+While it is computed the finished parts gather in `.train.partial`, which is renamed when it has them all.
+An interrupted computation goes on after the parts that are there.
 """
 
 from __future__ import annotations
@@ -37,11 +39,12 @@ from dpo_fast.errors import UserError
 
 FORMAT = 2
 MANIFEST = "_manifest.json"
+ROWS_PER_PART = 2048  # at most so many are lost when a process is killed
 REMEDY = "delete the folder to compute it again, or name another with reference.cache_dir"
 
 
 def names_of(kind: Kind, what: str) -> list[str]:
-    """Columns of each answer: `logps`, sums; `tokens`, how many; `token_logps`."""
+    """The column of each answer. what: `logps`, `tokens` or `token_logps`."""
     return [f"{answer}_{what}" for answer in kind.answers]
 
 
@@ -50,7 +53,7 @@ def part_name(index: int) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What stands in a folder's manifest. Raises UserError if there is none, or it cannot be read."""
+    """A folder's manifest. Raises UserError if there is none, or it cannot be read."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if not isinstance(manifest, dict):
@@ -61,7 +64,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def differences(stored: dict, wanted: dict) -> str:
-    """Where a manifest differs from what is wanted of it, in words; empty if nowhere."""
+    """In which values a manifest differs from those that are wanted, in words; empty if in none."""
     return "; ".join(
         f"{name} is {stored.get(name)!r} there and {value!r} here"
         for name, value in wanted.items()
@@ -70,10 +73,12 @@ def differences(stored: dict, wanted: dict) -> str:
 
 
 def read_rows(folder: Path, columns: list[str]) -> pyarrow.Table:
-    """These columns of all parts, in order. What is decoded are the very bytes that were checked.
+    """These columns of all parts, in order.
+
+    Each part is read once: the bytes whose sha256 is checked are those that are decoded.
 
     Raises:
-        UserError: a part is missing, or is not what was written.
+        UserError: a part is missing, or its sha256 is not the one that was written.
     """
     parts = read_manifest(folder).get("parts")
     if not parts:
@@ -90,9 +95,6 @@ def read_rows(folder: Path, columns: list[str]) -> pyarrow.Table:
     return pyarrow.concat_tables(tables)
 
 
-ROWS_PER_PART = 2048  # what is lost at most when a process is killed
-
-
 def part_rows(rows: int, rows_per_part: int) -> list[range]:
     """Rows of each part."""
     starts = range(0, rows, rows_per_part)
@@ -100,9 +102,11 @@ def part_rows(rows: int, rows_per_part: int) -> list[range]:
 
 
 class Unfinished:
-    """The working folder of an artefact that is being computed. Rank 0 alone has one.
+    """The folder of a reference that is being computed. Only rank 0 opens it.
 
-    manifest: what the artefact is made of; a folder that was begun with another is refused.
+    final: the folder that it becomes.
+    manifest: what it is computed with; a folder that was begun with another manifest is refused.
+    examples: the rows, in order.
     """
 
     def __init__(self, final: Path, manifest: dict, examples: Dataset) -> None:
@@ -113,7 +117,7 @@ class Unfinished:
         self._lock: int | None = None
 
     def begin(self) -> list[int]:
-        """Makes the folder, or finds it; returns the parts that are not in it yet.
+        """Make the folder, or go on with it. Returns the indices of the parts that are missing.
 
         Raises:
             UserError: it was begun for something else, is in use, or cannot be written.
@@ -134,14 +138,17 @@ class Unfinished:
         return [index for index in range(len(self.parts)) if not self._is_done(index)]
 
     def write(self, index: int, table: pyarrow.Table) -> None:
-        """Adds a part. Raises UserError if it cannot be written; the others stay."""
+        """Add a part. Raises UserError if it cannot be written; the finished parts stay."""
         content = io.BytesIO()
         pyarrow.parquet.write_table(table, content, write_page_checksum=True)
         with self._writing():
             durable.write_file(self.folder / part_name(index), content.getvalue())
 
     def finish(self, information: dict) -> None:
-        """All parts are there: completes the manifest and gives the folder its name."""
+        """Complete the manifest and give the folder its name. All parts must be there.
+
+        information: what else the manifest records.
+        """
         names = [part_name(index) for index in range(len(self.parts))]
         with self._writing():
             digests = {n: hashlib.sha256((self.folder / n).read_bytes()).hexdigest() for n in names}
@@ -152,13 +159,13 @@ class Unfinished:
         self.close()
 
     def close(self) -> None:
-        """Lets another process go on."""
+        """Release the lock, so that another process may go on."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def _take_lock(self) -> None:
-        """Held until the process ends, however it ends."""
+        """Lock the folder. The system releases the lock when the process ends, however it ends."""
         self._lock = os.open(self.folder, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -171,7 +178,7 @@ class Unfinished:
             pass  # a file system without locks
 
     def _is_done(self, index: int) -> bool:
-        """Whether a part is there and whole: what was flushed and then fell to a bad disk is not."""
+        """Whether a part is there, holds the rows that it should, and has whole pages."""
         rows = self.parts[index]
         with suppress(OSError, pyarrow.ArrowException):
             table = pyarrow.parquet.read_table(

@@ -1,4 +1,4 @@
-"""Reference log-probabilities of a part of a data set, scored by all ranks together."""
+"""The log-probs of a part of a data set, scored by all ranks together, as a table."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ def length_batches(
 ) -> list[list[int]]:
     """Rows in batches of `batch_size`, or of at most `tokens`, from the longest to the shortest.
 
-    costs: what every example of the data set takes in the layout. Alike examples go together, so little is
-    padded and ranks take about as long. Batches, and so the values, do not depend on the ranks.
+    Rows of like length share a batch: there is little padding, and ranks take about as long. The batches
+    do not depend on the number of ranks, and so the values do not either.
+
+    costs: tokens that each example of the data set takes in the layout.
     """
     ordered = sorted(rows, key=lambda row: (-costs.alone_P[row], row))
     if tokens is not None:
@@ -63,10 +65,14 @@ def score_part(
 def part_table(
     values_T: Tensor, lengths: ExampleLengths, examples: Dataset, rows: range, per_token: bool
 ) -> pyarrow.Table:
-    """The rows of a part, from the log-probabilities of its tokens.
+    """The rows of a part as `artefact.py` describes them.
+
+    values_T: log-probs of all scored tokens of the part, fp32.
+    lengths: of the part's rows.
+    rows: where the part lies in the data set.
 
     Raises:
-        UserError: one of them is not finite.
+        UserError: the sum of an answer is not finite.
     """
     kind, lengths_S = examples.kind, torch.from_numpy(lengths.answers_S)
     sums_S = sum_sequences(values_T, lengths_S)
@@ -91,7 +97,7 @@ def part_table(
 
 
 def _by_answer(values_S: pyarrow.Array, lengths: ExampleLengths) -> list[pyarrow.Array]:
-    """A column for each answer of a row; of groups one column of lists."""
+    """A column for each answer; for groups one column of lists."""
     if lengths.kind.many:
         return [_lists(values_S, lengths.counts_P)]
     count = len(lengths.kind.answers)

@@ -1,6 +1,6 @@
-"""Which model a reference was computed with.
+"""Where the stored reference of a split lies, and whether what lies there fits the run.
 
-Where a run's stored reference lies, and whether what lies there serves.
+It fits if it was computed by the same model in the same dtype and holds every row of the split.
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ from dpo_fast.references.cached import find_rows
 
 
 def model_digest(path: str, trust_remote_code: bool = False) -> str:
-    """A hash that tells models apart: the configuration and samples of every weights file.
+    """A hash that identifies a model: of its configuration and of samples of every weights file.
 
-    Reading a 70B model whole would take minutes on every start. Training moves all weights, so 64 kB
-    from 32 places of each file differ between any two models that are not the same. A hub id is told
-    by its revision.
+    Reading a 70B model whole would take minutes at every start. Training changes all weights, so 64 kB
+    from 32 places of each file tell two models apart. A hub id is identified by its revision.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -53,7 +52,14 @@ def model_digest(path: str, trust_remote_code: bool = False) -> str:
 
 @dataclass(frozen=True)
 class Request:
-    """What a split asks of a stored reference."""
+    """What a split needs of a stored reference.
+
+    name: of the split.
+    examples: its rows.
+    model: digest of the model.
+    dtype: of its weights.
+    per_token: whether the log-prob of every token is needed.
+    """
 
     name: str
     examples: Dataset
@@ -63,18 +69,18 @@ class Request:
 
     @property
     def must_match(self) -> dict:
-        """What changes the values. One with token values also serves whoever wants the sums alone."""
+        """The values of a manifest that must agree. Sums are also read from a store of token log-probs."""
         identity = {"format": FORMAT, "model": self.model, "dtype": self.dtype, "kind": self.kind}
         return identity | ({"per_token": True} if self.per_token else {})
 
     @property
     def kind(self) -> str | None:
-        """What the rows are, where they are not pairs: of those a manifest says nothing."""
+        """What the rows are; None for pairs, which a manifest does not mention."""
         return None if self.examples.kind == PAIRS else self.examples.kind.name
 
     @property
     def manifest(self) -> dict:
-        """What an artefact made for this request is made of."""
+        """The manifest of a reference that is computed for this request."""
         content = {"data": self.examples.token_fingerprint, "rows": len(self.examples)}
         whole = self.must_match | {"per_token": self.per_token} | content
         return {name: value for name, value in whole.items() if value is not None}
@@ -82,43 +88,50 @@ class Request:
 
 @dataclass(frozen=True)
 class Place:
-    """`own`: the folder that a request's reference is computed into; `others`: folders that may hold
-    its examples as well."""
+    """Folders of a request's reference.
+
+    own: the one it is computed into.
+    others: those that may hold its rows, too.
+    """
 
     own: Path
     others: tuple[Path, ...] = ()
 
     @property
     def stored(self) -> list[Path]:
-        """The folders that are there."""
+        """Those of the folders that exist."""
         return [folder for folder in (self.own, *self.others) if folder.exists()]
 
 
 def default_place(output_dir: str, request: Request) -> Place:
-    """Beside the run, under a name that changes with anything in the manifest."""
+    """A folder beside the run. Its name changes with any value of the manifest."""
     text = json.dumps(request.manifest, sort_keys=True)
     key = hashlib.sha256(text.encode()).hexdigest()[:12]
     return Place(Path(output_dir) / "reference" / f"{request.name}-{key}")
 
 
 def named_place(cache_dir: str, request: Request) -> Place:
-    """A folder that the user names: an artefact, or a folder of them, of which every one may serve."""
+    """The folders below `reference.cache_dir`, which is a stored reference itself or holds several.
+
+    Raises:
+        UserError: it is a file.
+    """
     root = Path(cache_dir).expanduser()
     if (root / MANIFEST).exists():
         return Place(root)
     if root.exists() and not root.is_dir():
         raise UserError(f"reference.cache_dir={cache_dir} is a file; expected a folder")
     own = root / request.name
-    # A folder that is still being written has a name that begins with a point.
+    # The name of a folder that is still being written begins with a dot.
     found = (file.parent for file in sorted(root.glob(f"*/{MANIFEST}")))
     return Place(own, tuple(x for x in found if x != own and not x.name.startswith(".")))
 
 
 def find_stored(place: Place, request: Request) -> list[Path] | None:
-    """Folders that together hold every pair of a request, or None if it is yet to be computed.
+    """Folders that together hold every row of a request. None if the reference is yet to be computed.
 
     Raises:
-        UserError: what is stored is damaged, belongs to another model, or lacks some of the examples.
+        UserError: what is stored is damaged, is of another model, or lacks some of the rows.
     """
     fitting, misfits = [], []
     for folder in place.stored:
@@ -135,14 +148,14 @@ def find_stored(place: Place, request: Request) -> list[Path] | None:
     if place.own.exists():
         raise UserError(
             f"reference {place.own} was computed for other data: {len(missing)} of "
-            f"{len(request.examples)} {request.examples.kind.name} ({request.name}) are not in it, the first "
-            f"{request.examples.where(missing[0])}; {REMEDY}"
+            f"{len(request.examples)} {request.examples.kind.name} ({request.name}) are not in it, the "
+            f"first {request.examples.where(missing[0])}; {REMEDY}"
         )
     return None
 
 
 def _missing(folders: list[Path], examples: Dataset) -> list[int]:
-    """Rows of the examples that no folder holds."""
+    """Indices of the rows that no folder holds."""
     if not folders:
         return list(range(len(examples)))
     table = pyarrow.concat_tables([read_rows(folder, ["digest"]) for folder in folders])
