@@ -24,61 +24,79 @@ class DataConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     train: str | list[str] = Field(
-        description="A file, a glob, a folder, or a hub id as `name` or `name:split`; or several, "
-        "read one after the other."
+        description="a file, a glob, a folder, or a hub id as `name` or `name:split`; or several, read "
+        "one after the other"
     )
-    eval: str | list[str] | None = Field(None, description="The same, for evaluation.")
+    eval: str | list[str] | None = Field(
+        None,
+        description="the same, for evaluation",
+        json_schema_extra={"refused": "names that are also in train; beside eval_rows"},
+    )
     eval_rows: int = Field(
-        0, description="Examples held out of `train` when `eval` is not set; 0: no evaluation."
+        0,
+        description="rows of train that are held out for evaluation; 0: none",
+        json_schema_extra={"refused": "beside eval; with streaming"},
     )
-    seed: int = Field(0, description="Seed of the shuffle whose end is held out for evaluation.")
+    seed: int = Field(0, description="seed of the shuffle whose last rows are held out")
     format: Literal["auto", "pairs", "messages", "unpaired", "groups"] = Field(
         "auto",
-        description="`pairs`: answers are text; `messages`: answers are message lists; `unpaired`: "
-        "single completions, text or messages, with a label that is true for desirable ones; `groups`: "
-        "lists of completions with scores, or with ranks, 1 for the best; `auto`: the columns and "
-        "their values tell.",
+        description="pairs: two answers, as text; messages: answers are lists of messages; unpaired: one "
+        "completion and a label, true if it is desirable; groups: lists of completions and of scores, or "
+        "of ranks, of which 1 is the best; auto: what the columns and their values tell",
     )
     columns: dict[str, str] = Field(
-        default_factory=dict, description="Our column name to yours, as in `chosen: good`."
+        default_factory=dict,
+        description="our column name to yours, as in `chosen: better`",
+        json_schema_extra={"refused": "a name that is not ours, or that rows of this kind lack"},
     )
     prompt_end: str | None = Field(
         None,
-        description="For texts without a prompt column: the marker whose last occurrence ends the "
-        "prompt. Not needed for dialogues with Human: and Assistant: turns.",
+        description="for texts without a prompt column: the marker whose last occurrence ends the "
+        "prompt; not needed for dialogues with Human: and Assistant: turns",
     )
-    max_length: int = Field(1024, description="Tokens kept of prompt + completion, at most.")
+    max_length: int = Field(1024, description="tokens of prompt and completion together, at most")
     max_prompt_length: int | None = Field(
         None,
-        description="Tokens a prompt may always keep, however long the completions are; half of "
-        "`max_length` when not set.",
+        description="tokens that a prompt may keep however long the completions are; default: half of "
+        "max_length",
+        json_schema_extra={"refused": "unless below max_length"},
     )
     truncation: Literal["keep_end", "keep_start", "drop", "error"] = Field(
         "keep_end",
-        description="What to do with a row that is too long: keep the prompt's end or its start, "
-        "drop the row, or stop.",
+        description="for a row that is too long: keep_end and keep_start keep that part of the prompt; "
+        "drop leaves the row out; error stops",
     )
     on_bad_row: Literal["error", "skip"] = Field(
-        "error", description="Stop at a bad row, or skip and report it."
+        "error", description="error: stop at a bad row; skip: leave it out and report it"
     )
-    add_eos: bool = Field(True, description="End each completion that has no end of turn with EOS.")
+    add_eos: bool = Field(True, description="add EOS to completions that have no end of turn")
     chat_template: str | None = Field(
-        None, description="Path of a Jinja file used in place of the tokenizer's chat template."
+        None, description="a Jinja file in place of the tokenizer's chat template"
     )
-    max_rows: int | None = Field(None, description="Rows read from each of train and eval.")
-    workers: int = Field(1, description="Processes that tokenise.")
+    max_rows: int | None = Field(
+        None, description="rows that are read of train, and of eval; default: all"
+    )
+    workers: int = Field(
+        1,
+        description="processes that tokenise",
+        json_schema_extra={"refused": "above 1 with streaming and without eval"},
+    )
     streaming: bool = Field(
         False,
-        description="Read, check and tokenise `train` while training on it; nothing is stored. Needs "
-        "train.max_steps: at its end the data begins again.",
+        description="read, check and tokenise train while training on it, and store nothing. The data "
+        "begins again at its end",
+        json_schema_extra={
+            "refused": "without train.max_steps; with a stored reference; with grpo and dapo"
+        },
     )
     stream_buffer: int = Field(
         10_000,
-        description="Examples of a stream that are held, shuffled and trained on at a time; each such "
-        "chunk ends with a smaller step unless train.global_batch_size divides it.",
+        description="rows of a stream that are held at a time and shuffled. Each such chunk ends with a "
+        "smaller step unless train.global_batch_size divides it",
+        json_schema_extra={"refused": "without streaming; below train.global_batch_size"},
     )
     cache_dir: str | None = Field(
-        None, description="Where tokenised data is kept; beside the cache of `datasets` if unset."
+        None, description="folder of tokenised rows; default: beside the cache of `datasets`"
     )
 
     @property

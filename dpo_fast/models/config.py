@@ -19,7 +19,9 @@ class LoraSection(BaseModel):
     alpha: int = Field(32, ge=1, description="adapters are scaled by alpha / r")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapters")
     target_modules: str | list[str] = Field(
-        "all-linear", description="names of modules that get adapters, or all-linear (not the head)"
+        "all-linear",
+        description="names of modules that get adapters, or all-linear (not the head)",
+        json_schema_extra={"refused": "the head"},
     )
 
 
@@ -44,12 +46,17 @@ class ModelSection(BaseModel):
         None,
         description="decoder layers whose activations are recomputed: a number means the first so "
         "many, a list the layers of these indices; default: all. Turns gradient_checkpointing on",
+        json_schema_extra={"refused": "with gradient_checkpointing=false"},
     )
     use_liger_kernel: bool = Field(
-        False, description="liger-kernel's RMSNorm, RoPE and MLP in place of the model's (GPU only)"
+        False,
+        description="liger-kernel's RMSNorm, RoPE and MLP in place of the model's",
+        json_schema_extra={"refused": "with torch_compile; without a GPU"},
     )
     torch_compile: bool = Field(
-        False, description="compile the blocks of the decoder layers with torch.compile"
+        False,
+        description="compile the blocks of the decoder layers with torch.compile",
+        json_schema_extra={"refused": "with use_liger_kernel; with parallel.zero_stage=3"},
     )
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
     lora: LoraSection | None = Field(None, description="train adapters instead of the model")

@@ -64,40 +64,61 @@ LossSection = create_model(
 
 
 class TrainSection(BaseModel):
-    """How long, how fast, in which pieces. Names follow transformers' TrainingArguments where they can."""
+    """The training itself. Names follow transformers' TrainingArguments where they can."""
 
     model_config = FORBID
 
     output_dir: str = Field(description="folder for metrics, checkpoints, reference and model")
     num_train_epochs: float = Field(1.0, gt=0, description="passes over the data")
-    max_steps: int | None = Field(None, ge=1, description="optimiser steps; overrides the epochs")
+    max_steps: int | None = Field(
+        None,
+        ge=1,
+        description="optimiser steps; overrides the epochs",
+        json_schema_extra={"refused": "null with data.streaming"},
+    )
     global_batch_size: int = Field(
         64,
         ge=1,
-        description="pairs of one optimiser step, over all ranks; of unpaired data its completions",
+        description="examples of one optimiser step, over all ranks: pairs, completions or groups",
+        json_schema_extra={
+            "refused": "unless a multiple of micro_batch_size times the ranks; 1 with a loss that "
+            "estimates kl; above data.stream_buffer with data.streaming"
+        },
     )
     micro_batch_size: int | None = Field(
         None,
         ge=1,
-        description="pairs, or completions, of one forward on one rank; default 4, or tokens_per_batch",
+        description="examples of one forward on one rank; default: 4, or what tokens_per_batch holds",
+        json_schema_extra={"refused": "beside tokens_per_batch"},
     )
     tokens_per_batch: int | None = Field(
         None,
         ge=1,
-        description="in place of micro_batch_size: tokens of one forward on one rank, at most, padding "
-        "included; filled with whole pairs, so that a step has about global_batch_size of them",
+        description="in place of micro_batch_size: at most so many tokens in one forward on one rank, "
+        "padding included; filled with whole examples, so a step has about global_batch_size of them",
+        json_schema_extra={
+            "refused": "beside micro_batch_size; with a stream, if it may not hold every row"
+        },
     )
     learning_rate: float | None = Field(
         None, gt=0, description="peak rate; default 5e-7, with LoRA 5e-6"
     )
     lr_scheduler_type: str = Field("cosine", description="a name of transformers.get_scheduler")
     warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of the steps for warm-up")
-    weight_decay: float = Field(0.0, ge=0)
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    adam_epsilon: float = Field(1e-8, gt=0)
-    max_grad_norm: float = Field(1.0, ge=0, description="gradient norm is clipped to it; 0: not")
-    seed: int = Field(42, ge=0, lt=2**32)
+    weight_decay: float = Field(
+        0.0, ge=0, description="weight decay of matrices (AdamW); vectors have none"
+    )
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of AdamW's mean of gradients")
+    adam_beta2: float = Field(
+        0.999, ge=0, lt=1, description="decay of AdamW's mean of squared gradients"
+    )
+    adam_epsilon: float = Field(1e-8, gt=0, description="added to AdamW's denominator")
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="the gradient's norm is clipped to it; 0: no clipping"
+    )
+    seed: int = Field(
+        42, ge=0, lt=2**32, description="seed of the order of the data and of new adapters"
+    )
     layout: Literal[("auto", *LAYOUTS)] = Field(
         "auto",
         description="how a micro-batch is laid out; "
@@ -111,13 +132,29 @@ class TrainSection(BaseModel):
     workspace_bytes: int | None = Field(
         None, ge=0, description="memory the head may keep; default: see linear_logp"
     )
-    eval_steps: int | None = Field(None, ge=1, description="default: at the start and the end")
-    save_steps: int | None = Field(None, ge=1, description="default: at the end only")
+    eval_steps: int | None = Field(
+        None,
+        ge=1,
+        description="optimiser steps between evaluations; default: at the start and the end",
+        json_schema_extra={"refused": "without data.eval and data.eval_rows"},
+    )
+    save_steps: int | None = Field(
+        None, ge=1, description="optimiser steps between checkpoints; default: at the end only"
+    )
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept; older ones are removed")
     resume_from_checkpoint: bool | str = Field(
         False, description="true: the latest of output_dir, if any; or the path of one"
     )
-    merge_lora: bool = Field(False, description="export merged weights beside the adapter")
+    merge_lora: bool = Field(
+        False,
+        description="export merged weights beside the adapter",
+        json_schema_extra={"refused": "without model.lora"},
+    )
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """Options of the scoring head of every model of the run."""
+        return {"implementation": self.implementation, "workspace_bytes": self.workspace_bytes}
 
     @field_validator("output_dir", "resume_from_checkpoint")
     @classmethod
@@ -155,16 +192,29 @@ class ParallelSection(BaseModel):
     model_config = FORBID
 
     zero_stage: int = Field(
-        3, ge=0, le=3, description="what is sharded: 1 optimiser, 2 + gradients, 3 + parameters"
+        3,
+        ge=0,
+        le=3,
+        description="what is sharded: 1 optimiser states, 2 also gradients, 3 also parameters",
+        json_schema_extra={"refused": "3 with model.torch_compile"},
     )
     offload_optimizer: bool = Field(
-        False, description="optimiser states in CPU memory (stage 2, 3)"
+        False,
+        description="optimiser states in CPU memory",
+        json_schema_extra={"refused": "below zero_stage=2"},
     )
-    offload_parameters: bool = Field(False, description="parameters in CPU memory (stage 3)")
-    timeout_minutes: float = Field(30.0, gt=0, description="a lost rank ends the others after it")
+    offload_parameters: bool = Field(
+        False,
+        description="parameters in CPU memory",
+        json_schema_extra={"refused": "below zero_stage=3"},
+    )
+    timeout_minutes: float = Field(
+        30.0, gt=0, description="the other ranks end when one has been silent for so long"
+    )
     deepspeed: dict[str, Any] = Field(
         default_factory=dict,
-        description="merged into the DeepSpeed configuration; may not contradict this one",
+        description="merged into the DeepSpeed configuration",
+        json_schema_extra={"refused": "a value that contradicts the other sections"},
     )
 
     @model_validator(mode="after")
