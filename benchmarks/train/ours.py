@@ -54,17 +54,18 @@ class Ours:
     """
 
     def __init__(self, contender: Contender, task: Task) -> None:
-        from dpo_fast.training import references
+        from dpo_fast.training import precompute
         from dpo_fast.training.config import build_config
+        from dpo_fast.training.fit import check
         from dpo_fast.training.metrics import MetricSums
-        from dpo_fast.training.prepare import check, prepare
+        from dpo_fast.training.prepare import prepare
 
         config = build_config(tree(contender, task), contender.name)
-        check(config)
+        choices = check(config)
         self.task, self.computed = task, {}
-        compute = task.stopwatch.timed(references.compute_reference, "table")
-        with mock.patch.object(references, "compute_reference", compute):
-            self.run = prepare(config)
+        compute = task.stopwatch.timed(precompute.compute_reference, "table")
+        with mock.patch.object(precompute, "compute_reference", compute):
+            self.run = prepare(config, choices)
         self.reference_seconds = task.stopwatch.take().get("table")
         self.reference = task.stopwatch.timed(self.run.references["train"], "reference")
         self.sums = MetricSums(self.run.engine.device)

@@ -96,9 +96,9 @@ def reference(
     distributed.adopt_slurm()
     run = load_config(config, overrides or ())
     quiet()
-    from dpo_fast.training.precompute import check_provider, precompute
+    from dpo_fast.training.references import check_stores, store_beforehand
 
-    check_provider(run)
+    check_stores(run)
     if nproc > 1:
         from dpo_fast.cli.launch import launch
 
@@ -106,7 +106,7 @@ def reference(
             raise UserError(f"--nproc {nproc} starts ranks itself: leave it out under a launcher")
         _prepare_data(run)  # here, so that a mistake in it is told once and before ranks start
         raise typer.Exit(launch(nproc, ["reference", config, *(overrides or ())]))
-    for stored in precompute(run):
+    for stored in store_beforehand(run):
         if distributed.is_main():
             _show_reference(stored)
     distributed.leave_distributed()

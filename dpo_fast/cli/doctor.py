@@ -63,14 +63,19 @@ def _devices() -> Table:
     for device in devices():
         workspace = f"{default_workspace_bytes(device) // MIB} MiB"
         if device.type == "cpu":
-            gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
             what = f"{cores()} cores, {torch.get_num_threads()} torch threads"
-            table.add_row("cpu", what, f"{gib:.0f} GiB", workspace)
         else:
             found = torch.cuda.get_device_properties(device)
             what = f"{found.name}, compute capability {found.major}.{found.minor}"
-            table.add_row(str(device), what, f"{found.total_memory / (1 << 30):.0f} GiB", workspace)
+        table.add_row(str(device), what, f"{capacity(device) / (1 << 30):.0f} GiB", workspace)
     return table
+
+
+def capacity(device: torch.device) -> int:
+    """Bytes of the device's memory; for a CPU those of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _choices() -> Table:

@@ -1,11 +1,19 @@
-"""Roughly how much memory a rank needs, from sizes alone: what is sharded, and what waits where."""
+"""Roughly how much memory a rank needs, from the sizes of its models and what is sharded or offloaded."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
+from rich.table import Table
+
+from dpo_fast.cli.doctor import capacity
+from dpo_fast.models import ScoringModel
+from dpo_fast.models.layers import decoder_layers
 from dpo_fast.models.load import DTYPES
+from dpo_fast.references import ReferenceModel
 from dpo_fast.training.config import RunConfig
 
 FP32 = 4
@@ -13,17 +21,20 @@ FP32 = 4
 
 @dataclass(frozen=True)
 class Sizes:
-    """Elements. gathered: of the largest part that stage 3 gathers at a time; reference: of a second
-    model, 0 without one; old: of that of reference.old_path. head_bytes: what the head keeps between
-    forward and backward, and its tiles.
+    """Sizes of a run, in elements where no other unit stands.
+
+    parameters: of the policy.
+    trainable: those that are trained.
+    gathered: of the largest part that stage 3 gathers at a time.
+    head_bytes: what the head keeps between forward and backward, and its tiles.
+    second_models: parameters of each model beside the policy.
     """
 
     parameters: int
     trainable: int
     gathered: int
-    reference: int
     head_bytes: int
-    old: int = 0
+    second_models: Mapping[ReferenceModel, int] = field(default_factory=dict)
 
 
 class Line(NamedTuple):
@@ -36,8 +47,10 @@ class Line(NamedTuple):
 
 
 def memory(config: RunConfig, sizes: Sizes, ranks: int) -> list[Line]:
-    """What weights, gradients, optimiser states, reference and head take. Activations and the buckets
-    of DeepSpeed come on top; they depend on the batch and on DeepSpeed's own options."""
+    """What weights, gradients, optimiser states, references and head take.
+
+    Activations and DeepSpeed's buckets come on top. They depend on the batch and on DeepSpeed's options.
+    """
     parallel, size = config.parallel, DTYPES[config.model.dtype].itemsize
     stage = parallel.zero_stage
 
@@ -55,15 +68,45 @@ def memory(config: RunConfig, sizes: Sizes, ranks: int) -> list[Line]:
     # Two moments, and the fp32 weights that DeepSpeed updates; plain fp32 weights are their own.
     states = (3 if stage or size < FP32 else 2) * FP32
     lines.append(line("optimiser states", sizes.trainable, states, 1, parallel.offload_optimizer))
-    if sizes.reference:
-        when = "" if config.reference_provider in ("frozen", "ema") else ", before training"
-        name = f"reference model{when}"
-        lines.append(line(name, sizes.reference, size, 3, config.offloads_reference))
-    if sizes.old:
-        name = "reference.old_path, before training"
-        lines.append(line(name, sizes.old, size, 3, config.offloads_reference))
+    for model, elements in sizes.second_models.items():
+        name = "reference model" if model == config.reference.model else model.option
+        when = ", before training" if model in config.stored_models else ""
+        lines.append(line(name + when, elements, size, 3, config.offloads_reference))
     lines.append(Line("head workspace", sizes.head_bytes, 0.0, "the schedule above"))
     return lines
+
+
+def sizes_of(
+    policy: ScoringModel, second_models: Mapping[ReferenceModel, ScoringModel], head_bytes: int
+) -> Sizes:
+    """Sizes of models on the meta device."""
+    model = policy.causal_lm
+    parts = [*decoder_layers(model), model.get_output_embeddings(), model.get_input_embeddings()]
+    return Sizes(
+        parameters=elements(policy),
+        trainable=elements(policy, trainable=True),
+        gathered=max(map(elements, parts)),
+        head_bytes=head_bytes,
+        second_models={name: elements(second) for name, second in second_models.items()},
+    )
+
+
+def elements(module: torch.nn.Module, trainable: bool = False) -> int:
+    """Elements of a module's parameters, or of those that are trained."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable)
+
+
+def memory_table(lines: list[Line], device: torch.device) -> Table:
+    """The lines and their sum, beside what the device has."""
+    title = "Memory of a rank, roughly"
+    caption = "Activations and DeepSpeed's buckets come on top."
+    table = Table("what", "on the device", "in CPU memory", "how", title=title, caption=caption)
+    for line in lines:
+        table.add_row(line.what, in_units(line.device), in_units(line.host), line.how)
+    on_device, host = (sum(column) for column in zip(*((x.device, x.host) for x in lines)))
+    there = f"the device has {in_units(capacity(device))}"
+    table.add_row("together", in_units(on_device), in_units(host), there)
+    return table
 
 
 def in_units(size: float) -> str:

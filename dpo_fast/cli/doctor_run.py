@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dpo_fast.cli.doctor_memory import Sizes, in_units, memory
+from dpo_fast.cli.doctor_memory import Sizes, elements, memory, memory_table, sizes_of
 from dpo_fast.losses import LOSSES
 from dpo_fast.models import ScoringModel, load_tokenizer
 from dpo_fast.models.config import ModelSection
@@ -21,14 +20,14 @@ from dpo_fast.models.layers import checkpointed_layers, decoder_layers
 from dpo_fast.models.load import DTYPES, add_lora, load_skeleton
 from dpo_fast.ops.dispatch import Choice, choose_implementation
 from dpo_fast.ops.linear_logp.plan import HeadPlan, default_workspace_bytes, plan
+from dpo_fast.references import ReferenceModel
 from dpo_fast.training import distributed
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.engine import deepspeed_config
-from dpo_fast.training.fit import Choices, check_vocabulary, choose
-from dpo_fast.training.prepare import check, wants_checkpointing
-from dpo_fast.training.references import old_config
+from dpo_fast.training.fit import Choices, check, check_vocabulary
+from dpo_fast.training.prepare import wants_checkpointing
 
-GROUP = 8  # completions of a group, as long as nothing is known of the data
+GROUP = 8  # completions of a group, assumed as long as the data are not read
 
 
 class Row(NamedTuple):
@@ -42,18 +41,28 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Outlook:
-    """What is known of a run before it begins; the models are on the meta device."""
+    """What is known of a run before it begins. All models are on the meta device.
+
+    second_models: those that are loaded beside the policy.
+    head, head_plan: the implementation of the head, and its schedule for a micro-batch.
+    scored_tokens: of a micro-batch, at most.
+    world: ranks.
+    """
 
     config: RunConfig
     choices: Choices
     policy: ScoringModel
-    reference: ScoringModel | None
-    old: ScoringModel | None
+    second_models: dict[ReferenceModel, ScoringModel]
     head: Choice
     head_plan: HeadPlan
     scored_tokens: int
     world: int
     device: torch.device
+
+    @property
+    def sizes(self) -> Sizes:
+        """What the models and the head take."""
+        return sizes_of(self.policy, self.second_models, self.head_plan.bytes)
 
 
 def render_run(console: Console, config: RunConfig) -> None:
@@ -67,52 +76,57 @@ def render_run(console: Console, config: RunConfig) -> None:
     for row in rows(outlook):
         table.add_row(*map(escape, row))
     console.print(table)
-    console.print(_memory_table(outlook))
+    lines = memory(config, outlook.sizes, outlook.world)
+    console.print(memory_table(lines, outlook.device))
 
 
 def look(config: RunConfig) -> Outlook:
     """Everything that follows from the configuration. Reads no data, joins no group, writes nothing."""
-    check(config)
+    choices = check(config)
     train, world, device = config.train, distributed.world_size(), distributed.device()
     each = train.micro_batch_size
     deepspeed_config(config, world, train.global_batch_size // (each * world) if each else 1)
-    policy = _skeleton(config.model, "model.path")
-    check_vocabulary(policy, load_tokenizer(config.model))
-    reference = None
-    if config.reference_provider in ("frozen", "ema") or config.reference.path is not None:
-        reference = _skeleton(config.reference_model, "reference.path")
-    wanted, old = old_config(config), None
-    if wanted not in (None, config) and wanted.reference.path is not None:
-        old = _skeleton(wanted.reference_model, "reference.old_path")
     tokenizer = load_tokenizer(config.model)
-    for model, option in ((reference, "reference.path"), (old, "reference.old_path")):
-        if model is not None:
-            check_vocabulary(model, tokenizer, option)
+    policy = _skeleton(config.model)
+    check_vocabulary(policy, tokenizer)
+    second_models = {}
+    for model in config.second_models:
+        second_models[model] = _skeleton(model.section(config.model), model.named_by)
+        check_vocabulary(second_models[model], tokenizer, model.named_by)
     dtype = DTYPES[config.model.dtype]
     head = choose_implementation("linear_logp", device, dtype, train.implementation)
     tokens = train.tokens_per_batch or _answers(config) * each * (config.data.max_length - 1)
     return Outlook(
-        config,
-        choose(config),
-        policy,
-        reference,
-        old,
-        head,
-        _head_plan(config, policy, head.name, tokens, device),
-        tokens,
-        world,
-        device,
+        config=config,
+        choices=choices,
+        policy=policy,
+        second_models=second_models,
+        head=head,
+        head_plan=_head_plan(config, policy, head.name, tokens, device),
+        scored_tokens=tokens,
+        world=world,
+        device=device,
     )
 
 
 def _answers(config: RunConfig) -> int:
-    """Sequences of a row, at most; how many a group has only the data tell."""
+    """Sequences of an example, at most. Only the data say how many a group has."""
     if config.loss.objective.grouped:
         return GROUP
     return 1 if config.data.format == "unpaired" else 2
 
 
-def _skeleton(section: ModelSection, option: str) -> ScoringModel:
+def _unit(config: RunConfig) -> str:
+    """What the examples are, as far as the configuration says."""
+    if config.loss.objective.grouped:
+        return "groups"
+    if config.data.format == "unpaired":
+        return "completions"
+    return "pairs" if config.loss.objective.paired else "examples"
+
+
+def _skeleton(section: ModelSection, option: str = "model.path") -> ScoringModel:
+    """A model on the meta device, with its adapters. option: the configuration key that names it."""
     scoring = ScoringModel(load_skeleton(section, option))
     if section.lora is not None:
         with torch.device("meta"):
@@ -155,15 +169,13 @@ def _batch_rows(outlook: Outlook) -> Iterator[Row]:
     yield Row("layout", choices.layout.name, origin(train, "layout"), choices.layout.reason)
     attention = choices.attention
     yield Row("attention", attention.name, origin(model, "attention"), attention.reason)
-    if outlook.reference is not None and choices.reference_attention.name != attention.name:
-        other = choices.reference_attention
-        yield Row("reference's attention", other.name, origin(model, "attention"), other.reason)
-    unit = "groups" if config.loss.objective.grouped else "pairs"
-    micro = (
-        f"{train.micro_batch_size} {unit}"
-        if train.tokens_per_batch is None
-        else f"{train.tokens_per_batch} tokens"
-    )
+    for second in outlook.second_models:
+        other = choices.attention_of(second)
+        if other.name != attention.name:
+            what = f"attention of {second.named_by}"
+            yield Row(what, other.name, origin(model, "attention"), other.reason)
+    unit, tokens = _unit(config), train.tokens_per_batch
+    micro = f"{train.micro_batch_size} {unit}" if tokens is None else f"{tokens} tokens"
     why = f"{train.global_batch_size} {unit} a step over {ranks(outlook.world)}"
     yield Row("micro-batch", micro, origin(train, "micro_batch_size", "tokens_per_batch"), why)
 
@@ -181,7 +193,7 @@ def _head_rows(outlook: Outlook) -> Iterator[Row]:
 
 
 def _preference(outlook: Outlook) -> Choice:
-    """A loss without a kernel is composed of torch operations."""
+    """What computes the loss: the kernel if there is one for all losses, else torch operations."""
     missing = [name for name in outlook.config.loss.names if not LOSSES[name].kernel]
     if missing:
         return Choice("torch", f"the kernel does not compute {', '.join(missing)}")
@@ -193,26 +205,28 @@ def _preference(outlook: Outlook) -> Choice:
 
 def _layer_rows(outlook: Outlook) -> Iterator[Row]:
     model, policy = outlook.config.model, outlook.policy
-    count = len(decoder_layers(policy.causal_lm))
-    total = sum(p.numel() for p in policy.parameters())
-    options = ("gradient_checkpointing", "checkpoint_layers")
-    if wants_checkpointing(outlook.config, policy):
-        chosen = checkpointed_layers(policy.causal_lm, model.checkpoint_layers)
-        every = len(chosen) == count
-        value = f"all {count} layers" if every else f"layer {_ranges(chosen)} of {count}"
-    else:
-        value = "off"
-    why = f"{total:,} parameters; by default from 1e9 on"
-    yield Row("activation checkpointing", value, origin(model, *options), why)
+    layers, total = len(decoder_layers(policy.causal_lm)), elements(policy)
+    yield _checkpointing_row(outlook, layers, total)
     why = "RMSNorm, RoPE and MLP" if model.use_liger_kernel else "the model's own layers"
     yield Row("liger-kernel", on(model.use_liger_kernel), origin(model, "use_liger_kernel"), why)
-    why = f"blocks of {count} layers" if model.torch_compile else "layers run as they are"
+    why = f"blocks of {layers} layers" if model.torch_compile else "layers run as they are"
     yield Row("torch.compile", on(model.torch_compile), origin(model, "torch_compile"), why)
     if model.lora is None:
         yield Row("LoRA", "off", "default", "all parameters are trained")
     else:
-        trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-        yield Row("LoRA", f"r {model.lora.r}", "option", f"{trainable:,} of {total:,} are trained")
+        why = f"{elements(policy, trainable=True):,} of {total:,} are trained"
+        yield Row("LoRA", f"r {model.lora.r}", "option", why)
+
+
+def _checkpointing_row(outlook: Outlook, layers: int, total: int) -> Row:
+    model, value = outlook.config.model, "off"
+    if wants_checkpointing(outlook.config, outlook.policy):
+        chosen = checkpointed_layers(outlook.policy.causal_lm, model.checkpoint_layers)
+        every = len(chosen) == layers
+        value = f"all {layers} layers" if every else f"layer {_ranges(chosen)} of {layers}"
+    options = ("gradient_checkpointing", "checkpoint_layers")
+    why = f"{total:,} parameters; by default from 1e9 on"
+    return Row("activation checkpointing", value, origin(model, *options), why)
 
 
 def _ranges(indices: list[int]) -> str:
@@ -235,43 +249,38 @@ def on(value: bool) -> str:
 
 
 def _reference_row(outlook: Outlook) -> Row:
-    config = outlook.config
-    provider = config.reference_provider
-    why = {
-        "none": "no loss compares with a reference",
-        "ema": f"a second model that follows the policy, {_place(outlook)}",
-        "columns": "sums that come with the data",
-        "adapter_off": "the policy with its adapters off: no second copy",
-        "cached": "computed once by the policy as it starts, then read from a table",
-        "frozen": f"a second model, {_place(outlook)}",
-    }[provider]
-    if provider == "cached" and outlook.reference is not None:
-        why = f"computed once by a second model, {_place(outlook)}; then read from a table"
-    return Row("reference", provider, origin(config.reference, "provider"), why)
+    spec, model = outlook.config.reference_spec, outlook.config.reference.model
+    why = spec.meaning
+    if spec.stores:
+        why = _stored_by(outlook, model)
+    elif model in outlook.second_models:
+        why = f"{spec.meaning}, {_place(outlook)}"
+    return Row("reference", spec.name, origin(outlook.config.reference, "provider"), why)
 
 
 def _old_rows(outlook: Outlook) -> Iterator[Row]:
-    """What the completions of groups were written with, where a loss asks."""
+    """The log-probs that completions were written with, if a loss asks for them."""
     config = outlook.config
-    wanted = old_config(config)
-    if wanted is None:
-        return
-    why = "computed once by the policy as it starts, then read from a table"
-    if wanted == config:
-        why = "the stored reference serves"
-    elif wanted.reference.path is not None:
-        why = f"computed once by {wanted.reference.path}, {_place(outlook)}; then read from a table"
-    yield Row("old log-probs", "cached", origin(config.reference, "old_path"), why)
+    model = config.old_model
+    if model is not None:
+        same = model == config.reference.model
+        why = "the stored reference serves" if same else _stored_by(outlook, model)
+        yield Row("old log-probs", "stored", origin(config.reference, "old_path"), why)
+
+
+def _stored_by(outlook: Outlook, model: ReferenceModel) -> str:
+    """Which model computes what is stored."""
+    who = "the policy as it starts"
+    if model.path is not None:
+        who = f"a second model ({model.option}={model.path}), {_place(outlook)}"
+    return f"computed once by {who}; then read from a table"
 
 
 def _place(outlook: Outlook) -> str:
-    parallel = outlook.config.parallel
-    shares = (
-        f"sharded over {ranks(outlook.world)}"
-        if parallel.zero_stage == 3
-        else "whole on every rank"
-    )
-    return shares + (", offloaded to CPU memory" if outlook.config.offloads_reference else "")
+    """Where a second model's parameters are."""
+    sharded = outlook.config.parallel.zero_stage == 3
+    place = f"sharded over {ranks(outlook.world)}" if sharded else "whole on every rank"
+    return place + (", offloaded to CPU memory" if outlook.config.offloads_reference else "")
 
 
 def _parallel_rows(outlook: Outlook) -> Iterator[Row]:
@@ -284,39 +293,3 @@ def _parallel_rows(outlook: Outlook) -> Iterator[Row]:
         offloaded = getattr(parallel, option)
         place = "in CPU memory" if offloaded else f"on the device ({outlook.device.type})"
         yield Row(f"offload of {what}", on(offloaded), origin(parallel, option), place)
-
-
-def _memory_table(outlook: Outlook) -> Table:
-    lines = memory(outlook.config, _sizes(outlook), outlook.world)
-    title = "Memory of a rank, roughly"
-    caption = "Activations and DeepSpeed's buckets come on top."
-    table = Table("what", "on the device", "in CPU memory", "how", title=title, caption=caption)
-    for line in lines:
-        table.add_row(line.what, in_units(line.device), in_units(line.host), line.how)
-    device, host = (sum(column) for column in zip(*((line.device, line.host) for line in lines)))
-    there = f"the device has {in_units(_capacity(outlook.device))}"
-    table.add_row("together", in_units(device), in_units(host), there)
-    return table
-
-
-def _sizes(outlook: Outlook) -> Sizes:
-    model = outlook.policy.causal_lm
-    parts = [*decoder_layers(model), model.get_output_embeddings(), model.get_input_embeddings()]
-    return Sizes(
-        parameters=_elements(outlook.policy),
-        trainable=sum(p.numel() for p in outlook.policy.parameters() if p.requires_grad),
-        gathered=max(_elements(part) for part in parts),
-        reference=0 if outlook.reference is None else _elements(outlook.reference),
-        head_bytes=outlook.head_plan.bytes,
-        old=0 if outlook.old is None else _elements(outlook.old),
-    )
-
-
-def _elements(module: torch.nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
-def _capacity(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

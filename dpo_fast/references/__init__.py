@@ -1,13 +1,19 @@
-"""Reference log-probabilities: one interface, six providers.
+"""Reference log-probabilities: one interface, and a table of the providers that have it.
 
-A reference is called with a `ScoredBatch` and gives its sequences' log-probabilities, fp32 [S] on the
-batch's device, or None (`none`: nothing is compared with). A cached one is an artefact on disk: its
-format is in `artefact.py`, which folder serves a run in `store.py`, how it comes about in `compute.py`
-(values) and `writing.py` (files), and how it is read in `cached.py`.
+A provider is called with a `ScoredBatch`. It gives the summed log-probs of the sequences, fp32 [S] on the
+batch's device, or None where there is no reference.
+
+table.py       the providers: what each stores, needs and can score
+providers.py   those that are computed with every batch, or come with the data
+cached.py      the one that is read from disk
+store.py       which model a stored reference is of, and in which folder it lies
+compute.py     log-probs of a part of the data, as a table
+artefact.py    the files of a stored reference: their format, and how they are written
+config.py      the section `reference`
 """
 
 from dpo_fast.references.cached import CachedReference
-from dpo_fast.references.config import ReferenceSection
+from dpo_fast.references.config import ReferenceModel, ReferenceSection
 from dpo_fast.references.providers import (
     AdapterOffReference,
     ColumnReference,
@@ -15,13 +21,17 @@ from dpo_fast.references.providers import (
     FrozenReference,
     NoReference,
 )
+from dpo_fast.references.table import PROVIDERS, ProviderSpec
 
 __all__ = [
+    "PROVIDERS",
     "AdapterOffReference",
     "CachedReference",
     "ColumnReference",
     "EmaReference",
     "FrozenReference",
     "NoReference",
+    "ProviderSpec",
+    "ReferenceModel",
     "ReferenceSection",
 ]

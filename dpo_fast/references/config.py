@@ -1,12 +1,46 @@
-"""The section `reference` of the configuration."""
+"""The section `reference` of the configuration, and the models that it names."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
-from dpo_fast.models.config import Place
+from dpo_fast.models.config import ModelSection, Place
+from dpo_fast.references.table import DEFAULT, PROVIDERS, default_provider, refusals
+
+
+@dataclass(frozen=True)
+class ReferenceModel:
+    """A model whose log-probs a run compares with.
+
+    path: folder or hub id; None: the policy as it starts.
+    option: the configuration key that names it.
+    per_token: the log-prob of every token is stored beside the sums.
+    cache_dir: folder of its stored log-probs; None: output_dir/reference.
+    """
+
+    path: str | None
+    option: str
+    per_token: bool = False
+    cache_dir: str | None = None
+
+    @property
+    def named_by(self) -> str:
+        """The configuration key that an error about the model names."""
+        return self.option if self.path else "model.path"
+
+    def section(self, policy: ModelSection) -> ModelSection:
+        """How it is loaded: as the policy, but without adapters and without recomputed activations."""
+        unused = dict.fromkeys(("lora", "gradient_checkpointing", "checkpoint_layers"))
+        return policy.model_copy(update={"path": self.path or policy.path, **unused})
+
+
+def _used_only_by(option: str) -> dict[str, str]:
+    """What refuses an option: a provider that does not use it."""
+    users = [spec.name for spec in PROVIDERS.values() if option in spec.options]
+    return {"refused": f"unless provider is {' or '.join(users)}"}
 
 
 class ReferenceSection(BaseModel):
@@ -14,46 +48,67 @@ class ReferenceSection(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    provider: Literal["cached", "frozen", "ema", "adapter_off", "columns", "none"] = Field(
-        "cached",
-        description="cached: computed once before training and stored; frozen: a second model beside "
-        "the policy; ema: one that follows it (TR-DPO); adapter_off: the policy with its adapters off; "
-        "columns: reference_chosen_logps and reference_rejected_logps, or reference_completion_logps, of "
-        "the data; none. With a loss that estimates kl the default is frozen, with LoRA adapter_off",
+    provider: Literal[tuple(PROVIDERS)] = Field(
+        DEFAULT,
+        description="; ".join(f"{spec.name}: {spec.meaning}" for spec in PROVIDERS.values())
+        + f". Default: {default_provider(False, False, False)} for a loss without a reference; for a loss "
+        f"that estimates kl {default_provider(True, True, False)}, or "
+        f"{default_provider(True, True, True)} with LoRA; else {DEFAULT}",
+        json_schema_extra={"refused": refusals()},
     )
     path: Place | None = Field(
-        None, description="reference model (cached, frozen, ema); default: the policy as it starts"
+        None,
+        description="reference model, a folder or a hub id; default: the policy as it starts",
+        json_schema_extra=_used_only_by("path"),
     )
     cache_dir: str | None = Field(
         None,
-        description="stored references (cached): one folder, or several below this one; one of "
-        "another model, or without this run's pairs, is an error; default: output_dir/reference, by "
-        "content",
+        description="stored references: one folder of them, or one with several below it. It may serve "
+        "a run with other data whose rows are all in it. Default: output_dir/reference, by content",
+        json_schema_extra=_used_only_by("cache_dir"),
     )
     per_token: bool = Field(
-        False, description="store the log-prob of every token beside the sums (cached)"
+        False,
+        description="store the log-prob of every token beside the sums",
+        json_schema_extra=_used_only_by("per_token"),
     )
     offload: bool | None = Field(
         None,
-        description="parameters of a second model (frozen, or cached with a path) in CPU memory "
-        "between uses, at ZeRO stage 3; default: as parallel.offload_parameters",
+        description="parameters of a second model wait in CPU memory between uses, at ZeRO stage 3; "
+        "default: as parallel.offload_parameters",
+        json_schema_extra={
+            "refused": "true without a second model, and below parallel.zero_stage=3"
+        },
     )
-
     old_path: Place | None = Field(
         None,
-        description="model that wrote the completions of groups (grpo, dapo); default: the policy as it "
-        "starts. Its log-probs are stored once, in output_dir/reference",
+        description="model that wrote the completions of groups; default: the policy as it starts. Its "
+        "log-probs are stored once, in output_dir/reference",
+        json_schema_extra={"refused": "with a loss other than grpo and dapo"},
     )
     mixup_alpha: float = Field(
-        0.6, gt=0, le=1, description="share of the policy in the new reference (ema); 1 copies it"
+        0.6,
+        gt=0,
+        le=1,
+        description="share of the policy in the new reference; 1 copies the policy",
+        json_schema_extra=_used_only_by("mixup_alpha"),
     )
-    sync_steps: int = Field(512, ge=1, description="optimiser steps between updates (ema)")
+    sync_steps: int = Field(
+        512,
+        ge=1,
+        description="optimiser steps between updates of the reference",
+        json_schema_extra=_used_only_by("sync_steps"),
+    )
 
-    @model_validator(mode="after")
-    def _check(self) -> ReferenceSection:
-        if self.per_token and self.provider != "cached":
-            raise ValueError(
-                f"reference.per_token=true is not used by provider={self.provider}; remove it, or "
-                "choose cached"
-            )
-        return self
+    @property
+    def model(self) -> ReferenceModel:
+        """The reference model. Only providers that load or store one ask for it."""
+        return ReferenceModel(self.path, "reference.path", self.per_token, self.cache_dir)
+
+    @property
+    def old_model(self) -> ReferenceModel:
+        """The model that wrote the completions; grpo and dapo want its log-probs of every token."""
+        stored = PROVIDERS[self.provider].stores
+        if stored and self.per_token and self.path == self.old_path:
+            return self.model
+        return ReferenceModel(self.old_path, "reference.old_path", per_token=True)

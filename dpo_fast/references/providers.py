@@ -1,12 +1,10 @@
-"""References that are computed with every batch.
-
-TR-DPO: a reference that follows the policy (arXiv 2404.09656 eq 5).
-"""
+"""References that need no store: computed with every batch, read from its columns, or none at all."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +14,25 @@ from dpo_fast.data.kinds import PAIRS, Kind
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.ops.segments import sum_sequences
 
-Scorer = Callable[..., Mapping[str, Tensor]]
+Scorer = Callable[..., Mapping[str, Tensor]]  # a scoring model, or an engine round one
+
+
+class Provider(Protocol):
+    """Gives the reference log-probs of a batch. Some also give `token_logps(batch)`, fp32 [T]."""
+
+    def __call__(self, batch: ScoredBatch) -> Tensor | None:
+        """Summed log-probs of the sequences, fp32 [S], on the batch's device; None: no reference."""
+        ...
 
 
 @torch.no_grad()
 def score_tokens(scorer: Scorer, batch: ScoredBatch) -> Tensor:
-    """Log-probability of every scored token, fp32 [T], from a scoring model or an engine round one."""
+    """Log-probability of every scored token, fp32 [T]."""
     return scorer(**forward_arguments(batch))["logp"]
 
 
 class NoReference:
-    """Nothing to compare with."""
+    """No reference: the losses compare with none."""
 
     def __call__(self, batch: ScoredBatch) -> None:
         return None
@@ -35,7 +41,7 @@ class NoReference:
 
 
 class ColumnReference:
-    """Sums that came with the data, in the columns of its kind."""
+    """Sums that came with the data. kind: of its rows; it names the columns."""
 
     def __init__(self, kind: Kind = PAIRS) -> None:
         self.names = kind.reference_columns
@@ -45,7 +51,7 @@ class ColumnReference:
 
 
 class LiveReference:
-    """Sums, fp32 [S], of what `token_logps` gives, fp32 [T]."""
+    """Sums of the token log-probs that a subclass's `token_logps` computes."""
 
     def __call__(self, batch: ScoredBatch) -> Tensor:
         return sum_sequences(self.token_logps(batch), batch.lengths_S)
@@ -74,10 +80,12 @@ class AdapterOffReference(LiveReference):
 
 
 class EmaReference(FrozenReference):
-    """Every `sync_steps` steps reference <- alpha policy + (1 - alpha) reference; alpha 1 copies it.
+    """TR-DPO: a second model that follows the policy (arXiv 2404.09656 eq 5).
 
-    It works on what each rank holds: whole parameters, or DeepSpeed's shards at stage 3, which are cut
-    alike in both models, so nothing is gathered. Names of parameters must agree.
+    Every `sync_steps` steps: reference <- alpha policy + (1 - alpha) reference. alpha=1 copies the policy.
+
+    Each rank mixes what it holds: whole parameters, or DeepSpeed's shards at stage 3. Both models are
+    sharded alike, so nothing is gathered. The names of their parameters must agree.
     """
 
     def __init__(self, scorer: Scorer, policy: nn.Module, alpha: float, sync_steps: int) -> None:
@@ -86,7 +94,7 @@ class EmaReference(FrozenReference):
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """To be called after optimiser step `step`, counted from 1."""
+        """Update, if one is due. step: the optimiser step that is over, counted from 1."""
         if step % self.sync_steps:
             return
         policy = dict(self.policy.named_parameters())
@@ -96,11 +104,12 @@ class EmaReference(FrozenReference):
             _forget_gathered(parameter)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What this rank holds of the reference."""
+        """This rank's part of the reference, on the CPU."""
         return {name: local(p).detach().cpu() for name, p in self._model.named_parameters()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state_dict` gave on this rank."""
         for name, parameter in self._model.named_parameters():
             local(parameter).copy_(state[name])
             _forget_gathered(parameter)
@@ -111,11 +120,11 @@ class EmaReference(FrozenReference):
 
 
 def local(parameter: nn.Parameter) -> Tensor:
-    """This rank's part of a parameter; the whole of it where it is not sharded."""
+    """This rank's part of a parameter. An unsharded parameter is returned whole."""
     return getattr(parameter, "ds_tensor", parameter.data)
 
 
 def _forget_gathered(parameter: nn.Parameter) -> None:
-    """DeepSpeed may have kept the whole of a small parameter from the last forward."""
+    """Drop the gathered copy that DeepSpeed may keep of a small parameter after a forward."""
     if hasattr(parameter, "ds_tensor") and parameter.ds_status.name == "AVAILABLE":
         parameter.partition()

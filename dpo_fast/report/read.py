@@ -12,6 +12,7 @@ import yaml
 
 from dpo_fast.data.report import DataReport
 from dpo_fast.errors import UserError
+from dpo_fast.references.table import DEFAULT, PROVIDERS
 
 METRICS_FILE = "metrics.jsonl"
 EVAL_PREFIX = "eval_"
@@ -61,8 +62,9 @@ class Run:
         """The objective is one sigmoid loss of weight 1, and the reference is the starting policy."""
         weights = self.setting("loss", "weights", default=[1.0])
         own = self.setting("reference", "path") is None
-        compares = self.setting("reference", "provider") != "none"
-        return self.loss_names == ["sigmoid"] and weights == [1.0] and own and compares
+        provider = PROVIDERS.get(self.setting("reference", "provider", default=DEFAULT))
+        scores = provider is not None and provider.scores
+        return self.loss_names == ["sigmoid"] and weights == [1.0] and own and scores
 
     @property
     def last_step(self) -> float:

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ValidationError, model_validator
 from dpo_fast.data.config import DataConfig
 from dpo_fast.errors import UserError
 from dpo_fast.models.config import ModelSection
-from dpo_fast.references.config import ReferenceSection
+from dpo_fast.references.config import ReferenceModel, ReferenceSection
+from dpo_fast.references.table import PROVIDERS, ProviderSpec, alternatives, default_provider
 from dpo_fast.training.sections import (
     FORBID,
     LogSection,
@@ -37,19 +38,102 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        provider, names = self.reference.provider, ", ".join(self.loss.names)
-        if provider == "none" and self.loss.objective.needs_reference:
-            raise ValueError(
-                f"reference.provider=none, but loss.type={names} compares with a reference; "
-                "choose cached, frozen or adapter_off"
-            )
-        if provider == "adapter_off" and self.model.lora is None:
-            raise ValueError(
-                "reference.provider=adapter_off needs adapters: set model.lora, or choose cached"
-            )
-        self._check_reference()
+        self._check_provider()
+        self._check_reference_options()
+        self._check_tokens()
         self._check_kl()
         self._check_offload()
+        self._check_training()
+        if self.data.streaming:
+            self._check_stream()
+            self._check_buffer()
+        return self
+
+    def _check_provider(self) -> None:
+        """The provider goes with the losses and with the model."""
+        spec = self.reference_spec
+        if not spec.compares and self.loss.objective.needs_reference:
+            raise ValueError(
+                f"reference.provider={spec.name}, but loss.type={self._losses} compares with a reference; "
+                f"choose {alternatives(lambda other: other.compares)}"
+            )
+        if spec.needs_adapters and self.model.lora is None:
+            raise ValueError(
+                f"reference.provider={spec.name} needs adapters: set model.lora, or choose "
+                f"{alternatives(lambda other: other.compares and not other.needs_adapters)}"
+            )
+        if spec.no_adapters and self.model.lora is not None:
+            raise ValueError(
+                f"reference.provider={spec.name} does not work with model.lora: {spec.no_adapters}; choose "
+                f"{alternatives(lambda other: other.compares and not other.no_adapters)}"
+            )
+
+    def _check_reference_options(self) -> None:
+        """An option that the provider or the losses do not use is a mistake."""
+        spec, section = self.reference_spec, self.reference
+        of_providers = {option for other in PROVIDERS.values() for option in other.options}
+        for option, field in ReferenceSection.model_fields.items():
+            value = getattr(section, option)
+            unused = option in of_providers and option not in spec.options
+            if unused and value != field.default:
+                users = alternatives(lambda other, option=option: option in other.options)
+                value = str(value).lower() if isinstance(value, bool) else value
+                raise ValueError(
+                    f"reference.{option}={value} is not used by reference.provider={spec.name}; leave it "
+                    f"out, or set provider={users}"
+                )
+        if section.old_path is not None and not self.loss.objective.needs_old_tokens:
+            raise ValueError(
+                f"reference.old_path={section.old_path} is not used by loss.type={self._losses}, which "
+                "does not ask what wrote the completions; leave it out"
+            )
+
+    def _check_tokens(self) -> None:
+        """Some losses compare token by token, which sums do not allow."""
+        given = self.reference_spec.gives_tokens(self.reference.per_token)
+        if self.loss.objective.needs_reference_tokens and not given:
+            stored = alternatives(lambda spec: spec.tokens == "stored")
+            always = alternatives(lambda spec: spec.tokens == "always")
+            raise ValueError(
+                "loss.token_clamp, loss.ld_alpha and loss.grpo_beta compare with the reference token by "
+                f"token: set reference.per_token=true with provider={stored}, or choose {always}; or, for "
+                "ld_alpha, loss.ld_reference=false to leave the reference's sums as they are"
+            )
+
+    def _check_kl(self) -> None:
+        """The kl of KTO needs completions of other rows, and a reference that scores any sequence."""
+        objective, spec = self.loss.objective, self.reference_spec
+        if "kl" not in objective.statistics:
+            return
+        if objective.needs_reference and not spec.any_sequence:
+            raise ValueError(
+                f"reference.provider={spec.name} holds the data's own sequences, and loss.type="
+                f"{self._losses} estimates kl from completions after the prompts of other rows, drawn anew "
+                f"in every step; choose {alternatives(lambda other: other.any_sequence)}"
+            )
+        if self.train.global_batch_size == 1:
+            raise ValueError(
+                f"train.global_batch_size=1, but loss.type={self._losses} estimates kl from the "
+                "completions of other rows of the batch; set it to 2 or more"
+            )
+
+    def _check_offload(self) -> None:
+        if not self.reference.offload:
+            return
+        if not self.second_models:
+            always = alternatives(lambda spec: spec.second_model == "always")
+            by_path = alternatives(lambda spec: spec.second_model == "path")
+            raise ValueError(
+                f"reference.offload=true, but with reference.provider={self.reference_provider} there "
+                f"is no second model to offload; choose {always}, or {by_path} with a reference.path"
+            )
+        if self.parallel.zero_stage < 3:
+            raise ValueError(
+                "reference.offload=true needs parallel.zero_stage=3; it is "
+                f"{self.parallel.zero_stage}"
+            )
+
+    def _check_training(self) -> None:
         if self.model.torch_compile and self.parallel.zero_stage == 3:
             raise ValueError(
                 "model.torch_compile=true cannot be honoured with parallel.zero_stage=3: DeepSpeed "
@@ -63,81 +147,29 @@ class RunConfig(BaseModel):
             )
         if self.train.merge_lora and self.model.lora is None:
             raise ValueError("train.merge_lora=true, but there are no adapters: set model.lora")
-        if self.data.streaming:
-            self._check_stream()
-        return self
-
-    def _check_reference(self) -> None:
-        """An option that the provider does not use is a mistake."""
-        used = {
-            "cached": ("path", "cache_dir", "per_token"),
-            "frozen": ("path",),
-            "ema": ("path", "mixup_alpha", "sync_steps"),
-        }
-        provider = self.reference_provider
-        for option in ("path", "cache_dir", "per_token", "mixup_alpha", "sync_steps"):
-            value = getattr(self.reference, option)
-            changed = value != ReferenceSection.model_fields[option].default
-            if changed and option not in used.get(provider, ()):
-                takers = [name for name, options in used.items() if option in options]
-                raise ValueError(
-                    f"reference.{option}={value} is not used by reference.provider={provider}; leave it "
-                    f"out, or set provider={' or '.join(takers)}"
-                )
-        if provider == "ema" and self.model.lora is not None:
-            raise ValueError(
-                "reference.provider=ema mixes the weights of two models, and adapters (model.lora) are "
-                "no weights of the reference; choose adapter_off or frozen"
-            )
-        if self.reference.old_path is not None and not self.loss.objective.needs_old_tokens:
-            names = ", ".join(self.loss.names)
-            raise ValueError(
-                f"reference.old_path={self.reference.old_path} is not used by loss.type={names}, which "
-                "does not ask what wrote the completions; leave it out"
-            )
-        lacking = (provider == "cached" and not self.reference.per_token) or provider == "columns"
-        if lacking and self.loss.objective.needs_reference_tokens:
-            raise ValueError(
-                "loss.token_clamp, loss.ld_alpha and loss.grpo_beta compare with the reference token by "
-                "token: set reference.per_token=true with provider=cached, or provider=frozen; or, for "
-                "ld_alpha, loss.ld_reference=false to leave the reference's sums as they are"
-            )
-
-    def _check_kl(self) -> None:
-        """The kl of KTO needs completions of other rows, and a reference that scores any sequence."""
-        if "kl" not in self.loss.objective.statistics:
-            return
-        names, provider = ", ".join(self.loss.names), self.reference_provider
-        if provider in ("cached", "columns") and self.loss.objective.needs_reference:
-            raise ValueError(
-                f"reference.provider={provider} holds the data's own sequences, and loss.type={names} "
-                "estimates kl from completions after the prompts of other rows, drawn anew in every step; "
-                "set reference.provider=frozen, or adapter_off with LoRA"
-            )
-        if self.train.global_batch_size == 1:
-            raise ValueError(
-                f"train.global_batch_size=1, but loss.type={names} estimates kl from the completions of other "
-                "rows of the batch; set it to 2 or more"
-            )
 
     def _check_stream(self) -> None:
-        data, train = self.data, self.train
-        if train.max_steps is None:
+        """A stream has no known length, and nothing can be computed over all of it."""
+        if self.train.max_steps is None:
             raise ValueError(
-                "data.streaming=true, but how long a stream is, is not known: set train.max_steps"
+                "data.streaming=true, but the length of a stream is not known: set train.max_steps"
             )
-        if self.reference_provider == "cached":
+        if self.reference_spec.stores:
+            others = alternatives(lambda spec: spec.compares and not spec.stores)
             raise ValueError(
-                "data.streaming=true, but reference.provider=cached is computed over all of the data "
-                "before training; choose frozen, or adapter_off with LoRA, or none for a loss without "
-                "a reference"
+                f"data.streaming=true, but reference.provider={self.reference_provider} is computed over "
+                f"all of the data before training; choose {others}"
             )
         if self.loss.objective.needs_old_tokens:
             raise ValueError(
-                f"data.streaming=true, but loss.type={', '.join(self.loss.names)} needs the log-probs that "
-                "the completions were written with, which are computed over all of the data before "
+                f"data.streaming=true, but loss.type={self._losses} needs the log-probs that the "
+                "completions were written with, which are computed over all of the data before "
                 "training; set data.streaming=false"
             )
+
+    def _check_buffer(self) -> None:
+        """A stream's buffer holds a step, and a micro-batch holds the largest row that may come."""
+        data, train = self.data, self.train
         if self.loss.objective.grouped and train.tokens_per_batch is not None:
             raise ValueError(
                 f"train.tokens_per_batch={train.tokens_per_batch} may not hold every row of a stream of "
@@ -145,10 +177,9 @@ class RunConfig(BaseModel):
             )
         if data.stream_buffer < train.global_batch_size:
             raise ValueError(
-                f"data.stream_buffer={data.stream_buffer} holds less than one step, train.global_batch_size="
-                f"{train.global_batch_size}; try {100 * train.global_batch_size}"
+                f"data.stream_buffer={data.stream_buffer} holds less than one step, "
+                f"train.global_batch_size={train.global_batch_size}; try {100 * train.global_batch_size}"
             )
-        # Nobody has seen the pairs that will come, so the largest that may come has to fit.
         sequences = 1 if data.format == "unpaired" else 2
         largest = sequences * (data.max_length - 1)
         if train.tokens_per_batch is not None and train.tokens_per_batch < largest:
@@ -158,52 +189,53 @@ class RunConfig(BaseModel):
                 f"{largest} or more, or lower data.max_length"
             )
 
-    def _check_offload(self) -> None:
-        if not self.reference.offload:
-            return
-        if not self.has_second_model:
-            raise ValueError(
-                f"reference.offload=true, but with reference.provider={self.reference_provider} there "
-                "is no second model to offload; choose frozen, or cached with a reference.path"
-            )
-        if self.parallel.zero_stage < 3:
-            raise ValueError(
-                "reference.offload=true needs parallel.zero_stage=3; it is "
-                f"{self.parallel.zero_stage}"
-            )
+    @property
+    def _losses(self) -> str:
+        return ", ".join(self.loss.names)
 
     @property
-    def has_second_model(self) -> bool:
-        """Whether a reference model is loaded beside the policy, if only to fill the cache."""
-        provider, section = self.reference_provider, self.reference
-        to_store = section.old_path or (provider == "cached" and section.path)
-        return provider in ("frozen", "ema") or bool(to_store)
+    def reference_provider(self) -> str:
+        """The provider that is named, or the default for these losses (`default_provider`)."""
+        if "provider" in self.reference.model_fields_set:
+            return self.reference.provider
+        objective = self.loss.objective
+        return default_provider(
+            compares=objective.needs_reference,
+            any_sequence="kl" in objective.statistics,
+            adapters=self.model.lora is not None and self.reference.path is None,
+        )
 
     @property
-    def reference_model(self) -> ModelSection:
-        """The second model's section: it has no adapters, and keeps no activations."""
-        path = self.reference.path or self.model.path
-        nothing = dict.fromkeys(("lora", "gradient_checkpointing", "checkpoint_layers"))
-        return self.model.model_copy(update={"path": path, **nothing})
+    def reference_spec(self) -> ProviderSpec:
+        """The entry of the provider in the table."""
+        return PROVIDERS[self.reference_provider]
+
+    @property
+    def old_model(self) -> ReferenceModel | None:
+        """The model that wrote the completions. None if no loss asks for it."""
+        return self.reference.old_model if self.loss.objective.needs_old_tokens else None
+
+    @property
+    def stored_models(self) -> list[ReferenceModel]:
+        """The models whose log-probs are computed before training and stored, each once."""
+        own = [self.reference.model] if self.reference_spec.stores else []
+        old = [] if self.old_model is None else [self.old_model]
+        return list(dict.fromkeys(own + old))
+
+    @property
+    def second_models(self) -> list[ReferenceModel]:
+        """The models that are loaded beside the policy, if only to fill a store."""
+        own = self.reference.model
+        found = [own] if self.reference_spec.loads_second_model(own.path) else []
+        if self.old_model is not None and self.old_model.path is not None:
+            found.append(self.old_model)
+        return list(dict.fromkeys(found))
 
     @property
     def offloads_reference(self) -> bool:
         """Whether the second model's parameters wait in CPU memory."""
         chosen = self.reference.offload
         return self.parallel.offload_parameters if chosen is None else chosen
-
-    @property
-    def reference_provider(self) -> str:
-        """By default `cached`; `none` where no loss compares with a reference; for a kl, which no stored
-        one can give, `frozen`, or `adapter_off` with adapters."""
-        if "provider" in self.reference.model_fields_set:
-            return self.reference.provider
-        if not self.loss.objective.needs_reference:
-            return "none"
-        if "kl" not in self.loss.objective.statistics:
-            return self.reference.provider
-        own = self.model.lora is not None and self.reference.path is None
-        return "adapter_off" if own else "frozen"
 
     def resolved(self) -> dict[str, Any]:
         """As a tree that gives the same run again, with what followed from defaults filled in."""
@@ -225,8 +257,9 @@ def check_batch_sizes(config: RunConfig, world_size: int) -> None:
     if config.train.global_batch_size % unit:
         multiple = max(round(config.train.global_batch_size / unit), 1) * unit
         raise UserError(
-            f"train.global_batch_size={config.train.global_batch_size} must be a multiple of micro_batch_size * "
-            f"world_size = {config.train.micro_batch_size} * {world_size} = {unit}; try {multiple}"
+            f"train.global_batch_size={config.train.global_batch_size} must be a multiple of "
+            f"micro_batch_size * world_size = {config.train.micro_batch_size} * {world_size} = {unit}; "
+            f"try {multiple}"
         )
 
 

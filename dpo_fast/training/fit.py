@@ -1,35 +1,120 @@
-"""Whether model, tokenizer and data belong together.
+"""Whether a configuration, its models, the tokenizer and the data fit together.
 
-Layout and attention of a run: chosen once, from the options and the architectures that meet in it.
+check              everything that configuration files alone can tell
+choose             the layout of a run and the attention of its models
+check_vocabulary   tokenizer against model
+check_positions    data against model
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import importlib.util
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.errors import UserError
 from dpo_fast.models import ScoringModel
-from dpo_fast.models.architecture import (
-    Architecture,
-    Choice,
-    choose_attention,
-    choose_layout,
-    read_architecture,
-)
-from dpo_fast.models.load import DTYPES
+from dpo_fast.models.architecture import Choice, architecture_of, choose_attention, choose_layout
+from dpo_fast.models.layers import check_layers
+from dpo_fast.models.load import DTYPES, is_folder, load_skeleton
+from dpo_fast.ops.dispatch import choose_implementation
+from dpo_fast.references import ReferenceModel
 from dpo_fast.training import distributed
-from dpo_fast.training.config import RunConfig
+from dpo_fast.training.checkpoints import find_checkpoint
+from dpo_fast.training.config import RunConfig, check_batch_sizes
 from dpo_fast.training.splits import Split
+
+Skeletons = Mapping[str | None, PreTrainedModel]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a run uses. attentions: by the path of the model; None stands for the policy."""
+
+    layout: Choice
+    attentions: Mapping[str | None, Choice]
+
+    @property
+    def attention(self) -> Choice:
+        """The policy's."""
+        return self.attentions[None]
+
+    def attention_of(self, model: ReferenceModel) -> Choice:
+        """A reference may be of another architecture, with an attention of its own."""
+        return self.attentions[model.path]
+
+    def applied(self, config: RunConfig) -> RunConfig:
+        """The configuration with the layout that was chosen in place of `auto`."""
+        train = config.train.model_copy(update={"layout": self.layout.name})
+        return config.model_copy(update={"train": train})
+
+
+def check(config: RunConfig) -> Choices:
+    """Check what can be told without a process group, a tokenizer or a weight.
+
+    Raises:
+        UserError: naming the option, its value and the remedy.
+    """
+    check_batch_sizes(config, distributed.world_size())
+    if config.model.tokenizer is not None:
+        is_folder(config.model.tokenizer, "model.tokenizer")
+    skeletons = load_skeletons(config)
+    choices, device = choose(config, skeletons), distributed.device()
+    check_layers(config.model, skeletons[None], device)
+    for model in config.second_models:
+        check_layers(model.section(config.model), skeletons[model.path], device)
+    dtype = DTYPES[config.model.dtype]
+    choose_implementation("linear_logp", device, dtype, config.train.implementation)
+    for package in config.log.report_to:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"log.report_to={package}: the package is not installed; pip install {package}, or "
+                "leave it out (metrics.jsonl is always written)"
+            )
+    find_checkpoint(config.train.resume_from_checkpoint, config.train.output_dir)
+    return choices
+
+
+def load_skeletons(config: RunConfig) -> Skeletons:
+    """Every model of a run on the meta device, by its path; the policy stands under None."""
+    skeletons = {None: load_skeleton(config.model)}
+    for model in config.second_models:
+        if model.path is not None:
+            skeletons[model.path] = load_skeleton(model.section(config.model), model.option)
+    return skeletons
+
+
+def choose(config: RunConfig, skeletons: Skeletons | None = None) -> Choices:
+    """Choose the layout of a run and the attention of each model. No weight is read.
+
+    skeletons: the models of the run, if they are there already.
+
+    Raises:
+        UserError: an option that cannot be honoured for one of the models, with the remedy.
+    """
+    skeletons = load_skeletons(config) if skeletons is None else skeletons
+    architectures = {path: architecture_of(model) for path, model in skeletons.items()}
+    # All models score the same batches, so the layout is one that all of them allow.
+    layouts = [choose_layout(config.train.layout, each) for each in architectures.values()]
+    layout = min(layouts, key=lambda choice: list(LAYOUTS).index(choice.name))
+    common = (layout.name, distributed.device(), DTYPES[config.model.dtype])
+    attentions = {
+        path: choose_attention(config.model.attention, *common, architecture)
+        for path, architecture in architectures.items()
+    }
+    return Choices(layout, attentions)
 
 
 def check_vocabulary(
     model: ScoringModel, tokenizer: PreTrainedTokenizerBase, option: str = "model.path"
 ) -> None:
-    """Raises UserError if the tokenizer makes ids that the model has no row for. option: names it."""
+    """Raises UserError if the tokenizer makes ids that the model has no row for.
+
+    option: the configuration key that names the model.
+    """
     rows = model.causal_lm.config.get_text_config().vocab_size
     if len(tokenizer) > rows:
         raise UserError(
@@ -39,11 +124,12 @@ def check_vocabulary(
 
 
 def check_positions(model: ScoringModel, splits: Iterable[Split]) -> None:
-    """Longer sequences than the model has positions for would index past a table, or mean nothing.
+    """Check that the model can place every token of the longest sequence.
 
     Raises:
-        UserError: there are such; or sequences so long that longrope, which goes by the longest of a
-            batch, would give the others of their batch other log-probs than they have elsewhere.
+        UserError: a sequence is longer than the model has positions for. Or it is so long that longrope
+            switches its factors: they go by the longest sequence of a batch, so the other sequences of
+            that batch would get other log-probs than elsewhere.
     """
     config = model.causal_lm.config.get_text_config()
     longest = max(split.longest for split in splits)
@@ -70,45 +156,3 @@ def _longrope_switches(config: PreTrainedConfig) -> Iterator[int]:
     for rope in kinds:
         if rope.get("rope_type") == "longrope":
             yield rope["original_max_position_embeddings"]
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What a run uses. The reference may be of another architecture, with an attention of its own."""
-
-    layout: Choice
-    attention: Choice
-    reference_attention: Choice
-
-    def applied(self, config: RunConfig) -> RunConfig:
-        """The configuration with the layout that was chosen in place of `auto`."""
-        train = config.train.model_copy(update={"layout": self.layout.name})
-        return config.model_copy(update={"train": train})
-
-
-def choose(config: RunConfig, option: str = "reference.path") -> Choices:
-    """Decide from configuration files alone; no weight is read. option: which names the reference.
-
-    Raises:
-        UserError: an option that cannot be honoured for the policy or the reference, with the remedy.
-    """
-    policy = read_architecture(config.model)
-    reference = policy
-    if config.reference.path is not None:
-        section = config.model.model_copy(update={"path": config.reference.path})
-        reference = read_architecture(section, option)
-    # Both score the same batches, so the layout is one that both allow.
-    layouts = [choose_layout(config.train.layout, each) for each in (policy, reference)]
-    layout = min(layouts, key=lambda choice: list(LAYOUTS).index(choice.name))
-    attention = [_attention(config, layout, each) for each in (policy, reference)]
-    return Choices(layout, *attention)
-
-
-def _attention(config: RunConfig, layout: Choice, architecture: Architecture) -> Choice:
-    return choose_attention(
-        config.model.attention,
-        layout.name,
-        distributed.device(),
-        DTYPES[config.model.dtype],
-        architecture,
-    )

@@ -13,6 +13,7 @@ from dpo_fast.data.sampler import BatchSampler, Sampler, TokenSampler
 from dpo_fast.data.stream import Chunk, ExampleStream
 from dpo_fast.errors import UserError
 from dpo_fast.losses import LOSSES
+from dpo_fast.references.table import alternatives
 from dpo_fast.training import distributed
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import say
@@ -117,10 +118,10 @@ def check_kind(config: RunConfig, name: str, examples: Examples) -> None:
             f"loss.type={paired} compares the two answers of a pair, but {where}; set loss.type to "
             f"{single}, or give pairs"
         )
-    if kind == GROUPS and config.reference_provider == "columns":
+    if kind == GROUPS and config.reference_spec.columns:
         raise UserError(
-            f"reference.provider=columns takes sums of pairs or completions, but {where}; set "
-            "reference.provider to cached, frozen or adapter_off"
+            f"reference.provider={config.reference_provider} takes sums of pairs or completions, but "
+            f"{where}; set reference.provider to {alternatives(lambda spec: spec.scores)}"
         )
     if "kl" in objective.statistics and len(examples) < 2:
         raise UserError(
@@ -171,15 +172,15 @@ def used_columns(config: RunConfig, present: list[str], kind: Kind) -> tuple[str
     """
     objective, names = config.loss.objective, ", ".join(config.loss.names)
     used, needed = set(objective.columns), set(objective.needed_columns)
-    if config.reference_provider == "columns":
+    if config.reference_spec.columns:
         used |= set(kind.reference_columns)
         needed |= set(kind.reference_columns)
     idle = [column for column in present if column not in used]
     if stored := [column for column in idle if column in REFERENCE_COLUMNS]:
         raise UserError(
             f"the data has the columns {' and '.join(stored)}, and reference.provider="
-            f"{config.reference_provider} takes them from elsewhere: set reference.provider=columns, or "
-            "leave them out with data.columns"
+            f"{config.reference_provider} takes them from elsewhere: set reference.provider="
+            f"{alternatives(lambda spec: spec.columns)}, or leave them out with data.columns"
         )
     if idle:
         raise UserError(

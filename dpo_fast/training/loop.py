@@ -10,15 +10,15 @@ from torch import Tensor
 
 from dpo_fast import durable
 from dpo_fast.errors import Interrupted, UserError
-from dpo_fast.references import EmaReference
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import progress_bar, say, track
 from dpo_fast.training.export import export
+from dpo_fast.training.fit import check
 from dpo_fast.training.metrics import MetricSums
 from dpo_fast.training.perf import watch_head, work_of
-from dpo_fast.training.prepare import Run, check, prepare
+from dpo_fast.training.prepare import Run, prepare
 from dpo_fast.training.run_log import RunLog, open_log
 from dpo_fast.training.step import check_start, coupled_step, evaluate, train_step
 
@@ -44,11 +44,11 @@ def train(config: RunConfig) -> Path:
         UserError: before training, if something does not fit; during it, if the loss is not finite.
         Interrupted: after SIGINT or SIGTERM, once the step is finished and a checkpoint saved.
     """
-    check(config)
+    choices = check(config)
     check_writable(config.train.output_dir)
     distributed.init_distributed(config.parallel.timeout_minutes)
     checkpoint = find_checkpoint(config.train.resume_from_checkpoint, config.train.output_dir)
-    run = prepare(config)
+    run = prepare(config, choices)
     sums = MetricSums(run.engine.device, work_of(run.model))
     watch_head(run.model.causal_lm.get_output_embeddings(), sums.clock)
     log = open_log(run, resumed=checkpoint is not None)
@@ -99,8 +99,8 @@ def due(every: int | None, step: int, last: bool) -> bool:
 
 def start(run: Run, log: RunLog) -> int:
     """Begin a new run: check the loss against ln 2 and evaluate once. Returns step 0."""
-    compares = run.config.reference_provider not in ("none", "columns")
-    if run.loss_pass.objective.needs_reference and compares and run.config.reference.path is None:
+    own = run.config.reference_spec.scores and run.config.reference.path is None
+    if run.loss_pass.objective.needs_reference and own:
         split, index = run.train.at(0)
         first = [
             row
@@ -139,8 +139,8 @@ def update(run: Run, step: int, sums: MetricSums) -> Tensor:
     statistics.end_step()
     sums.note(statistics.values)
     sums.step()
-    if isinstance(reference := run.references["train"], EmaReference):
-        reference.after_step(step + 1)
+    if run.config.reference_spec.follows:
+        run.references["train"].after_step(step + 1)
     return share
 
 

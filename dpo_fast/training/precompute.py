@@ -1,100 +1,222 @@
-"""`dpo-fast reference`: the stored reference of a configuration, without training."""
+"""Computing the stored reference of a split. All ranks score, rank 0 writes, and it may be interrupted."""
 
 from __future__ import annotations
 
-from dpo_fast.errors import UserError
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from dpo_fast.data.batch import ScoredBatch
+from dpo_fast.data.dataset import tokenizer_hash
+from dpo_fast.data.layouts import LAYOUTS
+from dpo_fast.errors import Interrupted, UserError
 from dpo_fast.models import load_tokenizer
+from dpo_fast.references import CachedReference, ReferenceModel
+from dpo_fast.references.artefact import Unfinished
+from dpo_fast.references.cached import open_reference
+from dpo_fast.references.compute import length_batches, part_table, score_part
+from dpo_fast.references.store import (
+    Place,
+    Request,
+    default_place,
+    find_stored,
+    model_digest,
+    named_place,
+)
 from dpo_fast.training import distributed
 from dpo_fast.training.config import RunConfig
-from dpo_fast.training.engine import deepspeed_config
-from dpo_fast.training.fit import choose
-from dpo_fast.training.load_data import load_split
-from dpo_fast.training.prepare import check
-from dpo_fast.training.references import (
-    StoredReference,
-    load_second_model,
-    old_config,
-    store_references,
-)
+from dpo_fast.training.console import progress_bar, say
+from dpo_fast.training.splits import Split
+
+T = TypeVar("T")
 
 
-def precompute(config: RunConfig) -> list[StoredReference]:
-    """Find or compute the reference of every split; no model is loaded where all is there. Collective.
+class ReferenceInterrupted(Interrupted):
+    """SIGINT or SIGTERM came while a reference was computed. The finished parts are kept in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        Exception.__init__(
+            self,
+            f"interrupted; the finished parts of the reference {folder} are kept: the same command "
+            "goes on after them",
+        )
+        self.folder = folder
+
+
+@dataclass(frozen=True)
+class StoredReference:
+    """A split's stored reference.
+
+    folders: together they hold all rows of the split.
+    seconds: how long computing took; None if it was there already.
+    """
+
+    split: Split
+    folders: list[Path]
+    seconds: float | None
+
+
+def store_references(
+    config: RunConfig, model: ReferenceModel, make_scorer: Callable, device, splits: list[Split]
+) -> list[StoredReference]:
+    """Find a model's stored reference of each split, or compute it. Collective.
+
+    make_scorer: loads the model. It is called once, and only if something is to be computed.
 
     Raises:
-        UserError: the run stores no reference, or something does not fit.
+        UserError: what is stored is damaged or does not fit, or it cannot be written.
         Interrupted: after SIGINT or SIGTERM, while computing.
     """
-    check_provider(config)
-    config = without_training(config)
-    check(config)
-    distributed.init_distributed(config.parallel.timeout_minutes)
-    config = choose(config).applied(config)
-    tokenizer = load_tokenizer(config.model)
-    names = ("train", "eval") if config.data.has_eval else ("train",)
-    splits = [load_split(config, tokenizer, name, shuffle=False) for name in names]
-    return [
-        each
-        for wanted in stored_configs(config)
-        for each in store_references(
-            wanted,
-            lambda wanted=wanted: make_scorer(wanted, splits, _option(config, wanted)),
-            distributed.device(),
-            splits,
+    path = model.path or config.model.path
+    digest = from_main(lambda: model_digest(path, config.model.trust_remote_code))
+    scorer, results = None, []
+    for split in splits:
+        request = Request(split.name, split.examples, digest, config.model.dtype, model.per_token)
+        place, folders = from_main(
+            lambda request=request: _look(model.cache_dir, config.train.output_dir, request)
         )
-    ]
+        seconds = None
+        if folders is None:
+            scorer = scorer or make_scorer()
+            start = time.monotonic()
+            compute_reference(scorer, config, split, request, path, place.own, device)
+            seconds, folders = time.monotonic() - start, [place.own]
+        results.append(StoredReference(split, folders, seconds))
+    return results
 
 
-def stored_configs(config: RunConfig) -> list[RunConfig]:
-    """A configuration for each stored reference of a run: its own, and what wrote its completions."""
-    old = old_config(config)
-    own = [config] if config.reference_provider == "cached" else []
-    return own + ([old] if old is not None and old != config else [])
+def _look(
+    cache_dir: str | None, output_dir: str, request: Request
+) -> tuple[Place, list[Path] | None]:
+    """Where the reference of a request belongs, and the folders that hold it, if any do."""
+    if cache_dir is None:
+        place = default_place(output_dir, request)
+    else:
+        place = named_place(cache_dir, request)
+    return place, find_stored(place, request)
 
 
-def _option(config: RunConfig, wanted: RunConfig) -> str:
-    """Which option of the run names the model of one of its stored references."""
-    return "reference.path" if wanted == config else "reference.old_path"
-
-
-def make_scorer(config: RunConfig, splits: list, option: str):
-    """The reference model of a configuration, which `option` names, ready to score these splits."""
-    head = {
-        "implementation": config.train.implementation,
-        "workspace_bytes": config.train.workspace_bytes,
+def cached_references(
+    config: RunConfig, model: ReferenceModel, make_scorer: Callable, device, splits: list[Split]
+) -> dict[str, CachedReference]:
+    """The stored log-probs of a model, by the split's name. What is not there is computed first."""
+    stored = store_references(config, model, make_scorer, device, splits)
+    return {
+        each.split.name: open_reference(
+            each.folders,
+            each.split.examples.digests,
+            model.per_token,
+            device,
+            each.split.examples.kind,
+        )
+        for each in stored
     }
-    ds_config = deepspeed_config(config, distributed.world_size(), accumulation=1)
-    attention = choose(config, option).reference_attention.name
-    return load_second_model(
-        config, attention, head, ds_config, distributed.device(), splits, option
-    )
 
 
-def check_provider(config: RunConfig) -> None:
-    """Raises UserError unless the run reads something from a folder."""
-    provider = config.reference_provider
-    if provider == "cached" or config.loss.objective.needs_old_tokens:
-        return
-    if "provider" in config.reference.model_fields_set:
-        raise UserError(
-            f"reference.provider={provider} stores nothing; `dpo-fast reference` needs "
-            "reference.provider=cached"
+def compute_reference(
+    scorer, config: RunConfig, split: Split, request: Request, path: str, folder: Path, device
+) -> None:
+    """Score a split part by part and store it in `folder`. Finished parts are kept. Collective.
+
+    path: of the model that the scorer is of, for the manifest.
+
+    Raises:
+        UserError: the folder was begun for something else, is in use or cannot be written; a
+            log-probability is not finite.
+        Interrupted: after SIGINT or SIGTERM.
+    """
+    unfinished = Unfinished(folder, request.manifest, split.examples)
+    costs = LAYOUTS[split.layout].costs(split.lengths)
+    size = (config.train.micro_batch_size, config.train.tokens_per_batch)
+    was_training = getattr(scorer, "training", False)
+    scorer.eval()
+    try:
+        missing, parts = from_main(unfinished.begin), unfinished.parts
+        say(
+            f"computing the reference log-probs of {len(split.examples)} {split.examples.kind.name} "
+            f"({split.name}), once: {len(parts) - len(missing)} of {len(parts)} parts are there"
         )
-    if provider != "none":
-        raise UserError(
-            f"loss.type={', '.join(config.loss.names)} reads its reference from a model "
-            f"(reference.provider={provider}), so there is nothing to store"
-        )
-    raise UserError(
-        f"loss.type={', '.join(config.loss.names)} compares with no reference, so there is nothing to "
-        "compute; set reference.provider=cached to store one all the same"
-    )
+        plans = {index: length_batches(parts[index], costs, *size) for index in missing}
+        _score_parts(scorer, split, unfinished, plans, request.per_token, device)
+        from_main(lambda: unfinished.finish(_information(config, split, path)))
+    finally:
+        unfinished.close()
+        scorer.train(was_training)
 
 
-def without_training(config: RunConfig) -> RunConfig:
-    """The same without what concerns updates, so that any number of ranks may compute."""
-    examples = (config.train.micro_batch_size or 1) * distributed.world_size()
-    updates = {"global_batch_size": examples, "resume_from_checkpoint": False}
-    train = config.train.model_copy(update=updates)
-    log = config.log.model_copy(update={"report_to": []})
-    return config.model_copy(update={"train": train, "log": log})
+def _score_parts(
+    scorer,
+    split: Split,
+    unfinished: Unfinished,
+    plans: dict[int, list[list[int]]],
+    per_token: bool,
+    device,
+) -> None:
+    """Score and write parts. plans: the batches of rows of each part, by its index."""
+    rounds = sum(-(-len(plan) // distributed.world_size()) for plan in plans.values())
+    description = f"reference log-probs ({split.name})"
+    with distributed.stop_signals() as asked, progress_bar(description, rounds) as advance:
+
+        def until_asked(batches: Iterable[ScoredBatch]) -> Iterator[ScoredBatch]:
+            for batch in batches:
+                if asked():
+                    raise ReferenceInterrupted(unfinished.final)
+                yield batch
+                advance()
+
+        for index, plan in plans.items():
+            rows = unfinished.parts[index]
+            lengths = split.lengths.take(rows)
+            batches = until_asked(_rank_batches(split, plan))
+            share_T = score_part(scorer, batches, rows, lengths, device)
+            values_T = distributed.all_sum(share_T).cpu()
+            part = (values_T, lengths, split.examples, rows, per_token)
+            from_main(lambda index=index, part=part: unfinished.write(index, part_table(*part)))
+        if asked():
+            raise ReferenceInterrupted(unfinished.final)
+
+
+def _rank_batches(split: Split, plan: list[list[int]]) -> Iterator[ScoredBatch]:
+    """This rank's batches of a part. Every rank has equally many; its last one may be empty."""
+    world = distributed.world_size()
+    for first in range(0, len(plan), world):
+        rows = dict(enumerate(plan[first : first + world])).get(distributed.rank(), [])
+        yield split.collate([split.examples[row] for row in rows], rows)
+
+
+def _information(config: RunConfig, split: Split, path: str) -> dict:
+    """What a manifest records of how its values were computed. None of it has to match."""
+    return {
+        "split": split.name,
+        "model_path": path,
+        "tokenizer": tokenizer_hash(load_tokenizer(config.model)),
+        "layout": split.layout,
+        "world_size": distributed.world_size(),
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+    }
+
+
+def from_main(work: Callable[[], T]) -> T:
+    """Do `work` on rank 0 and return its result on every rank. Collective.
+
+    Folders may look different from other machines, so one rank decides. Its UserError is raised on every
+    rank: none waits for it.
+    """
+    if distributed.world_size() == 1:
+        return work()
+    outcome: list = [None, None]
+    if distributed.is_main():
+        try:
+            outcome[0] = work()
+        except UserError as error:
+            outcome[1] = str(error)
+    torch.distributed.broadcast_object_list(outcome, src=0)
+    result, message = outcome
+    if message is not None:
+        raise UserError(message)
+    return result

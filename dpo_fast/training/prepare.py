@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dpo_fast.errors import UserError
 from dpo_fast.models import ScoringModel, load_model, load_tokenizer
-from dpo_fast.models.layers import check_layers, checkpoint_layers
-from dpo_fast.models.load import DTYPES, check_model_path, is_folder, load_skeleton
+from dpo_fast.models.layers import checkpoint_layers
+from dpo_fast.models.load import DTYPES
 from dpo_fast.models.separation import check_separation
-from dpo_fast.ops.dispatch import choose_implementation
-from dpo_fast.references import EmaReference
+from dpo_fast.modules.metrics import METRIC_EXTRAS
 from dpo_fast.training import distributed
-from dpo_fast.training.checkpoints import find_checkpoint
-from dpo_fast.training.config import RunConfig, check_batch_sizes
+from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import say
 from dpo_fast.training.engine import build_engine, deepspeed_config, shard_while_loading
-from dpo_fast.training.fit import check_positions, check_vocabulary, choose
+from dpo_fast.training.fit import Choices, check_positions, check_vocabulary, choose
 from dpo_fast.training.load_data import load_split
-from dpo_fast.training.loss_pass import EXTRAS, LossPass, Statistics
-from dpo_fast.training.references import build_old, build_references
+from dpo_fast.training.loss_pass import LossPass, Statistics
+from dpo_fast.training.references import build_old, build_references, load_second_model
 from dpo_fast.training.splits import Split
 
 
 @dataclass
 class Run:
-    """What `train` works with."""
+    """What `train` works with.
+
+    references: the provider of each split, by the split's name.
+    old: for each split the log-probs that its completions were written with; None if no loss asks.
+    """
 
     config: RunConfig
     tokenizer: PreTrainedTokenizerBase
@@ -44,105 +45,77 @@ class Run:
     total_steps: int
 
     def loss_and_reference(self, split: str) -> tuple[LossPass, object]:
-        """How the loss of a split's batches comes about, and its reference."""
+        """The loss pass of a split's batches, and the provider of their reference."""
         return replace(self.loss_pass, old=self.old[split]), self.references[split]
 
     @property
     def stateful(self) -> dict[str, object]:
         """What changes with the run beside the engine, by the name it has in checkpoints."""
-        reference = self.references["train"]
-        followed = {"reference": reference} if isinstance(reference, EmaReference) else {}
+        follows = self.config.reference_spec.follows
+        followed = {"reference": self.references["train"]} if follows else {}
         return followed | ({"statistics": self.statistics} if self.statistics.names else {})
 
 
-def check(config: RunConfig) -> None:
-    """What can be told without a process group, a tokenizer or a weight. Raises UserError."""
-    check_batch_sizes(config, distributed.world_size())
-    check_model_path(config.model.path)
-    if config.model.tokenizer is not None:
-        is_folder(config.model.tokenizer, "model.tokenizer")
-    if config.reference.path is not None:
-        check_model_path(config.reference.path, "reference.path")
-    if config.reference.old_path is not None:
-        check_model_path(config.reference.old_path, "reference.old_path")
-    device = distributed.device()
-    choose(config)
-    check_layers(config.model, load_skeleton(config.model), device)
-    if config.reference.path is not None:
-        second = config.reference_model
-        check_layers(second, load_skeleton(second, "reference.path"), device)
-    dtype = DTYPES[config.model.dtype]
-    choose_implementation("linear_logp", device, dtype, config.train.implementation)
-    for package in config.log.report_to:
-        if importlib.util.find_spec(package) is None:
-            raise UserError(
-                f"log.report_to={package}: the package is not installed; pip install {package}, or "
-                "leave it out (metrics.jsonl is always written)"
-            )
-    find_checkpoint(config.train.resume_from_checkpoint, config.train.output_dir)
-
-
-def prepare(config: RunConfig) -> Run:
+def prepare(config: RunConfig, choices: Choices | None = None) -> Run:
     """Everything in order, the cheap first. Collective: every rank calls it.
+
+    choices: what `check` returned; they are made here if it has not been called.
 
     Raises:
         UserError: data, model or options that do not fit, before any weight is loaded if possible.
     """
-    world = distributed.world_size()
-    choices = choose(config)
+    choices = choose(config) if choices is None else choices
     config = choices.applied(config)
     say(f"layout {choices.layout.name}: {choices.layout.reason}")
     say(f"attention {choices.attention.name}: {choices.attention.reason}")
     tokenizer = load_tokenizer(config.model)
-    train = load_split(config, tokenizer, "train", shuffle=True)
-    held_out = (
-        load_split(config, tokenizer, "eval", shuffle=False) if config.data.has_eval else None
-    )
+    splits = [load_split(config, tokenizer, "train", shuffle=True)]
+    if config.data.has_eval:
+        splits.append(load_split(config, tokenizer, "eval", shuffle=False))
+    train = splits[0]
     total_steps = config.train.max_steps or train.sampler.steps(config.train.num_train_epochs)
-    ds_config = deepspeed_config(config, world, train.sampler.accumulation)
+    ds_config = deepspeed_config(config, distributed.world_size(), train.sampler.accumulation)
     torch.manual_seed(config.train.seed)
     keep_alive = shard_while_loading(config, ds_config)
-    head = {
-        "implementation": config.train.implementation,
-        "workspace_bytes": config.train.workspace_bytes,
-    }
-    model = load_model(config.model, attention=choices.attention.name, **head)
+    model = load_policy(config, choices, tokenizer, splits)
+    engine = build_engine(config, model, ds_config, total_steps)
+    dtype = DTYPES[config.model.dtype]
+    check_separation(engine, config.train.layout, len(tokenizer), engine.device, dtype)
+    load = partial(load_second_model, config, choices, ds_config, engine.device, splits)
+    references = build_references(config, engine, model, splits, load)
+    old = build_old(config, engine, references, splits, load)
+    del keep_alive
+    extras = METRIC_EXTRAS if config.log.token_metrics else ()
+    loss_pass = LossPass(config.loss.objective, extras, config.train.implementation)
+    return Run(
+        config=config,
+        tokenizer=tokenizer,
+        train=train,
+        eval=splits[1] if config.data.has_eval else None,
+        engine=engine,
+        model=model,
+        references=references,
+        old=old,
+        loss_pass=loss_pass,
+        statistics=Statistics(loss_pass.objective.statistics, engine.device),
+        total_steps=total_steps,
+    )
+
+
+def load_policy(
+    config: RunConfig, choices: Choices, tokenizer: PreTrainedTokenizerBase, splits: list[Split]
+) -> ScoringModel:
+    """The model that is trained. Raises UserError if it does not fit the tokenizer or the data."""
+    model = load_model(config.model, attention=choices.attention.name, **config.train.head)
     check_vocabulary(model, tokenizer)
-    splits = [split for split in (train, held_out) if split is not None]
     check_positions(model, splits)
     if wants_checkpointing(config, model):
         checkpoint_layers(model.causal_lm, config.model.checkpoint_layers)
-    engine = build_engine(config, model, ds_config, total_steps)
-    check_separation(
-        engine, config.train.layout, len(tokenizer), engine.device, DTYPES[config.model.dtype]
-    )
-    references = build_references(
-        config, engine, model, splits, choices.reference_attention.name, head, ds_config
-    )
-    old = build_old(config, engine, references, splits, head, ds_config)
-    del keep_alive
-    loss_pass = LossPass(
-        config.loss.objective,
-        EXTRAS if config.log.token_metrics else (),
-        config.train.implementation,
-    )
-    statistics = Statistics(loss_pass.objective.statistics, engine.device)
-    return Run(
-        config,
-        tokenizer,
-        train,
-        held_out,
-        engine,
-        model,
-        references,
-        old,
-        loss_pass,
-        statistics,
-        total_steps,
-    )
+    return model
 
 
 def wants_checkpointing(config: RunConfig, model: ScoringModel) -> bool:
+    """Whether activations are recomputed in the backward pass."""
     if config.model.checkpoint_layers is not None:
         return True
     if config.model.gradient_checkpointing is not None:

@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 
 from dpo_fast.cli import app
 from dpo_fast.cli.doctor_memory import Sizes, in_units, memory
-from dpo_fast.cli.doctor_run import _sizes, look, rows
+from dpo_fast.cli.doctor_run import look, rows
 from dpo_fast.errors import UserError
+from dpo_fast.references import ReferenceModel
 from dpo_fast.training import distributed
 from dpo_fast.training.config import build_config
 from tests.support.models import run_tree, write_model
@@ -142,7 +143,7 @@ def test_what_wrote_the_completions_is_told(folder, tmp_path):
     own = table(folder, loss=grpo)["old log-probs"]
     assert own[1:] == (
         "default",
-        "computed once by the policy as it starts, then read from a table",
+        "computed once by the policy as it starts; then read from a table",
     )
     assert table(folder, loss=divergence, reference=stored)["old log-probs"][2].endswith("serves")
     path = str(write_model(tmp_path / "old", vocab=1000))
@@ -151,7 +152,7 @@ def test_what_wrote_the_completions_is_told(folder, tmp_path):
     assert "by the policy as it starts" in found["reference"][2]
     tree = run_tree(folder) | {"loss": grpo, "reference": {"old_path": path}}
     outlook = look(build_config(tree, "tree"))
-    lines = {line.what: line.device for line in memory(outlook.config, _sizes(outlook), 1)}
+    lines = {line.what: line.device for line in memory(outlook.config, outlook.sizes, 1)}
     assert lines["reference.old_path, before training"] > lines["weights"]
     assert "reference model, before training" not in lines
 
@@ -188,7 +189,8 @@ def test_a_contradiction_with_deepspeeds_section_is_told(folder):
         table(folder, parallel={"deepspeed": {"gradient_clipping": 3}})
 
 
-SIZES = Sizes(parameters=1000, trainable=800, gathered=100, reference=600, head_bytes=7)
+SECOND = {ReferenceModel(None, "reference.path"): 600}
+SIZES = Sizes(parameters=1000, trainable=800, gathered=100, head_bytes=7, second_models=SECOND)
 
 
 @pytest.mark.parametrize(

@@ -379,7 +379,8 @@ def test_a_reference_is_loaded_to_where_it_waits(monkeypatch, tmp_path):
         tree["reference"] = {"provider": "frozen", "offload": reference}
         config = build_config(tree, "tree")
         ds_config = deepspeed_config(config, 1, 1)
-        references.load_reference_engine(config, "sdpa", {}, ds_config, CPU)
+        model = config.reference.model
+        references.load_reference_engine(config, MagicMock(), ds_config, CPU, model)
     assert seen == [True, False, True, False]
 
 

@@ -58,15 +58,16 @@ def test_a_tokenizer_larger_than_the_vocabulary():
 
 @pytest.mark.parametrize("option", ["reference.path", "reference.old_path"])
 def test_a_second_model_is_held_to_the_same(monkeypatch, option):
+    from dpo_fast.references import ReferenceModel
     from dpo_fast.training import references
 
     second = model(transformers.LlamaConfig(vocab_size=10, max_position_embeddings=64))
     monkeypatch.setattr(references, "load_reference_engine", lambda *_: second)
     monkeypatch.setattr(references, "load_tokenizer", lambda _: range(tokens))
-    config = SimpleNamespace(model=None, reference=SimpleNamespace(path="second"))
+    config, named = SimpleNamespace(model=None), ReferenceModel("second", option)
 
     def load(length: int):
-        return references.load_second_model(config, "sdpa", {}, {}, "cpu", longest(length), option)
+        return references.load_second_model(config, None, {}, "cpu", longest(length), named)
 
     tokens = 10
     assert load(64) is second

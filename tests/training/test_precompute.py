@@ -22,8 +22,8 @@ from dpo_fast.references.providers import FrozenReference
 from dpo_fast.training.config import build_config
 from dpo_fast.training.fit import choose
 from dpo_fast.training.load_data import load_split
-from dpo_fast.training.precompute import without_training
-from dpo_fast.training.references import ReferenceInterrupted, cached_references, store_references
+from dpo_fast.training.precompute import ReferenceInterrupted, cached_references, store_references
+from dpo_fast.training.references import without_training
 from tests.support.models import run_tree, write_model, write_pairs
 from tests.support.paths import ROOT
 
@@ -74,13 +74,17 @@ class Here:
             return self.scorer(**arguments)
 
         scorer.eval, scorer.train = self.scorer.eval, self.scorer.train
-        return store_references(self.config, lambda: scorer, "cpu", self.splits)
+        return store_references(
+            self.config, self.config.reference.model, lambda: scorer, "cpu", self.splits
+        )
 
     def read(self):
         def nothing_to_score():
             pytest.fail("what is stored is computed again")
 
-        return cached_references(self.config, nothing_to_score, "cpu", self.splits)
+        return cached_references(
+            self.config, self.config.reference.model, nothing_to_score, "cpu", self.splits
+        )
 
 
 def rows(folder: Path, split: str = "train") -> list[dict]:

@@ -342,24 +342,21 @@ def test_what_wrote_the_completions_is_stored_once(folder, runs):
 @pytest.mark.processes
 def test_the_command_stores_it_beforehand(folder, tmp_path):
     """`dpo-fast reference` computes what wrote the completions; a run of the same folder finds it."""
-    from dpo_fast.training.precompute import check_provider, stored_configs
-
     plain = config(folder, {"type": "grpo"}, output_dir=str(tmp_path / "run"))
-    check_provider(plain)
-    (old,) = stored_configs(plain)
-    assert (old.reference.path, old.reference.per_token) == (None, True)
+    (old,) = plain.stored_models
+    assert (old.path, old.per_token) == (None, True)
     both = config(
         folder,
         {"type": "grpo", "grpo_beta": 0.1},
         reference={"provider": "cached", "per_token": True, "path": str(folder / "far")},
     )
-    assert [each.reference.path for each in stored_configs(both)] == [str(folder / "far"), None]
+    assert [each.path for each in both.stored_models] == [str(folder / "far"), None]
     same = config(
         folder,
         {"type": "grpo", "grpo_beta": 0.1},
         reference={"provider": "cached", "per_token": True},
     )
-    assert stored_configs(same) == [same]
+    assert same.stored_models == [same.old_model] == [same.reference.model]
     tree = tree_of(folder, {"type": "grpo"}, output_dir=str(tmp_path / "run"))
     (tmp_path / "run.yaml").write_text(json.dumps(tree))
     arguments = ["reference", str(tmp_path / "run.yaml")]

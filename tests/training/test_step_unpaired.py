@@ -400,10 +400,10 @@ def test_kl_needs_more_than_one_row(folder, tmp_path):
 
 
 def test_dpo_fast_reference_says_that_there_is_nothing_to_store(folder):
-    from dpo_fast.training.precompute import check_provider
+    from dpo_fast.training.references import check_stores
 
     with pytest.raises(UserError, match="loss.type=kto reads its reference from a model"):
-        check_provider(config(folder, "completions", {"type": "kto"}))
+        check_stores(config(folder, "completions", {"type": "kto"}))
 
 
 @pytest.mark.parametrize("data", ["completions", "pairs"])

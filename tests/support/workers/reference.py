@@ -15,10 +15,10 @@ import sys
 from dpo_fast.cli.app import app
 from dpo_fast.errors import UserError
 from dpo_fast.references import artefact
-from dpo_fast.training import distributed, references
+from dpo_fast.training import distributed, precompute, references
 
 artefact.ROWS_PER_PART = 4
-write, score, load = artefact.Unfinished.write, references.score_part, references.load_model
+write, score, load = artefact.Unfinished.write, precompute.score_part, references.load_model
 
 
 def refused(*arguments, **options):
@@ -44,7 +44,7 @@ def main() -> None:
         artefact.Unfinished.write = (
             killed_after(case["kill_after"]) if "kill_after" in case else write
         )
-        references.score_part = score if scoring else refused
+        precompute.score_part = score if scoring else refused
         references.load_model = load if scoring else refused
         try:
             app(case["arguments"], standalone_mode=False)
