@@ -18,9 +18,9 @@ from benchmarks.kernels.contenders import (
     why_not_compile,
 )
 from dpo_fast import linear_logp
+from dpo_fast.modules.metrics import METRIC_EXTRAS
 from dpo_fast.ops.dispatch import IMPLEMENTATIONS
 
-EXTRAS = ("entropy", "mean_logit", "is_top1")
 GIB = 1 << 30
 BARE_TOKENS = {"cpu": 2048, "cuda": 8192}  # rows of a bare product: its tile of [rows, V] must fit
 SLOW_FLOPS = 1e13  # of a product, on a GPU in fp32
@@ -84,7 +84,7 @@ def _ours(implementation: str) -> list[Contender]:
         make(f"{name}, 1 GiB", build(workspace=lambda case: GIB), **some, **one_gib),
         make(f"{name}, half budget", build(workspace=half), **some),
         make(f"{name}, recompute", build(workspace=lambda case: 0), modes=("trainable",)),
-        make(f"{name}, extras", build(extras=EXTRAS), modes=("logps", "trainable"), growth=False),
+        make(f"{name}, extras", build(extras=METRIC_EXTRAS), modes=("logps", "trainable"), growth=False),
     ]
 
 

@@ -21,13 +21,14 @@ from dpo_fast.losses import Objective, Totals
 from dpo_fast.models.architecture import architecture_of, choose_attention, choose_layout
 from dpo_fast.models.scoring import scoring_forward
 from dpo_fast.models.separation import check_separation
+from dpo_fast.modules.metrics import METRIC_EXTRAS
 from dpo_fast.references.providers import (
     AdapterOffReference,
     ColumnReference,
     FrozenReference,
     NoReference,
 )
-from dpo_fast.training.loss_pass import EXTRAS, LossPass
+from dpo_fast.training.loss_pass import LossPass
 from dpo_fast.training.metrics import MetricSums
 
 __all__ = ["PreferenceCollator", "PreferenceTrainer"]
@@ -99,7 +100,7 @@ class PreferenceTrainer(transformers.Trainer):
                 f"fsdp={args.fsdp}, {args.n_gpu} GPUs in this process: start one process per GPU with "
                 "torchrun or accelerate, with DDP or DeepSpeed ZeRO"
             )
-        self.loss_pass = LossPass(objective, EXTRAS)
+        self.loss_pass = LossPass(objective, METRIC_EXTRAS)
         self.reference = self._make_reference(reference, columns)
         self._sums = {mode: MetricSums(args.device) for mode in ("train", "eval")}
 

@@ -26,8 +26,6 @@ from dpo_fast.ops.segments import sum_sequences
 from dpo_fast.references import CachedReference
 from dpo_fast.training.distributed import all_sum
 
-EXTRAS = ("entropy", "mean_logit", "is_top1")  # extras of the head that metrics show
-
 
 @dataclass(frozen=True)
 class LossPass:

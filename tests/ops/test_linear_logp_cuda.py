@@ -17,7 +17,7 @@ from dpo_fast.errors import UnavailableError
 from dpo_fast.ops import dispatch, eager, linear_logp
 from dpo_fast.ops.dispatch import interpreting
 from dpo_fast.ops.linear_logp import cuda_extension, op
-from dpo_fast.ops.linear_logp.call import HeadOptions
+from dpo_fast.ops.linear_logp.call import EXTRAS, HeadOptions
 from tests.support import emulated_sm90
 
 kernels = pytest.importorskip("dpo_fast.kernels.linear_logp")
@@ -33,7 +33,6 @@ pytestmark = [
 ]
 DEVICE = torch.device("cuda" if ON_A_GPU else "cpu")
 BF16 = torch.bfloat16
-EXTRAS = ("entropy", "log_sum_p2", "mean_logit", "is_top1")
 OPTIONS = {"logit_scale": -0.7, "temperature": 1.3}
 run = partial(linear_logp, implementation="cuda")
 
