@@ -41,16 +41,10 @@ def train(
 
     distributed.adopt_slurm()
     run = load_config(config, overrides or ())
-    if nproc > 1:
-        from dpo_fast.cli.launch import launch
-
-        if distributed.world_size() > 1:
-            raise UserError(f"--nproc {nproc} starts ranks itself: leave it out under a launcher")
-        check_batch_sizes(run, nproc)
-        quiet()
-        _prepare_data(run)  # here, so that a mistake in it is told once and before ranks start
-        raise typer.Exit(launch(nproc, ["train", config, *(overrides or ())]))
     quiet()
+    if nproc > 1:
+        check_batch_sizes(run, nproc)
+        _launch(nproc, run, ["train", config, *(overrides or ())])
     from dpo_fast.training.loop import train as train_run
 
     train_run(run)
@@ -62,8 +56,19 @@ def train(
     distributed.leave_distributed()
 
 
+def _launch(nproc: int, run, arguments: list[str]) -> None:
+    """Run the same command as local ranks and exit with their code."""
+    from dpo_fast.cli.launch import launch
+    from dpo_fast.training import distributed
+
+    if distributed.world_size() > 1:
+        raise UserError(f"--nproc {nproc} starts ranks itself: leave it out under a launcher")
+    _prepare_data(run)  # a mistake in the data is told once, before ranks start
+    raise typer.Exit(launch(nproc, arguments))
+
+
 def _prepare_data(run) -> dict:
-    """Tokenised rows of each split of a run, by name; of a stream its first chunk, which is not stored."""
+    """The tokenizer, and the tokenised rows of each split by its name; of a stream its first chunk."""
     from dpo_fast.data.dataset import load_examples
     from dpo_fast.data.stream import ExampleStream
     from dpo_fast.models import load_tokenizer
@@ -85,9 +90,9 @@ def reference(
     overrides: Overrides = None,
     nproc: Annotated[int, typer.Option(min=1, help="start this many local ranks")] = 1,
 ) -> None:
-    """Compute and store the reference log-probs of a run, or go on where that was interrupted.
+    """Compute and store the reference log-probs of a run, or go on after an interruption.
 
-    A later `train` of the same configuration finds them; another run does with reference.cache_dir.
+    A later `train` of the same configuration finds them. Another run finds them by reference.cache_dir.
     """
     from dpo_fast.training import distributed
     from dpo_fast.training.config import load_config
@@ -100,12 +105,7 @@ def reference(
 
     check_stores(run)
     if nproc > 1:
-        from dpo_fast.cli.launch import launch
-
-        if distributed.world_size() > 1:
-            raise UserError(f"--nproc {nproc} starts ranks itself: leave it out under a launcher")
-        _prepare_data(run)  # here, so that a mistake in it is told once and before ranks start
-        raise typer.Exit(launch(nproc, ["reference", config, *(overrides or ())]))
+        _launch(nproc, run, ["reference", config, *(overrides or ())])
     for stored in store_beforehand(run):
         if distributed.is_main():
             _show_reference(stored)
@@ -198,7 +198,7 @@ def demo(
 
 def main() -> None:
     """Entry point of `dpo-fast`."""
-    # DeepSpeed's launcher puts --local_rank=N before our arguments, and says it in LOCAL_RANK too.
+    # DeepSpeed's launcher adds --local_rank=N to our arguments; LOCAL_RANK says the same.
     arguments = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
     try:
         app(arguments, prog_name="dpo-fast")
@@ -211,7 +211,7 @@ def main() -> None:
 
 
 def _tell(error: Exception) -> None:
-    """Once per machine: its ranks read the same files and stumble over the same thing."""
+    """Print it once per machine: all ranks of a machine fail on the same files."""
     rank, local = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
     if local == "0":
         place = "" if rank == "0" else f" (rank {rank})"
@@ -219,7 +219,7 @@ def _tell(error: Exception) -> None:
 
 
 def _leave(code: int) -> None:
-    """End at once: other ranks may be inside a collective that an orderly shutdown would wait for."""
+    """End at once. Other ranks may be inside a collective, and an orderly shutdown would wait for it."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

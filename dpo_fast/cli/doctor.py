@@ -1,4 +1,4 @@
-"""What this machine can run, and which implementation each operation would use, and why."""
+"""What this machine can run: versions, devices, and the implementation of each operation, with reasons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""--nproc: ranks on this machine, without a launcher in between. All end when one fails."""
+"""--nproc: ranks on this machine, without another launcher. All end when one fails."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 
 from dpo_fast.training.distributed import cores
 
-GRACE_SECONDS = 10.0  # after one rank has failed, for the others to say so themselves
+GRACE_SECONDS = 10.0  # after a failure the other ranks have so long to report it and end
 
 
 def launch(nproc: int, arguments: list[str]) -> int:
@@ -20,10 +20,10 @@ def launch(nproc: int, arguments: list[str]) -> int:
 
 
 def launch_command(nproc: int, command: list[str], environment: dict[str, str]) -> int:
-    """Run a command as `nproc` ranks; returns the first failure's exit code, or 0.
+    """Run a command as `nproc` ranks. Returns the exit code of the first that failed, or 0.
 
-    Ctrl-C reaches the ranks through the terminal; SIGTERM is passed on. They finish their step, save
-    and exit, and this process waits for that.
+    Ctrl-C reaches the ranks through the terminal, and SIGTERM is passed on. The ranks finish their step,
+    save and exit; this process waits for them.
     """
     ranks: list[subprocess.Popen] = []
     handlers = {
@@ -53,7 +53,7 @@ def _rank_environments(nproc: int, environment: dict[str, str]) -> list[dict[str
 
 
 def _wait(ranks: list[subprocess.Popen]) -> int:
-    """Until all have ended. After a failure the others get some seconds to end by themselves."""
+    """Wait until all have ended. After a failure the others get some seconds to end by themselves."""
     failed, deadline = 0, float("inf")
     while any(p.poll() is None for p in ranks):
         failed = failed or next((p.returncode for p in ranks if p.returncode), 0)

@@ -76,3 +76,35 @@ def test_a_second_model_is_held_to_the_same(monkeypatch, option):
     tokens = 11
     with pytest.raises(UserError, match=f"vocabulary of 10.*check {option} and"):
         load(64)
+
+
+def test_every_model_is_read_once_and_one_layout_serves_all(monkeypatch, tmp_path):
+    """The policy, the reference and what wrote the completions, of which the last shares no rows."""
+    from dpo_fast.training import fit
+    from dpo_fast.training.config import build_config
+    from tests.support.models import run_tree, write_groups, write_model
+
+    for name in ("model", "near", "far"):
+        write_model(tmp_path / name)
+    write_groups(tmp_path / "pairs.jsonl", 4)
+    reference = {"provider": "frozen"} | {
+        option: str(tmp_path / name) for option, name in (("path", "near"), ("old_path", "far"))
+    }
+    grpo = {"type": "grpo", "grpo_beta": 0.1}
+    config = build_config(run_tree(tmp_path) | {"loss": grpo, "reference": reference}, "tree")
+    read, load = [], fit.load_skeleton
+
+    def load_skeleton(section, *option):
+        read.append(section.path)
+        model = load(section, *option)
+        model._supports_attention_backend = not section.path.endswith("far")
+        return model
+
+    monkeypatch.setattr(fit, "load_skeleton", load_skeleton)
+    choices = fit.check(config)
+    assert read == [str(tmp_path / name) for name in ("model", "near", "far")]
+    assert choices.layout.name == "padded" and "AttentionInterface" in choices.layout.reason
+    assert [choices.attention_of(model).name for model in config.second_models] == ["sdpa"] * 2
+    train = config.train.model_copy(update={"layout": "packed"})
+    with pytest.raises(UserError, match="train.layout=packed cannot be honoured"):
+        fit.check(config.model_copy(update={"train": train}))
