@@ -1,4 +1,4 @@
-"""The section `reference` of the configuration, and the models that it names."""
+"""The section `reference` of the configuration: its options, the models it names, and what they go with."""
 
 from __future__ import annotations
 
@@ -7,8 +7,16 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from dpo_fast.losses import Objective
 from dpo_fast.models.config import ModelSection, Place
-from dpo_fast.references.table import DEFAULT, PROVIDERS, default_provider, refusals
+from dpo_fast.references.table import (
+    DEFAULT,
+    PROVIDERS,
+    ProviderSpec,
+    alternatives,
+    default_provider,
+    refusals,
+)
 
 
 @dataclass(frozen=True)
@@ -112,3 +120,73 @@ class ReferenceSection(BaseModel):
         if stored and self.per_token and self.path == self.old_path:
             return self.model
         return ReferenceModel(self.old_path, "reference.old_path", per_token=True)
+
+
+def check_reference(
+    section: ReferenceSection, spec: ProviderSpec, objective: Objective, adapters: bool
+) -> None:
+    """Check that provider and options go with the losses and with the policy.
+
+    spec: of the provider that the run uses.
+    adapters: whether the policy has adapters.
+
+    Raises:
+        ValueError: naming the option, its value and the remedy.
+    """
+    losses = ", ".join(objective.names)
+    if objective.needs_reference and not spec.compares:
+        raise ValueError(
+            f"reference.provider={spec.name}, but loss.type={losses} compares with a reference; choose "
+            f"{alternatives(lambda other: other.compares)}"
+        )
+    if spec.needs_adapters and not adapters:
+        raise ValueError(
+            f"reference.provider={spec.name} needs adapters: set model.lora, or choose "
+            f"{alternatives(lambda other: other.compares and not other.needs_adapters)}"
+        )
+    if spec.no_adapters and adapters:
+        raise ValueError(
+            f"reference.provider={spec.name} does not work with model.lora: {spec.no_adapters}; choose "
+            f"{alternatives(lambda other: other.compares and not other.no_adapters)}"
+        )
+    _check_options(section, spec, objective)
+    _check_scores(section, spec, objective)
+
+
+def _check_options(section: ReferenceSection, spec: ProviderSpec, objective: Objective) -> None:
+    """An option that the provider or the losses do not use is a mistake."""
+    of_providers = {option for other in PROVIDERS.values() for option in other.options}
+    for option, field in ReferenceSection.model_fields.items():
+        value = getattr(section, option)
+        unused = option in of_providers and option not in spec.options
+        if unused and value != field.default:
+            users = alternatives(lambda other, option=option: option in other.options)
+            value = str(value).lower() if isinstance(value, bool) else value
+            raise ValueError(
+                f"reference.{option}={value} is not used by reference.provider={spec.name}; leave it "
+                f"out, or set provider={users}"
+            )
+    if section.old_path is not None and not objective.needs_old_tokens:
+        raise ValueError(
+            f"reference.old_path={section.old_path} is not used by loss.type="
+            f"{', '.join(objective.names)}, which does not ask what wrote the completions; leave it out"
+        )
+
+
+def _check_scores(section: ReferenceSection, spec: ProviderSpec, objective: Objective) -> None:
+    """Some losses compare token by token, or need log-probs of sequences that are not in the data."""
+    if objective.needs_reference_tokens and not spec.gives_tokens(section.per_token):
+        stored = alternatives(lambda other: other.tokens == "stored")
+        always = alternatives(lambda other: other.tokens == "always")
+        raise ValueError(
+            "loss.token_clamp, loss.ld_alpha and loss.grpo_beta compare with the reference token by "
+            f"token: set reference.per_token=true with provider={stored}, or choose {always}; or, for "
+            "ld_alpha, loss.ld_reference=false to leave the reference's sums as they are"
+        )
+    estimates_kl = "kl" in objective.statistics and objective.needs_reference
+    if estimates_kl and not spec.any_sequence:
+        raise ValueError(
+            f"reference.provider={spec.name} holds the data's own sequences, and loss.type="
+            f"{', '.join(objective.names)} estimates kl from completions after the prompts of other "
+            f"rows, drawn anew in every step; choose {alternatives(lambda other: other.any_sequence)}"
+        )

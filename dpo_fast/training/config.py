@@ -1,4 +1,4 @@
-"""A whole run as typed data: checks across its sections, YAML and key=value."""
+"""A whole run as typed data: its sections, checks across them, and how YAML and key=value become one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 from dpo_fast.data.config import DataConfig
 from dpo_fast.errors import UserError
 from dpo_fast.models.config import ModelSection
-from dpo_fast.references.config import ReferenceModel, ReferenceSection
+from dpo_fast.references.config import ReferenceModel, ReferenceSection, check_reference
 from dpo_fast.references.table import PROVIDERS, ProviderSpec, alternatives, default_provider
 from dpo_fast.training.sections import (
     FORBID,
@@ -24,7 +24,7 @@ from dpo_fast.training.sections import (
 
 
 class RunConfig(BaseModel):
-    """The whole run."""
+    """A run: one section for each part of it. Options that do not go together are refused."""
 
     model_config = FORBID
 
@@ -38,9 +38,8 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        self._check_provider()
-        self._check_reference_options()
-        self._check_tokens()
+        adapters = self.model.lora is not None
+        check_reference(self.reference, self.reference_spec, self.loss.objective, adapters)
         self._check_kl()
         self._check_offload()
         self._check_training()
@@ -49,69 +48,9 @@ class RunConfig(BaseModel):
             self._check_buffer()
         return self
 
-    def _check_provider(self) -> None:
-        """The provider goes with the losses and with the model."""
-        spec = self.reference_spec
-        if not spec.compares and self.loss.objective.needs_reference:
-            raise ValueError(
-                f"reference.provider={spec.name}, but loss.type={self._losses} compares with a reference; "
-                f"choose {alternatives(lambda other: other.compares)}"
-            )
-        if spec.needs_adapters and self.model.lora is None:
-            raise ValueError(
-                f"reference.provider={spec.name} needs adapters: set model.lora, or choose "
-                f"{alternatives(lambda other: other.compares and not other.needs_adapters)}"
-            )
-        if spec.no_adapters and self.model.lora is not None:
-            raise ValueError(
-                f"reference.provider={spec.name} does not work with model.lora: {spec.no_adapters}; choose "
-                f"{alternatives(lambda other: other.compares and not other.no_adapters)}"
-            )
-
-    def _check_reference_options(self) -> None:
-        """An option that the provider or the losses do not use is a mistake."""
-        spec, section = self.reference_spec, self.reference
-        of_providers = {option for other in PROVIDERS.values() for option in other.options}
-        for option, field in ReferenceSection.model_fields.items():
-            value = getattr(section, option)
-            unused = option in of_providers and option not in spec.options
-            if unused and value != field.default:
-                users = alternatives(lambda other, option=option: option in other.options)
-                value = str(value).lower() if isinstance(value, bool) else value
-                raise ValueError(
-                    f"reference.{option}={value} is not used by reference.provider={spec.name}; leave it "
-                    f"out, or set provider={users}"
-                )
-        if section.old_path is not None and not self.loss.objective.needs_old_tokens:
-            raise ValueError(
-                f"reference.old_path={section.old_path} is not used by loss.type={self._losses}, which "
-                "does not ask what wrote the completions; leave it out"
-            )
-
-    def _check_tokens(self) -> None:
-        """Some losses compare token by token, which sums do not allow."""
-        given = self.reference_spec.gives_tokens(self.reference.per_token)
-        if self.loss.objective.needs_reference_tokens and not given:
-            stored = alternatives(lambda spec: spec.tokens == "stored")
-            always = alternatives(lambda spec: spec.tokens == "always")
-            raise ValueError(
-                "loss.token_clamp, loss.ld_alpha and loss.grpo_beta compare with the reference token by "
-                f"token: set reference.per_token=true with provider={stored}, or choose {always}; or, for "
-                "ld_alpha, loss.ld_reference=false to leave the reference's sums as they are"
-            )
-
     def _check_kl(self) -> None:
-        """The kl of KTO needs completions of other rows, and a reference that scores any sequence."""
-        objective, spec = self.loss.objective, self.reference_spec
-        if "kl" not in objective.statistics:
-            return
-        if objective.needs_reference and not spec.any_sequence:
-            raise ValueError(
-                f"reference.provider={spec.name} holds the data's own sequences, and loss.type="
-                f"{self._losses} estimates kl from completions after the prompts of other rows, drawn anew "
-                f"in every step; choose {alternatives(lambda other: other.any_sequence)}"
-            )
-        if self.train.global_batch_size == 1:
+        """The kl of KTO needs completions of other rows."""
+        if "kl" in self.loss.objective.statistics and self.train.global_batch_size == 1:
             raise ValueError(
                 f"train.global_batch_size=1, but loss.type={self._losses} estimates kl from the "
                 "completions of other rows of the batch; set it to 2 or more"
@@ -156,9 +95,11 @@ class RunConfig(BaseModel):
             )
         if self.reference_spec.stores:
             others = alternatives(lambda spec: spec.compares and not spec.stores)
+            nothing = alternatives(lambda spec: not spec.compares)
             raise ValueError(
                 f"data.streaming=true, but reference.provider={self.reference_provider} is computed over "
-                f"all of the data before training; choose {others}"
+                f"all of the data before training; choose {others}, or {nothing} for a loss without a "
+                "reference"
             )
         if self.loss.objective.needs_old_tokens:
             raise ValueError(
@@ -238,7 +179,7 @@ class RunConfig(BaseModel):
         return self.parallel.offload_parameters if chosen is None else chosen
 
     def resolved(self) -> dict[str, Any]:
-        """As a tree that gives the same run again, with what followed from defaults filled in."""
+        """The run as a tree from which it can be built again. Derived defaults stand in it."""
         tree = self.model_dump(mode="json")
         tree["train"]["learning_rate"] = self.learning_rate
         tree["reference"]["provider"] = self.reference_provider
@@ -246,6 +187,7 @@ class RunConfig(BaseModel):
 
     @property
     def learning_rate(self) -> float:
+        """Peak learning rate; full models and adapters have different defaults."""
         return self.train.learning_rate or (5e-7 if self.model.lora is None else 5e-6)
 
 
@@ -264,7 +206,7 @@ def check_batch_sizes(config: RunConfig, world_size: int) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML of which no word is ignored: PyYAML alone lets the last of two equal keys win."""
+    """Refuses a key that stands twice. PyYAML alone would keep the last."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -300,6 +242,7 @@ def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
 
 
 def build_config(tree: dict, where: str) -> RunConfig:
+    """Validate a tree. Raises UserError. where: what an error says first, such as the file's name."""
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -307,6 +250,7 @@ def build_config(tree: dict, where: str) -> RunConfig:
 
 
 def _apply(tree: dict, override: str) -> None:
+    """Set one key of a tree, `section.key=value`. Raises UserError."""
     key, separator, text = override.partition("=")
     names = key.split(".")
     if not separator or not all(names):
@@ -326,7 +270,7 @@ def _apply(tree: dict, override: str) -> None:
 
 
 def _explain(error: dict) -> str:
-    """One of pydantic's findings in our words: the key, the value, what was expected."""
+    """One of pydantic's errors as the key, the value and what was expected."""
     place = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         known = _fields_at(error["loc"][:-1])

@@ -24,7 +24,7 @@ FORBID = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class _Losses(BaseModel):
-    """One loss, or a weighted sum of several, and their options (docs/LOSSES.md)."""
+    """One loss or a weighted sum of several, and their options (docs/LOSSES.md)."""
 
     model_config = FORBID
 
@@ -37,6 +37,7 @@ class _Losses(BaseModel):
 
     @property
     def objective(self) -> Objective:
+        """The weighted sum. Raises ValueError for values that do not go together."""
         weights = tuple(self.weights) if self.weights is not None else (1.0,) * len(self.names)
         options = {field.name: getattr(self, field.name) for field in fields(LossOptions)}
         return Objective(self.names, weights, LossOptions(**options))
@@ -159,7 +160,7 @@ class TrainSection(BaseModel):
     @field_validator("output_dir", "resume_from_checkpoint")
     @classmethod
     def _folder(cls, value: bool | str, info: ValidationInfo) -> bool | str:
-        """`~` is the home, as in every other path."""
+        """Expand `~`, as in every other path."""
         if isinstance(value, bool):
             return value
         if not value.strip():
