@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, model_validator
 
-Place = Annotated[str, AfterValidator(os.path.expanduser)]  # a folder, or a hub id
+ModelPath = Annotated[str, AfterValidator(os.path.expanduser)]  # a folder, or a hub id
 
 
 class LoraSection(BaseModel):
@@ -30,8 +30,10 @@ class ModelSection(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    path: Place = Field(description="a model folder as written by save_pretrained, or a hub id")
-    tokenizer: Place | None = Field(None, description="tokenizer folder or hub id; default: path")
+    path: ModelPath = Field(description="a model folder as written by save_pretrained, or a hub id")
+    tokenizer: ModelPath | None = Field(
+        None, description="tokenizer folder or hub id; default: path"
+    )
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="dtype of weights and activations")
     attention: str = Field(
         "auto",

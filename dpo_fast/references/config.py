@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from dpo_fast.losses import Objective
-from dpo_fast.models.config import ModelSection, Place
+from dpo_fast.models.config import ModelPath, ModelSection
 from dpo_fast.references.table import (
     DEFAULT,
     PROVIDERS,
@@ -64,7 +64,7 @@ class ReferenceSection(BaseModel):
         f"{default_provider(True, True, True)} with LoRA; else {DEFAULT}",
         json_schema_extra={"refused": refusals()},
     )
-    path: Place | None = Field(
+    path: ModelPath | None = Field(
         None,
         description="reference model, a folder or a hub id; default: the policy as it starts",
         json_schema_extra=_used_only_by("path"),
@@ -88,7 +88,7 @@ class ReferenceSection(BaseModel):
             "refused": "true without a second model, and below parallel.zero_stage=3"
         },
     )
-    old_path: Place | None = Field(
+    old_path: ModelPath | None = Field(
         None,
         description="model that wrote the completions of groups; default: the policy as it starts. Its "
         "log-probs are stored once, in output_dir/reference",
