@@ -84,7 +84,12 @@ def _ours(implementation: str) -> list[Contender]:
         make(f"{name}, 1 GiB", build(workspace=lambda case: GIB), **some, **one_gib),
         make(f"{name}, half budget", build(workspace=half), **some),
         make(f"{name}, recompute", build(workspace=lambda case: 0), modes=("trainable",)),
-        make(f"{name}, extras", build(extras=METRIC_EXTRAS), modes=("logps", "trainable"), growth=False),
+        make(
+            f"{name}, extras",
+            build(extras=METRIC_EXTRAS),
+            modes=("logps", "trainable"),
+            growth=False,
+        ),
     ]
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dpo_fast.losses import Objective
+from dpo_fast.losses import LOSSES, Objective
 from dpo_fast.models.config import ModelPath, ModelSection
 from dpo_fast.references.table import (
     DEFAULT,
@@ -92,7 +92,10 @@ class ReferenceSection(BaseModel):
         None,
         description="model that wrote the completions of groups; default: the policy as it starts. Its "
         "log-probs are stored once, in output_dir/reference",
-        json_schema_extra={"refused": "with a loss other than grpo and dapo"},
+        json_schema_extra={
+            "refused": "unless a loss goes by tokens: "
+            + ", ".join(name for name, spec in LOSSES.items() if spec.by_token)
+        },
     )
     mixup_alpha: float = Field(
         0.6,
