@@ -81,7 +81,9 @@ def test_the_option_takes_what_the_table_has():
     for case in range(8):
         assert default_provider(*(bool(case >> bit & 1) for bit in range(3))) in PROVIDERS
     description = ReferenceSection.model_fields["provider"].description
+    guide = (ROOT / "docs/TRAINING.md").read_text()
     for name, spec in PROVIDERS.items():
+        assert f"\n| `{name}` " in guide
         assert name == spec.name and "\n" not in spec.meaning
         assert f"{name}: {spec.meaning}" in description
         assert ("path" in spec.options) == (spec.second_model != "never")
