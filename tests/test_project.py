@@ -279,7 +279,8 @@ def test_the_wheel_holds_every_package(tmp_path):
 
 
 def documents() -> list[Path]:
-    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    pages = ("README", "CONTRIBUTING", "benchmarks/README", "csrc/README", "kernels/README")
+    return [*(ROOT / f"{page}.md" for page in pages), *(ROOT / "docs").glob("*.md")]
 
 
 def test_paths_in_the_documents_exist():
@@ -291,7 +292,7 @@ def test_paths_in_the_documents_exist():
                 or "output_dir" in name
             ):
                 continue
-            roots = (ROOT, PACKAGE, document.parent)
+            roots = (ROOT, PACKAGE, document.parent, document.parent / "ops")
             assert any((root / name).exists() for root in roots), f"{document.name} names {name}"
         for link in re.findall(r"\]\(([^):#]+)\)", document.read_text()):
             assert (document.parent / link).exists(), f"{document.name} links to {link}"

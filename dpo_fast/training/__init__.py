@@ -1,6 +1,7 @@
 """The trainer: from a configuration to a trained model.
 
 config, sections      the whole run as typed data; YAML plus key=value
+config_schema, config_docs  its JSON schema, and docs/CONFIG.md
 prepare, fit          from a configuration to all that a run works with, and whether it fits together
 loop                  train(); one update, evaluation, checkpoints, resuming
 step                  one optimiser step; evaluation; the check before the first
