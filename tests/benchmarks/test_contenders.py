@@ -14,11 +14,19 @@ from benchmarks.kernels.contenders import pair_slopes
 from benchmarks.kernels.meters import cpu_peak_mib
 from benchmarks.kernels.operations import OPERATIONS
 
-# One compiled contender in one mode is enough: a compilation takes ten seconds.
+# One compiled contender in one mode is enough.
 COMPILED = [("linear_logp", "materialised, compiled", "trainable")]
 DTYPES = {"logps": "bf16", "frozen": "fp32", "trainable": "bf16"}
+
+
+def marks(contender) -> list:
+    """A peer's contender imports its package; a compilation takes ten seconds."""
+    peers = [pytest.mark.peers] if contender.package else []
+    return peers + [pytest.mark.slow] * contender.compiled
+
+
 CELLS = [
-    (op, contender.name, mode)
+    pytest.param(op, contender.name, mode, marks=marks(contender))
     for op, operation in OPERATIONS.items()
     for contender in operation.contenders
     for mode in operation.modes
@@ -62,6 +70,7 @@ def test_bare_products(benchmark, mode):
     benchmark.pedantic(lambda: [product() for product in products.values()], rounds=2)
 
 
+@pytest.mark.processes
 def test_memory_does_not_grow_with_whole_logits():
     """With a workspace that holds everything, the extra memory is one [T, V] and not several."""
     contenders = {c.name: c for c in OPERATIONS["linear_logp"].contenders}

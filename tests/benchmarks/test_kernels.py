@@ -178,6 +178,8 @@ def test_who_is_missing_is_named_with_the_reason(tmp_path, capsys, contenders):
         run_small(tmp_path, "--only", "*peer")
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_rows_go_to_a_file_and_from_it_to_pictures(tmp_path, capsys):
     """A curve of time and memory. Each memory is measured in a process of its own."""
     pytest.importorskip("matplotlib")

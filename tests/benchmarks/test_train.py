@@ -34,6 +34,11 @@ CHOSEN = (
 )
 
 
+def of_the_run(test):
+    """Marks a test of the one run of the command: a process, with TRL in it."""
+    return pytest.mark.processes(pytest.mark.peers(pytest.mark.slow(test)))
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """One run of the command, with a contender made wrong: its rows by name, its output, its folder."""
@@ -53,6 +58,7 @@ def small(tmp_path_factory):
     return {row["impl"]: row for row in COLUMNS.read(file)}, done, folder
 
 
+@of_the_run
 def test_losses_agree_and_the_row_has_its_evidence(small):
     rows, done, folder = small
     assert [name for name in rows if name.startswith("dpo_fast")] == [
@@ -87,6 +93,7 @@ def test_losses_agree_and_the_row_has_its_evidence(small):
         assert pictures == {"pairs", "ingredients"}
 
 
+@of_the_run
 def test_a_contender_with_other_losses_has_no_time(small):
     rows, done, _ = small
     assert done.returncode == 1
@@ -96,6 +103,7 @@ def test_a_contender_with_other_losses_has_no_time(small):
     assert wrong["s_p50"] == wrong["pairs_per_s"] == wrong["mfu"] == wrong["head_share"] == ""
 
 
+@of_the_run
 def test_everybody_sees_the_same_tokens(small):
     """Our packed layout computes all but the last token of every sequence; padding comes on top."""
     rows, done, _ = small

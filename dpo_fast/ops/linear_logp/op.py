@@ -96,6 +96,7 @@ class _LinearLogp(torch.autograd.Function):
         with _own_precision(hidden_TD):
             outputs, saved = schedules_of(implementation).forward(call, extras)
         ctx.implementation, ctx.settings, ctx.names = implementation, settings, tuple(saved)
+        ctx.plan = plan  # for the benchmarks, which report the schedule
         # A leaf weight stays on ctx itself: DeepSpeed swaps the storage of a sharded parameter, and
         # has it gathered again when backward runs. Everything else gets autograd's version check.
         ctx.weight = weight_VD if weight_VD.is_leaf else None
