@@ -1,4 +1,4 @@
-"""Unpaired losses, on completions and on pairs: steps against plain PyTorch, whole runs, exact resume, TRL."""
+"""Unpaired losses, on completions and on pairs: steps against plain PyTorch, whole runs, resume, TRL."""
 
 import copy
 import json

@@ -19,12 +19,13 @@ def main() -> None:
     folder = Path(sys.argv[1])
     case = json.loads((folder / "case.json").read_text())
     world = int(os.environ["WORLD_SIZE"])
+    adam = {"lr": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True}
     zero = {
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
         "zero_optimization": {"stage": case["stage"]},
-        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "eps": "auto", "torch_adam": True}},
+        "optimizer": {"type": "AdamW", "params": adam},
     }
     args = TrainingArguments(
         output_dir=str(folder / "run"),
