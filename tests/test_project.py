@@ -114,6 +114,7 @@ TESTED_THROUGH = {
     "data.files": "data/test_sources.py",
     "data.prompts": "data/test_tokenise.py",
     "demo.show": "demo/test_demo.py",
+    "integrations.liger_loss": "integrations/test_liger.py",
     "integrations.trl_losses": "integrations/test_trl.py",
     "kernels.gradient_tile": "ops/test_linear_logp_triton.py",
     "kernels.product": "ops/test_linear_logp_triton.py",
