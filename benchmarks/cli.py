@@ -149,7 +149,7 @@ class Package:
 
 
 TRL = Package(
-    "trl", "trl", 'pip install "trl>=1.16,<2"', heavy=("trl.kernels", "trl.trainer.utils")
+    "trl", "trl", 'pip install "trl>=1.16,<1.17"', heavy=("trl.kernels", "trl.trainer.utils")
 )
 LIGER = Package(
     "liger-kernel",

@@ -1,10 +1,9 @@
 """The table of layouts: how the tokens of a micro-batch lie in `input_ids`.
 
-The last token of a sequence predicts nothing, so no layout sends it through the backbone. A new
-layout is a
-function that places trees, a function that counts their tokens, and an entry of the table: the
-    configuration,
-`auto`, the samplers, the attention, doctor and the tests read the table.
+The last token of a sequence predicts nothing, so no layout sends it through the backbone.
+
+A new layout is a function that places trees, a function that counts their tokens, and an entry of the
+table. The configuration, `auto`, the samplers, the attention, doctor and the tests read the table.
 """
 
 from __future__ import annotations
