@@ -20,9 +20,9 @@ DTYPES = {"logps": "bf16", "frozen": "fp32", "trainable": "bf16"}
 
 
 def marks(contender) -> list:
-    """A peer's contender imports its package; a compilation takes ten seconds."""
+    """A peer's contender imports its package. A compilation starts a compiler, and takes ten seconds."""
     peers = [pytest.mark.peers] if contender.package else []
-    return peers + [pytest.mark.slow] * contender.compiled
+    return peers + [pytest.mark.processes, pytest.mark.slow] * contender.compiled
 
 
 CELLS = [
