@@ -6,6 +6,7 @@ Who this process is, joining and leaving the group, what ranks agree on, and the
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -19,6 +20,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 FOREVER = timedelta(days=30)
+_turns = itertools.count()  # calls of `main_first`, which every rank makes in the same order
 
 
 def rank() -> int:
@@ -108,16 +110,17 @@ def barrier() -> None:
 def main_first(name: str, work: Callable[[], T]) -> T:
     """Do the work on the first rank of each node; then on its other ranks, which find it done.
 
-    The others wait in the store and not in a collective, so no timeout ends long work. They exit with
-    code 2 if the first rank fails.
+    Collective. The others wait in the store and not in a collective of the backend, so no timeout ends
+    long work. They exit with code 2 if the first rank fails.
 
-    name: of the work, used once in a process group.
+    name: of the work, for the key in the store.
     """
     if world_size() == 1:
         return work()
     store = dist.distributed_c10d._get_default_store()
     first_of_node = int(os.environ.get("LOCAL_RANK", rank())) == 0
-    key = f"dpo_fast/{name}/{int(os.environ.get('GROUP_RANK', 0))}"
+    # The turn tells apart two runs in one process group: the first one's key is still there.
+    key = f"dpo_fast/{next(_turns)}/{name}/{int(os.environ.get('GROUP_RANK', 0))}"
     if first_of_node:
         try:
             result = work()

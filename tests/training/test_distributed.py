@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from tests.support import ranks
 from tests.support.paths import ROOT
 
 pytest.importorskip("deepspeed")
@@ -39,3 +40,7 @@ def test_a_signal_asks_a_second_ctrl_c_interrupts_and_handlers_come_back():
         signal.raise_signal(signal.SIGTERM)  # a scheduler may send it again
         signal.raise_signal(signal.SIGINT)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_work_of_the_first_rank_is_waited_for_in_every_run_of_a_process_group(tmp_path):
+    ranks.group(2).do("in_turn", str(tmp_path))

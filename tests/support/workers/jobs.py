@@ -10,6 +10,8 @@ import sys
 import threading
 import time
 import traceback
+from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -55,7 +57,22 @@ def first_step(tree: dict) -> tuple[float, dict]:
     return share.item(), gradients
 
 
-JOBS = {"train": train_all, "first_steps": first_steps}
+def in_turn(folder: str) -> None:
+    """The same work twice: each time the other ranks must find it done by the first."""
+
+    def work(done: Path) -> bool:
+        if distributed.is_main():
+            time.sleep(0.5)
+            done.touch()
+        return done.exists()
+
+    for done in (Path(folder) / "once", Path(folder) / "twice"):
+        assert distributed.main_first("work", partial(work, done)), (
+            f"rank {distributed.rank()} came too early"
+        )
+
+
+JOBS = {"train": train_all, "first_steps": first_steps, "in_turn": in_turn}
 
 
 def end_with(parent: int) -> None:
