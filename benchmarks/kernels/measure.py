@@ -43,7 +43,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Choices:
+class Lineup:
     """Whom to measure, and how. repeats: rounds; None for as many as time allows."""
 
     selection: Selection = Selection()
@@ -85,23 +85,23 @@ class Outcome:
     failures: list[str] = field(default_factory=list)
 
 
-def measure(setting: Setting, operation: Operation, choices: Choices) -> Outcome:
+def measure(setting: Setting, operation: Operation, lineup: Lineup) -> Outcome:
     """Measure a setting. An exception in a contender becomes its note and does not end the run."""
     outcome = Outcome()
     sets = [operation.inputs(setting.case(setting.modes[0]), seed) for seed in range(SETS)]
-    runners = _runners(setting, operation, sets, choices, outcome)
+    runners = _runners(setting, operation, sets, lineup, outcome)
     if not runners:
         return outcome
     if any(runner.contender.compiled for runner in runners):
         _allow_many_shapes()
-    _check(setting, runners, operation, sets[0], choices, outcome)
-    if choices.with_memory:
+    _check(setting, runners, operation, sets[0], lineup, outcome)
+    if lineup.with_memory:
         meters.preload([runner.contender for runner in runners])
         for runner in _passing(runners):
-            choices.progress(f"memory of {runner.name}")
+            lineup.progress(f"memory of {runner.name}")
             with _noting(runner, outcome):
                 runner.peak_mib = _peak_mib(runner)
-    outcome.rows = _timed_rows(setting, operation, sets, runners, choices, outcome)
+    outcome.rows = _timed_rows(setting, operation, sets, runners, lineup, outcome)
     release_memory(setting.device)
     return outcome
 
@@ -110,18 +110,16 @@ def _passing(runners: list[Runner]) -> list[Runner]:
     return [runner for runner in runners if not runner.note]
 
 
-def _runners(setting: Setting, operation, sets, choices: Choices, outcome: Outcome) -> list[Runner]:
+def _runners(setting: Setting, operation, sets, lineup: Lineup, outcome: Outcome) -> list[Runner]:
     found = []
     for contender in operation.contenders:
-        if not choices.selection.chosen(contender.name) or (
-            setting.growth and not contender.growth
-        ):
+        if not lineup.selection.chosen(contender.name) or (setting.growth and not contender.growth):
             continue
         for mode in setting.modes:
             case = setting.case(mode)
             if mode not in contender.modes:
                 continue
-            if contender.spare(case) and not choices.selection.asked(contender.name):
+            if contender.spare(case) and not lineup.selection.asked(contender.name):
                 outcome.spare.append(contender.name)
                 continue
             if reason := contender.why_not(case):
@@ -138,16 +136,14 @@ def _allow_many_shapes() -> None:
     config.recompile_limit = 256
 
 
-def _check(
-    setting: Setting, runners, operation, inputs, choices: Choices, outcome: Outcome
-) -> None:
+def _check(setting: Setting, runners, operation, inputs, lineup: Lineup, outcome: Outcome) -> None:
     """Compare the outputs of every runner's first call, which also compiles and tunes, with the truth."""
-    choices.progress("truth")
+    lineup.progress("truth")
     truth = operation.truth(inputs)
     slopes = {"token": inputs.slopes, "equal": -torch.ones_like(inputs.slopes)}
     wanted = max((operation.gradients[mode] for mode in setting.modes), key=len)
     for runner in sorted(runners, key=lambda runner: runner.contender.slopes):
-        choices.progress(f"check of {runner.name}")
+        lineup.progress(f"check of {runner.name}")
         kind, names = runner.contender.slopes, operation.gradients[runner.case.mode]
         if kind == "pairs":
             slopes[kind] = pair_slopes(truth.logp)
@@ -182,7 +178,7 @@ def _peak_mib(runner: Runner) -> float:
     return meters.cpu_peak_mib(runner.contender, runner.case)
 
 
-def _timed_rows(setting: Setting, operation, sets, runners, choices: Choices, outcome) -> list:
+def _timed_rows(setting: Setting, operation, sets, runners, lineup: Lineup, outcome) -> list:
     """Time all runners beside the bare products and the copy; returns the rows."""
     case = setting.case(max(setting.modes, key=MODES.index))
     bare = [operation.products(case, inputs) for inputs in sets]
@@ -192,8 +188,8 @@ def _timed_rows(setting: Setting, operation, sets, runners, choices: Choices, ou
         function(0)  # a first call, as the contenders had in the check
     good = _passing(runners)
     functions |= {runner.name: _guarded(runner, outcome) for runner in good}
-    choices.progress(f"times of {len(good)} contenders")
-    series = meters.interleave(functions, setting.device, choices.repeats)
+    lineup.progress(f"times of {len(good)} contenders")
+    series = meters.interleave(functions, setting.device, lineup.repeats)
     found = _ceilings(setting, operation, series)
     for runner in runners:
         values = results.checked(runner.contender, runner.errors)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from benchmarks.cli import Parser, Selection, choose_device, positive, whole
 from benchmarks.kernels.case import MODES, Operation
-from benchmarks.kernels.measure import Choices, Outcome, Setting, measure
+from benchmarks.kernels.measure import Lineup, Outcome, Setting, measure
 from benchmarks.kernels.operations import OPERATIONS, contender_names
 from benchmarks.kernels.results import COLUMNS, block, ceilings, draw
 from benchmarks.machine import DTYPES
@@ -208,8 +208,8 @@ def run(options: Options) -> int:
             break
         title = f"[{number}/{len(options.settings)}] {setting}"
         print(f"\n{title}", flush=True)
-        choices = Choices(options.selection, options.repeats, options.memory, _Phases())
-        outcome = measure(setting, OPERATIONS[setting.op], choices)
+        lineup = Lineup(options.selection, options.repeats, options.memory, _Phases())
+        outcome = measure(setting, OPERATIONS[setting.op], lineup)
         _print(outcome, everything)
         everything.rows += outcome.rows
         everything.failures += outcome.failures

@@ -54,7 +54,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Lineup:
     """Whom to measure, and how. blocks: contenders that live side by side."""
 
     blocks: list[list[Contender]]
@@ -67,26 +67,26 @@ def why_not(contender: Contender, task: Task) -> str | None:
     return None if contender.ours else trl.why_not(contender, task)
 
 
-def measure(task: Task, plan: Plan) -> list[Result]:
+def measure(task: Task, lineup: Lineup) -> list[Result]:
     """Measure all blocks. An exception in a contender becomes its note and does not end the run."""
-    contenders = [contender for block in plan.blocks for contender in block]
+    contenders = [contender for block in lineup.blocks for contender in block]
     for is_ours, module in ((True, ours), (False, trl)):
         if any(contender.ours == is_ours for contender in contenders):
             module.watch(task)
-    results = [result for block in plan.blocks for result in _block(block, task, plan)]
+    results = [result for block in lineup.blocks for result in _block(block, task, lineup)]
     judge(results, task.dtype)
     return results
 
 
-def _block(contenders: list[Contender], task: Task, plan: Plan) -> list[Result]:
+def _block(contenders: list[Contender], task: Task, lineup: Lineup) -> list[Result]:
     results = [Result(contender) for contender in contenders]
     runners = {}
     for result in results:
-        plan.progress(f"building and warming up {result.contender.name}")
+        lineup.progress(f"building and warming up {result.contender.name}")
         with _noting(result):
-            runners[result.contender.name] = _built(result, task, plan)
+            runners[result.contender.name] = _built(result, task, lineup)
     for number in range(WARM_UP, task.steps):
-        _round(number, results, runners, task, plan)
+        _round(number, results, runners, task, lineup)
     for result in results:
         if (runner := runners.pop(result.contender.name, None)) is not None:
             result.computed = runner.computed
@@ -96,7 +96,7 @@ def _block(contenders: list[Contender], task: Task, plan: Plan) -> list[Result]:
     return results
 
 
-def _built(result: Result, task: Task, plan: Plan):
+def _built(result: Result, task: Task, lineup: Lineup):
     """A contender that has taken the steps before the rounds."""
     base = memory_used(task.device)
     make = ours.Ours if result.contender.ours else trl.Trl
@@ -104,16 +104,16 @@ def _built(result: Result, task: Task, plan: Plan):
     result.reference_seconds = runner.reference_seconds
     for number in range(WARM_UP):
         last = number == WARM_UP - 1
-        if last and plan.with_memory:
+        if last and lineup.with_memory:
             reset_peak_memory(task.device)
         result.losses.append(runner.step(number))
-        if last and plan.with_memory:
+        if last and lineup.with_memory:
             result.peak_mib = (peak_memory(task.device) - base) / MIB
     task.stopwatch.take()
     return runner
 
 
-def _round(number: int, results: list[Result], runners: dict, task: Task, plan: Plan) -> None:
+def _round(number: int, results: list[Result], runners: dict, task: Task, lineup: Lineup) -> None:
     count = number - WARM_UP
     for result in results if count % 2 == 0 else reversed(results):
         if result.note:
@@ -129,7 +129,7 @@ def _round(number: int, results: list[Result], runners: dict, task: Task, plan: 
             result.seconds.append(seconds)
             result.shares.append({name: part / seconds for name, part in parts.items()})
     seconds = ", ".join(f"{r.contender.name} {r.seconds[-1]:.3g}" for r in results if not r.note)
-    plan.progress(f"round {count + 1} of {task.steps - WARM_UP}, seconds: {seconds}")
+    lineup.progress(f"round {count + 1} of {task.steps - WARM_UP}, seconds: {seconds}")
 
 
 def judge(results: list[Result], dtype: str) -> None:

@@ -27,7 +27,7 @@ from benchmarks.train.case import (
     work_of,
     write_model,
 )
-from benchmarks.train.measure import Plan, measure, why_not
+from benchmarks.train.measure import Lineup, measure, why_not
 from benchmarks.train.pairs import Pairs, draw_pairs, read_pairs
 from benchmarks.train.results import COLUMNS, agreement, draw, factors, rows_of, table
 from dpo_fast.errors import UserError
@@ -210,9 +210,9 @@ def run(options: Options) -> int:
             pairs = _pairs(options)
             print(f"{pairs.origin}; {options.model}, {options.dtype}, {options.device}", flush=True)
             task, sizes = _task(options, pairs, Path(folder))
-            plan = _plan(options, task, progress)
+            lineup = _lineup(options, task, progress)
             matmul = matmul_flops(options.device, options.dtype)
-            results = measure(task, plan)
+            results = measure(task, lineup)
             matmul = max(matmul, matmul_flops(options.device, options.dtype))
         rows = rows_of(results, task, options.model, pairs.origin, sizes, matmul)
     finally:
@@ -272,7 +272,7 @@ def _task(options: Options, pairs: Pairs, folder: Path) -> tuple[Task, Sizes]:
     return task, sizes
 
 
-def _plan(options: Options, task: Task, progress) -> Plan:
+def _lineup(options: Options, task: Task, progress) -> Lineup:
     """Blocks of the contenders that can take part. The others are named."""
     missing = {c.name: why for c in options.contenders if (why := why_not(c, task))}
     print_missing(missing.items())
@@ -281,7 +281,7 @@ def _plan(options: Options, task: Task, progress) -> Plan:
     if not blocks:
         reasons = "; ".join(dict.fromkeys(missing.values()))
         raise UserError(f"no contender that was chosen can run here. {reasons}")
-    return Plan(blocks, options.memory, progress)
+    return Lineup(blocks, options.memory, progress)
 
 
 def _finish(rows: list[dict], options: Options, seconds: float) -> None:
