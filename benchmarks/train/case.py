@@ -18,9 +18,8 @@ from benchmarks.machine import DTYPES, Stopwatch, synchronize
 from dpo_fast.data.layouts import LAYOUTS
 
 TRL_LAYOUT = "padded"
-WARM_UP = (
-    2  # steps before the rounds: the first allocates and compiles, memory is that of the second
-)
+# Steps before the rounds. The first allocates and compiles; the memory of the second is measured.
+WARM_UP = 2
 QWEN = {
     "model_type": "qwen2",
     "vocab_size": 151936,
@@ -100,7 +99,7 @@ class Task:
     data: file of the pairs.
     rows: the pairs as `Pairs.rows` has them.
     order: indices into rows, by step.
-    works: counts, by step.
+    works: the work of each step.
     folder: for what contenders write.
     padded_pairs: micro-batch of TRL and of our padded layout.
     packed_pairs: micro-batch of our layouts without padding.
@@ -110,7 +109,7 @@ class Task:
     data: Path
     rows: list[dict]
     order: list[list[int]]
-    works: list[Work]
+    works: list[StepWork]
     folder: Path
     stopwatch: Stopwatch
     device: str
@@ -137,8 +136,8 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Sizes of a model.
+class ModelSizes:
+    """ModelSizes of a model.
 
     parameters: in all.
     layers: weights in the products of all layers.
@@ -152,7 +151,7 @@ class Sizes:
     attention: int
 
 
-def write_model(name: str, tokenizer, folder: Path, device: str, seed: int = 0) -> Sizes:
+def write_model(name: str, tokenizer, folder: Path, device: str, seed: int = 0) -> ModelSizes:
     """Draw the weights in fp32, and save model and tokenizer as `save_pretrained` does."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -164,14 +163,14 @@ def write_model(name: str, tokenizer, folder: Path, device: str, seed: int = 0) 
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return sizes_of(model)
+    return model_sizes(model)
 
 
-def sizes_of(model) -> Sizes:
+def model_sizes(model) -> ModelSizes:
     config, head = model.config, model.get_output_embeddings()
     linear = (m for m in model.get_decoder().modules() if isinstance(m, torch.nn.Linear))
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Sizes(
+    return ModelSizes(
         parameters=sum(p.numel() for p in model.parameters()),
         layers=sum(m.weight.numel() for m in linear),
         head=head.weight.numel(),
@@ -186,7 +185,7 @@ def lengths_of(rows: list[dict]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Work:
+class StepWork:
     """Counts of one step over its global batch.
 
     tokens: of every whole sequence, so a prompt counts twice.
@@ -205,8 +204,8 @@ class Work:
     flops_once: float
 
 
-def work_of(lengths: np.ndarray, sizes: Sizes) -> Work:
-    """lengths: tokens of prompt, chosen and rejected, [pairs, 3]."""
+def step_work(lengths: np.ndarray, sizes: ModelSizes) -> StepWork:
+    """The work of a step on pairs. lengths: tokens of prompt, chosen and rejected, [pairs, 3]."""
     P, C, R = lengths.T.astype(np.float64)
     tokens, scored, once = (2 * P + C + R).sum(), (C + R).sum(), (P + C + R).sum()
     # Token j attends to j tokens, half of a square in all; an answer also attends to its whole prompt.
@@ -217,7 +216,7 @@ def work_of(lengths: np.ndarray, sizes: Sizes) -> Work:
     def flops(tokens: float, attended: float) -> float:
         return 6 * (sizes.layers * tokens + head + 2 * sizes.attention * attended)
 
-    return Work(
+    return StepWork(
         pairs=len(lengths),
         tokens=int(tokens),
         scored=int(scored),

@@ -18,7 +18,7 @@ from benchmarks import plots
 from benchmarks.machine import environment, summary, version
 from benchmarks.plots import bar, begin, colour, name_bars, save, short_device
 from benchmarks.results import Column, Columns, header, line
-from benchmarks.train.case import TRL_LAYOUT, WARM_UP, Sizes, Task
+from benchmarks.train.case import TRL_LAYOUT, WARM_UP, ModelSizes, Task
 from benchmarks.train.measure import Result
 
 BASE, BASE_STORED = "trl", "trl, precomputed"
@@ -45,7 +45,7 @@ CHAIN = (  # what changes on the way to the contender
 
 
 def rows_of(
-    results: list[Result], task: Task, model: str, data: str, sizes: Sizes, matmul: float
+    results: list[Result], task: Task, model: str, data: str, sizes: ModelSizes, matmul: float
 ) -> list[dict]:
     """A row for each contender. matmul: flops per second of the bare product."""
     shared = _shared(task, model, data, sizes, matmul)
@@ -61,7 +61,7 @@ def rows_of(
     return [COLUMNS.row(row) for row in rows]
 
 
-def _shared(task: Task, model: str, data: str, sizes: Sizes, matmul: float) -> dict:
+def _shared(task: Task, model: str, data: str, sizes: ModelSizes, matmul: float) -> dict:
     """What is the same in every row."""
     works = task.works[WARM_UP:]
     return environment(task.device) | {

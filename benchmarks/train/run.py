@@ -20,11 +20,11 @@ from benchmarks.train.case import (
     MODELS,
     WARM_UP,
     Contender,
-    Sizes,
+    ModelSizes,
     Task,
     lengths_of,
     matmul_flops,
-    work_of,
+    step_work,
     write_model,
 )
 from benchmarks.train.measure import Lineup, measure, why_not
@@ -239,7 +239,7 @@ def _pairs(options: Options) -> Pairs:
     return pairs
 
 
-def _task(options: Options, pairs: Pairs, folder: Path) -> tuple[Task, Sizes]:
+def _task(options: Options, pairs: Pairs, folder: Path) -> tuple[Task, ModelSizes]:
     from dpo_fast.data.sampler import Sampler
 
     seed = Task.seed
@@ -251,7 +251,7 @@ def _task(options: Options, pairs: Pairs, folder: Path) -> tuple[Task, Sizes]:
     )
     order = [sampler.global_batch(step) for step in range(WARM_UP + options.rounds)]
     sizes = write_model(options.model, pairs.tokenizer, folder / "model", options.device)
-    works = [work_of(lengths_of([pairs.rows[row] for row in rows]), sizes) for rows in order]
+    works = [step_work(lengths_of([pairs.rows[row] for row in rows]), sizes) for rows in order]
     task = Task(
         model=folder / "model",
         data=pairs.write(folder / "pairs.jsonl"),

@@ -15,7 +15,7 @@ import torch
 from benchmarks.machine import Stopwatch
 from benchmarks.train import results
 from benchmarks.train import run as command
-from benchmarks.train.case import CONTENDERS, MODELS, Sizes, lengths_of, sizes_of, work_of
+from benchmarks.train.case import CONTENDERS, MODELS, ModelSizes, lengths_of, model_sizes, step_work
 from benchmarks.train.measure import Result, judge
 from benchmarks.train.pairs import draw_pairs, read_pairs
 from benchmarks.train.results import COLUMNS
@@ -183,7 +183,7 @@ def test_work_counts_every_product():
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(tree.pop("model_type"), **tree), attn_implementation="eager"
     )
-    sizes, n = sizes_of(model), 24
+    sizes, n = model_sizes(model), 24
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, n, dtype=torch.int64))
     counted = counter.get_total_flops()
@@ -192,7 +192,7 @@ def test_work_counts_every_product():
     assert 0 <= rotary < 0.01 * counted
 
     lengths = np.array([[5, 3, 2], [1, 1, 4]])
-    work = work_of(lengths, Sizes(0, layers=7, head=11, attention=13))
+    work = step_work(lengths, ModelSizes(0, layers=7, head=11, attention=13))
     assert (work.pairs, work.tokens, work.once, work.scored) == (2, 22, 16, 10)
     attended = sum((p + a) ** 2 for p, *answers in lengths for a in answers) / 2
     once = attended - sum(p * p for p, *_ in lengths) / 2
