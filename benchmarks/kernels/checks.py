@@ -129,7 +129,7 @@ class Errors(NamedTuple):
     err_logp: float
     err_sequence: float | None
 
-    def verdict(self, contender: Contender, dtype: str) -> str | None:
+    def above_gate(self, contender: Contender, dtype: str) -> str | None:
         """Which error is above its gate, None if none is. NaN is above every gate."""
         gate = GATES["exact" if contender.exact else "rounded", dtype]
         if not self.max_err <= gate.gradient:

@@ -155,7 +155,7 @@ def _check(setting: Setting, runners, operation, inputs, lineup: Lineup, outcome
             runner.schedule = outputs.schedule
             runner.products = least if outputs.products is None else outputs.products
             del outputs
-            runner.note = runner.errors.verdict(runner.contender, setting.dtype) or ""
+            runner.note = runner.errors.above_gate(runner.contender, setting.dtype) or ""
             if runner.note:
                 outcome.failures.append(f"{runner.name}, {runner.case}: {runner.note}")
         release_memory(setting.device)

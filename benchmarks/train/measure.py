@@ -74,7 +74,7 @@ def measure(task: Task, lineup: Lineup) -> list[Result]:
         if any(contender.ours == is_ours for contender in contenders):
             module.watch(task)
     results = [result for block in lineup.blocks for result in _block(block, task, lineup)]
-    judge(results, task.dtype)
+    check_losses(results, task.dtype)
     return results
 
 
@@ -132,7 +132,7 @@ def _round(number: int, results: list[Result], runners: dict, task: Task, lineup
     lineup.progress(f"round {count + 1} of {task.steps - WARM_UP}, seconds: {seconds}")
 
 
-def judge(results: list[Result], dtype: str) -> None:
+def check_losses(results: list[Result], dtype: str) -> None:
     """Hold first losses against ln 2, and all losses against those of the first TRL contender.
 
     Without TRL's the first contender is the standard. A loss beyond TOLERANCE becomes a note.

@@ -331,10 +331,10 @@ def test_gates_let_no_nan_through():
     logp, gradient = torch.zeros(4).sub(1.0), torch.ones(2, 2)
     contender = Contender("x", lambda case, inputs: None)
     good = checks.compare(Outputs(logp.clone(), (gradient.clone(),)), logp, [gradient])
-    assert good.verdict(contender, "bf16") is None
+    assert good.above_gate(contender, "bf16") is None
     for values, found in ((logp * torch.nan, gradient), (logp, gradient * torch.nan)):
         errors = checks.compare(Outputs(values, (found,)), logp, [gradient])
-        assert "above its gate" in errors.verdict(contender, "bf16")
+        assert "above its gate" in errors.above_gate(contender, "bf16")
 
 
 def test_rounds_go_there_and_back():

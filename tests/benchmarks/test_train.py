@@ -16,7 +16,7 @@ from benchmarks.machine import Stopwatch
 from benchmarks.train import results
 from benchmarks.train import run as command
 from benchmarks.train.case import CONTENDERS, MODELS, ModelSizes, lengths_of, model_sizes, step_work
-from benchmarks.train.measure import Result, judge
+from benchmarks.train.measure import Result, check_losses
 from benchmarks.train.pairs import draw_pairs, read_pairs
 from benchmarks.train.results import COLUMNS
 from dpo_fast.errors import UserError
@@ -130,14 +130,14 @@ def test_losses_are_held_against_trl_and_the_first_against_ln_2():
         result("trl, precomputed", 0.70, 0.6005),
         result("dpo_fast padded, frozen", ln2, math.nan),
     ]
-    judge(found, "fp32")
+    check_losses(found, "fp32")
     assert [bool(r.note) for r in found] == [False, False, True, True, True]
     assert [r.failed for r in found] == [False, False, True, True, True]
     found = [
         result("dpo_fast padded, cached", 0.5, 0.5),
         result("dpo_fast packed, cached", 0.5, 0.5),
     ]
-    judge(found, "fp32")  # equal, and equally wrong
+    check_losses(found, "fp32")  # equal, and equally wrong
     assert all(r.failed for r in found)
 
 
