@@ -137,7 +137,7 @@ class Task:
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """ModelSizes of a model.
+    """Sizes of a model.
 
     parameters: in all.
     layers: weights in the products of all layers.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dpo_fast.report.read import Points, Run
+from dpo_fast.report.read import Points, RunRecord
 from dpo_fast.report.scale import number, percent
 
 START_TOLERANCE = 1e-3
@@ -24,7 +24,7 @@ class Check:
     finding: str | None
 
 
-def examine(run: Run) -> list[Check]:
+def examine(run: RunRecord) -> list[Check]:
     """All checks, the most important first."""
     return [
         Check("all values finite", _not_finite(run)),
@@ -36,7 +36,7 @@ def examine(run: Run) -> list[Check]:
     ]
 
 
-def trend(run: Run, name: str) -> tuple[float, float] | None:
+def trend(run: RunRecord, name: str) -> tuple[float, float] | None:
     """Where a metric starts and ends: its evaluations, or means over quarters of training."""
     if len(run.eval.get(name, ())) >= 2:
         return run.eval[name][0][1], run.eval[name][-1][1]
@@ -51,7 +51,7 @@ def _mean(points: Points) -> float:
     return sum(value for _, value in points) / len(points)
 
 
-def _not_finite(run: Run) -> str:
+def _not_finite(run: RunRecord) -> str:
     if not run.not_finite:
         return ""
     name, step = min(run.not_finite.items(), key=lambda item: item[1])
@@ -62,7 +62,7 @@ def _not_finite(run: Run) -> str:
     )
 
 
-def _start(run: Run) -> str | None:
+def _start(run: RunRecord) -> str | None:
     points = run.eval.get("loss", [])
     if not run.starts_at_ln2 or not points or points[0][0] != 0:
         return None
@@ -76,7 +76,7 @@ def _start(run: Run) -> str | None:
     )
 
 
-def _loss(run: Run) -> str | None:
+def _loss(run: RunRecord) -> str | None:
     ends = trend(run, "loss")
     if ends is None:
         return None
@@ -89,7 +89,7 @@ def _loss(run: Run) -> str | None:
     )
 
 
-def _turn(run: Run) -> str | None:
+def _turn(run: RunRecord) -> str | None:
     points = run.eval.get("loss", [])
     if len(points) < 3:
         return None
@@ -104,7 +104,7 @@ def _turn(run: Run) -> str | None:
     )
 
 
-def _accuracy(run: Run) -> str | None:
+def _accuracy(run: RunRecord) -> str | None:
     """Looks for accuracies at 0 or 1 at the end: two of three evaluations, half of four log lines."""
     evaluations = run.eval.get("rewards/accuracies", [])
     points = run.train.get("rewards/accuracies", [])
@@ -128,7 +128,7 @@ def _accuracy(run: Run) -> str | None:
     return ""
 
 
-def _chosen(run: Run) -> str | None:
+def _chosen(run: RunRecord) -> str | None:
     ends, margins = trend(run, "logps/chosen"), trend(run, "rewards/margins")
     if ends is None or margins is None:
         return None

@@ -10,7 +10,7 @@ from dpo_fast.report.chart import SMOOTH_FROM, Panel, draw
 from dpo_fast.report.data import data_section
 from dpo_fast.report.health import examine
 from dpo_fast.report.panels import epoch_marks, learning_panels, running_panels
-from dpo_fast.report.read import Points, Run
+from dpo_fast.report.read import Points, RunRecord
 from dpo_fast.report.scale import number, percent
 from dpo_fast.report.style import SCRIPT, STYLE
 
@@ -24,7 +24,7 @@ LEGEND = (
 )
 
 
-def page(run: Run) -> str:
+def page(run: RunRecord) -> str:
     """The whole HTML document."""
     title = escape(_name(run))
     sections = [
@@ -47,11 +47,11 @@ def page(run: Run) -> str:
     )
 
 
-def _name(run: Run) -> str:
+def _name(run: RunRecord) -> str:
     return str(run.setting("log", "run_name", default=run.folder.name or "run"))
 
 
-def _head(run: Run) -> str:
+def _head(run: RunRecord) -> str:
     epochs = run.epochs[-1][1] if run.epochs else None
     facts = [
         run.setting("model", "path"),
@@ -70,7 +70,7 @@ def _fact(name: str, value: Any) -> str | None:
     return None if value is None else f"{name} {value}"
 
 
-def _stats(run: Run) -> str:
+def _stats(run: RunRecord) -> str:
     """Accuracy, margin and loss from first to last, and the usual throughput."""
     tiles = []
     names = (("accuracy", "rewards/accuracies"), ("margin", "rewards/margins"), ("loss", "loss"))
@@ -109,7 +109,7 @@ def _tile(title: str, big: str, more: str) -> str:
     )
 
 
-def _health(run: Run) -> str:
+def _health(run: RunRecord) -> str:
     checks = examine(run)
     findings = [check.finding for check in checks if check.finding]
     fine = [check.name for check in checks if check.finding == ""]
@@ -131,12 +131,12 @@ def _finding(sentence: str) -> str:
     return f"<strong>{escape(seen)}</strong>{escape(means + rest)}"
 
 
-def _legend(run: Run) -> str:
+def _legend(run: RunRecord) -> str:
     many = any(len(points) >= SMOOTH_FROM for points in run.train.values())
     return LEGEND.format(mean=" (thin: as logged, bold: running mean)" if many else "")
 
 
-def _charts(run: Run, title: str, panels: list[Panel], legend: str) -> str:
+def _charts(run: RunRecord, title: str, panels: list[Panel], legend: str) -> str:
     if not panels:
         return ""
     epochs = epoch_marks(run)
@@ -176,14 +176,14 @@ def _answer(answer: Any) -> str:
     return f'<div class="text">{escape(text)}</div>' if text else '<div class="none">empty</div>'
 
 
-def _configuration(run: Run) -> str:
+def _configuration(run: RunRecord) -> str:
     if run.config_text is None:
         return ""
     text = f'<pre class="card">{escape(run.config_text)}</pre>'
     return f"<details><summary>Resolved configuration</summary>{text}</details>"
 
 
-def _foot(run: Run) -> str:
+def _foot(run: RunRecord) -> str:
     text = f"Written by dpo_fast from {run.lines:,} lines of metrics.jsonl."
     if run.without_step:
         text += f" {run.without_step:,} of them have no step and are not shown."

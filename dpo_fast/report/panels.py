@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 from dpo_fast.report.chart import Curve, Panel
-from dpo_fast.report.read import Run
+from dpo_fast.report.read import RunRecord
 from dpo_fast.report.scale import percent
 
 MOST_EPOCH_MARKS = 8
 
 
-def epoch_marks(run: Run) -> list[tuple[float, str]]:
+def epoch_marks(run: RunRecord) -> list[tuple[float, str]]:
     """(step, text) where an epoch begins, but for the first; none where there are very many."""
     if not run.epochs or run.epochs[-1][0] <= 0 or run.epochs[-1][1] <= 0:
         return []
@@ -22,7 +22,7 @@ def epoch_marks(run: Run) -> list[tuple[float, str]]:
     return [(step / epoch * index, f"epoch {index + 1}") for index in inner]
 
 
-def learning_panels(run: Run) -> list[Panel]:
+def learning_panels(run: RunRecord) -> list[Panel]:
     """Loss, rewards, log-probabilities and the estimates of losses, as far as they were logged."""
     panels = [
         _loss(run),
@@ -90,7 +90,7 @@ def learning_panels(run: Run) -> list[Panel]:
     return [panel for panel in panels if panel.curves]
 
 
-def running_panels(run: Run) -> list[Panel]:
+def running_panels(run: RunRecord) -> list[Panel]:
     """Gradient norm, learning rate, entropy and throughput, as far as they were logged."""
     clip = run.setting("train", "max_grad_norm")
     clip = [(float(clip), "clipped here")] if isinstance(clip, (int, float)) and clip > 0 else []
@@ -162,7 +162,7 @@ def running_panels(run: Run) -> list[Panel]:
     return [panel for panel in panels if panel.curves]
 
 
-def _both(run: Run, name: str, tone: str = "plain") -> list[Curve]:
+def _both(run: RunRecord, name: str, tone: str = "plain") -> list[Curve]:
     """Training and evaluation of one metric, those that there are."""
     curves = []
     for evaluation, source in ((False, run.train), (True, run.eval)):
@@ -172,7 +172,7 @@ def _both(run: Run, name: str, tone: str = "plain") -> list[Curve]:
     return curves
 
 
-def _loss(run: Run) -> Panel:
+def _loss(run: RunRecord) -> Panel:
     known = run.starts_at_ln2
     names = " + ".join(run.loss_names) or "as configured"
     note = f"Objective: {names}. " + (
@@ -182,7 +182,7 @@ def _loss(run: Run) -> Panel:
     return Panel("Loss", note, _both(run, "loss"), rules, tuple(value for value, _ in rules))
 
 
-def _rewards(run: Run) -> Panel:
+def _rewards(run: RunRecord) -> Panel:
     """Chosen and rejected in one panel; only one curve of each side has a label."""
     curves = []
     for tone in ("chosen", "rejected"):

@@ -22,7 +22,7 @@ Points = list[tuple[float, float]]
 
 
 @dataclass
-class Run:
+class RunRecord:
     """What a run left behind. A curve is a list of (step, value), by step, finite values only.
 
     train, eval: curves by metric name, without the `eval_` prefix.
@@ -72,9 +72,9 @@ class Run:
         return max((curve[-1][0] for curve in curves), default=0.0)
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RunRecord:
     """Raises UserError: metrics.jsonl is missing or empty, or a file cannot be read."""
-    run = Run(folder)
+    run = RunRecord(folder)
     _add_metrics(run, folder / METRICS_FILE)
     text = _text(folder / "config.yaml")
     if text is not None:
@@ -93,7 +93,7 @@ def _text(path: Path) -> str | None:
         raise UserError(f"{path} cannot be read: {error}. Mend the file or remove it") from error
 
 
-def _add_metrics(run: Run, path: Path) -> None:
+def _add_metrics(run: RunRecord, path: Path) -> None:
     text = _text(path)
     if text is None:
         raise UserError(
@@ -136,7 +136,9 @@ def _broken(path: Path, number: int, fault: str) -> str:
     )
 
 
-def _add_line(run: Run, curves: dict[str, dict[float, float]], values: dict[str, Any]) -> None:
+def _add_line(
+    run: RunRecord, curves: dict[str, dict[float, float]], values: dict[str, Any]
+) -> None:
     """Of two lines for one step the later counts: the step was trained again after a resumption."""
     step = _number(values.get("step"))
     if step is None or not 0 <= step < LARGEST:
