@@ -30,8 +30,8 @@ from dpo_fast.training.prepare import wants_checkpointing
 GROUP = 8  # completions of a group, assumed as long as the data are not read
 
 
-class Row(NamedTuple):
-    """One choice: what, its value, where it comes from, and why."""
+class Decision(NamedTuple):
+    """One line of the table: what is decided, its value, where that comes from, and why."""
 
     what: str
     value: str
@@ -73,8 +73,8 @@ def render_run(console: Console, config: RunConfig) -> None:
     """
     outlook = look(config)
     table = Table("choice", "value", "from", "why", title="This run would use")
-    for row in rows(outlook):
-        table.add_row(*map(escape, row))
+    for decision in decisions(outlook):
+        table.add_row(*map(escape, decision))
     console.print(table)
     lines = memory(config, outlook.sizes, outlook.world)
     console.print(memory_table(lines, outlook.device))
@@ -147,8 +147,8 @@ def _head_plan(config, policy: ScoringModel, implementation: str, tokens: int, d
     )
 
 
-def rows(outlook: Outlook) -> Iterator[Row]:
-    """The table, from the batch to the optimiser."""
+def decisions(outlook: Outlook) -> Iterator[Decision]:
+    """What is decided, from the batch to the optimiser."""
     yield from _batch_rows(outlook)
     yield from _head_rows(outlook)
     yield from _layer_rows(outlook)
@@ -162,34 +162,34 @@ def origin(section: BaseModel, *options: str) -> str:
     return "option" if section.model_fields_set & set(options) else "default"
 
 
-def _batch_rows(outlook: Outlook) -> Iterator[Row]:
+def _batch_rows(outlook: Outlook) -> Iterator[Decision]:
     config, choices = outlook.config, outlook.choices
     train, model = config.train, config.model
-    yield Row("dtype", model.dtype, origin(model, "dtype"), "of weights and activations")
-    yield Row("layout", choices.layout.name, origin(train, "layout"), choices.layout.reason)
+    yield Decision("dtype", model.dtype, origin(model, "dtype"), "of weights and activations")
+    yield Decision("layout", choices.layout.name, origin(train, "layout"), choices.layout.reason)
     attention = choices.attention
-    yield Row("attention", attention.name, origin(model, "attention"), attention.reason)
+    yield Decision("attention", attention.name, origin(model, "attention"), attention.reason)
     for second in outlook.second_models:
         other = choices.attention_of(second)
         if other.name != attention.name:
             what = f"attention of {second.named_by}"
-            yield Row(what, other.name, origin(model, "attention"), other.reason)
+            yield Decision(what, other.name, origin(model, "attention"), other.reason)
     unit, tokens = _unit(config), train.tokens_per_batch
     micro = f"{train.micro_batch_size} {unit}" if tokens is None else f"{tokens} tokens"
     why = f"{train.global_batch_size} {unit} a step over {ranks(outlook.world)}"
-    yield Row("micro-batch", micro, origin(train, "micro_batch_size", "tokens_per_batch"), why)
+    yield Decision("micro-batch", micro, origin(train, "micro_batch_size", "tokens_per_batch"), why)
 
 
-def _head_rows(outlook: Outlook) -> Iterator[Row]:
+def _head_rows(outlook: Outlook) -> Iterator[Decision]:
     train = outlook.config.train
     chosen = origin(train, "implementation")
-    yield Row("head", outlook.head.name, chosen, outlook.head.reason)
+    yield Decision("head", outlook.head.name, chosen, outlook.head.reason)
     loss = _preference(outlook)
-    yield Row("loss", loss.name, chosen, loss.reason)
+    yield Decision("loss", loss.name, chosen, loss.reason)
     guess = outlook.config.loss.objective.grouped and not train.tokens_per_batch
     most = f"if groups have {GROUP} completions" if guess else "at most"
     why = f"{outlook.scored_tokens} scored tokens in a micro-batch, {most}"
-    yield Row("head's schedule", str(outlook.head_plan), origin(train, "workspace_bytes"), why)
+    yield Decision("head's schedule", str(outlook.head_plan), origin(train, "workspace_bytes"), why)
 
 
 def _preference(outlook: Outlook) -> Choice:
@@ -203,22 +203,24 @@ def _preference(outlook: Outlook) -> Choice:
     return choose_implementation("preference", outlook.device, torch.float32, requested)
 
 
-def _layer_rows(outlook: Outlook) -> Iterator[Row]:
+def _layer_rows(outlook: Outlook) -> Iterator[Decision]:
     model, policy = outlook.config.model, outlook.policy
     layers, total = len(decoder_layers(policy.causal_lm)), elements(policy)
     yield _checkpointing_row(outlook, layers, total)
     why = "RMSNorm, RoPE and MLP" if model.use_liger_kernel else "the model's own layers"
-    yield Row("liger-kernel", on(model.use_liger_kernel), origin(model, "use_liger_kernel"), why)
+    yield Decision(
+        "liger-kernel", on(model.use_liger_kernel), origin(model, "use_liger_kernel"), why
+    )
     why = f"blocks of {layers} layers" if model.torch_compile else "layers run as they are"
-    yield Row("torch.compile", on(model.torch_compile), origin(model, "torch_compile"), why)
+    yield Decision("torch.compile", on(model.torch_compile), origin(model, "torch_compile"), why)
     if model.lora is None:
-        yield Row("LoRA", "off", "default", "all parameters are trained")
+        yield Decision("LoRA", "off", "default", "all parameters are trained")
     else:
         why = f"{elements(policy, trainable=True):,} of {total:,} are trained"
-        yield Row("LoRA", f"r {model.lora.r}", "option", why)
+        yield Decision("LoRA", f"r {model.lora.r}", "option", why)
 
 
-def _checkpointing_row(outlook: Outlook, layers: int, total: int) -> Row:
+def _checkpointing_row(outlook: Outlook, layers: int, total: int) -> Decision:
     model, value = outlook.config.model, "off"
     if wants_checkpointing(outlook.config, outlook.policy):
         chosen = checkpointed_layers(outlook.policy.causal_lm, model.checkpoint_layers)
@@ -226,7 +228,7 @@ def _checkpointing_row(outlook: Outlook, layers: int, total: int) -> Row:
         value = f"all {layers} layers" if every else f"layer {_ranges(chosen)} of {layers}"
     options = ("gradient_checkpointing", "checkpoint_layers")
     why = f"{total:,} parameters; by default from 1e9 on"
-    return Row("activation checkpointing", value, origin(model, *options), why)
+    return Decision("activation checkpointing", value, origin(model, *options), why)
 
 
 def _ranges(indices: list[int]) -> str:
@@ -248,24 +250,24 @@ def on(value: bool) -> str:
     return "on" if value else "off"
 
 
-def _reference_row(outlook: Outlook) -> Row:
+def _reference_row(outlook: Outlook) -> Decision:
     spec, model = outlook.config.reference_spec, outlook.config.reference.model
     why = spec.meaning
     if spec.stores:
         why = _stored_by(outlook, model)
     elif model in outlook.second_models:
         why = f"{spec.meaning}, {_place(outlook)}"
-    return Row("reference", spec.name, origin(outlook.config.reference, "provider"), why)
+    return Decision("reference", spec.name, origin(outlook.config.reference, "provider"), why)
 
 
-def _old_rows(outlook: Outlook) -> Iterator[Row]:
+def _old_rows(outlook: Outlook) -> Iterator[Decision]:
     """The log-probs that completions were written with, if a loss asks for them."""
     config = outlook.config
     model = config.old_model
     if model is not None:
         same = model == config.reference.model
         why = "the stored reference serves" if same else _stored_by(outlook, model)
-        yield Row("old log-probs", "stored", origin(config.reference, "old_path"), why)
+        yield Decision("old log-probs", "stored", origin(config.reference, "old_path"), why)
 
 
 def _stored_by(outlook: Outlook, model: ReferenceModel) -> str:
@@ -283,13 +285,13 @@ def _place(outlook: Outlook) -> str:
     return place + (", offloaded to CPU memory" if outlook.config.offloads_reference else "")
 
 
-def _parallel_rows(outlook: Outlook) -> Iterator[Row]:
+def _parallel_rows(outlook: Outlook) -> Iterator[Decision]:
     parallel = outlook.config.parallel
     sharded = ("optimiser states", "gradients", "parameters")[: parallel.zero_stage]
     why = f"{', '.join(sharded) or 'nothing'} sharded over {ranks(outlook.world)}"
     stage = str(parallel.zero_stage)
-    yield Row("ZeRO stage", stage, origin(parallel, "zero_stage"), why)
+    yield Decision("ZeRO stage", stage, origin(parallel, "zero_stage"), why)
     for option, what in (("offload_optimizer", "optimiser"), ("offload_parameters", "parameters")):
         offloaded = getattr(parallel, option)
         place = "in CPU memory" if offloaded else f"on the device ({outlook.device.type})"
-        yield Row(f"offload of {what}", on(offloaded), origin(parallel, option), place)
+        yield Decision(f"offload of {what}", on(offloaded), origin(parallel, option), place)

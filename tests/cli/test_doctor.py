@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from dpo_fast.cli import app
 from dpo_fast.cli.doctor_memory import Sizes, in_units, memory
-from dpo_fast.cli.doctor_run import look, rows
+from dpo_fast.cli.doctor_run import decisions, look
 from dpo_fast.errors import UserError
 from dpo_fast.references import ReferenceModel
 from dpo_fast.training import distributed
@@ -43,7 +43,7 @@ def table(folder, **sections) -> dict[str, tuple[str, str, str]]:
     tree = run_tree(folder)
     for name, options in sections.items():
         tree[name] = tree.get(name, {}) | options
-    return {row.what: row[1:] for row in rows(look(build_config(tree, "tree")))}
+    return {row.what: row[1:] for row in decisions(look(build_config(tree, "tree")))}
 
 
 def invoke(*arguments):
@@ -88,7 +88,7 @@ def test_defaults_are_told_from_options(folder):
     assert found["head's schedule"][0].startswith("keep: 3.00 products, 1016 tokens kept")
     tree = run_tree(folder)
     del tree["train"]["micro_batch_size"]
-    found = {row.what: row[1:] for row in rows(look(build_config(tree, "tree")))}
+    found = {row.what: row[1:] for row in decisions(look(build_config(tree, "tree")))}
     assert found["micro-batch"][:2] == ("4 pairs", "default")
 
 

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("transformers")
 
 from dpo_fast.cli.doctor_memory import memory
-from dpo_fast.cli.doctor_run import look, rows
+from dpo_fast.cli.doctor_run import decisions, look
 from dpo_fast.data.kinds import COMPLETIONS, PAIRS
 from dpo_fast.errors import UserError
 from dpo_fast.references import ReferenceSection
@@ -145,7 +145,7 @@ def test_the_doctor_tells_an_entry(folder, add):
         options = {"path": str(folder / "other")}
         config = build(folder, add(options=("path",), **fields), reference=options)
         outlook = look(config)
-        told = {row.what: row for row in rows(outlook)}["reference"]
+        told = {row.what: row for row in decisions(outlook)}["reference"]
         return told, [line.what for line in memory(config, outlook.sizes, 1)]
 
     row, needed = lines()
