@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dpo_fast.data.layouts import LAYOUTS
-from dpo_fast.ops.dispatch import choose_implementation
+from dpo_fast.ops.dispatch import Choice, choose_implementation
 from dpo_fast.ops.linear_logp.plan import MIB, default_workspace_bytes
 from dpo_fast.training.distributed import cores
 
@@ -87,18 +87,19 @@ def _choices() -> Table:
                 short = str(dtype).removeprefix("torch.")
                 table.add_row(operation, str(device), short, choice.name, choice.reason)
         for layout in LAYOUTS:
-            name, why = attention(layout, device)
-            table.add_row(f"attention, {layout}", str(device), "bfloat16", name, escape(why))
+            choice = attention(layout, device)
+            what, why = f"attention, {layout}", escape(choice.reason)
+            table.add_row(what, str(device), "bfloat16", choice.name, why)
     on_gpu = torch.cuda.is_available()
     why = "there is a GPU" if on_gpu else "there is no GPU; DeepSpeed runs with DS_ACCELERATOR=cpu"
     table.add_row("training, all ranks", "-", "any", "nccl" if on_gpu else "gloo", why)
     return table
 
 
-def attention(layout: str, device: torch.device) -> tuple[str, str]:
+def attention(layout: str, device: torch.device) -> Choice:
     """What `model.attention=auto` means in bf16 for a model with plain attention, and why."""
     if importlib.util.find_spec("transformers") is None:
-        return "-", 'the trainer is not installed: pip install "dpo_fast[train]"'
+        return Choice("-", 'the trainer is not installed: pip install "dpo_fast[train]"')
     from dpo_fast.models.architecture import Architecture, choose_attention
 
     plain = Architecture("any", obstacle=None, softcap=False, sinks=False)

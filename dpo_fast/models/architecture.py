@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -16,15 +15,9 @@ from dpo_fast.errors import UserError
 from dpo_fast.models.attention import NAMES, has_varlen
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.load import load_skeleton
+from dpo_fast.ops.dispatch import Choice
 
 HALF = (torch.bfloat16, torch.float16)
-
-
-class Choice(NamedTuple):
-    """A value, and why it was chosen."""
-
-    name: str
-    reason: str
 
 
 @dataclass(frozen=True)

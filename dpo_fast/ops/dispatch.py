@@ -20,7 +20,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 @dataclass(frozen=True)
 class Choice:
-    """An implementation's name, and one sentence that says why."""
+    """The name of what was chosen, and one sentence that says why."""
 
     name: str
     reason: str

@@ -17,10 +17,10 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.errors import UserError
 from dpo_fast.models import ScoringModel
-from dpo_fast.models.architecture import Choice, architecture_of, choose_attention, choose_layout
+from dpo_fast.models.architecture import architecture_of, choose_attention, choose_layout
 from dpo_fast.models.layers import check_layers
 from dpo_fast.models.load import DTYPES, is_folder, load_skeleton
-from dpo_fast.ops.dispatch import choose_implementation
+from dpo_fast.ops.dispatch import Choice, choose_implementation
 from dpo_fast.references import ReferenceModel
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import find_checkpoint
