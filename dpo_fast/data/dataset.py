@@ -83,7 +83,7 @@ def _saved_files(tokenizer: Any) -> dict[str, str]:
         return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def publish(finished: Path, target: Path) -> None:
+def publish_unless_there(finished: Path, target: Path) -> None:
     """`durable.publish`; if another process was first, its folder stays, since the contents are equal."""
     try:
         durable.publish(finished, target)
@@ -246,7 +246,7 @@ def _prepared(
             table.save_to_disk(str(work / "examples"))
             report.measure(_lengths(datasets.load_from_disk(str(work / "examples"))))
             (work / "examples" / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
-            publish(work / "examples", target)
+            publish_unless_there(work / "examples", target)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     try:

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from dpo_fast.data.config import DataConfig
-from dpo_fast.data.dataset import load_examples, publish, tokenizer_hash
+from dpo_fast.data.dataset import load_examples, publish_unless_there, tokenizer_hash
 from dpo_fast.data.report import DataReport, render_examples, render_report
 from dpo_fast.errors import UserError
 from tests.support.paths import ROOT
@@ -223,11 +223,11 @@ def test_publishing_twice_keeps_the_first(tmp_path):
     for name in ("mine", "theirs"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
-    publish(tmp_path / "theirs", tmp_path / "key")
-    publish(tmp_path / "mine", tmp_path / "key")
+    publish_unless_there(tmp_path / "theirs", tmp_path / "key")
+    publish_unless_there(tmp_path / "mine", tmp_path / "key")
     assert (tmp_path / "key" / "file").read_text() == "theirs"
     with pytest.raises(OSError):
-        publish(tmp_path / "nothing", tmp_path / "other")
+        publish_unless_there(tmp_path / "nothing", tmp_path / "other")
 
 
 PREPARE = """
