@@ -58,20 +58,20 @@ def save_checkpoint(
     aside = durable.aside(final)
     if distributed.is_main():
         shutil.rmtree(aside, ignore_errors=True)
-        with writing(aside):
+        with saving(aside):
             aside.mkdir(parents=True)
     distributed.barrier()
-    with writing(aside):
+    with saving(aside):
         engine.save_checkpoint(str(aside), tag="engine", save_latest=False)
         own = {name: each.state_dict() for name, each in stateful.items()}
         mine = {"random": _random_state(), "metrics": metrics, "own": own}
         torch.save(mine, aside / f"rank-{distributed.rank()}.pt")
     distributed.barrier()
     if distributed.is_main():
-        with writing(aside):
+        with saving(aside):
             (aside / "state.json").write_text(json.dumps(state, indent=2))
             durable.publish(aside, final, replace=True)
-        with writing(root / "latest"):
+        with saving(root / "latest"):
             durable.write_file(root / "latest", final.name)
         for old in _by_age(checkpoints(root), final)[:-keep]:
             shutil.rmtree(old)
@@ -139,9 +139,11 @@ def checkpoints(root: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(steps[p]))
 
 
-def writing(place: Path) -> AbstractContextManager[None]:
-    """`durable.writing` for the files of a run. torch and safetensors have errors of their own for a full
-    disk."""
+def saving(place: Path) -> AbstractContextManager[None]:
+    """`durable.writing` for the files of a run.
+
+    torch and safetensors have errors of their own for a full disk.
+    """
     remedy = (
         "The checkpoints that are done are whole: make room, and go on with "
         "train.resume_from_checkpoint=true"

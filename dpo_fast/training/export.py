@@ -13,7 +13,7 @@ from dpo_fast.models import ScoringModel
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.load import DTYPES
 from dpo_fast.training import distributed
-from dpo_fast.training.checkpoints import writing
+from dpo_fast.training.checkpoints import saving
 
 
 def export(
@@ -31,7 +31,7 @@ def export(
     if distributed.is_main():
         aside = durable.aside(folder)
         shutil.rmtree(aside, ignore_errors=True)
-        with writing(aside):
+        with saving(aside):
             _save(model, state, aside)
             tokenizer.save_pretrained(aside)
             if merge_lora:

@@ -14,7 +14,7 @@ import yaml
 from dpo_fast.durable import write_file
 from dpo_fast.models.load import DTYPES
 from dpo_fast.training import distributed
-from dpo_fast.training.checkpoints import writing
+from dpo_fast.training.checkpoints import saving
 from dpo_fast.training.console import say
 from dpo_fast.training.perf import peak_memory, product_rate
 from dpo_fast.training.prepare import Run
@@ -32,7 +32,7 @@ def open_log(run: Run, resumed: bool) -> RunLog:
     """
     folder = Path(run.config.train.output_dir)
     if distributed.is_main():
-        with writing(folder / "config.yaml"):
+        with saving(folder / "config.yaml"):
             folder.mkdir(parents=True, exist_ok=True)
             resolved = yaml.safe_dump(run.config.resolved(), sort_keys=False)
             write_file(folder / "config.yaml", resolved)
@@ -93,7 +93,7 @@ class RunLog:
             lines = self.file.read_text().splitlines()
             whole = [line for line in lines if line.endswith("}")]  # the last may be torn
             kept = [line for line in whole if json.loads(line)["step"] <= step]
-            with writing(self.file):
+            with saving(self.file):
                 write_file(self.file, "".join(f"{line}\n" for line in kept))
 
     def _write(self, step: int, metrics: dict[str, Any]) -> None:
@@ -101,7 +101,7 @@ class RunLog:
             return
         epochs = self.run.train.epochs(step)
         place = {"step": step} if epochs is None else {"step": step, "epoch": round(epochs, 6)}
-        with writing(self.file), self.file.open("a") as stream:
+        with saving(self.file), self.file.open("a") as stream:
             stream.write(json.dumps(place | metrics) + "\n")
         monitor = self.run.engine.monitor
         if monitor.enabled:
