@@ -72,7 +72,7 @@ def differences(stored: dict, wanted: dict) -> str:
     )
 
 
-def read_rows(folder: Path, columns: list[str]) -> pyarrow.Table:
+def read_columns(folder: Path, columns: list[str]) -> pyarrow.Table:
     """These columns of all parts, in order.
 
     Each part is read once: the bytes whose sha256 is checked are those that are decoded.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.data.kinds import PAIRS, Kind
-from dpo_fast.references.artefact import names_of, read_rows
+from dpo_fast.references.artefact import names_of, read_columns
 
 
 class CachedReference:
@@ -88,7 +88,7 @@ def open_reference(
     """
     sums_of, tokens_of = names_of(kind, "logps"), names_of(kind, "token_logps")
     wanted = ["digest", *sums_of, *(tokens_of if per_token else ())]
-    table = pyarrow.concat_tables([read_rows(folder, wanted) for folder in folders])
+    table = pyarrow.concat_tables([read_columns(folder, wanted) for folder in folders])
     places = find_rows(table, digests)
     if places.null_count:
         raise ValueError(f"{places.null_count} of {len(digests)} {kind.name} are not in {folders}")

@@ -20,8 +20,8 @@ from dpo_fast.references.artefact import (
     MANIFEST,
     REMEDY,
     differences,
+    read_columns,
     read_manifest,
-    read_rows,
 )
 from dpo_fast.references.cached import find_rows
 
@@ -158,6 +158,6 @@ def _missing(folders: list[Path], examples: Dataset) -> list[int]:
     """Indices of the rows that no folder holds."""
     if not folders:
         return list(range(len(examples)))
-    table = pyarrow.concat_tables([read_rows(folder, ["digest"]) for folder in folders])
+    table = pyarrow.concat_tables([read_columns(folder, ["digest"]) for folder in folders])
     absent = find_rows(table, examples.digests).is_null().to_numpy(zero_copy_only=False)
     return absent.nonzero()[0].tolist()

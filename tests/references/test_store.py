@@ -22,7 +22,7 @@ from dpo_fast.data.kinds import ExampleLengths
 from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.errors import UserError
 from dpo_fast.references import CachedReference, artefact
-from dpo_fast.references.artefact import MANIFEST, Unfinished, read_rows
+from dpo_fast.references.artefact import MANIFEST, Unfinished, read_columns
 from dpo_fast.references.cached import open_reference
 from dpo_fast.references.compute import length_batches, part_table, score_part
 from dpo_fast.references.store import Request, default_place, find_stored, model_digest, named_place
@@ -243,7 +243,7 @@ def test_damage_is_noticed(tmp_path):
             find_stored(place, wanted)
     part.write_bytes(content[:20])
     with pytest.raises(UserError, match="damaged"):
-        read_rows(folder, ["digest"])
+        read_columns(folder, ["digest"])
     part.unlink()
     with pytest.raises(UserError, match="cannot be read.*No such file.*delete the folder"):
         find_stored(place, wanted)
