@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from dpo_fast.errors import UserError
-from dpo_fast.models.scoring import head_options
+from dpo_fast.models.scoring import head_options_of
 from dpo_fast.modules.head import FusedHead
 
 
@@ -48,5 +48,5 @@ def fuse_head(model: PreTrainedModel) -> None:
             "and modules_to_save, and out of quantisation and tensor parallelism"
         )
     model.set_output_embeddings(
-        FusedHead(head.weight, head.bias, options=head_options(model.config))
+        FusedHead(head.weight, head.bias, options=head_options_of(model.config))
     )

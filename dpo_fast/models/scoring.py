@@ -39,7 +39,7 @@ class ScoringModel(nn.Module):
         fused = FusedHead(
             head.weight,
             getattr(head, "bias", None),
-            options=head_options(model.config),
+            options=head_options_of(model.config),
             implementation=implementation,
             workspace_bytes=workspace_bytes,
         )
@@ -95,7 +95,7 @@ def forward_arguments(batch: ScoredBatch) -> dict:
     return {name: getattr(batch, name) for name in names}
 
 
-def head_options(config) -> HeadOptions:
+def head_options_of(config) -> HeadOptions:
     """What a model's own forward does to its logits, read from its configuration.
 
     Gemma 2 and 3 cap them (`final_logit_softcapping`). Cohere and Falcon-H1 multiply them

@@ -21,7 +21,7 @@ from dpo_fast.errors import UserError
 from dpo_fast.integrations.transformers import PreferenceCollator, PreferenceTrainer
 from dpo_fast.losses import LossOptions, Objective, PairLogps, Totals, preference
 from dpo_fast.models import ScoringModel
-from dpo_fast.models.scoring import forward_arguments, head_options
+from dpo_fast.models.scoring import forward_arguments, head_options_of
 from dpo_fast.ops.segments import sum_sequences
 from tests.support.models import LIKE_SGD, write_model, write_pairs
 from tests.support.paths import ROOT
@@ -361,4 +361,4 @@ def test_the_scale_of_logits_is_read(kind):
     config = kind()
     value = {"falcon_h1": "lm_head_multiplier", "hyperclovax": "logits_scaling"}[config.model_type]
     setattr(config, value, 0.25)
-    assert head_options(config).logit_scale == 0.25
+    assert head_options_of(config).logit_scale == 0.25
