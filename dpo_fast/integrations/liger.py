@@ -271,8 +271,8 @@ class LigerFusedLinearKTOLoss(LigerLoss):
         if kl is not None and kl.numel() != 1 and kl.shape != desirable_S.shape:
             raise ValueError(f"kl is {tuple(kl.shape)}; expected one number, or ({len(target)},)")
         reference_S = self.reference(target, ref_input, ref_weight, ref_bias)
-        scores = self.score(_input, lin_weight, target, bias)
-        logps = SequenceLogps(scores.logps_S, scores.lengths_S, desirable_S, reference_S, kl)
+        scored = self.score(_input, lin_weight, target, bias)
+        logps = SequenceLogps(scored.logps_S, scored.lengths_S, desirable_S, reference_S, kl)
         rewards_S = self.beta * logps.ratio.detach()
         sums = [
             torch.where(mask_S, values_S, 0).sum()

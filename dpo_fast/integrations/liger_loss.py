@@ -1,4 +1,4 @@
-"""What the classes of `integrations.liger` share: scores of sequences, and a loss of the table on them.
+"""What the classes of `integrations.liger` share: log-probs of sequences, and a loss of the table on them.
 
 Tensors have the shapes of Liger's interface: input [S, L, D] and target [S, L], of pairs the chosen
 sequences first and then the rejected ones.
@@ -36,8 +36,13 @@ class Settings:
     workspace_bytes: int | None
 
 
-class Scores(NamedTuple):
-    """logps_S: of sequences. lengths_S: their scored tokens. nll: mean over chosen tokens, []."""
+class ScoredSequences(NamedTuple):
+    """What the head says of S sequences.
+
+    logps_S: sums of their log-probs; means with `average_log_prob`.
+    lengths_S: their scored tokens.
+    nll: mean over chosen tokens, [].
+    """
 
     logps_S: Tensor
     lengths_S: Tensor
@@ -83,8 +88,8 @@ class LigerLoss(nn.Module):
         target: Tensor,
         bias: Tensor | None,
         nll_target: Tensor | None = None,
-    ) -> Scores:
-        """Scores of the sequences. nll_target: labels of the nll where they differ from `target`."""
+    ) -> ScoredSequences:
+        """Score the sequences. nll_target: labels of the nll where they differ from `target`."""
         if hidden.dim() != 3 or hidden.shape[:2] != target.shape:
             raise ValueError(
                 f"expected input [S, L, D] and target [S, L]; got {tuple(hidden.shape)} and "
@@ -101,7 +106,7 @@ class LigerLoss(nn.Module):
         logps_S = sum_sequences(logp_T, rows.lengths_S)
         if self.average_log_prob:
             logps_S = logps_S / rows.lengths_S
-        return Scores(logps_S, rows.lengths_S, -total / (in_nll_T.sum() + len(only_nll)))
+        return ScoredSequences(logps_S, rows.lengths_S, -total / (in_nll_T.sum() + len(only_nll)))
 
     def _only_nll(self, target: Tensor, nll_target: Tensor | None) -> tuple[Tensor, Tensor]:
         """Rows that the nll alone scores, int64, and a mask of rows that it shares, [N]; N = S L."""
@@ -160,12 +165,12 @@ class LigerPairLoss(LigerLoss):
             )
         if nll_target is not None and not self.compute_nll_loss:
             raise ValueError("compute_nll_loss=False uses no nll_target; leave it out")
-        scores = self.score(hidden, weight, target, bias, nll_target)
+        scored = self.score(hidden, weight, target, bias, nll_target)
         # A mean is the sum of a completion of length 1 to losses that divide by lengths.
-        lengths_S = torch.ones_like(scores.lengths_S) if self.average_log_prob else scores.lengths_S
+        lengths_S = torch.ones_like(scored.lengths_S) if self.average_log_prob else scored.lengths_S
         reference = (None, None) if reference_S is None else reference_S.chunk(2)
-        pairs = PairLogps(*scores.logps_S.chunk(2), *lengths_S.chunk(2), *reference)
-        nll = scores.nll if self.compute_nll_loss else torch.zeros_like(scores.nll)
+        pairs = PairLogps(*scored.logps_S.chunk(2), *lengths_S.chunk(2), *reference)
+        nll = scored.nll if self.compute_nll_loss else torch.zeros_like(scored.nll)
         loss = self.losses(pairs).mean() + self.alpha * nll
         half = len(hidden) // 2
         logits = (mean_logit(side, weight, bias) for side in (hidden[:half], hidden[half:]))
