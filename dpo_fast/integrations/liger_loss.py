@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_fast.losses import LossOptions, Objective, PairLogps, SequenceLogps
-from dpo_fast.modules.rows import scored_rows
+from dpo_fast.modules.scored_rows import scored_rows
 from dpo_fast.ops.linear_logp.op import linear_logp
 from dpo_fast.ops.segments import sum_sequences
 

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from dpo_fast.data.layouts import layouts_with
 from dpo_fast.errors import UserError
-from dpo_fast.models.plan import AttentionPlan, Varlen
+from dpo_fast.models.attention_plan import AttentionPlan, Varlen
 
 # Names for transformers, which takes any with sdpa, flex or flash in it for one of its own.
 NAMES = {

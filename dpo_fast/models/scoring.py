@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.errors import UserError
-from dpo_fast.models.plan import AttentionPlan
+from dpo_fast.models.attention_plan import AttentionPlan
 from dpo_fast.modules.head import FusedHead
 from dpo_fast.ops.linear_logp.call import HeadOptions
 

@@ -18,7 +18,7 @@ from dpo_fast.modules.preference import (
     check_whole,
     make_objective,
 )
-from dpo_fast.modules.rows import (
+from dpo_fast.modules.scored_rows import (
     BATCH_ORDERS,
     ScoredRows,
     masked_labels,

@@ -13,7 +13,7 @@ from dpo_fast.data.batch import collate_trees
 from dpo_fast.errors import UserError
 from dpo_fast.models import ScoringModel
 from dpo_fast.models.attention import BACKENDS, NAMES, varlen
-from dpo_fast.models.plan import AttentionPlan
+from dpo_fast.models.attention_plan import AttentionPlan
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.models.separation import check_separation
 from tests.support.architectures import ARCHITECTURES, TREES, alone, make, slopes

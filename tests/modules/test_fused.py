@@ -15,7 +15,7 @@ from dpo_fast.modules import (
     PreferenceLoss,
     UnpairedPreferenceLoss,
 )
-from dpo_fast.modules.rows import pair_order, scored_rows
+from dpo_fast.modules.scored_rows import pair_order, scored_rows
 
 PAIRS, L, D, V = 3, 7, 8, 29
 LENGTHS = (1, 5, 7, 3, 6, 2)  # chosen first, then rejected: very unequal
