@@ -101,15 +101,12 @@ def start(run: Run, log: RunLog) -> int:
     """Begin a new run: check the loss against ln 2 and evaluate once. Returns step 0."""
     own = run.config.reference_spec.scores and run.config.reference.path is None
     if run.loss_pass.objective.needs_reference and own:
-        split, index = run.train.at(0)
-        first = [
-            row
-            for rank in range(distributed.world_size())
-            for row in split.sampler.micro_batches(index, rank)[0]
-        ]
+        split, number = run.train.at(0)
+        ranks = range(distributed.world_size())
+        first = [i for rank in ranks for i in split.sampler.micro_batches(number, rank)[0]]
         loss, expected = check_start(
             run.engine,
-            next(split.batches(index)),
+            next(split.batches(number)),
             *run.loss_and_reference("train"),
             split.totals(first),
             run.config.model.dtype,
@@ -126,14 +123,14 @@ def update(run: Run, step: int, sums: MetricSums) -> Tensor:
     Returns:
         This rank's share of the loss, [] fp32.
     """
-    split, index = run.train.at(step)
-    rows, statistics = split.sampler.global_batch(index), run.statistics
+    split, number = run.train.at(step)
+    indices, statistics = split.sampler.global_batch(number), run.statistics
     loss_pass, provider = run.loss_and_reference("train")
-    statistics.begin_step(run.engine, split.mismatched(rows), loss_pass, provider)
-    batches, totals = split.batches(index), split.totals(rows)
+    statistics.begin_step(run.engine, split.mismatched(indices), loss_pass, provider)
+    batches, totals = split.batches(number), split.totals(indices)
     arguments = (run.engine, batches, loss_pass, provider, totals, sums, statistics)
     if loss_pass.objective.coupled:
-        share = coupled_step(*arguments, rows)
+        share = coupled_step(*arguments, indices)
     else:
         share = train_step(*arguments)
     statistics.end_step()
@@ -147,9 +144,9 @@ def update(run: Run, step: int, sums: MetricSums) -> Tensor:
 def check_finite(run: Run, step: int, share: Tensor) -> None:
     """Raises UserError on every rank if the loss of the step, counted from 0, is not finite on any."""
     if distributed.any_rank(not math.isfinite(share.item())):
-        split, index = run.train.at(step)
-        rows = split.sampler.global_batch(index)
-        places = ", ".join(split.examples.where(row) for row in rows[:4])
+        split, number = run.train.at(step)
+        indices = split.sampler.global_batch(number)
+        places = ", ".join(split.examples.where(index) for index in indices[:4])
         raise UserError(
             f"the loss of step {step + 1} is not finite; its batch begins with {places}. The last "
             "checkpoint is whole. People usually lower train.learning_rate or check the data there"
@@ -158,12 +155,12 @@ def check_finite(run: Run, step: int, share: Tensor) -> None:
 
 def evaluate_run(run: Run) -> dict[str, float]:
     """Metrics of the whole evaluation split. Collective."""
-    split, rows = run.eval, list(range(len(run.eval.examples)))
+    split, indices = run.eval, list(range(len(run.eval.examples)))
     loss_pass, provider = run.loss_and_reference("eval")
-    mismatched = split.mismatched(rows)
+    mismatched = split.mismatched(indices)
     statistics = run.statistics.estimate(run.engine, mismatched, loss_pass, provider)
     batches = track(split.all_batches(), "evaluating", split.sampler.steps_per_epoch)
-    return evaluate(run.engine, batches, loss_pass, provider, split.totals(rows), statistics)
+    return evaluate(run.engine, batches, loss_pass, provider, split.totals(indices), statistics)
 
 
 def save(run: Run, step: int, sums: MetricSums) -> Path:
@@ -200,6 +197,6 @@ def must_fit(run: Run) -> dict:
     fits |= {f"loss.{name}": value for name, value in tree["loss"].items()}
     fits |= {f"reference.{name}": tree["reference"][name] for name in SAME_REFERENCE}
     fits |= {"model.dtype": tree["model"]["dtype"], "model.lora": tree["model"]["lora"]}
-    if train.tokens_per_batch is not None:  # a row's tokens depend on the layout
+    if train.tokens_per_batch is not None:  # the tokens of an example depend on the layout
         fits["layout"] = train.layout
     return fits

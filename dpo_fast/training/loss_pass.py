@@ -122,9 +122,9 @@ class Statistics:
     def estimate(
         self, engine, mismatched: Iterable[ScoredBatch], loss_pass: LossPass, provider
     ) -> dict[str, Tensor]:
-        """The values for some rows, [] fp32 each. Collective.
+        """The values for a set of examples, [] fp32 each. Collective.
 
-        mismatched: this rank's share of the rows' mismatched completions.
+        mismatched: this rank's share of the examples with mismatched completions.
         """
         values = {}
         if "kl" in self.names:

@@ -52,7 +52,7 @@ class ReferenceInterrupted(Interrupted):
 class StoredReference:
     """A split's stored reference.
 
-    folders: together they hold all rows of the split.
+    folders: together they hold every example of the split.
     seconds: how long computing took; None if it was there already.
     """
 
@@ -141,8 +141,8 @@ def compute_reference(
             f"computing the reference log-probs of {len(split.examples)} {split.examples.kind.name} "
             f"({split.name}), once: {len(parts) - len(missing)} of {len(parts)} parts are there"
         )
-        plans = {index: length_batches(parts[index], costs, *size) for index in missing}
-        _score_parts(scorer, split, unfinished, plans, request.per_token, device)
+        batches = {part: length_batches(parts[part], costs, *size) for part in missing}
+        _score_parts(scorer, split, unfinished, batches, request.per_token, device)
         from_main(lambda: unfinished.finish(_information(config, split, path)))
     finally:
         unfinished.close()
@@ -153,27 +153,27 @@ def _score_parts(
     scorer,
     split: Split,
     unfinished: Unfinished,
-    plans: dict[int, list[list[int]]],
+    batches: dict[int, list[list[int]]],
     per_token: bool,
     device,
 ) -> None:
-    """Score and write parts. plans: the batches of rows of each part, by its index."""
-    rounds = sum(-(-len(plan) // distributed.world_size()) for plan in plans.values())
+    """Score and write parts. batches: of all ranks, by the part's index; each lists its examples."""
+    rounds = sum(-(-len(each) // distributed.world_size()) for each in batches.values())
     description = f"reference log-probs ({split.name})"
     with distributed.stop_signals() as asked, progress_bar(description, rounds) as advance:
 
-        def until_asked(batches: Iterable[ScoredBatch]) -> Iterator[ScoredBatch]:
-            for batch in batches:
+        def until_asked(own: Iterable[ScoredBatch]) -> Iterator[ScoredBatch]:
+            for batch in own:
                 if asked():
                     raise ReferenceInterrupted(unfinished.final)
                 yield batch
                 advance()
 
-        for index, plan in plans.items():
+        for index, all_ranks in batches.items():
             rows = unfinished.parts[index]
             lengths = split.lengths.take(rows)
-            batches = until_asked(_rank_batches(split, plan))
-            share_T = score_part(scorer, batches, rows, lengths, device)
+            own = until_asked(_rank_batches(split, all_ranks))
+            share_T = score_part(scorer, own, rows, lengths, device)
             values_T = distributed.all_sum(share_T).cpu()
             part = (values_T, lengths, split.examples, rows, per_token)
             from_main(lambda index=index, part=part: unfinished.write(index, part_table(*part)))
@@ -181,12 +181,12 @@ def _score_parts(
             raise ReferenceInterrupted(unfinished.final)
 
 
-def _rank_batches(split: Split, plan: list[list[int]]) -> Iterator[ScoredBatch]:
+def _rank_batches(split: Split, all_ranks: list[list[int]]) -> Iterator[ScoredBatch]:
     """This rank's batches of a part. Every rank has equally many; its last one may be empty."""
     world = distributed.world_size()
-    for first in range(0, len(plan), world):
-        rows = dict(enumerate(plan[first : first + world])).get(distributed.rank(), [])
-        yield split.collate([split.examples[row] for row in rows], rows)
+    for first in range(0, len(all_ranks), world):
+        indices = dict(enumerate(all_ranks[first : first + world])).get(distributed.rank(), [])
+        yield split.collate([split.examples[index] for index in indices], indices)
 
 
 def _information(config: RunConfig, split: Split, path: str) -> dict:

@@ -51,26 +51,26 @@ class Split:
             return int((prompt_P + answer_P).max())
         return min(self.mismatched_length, int(prompt_P.max() + answer_P.max()))
 
-    def totals(self, rows: list[int]) -> Totals:
-        """Counts of a global batch. Every rank knows the lengths of all rows, so none is communicated."""
-        lengths = self.lengths.take(rows)
+    def totals(self, indices: list[int]) -> Totals:
+        """Counts of a global batch. Every rank knows all lengths, so none is communicated."""
+        lengths = self.lengths.take(indices)
         sequences, tokens = len(lengths.answers_S), int(lengths.answers_S.sum())
         if self.examples.kind == COMPLETIONS:
             return Totals(0, 0, sequences, tokens)
         chosen = 0 if self.examples.kind == GROUPS else int(lengths.answers_S[::2].sum())
-        return Totals(len(rows), chosen, sequences, tokens)
+        return Totals(len(indices), chosen, sequences, tokens)
 
     def batches(self, step: int) -> Iterator[ScoredBatch]:
         """This rank's micro-batches of a step, tokens on the CPU."""
-        for rows in self.sampler.micro_batches(step, distributed.rank()):
-            yield self.collate([self.examples[row] for row in rows], rows, self.columns)
+        for indices in self.sampler.micro_batches(step, distributed.rank()):
+            yield self.collate([self.examples[i] for i in indices], indices, self.columns)
 
     def collate(
-        self, rows: list[dict], indices: list[int], columns: tuple[str, ...] = ()
+        self, examples: list[dict], indices: list[int], columns: tuple[str, ...] = ()
     ) -> ScoredBatch:
-        """Lay out rows of the data, or rows like them. indices: their numbers in the data."""
+        """Lay out examples of the data, or some made of them. indices: their places in the data."""
         return collate(
-            rows,
+            examples,
             self.layout,
             pad_id=self.pad_id,
             indices=indices,
@@ -78,40 +78,43 @@ class Split:
             kind=self.examples.kind,
         )
 
-    def mismatched(self, rows: list[int]) -> Iterator[ScoredBatch]:
+    def mismatched(self, indices: list[int]) -> Iterator[ScoredBatch]:
         """This rank's share of a global batch with mismatched completions (`data/mismatched.py`).
 
-        Every row gets the completion of the row before it. Every rank has the same number of batches, and
-        none if no loss wants them.
+        Every example gets the completion of the one before it. Every rank has the same number of batches,
+        and none if no loss wants them.
         """
         if self.mismatched_length is None:
             return
-        others, world = partners(rows, len(self.examples)), distributed.world_size()
-        plan = self._mismatched_plan(others)
-        for first in range(0, len(plan), world):
-            mine = dict(enumerate(plan[first : first + world])).get(distributed.rank(), [])
+        others, world = partners(indices, len(self.examples)), distributed.world_size()
+        batches = self._mismatched_batches(others)
+        for first in range(0, len(batches), world):
+            mine = dict(enumerate(batches[first : first + world])).get(distributed.rank(), [])
             joined = [
                 mismatched(
-                    self.examples[row],
-                    self.examples[others[row]],
+                    self.examples[index],
+                    self.examples[others[index]],
                     self.examples.kind,
                     self.mismatched_length,
                 )
-                for row in mine
+                for index in mine
             ]
             yield self.collate(joined, mine)
 
-    def _mismatched_plan(self, others: dict[int, int]) -> list[list[int]]:
-        """Micro-batches as large as the sampler's. A row whose foreign completion exceeds the budget has
-        one of its own."""
-        rows = list(others)
+    def _mismatched_batches(self, others: dict[int, int]) -> list[list[int]]:
+        """Micro-batches of all ranks, as large as the sampler's.
+
+        An example that exceeds the budget with its foreign completion has one of its own.
+        """
+        indices = list(others)
         if isinstance(self.sampler, Sampler):
             size = self.sampler.micro_batch_size
-            return [rows[start : start + size] for start in range(0, len(rows), size)]
+            return [indices[start : start + size] for start in range(0, len(indices), size)]
         lengths = mismatched_lengths(self.lengths, others, self.mismatched_length)
         costs = LAYOUTS[self.layout].costs(lengths)
         budget = max(self.sampler.budget, int(costs.alone_P.max()))
-        return [[rows[item] for item in items] for items in costs.bins(budget, range(len(rows)))]
+        bins = costs.bins(budget, range(len(indices)))
+        return [[indices[place] for place in places] for places in bins]
 
     def all_batches(self) -> Iterator[ScoredBatch]:
         """This rank's batches of one pass; every rank has the same number."""

@@ -1,7 +1,7 @@
 """What a run does with the batches of a global batch or an evaluation set.
 
 `train_step`    one optimiser step
-`coupled_step`  the same for a loss whose rows meet over the global batch, in two passes
+`coupled_step`  the same in two passes, for a loss that compares all pairs of a global batch
 `evaluate`      metrics on held-out examples
 `check_start`   whether the reference is the model that training starts from
 """
@@ -63,20 +63,20 @@ def coupled_step(
     totals: Totals,
     sums: MetricSums,
     statistics: Statistics,
-    rows: list[int],
+    indices: list[int],
 ) -> Tensor:
-    """As `train_step`, for a loss whose rows meet over the global batch (aot sorts them).
+    """As `train_step`, for a coupled loss: one that compares all pairs of a global batch, as aot does.
 
     The first pass scores the global batch on all ranks, without gradients. Its loss gives a slope for
     every sequence's log-probability; the second pass is forward and backward with those slopes. So the
     result does not depend on how the batch was split. It costs one more forward.
 
-    rows: the global batch, those of all ranks.
+    indices: places in the data of the global batch, all ranks' pairs.
     """
     batches = [batch.to(engine.device) for batch in batches]
     with sums.clock.time("perf/reference_ms"):
         references = [loss_pass.reference(provider, batch) for batch in batches]
-    table = BatchTable(rows, loss_pass, engine.device)
+    table = BatchTable(indices, loss_pass, engine.device)
     with torch.no_grad():
         for batch, reference in zip(batches, references):
             table.add(loss_pass.token_outputs(engine, batch), reference, batch)
@@ -97,17 +97,17 @@ def coupled_step(
 
 
 class BatchTable:
-    """Sums of every sequence of a global batch, gathered from all ranks in the order of `rows`."""
+    """Sums of every sequence of a global batch, gathered from all ranks in the order of `indices`."""
 
-    def __init__(self, rows: list[int], loss_pass: LossPass, device: torch.device) -> None:
-        self.place = {row: index for index, row in enumerate(rows)}
+    def __init__(self, indices: list[int], loss_pass: LossPass, device: torch.device) -> None:
+        self.place = {index: place for place, index in enumerate(indices)}
         self.loss_pass = loss_pass
         # Policy, reference and lengths; of chosen and rejected.
-        self.values = torch.zeros(3, len(rows), 2, dtype=torch.float64, device=device)
+        self.values = torch.zeros(3, len(indices), 2, dtype=torch.float64, device=device)
 
     def places(self, batch: ScoredBatch) -> list[int]:
         """Where the pairs of a micro-batch stand in the table."""
-        return [self.place[row] for row in batch.indices_P.tolist()]
+        return [self.place[index] for index in batch.indices_P.tolist()]
 
     @torch.no_grad()
     def add(self, token_outputs: Mapping[str, Tensor], reference: dict, batch: ScoredBatch) -> None:
@@ -173,7 +173,7 @@ def evaluate(
     engine.train()
     sums.note(statistics)
     metrics = sums.read()
-    if coupled:  # rows meet over the whole set, not within a micro-batch
+    if coupled:  # pairs are compared over the whole set, not within a micro-batch
         metrics["loss"] = table.loss(totals, statistics)[0].item()
     for name in ("num_tokens", "examples"):
         del metrics[name]
