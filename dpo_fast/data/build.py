@@ -152,7 +152,7 @@ def _row_columns(row: Row, tokenised: Tokenised) -> dict[str, Any]:
 
 def values(row: Row) -> dict[str, Any]:
     """What is kept of a row beside its ids: its numbers, and its label or scores."""
-    numbers = {name: value for name, value in row.extras.items() if name in row.kind.numbers}
+    numbers = {name: value for name, value in row.optional.items() if name in row.kind.numbers}
     return numbers | {name: getattr(row, name) for name in row.kind.stored_labels}
 
 

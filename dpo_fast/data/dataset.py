@@ -121,7 +121,7 @@ class Dataset:
         return self._table[int(self._rows[index])]["where"]
 
     @property
-    def extras(self) -> list[str]:
+    def numbers(self) -> list[str]:
         """The optional float columns that the examples have."""
         return [name for name in self.kind.numbers if name in self._table.column_names]
 

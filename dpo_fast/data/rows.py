@@ -26,7 +26,7 @@ TEMPLATE_ARGUMENTS = ("tokenize", "add_generation_prompt", "tools", "conversatio
 
 
 class _Row:
-    """What all rows have: `kind`, where they came from, a prompt, answers and extras."""
+    """What all rows have: `kind`, where they came from, a prompt, answers and optional columns."""
 
     @property
     def is_chat(self) -> bool:
@@ -45,14 +45,14 @@ class PairRow(_Row):
     where: the row's place, as in "pairs.jsonl:17".
     prompt, chosen, rejected: all text, or all lists of messages `{"role": str, "content": str, ...}`.
         A prompt of messages ends before the first scored message.
-    extras: the optional columns that the row has: floats, `tools`, `chat_template_kwargs`.
+    optional: the optional columns that the row has: floats, `tools`, `chat_template_kwargs`.
     """
 
     where: str
     prompt: str | Messages
     chosen: str | Messages
     rejected: str | Messages
-    extras: dict[str, Any]
+    optional: dict[str, Any]
     kind: ClassVar[Kind] = PAIRS
 
 
@@ -64,7 +64,7 @@ class CompletionRow(_Row):
     prompt: str | Messages
     completion: str | Messages
     label: bool
-    extras: dict[str, Any]
+    optional: dict[str, Any]
     kind: ClassVar[Kind] = COMPLETIONS
 
 
@@ -79,7 +79,7 @@ class GroupRow(_Row):
     prompt: str | Messages
     completions: list[str] | list[Messages]
     scores: list[float]
-    extras: dict[str, Any]
+    optional: dict[str, Any]
     kind: ClassVar[Kind] = GROUPS
 
     @property
@@ -126,9 +126,9 @@ def _pair(where: str, row: dict[str, Any], raw: Mapping[str, Any], config: DataC
     else:
         prompt, chosen, rejected = split_conversations(chosen, rejected)
     _check_texts(prompt, {"chosen": chosen, "rejected": rejected})
-    extras = _extras(row, PAIRS)
-    _check_chat_extras(prompt, extras)
-    return PairRow(where, prompt, chosen, rejected, extras)
+    optional = _optional(row, PAIRS)
+    _check_chat_columns(prompt, optional)
+    return PairRow(where, prompt, chosen, rejected, optional)
 
 
 def _completion(
@@ -139,9 +139,9 @@ def _completion(
     _need(row, raw, "label")
     if not isinstance(row["label"], bool):
         raise BadRow("field 'label' is not a bool", f"expected true or false, got {row['label']!r}")
-    extras = _extras(row, COMPLETIONS)
-    _check_chat_extras(prompt, extras)
-    return CompletionRow(where, prompt, completion, row["label"], extras)
+    optional = _optional(row, COMPLETIONS)
+    _check_chat_columns(prompt, optional)
+    return CompletionRow(where, prompt, completion, row["label"], optional)
 
 
 def _group(where: str, row: dict[str, Any], raw: Mapping[str, Any], config: DataConfig) -> GroupRow:
@@ -161,9 +161,9 @@ def _group(where: str, row: dict[str, Any], raw: Mapping[str, Any], config: Data
     numbers = [_number(each, f"{column}[{index}]") for index, each in enumerate(scores)]
     if column == "ranks":
         numbers = [-number for number in numbers]
-    group = GroupRow(where, prompt, texts, numbers, _extras(row, GROUPS))
+    group = GroupRow(where, prompt, texts, numbers, _optional(row, GROUPS))
     _check_texts(prompt, group.answers)
-    _check_chat_extras(prompt, group.extras)
+    _check_chat_columns(prompt, group.optional)
     return group
 
 
@@ -263,28 +263,32 @@ def _check_texts(prompt: str | Messages, answers: dict[str, str | Messages]) -> 
         check_answer(answer, name)
 
 
-def _check_chat_extras(prompt: str | Messages, extras: dict[str, Any]) -> None:
-    unused = [name for name in CHAT_COLUMNS if name in extras]
+def _check_chat_columns(prompt: str | Messages, optional: dict[str, Any]) -> None:
+    unused = [name for name in CHAT_COLUMNS if name in optional]
     if isinstance(prompt, str) and unused:
         raise BadRow(f"{unused[0]} without messages", "it needs a chat template; the row is text")
 
 
-def _extras(row: dict[str, Any], kind: Kind) -> dict[str, Any]:
-    extras = {name: _number(row[name], name) for name in kind.numbers if row.get(name) is not None}
-    if not 0 <= extras.get("soft_label", 0) <= 1:
-        raise BadRow("field 'soft_label' is out of range", f"{extras['soft_label']} is not in 0..1")
-    if extras.get("weight", 0) < 0:
-        raise BadRow("field 'weight' is out of range", f"{extras['weight']} is below 0")
-    given = [name for name in kind.reference_columns if name in extras]
+def _optional(row: dict[str, Any], kind: Kind) -> dict[str, Any]:
+    optional = {
+        name: _number(row[name], name) for name in kind.numbers if row.get(name) is not None
+    }
+    if not 0 <= optional.get("soft_label", 0) <= 1:
+        raise BadRow(
+            "field 'soft_label' is out of range", f"{optional['soft_label']} is not in 0..1"
+        )
+    if optional.get("weight", 0) < 0:
+        raise BadRow("field 'weight' is out of range", f"{optional['weight']} is below 0")
+    given = [name for name in kind.reference_columns if name in optional]
     if 0 < len(given) < len(kind.reference_columns):
         raise BadRow(f"{given[0]} without its partner", "give both reference columns or neither")
     for name, shape in (("tools", list), ("chat_template_kwargs", dict)):
         if row.get(name):
-            extras[name] = _structure(row[name], name, shape)
-    clash = set(extras.get("chat_template_kwargs", ())) & set(TEMPLATE_ARGUMENTS)
+            optional[name] = _structure(row[name], name, shape)
+    clash = set(optional.get("chat_template_kwargs", ())) & set(TEMPLATE_ARGUMENTS)
     if clash:
         raise BadRow(f"chat_template_kwargs sets {min(clash)!r}", "it is set by dpo_fast itself")
-    return extras
+    return optional
 
 
 def _number(value: Any, name: str) -> float:

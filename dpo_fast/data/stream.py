@@ -55,7 +55,7 @@ class Chunk:
         return self.places[index]
 
     @property
-    def extras(self) -> list[str]:
+    def numbers(self) -> list[str]:
         """The optional float columns that the examples have."""
         return [name for name in self.kind.numbers if any(name in each for each in self.examples)]
 
@@ -147,7 +147,7 @@ class ExampleStream:
     def _see(self, row: Row) -> None:
         """Raises UserError if the row differs from those before in its kind or its numbers."""
         self._seen.see(row.where, row.kind)
-        numbers = {name for name in row.extras if name in row.kind.numbers}
+        numbers = {name for name in row.optional if name in row.kind.numbers}
         if self._numbers is None:
             self._numbers = numbers
         elif differing := sorted(numbers ^ self._numbers):

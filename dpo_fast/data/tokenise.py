@@ -131,10 +131,10 @@ class RowTokeniser:
             return self.tokenizer.apply_chat_template(
                 messages,
                 chat_template=self.template,
-                tools=row.extras.get("tools"),
+                tools=row.optional.get("tools"),
                 add_generation_prompt=generate,
                 tokenize=False,
-                **row.extras.get("chat_template_kwargs", {}),
+                **row.optional.get("chat_template_kwargs", {}),
             )
         except (TemplateError, TypeError) as error:
             raise BadRow("the chat template refuses the messages", str(error)) from error

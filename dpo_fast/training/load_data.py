@@ -72,7 +72,7 @@ def make_split(
     """
     check_kind(config, name, examples)
     check_renamed(config, name, examples)
-    columns = used_columns(config, examples.extras, examples.kind)
+    columns = used_columns(config, examples.numbers, examples.kind)
     sampler = _make_sampler(config, examples, shuffle, first_epoch, accumulation)
     wants_mismatched = "kl" in config.loss.objective.statistics
     mismatched_length = config.data.max_length if wants_mismatched else None

@@ -63,7 +63,7 @@ def test_pairs_and_extras(load):
         "weight": 0.5,
     }
     assert data[-1] == data[1]
-    assert data.extras == ["weight"]
+    assert data.numbers == ["weight"]
     assert data.where(1).endswith("pairs.jsonl:2")
     assert {name: values.tolist() for name, values in data.lengths.columns().items()} == {
         "prompt": [2, 3],
@@ -85,7 +85,7 @@ def test_parquet_with_null_columns(load, tmp_path):
     datasets.Dataset.from_list([pair(1, margin=None), pair(2, margin=None)]).to_parquet(str(path))
     data = load(train=str(path))
     assert len(data) == 2
-    assert data.extras == []
+    assert data.numbers == []
 
 
 def test_several_sources_and_max_rows(load, tmp_path):

@@ -69,7 +69,7 @@ def everything(data):
 def test_the_columns_tell_what_a_row_is():
     answers = ["4", "5", "four"]
     assert parse(TEXT) == GroupRow("f.jsonl:7", "2 + 2? ", answers, [1.0, 0.0, 0.5], {})
-    assert parse(TEXT | {"weight": 2}, format="groups").extras == {"weight": 2.0}
+    assert parse(TEXT | {"weight": 2}, format="groups").optional == {"weight": 2.0}
     # Arrow gives every row the columns of all others.
     empty = dict.fromkeys(("chosen", "rejected", "completion", "label"))
     assert isinstance(parse(TEXT | empty), GroupRow)
@@ -99,7 +99,7 @@ def test_prompt_and_completions_may_be_messages(prompt, completions):
     raw = {"prompt": prompt, "completions": completions, "scores": [1, 2], "tools": [{}]}
     parsed = parse(raw)
     assert (parsed.prompt, parsed.completions) == ([USER], [[ASSISTANT], [BYE]])
-    assert (parsed.is_chat, parsed.extras) == (True, {"tools": [{}]})
+    assert (parsed.is_chat, parsed.optional) == (True, {"tools": [{}]})
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_what_is_stored(load, rows):
     rows[0]["scores"][0] = 0.1  # which fp32 does not hold
     data = load([row | {"weight": index} for index, row in enumerate(rows)])
     assert isinstance(data, GroupDataset)
-    assert (len(data), data.extras, data.kind) == (9, ["weight"], GROUPS)
+    assert (len(data), data.numbers, data.kind) == (9, ["weight"], GROUPS)
     for index, row in enumerate(rows):
         assert data[index] == {
             "prompt_ids": [BOS, *ids_of(tokenizer, row["prompt"])],
@@ -320,7 +320,7 @@ def test_a_stream_reads_the_same(load, rows):
     assert sum(map(everything, chunks), []) == everything(stored)
     answers = np.concatenate([chunk.lengths.answers_S for chunk in chunks])
     assert answers.tolist() == stored.lengths.answers_S.tolist()
-    assert chunks[0].extras == ["weight"]
+    assert chunks[0].numbers == ["weight"]
     # Counts are of the stream so far.
     assert [chunk.report.answers for chunk in chunks] == [14, 28, 31]
     assert (chunks[2].report.kept, chunks[2].report.even) == (stored.report.kept, 1)

@@ -92,7 +92,7 @@ def test_ultrafeedback_prompt_is_not_doubled():
 def test_extras():
     raw = TEXT | {"weight": 2, "margin": -1.5, "soft_label": 0.75, "tools": None}
     raw |= {"reference_chosen_logps": -3.0, "reference_rejected_logps": -4}
-    assert parse(raw).extras == {
+    assert parse(raw).optional == {
         "weight": 2.0,
         "margin": -1.5,
         "soft_label": 0.75,
@@ -100,7 +100,10 @@ def test_extras():
         "reference_rejected_logps": -4.0,
     }
     raw = CHAT | {"tools": '[{"name": "f"}]', "chat_template_kwargs": {"think": False, "x": None}}
-    assert parse(raw).extras == {"tools": [{"name": "f"}], "chat_template_kwargs": {"think": False}}
+    assert parse(raw).optional == {
+        "tools": [{"name": "f"}],
+        "chat_template_kwargs": {"think": False},
+    }
 
 
 def test_null_keys_of_messages_are_left_out():

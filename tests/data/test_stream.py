@@ -141,7 +141,7 @@ def test_no_usable_pair_is_told_not_sought_for_ever(stream):
 
 def test_columns_are_seen(stream):
     chunk = stream([pair(0, margin=0.1), pair(1, margin=0.5)]).read()
-    assert chunk.extras == ["margin"]
+    assert chunk.numbers == ["margin"]
     assert chunk[1]["margin"] == 0.5
     with pytest.raises(
         UserError, match="pairs.jsonl:2: a 'margin', which rows before it do not have"

@@ -60,7 +60,7 @@ def load(tmp_path):
 
 def test_the_columns_tell_what_a_row_is():
     assert parse(TEXT) == CompletionRow("f.jsonl:7", "2 + 2? ", "4", True, {})
-    assert parse(TEXT | {"weight": 2}, format="unpaired").extras == {"weight": 2.0}
+    assert parse(TEXT | {"weight": 2}, format="unpaired").optional == {"weight": 2.0}
     assert isinstance(parse(PAIR | {"label": 3}), PairRow)
     # Arrow gives every row the columns of all others.
     assert isinstance(parse(TEXT | {"chosen": None, "rejected": None}), CompletionRow)
@@ -79,7 +79,7 @@ def test_the_columns_tell_what_a_row_is():
 def test_prompt_and_completion_may_be_messages(prompt, completion):
     parsed = parse({"prompt": prompt, "completion": completion, "label": False, "tools": [{}]})
     assert (parsed.prompt, parsed.completion, parsed.is_chat) == ([USER], [ASSISTANT], True)
-    assert parsed.extras == {"tools": [{}]}
+    assert parsed.optional == {"tools": [{}]}
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_what_is_stored(load):
     tokenizer = byte_tokenizer(bos=True)
     data = load([row(0, weight=2), row(1, weight=0.5), row(2, weight=1, margin=None)])
     assert isinstance(data, CompletionDataset)
-    assert (len(data), data.extras, data.kind) == (3, ["weight"], COMPLETIONS)
+    assert (len(data), data.numbers, data.kind) == (3, ["weight"], COMPLETIONS)
     assert data[1] == {
         "prompt_ids": [BOS, *ids_of(tokenizer, "Q0 ")],
         "completion_ids": [*ids_of(tokenizer, "answer 1"), EOS],
