@@ -75,12 +75,12 @@ class LossSpec:
         return self.needs_reference or (option is not None and getattr(options, option) > 0)
 
 
-def loss(formula: str, source: str, when: str, options: tuple[str, ...], **columns):
-    """Decorator: add a function to the table under its name."""
+def loss(formula: str, source: str, when: str, options: tuple[str, ...], **facts):
+    """Decorator: add a function to the table under its name. facts: other fields of `LossSpec`."""
 
     def add(function):
         name = function.__name__
-        LOSSES[name] = LossSpec(name, function, formula, source, when, options, **columns)
+        LOSSES[name] = LossSpec(name, function, formula, source, when, options, **facts)
         return function
 
     return add

@@ -47,7 +47,7 @@ def section(name: str, node: dict[str, Any]) -> str:
 
 def row(key: str, field: dict[str, Any], required: bool) -> str:
     told = (field.get(name, "") for name in ("description", "refused"))
-    cells = (f"`{key}`", kind(field), "required" if required else default(field), *told)
+    cells = (f"`{key}`", type_of(field), "required" if required else default(field), *told)
     return f"| {' | '.join(cell.replace('|', BAR) for cell in cells)} |\n"
 
 
@@ -56,17 +56,17 @@ def default(field: dict[str, Any]) -> str:
     return f"`{value if isinstance(value, str) else json.dumps(value)}`"
 
 
-def kind(field: dict[str, Any]) -> str:
+def type_of(field: dict[str, Any]) -> str:
     """The type of a field in Python's words, with its bounds."""
     if "enum" in field:
         names = [f"`{name}`" for name in field["enum"]]
         return ", ".join(names) if len(names) <= MANY else "str"
     if "anyOf" in field:
-        return " or ".join(kind(each) for each in field["anyOf"] if each.get("type") != "null")
+        return " or ".join(type_of(each) for each in field["anyOf"] if each.get("type") != "null")
     if "properties" in field:
         return "section"
     if field["type"] == "array":
-        return f"list of {kind(field['items'])}"
+        return f"list of {type_of(field['items'])}"
     bounds = [f"{sign} {field[bound]}" for bound, sign in BOUNDS.items() if bound in field]
     return f"{NAMES[field['type']]} {', '.join(bounds)}".strip()
 

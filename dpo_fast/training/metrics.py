@@ -46,10 +46,10 @@ class MetricSums:
         if batch.scores_S is not None:
             groups = ScoredGroups(batch.scores_S, batch.counts_P)
             self._add_scores(groups)
-        kind = batch.desirable_S, groups
+        labels = batch.desirable_S, groups
         self._add("loss", result.loss, 0)  # shares add up; `step` counts
-        metrics = sequence_metrics(result.logps_S, result.rewards_S, *kind)
-        metrics |= token_metrics(token_outputs, batch.lengths_S, *kind)
+        metrics = sequence_metrics(result.logps_S, result.rewards_S, *labels)
+        metrics |= token_metrics(token_outputs, batch.lengths_S, *labels)
         for name, (values, count) in metrics.items():
             self._add(name, values, count)
         for name, values in result.watched.items():
