@@ -261,7 +261,7 @@ def _reference_row(outlook: Outlook) -> Decision:
 
 
 def _old_rows(outlook: Outlook) -> Iterator[Decision]:
-    """The log-probs that completions were written with, if a loss asks for them."""
+    """The log-probs under the model that wrote the completions, if a loss asks for them."""
     config = outlook.config
     model = config.old_model
     if model is not None:

@@ -100,7 +100,7 @@ def needs(spec: LossSpec) -> list[str]:
             if spec.reference_option
             else []
         ),
-        *(["log-probs from when the completions were written"] if spec.by_token else []),
+        *(["log-probs under the model that wrote the completions"] if spec.by_token else []),
         *(f"the column `{column}`" for column in spec.needs_columns),
         *(f"`{option}` ({why})" for option, why in spec.needs_options.items()),
         *(STATISTICS[name] for name in spec.statistics),

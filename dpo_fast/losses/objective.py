@@ -77,7 +77,7 @@ class Objective:
             )
 
     def _check_options(self) -> None:
-        """Some loss uses each option that is changed. One that changes what all losses see, all use."""
+        """Refuse an option that no loss uses, and one for all losses that one of them does not use."""
         for spec in self.specs:
             for option in set(spec.needs_options) - set(self.options.changed):
                 raise ValueError(
@@ -98,7 +98,7 @@ class Objective:
                 )
 
     def _check_coupled(self) -> None:
-        """A coupled loss has no loss of each pair that something could weigh."""
+        """Refuse what does not go with a coupled loss: columns of single pairs, sums in two forms."""
         if not self.coupled:
             return
         first = next(spec.name for spec in self.specs if spec.coupled)
@@ -132,7 +132,7 @@ class Objective:
 
     @property
     def needs_old_tokens(self) -> bool:
-        """Whether it needs log-probs from when the completions were written."""
+        """Whether it needs log-probs under the model that wrote the completions."""
         return any(spec.by_token for spec in self.specs)
 
     @property

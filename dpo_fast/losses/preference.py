@@ -44,7 +44,7 @@ class ScoredGroups(NamedTuple):
 
     scores_S: fp32 [S], higher is better.
     counts_P: int64 [P], completions of each group.
-    old_T: fp32 [T], log-probs of the tokens from when they were written; or None.
+    old_T: fp32 [T], log-probs of the tokens under the model that wrote them, or None.
     """
 
     scores_S: Tensor

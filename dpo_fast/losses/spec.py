@@ -30,7 +30,7 @@ class LossSpec:
     kind: what it takes: `pairs`; `completions`, also those of pairs; or `groups`.
     needs_reference: whether it compares with a reference.
     reference_option: the option that brings in a reference where it is above 0.
-    by_token: whether it needs log-probs of every token, also from when the completions were written.
+    by_token: whether it needs log-probs of every token, also under the model that wrote the completions.
     normaliser: the field of `Totals` that the sum over the global batch is divided by.
     sft: weight of the sft term that it adds.
     coupled: whether pairs of the global batch enter into each other's values.

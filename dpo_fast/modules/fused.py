@@ -115,8 +115,8 @@ class FusedLinearPreferenceLoss(nn.Module):
                 order, not pairs.
             scores: fp32 [S], higher is better, and
             counts: int64 [P]. With them sequences are P groups of so many completions, one after the other.
-            old_logps: fp32, shaped as labels: log-probs from when the completions were written (grpo,
-                dapo).
+            old_logps: fp32, shaped as labels: log-probs under the model that wrote the completions
+                (grpo, dapo).
             reference_logps: fp32 [S], in the order of the batch. Or, to be scored here without gradients,
             reference_hidden, reference_weight, reference_bias: as the policy's; the hidden size may differ.
             columns, statistics, totals: as in `PreferenceLoss`.
@@ -174,7 +174,7 @@ class FusedLinearPreferenceLoss(nn.Module):
 
     @property
     def _loss_implementation(self) -> str:
-        """`implementation` is the head's. The kernel of the loss computes some losses only."""
+        """`torch` if the head is; else `auto`, since the kernel of the loss computes some losses only."""
         return "torch" if self.implementation == "torch" else "auto"
 
     def _order(self, desirable: Tensor | None, S: int, device: torch.device) -> Tensor | None:
@@ -185,7 +185,7 @@ class FusedLinearPreferenceLoss(nn.Module):
         return None
 
     def _groups(self, scores, counts, old_logps, labels: Tensor, rows: ScoredRows) -> ScoredGroups:
-        """The groups, with the scored tokens' log-probs from when they were written."""
+        """The groups, with the scored tokens' log-probs under the model that wrote them."""
         if scores is None or counts is None:
             raise ValueError("scores and counts belong together; give both")
         if old_logps is None:

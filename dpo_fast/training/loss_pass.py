@@ -52,7 +52,7 @@ class LossPass:
 
         reference_S: the reference's log-probability of each sequence, or None.
         reference_T: that of each token, where the objective needs tokens.
-        old_T: that of each token when it was written, where the objective needs it.
+        old_T: that of each token under the model that wrote it, where the objective needs it.
         """
         old = {"old_T": self.old.token_logps(batch)} if self.objective.needs_old_tokens else {}
         if not self.objective.needs_reference_tokens:

@@ -29,7 +29,7 @@ class Run:
     """What `train` works with.
 
     references: the provider of each split, by the split's name.
-    old: for each split the log-probs that its completions were written with; None if no loss asks.
+    old: for each split log-probs under the model that wrote its completions; None if no loss asks.
     """
 
     config: RunConfig
@@ -57,7 +57,7 @@ class Run:
 
 
 def prepare(config: RunConfig, choices: Choices | None = None) -> Run:
-    """Everything in order, the cheap first. Collective: every rank calls it.
+    """Build a run in order, what is cheap first. Collective: every rank calls it.
 
     choices: what `check` returned; they are made here if it has not been called.
 
