@@ -68,7 +68,7 @@ def _launch(nproc: int, run, arguments: list[str]) -> None:
 
 
 def _prepare_data(run) -> dict:
-    """The tokenizer, and the tokenised rows of each split by its name; of a stream its first chunk."""
+    """The tokenizer, and the examples of each split by its name; of a stream its first chunk."""
     from dpo_fast.data.dataset import load_examples
     from dpo_fast.data.stream import ExampleStream
     from dpo_fast.models import load_tokenizer

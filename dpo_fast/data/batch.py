@@ -36,9 +36,9 @@ class ScoredBatch:
     padding: positions of input_ids that are padding.
     attended_pairs: (query, key) pairs that attention computes.
     columns: further columns of the data by name, fp32 [P].
-    desirable_S: bool; given, the examples are completions with a label, and P is S.
-    scores_S, counts_P: fp32 and int64; given, the examples are groups of so many completions with
-        scores.
+    desirable_S: bool, labels of completions (P is S); None for other kinds.
+    scores_S: fp32, scores of the completions of groups; None for other kinds.
+    counts_P: int64, completions of each group; None for other kinds.
     """
 
     input_ids: Tensor
@@ -73,8 +73,8 @@ class ScoredBatch:
     def to(self, device: torch.device | str) -> ScoredBatch:
         """The batch on another device.
 
-        `indices_P` stays: it looks up tables on the host, and reading it from a GPU would wait for
-            all work there.
+        `indices_P` stays. It looks up tables on the host; reading it from a GPU would wait for all work
+        there.
         """
         tensors = {
             each.name: value.to(device, non_blocking=True)
@@ -129,7 +129,7 @@ def _check(example: Mapping, kind: Kind) -> None:
 
 
 def _by_prompt(completions: Sequence[Mapping]) -> list[int]:
-    """Their places, those of one prompt together, in the order in which the prompts first come."""
+    """Places of completions, those of one prompt together, in the order in which prompts first come."""
     places: dict[tuple[int, ...], list[int]] = {}
     for place, each in enumerate(completions):
         places.setdefault(tuple(each["prompt_ids"]), []).append(place)
@@ -149,7 +149,7 @@ def _trees(examples: Sequence[Mapping], kind: Kind) -> Trees:
 
 
 def _labels(examples: Sequence[Mapping], kind: Kind) -> dict[str, Tensor]:
-    """What says how good the answers are, by the name of its field."""
+    """The fields of `ScoredBatch` that say how good the answers are."""
     if kind == COMPLETIONS:
         return {"desirable_S": torch.tensor([each["label"] for each in examples], dtype=torch.bool)}
     if kind == GROUPS:

@@ -96,7 +96,7 @@ def _parse_line(line: bytes) -> dict[str, Any]:
 def _decode(text: str, start: int) -> tuple[Any, int, list[str]]:
     """(value, end, NaN and infinity literals) of the JSON value at `start`.
 
-    From 0 the value must be the whole text. Raises JSONDecodeError, ValueError, RecursionError.
+    At 0 it must be the whole text. Raises JSONDecodeError, ValueError, RecursionError.
     """
     constants: list[str] = []
 

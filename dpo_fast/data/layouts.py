@@ -179,5 +179,5 @@ LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in _TABLE}
 
 
 def layouts_with(*, shares_rows: bool) -> str:
-    """Their names, for messages, as in `packed or shared_prefix`."""
+    """Names of the layouts that share rows, or of those that do not: `packed or shared_prefix`."""
     return " or ".join(name for name, each in LAYOUTS.items() if each.shares_rows == shares_rows)

@@ -15,11 +15,11 @@ from dpo_fast.data.kinds import ExampleLengths, Kind
 
 
 def partners(batch: Sequence[int], size: int) -> dict[int, int]:
-    """The example whose completion each example of a global batch gets, in the batch's order.
+    """For each example of a global batch the one whose completion it gets, in the batch's order.
 
-    size: examples of the data, at least 2. An epoch may end with a global batch of one example: it
-        takes the
-    completion of the next example of the data.
+    An epoch may end with a global batch of one example. It gets the completion of the next of the data.
+
+    size: examples of the data, at least 2.
     """
     if len(batch) == 1:
         return {batch[0]: (batch[0] + 1) % size}

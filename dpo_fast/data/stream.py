@@ -177,7 +177,7 @@ def _as_lists(value: Any) -> Any:
 
 
 class _Forwarded(BadRows):
-    """A tally of its own for the rows that a reader refuses; it also counts them in another."""
+    """A tally of the rows that a reader refuses, which passes each of them on to another tally."""
 
     def __init__(self, tally: BadRows) -> None:
         super().__init__(tally.on_bad_row)

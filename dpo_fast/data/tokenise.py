@@ -207,7 +207,7 @@ def fit(
 
 
 def _alike(answers: list[list[int]]) -> bool:
-    """Whether all answers are the same; there is nothing to compare one answer with."""
+    """Whether all answers are the same. A single answer has none to be compared with."""
     return len(answers) > 1 and all(answer == answers[0] for answer in answers)
 
 

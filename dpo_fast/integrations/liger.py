@@ -33,8 +33,10 @@ DPO_LOSSES = tuple(
 
 
 class LigerFusedLinearDPOLoss(LigerPairLoss):
-    """DPO and its variants. `loss_type` is any loss on pairs with a reference of
-    `dpo_fast.losses.LOSSES` that needs no column of the data; Liger has ten of them.
+    """DPO and its variants.
+
+    loss_type: any loss of `dpo_fast.losses.LOSSES` on pairs that compares with a reference and needs no
+        column of the data; Liger has ten of them.
 
     Raises:
         ValueError: a loss_type or an option that cannot be honoured.

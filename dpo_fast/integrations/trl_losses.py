@@ -49,7 +49,11 @@ SHARED = (
 
 @dataclass(frozen=True)
 class Shares:
-    """names, weights: TRL's losses. objective: ours beside them, or None."""
+    """Who computes what.
+
+    names, weights: TRL's losses.
+    objective: ours beside them, or None.
+    """
 
     names: list[str]
     weights: list[float]

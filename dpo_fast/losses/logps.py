@@ -16,8 +16,8 @@ class PairLogps:
     reference_chosen, reference_rejected: None where no reference is used.
     margin, soft_label: columns of the data, or None.
     delta, kl: as in `SequenceLogps`.
-    plain_chosen: for the sft term, the chosen sums without token_clamp and ld_alpha; None where `chosen`
-        is those.
+    plain_chosen: for the sft term, the chosen sums without token_clamp and ld_alpha; None where they
+        equal `chosen`.
     """
 
     chosen: Tensor

@@ -38,7 +38,7 @@ class Architecture:
 
 
 def architecture_of(model: PreTrainedModel) -> Architecture:
-    """Of a model, loaded or on the meta device."""
+    """The architecture of a model, loaded or on the meta device."""
     return Architecture(
         type(model).__name__,
         _obstacle(model),
@@ -48,7 +48,7 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
 
 
 def read_architecture(section: ModelSection, option: str = "model.path") -> Architecture:
-    """Of a section's model, without its weights. Raises UserError if it cannot be read."""
+    """The architecture of a section's model, read without weights. Raises UserError if that fails."""
     return architecture_of(load_skeleton(section, option))
 
 
@@ -173,7 +173,7 @@ def _missing(name: str) -> str | None:
 
 
 def _refusal_of_a_mask(name: str, device: torch.device, architecture: Architecture) -> str | None:
-    """Where every sequence has a row of its own, and attention gets a mask."""
+    """As `_refusal`, where every sequence has a row of its own and attention gets a mask."""
     if name.startswith("flash_attention") and device.type == "cpu":
         return "does not run on a CPU: use auto, sdpa or eager"
     if name == "sdpa" and (architecture.softcap or architecture.sinks):

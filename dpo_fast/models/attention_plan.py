@@ -26,7 +26,7 @@ class Segment(NamedTuple):
 class Varlen(NamedTuple):
     """Arguments of a varlen kernel.
 
-    keys: index that brings the keys and values of each segment together; None where they are so.
+    keys: index that brings the keys and values of each segment together; None where they already are.
     cu_seq_q, cu_seq_k: int32, where each segment's queries and keys begin, and the end.
     max_q, max_k: of the longest segment.
     """

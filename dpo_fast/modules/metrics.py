@@ -26,13 +26,13 @@ METRIC_EXTRAS = (*TOKEN_METRICS, "mean_logit")  # extras of the head that metric
 
 
 class Metric(NamedTuple):
-    """A mean: the sum of `values` over `count`. Means of several batches add up both."""
+    """A mean as two parts: the sum of `values`, over `count`. Over several batches each part adds up."""
 
     values: Tensor
     count: Tensor | int
 
     def mean(self) -> Tensor:
-        """[]; nan over none."""
+        """[]; nan if the count is 0."""
         return self.values.sum() / self.count
 
 
@@ -48,7 +48,7 @@ def sequence_metrics(
     desirable_S: Tensor | None = None,
     groups: ScoredGroups | None = None,
 ) -> dict[str, Metric]:
-    """Rewards and log-probabilities by side; of pairs margins; of pairs and groups accuracies.
+    """Rewards and log-probabilities by side; for pairs margins; for pairs and groups accuracies.
 
     Without desirable_S and groups the sequences are pairs, chosen and rejected in turn.
     """
@@ -74,7 +74,7 @@ def token_metrics(
     desirable_S: Tensor | None = None,
     groups: ScoredGroups | None = None,
 ) -> dict[str, Metric]:
-    """Those of the head's extras, [T] each, over scored tokens; of logits by side."""
+    """Means of the head's extras, [T] each, over scored tokens; of `mean_logit` by side."""
     found = {name: extras[extra] for extra, name in TOKEN_METRICS.items() if extra in extras}
     metrics = {name: Metric(values_T, values_T.numel()) for name, values_T in found.items()}
     if "mean_logit" in extras:

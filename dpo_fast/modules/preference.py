@@ -221,7 +221,7 @@ def check_lengths(objective: Objective, lengths: Tensor) -> None:
 
 
 def check_statistics(statistics: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless each is one number: pairs are reordered, and values of each would not be."""
+    """Raises ValueError unless each is one number: values of single pairs would not follow their order."""
     for name, value in statistics.items():
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(

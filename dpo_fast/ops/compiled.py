@@ -109,7 +109,7 @@ def _(*arguments):
     schema=f"(Tensor grad, Tensor[] saved, {HEAD}) -> Tensor[]",
 )
 def linear_logp_backward(grad_T, saved, *arguments):
-    """Those of the gradients of hidden states, weight and bias that are needed."""
+    """The gradients of hidden states, weight and bias, as far as they are needed."""
     head = _Head(*arguments)
     saved = dict(zip(head.saved_names, saved))
     gradients = schedules_of(head.chosen).backward(head.call(), grad_T, saved, head.needs)

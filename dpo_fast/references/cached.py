@@ -16,7 +16,7 @@ from dpo_fast.references.artefact import names_of, read_columns
 
 
 class CachedReference:
-    """Looks up the log-probs of a batch's rows.
+    """Looks up the stored rows of a batch's examples.
 
     sums: fp32, summed log-probs of the answers of all rows, one row after the other.
     counts: int64, answers of each row, on the same device.

@@ -23,10 +23,10 @@ from dpo_fast.references.providers import Scorer
 def length_batches(
     rows: Iterable[int], costs: Costs, batch_size: int | None, tokens: int | None = None
 ) -> list[list[int]]:
-    """Rows in batches of `batch_size`, or of at most `tokens`, from the longest to the shortest.
+    """Examples in batches of `batch_size`, or of at most `tokens`, from the longest to the shortest.
 
-    Rows of like length share a batch: there is little padding, and ranks take about as long. The batches
-    do not depend on the number of ranks, and so the values do not either.
+    Examples of like length share a batch: there is little padding, and ranks take about as long. The
+    batches do not depend on the number of ranks, and so the values do not either.
 
     costs: tokens that each example of the data set takes in the layout.
     """
@@ -42,12 +42,12 @@ def score_part(
 ) -> Tensor:
     """This rank's share of the log-probabilities of a part's scored tokens, fp32 [T] on `device`.
 
-    Tokens of other ranks' batches are 0. The batches of all ranks hold every row once, so the shares add
-    up to the part, exactly. Collective if the model is sharded.
+    Tokens of other ranks' batches are 0. The batches of all ranks hold every example once, so the
+    shares add up to the part, exactly. Collective if the model is sharded.
 
     batches: this rank's, as many as every other rank has.
-    rows: of the part.
-    lengths: of its rows.
+    rows: places of the part's examples in the data set.
+    lengths: of these examples.
     """
     row_tokens = torch.from_numpy(lengths.sums_P)
     ends = row_tokens.cumsum(0)
@@ -65,11 +65,11 @@ def score_part(
 def part_table(
     values_T: Tensor, lengths: ExampleLengths, examples: Dataset, rows: range, per_token: bool
 ) -> pyarrow.Table:
-    """The rows of a part as `artefact.py` describes them.
+    """A part as `artefact.py` describes it, with a row for each example.
 
     values_T: log-probs of all scored tokens of the part, fp32.
-    lengths: of the part's rows.
-    rows: where the part lies in the data set.
+    lengths: of the part's examples.
+    rows: their places in the data set.
 
     Raises:
         UserError: the sum of an answer is not finite.

@@ -41,7 +41,7 @@ class NoReference:
 
 
 class ColumnReference:
-    """Sums that came with the data. kind: of its rows; it names the columns."""
+    """Sums that came with the data. kind: of its examples; it names the columns."""
 
     def __init__(self, kind: Kind = PAIRS) -> None:
         self.names = kind.reference_columns

@@ -55,7 +55,7 @@ class Request:
     """What a split needs of a stored reference.
 
     name: of the split.
-    examples: its rows.
+    examples: those of the split.
     model: digest of the model.
     dtype: of its weights.
     per_token: whether the log-prob of every token is needed.
@@ -75,7 +75,7 @@ class Request:
 
     @property
     def kind(self) -> str | None:
-        """What the rows are; None for pairs, which a manifest does not mention."""
+        """Kind of the examples by name; None for pairs, which a manifest does not mention."""
         return None if self.examples.kind == PAIRS else self.examples.kind.name
 
     @property

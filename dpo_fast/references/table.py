@@ -28,7 +28,7 @@ class Materials:
     """What the trainer offers to build a provider from.
 
     section: options of the section `reference`.
-    kinds: what the rows of each split are, by the split's name.
+    kinds: the kind of each split's examples, by the split's name.
     engine: the policy as it is trained, a scorer.
     policy: its model.
     second_model: loads the reference model, a frozen scorer.
@@ -82,7 +82,7 @@ class ProviderSpec:
 
     @property
     def scores(self) -> bool:
-        """A model scores the sequences: by default the policy as it starts, so that step 0 is known."""
+        """Whether a model scores the sequences: without `reference.path` the policy as it starts."""
         return self.stores or self.any_sequence
 
     def loads_second_model(self, path: str | None) -> bool:
@@ -185,7 +185,7 @@ def alternatives(fits: Callable[[ProviderSpec], object]) -> str:
 
 
 def refusals() -> str:
-    """With what each provider is refused, for the configuration's documentation."""
+    """When each provider is refused, in words, for docs/CONFIG.md."""
     reasons: dict[str, Callable[[ProviderSpec], object]] = {
         "with a loss that compares with a reference": lambda spec: not spec.compares,
         "without model.lora": lambda spec: spec.needs_adapters,

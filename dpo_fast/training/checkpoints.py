@@ -152,7 +152,7 @@ def saving(place: Path) -> AbstractContextManager[None]:
 
 
 def _by_age(found: list[Path], newest: Path) -> list[Path]:
-    """Oldest first. Later steps than the newest are of an earlier, longer run in the same folder."""
+    """Oldest first. Steps beyond the newest are left of an earlier, longer run in the folder."""
     ours = found.index(newest) + 1
     return found[ours:] + found[:ours]
 

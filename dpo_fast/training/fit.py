@@ -32,18 +32,18 @@ Skeletons = Mapping[str | None, PreTrainedModel]
 
 @dataclass(frozen=True)
 class Choices:
-    """What a run uses. attentions: by the path of the model; None stands for the policy."""
+    """What a run uses. attentions: of each model, by its path; of the policy under None."""
 
     layout: Choice
     attentions: Mapping[str | None, Choice]
 
     @property
     def attention(self) -> Choice:
-        """The policy's."""
+        """The attention of the policy."""
         return self.attentions[None]
 
     def attention_of(self, model: ReferenceModel) -> Choice:
-        """A reference may be of another architecture, with an attention of its own."""
+        """The attention of a reference, whose architecture may be another one."""
         return self.attentions[model.path]
 
     def applied(self, config: RunConfig) -> RunConfig:

@@ -92,7 +92,7 @@ def build_old(config: RunConfig, engine, references: dict, splits: list[Split], 
 
 
 def _scorer(model: ReferenceModel, engine, load: Load) -> Callable:
-    """Gives what scores for a store: the policy as it starts, or the model that is named."""
+    """What gives the model that a store is computed with: the policy as it starts, or the one named."""
     return partial(load, model) if model.path else lambda: engine
 
 
@@ -145,7 +145,7 @@ def check_stores(config: RunConfig) -> None:
 
 
 def without_training(config: RunConfig) -> RunConfig:
-    """The same without what concerns updates, so that any number of ranks may compute."""
+    """The configuration without what concerns updates, so that any number of ranks may compute."""
     examples = (config.train.micro_batch_size or 1) * distributed.world_size()
     updates = {"global_batch_size": examples, "resume_from_checkpoint": False}
     train = config.train.model_copy(update=updates)
