@@ -394,9 +394,7 @@ def test_memory_on_a_gpu_is_the_allocators(monkeypatch):
 
     assert meters.peak_mib(function, "cuda") == 2
     others = [name for name in seen if name != "empty_cache"]
-    before, after = (
-        ["memory_allocated", "reset_peak_memory_stats"],
-        ["synchronize", "max_memory_allocated"],
-    )
+    before = ["memory_allocated", "reset_peak_memory_stats"]
+    after = ["synchronize", "max_memory_allocated"]
     assert others == [*before, "run", *after]
     assert seen[0] == "empty_cache"

@@ -197,10 +197,8 @@ def test_mixtures_are_of_one_kind():
 
 
 def test_what_is_missing_or_does_not_fit_is_named():
-    groups, grpo = (
-        make(dtype=torch.float32),
-        Objective(("grpo",), (1.0,), LossOptions(grpo_beta=0.1)),
-    )
+    groups = make(dtype=torch.float32)
+    grpo = Objective(("grpo",), (1.0,), LossOptions(grpo_beta=0.1))
     good = arguments(groups, objective=grpo)
     scored = good["groups"]
     wrong = [

@@ -132,10 +132,8 @@ def plain_losses(o: dict, pairs: list[dict]) -> torch.Tensor:
             sums[count].append(torch.tensor(float(len(policy))).double())
         sums["weight"].append(torch.as_tensor(weight).clamp(max=o.get("weighting_clamp", 9e9)))
     v = {name: torch.stack(values) for name, values in sums.items()}
-    score, alpha = (
-        SCORES[o.get("f_divergence_type", "reverse_kl")],
-        o.get("f_alpha_divergence_coef"),
-    )
+    score = SCORES[o.get("f_divergence_type", "reverse_kl")]
+    alpha = o.get("f_alpha_divergence_coef")
     d = score(v["a"], alpha) - score(v["b"], alpha)
     row = v["weight"] if o.get("use_weighting") else torch.ones(len(pairs), dtype=torch.float64)
     total = 0.0
