@@ -11,7 +11,7 @@ from torch import Tensor
 from dpo_fast.losses.divergence import LARGEST_EXPONENT, shaped
 from dpo_fast.losses.logps import GroupLogps, spread
 from dpo_fast.losses.options import LossOptions
-from dpo_fast.losses.spec import DIVERGENCE, loss
+from dpo_fast.losses.spec import ALONE, DIVERGENCE, loss
 
 CLIPPED = ("epsilon", "epsilon_high", "scale_rewards", "importance_sampling_level", "grpo_beta")
 LEAST_SCALE = 1e-4  # added to a standard deviation of scores, which may be 0
@@ -22,7 +22,7 @@ LEAST_SCALE = 1e-4  # added to a standard deviation of scores, which may be 0
     "DPO, arXiv 2305.18290 appendix A.3 (Plackett-Luce); of one good and several bad ones S-DPO, "
     "arXiv 2406.09215",
     "rankings of several answers, or several rejected ones; two answers are sigmoid",
-    ("beta", "token_clamp", "reference_free", *DIVERGENCE),
+    ("beta", *ALONE, *DIVERGENCE),
     kind="groups",
 )
 def plackett_luce(groups: GroupLogps, options: LossOptions) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 from dpo_fast.losses.logps import Logps
 from dpo_fast.losses.options import LossOptions
 
-SUMS = ("ld_alpha", "ld_reference", "token_clamp", "reference_free")
+ALONE = ("token_clamp", "reference_free")  # options of sums that need no pair
+SUMS = ("ld_alpha", "ld_reference", *ALONE)
 WEIGHTING = ("use_weighting", "weighting_clamp")
 DIVERGENCE = ("f_divergence_type", "f_alpha_divergence_coef")
 SHARED = (*SUMS, *WEIGHTING, *DIVERGENCE)  # options that all losses of a mixture must use

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from dpo_fast.losses.logps import SequenceLogps
 from dpo_fast.losses.options import LossOptions
-from dpo_fast.losses.spec import loss
+from dpo_fast.losses.spec import ALONE, loss
 
-SUMS = ("token_clamp", "reference_free")
 WEIGHTS = ("desirable_weight", "undesirable_weight")
 
 
@@ -23,7 +22,7 @@ WEIGHTS = ("desirable_weight", "undesirable_weight")
     "kl = max(0, mean log-ratio of mismatched completions over the global batch)",
     "KTO, arXiv 2402.01306 eq 7",
     "thumbs up or down for single answers; many more of one kind than of the other",
-    ("beta", *WEIGHTS, *SUMS),
+    ("beta", *WEIGHTS, *ALONE),
     kind="completions",
     normaliser="sequences",
     statistics=("kl",),
@@ -39,7 +38,7 @@ def kto(sequences: SequenceLogps, options: LossOptions) -> Tensor:
     "delta the running mean of rewards",
     "BCO, arXiv 2404.04656",
     "as kto, with a classifier's loss; density-ratio weights, if any, in the column weight",
-    ("beta", *WEIGHTS, *SUMS),
+    ("beta", *WEIGHTS, *ALONE),
     kind="completions",
     normaliser="sequences",
     statistics=("delta",),
@@ -54,7 +53,7 @@ def bco(sequences: SequenceLogps, options: LossOptions) -> Tensor:
     "desirable: wd (1 - S(beta r)); undesirable: wu S(beta r)",
     "APO zero, arXiv 2408.06266",
     "as apo_zero, where answers do not come in pairs",
-    ("beta", *WEIGHTS, *SUMS),
+    ("beta", *WEIGHTS, *ALONE),
     kind="completions",
     normaliser="sequences",
 )
