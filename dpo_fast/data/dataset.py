@@ -26,7 +26,7 @@ from dpo_fast.data.sources import Source, resolve
 from dpo_fast.data.tokenise import read_template
 from dpo_fast.errors import UserError
 
-REPORT_FILE = "report.json"
+DATA_REPORT_FILE = "report.json"
 # Raised by one whenever the same input would give other examples or other files.
 FORMAT_VERSION = 3
 # The options that change what is stored.
@@ -245,12 +245,12 @@ def _prepared(
             table, report = build(config, tokenizer, sources, eos_ids, work)
             table.save_to_disk(str(work / "examples"))
             report.measure(_lengths(datasets.load_from_disk(str(work / "examples"))))
-            (work / "examples" / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
+            (work / "examples" / DATA_REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
             publish_unless_there(work / "examples", target)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     try:
-        report = DataReport.from_json((target / REPORT_FILE).read_text(encoding="utf-8"))
+        report = DataReport.from_json((target / DATA_REPORT_FILE).read_text(encoding="utf-8"))
         return datasets.load_from_disk(str(target)), report
     except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
         raise UserError(

@@ -142,7 +142,7 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / best
 
 
-def peak_memory(device: torch.device) -> float:
+def peak_memory_gib(device: torch.device) -> float:
     """The most memory in GiB that the process has held: the GPU's if `device` is one, else the host's."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30

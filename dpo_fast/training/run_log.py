@@ -16,7 +16,7 @@ from dpo_fast.models.load import DTYPES
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import saving
 from dpo_fast.training.console import say
-from dpo_fast.training.perf import peak_memory, product_rate
+from dpo_fast.training.perf import peak_memory_gib, product_rate
 from dpo_fast.training.prepare import Run
 
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
@@ -62,7 +62,7 @@ class RunLog:
         line["perf/examples_per_second"] = line.pop("examples") / seconds
         norm = engine.get_global_grad_norm()
         line["grad_norm"] = float(norm) if norm is not None else None
-        line["perf/peak_memory_gib"] = distributed.largest(peak_memory(engine.device))
+        line["perf/peak_memory_gib"] = distributed.largest(peak_memory_gib(engine.device))
         if (flops := line.pop("flops", None)) is not None:
             line["perf/mfu"] = flops / (seconds * self.rate * distributed.world_size())
         report = self.run.train.examples.report

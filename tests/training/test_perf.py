@@ -14,7 +14,7 @@ from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.models import ScoringModel
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.training.metrics import MetricSums
-from dpo_fast.training.perf import Clock, peak_memory, product_rate, watch_head, work_of
+from dpo_fast.training.perf import Clock, peak_memory_gib, product_rate, watch_head, work_of
 from tests.support.architectures import make
 
 CPU = torch.device("cpu")
@@ -134,4 +134,4 @@ def test_clock_and_sums(monkeypatch):
 
 def test_a_device_has_a_rate_and_memory():
     assert product_rate(CPU, torch.float32) > 1e8
-    assert 0.05 < peak_memory(CPU) < 64
+    assert 0.05 < peak_memory_gib(CPU) < 64
