@@ -319,9 +319,8 @@ def test_the_tree_in_the_readme_is_the_repository():
     assert len(lines) == len(tree.splitlines())
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     files = [Path(name) for name in tracked.stdout.splitlines()]
-    assert (
-        files or tracked.returncode
-    )  # without git, as from an archive, there is nothing to compare
+    # Without git, as from an archive, there is nothing to compare.
+    assert files or tracked.returncode
     folders = {file.parts[0] for file in files if len(file.parts) > 1} - {".ci"}
     rooms = {file.parts[1] for file in files if file.parts[0] == "dpo_fast" and len(file.parts) > 2}
     assert not files or {name for indent, name in lines if not indent} == folders

@@ -133,9 +133,8 @@ def _chosen(run: RunRecord) -> str | None:
     if ends is None or margins is None:
         return None
     falls = ends[0] - ends[1] > LEAST_FALL
-    if (
-        len(run.eval.get("logps/chosen", ())) < 2
-    ):  # training batches differ; their rewards do less so
+    # Log-probs of training batches differ from batch to batch; their rewards do less so.
+    if len(run.eval.get("logps/chosen", ())) < 2:
         rewards = trend(run, "rewards/chosen")
         falls = falls and (rewards is None or rewards[1] < rewards[0])
     if not (falls and margins[1] - margins[0] > LEAST_GROWTH):

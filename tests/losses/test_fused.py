@@ -29,14 +29,8 @@ def alone(name: str, **options) -> Objective:
     return Objective((name,), (1.0,), LossOptions(**options))
 
 
-KERNEL = (
-    "sigmoid",
-    "ipo",
-    "hinge",
-    "robust",
-    "sigmoid_norm",
-    "sft",
-)  # as the Triton kernel has them
+# As the Triton kernel has them.
+KERNEL = ("sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "sft")
 OBJECTIVES = {
     "sigmoid": alone("sigmoid"),
     "sigmoid, smoothed": alone("sigmoid", beta=0.7, label_smoothing=0.3),

@@ -122,9 +122,8 @@ def test_batch_orders_and_packed_rows_are_one_loss():
     assert torch.equal(loss, again) and metrics_again.keys() == metrics.keys()
     # By number, sequences mixed with each other, and rows of none of them in between.
     ids = torch.arange(2 * PAIRS)[:, None].expand(-1, L).masked_fill(labels == -100, -1)
-    places = (
-        torch.arange(2 * PAIRS * L).view(-1, L).T.flatten()
-    )  # the first row of each, the second, ...
+    # The first row of each, the second, ...
+    places = torch.arange(2 * PAIRS * L).view(-1, L).T.flatten()
     mixed = {"reference_hidden": reference["reference_hidden"].flatten(0, 1)[places]}
     again, _ = concatenated(
         hidden.flatten(0, 1)[places],

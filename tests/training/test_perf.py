@@ -48,11 +48,8 @@ def test_operations_are_those_that_torch_counts(architecture, frozen, layout):
     model = scoring(architecture)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(part in name for part in frozen))
-    rows = (
-        ROWS[:1]
-        if layout == "packed"
-        else [{"prompt_ids": [1] * 4, "completions_ids": [[2] * 5, [3] * 5], "scores": [0.0, 1.0]}]
-    )  # nothing is padded
+    even = {"prompt_ids": [1] * 4, "completions_ids": [[2] * 5, [3] * 5], "scores": [0.0, 1.0]}
+    rows = ROWS[:1] if layout == "packed" else [even]  # nothing is padded
     batch = collate(rows, layout, kind=GROUPS)
     if layout == "packed":
         model.causal_lm.set_attn_implementation("dpo_fast_packed")
