@@ -23,7 +23,7 @@ from torch import Tensor
 from dpo_fast.integrations.liger_loss import LigerLoss, LigerPairLoss, Settings, mean_logit
 from dpo_fast.losses import LOSSES, LossOptions, SequenceLogps
 from dpo_fast.losses.reference_free import log_odds
-from dpo_fast.modules.preference import check_desirable
+from dpo_fast.modules.losses import check_desirable
 
 DPO_LOSSES = tuple(
     name

@@ -2,6 +2,6 @@
 
 from dpo_fast.modules.fused import FusedLinearPreferenceLoss
 from dpo_fast.modules.head import FusedHead
-from dpo_fast.modules.preference import PreferenceLoss, UnpairedPreferenceLoss
+from dpo_fast.modules.losses import PreferenceLoss, UnpairedPreferenceLoss
 
 __all__ = ["FusedHead", "FusedLinearPreferenceLoss", "PreferenceLoss", "UnpairedPreferenceLoss"]

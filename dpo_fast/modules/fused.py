@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_fast.losses import Preference, ScoredGroups, Totals, preference
-from dpo_fast.modules.metrics import METRIC_EXTRAS, means, sequence_metrics, token_metrics
-from dpo_fast.modules.preference import (
+from dpo_fast.modules.losses import (
     check_desirable,
     check_lengths,
     check_shapes,
@@ -18,6 +17,7 @@ from dpo_fast.modules.preference import (
     check_whole,
     make_objective,
 )
+from dpo_fast.modules.metrics import METRIC_EXTRAS, means, sequence_metrics, token_metrics
 from dpo_fast.modules.scored_rows import (
     BATCH_ORDERS,
     ScoredRows,
