@@ -2,7 +2,8 @@
 
     python -m benchmarks.aot [--arch sm_90] [--json]
 
-prints registers, stack, local and shared memory, and the tensor-core instruction of each.
+prints registers, stack, local and shared memory, the longest run of instructions without a branch (a
+tile's epilogue, in the row kernel), and the tensor-core instruction of each.
 """
 
 from __future__ import annotations
@@ -45,13 +46,20 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """The resources of a compiled case. Bytes of stack and local memory are per thread."""
+    """What the compiler made of a case. Bytes of stack and local memory are per thread.
+
+    straight: instructions of the longest run without a branch: for a kernel of plain tiles, what a thread
+    executes between two tiles. serial: products of Hopper that are waited for one by one, where a stage's
+    should be in flight together.
+    """
 
     case: Case
     registers: int
     stack: int
     local: int
     shared: int
+    straight: int
+    serial: int
     instruction: str
     tma: bool
 
@@ -91,13 +99,13 @@ def _products(arch: str):
     from dpo_fast.kernels import tiles
 
     runs = []
-    for key, row in tiles.HALF_CONFIGS.items():
-        if key[0] == arch:
-            runs += [("bf16", "", row.sums, row.stores)]
-            runs += [("bf16", "entropy", row.entropy, row.entropy)]
+    for row in (row for key, row in tiles.HALF_CONFIGS.items() if key[0] == arch):
+        runs += [("bf16", v, row.sums, row.stores) for v in ("", "tail", "top1")]
+        runs += [("bf16", v, row.entropy, row.entropy) for v in ("entropy", "entropy-tail")]
+    runs += [("fp16", "", row.sums, row.stores)]
     other = tiles.OTHER_HALF if arch == "sm_80" else tiles.POINTER_HALF
     rich = tiles.config_for(arch, torch.bfloat16, 4096, 128256, rich=True)
-    runs += [("fp16", *runs[-2][1:]), ("bf16", "full", rich, rich)]
+    runs += [("bf16", "full", rich, rich)]
     runs += [("bf16", "full-ragged", tiles.RICH_HALF, tiles.RICH_HALF)]
     runs += [("bf16", "ragged", other, other), ("bf16", "entropy-ragged", other, other)]
     runs += [("fp32", "ragged", tiles.FLOAT, tiles.FLOAT)]
@@ -105,8 +113,9 @@ def _products(arch: str):
     for dtype, variant, sums, stores in runs:
         yield "rows_kernel", variant or "plain", dtype, sums
         yield "rows_kernel", f"keep-{variant}".rstrip("-"), dtype, stores
-        yield "rows_kernel", f"repair-{variant}".rstrip("-"), dtype, tiles.repair_config(stores)
-        if "entropy" not in variant:
+        if variant not in PARTIAL:
+            yield "rows_kernel", f"repair-{variant}".rstrip("-"), dtype, tiles.repair_config(stores)
+        if "entropy" not in variant and variant not in PARTIAL:
             yield "gradient_kernel", variant or "plain", dtype, stores
 
 
@@ -123,7 +132,9 @@ def _constants(case: Case) -> dict:
             "BLOCK": case.sizes[0],
         }
     if case.kernel == "target_product_kernel":
-        return {"stride_hd": 1, "stride_wd": 1, "BLOCK_T": case.sizes[0], "BLOCK_D": case.sizes[1]}
+        flags = dict.fromkeys(("HAS_BIAS", "HAS_CAP", "NEGATIVE"), False) | {"bias_ptr": None}
+        strides = {"stride_hd": 1, "stride_wd": 1}
+        return flags | strides | {"BLOCK_T": case.sizes[0], "BLOCK_D": case.sizes[1]}
     full, repair = "full" in case.variant, "repair" in case.variant
     keep = repair or "keep" in case.variant
     passes = {**dict.fromkeys(("SQUARES", "MEAN"), full), "KEEP": keep, "REPAIR": repair}
@@ -133,16 +144,20 @@ def _constants(case: Case) -> dict:
     if case.kernel == "merge_kernel":
         return {"BLOCK_T": case.sizes[0], "BLOCK_S": case.sizes[1], **passes}
     constants = dict(zip(("BLOCK_T", "BLOCK_V", "BLOCK_D", "GROUP_T"), case.sizes))
-    constants |= dict.fromkeys(("HAS_BIAS", "HAS_CAP", "HAS_FACTOR"), full)
+    constants |= dict.fromkeys(("HAS_BIAS", "HAS_CAP"), full)
+    constants["NEGATIVE"] = False
     constants |= {"EVEN_D": "ragged" not in case.variant, "TMA": case.tma, "FLATTEN": case.tma}
     constants |= {"stride_hd": 1, "stride_wd": 1}
     constants["PRECISION"] = "ieee" if case.dtype == "fp32" else "tf32"
     if not full:
         constants["bias_ptr"] = None
     if case.kernel == "rows_kernel":
-        constants |= passes
+        top1 = full or "top1" in case.variant
+        constants |= passes | {"TOP1": top1, "EVEN_V": case.variant in EVEN}
+        if not top1:
+            constants |= dict.fromkeys(("top_ptr", "targets_ptr"))
         if not keep:
-            constants |= dict.fromkeys(("kept", "offset_ptr", "stride_kt"))
+            constants |= dict.fromkeys(("kept", "stride_kt"))
     else:
         constants["COLUMN_SUMS"] = full
         if not full:
@@ -170,6 +185,8 @@ def _type_of(name: str, case: Case) -> str:
     return "fp32" if name in FLOATS else "i32"
 
 
+PARTIAL = ("tail", "entropy-tail", "top1")  # of the row pass alone
+EVEN = ("plain", "keep", "entropy", "keep-entropy")  # V a multiple of the tile
 LOSSES = ("sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "sft")
 PREFERENCES = {"sigmoid": ("sigmoid",), "all": LOSSES}  # variants of preference_kernel
 POINTERS = {
@@ -179,7 +196,7 @@ POINTERS = {
     "losses_ptr": "*fp64",
     "arrivals_ptr": "*i32",
 }
-FLOATS = ("factor", "cap_in", "cap_out", "inverse_temperature", "beta", "eps")
+FLOATS = ("scale", "cap_in", "inverse_temperature", "beta", "eps")
 ALIGNED = ("D", "stride_ht", "stride_wv", "stride_ot", "stride_kt", "stride_t")
 OPERANDS = ("hidden", "weight", "kept", "out")
 
@@ -213,36 +230,76 @@ def compile_case(case: Case) -> Result:
     )
     ptx = compiled.asm["ptx"]
     instruction = next((name for name in INSTRUCTIONS if name in ptx), "-")
-    usage = _resource_usage(compiled.asm["cubin"])
+    usage, runs = _read_machine_code(compiled.asm["cubin"])
     return Result(
         case,
         usage["REG"],
         usage["STACK"],
         usage["LOCAL"],
         compiled.metadata.shared,
+        max(map(len, runs)),
+        _products_alone(runs),
         instruction,
         "cp.async.bulk.tensor" in ptx,
     )
 
 
-def _resource_usage(cubin: bytes) -> dict[str, int]:
-    """The numbers of `cuobjdump -res-usage`, which the triton wheel carries."""
+def _read_machine_code(cubin: bytes) -> tuple[dict[str, int], list[list[str]]]:
+    """The numbers of `cuobjdump -res-usage`, and the instructions of `-sass` in runs without a branch.
+
+    The triton wheel carries the tool.
+    """
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [str(tool), "-res-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+        usage, code = (
+            subprocess.run(
+                [str(tool), option, file.name], check=True, capture_output=True, text=True
+            ).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    found = re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)
+    return {name: int(value) for name, value in found}, _runs(code)
+
+
+def _runs(code: str) -> list[list[str]]:
+    """The instructions between branches and what branches lead to; padding left out."""
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", code, re.MULTILINE)
+    branch = re.compile(r"\b(BRA|EXIT|RET)\b")
+    targets = {int(x, 16) for _, text in lines for x in re.findall(r"BRA.* 0x([0-9a-f]+)", text)}
+    runs = [[]]
+    for address, text in lines:
+        if int(address, 16) in targets:
+            runs.append([])
+        if not text.startswith("NOP"):
+            runs[-1].append(text)
+        if branch.search(text):
+            runs.append([])
+    return [run for run in runs if run]
+
+
+def _products_alone(runs: list[list[str]]) -> int:
+    """How many wgmma are the only one between two waits of their warpgroup."""
+    alone = 0
+    for run in runs:
+        since = 0
+        for text in run:
+            if "HGMMA" in text:
+                since += 1
+                if "gsb0" in text:
+                    alone += since == 1
+                    since = 0
+    return alone
 
 
 def table(results: list[Result]) -> str:
     header = (
         f"{'kernel':<22}{'variant':<22}{'arch':<7}{'dtype':<6}{'sizes':<17}{'warps':>5}{'stages':>7}"
-        f"{'regs':>6}{'stack':>6}{'local':>6}{'shared':>8}  {'instruction':<16}  loads"
+        f"{'regs':>6}{'stack':>6}{'local':>6}{'shared':>8}{'straight':>9}{'serial':>7}"
+        f"  {'instruction':<16}  loads"
     )
     lines = [header]
     for result in results:
@@ -251,7 +308,8 @@ def table(results: list[Result]) -> str:
         lines.append(
             f"{case.kernel:<22}{case.variant:<22}{case.arch:<7}{case.dtype:<6}{sizes:<17}"
             f"{case.num_warps:>5}{case.num_stages:>7}{result.registers:>6}{result.stack:>6}"
-            f"{result.local:>6}{result.shared:>8}  {result.instruction:<16}  {'TMA' if result.tma else '-'}"
+            f"{result.local:>6}{result.shared:>8}{result.straight:>9}{result.serial:>7}"
+            f"  {result.instruction:<16}  {'TMA' if result.tma else '-'}"
         )
     return "\n".join(lines)
 

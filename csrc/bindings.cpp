@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cmath>
 #include <limits>
 #include <optional>
 #include <sstream>
@@ -102,7 +103,7 @@ dpo_fast::Operands operands(const Tensor& hidden, const Tensor& weight, const Te
           static_cast<int>(T),
           static_cast<int>(V),
           static_cast<int>(D),
-          static_cast<float>(factor)};
+          {static_cast<float>(std::fabs(factor) / 0.69314718055994531), factor < 0.0}};
 }
 
 dpo_fast::Launch checked_launch(int64_t cluster, int64_t blocks) {
@@ -125,23 +126,24 @@ void launch(const Tensor& hidden, dpo_fast::Launch how, Function function) {
   STD_TORCH_CHECK(wrong == nullptr, "dpo_fast_sm90: ", wrong);
 }
 
-void rows(Tensor hidden, Tensor weight, Tensor targets, double factor, MaybeTensor offset,
-          MaybeTensor kept, MaybeTensor repair, Tensor partials, Tensor target, Tensor maximum,
-          Tensor total, MaybeTensor weighted, MaybeTensor squares, int64_t cluster,
+void rows(Tensor hidden, Tensor weight, Tensor targets, double factor, Tensor offset,
+          MaybeTensor kept, MaybeTensor repair, Tensor partials, Tensor score, Tensor shift,
+          Tensor maximum, Tensor total, MaybeTensor weighted, MaybeTensor squares, int64_t cluster,
           int64_t blocks) {
   const auto how = checked_launch(cluster, blocks);
   const auto x = operands(hidden, weight, targets, factor);
   const int64_t T = x.tokens, V = x.vocab;
   const int64_t tiles_v = (V + dpo_fast::kBlockV - 1) / dpo_fast::kBlockV;
   const int64_t unit = dpo_fast::kBlockT * cluster;
-  STD_TORCH_CHECK(offset.has_value() == kept.has_value(), "offset and kept come together");
   STD_TORCH_CHECK(weighted.has_value() == squares.has_value(),
                   "weighted and squares come together");
   check_vector("partials", partials, ScalarType::Float, {weighted.has_value() ? 4 : 2, tiles_v, T});
   std::vector<std::pair<const char*, const Tensor*>> all = {{"weight", &weight},
                                                             {"targets", &targets},
                                                             {"partials", &partials},
-                                                            {"target", &target},
+                                                            {"offset", &offset},
+                                                            {"score", &score},
+                                                            {"shift", &shift},
                                                             {"maximum", &maximum},
                                                             {"total", &total}};
   for (size_t i = 3; i < all.size(); ++i) {
@@ -152,7 +154,6 @@ void rows(Tensor hidden, Tensor weight, Tensor targets, double factor, MaybeTens
     check_vector(name, *tensor, ScalarType::Float, {T});
     all.emplace_back(name, &*tensor);
   };
-  also("offset", offset);
   also("weighted", weighted);
   also("squares", squares);
   if (kept.has_value()) {
@@ -168,34 +169,35 @@ void rows(Tensor hidden, Tensor weight, Tensor targets, double factor, MaybeTens
   launch(hidden, how, [&](const dpo_fast::Launch& on) {
     return dpo_fast::launch_rows(
         x,
-        {pointer<const float>(offset), pointer<void>(kept),
+        {pointer<float>(offset), pointer<void>(kept),
          kept.has_value() ? row_stride(*kept) : 0, pointer<const int8_t>(repair),
-         pointer<float>(partials), pointer<float>(target), pointer<float>(maximum),
-         pointer<float>(total), pointer<float>(weighted), pointer<float>(squares)},
+         pointer<float>(partials), pointer<float>(score), pointer<float>(shift),
+         pointer<float>(maximum), pointer<float>(total), pointer<float>(weighted),
+         pointer<float>(squares)},
         on);
   });
 }
 
 void gradient(Tensor hidden, Tensor weight, Tensor targets, double factor, Tensor offset,
-              Tensor hit, Tensor scale, int64_t first_column, Tensor out, int64_t cluster,
+              Tensor hit, Tensor per_p, int64_t first_column, Tensor out, int64_t cluster,
               int64_t blocks) {
   const auto how = checked_launch(cluster, blocks);
   const auto x = operands(hidden, weight, targets, factor);
   check_vector("offset", offset, ScalarType::Float, {x.tokens});
   check_vector("hit", hit, ScalarType::Float, {x.tokens});
-  check_vector("scale", scale, ScalarType::Float, {x.tokens});
+  check_vector("per_p", per_p, ScalarType::Float, {x.tokens});
   check_matrix("out", out, x.tokens, x.vocab);
   check_device("hidden", hidden, hidden);
   check_device("weight", weight, hidden);
   check_device("targets", targets, hidden);
   check_device("offset", offset, hidden);
   check_device("hit", hit, hidden);
-  check_device("scale", scale, hidden);
+  check_device("per_p", per_p, hidden);
   check_device("out", out, hidden);
   launch(hidden, how, [&](const dpo_fast::Launch& on) {
     return dpo_fast::launch_gradient(
         x,
-        {pointer<const float>(offset), pointer<const float>(hit), pointer<const float>(scale),
+        {pointer<const float>(offset), pointer<const float>(hit), pointer<const float>(per_p),
          first_column, pointer<void>(out), row_stride(out)},
         on);
   });
@@ -205,13 +207,14 @@ void gradient(Tensor hidden, Tensor weight, Tensor targets, double factor, Tenso
 
 STABLE_TORCH_LIBRARY(dpo_fast_sm90, m) {
   m.def(
-      "rows(Tensor hidden, Tensor weight, Tensor targets, float factor, Tensor? offset, "
-      "Tensor(a!)? kept, Tensor? repair, Tensor(b!) partials, Tensor(c!) target, "
-      "Tensor(d!) maximum, Tensor(e!) total, Tensor(f!)? weighted, Tensor(g!)? squares, "
+      "rows(Tensor hidden, Tensor weight, Tensor targets, float factor, "
+      "Tensor(a!) offset, Tensor(b!)? kept, Tensor? repair, Tensor(c!) partials, "
+      "Tensor(d!) score, Tensor(e!) shift, Tensor(f!) maximum, Tensor(g!) total, "
+      "Tensor(h!)? weighted, Tensor(i!)? squares, "
       "int cluster, int blocks) -> ()");
   m.def(
       "gradient(Tensor hidden, Tensor weight, Tensor targets, float factor, Tensor offset, "
-      "Tensor hit, Tensor scale, int first_column, Tensor(a!) out, int cluster, int blocks) -> ()");
+      "Tensor hit, Tensor per_p, int first_column, Tensor(a!) out, int cluster, int blocks) -> ()");
 }
 
 // For every device, so that a wrong one gets our message.

@@ -26,11 +26,13 @@ DPO_FAST_DEVICE float quad_sum(float value) {
   return value + shuffle_xor(value, 2);
 }
 
-// Products to logits; columns past the end of the vocabulary to -inf, whose exponential is 0.
-DPO_FAST_DEVICE void to_logits(float (&z)[kFragment], float factor, int first_v, int thread,
-                               int V) {
+// Products to scores: a logit in powers of two is frame.scale times its score. Columns past the end
+// of the vocabulary to -inf, whose exponential is 0.
+DPO_FAST_DEVICE void to_scores(float (&z)[kFragment], Frame frame, int first_v, int thread, int V) {
+  if (frame.negative) {
 #pragma unroll
-  for (int i = 0; i < kFragment; ++i) z[i] *= factor;
+    for (int i = 0; i < kFragment; ++i) z[i] = -z[i];
+  }
   if (first_v + kBlockV <= V) return;
   const int left = V - first_v - fragment_column(thread);
   DPO_FAST_EACH_COLUMN(j, c) {
@@ -38,22 +40,21 @@ DPO_FAST_DEVICE void to_logits(float (&z)[kFragment], float factor, int first_v,
   }
 }
 
-// Sums of each row over the tile, and its target's logit if the tile has it. With kKeeps the
-// registers become the exponentials.
-template <bool kKeeps>
+// Sums of each row over the tile, and its target's score if the tile has it. With kKeeps the
+// registers become the exponentials; with kExtras there are weighted sums and squares too.
+template <bool kKeeps, bool kExtras>
 struct SumRows {
   static constexpr bool kStores = kKeeps;
 
   const int64_t* targets;
   const float* offset;  // with kKeeps
-  float* partials;      // [2 or 4, tiles_v, T]
-  float* target;
-  float factor;
+  float* partials;      // [2 or, with kExtras, 4, tiles_v, T]
+  float* score;
+  Frame frame;
   int T, V, tiles_v;
-  bool extras;  // weighted and squares too: four planes
 
   DPO_FAST_DEVICE void finish(float (&z)[kFragment], const Place& place) const {
-    to_logits(z, factor, place.first_v, place.thread, V);
+    to_scores(z, frame, place.first_v, place.thread, V);
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
       const int row = place.row() + 8 * b;
@@ -61,24 +62,35 @@ struct SumRows {
       if (inside) pick_target(z, b, row, place);
       float maximum = -kInfinity;
       DPO_FAST_EACH_COLUMN(j, c) maximum = fmaxf(maximum, z[4 * j + 2 * b + c]);
-      maximum = quad_max(maximum);
-      // A row that has seen only -inf gets offset 0: exp(-inf - 0) is 0, exp(-inf + inf) is NaN. A
-      // given offset waits for the maximum too: fewer values are then in flight, and none spills.
-      float m = maximum;
-      if constexpr (kKeeps) m = inside ? offset[row] : 0.0f;
-      if (maximum == -kInfinity) m = 0.0f;
+      maximum = quad_max(maximum) * frame.scale;
+      // A given offset waits for the maximum too: fewer values are then in flight, and none spills.
+      float m = offset_of(maximum);
+      if constexpr (kKeeps) m = inside && maximum != -kInfinity ? offset[row] : 0.0f;
       float total = 0.0f, weighted = 0.0f, squares = 0.0f;
       DPO_FAST_EACH_COLUMN(j, c) {
         float& value = z[4 * j + 2 * b + c];
-        const float shifted = value - m, e = exponential(shifted);
+        const float shifted = fmaf(value, frame.scale, -m), e = power_of_two(shifted);
         total += e;
-        squares += e * e;
-        if (!(e <= 0.0f)) weighted += e * shifted;  // 0 (-inf) is NaN; a NaN stays one
-        if constexpr (kKeeps) value = e;
+        if constexpr (kExtras) {
+          squares += e * e;
+          weighted += e * fmaxf(shifted, -1e4f);  // 0 (-inf) would be NaN; e is 0 long before
+        }
+        if constexpr (kKeeps && !kExtras) value = e;
+      }
+      // Exponentials and what the sums of the extras hold do not fit the registers together: they are
+      // computed again, from the neighbour's copy of the offset, lest the compiler keep them.
+      if constexpr (kKeeps && kExtras) {
+        m = shuffle_xor(m, 1);
+        DPO_FAST_EACH_COLUMN(j, c) {
+          float& value = z[4 * j + 2 * b + c];
+          value = power_of_two(fmaf(value, frame.scale, -m));
+        }
       }
       total = quad_sum(total);
-      weighted = quad_sum(weighted);
-      squares = quad_sum(squares);
+      if constexpr (kExtras) {
+        weighted = quad_sum(weighted);
+        squares = quad_sum(squares);
+      }
       if (inside && place.thread % 4 == 0) {
         write(row, place.tile_v, maximum, total, weighted, squares);
       }
@@ -92,7 +104,7 @@ struct SumRows {
     if (y < place.first_v || y >= place.first_v + last) return;
     const int mine = static_cast<int>(y - place.first_v) - fragment_column(place.thread);
     DPO_FAST_EACH_COLUMN(j, c) {
-      if (8 * j + c == mine) target[row] = z[4 * j + 2 * b + c];
+      if (8 * j + c == mine) score[row] = z[4 * j + 2 * b + c];
     }
   }
 
@@ -102,39 +114,39 @@ struct SumRows {
     float* out = partials + static_cast<int64_t>(tile_v) * T + row;
     out[0] = maximum;
     out[plane] = total;
-    if (extras) {
+    if constexpr (kExtras) {
       out[2 * plane] = weighted;
       out[3 * plane] = squares;
     }
   }
 };
 
-// g = hit 1[v = y] - scale exp(z - offset).
+// g = hit 1[v = y] - per_p 2^(z - offset).
 struct MakeGradient {
   static constexpr bool kStores = true;
 
   const int64_t* targets;
   const float* offset;
   const float* hit;
-  const float* scale;
+  const float* per_p;
   int64_t first_column;
-  float factor;
+  Frame frame;
   int T, V;
 
   DPO_FAST_DEVICE void finish(float (&z)[kFragment], const Place& place) const {
-    to_logits(z, factor, place.first_v, place.thread, V);
+    to_scores(z, frame, place.first_v, place.thread, V);
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
       const int row = place.row() + 8 * b;
       const bool inside = row < T;
-      const float m = inside ? offset[row] : 0.0f, s = inside ? scale[row] : 0.0f;
+      const float m = inside ? offset[row] : 0.0f, s = inside ? per_p[row] : 0.0f;
       const float c_t = inside ? hit[row] : 0.0f;
       const int64_t first = first_column + place.first_v + fragment_column(place.thread);
       const int64_t y = inside ? targets[row] - first : -1;
       const int mine = y >= 0 && y < kBlockV ? static_cast<int>(y) : -1;
       DPO_FAST_EACH_COLUMN(j, c) {
         float& value = z[4 * j + 2 * b + c];
-        value = -s * exponential(value - m);
+        value = -s * power_of_two(fmaf(value, frame.scale, -m));
         if (8 * j + c == mine) value += c_t;
       }
     }

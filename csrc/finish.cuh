@@ -15,12 +15,16 @@ constexpr int kFinishTokens = 32, kFinishStrands = 8;
 struct Finish {
   const int8_t* repair;   // as in RowSums
   const float* partials;  // [2 or 4, tiles_v, T]
+  const float* score;
+  float* offset;
+  float* shift;
   float* maximum;
   float* total;
   float* weighted;  // null: two planes
   float* squares;
+  float scale;
   int T, tiles_v;
-  bool rebase;  // partial sums are against the tile's own maximum, not against the row's offset
+  bool rebase;  // partial sums are against the tile's own offset, not against the row's
 };
 
 __global__ void __launch_bounds__(kFinishTokens* kFinishStrands) finish_kernel(const Finish a) {
@@ -40,12 +44,14 @@ __global__ void __launch_bounds__(kFinishTokens* kFinishStrands) finish_kernel(c
   for (int s = 0; s < kFinishStrands; ++s) maximum = fmaxf(maximum, strands[0][s][token]);
   __syncthreads();
 
+  const float offset = a.rebase ? offset_of(maximum) : a.offset[row < a.T ? row : a.T - 1];
   float total = 0.0f, weighted = 0.0f, squares = 0.0f;
   for (int tile = strand; tile < a.tiles_v; tile += kFinishStrands) {
     const float* part = first + static_cast<int64_t>(tile) * a.T;
     // A tile of -inf alone has offset 0 and sums of 0, whatever the row's maximum is.
-    const float shift = a.rebase && part[0] != -__builtin_huge_valf() ? part[0] - maximum : 0.0f;
-    const float gain = exponential(shift), sum = part[plane];
+    const float sum = part[plane];
+    const float shift = a.rebase && sum > 0.0f ? offset_of(part[0]) - offset : 0.0f;
+    const float gain = power_of_two(shift);
     total += gain * sum;
     if (a.weighted != nullptr) {
       // Where gain is 0, shift may be so far that shift * sum is -inf, and 0 times that NaN.
@@ -63,6 +69,11 @@ __global__ void __launch_bounds__(kFinishTokens* kFinishStrands) finish_kernel(c
     weighted += strands[1][s][token];
     squares += strands[2][s][token];
   }
+  // Beyond 1e8 the largest logit vanishes against the offset just above it: the row is that logit
+  // alone. A shard whose columns are all far below the offset keeps its sum of 0.
+  if (total == 0.0f && maximum >= offset - fabsf(offset) * 0x1p-20f) total = 1.0f;
+  if (a.rebase) a.offset[row] = offset;
+  a.shift[row] = fmaf(a.score[row], a.scale, -offset);
   a.maximum[row] = maximum;
   a.total[row] = total;
   if (a.weighted != nullptr) {

@@ -3,6 +3,7 @@
 // Index arithmetic alone, for host and device, so that tests run it on a laptop.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "linear_logp_sm90.h"
@@ -59,6 +60,14 @@ constexpr int kFragment = 64 * kBlockV / 128;
 
 DPO_FAST_BOTH int fragment_row(int thread) { return thread / 32 * 16 + thread % 32 / 4; }
 DPO_FAST_BOTH int fragment_column(int thread) { return thread % 4 * 2; }
+
+// An offset for sums up to this maximum: above it by 2^-22 of its size, because the distance of the
+// largest logit, which is rounded once, may exceed that of its rounded value. A row that has seen only
+// -inf gets offset 0: 2^(-inf - 0) is 0, 2^(-inf + inf) is NaN.
+DPO_FAST_BOTH float offset_of(float maximum) {
+  if (maximum == -__builtin_huge_valf()) return 0.0f;
+  return fmaf(fabsf(maximum), 0x1p-22f, maximum);
+}
 
 // Where the 64 rows lie that a consumer's threads hold as fragments.
 struct Place {

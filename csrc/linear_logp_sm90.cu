@@ -5,6 +5,8 @@
 #include <cudaTypedefs.h>
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "epilogues_sm90.cuh"
 #include "finish.cuh"
 #include "product_sm90.cuh"
@@ -98,25 +100,30 @@ const char* launch_product(const Operands& x, const Launch& launch, const int8_t
 
 const char* launch_rows(const Operands& x, const RowSums& rows, const Launch& launch) {
   const int T = x.tokens, V = x.vocab, tiles_v = ceil_div(V, kBlockV);
-  const bool extras = rows.weighted != nullptr, keeps = rows.kept != nullptr;
-  const char* wrong =
-      keeps ? launch_product(x, launch, rows.repair, rows.kept, rows.kept_stride,
-                             sm90::SumRows<true>{x.targets, rows.offset, rows.partials, rows.target,
-                                                 x.factor, T, V, tiles_v, extras})
-            : launch_product(x, launch, rows.repair, nullptr, 0,
-                             sm90::SumRows<false>{x.targets, nullptr, rows.partials, rows.target,
-                                                  x.factor, T, V, tiles_v, extras});
+  const bool keeps = rows.kept != nullptr;
+  const auto sums = [&](auto kept, auto extras) {
+    return launch_product(
+        x, launch, rows.repair, rows.kept, rows.kept_stride,
+        sm90::SumRows<decltype(kept)::value, decltype(extras)::value>{
+            x.targets, rows.offset, rows.partials, rows.score, x.frame, T, V, tiles_v});
+  };
+  using No = std::false_type;
+  using Yes = std::true_type;
+  const char* wrong = rows.weighted == nullptr ? (keeps ? sums(Yes{}, No{}) : sums(No{}, No{}))
+                                               : (keeps ? sums(Yes{}, Yes{}) : sums(No{}, Yes{}));
   if (wrong != nullptr) return wrong;
-  const sm90::Finish finish{rows.repair,   rows.partials, rows.maximum, rows.total, rows.weighted,
-                            rows.squares, T,             tiles_v,      !keeps};
+  const sm90::Finish finish{rows.repair,  rows.partials, rows.score,    rows.offset,
+                            rows.shift,   rows.maximum,  rows.total,    rows.weighted,
+                            rows.squares, x.frame.scale, T,             tiles_v,
+                            !keeps};
   return start(sm90::finish_kernel, ceil_div(T, sm90::kFinishTokens),
                sm90::kFinishTokens * sm90::kFinishStrands, 0, 1, launch.stream, finish);
 }
 
 const char* launch_gradient(const Operands& x, const GradientTile& tile, const Launch& launch) {
   return launch_product(x, launch, nullptr, tile.out, tile.out_stride,
-                        sm90::MakeGradient{x.targets, tile.offset, tile.hit, tile.scale,
-                                           tile.first_column, x.factor, x.tokens, x.vocab});
+                        sm90::MakeGradient{x.targets, tile.offset, tile.hit, tile.per_p,
+                                           tile.first_column, x.frame, x.tokens, x.vocab});
 }
 
 }  // namespace dpo_fast

@@ -1,7 +1,8 @@
 // What the Hopper kernels are asked, in plain C++: sizes, parameter structs, launches. No torch
 // types.
 //
-// T tokens, D hidden, V vocabulary. z_tv = factor (h_t . w_v), y_t the target of token t.
+// T tokens, D hidden, V vocabulary. z_tv = frame.scale * score_tv in powers of two, where the score is
+// h_t . w_v or its negative; y_t the target of token t. Offsets and maxima are in powers of two too.
 #pragma once
 
 #include <cstdint>
@@ -17,6 +18,11 @@ constexpr int kMaxCluster = 2;  // blocks that share a tile of the weight, one a
 constexpr int kGroupUnits = 8;  // units of tokens that walk over the vocabulary together
 constexpr int kThreads = 384;   // a producer warpgroup and two consumers
 
+struct Frame {
+  float scale;  // positive
+  int negative;
+};
+
 struct Operands {
   const void* hidden;  // [T, D] bf16, rows hidden_stride elements apart
   const void* weight;  // [V, D] bf16, rows weight_stride elements apart
@@ -26,7 +32,7 @@ struct Operands {
   int tokens;
   int vocab;
   int depth;
-  float factor;
+  Frame frame;
 };
 
 struct Launch {
@@ -36,26 +42,28 @@ struct Launch {
   void* stream;  // of that device
 };
 
-// Sums of every row over every tile of the vocabulary, and joined over the tiles. With `offset`
-// they are against it and exp(z - offset) goes to `kept`; without, each row is against its maximum.
+// Sums of every row over every tile of the vocabulary, and joined over the tiles. With `kept` they are
+// against the offset given, and 2^(z - offset) goes there; without, against an offset just above the
+// row's maximum, which is written.
 struct RowSums {
-  const float* offset;    // [T] or null
-  void* kept;             // [T, V] bf16, rows kept_stride elements apart; null without offset
+  float* offset;          // [T]
+  void* kept;             // [T, V] bf16, rows kept_stride elements apart, or null
   int64_t kept_stride;
   const int8_t* repair;   // [1 + units of T] or null: [0] any, [1 + u] whether unit u is done again
   float* partials;        // [2 or 4, tiles of V, T]: maximum, total, and weighted, squares if asked
-  float* target;          // [T]: z at the target, untouched where these columns do not have it
+  float* score;           // [T]: of the target, untouched where these columns do not have it
+  float* shift;           // [T]: z at the target less the offset, rounded once
   float* maximum;         // [T]: max z
-  float* total;           // [T]: sum exp(z - m)
-  float* weighted;        // [T] or null: sum exp(z - m) (z - m)
-  float* squares;         // [T] or null, as weighted: sum exp(z - m)^2
+  float* total;           // [T]: sum 2^(z - m)
+  float* weighted;        // [T] or null: sum 2^(z - m) (z - m)
+  float* squares;         // [T] or null, as weighted: sum 2^(2 (z - m))
 };
 
-// g_tv = hit_t 1[v = y_t] - scale_t exp(z_tv - offset_t), rounded once.
+// g_tv = hit_t 1[v = y_t] - per_p_t 2^(z_tv - offset_t), rounded once.
 struct GradientTile {
   const float* offset;   // [T]
   const float* hit;      // [T]
-  const float* scale;    // [T]
+  const float* per_p;    // [T]
   int64_t first_column;  // of these columns among those that targets count
   void* out;             // [T, V] bf16, rows out_stride elements apart
   int64_t out_stride;

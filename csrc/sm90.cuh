@@ -237,10 +237,11 @@ DPO_FAST_DEVICE void multiply(float (&d)[kFragment], uint64_t a, uint64_t b, boo
 
 // Arithmetic.
 
-// To 2 units in the last place plus that of x / ln 2; below 2^-126 it is 0.
-DPO_FAST_DEVICE float exponential(float x) {
+
+// 2^x to 2 units in the last place; below 2^-126 it is 0.
+DPO_FAST_DEVICE float power_of_two(float x) {
   float y;
-  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x * 1.4426950408889634f));
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
   return y;
 }
 DPO_FAST_DEVICE float shuffle_xor(float value, int lanes) {

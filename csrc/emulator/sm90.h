@@ -263,7 +263,7 @@ void wait_products() {
 
 // Arithmetic.
 
-inline float exponential(float x) { return std::exp(x); }
+inline float power_of_two(float x) { return std::exp2(x); }
 inline float shuffle_xor(float value, int lanes) {
   const int warp = self().thread / 32, lane = self().thread % 32;
   Block& block = home();

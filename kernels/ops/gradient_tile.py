@@ -8,7 +8,15 @@ import triton.language as tl
 from torch import Tensor
 
 from dpo_fast.kernels.device import interpretable, on_device
-from dpo_fast.kernels.product import arguments, check, logits, product, tile_of
+from dpo_fast.kernels.product import (
+    arguments,
+    check,
+    column_in_tile,
+    less,
+    product,
+    scores,
+    tile_of,
+)
 from dpo_fast.kernels.search import choose_tile
 from dpo_fast.kernels.tiles import TileConfig, describable, programs
 
@@ -21,7 +29,7 @@ def gradient_kernel(
     targets_ptr,
     offset_ptr,
     hit_ptr,
-    scale_ptr,
+    per_p_ptr,
     out,
     column_sum_ptr,
     T,
@@ -32,13 +40,12 @@ def gradient_kernel(
     stride_wv,
     stride_wd,
     stride_ot,
-    factor,
+    scale,
     cap_in,
-    cap_out,
     first_column,
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
-    HAS_FACTOR: tl.constexpr,
+    NEGATIVE: tl.constexpr,
     COLUMN_SUMS: tl.constexpr,
     EVEN_D: tl.constexpr,
     TMA: tl.constexpr,
@@ -49,7 +56,7 @@ def gradient_kernel(
     GROUP_T: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
-    """g = (hit 1[v = y] - scale exp(z - offset)) slope, rounded once; hit = c, scale = c / total."""
+    """g = (hit 1[v = y] - per_p 2^(z - offset)) slope, rounded once; hit = c, per_p = c / total."""
     tiles_t, tiles_v = tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V)
     for index in tl.range(tl.program_id(0), tiles_t * tiles_v, tl.num_programs(0), flatten=FLATTEN):
         pid_t, pid_v = tile_of(index, tiles_t, tiles_v, GROUP_T)
@@ -76,25 +83,16 @@ def gradient_kernel(
             TMA,
             PRECISION,
         )
-        z, slope = logits(
-            acc,
-            bias_ptr,
-            offs_v,
-            mask_v,
-            factor,
-            cap_in,
-            cap_out,
-            HAS_BIAS,
-            HAS_CAP,
-            HAS_FACTOR,
-            True,
+        score, slope = scores(
+            acc, bias_ptr, offs_v, mask_v, cap_in, HAS_BIAS, HAS_CAP, NEGATIVE, True
         )
         offset = tl.load(offset_ptr + rows, mask=mask_t, other=0.0)
-        scale = tl.load(scale_ptr + rows, mask=mask_t, other=0.0)
+        per_p = tl.load(per_p_ptr + rows, mask=mask_t, other=0.0)
         hit = tl.load(hit_ptr + rows, mask=mask_t, other=0.0)
-        targets = tl.load(targets_ptr + rows, mask=mask_t, other=-1) - first_column
-        g = -scale[:, None] * tl.exp(z - offset[:, None])
-        g = tl.where(offs_v[None, :] == targets[:, None], g + hit[:, None], g) * slope
+        column = column_in_tile(targets_ptr, rows, mask_t, first_column, first_v, BLOCK_V)
+        g = -per_p[:, None] * tl.exp2(less(score, scale, offset[:, None]))
+        is_target = tl.arange(0, BLOCK_V)[None, :] == column[:, None]
+        g = tl.where(is_target, g + hit[:, None], g) * slope
         if COLUMN_SUMS:
             sums = tl.sum(tl.where(mask_t[:, None], g, 0.0), axis=0)
             tl.store(column_sum_ptr + pid_t.to(tl.int64) * V + offs_v, sums, mask=mask_v)
@@ -113,7 +111,7 @@ def gradient_tile(
     targets_T: Tensor,
     offset_T: Tensor,
     hit_T: Tensor,
-    scale_T: Tensor,
+    per_p_T: Tensor,
     out_TV: Tensor,
     *,
     options: dict,
@@ -123,15 +121,15 @@ def gradient_tile(
 ) -> Tensor | None:
     """Write g = dL/d(h.w + b) of these rows and columns to `out_TV`. Returns its column sums, or None.
 
-    g = (hit 1[v = y] - scale exp(z - offset)) slope.
+    g = (hit 1[v = y] - per_p 2^(z - offset)) slope.
 
     weight_VD, bias_V: columns of the vocabulary from `first_column` on; targets count from column 0.
-    offset_T, hit_T, scale_T: contiguous fp32.
+    offset_T, hit_T, per_p_T: contiguous fp32.
     column_sums: whether they are wanted, in fp32.
     """
     check(hidden_TD, weight_VD, bias_V, targets_T)
     (T, D), V = hidden_TD.shape, weight_VD.shape[0]
-    given = hidden_TD, weight_VD, bias_V, targets_T, offset_T, hit_T, scale_T, out_TV
+    given = hidden_TD, weight_VD, bias_V, targets_T, offset_T, hit_T, per_p_T, out_TV
     hidden_TD, weight_VD, bias_V, g_TV = interpretable(hidden_TD, weight_VD, bias_V, out_TV)
     how = {"options": options, "first_column": first_column, "column_sums": column_sums}
     config = config or choose_tile(
@@ -147,7 +145,7 @@ def gradient_tile(
     )
     tiles_t = triton.cdiv(T, config.block_t)
     sums = hidden_TD.new_empty((tiles_t, V), dtype=torch.float32) if column_sums else None
-    operands = arguments(hidden_TD, weight_VD, bias_V, config, stored=g_TV, **options)
+    operands = arguments(hidden_TD, weight_VD, bias_V, config, stored=g_TV, options=options)
     operands["out"], operands["stride_ot"] = operands.pop("stored"), operands.pop("stride_st")
     tiles = tiles_t * triton.cdiv(V, config.block_v)
     with on_device(hidden_TD):
@@ -155,7 +153,7 @@ def gradient_tile(
             targets_ptr=targets_T,
             offset_ptr=offset_T,
             hit_ptr=hit_T,
-            scale_ptr=scale_T,
+            per_p_ptr=per_p_T,
             column_sum_ptr=sums,
             T=T,
             V=V,

@@ -1,11 +1,13 @@
 """Row sums of z = cap(logit_scale * (h W^T + b)) / temperature, and on request its exponentials.
 
 `rows_kernel` consumes the fp32 accumulator of the product, so a logit is never rounded nor stored. It
-reduces the rows of each tile, and with KEEP stores exp(z - m) against a row offset m that is known before.
-`merge_kernel` joins the tiles of a row in a fixed order.
+reduces the rows of each tile, and with KEEP stores 2^(z - m) against a row offset m that is known before.
+`merge_kernel` joins the tiles of a row in a fixed order. Logits and offsets are in powers of two, z / ln 2.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -13,20 +15,36 @@ import triton.language as tl
 from torch import Tensor
 
 from dpo_fast.kernels.device import interpretable, on_device
-from dpo_fast.kernels.product import arguments, check, finite, logits, product, tile_of
+from dpo_fast.kernels.product import (
+    arguments,
+    check,
+    column_in_tile,
+    less,
+    offset_of,
+    product,
+    scores,
+    tile_of,
+)
 from dpo_fast.kernels.search import choose_tile
+from dpo_fast.kernels.target_product import target_scores
 from dpo_fast.kernels.tiles import TileConfig, describable, programs, repair_config
 
 MERGE_TOKENS, MERGE_TILES = 32, 64
-SUMS = {"entropy": "weighted", "log_sum_p2": "squares", "mean_logit": "logits"}  # extra: its sum
+SUMS = {  # extra: its sum
+    "entropy": "weighted",
+    "log_sum_p2": "squares",
+    "mean_logit": "logits",
+    "is_top1": "top",
+}
+LN2 = tl.constexpr(math.log(2))
 
 
 @triton.jit
 def _reduce(
-    z,
+    score,
     e,
+    shifted,
     maximum,
-    offset,
     rows,
     mask_t,
     mask_v,
@@ -38,18 +56,18 @@ def _reduce(
     SQUARES: tl.constexpr,
     MEAN: tl.constexpr,
 ):
-    """Sums of one tile's rows to partials [plane, tile of V, T]; masked columns hold z = -inf, e = 0."""
+    """Sums of one tile's rows to partials [plane, tile of V, T]; masked columns have e = 0."""
     plane = tiles_v * T.to(tl.int64)
     out_ptrs = partials_ptr + pid_v * T.to(tl.int64) + rows
     tl.store(out_ptrs, maximum, mask=mask_t)
     tl.store(out_ptrs + plane, tl.sum(e, axis=1), mask=mask_t)
     if ENTROPY:
-        weighted = tl.sum(tl.where(e > 0, e * (z - offset[:, None]), 0.0), axis=1)
+        weighted = tl.sum(e * shifted, axis=1)
         tl.store(out_ptrs + 2 * plane, weighted, mask=mask_t)
     if SQUARES:
         tl.store(out_ptrs + 3 * plane, tl.sum(e * e, axis=1), mask=mask_t)
     if MEAN:
-        total = tl.sum(tl.where(mask_v[None, :], z, 0.0), axis=1)
+        total = tl.sum(tl.where(mask_v[None, :], score, 0.0), axis=1)
         tl.store(out_ptrs + 4 * plane, total, mask=mask_t)
 
 
@@ -59,7 +77,7 @@ def _rows_tile(
     weight,
     bias_ptr,
     targets_ptr,
-    target_ptr,
+    top_ptr,
     partials_ptr,
     offset_ptr,
     kept,
@@ -75,16 +93,17 @@ def _rows_tile(
     stride_wv,
     stride_wd,
     stride_kt,
-    factor,
+    scale,
     cap_in,
-    cap_out,
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
-    HAS_FACTOR: tl.constexpr,
+    NEGATIVE: tl.constexpr,
     ENTROPY: tl.constexpr,
     SQUARES: tl.constexpr,
     MEAN: tl.constexpr,
+    TOP1: tl.constexpr,
     KEEP: tl.constexpr,
+    MASKED: tl.constexpr,
     EVEN_D: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -115,25 +134,28 @@ def _rows_tile(
         TMA,
         PRECISION,
     )
-    z, slope = logits(
-        acc, bias_ptr, offs_v, mask_v, factor, cap_in, cap_out, HAS_BIAS, HAS_CAP, HAS_FACTOR, KEEP
-    )
-    z = tl.where(mask_v[None, :], z, float("-inf"))
-    targets = tl.load(targets_ptr + rows, mask=mask_t, other=-1)
-    inside = (targets >= first_v) & (targets < tl.minimum(first_v + BLOCK_V, V))
-    target = tl.sum(tl.where(offs_v[None, :] == targets[:, None], z, 0.0), axis=1)
-    tl.store(target_ptr + rows, target, mask=mask_t & inside)
-    maximum = tl.max(z, axis=1)
+    score, slope = scores(acc, bias_ptr, offs_v, mask_v, cap_in, HAS_BIAS, HAS_CAP, NEGATIVE, KEEP)
+    if MASKED:
+        score = tl.where(mask_v[None, :], score, float("-inf"))
+    maximum = scale * tl.max(score, axis=1)
+    if TOP1:
+        column = column_in_tile(targets_ptr, rows, mask_t, 0, first_v, BLOCK_V)
+        is_target = tl.arange(0, BLOCK_V)[None, :] == column[:, None]
+        top = scale * tl.max(tl.where(is_target, score, float("-inf")), axis=1)
+        tl.store(top_ptr + rows, top, mask=mask_t & (column >= 0))
     if KEEP:
         offset = tl.load(offset_ptr + rows, mask=mask_t, other=0.0)
     else:
-        offset = finite(maximum)
-    e = tl.exp(z - offset[:, None])
+        offset = offset_of(maximum)
+    shifted = less(score, scale, offset[:, None])
+    if ENTROPY:  # 0 times -inf would be NaN; 2^-1e4 is 0 as well
+        shifted = tl.maximum(shifted, -1e4, propagate_nan=tl.PropagateNan.ALL)
+    e = tl.exp2(shifted)
     _reduce(
-        z,
+        score,
         e,
+        shifted,
         maximum,
-        offset,
         rows,
         mask_t,
         mask_v,
@@ -162,7 +184,7 @@ def rows_kernel(
     weight,
     bias_ptr,
     targets_ptr,
-    target_ptr,
+    top_ptr,
     partials_ptr,
     offset_ptr,
     kept,
@@ -175,17 +197,18 @@ def rows_kernel(
     stride_wv,
     stride_wd,
     stride_kt,
-    factor,
+    scale,
     cap_in,
-    cap_out,
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
-    HAS_FACTOR: tl.constexpr,
+    NEGATIVE: tl.constexpr,
     ENTROPY: tl.constexpr,
     SQUARES: tl.constexpr,
     MEAN: tl.constexpr,
+    TOP1: tl.constexpr,
     KEEP: tl.constexpr,
     REPAIR: tl.constexpr,
+    EVEN_V: tl.constexpr,
     EVEN_D: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -195,29 +218,78 @@ def rows_kernel(
     GROUP_T: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
-    """Sums of every row over every tile, and with KEEP E = exp(z - offset) (times the cap's slope).
+    """Sums of every row over every tile, and with KEEP E = 2^(z - offset) (times the cap's slope).
 
     REPAIR does again the rows that repair_ptr[1:] names, and nothing at once if repair_ptr[0] is 0.
     """
     tiles_t, tiles_v = tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V)
-    tiles = tiles_t * tiles_v
-    if REPAIR:
-        tiles = tl.where(tl.load(repair_ptr) != 0, tiles, 0)
-    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
-        pid_t, pid_v = tile_of(index, tiles_t, tiles_v, GROUP_T)
-        first_t = pid_t * BLOCK_T
-        rows = first_t + tl.arange(0, BLOCK_T)
-        mask_t = rows < T
+    PARTS: tl.constexpr = 2 if FLATTEN and not EVEN_V else 1
+    first, column, columns = tl.program_id(0), 0, tiles_v if PARTS == 1 else V // BLOCK_V
+    for part in tl.static_range(PARTS):
+        if part == 1:
+            # The programs that the whole tiles left without work begin with the ragged ones.
+            left = tl.num_programs(0) - tiles_t * columns % tl.num_programs(0)
+            first = (first + left) % tl.num_programs(0)
+            column, columns = columns, 1
+        tiles = tiles_t * columns
         if REPAIR:
-            wrong = tl.load(repair_ptr + 1 + rows, mask=mask_t, other=0)
-            mask_t = wrong != 0
-            if tl.max(wrong.to(tl.int32), axis=0) > 0:
+            tiles = tl.where(tl.load(repair_ptr) != 0, tiles, 0)
+        for index in tl.range(first, tiles, tl.num_programs(0), flatten=FLATTEN and part == 0):
+            pid_t, pid_v = tile_of(index, tiles_t, columns, GROUP_T)
+            pid_v += column
+            first_t = pid_t * BLOCK_T
+            rows = first_t + tl.arange(0, BLOCK_T)
+            mask_t = rows < T
+            if REPAIR:
+                wrong = tl.load(repair_ptr + 1 + rows, mask=mask_t, other=0)
+                mask_t = wrong != 0
+                if tl.max(wrong.to(tl.int32), axis=0) > 0:
+                    _rows_tile(
+                        hidden,
+                        weight,
+                        bias_ptr,
+                        targets_ptr,
+                        top_ptr,
+                        partials_ptr,
+                        offset_ptr,
+                        kept,
+                        mask_t,
+                        first_t,
+                        pid_v,
+                        tiles_v,
+                        T,
+                        V,
+                        D,
+                        stride_ht,
+                        stride_hd,
+                        stride_wv,
+                        stride_wd,
+                        stride_kt,
+                        scale,
+                        cap_in,
+                        HAS_BIAS,
+                        HAS_CAP,
+                        NEGATIVE,
+                        ENTROPY,
+                        SQUARES,
+                        MEAN,
+                        TOP1,
+                        KEEP,
+                        not EVEN_V and part == PARTS - 1,  # MASKED
+                        EVEN_D,
+                        TMA,
+                        PRECISION,
+                        BLOCK_T,
+                        BLOCK_V,
+                        BLOCK_D,
+                    )
+            else:
                 _rows_tile(
                     hidden,
                     weight,
                     bias_ptr,
                     targets_ptr,
-                    target_ptr,
+                    top_ptr,
                     partials_ptr,
                     offset_ptr,
                     kept,
@@ -233,16 +305,17 @@ def rows_kernel(
                     stride_wv,
                     stride_wd,
                     stride_kt,
-                    factor,
+                    scale,
                     cap_in,
-                    cap_out,
                     HAS_BIAS,
                     HAS_CAP,
-                    HAS_FACTOR,
+                    NEGATIVE,
                     ENTROPY,
                     SQUARES,
                     MEAN,
+                    TOP1,
                     KEEP,
+                    not EVEN_V and part == PARTS - 1,  # MASKED
                     EVEN_D,
                     TMA,
                     PRECISION,
@@ -250,45 +323,6 @@ def rows_kernel(
                     BLOCK_V,
                     BLOCK_D,
                 )
-        else:
-            _rows_tile(
-                hidden,
-                weight,
-                bias_ptr,
-                targets_ptr,
-                target_ptr,
-                partials_ptr,
-                offset_ptr,
-                kept,
-                mask_t,
-                first_t,
-                pid_v,
-                tiles_v,
-                T,
-                V,
-                D,
-                stride_ht,
-                stride_hd,
-                stride_wv,
-                stride_wd,
-                stride_kt,
-                factor,
-                cap_in,
-                cap_out,
-                HAS_BIAS,
-                HAS_CAP,
-                HAS_FACTOR,
-                ENTROPY,
-                SQUARES,
-                MEAN,
-                KEEP,
-                EVEN_D,
-                TMA,
-                PRECISION,
-                BLOCK_T,
-                BLOCK_V,
-                BLOCK_D,
-            )
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -298,9 +332,15 @@ def merge_kernel(
     total_ptr,
     weighted_ptr,
     squares_ptr,
-    sum_ptr,
+    logits_ptr,
+    score_ptr,
+    targets_ptr,
+    offset_ptr,
+    shift_ptr,
     repair_ptr,
+    scale,
     T,
+    V,
     tiles_v,
     ENTROPY: tl.constexpr,
     SQUARES: tl.constexpr,
@@ -312,8 +352,8 @@ def merge_kernel(
 ):
     """Join the tiles of each row, in order.
 
-    Sums are against the row's offset with KEEP, where all tiles share it. Without, each tile had its own
-    maximum, and sums are against the row's.
+    Sums are against the row's offset with KEEP, where all tiles share it. Without, each tile had its own,
+    and sums are against one just above the row's maximum. So is the target's distance, rounded once.
     """
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = rows < T
@@ -328,7 +368,10 @@ def merge_kernel(
         in_ptrs = partials_ptr + (start + splits).to(tl.int64)[:, None] * T + rows[None, :]
         part = tl.load(in_ptrs, mask=mask, other=float("-inf"))
         maximum = tl.maximum(maximum, tl.max(part, axis=0))
-    offset = finite(maximum)
+    if KEEP:
+        offset = tl.load(offset_ptr + rows, mask=mask_t, other=0.0)
+    else:
+        offset = offset_of(maximum)
     total = tl.zeros((BLOCK_T,), tl.float32)
     weighted, squares, sums = total, total, total
     for start in range(0, tiles_v, BLOCK_S):
@@ -337,10 +380,10 @@ def merge_kernel(
         part_total = tl.load(in_ptrs + plane, mask=mask, other=0.0)
         gain, shift = 1.0, 0.0
         if not KEEP:
-            part_max = finite(tl.load(in_ptrs, mask=mask, other=float("-inf")))
+            part_offset = offset_of(tl.load(in_ptrs, mask=mask, other=float("-inf")))
             # A tile of -inf alone has offset 0 and sums of 0, whatever the row's maximum is.
-            shift = tl.where(part_total > 0, part_max - offset[None, :], 0.0)
-            gain = tl.exp(shift)
+            shift = tl.where(part_total > 0, part_offset - offset[None, :], 0.0)
+            gain = tl.exp2(shift)
         total += tl.sum(gain * part_total, axis=0)
         if ENTROPY:
             part = tl.load(in_ptrs + 2 * plane, mask=mask, other=0.0)
@@ -354,14 +397,23 @@ def merge_kernel(
             squares += tl.sum(gain * gain * part, axis=0)
         if MEAN:
             sums += tl.sum(tl.load(in_ptrs + 4 * plane, mask=mask, other=0.0), axis=0)
+    # Beyond 1e8 the largest logit vanishes against the offset just above it: the row is that logit alone.
+    vanished = (total == 0.0) & (maximum >= offset - tl.abs(offset) * 2.0**-20)
+    total = tl.where(vanished, 1.0, total)
     tl.store(maximum_ptr + rows, maximum, mask=mask_t)
+    if not KEEP:
+        tl.store(offset_ptr + rows, offset, mask=mask_t)
     tl.store(total_ptr + rows, total, mask=mask_t)
+    score = tl.load(score_ptr + rows, mask=mask_t, other=0.0)
+    target = tl.load(targets_ptr + rows, mask=mask_t, other=-1)
+    inside, inf = (target >= 0) & (target < V), float("inf")
+    tl.store(shift_ptr + rows, tl.where(inside, less(score, scale, offset), -inf), mask=mask_t)
     if ENTROPY:
         tl.store(weighted_ptr + rows, weighted, mask=mask_t)
     if SQUARES:
         tl.store(squares_ptr + rows, squares, mask=mask_t)
     if MEAN:
-        tl.store(sum_ptr + rows, sums, mask=mask_t)
+        tl.store(logits_ptr + rows, sums * scale * LN2, mask=mask_t)
 
 
 class RowPass:
@@ -369,17 +421,21 @@ class RowPass:
 
     The constructor launches the kernels; `repair` launches them again.
 
-    sums: by name, [T] fp32. m is `offset_T` with `kept_TV`, else the maximum (0 for a row of -inf).
+    sums: by name, [T] fp32, logits and offsets in powers of two.
+        offset: m; `offset_T` with `kept_TV`, else just above the maximum.
         maximum: of z.
-        target: the target's logit; 0 where the target is not among these columns.
-        total: sum exp(z - m).
-        weighted: sum exp(z - m) (z - m), squares: sum exp(z - m)^2, logits: sum z; for the extras that
-            need them.
+        shift: the target's logit less m; -inf where the target is not among these columns.
+        total: sum 2^(z - m).
+        weighted, squares, logits, for the extras that need them: sum 2^(z - m) (z - m),
+            sum 2^(2 (z - m)), and sum z in nats.
+        top, for is_top1: the target's logit from the product of its tile, which `maximum` is comparable
+            with; -inf where the target is not among these columns.
 
     Args:
         hidden_TD, weight_VD: fp32, bf16 or fp16, any strides; bias_V: [V], contiguous, or None.
         targets_T: int64, contiguous; values outside 0..V-1 are no target of these columns.
-        offset_T, kept_TV: row offsets m, fp32, and where to store exp(z - m) times the cap's slope.
+        offset_T, kept_TV: row offsets m, fp32, and where to store 2^(z - m) times the cap's slope.
+        score_T: `target_scores` of these tokens, where they are known already.
     """
 
     def __init__(
@@ -393,17 +449,21 @@ class RowPass:
         extras: tuple[str, ...] = (),
         offset_T: Tensor | None = None,
         kept_TV: Tensor | None = None,
+        score_T: Tensor | None = None,
         config: TileConfig | None = None,
     ):
         check(hidden_TD, weight_VD, bias_V, targets_T)
-        self.offset, self.kept = offset_T, kept_TV
+        self.kept = kept_TV
         self.hidden, self.weight, self.bias, self.store = interpretable(
             hidden_TD, weight_VD, bias_V, kept_TV
         )
         self.targets, self.options = targets_T, options
+        if score_T is None:
+            score_T = target_scores(hidden_TD, weight_VD, bias_V, targets_T, options)
+        self.score = score_T
         (T, D), V = hidden_TD.shape, weight_VD.shape[0]
         names = [SUMS[name] for name in extras if name in SUMS]
-        rich = bias_V is not None or bool(options["softcap"]) or not {*names} <= {"weighted"}
+        rich = bias_V is not None or bool(options["softcap"]) or not {*names} <= {"weighted", "top"}
         stored = () if kept_TV is None else (self.store,)
         self.config = config or choose_tile(
             "rows",
@@ -420,6 +480,7 @@ class RowPass:
                 extras=extras,
                 offset_T=offset_T,
                 kept_TV=kept_TV,
+                score_T=score_T,
                 config=tile,
             ),
             stores=bool(stored),
@@ -428,14 +489,17 @@ class RowPass:
             described=describable(self.hidden, self.weight, *stored),
         )
         new = lambda *shape: hidden_TD.new_empty(shape, dtype=torch.float32)  # noqa: E731
-        self.sums = {name: new(T) for name in ("maximum", "total", *names)}
-        self.sums["target"] = hidden_TD.new_zeros(T, dtype=torch.float32)
+        self.sums = {name: new(T) for name in ("maximum", "shift", "total", *names)}
+        self.sums["offset"] = new(T) if offset_T is None else offset_T
+        if "top" in names:
+            self.sums["top"].fill_(-torch.inf)
         self.flags = {
             flag: name in names
             for flag, name in (("ENTROPY", "weighted"), ("SQUARES", "squares"), ("MEAN", "logits"))
         }
+        self.even_v = V % self.config.block_v == 0
         self.tiles_v = triton.cdiv(V, self.config.block_v)
-        self.partials = new(5 if names else 2, self.tiles_v, T)
+        self.partials = new(5 if any(self.flags.values()) else 2, self.tiles_v, T)
         if T:
             self._launch(self.config, None)
 
@@ -451,18 +515,18 @@ class RowPass:
     def _launch(self, config: TileConfig, repair: Tensor | None) -> None:
         T, V = len(self.targets), self.weight.shape[0]
         tiles = triton.cdiv(T, config.block_t) * self.tiles_v
-        shared = {"T": T, "repair_ptr": repair, "partials_ptr": self.partials, **self.flags}
+        shared = {"T": T, "V": V, "repair_ptr": repair, "partials_ptr": self.partials, **self.flags}
+        shared |= {"targets_ptr": self.targets, "offset_ptr": self.sums["offset"]}
         shared |= {"KEEP": self.kept is not None, "REPAIR": repair is not None}
         operands = arguments(
-            self.hidden, self.weight, self.bias, config, stored=self.store, **self.options
+            self.hidden, self.weight, self.bias, config, stored=self.store, options=self.options
         )
         operands["kept"], operands["stride_kt"] = operands.pop("stored"), operands.pop("stride_st")
         with on_device(self.hidden):
             rows_kernel[(programs(config, tiles, self.hidden.device),)](
-                targets_ptr=self.targets,
-                target_ptr=self.sums["target"],
-                offset_ptr=self.offset,
-                V=V,
+                top_ptr=self.sums.get("top"),
+                TOP1="top" in self.sums,
+                EVEN_V=self.even_v,
                 **operands,
                 **shared,
             )
@@ -471,7 +535,10 @@ class RowPass:
                 total_ptr=self.sums["total"],
                 weighted_ptr=self.sums.get("weighted"),
                 squares_ptr=self.sums.get("squares"),
-                sum_ptr=self.sums.get("logits"),
+                logits_ptr=self.sums.get("logits"),
+                score_ptr=self.score,
+                shift_ptr=self.sums["shift"],
+                scale=operands["scale"],
                 tiles_v=self.tiles_v,
                 BLOCK_T=MERGE_TOKENS,
                 BLOCK_S=MERGE_TILES,

@@ -1,6 +1,12 @@
-"""What the product kernels share: order of the tiles, product, logits, and their arguments."""
+"""What the product kernels share: order of the tiles, product, logits, and their arguments.
+
+Logits and offsets are in powers of two, so that an exponential is one fused multiply-add and one
+instruction of the special-function unit: 2^(scale * score - offset).
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -8,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dpo_fast.kernels.tiles import TileConfig
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -72,20 +80,21 @@ def product(
 
 
 @triton.jit
-def logits(
+def scores(
     acc,
     bias_ptr,
     offs_v,
     mask_v,
-    factor,
     cap_in,
-    cap_out,
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
-    HAS_FACTOR: tl.constexpr,
+    NEGATIVE: tl.constexpr,
     WITH_SLOPE: tl.constexpr,
 ):
-    """Logits and the cap's slope. z = factor (acc + b), or cap_out tanh(cap_in (acc + b))."""
+    """Scores y and the cap's slope: a logit in powers of two is scale * y, and scale is positive.
+
+    y = acc + b, its negative where logit_scale is negative, or tanh(cap_in (acc + b)).
+    """
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)[None, :]
     slope = 1.0
@@ -94,20 +103,57 @@ def logits(
         # exp of a non-positive number never overflows; the slope 1 - tanh^2 has no cancellation.
         e = tl.exp(-2.0 * tl.abs(x))
         magnitude = (1.0 - e) / (1.0 + e)
-        z = cap_out * tl.where(x < 0, -magnitude, magnitude)
+        score = tl.where(x < 0, -magnitude, magnitude)
         if WITH_SLOPE:
             slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
-    elif HAS_FACTOR:
-        z = acc * factor
+    elif NEGATIVE:
+        score = -acc
     else:
-        z = acc
-    return z, slope
+        score = acc
+    return score, slope
 
 
 @triton.jit
-def finite(maximum):
-    """A row that has seen only -inf gets offset 0: exp(-inf - 0) is 0, exp(-inf + inf) is NaN."""
-    return tl.where(maximum == float("-inf"), 0.0, maximum)
+def less(score, scale, offset):
+    """scale * score - offset, rounded once: near 1e4 a rounded product is off by 3e-4 nats.
+
+    Every distance from a row's offset goes through here, the target's too.
+    """
+    if INTERPRETED:  # the interpreter rounds twice; the product of two fp32 is exact in fp64
+        return (score.to(tl.float64) * scale - offset).to(tl.float32)
+    return tl.fma(score, scale, -offset)
+
+
+@triton.jit
+def column_in_tile(targets_ptr, rows, mask_t, first_column, first_v, BLOCK_V: tl.constexpr):
+    """The target's column within this tile as int32, -1 where it has none: comparing 64-bit columns
+    costs three times as much."""
+    column = tl.load(targets_ptr + rows, mask=mask_t, other=-1) - first_column - first_v
+    return tl.where((column >= 0) & (column < BLOCK_V), column, -1).to(tl.int32)
+
+
+@triton.jit
+def offset_of(maximum):
+    """An offset for sums up to this maximum: above it by 2^-22 of its size.
+
+    `less` does not round the product, so that the largest logit itself could exceed its rounded value, by
+    enough to overflow where masks are of the order of -1e30. A row that has seen only -inf gets offset 0:
+    2^(-inf - 0) is 0, 2^(-inf + inf) is NaN.
+    """
+    finite = tl.where(maximum == float("-inf"), 0.0, maximum)
+    # An explicit fma: fused with the product behind `maximum`, the sum would differ from kernel to kernel.
+    return tl.fma(tl.abs(finite), 2.0**-22, finite)
+
+
+def frame(logit_scale: float, softcap: float | None, temperature: float) -> dict:
+    """Keyword arguments that say what a logit is, for every kernel that makes one."""
+    largest = softcap or abs(logit_scale)
+    return {
+        "scale": largest / temperature / math.log(2),
+        "cap_in": logit_scale / softcap if softcap else 0.0,
+        "HAS_CAP": bool(softcap),
+        "NEGATIVE": logit_scale < 0 and not softcap,
+    }
 
 
 def check(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_T: Tensor) -> None:
@@ -131,9 +177,7 @@ def arguments(
     config: TileConfig,
     *,
     stored: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
+    options: dict,
 ) -> dict:
     """Keyword arguments of both product kernels. stored: the [T, V] tensor that they write."""
     block_t, block_v, block_d = config.block_t, config.block_v, config.block_d
@@ -148,12 +192,8 @@ def arguments(
         "stride_wv": weight_VD.stride(0),
         "stride_wd": weight_VD.stride(1),
         "stride_st": None if stored is None else stored.stride(0),
-        "factor": logit_scale / temperature,
-        "cap_in": logit_scale / softcap if softcap else 0.0,
-        "cap_out": softcap / temperature if softcap else 0.0,
+        **frame(**options),
         "HAS_BIAS": bias_V is not None,
-        "HAS_CAP": bool(softcap),
-        "HAS_FACTOR": logit_scale != temperature,
         "EVEN_D": config.tma or hidden_TD.shape[1] % block_d == 0,
         "TMA": config.tma,
         "PRECISION": "ieee" if hidden_TD.dtype == torch.float32 else "tf32",

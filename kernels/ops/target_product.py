@@ -1,4 +1,4 @@
-"""h_t . w_y for the target y of each token: a gathered dot product in fp32, before any large product."""
+"""The score of each token's target: a gathered dot product in fp32, before any large product."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dpo_fast.kernels.device import interpretable, on_device
+from dpo_fast.kernels.product import frame, scores
 
 BLOCK_T, BLOCK_D = 16, 128
 
@@ -16,6 +17,7 @@ BLOCK_T, BLOCK_D = 16, 128
 def target_product_kernel(
     hidden_ptr,
     weight_ptr,
+    bias_ptr,
     targets_ptr,
     out_ptr,
     T,
@@ -25,6 +27,10 @@ def target_product_kernel(
     stride_hd,
     stride_wv,
     stride_wd,
+    cap_in,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    NEGATIVE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -40,19 +46,27 @@ def target_product_kernel(
         h = tl.load(h_ptrs + offs_d[None, :] * stride_hd, mask=mask, other=0.0).to(tl.float32)
         w = tl.load(w_ptrs + offs_d[None, :] * stride_wd, mask=mask, other=0.0).to(tl.float32)
         total += tl.sum(h * w, axis=1)
-    tl.store(out_ptr + rows, total, mask=rows < T)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + targets, mask=mask_t, other=0.0).to(tl.float32)
+    score, _ = scores(total, None, None, None, cap_in, False, HAS_CAP, NEGATIVE, False)
+    tl.store(out_ptr + rows, tl.where(mask_t, score, 0.0), mask=rows < T)
 
 
-def target_product(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
-    """h_t . w_y, [T] fp32; 0 where the target is not in 0..V-1."""
+def target_scores(
+    hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_T: Tensor, options: dict
+) -> Tensor:
+    """Scores at the targets, [T] fp32 (`product.scores`); 0 where a target is not in 0..V-1."""
     (T, D), V = hidden_TD.shape, weight_VD.shape[0]
     out_T = hidden_TD.new_empty(T, dtype=torch.float32)
-    hidden_TD, weight_VD = interpretable(hidden_TD, weight_VD)
+    hidden_TD, weight_VD, bias_V = interpretable(hidden_TD, weight_VD, bias_V)
+    what = frame(**options)
+    del what["scale"]
     if T:
         with on_device(hidden_TD):
             target_product_kernel[(triton.cdiv(T, BLOCK_T),)](
                 hidden_ptr=hidden_TD,
                 weight_ptr=weight_VD,
+                bias_ptr=bias_V,
                 targets_ptr=targets_T,
                 out_ptr=out_T,
                 T=T,
@@ -62,8 +76,10 @@ def target_product(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> T
                 stride_hd=hidden_TD.stride(1),
                 stride_wv=weight_VD.stride(0),
                 stride_wd=weight_VD.stride(1),
+                HAS_BIAS=bias_V is not None,
                 BLOCK_T=BLOCK_T,
                 BLOCK_D=BLOCK_D,
                 num_warps=4,
+                **what,
             )
     return out_T

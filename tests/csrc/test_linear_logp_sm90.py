@@ -4,6 +4,7 @@ The kernel's mathematics is in tests/ops/test_linear_logp_cuda.py.
 """
 
 import itertools
+import math
 import os
 import re
 import subprocess
@@ -60,7 +61,13 @@ def machine_code(library, tmp_path_factory):
     return found
 
 
-KERNELS = {"SumRowsILb0E": "sums", "SumRowsILb1E": "kept", "MakeGradient": "gradient"}
+KERNELS = {
+    "SumRowsILb0ELb0E": "sums",
+    "SumRowsILb0ELb1E": "sums, extras",
+    "SumRowsILb1ELb0E": "kept",
+    "SumRowsILb1ELb1E": "kept, extras",
+    "MakeGradient": "gradient",
+}
 
 
 def products(machine_code: dict) -> dict[str, str]:
@@ -91,7 +98,7 @@ def test_the_machine_code_is_hoppers(machine_code):
         assert shapes == {f"64x{width}x16.F32.BF16"}, name
         assert not re.search(r"\bHMMA\b|\bSTL\b|\bLDL\b", code), name
         assert re.search(r"\bUTMALDG\.2D ", code) and "UTMALDG.2D.MULTICAST" in code, name
-        assert ("UTMASTG.2D" in code) == (name != "sums"), name
+        assert ("UTMASTG.2D" in code) == (not name.startswith("sums")), name
         assert "USETMAXREG.DEALLOC" in code and "USETMAXREG.TRY_ALLOC" in code, name
     assert not any("UTMALDG" in code for symbol, code in machine_code.items() if "finish" in symbol)
 
@@ -152,10 +159,11 @@ def test_the_bindings_load_and_name_what_does_not_fit(library):
         torch.ops.load_library({str(library)!r})
         rows = torch.ops.dpo_fast_sm90.rows
         T, V, D = 130, 200, 16
-        good = dict(hidden=torch.zeros(T, D, dtype=torch.bfloat16), offset=None, kept=None,
+        good = dict(hidden=torch.zeros(T, D, dtype=torch.bfloat16), offset=torch.zeros(T), kept=None,
                     weight=torch.zeros(V, D, dtype=torch.bfloat16), repair=None, factor=1.0,
                     targets=torch.zeros(T, dtype=torch.int64), partials=torch.zeros(2, 2, T),
-                    target=torch.zeros(T), maximum=torch.zeros(T), total=torch.zeros(T),
+                    score=torch.zeros(T), shift=torch.zeros(T),
+                    maximum=torch.zeros(T), total=torch.zeros(T),
                     weighted=None, squares=None, cluster=2, blocks=2)
         half = torch.bfloat16
         changes = dict(
@@ -168,8 +176,8 @@ def test_the_bindings_load_and_name_what_does_not_fit(library):
             targets=dict(targets=torch.zeros(T, dtype=torch.int32)),
             partials=dict(partials=torch.zeros(2, 3, T)),
             planes=dict(weighted=torch.zeros(T), squares=torch.zeros(T)),
-            kept=dict(offset=torch.zeros(T), kept=torch.zeros(T, V, dtype=half)[:, :V - 1]),
-            lonely=dict(offset=torch.zeros(T)),
+            kept=dict(kept=torch.zeros(T, V, dtype=half)[:, :V - 1]),
+            offset=dict(offset=torch.zeros(T - 1)),
             repair=dict(repair=torch.zeros(3, dtype=torch.int8)),
             cluster=dict(cluster=3),
             blocks=dict(blocks=3),
@@ -181,7 +189,7 @@ def test_the_bindings_load_and_name_what_does_not_fit(library):
                 print(name, "|", str(error).splitlines()[0])
         try:
             torch.ops.dpo_fast_sm90.gradient(
-                good["hidden"], good["weight"], good["targets"], 1.0, good["target"], good["total"],
+                good["hidden"], good["weight"], good["targets"], 1.0, good["score"], good["total"],
                 good["total"][1:], 0, torch.zeros(T, 200, dtype=half), 2, 2)
         except RuntimeError as error:
             print("gradient", "|", str(error).splitlines()[0])
@@ -200,11 +208,11 @@ def test_the_bindings_load_and_name_what_does_not_fit(library):
         "partials": r"partials: expected contiguous Float \[2, 2, 130\]; got sizes \[2, 3, 130\]",
         "planes": r"partials: expected contiguous Float \[4, 2, 130\]",
         "kept": r"kept: expected bf16 \[130, 200\].*sizes \[130, 199\]",
-        "lonely": "offset and kept come together",
+        "offset": r"offset: expected contiguous Float \[130\]; got sizes \[129\]",
         "repair": r"repair: expected contiguous Char \[2\]; got sizes \[3\]",
         "cluster": "cluster=3 must be 1 or 2",
         "blocks": "blocks=3 a multiple",
-        "gradient": r"scale: expected contiguous Float \[130\]; got sizes \[129\]",
+        "gradient": r"per_p: expected contiguous Float \[130\]; got sizes \[129\]",
     }
     assert said.keys() == expected.keys()
     for name, pattern in expected.items():
@@ -335,14 +343,16 @@ def exercise(operations) -> None:
     T, V, D = 250, 400, 392
     hidden, weight = torch.randn(T, D).to(BF16), torch.randn(V, D).to(BF16)
     targets, logits = torch.randint(V, (T,)), hidden.double() @ weight.double().t() * 0.1
-    offset = logits.amax(1).float()
-    sums = {name: torch.empty(T) for name in ("target", "maximum", "total")}
+    given = (logits.amax(1) / math.log(2)).float()
+    names = ("offset", "score", "shift", "maximum", "total")
+    sums = {name: torch.empty(T) for name in names}
     partials = torch.empty(2, -(-V // 192), T)
     for order in range(6):
         kept = torch.full((T, V), torch.nan, dtype=BF16)
         for tensor in (*sums.values(), partials):
             tensor.fill_(torch.nan)
-        stores = {"offset": offset, "kept": kept} if order % 2 else {"offset": None, "kept": None}
+        if order % 2:
+            sums["offset"].copy_(given)
         operations.rows(
             hidden,
             weight,
@@ -354,16 +364,19 @@ def exercise(operations) -> None:
             squares=None,
             cluster=2,
             blocks=2,
-            **stores,
+            kept=kept if order % 2 else None,
             **sums,
         )
-        expected = (logits - offset.double()[:, None]).exp()
+        torch.testing.assert_close(sums["offset"], given, rtol=1e-6, atol=1e-6)
+        # Another product rounds another way: all are held against the offset that was used.
+        z = logits / math.log(2)
+        expected = (z - sums["offset"].double()[:, None]).exp2()
         close = {"rtol": 1e-4, "atol": 1e-4, "check_dtype": False}
         torch.testing.assert_close(sums["total"], expected.sum(1), **close)
-        torch.testing.assert_close(sums["maximum"], logits.amax(1), **close)
-        torch.testing.assert_close(
-            sums["target"], logits.gather(1, targets[:, None])[:, 0], **close
-        )
+        torch.testing.assert_close(sums["maximum"], z.amax(1), **close)
+        target = z.gather(1, targets[:, None])[:, 0]
+        torch.testing.assert_close(sums["shift"], target - sums["offset"].double(), **close)
+        torch.testing.assert_close(sums["score"] * (0.1 / math.log(2)), target, **close)
         if order % 2:
             torch.testing.assert_close(kept, expected, rtol=2**-7, atol=1e-4, check_dtype=False)
 

@@ -211,6 +211,34 @@ def test_rows_that_leave_their_range(poison):
     assert torch.equal(got["dH"][rows], calm["dH"][rows])
 
 
+@pytest.mark.parametrize("logit_scale", [1.0, -1.0])
+@pytest.mark.parametrize("keeps", [False, True])
+def test_one_frame_near_ten_thousand(keeps, logit_scale, poison):
+    """As the test of that name of the Triton twin: products that are exact, and 1e-6 is left."""
+    g = torch.Generator("cpu").manual_seed(7)
+    hidden = torch.randint(-1, 2, (130, 16), generator=g, device="cpu").to(DEVICE, BF16)
+    weight = torch.randint(-1, 2, (200, 16), generator=g, device="cpu").to(DEVICE, BF16)
+    hidden[:, 0], weight[:, 0] = 1024.0, 8.0 * logit_scale
+    options = {"logit_scale": logit_scale * 9876.543 / 8192, "extras": EXTRAS}
+    targets = torch.randint(200, (130,), generator=g, device="cpu").to(DEVICE)
+    found = run(hidden, weight.requires_grad_(keeps), targets, **options)
+    truth = eager.linear_logp(hidden.double(), weight.double(), targets, **options)
+    for name in ("logp", "entropy", "log_sum_p2"):
+        assert (getattr(found, name) - truth[name]).abs().max() <= 3e-6, name
+    assert torch.equal(found.is_top1.bool(), truth["is_top1"].bool())
+
+
+def test_log_prob_of_minus_500(poison):
+    """The row's maximum is 500 above its offset, which takes a repair."""
+    hidden, weight = torch.ones(130, 8, dtype=BF16), torch.zeros(600, 8, dtype=BF16)
+    weight[7] = 62.5  # its logit is 500, all others are 0; the sample takes every third column
+    targets = torch.arange(130)
+    logp = run(hidden, weight.requires_grad_(), targets).logp
+    expected = torch.full((130,), -500.0)
+    expected[7] = 0.0
+    torch.testing.assert_close(logp, expected, rtol=2**-23, atol=0)
+
+
 def test_a_tile_far_below_the_others():
     """Its exponentials are 0 against the row's maximum, and so is what it adds to the entropy."""
     hidden, weight = torch.zeros(2, 8, dtype=BF16), torch.zeros(400, 8, dtype=BF16)
@@ -260,7 +288,7 @@ def test_sums_and_exponentials_are_those_of_the_triton_twin():
             done = row_pass(hidden, weight, None, targets, **arguments, **kept)
             sums.append(done.sums | ({"E": room} if keep else {}))
         assert sums[0].keys() == sums[1].keys()
-        assert sums[0]["target"][5:7].tolist() == [0.0, 0.0]
+        assert sums[0]["shift"][5:7].tolist() == [-torch.inf, -torch.inf]
         for name, value in sums[1].items():
             slack = 2**-7 if name == "E" else 1e-4  # bf16 may round to the other side
             torch.testing.assert_close(sums[0][name], value, rtol=slack, atol=1e-4)

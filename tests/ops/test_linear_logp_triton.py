@@ -5,6 +5,7 @@ Interpreted on a CPU; on a GPU with `TRITON_INTERPRET=0 pytest tests/ops/test_li
 
 import contextlib
 import dataclasses
+import math
 from functools import partial
 
 import pytest
@@ -270,6 +271,153 @@ def test_logits_of_ten_thousand(poison):
         assert (got[name] - truth[name]).abs().max() <= allowed, name
 
 
+def exact(logit_scale, temperature=1.0):
+    """Operands whose products are sums of small integers, exact in any order, so that what is left of an
+    error is the epilogue's. Logits are near 1e4 and differ by a few; every second target is the largest."""
+    g = torch.Generator("cpu").manual_seed(7)
+    T, V, D = 24, 96, 16
+    hidden = torch.randint(-1, 2, (T, D), generator=g, device="cpu").float()
+    weight = torch.randint(-1, 2, (V, D), generator=g, device="cpu").float()
+    hidden[:, 0], weight[:, 0] = 1024.0, 8.0 * logit_scale
+    options = {"logit_scale": logit_scale * temperature * 9876.543 / 8192}
+    options["temperature"] = temperature
+    z = eager.head_logits(hidden.double(), weight.double(), **options)
+    assert z.min() > 9e3 and z.max() < 1.1e4
+    targets = torch.randint(V, (T,), generator=g, device="cpu")
+    targets[::2] = z.argmax(1)[::2]
+    return hidden.to(DEVICE), weight.to(DEVICE), targets.to(DEVICE), options
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("logit_scale", [1.0, -1.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("keeps", [False, True])
+def test_one_frame_near_ten_thousand(keeps, temperature, logit_scale, dtype, poison):
+    """Target, offset and sums are rounded in one place: 1e-6. Logits rounded before the offset is
+    taken off, as they were, cost 7e-4, and so would a target in nats beside sums in powers of two."""
+    hidden, weight, targets, options = exact(logit_scale, temperature)
+    options["extras"] = EXTRAS
+    truth = eager.linear_logp(hidden.double(), weight.double(), targets, **options)
+    hidden, weight = hidden.to(dtype), weight.to(dtype).requires_grad_(keeps)
+    got = linear_logp(hidden, weight, targets, implementation="triton", **options)
+    for name in ("logp", "entropy", "log_sum_p2"):
+        assert (getattr(got, name) - truth[name]).abs().max() <= 3e-6, name
+    assert torch.equal(got.is_top1.bool(), truth["is_top1"].bool())
+
+
+@pytest.mark.parametrize("logit_scale", [1.0, -1.0])
+def test_one_frame_near_ten_thousand_with_a_bias(logit_scale, poison):
+    hidden, weight, targets, options = exact(logit_scale)
+    bias = torch.arange(96.0) % 5
+    got = linear_logp(hidden, weight, targets, implementation="triton", bias=bias, **options)
+    truth = eager.linear_logp(
+        hidden.double(), weight.double(), targets, bias=bias.double(), **options
+    )
+    assert (got.logp - truth["logp"]).abs().max() <= 3e-6
+
+
+def test_one_frame_under_a_cap_of_ten_thousand(poison):
+    """tanh near 0.76: its own rounding, 1e4 times 6e-8, is what is left."""
+    hidden, weight, targets, options = exact(1.0)
+    options["softcap"] = 1e4
+    got = linear_logp(hidden, weight, targets, implementation="triton", **options).logp
+    truth = eager.linear_logp(hidden.double(), weight.double(), targets, **options)["logp"]
+    same = eager.linear_logp(hidden, weight, targets, **options)["logp"]
+    assert (got - truth).abs().max() <= 2 * (same - truth).abs().max() + 1e-4
+
+
+def sure(dtype):
+    """Rows that are sure of their targets, all different, so that rounding decides about the last bit."""
+    hidden, weight, _, _ = make(64, 200, 300, dtype)
+    targets = torch.randperm(200, generator=torch.Generator("cpu").manual_seed(1), device="cpu")
+    targets = targets[:64].to(DEVICE)
+    weight[targets] += (hidden * (40.0 / 300)).to(dtype)
+    return hidden, weight, targets
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_log_prob_never_exceeds_0(dtype, frozen, poison):
+    """The target's product is another sum than the tiles': rounding may put it above them."""
+    hidden, weight, targets = sure(dtype)
+    options = dataclasses.asdict(HeadOptions())
+    sums = kernels.RowPass(hidden, weight, None, targets, options=options).sums
+    assert (sums["shift"] > sums["total"].log2()).any(), "no row is put to the test"
+    leaf, head = hidden.requires_grad_(), weight.requires_grad_(not frozen)
+    logp = linear_logp(leaf, head, targets, implementation="triton").logp
+    assert (logp <= 0).all() and (logp > -1e-4).all()
+    logp.sum().backward()
+    assert leaf.grad.abs().max() < 1e-3
+
+
+def test_the_patch_at_the_target_is_never_positive(poison):
+    hidden, weight, targets = sure(FP32)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        linear_logp(
+            hidden.requires_grad_(), weight.requires_grad_(), targets, implementation="triton"
+        )
+    (kept,) = [x for x in saved if x.shape == (64, 200)]
+    at_target = kept[torch.arange(64), targets]
+    assert (at_target <= 0).all() and (at_target == 0).any()
+
+
+def test_masks_of_finite_size(poison):
+    """A bias of -1e30, or fp32's lowest: tiles of such columns alone count as nothing."""
+    for mask in (-1e9, -1e30, torch.finfo(FP32).min):
+        hidden, weight, targets, bias = make(9, 170, 24, FP32, bias=True)
+        bias[:64], bias[96:] = mask, mask
+        targets = targets % 32 + 64
+        inputs = (hidden, weight, targets, bias)
+        extras = ("entropy", "log_sum_p2", "is_top1")
+        got = evaluate(linear_logp, *inputs, extras=extras, implementation="triton")
+        double = [x.double() if x.is_floating_point() else x for x in inputs]
+        truth = evaluate(eager.linear_logp, *double, extras=extras)
+        for name, value in truth.items():
+            torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("extras", [(), EXTRAS])
+def test_a_nan_stays_one(extras):
+    """In a hidden state, hence in all its logits, or in the weight of one column."""
+    hidden, weight, targets, _ = make(5, 70, 16, FP32)
+    hidden[1, 3] = torch.nan
+    logp = linear_logp(hidden, weight, targets, implementation="triton", extras=extras).logp
+    assert logp.isnan().tolist() == [False, True, False, False, False]
+    weight[60] = torch.nan
+    logp = linear_logp(hidden, weight, targets, implementation="triton", extras=extras).logp
+    assert logp.isnan().all()
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_logits_of_ten_billion(keeps):
+    """fp32 tells neither the largest logit from its offset nor logits 100 apart: finite, and one-hot."""
+    hidden, weight = torch.zeros(3, 8), torch.zeros(100, 8)
+    hidden[:, 0], weight[:, 0], weight[17, 0] = 1.0, 1e9, 1e10
+    targets = torch.tensor([17, 17, 3])
+    inputs = hidden.requires_grad_(), weight.requires_grad_(keeps), targets
+    logp = linear_logp(*inputs, implementation="triton").logp
+    assert (logp[:2] > -1e-6 * 1e10).all() and (logp <= 0).all()
+    torch.testing.assert_close(logp[2].item(), -9e9, rtol=1e-6, atol=0)
+    logp.sum().backward()
+    assert hidden.grad.isfinite().all()
+
+
+def test_a_target_of_another_shard():
+    """No shift here, and the sums are those of the columns that are here."""
+    hidden, weight, targets, _ = make(12, 70, 16, FP32)
+    options = {"options": dataclasses.asdict(HeadOptions()), "extras": EXTRAS}
+    here = kernels.RowPass(hidden, weight, None, targets, **options).sums
+    elsewhere = targets.clone()
+    elsewhere[3], elsewhere[4], elsewhere[5] = -1, 70, 2**40
+    found = kernels.RowPass(hidden, weight, None, elsewhere, **options).sums
+    for name in ("shift", "top"):
+        assert (found[name][3:6] == -torch.inf).all()
+        assert torch.equal(found[name][6:], here[name][6:])
+    for name in ("maximum", "total", "weighted", "squares", "offset"):
+        assert torch.equal(found[name], here[name])
+
+
 def test_log_prob_of_minus_500(schedule, poison):
     """The row's maximum is 500 above its offset: found, and done again against the maximum."""
     hidden = torch.ones(9, 4)
@@ -277,7 +425,8 @@ def test_log_prob_of_minus_500(schedule, poison):
     weight[7] = 125.0  # its logit is 500, all others are 0; the sample takes every second column
     targets = torch.tensor([0, 7, 39, 1, 2, 3, 4, 5, 299])
     got = evaluate(linear_logp, hidden, weight, targets, None, implementation="triton")
-    assert got["logp"].tolist() == [-500.0, 0.0] + [-500.0] * 7
+    expected = torch.tensor([-500.0, 0.0] + [-500.0] * 7).double()
+    torch.testing.assert_close(got["logp"], expected, rtol=2**-23, atol=0)  # an ulp: 721.3 / ln 2
     slopes = torch.linspace(-1, 2, 9).double()
     expected = -(slopes.sum() - slopes[1])
     torch.testing.assert_close(got["dW"][7], expected.expand(4), rtol=1e-6, atol=1e-6)
@@ -394,12 +543,12 @@ def test_tile_sizes_and_descriptors_change_rounding_only():
             hidden, weight, None, targets, offset_T=offset, kept_TV=kept, **extras
         ).sums
         runs.append({**sums, **{f"{k} against the offset": v for k, v in more.items()}, "E": kept})
-    assert len(runs[0]) == 13
+    assert len(runs[0]) == 17
     for run in runs[1:]:
         for name, value in runs[0].items():
             torch.testing.assert_close(run[name], value, rtol=1e-5, atol=1e-4)
     z = eager.head_logits(hidden.double(), weight.double(), temperature=0.8)
-    expected = (z - offset[:, None]).exp()
+    expected = (z - offset[:, None] * math.log(2)).exp()
     torch.testing.assert_close(runs[0]["E"].double(), expected, rtol=1e-5, atol=1e-6)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+import math
 import shutil
 import subprocess
 import tempfile
@@ -27,7 +28,8 @@ class _Operands(ctypes.Structure):
         ("tokens", INT),
         ("vocab", INT),
         ("depth", INT),
-        ("factor", FLOAT),
+        ("scale", FLOAT),
+        ("negative", INT),
     ]
 
 
@@ -38,7 +40,8 @@ class _RowSums(ctypes.Structure):
         ("kept_stride", LONG),
         ("repair", POINTER),
         ("partials", POINTER),
-        ("target", POINTER),
+        ("score", POINTER),
+        ("shift", POINTER),
         ("maximum", POINTER),
         ("total", POINTER),
         ("weighted", POINTER),
@@ -50,7 +53,7 @@ class _GradientTile(ctypes.Structure):
     _fields_ = [
         ("offset", POINTER),
         ("hit", POINTER),
-        ("scale", POINTER),
+        ("per_p", POINTER),
         ("first_column", LONG),
         ("out", POINTER),
         ("out_stride", LONG),
@@ -132,7 +135,8 @@ class Emulated:
         kept,
         repair,
         partials,
-        target,
+        score,
+        shift,
         maximum,
         total,
         weighted,
@@ -141,7 +145,7 @@ class Emulated:
         blocks,
     ):
         stride = 0 if kept is None else _strided(kept)
-        pointers = map(_pointer, (partials, target, maximum, total, weighted, squares))
+        pointers = map(_pointer, (partials, score, shift, maximum, total, weighted, squares))
         what = _RowSums(_pointer(offset), _pointer(kept), stride, _pointer(repair), *pointers)
         self._call("emulated_rows", hidden, weight, targets, factor, what, cluster, blocks)
 
@@ -153,14 +157,14 @@ class Emulated:
         factor,
         offset,
         hit,
-        scale,
+        per_p,
         first_column,
         out,
         cluster,
         blocks,
     ):
         what = _GradientTile(
-            *map(_pointer, (offset, hit, scale)), first_column, _pointer(out), _strided(out)
+            *map(_pointer, (offset, hit, per_p)), first_column, _pointer(out), _strided(out)
         )
         self._call("emulated_gradient", hidden, weight, targets, factor, what, cluster, blocks)
 
@@ -172,7 +176,8 @@ class Emulated:
             len(hidden),
             len(weight),
             hidden.shape[1],
-            factor,
+            abs(factor) / math.log(2),
+            factor < 0,
         )
         self.launches.append((name, cluster, blocks))
         launch = _Launch(cluster, blocks, 0, None)

@@ -8,6 +8,7 @@ that shows. They have not run on a GPU, nor been timed: `auto` never chooses the
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -151,20 +152,25 @@ def row_pass(
     extras: tuple[str, ...] = (),
     offset_T: Tensor | None = None,
     kept_TV: Tensor | None = None,
+    score_T: Tensor | None = None,
 ) -> RowPass:
     """Launch the pass over a block of tokens; with `kept_TV` it stores their exponentials.
 
-    The twin of `dpo_fast.kernels.linear_logp.RowPass`, which explains the arguments.
+    The twin of `dpo_fast.kernels.linear_logp.RowPass`, which explains the arguments. `score_T` is not
+    needed: a target's score is that of its tile, where one row in a thousand branches off to it.
     """
     T, V = len(hidden_TD), len(weight_VD)
     new = lambda *shape: hidden_TD.new_empty(shape, dtype=torch.float32)  # noqa: E731
     names = [SUMS[name] for name in extras if name in SUMS]
     computed = ("weighted", "squares") if names else ()  # both or neither
     sums = {name: new(T) for name in ("maximum", "total", *computed)}
-    sums["target"] = hidden_TD.new_zeros(T, dtype=torch.float32)
+    sums |= {"offset": new(T) if offset_T is None else offset_T, "shift": new(T)}
     wanted = {name: x for name, x in sums.items() if name not in computed or name in names}
+    if "is_top1" in extras:
+        wanted["top"] = new(T)
     if T == 0:
         return RowPass(wanted)
+    score_T = new(T).fill_(-torch.inf)  # stays so where the target is not among these columns
     launch = plan_launch(T, V, _multiprocessors(hidden_TD.device))
     run = functools.partial(
         cuda_extension.operations().rows,
@@ -172,10 +178,11 @@ def row_pass(
         weight_VD,
         targets_T,
         _factor(options),
-        offset=offset_T,
+        offset=sums["offset"],
         kept=kept_TV,
         partials=new(2 + len(computed), launch.tiles_v, T),
-        target=sums["target"],
+        score=score_T,
+        shift=sums["shift"],
         maximum=sums["maximum"],
         total=sums["total"],
         weighted=sums.get("weighted"),
@@ -184,6 +191,8 @@ def row_pass(
         blocks=launch.blocks,
     )
     run(repair=None)
+    if "top" in wanted:
+        torch.mul(score_T, abs(_factor(options)) / math.log(2), out=wanted["top"])
     return RowPass(wanted, launch, run)
 
 
@@ -194,7 +203,7 @@ def gradient_tile(
     targets_T: Tensor,
     offset_T: Tensor,
     hit_T: Tensor,
-    scale_T: Tensor,
+    per_p_T: Tensor,
     out_TV: Tensor,
     *,
     options: dict,
@@ -210,7 +219,7 @@ def gradient_tile(
         _factor(options),
         offset_T,
         hit_T,
-        scale_T,
+        per_p_T,
         first_column,
         out_TV,
         launch.cluster,

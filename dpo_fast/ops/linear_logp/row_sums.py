@@ -30,26 +30,33 @@ def softcap_slope(logits: Tensor, options: HeadOptions) -> Tensor | None:
 class RowSums:
     """Sums of each row against its offset m, [T] each, in fp32 (fp64 for fp64 inputs).
 
+    Logits, offsets and their distances are in units of `unit` nats: 1 for PyTorch, ln 2 for kernels,
+    which take powers of two. They become nats once, in `outputs`. Here exp is of a distance in nats.
+
     offset: m.
     maximum: max z.
-    target: the target's logit; 0 where another shard has it.
+    shift: the target's logit less m; -inf where another shard has it. A distance, because near 1e4 the
+        logit and m would each be rounded by 3e-4 nats.
     total: sum exp(z - m).
-    weighted: sum exp(z - m) (z - m), squares: sum exp(z - m)^2, logits: sum z; None unless an extra
-        needs them.
+    weighted: sum exp(z - m) (z - m), squares: sum exp(2 (z - m)), logits: sum z in nats; None unless an
+        extra needs them.
+    top: the target's logit as `maximum` saw it; -inf where another shard has it, None unless needed.
     """
 
     offset: Tensor
     maximum: Tensor
-    target: Tensor
+    shift: Tensor
     total: Tensor
     weighted: Tensor | None = None
     squares: Tensor | None = None
     logits: Tensor | None = None
+    top: Tensor | None = None
+    unit: float = 1.0
 
     def rebased(self, offset: Tensor) -> RowSums:
         """The same sums against another offset."""
         step = self.offset - offset
-        factor = step.exp()
+        factor = (self.unit * step).exp()
         weighted, squares = self.weighted, self.squares
         if weighted is not None:
             # A row that summed nothing has no place on the scale: 0, not 0 * inf.
@@ -58,26 +65,38 @@ class RowSums:
         if squares is not None:
             squares = factor.square() * squares
         return replace(
-            self, offset=offset, total=factor * self.total, weighted=weighted, squares=squares
+            self,
+            offset=offset,
+            shift=self.shift + step,
+            total=factor * self.total,
+            weighted=weighted,
+            squares=squares,
         )
 
     def over(self, shard: VocabShard | None) -> RowSums:
         """Sums over the whole vocabulary, from shards whose offsets are equal."""
         if shard is None:
             return self
-        names = [f.name for f in fields(self)[2:] if getattr(self, f.name) is not None]
-        stacked = shard.sum(torch.stack([getattr(self, name) for name in names]))
-        return replace(self, maximum=shard.maximum(self.maximum), **dict(zip(names, stacked)))
+        values = {}
+        added, largest = ("total", "weighted", "squares", "logits"), ("maximum", "shift", "top")
+        for names, reduced in ((added, shard.sum), (largest, shard.maximum)):
+            names = [name for name in names if getattr(self, name) is not None]
+            values |= zip(names, reduced(torch.stack([getattr(self, name) for name in names])))
+        return replace(self, **values)
 
     def outputs(self, V: int, extras: tuple[str, ...]) -> dict[str, Tensor]:
-        """logp and the extras. Not target - lse: near 1e4 the sum m + log total loses small digits."""
+        """logp and the extras. Not target - lse: near 1e4 the sum m + log total loses small digits.
+
+        The target's logit may come from another product than the sums, and rounding could lift logp above
+        0: it is held there.
+        """
         log_total = self.total.log()
-        values = {"logp": self.target - self.offset - log_total}
+        values = {"logp": (self.unit * self.shift - log_total).clamp(max=0.0)}
         definitions = {
-            "entropy": lambda: log_total - self.weighted / self.total,
+            "entropy": lambda: log_total - self.unit * self.weighted / self.total,
             "log_sum_p2": lambda: self.squares.log() - 2 * log_total,
             "mean_logit": lambda: self.logits / V,
-            "is_top1": lambda: self.target >= self.maximum,
+            "is_top1": lambda: self.top >= self.maximum,
         }
         return values | {name: definitions[name]() for name in extras}
 
@@ -86,19 +105,17 @@ def patch_targets(
     kept_TV: Tensor,
     sums: RowSums,
     targets_T: Tensor,
-    options: HeadOptions,
+    slope_T: Tensor | None,
     shard: VocabShard | None,
 ) -> None:
-    """E' = E - total at each target's column, times the cap's slope, formed in full precision and
-    rounded once.
+    """E' = E - total at each target's column, formed in full precision and rounded once. Never above 0.
 
-    Then dL/dz = -c / total E'. `kept_TV` holds the first rows of `sums`.
+    Then dL/dz = -c / total E'. `kept_TV` holds the first rows of `sums`. slope_T: of the cap, at the
+    targets, or None.
     """
     K, V = kept_TV.shape
-    target = sums.target[:K]
-    patch = (target - sums.offset[:K]).exp() - sums.total[:K]
-    slope = softcap_slope(target, options)
-    patch = (patch if slope is None else patch * slope).to(kept_TV.dtype)
+    patch = ((sums.unit * sums.shift[:K]).exp() - sums.total[:K]).clamp(max=0.0)
+    patch = (patch if slope_T is None else patch * slope_T[:K]).to(kept_TV.dtype)
     rows, columns = torch.arange(K, device=kept_TV.device), targets_T[:K]
     if shard is not None:  # a target of another shard changes nothing here
         inside = (columns >= 0) & (columns < V)
@@ -112,8 +129,9 @@ def joined(parts: list[RowSums]) -> RowSums:
     """The sums of consecutive blocks of tokens as one."""
     if len(parts) == 1:
         return parts[0]
-    columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(RowSums)}
-    return RowSums(**{n: None if v[0] is None else torch.cat(v) for n, v in columns.items()})
+    names = [f.name for f in fields(RowSums) if torch.is_tensor(getattr(parts[0], f.name))]
+    columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    return replace(parts[0], **columns)
 
 
 def product_fp32(a: Tensor, b: Tensor) -> Tensor:

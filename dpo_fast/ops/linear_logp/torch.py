@@ -87,7 +87,7 @@ class _OnlineSums:
     def __init__(self, targets: Tensor, extras: tuple, offset: Tensor, linear: bool) -> None:
         self.targets, self.extras, self.linear, self.offset = targets, extras, linear, offset
         zeros = lambda: offset.new_zeros(len(targets))  # noqa: E731
-        self.maximum, self.target = zeros().fill_(-torch.inf), zeros()
+        self.maximum, self.target = zeros().fill_(-torch.inf), zeros().fill_(-torch.inf)
         self.total, self.weighted, self.squares, self.logits = zeros(), zeros(), zeros(), zeros()
 
     def shift(self, z: Tensor, block: slice) -> tuple[Tensor, Tensor] | None:
@@ -135,7 +135,8 @@ class _OnlineSums:
                 ("logits", "mean_logit"),
             )
         }
-        return RowSums(self.offset, self.maximum, self.target, self.total, **optional)
+        shift = self.target - self.offset
+        return RowSums(self.offset, self.maximum, shift, self.total, top=self.target, **optional)
 
 
 def tile_buffer(plan: HeadPlan, like: Tensor) -> Tensor:
@@ -231,7 +232,8 @@ def _keep(call: HeadCall, tiles: _Tiles, online: _OnlineSums, kept_TV: Tensor) -
         if n and not direct:
             kept_TV[:, block] = e
     sums = _over(online.done(), call.shard, kept_TV)
-    patch_targets(kept_TV, sums, online.targets, call.options, call.shard)
+    slope = softcap_slope(sums.top, call.options)
+    patch_targets(kept_TV, sums, online.targets, slope, call.shard)
     return sums
 
 
@@ -253,7 +255,7 @@ def _direction(call: HeadCall, tiles: _Tiles, online: _OnlineSums, out_TD: Tenso
     sums = _over(online.done(), call.shard, direction)
     inside, columns = in_block(online.targets, slice(0, len(weight)))
     gathered = weight[columns].to(tiles.precision)
-    slope = softcap_slope(sums.target[inside], options)
+    slope = softcap_slope(sums.top[inside], options)
     direction.div_(-sums.total[:, None])
     direction[inside] += gathered if slope is None else gathered * slope[:, None]
     out_TD.copy_(direction.mul_(options.factor))

@@ -1,7 +1,7 @@
 """The schedules of `linear_logp` with Triton kernels, and cuBLAS for products without an epilogue.
 
 Kept tokens: their row offset m is chosen before the product, from the target's own logit and a sample of
-the vocabulary. The kernel stores E = exp(z - m), and with E' = E - total at the target
+the vocabulary. The kernel stores E = 2^(z - m), z in powers of two, and with E' = E - total at the target
 
     dH = diag(s) (E' W)        dW = E'^T (diag(s) H)        db = E'^T s        s = -c / total
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -34,8 +35,9 @@ from dpo_fast.ops.linear_logp.row_sums import (
     product_fp32,
 )
 
-# Largest |max z - m|: exp(40) V stays far from the end of fp32's range, squared as well.
-RANGE = 40.0
+UNIT = math.log(2)  # nats; the kernels' logits and offsets are in powers of two
+# Largest |max z - m|: 2^58 V stays far from the end of fp32's range, squared as well.
+RANGE = 58.0
 SAMPLE = 256  # columns whose maximum supports the target's logit as offset: V / 256 of a product
 
 
@@ -132,26 +134,27 @@ class _Passes:
     products: Products
 
     def sums(self, rows: slice) -> RowSums:
-        """Sums of these rows against their maximum."""
-        sums, shard = self._start(rows).sums, self.call.shard
-        sums = RowSums(offset=finite_offset(sums["maximum"]), **sums)
+        """Sums of these rows against an offset just above their maximum."""
+        sums, shard = RowSums(unit=UNIT, **self._start(rows).sums), self.call.shard
         if shard is None:
             return sums
         return sums.rebased(finite_offset(shard.maximum(sums.maximum))).over(shard)
 
     def keep(self, rows: slice, kept_TV: Tensor) -> RowSums:
         """Sums of these rows; fills `kept_TV` with E'."""
-        call, offset_T = self.call, self._offset(rows)
-        row_pass = self._start(rows, offset_T=offset_T, kept_TV=kept_TV)
+        call, (score_T, offset_T) = self.call, self._offset(rows)
+        row_pass = self._start(rows, score_T=score_T, offset_T=offset_T, kept_TV=kept_TV)
         maximum_T = row_pass.sums["maximum"]
         if call.shard is not None:
             maximum_T = call.shard.maximum(maximum_T)
-        best_T = finite_offset(maximum_T)
+        best_T = _offset_of(maximum_T)
         wrong_T = ((best_T - offset_T).abs() > RANGE) & best_T.isfinite()
         offset_T.copy_(torch.where(wrong_T, best_T, offset_T))
         row_pass.repair(wrong_T)
-        sums = RowSums(offset=offset_T, **row_pass.sums).over(call.shard)
-        patch_targets(kept_TV, sums, call.targets_T[rows], call.options, call.shard)
+        sums = RowSums(unit=UNIT, **row_pass.sums).over(call.shard)
+        # A capped score is the hyperbolic tangent itself.
+        slope_T = 1 - score_T.square() if call.options.softcap else None
+        patch_targets(kept_TV, sums, call.targets_T[rows], slope_T, call.shard)
         return sums
 
     def _start(self, rows: slice, **kept):
@@ -186,29 +189,29 @@ class _Passes:
         factor = len(self.call.weight_VD) * options.logit_scale / options.temperature
         return (_precise_mv(hidden_TD, column_D) + bias) * factor
 
-    def _offset(self, rows: slice) -> Tensor:
-        """A logit near the largest of each row, before the product: of its target, or of a sample."""
-        from dpo_fast.kernels.target_product import target_product
+    def _offset(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """The targets' scores, and a logit near the largest of each row, before the product: of its
+        target, or of a sample."""
+        from dpo_fast.kernels.product import frame
+        from dpo_fast.kernels.target_product import target_scores
 
         call, V = self.call, len(self.call.weight_VD)
         hidden_TD, targets_T, bias = call.hidden_TD[rows], call.targets_T[rows], call.bias
-        target_T = target_product(hidden_TD, call.weight_VD, targets_T)
-        if bias is not None:
-            target_T = target_T + bias.float()[targets_T.clamp(0, V - 1)]
+        options = dataclasses.asdict(call.options)
+        score_T = target_scores(hidden_TD, call.weight_VD, bias, targets_T, options)
+        target_T = score_T * frame(**options)["scale"]
         step = -(-V // SAMPLE)
         sampled_TV = product_fp32(hidden_TD, call.weight_VD[::step].t())
         if bias is not None:
             sampled_TV += bias[::step].float()
-        options = dataclasses.asdict(call.options)
-        sample_T = head_options(sampled_TV, **options).amax(1)
-        target_T = head_options(target_T, **options)
-        if call.shard is not None:  # elsewhere the target's product is 0, which says nothing
+        sample_T = head_options(sampled_TV, **options).amax(1) / UNIT
+        if call.shard is not None:  # elsewhere the target's score is 0, which says nothing
             inside = (targets_T >= 0) & (targets_T < V)
             target_T = torch.where(inside, target_T, -torch.inf)
         offset_T = torch.maximum(target_T, sample_T)
         if call.shard is not None:
             offset_T = call.shard.maximum(offset_T)
-        return finite_offset(offset_T)
+        return score_T, _offset_of(offset_T)
 
 
 def _times_weight(call: HeadCall, kept_TV: Tensor, scale_T: Tensor, out_TD: Tensor) -> None:
@@ -300,6 +303,12 @@ class _GradientTiles:
             column_sums=column_sums,
         )
         return g, sums
+
+
+def _offset_of(maximum_T: Tensor) -> Tensor:
+    """As `kernels.product.offset_of`."""
+    finite_T = finite_offset(maximum_T)
+    return finite_T + finite_T.abs() * 2.0**-22
 
 
 def _precise_mv(matrix: Tensor, vector: Tensor) -> Tensor:
