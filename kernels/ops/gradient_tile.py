@@ -18,7 +18,7 @@ from dpo_fast.kernels.product import (
     tile_of,
 )
 from dpo_fast.kernels.search import choose_tile
-from dpo_fast.kernels.tiles import TileConfig, describable, programs
+from dpo_fast.kernels.tiles import TileConfig, describable, programs, say_layouts
 
 
 @triton.jit(do_not_specialize=["T", "V", "first_column"])
@@ -128,6 +128,7 @@ def gradient_tile(
     column_sums: whether they are wanted, in fp32.
     """
     check(hidden_TD, weight_VD, bias_V, targets_T)
+    say_layouts("gradient", hidden=hidden_TD, weight=weight_VD)
     (T, D), V = hidden_TD.shape, weight_VD.shape[0]
     given = hidden_TD, weight_VD, bias_V, targets_T, offset_T, hit_T, per_p_T, out_TV
     hidden_TD, weight_VD, bias_V, g_TV = interpretable(hidden_TD, weight_VD, bias_V, out_TV)

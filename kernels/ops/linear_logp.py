@@ -27,7 +27,7 @@ from dpo_fast.kernels.product import (
 )
 from dpo_fast.kernels.search import choose_tile
 from dpo_fast.kernels.target_product import target_scores
-from dpo_fast.kernels.tiles import TileConfig, describable, programs, repair_config
+from dpo_fast.kernels.tiles import TileConfig, describable, programs, repair_config, say_layouts
 
 MERGE_TOKENS, MERGE_TILES = 32, 64
 SUMS = {  # extra: its sum
@@ -453,6 +453,7 @@ class RowPass:
         config: TileConfig | None = None,
     ):
         check(hidden_TD, weight_VD, bias_V, targets_T)
+        say_layouts("row", hidden=hidden_TD, weight=weight_VD)
         self.kept = kept_TV
         self.hidden, self.weight, self.bias, self.store = interpretable(
             hidden_TD, weight_VD, bias_V, kept_TV

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,40 @@ def describable(*tensors: Tensor) -> bool:
         and x.data_ptr() % 16 == 0
         and 0 not in x.shape
         for x in tensors
+    )
+
+
+def say_layouts(kernel: str, **tensors: Tensor) -> None:
+    """Say once of each tensor that has no descriptor's layout how it is read, and why.
+
+    Views, weights in a flat buffer and transposed heads are such. They are read where they lie, through
+    pointers, and never copied.
+    """
+    for name, x in tensors.items():
+        if reason := _why_not_described(x):
+            _say_once(kernel, name, str(x.dtype), reason)
+
+
+def _why_not_described(x: Tensor) -> str | None:
+    if 0 in x.shape:
+        return None
+    if x.stride(-1) != 1:
+        return f"neighbours in a row are {x.stride(-1)} elements apart"
+    if x.stride(0) * x.element_size() % 16:
+        return f"rows are {x.stride(0) * x.element_size()} bytes apart, no multiple of 16"
+    if x.data_ptr() % 16:
+        return f"it begins {x.data_ptr() % 16} bytes off a multiple of 16"
+    return None
+
+
+@functools.cache
+def _say_once(kernel: str, name: str, dtype: str, reason: str) -> None:
+    logger.info(
+        "the %s kernel of linear_logp reads %s (%s) through pointers, not a tensor descriptor: %s",
+        kernel,
+        name,
+        dtype,
+        reason,
     )
 
 

@@ -1,6 +1,7 @@
 """The table of tiles, what a descriptor can address, and the search that is opt-in."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -47,6 +48,36 @@ def test_what_a_descriptor_can_address():
     assert not tiles.describable(torch.empty(8, 65, dtype=BF16))  # rows of 130 bytes
     assert not tiles.describable(aligned.t())
     assert not tiles.describable(aligned[:0])
+
+
+@pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
+def test_a_layout_without_a_descriptor_is_named_once(dtype, caplog):
+    """Views and flat buffers: which tensor, why, and that it is read through pointers. The same numbers."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(8, 24, generator=g), torch.randn(40, 24, generator=g)
+    hidden, weight, targets = hidden.to(dtype), weight.to(dtype), torch.arange(8)
+    flat = torch.zeros(1 + 40 * 25, dtype=dtype)
+    views = {
+        "rows are .* bytes apart": flat[: 40 * 25].view(40, 25)[:, :24],
+        "begins . bytes off": flat[1 : 1 + 40 * 24].view(40, 24),
+        "neighbours in a row are 40": torch.empty(24, 40, dtype=dtype).t(),
+    }
+    expected = linear_logp(hidden, weight, targets, implementation="triton").logp
+    tiles._say_once.cache_clear()
+    for reason, view in views.items():
+        view.copy_(weight)
+        caplog.clear()
+        with caplog.at_level("INFO", logger=tiles.__name__):
+            for _ in range(2):
+                got = linear_logp(hidden, view, targets, implementation="triton").logp
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        (said,) = [x.getMessage() for x in caplog.records if x.name == tiles.__name__]
+        assert re.search(f"row kernel .* weight .*{dtype}.* through pointers.*{reason}", said)
+    caplog.clear()
+    with caplog.at_level("INFO", logger=tiles.__name__):
+        linear_logp(hidden, weight, targets, implementation="triton")
+    assert not [x for x in caplog.records if x.name == tiles.__name__]
 
 
 @pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1")
