@@ -66,7 +66,7 @@ class Result:
 
 def cases(archs: tuple[str, ...] = ARCHS) -> list[Case]:
     """Every distinct configuration of every kernel, once for each architecture and variant."""
-    from dpo_fast.kernels import linear_logp, logits_logp, preference, target_product
+    from dpo_fast.kernels import linear_logp, logits_logp, preference, scale_rows, target_product
 
     found = {}
 
@@ -81,8 +81,10 @@ def cases(archs: tuple[str, ...] = ARCHS) -> list[Case]:
         sizes = (linear_logp.MERGE_TOKENS, linear_logp.MERGE_TILES)
         for variant in ("plain", "full", "keep", "keep-full", "repair", "repair-full"):
             add("merge_kernel", variant, arch, "fp32", sizes)
-        sizes = (target_product.BLOCK_T, target_product.BLOCK_D)
-        add("target_product_kernel", "plain", arch, "bf16", sizes)
+        sizes = (target_product.BLOCK_T, target_product.BLOCK_D, target_product.BLOCK_S)
+        for variant in ("plain", "offset"):
+            add("target_product_kernel", variant, arch, "bf16", sizes)
+        add("scale_rows_kernel", "plain", arch, "bf16", (scale_rows.BLOCK_D,))
         sizes, warps = (preference.BLOCK,), preference.NUM_WARPS
         for variant in (*PREFERENCES, "no-reference"):
             add("preference_kernel", variant, arch, "fp32", sizes, warps=warps)
@@ -131,10 +133,15 @@ def _constants(case: Case) -> dict:
             "HAS_REFERENCE": not without,
             "BLOCK": case.sizes[0],
         }
+    if case.kernel == "scale_rows_kernel":
+        return {"stride_id": 1, "HAS_SLOPE": True, "BLOCK_D": case.sizes[0]}
     if case.kernel == "target_product_kernel":
         flags = dict.fromkeys(("HAS_BIAS", "HAS_CAP", "NEGATIVE"), False) | {"bias_ptr": None}
-        strides = {"stride_hd": 1, "stride_wd": 1}
-        return flags | strides | {"BLOCK_T": case.sizes[0], "BLOCK_D": case.sizes[1]}
+        sizes = dict(zip(("BLOCK_T", "BLOCK_D", "BLOCK_S"), case.sizes))
+        flags |= {"WHOLE": True, "SAMPLE": case.variant == "offset"}
+        if case.variant != "offset":
+            flags |= dict.fromkeys(("sample_ptr", "offset_ptr"))
+        return flags | sizes | {"stride_hd": 1, "stride_wd": 1}
     full, repair = "full" in case.variant, "repair" in case.variant
     keep = repair or "keep" in case.variant
     passes = {**dict.fromkeys(("SQUARES", "MEAN"), full), "KEEP": keep, "REPAIR": repair}
@@ -142,6 +149,9 @@ def _constants(case: Case) -> dict:
     if not repair:
         passes["repair_ptr"] = None
     if case.kernel == "merge_kernel":
+        passes |= {"SETTLE": keep, "HAS_CAP": full}
+        if not keep:
+            passes |= dict.fromkeys(("kept_ptr", "flags_ptr", "stride_kt"))
         return {"BLOCK_T": case.sizes[0], "BLOCK_S": case.sizes[1], **passes}
     constants = dict(zip(("BLOCK_T", "BLOCK_V", "BLOCK_D", "GROUP_T"), case.sizes))
     constants |= dict.fromkeys(("HAS_BIAS", "HAS_CAP"), full)
@@ -191,20 +201,29 @@ LOSSES = ("sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "sft")
 PREFERENCES = {"sigmoid": ("sigmoid",), "all": LOSSES}  # variants of preference_kernel
 POINTERS = {
     "targets_ptr": "*i64",
-    "repair_ptr": "*i8",
+    "kept_ptr": "*bf16",
+    "repair_ptr": "*i32",
+    "flags_ptr": "*i32",
     "lengths_ptr": "*i64",
     "losses_ptr": "*fp64",
     "arrivals_ptr": "*i32",
 }
-FLOATS = ("scale", "cap_in", "inverse_temperature", "beta", "eps")
+FLOATS = ("scale", "cap_in", "largest_shift", "factor", "inverse_temperature", "beta", "eps")
 ALIGNED = ("D", "stride_ht", "stride_wv", "stride_ot", "stride_kt", "stride_t")
 OPERANDS = ("hidden", "weight", "kept", "out")
 
 
 def _kernel(name: str):
-    from dpo_fast.kernels import gradient_tile, linear_logp, logits_logp, preference, target_product
+    from dpo_fast.kernels import (
+        gradient_tile,
+        linear_logp,
+        logits_logp,
+        preference,
+        scale_rows,
+        target_product,
+    )
 
-    modules = (gradient_tile, linear_logp, logits_logp, preference, target_product)
+    modules = (gradient_tile, linear_logp, logits_logp, preference, scale_rows, target_product)
     return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 

@@ -337,8 +337,13 @@ def merge_kernel(
     targets_ptr,
     offset_ptr,
     shift_ptr,
+    logp_ptr,
+    kept_ptr,
+    flags_ptr,
     repair_ptr,
     scale,
+    largest_shift,
+    stride_kt,
     T,
     V,
     tiles_v,
@@ -347,10 +352,15 @@ def merge_kernel(
     MEAN: tl.constexpr,
     KEEP: tl.constexpr,
     REPAIR: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    SETTLE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """Join the tiles of each row, in order.
+
+    SETTLE: rows further than largest_shift from their offset are flagged and get another one; at the
+    targets of the others E becomes E' = E - total, formed in fp32 and never above 0.
 
     Sums are against the row's offset with KEEP, where all tiles share it. Without, each tile had its own,
     and sums are against one just above the row's maximum. So is the target's distance, rounded once.
@@ -407,7 +417,28 @@ def merge_kernel(
     score = tl.load(score_ptr + rows, mask=mask_t, other=0.0)
     target = tl.load(targets_ptr + rows, mask=mask_t, other=-1)
     inside, inf = (target >= 0) & (target < V), float("inf")
-    tl.store(shift_ptr + rows, tl.where(inside, less(score, scale, offset), -inf), mask=mask_t)
+    shift = tl.where(inside, less(score, scale, offset), -inf)
+    tl.store(shift_ptr + rows, shift, mask=mask_t)
+    logp = shift * LN2 - tl.log(tl.where(mask_t, total, 1.0))
+    # Not above 0, where rounding might lift it, and a NaN stays one.
+    logp = tl.where(logp > 0.0, 0.0, logp)
+    tl.store(logp_ptr + rows, logp, mask=mask_t)
+    if SETTLE:
+        settled = mask_t & inside
+        if not REPAIR:
+            best = offset_of(maximum)
+            wrong = (tl.abs(best - offset) > largest_shift) & (tl.abs(best) < inf) & mask_t
+            tl.store(offset_ptr + rows, tl.where(wrong, best, offset), mask=mask_t)
+            tl.store(flags_ptr + 1 + rows, wrong.to(tl.int32), mask=mask_t)
+            if tl.max(wrong.to(tl.int32), axis=0) > 0:
+                tl.atomic_max(flags_ptr, 1)
+            settled = settled & (wrong == 0)
+        patch = tl.exp2(shift) - total
+        patch = tl.where(patch > 0.0, 0.0, patch)
+        if HAS_CAP:  # a capped score is the hyperbolic tangent itself
+            patch *= 1.0 - score * score
+        out_ptrs = kept_ptr + rows.to(tl.int64) * stride_kt + target
+        tl.store(out_ptrs, patch.to(kept_ptr.dtype.element_ty), mask=settled)
     if ENTROPY:
         tl.store(weighted_ptr + rows, weighted, mask=mask_t)
     if SQUARES:
@@ -428,6 +459,7 @@ class RowPass:
         total: sum 2^(z - m).
         weighted, squares, logits, for the extras that need them: sum 2^(z - m) (z - m),
             sum 2^(2 (z - m)), and sum z in nats.
+        logp: of the target, in nats.
         top, for is_top1: the target's logit from the product of its tile, which `maximum` is comparable
             with; -inf where the target is not among these columns.
 
@@ -436,6 +468,8 @@ class RowPass:
         targets_T: int64, contiguous; values outside 0..V-1 are no target of these columns.
         offset_T, kept_TV: row offsets m, fp32, and where to store 2^(z - m) times the cap's slope.
         score_T: `target_scores` of these tokens, where they are known already.
+        largest_shift: given with `kept_TV`, rows whose maximum is further from their offset are done again
+            at once, `offset_T` is updated, and E is patched to E' at the targets: `settled`.
     """
 
     def __init__(
@@ -450,11 +484,13 @@ class RowPass:
         offset_T: Tensor | None = None,
         kept_TV: Tensor | None = None,
         score_T: Tensor | None = None,
+        largest_shift: float | None = None,
         config: TileConfig | None = None,
     ):
         check(hidden_TD, weight_VD, bias_V, targets_T)
         say_layouts("row", hidden=hidden_TD, weight=weight_VD)
-        self.kept = kept_TV
+        self.kept, self.largest_shift = kept_TV, largest_shift
+        self.settled = largest_shift is not None
         self.hidden, self.weight, self.bias, self.store = interpretable(
             hidden_TD, weight_VD, bias_V, kept_TV
         )
@@ -482,6 +518,7 @@ class RowPass:
                 offset_T=offset_T,
                 kept_TV=kept_TV,
                 score_T=score_T,
+                largest_shift=largest_shift,
                 config=tile,
             ),
             stores=bool(stored),
@@ -490,7 +527,7 @@ class RowPass:
             described=describable(self.hidden, self.weight, *stored),
         )
         new = lambda *shape: hidden_TD.new_empty(shape, dtype=torch.float32)  # noqa: E731
-        self.sums = {name: new(T) for name in ("maximum", "shift", "total", *names)}
+        self.sums = {name: new(T) for name in ("maximum", "shift", "total", "logp", *names)}
         self.sums["offset"] = new(T) if offset_T is None else offset_T
         if "top" in names:
             self.sums["top"].fill_(-torch.inf)
@@ -501,8 +538,13 @@ class RowPass:
         self.even_v = V % self.config.block_v == 0
         self.tiles_v = triton.cdiv(V, self.config.block_v)
         self.partials = new(5 if any(self.flags.values()) else 2, self.tiles_v, T)
+        self.flags_T = None
+        if self.settled:
+            self.flags_T = hidden_TD.new_zeros(1 + T, dtype=torch.int32)
         if T:
             self._launch(self.config, None)
+            if self.settled:
+                self._launch(repair_config(self.config), self.flags_T)
 
     def repair(self, wrong_T: Tensor) -> None:
         """Do again the rows that `wrong_T` (bool) marks, against the offsets as they are now.
@@ -510,7 +552,7 @@ class RowPass:
         Waits for nothing: the kernels look for such rows themselves, and return if there are none.
         """
         if len(wrong_T):
-            flags = torch.cat([wrong_T.any()[None], wrong_T]).to(torch.int8)
+            flags = torch.cat([wrong_T.any()[None], wrong_T]).to(torch.int32)
             self._launch(repair_config(self.config), flags)
 
     def _launch(self, config: TileConfig, repair: Tensor | None) -> None:
@@ -539,7 +581,14 @@ class RowPass:
                 logits_ptr=self.sums.get("logits"),
                 score_ptr=self.score,
                 shift_ptr=self.sums["shift"],
+                logp_ptr=self.sums["logp"],
+                kept_ptr=self.store if self.settled else None,
+                flags_ptr=self.flags_T,
                 scale=operands["scale"],
+                largest_shift=self.largest_shift or 0.0,
+                stride_kt=operands["stride_kt"],
+                HAS_CAP=operands["HAS_CAP"],
+                SETTLE=self.settled,
                 tiles_v=self.tiles_v,
                 BLOCK_T=MERGE_TOKENS,
                 BLOCK_S=MERGE_TILES,

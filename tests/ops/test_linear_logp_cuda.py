@@ -287,6 +287,7 @@ def test_sums_and_exponentials_are_those_of_the_triton_twin():
             kept = {"offset_T": offset, "kept_TV": room} if keep else {}
             done = row_pass(hidden, weight, None, targets, **arguments, **kept)
             sums.append(done.sums | ({"E": room} if keep else {}))
+        del sums[1]["logp"]  # csrc leaves that to PyTorch
         assert sums[0].keys() == sums[1].keys()
         assert sums[0]["shift"][5:7].tolist() == [-torch.inf, -torch.inf]
         for name, value in sums[1].items():

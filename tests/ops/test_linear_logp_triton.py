@@ -543,7 +543,7 @@ def test_tile_sizes_and_descriptors_change_rounding_only():
             hidden, weight, None, targets, offset_T=offset, kept_TV=kept, **extras
         ).sums
         runs.append({**sums, **{f"{k} against the offset": v for k, v in more.items()}, "E": kept})
-    assert len(runs[0]) == 17
+    assert len(runs[0]) == 19
     for run in runs[1:]:
         for name, value in runs[0].items():
             torch.testing.assert_close(run[name], value, rtol=1e-5, atol=1e-4)

@@ -132,6 +132,7 @@ class RowPass:
     """
 
     sums: dict[str, Tensor]
+    settled: bool = False
     _launch: Launch | None = None
     _run: Callable | None = None
 
@@ -153,11 +154,13 @@ def row_pass(
     offset_T: Tensor | None = None,
     kept_TV: Tensor | None = None,
     score_T: Tensor | None = None,
+    largest_shift: float | None = None,
 ) -> RowPass:
     """Launch the pass over a block of tokens; with `kept_TV` it stores their exponentials.
 
     The twin of `dpo_fast.kernels.linear_logp.RowPass`, which explains the arguments. `score_T` is not
     needed: a target's score is that of its tile, where one row in a thousand branches off to it.
+    `largest_shift` is left to the caller: nothing is settled here.
     """
     T, V = len(hidden_TD), len(weight_VD)
     new = lambda *shape: hidden_TD.new_empty(shape, dtype=torch.float32)  # noqa: E731
@@ -193,7 +196,7 @@ def row_pass(
     run(repair=None)
     if "top" in wanted:
         torch.mul(score_T, abs(_factor(options)) / math.log(2), out=wanted["top"])
-    return RowPass(wanted, launch, run)
+    return RowPass(wanted, _launch=launch, _run=run)
 
 
 def gradient_tile(

@@ -41,6 +41,7 @@ class RowSums:
     weighted: sum exp(z - m) (z - m), squares: sum exp(2 (z - m)), logits: sum z in nats; None unless an
         extra needs them.
     top: the target's logit as `maximum` saw it; -inf where another shard has it, None unless needed.
+    logp: in nats, where kernels have made it already.
     """
 
     offset: Tensor
@@ -51,6 +52,7 @@ class RowSums:
     squares: Tensor | None = None
     logits: Tensor | None = None
     top: Tensor | None = None
+    logp: Tensor | None = None
     unit: float = 1.0
 
     def rebased(self, offset: Tensor) -> RowSums:
@@ -71,13 +73,14 @@ class RowSums:
             total=factor * self.total,
             weighted=weighted,
             squares=squares,
+            logp=None,
         )
 
     def over(self, shard: VocabShard | None) -> RowSums:
         """Sums over the whole vocabulary, from shards whose offsets are equal."""
         if shard is None:
             return self
-        values = {}
+        values = {"logp": None}
         added, largest = ("total", "weighted", "squares", "logits"), ("maximum", "shift", "top")
         for names, reduced in ((added, shard.sum), (largest, shard.maximum)):
             names = [name for name in names if getattr(self, name) is not None]
@@ -90,11 +93,13 @@ class RowSums:
         The target's logit may come from another product than the sums, and rounding could lift logp above
         0: it is held there.
         """
-        log_total = self.total.log()
-        values = {"logp": (self.unit * self.shift - log_total).clamp(max=0.0)}
+        logp = self.logp
+        if logp is None:
+            logp = (self.unit * self.shift - self.total.log()).clamp(max=0.0)
+        values = {"logp": logp}
         definitions = {
-            "entropy": lambda: log_total - self.unit * self.weighted / self.total,
-            "log_sum_p2": lambda: self.squares.log() - 2 * log_total,
+            "entropy": lambda: self.total.log() - self.unit * self.weighted / self.total,
+            "log_sum_p2": lambda: self.squares.log() - 2 * self.total.log(),
             "mean_logit": lambda: self.logits / V,
             "is_top1": lambda: self.top >= self.maximum,
         }

@@ -23,7 +23,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_fast.ops.eager import head_options
 from dpo_fast.ops.linear_logp.call import HeadCall
 from dpo_fast.ops.linear_logp.plan import CHUNK_TOKENS, kept_stride
 from dpo_fast.ops.linear_logp.row_sums import (
@@ -121,7 +120,7 @@ def _direction(passes: _Passes) -> tuple[RowSums, Tensor]:
     for rows in _blocks(0, len(direction_TD), chunk):
         kept_TV = room_TV[: rows.stop - rows.start]
         parts.append(passes.keep(rows, kept_TV))
-        _times_weight(call, kept_TV, -1 / parts[-1].total, direction_TD[rows])
+        _times_weight(call, kept_TV, parts[-1].total, None, direction_TD[rows])
     return joined(parts or [passes.sums(slice(0, 0))]), direction_TD
 
 
@@ -143,7 +142,10 @@ class _Passes:
     def keep(self, rows: slice, kept_TV: Tensor) -> RowSums:
         """Sums of these rows; fills `kept_TV` with E'."""
         call, (score_T, offset_T) = self.call, self._offset(rows)
-        row_pass = self._start(rows, score_T=score_T, offset_T=offset_T, kept_TV=kept_TV)
+        settle = {"largest_shift": RANGE} if call.shard is None else {}
+        row_pass = self._start(rows, score_T=score_T, offset_T=offset_T, kept_TV=kept_TV, **settle)
+        if row_pass.settled:
+            return RowSums(unit=UNIT, **row_pass.sums)
         maximum_T = row_pass.sums["maximum"]
         if call.shard is not None:
             maximum_T = call.shard.maximum(maximum_T)
@@ -192,53 +194,57 @@ class _Passes:
     def _offset(self, rows: slice) -> tuple[Tensor, Tensor]:
         """The targets' scores, and a logit near the largest of each row, before the product: of its
         target, or of a sample."""
-        from dpo_fast.kernels.product import frame
-        from dpo_fast.kernels.target_product import target_scores
+        from dpo_fast.kernels.target_product import scores_and_offsets
 
-        call, V = self.call, len(self.call.weight_VD)
-        hidden_TD, targets_T, bias = call.hidden_TD[rows], call.targets_T[rows], call.bias
-        options = dataclasses.asdict(call.options)
-        score_T = target_scores(hidden_TD, call.weight_VD, bias, targets_T, options)
-        target_T = score_T * frame(**options)["scale"]
-        step = -(-V // SAMPLE)
-        sampled_TV = product_fp32(hidden_TD, call.weight_VD[::step].t())
-        if bias is not None:
-            sampled_TV += bias[::step].float()
-        sample_T = head_options(sampled_TV, **options).amax(1) / UNIT
-        if call.shard is not None:  # elsewhere the target's score is 0, which says nothing
-            inside = (targets_T >= 0) & (targets_T < V)
-            target_T = torch.where(inside, target_T, -torch.inf)
-        offset_T = torch.maximum(target_T, sample_T)
+        call = self.call
+        step = -(-len(call.weight_VD) // SAMPLE)
+        score_T, offset_T = scores_and_offsets(
+            call.hidden_TD[rows],
+            call.weight_VD,
+            call.bias,
+            call.targets_T[rows],
+            dataclasses.asdict(call.options),
+            product_fp32(call.hidden_TD[rows], call.weight_VD[::step].t()),
+            step,
+            whole=call.shard is None,
+        )
         if call.shard is not None:
-            offset_T = call.shard.maximum(offset_T)
-        return score_T, _offset_of(offset_T)
+            offset_T = _offset_of(call.shard.maximum(offset_T))
+        return score_T, offset_T
 
 
-def _times_weight(call: HeadCall, kept_TV: Tensor, scale_T: Tensor, out_TD: Tensor) -> None:
-    """out = diag(scale) E' W times dz/d(h.w), rounded once."""
-    scale_T = scale_T * call.options.factor
+def _times_weight(
+    call: HeadCall, kept_TV: Tensor, total_T: Tensor, grad_T: Tensor | None, out_TD: Tensor
+) -> None:
+    """out = diag(-grad / total) E' W times dz/d(h.w), rounded once. grad_T: 1 if None."""
+    from dpo_fast.kernels.scale_rows import scale_rows
+
     for rows in _blocks(0, len(kept_TV), CHUNK_TOKENS):
         product = product_fp32(kept_TV[rows], call.weight_VD)
-        torch.mul(product, scale_T[rows, None], out=product)
-        out_TD[rows] = product
+        slope_T = None if grad_T is None else grad_T[rows]
+        scale_rows(
+            product, total_T[rows], out_TD[rows], factor=-call.options.factor, slope_T=slope_T
+        )
 
 
 def _gradients(call, grad_T, saved, needs, products) -> tuple[Tensor | None, ...]:
     """The three gradients from kept exponentials and recomputed tiles; None for those not needed."""
+    from dpo_fast.kernels.scale_rows import scale_rows
+
     kept_TV, hidden_TD, weight_VD = saved["kept"], call.hidden_TD, call.weight_VD
     T, K = len(hidden_TD), len(kept_TV)
     dH = hidden_TD.new_empty(hidden_TD.shape) if needs[0] else None
     dW = weight_VD.new_empty(weight_VD.shape) if needs[1] else None
     db = hidden_TD.new_zeros(len(weight_VD), dtype=torch.float32) if needs[2] else None
-    scale_T = -grad_T[:K] / saved["total"][:K]
+    total_T, slope_T = saved["total"][:K], grad_T[:K]
     if dH is not None and K:
-        _times_weight(call, kept_TV, scale_T, dH[:K])
-    scale_T = scale_T * call.options.factor
+        _times_weight(call, kept_TV, total_T, slope_T, dH[:K])
     if db is not None and K:
-        db += _precise_mv(kept_TV.t(), scale_T)
+        db += _precise_mv(kept_TV.t(), -call.options.factor * slope_T / total_T)
     scaled_TD = None
     if dW is not None:
-        scaled_TD = (hidden_TD[:K] * scale_T[:, None]).to(hidden_TD.dtype)
+        scaled_TD = hidden_TD.new_empty(K, hidden_TD.shape[1])
+        scale_rows(hidden_TD[:K], total_T, scaled_TD, factor=-call.options.factor, slope_T=slope_T)
     if K < T:
         tiles = _GradientTiles(call, grad_T, saved, products)
         _add_tiles(tiles, dH, dW, db, kept_TV, scaled_TD)
