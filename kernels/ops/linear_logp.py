@@ -72,6 +72,15 @@ def _reduce(
 
 
 @triton.jit
+def _store_top(score, scale, targets_ptr, top_ptr, rows, mask_t, first_v, BLOCK_V: tl.constexpr):
+    """The logits of the targets that this tile has, to compare with the rows' maxima."""
+    column = column_in_tile(targets_ptr, rows, mask_t, 0, first_v, BLOCK_V)
+    is_target = tl.arange(0, BLOCK_V)[None, :] == column[:, None]
+    top = scale * tl.max(tl.where(is_target, score, float("-inf")), axis=1)
+    tl.store(top_ptr + rows, top, mask=mask_t & (column >= 0))
+
+
+@triton.jit
 def _rows_tile(
     hidden,
     weight,
@@ -138,11 +147,8 @@ def _rows_tile(
     if MASKED:
         score = tl.where(mask_v[None, :], score, float("-inf"))
     maximum = scale * tl.max(score, axis=1)
-    if TOP1:
-        column = column_in_tile(targets_ptr, rows, mask_t, 0, first_v, BLOCK_V)
-        is_target = tl.arange(0, BLOCK_V)[None, :] == column[:, None]
-        top = scale * tl.max(tl.where(is_target, score, float("-inf")), axis=1)
-        tl.store(top_ptr + rows, top, mask=mask_t & (column >= 0))
+    if TOP1 and KEEP:
+        _store_top(score, scale, targets_ptr, top_ptr, rows, mask_t, first_v, BLOCK_V)
     if KEEP:
         offset = tl.load(offset_ptr + rows, mask=mask_t, other=0.0)
     else:
@@ -167,6 +173,10 @@ def _rows_tile(
         SQUARES,
         MEAN,
     )
+    if (
+        TOP1 and not KEEP
+    ):  # where the fewest values are alive: either place spills in the other's case
+        _store_top(score, scale, targets_ptr, top_ptr, rows, mask_t, first_v, BLOCK_V)
     if KEEP:
         if HAS_CAP:
             e *= slope
