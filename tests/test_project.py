@@ -1,8 +1,8 @@
 """The shape of the project: floors, packaging, and that the documents tell the truth."""
 
 import ast
-import os
 import csv
+import os
 import re
 import subprocess
 import sys
