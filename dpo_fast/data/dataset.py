@@ -8,7 +8,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -50,6 +50,7 @@ def cache_key(
     """32 hex digits that change with anything that could change the stored rows."""
     parts = {
         "version": FORMAT_VERSION,
+        "report": sorted(field.name for field in fields(DataReport)),
         "sources": [source.identity() for source in sources],
         "tokenizer": tokenizer_hash(tokenizer),
         "template": read_template(config),
