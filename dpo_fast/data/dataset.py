@@ -241,8 +241,9 @@ def _prepared(
     key = cache_key(config, tokenizer, sources, eos_ids)
     target = root / key
     if not target.is_dir():
-        root.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(dir=root, prefix=f".{key}-"))
+        with durable.writing(root, "Name another folder with data.cache_dir"):
+            root.mkdir(parents=True, exist_ok=True)
+            work = Path(tempfile.mkdtemp(dir=root, prefix=f".{key}-"))
         try:
             table, report = build(config, tokenizer, sources, eos_ids, work)
             table.save_to_disk(str(work / "examples"))

@@ -212,6 +212,13 @@ def test_template_file_is_part_of_the_key(load, tmp_path):
     assert len(stored(load)) == 2
 
 
+def test_a_cache_that_cannot_be_written_is_named(load, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/cache cannot be written.*data.cache_dir"):
+        load([pair(1)], cache_dir=str(tmp_path / "file" / "cache"))
+    assert load(cache_dir=str(tmp_path / "cache"))
+
+
 def test_a_report_with_other_counts_is_not_read(load, monkeypatch):
     """Another version of the code may count other things. What it stored is not damaged."""
 
