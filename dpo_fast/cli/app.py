@@ -147,7 +147,7 @@ def data(
 @app.command()
 def doctor(
     config: Annotated[
-        str | None, typer.Argument(help="YAML file of a run to look at, too", metavar="[CONFIG]")
+        str | None, typer.Argument(help="YAML file of a run to look at, too", metavar="CONFIG")
     ] = None,
     overrides: Overrides = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="ranks to reckon with")] = None,

@@ -16,7 +16,7 @@ app = typer.Typer(
 )
 Config = Annotated[str, typer.Argument(help="YAML file, see configs/", metavar="CONFIG")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="section.key=value", metavar="[KEY=VALUE]...")
+    list[str] | None, typer.Argument(help="section.key=value", metavar="KEY=VALUE")
 ]
 
 

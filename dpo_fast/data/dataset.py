@@ -8,7 +8,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -50,6 +50,7 @@ def cache_key(
     """32 hex digits that change with anything that could change the stored rows."""
     parts = {
         "version": FORMAT_VERSION,
+        "report": sorted(field.name for field in fields(DataReport)),
         "sources": [source.identity() for source in sources],
         "tokenizer": tokenizer_hash(tokenizer),
         "template": read_template(config),
@@ -240,8 +241,9 @@ def _prepared(
     key = cache_key(config, tokenizer, sources, eos_ids)
     target = root / key
     if not target.is_dir():
-        root.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(dir=root, prefix=f".{key}-"))
+        with durable.writing(root, "Name another folder with data.cache_dir"):
+            root.mkdir(parents=True, exist_ok=True)
+            work = Path(tempfile.mkdtemp(dir=root, prefix=f".{key}-"))
         try:
             table, report = build(config, tokenizer, sources, eos_ids, work)
             table.save_to_disk(str(work / "examples"))

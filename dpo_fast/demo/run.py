@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from dpo_fast import durable
 from dpo_fast.data.config import DataConfig
 from dpo_fast.demo.show import Completions, complete, read_evaluations, samples, show_result
 from dpo_fast.demo.student import LAYOUT, build_model, build_tokenizer, fine_tune, save_model
@@ -41,7 +42,8 @@ def run_demo(output_dir: str | Path, *, seed: int = 0, quick: bool = False) -> d
         `config`, `sft`, `checkpoint`, `report`: paths.
     """
     folder = Path(output_dir).expanduser().resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    with durable.writing(folder, "Name another folder with --output"):
+        folder.mkdir(parents=True, exist_ok=True)
     scale = QUICK if quick else WHOLE
     say("loading DeepSpeed")
     distributed.init_distributed()

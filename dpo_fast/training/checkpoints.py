@@ -175,12 +175,19 @@ def _read_state(folder: Path, fits: dict) -> dict[str, Any]:
             raise ValueError("it holds no object")
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}/state.json cannot be read: {error}") from None
-    differing = [name for name, value in fits.items() if state.get(name) != value]
+    differing = [name for name in fits if name in state and state[name] != fits[name]]
     if differing:
-        details = "; ".join(f"{n} was {state.get(n)!r} and is {fits[n]!r}" for n in differing)
+        details = "; ".join(f"{n} was {state[n]!r} and is {fits[n]!r}" for n in differing)
         raise UserError(
             f"{folder} cannot be resumed exactly: {details}. Set it back, or start a new run from "
             "this one's weights with another train.output_dir"
+        )
+    missing = [name for name in fits if name not in state]
+    if missing:
+        raise UserError(
+            f"{folder} cannot be resumed: another version of dpo_fast wrote it, and its state.json lacks "
+            f"{', '.join(missing)}. Resume with that version, or start a new run from this one's weights "
+            "with another train.output_dir"
         )
     return state
 

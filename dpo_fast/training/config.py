@@ -282,6 +282,9 @@ def _explain(error: dict) -> str:
     if error["type"] == "missing":
         return f"{place} is missing"
     message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "model_type":
+        keys = ", ".join(_fields_at(error["loc"]))
+        return f"{place}={error['input']!r}: expected a section, with any of the keys {keys}"
     if error["type"] == "value_error":
         return message
     return f"{place}={error['input']!r}: {message[0].lower()}{message[1:]}"

@@ -48,6 +48,8 @@ class _Losses(BaseModel):
             if name not in LOSSES:
                 near = difflib.get_close_matches(name, LOSSES, 1)
                 hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(LOSSES)}"
+                if name.lower() == "dpo":
+                    hint = "the loss of DPO is called sigmoid"
                 raise ValueError(f"loss.type={name}: {hint}")
         _ = self.objective  # checks the values
         return self

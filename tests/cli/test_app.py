@@ -55,6 +55,13 @@ OPTIONS = {  # what is wrong: key=value, and what the message must say
     "unknown section": ("modle.path=x", "unknown key modle; did you mean model?"),
     "unknown nested key": ("model.lora.rank=4", "unknown key model.lora.rank; "),
     "unknown loss": ("loss.type=sigmod", "loss.type=sigmod: did you mean sigmoid?"),
+    "the best known loss": ("loss.type=DPO", "loss.type=DPO: the loss of DPO is called sigmoid"),
+    "no section": (
+        "model.lora=true",
+        "model.lora=True: expected a section, with any of the keys r,",
+    ),
+    "an earlier name": ("train.global_pairs=8", "did you mean global_batch_size?"),
+    "another earlier name": ("train.micro_pairs=8", "did you mean micro_batch_size?"),
     "unused option": ("loss={type: hinge, label_smoothing: 0.1}", "is not used by hinge"),
     "label smoothing": ("loss.label_smoothing=0.5", "label_smoothing=0.5 must be"),
     "negative beta": ("loss.beta=-1", "beta=-1"),

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import datasets
 import pytest
@@ -208,6 +209,27 @@ def test_template_file_is_part_of_the_key(load, tmp_path):
     for content in (CHATML, CHATML + " "):
         template.write_text(content)
         load([pair(1)], chat_template=str(template))
+    assert len(stored(load)) == 2
+
+
+def test_a_cache_that_cannot_be_written_is_named(load, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/cache cannot be written.*data.cache_dir"):
+        load([pair(1)], cache_dir=str(tmp_path / "file" / "cache"))
+    assert load(cache_dir=str(tmp_path / "cache"))
+
+
+def test_a_report_with_other_counts_is_not_read(load, monkeypatch):
+    """Another version of the code may count other things. What it stored is not damaged."""
+
+    @dataclass
+    class OtherReport(DataReport):
+        refunds: int = 0
+
+    monkeypatch.setattr("dpo_fast.data.dataset.DataReport", OtherReport)
+    load([pair(1)])
+    monkeypatch.undo()
+    assert load([pair(1)]).report.examples_kept == 1
     assert len(stored(load)) == 2
 
 

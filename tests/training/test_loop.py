@@ -399,6 +399,18 @@ def test_a_damaged_checkpoint_is_told(tmp_path):
         load_checkpoint(Engine(), folder, {"step": 1}, {})
 
 
+def test_a_checkpoint_of_another_version_is_told_as_one(tmp_path):
+    from dpo_fast.errors import UserError
+    from dpo_fast.training.checkpoints import load_checkpoint
+
+    saved(tmp_path, 1)
+    folder, fits = tmp_path / "checkpoint-1", {"step": 1, "layout": "packed"}
+    with pytest.raises(UserError, match="another version of dpo_fast .* lacks layout"):
+        load_checkpoint(Engine(), folder, fits, {})
+    with pytest.raises(UserError, match="exactly: step was 1 and is 2. Set it back"):
+        load_checkpoint(Engine(), folder, fits | {"step": 2}, {})
+
+
 def test_a_state_that_is_no_state_is_told(tmp_path):
     from dpo_fast.errors import UserError
     from dpo_fast.training.checkpoints import find_checkpoint, load_checkpoint
