@@ -50,7 +50,6 @@ def cache_key(
     """32 hex digits that change with anything that could change the stored rows."""
     parts = {
         "version": FORMAT_VERSION,
-        "report": sorted(field.name for field in fields(DataReport)),
         "sources": [source.identity() for source in sources],
         "tokenizer": tokenizer_hash(tokenizer),
         "template": read_template(config),
@@ -238,7 +237,7 @@ def _prepared(
 ) -> tuple[datasets.Dataset, DataReport]:
     """The stored data set of these sources, built first where it is not there."""
     root = cache_root(config)
-    key = cache_key(config, tokenizer, sources, eos_ids)
+    key = f"{cache_key(config, tokenizer, sources, eos_ids)}-{_report_key()}"
     target = root / key
     if not target.is_dir():
         with durable.writing(root, "Name another folder with data.cache_dir"):
@@ -259,6 +258,12 @@ def _prepared(
         raise UserError(
             f"{target}: the stored data is damaged ({error}); delete the folder and run again"
         ) from error
+
+
+def _report_key() -> str:
+    """8 hex digits that change with the names of the report's counts, and so between versions."""
+    names = sorted(field.name for field in fields(DataReport))
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:8]
 
 
 def _split_rows(count: int, kind: Kind, config: DataConfig, split: str) -> np.ndarray:

@@ -15,6 +15,7 @@ from rich.console import Console
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.dataset import load_examples, publish_unless_there, tokenizer_hash
 from dpo_fast.data.report import DataReport, render_examples, render_report
+from dpo_fast.data.stream import ExampleStream
 from dpo_fast.errors import UserError
 from tests.support.paths import ROOT
 from tests.support.tokenizers import CHATML, EOS, byte_tokenizer, ids_of
@@ -226,9 +227,15 @@ def test_a_report_with_other_counts_is_not_read(load, monkeypatch):
     class OtherReport(DataReport):
         refunds: int = 0
 
+    def key():  # what a checkpoint of a stream is held to
+        config = DataConfig(train=str(load.cache.parent / "pairs.jsonl"))
+        return ExampleStream(config, byte_tokenizer()).key
+
     monkeypatch.setattr("dpo_fast.data.dataset.DataReport", OtherReport)
     load([pair(1)])
+    other = key()
     monkeypatch.undo()
+    assert other == key()
     assert load([pair(1)]).report.examples_kept == 1
     assert len(stored(load)) == 2
 
