@@ -26,7 +26,7 @@ INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
 
 
 @dataclass(frozen=True)
-class Case:
+class Compilation:
     """One kernel to compile.
 
     variant: plain, or several of: ragged (D % BLOCK_D != 0), entropy, full (every option and extra at
@@ -45,7 +45,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Result:
+class Resources:
     """What the compiler made of a case. Bytes of stack and local memory are per thread.
 
     straight: instructions of the longest run without a branch: for a kernel of plain tiles, what a thread
@@ -53,7 +53,7 @@ class Result:
     should be in flight together.
     """
 
-    case: Case
+    case: Compilation
     registers: int
     stack: int
     local: int
@@ -64,14 +64,14 @@ class Result:
     tma: bool
 
 
-def cases(archs: tuple[str, ...] = ARCHS) -> list[Case]:
+def cases(archs: tuple[str, ...] = ARCHS) -> list[Compilation]:
     """Every distinct configuration of every kernel, once for each architecture and variant."""
     from dpo_fast.kernels import linear_logp, logits_logp, preference, scale_rows, target_product
 
     found = {}
 
     def add(*kernel, warps: int = 4, stages: int = 3, tma: bool = False) -> None:
-        found[Case(*kernel, warps, stages, tma)] = None
+        found[Compilation(*kernel, warps, stages, tma)] = None
 
     for arch in archs:
         for kernel, variant, dtype, config in _products(arch):
@@ -121,14 +121,14 @@ def _products(arch: str):
             yield "gradient_kernel", variant or "plain", dtype, stores
 
 
-def _constants(case: Case) -> dict:
+def _constants(case: Compilation) -> dict:
     if case.kernel in ("forward_kernel", "backward_kernel"):
         return {"stride_v": 1, "BLOCK_V": case.sizes[0]}
     if case.kernel == "preference_kernel":
         without = {"reference_ptr": None} if case.variant == "no-reference" else {}
         return without | {
             "stride_t": 1,
-            "LOSSES": PREFERENCES.get(case.variant, LOSSES),
+            "LOSSES": PREFERENCES.get(case.variant, KERNEL_LOSSES),
             "LENGTH_AVERAGE": True,
             "HAS_REFERENCE": not without,
             "BLOCK": case.sizes[0],
@@ -175,7 +175,7 @@ def _constants(case: Case) -> dict:
     return constants
 
 
-def _type_of(name: str, case: Case) -> str:
+def _type_of(name: str, case: Compilation) -> str:
     blocks = {"hidden": (0, 2), "weight": (1, 2), "kept": (0, 1), "out": (0, 1)}
     if name in blocks:
         if not case.tma:
@@ -183,7 +183,7 @@ def _type_of(name: str, case: Case) -> str:
         rows, columns = (case.sizes[i] for i in blocks[name])
         return f"tensordesc<{case.dtype}[{rows},{columns}]>"
     if name == "coefficients":
-        return ("fp32",) * len(PREFERENCES.get(case.variant, LOSSES))
+        return ("fp32",) * len(PREFERENCES.get(case.variant, KERNEL_LOSSES))
     if name in POINTERS:
         return POINTERS[name]
     if name in ("hidden_ptr", "weight_ptr", "bias_ptr", "logits_ptr"):
@@ -197,8 +197,8 @@ def _type_of(name: str, case: Case) -> str:
 
 PARTIAL = ("tail", "entropy-tail", "top1")  # of the row pass alone
 EVEN = ("plain", "keep", "entropy", "keep-entropy")  # V a multiple of the tile
-LOSSES = ("sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "sft")
-PREFERENCES = {"sigmoid": ("sigmoid",), "all": LOSSES}  # variants of preference_kernel
+KERNEL_LOSSES = ("sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "sft")
+PREFERENCES = {"sigmoid": ("sigmoid",), "all": KERNEL_LOSSES}  # variants of preference_kernel
 POINTERS = {
     "targets_ptr": "*i64",
     "kept_ptr": "*bf16",
@@ -227,7 +227,7 @@ def _kernel(name: str):
     return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 
-def compile_case(case: Case) -> Result:
+def compile_case(case: Compilation) -> Resources:
     """Compile a case as a launch with aligned tensors and D % 16 == 0 would."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -250,7 +250,7 @@ def compile_case(case: Case) -> Result:
     ptx = compiled.asm["ptx"]
     instruction = next((name for name in INSTRUCTIONS if name in ptx), "-")
     usage, runs = _read_machine_code(compiled.asm["cubin"])
-    return Result(
+    return Resources(
         case,
         usage["REG"],
         usage["STACK"],
@@ -314,7 +314,7 @@ def _products_alone(runs: list[list[str]]) -> int:
     return alone
 
 
-def table(results: list[Result]) -> str:
+def table(results: list[Resources]) -> str:
     header = (
         f"{'kernel':<22}{'variant':<22}{'arch':<7}{'dtype':<6}{'sizes':<17}{'warps':>5}{'stages':>7}"
         f"{'regs':>6}{'stack':>6}{'local':>6}{'shared':>8}{'straight':>9}{'serial':>7}"

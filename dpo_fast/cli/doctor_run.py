@@ -24,7 +24,7 @@ from dpo_fast.references import ReferenceModel
 from dpo_fast.training import distributed
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.engine import deepspeed_config
-from dpo_fast.training.fit import Choices, check, check_vocabulary
+from dpo_fast.training.fit import Choices, check_run, check_vocabulary
 from dpo_fast.training.prepare import wants_checkpointing
 
 GROUP = 8  # completions of a group, assumed as long as the data are not read
@@ -82,7 +82,7 @@ def render_run(console: Console, config: RunConfig) -> None:
 
 def look(config: RunConfig) -> Outlook:
     """Everything that follows from the configuration. Reads no data, joins no group, writes nothing."""
-    choices = check(config)
+    choices = check_run(config)
     train, world, device = config.train, distributed.world_size(), distributed.device()
     each = train.micro_batch_size
     deepspeed_config(config, world, train.global_batch_size // (each * world) if each else 1)

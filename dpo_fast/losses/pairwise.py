@@ -20,9 +20,9 @@ from torch import Tensor
 from dpo_fast.losses.divergence import less_margin, margin, mean_margin, smoothed
 from dpo_fast.losses.logps import PairLogps
 from dpo_fast.losses.options import LossOptions
-from dpo_fast.losses.spec import DIVERGENCE, SUMS, WEIGHTING, loss
+from dpo_fast.losses.spec import DIVERGENCE, SUM_OPTIONS, WEIGHTING, loss
 
-COMMON = ("beta", *SUMS, *WEIGHTING)
+COMMON = ("beta", *SUM_OPTIONS, *WEIGHTING)
 SCORED = (*COMMON, *DIVERGENCE)
 MARGIN = ("weight", "margin")
 
@@ -131,7 +131,7 @@ def sppo_hard(pairs: PairLogps, options: LossOptions) -> Tensor:
     "-(1-eps) LS(beta D) - eps LS(-beta D), D = sort(lw - ll) - sort(rw - rl) over the global batch",
     "AOT, arXiv 2406.05882",
     "the whole distribution of margins should move, not each pair's; wants large batches",
-    ("beta", *SUMS, "label_smoothing"),
+    ("beta", *SUM_OPTIONS, "label_smoothing"),
     columns=(),
     coupled=True,
 )
@@ -146,7 +146,7 @@ def aot(pairs: PairLogps, options: LossOptions) -> Tensor:
     "-(1-eps) LS(beta D) - eps LS(-beta D), D = sort(a) - sort(b) over the global batch",
     "AOT unpaired, arXiv 2406.05882",
     "as aot, where chosen and rejected answers do not come in pairs",
-    ("beta", *SUMS, "label_smoothing"),
+    ("beta", *SUM_OPTIONS, "label_smoothing"),
     columns=(),
     coupled=True,
 )

@@ -11,10 +11,10 @@ from dpo_fast.losses.logps import Logps
 from dpo_fast.losses.options import LossOptions
 
 ALONE = ("token_clamp", "reference_free")  # options of sums that need no pair
-SUMS = ("ld_alpha", "ld_reference", *ALONE)
+SUM_OPTIONS = ("ld_alpha", "ld_reference", *ALONE)
 WEIGHTING = ("use_weighting", "weighting_clamp")
 DIVERGENCE = ("f_divergence_type", "f_alpha_divergence_coef")
-SHARED = (*SUMS, *WEIGHTING, *DIVERGENCE)  # options that all losses of a mixture must use
+SHARED = (*SUM_OPTIONS, *WEIGHTING, *DIVERGENCE)  # options that all losses of a mixture must use
 LOSSES: dict[str, LossSpec] = {}
 
 

@@ -52,7 +52,7 @@ class Choices:
         return config.model_copy(update={"train": train})
 
 
-def check(config: RunConfig) -> Choices:
+def check_run(config: RunConfig) -> Choices:
     """Check what can be told without a process group, a tokenizer or a weight.
 
     Raises:

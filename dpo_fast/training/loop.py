@@ -15,7 +15,7 @@ from dpo_fast.training.checkpoints import find_checkpoint, load_checkpoint, save
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import progress_bar, say, track
 from dpo_fast.training.export import export
-from dpo_fast.training.fit import check
+from dpo_fast.training.fit import check_run
 from dpo_fast.training.metrics import MetricSums
 from dpo_fast.training.perf import watch_head, work_of
 from dpo_fast.training.prepare import Run, prepare
@@ -44,7 +44,7 @@ def train(config: RunConfig) -> Path:
         UserError: before training, if something does not fit; during it, if the loss is not finite.
         Interrupted: after SIGINT or SIGTERM, once the step is finished and a checkpoint saved.
     """
-    choices = check(config)
+    choices = check_run(config)
     check_writable(config.train.output_dir)
     distributed.init_distributed(config.parallel.timeout_minutes)
     checkpoint = find_checkpoint(config.train.resume_from_checkpoint, config.train.output_dir)

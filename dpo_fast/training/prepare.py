@@ -59,7 +59,7 @@ class Run:
 def prepare(config: RunConfig, choices: Choices | None = None) -> Run:
     """Build a run in order, what is cheap first. Collective: every rank calls it.
 
-    choices: what `check` returned; they are made here if it has not been called.
+    choices: what `check_run` returned; they are made here if it has not been called.
 
     Raises:
         UserError: data, model or options that do not fit, before any weight is loaded if possible.

@@ -19,7 +19,7 @@ from dpo_fast.training.engine import (
     reference_config,
     shard_while_loading,
 )
-from dpo_fast.training.fit import Choices, check, check_positions, check_vocabulary
+from dpo_fast.training.fit import Choices, check_positions, check_run, check_vocabulary
 from dpo_fast.training.load_data import load_split
 from dpo_fast.training.precompute import StoredReference, cached_references, store_references
 from dpo_fast.training.splits import Split
@@ -107,7 +107,7 @@ def store_beforehand(config: RunConfig) -> list[StoredReference]:
     """
     check_stores(config)
     config = without_training(config)
-    choices = check(config)
+    choices = check_run(config)
     distributed.init_distributed(config.parallel.timeout_minutes)
     config = choices.applied(config)
     tokenizer, device = load_tokenizer(config.model), distributed.device()

@@ -101,10 +101,10 @@ def test_every_model_is_read_once_and_one_layout_serves_all(monkeypatch, tmp_pat
         return model
 
     monkeypatch.setattr(fit, "load_skeleton", load_skeleton)
-    choices = fit.check(config)
+    choices = fit.check_run(config)
     assert read == [str(tmp_path / name) for name in ("model", "near", "far")]
     assert choices.layout.name == "padded" and "AttentionInterface" in choices.layout.reason
     assert [choices.attention_of(model).name for model in config.second_models] == ["sdpa"] * 2
     train = config.train.model_copy(update={"layout": "packed"})
     with pytest.raises(UserError, match="train.layout=packed cannot be honoured"):
-        fit.check(config.model_copy(update={"train": train}))
+        fit.check_run(config.model_copy(update={"train": train}))

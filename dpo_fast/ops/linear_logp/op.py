@@ -114,11 +114,8 @@ class _LinearLogp(torch.autograd.Function):
         if grad_T is None:
             return (None,) * 7
         hidden_TD, bias, targets_T, weight_VD, *values = ctx.saved_tensors
-        saved, needs, shard = (
-            dict(zip(ctx.names, values)),
-            ctx.needs_input_grad[:3],
-            ctx.settings[2],
-        )
+        saved, needs = dict(zip(ctx.names, values)), ctx.needs_input_grad[:3]
+        _, _, shard = ctx.settings
         if "direction" in saved:
             dH, dW, db = scaled_direction(saved["direction"], grad_T), None, None
         else:
