@@ -56,12 +56,12 @@ class Ours:
     def __init__(self, contender: Contender, task: Task) -> None:
         from dpo_fast.training import precompute
         from dpo_fast.training.config import build_config
-        from dpo_fast.training.fit import check
+        from dpo_fast.training.fit import check_run
         from dpo_fast.training.metrics import MetricSums
         from dpo_fast.training.prepare import prepare
 
         config = build_config(tree(contender, task), contender.name)
-        choices = check(config)
+        choices = check_run(config)
         self.task, self.computed = task, {}
         compute = task.stopwatch.timed(precompute.compute_reference, "table")
         with mock.patch.object(precompute, "compute_reference", compute):
