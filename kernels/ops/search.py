@@ -8,7 +8,6 @@ neither the file nor the search is ever used unasked.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import time
@@ -20,7 +19,7 @@ import torch
 import triton
 
 from dpo_fast.kernels.device import arch_of
-from dpo_fast.kernels.tiles import INTERPRETER, TileConfig, bins, config_for
+from dpo_fast.kernels.tiles import TileConfig, bins, config_for
 
 VARIABLE = "DPO_FAST_TILE_SEARCH"
 
@@ -35,37 +34,42 @@ def choose_tile(
     **flags: bool,
 ) -> TileConfig:
     """The tile of `config_for`; with the search on, the fastest for this key. run: launches with one."""
-    default = config_for(arch_of(device), dtype, D, V, **flags)
     path = os.environ.get(VARIABLE)
     if not path:
-        return default
+        return config_for(arch_of(device), dtype, D, V, **flags)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     options = (flag for flag, value in sorted(flags.items()) if value)
     key = "/".join([name, kernel, str(dtype).removeprefix("torch."), *bins(D, V), *options])
     found = _read(Path(path))
     if key not in found:
-        times = [(_median_ms(run, config, device), config) for config in candidates(default)]
+        tiles = candidates(kernel, arch_of(device), dtype, D, V, **flags)
+        times = [(_median_ms(run, config, device), config) for config in tiles]
         best = min(times, key=lambda pair: pair[0])
         found = _read(Path(path)) | {key: {**asdict(best[1]), "ms": best[0], "tried": len(times)}}
         _write(Path(path), found)
     return TileConfig(**{k: v for k, v in found[key].items() if k not in ("ms", "tried")})
 
 
-def candidates(default: TileConfig) -> list[TileConfig]:
-    """The shipped tile first, then its neighbours: sizes, warps, stages and the shape of the grid."""
-    if default.block_t == INTERPRETER.block_t:  # the interpreter's tiles
+def candidates(
+    kernel: str, arch: str, dtype: torch.dtype, D: int, V: int, **flags: bool
+) -> list[TileConfig]:
+    """At most six tiles worth timing, the shipped one first; each runs as `config=` of its launcher.
+
+    kernel: "rows" (`RowPass`) or "gradient" (`gradient_tile`).
+    arch, flags: as for `config_for`.
+    """
+    default = config_for(arch, dtype, D, V, **flags)
+    if arch == "interpreter":
         return [default, replace(default, block_v=16), replace(default, block_d=16)]
-    grids = [(0, False)] if not default.tma else [(0, True), (1, True), (2, True)]
-    shapes = [(64, 128), (128, 64), (128, 128), (128, 256), (256, 128)]
-    found = [default]
-    for (block_t, block_v), (per_sm, tma), stages, group in itertools.product(
-        shapes, grids, (2, 3, 4), (8, 16)
-    ):
-        warps = 4 if block_t * block_v < 128 * 128 else 8
-        found.append(
-            TileConfig(block_t, block_v, default.block_d, warps, stages, group, per_sm, tma)
-        )
-    return list(dict.fromkeys(found))
+    if not default.tma:
+        others = [replace(default, num_stages=stages) for stages in (2, 3, 4)]
+    else:
+        sizes = [(128, 128, 2, 2), (128, 256, 3, 1), (128, 256, 4, 1), (256, 128, 3, 1)]
+        others = [
+            replace(default, block_t=t, block_v=v, num_stages=stages, per_sm=per_sm)
+            for t, v, stages, per_sm in sizes
+        ]
+    return list(dict.fromkeys([default, *others]))[:6]
 
 
 def _median_ms(run: Callable, config: TileConfig, device: torch.device) -> float:
