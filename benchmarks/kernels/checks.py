@@ -50,7 +50,7 @@ class _Truth(abc.ABC):
     """
 
     def __init__(self, targets: Tensor, V: int, dtype: torch.dtype):
-        self.targets, self.V, self.dtype = targets, V, precision(dtype)
+        self.targets, self.V, self.dtype = targets, V, dtype
         self._kind, self._kept = None, {}
         with torch.no_grad():
             parts = [self._forward(rows) for rows in self._chunks()]
@@ -88,12 +88,13 @@ class _Truth(abc.ABC):
 
 
 class HeadTruth(_Truth):
-    """The truth of logits z = h W^T."""
+    """The truth of logits z = h W^T. dtype: of its arithmetic; None for `precision`."""
 
-    def __init__(self, inputs):
+    def __init__(self, inputs, dtype: torch.dtype | None = None):
         self.hidden, self.weight = inputs.hidden.detach(), inputs.weight.detach()
-        self.precise = self.weight.to(precision(self.weight.dtype))
-        super().__init__(inputs.targets, *self.weight.shape[:1], self.weight.dtype)
+        dtype = dtype or precision(self.weight.dtype)
+        self.precise = self.weight.to(dtype)
+        super().__init__(inputs.targets, *self.weight.shape[:1], dtype)
 
     def logits(self, rows: slice) -> Tensor:
         return self.hidden[rows].to(self.dtype) @ self.precise.t()
@@ -115,7 +116,7 @@ class LogitsTruth(_Truth):
 
     def __init__(self, inputs):
         self.given = inputs.logits.detach()
-        super().__init__(inputs.targets, self.given.shape[1], self.given.dtype)
+        super().__init__(inputs.targets, self.given.shape[1], precision(self.given.dtype))
 
     def logits(self, rows: slice) -> Tensor:
         return self.given[rows].to(self.dtype)

@@ -1,0 +1,20 @@
+"""`make gpu`: everything that needs a card, in one command that may be cut off at any moment.
+
+    python3 -m benchmarks.gpu.run [--minutes M] [--out FOLDER] [--only STEP,...] [--resume] [--rehearse]
+
+It needs the machine's own python3 with torch and triton, and nothing from the internet. Packages that are
+absent are named. Every result is a line of JSON in FOLDER/lines.jsonl, flushed at once.
+
+    run.py          the steps in their order, the clock, the options
+    steps.py        what is done: a table
+    pool.py         processes that work on items, are killed when one hangs, and begin again behind it
+    worker.py       such a process
+    machine.py      step: versions, and the ceilings: bare products and a copy
+    smoke.py        step: every kernel and schedule against fp64
+    suites.py       step: the tests that run on a card as well
+    rows.py         step: the row pass alone, each tile of the table beside the bare product
+    targets.py      steps: the shapes of the targets, and the peers
+    train.py        step: whole training steps
+    profile.py      step: one look at the row kernel with ncu
+    summary.py      the table of targets, from the lines
+"""

@@ -1,0 +1,147 @@
+"""`make gpu`: the steps in their order, each result a line, and at the end the table of targets."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.gpu import pool, summary
+from benchmarks.gpu.steps import STEPS, Step
+
+ABSENT = ("failed", "skipped", "not_reached")  # why an item has no numbers
+
+
+@dataclass
+class Lines:
+    """The file of results: a line of JSON each, flushed at once.
+
+    found: all lines of the file, those of earlier runs too.
+    """
+
+    path: Path
+    found: list[dict] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    start: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def at(cls, path: Path, resume: bool) -> Lines:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            path.unlink(missing_ok=True)
+        return cls(path, read(path))
+
+    def add(self, step: str, item: str, result: dict) -> None:
+        line = {"step": step, "item": item, "at": round(time.monotonic() - self.start, 1)} | result
+        with self.lock:
+            self.found.append(line)
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(f"{line['at']:>7.1f} s  {step:<11}{item:<60}{_word(result)}", flush=True)
+
+    def done(self, step: str) -> set[str]:
+        """Items that an earlier run has finished, well or not."""
+        return {x["item"] for x in self.found if x["step"] == step and "not_reached" not in x}
+
+
+def read(path: Path) -> list[dict]:
+    """The lines of a file; a last one that was cut off in the writing is left out."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def _word(result: dict) -> str:
+    for name in ABSENT:
+        if name in result:
+            return f"{name.replace('_', ' ').upper()} {str(result[name])[:300]}"
+    shown = {k: v for k, v in result.items() if isinstance(v, (int, float)) and k != "seconds"}
+    return "ok " + ", ".join(f"{k} {v:.4g}" for k, v in shown.items())
+
+
+def names_of(step: Step, rehearse: bool, log: Path) -> list[str]:
+    """The items of a step, asked of a process of its own: to load them needs torch and a device."""
+    import subprocess
+
+    command = [sys.executable, "-m", "benchmarks.gpu.worker", step.name, "--list"]
+    command += ["--rehearse"] * rehearse
+    with log.open("ab") as words:
+        done = subprocess.run(
+            command,
+            cwd=pool.ROOT,
+            stdout=subprocess.PIPE,
+            stderr=words,
+            env=pool.environment(rehearse),
+        )
+    if done.returncode:
+        raise RuntimeError(f"its items cannot be listed, exit code {done.returncode}: see {log}")
+    return json.loads(done.stdout)
+
+
+def run(steps: list[Step], lines: Lines, folder: Path, minutes: float, rehearse: bool) -> None:
+    deadline = time.monotonic() + 60 * minutes
+    for phase in sorted({step.phase for step in steps}):
+        together = [step for step in steps if step.phase == phase]
+        threads = [
+            threading.Thread(target=_step, args=(step, lines, folder, deadline, rehearse))
+            for step in together
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+
+def _step(step: Step, lines: Lines, folder: Path, deadline: float, rehearse: bool) -> None:
+    if time.monotonic() > deadline:
+        lines.add(step.name, "all", {"not_reached": True})
+        return
+    try:
+        names = names_of(step, rehearse, folder / f"{step.name}.list.log")
+    except RuntimeError as error:
+        lines.add(step.name, "all", {"failed": str(error)})
+        return
+    pool.work(
+        step.name,
+        [name for name in names if name not in lines.done(step.name)],
+        lambda item, result: lines.add(step.name, item, result),
+        folder=folder,
+        processes=step.processes,
+        seconds=step.seconds,
+        deadline=deadline,
+        rehearse=rehearse,
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="make gpu", description=__doc__)
+    add = parser.add_argument
+    add("--minutes", type=float, default=8.0, help="begin nothing after this long (default 8)")
+    add("--out", type=Path, default=Path("gpu_results"), help="folder of the lines and the logs")
+    add("--only", help=f"steps, separated by commas: {', '.join(STEPS)}")
+    add("--resume", action="store_true", help="leave out what the lines in --out have")
+    add(
+        "--rehearse",
+        action="store_true",
+        help="tiny sizes on a CPU, kernels in Triton's interpreter",
+    )
+    given = parser.parse_args(arguments)
+    chosen = given.only.split(",") if given.only else list(STEPS)
+    if unknown := [name for name in chosen if name not in STEPS]:
+        parser.error(f"--only {','.join(unknown)}: choose from {', '.join(STEPS)}")
+    lines = Lines.at(given.out / "lines.jsonl", given.resume)
+    run([STEPS[name] for name in chosen], lines, given.out, given.minutes, given.rehearse)
+    print(summary.table(lines.found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""A process that works on items of a step: names come in by lines, results go out as lines of JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+
+from benchmarks.gpu.steps import STEPS
+
+
+def failure(error: Exception) -> dict:
+    """What an exception leaves behind. After an error of the device its process is of no more use."""
+    text = str(error).strip()
+    fatal = "CUDA error" in text or "device-side assert" in text or "illegal" in text
+    reason = f"{type(error).__name__}: {text[:600]}"
+    return {"failed": reason} | ({"restart": True} if fatal else {})
+
+
+def main(arguments: list[str]) -> int:
+    step, rehearse = STEPS[arguments[0]], "--rehearse" in arguments
+    # What libraries print goes to the log; results alone to our own copy of the output.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    items = step.load().items(rehearse)
+    if "--list" in arguments:
+        print(json.dumps(list(items)), file=answers, flush=True)
+        return 0
+    for line in sys.stdin:
+        name = line.strip()
+        print(f"--- {name}", file=sys.stderr, flush=True)
+        try:
+            result = items[name]()
+        except Exception as error:
+            traceback.print_exc()
+            result = failure(error)
+        print(json.dumps(result), file=answers, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
