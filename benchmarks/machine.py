@@ -7,6 +7,7 @@ import datetime
 import functools
 import gc
 import importlib.metadata
+import os
 import platform
 import resource
 import shutil
@@ -21,6 +22,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DESCRIBE = ("git", "describe", "--always", "--dirty", "--abbrev=12")
 MIB = 1 << 20
 
 
@@ -34,7 +36,9 @@ def environment(device: str) -> dict:
         "torch": torch.__version__,
         "triton": version("triton"),
         "driver": _output(*driver) if cuda else "",
-        "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=12"),
+        # A copy of the tree may have come without its history.
+        "commit": os.environ.get("DPO_FAST_COMMIT")
+        or _output("git", "describe", "--always", "--dirty", "--abbrev=12"),
         "date": datetime.date.today().isoformat(),
         "threads": "" if cuda else torch.get_num_threads(),
     }

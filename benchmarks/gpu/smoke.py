@@ -17,7 +17,9 @@ from benchmarks.kernels.case import HeadInputs, Outputs
 from benchmarks.kernels.checks import GATES, HeadTruth, compare
 from benchmarks.kernels.measure import Lineup, Setting, measure
 from benchmarks.kernels.operations import OPERATIONS
+from benchmarks.machine import DTYPES, release_memory
 from dpo_fast import linear_logp
+from dpo_fast.ops import warm_up
 
 SIZES = {
     False: ((1, 129, 4096), (896, 4096), (1000, 50257, 128256, 151936)),
@@ -28,6 +30,7 @@ OTHERS = {
     False: {"logits_logp": Shape(512, 0, 128256), "preference": Shape(8192, 0, 0)},
     True: {"logits_logp": Shape(16, 0, 520), "preference": Shape(64, 0, 0)},
 }
+GRAPH = {False: Shape(1000, 896, 50257), True: Shape(20, 64, 300)}
 EXTRAS = ("entropy", "log_sum_p2", "mean_logit", "is_top1")
 SCHEDULES = {  # needs a gradient of hidden, of the weight; tokens whose exponentials fit
     "logps": (False, False, 1.0),
@@ -45,15 +48,16 @@ def items(rehearse: bool) -> dict:
         shape = Shape(odd.T, odd.D, odd.V, dtype)
         found[f"{dtype} {shape}"] = functools.partial(head, "triton", shape)
     found["options"] = functools.partial(options, odd)
+    found["graph"] = functools.partial(graph, GRAPH[rehearse])
     found["views"] = functools.partial(views, odd)
     for operation, shape in OTHERS[rehearse].items():
         found[f"{operation} {shape}"] = functools.partial(other, operation, shape)
     return found
 
 
-def heads(implementation: str, rehearse: bool) -> dict:
+def heads(implementation: str, rehearse: bool, least_v: int = 0) -> dict:
     """The items of one implementation in bf16: the largest first, since a pool ends with its last item."""
-    shapes = [Shape(*sizes) for sizes in itertools.product(*SIZES[rehearse])]
+    shapes = [Shape(*sizes) for sizes in itertools.product(*SIZES[rehearse]) if sizes[2] >= least_v]
     shapes.sort(key=lambda shape: (shape.D != 4096, shape.V != 128256, -shape.T))
     found = {str(shape): functools.partial(head, implementation, shape) for shape in shapes}
     repaired = shapes[0]
@@ -83,7 +87,7 @@ def repair(implementation: str, shape: Shape) -> dict:
 
 def against_truth(implementation: str, shape: Shape, inputs: HeadInputs) -> dict:
     poison()
-    truth = HeadTruth(inputs, torch.float64)
+    logp, truth = truths(shape, inputs)
     gate = GATES["exact", shape.dtype]
     checks = {}
     for name, (needs_hidden, needs_weight, share) in SCHEDULES.items():
@@ -92,7 +96,7 @@ def against_truth(implementation: str, shape: Shape, inputs: HeadInputs) -> dict
         try:
             outputs, again = run(), run()
             found = truth.gradients("token", inputs.slopes, ("hidden", "weight")) if wanted else {}
-            errors = compare(outputs, truth.logp, [found[n] for n in wanted])
+            errors = compare(outputs, logp, [found[n] for n in wanted])
             checks[name] = {
                 "ok": errors.max_err <= gate.gradient and errors.err_logp <= gate.logp,
                 "max_err": errors.max_err,
@@ -107,6 +111,18 @@ def against_truth(implementation: str, shape: Shape, inputs: HeadInputs) -> dict
                 raise
             checks[name] = {"ok": False, "error": f"{type(error).__name__}: {error}"[:600]}
     return judged(checks)
+
+
+def truths(shape: Shape, inputs: HeadInputs) -> tuple[Tensor, HeadTruth]:
+    """Log-probs in fp64, and the gradients' truth: in fp64 as well, or in fp32 where fp64 would take tens
+    of GiB, which several processes have to share."""
+    truth = HeadTruth(inputs, torch.float64)
+    logp = truth.logp
+    if shape.D * shape.V > 1 << 28:
+        del truth
+        release_memory(device())
+        truth = HeadTruth(inputs, torch.float32)
+    return logp, truth
 
 
 def once(implementation, shape: Shape, inputs: HeadInputs, wanted: list[str], share: float):
@@ -200,6 +216,30 @@ def options(shape: Shape) -> dict:
             "max_err": err,
             "err_logp": err_logp,
         }
+    return judged(checks)
+
+
+def graph(shape: Shape) -> dict:
+    """After `warm_up` a call is captured, forward and backward, and replays with new values.
+
+    In a process where this item comes first, nothing else has been launched before.
+    """
+    warm_up(device(), shape.D, shape.V, DTYPES[shape.dtype], implementation="triton")
+    if device() == "cpu":
+        return {"skipped": "a CPU has no graphs; warm_up ran"}
+    inputs, new, checks = shape.inputs(), shape.inputs(seed=1), {}
+    for name, (needs_hidden, needs_weight, share) in SCHEDULES.items():
+        wanted = [n for n, needs in (("hidden", needs_hidden), ("weight", needs_weight)) if needs]
+        place = HeadInputs(*(x.detach().clone() for x in inputs))
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            outputs = once("triton", shape, place, wanted, share)
+        for x, value in zip(place, new):
+            x.copy_(value.detach())
+        captured.replay()
+        right = once("triton", shape, new, wanted, share)
+        torch.cuda.synchronize()
+        checks[name] = {"ok": same(outputs, right)}
     return judged(checks)
 
 

@@ -31,10 +31,10 @@ STEPS = {
     step.name: step
     for step in (
         Step("machine", "machine", 0, 1, 60),
-        Step("smoke", "smoke", 1, 4, 90),
+        Step("smoke", "smoke", 1, 3, 90),
         Step("csrc", "csrc", 1, 1, 150),
-        Step("precompile", "precompile", 1, 4, 60),
-        Step("suites", "suites", 1, 1, 120),
+        Step("precompile", "precompile", 1, 3, 60),
+        Step("suites", "suites", 1, 6, 110),
         Step("targets", "targets", 2, 1, 60),
         Step("rows", "rows", 3, 1, 30),
         Step("train", "train", 4, 1, 120),

@@ -36,7 +36,7 @@ def run(file: str) -> dict:
         return {"skipped": "pytest is not installed"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "--tb=short"]
     if importlib.util.find_spec("xdist") is not None:
-        command += ["-n", str(max(1, min(8, (os.cpu_count() or 2) // 2)))]
+        command += ["-n", str(max(1, (os.cpu_count() or 2) // len(FILES[False])))]
     with tempfile.NamedTemporaryFile(suffix=".txt") as log:
         with open(log.name, "w") as out:
             code = subprocess.run(

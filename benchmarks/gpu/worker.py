@@ -7,7 +7,9 @@ import os
 import sys
 import traceback
 
+from benchmarks.gpu.shapes import device
 from benchmarks.gpu.steps import STEPS
+from benchmarks.machine import release_memory
 
 
 def failure(error: Exception) -> dict:
@@ -35,6 +37,7 @@ def main(arguments: list[str]) -> int:
         except Exception as error:
             traceback.print_exc()
             result = failure(error)
+        release_memory(device())
         print(json.dumps(result), file=answers, flush=True)
     return 0
 

@@ -14,6 +14,7 @@ from dpo_fast.ops import compiled  # noqa: F401 registers torch.ops.dpo_fast
 from dpo_fast.ops.linear_logp.op import LinearLogp, linear_logp
 from dpo_fast.ops.linear_logp.plan import HeadPlan, plan
 from dpo_fast.ops.linear_logp.vocab_shard import VocabShard
+from dpo_fast.ops.linear_logp.warm_up import warm_up
 from dpo_fast.ops.logits_logp import logits_logp
 
-__all__ = ["HeadPlan", "LinearLogp", "VocabShard", "linear_logp", "logits_logp", "plan"]
+__all__ = ["HeadPlan", "LinearLogp", "VocabShard", "linear_logp", "logits_logp", "plan", "warm_up"]

@@ -7,6 +7,7 @@
     cuda            Triton's schedules with the products of csrc; cuda_extension builds those
     row_sums        sums of each row over the vocabulary, and outputs from them
     vocab_shard     a head that is spread over ranks
+    warm_up         first launches ahead of a CUDA graph
 
 An import statement sees this package: `from dpo_fast.ops.linear_logp import op`. The attribute of that name
 in `dpo_fast.ops` is the function. Nothing is imported here, so no circle arises.
