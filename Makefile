@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo check test lint bench bench-train aot csrc docs clean
+.PHONY: demo check test lint bench bench-train aot csrc docs gpu clean
 
 demo: $(STAMP)
 	$(BIN)/dpo-fast demo
@@ -35,6 +35,11 @@ aot: $(STAMP)
 
 csrc: $(STAMP)
 	$(BIN)/python -m dpo_fast.ops.linear_logp.cuda_extension
+
+# Everything that needs a card, within minutes: by the machine's own Python, whose torch knows the card.
+MINUTES ?= 8
+gpu:
+	$(PYTHON) -m benchmarks.gpu.run --minutes $(MINUTES)
 
 docs: $(STAMP)
 	$(BIN)/python -m dpo_fast.losses.docs > docs/LOSSES.md

@@ -10,11 +10,16 @@ absent are named. Every result is a line of JSON in FOLDER/lines.jsonl, flushed 
     pool.py         processes that work on items, are killed when one hangs, and begin again behind it
     worker.py       such a process
     machine.py      step: versions, and the ceilings: bare products and a copy
+    faults.py       step of a rehearsal: items that hang, crash and raise
     smoke.py        step: every kernel and schedule against fp64
+    csrc.py         step: csrc built, and against fp64
     suites.py       step: the tests that run on a card as well
+    precompile.py   step: the tiles of rows.py, compiled before anything is timed
+    targets.py      step: the shapes of the targets
     rows.py         step: the row pass alone, each tile of the table beside the bare product
-    targets.py      steps: the shapes of the targets, and the peers
+    peers.py        step: the peers at two of the shapes
     train.py        step: whole training steps
     profile.py      step: one look at the row kernel with ncu
+    shapes.py       the shapes
     summary.py      the table of targets, from the lines
 """

@@ -33,6 +33,9 @@ class Lines:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not resume:
             path.unlink(missing_ok=True)
+        elif path.exists() and not path.read_bytes().endswith(b"\n"):
+            with path.open("a") as file:  # the last line was cut off: the next one begins its own
+                file.write("\n")
         return cls(path, read(path))
 
     def add(self, step: str, item: str, result: dict) -> None:

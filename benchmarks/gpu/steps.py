@@ -31,6 +31,7 @@ STEPS = {
     step.name: step
     for step in (
         Step("machine", "machine", 0, 1, 60),
+        Step("faults", "faults", 0, 1, 5),
         Step("smoke", "smoke", 1, 3, 90),
         Step("csrc", "csrc", 1, 1, 150),
         Step("precompile", "precompile", 1, 3, 60),
