@@ -32,6 +32,7 @@ class Compilation:
     variant: plain, or several of: ragged (D % BLOCK_D != 0), entropy, full (every option and extra at
         once), keep, repair. For `preference_kernel` its set of losses.
     sizes: of a block, in the kernel's order.
+    per_sm: programs that should fit a multiprocessor at a time.
     """
 
     kernel: str
@@ -42,6 +43,9 @@ class Compilation:
     num_warps: int
     num_stages: int
     tma: bool = False
+    subtiles: int = 1
+    specialize: bool = False
+    per_sm: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,14 +74,26 @@ def cases(archs: tuple[str, ...] = ARCHS) -> list[Compilation]:
 
     found = {}
 
-    def add(*kernel, warps: int = 4, stages: int = 3, tma: bool = False) -> None:
-        found[Compilation(*kernel, warps, stages, tma)] = None
+    def add(*kernel, warps: int = 4, stages: int = 3) -> None:
+        found[Compilation(*kernel, warps, stages)] = None
 
     for arch in archs:
         for kernel, variant, dtype, config in _products(arch):
             sizes = (config.block_t, config.block_v, config.block_d, config.group_t)
-            launch = {"warps": config.num_warps, "stages": config.num_stages, "tma": config.tma}
-            add(kernel, variant, arch, dtype, sizes, **launch)
+            case = Compilation(
+                kernel,
+                variant,
+                arch,
+                dtype,
+                sizes,
+                config.num_warps,
+                config.num_stages,
+                config.tma,
+                config.subtiles,
+                config.specialize,
+                config.per_sm,
+            )
+            found[case] = None
         sizes = (linear_logp.MERGE_TOKENS, linear_logp.MERGE_TILES)
         for variant in ("plain", "full", "keep", "keep-full", "repair", "repair-full"):
             add("merge_kernel", variant, arch, "fp32", sizes)
@@ -95,15 +111,29 @@ def cases(archs: tuple[str, ...] = ARCHS) -> list[Compilation]:
 
 
 def _products(arch: str):
-    """(kernel, variant, dtype, configuration) of the product kernels, for every entry of the table."""
+    """(kernel, variant, dtype, configuration) of the product kernels, for every entry of the table.
+
+    A candidate of the search in the variants with the most registers, and in one order of tiles, which
+    changes a constant alone.
+    """
     import torch
 
     from dpo_fast.kernels import tiles
 
     runs = []
-    for row in (row for key, row in tiles.HALF_CONFIGS.items() if key[0] == arch):
+    rows = [row for key, row in tiles.HALF_CONFIGS.items() if key[0] == arch]
+    listed = [row for key, found in tiles.CANDIDATES.items() if key[0] == arch for row in found]
+    for row in listed:
+        if row.sums.group_t == 16:
+            entropy = row.choose(False, True), row.choose(True, True)
+            runs += [("bf16", "tail", row.choose(False, False), row.stores)]
+            runs += [("bf16", "entropy-tail", *entropy)]
+            yield "rows_kernel", "repair-entropy", "bf16", tiles.repair_config(row.entropy)
+            yield "gradient_kernel", "plain", "bf16", row.stores
+    for row in rows:
         runs += [("bf16", v, row.sums, row.stores) for v in ("", "tail", "top1")]
-        runs += [("bf16", v, row.entropy, row.entropy) for v in ("entropy", "entropy-tail")]
+        entropy = row.choose(False, True), row.choose(True, True)
+        runs += [("bf16", v, *entropy) for v in ("entropy", "entropy-tail")]
     runs += [("fp16", "", row.sums, row.stores)]
     other = tiles.OTHER_HALF if arch == "sm_80" else tiles.POINTER_HALF
     rich = tiles.config_for(arch, torch.bfloat16, 4096, 128256, rich=True)
@@ -157,6 +187,7 @@ def _constants(case: Compilation) -> dict:
     constants |= dict.fromkeys(("HAS_BIAS", "HAS_CAP"), full)
     constants["NEGATIVE"] = False
     constants |= {"EVEN_D": "ragged" not in case.variant, "TMA": case.tma, "FLATTEN": case.tma}
+    constants |= {"SUBTILES": case.subtiles, "SPECIALIZE": case.specialize}
     constants |= {"stride_hd": 1, "stride_wd": 1}
     constants["PRECISION"] = "ieee" if case.dtype == "fp32" else "tf32"
     if not full:
@@ -181,6 +212,8 @@ def _type_of(name: str, case: Compilation) -> str:
         if not case.tma:
             return TYPES[case.dtype]
         rows, columns = (case.sizes[i] for i in blocks[name])
+        if name in ("kept", "out"):
+            columns //= case.subtiles
         return f"tensordesc<{case.dtype}[{rows},{columns}]>"
     if name == "coefficients":
         return ("fp32",) * len(PREFERENCES.get(case.variant, KERNEL_LOSSES))

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+
+COMPILE_ONLY = ContextVar("compile_only", default=False)  # of `launch`, set by the search for tiles
+
+
+def launch(kernel, grid: tuple[int, ...], **arguments) -> None:
+    """Launch a Triton kernel, or with COMPILE_ONLY compile it for these arguments."""
+    if COMPILE_ONLY.get():
+        kernel.warmup(grid=grid, **arguments)
+    else:
+        kernel[grid](**arguments)
 
 
 def arch_of(device: torch.device) -> str:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpo_fast.kernels.device import interpretable, on_device
+from dpo_fast.kernels.device import interpretable, launch, on_device
 from dpo_fast.kernels.product import (
     arguments,
     check,
@@ -15,6 +15,7 @@ from dpo_fast.kernels.product import (
     less,
     product,
     scores,
+    store_tile,
     tile_of,
 )
 from dpo_fast.kernels.search import choose_tile
@@ -55,10 +56,18 @@ def gradient_kernel(
     BLOCK_D: tl.constexpr,
     GROUP_T: tl.constexpr,
     FLATTEN: tl.constexpr,
+    SUBTILES: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
 ):
     """g = (hit 1[v = y] - per_p 2^(z - offset)) slope, rounded once; hit = c, per_p = c / total."""
     tiles_t, tiles_v = tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V)
-    for index in tl.range(tl.program_id(0), tiles_t * tiles_v, tl.num_programs(0), flatten=FLATTEN):
+    for index in tl.range(
+        tl.program_id(0),
+        tiles_t * tiles_v,
+        tl.num_programs(0),
+        flatten=FLATTEN,
+        warp_specialize=SPECIALIZE,
+    ):
         pid_t, pid_v = tile_of(index, tiles_t, tiles_v, GROUP_T)
         first_t, first_v = pid_t * BLOCK_T, pid_v * BLOCK_V
         rows = first_t + tl.arange(0, BLOCK_T)
@@ -97,7 +106,7 @@ def gradient_kernel(
             sums = tl.sum(tl.where(mask_t[:, None], g, 0.0), axis=0)
             tl.store(column_sum_ptr + pid_t.to(tl.int64) * V + offs_v, sums, mask=mask_v)
         if TMA:
-            out.store([first_t, first_v], g.to(out.dtype))
+            store_tile(out, g.to(out.dtype), first_t, first_v, SUBTILES)
         else:
             out_ptrs = out + rows.to(tl.int64)[:, None] * stride_ot + offs_v[None, :]
             mask = mask_t[:, None] & mask_v[None, :]
@@ -150,7 +159,9 @@ def gradient_tile(
     operands["out"], operands["stride_ot"] = operands.pop("stored"), operands.pop("stride_st")
     tiles = tiles_t * triton.cdiv(V, config.block_v)
     with on_device(hidden_TD):
-        gradient_kernel[(programs(config, tiles, hidden_TD.device),)](
+        launch(
+            gradient_kernel,
+            (programs(config, tiles, hidden_TD.device),),
             targets_ptr=targets_T,
             offset_ptr=offset_T,
             hit_ptr=hit_T,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpo_fast.kernels.device import interpretable, on_device
+from dpo_fast.kernels.device import interpretable, launch, on_device
 from dpo_fast.kernels.product import (
     arguments,
     check,
@@ -23,6 +23,7 @@ from dpo_fast.kernels.product import (
     offset_of,
     product,
     scores,
+    store_tile,
     tile_of,
 )
 from dpo_fast.kernels.search import choose_tile
@@ -119,6 +120,7 @@ def _rows_tile(
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SUBTILES: tl.constexpr,
 ):
     first_v = pid_v * BLOCK_V
     rows = first_t + tl.arange(0, BLOCK_T)
@@ -181,7 +183,7 @@ def _rows_tile(
         if HAS_CAP:
             e *= slope
         if TMA:
-            kept.store([first_t, first_v], e.to(kept.dtype))
+            store_tile(kept, e.to(kept.dtype), first_t, first_v, SUBTILES)
         else:
             out_ptrs = kept + rows.to(tl.int64)[:, None] * stride_kt + offs_v[None, :]
             mask = mask_t[:, None] & mask_v[None, :]
@@ -227,6 +229,8 @@ def rows_kernel(
     BLOCK_D: tl.constexpr,
     GROUP_T: tl.constexpr,
     FLATTEN: tl.constexpr,
+    SUBTILES: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
 ):
     """Sums of every row over every tile, and with KEEP E = 2^(z - offset) (times the cap's slope).
 
@@ -244,7 +248,13 @@ def rows_kernel(
         tiles = tiles_t * columns
         if REPAIR:
             tiles = tl.where(tl.load(repair_ptr) != 0, tiles, 0)
-        for index in tl.range(first, tiles, tl.num_programs(0), flatten=FLATTEN and part == 0):
+        for index in tl.range(
+            first,
+            tiles,
+            tl.num_programs(0),
+            flatten=FLATTEN and part == 0 and not SPECIALIZE,
+            warp_specialize=SPECIALIZE and part == 0,
+        ):
             pid_t, pid_v = tile_of(index, tiles_t, columns, GROUP_T)
             pid_v += column
             first_t = pid_t * BLOCK_T
@@ -292,6 +302,7 @@ def rows_kernel(
                         BLOCK_T,
                         BLOCK_V,
                         BLOCK_D,
+                        SUBTILES,
                     )
             else:
                 _rows_tile(
@@ -332,6 +343,7 @@ def rows_kernel(
                     BLOCK_T,
                     BLOCK_V,
                     BLOCK_D,
+                    SUBTILES,
                 )
 
 
@@ -576,14 +588,18 @@ class RowPass:
         )
         operands["kept"], operands["stride_kt"] = operands.pop("stored"), operands.pop("stride_st")
         with on_device(self.hidden):
-            rows_kernel[(programs(config, tiles, self.hidden.device),)](
+            launch(
+                rows_kernel,
+                (programs(config, tiles, self.hidden.device),),
                 top_ptr=self.sums.get("top"),
                 TOP1="top" in self.sums,
                 EVEN_V=self.even_v,
                 **operands,
                 **shared,
             )
-            merge_kernel[(triton.cdiv(T, MERGE_TOKENS),)](
+            launch(
+                merge_kernel,
+                (triton.cdiv(T, MERGE_TOKENS),),
                 maximum_ptr=self.sums["maximum"],
                 total_ptr=self.sums["total"],
                 weighted_ptr=self.sums.get("weighted"),

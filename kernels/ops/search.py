@@ -9,19 +9,24 @@ neither the file nor the search is ever used unasked.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextvars import copy_context
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 import triton
 
-from dpo_fast.kernels.device import arch_of
-from dpo_fast.kernels.tiles import TileConfig, bins, config_for
+from dpo_fast.kernels.device import COMPILE_ONLY, arch_of
+from dpo_fast.kernels.tiles import CANDIDATES, HALF_CONFIGS, TileConfig, bins, config_for
 
+logger = logging.getLogger(__name__)
 VARIABLE = "DPO_FAST_TILE_SEARCH"
+MOST = 6  # candidates of a key: compiled side by side, they take well under a minute
 
 
 def choose_tile(
@@ -43,9 +48,12 @@ def choose_tile(
     found = _read(Path(path))
     if key not in found:
         tiles = candidates(kernel, arch_of(device), dtype, D, V, **flags)
-        times = [(_median_ms(run, config, device), config) for config in tiles]
-        best = min(times, key=lambda pair: pair[0])
-        found = _read(Path(path)) | {key: {**asdict(best[1]), "ms": best[0], "tried": len(times)}}
+        times = time_all(kernel, tiles, run, device)
+        best = min(times, key=times.get)
+        if times[best] == float("inf"):
+            return tiles[0]  # its launch tells what is wrong
+        entry = {**asdict(best), "ms": times[best], "tried": len(times)}
+        found = _read(Path(path)) | {key: entry}
         _write(Path(path), found)
     return TileConfig(**{k: v for k, v in found[key].items() if k not in ("ms", "tried")})
 
@@ -55,33 +63,64 @@ def candidates(
 ) -> list[TileConfig]:
     """At most six tiles worth timing, the shipped one first; each runs as `config=` of its launcher.
 
-    kernel: "rows" (`RowPass`) or "gradient" (`gradient_tile`).
+    kernel: "rows" (`RowPass`) or "gradient" (`gradient_tile`, which always stores).
     arch, flags: as for `config_for`.
     """
-    default = config_for(arch, dtype, D, V, **flags)
+    if kernel not in ("rows", "gradient"):
+        raise ValueError(f"kernel={kernel!r} has no tiles; try 'rows' or 'gradient'")
+    stores = flags.pop("stores", False) or kernel == "gradient"
+    default = config_for(arch, dtype, D, V, stores=stores, **flags)
     if arch == "interpreter":
         return [default, replace(default, block_v=16), replace(default, block_d=16)]
-    if not default.tma:
-        others = [replace(default, num_stages=stages) for stages in (2, 3, 4)]
-    else:
-        sizes = [(128, 128, 2, 2), (128, 256, 3, 1), (128, 256, 4, 1), (256, 128, 3, 1)]
-        others = [
-            replace(default, block_t=t, block_v=v, num_stages=stages, per_sm=per_sm)
-            for t, v, stages, per_sm in sizes
-        ]
-    return list(dict.fromkeys([default, *others]))[:6]
+    row = HALF_CONFIGS.get((arch, *bins(D, V)))
+    kind = stores, flags.get("entropy", False)
+    if row and default == row.choose(*kind):
+        others = [row.choose(*kind) for row in CANDIDATES[arch, bins(D, V)[0]]]
+    else:  # a layout, dtype or option with which other sizes would spill or not run
+        others = [replace(default, group_t=group) for group in (8, 32)]
+    return list(dict.fromkeys([default, *others]))[:MOST]
+
+
+def time_all(
+    kernel: str, tiles: list[TileConfig], run: Callable[[TileConfig], object], device: torch.device
+) -> dict[TileConfig, float]:
+    """Milliseconds of `run` by tile, infinite for one that cannot be compiled or launched, and logged."""
+    _compile(tiles, run)
+    times = {}
+    for tile in tiles:
+        try:
+            times[tile] = _median_ms(run, tile, device)
+        except Exception as error:  # of whatever kind: the other tiles are still to be timed
+            times[tile] = float("inf")
+            reason = (str(error) or repr(error)).splitlines()[0]
+            logger.warning("the %s kernel of linear_logp cannot use %s: %s", kernel, tile, reason)
+    return times
+
+
+def _compile(tiles: list[TileConfig], run: Callable) -> None:
+    """Compile for all tiles, side by side: the compiler does not hold Python's lock.
+
+    The first by itself, so that what tiles share is known before there are threads. An error is left for
+    the launch, which compiles again: Python 3.11's parser itself fails at times in threads.
+    """
+
+    def compile_one(tile: TileConfig) -> None:
+        COMPILE_ONLY.set(True)
+        with torch.no_grad():  # which a new thread does not inherit
+            run(tile)
+
+    with ThreadPoolExecutor(len(tiles)) as pool:
+        first, *others = tiles
+        wait([pool.submit(copy_context().run, compile_one, first)])
+        wait([pool.submit(copy_context().run, compile_one, tile) for tile in others])
 
 
 def _median_ms(run: Callable, config: TileConfig, device: torch.device) -> float:
-    """Milliseconds of `run`; infinite for a tile that does not fit the device."""
-    try:
-        if device.type == "cuda":
-            return triton.testing.do_bench(lambda: run(config), return_mode="median")
-        start = time.perf_counter()
-        run(config)
-        return 1e3 * (time.perf_counter() - start)
-    except triton.runtime.errors.OutOfResources:
-        return float("inf")
+    if device.type == "cuda":
+        return triton.testing.do_bench(lambda: run(config), return_mode="median")
+    start = time.perf_counter()
+    run(config)
+    return 1e3 * (time.perf_counter() - start)
 
 
 def _read(path: Path) -> dict:

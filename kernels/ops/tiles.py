@@ -20,6 +20,9 @@ class TileConfig:
     and the weight columns in flight stay in the L2 cache.
     per_sm: programs of a persistent grid on each multiprocessor; 0 starts one program per tile.
     tma: operands and stored tiles through tensor descriptors; needs a layout that `describable` takes.
+    subtiles: pieces, side by side, in which a descriptor stores a tile. Half a tile takes half the shared
+        memory, which may hold another stage. The values are the same.
+    specialize: loads, products and epilogue in warps of their own, where `can_specialize` says so.
     """
 
     block_t: int
@@ -30,10 +33,12 @@ class TileConfig:
     group_t: int = 16
     per_sm: int = 0
     tma: bool = False
+    subtiles: int = 1
+    specialize: bool = False
 
 
-def _persistent(*sizes: int, per_sm: int) -> TileConfig:
-    return TileConfig(*sizes, per_sm=per_sm, tma=True)
+def _persistent(*sizes: int, per_sm: int, subtiles: int = 1) -> TileConfig:
+    return TileConfig(*sizes, per_sm=per_sm, tma=True, subtiles=subtiles)
 
 
 @dataclass(frozen=True)
@@ -50,17 +55,20 @@ class Tiles:
     entropy: TileConfig
 
     def choose(self, stores: bool, entropy: bool) -> TileConfig:
-        return self.entropy if entropy else self.stores if stores else self.sums
+        tile = self.entropy if entropy else self.stores if stores else self.sums
+        return tile if stores else replace(tile, subtiles=1)
+
+
+def _all(tile: TileConfig, **other: int) -> Tiles:
+    return Tiles(*[replace(tile, **other)] * 3)
 
 
 # Keyed by (architecture, D bin, V bin), never by T, which changes with every batch. With a small D the
 # inner loop is short and the epilogue weighs more: smaller tiles let two programs share an SM, one in
 # its product while the other is in its epilogue. Chosen by registers and shared memory ahead of time.
-_SMALL = Tiles(
-    _persistent(128, 128, 64, 8, 3, per_sm=2),
-    _persistent(128, 128, 64, 8, 2, per_sm=2),
-    _persistent(128, 128, 64, 8, 2, per_sm=2),
-)
+# With 8 warps a stored tile takes 136 registers, and two programs have 128 a thread; with 4 they have 255.
+_PAIR = _persistent(128, 128, 64, 4, 3, per_sm=2, subtiles=2)
+_SMALL = Tiles(_persistent(128, 128, 64, 8, 3, per_sm=2), _PAIR, _PAIR)
 _SM90 = Tiles(
     _persistent(128, 256, 64, 8, 4, per_sm=1),
     _persistent(128, 256, 64, 8, 3, per_sm=1),
@@ -75,9 +83,9 @@ HALF_CONFIGS = {
     ("sm_80", "small", "small"): Tiles(
         TileConfig(128, 64, 32, 4, 4), TileConfig(128, 64, 32, 4, 4), TileConfig(128, 128, 32, 8, 4)
     ),
-    ("sm_80", "small", "large"): Tiles(*[TileConfig(128, 128, 32, 8, 4)] * 3),
-    ("sm_80", "large", "small"): Tiles(*[TileConfig(128, 128, 32, 8, 4)] * 3),
-    ("sm_80", "large", "large"): Tiles(*[TileConfig(128, 128, 64, 8, 3)] * 3),
+    ("sm_80", "small", "large"): _all(TileConfig(128, 128, 32, 8, 4)),
+    ("sm_80", "large", "small"): _all(TileConfig(128, 128, 32, 8, 4)),
+    ("sm_80", "large", "large"): _all(TileConfig(128, 128, 64, 8, 3)),
     ("sm_90", "small", "small"): _SMALL,
     ("sm_90", "small", "large"): _SMALL,
     ("sm_90", "large", "small"): _SM90,
@@ -87,11 +95,39 @@ HALF_CONFIGS = {
     ("sm_100", "large", "small"): _SM100,
     ("sm_100", "large", "large"): _SM100,
 }
+# What a card may find faster than the table, by (architecture, D bin), best guess first. A pair of
+# programs runs one's epilogue under the other's products. Half tiles in the store leave room for a
+# fourth stage. 256 x 128 has half as many columns to reduce for the same traffic. group_t moves traffic
+# between the hidden states and the weight.
+_WIDE = _persistent(128, 256, 64, 8, 4, per_sm=1, subtiles=2)
+_TALL = Tiles(
+    _persistent(256, 128, 64, 8, 4, per_sm=1),
+    _persistent(256, 128, 64, 8, 3, per_sm=1),  # 4, with half tiles, spill where V is ragged
+    _persistent(256, 128, 64, 8, 3, per_sm=1),
+)
+CANDIDATES = {
+    ("sm_80", "small"): [_all(TileConfig(128, 64, 32, 4, 4)), _all(TileConfig(128, 128, 32, 8, 4))],
+    ("sm_80", "large"): [
+        _all(TileConfig(128, 128, 64, 8, 3)),
+        _all(TileConfig(128, 128, 32, 8, 4)),
+    ],
+    ("sm_90", "small"): [_all(_PAIR), _all(_PAIR, group_t=32), _all(_WIDE), _TALL],
+    ("sm_90", "large"): [
+        _all(_WIDE),
+        _all(_PAIR),
+        _TALL,
+        _all(_WIDE, group_t=8),
+        _all(_WIDE, group_t=32),
+    ],
+    ("sm_100", "small"): [_all(_PAIR), _all(_PAIR, group_t=32), _all(_SM100.entropy)],
+    ("sm_100", "large"): [_all(_PAIR), _all(_SM100.entropy)],
+}
 POINTER_HALF = TileConfig(128, 128, 64, 8, 3)  # sm_90 and later, layouts without a descriptor
 OTHER_HALF = TileConfig(64, 128, 32, 4, 3)  # 36 KiB: fits sm_86, sm_89, sm_120 and others
 RICH_HALF = TileConfig(128, 64, 64, 8, 3)  # any option at once spills registers above this
 FLOAT = TileConfig(64, 64, 16, 4, 3)  # fp32 products in full precision use no tensor cores
 INTERPRETER = TileConfig(16, 32, 32, 1, 1, group_t=2)
+POINTERS = {"tma": False, "subtiles": 1, "specialize": False}
 INTERPRETER_TMA = replace(INTERPRETER, per_sm=2, tma=True)
 
 
@@ -138,7 +174,7 @@ def repair_config(config: TileConfig) -> TileConfig:
     A descriptor cannot mask rows, and fewer of them let masks fit the registers.
     """
     rows = min(64, max(16, config.block_t // 2))
-    return replace(config, block_t=rows, num_stages=2, per_sm=2, tma=False)
+    return replace(config, block_t=rows, num_stages=2, per_sm=2, **POINTERS)
 
 
 def describable(*tensors: Tensor) -> bool:

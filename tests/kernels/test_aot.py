@@ -1,5 +1,6 @@
 """Every shipped tile configuration becomes machine code without a GPU: no spills, and it fits."""
 
+import itertools
 import json
 import os
 import re
@@ -50,10 +51,12 @@ def test_every_shipped_configuration_is_there(results):
 
     def key(config, arch):
         sizes = [config.block_t, config.block_v, config.block_d, config.group_t]
-        return arch, *sizes, config.num_warps, config.num_stages, config.tma
+        launch = config.num_warps, config.num_stages, config.tma
+        return arch, *sizes, *launch, config.subtiles, config.specialize
 
+    launch = "num_warps", "num_stages", "tma", "subtiles", "specialize"
     compiled = {
-        (c["arch"], *c["sizes"], c["num_warps"], c["num_stages"], c["tma"])
+        (c["arch"], *c["sizes"], *(c[name] for name in launch))
         for c in (result["case"] for result in results)
         if c["kernel"] == "rows_kernel"
     }
@@ -70,6 +73,39 @@ def test_every_shipped_configuration_is_there(results):
     shipped |= {key(tiles.OTHER_HALF, "sm_80"), key(tiles.POINTER_HALF, "sm_90")}
     shipped.add(key(tiles.POINTER_HALF, "sm_100"))
     assert shipped <= compiled
+
+
+def test_every_candidate_of_the_search_is_there(results):
+    """Both kernels. Candidates that differ in the order of tiles alone are compiled once."""
+    from dpo_fast.kernels import search
+
+    compiled = {
+        (c["kernel"], c["arch"], *c["sizes"][:3], c["num_warps"], c["num_stages"], c["tma"])
+        for c in (result["case"] for result in results)
+    }
+    for arch, D, kernel in itertools.product(SHARED_BYTES, (896, 4096), ("rows", "gradient")):
+        for tile in search.candidates(kernel, arch, torch.bfloat16, D, 128_256, stores=True):
+            sizes = tile.block_t, tile.block_v, tile.block_d
+            case = f"{kernel}_kernel", arch, *sizes, tile.num_warps, tile.num_stages, tile.tma
+            assert case in compiled
+
+
+def test_programs_of_a_multiprocessor_fit_it_together(results):
+    """Where a grid counts on two, one must run its epilogue under the other's products."""
+    seen = 0
+    for result in results:
+        case = result["case"]
+        if case["arch"] == "sm_90" and case["per_sm"] > 1 and _is_pair(case):
+            seen += 1
+            registers = -(-result["registers"] // 8) * 8 * 32 * case["num_warps"]
+            assert registers * case["per_sm"] <= 65_536, result
+            assert (result["shared"] + 1024) * case["per_sm"] <= 228 << 10, result
+    assert seen
+
+
+def _is_pair(case):
+    """Of the table of tiles. Repairs, and options that need all registers, overlap nothing."""
+    return not case["variant"].startswith("repair") and "full" not in case["variant"]
 
 
 def test_nothing_spills(results):

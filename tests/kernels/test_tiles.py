@@ -1,5 +1,7 @@
 """The table of tiles, what a descriptor can address, and the search that is opt-in."""
 
+import dataclasses
+import itertools
 import json
 import re
 
@@ -107,15 +109,106 @@ def test_search_is_opt_in_and_remembers(tmp_path, monkeypatch):
     assert sizes == [16] and len(timed) == 6
 
 
-def test_search_skips_tiles_that_do_not_fit(monkeypatch):
+def test_at_most_six_candidates_and_the_shipped_one_first():
+    from dpo_fast.kernels import search
+
+    archs, flags = ("sm_80", "sm_90", "sm_100", "sm_86"), ("stores", "entropy", "rich", "described")
+    for arch, dtype, D in itertools.product(archs, (BF16, FP32), (896, 4096)):
+        for values in itertools.product((False, True), repeat=len(flags)):
+            chosen = dict(zip(flags, values))
+            found = search.candidates("rows", arch, dtype, D, 128_256, **chosen)
+            assert found[0] == tiles.config_for(arch, dtype, D, 128_256, **chosen)
+            assert 2 <= len(set(found)) == len(found) <= 6
+            if not chosen["described"]:
+                assert not any(tile.tma for tile in found)
+    gradient = search.candidates("gradient", "sm_90", BF16, 4096, 128_256)
+    assert gradient == search.candidates("rows", "sm_90", BF16, 4096, 128_256, stores=True)
+    with pytest.raises(ValueError, match="'merge'.*try 'rows'"):
+        search.candidates("merge", "sm_90", BF16, 4096, 128_256)
+
+
+def test_search_survives_candidates_that_fail(tmp_path, monkeypatch, caplog):
+    """Whatever a compiler or a launch throws: such a tile is named, and the fastest other one is kept."""
     from triton.runtime.errors import OutOfResources
 
     from dpo_fast.kernels import search
+    from dpo_fast.kernels.device import COMPILE_ONLY
 
-    def run(config):
-        if config.block_v != 16:
-            raise OutOfResources(300_000, 232_448, "shared memory")
+    errors = [
+        OutOfResources(300_000, 232_448, "shared memory"),
+        RuntimeError("PassManager::run failed"),
+    ]
+    cpu, (shipped, *others) = (
+        torch.device("cpu"),
+        search.candidates("rows", "interpreter", BF16, 64, 64),
+    )
+    compiled = []
 
-    found = search.candidates("rows", "interpreter", BF16, 64, 64)
-    times = [search._median_ms(run, c, torch.device("cpu")) for c in found]
-    assert times[1] < float("inf") and times[0] == times[2] == float("inf")
+    def run(tile):
+        compiled.append((tile, COMPILE_ONLY.get()))
+        if tile in others:
+            raise errors[others.index(tile)]
+
+    file = tmp_path / "tiles.json"
+    monkeypatch.setenv(search.VARIABLE, str(file))
+    with caplog.at_level("WARNING", logger=search.__name__):
+        assert search.choose_tile("rows", cpu, BF16, 64, 64, run) == shipped
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2 and "shared memory" in said[0] and "PassManager" in said[1]
+    assert all(str(tile) in line for tile, line in zip(others, said))
+    assert {tile for tile, only in compiled if only} == {
+        shipped,
+        *others,
+    }  # compiled first, and all
+    assert [only for _, only in compiled] == [True] * 3 + [False] * 3
+    assert not COMPILE_ONLY.get()
+    (entry,) = json.loads(file.read_text()).values()
+    assert entry["tried"] == 3
+    file.unlink()
+    others.append(shipped), errors.append(ValueError("all fail"))
+    assert search.choose_tile("rows", cpu, BF16, 64, 64, run) == shipped and not file.exists()
+
+
+def test_a_tile_is_compiled_without_a_launch(monkeypatch):
+    from dpo_fast.kernels import device
+
+    done = []
+
+    class Kernel:
+        def warmup(self, **arguments):
+            done.append(("compiled", arguments))
+
+        def __getitem__(self, grid):
+            return lambda **arguments: done.append(("launched", {"grid": grid, **arguments}))
+
+    device.launch(Kernel(), (3,), T=1)
+    token = device.COMPILE_ONLY.set(True)
+    device.launch(Kernel(), (3,), T=1)
+    device.COMPILE_ONLY.reset(token)
+    given = {"grid": (3,), "T": 1}
+    assert done == [("launched", given), ("compiled", given)]
+
+
+@pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("V", [96, 88], ids=["even", "ragged"])
+def test_half_tiles_store_the_same_bits(V):
+    """A tile stored in two halves, in both kernels; nothing is written beside it."""
+    from dpo_fast.kernels.gradient_tile import gradient_tile
+
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(37, 24, generator=g), torch.randn(V, 24, generator=g)
+    targets, ones = torch.randint(V, (37,), generator=g), torch.ones(37)
+    options = {"logit_scale": 1.0, "softcap": None, "temperature": 1.0}
+    given = hidden, weight, None, targets
+    found = {}
+    for subtiles in (1, 2):
+        tile = dataclasses.replace(tiles.INTERPRETER_TMA, subtiles=subtiles)
+        kept, out = torch.full((2, 37, 96), torch.nan)
+        how = {"options": options, "config": tile}
+        sums = kernels.RowPass(*given, offset_T=3 * ones, kept_TV=kept[:, :V], **how).sums
+        gradient_tile(*given, 3 * ones, ones, ones / 9, out[:, :V], **how)
+        assert kept[:, V:].isnan().all() and out[:, V:].isnan().all()
+        found[subtiles] = {**sums, "E": kept[:, :V], "g": out[:, :V]}
+    assert not found[1]["E"].isnan().any() and found[1]["g"].abs().max() > 0
+    for name, value in found[1].items():
+        assert torch.equal(found[2][name], value), name
