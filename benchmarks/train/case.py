@@ -103,6 +103,7 @@ class Task:
     folder: for what contenders write.
     padded_pairs: micro-batch of TRL and of our padded layout.
     packed_pairs: micro-batch of our layouts without padding.
+    attention: `model.attention` of our layouts without padding.
     """
 
     model: Path
@@ -119,8 +120,12 @@ class Task:
     max_length: int
     zero_stage: int
     learning_rate: float
+    attention: str = "auto"
     seed: int = 42
     max_grad_norm: float = 1.0
+
+    def attention_of(self, layout: str) -> str:
+        return self.attention if LAYOUTS[layout].shares_rows else "auto"
 
     @property
     def steps(self) -> int:
