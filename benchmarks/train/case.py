@@ -95,7 +95,9 @@ CONTENDERS = {contender.name: contender for contender in (*TRL, *OURS)}
 class Task:
     """The same for every contender: model, pairs, order of the pairs, optimiser.
 
-    model: folder with weights and tokenizer.
+    model: folder with the weights.
+    tokenizer: folder of the tokenizer. Beside a model's configuration transformers would take the class of
+        the model's own tokenizer, which splits texts otherwise.
     data: file of the pairs.
     rows: the pairs as `Pairs.rows` has them.
     order: indices into rows, by step.
@@ -107,6 +109,7 @@ class Task:
     """
 
     model: Path
+    tokenizer: Path
     data: Path
     rows: list[dict]
     order: list[list[int]]
@@ -157,7 +160,7 @@ class ModelSizes:
 
 
 def write_model(name: str, tokenizer, folder: Path, device: str, seed: int = 0) -> ModelSizes:
-    """Draw the weights in fp32, and save model and tokenizer as `save_pretrained` does."""
+    """Draw the weights in fp32 and save the model as `save_pretrained` does."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     tree = dict(MODELS[name])
@@ -167,7 +170,6 @@ def write_model(name: str, tokenizer, folder: Path, device: str, seed: int = 0) 
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     return model_sizes(model)
 
 

@@ -31,6 +31,7 @@ def tree(contender: Contender, task: Task) -> dict:
     return {
         "model": {
             "path": str(task.model),
+            "tokenizer": str(task.tokenizer),
             "dtype": task.dtype,
             "attention": task.attention_of(contender.layout),
             "gradient_checkpointing": contender.checkpointing,

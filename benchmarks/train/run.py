@@ -261,9 +261,11 @@ def _task(options: Options, pairs: Pairs, folder: Path) -> tuple[Task, ModelSize
     )
     order = [sampler.global_batch(step) for step in range(WARM_UP + options.rounds)]
     sizes = write_model(options.model, pairs.tokenizer, folder / "model", options.device)
+    pairs.tokenizer.save_pretrained(folder / "tokenizer")
     works = [step_work(lengths_of([pairs.rows[row] for row in rows]), sizes) for rows in order]
     task = Task(
         model=folder / "model",
+        tokenizer=folder / "tokenizer",
         data=pairs.write(folder / "pairs.jsonl"),
         rows=pairs.rows,
         order=order,

@@ -154,7 +154,7 @@ def _dataset(task: Task):
 def _tokenizer(task: Task):
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(task.model)
+    return AutoTokenizer.from_pretrained(task.tokenizer)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks.machine import Stopwatch
-from benchmarks.train import measure, results
+from benchmarks.train import measure, ours, results, trl
 from benchmarks.train import run as command
 from benchmarks.train.case import CONTENDERS, MODELS, ModelSizes, lengths_of, model_sizes, step_work
 from benchmarks.train.lines import Lines
@@ -22,6 +22,8 @@ from benchmarks.train.measure import Result, check_losses
 from benchmarks.train.pairs import draw_pairs, read_pairs
 from benchmarks.train.results import COLUMNS
 from dpo_fast.errors import UserError
+from dpo_fast.models import load_tokenizer
+from dpo_fast.training.config import build_config
 from tests.support.paths import ROOT
 
 HAS_TRL = importlib.util.find_spec("trl") is not None
@@ -150,6 +152,25 @@ def test_losses_are_held_against_trl_and_the_first_against_ln_2():
     ]
     check_losses(found, "fp32")  # equal, and equally wrong
     assert all(r.failed for r in found)
+
+
+def test_every_contender_reads_the_tokenizer_of_the_pairs(tmp_path):
+    """Qwen's configuration has transformers take Qwen's tokenizer, which knows no word of ours."""
+    chosen = ["--only", "dpo_fast packed, cached", "--model", "qwen2.5-0.5b", "--rounds", "1"]
+    options = command.parse([*chosen, "--global-batch-size", "8", "--max-length", "256"])
+    pairs = command._pairs(options)
+    with pytest.MonkeyPatch.context() as patch:  # 0.5 billion weights would take seconds
+        small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+        small |= {"num_attention_heads": 2, "vocab_size": 8192}
+        patch.setitem(MODELS, options.model, MODELS[options.model] | small)
+        task, _ = command._task(options, pairs, tmp_path)
+    text = pairs.rows[0]["prompt"]
+    for tokenizer in (load_tokenizer(config_of(task).model), trl._tokenizer(task)):
+        assert tokenizer(text)["input_ids"] == pairs.rows[0]["prompt_ids"]
+
+
+def config_of(task):
+    return build_config(ours.tree(CONTENDERS["dpo_fast packed, cached"], task), "test")
 
 
 class Runner:
