@@ -5,6 +5,7 @@
     pairs.py       the pairs: read or drawn, with a tokenizer
     ours.py, trl.py    a step of each
     measure.py     steps in turn; a contender with other losses has no time
+    lines.py       rows in a file as soon as they are known
     results.py     columns, ingredients, printed tables, pictures
 
 This benchmark and `kernels` do not import each other. What both use lies one folder up.

@@ -49,8 +49,9 @@ MODELS = {
     },
 }  # fmt: skip
 
-# Large for DPO, so that the losses of a few steps tell one contender from another.
-LEARNING_RATE = dict.fromkeys(MODELS, 1e-4) | {"quick": 1e-2}
+# Large for DPO, so that the losses of a few steps tell one contender from another. The larger a model, the
+# more a step of AdamW moves its loss, and what rounding in bf16 makes of it.
+LEARNING_RATE = {"tiny": 1e-4, "qwen2.5-0.5b": 2e-5, "qwen2.5-1.5b": 1e-5, "quick": 1e-2}
 PRODUCT = {"cpu": 1024, "cuda": 8192}  # rows and columns of the square product
 REPEATS = {"cpu": 12, "cuda": 30}
 
@@ -95,7 +96,9 @@ CONTENDERS = {contender.name: contender for contender in (*TRL, *OURS)}
 class Task:
     """The same for every contender: model, pairs, order of the pairs, optimiser.
 
-    model: folder with weights and tokenizer.
+    model: folder with the weights.
+    tokenizer: folder of the tokenizer. Beside a model's configuration transformers would take the class of
+        the model's own tokenizer, which splits texts otherwise.
     data: file of the pairs.
     rows: the pairs as `Pairs.rows` has them.
     order: indices into rows, by step.
@@ -103,9 +106,11 @@ class Task:
     folder: for what contenders write.
     padded_pairs: micro-batch of TRL and of our padded layout.
     packed_pairs: micro-batch of our layouts without padding.
+    attention: `model.attention` of our layouts without padding.
     """
 
     model: Path
+    tokenizer: Path
     data: Path
     rows: list[dict]
     order: list[list[int]]
@@ -119,8 +124,12 @@ class Task:
     max_length: int
     zero_stage: int
     learning_rate: float
+    attention: str = "auto"
     seed: int = 42
     max_grad_norm: float = 1.0
+
+    def attention_of(self, layout: str) -> str:
+        return self.attention if LAYOUTS[layout].shares_rows else "auto"
 
     @property
     def steps(self) -> int:
@@ -152,7 +161,7 @@ class ModelSizes:
 
 
 def write_model(name: str, tokenizer, folder: Path, device: str, seed: int = 0) -> ModelSizes:
-    """Draw the weights in fp32, and save model and tokenizer as `save_pretrained` does."""
+    """Draw the weights in fp32 and save the model as `save_pretrained` does."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     tree = dict(MODELS[name])
@@ -162,7 +171,6 @@ def write_model(name: str, tokenizer, folder: Path, device: str, seed: int = 0) 
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     return model_sizes(model)
 
 

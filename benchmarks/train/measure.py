@@ -38,6 +38,7 @@ class Result:
     seconds: by round.
     shares: of the step, by name of a timed function, by round.
     computed: token positions through the policy's backbone, by step.
+    attention: implementation of the policy's attention.
     reference_seconds: to make the stored table; None if there is none to make.
     """
 
@@ -46,6 +47,7 @@ class Result:
     seconds: list[float] = field(default_factory=list)
     shares: list[dict[str, float]] = field(default_factory=list)
     computed: dict[int, int] = field(default_factory=dict)
+    attention: str = ""
     loss_err: float | None = None
     peak_mib: float | None = None
     reference_seconds: float | None = None
@@ -55,11 +57,16 @@ class Result:
 
 @dataclass(frozen=True)
 class Lineup:
-    """Whom to measure, and how. blocks: contenders that live side by side."""
+    """Whom to measure, and how.
+
+    blocks: contenders that live side by side.
+    done: called after each block with all results so far.
+    """
 
     blocks: list[list[Contender]]
     with_memory: bool
     progress: Callable[[str], None]
+    done: Callable[[list[Result]], None]
 
 
 def why_not(contender: Contender, task: Task) -> str | None:
@@ -73,8 +80,11 @@ def measure(task: Task, lineup: Lineup) -> list[Result]:
     for is_ours, module in ((True, ours), (False, trl)):
         if any(contender.ours == is_ours for contender in contenders):
             module.watch(task)
-    results = [result for block in lineup.blocks for result in _block(block, task, lineup)]
-    check_losses(results, task.dtype)
+    results: list[Result] = []
+    for block in lineup.blocks:
+        results += _block(block, task, lineup)
+        check_losses(results, task.dtype)
+        lineup.done(results)
     return results
 
 
@@ -88,11 +98,12 @@ def _block(contenders: list[Contender], task: Task, lineup: Lineup) -> list[Resu
     for number in range(WARM_UP, task.steps):
         _round(number, results, runners, task, lineup)
     for result in results:
-        if (runner := runners.pop(result.contender.name, None)) is not None:
-            result.computed = runner.computed
-            runner.close()
-        del runner
-    release_memory(task.device)
+        with _telling(result, lineup):
+            if (runner := runners.pop(result.contender.name, None)) is not None:
+                result.computed = runner.computed
+                runner.close()
+            del runner
+            release_memory(task.device)
     return results
 
 
@@ -101,7 +112,7 @@ def _built(result: Result, task: Task, lineup: Lineup):
     base = memory_used(task.device)
     make = ours.Ours if result.contender.ours else trl.Trl
     runner = make(result.contender, task)
-    result.reference_seconds = runner.reference_seconds
+    result.reference_seconds, result.attention = runner.reference_seconds, runner.attention
     for number in range(WARM_UP):
         last = number == WARM_UP - 1
         if last and lineup.with_memory:
@@ -151,6 +162,15 @@ def check_losses(results: list[Result], dtype: str) -> None:
                 f"ln 2 in the first step and {standard.contender.name} in all"
             )
             result.failed = True
+
+
+@contextlib.contextmanager
+def _telling(result: Result, lineup: Lineup):
+    """An exception in closing a contender, whose times are known by then, becomes a message."""
+    try:
+        yield
+    except Exception as error:
+        lineup.progress(f"closing {result.contender.name} {note(error, 300)[0]}")
 
 
 @contextlib.contextmanager

@@ -31,7 +31,9 @@ def tree(contender: Contender, task: Task) -> dict:
     return {
         "model": {
             "path": str(task.model),
+            "tokenizer": str(task.tokenizer),
             "dtype": task.dtype,
+            "attention": task.attention_of(contender.layout),
             "gradient_checkpointing": contender.checkpointing,
         },
         "data": {
@@ -50,6 +52,7 @@ class Ours:
     """A run of our trainer. `step` takes one optimiser step and returns its loss.
 
     computed: token positions through the policy's backbone, by step.
+    attention: implementation of the policy's attention, as transformers knows it.
     reference_seconds: to make the stored table; None if there is none to make.
     """
 
@@ -63,6 +66,7 @@ class Ours:
         config = build_config(tree(contender, task), contender.name)
         choices = check_run(config)
         self.task, self.computed = task, {}
+        self.attention = choices.attention.name
         compute = task.stopwatch.timed(precompute.compute_reference, "table")
         with mock.patch.object(precompute, "compute_reference", compute):
             self.run = prepare(config, choices)

@@ -29,8 +29,8 @@ NUMBERS = (
     "last_loss loss_err"
 )
 NAMES = (
-    f"impl model dtype data layout reference checkpointing {NUMBERS} max_length zero_stage device threads "
-    "torch triton transformers deepspeed trl driver commit date note"
+    f"impl model dtype data layout reference checkpointing attention {NUMBERS} max_length zero_stage "
+    "device threads torch triton transformers deepspeed trl driver commit date note"
 )
 COLUMNS = Columns.of(NAMES, NUMBERS)
 SPLIT = "head and the rest of the step"
@@ -90,6 +90,7 @@ def _checked(result: Result, task: Task) -> dict:
         "layout": contender.layout or TRL_LAYOUT,
         "reference": "stored" if contender.stored else "live",
         "checkpointing": "yes" if contender.checkpointing else "no",
+        "attention": result.attention,
         "micro_batch_size": task.micro_batch_size(contender.layout),
         "zero_stage": task.zero_stage if contender.ours else "",
         "first_loss": losses[0] if losses else "",

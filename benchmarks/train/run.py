@@ -27,6 +27,7 @@ from benchmarks.train.case import (
     step_work,
     write_model,
 )
+from benchmarks.train.lines import Lines
 from benchmarks.train.measure import Lineup, measure, why_not
 from benchmarks.train.pairs import Pairs, draw_pairs, read_pairs
 from benchmarks.train.results import COLUMNS, agreement, draw, factors, rows_of, table
@@ -66,8 +67,10 @@ class Options:
     zero_stage: int
     prompt_ratio: float | None
     side_by_side: bool
+    attention: str
     memory: bool
     output: Output
+    lines: Path | None
 
     @property
     def blocks(self) -> list[list[Contender]]:
@@ -94,10 +97,14 @@ def parser() -> argparse.ArgumentParser:
         "one-by-one: for models that do not fit beside each other (default on a GPU)",
     )
     made.add_common("--device")
+    add("--attention", metavar="NAME", help="model.attention of our layouts without padding")
     add("--dtype", metavar="NAME", help="fp32 or bf16 (default: fp32 on a CPU, bf16 on a GPU)")
     add("--zero-stage", metavar="N", help="of our engine, 0 to 3 (default: 0 in fp32, 1 in bf16)")
     add("--quick", action="store_true", help="a tiny model and two rounds: does everything run?")
     add("--csv", metavar="FILE", help="write the rows here")
+    add(
+        "--jsonl", metavar="FILE", help="add each row here as a line of JSON as soon as it is known"
+    )
     made.add_common("--plots", "--no-memory")
     return made
 
@@ -125,8 +132,10 @@ def parse(arguments: list[str]) -> Options:
         zero_stage=_zero_stage(given.zero_stage, dtype),
         prompt_ratio=_ratio(given),
         side_by_side=_choice("--order", given.order, ORDERS, usual_order) == ORDERS[0],
+        attention=given.attention or "auto",
         memory=not given.no_memory,
         output=output,
+        lines=Path(given.jsonl) if given.jsonl else None,
         **sizes,
     )
     for name in ("trl_batch", "micro_batch_size"):
@@ -210,11 +219,12 @@ def run(options: Options) -> int:
             pairs = _pairs(options)
             print(f"{pairs.origin}; {options.model}, {options.dtype}, {options.device}", flush=True)
             task, sizes = _task(options, pairs, Path(folder))
-            lineup = _lineup(options, task, progress)
             matmul = matmul_flops(options.device, options.dtype)
-            results = measure(task, lineup)
+            told = task, options.model, pairs.origin, sizes
+            lines = Lines(options.lines, lambda results: rows_of(results, *told, matmul))
+            results = measure(task, _lineup(options, task, progress, lines))
             matmul = max(matmul, matmul_flops(options.device, options.dtype))
-        rows = rows_of(results, task, options.model, pairs.origin, sizes, matmul)
+        rows = rows_of(results, *told, matmul)
     finally:
         distributed.leave_distributed()
     _finish(rows, options, time.monotonic() - start)
@@ -251,9 +261,11 @@ def _task(options: Options, pairs: Pairs, folder: Path) -> tuple[Task, ModelSize
     )
     order = [sampler.global_batch(step) for step in range(WARM_UP + options.rounds)]
     sizes = write_model(options.model, pairs.tokenizer, folder / "model", options.device)
+    pairs.tokenizer.save_pretrained(folder / "tokenizer")
     works = [step_work(lengths_of([pairs.rows[row] for row in rows]), sizes) for rows in order]
     task = Task(
         model=folder / "model",
+        tokenizer=folder / "tokenizer",
         data=pairs.write(folder / "pairs.jsonl"),
         rows=pairs.rows,
         order=order,
@@ -267,12 +279,13 @@ def _task(options: Options, pairs: Pairs, folder: Path) -> tuple[Task, ModelSize
         max_length=options.max_length,
         zero_stage=options.zero_stage,
         learning_rate=LEARNING_RATE[options.model],
+        attention=options.attention,
         seed=seed,
     )
     return task, sizes
 
 
-def _lineup(options: Options, task: Task, progress) -> Lineup:
+def _lineup(options: Options, task: Task, progress, done) -> Lineup:
     """Blocks of the contenders that can take part. The others are named."""
     missing = {c.name: why for c in options.contenders if (why := why_not(c, task))}
     print_missing(missing.items())
@@ -281,7 +294,7 @@ def _lineup(options: Options, task: Task, progress) -> Lineup:
     if not blocks:
         reasons = "; ".join(dict.fromkeys(missing.values()))
         raise UserError(f"no contender that was chosen can run here. {reasons}")
-    return Lineup(blocks, options.memory, progress)
+    return Lineup(blocks, options.memory, progress, done)
 
 
 def _finish(rows: list[dict], options: Options, seconds: float) -> None:

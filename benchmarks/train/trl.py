@@ -79,6 +79,7 @@ class Trl:
         if not contender.stored:
             model = self.trainer.ref_model
             model.forward = task.stopwatch.timed(model.forward, "reference")
+        self.attention = self.trainer.model.config._attn_implementation
         # None if TRL finds the table of an earlier contender.
         self.reference_seconds = task.stopwatch.take().get("table")
         self._check_data()
@@ -153,7 +154,7 @@ def _dataset(task: Task):
 def _tokenizer(task: Task):
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(task.model)
+    return AutoTokenizer.from_pretrained(task.tokenizer)
 
 
 @contextlib.contextmanager

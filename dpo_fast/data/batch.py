@@ -81,7 +81,9 @@ class ScoredBatch:
             for each in fields(self)
             if each.name != "indices_P" and isinstance(value := getattr(self, each.name), Tensor)
         }
-        columns = {name: column.to(device) for name, column in self.columns.items()}
+        columns = {
+            name: column.to(device, non_blocking=True) for name, column in self.columns.items()
+        }
         return replace(self, **tensors, columns=columns)
 
 

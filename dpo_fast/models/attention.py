@@ -160,6 +160,9 @@ def pytorch_kernel(q, k, v, arguments: Varlen, *, scale, window, softcap, sinks)
     from torch.nn.attention.varlen import varlen_attn
 
     _refuse_if("varlen", softcap=softcap, sinks=sinks)
+    # 2.11 takes grouped heads as they are; later versions want to be told.
+    told = "enable_gqa" in varlen_attn.__kwdefaults__
+    grouped = {"enable_gqa": q.shape[1] != k.shape[1]} if told else {}
     return varlen_attn(
         q,
         k,
@@ -170,7 +173,7 @@ def pytorch_kernel(q, k, v, arguments: Varlen, *, scale, window, softcap, sinks)
         arguments.max_k,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=q.shape[1] != k.shape[1],
+        **grouped,
     )
 
 
@@ -225,12 +228,12 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
 
 
 def has_varlen() -> bool:
-    """Whether this PyTorch has varlen attention with windows and grouped heads."""
+    """Whether this PyTorch has varlen attention with windows: 2.11 and later."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return False
-    return {"window_size", "enable_gqa", "scale"} <= set(inspect.signature(varlen_attn).parameters)
+    return {"window_size", "scale"} <= set(inspect.signature(varlen_attn).parameters)
 
 
 def _interface(compute: Callable[..., Tensor]) -> Callable:

@@ -34,7 +34,8 @@ class CachedReference:
 
     def __call__(self, batch: ScoredBatch) -> Tensor:
         """Sequence log-probabilities, fp32 [S], on the batch's device."""
-        rows_P, S = batch.indices_P.to(self.counts.device), len(batch.lengths_S)
+        S = len(batch.lengths_S)
+        rows_P = batch.indices_P.to(self.counts.device, non_blocking=True)
         counts_P = self.counts[rows_P]
         first_P = self.starts[rows_P] - (counts_P.cumsum(0) - counts_P)
         places_S = first_P.repeat_interleave(counts_P, output_size=S)  # waits for nothing on a GPU

@@ -143,8 +143,10 @@ class Statistics:
     @torch.no_grad()
     def add(self, rewards_S: Tensor) -> None:
         """Add the rewards of a micro-batch of the present step."""
-        count = torch.tensor(rewards_S.numel(), dtype=torch.float64, device=rewards_S.device)
-        self._step += torch.stack([rewards_S.double().sum(), count])
+        if "delta" not in self.names:
+            return
+        self._step[0] += rewards_S.double().sum()
+        self._step[1] += rewards_S.numel()
 
     def end_step(self) -> None:
         """Make the present step one of the earlier ones. Collective."""

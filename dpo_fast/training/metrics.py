@@ -34,9 +34,9 @@ class MetricSums:
 
     def _add(self, name: str, values: Tensor, count: Tensor | int | None = None) -> None:
         count = values.numel() if count is None else count
-        pair = torch.stack(
-            [values.double().sum(), torch.as_tensor(count, device=values.device).double().sum()]
-        )
+        if not isinstance(count, Tensor):
+            count = self._filled(count)
+        pair = torch.stack([values.double().sum(), count.double().sum()])
         self.values[name] = self.values[name] + pair if name in self.values else pair
 
     @torch.no_grad()
@@ -76,7 +76,11 @@ class MetricSums:
             self._add(name, value, 1)
 
     def _count(self, name: str, value: float, count: int) -> None:
-        self._add(name, torch.tensor(float(value), device=self.device), count)
+        self._add(name, self._filled(value), count)
+
+    def _filled(self, value: float) -> Tensor:
+        """A number that the host knows. Copying one to a GPU would wait for all work there."""
+        return torch.full((), value, dtype=torch.float64, device=self.device)
 
     def step(self) -> None:
         """An optimiser step is over. Every rank counts it; `read` divides by the ranks."""

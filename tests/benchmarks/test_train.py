@@ -7,19 +7,23 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from benchmarks.machine import Stopwatch
-from benchmarks.train import results
+from benchmarks.train import measure, ours, results, trl
 from benchmarks.train import run as command
 from benchmarks.train.case import CONTENDERS, MODELS, ModelSizes, lengths_of, model_sizes, step_work
+from benchmarks.train.lines import Lines
 from benchmarks.train.measure import Result, check_losses
 from benchmarks.train.pairs import draw_pairs, read_pairs
 from benchmarks.train.results import COLUMNS
 from dpo_fast.errors import UserError
+from dpo_fast.models import load_tokenizer
+from dpo_fast.training.config import build_config
 from tests.support.paths import ROOT
 
 HAS_TRL = importlib.util.find_spec("trl") is not None
@@ -48,7 +52,7 @@ def small(tmp_path_factory):
     file = folder / "train.csv"
     module = [sys.executable, "-m", "tests.support.workers.bench_train"]
     done = subprocess.run(
-        [*module, "--quick", *only, "--csv", str(file), *plots],
+        [*module, "--quick", *only, "--csv", str(file), "--jsonl", str(lines_of(folder)), *plots],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -56,6 +60,10 @@ def small(tmp_path_factory):
     )
     assert file.exists(), done.stderr
     return {row["impl"]: row for row in COLUMNS.read(file)}, done, folder
+
+
+def lines_of(folder: Path) -> Path:
+    return folder / "train.jsonl"
 
 
 @of_the_run
@@ -88,6 +96,11 @@ def test_losses_agree_and_the_row_has_its_evidence(small):
     assert rows["dpo_fast packed, frozen"]["reference_share"] > 0.1
     assert rows["dpo_fast packed, cached"]["reference_share"] < 0.1
     assert rows["dpo_fast packed, cached"]["reference_seconds"] > 0
+    packed = [row["attention"] for row in rows.values() if row["layout"] == "packed"]
+    assert set(packed) == {"dpo_fast_packed"}
+    lines = [json.loads(line) for line in lines_of(folder).read_text().splitlines()]
+    assert [line["impl"] for line in lines] == list(rows)
+    assert [line["s_p50"] for line in lines] == [row["s_p50"] for row in rows.values()]
     if HAS_PLOTS:
         pictures = {path.name.split("_")[0] for path in folder.glob("*.svg")}
         assert pictures == {"pairs", "ingredients"}
@@ -139,6 +152,73 @@ def test_losses_are_held_against_trl_and_the_first_against_ln_2():
     ]
     check_losses(found, "fp32")  # equal, and equally wrong
     assert all(r.failed for r in found)
+
+
+def test_every_contender_reads_the_tokenizer_of_the_pairs(tmp_path):
+    """Qwen's configuration has transformers take Qwen's tokenizer, which knows no word of ours."""
+    chosen = ["--only", "dpo_fast packed, cached", "--model", "qwen2.5-0.5b", "--rounds", "1"]
+    options = command.parse([*chosen, "--global-batch-size", "8", "--max-length", "256"])
+    pairs = command._pairs(options)
+    with pytest.MonkeyPatch.context() as patch:  # 0.5 billion weights would take seconds
+        small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+        small |= {"num_attention_heads": 2, "vocab_size": 8192}
+        patch.setitem(MODELS, options.model, MODELS[options.model] | small)
+        task, _ = command._task(options, pairs, tmp_path)
+    text = pairs.rows[0]["prompt"]
+    for tokenizer in (load_tokenizer(config_of(task).model), trl._tokenizer(task)):
+        assert tokenizer(text)["input_ids"] == pairs.rows[0]["prompt_ids"]
+
+
+def config_of(task):
+    return build_config(ours.tree(CONTENDERS["dpo_fast packed, cached"], task), "test")
+
+
+class Runner:
+    """A contender that takes steps of the losses given; an exception among them is raised."""
+
+    reference_seconds, attention = None, "some"
+
+    def __init__(self, losses: list) -> None:
+        self.losses, self.computed = losses, dict.fromkeys(range(len(losses)), 1)
+
+    def step(self, number: int) -> float:
+        if isinstance(self.losses[number], Exception):
+            raise self.losses[number]
+        return self.losses[number]
+
+    def close(self) -> None:
+        raise RuntimeError("the device is gone")
+
+
+def test_a_row_is_written_when_its_contender_is_done(tmp_path, monkeypatch):
+    """One contender crashes in a round, one runs out of memory while it is built, none can be closed."""
+    losses = {
+        "trl": [math.log(2), 0.69, 0.68],
+        "dpo_fast packed, cached": [math.log(2), 0.69, RuntimeError("illegal access")],
+        "dpo_fast shared_prefix, cached": [torch.OutOfMemoryError()] * 3,
+        "dpo_fast padded, frozen": [math.log(2), 0.69, 0.68],
+    }
+    known, told = [], []
+    make = lambda contender, task: Runner(losses[contender.name])  # noqa: E731
+    monkeypatch.setattr(measure.trl, "watch", lambda task: None)
+    monkeypatch.setattr(measure.trl, "Trl", make)
+    monkeypatch.setattr(measure.ours, "Ours", make)
+    lines = Lines(
+        tmp_path / "rows.jsonl", lambda found: [{"impl": r.contender.name} for r in found]
+    )
+
+    def done(found) -> None:
+        lines(found)
+        known.append([json.loads(line)["impl"] for line in lines.file.read_text().splitlines()])
+
+    blocks = [[CONTENDERS[name]] for name in losses]
+    case = SimpleNamespace(device="cpu", dtype="fp32", steps=3, stopwatch=Stopwatch("cpu"))
+    found = measure.measure(case, measure.Lineup(blocks, False, told.append, done))
+    assert known == [list(losses)[:count] for count in range(1, 5)]
+    notes = ["", "failed: RuntimeError: illegal access", "out of memory", ""]
+    assert [result.note for result in found] == notes
+    assert [len(result.seconds) for result in found] == [1, 0, 0, 1]
+    assert sum("the device is gone" in line for line in told) == 3  # one was never built
 
 
 def timed(impl: str, seconds: float, head: float = 0.1, **more) -> dict:

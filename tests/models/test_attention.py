@@ -276,6 +276,37 @@ def test_kernels_refuse_what_they_do_not_know():
         )
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_varlen_attention_of_2_11_is_used_for_grouped_heads(told, monkeypatch):
+    """torch 2.11 has windows and serves grouped heads, but has no argument that says so."""
+    from torch.nn.attention import varlen as module
+
+    from dpo_fast.models.attention import has_varlen, pytorch_kernel
+
+    def varlen_attn(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+        window_size=(-1, -1),
+    ):  # fmt: skip
+        calls.append((max_q, max_k, scale, window_size, None))
+        return query
+
+    def later(*arguments, scale=None, window_size=(-1, -1), enable_gqa=False):
+        calls.append((*arguments[5:], scale, window_size, enable_gqa))
+        return arguments[0]
+
+    calls = []
+    monkeypatch.setattr(module, "varlen_attn", later if told else varlen_attn)
+    assert has_varlen()
+    arguments = AttentionPlan(((3, 2, 1),), torch.device("cpu")).varlen
+    q, k = torch.randn(6, 4, 8), torch.randn(9, 2, 8)
+    for window in (None, 3):
+        pytorch_kernel(q, k, k, arguments, scale=0.3, window=window, softcap=None, sinks=None)
+    grouped = True if told else None
+    assert calls == [(5, 5, 0.3, (-1, 0), grouped), (5, 5, 0.3, (2, 0), grouped)]
+    monkeypatch.setattr(module, "varlen_attn", lambda query, is_causal, scale: query)  # 2.10's
+    assert not has_varlen()
+
+
 def test_a_padded_batch_has_no_plan():
     """Padded batches go by the mask; the plan is for rows."""
     batch = collate_trees(TREES, "padded")

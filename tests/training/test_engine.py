@@ -1,0 +1,27 @@
+"""The optimiser that DeepSpeed is given."""
+
+import pytest
+import torch
+
+from dpo_fast.training.config import build_config
+from dpo_fast.training.engine import build_optimizer
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "offloads", "fused"), [(True, False, True), (True, True, None), (False, False, None)]
+)
+def test_the_optimiser_is_one_kernel_where_its_states_lie_on_a_gpu(
+    on_gpu, offloads, fused, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    tree = {
+        "model": {"path": "some/model"},
+        "data": {"train": "pairs.jsonl"},
+        "train": {"output_dir": "out", "weight_decay": 0.1},
+        "parallel": {"zero_stage": 2, "offload_optimizer": offloads},
+    }
+    optimizer = build_optimizer(build_config(tree, "test"), torch.nn.Linear(3, 2))
+    matrices, vectors = optimizer.param_groups
+    assert optimizer.defaults["fused"] is matrices["fused"] is vectors["fused"] is fused
+    assert [len(p.shape) for p in (*matrices["params"], *vectors["params"])] == [2, 1]
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
