@@ -15,7 +15,7 @@ OURS = ("dpo_fast packed, cached", "dpo_fast shared_prefix, cached", "dpo_fast p
 TRL = ("trl, precomputed, no checkpointing", "trl, precomputed", "trl")
 RUNS = {  # name: arguments, contenders
     False: {
-        "0.5B": (["--model", "qwen2.5-0.5b"], (*OURS[:2], *TRL)),
+        "0.5B": (["--model", "qwen2.5-0.5b"], (OURS[0], TRL[1], OURS[1], TRL[0], TRL[2])),
         "1.5B": (["--model", "qwen2.5-1.5b"], (*OURS[:2], TRL[1])),
         "0.5B 4:1": (["--model", "qwen2.5-0.5b", "--prompt-ratio", "4"], OURS[:2]),
     },
