@@ -186,7 +186,11 @@ def _constants(case: Compilation) -> dict:
     constants = dict(zip(("BLOCK_T", "BLOCK_V", "BLOCK_D", "GROUP_T"), case.sizes))
     constants |= dict.fromkeys(("HAS_BIAS", "HAS_CAP"), full)
     constants["NEGATIVE"] = False
-    constants |= {"EVEN_D": "ragged" not in case.variant, "TMA": case.tma, "FLATTEN": case.tma}
+    constants |= {
+        "EVEN_D": "ragged" not in case.variant,
+        "TMA": case.tma,
+        "FLATTEN": case.tma and not case.specialize,
+    }
     constants |= {"SUBTILES": case.subtiles, "SPECIALIZE": case.specialize}
     constants |= {"stride_hd": 1, "stride_wd": 1}
     constants["PRECISION"] = "ieee" if case.dtype == "fp32" else "tf32"
@@ -209,7 +213,7 @@ def _constants(case: Compilation) -> dict:
 def _type_of(name: str, case: Compilation) -> str:
     blocks = {"hidden": (0, 2), "weight": (1, 2), "kept": (0, 1), "out": (0, 1)}
     if name in blocks:
-        if not case.tma:
+        if not case.tma or case.specialize:
             return TYPES[case.dtype]
         rows, columns = (case.sizes[i] for i in blocks[name])
         if name in ("kept", "out"):
@@ -273,7 +277,11 @@ def compile_case(case: Compilation) -> Resources:
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(fn.arg_names)
         if name not in constants
-        and (name.endswith("_ptr") or name in ALIGNED or (name in OPERANDS and not case.tma))
+        and (
+            name.endswith("_ptr")
+            or name in ALIGNED
+            or (name in OPERANDS and (not case.tma or case.specialize))
+        )
     }
     compiled = triton.compile(
         ASTSource(fn, signature, constants, attributes),

@@ -12,6 +12,7 @@ from dpo_fast.kernels.product import (
     arguments,
     check,
     column_in_tile,
+    describe,
     less,
     product,
     scores,
@@ -61,6 +62,10 @@ def gradient_kernel(
 ):
     """g = (hit 1[v = y] - per_p 2^(z - offset)) slope, rounded once; hit = c, per_p = c / total."""
     tiles_t, tiles_v = tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V)
+    if SPECIALIZE:
+        hidden = describe(hidden, T, D, stride_ht, BLOCK_T, BLOCK_D)
+        weight = describe(weight, V, D, stride_wv, BLOCK_V, BLOCK_D)
+        out = describe(out, T, V, stride_ot, BLOCK_T, BLOCK_V // SUBTILES)
     for index in tl.range(
         tl.program_id(0),
         tiles_t * tiles_v,

@@ -22,7 +22,8 @@ class TileConfig:
     tma: operands and stored tiles through tensor descriptors; needs a layout that `describable` takes.
     subtiles: pieces, side by side, in which a descriptor stores a tile. Half a tile takes half the shared
         memory, which may hold another stage. The values are the same.
-    specialize: loads, products and epilogue in warps of their own, where `can_specialize` says so.
+    specialize: one group of warps loads, and num_warps twice over have half a tile each, so that one half's
+        epilogue runs under the other's products. sm_90, 4 warps and `tma`.
     """
 
     block_t: int
@@ -98,12 +99,17 @@ HALF_CONFIGS = {
 # What a card may find faster than the table, by (architecture, D bin), best guess first. A pair of
 # programs runs one's epilogue under the other's products. Half tiles in the store leave room for a
 # fourth stage. 256 x 128 has half as many columns to reduce for the same traffic. group_t moves traffic
-# between the hidden states and the weight.
+# between the hidden states and the weight. Specialised warps come last: nobody has run them yet.
 _WIDE = _persistent(128, 256, 64, 8, 4, per_sm=1, subtiles=2)
 _TALL = Tiles(
     _persistent(256, 128, 64, 8, 4, per_sm=1),
     _persistent(256, 128, 64, 8, 3, per_sm=1),  # 4, with half tiles, spill where V is ragged
     _persistent(256, 128, 64, 8, 3, per_sm=1),
+)
+_SPECIAL = Tiles(
+    TileConfig(128, 256, 64, 4, 4, per_sm=1, tma=True, specialize=True),
+    TileConfig(128, 256, 64, 4, 3, per_sm=1, tma=True, specialize=True),
+    TileConfig(128, 256, 64, 4, 3, per_sm=1, tma=True, specialize=True),
 )
 CANDIDATES = {
     ("sm_80", "small"): [_all(TileConfig(128, 64, 32, 4, 4)), _all(TileConfig(128, 128, 32, 8, 4))],
@@ -111,14 +117,8 @@ CANDIDATES = {
         _all(TileConfig(128, 128, 64, 8, 3)),
         _all(TileConfig(128, 128, 32, 8, 4)),
     ],
-    ("sm_90", "small"): [_all(_PAIR), _all(_PAIR, group_t=32), _all(_WIDE), _TALL],
-    ("sm_90", "large"): [
-        _all(_WIDE),
-        _all(_PAIR),
-        _TALL,
-        _all(_WIDE, group_t=8),
-        _all(_WIDE, group_t=32),
-    ],
+    ("sm_90", "small"): [_all(_PAIR), _all(_PAIR, group_t=32), _all(_WIDE), _TALL, _SPECIAL],
+    ("sm_90", "large"): [_all(_WIDE), _all(_PAIR), _TALL, _all(_WIDE, group_t=8), _SPECIAL],
     ("sm_100", "small"): [_all(_PAIR), _all(_PAIR, group_t=32), _all(_SM100.entropy)],
     ("sm_100", "large"): [_all(_PAIR), _all(_SM100.entropy)],
 }
@@ -127,7 +127,6 @@ OTHER_HALF = TileConfig(64, 128, 32, 4, 3)  # 36 KiB: fits sm_86, sm_89, sm_120 
 RICH_HALF = TileConfig(128, 64, 64, 8, 3)  # any option at once spills registers above this
 FLOAT = TileConfig(64, 64, 16, 4, 3)  # fp32 products in full precision use no tensor cores
 INTERPRETER = TileConfig(16, 32, 32, 1, 1, group_t=2)
-POINTERS = {"tma": False, "subtiles": 1, "specialize": False}
 INTERPRETER_TMA = replace(INTERPRETER, per_sm=2, tma=True)
 
 
@@ -174,7 +173,9 @@ def repair_config(config: TileConfig) -> TileConfig:
     A descriptor cannot mask rows, and fewer of them let masks fit the registers.
     """
     rows = min(64, max(16, config.block_t // 2))
-    return replace(config, block_t=rows, num_stages=2, per_sm=2, **POINTERS)
+    warps = config.num_warps * (2 if config.specialize else 1)
+    plain = {"tma": False, "subtiles": 1, "specialize": False}
+    return replace(config, block_t=rows, num_warps=warps, num_stages=2, per_sm=2, **plain)
 
 
 def describable(*tensors: Tensor) -> bool:

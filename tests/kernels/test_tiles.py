@@ -191,8 +191,8 @@ def test_a_tile_is_compiled_without_a_launch(monkeypatch):
 
 @pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1")
 @pytest.mark.parametrize("V", [96, 88], ids=["even", "ragged"])
-def test_half_tiles_store_the_same_bits(V):
-    """A tile stored in two halves, in both kernels; nothing is written beside it."""
+def test_other_ways_to_the_same_tile_give_the_same_bits(V):
+    """Stored in two halves, through descriptors made on the device: both kernels, nothing beside."""
     from dpo_fast.kernels.gradient_tile import gradient_tile
 
     g = torch.Generator().manual_seed(0)
@@ -200,15 +200,17 @@ def test_half_tiles_store_the_same_bits(V):
     targets, ones = torch.randint(V, (37,), generator=g), torch.ones(37)
     options = {"logit_scale": 1.0, "softcap": None, "temperature": 1.0}
     given = hidden, weight, None, targets
-    found = {}
-    for subtiles in (1, 2):
-        tile = dataclasses.replace(tiles.INTERPRETER_TMA, subtiles=subtiles)
+    runs = []
+    for change in ({}, {"subtiles": 2}, {"specialize": True}, {"subtiles": 2, "specialize": True}):
+        tile = dataclasses.replace(tiles.INTERPRETER_TMA, **change)
         kept, out = torch.full((2, 37, 96), torch.nan)
         how = {"options": options, "config": tile}
+        kernels.RowPass(*given, **how)  # the sums alone
         sums = kernels.RowPass(*given, offset_T=3 * ones, kept_TV=kept[:, :V], **how).sums
         gradient_tile(*given, 3 * ones, ones, ones / 9, out[:, :V], **how)
         assert kept[:, V:].isnan().all() and out[:, V:].isnan().all()
-        found[subtiles] = {**sums, "E": kept[:, :V], "g": out[:, :V]}
-    assert not found[1]["E"].isnan().any() and found[1]["g"].abs().max() > 0
-    for name, value in found[1].items():
-        assert torch.equal(found[2][name], value), name
+        runs.append({**sums, "E": kept[:, :V], "g": out[:, :V]})
+    first, *others = runs
+    assert not first["E"].isnan().any() and first["g"].abs().max() > 0
+    for (name, value), run in itertools.product(first.items(), others):
+        assert torch.equal(run[name], value), name
