@@ -56,7 +56,7 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         share_cores()
-    leave_out_shm_comm()
+        leave_out_shm_comm()
     import deepspeed
 
     if not dist.is_initialized():
@@ -70,7 +70,8 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
 def leave_out_shm_comm() -> None:
     """Keep DeepSpeed from compiling an all-reduce for inference on a CPU.
 
-    Nothing here calls it, and a killed build leaves a lock that every later process waits for.
+    Nothing here calls it, and a killed build leaves a lock that every later process waits for. On a GPU
+    DeepSpeed does not ask for it, and naming it would run a compiler to see what else could be built.
     """
     import deepspeed  # reads DS_ACCELERATOR when it is imported
 

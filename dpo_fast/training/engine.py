@@ -35,6 +35,8 @@ def deepspeed_config(config: RunConfig, world_size: int, accumulation: int) -> d
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
+        # It would wait for the GPU before and after every micro-batch, for a rate that nobody prints.
+        "timers": {"throughput": {"enabled": False}},
     }
     if bf16 and config.parallel.zero_stage:  # DeepSpeed's stage 0 sums bf16 gradients in bf16 only
         derived["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -96,7 +98,7 @@ def reference_config(config: RunConfig, ds_config: dict[str, Any]) -> dict[str, 
     offload = zero.pop("offload_param", in_cpu_memory())
     if config.offloads_reference:
         zero["offload_param"] = offload
-    reduced = {name: ds_config[name] for name in (*names, "bf16", "steps_per_print")}
+    reduced = {name: ds_config[name] for name in (*names, "bf16", "steps_per_print", "timers")}
     return reduced | {"zero_optimization": zero}
 
 

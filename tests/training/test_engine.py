@@ -1,10 +1,16 @@
-"""The optimiser that DeepSpeed is given."""
+"""What DeepSpeed is given: the optimiser and the configuration."""
 
 import pytest
 import torch
 
 from dpo_fast.training.config import build_config
-from dpo_fast.training.engine import build_optimizer
+from dpo_fast.training.engine import build_optimizer, deepspeed_config, reference_config
+
+TREE = {
+    "model": {"path": "some/model"},
+    "data": {"train": "pairs.jsonl"},
+    "train": {"output_dir": "out", "weight_decay": 0.1},
+}
 
 
 @pytest.mark.parametrize(
@@ -14,14 +20,20 @@ def test_the_optimiser_is_one_kernel_where_its_states_lie_on_a_gpu(
     on_gpu, offloads, fused, monkeypatch
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
-    tree = {
-        "model": {"path": "some/model"},
-        "data": {"train": "pairs.jsonl"},
-        "train": {"output_dir": "out", "weight_decay": 0.1},
-        "parallel": {"zero_stage": 2, "offload_optimizer": offloads},
-    }
+    tree = TREE | {"parallel": {"zero_stage": 2, "offload_optimizer": offloads}}
     optimizer = build_optimizer(build_config(tree, "test"), torch.nn.Linear(3, 2))
     matrices, vectors = optimizer.param_groups
     assert optimizer.defaults["fused"] is matrices["fused"] is vectors["fused"] is fused
     assert [len(p.shape) for p in (*matrices["params"], *vectors["params"])] == [2, 1]
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_deepspeed_does_not_wait_for_the_gpu_to_time_micro_batches(reference):
+    """Its throughput timer is on by default, and synchronises before and after each."""
+    from deepspeed.utils.config import get_timers_config
+
+    config = build_config(TREE, "test")
+    made = deepspeed_config(config, 1, 1)
+    assert not get_timers_config(reference_config(config, made) if reference else made).enabled
+    assert get_timers_config({}).enabled
