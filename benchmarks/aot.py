@@ -54,7 +54,7 @@ class Resources:
 
     straight: instructions of the longest run without a branch: for a kernel of plain tiles, what a thread
     executes between two tiles. serial: products of Hopper that are waited for one by one, where a stage's
-    should be in flight together.
+    should be in flight together. warps: of a program, the compiler's own included.
     """
 
     case: Compilation
@@ -66,6 +66,7 @@ class Resources:
     serial: int
     instruction: str
     tma: bool
+    warps: int
 
 
 def cases(archs: tuple[str, ...] = ARCHS) -> list[Compilation]:
@@ -301,6 +302,7 @@ def compile_case(case: Compilation) -> Resources:
         _products_alone(runs),
         instruction,
         "cp.async.bulk.tensor" in ptx,
+        compiled.metadata.num_warps,
     )
 
 

@@ -137,6 +137,15 @@ def test_products_of_a_stage_are_in_flight_together(results):
             assert result["serial"] == 0, result
 
 
+def test_specialised_warps_are_specialised(results):
+    """The compiler drops the request without a word where it flattens the loop."""
+    specialised = {r["case"]["kernel"] for r in results if r["case"]["specialize"]}
+    assert specialised == {"rows_kernel", "gradient_kernel"}
+    for result in results:
+        groups = 3 if result["case"]["specialize"] else 1  # loads, and two halves of a tile
+        assert result["warps"] == groups * result["case"]["num_warps"], result
+
+
 def test_shared_memory_fits(results):
     for result in results:
         assert result["shared"] <= SHARED_BYTES[result["case"]["arch"]], result
