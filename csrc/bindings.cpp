@@ -121,7 +121,9 @@ void launch(const Tensor& hidden, dpo_fast::Launch how, Function function) {
   const int32_t device = hidden.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);  // restores the caller's
   how.device = device;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &how.stream));
+  // Not by torch's own macro: its name is another one in 2.10 and 2.11.
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &how.stream) == AOTI_TORCH_SUCCESS,
+                  "torch has no current stream for device ", device);
   const char* wrong = function(how);
   STD_TORCH_CHECK(wrong == nullptr, "dpo_fast_sm90: ", wrong);
 }
