@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cli import Parser, Selection, choose_device, positive, whole
+from benchmarks.cli import LIGER, Parser, Selection, choose_device, positive, whole
 from benchmarks.machine import Stopwatch
 from benchmarks.results import Output, Progress, print_failures, print_missing
 from benchmarks.train.case import (
@@ -32,6 +32,7 @@ from benchmarks.train.measure import Lineup, measure, why_not
 from benchmarks.train.pairs import Pairs, draw_pairs, read_pairs
 from benchmarks.train.results import COLUMNS, agreement, draw, factors, rows_of, table
 from dpo_fast.errors import UserError
+from dpo_fast.ops.dispatch import interpreting
 
 USAGE = """whole training steps, ours and TRL's, of one model on the same pairs in one run
 
@@ -68,6 +69,7 @@ class Options:
     prompt_ratio: float | None
     side_by_side: bool
     attention: str
+    liger: bool
     memory: bool
     output: Output
     lines: Path | None
@@ -98,6 +100,11 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_common("--device")
     add("--attention", metavar="NAME", help="model.attention of our layouts without padding")
+    add(
+        "--liger",
+        action="store_true",
+        help="norms, MLPs and RoPE of all contenders: liger-kernel's",
+    )
     add("--dtype", metavar="NAME", help="fp32 or bf16 (default: fp32 on a CPU, bf16 on a GPU)")
     add("--zero-stage", metavar="N", help="of our engine, 0 to 3 (default: 0 in fp32, 1 in bf16)")
     add("--quick", action="store_true", help="a tiny model and two rounds: does everything run?")
@@ -133,6 +140,7 @@ def parse(arguments: list[str]) -> Options:
         prompt_ratio=_ratio(given),
         side_by_side=_choice("--order", given.order, ORDERS, usual_order) == ORDERS[0],
         attention=given.attention or "auto",
+        liger=_liger(given, device),
         memory=not given.no_memory,
         output=output,
         lines=Path(given.jsonl) if given.jsonl else None,
@@ -178,6 +186,14 @@ def _ratio(given) -> float | None:
             f"--data {given.data}"
         )
     return positive("--prompt-ratio", given.prompt_ratio, below=math.inf)
+
+
+def _liger(given, device: str) -> bool:
+    if given.liger and (missing := LIGER.missing()):
+        raise UserError(f"--liger: {missing}")
+    if given.liger and device == "cpu" and not interpreting():
+        raise UserError("--liger: its kernels are Triton's and need a GPU; leave it out on a CPU")
+    return given.liger
 
 
 def _divides(option: str, value: int, total: int) -> None:
@@ -280,6 +296,7 @@ def _task(options: Options, pairs: Pairs, folder: Path) -> tuple[Task, ModelSize
         zero_stage=options.zero_stage,
         learning_rate=LEARNING_RATE[options.model],
         attention=options.attention,
+        liger=options.liger,
         seed=seed,
     )
     return task, sizes

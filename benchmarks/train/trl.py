@@ -120,6 +120,8 @@ def _arguments(contender: Contender, task: Task):
     options = dict(contender.options)
     if not contender.checkpointing:
         options["gradient_checkpointing"] = False
+    if task.liger:
+        options["use_liger_kernel"] = True
     if contender.stored:
         options["precompute_ref_log_probs"] = True
     return DPOConfig(

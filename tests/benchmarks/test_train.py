@@ -335,6 +335,7 @@ def test_drawn_pairs_have_the_lengths_that_were_asked_for():
         ("--rounds 0", "--rounds 0: expected a whole number"),
         ("--trl-batch 5", "--trl-batch 5 does not divide --global-batch-size 32; try 4"),
         ("--data x.jsonl --prompt-ratio 4", "--prompt-ratio 4 is about drawn pairs"),
+        ("--liger", "--liger: its kernels are Triton's and need a GPU"),
         ("--prompt-ratio -1", "--prompt-ratio -1: expected a number greater than 0"),
         ("--prompt-ratio inf", "--prompt-ratio inf: expected a number greater than 0"),
         ("--quick --model tiny", "--quick chooses its own model"),
@@ -346,7 +347,8 @@ def test_drawn_pairs_have_the_lengths_that_were_asked_for():
         ("--unknown", "--help lists the options"),
     ],
 )
-def test_an_option_that_cannot_be_honoured_is_an_error(arguments, told):
+def test_an_option_that_cannot_be_honoured_is_an_error(arguments, told, monkeypatch):
+    monkeypatch.setattr(command, "interpreting", lambda: False)
     with pytest.raises(UserError) as caught:
         command.parse(arguments.split())
     assert told in str(caught.value)
