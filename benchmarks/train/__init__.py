@@ -1,6 +1,7 @@
 """`dpo-fast bench train`: whole training steps, ours and TRL's, of one model on the same pairs.
 
-    run.py         options, and the run
+    options.py     the options of the command
+    run.py         the run
     case.py        contenders, what all of them are given, models, and the work of a step
     pairs.py       the pairs: read or drawn, with a tokenizer
     ours.py, trl.py    a step of each

@@ -107,6 +107,7 @@ class Task:
     padded_pairs: micro-batch of TRL and of our padded layout.
     packed_pairs: micro-batch of our layouts without padding.
     attention: `model.attention` of our layouts without padding.
+    liger: norms, MLPs and rotary embeddings of every contender are liger-kernel's.
     """
 
     model: Path
@@ -125,6 +126,7 @@ class Task:
     zero_stage: int
     learning_rate: float
     attention: str = "auto"
+    liger: bool = False
     seed: int = 42
     max_grad_norm: float = 1.0
 

@@ -35,6 +35,7 @@ def tree(contender: Contender, task: Task) -> dict:
             "dtype": task.dtype,
             "attention": task.attention_of(contender.layout),
             "gradient_checkpointing": contender.checkpointing,
+            "use_liger_kernel": task.liger,
         },
         "data": {
             "train": str(task.data),

@@ -29,8 +29,8 @@ NUMBERS = (
     "last_loss loss_err"
 )
 NAMES = (
-    f"impl model dtype data layout reference checkpointing attention {NUMBERS} max_length zero_stage "
-    "device threads torch triton transformers deepspeed trl driver commit date note"
+    f"impl model dtype data layout reference checkpointing attention layers {NUMBERS} max_length "
+    "zero_stage device threads torch triton transformers deepspeed trl driver commit date note"
 )
 COLUMNS = Columns.of(NAMES, NUMBERS)
 SPLIT = "head and the rest of the step"
@@ -71,6 +71,7 @@ def _shared(task: Task, model: str, data: str, sizes: ModelSizes, matmul: float)
         "dtype": task.dtype,
         "global_batch_size": task.global_batch_size,
         "max_length": task.max_length,
+        "layers": "liger" if task.liger else "eager",
         "matmul_tflops": matmul / 1e12,
         "rounds": len(works),
         "data_tokens": fmean(work.tokens for work in works),

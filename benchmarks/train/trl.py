@@ -56,7 +56,11 @@ class Trl:
         self.task, self.computed = task, {}
         compute = task.stopwatch.timed(DPOTrainer.compute_ref_log_probs, "table")
         # Our engine has joined a group of one process: TRL would wrap its model in DDP.
-        with _without_launcher(), mock.patch.object(DPOTrainer, "compute_ref_log_probs", compute):
+        with (
+            _without_launcher(),
+            _without_hash(task),
+            mock.patch.object(DPOTrainer, "compute_ref_log_probs", compute),
+        ):
             self.trainer = DPOTrainer(
                 model=str(task.model),
                 args=_arguments(contender, task),
@@ -120,6 +124,8 @@ def _arguments(contender: Contender, task: Task):
     options = dict(contender.options)
     if not contender.checkpointing:
         options["gradient_checkpointing"] = False
+    if task.liger:
+        options["use_liger_kernel"] = True
     if contender.stored:
         options["precompute_ref_log_probs"] = True
     return DPOConfig(
@@ -155,6 +161,13 @@ def _tokenizer(task: Task):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(task.tokenizer)
+
+
+def _without_hash(task: Task):
+    """TRL keeps a table under a hash of all weights: ten seconds for 1.5 billion. The folder will do."""
+    from trl.trainer import dpo_trainer
+
+    return mock.patch.object(dpo_trainer, "hash_module", lambda module: str(task.model))
 
 
 @contextlib.contextmanager

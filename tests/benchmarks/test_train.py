@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks.machine import Stopwatch
-from benchmarks.train import measure, ours, results, trl
+from benchmarks.train import measure, options, ours, results, trl
 from benchmarks.train import run as command
 from benchmarks.train.case import CONTENDERS, MODELS, ModelSizes, lengths_of, model_sizes, step_work
 from benchmarks.train.lines import Lines
@@ -157,13 +157,13 @@ def test_losses_are_held_against_trl_and_the_first_against_ln_2():
 def test_every_contender_reads_the_tokenizer_of_the_pairs(tmp_path):
     """Qwen's configuration has transformers take Qwen's tokenizer, which knows no word of ours."""
     chosen = ["--only", "dpo_fast packed, cached", "--model", "qwen2.5-0.5b", "--rounds", "1"]
-    options = command.parse([*chosen, "--global-batch-size", "8", "--max-length", "256"])
-    pairs = command._pairs(options)
+    asked = command.parse([*chosen, "--global-batch-size", "8", "--max-length", "256"])
+    pairs = command._pairs(asked)
     with pytest.MonkeyPatch.context() as patch:  # 0.5 billion weights would take seconds
         small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
         small |= {"num_attention_heads": 2, "vocab_size": 8192}
-        patch.setitem(MODELS, options.model, MODELS[options.model] | small)
-        task, _ = command._task(options, pairs, tmp_path)
+        patch.setitem(MODELS, asked.model, MODELS[asked.model] | small)
+        task, _ = command._task(asked, pairs, tmp_path)
     text = pairs.rows[0]["prompt"]
     for tokenizer in (load_tokenizer(config_of(task).model), trl._tokenizer(task)):
         assert tokenizer(text)["input_ids"] == pairs.rows[0]["prompt_ids"]
@@ -335,6 +335,7 @@ def test_drawn_pairs_have_the_lengths_that_were_asked_for():
         ("--rounds 0", "--rounds 0: expected a whole number"),
         ("--trl-batch 5", "--trl-batch 5 does not divide --global-batch-size 32; try 4"),
         ("--data x.jsonl --prompt-ratio 4", "--prompt-ratio 4 is about drawn pairs"),
+        ("--liger", "--liger: its kernels are Triton's and need a GPU"),
         ("--prompt-ratio -1", "--prompt-ratio -1: expected a number greater than 0"),
         ("--prompt-ratio inf", "--prompt-ratio inf: expected a number greater than 0"),
         ("--quick --model tiny", "--quick chooses its own model"),
@@ -346,7 +347,8 @@ def test_drawn_pairs_have_the_lengths_that_were_asked_for():
         ("--unknown", "--help lists the options"),
     ],
 )
-def test_an_option_that_cannot_be_honoured_is_an_error(arguments, told):
+def test_an_option_that_cannot_be_honoured_is_an_error(arguments, told, monkeypatch):
+    monkeypatch.setattr(options, "interpreting", lambda: False)
     with pytest.raises(UserError) as caught:
         command.parse(arguments.split())
     assert told in str(caught.value)
