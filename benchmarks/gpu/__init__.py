@@ -18,6 +18,7 @@ absent are named. Every result is a line of JSON in FOLDER/lines.jsonl, flushed 
     targets.py      step: the shapes of the targets
     rows.py         step: the row pass alone, each tile of the table beside the bare product
     peers.py        step: the peers at two of the shapes
+    trace.py        step: one training step under PyTorch's profiler
     train.py        step: whole training steps
     profile.py      step: one look at the row kernel with ncu
     shapes.py       the shapes

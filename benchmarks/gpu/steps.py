@@ -38,8 +38,9 @@ STEPS = {
         Step("suites", "suites", 1, 6, 110),
         Step("targets", "targets", 2, 1, 60),
         Step("rows", "rows", 3, 1, 30),
-        Step("train", "train", 4, 1, 120),
-        Step("peers", "peers", 5, 1, 60),
-        Step("profile", "profile", 6, 1, 60),
+        Step("trace", "trace", 4, 1, 60),
+        Step("train", "train", 5, 1, 120),
+        Step("peers", "peers", 6, 1, 60),
+        Step("profile", "profile", 7, 1, 60),
     )
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from dataclasses import dataclass, replace
 
@@ -64,15 +65,13 @@ def _all(tile: TileConfig, **other: int) -> Tiles:
     return Tiles(*[replace(tile, **other)] * 3)
 
 
-# Keyed by (architecture, D bin, V bin), never by T, which changes with every batch. With a small D the
-# inner loop is short and the epilogue weighs more: smaller tiles let two programs share an SM, one in
-# its product while the other is in its epilogue. Chosen by registers and shared memory ahead of time.
-# With 8 warps a stored tile takes 136 registers, and two programs have 128 a thread; with 4 they have 255.
-_PAIR = _persistent(128, 128, 64, 4, 3, per_sm=2, subtiles=2)
-_SMALL = Tiles(_persistent(128, 128, 64, 8, 3, per_sm=2), _PAIR, _PAIR)
+# Keyed by (architecture, D bin, V bin), never by T, which changes with every batch. sm_90 by an H100's clock
+# (docs/LOG.md, 2026-11-26): the wide tile is the fastest for every D. A pair of 128 x 128 on a multiprocessor
+# hides one's epilogue under the other's products, but reads a third more through L2, and lost by 20 % at
+# D 896 and by 40 % at D 4096. The other rows are chosen by registers and shared memory ahead of time.
 _SM90 = Tiles(
     _persistent(128, 256, 64, 8, 4, per_sm=1),
-    _persistent(128, 256, 64, 8, 3, per_sm=1),
+    _persistent(128, 256, 64, 8, 4, per_sm=1, subtiles=2),
     _persistent(128, 256, 64, 8, 3, per_sm=1),
 )
 _SM100 = Tiles(
@@ -87,40 +86,31 @@ HALF_CONFIGS = {
     ("sm_80", "small", "large"): _all(TileConfig(128, 128, 32, 8, 4)),
     ("sm_80", "large", "small"): _all(TileConfig(128, 128, 32, 8, 4)),
     ("sm_80", "large", "large"): _all(TileConfig(128, 128, 64, 8, 3)),
-    ("sm_90", "small", "small"): _SMALL,
-    ("sm_90", "small", "large"): _SMALL,
-    ("sm_90", "large", "small"): _SM90,
-    ("sm_90", "large", "large"): _SM90,
-    ("sm_100", "small", "small"): _SMALL,
-    ("sm_100", "small", "large"): _SMALL,
-    ("sm_100", "large", "small"): _SM100,
-    ("sm_100", "large", "large"): _SM100,
 }
-# What a card may find faster than the table, by (architecture, D bin), best guess first. A pair of
-# programs runs one's epilogue under the other's products. Half tiles in the store leave room for a
-# fourth stage. 256 x 128 has half as many columns to reduce for the same traffic. group_t moves traffic
-# between the hidden states and the weight. Specialised warps come last: nobody has run them yet.
-_WIDE = _persistent(128, 256, 64, 8, 4, per_sm=1, subtiles=2)
+for _d, _v in itertools.product(("small", "large"), repeat=2):
+    HALF_CONFIGS |= {("sm_90", _d, _v): _SM90, ("sm_100", _d, _v): _SM100}
+# What a card may find faster than the table, by (architecture, D bin), best guess first. 256 x 128 has half
+# as many columns to reduce for the same traffic. group_t moves traffic between the hidden states and the
+# weight. Whole tiles in the store take 3 stages.
 _TALL = Tiles(
     _persistent(256, 128, 64, 8, 4, per_sm=1),
     _persistent(256, 128, 64, 8, 3, per_sm=1),  # 4, with half tiles, spill where V is ragged
     _persistent(256, 128, 64, 8, 3, per_sm=1),
 )
-_SPECIAL = Tiles(
-    TileConfig(128, 256, 64, 4, 4, per_sm=1, tma=True, specialize=True),
-    TileConfig(128, 256, 64, 4, 3, per_sm=1, tma=True, specialize=True),
-    TileConfig(128, 256, 64, 4, 3, per_sm=1, tma=True, specialize=True),
-)
+_WHOLE = _persistent(128, 256, 64, 8, 3, per_sm=1)
+_GROUPS = [
+    Tiles(*[replace(tile, group_t=group) for tile in vars(_SM90).values()]) for group in (8, 32)
+]
 CANDIDATES = {
     ("sm_80", "small"): [_all(TileConfig(128, 64, 32, 4, 4)), _all(TileConfig(128, 128, 32, 8, 4))],
     ("sm_80", "large"): [
         _all(TileConfig(128, 128, 64, 8, 3)),
         _all(TileConfig(128, 128, 32, 8, 4)),
     ],
-    ("sm_90", "small"): [_all(_PAIR), _all(_PAIR, group_t=32), _all(_WIDE), _TALL, _SPECIAL],
-    ("sm_90", "large"): [_all(_WIDE), _all(_PAIR), _TALL, _all(_WIDE, group_t=8), _SPECIAL],
-    ("sm_100", "small"): [_all(_PAIR), _all(_PAIR, group_t=32), _all(_SM100.entropy)],
-    ("sm_100", "large"): [_all(_PAIR), _all(_SM100.entropy)],
+    ("sm_90", "small"): [_all(_WHOLE), _TALL, *_GROUPS],
+    ("sm_90", "large"): [_all(_WHOLE), _TALL, *_GROUPS],
+    ("sm_100", "small"): [_all(_SM100.entropy)],
+    ("sm_100", "large"): [_all(_SM100.entropy)],
 }
 POINTER_HALF = TileConfig(128, 128, 64, 8, 3)  # sm_90 and later, layouts without a descriptor
 OTHER_HALF = TileConfig(64, 128, 32, 4, 3)  # 36 KiB: fits sm_86, sm_89, sm_120 and others
