@@ -95,6 +95,18 @@ def test_masked_vocabulary_and_large_logits(implementation, poison):
     assert (grad[:, :70] == 0).all()
 
 
+def test_temperature_scales_distances(implementation, poison):
+    """Near 1e4 a scaled logit is rounded by 5e-4, and a log-prob must never come out above 0."""
+    g = torch.Generator("cpu").manual_seed(0)
+    logits = torch.randint(9990, 10_000, (40, 200), generator=g, device="cpu").float().to(DEVICE)
+    targets = torch.arange(40)
+    logits[targets[::2], targets[::2]] = 10_100.0  # sure of these: 0 is what is left
+    got = logits_logp(logits, targets, temperature=0.7, implementation=implementation)
+    truth = eager.logits_logp(logits.double(), targets, temperature=0.7)
+    assert (got - truth).abs().max() <= 2e-6
+    assert (got <= 0).all()
+
+
 def test_chunks_do_not_matter(implementation, monkeypatch):
     if implementation != "torch":
         pytest.skip("only the torch implementation cuts rows into chunks")
