@@ -331,7 +331,8 @@ def test_one_frame_under_a_cap_of_ten_thousand(poison):
     got = linear_logp(hidden, weight, targets, implementation="triton", **options).logp
     truth = eager.linear_logp(hidden.double(), weight.double(), targets, **options)["logp"]
     same = eager.linear_logp(hidden, weight, targets, **options)["logp"]
-    assert (got - truth).abs().max() <= 2 * (same - truth).abs().max() + 1e-4
+    slack = 1e-3 if ON_A_GPU else 1e-4  # exp2 and a division, each to 2 ulp, in place of a tanh
+    assert (got - truth).abs().max() <= 2 * (same - truth).abs().max() + slack
 
 
 def sure(dtype):
