@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from tests.support import ranks
+from tests.support.device import DEVICE, ON_A_GPU
 from tests.support.paths import ROOT
 
 # The same examples in every CI run: a failure there should be the change's, not the draw's.
@@ -74,6 +75,15 @@ def pytest_runtest_protocol(item):
 def pytest_sessionfinish():
     for group in ranks.GROUPS.values():
         group.end()
+
+
+@pytest.fixture(scope="module")
+def on_the_device():
+    """DEVICE is the default: see tests/support/device.py."""
+    with DEVICE:
+        # PyTorch looks up once which functions obey: before `poison` puts others in their places.
+        assert torch.empty(0).is_cuda == ON_A_GPU
+        yield
 
 
 def _poisoned(make):

@@ -121,10 +121,9 @@ def _chunks(logits_TV: Tensor):
         yield slice(start, min(start + rows, logits_TV.shape[0]))
 
 
-def _scaled(logits_TV: Tensor, temperature: float) -> Tensor:
+def _copied(logits_TV: Tensor) -> Tensor:
     """A fresh copy of a chunk, in fp32 (fp64 for fp64)."""
-    precision = torch.promote_types(logits_TV.dtype, torch.float32)
-    return logits_TV.to(precision, copy=True).div_(temperature)
+    return logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32), copy=True)
 
 
 def _torch_forward(logits_TV: Tensor, targets_T: Tensor, temperature: float):
@@ -132,19 +131,19 @@ def _torch_forward(logits_TV: Tensor, targets_T: Tensor, temperature: float):
     logp_T = logits_TV.new_empty(len(targets_T), dtype=precision)
     lse_T = torch.empty_like(logp_T)
     for rows in _chunks(logits_TV):
-        z = _scaled(logits_TV[rows], temperature)
+        z = _copied(logits_TV[rows])
         maximum = z.amax(-1, keepdim=True)
-        z.sub_(maximum)
+        z.sub_(maximum).div_(temperature)  # distances are scaled: a scaled logit would be rounded
         target = z.gather(1, targets_T[rows, None]).squeeze(1)
         log_total = z.exp_().sum(-1).log_()
         logp_T[rows] = target - log_total
-        lse_T[rows] = log_total.add_(maximum.squeeze(1))
+        lse_T[rows] = log_total.add_(maximum.squeeze(1) / temperature)
     return logp_T, lse_T
 
 
 def _torch_backward(grad_T, logits_TV, targets_T, lse_T, temperature, out_TV) -> None:
     for rows in _chunks(logits_TV):
-        z = _scaled(logits_TV[rows], temperature)
+        z = _copied(logits_TV[rows]).div_(temperature)
         scale = (grad_T[rows] / temperature)[:, None]
         z.sub_(lse_T[rows, None]).exp_().mul_(-scale)
         out_TV[rows] = z.scatter_add_(1, targets_T[rows, None], scale)

@@ -29,26 +29,30 @@ def forward_kernel(
     inverse_temperature,
     BLOCK_V: tl.constexpr,
 ):
-    """One row: online maximum and sum over blocks of the vocabulary."""
+    """One row: online maximum and sum over blocks of the vocabulary.
+
+    The temperature scales distances from the maximum. A device fuses its product with what comes after: a
+    scaled target less a maximum that was rounded is not 0 where they are one logit, and may be above it.
+    """
     pid_t = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + pid_t * stride_t
     maximum = tl.full((), float("-inf"), tl.float32)
     total = tl.zeros((), tl.float32)
     for start in range(0, V, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
-        z = tl.load(
+        x = tl.load(
             row_ptr + offs_v.to(tl.int64) * stride_v, mask=offs_v < V, other=float("-inf")
         ).to(tl.float32)
-        z *= inverse_temperature
-        previous, maximum = maximum, tl.maximum(maximum, tl.max(z, axis=0))
+        previous, maximum = maximum, tl.maximum(maximum, tl.max(x, axis=0))
         # Only -inf so far: any finite offset keeps the sum at 0, where -inf would make NaN.
         offset = tl.where(maximum == float("-inf"), 0.0, maximum)
-        total = total * tl.exp(previous - offset) + tl.sum(tl.exp(z - offset), axis=0)
+        total *= tl.exp((previous - offset) * inverse_temperature)
+        total += tl.sum(tl.exp((x - offset) * inverse_temperature), axis=0)
     target = tl.load(targets_ptr + pid_t)
-    z_target = tl.load(row_ptr + target * stride_v).to(tl.float32) * inverse_temperature
-    log_total = tl.log(total)
-    tl.store(logp_ptr + pid_t, z_target - maximum - log_total)
-    tl.store(lse_ptr + pid_t, maximum + log_total)
+    x_target = tl.load(row_ptr + target * stride_v).to(tl.float32)
+    log_total = tl.log(total)  # of 1 or more
+    tl.store(logp_ptr + pid_t, (x_target - maximum) * inverse_temperature - log_total)
+    tl.store(lse_ptr + pid_t, maximum * inverse_temperature + log_total)
 
 
 @triton.jit

@@ -7,11 +7,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_fast.ops import linear_logp
-from dpo_fast.ops.dispatch import interpreting
+from tests.support.device import needs_interpreter
 
 interpreter = pytest.importorskip("triton.runtime.interpreter")
 pytestmark = [
-    pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1"),
+    needs_interpreter,  # through which launches are counted
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 # What moves no data on a GPU: views, memory that is not written.

@@ -3,13 +3,9 @@
 import pytest
 import torch
 
-from dpo_fast.ops.dispatch import interpreting
+from tests.support.device import DEVICE, needs_triton
 
-pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(
-    not (interpreting() or torch.cuda.is_available()), reason="needs TRITON_INTERPRET=1 or a GPU"
-)
-DEVICE = torch.device("cpu" if interpreting() else "cuda")
+pytestmark = needs_triton
 
 
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float16], ids=str)

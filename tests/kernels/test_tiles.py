@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dpo_fast.ops import linear_logp
-from dpo_fast.ops.dispatch import interpreting
+from tests.support.device import DEVICE, needs_interpreter, needs_triton
 
 kernels = pytest.importorskip("dpo_fast.kernels.linear_logp")
 tiles = pytest.importorskip("dpo_fast.kernels.tiles")
@@ -52,18 +52,19 @@ def test_what_a_descriptor_can_address():
     assert not tiles.describable(aligned[:0])
 
 
-@pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1")
+@needs_triton
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
 def test_a_layout_without_a_descriptor_is_named_once(dtype, caplog):
     """Views and flat buffers: which tensor, why, and that it is read through pointers. The same numbers."""
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(8, 24, generator=g), torch.randn(40, 24, generator=g)
-    hidden, weight, targets = hidden.to(dtype), weight.to(dtype), torch.arange(8)
-    flat = torch.zeros(1 + 40 * 25, dtype=dtype)
+    hidden, weight = hidden.to(DEVICE, dtype), weight.to(DEVICE, dtype)
+    targets = torch.arange(8, device=DEVICE)
+    flat = torch.zeros(1 + 40 * 25, dtype=dtype, device=DEVICE)
     views = {
         "rows are .* bytes apart": flat[: 40 * 25].view(40, 25)[:, :24],
         "begins . bytes off": flat[1 : 1 + 40 * 24].view(40, 24),
-        "neighbours in a row are 40": torch.empty(24, 40, dtype=dtype).t(),
+        "neighbours in a row are 40": torch.empty(24, 40, dtype=dtype, device=DEVICE).t(),
     }
     expected = linear_logp(hidden, weight, targets, implementation="triton").logp
     tiles._say_once.cache_clear()
@@ -82,7 +83,7 @@ def test_a_layout_without_a_descriptor_is_named_once(dtype, caplog):
     assert not [x for x in caplog.records if x.name == tiles.__name__]
 
 
-@pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1")
+@needs_interpreter  # its tiles, and no clock
 def test_search_is_opt_in_and_remembers(tmp_path, monkeypatch):
     """Nothing is timed without the variable; with it every key is searched once, and kept in the file."""
     from dpo_fast.kernels import search
@@ -189,7 +190,7 @@ def test_a_tile_is_compiled_without_a_launch(monkeypatch):
     assert done == [("launched", given), ("compiled", given)]
 
 
-@pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1")
+@needs_interpreter  # its tiles
 @pytest.mark.parametrize("V", [96, 88], ids=["even", "ragged"])
 def test_other_ways_to_the_same_tile_give_the_same_bits(V):
     """Stored in two halves, through descriptors made on the device: both kernels, nothing beside."""

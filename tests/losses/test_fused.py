@@ -9,20 +9,14 @@ import torch
 from dpo_fast.errors import UnavailableError
 from dpo_fast.losses import LOSSES, LossOptions, LossSpec, Objective, Totals, preference
 from dpo_fast.losses.preference import as_pairs
-from dpo_fast.ops.dispatch import Choice, interpreting
-
-try:
-    import triton  # noqa: F401
-
-    HAS_TRITON = interpreting()
-except ImportError:
-    HAS_TRITON = False
+from dpo_fast.ops.dispatch import Choice
+from tests.support.device import DEVICE, HAS_TRITON, ON_A_GPU, each_implementation, needs_triton
 
 module = sys.modules["dpo_fast.losses.preference"]  # the function shadows its module's name
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton and TRITON_INTERPRET=1")
-IMPLEMENTATIONS = ["torch", pytest.param("triton", marks=needs_triton)]
-each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, dividing by length 0
+pytestmark = [
+    pytest.mark.usefixtures("on_the_device"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy, dividing by length 0
+]
 
 
 def alone(name: str, **options) -> Objective:
@@ -51,17 +45,22 @@ SIZES = {  # the interpreter's block is 16
     "over several blocks": [17, 40, 1, 33, 100, 16],
     "more pairs than a block": list(range(1, 39)),
 }
-TOTALS = Totals(pairs=37, chosen_tokens=411)
+if ON_A_GPU:  # a GPU's block has 1024 tokens
+    SIZES |= {
+        "over several of a GPU's blocks": [1025, 4000, 1, 1024, 3000, 2048],
+        "more sequences than a GPU's block": [1 + i % 7 for i in range(2100)],
+    }
+TOTALS = Totals(pairs=1100 if ON_A_GPU else 37, chosen_tokens=411)
 each_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 
 
 def make(lengths: list[int], seed: int = 0):
     """logp [T], lengths [S] and a reference [S] that is close enough for no loss to saturate."""
-    g = torch.Generator().manual_seed(seed)
-    logp_T = -2 * torch.rand(sum(lengths), generator=g)
+    g = torch.Generator("cpu").manual_seed(seed)
+    logp_T = -2 * torch.rand(sum(lengths), generator=g, device="cpu")
     sums_S = torch.stack([x.sum() for x in logp_T.split(lengths)])
-    reference_S = sums_S + 3 * torch.randn(len(lengths), generator=g)
-    return logp_T, torch.tensor(lengths), reference_S
+    reference_S = sums_S + 3 * torch.randn(len(lengths), generator=g, device="cpu")
+    return logp_T.to(DEVICE), torch.tensor(lengths), reference_S.to(DEVICE)
 
 
 def run(logp_T, lengths_S, reference_S, objective, implementation, upstream=1.0):
@@ -124,7 +123,7 @@ def test_every_loss_and_option_of_the_kernel_is_tried():
 @needs_triton
 def test_the_kernel_runs_where_it_is_named():
     inputs = make([3, 2])
-    for implementation, ours in (("triton", True), ("torch", False), ("auto", False)):
+    for implementation, ours in (("triton", True), ("torch", False), ("auto", ON_A_GPU)):
         result, _ = run(*inputs, Objective(), implementation)
         assert ("_Preference" in type(result.loss.grad_fn).__name__) == ours
 
@@ -229,7 +228,7 @@ def test_nothing_to_score(implementation, poison):
     assert (got.loss.item(), grad.shape) == (0, (0,))
     assert got.logps_S.shape == got.rewards_S.shape == (0,)
     got, grad = run(*make_empty(4), Objective(), implementation)
-    assert (got.loss.item(), grad.shape) == (pytest.approx(2 * math.log(2) / 37), (0,))
+    assert (got.loss.item(), grad.shape) == (pytest.approx(2 * math.log(2) / TOTALS.pairs), (0,))
     assert got.logps_S.tolist() == [0] * 4
 
 
@@ -287,9 +286,6 @@ def test_mistakes_are_named(implementation):
     wrong = [
         ({"lengths_S": lengths_S[:3]}, "S even"),
         ({"logp_T": logp_T[None]}, r"logp \(1, 10\)"),
-        ({"logp_T": logp_T[:9]}, "add up to the 9 tokens"),
-        ({"logp_T": torch.cat([logp_T, logp_T])}, "add up to the 20 tokens"),
-        ({"lengths_S": torch.tensor([3, 4, -1, 4])}, "none be below 0"),
         ({"lengths_S": lengths_S.int()}, "torch.int32"),
         ({"logp_T": logp_T.bfloat16()}, "bfloat16"),
         ({"reference_S": reference_S[:2]}, r"reference is torch.float32 \(2,\)"),
@@ -298,6 +294,12 @@ def test_mistakes_are_named(implementation):
         ({"reference_S": torch.zeros(4, device="meta")}, "different devices.*meta"),
         ({"implementation": "fast"}, "implementation='fast'"),
     ]
+    if not ON_A_GPU:  # there it is an assertion of the device, after which a process can do no more
+        wrong += [
+            ({"logp_T": logp_T[:9]}, "add up to the 9 tokens"),
+            ({"logp_T": torch.cat([logp_T, logp_T])}, "add up to the 20 tokens"),
+            ({"lengths_S": torch.tensor([3, 4, -1, 4])}, "none be below 0"),
+        ]
     good = {
         "logp_T": logp_T,
         "lengths_S": lengths_S,

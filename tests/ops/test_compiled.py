@@ -6,11 +6,9 @@ import torch
 from dpo_fast import linear_logp, logits_logp
 from dpo_fast.losses import LossOptions, Objective, ScoredGroups, Totals, preference
 from dpo_fast.modules import FusedHead
-from dpo_fast.ops.dispatch import interpreting
 from dpo_fast.ops.linear_logp.call import EXTRAS
+from tests.support.device import DEVICE, each_implementation, needs_triton
 
-IMPLEMENTATIONS = ["torch"] + (["triton"] if interpreting() else [])
-each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy in the interpreter
 D, V = 8, 31
 # Two pairs at least: a compiler makes a graph of its own for a size of 1.
@@ -32,7 +30,7 @@ def compiled(function):
 def leaves(T, needs, dtype=torch.float32):
     g = torch.Generator().manual_seed(T)
     tensors = (torch.randn(n, generator=g) for n in ((T, D), (V, D), (V,)))
-    return [x.to(dtype).requires_grad_(need) for x, need in zip(tensors, needs)]
+    return [x.to(DEVICE, dtype).requires_grad_(need) for x, need in zip(tensors, needs)]
 
 
 def step_of(objective, implementation, **options):
@@ -67,11 +65,12 @@ def assert_same(step, fast, lengths, needs, dtype=torch.float32, columns=()):
     T, S = sum(lengths), len(lengths)
     g = torch.Generator().manual_seed(1)
     targets, reference = torch.randint(V, (T,), generator=g), torch.randn(S, generator=g)
-    data = {name: torch.rand(S // 2, generator=g) for name in columns}
+    data = {name: torch.rand(S // 2, generator=g).to(DEVICE) for name in columns}
+    rest = [x.to(DEVICE) for x in (targets, torch.tensor(lengths), reference)]
     results = []
     for function in (fast, step):
         tensors = leaves(T, needs, dtype)
-        values = function(*tensors, targets, torch.tensor(lengths), reference, data)
+        values = function(*tensors, *rest, data)
         if any(needs):
             (values[0] * 2).backward()
         assert [x.requires_grad for x in values[:2]] == [any(needs), False]
@@ -86,7 +85,7 @@ def assert_same(step, fast, lengths, needs, dtype=torch.float32, columns=()):
     "needs, implementation",
     [
         ((True, True, True), "torch"),
-        ((True, True, True), IMPLEMENTATIONS[-1]),
+        pytest.param((True, True, True), "triton", marks=needs_triton),
         ((True, False, False), "torch"),
         ((False, True, False), "torch"),
         ((False, False, False), "torch"),
@@ -133,7 +132,7 @@ def test_sixteen_bits_and_autocast():
     assert_same(step, compiled(step), LENGTHS[0], (True, True, False), torch.bfloat16)
 
     def autocast(*inputs):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             return step(*inputs)
 
     assert_same(autocast, compiled(autocast), LENGTHS[0], (True, True, True))
@@ -156,7 +155,7 @@ def test_losses_are_traced(objective, columns):
     assert_same(step, compiled(step), LENGTHS[0], (True, False, False), columns=columns)
 
 
-@pytest.mark.skipif("triton" not in IMPLEMENTATIONS, reason="needs triton and TRITON_INTERPRET=1")
+@needs_triton
 def test_the_kernel_of_the_loss():
     def step(logp, lengths, reference):
         return preference(logp, lengths, reference, OBJECTIVE, TOTALS, implementation="triton")
@@ -166,9 +165,9 @@ def test_the_kernel_of_the_loss():
         results = []
         for function in (fast, step):
             g = torch.Generator().manual_seed(0)
-            logp = (-torch.rand(sum(lengths), generator=g)).requires_grad_()
-            reference = torch.randn(len(lengths), generator=g)
-            result = function(logp, torch.tensor(lengths), reference)
+            logp = (-torch.rand(sum(lengths), generator=g)).to(DEVICE).requires_grad_()
+            reference = torch.randn(len(lengths), generator=g).to(DEVICE)
+            result = function(logp, torch.tensor(lengths, device=DEVICE), reference)
             (3 * result.loss).backward()
             results.append([*result[:3], logp.grad])
             assert not (result.logps_S.requires_grad or result.rewards_S.requires_grad)
@@ -191,16 +190,12 @@ def test_losses_on_groups():
         results = []
         for function in (fast, step):
             g = torch.Generator().manual_seed(0)
-            logp, reference, old = (-torch.rand(sum(lengths), generator=g) for _ in range(3))
-            scores = torch.randn(len(lengths), generator=g)
-            result = function(
-                logp.requires_grad_(),
-                torch.tensor(lengths),
-                reference,
-                old,
-                scores,
-                torch.tensor(counts),
-            )
+            tensors = [-torch.rand(sum(lengths), generator=g) for _ in range(3)]
+            tensors += [torch.randn(len(lengths), generator=g), torch.tensor(counts)]
+            logp, reference, old, scores, counts_P = (x.to(DEVICE) for x in tensors)
+            lengths_S = torch.tensor(lengths, device=DEVICE)
+            logp.requires_grad_()
+            result = function(logp, lengths_S, reference, old, scores, counts_P)
             result.loss.backward()
             results.append([*result[:3], *result.watched.values(), logp.grad])
         torch.testing.assert_close(*results)
@@ -216,9 +211,9 @@ def test_logits(implementation):
         results = []
         for function in (fast, step):
             g = torch.Generator().manual_seed(0)
-            logits = torch.randn(rows, 4, V, generator=g).requires_grad_()
-            logp = function(logits, torch.randint(V, (rows, 3), generator=g))
-            (logp * torch.arange(3)).sum().backward()
+            logits = torch.randn(rows, 4, V, generator=g).to(DEVICE).requires_grad_()
+            logp = function(logits, torch.randint(V, (rows, 3), generator=g).to(DEVICE))
+            (logp * torch.arange(3, device=DEVICE)).sum().backward()
             results.append((logp, logits.grad))
         assert all(torch.equal(x, y) for x, y in zip(*results))
 
@@ -226,14 +221,14 @@ def test_logits(implementation):
 def test_a_fused_head_among_other_layers():
     torch.manual_seed(0)
     layer, head = torch.nn.Linear(D, D), FusedHead(torch.nn.Parameter(torch.randn(V, D)))
+    layer, head = layer.to(DEVICE), head.to(DEVICE)
 
     def model(x, targets):
         return head(torch.tanh(layer(x)), targets, ("entropy",))["logp"].sum()
 
-    targets = torch.randint(V, (12,))
-    gradients = []
+    targets, gradients = torch.randint(V, (12,)).to(DEVICE), []
     for function in (compiled(model), model):
-        x = torch.linspace(-1, 1, 12 * D).view(12, D)
+        x = torch.linspace(-1, 1, 12 * D).view(12, D).to(DEVICE)
         gradients.append(torch.autograd.grad(function(x, targets), [head.weight, layer.weight]))
     assert all(torch.equal(x, y) for x, y in zip(*gradients))
 
@@ -249,7 +244,8 @@ def test_a_fused_head_among_other_layers():
     ],
 )
 def test_mistakes_are_still_named(change, message):
-    hidden, weight, _ = leaves(11, (True, True, False))
+    """On a CPU: a GPU's assertions end a process."""
+    hidden, weight = torch.zeros(11, D), torch.zeros(V, D)
     arguments = {"targets": torch.zeros(11, dtype=torch.int64)} | change
     targets = arguments.pop("targets")
 
@@ -261,6 +257,8 @@ def test_mistakes_are_still_named(change, message):
 
 
 def test_lengths_that_do_not_fit_are_still_found():
+    """On a CPU, as above."""
+
     def step(logp, lengths):
         return preference(logp, lengths, torch.zeros(4), OBJECTIVE, TOTALS).loss
 
@@ -271,7 +269,7 @@ def test_lengths_that_do_not_fit_are_still_found():
 def test_pytorch_agrees_that_they_are_operators():
     """Schemas, fakes, aliases and autograd, as PyTorch checks them, outside the compiler."""
     hidden, weight, bias = leaves(11, (True, True, True))
-    targets = torch.arange(11)
+    targets = torch.arange(11, device=DEVICE)
     rest = (1.0, None, 1.0, "entropy,is_top1", "torch", None)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     for needs in ([True, True, True], [True, False, False]):
@@ -287,7 +285,7 @@ def test_pytorch_agrees_that_they_are_operators():
             ),
             test_utils=tests,
         )
-    logits = torch.randn(11, V, requires_grad=True)
+    logits = torch.randn(11, V, device=DEVICE, requires_grad=True)
     torch.library.opcheck(
         torch.ops.dpo_fast.logits_logp, (logits, targets, 1.0, "torch"), test_utils=tests
     )

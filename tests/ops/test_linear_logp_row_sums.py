@@ -1,20 +1,22 @@
 """Sums of products are rounded once, however many terms they have."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from dpo_fast.ops.linear_logp.row_sums import ProductSum
+from tests.support.device import DEVICE
+
+pytestmark = pytest.mark.usefixtures("on_the_device")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("residual", [False, True])
 def test_many_terms_are_rounded_once(dtype, residual):
     """64 terms whose sum is 64 times each: summed in 16 bits the last ones would vanish."""
-    g = torch.Generator().manual_seed(0)
-    terms = [
-        (torch.rand(5, 8, generator=g).to(dtype), torch.rand(8, 7, generator=g).to(dtype))
-        for _ in range(64)
-    ]
+    rand = partial(torch.rand, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    terms = [(rand(5, 8).to(DEVICE, dtype), rand(8, 7).to(DEVICE, dtype)) for _ in range(64)]
     out = torch.full((5, 7), torch.nan, dtype=dtype)
     total = ProductSum(out, 64, residual)
     for a, b in terms:

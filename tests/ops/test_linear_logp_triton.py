@@ -14,31 +14,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_fast.ops import eager, linear_logp
-from dpo_fast.ops.dispatch import interpreting
 from dpo_fast.ops.linear_logp import op
 from dpo_fast.ops.linear_logp.call import EXTRAS, HeadOptions
+from tests.support.device import DEVICE, ON_A_GPU, needs_interpreter, needs_triton
 
 kernels = pytest.importorskip("dpo_fast.kernels.linear_logp")
 tiles = pytest.importorskip("dpo_fast.kernels.tiles")
 pytestmark = [
-    pytest.mark.skipif(
-        not (interpreting() or torch.cuda.is_available()),
-        reason="needs TRITON_INTERPRET=1 or a GPU",
-    ),
+    needs_triton,
+    pytest.mark.usefixtures("on_the_device"),
     # numpy warns where padding rows and masked logits meet infinities; the results are checked.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
-DEVICE = torch.device("cpu" if interpreting() else "cuda")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 # g is rounded once to the operands' dtype before its product; eager's fp32 logits are not.
 SLACK = {FP32: 1e-6, FP16: 2**-11, BF16: 2**-8}
 OPTIONS = {"logit_scale": -0.7, "softcap": 5.0, "temperature": 1.3}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def on_the_device():
-    with DEVICE:
-        yield
 
 
 def make(T, V, D, dtype, *, bias=False, spread=1.0):
@@ -150,8 +141,10 @@ SHAPES = [  # the interpreter's tiles are 16 x 32 x 32
     (16, 64, 32),  # whole tiles
     (37, 131, 70),  # primes: ragged tiles everywhere
 ]
-if not interpreting():  # a GPU's tiles are up to 256 wide and 64 deep
-    SHAPES += [(300, 1009, 200), (1000, 32_001, 896), (513, 128_256, 4096)]
+if (
+    ON_A_GPU
+):  # its tiles are up to 256 wide and 64 deep; whole heads are what `make gpu` begins with
+    SHAPES += [(300, 1009, 200), (1000, 32_001, 896), (257, 40_009, 1536)]
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
@@ -187,19 +180,34 @@ def test_every_schedule(dtype, schedule, poison):
     check(37, 75, 24, dtype, bias=True, softcap=5.0, temperature=1.3)
 
 
+ANYTHING = {
+    "T": st.integers(0, 40),
+    "V": st.integers(1, 90),
+    "D": st.integers(1, 40),
+    "dtype": st.sampled_from([FP32, BF16, FP16]),
+    "schedule": st.sampled_from(list(SCHEDULES)),
+    "bias": st.booleans(),
+    "extras": st.sets(st.sampled_from(EXTRAS)),
+    "options": st.sampled_from([{}, OPTIONS, {"softcap": 2.0}, {"logit_scale": 0.1}]),
+    "spread": st.sampled_from([0.1, 1.0, 10.0]),
+}
+if (
+    ON_A_GPU
+):  # what a kernel is compiled for takes seconds each: as in test_every_schedule, and no more
+    ANYTHING |= {
+        "T": st.integers(0, 300),
+        "V": st.integers(1, 300).map(lambda n: 2 * n + 1),
+        "D": st.sampled_from([8, 24, 40]),
+        "dtype": st.sampled_from([FP32, BF16]),
+        "bias": st.just(False),
+        "extras": st.just(set()),
+        "options": st.just({}),
+    }
+
+
 @pytest.mark.emulator
 @settings(max_examples=25, deadline=None)
-@given(
-    T=st.integers(0, 40),
-    V=st.integers(1, 90),
-    D=st.integers(1, 40),
-    dtype=st.sampled_from([FP32, BF16, FP16]),
-    schedule=st.sampled_from(list(SCHEDULES)),
-    bias=st.booleans(),
-    extras=st.sets(st.sampled_from(EXTRAS)),
-    options=st.sampled_from([{}, OPTIONS, {"softcap": 2.0}, {"logit_scale": 0.1}]),
-    spread=st.sampled_from([0.1, 1.0, 10.0]),
-)
+@given(**ANYTHING)
 def test_any_shape(T, V, D, dtype, schedule, bias, extras, options, spread):
     with forced(SCHEDULES[schedule]):
         extras = tuple(sorted(extras))
@@ -323,7 +331,8 @@ def test_one_frame_under_a_cap_of_ten_thousand(poison):
     got = linear_logp(hidden, weight, targets, implementation="triton", **options).logp
     truth = eager.linear_logp(hidden.double(), weight.double(), targets, **options)["logp"]
     same = eager.linear_logp(hidden, weight, targets, **options)["logp"]
-    assert (got - truth).abs().max() <= 2 * (same - truth).abs().max() + 1e-4
+    slack = 1e-3 if ON_A_GPU else 1e-4  # exp2 and a division, each to 2 ulp, in place of a tanh
+    assert (got - truth).abs().max() <= 2 * (same - truth).abs().max() + slack
 
 
 def sure(dtype):
@@ -426,7 +435,8 @@ def test_log_prob_of_minus_500(schedule, poison):
     targets = torch.tensor([0, 7, 39, 1, 2, 3, 4, 5, 299])
     got = evaluate(linear_logp, hidden, weight, targets, None, implementation="triton")
     expected = torch.tensor([-500.0, 0.0] + [-500.0] * 7).double()
-    torch.testing.assert_close(got["logp"], expected, rtol=2**-23, atol=0)  # an ulp: 721.3 / ln 2
+    # An ulp of 721.3 / ln 2; and at 0 those of exp2 and log near 1, which a GPU takes to 2 ulp.
+    torch.testing.assert_close(got["logp"], expected, rtol=2**-23, atol=2**-21)
     slopes = torch.linspace(-1, 2, 9).double()
     expected = -(slopes.sum() - slopes[1])
     torch.testing.assert_close(got["dW"][7], expected.expand(4), rtol=1e-6, atol=1e-6)
@@ -493,7 +503,8 @@ def test_strides(layout, poison):
     contiguous = (h.contiguous(), w.contiguous(), targets, None)
     expected = evaluate(linear_logp, *contiguous, implementation="triton")
     for name, value in expected.items():
-        torch.testing.assert_close(got[name], value, rtol=1e-6, atol=1e-7)
+        # A transposed weight may be another product of the library's: dH is summed in another order.
+        torch.testing.assert_close(got[name], value, rtol=1e-6, atol=5e-7)
 
 
 def test_row_offsets_beyond_32_bits():
@@ -514,16 +525,18 @@ def test_row_offsets_beyond_32_bits():
 
 
 def test_same_bits_every_time_and_in_every_batch():
-    """Splits depend on V alone, so a token's log-prob does not depend on its neighbours."""
+    """Tiles depend on D and V alone, so a token's log-prob does not depend on its neighbours."""
     hidden, weight, targets, _ = make(37, 131, 70, BF16)
     first = evaluate(linear_logp, hidden, weight, targets, None, implementation="triton")
     again = evaluate(linear_logp, hidden, weight, targets, None, implementation="triton")
     for name, value in first.items():
         assert torch.equal(again[name], value), name
+    whole = linear_logp(hidden, weight, targets, implementation="triton").logp
     alone = linear_logp(hidden[20:23], weight, targets[20:23], implementation="triton").logp
-    assert torch.equal(alone.double(), first["logp"][20:23])
+    assert torch.equal(alone, whole[20:23])
 
 
+@needs_interpreter  # with tiles that no device has in its table
 def test_tile_sizes_and_descriptors_change_rounding_only():
     """Through pointers and descriptors, one program per tile and persistent, in groups of 1 to 3."""
     hidden, weight, targets, _ = make(37, 288, 24, FP32, spread=4.0)
