@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from dpo_fast.data.layouts import layouts_with
 from dpo_fast.errors import UserError
@@ -304,10 +304,7 @@ def _refuse_unknown_inputs(module, attention_mask, dropout, others) -> None:
         )
 
 
-def _no_mask(*args, **kwargs) -> None:
-    """No mask: the plan says which tokens see which."""
-
-
+# No maker of masks is registered beside them: the plan says which tokens see which. With one, even if it
+# made none, transformers would read positions back from the device in every forward.
 for _backend, _compute in BACKENDS.items():
     AttentionInterface.register(NAMES[_backend], _interface(_compute))
-    AttentionMaskInterface.register(NAMES[_backend], _no_mask)

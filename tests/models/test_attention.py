@@ -276,6 +276,20 @@ def test_kernels_refuse_what_they_do_not_know():
         )
 
 
+@pytest.mark.parametrize("layout", PACKED)
+@pytest.mark.parametrize("name", ["llama", "gemma2, caps and windows"])
+def test_a_forward_reads_nothing_back_from_the_device(name, layout):
+    """On a GPU it would wait for all work there. Tensors on the meta device have no values to read."""
+    meta = torch.device("meta")
+    model = make(name).to(meta)
+    model.set_attn_implementation(NAMES["sdpa"])
+    batch = collate_trees(TREES, layout).to(meta)
+    plan = AttentionPlan(batch.spans, meta)
+    places = {"position_ids": batch.position_ids, "plan": plan}
+    hidden = model.get_decoder()(input_ids=batch.input_ids, use_cache=False, **places)[0]
+    assert hidden.shape[:2] == batch.input_ids.shape
+
+
 @pytest.mark.parametrize("told", [True, False])
 def test_varlen_attention_of_2_11_is_used_for_grouped_heads(told, monkeypatch):
     """torch 2.11 has windows and serves grouped heads, but has no argument that says so."""
