@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import sys
 import threading
@@ -89,13 +90,16 @@ def names_of(step: Step, rehearse: bool, log: Path) -> list[str]:
     return json.loads(done.stdout)
 
 
-def run(steps: list[Step], lines: Lines, folder: Path, minutes: float, rehearse: bool) -> None:
+def run(chosen: dict[str, str], lines: Lines, folder: Path, minutes: float, rehearse: bool) -> None:
+    """chosen: by step, a pattern of its items."""
     deadline = time.monotonic() + 60 * minutes
-    for phase in sorted({step.phase for step in steps}):
-        together = [step for step in steps if step.phase == phase]
+    for phase in sorted({STEPS[name].phase for name in chosen}):
+        together = [name for name in chosen if STEPS[name].phase == phase]
         threads = [
-            threading.Thread(target=_step, args=(step, lines, folder, deadline, rehearse))
-            for step in together
+            threading.Thread(
+                target=_step, args=(STEPS[name], chosen[name], lines, folder, deadline, rehearse)
+            )
+            for name in together
         ]
         for thread in threads:
             thread.start()
@@ -103,7 +107,9 @@ def run(steps: list[Step], lines: Lines, folder: Path, minutes: float, rehearse:
             thread.join()
 
 
-def _step(step: Step, lines: Lines, folder: Path, deadline: float, rehearse: bool) -> None:
+def _step(
+    step: Step, pattern: str, lines: Lines, folder: Path, deadline: float, rehearse: bool
+) -> None:
     if time.monotonic() > deadline:
         lines.add(step.name, "all", {"not_reached": True})
         return
@@ -114,7 +120,7 @@ def _step(step: Step, lines: Lines, folder: Path, deadline: float, rehearse: boo
         return
     pool.work(
         step.name,
-        [name for name in names if name not in lines.done(step.name)],
+        [n for n in fnmatch.filter(names, pattern) if n not in lines.done(step.name)],
         lambda item, result: lines.add(step.name, item, result),
         folder=folder,
         processes=step.processes,
@@ -129,7 +135,11 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--minutes", type=float, default=8.0, help="begin nothing after this long (default 8)")
     add("--out", type=Path, default=Path("gpu_results"), help="folder of the lines and the logs")
-    add("--only", help=f"steps, separated by commas: {', '.join(STEPS)}")
+    add(
+        "--only",
+        metavar="STEP[:PATTERN],...",
+        help=f"these steps, or those of their items that match: {', '.join(STEPS)}",
+    )
     add("--resume", action="store_true", help="leave out what the lines in --out have")
     add(
         "--rehearse",
@@ -137,11 +147,12 @@ def main(arguments: list[str] | None = None) -> int:
         help="tiny sizes on a CPU, kernels in Triton's interpreter",
     )
     given = parser.parse_args(arguments)
-    chosen = given.only.split(",") if given.only else list(STEPS)
+    parts = given.only.split(",") if given.only else list(STEPS)
+    chosen = {name: pattern or "*" for name, _, pattern in (part.partition(":") for part in parts)}
     if unknown := [name for name in chosen if name not in STEPS]:
         parser.error(f"--only {','.join(unknown)}: choose from {', '.join(STEPS)}")
     lines = Lines.at(given.out / "lines.jsonl", given.resume)
-    run([STEPS[name] for name in chosen], lines, given.out, given.minutes, given.rehearse)
+    run(chosen, lines, given.out, given.minutes, given.rehearse)
     print(summary.table(lines.found))
     return 0
 
