@@ -49,7 +49,7 @@ class Worker:
         """
         process = self.process or self._start()
         began = self.log.stat().st_size
-        process.stdin.write(f"{item}\n".encode())
+        process.stdin.write(f"{item}\t{seconds}\n".encode())
         process.stdin.flush()
         line = self._line(seconds)
         if line is None:

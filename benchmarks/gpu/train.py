@@ -1,4 +1,7 @@
-"""Whole training steps: ours and TRL's, by `bench train`, one contender an item."""
+"""Whole training steps, by `bench train`: one run of it an item, each in a process of its own.
+
+Rows come one by one: a run that has no time to end leaves those of the contenders before.
+"""
 
 from __future__ import annotations
 
@@ -9,39 +12,53 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.gpu import clock
 from benchmarks.machine import ROOT
 
-OURS = ("dpo_fast packed, cached", "dpo_fast shared_prefix, cached", "dpo_fast padded, cached")
+OURS = ("dpo_fast packed, cached", "dpo_fast shared_prefix, cached")
 TRL = ("trl, precomputed, no checkpointing", "trl, precomputed", "trl")
-RUNS = {  # name: arguments, contenders
+SMALL = "--model qwen2.5-0.5b --micro-batch-size 32 --trl-batch 32 --rounds 6"
+LARGE = "--model qwen2.5-1.5b --micro-batch-size 32 --trl-batch 16 --rounds 4"
+RUNS = {  # arguments, contenders
     False: {
-        "0.5B": (["--model", "qwen2.5-0.5b"], (OURS[0], TRL[1], OURS[1], TRL[0], TRL[2])),
-        "1.5B": (["--model", "qwen2.5-1.5b"], (*OURS[:2], TRL[1])),
-        "0.5B 4:1": (["--model", "qwen2.5-0.5b", "--prompt-ratio", "4"], OURS[:2]),
+        "0.5B, liger's layers, ours": (f"{SMALL} --liger", OURS),
+        "0.5B, liger's layers, TRL": (f"{SMALL} --liger", TRL[:2]),
+        "1.5B, liger's layers, ours": (f"{LARGE} --liger", OURS[:1]),
+        "0.5B, ours": (SMALL, OURS),
+        "0.5B, TRL": (SMALL, TRL),
+        "0.5B, prompts 4:1": (f"{SMALL} --prompt-ratio 4", OURS),
+        "1.5B, TRL": (LARGE, TRL[1:2]),
     },
-    True: {"quick": (["--quick"], (OURS[0],))},
+    True: {"quick": ("--quick", OURS[:1])},
 }
 
 
 def items(rehearse: bool) -> dict:
-    return {
-        f"{name}, {contender}": functools.partial(run, arguments, contender)
-        for name, (arguments, contenders) in RUNS[rehearse].items()
-        for contender in contenders
-    }
+    return {name: functools.partial(run, *what) for name, what in RUNS[rehearse].items()}
 
 
-def run(arguments: list[str], contender: str) -> dict:
-    """The rows of one contender."""
+def run(arguments: str, contenders: tuple[str, ...]) -> dict:
+    """The rows of these contenders."""
+    only = [word for name in contenders for word in ("--only", name)]
     with tempfile.TemporaryDirectory() as folder:
-        lines = Path(folder) / "rows.jsonl"
-        command = [sys.executable, "-m", "benchmarks.run", "train", *arguments]
-        command += ["--only", contender, "--jsonl", str(lines)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        print(done.stdout[-5000:], done.stderr[-15000:], sep="\n", file=sys.stderr)
+        lines, log = Path(folder) / "rows.jsonl", Path(folder) / "log"
+        command = [sys.executable, "-m", "benchmarks.run", "train", *arguments.split(), *only]
+        with log.open("w") as out:
+            try:
+                done = subprocess.run(
+                    [*command, "--jsonl", str(lines)],
+                    cwd=ROOT,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    timeout=clock.left(),
+                )
+                how = f"bench train ended with exit code {done.returncode}" * (done.returncode != 0)
+            except subprocess.TimeoutExpired:
+                how = "it had no time to end"
+        words = log.read_text(errors="replace")
+        print(words[-20000:], file=sys.stderr)
         text = lines.read_text() if lines.exists() else ""
     found = {"rows": [json.loads(line) for line in text.splitlines()]}
-    if done.returncode or not found["rows"]:
-        words = (done.stdout[-800:] + done.stderr[-1200:]).strip()
-        found["failed"] = f"bench train ended with exit code {done.returncode}: {words}"
+    if how or not found["rows"]:
+        found["failed"] = f"{how}: {words[-1500:].strip()}"
     return found

@@ -1,4 +1,7 @@
-"""A process that works on items of a step: names come in by lines, results go out as lines of JSON."""
+"""A process that works on items of a step.
+
+Lines come in, with the name of an item and the seconds that it may take. Lines of JSON go out.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import os
 import sys
 import traceback
 
+from benchmarks.gpu import clock
 from benchmarks.gpu.shapes import device
 from benchmarks.gpu.steps import STEPS
 from benchmarks.machine import release_memory
@@ -30,7 +34,8 @@ def main(arguments: list[str]) -> int:
         print(json.dumps(list(items)), file=answers, flush=True)
         return 0
     for line in sys.stdin:
-        name = line.strip()
+        name, _, seconds = line.strip().rpartition("\t")
+        clock.begin(float(seconds))
         print(f"--- {name}", file=sys.stderr, flush=True)
         try:
             result = items[name]()
