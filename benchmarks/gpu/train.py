@@ -17,7 +17,7 @@ from benchmarks.machine import ROOT
 
 OURS = ("dpo_fast packed, cached", "dpo_fast shared_prefix, cached")
 TRL = ("trl, precomputed, no checkpointing", "trl, precomputed", "trl")
-SMALL = "--model qwen2.5-0.5b --micro-batch-size 32 --trl-batch 32 --rounds 6"
+SMALL = "--model qwen2.5-0.5b --micro-batch-size 32 --trl-batch 16 --rounds 6"
 LARGE = "--model qwen2.5-1.5b --micro-batch-size 32 --trl-batch 16 --rounds 4"
 RUNS = {  # arguments, contenders
     False: {
