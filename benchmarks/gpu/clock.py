@@ -9,10 +9,10 @@ SPARE = 4.0  # seconds to end what runs, and to answer
 _end = float("inf")
 
 
-def begin(seconds: float) -> None:
-    """An item begins that may take so long."""
+def begin(end: float) -> None:
+    """An item begins that has to end by then, on the monotonic clock."""
     global _end
-    _end = time.monotonic() + seconds
+    _end = end
 
 
 def left() -> float:

@@ -49,7 +49,8 @@ class Worker:
         """
         process = self.process or self._start()
         began = self.log.stat().st_size
-        process.stdin.write(f"{item}\t{seconds}\n".encode())
+        # The monotonic clock is the system's: what its start takes counts.
+        process.stdin.write(f"{item}\t{time.monotonic() + seconds}\n".encode())
         process.stdin.flush()
         line = self._line(seconds)
         if line is None:

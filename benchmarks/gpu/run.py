@@ -37,7 +37,7 @@ class Lines:
         elif path.exists() and not path.read_bytes().endswith(b"\n"):
             with path.open("a") as file:  # the last line was cut off: the next one begins its own
                 file.write("\n")
-        return cls(path, read(path))
+        return cls(path, summary.read(path))
 
     def add(self, step: str, item: str, result: dict) -> None:
         line = {"step": step, "item": item, "at": round(time.monotonic() - self.start, 1)} | result
@@ -50,17 +50,6 @@ class Lines:
     def done(self, step: str) -> set[str]:
         """Items that an earlier run has finished, well or not."""
         return {x["item"] for x in self.found if x["step"] == step and "not_reached" not in x}
-
-
-def read(path: Path) -> list[dict]:
-    """The lines of a file; a last one that was cut off in the writing is left out."""
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return found
 
 
 def _word(result: dict) -> str:

@@ -1,6 +1,17 @@
-"""The table of targets, from the lines and from nothing else."""
+"""The table of targets, and CSV files, from the lines and from nothing else.
+
+    python3 -m benchmarks.gpu.summary LINES ... [--kernels CSV] [--train CSV]
+
+Of rows that were measured again in a later file the later one counts. Rows without a time are left out of
+the CSV files, unless the memory did not suffice.
+"""
 
 from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
 
 # (what, shape's words, mode, largest ratio to the bare products)
 TARGETS = (
@@ -8,6 +19,38 @@ TARGETS = (
     ("frozen head", "frozen", 1.06),
     ("trainable head", "trainable", 1.06),
 )
+KEY = (
+    "op",
+    "impl",
+    "mode",
+    "T",
+    "D",
+    "V",
+    "dtype",
+    "model",
+    "layers",
+    "data",
+)  # what a row is about
+
+
+def read(path: Path) -> list[dict]:
+    """The lines of a file; a last one that was cut off in the writing is left out."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def rows(lines: list[dict], steps: tuple[str, ...]) -> list[dict]:
+    """The rows of these steps: the last of each key, at the place of the first."""
+    found = {}
+    for row in (row for line in lines if line["step"] in steps for row in line.get("rows", ())):
+        if row["note"] in ("", "out of memory"):
+            found[tuple(row.get(name) for name in KEY)] = row
+    return list(found.values())
 
 
 def table(lines: list[dict]) -> str:
@@ -66,3 +109,26 @@ def _troubles(lines: list[dict]) -> str:
             if word in line
         ]
     return "\n".join(found)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("files", nargs="+", type=Path, metavar="LINES")
+    parser.add_argument("--kernels", type=Path, metavar="CSV")
+    parser.add_argument("--train", type=Path, metavar="CSV")
+    given = parser.parse_args(arguments)
+    lines = [line for file in given.files for line in read(file)]
+    if given.kernels:
+        from benchmarks.kernels.results import COLUMNS
+
+        COLUMNS.write(given.kernels, rows(lines, ("targets", "peers")))
+    if given.train:
+        from benchmarks.train.results import COLUMNS
+
+        COLUMNS.write(given.train, rows(lines, ("train",)))
+    print(table(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

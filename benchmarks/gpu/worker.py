@@ -1,6 +1,6 @@
 """A process that works on items of a step.
 
-Lines come in, with the name of an item and the seconds that it may take. Lines of JSON go out.
+Lines come in, with the name of an item and the time by which it has to end. Lines of JSON go out.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def main(arguments: list[str]) -> int:
         print(json.dumps(list(items)), file=answers, flush=True)
         return 0
     for line in sys.stdin:
-        name, _, seconds = line.strip().rpartition("\t")
-        clock.begin(float(seconds))
+        name, _, end = line.strip().rpartition("\t")
+        clock.begin(float(end))
         print(f"--- {name}", file=sys.stderr, flush=True)
         try:
             result = items[name]()
