@@ -435,6 +435,44 @@ def test_measured_steps_in_the_documents_are_those_of_the_file():
     assert len(shown[MEASURED[0]]) == len(STEPS) * len(STEP_COLUMNS)
 
 
+ON_A_CARD = {"log-probs": "logps", "frozen head": "frozen", "trainable head": "trainable"}
+POINT = ("8192", "4096", "128256")  # of the table in README, which names no sizes
+
+
+def test_measured_heads_on_a_card_are_those_of_the_file():
+    rows = [row for row in rows_of("kernels_h100.csv") if row["op"] == "linear_logp"]
+    rows = {(*(row[n] for n in ("T", "D", "V", "mode")), row["impl"]): row for row in rows}
+    shown = dict.fromkeys(MEASURED, 0)
+    for document in MEASURED:
+        for titles, lines in tables_with("bare products", document):
+            start = titles.index("bare products")
+            for line in lines:
+                sizes = tuple(line[0].split(", ")) if start == 2 else POINT
+                for title, cell in zip(titles[start:], line[start:], strict=True):
+                    impl = "trl" if title == "TRL 1.16" else title
+                    row = rows.get((*sizes, ON_A_CARD[line[start - 1]], impl))
+                    value = f"{float(row['ms_p50']):.1f} ms" if row else ""
+                    if row and impl != "bare products":
+                        value += f", {float(row['x_of_bare_gemm']):.2f}"
+                    assert cell == value, (document, line, title, value)
+                    shown[document] += bool(row)
+    assert shown == {MEASURED[0]: 39, MEASURED[1]: 9}
+
+
+def test_measured_steps_on_a_card_are_those_of_the_file():
+    rows = {row["impl"]: row for row in rows_of("train_h100.csv")}
+    forms = {
+        "pairs a second": lambda row: f"{float(row['pairs_per_s']):.0f}",
+        "positions computed": lambda row: f"{float(row['computed_tokens']):,.0f}",
+        "MFU": lambda row: f"{100 * float(row['mfu']):.0f} %",
+        "memory": lambda row: f"{float(row['peak_mib']):,.0f} MiB",
+    }
+    ((titles, lines),) = tables_with("pairs a second", MEASURED[0])
+    for label, *cells in lines:
+        assert cells == [forms[title](rows[STEPS[label]]) for title in titles[1:]], label
+    assert len(lines) == len(rows)
+
+
 def test_every_configuration_is_valid_and_comments_every_key():
     from dpo_fast.training.config import load_config
 

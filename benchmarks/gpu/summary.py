@@ -45,11 +45,16 @@ def read(path: Path) -> list[dict]:
 
 
 def rows(lines: list[dict], steps: tuple[str, ...]) -> list[dict]:
-    """The rows of these steps: the last of each key, at the place of the first."""
+    """The rows of these steps: the last of each key, at the place of the first.
+
+    The bare products are those beside ours: a peer's ratio is to the ones of its own process.
+    """
     found = {}
-    for row in (row for line in lines if line["step"] in steps for row in line.get("rows", ())):
-        if row["note"] in ("", "out of memory"):
-            found[tuple(row.get(name) for name in KEY)] = row
+    for line in (line for line in lines if line["step"] in steps):
+        for row in line.get("rows", ()):
+            shared = line["step"] == "peers" and row["impl"] in ("bare products", "copy")
+            if row["note"] in ("", "out of memory") and not shared:
+                found[tuple(row.get(name) for name in KEY)] = row
     return list(found.values())
 
 
