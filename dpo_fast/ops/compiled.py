@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dpo_fast.ops.dispatch import choose_implementation
 from dpo_fast.ops.linear_logp.call import HeadCall, HeadOptions, check_call, check_targets
-from dpo_fast.ops.linear_logp.op import plan_call, scaled_direction, schedules_of
+from dpo_fast.ops.linear_logp.op import implementation_of, plan_call, scaled_direction, schedules_of
 from dpo_fast.ops.linear_logp.plan import kept_stride
 from dpo_fast.ops.logits_logp import backward as logits_gradient
 from dpo_fast.ops.logits_logp import forward as logits_forward
@@ -59,8 +59,15 @@ class _Head(NamedTuple):
     @property
     def chosen(self) -> str:
         """The implementation that runs."""
+        operands = self.hidden_TD, self.weight_VD, self.bias
+        return implementation_of(*operands, self.softcap, self.implementation)
+
+    @property
+    def pads(self) -> bool:
+        """Whether rows of exponentials are aligned. Asked of tensors that have no address yet."""
         device, dtype = self.hidden_TD.device, self.hidden_TD.dtype
-        return choose_implementation("linear_logp", device, dtype, self.implementation).name
+        chosen = choose_implementation("linear_logp", device, dtype, self.implementation)
+        return chosen.name != "torch"
 
     @property
     def options(self) -> HeadOptions:
@@ -97,7 +104,7 @@ def _(*arguments):
         results.append(hidden_TD.new_empty(T, D))
     elif "kept" in head.saved_names:
         kept_tokens = torch.library.get_ctx().new_dynamic_size()
-        stride = V if head.chosen == "torch" else kept_stride(V)
+        stride = kept_stride(V) if head.pads else V
         results.append(hidden_TD.new_empty(kept_tokens, stride)[:, :V])
         results += [hidden_TD.new_empty(T, dtype=precision) for _ in range(2)]
     return results

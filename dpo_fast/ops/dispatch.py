@@ -74,31 +74,38 @@ def why_not_cuda(operation: str, device: torch.device, dtype: torch.dtype) -> st
 
 
 def choose_implementation(
-    operation: str, device: torch.device, dtype: torch.dtype, requested: str = "auto"
+    operation: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    requested: str = "auto",
+    small: bool = False,
 ) -> Choice:
     """Choose an implementation. Each choice is logged once, and never while compiling.
 
     Args:
         requested: `auto`, `torch`, `triton` or `cuda`.
+        small: a head with few columns that csrc serves: `auto` takes csrc, if it is built.
 
     Raises:
         UnavailableError: `requested` cannot run here.
         ValueError: `requested` is not one of the names.
     """
     choose = _choice if torch.compiler.is_compiling() else _logged_choice
-    return choose(operation, device, dtype, requested)
+    return choose(operation, device, dtype, requested, small)
 
 
 @functools.cache
 def _logged_choice(
-    operation: str, device: torch.device, dtype: torch.dtype, requested: str
+    operation: str, device: torch.device, dtype: torch.dtype, requested: str, small: bool
 ) -> Choice:
-    choice = _choice(operation, device, dtype, requested)
+    choice = _choice(operation, device, dtype, requested, small)
     logger.info("%s on %s in %s: %s (%s)", operation, device, dtype, choice.name, choice.reason)
     return choice
 
 
-def _choice(operation: str, device: torch.device, dtype: torch.dtype, requested: str) -> Choice:
+def _choice(
+    operation: str, device: torch.device, dtype: torch.dtype, requested: str, small: bool
+) -> Choice:
     names = ("auto", *IMPLEMENTATIONS, "cuda")
     if requested not in names:
         raise ValueError(f"implementation={requested!r}: choose {', '.join(names)}")
@@ -116,4 +123,13 @@ def _choice(operation: str, device: torch.device, dtype: torch.dtype, requested:
         return Choice("torch", "the torch implementation is the fast one on a CPU")
     if obstacle:
         return Choice("torch", obstacle)
+    if small and why_not_cuda(operation, device, dtype) is None and _csrc_is_built():
+        return Choice("cuda", "csrc is built, and on an H100 the faster one for a small head")
     return Choice("triton", f"Triton compiles for {device.type} here")
+
+
+def _csrc_is_built() -> bool:
+    """`auto` builds nothing: a compiler would run unasked, and on every rank."""
+    from dpo_fast.ops.linear_logp import cuda_extension
+
+    return cuda_extension.built() is not None

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from dpo_fast.errors import UnavailableError
-from dpo_fast.ops import linear_logp
+from dpo_fast.ops import dispatch, linear_logp
 from dpo_fast.ops.dispatch import choose_implementation, why_not_cuda
 from dpo_fast.ops.linear_logp import cuda_extension
 from tests.support import emulated_sm90
@@ -431,7 +432,27 @@ def test_why_not_on_other_gpus(capability, dtype, message, monkeypatch):
     assert re.search(message, reason) and "'triton'" in reason
 
 
-def test_auto_does_not_choose_what_was_not_measured(monkeypatch):
+@pytest.mark.parametrize("built", [False, True])
+@pytest.mark.parametrize("small", [False, True])
+def test_auto_takes_it_for_small_heads_where_it_is_built(built, small, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    choice = choose_implementation("linear_logp", torch.device("cuda"), BF16)
-    assert choice.name == "triton"
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(cuda_extension, "built", lambda: tmp_path if built else None)
+    monkeypatch.setattr(cuda_extension, "build", lambda: pytest.fail("auto builds nothing"))
+    dispatch._logged_choice.cache_clear()
+    choice = choose_implementation("linear_logp", torch.device("cuda"), BF16, small=small)
+    dispatch._logged_choice.cache_clear()
+    assert choice.name == ("cuda" if built and small else "triton")
+
+
+def test_a_small_head_is_one_that_it_serves():
+    def serves(T=4, D=896, V=32, dtype=BF16, bias=None, softcap=None, on="cuda"):
+        with FakeTensorMode():
+            hidden, weight = (torch.empty(n, D, dtype=dtype, device=on) for n in (T, V))
+            return linear_logp_cuda.serves_small(hidden, weight, bias, softcap)
+
+    with pytest.MonkeyPatch.context() as patch:  # a fake tensor has no address
+        patch.setattr(linear_logp_cuda, "_why_not_described", lambda name, x: None)
+        assert serves() and serves(D=1024)
+        assert not any([serves(D=1032), serves(dtype=torch.float16), serves(softcap=3.0)])
+        assert not serves(bias=torch.zeros(32)) and not serves(on="cpu")

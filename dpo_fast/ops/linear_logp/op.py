@@ -50,7 +50,7 @@ def linear_logp(
         extras: any of `entropy`, `log_sum_p2`, `mean_logit`, `is_top1`; computed in the same pass,
             without gradients.
         implementation: `auto`, `torch`, `triton`, or `cuda` for the kernels of csrc (sm_90a, bf16), which
-            `auto` does not choose. A name that cannot run here is an error.
+            `auto` takes for D up to 1024 where they are built. A name that cannot run here is an error.
         workspace_bytes: memory for exponentials kept between forward and backward; 0 recomputes
             them all. Default: 1 GiB on a CPU, a sixteenth of the memory of a GPU.
         shard: the weight (and bias) are this rank's slice of the vocabulary, `VocabShard.of(weight)`.
@@ -75,8 +75,7 @@ def linear_logp(
     options = HeadOptions(logit_scale, softcap, temperature)
     check_call(hidden_TD, weight_VD, targets_T, bias, extras)
     check_targets(targets_T, whole_vocabulary(weight_VD, shard))
-    device, dtype = hidden_TD.device, hidden_TD.dtype
-    name = choose_implementation("linear_logp", device, dtype, implementation).name
+    name = implementation_of(hidden_TD, weight_VD, bias, softcap, implementation)
     chosen = plan_call(hidden_TD, weight_VD, needs, workspace_bytes, name, shard)
     values = _LinearLogp.apply(
         hidden_TD, weight_VD, bias, targets_T, extras, name, (options, chosen, shard)
@@ -164,6 +163,17 @@ def schedules_of(implementation: str) -> Schedules:
 def scaled_direction(direction_TD: Tensor, grad_T: Tensor) -> Tensor:
     """The gradient of the hidden states under a frozen head."""
     return (direction_TD * grad_T[:, None]).to(direction_TD.dtype)
+
+
+def implementation_of(
+    hidden_TD: Tensor, weight_VD: Tensor, bias: Tensor | None, softcap: float | None, requested: str
+) -> str:
+    """The name of the implementation that runs a call. One and the same for its two passes."""
+    from dpo_fast.ops.linear_logp.cuda import serves_small
+
+    small = requested == "auto" and serves_small(hidden_TD, weight_VD, bias, softcap)
+    device, dtype = hidden_TD.device, hidden_TD.dtype
+    return choose_implementation("linear_logp", device, dtype, requested, small).name
 
 
 def _compiled(operands: tuple, extras: tuple[str, ...], rest: tuple) -> LinearLogp:
