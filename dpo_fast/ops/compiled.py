@@ -158,7 +158,7 @@ linear_logp.register_autograd(_head_backward, setup_context=_head_context)
 def logits_logp(
     logits_TV: Tensor, targets: Tensor, temperature: float, implementation: str
 ) -> tuple[Tensor, Tensor]:
-    """logp and the log-sum-exp of each row, [T]."""
+    """logp [T], and what normalises each row, [T, 2]."""
     check_targets(targets, logits_TV.shape[-1])
     return logits_forward(logits_TV, targets, temperature, implementation)
 
@@ -166,9 +166,8 @@ def logits_logp(
 @logits_logp.register_fake
 def _(logits_TV, targets, temperature, implementation):
     dtype = torch.promote_types(logits_TV.dtype, torch.float32)
-    return targets.new_empty(targets.shape, dtype=dtype), targets.new_empty(
-        targets.shape, dtype=dtype
-    )
+    T = len(targets)
+    return targets.new_empty(T, dtype=dtype), targets.new_empty(T, 2, dtype=dtype)
 
 
 @torch.library.custom_op("dpo_fast::logits_logp_backward", mutates_args=())
@@ -176,15 +175,15 @@ def logits_logp_backward(
     grad: Tensor,
     logits_TV: Tensor,
     targets: Tensor,
-    lse: Tensor,
+    norm: Tensor,
     temperature: float,
     implementation: str,
 ) -> Tensor:
-    return logits_gradient(grad, logits_TV, targets, lse, temperature, implementation)
+    return logits_gradient(grad, logits_TV, targets, norm, temperature, implementation)
 
 
 @logits_logp_backward.register_fake
-def _(grad, logits_TV, targets, lse, temperature, implementation):
+def _(grad, logits_TV, targets, norm, temperature, implementation):
     return logits_TV.new_empty(logits_TV.shape)
 
 

@@ -16,8 +16,8 @@ CHUNK_ELEMENTS = 1 << 20  # 4 MiB: the largest fp32 copy of logits that exists a
 class _LogitsLogp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets_T, temperature, implementation):
-        logp_T, lse_T = forward(logits, targets_T, temperature, implementation)
-        ctx.save_for_backward(logits, targets_T, lse_T)
+        logp_T, norm_T2 = forward(logits, targets_T, temperature, implementation)
+        ctx.save_for_backward(logits, targets_T, norm_T2)
         ctx.temperature, ctx.implementation = temperature, implementation
         return logp_T
 
@@ -31,7 +31,8 @@ class _LogitsLogp(torch.autograd.Function):
 def forward(
     logits: Tensor, targets_T: Tensor, temperature: float, implementation: str
 ) -> tuple[Tensor, Tensor]:
-    """logp and log-sum-exp, [T]."""
+    """logp [T], and what normalises each row, [T, 2]: the largest logit, and the logarithm of the sum of
+    exp((logit - largest) / temperature). Their sum would lose digits that gradients need near 1e4."""
     run = _torch_forward if implementation == "torch" else _triton_forward
     parts, first = [], 0
     for logits_TV in _matrices(logits):
@@ -45,18 +46,18 @@ def backward(
     grad_T: Tensor,
     logits: Tensor,
     targets_T: Tensor,
-    lse_T: Tensor,
+    norm_T2: Tensor,
     temperature: float,
     implementation: str,
 ) -> Tensor:
     """The gradient of the logits, in their shape and dtype, contiguous."""
-    grad_T = grad_T.to(lse_T.dtype).contiguous()
+    grad_T = grad_T.to(norm_T2.dtype).contiguous()
     out_TV = logits.new_empty(len(targets_T), logits.shape[-1])
     run = _torch_backward if implementation == "torch" else _triton_backward
     first = 0
     for logits_TV in _matrices(logits):
         rows = slice(first, first + logits_TV.shape[0])
-        run(grad_T[rows], logits_TV, targets_T[rows], lse_T[rows], temperature, out_TV[rows])
+        run(grad_T[rows], logits_TV, targets_T[rows], norm_T2[rows], temperature, out_TV[rows])
         first = rows.stop
     return out_TV.view(logits.shape)
 
@@ -129,7 +130,7 @@ def _copied(logits_TV: Tensor) -> Tensor:
 def _torch_forward(logits_TV: Tensor, targets_T: Tensor, temperature: float):
     precision = torch.promote_types(logits_TV.dtype, torch.float32)
     logp_T = logits_TV.new_empty(len(targets_T), dtype=precision)
-    lse_T = torch.empty_like(logp_T)
+    norm_T2 = logits_TV.new_empty(len(targets_T), 2, dtype=precision)
     for rows in _chunks(logits_TV):
         z = _copied(logits_TV[rows])
         maximum = z.amax(-1, keepdim=True)
@@ -137,15 +138,16 @@ def _torch_forward(logits_TV: Tensor, targets_T: Tensor, temperature: float):
         target = z.gather(1, targets_T[rows, None]).squeeze(1)
         log_total = z.exp_().sum(-1).log_()
         logp_T[rows] = target - log_total
-        lse_T[rows] = log_total.add_(maximum.squeeze(1) / temperature)
-    return logp_T, lse_T
+        norm_T2[rows] = torch.stack([maximum.squeeze(1), log_total], 1)
+    return logp_T, norm_T2
 
 
-def _torch_backward(grad_T, logits_TV, targets_T, lse_T, temperature, out_TV) -> None:
+def _torch_backward(grad_T, logits_TV, targets_T, norm_T2, temperature, out_TV) -> None:
     for rows in _chunks(logits_TV):
-        z = _copied(logits_TV[rows]).div_(temperature)
+        maximum, log_total = norm_T2[rows].split(1, dim=1)
         scale = (grad_T[rows] / temperature)[:, None]
-        z.sub_(lse_T[rows, None]).exp_().mul_(-scale)
+        z = _copied(logits_TV[rows]).sub_(maximum).div_(temperature).sub_(log_total)
+        z.exp_().mul_(-scale)
         out_TV[rows] = z.scatter_add_(1, targets_T[rows, None], scale)
 
 
@@ -155,7 +157,7 @@ def _triton_forward(logits_TV: Tensor, targets_T: Tensor, temperature: float):
     return kernels.forward(logits_TV, targets_T, temperature)
 
 
-def _triton_backward(grad_T, logits_TV, targets_T, lse_T, temperature, out_TV) -> None:
+def _triton_backward(grad_T, logits_TV, targets_T, norm_T2, temperature, out_TV) -> None:
     from dpo_fast.kernels import logits_logp as kernels
 
-    kernels.backward(grad_T, logits_TV, targets_T, lse_T, temperature, out_TV)
+    kernels.backward(grad_T, logits_TV, targets_T, norm_T2, temperature, out_TV)

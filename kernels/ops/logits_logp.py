@@ -22,7 +22,7 @@ def forward_kernel(
     logits_ptr,
     targets_ptr,
     logp_ptr,
-    lse_ptr,
+    norm_ptr,
     V,
     stride_t,
     stride_v,
@@ -52,14 +52,15 @@ def forward_kernel(
     x_target = tl.load(row_ptr + target * stride_v).to(tl.float32)
     log_total = tl.log(total)  # of 1 or more
     tl.store(logp_ptr + pid_t, (x_target - maximum) * inverse_temperature - log_total)
-    tl.store(lse_ptr + pid_t, maximum * inverse_temperature + log_total)
+    tl.store(norm_ptr + 2 * pid_t, maximum)
+    tl.store(norm_ptr + 2 * pid_t + 1, log_total)
 
 
 @triton.jit
 def backward_kernel(
     logits_ptr,
     targets_ptr,
-    lse_ptr,
+    norm_ptr,
     grad_ptr,
     out_ptr,
     V,
@@ -69,17 +70,17 @@ def backward_kernel(
     inverse_temperature,
     BLOCK_V: tl.constexpr,
 ):
-    """c (1[v = y] - exp(z - lse)) / temperature for one block of one row."""
+    """c (1[v = y] - p) / temperature for one block of one row, p from distances as in `forward_kernel`."""
     pid_t = tl.program_id(0).to(tl.int64)
     offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask_v = offs_v < V
-    z = tl.load(
+    x = tl.load(
         logits_ptr + pid_t * stride_t + offs_v.to(tl.int64) * stride_v, mask=mask_v, other=0.0
     ).to(tl.float32)
-    lse = tl.load(lse_ptr + pid_t)
+    maximum, log_total = tl.load(norm_ptr + 2 * pid_t), tl.load(norm_ptr + 2 * pid_t + 1)
     scale = tl.load(grad_ptr + pid_t) * inverse_temperature
     hit = tl.where(offs_v == tl.load(targets_ptr + pid_t), 1.0, 0.0)
-    g = scale * (hit - tl.exp(z * inverse_temperature - lse))
+    g = scale * (hit - tl.exp((x - maximum) * inverse_temperature - log_total))
     tl.store(out_ptr + pid_t * stride_ot + offs_v, g.to(out_ptr.dtype.element_ty), mask=mask_v)
 
 
@@ -98,18 +99,19 @@ def _check(logits_TV: Tensor, targets_T: Tensor) -> None:
 
 
 def forward(logits_TV: Tensor, targets_T: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """logp and lse, [T] in fp32. Any strides."""
+    """logp [T], and what normalises each row [T, 2]: its largest logit, and the logarithm of the sum of
+    exp((logit - largest) / temperature). fp32. Logits have any strides."""
     _check(logits_TV, targets_T)
     T, V = logits_TV.shape
     logp_T = logits_TV.new_empty(T, dtype=torch.float32)
-    lse_T = torch.empty_like(logp_T)
+    norm_T2 = logits_TV.new_empty(T, 2, dtype=torch.float32)
     if T:
         with on_device(logits_TV):
             forward_kernel[(T,)](
                 logits_ptr=logits_TV,
                 targets_ptr=targets_T,
                 logp_ptr=logp_T,
-                lse_ptr=lse_T,
+                norm_ptr=norm_T2,
                 V=V,
                 stride_t=logits_TV.stride(0),
                 stride_v=logits_TV.stride(1),
@@ -117,14 +119,14 @@ def forward(logits_TV: Tensor, targets_T: Tensor, temperature: float) -> tuple[T
                 BLOCK_V=_block(logits_TV),
                 num_warps=NUM_WARPS,
             )
-    return logp_T, lse_T
+    return logp_T, norm_T2
 
 
 def backward(
     grad_T: Tensor,
     logits_TV: Tensor,
     targets_T: Tensor,
-    lse_T: Tensor,
+    norm_T2: Tensor,
     temperature: float,
     out_TV: Tensor,
 ) -> None:
@@ -138,7 +140,7 @@ def backward(
             backward_kernel[(T, triton.cdiv(V, block))](
                 logits_ptr=logits_TV,
                 targets_ptr=targets_T,
-                lse_ptr=lse_T,
+                norm_ptr=norm_T2,
                 grad_ptr=grad_T,
                 out_ptr=g_TV,
                 V=V,

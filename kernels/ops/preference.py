@@ -152,15 +152,19 @@ def preference_kernel(
     loss_ptr,
     arrivals_ptr,
     stride_t,
-    beta,
-    eps,
+    beta: tl.float64,
+    eps: tl.float64,
     coefficients,
     LOSSES: tl.constexpr,
     LENGTH_AVERAGE: tl.constexpr,
     HAS_REFERENCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One pair. Whichever program arrives last adds up the losses of all, in their order."""
+    """One pair. Whichever program arrives last adds up the losses of all, in their order.
+
+    beta, eps: a number without its type would reach a device in fp32, where margins amplify its rounding.
+        A coefficient scales what comes out, which is rounded to fp32 anyway.
+    """
     pid_p = tl.program_id(0).to(tl.int64)
     chosen, rejected = 2 * pid_p, 2 * pid_p + 1
     count_w, count_l = tl.load(lengths_ptr + chosen), tl.load(lengths_ptr + rejected)
