@@ -22,6 +22,9 @@ FILES = {
         "tests/ops/test_logits_logp.py",
         "tests/ops/test_linear_logp_cuda.py",
         "tests/ops/test_compiled.py",
+        "tests/ops/test_linear_logp_row_sums.py",
+        "tests/kernels/test_scale_rows.py",
+        "tests/kernels/test_tiles.py",
     ),
     True: ("tests/kernels/test_scale_rows.py",),
 }

@@ -1,6 +1,7 @@
 """csrc's library on its way to the cache: built once, found again, and what is said where that fails."""
 
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,6 +64,35 @@ def test_built_once_and_found_again_by_what_it_is_made_of(fake_nvcc, monkeypatch
     monkeypatch.setattr(cuda_extension, "find_nvcc", lambda: None)  # built ahead, run without nvcc
     assert cuda_extension.build().parent.name.endswith("-nvcc13.0.1")
     assert cuda_extension.why_not() is None
+
+
+# What of torch's stable interface the bindings use: each is in the headers of 2.10, 2.11 and 2.13. One that
+# newer headers alone have builds here, and not beside the torch of a machine with a card.
+IN_EVERY_TORCH = {
+    *("STD_TORCH_CHECK", "STABLE_TORCH_LIBRARY", "STABLE_TORCH_LIBRARY_IMPL", "TORCH_BOX"),
+    *("AOTI_TORCH_SUCCESS", "aoti_torch_get_current_cuda_stream"),
+    *("torch::headeronly::ScalarType", "torch::headeronly::toString", "torch::stable::Tensor"),
+    "torch::stable::accelerator::DeviceGuard",
+}
+
+
+def test_the_bindings_use_what_every_supported_torch_has():
+    text = re.sub(r"//.*", "", (cuda_extension.SOURCES / "bindings.cpp").read_text())
+    names = r"\b(?:[A-Z_]*TORCH_[A-Z_]+|aoti_torch_\w+|torch::(?:headeronly|stable)[\w:]*\w)"
+    assert set(re.findall(names, text)) == IN_EVERY_TORCH
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.skipif(
+    cuda_extension.find_nvcc() is None or shutil.which("objdump") is None,
+    reason="needs nvcc and objdump",
+)
+def test_the_library_loads_with_glibc_of_2021():
+    """Of Ubuntu 22.04 and RHEL 9."""
+    symbols = subprocess.check_output(["objdump", "-T", str(cuda_extension.build())], text=True)
+    versions = {tuple(map(int, v.split("."))) for v in re.findall(r"GLIBC_(\d+\.\d+)", symbols)}
+    assert (2, 2) < max(versions) <= (2, 34)
 
 
 def test_without_nvcc_the_message_says_what_to_do(monkeypatch, tmp_path):
