@@ -21,6 +21,8 @@ absent are named. Every result is a line of JSON in FOLDER/lines.jsonl, flushed 
     trace.py        step: one training step under PyTorch's profiler
     train.py        step: whole training steps
     profile.py      step: one look at the row kernel with ncu
+    sanitize.py     step: compute-sanitizer over small calls
     shapes.py       the shapes
+    clock.py        how long an item may still take
     summary.py      the table of targets, from the lines
 """

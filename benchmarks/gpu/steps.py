@@ -42,5 +42,6 @@ STEPS = {
         Step("train", "train", 5, 1, 120),
         Step("peers", "peers", 6, 1, 60),
         Step("profile", "profile", 7, 1, 60),
+        Step("sanitize", "sanitize", 8, 1, 120),
     )
 }
