@@ -44,7 +44,6 @@ class Compilation:
     num_stages: int
     tma: bool = False
     subtiles: int = 1
-    specialize: bool = False
     per_sm: int = 0
 
 
@@ -54,7 +53,7 @@ class Resources:
 
     straight: instructions of the longest run without a branch: for a kernel of plain tiles, what a thread
     executes between two tiles. serial: products of Hopper that are waited for one by one, where a stage's
-    should be in flight together. warps: of a program, the compiler's own included.
+    should be in flight together.
     """
 
     case: Compilation
@@ -66,7 +65,6 @@ class Resources:
     serial: int
     instruction: str
     tma: bool
-    warps: int
 
 
 def cases(archs: tuple[str, ...] = ARCHS) -> list[Compilation]:
@@ -91,7 +89,6 @@ def cases(archs: tuple[str, ...] = ARCHS) -> list[Compilation]:
                 config.num_stages,
                 config.tma,
                 config.subtiles,
-                config.specialize,
                 config.per_sm,
             )
             found[case] = None
@@ -187,12 +184,8 @@ def _constants(case: Compilation) -> dict:
     constants = dict(zip(("BLOCK_T", "BLOCK_V", "BLOCK_D", "GROUP_T"), case.sizes))
     constants |= dict.fromkeys(("HAS_BIAS", "HAS_CAP"), full)
     constants["NEGATIVE"] = False
-    constants |= {
-        "EVEN_D": "ragged" not in case.variant,
-        "TMA": case.tma,
-        "FLATTEN": case.tma and not case.specialize,
-    }
-    constants |= {"SUBTILES": case.subtiles, "SPECIALIZE": case.specialize}
+    constants |= {"EVEN_D": "ragged" not in case.variant, "SUBTILES": case.subtiles}
+    constants |= {"TMA": case.tma, "FLATTEN": case.tma}
     constants |= {"stride_hd": 1, "stride_wd": 1}
     constants["PRECISION"] = "ieee" if case.dtype == "fp32" else "tf32"
     if not full:
@@ -214,7 +207,7 @@ def _constants(case: Compilation) -> dict:
 def _type_of(name: str, case: Compilation) -> str:
     blocks = {"hidden": (0, 2), "weight": (1, 2), "kept": (0, 1), "out": (0, 1)}
     if name in blocks:
-        if not case.tma or case.specialize:
+        if not case.tma:
             return TYPES[case.dtype]
         rows, columns = (case.sizes[i] for i in blocks[name])
         if name in ("kept", "out"):
@@ -278,11 +271,7 @@ def compile_case(case: Compilation) -> Resources:
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(fn.arg_names)
         if name not in constants
-        and (
-            name.endswith("_ptr")
-            or name in ALIGNED
-            or (name in OPERANDS and (not case.tma or case.specialize))
-        )
+        and (name.endswith("_ptr") or name in ALIGNED or (name in OPERANDS and not case.tma))
     }
     compiled = triton.compile(
         ASTSource(fn, signature, constants, attributes),
@@ -302,7 +291,6 @@ def compile_case(case: Compilation) -> Resources:
         _products_alone(runs),
         instruction,
         "cp.async.bulk.tensor" in ptx,
-        compiled.metadata.num_warps,
     )
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from contextvars import ContextVar, copy_context
+from contextvars import ContextVar
 
 import torch
-import triton
 from torch import Tensor
 
 COMPILE_ONLY = ContextVar("compile_only", default=False)  # of `launch`, set by the search for tiles
@@ -16,18 +15,8 @@ def launch(kernel, grid: tuple[int, ...], **arguments) -> None:
     """Launch a Triton kernel, or with COMPILE_ONLY compile it for these arguments."""
     if COMPILE_ONLY.get():
         kernel.warmup(grid=grid, **arguments)
-    elif arguments.get(
-        "SPECIALIZE"
-    ):  # descriptors made on the device need memory, for this launch alone
-        context = copy_context()
-        context.run(triton.set_allocator, _scratch)
-        context.run(kernel[grid], **arguments)
     else:
         kernel[grid](**arguments)
-
-
-def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    return torch.empty(size, dtype=torch.int8, device="cuda")  # aligned to 512 bytes
 
 
 def arch_of(device: torch.device) -> str:

@@ -12,7 +12,6 @@ from dpo_fast.kernels.product import (
     arguments,
     check,
     column_in_tile,
-    describe,
     less,
     product,
     scores,
@@ -58,21 +57,10 @@ def gradient_kernel(
     GROUP_T: tl.constexpr,
     FLATTEN: tl.constexpr,
     SUBTILES: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
 ):
     """g = (hit 1[v = y] - per_p 2^(z - offset)) slope, rounded once; hit = c, per_p = c / total."""
     tiles_t, tiles_v = tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V)
-    if SPECIALIZE:
-        hidden = describe(hidden, T, D, stride_ht, BLOCK_T, BLOCK_D)
-        weight = describe(weight, V, D, stride_wv, BLOCK_V, BLOCK_D)
-        out = describe(out, T, V, stride_ot, BLOCK_T, BLOCK_V // SUBTILES)
-    for index in tl.range(
-        tl.program_id(0),
-        tiles_t * tiles_v,
-        tl.num_programs(0),
-        flatten=FLATTEN,
-        warp_specialize=SPECIALIZE,
-    ):
+    for index in tl.range(tl.program_id(0), tiles_t * tiles_v, tl.num_programs(0), flatten=FLATTEN):
         pid_t, pid_v = tile_of(index, tiles_t, tiles_v, GROUP_T)
         first_t, first_v = pid_t * BLOCK_T, pid_v * BLOCK_V
         rows = first_t + tl.arange(0, BLOCK_T)

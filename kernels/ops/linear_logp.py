@@ -19,7 +19,6 @@ from dpo_fast.kernels.product import (
     arguments,
     check,
     column_in_tile,
-    describe,
     less,
     offset_of,
     product,
@@ -231,18 +230,12 @@ def rows_kernel(
     GROUP_T: tl.constexpr,
     FLATTEN: tl.constexpr,
     SUBTILES: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
 ):
     """Sums of every row over every tile, and with KEEP E = 2^(z - offset) (times the cap's slope).
 
     REPAIR does again the rows that repair_ptr[1:] names, and nothing at once if repair_ptr[0] is 0.
     """
     tiles_t, tiles_v = tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V)
-    if SPECIALIZE:
-        hidden = describe(hidden, T, D, stride_ht, BLOCK_T, BLOCK_D)
-        weight = describe(weight, V, D, stride_wv, BLOCK_V, BLOCK_D)
-        if KEEP:
-            kept = describe(kept, T, V, stride_kt, BLOCK_T, BLOCK_V // SUBTILES)
     PARTS: tl.constexpr = 2 if FLATTEN and not EVEN_V else 1
     first, column, columns = tl.program_id(0), 0, tiles_v if PARTS == 1 else V // BLOCK_V
     for part in tl.static_range(PARTS):
@@ -254,13 +247,7 @@ def rows_kernel(
         tiles = tiles_t * columns
         if REPAIR:
             tiles = tl.where(tl.load(repair_ptr) != 0, tiles, 0)
-        for index in tl.range(
-            first,
-            tiles,
-            tl.num_programs(0),
-            flatten=FLATTEN and part == 0,
-            warp_specialize=SPECIALIZE,
-        ):
+        for index in tl.range(first, tiles, tl.num_programs(0), flatten=FLATTEN and part == 0):
             pid_t, pid_v = tile_of(index, tiles_t, columns, GROUP_T)
             pid_v += column
             first_t = pid_t * BLOCK_T

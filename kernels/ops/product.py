@@ -28,16 +28,6 @@ def tile_of(index, tiles_t, tiles_v, GROUP_T: tl.constexpr):
 
 
 @triton.jit
-def describe(pointer, rows, columns, stride, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """A descriptor made on the device, for specialised warps.
-
-    The compiler halves a tile between two groups of warps. It halves the block of such a descriptor as
-    well, but not of one that the host made: triton 3.6 would load 128 rows into the memory of 64.
-    """
-    return tl.make_tensor_descriptor(pointer, [rows, columns], [stride, 1], [BLOCK_R, BLOCK_C])
-
-
-@triton.jit
 def product(
     hidden,
     weight,
@@ -206,11 +196,10 @@ def arguments(
     """Keyword arguments of both product kernels. stored: the [T, V] tensor that they write."""
     block_t, block_v, block_d = config.block_t, config.block_v, config.block_d
     piece = block_t, block_v // config.subtiles
-    described = config.tma and not config.specialize  # which makes its descriptors on the device
     return {
-        "hidden": _operand(hidden_TD, (block_t, block_d), described),
-        "weight": _operand(weight_VD, (block_v, block_d), described),
-        "stored": None if stored is None else _operand(stored, piece, described),
+        "hidden": _operand(hidden_TD, (block_t, block_d), config.tma),
+        "weight": _operand(weight_VD, (block_v, block_d), config.tma),
+        "stored": None if stored is None else _operand(stored, piece, config.tma),
         "bias_ptr": bias_V,
         "D": hidden_TD.shape[1],
         "stride_ht": hidden_TD.stride(0),
@@ -228,9 +217,8 @@ def arguments(
         "BLOCK_D": block_d,
         "GROUP_T": config.group_t,
         "SUBTILES": config.subtiles,
-        "SPECIALIZE": config.specialize,
         # One loop over tiles and D, so that a tile's first loads start during the last epilogue.
-        "FLATTEN": described and config.per_sm > 0,
+        "FLATTEN": config.tma and config.per_sm > 0,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }

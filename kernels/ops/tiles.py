@@ -23,8 +23,6 @@ class TileConfig:
     tma: operands and stored tiles through tensor descriptors; needs a layout that `describable` takes.
     subtiles: pieces, side by side, in which a descriptor stores a tile. Half a tile takes half the shared
         memory, which may hold another stage. The values are the same.
-    specialize: one group of warps loads, and num_warps twice over have half a tile each, so that one half's
-        epilogue runs under the other's products. sm_90, 4 warps and `tma`.
     """
 
     block_t: int
@@ -36,7 +34,6 @@ class TileConfig:
     per_sm: int = 0
     tma: bool = False
     subtiles: int = 1
-    specialize: bool = False
 
 
 def _persistent(*sizes: int, per_sm: int, subtiles: int = 1) -> TileConfig:
@@ -65,10 +62,10 @@ def _all(tile: TileConfig, **other: int) -> Tiles:
     return Tiles(*[replace(tile, **other)] * 3)
 
 
-# Keyed by (architecture, D bin, V bin), never by T, which changes with every batch. sm_90 by an H100's clock
-# (docs/LOG.md, 2026-11-26): the wide tile is the fastest for every D. A pair of 128 x 128 on a multiprocessor
-# hides one's epilogue under the other's products, but reads a third more through L2, and lost by 20 % at
-# D 896 and by 40 % at D 4096. The other rows are chosen by registers and shared memory ahead of time.
+# Keyed by (architecture, D bin, V bin), never by T, which changes with every batch. An H100's clock chose
+# those of sm_90 (docs/LOG.md, 2026-11-26): the wide tile is the fastest for every D. A pair of 128 x 128 on
+# a multiprocessor hides one's epilogue under the other's products, but reads a third more through L2, and
+# lost by 20 % at D 896 and by 40 % at D 4096. Registers and shared memory chose the others.
 _SM90 = Tiles(
     _persistent(128, 256, 64, 8, 4, per_sm=1),
     _persistent(128, 256, 64, 8, 4, per_sm=1, subtiles=2),
@@ -98,19 +95,22 @@ _TALL = Tiles(
     _persistent(256, 128, 64, 8, 3, per_sm=1),
 )
 _WHOLE = _persistent(128, 256, 64, 8, 3, per_sm=1)
-_GROUPS = [
-    Tiles(*[replace(tile, group_t=group) for tile in vars(_SM90).values()]) for group in (8, 32)
-]
+
+
+def _groups(row: Tiles) -> list[Tiles]:
+    return [Tiles(*[replace(tile, group_t=n) for tile in vars(row).values()]) for n in (8, 32)]
+
+
 CANDIDATES = {
     ("sm_80", "small"): [_all(TileConfig(128, 64, 32, 4, 4)), _all(TileConfig(128, 128, 32, 8, 4))],
     ("sm_80", "large"): [
         _all(TileConfig(128, 128, 64, 8, 3)),
         _all(TileConfig(128, 128, 32, 8, 4)),
     ],
-    ("sm_90", "small"): [_all(_WHOLE), _TALL, *_GROUPS],
-    ("sm_90", "large"): [_all(_WHOLE), _TALL, *_GROUPS],
-    ("sm_100", "small"): [_all(_SM100.entropy)],
-    ("sm_100", "large"): [_all(_SM100.entropy)],
+    ("sm_90", "small"): [_all(_WHOLE), _TALL, *_groups(_SM90)],
+    ("sm_90", "large"): [_all(_WHOLE), _TALL, *_groups(_SM90)],
+    ("sm_100", "small"): [_all(_SM100.entropy), *_groups(_SM100)],
+    ("sm_100", "large"): [_all(_SM100.entropy), *_groups(_SM100)],
 }
 POINTER_HALF = TileConfig(128, 128, 64, 8, 3)  # sm_90 and later, layouts without a descriptor
 OTHER_HALF = TileConfig(64, 128, 32, 4, 3)  # 36 KiB: fits sm_86, sm_89, sm_120 and others
@@ -163,9 +163,7 @@ def repair_config(config: TileConfig) -> TileConfig:
     A descriptor cannot mask rows, and fewer of them let masks fit the registers.
     """
     rows = min(64, max(16, config.block_t // 2))
-    warps = config.num_warps * (2 if config.specialize else 1)
-    plain = {"tma": False, "subtiles": 1, "specialize": False}
-    return replace(config, block_t=rows, num_warps=warps, num_stages=2, per_sm=2, **plain)
+    return replace(config, block_t=rows, num_stages=2, per_sm=2, tma=False, subtiles=1)
 
 
 def describable(*tensors: Tensor) -> bool:

@@ -52,9 +52,9 @@ def test_every_shipped_configuration_is_there(results):
     def key(config, arch):
         sizes = [config.block_t, config.block_v, config.block_d, config.group_t]
         launch = config.num_warps, config.num_stages, config.tma
-        return arch, *sizes, *launch, config.subtiles, config.specialize
+        return arch, *sizes, *launch, config.subtiles
 
-    launch = "num_warps", "num_stages", "tma", "subtiles", "specialize"
+    launch = "num_warps", "num_stages", "tma", "subtiles"
     compiled = {
         (c["arch"], *c["sizes"], *(c[name] for name in launch))
         for c in (result["case"] for result in results)
@@ -135,15 +135,6 @@ def test_products_of_a_stage_are_in_flight_together(results):
     for result in results:
         if result["case"]["tma"]:
             assert result["serial"] == 0, result
-
-
-def test_specialised_warps_are_specialised(results):
-    """The compiler drops the request without a word where it flattens the loop."""
-    specialised = {r["case"]["kernel"] for r in results if r["case"]["specialize"]}
-    assert specialised == {"rows_kernel", "gradient_kernel"}
-    for result in results:
-        groups = 3 if result["case"]["specialize"] else 1  # loads, and two halves of a tile
-        assert result["warps"] == groups * result["case"]["num_warps"], result
 
 
 def test_shared_memory_fits(results):
