@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from dpo_fast.kernels.alike import Results
 from dpo_fast.kernels.device import interpretable, launch, on_device
 from dpo_fast.kernels.product import (
     arguments,
@@ -141,7 +144,7 @@ def gradient_tile(
         hidden_TD.dtype,
         D,
         V,
-        lambda tile: gradient_tile(*given, **how, config=tile),
+        lambda tile: _results(gradient_tile(*given, **how, config=tile), out_TV, hit_T),
         stores=True,
         rich=bias_V is not None or bool(options["softcap"]) or column_sums,
         described=describable(hidden_TD, weight_VD, g_TV),
@@ -169,3 +172,14 @@ def gradient_tile(
     if g_TV is not out_TV:
         out_TV.copy_(g_TV)
     return None if sums is None else sums.sum(0)
+
+
+def _results(sums_V: Tensor | None, out_TV: Tensor, hit_T: Tensor) -> Callable[[], Results]:
+    """What other tiles give as well: the absolute values of a row add up to 2 |hit| at most."""
+
+    def read() -> Results:
+        size_T = 2 * hit_T.abs()
+        values = {} if sums_V is None else {"column sums": (sums_V, size_T.sum())}
+        return Results(values, out_TV, size_T)
+
+    return read

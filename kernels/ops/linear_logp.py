@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dpo_fast.kernels.alike import Results
 from dpo_fast.kernels.device import interpretable, launch, on_device
 from dpo_fast.kernels.product import (
     arguments,
@@ -523,18 +524,20 @@ class RowPass:
             self.hidden.dtype,
             D,
             V,
-            lambda tile: RowPass(
-                hidden_TD,
-                weight_VD,
-                bias_V,
-                targets_T,
-                options=options,
-                extras=extras,
-                offset_T=offset_T,
-                kept_TV=kept_TV,
-                score_T=score_T,
-                largest_shift=largest_shift,
-                config=tile,
+            lambda tile: (
+                RowPass(
+                    hidden_TD,
+                    weight_VD,
+                    bias_V,
+                    targets_T,
+                    options=options,
+                    extras=extras,
+                    offset_T=None if offset_T is None else offset_T.clone(),  # a repair writes it
+                    kept_TV=kept_TV,
+                    score_T=score_T,
+                    largest_shift=largest_shift,
+                    config=tile,
+                ).results
             ),
             stores=bool(stored),
             entropy="weighted" in names,
@@ -560,6 +563,21 @@ class RowPass:
             self._launch(self.config, None)
             if self.settled:
                 self._launch(repair_config(self.config), self.flags_T)
+
+    def results(self) -> Results:
+        """What other tiles give as well, but for rounding: logits in powers of two, sums per total."""
+        sums, total_T = self.sums, self.sums["total"]
+        # Near 1e4 products in fp32 are off by 1e-3.
+        size_T = 1 + sums["maximum"].abs().nan_to_num(0.0, 0.0, 0.0) / 256
+        values = {name: (sums[name], size_T) for name in ("maximum", "logp", "top") if name in sums}
+        values["log total"] = sums["offset"] + total_T.log2(), size_T
+        if "weighted" in sums:
+            values["entropy"] = total_T.log2() - sums["weighted"] / total_T, size_T
+        if "squares" in sums:
+            values["log sum p^2"] = sums["squares"].log2() - 2 * total_T.log2(), size_T
+        if "logits" in sums:
+            values["mean logit"] = sums["logits"] / len(self.weight), size_T
+        return Results(values, self.kept, total_T)
 
     def repair(self, wrong_T: Tensor) -> None:
         """Do again the rows that `wrong_T` (bool) marks, against the offsets as they are now.

@@ -99,7 +99,7 @@ def test_search_is_opt_in_and_remembers(tmp_path, monkeypatch):
     for found, value in zip(evaluate(), plain):
         torch.testing.assert_close(found, value, rtol=1e-2, atol=1e-2)
     kept = json.loads(file.read_text())
-    assert {key.split("/")[1] for key in kept} == {"rows", "gradient"}
+    assert {key.split("/")[2] for key in kept} == {"rows", "gradient"}
     assert len(timed) == sum(entry["tried"] for entry in kept.values()) == 6
     kept[next(key for key in kept if "rows" in key)]["block_v"] = 16  # what the file says is used
     file.write_text(json.dumps(kept))
@@ -110,6 +110,89 @@ def test_search_is_opt_in_and_remembers(tmp_path, monkeypatch):
     )
     evaluate()
     assert sizes == [16] and len(timed) == 6
+    # An entry of another version, or one whose results were not compared, is searched again.
+    for stale in ({"specialize": True}, {"compared": False}):
+        file.write_text(json.dumps({key: entry | stale for key, entry in kept.items()}))
+        timed.clear()
+        evaluate()
+        assert len(timed) == 6
+        assert json.loads(file.read_text()).keys() == kept.keys()
+
+
+FAULTS = {  # what a tile leaves behind, by where it is wrong
+    "nothing": lambda logp, stored: None,
+    "a row": lambda logp, stored: logp[20].sub_(0.5),
+    "a row is NaN": lambda logp, stored: logp[20].fill_(torch.nan),
+    "every row, by little": lambda logp, stored: logp.sub_(3e-3),
+    "a stored row": lambda logp, stored: stored[20].mul_(1.1),
+    "columns in another order": lambda logp, stored: stored.copy_(stored.flip(1)),
+    "an unwritten entry": lambda logp, stored: stored[20, -1].fill_(torch.nan),
+}
+
+
+@pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_search_never_chooses_a_tile_with_other_results(
+    fault, dtype, tmp_path, monkeypatch, caplog
+):
+    """However fast: a compiler once made one whose sums were off by 6.8 nats. It is named in the log."""
+    from dpo_fast.kernels import search
+    from dpo_fast.kernels.device import interpretable
+
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(37, 24, generator=g).to(dtype)
+    weight = torch.randn(75, 24, generator=g).to(dtype)
+    given = hidden, weight, None, torch.randint(75, (37,), generator=g)
+    kept = torch.empty(37, 80, dtype=dtype)[:, :75]
+    options = {"logit_scale": 1.0, "softcap": None, "temperature": 1.0}
+    flags = {"stores": True, "described": tiles.describable(*interpretable(hidden, weight, kept))}
+    shipped, fastest, other = search.candidates("rows", "interpreter", dtype, 24, 75, **flags)
+    times = {shipped: 3.0, fastest: 1.0, other: 2.0}
+    launch = kernels.RowPass._launch
+
+    def faulty(self, config, repair):
+        launch(self, config, repair)
+        if config == fastest:
+            FAULTS[fault](self.sums["logp"], self.kept)
+
+    monkeypatch.setattr(kernels.RowPass, "_launch", faulty)
+    monkeypatch.setattr(search, "_median_ms", lambda run, tile, device: times[tile])
+    monkeypatch.setenv(search.VARIABLE, str(tmp_path / "tiles.json"))
+    with caplog.at_level("WARNING", logger=search.__name__):
+        run = kernels.RowPass(
+            *given, options=options, offset_T=torch.full((37,), 9.0), kept_TV=kept
+        )
+    assert run.config == (fastest if fault == "nothing" else other)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (fault != "nothing") and all(str(fastest) in line for line in said)
+    assert all("not the shipped tile's" in line for line in said)
+    assert not kept.isnan().any()
+
+
+@pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1")
+def test_search_compares_gradient_tiles(tmp_path, monkeypatch, caplog):
+    from dpo_fast.kernels import gradient_tile, search
+
+    launch = gradient_tile.launch
+
+    def faulty(kernel, grid, **arguments):
+        launch(kernel, grid, **arguments)
+        if arguments["BLOCK_V"] == 16:
+            arguments["out"][3] *= 1.5
+
+    monkeypatch.setattr(gradient_tile, "launch", faulty)
+    monkeypatch.setattr(search, "_median_ms", lambda run, tile, device: tile.block_v)
+    file = tmp_path / "tiles.json"
+    monkeypatch.setenv(search.VARIABLE, str(file))
+    with caplog.at_level("WARNING", logger=search.__name__):
+        evaluate()
+    chosen = {
+        key.split("/")[2]: entry["block_v"] for key, entry in json.loads(file.read_text()).items()
+    }
+    assert chosen == {"rows": 16, "gradient": 32}
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "gradient" in said and "block_v=16" in said and "stored" in said
 
 
 def test_at_most_six_candidates_and_the_shipped_one_first():
@@ -134,7 +217,7 @@ def test_search_survives_candidates_that_fail(tmp_path, monkeypatch, caplog):
     """Whatever a compiler or a launch throws: such a tile is named, and the fastest other one is kept."""
     from triton.runtime.errors import OutOfResources
 
-    from dpo_fast.kernels import search
+    from dpo_fast.kernels import alike, search
     from dpo_fast.kernels.device import COMPILE_ONLY
 
     errors = [
@@ -151,6 +234,7 @@ def test_search_survives_candidates_that_fail(tmp_path, monkeypatch, caplog):
         compiled.append((tile, COMPILE_ONLY.get()))
         if tile in others:
             raise errors[others.index(tile)]
+        return lambda: alike.Results({"logp": (torch.zeros(3), torch.ones(3))})
 
     file = tmp_path / "tiles.json"
     monkeypatch.setenv(search.VARIABLE, str(file))
@@ -163,7 +247,8 @@ def test_search_survives_candidates_that_fail(tmp_path, monkeypatch, caplog):
         shipped,
         *others,
     }  # compiled first, and all
-    assert [only for _, only in compiled] == [True] * 3 + [False] * 3
+    # The shipped one is run to compare with, and timed; the others fail before.
+    assert [only for _, only in compiled] == [True] * 3 + [False] * 4
     assert not COMPILE_ONLY.get()
     (entry,) = json.loads(file.read_text()).values()
     assert entry["tried"] == 3
