@@ -1,6 +1,6 @@
 """Compile every shipped configuration of every kernel to machine code, without a GPU.
 
-    python -m benchmarks.aot [--arch sm_90] [--json]
+    python -m benchmarks.aot [--arch sm_90] [--kernel rows_kernel] [--variant plain] [--dtype bf16] [--json]
 
 prints registers, stack, local and shared memory, the longest run of instructions without a branch (a
 tile's epilogue, in the row kernel), and the tensor-core instruction of each.
@@ -32,7 +32,6 @@ class Compilation:
     variant: plain, or several of: ragged (D % BLOCK_D != 0), entropy, full (every option and extra at
         once), keep, repair. For `preference_kernel` its set of losses.
     sizes: of a block, in the kernel's order.
-    per_sm: programs that should fit a multiprocessor at a time.
     """
 
     kernel: str
@@ -44,7 +43,6 @@ class Compilation:
     num_stages: int
     tma: bool = False
     subtiles: int = 1
-    per_sm: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,7 @@ class Resources:
     serial: int
     instruction: str
     tma: bool
+    triton: str
 
 
 def cases(archs: tuple[str, ...] = ARCHS) -> list[Compilation]:
@@ -89,7 +88,6 @@ def cases(archs: tuple[str, ...] = ARCHS) -> list[Compilation]:
                 config.num_stages,
                 config.tma,
                 config.subtiles,
-                config.per_sm,
             )
             found[case] = None
         sizes = (linear_logp.MERGE_TOKENS, linear_logp.MERGE_TILES)
@@ -291,6 +289,7 @@ def compile_case(case: Compilation) -> Resources:
         _products_alone(runs),
         instruction,
         "cp.async.bulk.tensor" in ptx,
+        triton.__version__,
     )
 
 
@@ -367,12 +366,19 @@ def table(results: list[Resources]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", action="append", choices=ARCHS, help="default: all of them")
+    for field in ("kernel", "variant", "dtype"):
+        parser.add_argument(f"--{field}", action="append", help="may be repeated; default: all")
     parser.add_argument("--json", action="store_true", help="one JSON object a line, no table")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET"):
         print("unset TRITON_INTERPRET: the interpreter's kernels cannot compile", file=sys.stderr)
         return 2
     chosen = cases(tuple(options.arch or ARCHS))
+    for field in ("kernel", "variant", "dtype"):
+        known, wanted = {getattr(case, field) for case in chosen}, getattr(options, field)
+        if wanted and (unknown := set(wanted) - known):
+            parser.error(f"--{field} {min(unknown)} has no case; try {', '.join(sorted(known))}")
+        chosen = [case for case in chosen if not wanted or getattr(case, field) in wanted]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         results = list(pool.map(compile_case, chosen))
     if options.json:
