@@ -68,7 +68,7 @@ class Resources:
 
 def cases(archs: tuple[str, ...] = ARCHS) -> list[Compilation]:
     """Every distinct configuration of every kernel, once for each architecture and variant."""
-    from dpo_fast.kernels import linear_logp, logits_logp, preference, scale_rows, target_product
+    from dpo_fast.kernels import logits_logp, merge, preference, scale_rows, target_product
 
     found = {}
 
@@ -90,7 +90,7 @@ def cases(archs: tuple[str, ...] = ARCHS) -> list[Compilation]:
                 config.subtiles,
             )
             found[case] = None
-        sizes = (linear_logp.MERGE_TOKENS, linear_logp.MERGE_TILES)
+        sizes = (merge.MERGE_TOKENS, merge.MERGE_TILES)
         for variant in ("plain", "full", "keep", "keep-full", "repair", "repair-full"):
             add("merge_kernel", variant, arch, "fp32", sizes)
         sizes = (target_product.BLOCK_T, target_product.BLOCK_D, target_product.BLOCK_S)
@@ -245,14 +245,15 @@ OPERANDS = ("hidden", "weight", "kept", "out")
 def _kernel(name: str):
     from dpo_fast.kernels import (
         gradient_tile,
-        linear_logp,
         logits_logp,
+        merge,
         preference,
+        rows,
         scale_rows,
         target_product,
     )
 
-    modules = (gradient_tile, linear_logp, logits_logp, preference, scale_rows, target_product)
+    modules = gradient_tile, logits_logp, merge, preference, rows, scale_rows, target_product
     return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 

@@ -118,6 +118,8 @@ TESTED_THROUGH = {
     "integrations.liger_loss": "integrations/test_liger.py",
     "integrations.trl_losses": "integrations/test_trl.py",
     "kernels.gradient_tile": "ops/test_linear_logp_triton.py",
+    "kernels.merge": "ops/test_linear_logp_triton.py",
+    "kernels.rows": "ops/test_linear_logp_triton.py",
     "kernels.product": "ops/test_linear_logp_triton.py",
     "kernels.target_product": "ops/test_linear_logp_triton.py",
     "losses.pairwise": "losses/test_table.py",

@@ -12,6 +12,8 @@ from torch import Tensor
 from dpo_fast.kernels.alike import Results
 from dpo_fast.kernels.device import interpretable, launch, on_device
 from dpo_fast.kernels.product import (
+    Operands,
+    Tile,
     arguments,
     check,
     column_in_tile,
@@ -63,31 +65,15 @@ def gradient_kernel(
 ):
     """g = (hit 1[v = y] - per_p 2^(z - offset)) slope, rounded once; hit = c, per_p = c / total."""
     tiles_t, tiles_v = tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V)
+    x = Operands(hidden, weight, T, V, D, stride_ht, stride_hd, stride_wv, stride_wd)
+    TILE: tl.constexpr = Tile(BLOCK_T, BLOCK_V, BLOCK_D, EVEN_D, TMA, PRECISION)
     for index in tl.range(tl.program_id(0), tiles_t * tiles_v, tl.num_programs(0), flatten=FLATTEN):
         pid_t, pid_v = tile_of(index, tiles_t, tiles_v, GROUP_T)
         first_t, first_v = pid_t * BLOCK_T, pid_v * BLOCK_V
         rows = first_t + tl.arange(0, BLOCK_T)
         offs_v = first_v + tl.arange(0, BLOCK_V)
         mask_t, mask_v = rows < T, offs_v < V
-        acc = product(
-            hidden,
-            weight,
-            first_t,
-            first_v,
-            T,
-            V,
-            D,
-            stride_ht,
-            stride_hd,
-            stride_wv,
-            stride_wd,
-            BLOCK_T,
-            BLOCK_V,
-            BLOCK_D,
-            EVEN_D,
-            TMA,
-            PRECISION,
-        )
+        acc = product(x, first_t, first_v, TILE)
         score, slope = scores(
             acc, bias_ptr, offs_v, mask_v, cap_in, HAS_BIAS, HAS_CAP, NEGATIVE, True
         )

@@ -7,6 +7,7 @@ instruction of the special-function unit: 2^(scale * score - offset).
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,55 +28,62 @@ def tile_of(index, tiles_t, tiles_v, GROUP_T: tl.constexpr):
     return first + inside % size, inside // size
 
 
+class Operands(NamedTuple):
+    """hidden [T, D] and weight [V, D]: descriptors with TMA, pointers without."""
+
+    hidden: tl.tensor
+    weight: tl.tensor
+    T: tl.tensor
+    V: tl.tensor
+    D: tl.tensor
+    stride_ht: tl.tensor
+    stride_hd: tl.tensor
+    stride_wv: tl.tensor
+    stride_wd: tl.tensor
+
+
+class Tile(NamedTuple):
+    """How a product is cut and loaded."""
+
+    BLOCK_T: tl.constexpr
+    BLOCK_V: tl.constexpr
+    BLOCK_D: tl.constexpr
+    EVEN_D: tl.constexpr
+    TMA: tl.constexpr
+    PRECISION: tl.constexpr
+
+
 @triton.jit
-def product(
-    hidden,
-    weight,
-    first_t,
-    first_v,
-    T,
-    V,
-    D,
-    stride_ht,
-    stride_hd,
-    stride_wv,
-    stride_wd,
-    BLOCK_T: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """h W^T of one tile in fp32. `hidden` and `weight` are descriptors with TMA, pointers without.
+def product(x, first_t, first_v, TILE: tl.constexpr):
+    """h W^T of one tile in fp32. x: Operands; TILE: a Tile.
 
     Past the ends a descriptor gives zeros; a pointer reads the last row again, so that the hot loads
     carry no mask.
     """
-    acc = tl.zeros((BLOCK_T, BLOCK_V), dtype=tl.float32)
-    if TMA:
-        for start in range(0, D, BLOCK_D):
-            h = hidden.load([first_t, start])
-            w = weight.load([first_v, start])
-            acc = tl.dot(h, w.T, acc, input_precision=PRECISION)
+    acc = tl.zeros((TILE.BLOCK_T, TILE.BLOCK_V), dtype=tl.float32)
+    if TILE.TMA:
+        for start in range(0, x.D, TILE.BLOCK_D):
+            h = x.hidden.load([first_t, start])
+            w = x.weight.load([first_v, start])
+            acc = tl.dot(h, w.T, acc, input_precision=TILE.PRECISION)
     else:
-        rows = tl.minimum(first_t + tl.arange(0, BLOCK_T), T - 1).to(tl.int64)
-        columns = tl.minimum(first_v + tl.arange(0, BLOCK_V), V - 1).to(tl.int64)
-        offs_d = tl.arange(0, BLOCK_D)
+        rows = tl.minimum(first_t + tl.arange(0, TILE.BLOCK_T), x.T - 1).to(tl.int64)
+        columns = tl.minimum(first_v + tl.arange(0, TILE.BLOCK_V), x.V - 1).to(tl.int64)
+        offs_d = tl.arange(0, TILE.BLOCK_D)
         along_d = offs_d.to(tl.int64)
-        h_ptrs = hidden + rows[:, None] * stride_ht + along_d[None, :] * stride_hd
-        w_ptrs = weight + columns[None, :] * stride_wv + along_d[:, None] * stride_wd
-        for start in range(0, D, BLOCK_D):
-            if EVEN_D:
+        h_ptrs = x.hidden + rows[:, None] * x.stride_ht + along_d[None, :] * x.stride_hd
+        w_ptrs = x.weight + columns[None, :] * x.stride_wv + along_d[:, None] * x.stride_wd
+        for start in range(0, x.D, TILE.BLOCK_D):
+            if TILE.EVEN_D:
                 h = tl.load(h_ptrs)
                 w = tl.load(w_ptrs)
             else:
-                mask_d = offs_d < D - start
+                mask_d = offs_d < x.D - start
                 h = tl.load(h_ptrs, mask=mask_d[None, :], other=0.0)
                 w = tl.load(w_ptrs, mask=mask_d[:, None], other=0.0)
-            acc = tl.dot(h, w, acc, input_precision=PRECISION)
-            h_ptrs += BLOCK_D * stride_hd
-            w_ptrs += BLOCK_D * stride_wd
+            acc = tl.dot(h, w, acc, input_precision=TILE.PRECISION)
+            h_ptrs += TILE.BLOCK_D * x.stride_hd
+            w_ptrs += TILE.BLOCK_D * x.stride_wd
     return acc
 
 
