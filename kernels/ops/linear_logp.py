@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 from torch import Tensor
@@ -11,7 +13,7 @@ from dpo_fast.kernels.device import interpretable, launch, on_device
 from dpo_fast.kernels.merge import MERGE_TILES, MERGE_TOKENS, merge_kernel
 from dpo_fast.kernels.product import arguments, check
 from dpo_fast.kernels.rows import rows_kernel
-from dpo_fast.kernels.search import choose_tile
+from dpo_fast.kernels.search import Run, choose_tile
 from dpo_fast.kernels.target_product import target_scores
 from dpo_fast.kernels.tiles import TileConfig, describable, programs, repair_config, say_layouts
 
@@ -63,66 +65,58 @@ class RowPass:
         largest_shift: float | None = None,
         config: TileConfig | None = None,
     ):
-        check(hidden_TD, weight_VD, bias_V, targets_T)
+        inputs = hidden_TD, weight_VD, bias_V, targets_T
+        check(*inputs)
         say_layouts("row", hidden=hidden_TD, weight=weight_VD)
-        self.kept, self.largest_shift = kept_TV, largest_shift
-        self.settled = largest_shift is not None
-        self.hidden, self.weight, self.bias, self.store = interpretable(
-            hidden_TD, weight_VD, bias_V, kept_TV
-        )
-        self.targets, self.options = targets_T, options
-        if score_T is None:
-            score_T = target_scores(hidden_TD, weight_VD, bias_V, targets_T, options)
-        self.score = score_T
-        (T, D), V = hidden_TD.shape, weight_VD.shape[0]
+        self.targets, self.options, self.kept = targets_T, options, kept_TV
+        operands = interpretable(hidden_TD, weight_VD, bias_V, kept_TV)
+        self.hidden, self.weight, self.bias, self.store = operands
+        self.score = target_scores(*inputs, options) if score_T is None else score_T
+        self.largest_shift, self.settled = largest_shift, largest_shift is not None
         names = [SUMS[name] for name in extras if name in SUMS]
-        rich = bias_V is not None or bool(options["softcap"]) or not {*names} <= {"weighted", "top"}
-        stored = () if kept_TV is None else (self.store,)
-        self.config = config or choose_tile(
+        given = {"kept_TV": kept_TV, "score_T": self.score, "largest_shift": largest_shift}
+
+        def run(tile: TileConfig) -> Callable[[], Results]:
+            own_T = None if offset_T is None else offset_T.clone()  # a repair writes it
+            how = {"options": options, "extras": extras, "offset_T": own_T, "config": tile}
+            return RowPass(*inputs, **how, **given).results
+
+        self.config = config or self._choose(names, run)
+        self._allocate(names, offset_T)
+        if len(targets_T):
+            self._launch(self.config, None)
+            if self.settled:
+                self._launch(repair_config(self.config), self.flags_T)
+
+    def _choose(self, names: list[str], run: Run) -> TileConfig:
+        capped = bool(self.options["softcap"])
+        stored = () if self.store is None else (self.store,)
+        return choose_tile(
             "rows",
-            hidden_TD.device,
+            self.hidden.device,
             self.hidden.dtype,
-            D,
-            V,
-            lambda tile: (
-                RowPass(
-                    hidden_TD,
-                    weight_VD,
-                    bias_V,
-                    targets_T,
-                    options=options,
-                    extras=extras,
-                    offset_T=None if offset_T is None else offset_T.clone(),  # a repair writes it
-                    kept_TV=kept_TV,
-                    score_T=score_T,
-                    largest_shift=largest_shift,
-                    config=tile,
-                ).results
-            ),
+            self.hidden.shape[1],
+            len(self.weight),
+            run,
             stores=bool(stored),
             entropy="weighted" in names,
-            rich=rich,
+            rich=self.bias is not None or capped or not {*names} <= {"weighted", "top"},
             described=describable(self.hidden, self.weight, *stored),
         )
-        new = lambda *shape: hidden_TD.new_empty(shape, dtype=torch.float32)  # noqa: E731
+
+    def _allocate(self, names: list[str], offset_T: Tensor | None) -> None:
+        T, V = len(self.hidden), len(self.weight)
+        new = lambda *shape: self.hidden.new_empty(shape, dtype=torch.float32)  # noqa: E731
         self.sums = {name: new(T) for name in ("maximum", "shift", "total", "logp", *names)}
         self.sums["offset"] = new(T) if offset_T is None else offset_T
         if "top" in names:
             self.sums["top"].fill_(-torch.inf)
-        self.flags = {
-            flag: name in names
-            for flag, name in (("ENTROPY", "weighted"), ("SQUARES", "squares"), ("MEAN", "logits"))
-        }
+        planes = {"ENTROPY": "weighted", "SQUARES": "squares", "MEAN": "logits"}
+        self.flags = {flag: name in names for flag, name in planes.items()}
         self.even_v = V % self.config.block_v == 0
         self.tiles_v = triton.cdiv(V, self.config.block_v)
         self.partials = new(5 if any(self.flags.values()) else 2, self.tiles_v, T)
-        self.flags_T = None
-        if self.settled:
-            self.flags_T = hidden_TD.new_zeros(1 + T, dtype=torch.int32)
-        if T:
-            self._launch(self.config, None)
-            if self.settled:
-                self._launch(repair_config(self.config), self.flags_T)
+        self.flags_T = self.hidden.new_zeros(1 + T, dtype=torch.int32) if self.settled else None
 
     def results(self) -> Results:
         """What other tiles give as well, but for rounding: logits in powers of two, sums per total."""
@@ -149,15 +143,22 @@ class RowPass:
             self._launch(repair_config(self.config), flags)
 
     def _launch(self, config: TileConfig, repair: Tensor | None) -> None:
-        T, V = len(self.targets), self.weight.shape[0]
-        tiles = triton.cdiv(T, config.block_t) * self.tiles_v
-        shared = {"T": T, "V": V, "repair_ptr": repair, "partials_ptr": self.partials, **self.flags}
-        shared |= {"targets_ptr": self.targets, "offset_ptr": self.sums["offset"]}
-        shared |= {"KEEP": self.kept is not None, "REPAIR": repair is not None}
+        tiles = triton.cdiv(len(self.targets), config.block_t) * self.tiles_v
         operands = arguments(
             self.hidden, self.weight, self.bias, config, stored=self.store, options=self.options
         )
         operands["kept"], operands["stride_kt"] = operands.pop("stored"), operands.pop("stride_st")
+        shared = {
+            "T": len(self.targets),
+            "V": len(self.weight),
+            "targets_ptr": self.targets,
+            "offset_ptr": self.sums["offset"],
+            "partials_ptr": self.partials,
+            "repair_ptr": repair,
+            "KEEP": self.kept is not None,
+            "REPAIR": repair is not None,
+            **self.flags,
+        }
         with on_device(self.hidden):
             launch(
                 rows_kernel,
@@ -168,29 +169,30 @@ class RowPass:
                 **operands,
                 **shared,
             )
-            launch(
-                merge_kernel,
-                (triton.cdiv(T, MERGE_TOKENS),),
-                maximum_ptr=self.sums["maximum"],
-                total_ptr=self.sums["total"],
-                weighted_ptr=self.sums.get("weighted"),
-                squares_ptr=self.sums.get("squares"),
-                logits_ptr=self.sums.get("logits"),
-                score_ptr=self.score,
-                shift_ptr=self.sums["shift"],
-                logp_ptr=self.sums["logp"],
-                kept_ptr=self.store if self.settled else None,
-                flags_ptr=self.flags_T,
-                scale=operands["scale"],
-                largest_shift=self.largest_shift or 0.0,
-                stride_kt=operands["stride_kt"],
-                HAS_CAP=operands["HAS_CAP"],
-                SETTLE=self.settled,
-                tiles_v=self.tiles_v,
-                BLOCK_T=MERGE_TOKENS,
-                BLOCK_S=MERGE_TILES,
-                num_warps=4,
-                **shared,
-            )
+            frame = {name: operands[name] for name in ("scale", "HAS_CAP", "stride_kt")}
+            self._merge(**frame, **shared)
         if self.store is not self.kept:
             self.kept.copy_(self.store)
+
+    def _merge(self, **shared) -> None:
+        launch(
+            merge_kernel,
+            (triton.cdiv(len(self.targets), MERGE_TOKENS),),
+            maximum_ptr=self.sums["maximum"],
+            total_ptr=self.sums["total"],
+            weighted_ptr=self.sums.get("weighted"),
+            squares_ptr=self.sums.get("squares"),
+            logits_ptr=self.sums.get("logits"),
+            score_ptr=self.score,
+            shift_ptr=self.sums["shift"],
+            logp_ptr=self.sums["logp"],
+            kept_ptr=self.store if self.settled else None,
+            flags_ptr=self.flags_T,
+            largest_shift=self.largest_shift or 0.0,
+            tiles_v=self.tiles_v,
+            SETTLE=self.settled,
+            BLOCK_T=MERGE_TOKENS,
+            BLOCK_S=MERGE_TILES,
+            num_warps=4,
+            **shared,
+        )
