@@ -11,14 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
-from pathlib import Path
+
+from benchmarks import machine_code
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
@@ -279,7 +277,7 @@ def compile_case(case: Compilation) -> Resources:
     )
     ptx = compiled.asm["ptx"]
     instruction = next((name for name in INSTRUCTIONS if name in ptx), "-")
-    usage, runs = _read_machine_code(compiled.asm["cubin"])
+    usage, runs = machine_code.read(compiled.asm["cubin"])
     return Resources(
         case,
         usage["REG"],
@@ -287,62 +285,11 @@ def compile_case(case: Compilation) -> Resources:
         usage["LOCAL"],
         compiled.metadata.shared,
         max(map(len, runs)),
-        _products_alone(runs),
+        machine_code.products_alone(runs),
         instruction,
         "cp.async.bulk.tensor" in ptx,
         triton.__version__,
     )
-
-
-def _read_machine_code(cubin: bytes) -> tuple[dict[str, int], list[list[str]]]:
-    """The numbers of `cuobjdump -res-usage`, and the instructions of `-sass` in runs without a branch.
-
-    The triton wheel carries the tool.
-    """
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage, code = (
-            subprocess.run(
-                [str(tool), option, file.name], check=True, capture_output=True, text=True
-            ).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    found = re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)
-    return {name: int(value) for name, value in found}, _runs(code)
-
-
-def _runs(code: str) -> list[list[str]]:
-    """The instructions between branches and what branches lead to; padding left out."""
-    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", code, re.MULTILINE)
-    branch = re.compile(r"\b(BRA|EXIT|RET)\b")
-    targets = {int(x, 16) for _, text in lines for x in re.findall(r"BRA.* 0x([0-9a-f]+)", text)}
-    runs = [[]]
-    for address, text in lines:
-        if int(address, 16) in targets:
-            runs.append([])
-        if not text.startswith("NOP"):
-            runs[-1].append(text)
-        if branch.search(text):
-            runs.append([])
-    return [run for run in runs if run]
-
-
-def _products_alone(runs: list[list[str]]) -> int:
-    """How many wgmma are the only one between two waits of their warpgroup."""
-    alone = 0
-    for run in runs:
-        since = 0
-        for text in run:
-            if "HGMMA" in text:
-                since += 1
-                if "gsb0" in text:
-                    alone += since == 1
-                    since = 0
-    return alone
 
 
 def table(results: list[Resources]) -> str:
