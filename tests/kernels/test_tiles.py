@@ -130,7 +130,7 @@ FAULTS = {  # what a tile leaves behind, by where it is wrong
 }
 
 
-@pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1")
+@needs_interpreter
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_search_never_chooses_a_tile_with_other_results(
@@ -170,7 +170,7 @@ def test_search_never_chooses_a_tile_with_other_results(
     assert not kept.isnan().any()
 
 
-@pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1")
+@needs_interpreter
 def test_search_compares_gradient_tiles(tmp_path, monkeypatch, caplog):
     from dpo_fast.kernels import gradient_tile, search
 
