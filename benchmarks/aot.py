@@ -40,7 +40,6 @@ class Compilation:
     num_warps: int
     num_stages: int
     tma: bool = False
-    subtiles: int = 1
 
 
 @dataclass(frozen=True)
@@ -77,15 +76,7 @@ def cases(archs: tuple[str, ...] = ARCHS) -> list[Compilation]:
         for kernel, variant, dtype, config in _products(arch):
             sizes = (config.block_t, config.block_v, config.block_d, config.group_t)
             case = Compilation(
-                kernel,
-                variant,
-                arch,
-                dtype,
-                sizes,
-                config.num_warps,
-                config.num_stages,
-                config.tma,
-                config.subtiles,
+                kernel, variant, arch, dtype, sizes, config.num_warps, config.num_stages, config.tma
             )
             found[case] = None
         sizes = (merge.MERGE_TOKENS, merge.MERGE_TILES)
@@ -180,7 +171,7 @@ def _constants(case: Compilation) -> dict:
     constants = dict(zip(("BLOCK_T", "BLOCK_V", "BLOCK_D", "GROUP_T"), case.sizes))
     constants |= dict.fromkeys(("HAS_BIAS", "HAS_CAP"), full)
     constants["NEGATIVE"] = False
-    constants |= {"EVEN_D": "ragged" not in case.variant, "SUBTILES": case.subtiles}
+    constants |= {"EVEN_D": "ragged" not in case.variant}
     constants |= {"TMA": case.tma, "FLATTEN": case.tma}
     constants |= {"stride_hd": 1, "stride_wd": 1}
     constants["PRECISION"] = "ieee" if case.dtype == "fp32" else "tf32"
@@ -206,8 +197,6 @@ def _type_of(name: str, case: Compilation) -> str:
         if not case.tma:
             return TYPES[case.dtype]
         rows, columns = (case.sizes[i] for i in blocks[name])
-        if name in ("kept", "out"):
-            columns //= case.subtiles
         return f"tensordesc<{case.dtype}[{rows},{columns}]>"
     if name == "coefficients":
         return ("fp32",) * len(PREFERENCES.get(case.variant, KERNEL_LOSSES))

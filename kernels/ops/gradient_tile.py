@@ -20,7 +20,6 @@ from dpo_fast.kernels.product import (
     less,
     product,
     scores,
-    store_tile,
     tile_of,
 )
 from dpo_fast.kernels.search import choose_tile
@@ -61,7 +60,6 @@ def gradient_kernel(
     BLOCK_D: tl.constexpr,
     GROUP_T: tl.constexpr,
     FLATTEN: tl.constexpr,
-    SUBTILES: tl.constexpr,
 ):
     """g = (hit 1[v = y] - per_p 2^(z - offset)) slope, rounded once; hit = c, per_p = c / total."""
     tiles_t, tiles_v = tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V)
@@ -88,7 +86,7 @@ def gradient_kernel(
             sums = tl.sum(tl.where(mask_t[:, None], g, 0.0), axis=0)
             tl.store(column_sum_ptr + pid_t.to(tl.int64) * V + offs_v, sums, mask=mask_v)
         if TMA:
-            store_tile(out, g.to(out.dtype), first_t, first_v, SUBTILES)
+            out.store([first_t, first_v], g.to(out.dtype))
         else:
             out_ptrs = out + rows.to(tl.int64)[:, None] * stride_ot + offs_v[None, :]
             mask = mask_t[:, None] & mask_v[None, :]

@@ -141,20 +141,6 @@ def column_in_tile(targets_ptr, rows, mask_t, first_column, first_v, BLOCK_V: tl
 
 
 @triton.jit
-def store_tile(out, tile, first_t, first_v, SUBTILES: tl.constexpr):
-    """Store through a descriptor, whose block is a tile or the left or right half of one."""
-    if SUBTILES == 1:
-        out.store([first_t, first_v], tile)
-    else:
-        tl.static_assert(SUBTILES == 2)
-        ROWS: tl.constexpr = tile.shape[0]
-        COLUMNS: tl.constexpr = tile.shape[1] // 2
-        left, right = tile.reshape(ROWS, 2, COLUMNS).permute(0, 2, 1).split()
-        out.store([first_t, first_v], left)
-        out.store([first_t, first_v + COLUMNS], right)
-
-
-@triton.jit
 def offset_of(maximum):
     """An offset for sums up to this maximum: above it by 2^-22 of its size.
 
@@ -203,11 +189,10 @@ def arguments(
 ) -> dict:
     """Keyword arguments of both product kernels. stored: the [T, V] tensor that they write."""
     block_t, block_v, block_d = config.block_t, config.block_v, config.block_d
-    piece = block_t, block_v // config.subtiles
     return {
         "hidden": _operand(hidden_TD, (block_t, block_d), config.tma),
         "weight": _operand(weight_VD, (block_v, block_d), config.tma),
-        "stored": None if stored is None else _operand(stored, piece, config.tma),
+        "stored": None if stored is None else _operand(stored, (block_t, block_v), config.tma),
         "bias_ptr": bias_V,
         "D": hidden_TD.shape[1],
         "stride_ht": hidden_TD.stride(0),
@@ -224,7 +209,6 @@ def arguments(
         "BLOCK_V": block_v,
         "BLOCK_D": block_d,
         "GROUP_T": config.group_t,
-        "SUBTILES": config.subtiles,
         # One loop over tiles and D, so that a tile's first loads start during the last epilogue.
         "FLATTEN": config.tma and config.per_sm > 0,
         "num_warps": config.num_warps,

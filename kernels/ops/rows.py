@@ -20,7 +20,6 @@ from dpo_fast.kernels.product import (
     offset_of,
     product,
     scores,
-    store_tile,
     tile_of,
 )
 
@@ -55,7 +54,6 @@ class Epilogue(NamedTuple):
     MEAN: tl.constexpr
     TOP1: tl.constexpr
     KEEP: tl.constexpr
-    SUBTILES: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -97,7 +95,6 @@ def rows_kernel(
     BLOCK_D: tl.constexpr,
     GROUP_T: tl.constexpr,
     FLATTEN: tl.constexpr,
-    SUBTILES: tl.constexpr,
 ):
     """Sums of every row over every tile, and with KEEP E = 2^(z - offset) (times the cap's slope).
 
@@ -108,9 +105,7 @@ def rows_kernel(
     given = Given(bias_ptr, targets_ptr, offset_ptr, scale, cap_in)
     to = Written(partials_ptr, top_ptr, kept, stride_kt)
     TILE: tl.constexpr = Tile(BLOCK_T, BLOCK_V, BLOCK_D, EVEN_D, TMA, PRECISION)
-    DO: tl.constexpr = Epilogue(
-        HAS_BIAS, HAS_CAP, NEGATIVE, ENTROPY, SQUARES, MEAN, TOP1, KEEP, SUBTILES
-    )
+    DO: tl.constexpr = Epilogue(HAS_BIAS, HAS_CAP, NEGATIVE, ENTROPY, SQUARES, MEAN, TOP1, KEEP)
     PARTS: tl.constexpr = 2 if FLATTEN and not EVEN_V else 1
     first, column, columns = tl.program_id(0), 0, tiles_v if PARTS == 1 else V // BLOCK_V
     for part in tl.static_range(PARTS):
@@ -188,7 +183,7 @@ def _do_tile(
         if DO.HAS_CAP:
             e *= slope
         if TILE.TMA:
-            store_tile(to.kept, e.to(to.kept.dtype), first_t, first_v, DO.SUBTILES)
+            to.kept.store([first_t, first_v], e.to(to.kept.dtype))
         else:
             out_ptrs = to.kept + rows.to(tl.int64)[:, None] * to.stride_kt + offs_v[None, :]
             mask = mask_t[:, None] & mask_v[None, :]

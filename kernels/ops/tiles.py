@@ -21,8 +21,6 @@ class TileConfig:
     and the weight columns in flight stay in the L2 cache.
     per_sm: programs of a persistent grid on each multiprocessor; 0 starts one program per tile.
     tma: operands and stored tiles through tensor descriptors; needs a layout that `describable` takes.
-    subtiles: pieces, side by side, in which a descriptor stores a tile. Half a tile takes half the shared
-        memory, which may hold another stage. The values are the same.
     """
 
     block_t: int
@@ -33,11 +31,10 @@ class TileConfig:
     group_t: int = 16
     per_sm: int = 0
     tma: bool = False
-    subtiles: int = 1
 
 
-def _persistent(*sizes: int, per_sm: int, subtiles: int = 1) -> TileConfig:
-    return TileConfig(*sizes, per_sm=per_sm, tma=True, subtiles=subtiles)
+def _persistent(*sizes: int, per_sm: int) -> TileConfig:
+    return TileConfig(*sizes, per_sm=per_sm, tma=True)
 
 
 @dataclass(frozen=True)
@@ -54,8 +51,7 @@ class Tiles:
     entropy: TileConfig
 
     def choose(self, stores: bool, entropy: bool) -> TileConfig:
-        tile = self.entropy if entropy else self.stores if stores else self.sums
-        return tile if stores else replace(tile, subtiles=1)
+        return self.entropy if entropy else self.stores if stores else self.sums
 
 
 def _all(tile: TileConfig, **other: int) -> Tiles:
@@ -68,7 +64,7 @@ def _all(tile: TileConfig, **other: int) -> Tiles:
 # lost by 20 % at D 896 and by 40 % at D 4096. Registers and shared memory chose the others.
 _SM90 = Tiles(
     _persistent(128, 256, 64, 8, 4, per_sm=1),
-    _persistent(128, 256, 64, 8, 4, per_sm=1, subtiles=2),
+    _persistent(128, 256, 64, 8, 3, per_sm=1),
     _persistent(128, 256, 64, 8, 3, per_sm=1),
 )
 _SM100 = Tiles(
@@ -88,13 +84,12 @@ for _d, _v in itertools.product(("small", "large"), repeat=2):
     HALF_CONFIGS |= {("sm_90", _d, _v): _SM90, ("sm_100", _d, _v): _SM100}
 # What a card may find faster than the table, by (architecture, D bin), best guess first. 256 x 128 has half
 # as many columns to reduce for the same traffic. group_t moves traffic between the hidden states and the
-# weight. Whole tiles in the store take 3 stages.
+# weight.
 _TALL = Tiles(
     _persistent(256, 128, 64, 8, 4, per_sm=1),
-    _persistent(256, 128, 64, 8, 3, per_sm=1),  # 4, with half tiles, spill where V is ragged
+    _persistent(256, 128, 64, 8, 3, per_sm=1),
     _persistent(256, 128, 64, 8, 3, per_sm=1),
 )
-_WHOLE = _persistent(128, 256, 64, 8, 3, per_sm=1)
 
 
 def _groups(row: Tiles) -> list[Tiles]:
@@ -107,8 +102,8 @@ CANDIDATES = {
         _all(TileConfig(128, 128, 64, 8, 3)),
         _all(TileConfig(128, 128, 32, 8, 4)),
     ],
-    ("sm_90", "small"): [_all(_WHOLE), _TALL, *_groups(_SM90)],
-    ("sm_90", "large"): [_all(_WHOLE), _TALL, *_groups(_SM90)],
+    ("sm_90", "small"): [_TALL, *_groups(_SM90)],
+    ("sm_90", "large"): [_TALL, *_groups(_SM90)],
     ("sm_100", "small"): [_all(_SM100.entropy), *_groups(_SM100)],
     ("sm_100", "large"): [_all(_SM100.entropy), *_groups(_SM100)],
 }
@@ -163,7 +158,7 @@ def repair_config(config: TileConfig) -> TileConfig:
     A descriptor cannot mask rows, and fewer of them let masks fit the registers.
     """
     rows = min(64, max(16, config.block_t // 2))
-    return replace(config, block_t=rows, num_stages=2, per_sm=2, tma=False, subtiles=1)
+    return replace(config, block_t=rows, num_stages=2, per_sm=2, tma=False)
 
 
 def describable(*tensors: Tensor) -> bool:
