@@ -6,40 +6,26 @@ longer than an item may, is killed with its children, and another one goes on be
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import queue
-import selectors
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.machine import ROOT
-
-TAIL = 1500  # characters of a dead process's last words
-
-
-class Lost(RuntimeError):
-    """The process that worked on an item is gone; the text says how."""
+from benchmarks import workers
 
 
 @dataclass
-class Worker:
-    """A process of `benchmarks.gpu.worker`, started when an item comes.
+class ItemWorker:
+    """A process of `benchmarks.gpu.worker`, which works on items of one step."""
 
-    log: what it prints goes here.
-    """
+    worker: workers.Worker
 
-    step: str
-    rehearse: bool
-    log: Path
-    process: subprocess.Popen | None = None
+    @classmethod
+    def of(cls, step: str, rehearse: bool, log: Path) -> ItemWorker:
+        module = ("benchmarks.gpu.worker", step, *["--rehearse"] * rehearse)
+        return cls(workers.Worker(module, log, variables(rehearse)))
 
     def run(self, item: str, seconds: float) -> dict:
         """The item's result.
@@ -47,88 +33,26 @@ class Worker:
         Raises:
             Lost: the process died, or the item took longer than `seconds`.
         """
-        process = self.process or self._start()
-        began = self.log.stat().st_size
         # The monotonic clock is the system's: what its start takes counts.
-        process.stdin.write(f"{item}\t{time.monotonic() + seconds}\n".encode())
-        process.stdin.flush()
-        line = self._line(seconds)
-        if line is None:
-            self.end()
-            raise Lost(f"no result in {seconds:.0f} seconds; killed")
-        if not line:
-            code = process.wait()
-            self.end()
-            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            raise Lost(f"its process ended with {how}: {self._words(began)}")
-        result = json.loads(line)
+        self.worker.send(f"{item}\t{time.monotonic() + seconds}")
+        result = self.worker.answer(seconds)
         if result.pop("restart", False):  # a device that has failed answers nobody in this process
-            self.end()
+            self.worker.end()
         return result
 
-    def _start(self) -> subprocess.Popen:
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "benchmarks.gpu.worker", self.step]
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                command + ["--rehearse"] * self.rehearse,
-                cwd=ROOT,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                start_new_session=True,
-                env=environment(self.rehearse),
-            )
-        return self.process
 
-    def _line(self, seconds: float) -> bytes | None:
-        """A line of its output; empty if it has ended, None if the time has."""
-        end, found = time.monotonic() + seconds, b""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.process.stdout, selectors.EVENT_READ)
-            while not found.endswith(b"\n"):
-                if not selector.select(max(0.0, end - time.monotonic())):
-                    return None
-                part = os.read(self.process.stdout.fileno(), 1 << 16)
-                if not part:
-                    return b""
-                found += part
-        return found
-
-    def _words(self, began: int) -> str:
-        with self.log.open("rb") as log:
-            log.seek(began)
-            return log.read().decode(errors="replace")[-TAIL:].strip()
-
-    def end(self) -> None:
-        if self.process is not None:
-            kill(self.process)
-            self.process.stdin.close()
-            self.process.stdout.close()
-            self.process = None
+def variables(rehearse: bool) -> dict[str, str]:
+    """The variables of a worker: a rehearsal runs kernels in Triton's interpreter."""
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if rehearse else {}
+    return hidden | {
+        "TRITON_INTERPRET": "1" if rehearse else "0",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
 
 
 def environment(rehearse: bool) -> dict[str, str]:
-    """The variables of a worker: a rehearsal runs kernels in Triton's interpreter."""
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if rehearse else {}
-    return (
-        os.environ
-        | hidden
-        | {
-            "TRITON_INTERPRET": "1" if rehearse else "0",
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-            "PYTHONUNBUFFERED": "1",
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-    )
-
-
-def kill(process: subprocess.Popen) -> None:
-    """End a process and all that it started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    return workers.importing() | variables(rehearse)
 
 
 def work(
@@ -153,16 +77,16 @@ def work(
         waiting.put(item)
 
     def serve(number: int) -> None:
-        worker = Worker(step, rehearse, folder / f"{step}.{number}.log")
+        own = ItemWorker.of(step, rehearse, folder / f"{step}.{number}.log")
         try:
             while True:
                 try:
                     item = waiting.get_nowait()
                 except queue.Empty:
                     return
-                report(item, _result(worker, item, min(seconds, deadline - time.monotonic())))
+                report(item, _result(own, item, min(seconds, deadline - time.monotonic())))
         finally:
-            worker.end()
+            own.worker.end()
 
     threads = [
         threading.Thread(target=serve, args=(number,))
@@ -174,15 +98,12 @@ def work(
         thread.join()
 
 
-def _result(worker: Worker, item: str, seconds: float) -> dict:
+def _result(own: ItemWorker, item: str, seconds: float) -> dict:
     if seconds <= 0:
         return {"not_reached": True}
     start = time.monotonic()
     try:
-        result = worker.run(item, seconds)
-    except Lost as lost:
-        result = {"failed": str(lost)}
-    except BrokenPipeError:  # it died between two items
-        worker.end()
-        result = {"failed": "its process had ended before it could begin"}
+        result = own.run(item, seconds)
+    except workers.Lost as lost:
+        result = {"failed": f"{lost}: {lost.words}" if lost.words and not lost.late else str(lost)}
     return result | {"seconds": round(time.monotonic() - start, 2)}

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from benchmarks.gpu import pool, summary
 from benchmarks.gpu.steps import STEPS, Step
+from benchmarks.machine import ROOT
 
 ABSENT = ("failed", "skipped", "not_reached")  # why an item has no numbers
 
@@ -68,11 +69,7 @@ def names_of(step: Step, rehearse: bool, log: Path) -> list[str]:
     command += ["--rehearse"] * rehearse
     with log.open("ab") as words:
         done = subprocess.run(
-            command,
-            cwd=pool.ROOT,
-            stdout=subprocess.PIPE,
-            stderr=words,
-            env=pool.environment(rehearse),
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=words, env=pool.environment(rehearse)
         )
     if done.returncode:
         raise RuntimeError(f"its items cannot be listed, exit code {done.returncode}: see {log}")

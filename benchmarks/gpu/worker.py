@@ -5,11 +5,10 @@ Lines come in, with the name of an item and the time by which it has to end. Lin
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import traceback
 
+from benchmarks import workers
 from benchmarks.gpu import clock
 from benchmarks.gpu.shapes import device
 from benchmarks.gpu.steps import STEPS
@@ -19,19 +18,16 @@ from benchmarks.machine import release_memory
 def failure(error: Exception) -> dict:
     """What an exception leaves behind. After an error of the device its process is of no more use."""
     text = str(error).strip()
-    fatal = "CUDA error" in text or "device-side assert" in text or "illegal" in text
     reason = f"{type(error).__name__}: {text[:600]}"
-    return {"failed": reason} | ({"restart": True} if fatal else {})
+    return {"failed": reason} | ({"restart": True} if workers.is_fatal(error) else {})
 
 
 def main(arguments: list[str]) -> int:
     step, rehearse = STEPS[arguments[0]], "--rehearse" in arguments
-    # What libraries print goes to the log; results alone to our own copy of the output.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    answers = workers.answers()
     items = step.load().items(rehearse)
     if "--list" in arguments:
-        print(json.dumps(list(items)), file=answers, flush=True)
+        workers.tell(answers, list(items))
         return 0
     for line in sys.stdin:
         name, _, end = line.strip().rpartition("\t")
@@ -43,7 +39,7 @@ def main(arguments: list[str]) -> int:
             traceback.print_exc()
             result = failure(error)
         release_memory(device())
-        print(json.dumps(result), file=answers, flush=True)
+        workers.tell(answers, result)
     return 0
 
 
