@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks import jsonl
 from benchmarks.gpu import pool, summary
 from benchmarks.gpu.steps import STEPS, Step
 from benchmarks.machine import ROOT
@@ -32,20 +33,13 @@ class Lines:
 
     @classmethod
     def at(cls, path: Path, resume: bool) -> Lines:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            path.unlink(missing_ok=True)
-        elif path.exists() and not path.read_bytes().endswith(b"\n"):
-            with path.open("a") as file:  # the last line was cut off: the next one begins its own
-                file.write("\n")
-        return cls(path, summary.read(path))
+        return cls(path, jsonl.begin(path, keep=resume))
 
     def add(self, step: str, item: str, result: dict) -> None:
         line = {"step": step, "item": item, "at": round(time.monotonic() - self.start, 1)} | result
         with self.lock:
             self.found.append(line)
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            jsonl.add(self.path, line)
             print(f"{line['at']:>7.1f} s  {step:<11}{item:<60}{_word(result)}", flush=True)
 
     def done(self, step: str) -> set[str]:

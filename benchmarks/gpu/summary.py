@@ -9,9 +9,10 @@ the CSV files, unless the memory did not suffice.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
+
+from benchmarks import jsonl
 
 # (what, shape's words, mode, largest ratio to the bare products)
 TARGETS = (
@@ -31,17 +32,6 @@ KEY = (
     "layers",
     "data",
 )  # what a row is about
-
-
-def read(path: Path) -> list[dict]:
-    """The lines of a file; a last one that was cut off in the writing is left out."""
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return found
 
 
 def rows(lines: list[dict], steps: tuple[str, ...]) -> list[dict]:
@@ -122,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kernels", type=Path, metavar="CSV")
     parser.add_argument("--train", type=Path, metavar="CSV")
     given = parser.parse_args(arguments)
-    lines = [line for file in given.files for line in read(file)]
+    lines = [line for file in given.files for line in jsonl.read(file)]
     if given.kernels:
         from benchmarks.kernels.results import COLUMNS
 

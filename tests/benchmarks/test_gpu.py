@@ -9,7 +9,7 @@ import pytest
 from benchmarks.gpu import summary
 from benchmarks.gpu.run import Lines
 from benchmarks.gpu.steps import STEPS
-from benchmarks.gpu.summary import read
+from benchmarks.jsonl import read
 from tests.support.paths import ENVIRONMENT, ROOT
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
