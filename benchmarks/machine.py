@@ -33,15 +33,25 @@ def environment(device: str) -> dict:
     driver = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "device": torch.cuda.get_device_name() if cuda else f"cpu {platform.machine()}",
+        "capability": capability(device),
         "torch": torch.__version__,
         "triton": version("triton"),
         "driver": _output(*driver) if cuda else "",
         # A copy of the tree may have come without its history.
-        "commit": os.environ.get("DPO_FAST_COMMIT")
-        or _output("git", "describe", "--always", "--dirty", "--abbrev=12"),
+        "commit": os.environ.get("DPO_FAST_COMMIT") or _output(*DESCRIBE),
         "date": datetime.date.today().isoformat(),
         "threads": "" if cuda else torch.get_num_threads(),
     }
+
+
+def capability(device: str) -> str:
+    """What the device's products can be made of: a compute capability, or a CPU's instruction set."""
+    if device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        return f"sm_{major}{minor}"
+    units = {"avx512_bf16": "_is_avx512_bf16_supported", "amx": "_is_amx_tile_supported"}
+    has = [name for name, asked in units.items() if getattr(torch.cpu, asked, bool)()]
+    return " ".join([torch.backends.cpu.get_cpu_capability().lower(), *has])
 
 
 def version(distribution: str) -> str:

@@ -44,9 +44,11 @@ class Columns(NamedTuple):
             writer.writerows(rows)
 
     def read(self, path: Path) -> list[dict]:
+        """The rows of a file. A column that it lacks, because it is older, is empty."""
+        lacking = dict.fromkeys(self.names, "")
         with path.open(newline="") as stream:
             return [
-                {name: self._value(name, cell) for name, cell in row.items()}
+                lacking | {name: self._value(name, cell) for name, cell in row.items()}
                 for row in csv.DictReader(stream)
             ]
 

@@ -22,8 +22,8 @@ from benchmarks.results import Column, Columns, header, line
 BARE, COPY = "bare products", "copy"
 NAMES = (
     "op impl mode T D V dtype ms_p20 ms_p50 ms_p80 peak_mib flops bytes tflops gbps x_of_bare_gemm "
-    "max_err device torch triton driver commit date schedule products err_logp err_sequence threads "
-    "rounds package note"
+    "max_err device capability torch triton driver commit date schedule products err_logp "
+    "err_sequence threads rounds package note"
 )
 NUMBERS = (
     "T D V ms_p20 ms_p50 ms_p80 peak_mib flops bytes tflops gbps x_of_bare_gemm max_err products "

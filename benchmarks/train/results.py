@@ -30,7 +30,7 @@ NUMBERS = (
 )
 NAMES = (
     f"impl model dtype data layout reference checkpointing attention layers {NUMBERS} max_length "
-    "zero_stage device threads torch triton transformers deepspeed trl driver commit date note"
+    "zero_stage device capability threads torch triton transformers deepspeed trl driver commit date note"
 )
 COLUMNS = Columns.of(NAMES, NUMBERS)
 SPLIT = "head and the rest of the step"

@@ -1,12 +1,14 @@
 """The command line of the benchmarks, and the shape of their folder."""
 
+import importlib
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import dpo_fast
-from benchmarks import plots, results, run
+from benchmarks import machine, plots, results, run
 from dpo_fast.errors import UserError
 
 BENCHMARKS = Path(run.__file__).parent
@@ -93,3 +95,26 @@ def test_a_failure_makes_the_exit_code(capsys):
     assert results.print_failures([]) == 0
     assert results.print_failures(["one: wrong"]) == 1
     assert capsys.readouterr().err == "FAILED: one: wrong\n"
+
+
+def test_a_file_with_fewer_columns_can_be_read(tmp_path):
+    """Columns come with time. Those of a file that is older are empty."""
+    columns = results.Columns.of("impl capability ms", "ms")
+    (tmp_path / "old.csv").write_text("impl,ms\nours,1.5\n")
+    assert columns.read(tmp_path / "old.csv") == [{"impl": "ours", "capability": "", "ms": 1.5}]
+    for name in ("kernels", "train"):
+        rows = results_of(name).COLUMNS.read(BENCHMARKS / "results" / f"{name}_cpu.csv")
+        assert rows and all(set(row) == set(results_of(name).COLUMNS.names) for row in rows)
+
+
+def results_of(benchmark: str):
+    return importlib.import_module(f"benchmarks.{benchmark}.results")
+
+
+def test_the_instruction_set_is_named(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    for name, has in {"_is_avx512_bf16_supported": True, "_is_amx_tile_supported": False}.items():
+        monkeypatch.setattr(torch.cpu, name, lambda has=has: has, raising=False)
+    assert machine.capability("cpu") == "avx512 avx512_bf16"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert machine.capability("cuda") == "sm_90"
