@@ -153,6 +153,6 @@ def tell(stream: TextIO, answer: dict | list) -> None:
     print(json.dumps(answer), file=stream, flush=True)
 
 
-def is_fatal(error: Exception) -> bool:
-    """Whether the device has failed: then nothing else can be measured in this process."""
+def is_fatal(error: Exception | str) -> bool:
+    """Whether the device has failed, by what it says: nothing else can be measured in this process."""
     return any(words in str(error) for words in FATAL)

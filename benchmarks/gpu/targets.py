@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 
+from benchmarks import workers
 from benchmarks.cli import Selection
+from benchmarks.gpu import clock
 from benchmarks.gpu.shapes import SHAPES, Shape, device
 from benchmarks.kernels.case import MODES
 from benchmarks.kernels.measure import Lineup, Setting, measure
@@ -39,13 +41,16 @@ def measured(
     setting = Setting("linear_logp", shape.T, shape.D, shape.V, shape.dtype, device(), modes)
     # On a CPU memory is measured by a process for each contender: too long for a rehearsal.
     memory = memory and device() == "cuda"
-    lineup = Lineup(Selection(names), rounds or ROUNDS[device()], memory)
+    lineup = Lineup(Selection(names), rounds or ROUNDS[device()], memory, seconds=clock.left())
     outcome = measure(setting, OPERATIONS["linear_logp"], lineup)
     found = {"rows": outcome.rows}
     if not any(row["impl"] in names for row in outcome.rows):
         found["skipped"] = (
-            "; ".join(f"{n}: {why}" for n, why in outcome.refusals) or "nobody is left"
+            "; ".join(f"{n}: {why}" for n, why in dict.fromkeys(outcome.refusals))
+            or "nobody is left"
         )
     if outcome.failures:
         found["failed"] = "; ".join(outcome.failures)
+    if any(workers.is_fatal(row["note"]) for row in outcome.rows):
+        found["restart"] = True  # the next item needs a device
     return found

@@ -1,4 +1,4 @@
-"""What a row is about: a case, its inputs, a contender, an operation.
+"""What a row is about: a case, a setting, its inputs, a contender, an operation.
 
 The inputs make logits that look like a language model's. Uniform logits would flatter gradient filters
 (nothing to drop, or everything), and zeros would flatter clocks. Here the vocabulary follows Zipf's law:
@@ -53,6 +53,31 @@ class Case:
     def __str__(self) -> str:
         sizes = " ".join(f"{n}={getattr(self, n)}" for n in "TDV" if getattr(self, n))
         return f"{self.op} {sizes} {self.dtype} on {self.device}"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured together. growth: for a curve against T, with the contenders that stand in it."""
+
+    op: str
+    T: int
+    D: int
+    V: int
+    dtype: str
+    device: str
+    modes: tuple[str, ...]
+    growth: bool = False
+
+    def case(self, mode: str) -> Case:
+        return Case(self.op, mode, self.T, self.D, self.V, self.dtype, self.device)
+
+    @property
+    def sizes(self) -> tuple:
+        """What it shares with the same sizes in other modes."""
+        return self.op, self.T, self.D, self.V, self.dtype, self.device
+
+    def __str__(self) -> str:
+        return f"{self.case(self.modes[0])}: {', '.join(self.modes)}"
 
 
 class Outputs(NamedTuple):

@@ -1,132 +1,162 @@
 """One setting: an operation at one size and dtype, every contender in every mode, one clock.
 
-Inputs, truth, check, peak memory, times, in this order. A contender that fails its check is never timed.
+Inputs, truth, check, peak memory, times, in this order. All that becomes known is told at once, as a line
+(`lines.py`). A contender that fails its check is never timed.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import dataclasses
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 import torch
 
+from benchmarks import workers
 from benchmarks.cli import Selection
-from benchmarks.kernels import meters, results
-from benchmarks.kernels.case import MODES, Case, Contender, Operation, Outputs
+from benchmarks.kernels import meters
+from benchmarks.kernels.case import MODES, Case, Contender, Operation, Outputs, Setting
 from benchmarks.kernels.checks import Errors, compare
 from benchmarks.kernels.contenders import pair_slopes
-from benchmarks.machine import release_memory, summary
+from benchmarks.kernels.lines import Key, Tell, Watch, about, call_name, key, opening
+from benchmarks.kernels.rows import COPY, Outcome
+from benchmarks.machine import release_memory
 from benchmarks.results import note
 
 SETS = 2  # of inputs, so that no launch finds its operands where the one before left them
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is measured together. growth: for a curve against T, with the contenders that stand in it."""
-
-    op: str
-    T: int
-    D: int
-    V: int
-    dtype: str
-    device: str
-    modes: tuple[str, ...]
-    growth: bool = False
-
-    def case(self, mode: str) -> Case:
-        return Case(self.op, mode, self.T, self.D, self.V, self.dtype, self.device)
-
-    def __str__(self) -> str:
-        return f"{self.case(self.modes[0])}: {', '.join(self.modes)}"
+SLOPES = ("token", "equal", "pairs")  # ours come first: time may run out
+CHECKS, MEMORY = 0.6, 0.75  # of a setting's seconds: what is not begun by then is left to the times
 
 
 @dataclass(frozen=True)
 class Lineup:
-    """Whom to measure, and how. repeats: rounds; None for as many as time allows."""
+    """Whom to measure, and how.
+
+    repeats: rounds; None for as many as time allows.
+    seconds: that there are, None for as many as it takes.
+    without: what is not measured again.
+    known: checks and memory that stand, as lines.
+    careful: every call of the times is told before it is made, and waited for.
+    tell: takes the lines.
+    """
 
     selection: Selection = Selection()
     repeats: int | None = None
     with_memory: bool = True
-    progress: Callable[[str], None] = lambda line: None
+    seconds: float | None = None
+    without: Collection[Key] = ()
+    known: Collection[dict] = ()
+    careful: bool = False
+    tell: Tell = lambda line: None
+
+    def phase(self, name: str, impl: str = "", mode: str = "") -> None:
+        self.tell(about("phase", impl, mode, phase=name))
+
+    def least_rounds(self, device: str) -> int:
+        return self.repeats or meters.ROUNDS[device][0]
 
 
 @dataclass
 class Runner:
-    """One contender in one mode, until it becomes a row. With a note it has no time."""
+    """One contender in one mode. note: why it has no time."""
 
     contender: Contender
     case: Case
     runs: list[Callable[[], Outputs]]
-    errors: Errors | None = None
     note: str = ""
-    schedule: str = ""
-    products: float = 0.0
-    peak_mib: float | None = None
+
+    @property
+    def key(self) -> Key:
+        return self.contender.name, self.case.mode
 
     @property
     def name(self) -> str:
-        return f"{self.contender.name} / {self.case.mode}"
+        return call_name(*self.key)
 
 
-@dataclass
-class Outcome:
-    """What came of a setting, or of a whole run.
+class Clock:
+    """The seconds of a setting."""
 
-    refusals: (contender, reason) for contenders that cannot run here.
-    spare: names of spare contenders that were not asked for.
-    failures: what is wrong. A run with any exits with 1.
-    """
+    def __init__(self, seconds: float | None) -> None:
+        self.start, self.seconds = time.monotonic(), seconds
 
-    rows: list[dict] = field(default_factory=list)
-    refusals: list[tuple[str, str]] = field(default_factory=list)
-    spare: list[str] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
+    def past(self, share: float) -> bool:
+        return self.seconds is not None and time.monotonic() - self.start > share * self.seconds
+
+    def left(self) -> float | None:
+        if self.seconds is None:
+            return None
+        return max(0.0, self.start + self.seconds - time.monotonic())
 
 
 def measure(setting: Setting, operation: Operation, lineup: Lineup) -> Outcome:
-    """Measure a setting. An exception in a contender becomes its note and does not end the run."""
-    outcome = Outcome()
+    """Measure a setting in this process. When its device fails, what is known by then is the outcome."""
+    told, watch = [], Watch()
+
+    def tell(line: dict) -> None:
+        watch.see(line)
+        told.append(line)
+        lineup.tell(line)
+
+    try:
+        run(setting, operation, dataclasses.replace(lineup, tell=tell))
+    except Exception as error:
+        if not workers.is_fatal(error):
+            raise
+        ours = any(c.ours for c in operation.contenders if c.name == watch.impl)
+        why = note(error, 200)[0]
+        tell(watch.note(why, ours) if watch.impl else watch.lost(why))
+    return Outcome.of(told)
+
+
+def run(setting: Setting, operation: Operation, lineup: Lineup) -> None:
+    """Measure a setting and tell what comes of it. An exception in a contender becomes its note.
+
+    Raises what is not a contender's, and what a device raises that has failed.
+    """
+    chosen, others = _chosen(setting, operation, lineup)
+    who = [(contender.name, case.mode) for contender, case in chosen]
+    for line in (opening(setting, who, lineup.least_rounds(setting.device)), *others):
+        lineup.tell(line)
+    if not chosen:
+        return
+    clock = Clock(lineup.seconds)
+    lineup.phase("inputs")
     sets = [operation.inputs(setting.case(setting.modes[0]), seed) for seed in range(SETS)]
-    runners = _runners(setting, operation, sets, lineup, outcome)
-    if not runners:
-        return outcome
+    runners = [Runner(c, case, [c.build(case, x) for x in sets]) for c, case in chosen]
     if any(runner.contender.compiled for runner in runners):
         _allow_many_shapes()
-    _check(setting, runners, operation, sets[0], lineup, outcome)
+    runners = _check(setting, runners, operation, sets[0], lineup, clock)
     if lineup.with_memory:
-        meters.preload([runner.contender for runner in runners])
-        for runner in _passing(runners):
-            lineup.progress(f"memory of {runner.name}")
-            with _noting(runner, outcome):
-                runner.peak_mib = _peak_mib(runner)
-    outcome.rows = _timed_rows(setting, operation, sets, runners, lineup, outcome)
+        _weigh(runners, lineup, clock)
+    _time(setting, operation, sets, _passing(runners), lineup, clock)
     release_memory(setting.device)
-    return outcome
 
 
 def _passing(runners: list[Runner]) -> list[Runner]:
     return [runner for runner in runners if not runner.note]
 
 
-def _runners(setting: Setting, operation, sets, lineup: Lineup, outcome: Outcome) -> list[Runner]:
-    found = []
+def _chosen(setting: Setting, operation, lineup: Lineup):
+    """Contenders and cases that are measured, and lines about the others."""
+    found: list[tuple[Contender, Case]] = []
+    others: list[dict] = []
     for contender in operation.contenders:
         if not lineup.selection.chosen(contender.name) or (setting.growth and not contender.growth):
             continue
         for mode in setting.modes:
             case = setting.case(mode)
-            if mode not in contender.modes:
+            if mode not in contender.modes or (contender.name, mode) in lineup.without:
                 continue
             if contender.spare(case) and not lineup.selection.asked(contender.name):
-                outcome.spare.append(contender.name)
-                continue
-            if reason := contender.why_not(case):
-                outcome.refusals.append((contender.name, reason))
-                continue
-            found.append(Runner(contender, case, [contender.build(case, x) for x in sets]))
-    return found
+                others.append(about("spare", contender.name, mode))
+            elif reason := contender.why_not(case):
+                others.append(about("missing", contender.name, mode, reason=reason))
+            else:
+                found.append((contender, case))
+    return found, others
 
 
 def _allow_many_shapes() -> None:
@@ -136,40 +166,91 @@ def _allow_many_shapes() -> None:
     config.recompile_limit = 256
 
 
-def _check(setting: Setting, runners, operation, inputs, lineup: Lineup, outcome: Outcome) -> None:
-    """Compare the outputs of every runner's first call, which also compiles and tunes, with the truth."""
-    lineup.progress("truth")
-    truth = operation.truth(inputs)
-    slopes = {"token": inputs.slopes, "equal": -torch.ones_like(inputs.slopes)}
-    wanted = max((operation.gradients[mode] for mode in setting.modes), key=len)
-    for runner in sorted(runners, key=lambda runner: runner.contender.slopes):
-        lineup.progress(f"check of {runner.name}")
-        kind, names = runner.contender.slopes, operation.gradients[runner.case.mode]
-        if kind == "pairs":
-            slopes[kind] = pair_slopes(truth.logp)
-        with _noting(runner, outcome):
+def _check(setting: Setting, runners, operation, inputs, lineup: Lineup, clock: Clock):
+    """Hold the first call of every runner, which also compiles and tunes, against the truth.
+
+    Returns those that there was time for.
+    """
+    known = {key(line): line for line in lineup.known if line["line"] == "check"}
+    truth = None
+    if any(runner.key not in known for runner in runners):
+        lineup.phase("truth")
+        truth = _Truth(setting, operation, inputs)
+    reached = []
+    for runner in sorted(runners, key=lambda runner: SLOPES.index(runner.contender.slopes)):
+        if clock.past(CHECKS):
+            break
+        reached.append(runner)
+        lineup.phase("check", *runner.key)
+        with _noting(runner, lineup):
             outputs = runner.runs[0]()
-            found = truth.gradients(kind, slopes[kind], wanted) if names else {}
-            runner.errors = compare(outputs, truth.logp, [found[name] for name in names])
-            least = operation.least[runner.case.mode]
-            runner.schedule = outputs.schedule
-            runner.products = least if outputs.products is None else outputs.products
+            if runner.key in known:
+                lineup.tell(known[runner.key])
+            else:
+                _tell_check(runner, outputs, truth.errors(runner, outputs), operation, lineup)
             del outputs
-            runner.note = runner.errors.above_gate(runner.contender, setting.dtype) or ""
-            if runner.note:
-                outcome.failures.append(f"{runner.name}, {runner.case}: {runner.note}")
         release_memory(setting.device)
+    return reached
+
+
+class _Truth:
+    """What the outputs of a setting are held against."""
+
+    def __init__(self, setting: Setting, operation: Operation, inputs) -> None:
+        self.operation, self.found = operation, operation.truth(inputs)
+        self.slopes = {"token": inputs.slopes, "equal": -torch.ones_like(inputs.slopes)}
+        self.wanted = max((operation.gradients[mode] for mode in setting.modes), key=len)
+
+    def errors(self, runner: Runner, outputs: Outputs) -> Errors:
+        kind, names = runner.contender.slopes, self.operation.gradients[runner.case.mode]
+        if kind == "pairs" and kind not in self.slopes:
+            self.slopes[kind] = pair_slopes(self.found.logp)
+        slopes = self.slopes[kind]
+        found = self.found.gradients(kind, slopes, self.wanted) if names else {}
+        return compare(outputs, self.found.logp, [found[name] for name in names])
+
+
+def _tell_check(
+    runner: Runner, outputs: Outputs, errors: Errors, operation, lineup: Lineup
+) -> None:
+    package, least = runner.contender.package, operation.least[runner.case.mode]
+    values = errors._asdict() | {
+        "package": package.version() if package else "",
+        "schedule": outputs.schedule,
+        "products": least if outputs.products is None else outputs.products,
+    }
+    lineup.tell(about("check", *runner.key, **values))
+    if wrong := errors.above_gate(runner.contender, runner.case.dtype):
+        runner.note = wrong
+        lineup.tell(about("note", *runner.key, note=wrong, failed=True))
 
 
 @contextlib.contextmanager
-def _noting(runner: Runner, outcome: Outcome):
+def _noting(runner: Runner, lineup: Lineup):
     """An exception becomes the runner's note. Ours fails the run too, unless memory ran out."""
     try:
         yield
     except Exception as error:
+        if workers.is_fatal(error):
+            raise
         runner.note, fails = note(error, 200)
-        if runner.contender.ours and fails:
-            outcome.failures.append(f"{runner.name}, {runner.case}: {runner.note}")
+        failed = runner.contender.ours and fails
+        lineup.tell(about("note", *runner.key, note=runner.note, failed=failed))
+
+
+def _weigh(runners: list[Runner], lineup: Lineup, clock: Clock) -> None:
+    """Peak memory of those that have passed."""
+    known = {key(line): line for line in lineup.known if line["line"] == "memory"}
+    meters.preload([runner.contender for runner in runners])
+    for runner in _passing(runners):
+        if runner.key in known:
+            lineup.tell(known[runner.key])
+            continue
+        if clock.past(MEMORY):
+            return
+        lineup.phase("memory", *runner.key)
+        with _noting(runner, lineup):
+            lineup.tell(about("memory", *runner.key, peak_mib=_peak_mib(runner)))
 
 
 def _peak_mib(runner: Runner) -> float:
@@ -178,71 +259,40 @@ def _peak_mib(runner: Runner) -> float:
     return meters.cpu_peak_mib(runner.contender, runner.case)
 
 
-def _timed_rows(setting: Setting, operation, sets, runners, lineup: Lineup, outcome) -> list:
-    """Time all runners beside the bare products and the copy; returns the rows."""
+def _time(setting: Setting, operation, sets, runners, lineup: Lineup, clock: Clock) -> None:
+    """Time all runners beside the bare products and the copy."""
     case = setting.case(max(setting.modes, key=MODES.index))
+    lineup.phase("bare products")
     bare = [operation.products(case, inputs) for inputs in sets]
     functions = {name: _rotating([products[name] for products in bare]) for name in bare[0]}
-    functions[results.COPY] = meters.copy(setting.device)
+    functions[COPY] = meters.copy(setting.device)
     for function in functions.values():
         function(0)  # a first call, as the contenders had in the check
-    good = _passing(runners)
-    functions |= {runner.name: _guarded(runner, outcome) for runner in good}
-    lineup.progress(f"times of {len(good)} contenders")
-    series = meters.interleave(functions, setting.device, lineup.repeats)
-    found = _ceilings(setting, operation, series)
-    for runner in runners:
-        values = results.checked(runner.contender, runner.errors)
-        values |= {"schedule": runner.schedule, "note": runner.note, "peak_mib": runner.peak_mib}
-        if not runner.note:
-            values |= {"rounds": len(series[runner.name]), "products": runner.products}
-            times = summary(series[runner.name])
-            bare_ms = _bare_ms(operation, runner.case, runner.products, series)
-            values |= results.timed(times, *operation.work(runner.case, runner.products), bare_ms)
-        found.append(results.row(runner.case, runner.contender.name, **values))
-    return found
+    functions |= {runner.name: _guarded(runner, lineup) for runner in runners}
+    names = {runner.name: runner.key for runner in runners}
+    lineup.phase("times")
+    meters.interleave(
+        functions,
+        setting.device,
+        lineup.repeats,
+        seconds=clock.left(),
+        tell=lambda ms: lineup.tell({"line": "round", "ms": ms}),
+        before=lambda name: lineup.phase("times", *names.get(name, ("", ""))),
+        careful=lineup.careful,
+    )
 
 
 def _rotating(functions: list):
     return lambda number: functions[number % SETS]()
 
 
-def _guarded(runner: Runner, outcome: Outcome):
+def _guarded(runner: Runner, lineup: Lineup):
     """A call that may still run out of memory, now that the others' inputs lie beside its own."""
 
     def run(number: int):
         if not runner.note:
-            with _noting(runner, outcome):
+            with _noting(runner, lineup):
                 return runner.runs[number % SETS]()
         return None
 
     return run
-
-
-def _bare(operation, case: Case, count: float, series) -> list[float]:
-    """Milliseconds of the bare products of a schedule of `count` products, by round."""
-    parts = operation.needed(case, count)
-    return [
-        sum(times * series[name][number] for name, times in parts.items())
-        for number in range(len(series[results.COPY]))
-    ]
-
-
-def _bare_ms(operation, case: Case, count: float, series) -> float | None:
-    return summary(_bare(operation, case, count, series)).p50 or None
-
-
-def _ceilings(setting: Setting, operation, series) -> list[dict]:
-    """Rows of the bare products of each mode, and of the copy."""
-    copied = summary(series[results.COPY])
-    moved = 2.0 * meters.COPY_BYTES[setting.device]
-    values = results.timed(copied, 0.0, moved, None) | {"rounds": len(series[results.COPY])}
-    found = [results.row(setting.case(setting.modes[0]), results.COPY, **(values | {"mode": ""}))]
-    for mode in setting.modes:
-        case, count = setting.case(mode), operation.least[mode]
-        if operation.needed(case, count):
-            times = summary(_bare(operation, case, count, series))
-            values = results.timed(times, *operation.work(case, count), times.p50)
-            values |= {"products": count, "rounds": len(series[results.COPY])}
-            found.append(results.row(case, results.BARE, **values))
-    return found

@@ -19,8 +19,8 @@ from collections.abc import Callable
 
 import torch
 
+from benchmarks.kernels import operations
 from benchmarks.kernels.case import Case, Contender, Outputs
-from benchmarks.kernels.operations import OPERATIONS
 from benchmarks.machine import (
     MIB,
     OutOfMemoryError,
@@ -40,21 +40,37 @@ GRACE_SECONDS = 10  # for it to end afterwards
 
 
 def interleave(
-    functions: dict[str, Callable[[int], object]], device: str, rounds: int | None = None
+    functions: dict[str, Callable[[int], object]],
+    device: str,
+    rounds: int | None = None,
+    *,
+    seconds: float | None = None,
+    tell: Callable[[dict[str, float]], None] = lambda ms: None,
+    before: Callable[[str], None] = lambda name: None,
+    careful: bool = False,
 ) -> dict[str, list[float]]:
     """Milliseconds of every call, by name. A function gets the number of its round.
 
     rounds: None for as many as SECONDS allows, within ROUNDS.
+    seconds: that there are; the least of the rounds take what they take.
+    tell: takes the milliseconds of a round as it ends.
+    before: takes a name before its call, if `careful`. Then a call is waited for before the next is told.
     """
     clock = _CudaClock() if device == "cuda" else _CpuClock()
     names, start = list(functions), time.perf_counter()
     least, most = (rounds, rounds) if rounds else ROUNDS[device]
+    limit = min(SECONDS[device], SECONDS[device] if seconds is None else seconds)
     for number in range(most):
-        if number >= least and time.perf_counter() - start > SECONDS[device]:
+        if number >= least and time.perf_counter() - start > limit:
             break
         for name in names if number % 2 == 0 else reversed(names):
+            if careful:
+                before(name)
             clock.time(name, functions[name], number)
+            if careful:
+                synchronize(device)
         clock.end_round()
+        tell({name: float(f"{clock.series[name][-1]:.6g}") for name in names})
     return clock.series
 
 
@@ -131,7 +147,7 @@ def cpu_peak_mib(contender: Contender, case: Case) -> float:
     """`peak_mib` in a fresh process, forked from a server that has only imported the libraries."""
     context = multiprocessing.get_context("forkserver")
     receiver, sender = context.Pipe(duplex=False)
-    arguments = (sender, contender.name, case, torch.get_num_threads())
+    arguments = (sender, contender.name, case, torch.get_num_threads(), operations.added())
     process = context.Process(target=_child, args=arguments)
     process.start()
     sender.close()
@@ -150,8 +166,10 @@ def cpu_peak_mib(contender: Contender, case: Case) -> float:
     return answer
 
 
-def _child(sender, name: str, case: Case, threads: int) -> None:
+def _child(sender, name: str, case: Case, threads: int, modules: list[str]) -> None:
     try:
+        for module in modules:
+            operations.add(module)
         torch.set_num_threads(threads)
         sender.send(_resident_peak(name, case))
     except Exception as error:
@@ -159,7 +177,7 @@ def _child(sender, name: str, case: Case, threads: int) -> None:
 
 
 def _resident_peak(name: str, case: Case) -> float:
-    operation = OPERATIONS[case.op]
+    operation = operations.OPERATIONS[case.op]
     contender = next(c for c in operation.contenders if c.name == name)
     # torch.compile compiles for one shape: its first call must have the real one.
     first = case if contender.compiled else dataclasses.replace(case, **SMALL)

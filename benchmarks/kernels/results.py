@@ -1,9 +1,10 @@
-"""Results of `bench kernels`: the columns of its rows, the printed table, the pictures.
+"""Results of `bench kernels`: the printed table, the pictures.
 
-    python -m benchmarks.kernels.results [CSV ...] [--out FOLDER] [--format svg|png]
+    python -m benchmarks.kernels.results [FILE ...] [--out FOLDER] [--format svg|png]
 
-draws the pictures again, from CSV files and from nothing else: a curve of time and memory against T for
-each head that was measured at several T, and bars of x_of_bare_gemm for each other size.
+draws the pictures again, from CSV files or files of lines and from nothing else: a curve of time and memory
+against T for each head that was measured at several T, and bars of x_of_bare_gemm for each other size. It
+makes the CSV of a file of lines too, whether its run has ended or not.
 """
 
 from __future__ import annotations
@@ -12,48 +13,11 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from benchmarks import plots
-from benchmarks.kernels.case import Case, Contender
-from benchmarks.kernels.checks import Errors
-from benchmarks.machine import Times, environment
+from benchmarks import jsonl, plots
+from benchmarks.kernels.rows import BARE, COLUMNS, COPY, rows_of
 from benchmarks.plots import bar, begin, colour, name_bars, save, short_device
-from benchmarks.results import Column, Columns, header, line
-
-BARE, COPY = "bare products", "copy"
-NAMES = (
-    "op impl mode T D V dtype ms_p20 ms_p50 ms_p80 peak_mib flops bytes tflops gbps x_of_bare_gemm "
-    "max_err device capability torch triton driver commit date schedule products err_logp "
-    "err_sequence threads rounds package note"
-)
-NUMBERS = (
-    "T D V ms_p20 ms_p50 ms_p80 peak_mib flops bytes tflops gbps x_of_bare_gemm max_err products "
-    "err_logp err_sequence rounds"
-)
-COLUMNS = Columns.of(NAMES, NUMBERS)
-
-
-def row(case: Case, impl: str, **values) -> dict:
-    """A row with every column, empty where no value is given."""
-    base = {name: getattr(case, name) for name in ("op", "mode", "T", "dtype")}
-    base |= {"D": case.D or "", "V": case.V or "", "impl": impl}
-    return COLUMNS.row(base | environment(case.device) | values)
-
-
-def timed(times: Times, flops: float, moved: float, bare_ms: float | None) -> dict:
-    """The columns of a time in milliseconds and of the work counted for it."""
-    values = {"ms_p20": times.p20, "ms_p50": times.p50, "ms_p80": times.p80}
-    values |= {"flops": round(flops), "bytes": round(moved), "gbps": moved / times.p50 / 1e6}
-    if flops:
-        values["tflops"] = flops / times.p50 / 1e9
-    if bare_ms:
-        values["x_of_bare_gemm"] = times.p50 / bare_ms
-    return values
-
-
-def checked(contender: Contender, errors: Errors | None) -> dict:
-    """The columns of errors, and the version of the package."""
-    values = {"package": contender.package.version() if contender.package else ""}
-    return values | (errors._asdict() if errors else {})
+from benchmarks.results import Column, header, line
+from dpo_fast.errors import UserError
 
 
 def _milliseconds(value: float) -> str:
@@ -91,7 +55,9 @@ def _line(row: dict) -> str:
 def ceilings(rows: list[dict]) -> str:
     """The fastest bare product and the copy of this run, which no contender can beat."""
     tflops = max((row["tflops"] for row in rows if row["impl"] == BARE), default=None)
-    gbps = max(row["gbps"] for row in rows if row["impl"] == COPY)
+    gbps = max((row["gbps"] for row in rows if row["impl"] == COPY), default=None)
+    if gbps is None:
+        return "no ceilings: the run was cut short before a round of times"
     product = f"bare products {tflops:.2f} TFLOP/s, " if tflops else ""
     return f"ceilings of this run: {product}copy {gbps:.1f} GB/s"
 
@@ -101,11 +67,12 @@ MARKERS = ("o", "s", "^", "D")
 
 
 def draw(files: list[Path], folder: Path, form: str = "svg") -> list[Path]:
-    """Draw every picture that the rows allow; returns the paths."""
+    """Draw every picture that the rows allow; returns the paths, those of new CSV files too."""
     begin()
-    rows = [row for file in files for row in COLUMNS.read(file)]
-    heads = [row for row in rows if row["op"] == "linear_logp" and row["impl"] != COPY]
     folder.mkdir(parents=True, exist_ok=True)
+    tables = [_table(file, folder) for file in files]
+    rows = [row for table in tables for row in COLUMNS.read(table)]
+    heads = [row for row in rows if row["op"] == "linear_logp" and row["impl"] != COPY]
     curves = _curves(heads)
     figures = [_curve(key, found) for key, found in curves.items()]
     in_curves = {id(row) for found in curves.values() for row in found}
@@ -114,7 +81,20 @@ def draw(files: list[Path], folder: Path, form: str = "svg") -> list[Path]:
         if id(row) not in in_curves:
             points[row["device"], int(row["T"]), int(row["D"]), int(row["V"])].append(row)
     figures += [_bars(key, found) for key, found in points.items()]
-    return [save(figure, folder / f"{name}.{form}") for name, figure in figures]
+    made = [table for table, file in zip(tables, files) if table != file]
+    return made + [save(figure, folder / f"{name}.{form}") for name, figure in figures]
+
+
+def _table(file: Path, folder: Path) -> Path:
+    """The CSV file with the rows of a file: itself, or one that is made from its lines."""
+    if file.suffix == ".csv":
+        return file
+    rows = rows_of(jsonl.read(file))
+    if not rows:
+        raise UserError(f"{file}: no rows: name a CSV file, or a file that --jsonl made")
+    table = folder / f"{file.stem}.csv"
+    COLUMNS.write(table, rows)
+    return table
 
 
 def _curves(rows: list[dict]) -> dict[tuple, list[dict]]:

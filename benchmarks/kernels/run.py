@@ -1,231 +1,107 @@
-"""`bench kernels`: the sizes, the options, and the run.
+"""`bench kernels`: the run, setting by setting.
 
-Each setting is measured, printed and written before the next.
+Lines are kept as they come. Each setting is printed and its rows are written before the next.
 """
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import sys
+import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-from benchmarks.cli import Parser, Selection, choose_device, positive, whole
-from benchmarks.kernels.case import MODES, Operation
-from benchmarks.kernels.measure import Lineup, Outcome, Setting, measure
-from benchmarks.kernels.operations import OPERATIONS, contender_names
+from benchmarks import jsonl
+from benchmarks.kernels.isolation import Isolated
+from benchmarks.kernels.measure import Lineup, measure
+from benchmarks.kernels.operations import OPERATIONS
+from benchmarks.kernels.options import Options, parse
 from benchmarks.kernels.results import COLUMNS, block, ceilings, draw
-from benchmarks.machine import DTYPES
-from benchmarks.results import Output, Progress, print_failures, print_missing
+from benchmarks.kernels.rows import Outcome, done, rows_of
+from benchmarks.results import Progress, print_failures, print_missing
 from dpo_fast.errors import UserError
 
-HEADS = {  # D, V
-    "llama3": (4096, 128256),
-    "qwen2.5-0.5b": (896, 151936),
-    "qwen2.5-1.5b": (1536, 151936),
-    "gemma3-1b": (1152, 262144),
-    "mistral": (4096, 32768),
-    "cpu": (896, 32000),  # a head that two cores multiply in a second
-    "tiny": (64, 2000),
-}
-# Points: tokens, head, modes. The last one of a GPU is about memory: logits of 19 GiB in bf16.
-POINTS = {
-    "cpu": ((2048, HEADS["cpu"], MODES),),
-    "cuda": (
-        (8192, HEADS["llama3"], MODES),
-        (16384, HEADS["qwen2.5-0.5b"], MODES),
-        (65536, (4096, 151936), ("trainable",)),
-    ),
-}
-USUAL_DTYPES = {"cpu": ("fp32", "bf16"), "cuda": ("bf16",)}
-CURVE = {  # head, and two decades of tokens or nearly so, in powers of 2
-    "cpu": ((256, 8192), tuple(2**n for n in range(7, 15))),
-    "cuda": (HEADS["qwen2.5-1.5b"], tuple(2**n for n in range(10, 17))),
-}
-TOKENS = {"cpu": 2048, "cuda": 8192}  # for a head chosen without tokens
-MOST_LOGITS = 1 << 31  # elements of given logits
-QUICK = (128, HEADS["tiny"], MODES)
 
+@dataclass
+class Record:
+    """The lines of a run, in a file too if it has one.
 
-def at_points(operation: Operation, device: str, dtypes, modes, points) -> list[Setting]:
-    """A setting for each point and dtype, in those of the modes that the operation has."""
-    settings = {}
-    for T, (D, V), own in points:
-        wanted = tuple(m for m in operation.modes if m in own and m in (modes or MODES))
-        # Given logits are only read: beyond some GiB there is nothing new to see.
-        if not wanted or (operation.sizes == "TV" and T * V > MOST_LOGITS):
-            continue
-        sizes = (D if "D" in operation.sizes else 0, V if "V" in operation.sizes else 0)
-        for dtype in operation.dtypes or dtypes:
-            settings[Setting(operation.name, T, *sizes, dtype, device, wanted)] = None
-    return list(settings)
+    progress: takes what comes next.
+    """
 
+    file: Path | None
+    progress: Callable[[str], None]
+    lines: list[dict] = field(default_factory=list)
 
-def along_tokens(operation: Operation, device: str, dtypes, modes, head, tokens) -> list[Setting]:
-    """A setting for each T and dtype: a trainable head, unless modes say otherwise."""
-    if operation.sizes != "TDV":
-        return []
-    return [
-        Setting(operation.name, T, *head, dtype, device, modes or ("trainable",), growth=True)
-        for dtype in dtypes
-        for T in tokens
-    ]
+    @classmethod
+    def begin(cls, options: Options) -> Record:
+        known = jsonl.begin(options.lines, keep=options.resume) if options.lines else []
+        return cls(options.lines, _Phases(), known)
 
-
-USAGE = """measure every implementation of the loss head, and of the operations round it, in one run
-
-By default: on a GPU the points of the targets and the curve against T, in bf16; on a CPU one point
-(T 2048, D 896, V 32000) in fp32 and bf16. Lists are separated by commas."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What to measure, and where the rows go."""
-
-    settings: tuple[Setting, ...]
-    selection: Selection
-    output: Output
-    repeats: int | None
-    budget_minutes: float | None
-    memory: bool
-
-
-def parser() -> argparse.ArgumentParser:
-    made = Parser("bench kernels", USAGE)
-    add = made.add_argument
-    add("--ops", metavar="NAMES", help=f"operations: {', '.join(OPERATIONS)} (default: all)")
-    add("--shape", metavar="HEAD", help=f"{', '.join(HEADS)}, or D,V as in 896,32000")
-    add("--tokens", metavar="T,...", help="scored tokens; with --growth the curve's")
-    add("--modes", metavar="NAMES", help=f"{', '.join(MODES)} (default: all)")
-    add("--dtypes", metavar="NAMES", help=f"{', '.join(DTYPES)}")
-    made.add_common("--only", "--skip")
-    add("--repeats", metavar="N", help="rounds, each contender once (default: as time allows)")
-    add("--growth", action="store_true", help="the curve of time and memory against T, alone")
-    add("--quick", action="store_true", help="tiny sizes, one dtype, two rounds: does all run?")
-    made.add_common("--device")
-    add("--csv", metavar="FILE", help="write the rows here, after every setting")
-    made.add_common("--plots")
-    add("--budget-minutes", metavar="M", help="start no further setting after this long")
-    made.add_common("--no-memory")
-    return made
-
-
-def parse(arguments: list[str]) -> Options:
-    """Options of the command line, checked."""
-    given = parser().parse_args(arguments)
-    device = choose_device(given.device)
-    modes = choose_names("--modes", given.modes, MODES)
-    usual = USUAL_DTYPES[device][: 1 if given.quick else None]
-    dtypes = choose_names("--dtypes", given.dtypes, tuple(DTYPES)) or usual
-    operations = choose_names("--ops", given.ops, tuple(OPERATIONS)) or tuple(OPERATIONS)
-    selection = Selection.of(given, contender_names())
-    output = Output.of(given, "kernels")
-    repeats = None if given.repeats is None else whole("--repeats", given.repeats)
-    minutes = given.budget_minutes
-    settings = _settings(given, operations, device, dtypes, modes)
-    return Options(
-        settings=_inhabited(settings, selection),
-        selection=selection,
-        output=output,
-        repeats=repeats or (2 if given.quick else None),
-        budget_minutes=None if minutes is None else positive("--budget-minutes", minutes),
-        memory=not given.no_memory,
-    )
-
-
-def _inhabited(settings: list[Setting], selection: Selection) -> tuple[Setting, ...]:
-    """Settings that have a chosen contender."""
-    found = tuple(
-        setting
-        for setting in settings
-        if any(selection.chosen(contender.name) for contender in OPERATIONS[setting.op].contenders)
-    )
-    if not found:
-        raise selection.nobody()
-    return found
-
-
-def _settings(given, operations, device: str, dtypes, modes) -> list[Setting]:
-    if given.quick and (given.shape or given.tokens or given.growth):
-        which = next(n for n in ("shape", "tokens", "growth") if getattr(given, n))
-        raise UserError(f"--quick chooses its own sizes: leave out --{which} or --quick")
-    if given.growth and "linear_logp" not in operations:
-        raise UserError(f"--growth is about linear_logp, which --ops {given.ops} leaves out")
-    head = _head(given.shape) if given.shape else None
-    parts = given.tokens.split(",") if given.tokens else []
-    tokens = [whole("--tokens", part) for part in parts]
-    usual_head, usual_tokens = CURVE[device]
-    points = [QUICK] if given.quick else POINTS[device]
-    if head or tokens:
-        one = head or POINTS[device][0][1]
-        points = [(T, one, MODES) for T in tokens or [TOKENS[device]]]
-    chosen_sizes = given.quick or head or tokens
-    settings = []
-    for operation in (OPERATIONS[name] for name in operations):
-        common = operation, device, dtypes, modes
-        if not given.growth:
-            settings += at_points(*common, points)
-        if given.growth or (device == "cuda" and not chosen_sizes):
-            settings += along_tokens(*common, head or usual_head, tokens or usual_tokens)
-    if not settings:
-        raise UserError(f"--modes {given.modes}: none of {', '.join(operations)} has such a mode")
-    return settings
-
-
-def choose_names(option: str, text: str | None, known: tuple[str, ...]) -> tuple[str, ...]:
-    """The names in a comma-separated list, each once; () if the option is not given."""
-    names = [] if text is None else [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            remedy = f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"
-            raise UserError(f"{option} {name}: {remedy}")
-    return tuple(dict.fromkeys(names))
-
-
-def _head(text: str) -> tuple[int, int]:
-    if text in HEADS:
-        return HEADS[text]
-    parts = text.split(",")
-    if len(parts) == 2 and all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        return int(parts[0]), int(parts[1])
-    close = difflib.get_close_matches(text, HEADS, 1)
-    remedy = f"did you mean {close[0]}?" if close else f"choose {', '.join(HEADS)}, or D,V"
-    raise UserError(f"--shape {text}: {remedy}")
+    def tell(self, line: dict) -> None:
+        if line["line"] == "phase":
+            who = f" of {line['impl']} / {line['mode']}" if line["impl"] else ""
+            self.progress(f"{line['phase']}{who}")
+            return
+        self.lines.append(line)
+        if self.file:
+            jsonl.add(self.file, line)
 
 
 def run(options: Options) -> int:
     """Measure, print, write; returns the exit code."""
-    start, everything = time.monotonic(), Outcome()
+    start, record, printed = time.monotonic(), Record.begin(options), Outcome()
+    deadline = None if options.minutes is None else start + 60 * options.minutes
+    lineup = Lineup(options.selection, options.repeats, options.memory, tell=record.tell)
+    with tempfile.TemporaryDirectory(prefix="dpo-fast-bench-") as folder:
+        isolated = Isolated.begin(Path(folder) / "worker.log", options.timeout, deadline)
+        try:
+            _settings(options, record, lineup, isolated, printed)
+        finally:
+            isolated.end()
+        cut = isolated.out_of_time()
+    return _finish(options, Outcome.of(record.lines), time.monotonic() - start, cut)
+
+
+def _settings(
+    options: Options, record: Record, lineup: Lineup, isolated: Isolated, printed
+) -> None:
+    finished = done(record.lines)
     for number, setting in enumerate(options.settings, 1):
-        minutes = (time.monotonic() - start) / 60
-        if number > 1 and options.budget_minutes is not None and minutes > options.budget_minutes:
-            left = "; ".join(map(str, options.settings[number - 1 :]))
-            print(
-                f"\nnot measured, the budget of {options.budget_minutes:g} minutes is spent: {left}"
-            )
-            break
-        title = f"[{number}/{len(options.settings)}] {setting}"
-        print(f"\n{title}", flush=True)
-        lineup = Lineup(options.selection, options.repeats, options.memory, _Phases())
-        outcome = measure(setting, OPERATIONS[setting.op], lineup)
-        _print(outcome, everything)
-        everything.rows += outcome.rows
-        everything.failures += outcome.failures
+        if isolated.out_of_time():
+            _unreached(options, map(str, options.settings[number - 1 :]))
+            return
+        print(f"\n[{number}/{len(options.settings)}] {setting}", flush=True)
+        begin, before = len(record.lines), finished.get(setting.sizes, [])
+        if options.isolated:
+            isolated.measure(setting, lineup, before)
+        else:
+            without = {name for _, name in before}
+            measure(setting, OPERATIONS[setting.op], replace(lineup, without=without))
+        outcome = Outcome.of(record.lines[begin:])
+        _print(outcome, printed)
+        if before:
+            print(f"{len(before)} were measured before")
+        if options.minutes and outcome.unreached:
+            _unreached(options, outcome.unreached)
         if options.output.csv:  # now: a later setting may take the machine down
-            COLUMNS.write(options.output.csv, everything.rows)
-    return _finish(options, everything, time.monotonic() - start)
+            COLUMNS.write(options.output.csv, rows_of(record.lines))
 
 
-def _print(outcome: Outcome, everything: Outcome) -> None:
+def _unreached(options: Options, what) -> None:
+    print(
+        f"\nnot measured, the {options.minutes:g} minutes are over: {'; '.join(what)}", flush=True
+    )
+
+
+def _print(outcome: Outcome, printed: Outcome) -> None:
     """Print the table of a setting. A reason why contenders are missing is printed once a run."""
-    known = everything.refusals
-    refusals = [refusal for refusal in dict.fromkeys(outcome.refusals) if refusal not in known]
-    everything.refusals += refusals
+    refusals = [x for x in dict.fromkeys(outcome.refusals) if x not in printed.refusals]
+    printed.refusals += refusals
     print_missing(refusals)
-    spare = [name for name in dict.fromkeys(outcome.spare) if name not in everything.spare]
-    everything.spare += spare
+    spare = [name for name in dict.fromkeys(outcome.spare) if name not in printed.spare]
+    printed.spare += spare
     if spare:
         print(f"left out in some mode unless --only has the name: {'; '.join(spare)}")
     if outcome.rows:
@@ -233,13 +109,16 @@ def _print(outcome: Outcome, everything: Outcome) -> None:
         print(ceilings(outcome.rows), flush=True)
 
 
-def _finish(options: Options, everything: Outcome, seconds: float) -> int:
-    if not everything.rows:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in everything.refusals)
+def _finish(options: Options, everything: Outcome, seconds: float, cut: bool) -> int:
+    if not (everything.rows or everything.failures or cut):
+        reasons = "; ".join(f"{n}: {reason}" for n, reason in dict.fromkeys(everything.refusals))
         if everything.spare:
-            reasons += f" Ask for these by name, without *: {'; '.join(everything.spare)}"
+            names = "; ".join(dict.fromkeys(everything.spare))
+            reasons += f" Ask for these by name, without *: {names}"
         raise UserError(f"no contender that was chosen can run here. {reasons}")
     print(f"\n{len(everything.rows)} rows in {seconds / 60:.1f} minutes")
+    if options.lines:
+        print(f"lines: {options.lines}")
     options.output.finish(draw)
     return print_failures(everything.failures)
 

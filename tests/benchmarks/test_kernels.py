@@ -10,15 +10,15 @@ import torch
 import dpo_fast.ops
 from benchmarks import run
 from benchmarks.cli import Package
-from benchmarks.kernels import checks, measure, meters, results
+from benchmarks.kernels import checks, meters, results, rows
 from benchmarks.kernels.case import Case, Contender, Outputs, head_inputs, logits_inputs
 from benchmarks.kernels.linear_logp import OPERATION as HEAD
 from benchmarks.kernels.operations import OPERATIONS
-from benchmarks.kernels.run import parse
+from benchmarks.kernels.options import parse
 from benchmarks.machine import summary
 from dpo_fast.errors import UserError
 
-SMALL = "--ops linear_logp --shape 32,500 --tokens 64 --repeats 2 --no-memory"
+SMALL = "--ops linear_logp --shape 32,500 --tokens 64 --repeats 2 --no-memory --one-process"
 OURS = ["--only", "dpo_fast torch*"]
 ONE_CELL = ["--modes", "trainable", "--dtypes", "fp32"]
 
@@ -86,14 +86,12 @@ def test_rows_have_every_column_and_sensible_values(tmp_path, capsys):
 
 
 def test_a_ratio_is_of_the_products_of_the_rows_own_schedule():
-    series = {
-        "logits": [10.0, 12.0, 10.0],
-        "dH": [3.0] * 3,
-        "dW": [5.0] * 3,
-        results.COPY: [1.0] * 3,
-    }
+    rounds = [{"logits": ms, "dH": 3.0, "dW": 5.0} for ms in (10.0, 12.0, 10.0)]
     cases = {mode: Case("linear_logp", mode, 8, 4, 16, "fp32", "cpu") for mode in HEAD.modes}
-    bare = lambda mode, count: measure._bare_ms(HEAD, cases[mode], count, series)  # noqa: E731
+
+    def bare(mode, count):
+        return summary(rows.bare(HEAD, cases[mode], count, rounds)).p50
+
     assert bare("logps", 1) == 10
     assert bare("frozen", 2) == 13
     assert bare("frozen", 3) == 23  # recomputes its logits for dH
@@ -183,7 +181,7 @@ def test_who_is_missing_is_named_with_the_reason(tmp_path, capsys, contenders):
 def test_rows_go_to_a_file_and_from_it_to_pictures(tmp_path, capsys):
     """A curve of time and memory. Each memory is measured in a process of its own."""
     pytest.importorskip("matplotlib")
-    only = ["--only", "dpo_fast torch, recompute", "--repeats", "1"]
+    only = ["--only", "dpo_fast torch, recompute", "--repeats", "1", "--one-process"]
     curve = ["--growth", "--shape", "16,200", "--tokens", "16,32,64", "--dtypes", "fp32"]
     assert run.main(["kernels", *only, *curve, "--plots", str(tmp_path)]) == 0
     path = tmp_path / "kernels.csv"
@@ -203,13 +201,6 @@ def test_rows_go_to_a_file_and_from_it_to_pictures(tmp_path, capsys):
     assert "dpo_fast torch, recompute (no memory at 64)" in picture.read_text()
 
 
-def test_the_budget_ends_a_run_between_groups(tmp_path, capsys):
-    few = [*ONE_CELL, "--only", "dpo_fast torch", "--tokens", "16,32,48"]
-    code, found = run_small(tmp_path, *few, "--budget-minutes", "1e-9")
-    assert code == 0 and {row["T"] for row in found} == {16}
-    assert "not measured" in capsys.readouterr().out
-
-
 OPTIONS = {  # arguments, and what the message must say
     "--tokens 0": "--tokens 0: expected a whole number, 1 or more",
     "--tokens 8,x": "--tokens x: expected a whole number",
@@ -225,7 +216,16 @@ OPTIONS = {  # arguments, and what the message must say
     "--quick --tokens 8": "--quick chooses its own sizes: leave out --tokens",
     "--growth --ops preference": "--growth is about linear_logp, which --ops preference leaves out",
     "--device tpu": "--device tpu: choose cpu or cuda",
-    "--budget-minutes 0": "--budget-minutes 0: expected a number greater than 0",
+    "--minutes 0": "--minutes 0: expected a number greater than 0",
+    "--timeout x": "--timeout x: expected a number greater than 0",
+    "--one-process --minutes 1": "--one-process has nobody to end it after --minutes",
+    "--one-process --timeout 1": "--one-process has nobody to wait with --timeout",
+    "--jsonl README.md": "--jsonl README.md is there: add to it with --resume README.md",
+    "--resume none.jsonl": "--resume none.jsonl: no such file; --jsonl none.jsonl begins one",
+    "--resume README.md": "--resume README.md: no lines of bench kernels",
+    "--resume a.jsonl --jsonl b.jsonl": "adds to its own file: leave out --jsonl b.jsonl",
+    "--contenders no.such": "--contenders no.such: No module named 'no'",
+    "--contenders json": "--contenders json: module 'json' has no attribute 'CONTENDERS'",
     "--no-such": "unrecognized arguments: --no-such; --help lists the options",
 }
 
@@ -357,8 +357,8 @@ def test_a_printed_row_stands_under_its_titles():
     }
     case = Case("linear_logp", "trainable", 8, 4, 16, "fp32", "cpu")
     found = [
-        results.row(case, "ours", schedule="mixed", products=3.5, **values),
-        results.row(case, "large", products=3.0, note="out of memory"),
+        rows.row(case, "ours", schedule="mixed", products=3.5, **values),
+        rows.row(case, "large", products=3.0, note="out of memory"),
     ]
     header, ours, large = results.block(found).split("\n")
     cells = {
