@@ -12,6 +12,7 @@ import fnmatch
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -129,18 +130,29 @@ class Package:
     module: top level, to see whether it is installed.
     pip: the command that installs it.
     heavy: modules that take seconds to import.
+    needs: a module of another package that it does not always come with.
     """
 
     name: str
     module: str
     pip: str
     heavy: tuple[str, ...] = ()
+    needs: str | None = None
 
     def missing(self) -> str | None:
         """How to install it, None if it is installed."""
-        if importlib.util.find_spec(self.module) is not None:
+        if importlib.util.find_spec(self.module) is None:
+            return f"{self.name} is not installed: {self.pip}"
+        if self.needs and importlib.util.find_spec(self.needs) is None:
+            return f"{self.name} is there, but not {self.needs}, which it needs: {self.pip}"
+        return None
+
+    def lacks(self, file: str) -> str | None:
+        """How to upgrade it where it is too old to have a file; None if it has it. It is installed."""
+        folders = importlib.util.find_spec(self.module).submodule_search_locations
+        if any((Path(folder) / file).is_file() for folder in folders):
             return None
-        return f"{self.name} is not installed: {self.pip}"
+        return f"{self.version()} has no {file}: upgrade it: {self.pip}"
 
     def version(self) -> str:
         """Name and version, "" if it is not installed."""
@@ -158,4 +170,4 @@ LIGER = Package(
     heavy=("liger_kernel.chunked_loss",),
 )
 CCE = Package("cut-cross-entropy", "cut_cross_entropy", "pip install cut-cross-entropy")
-QUACK = Package("quack-kernels", "quack", "pip install quack-kernels")
+QUACK = Package("quack-kernels", "quack", 'pip install "quack-kernels>=0.6.5"', needs="cutlass")

@@ -12,12 +12,14 @@ ROUNDS = 5
 # The most telling ones first. Liger's eager form and the extras are for `bench kernels`.
 PEERS = (
     "trl",
+    "liger scaled ce",
     "liger ce, per token",
     "cce, exact",
     "cce, filtered",
+    "quack ce",
+    "liger ce, sm_90",
     "liger ce",
     "materialised",
-    "quack ce",
     "torch linear_cross_entropy",
     "liger dpo, compiled",
     "materialised, compiled",

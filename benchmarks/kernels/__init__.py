@@ -11,7 +11,8 @@
     case.py         case, contender, operation, and inputs that look like a language model's
     operations.py   the table of operations
     linear_logp.py, logits_logp.py, preference.py    an operation each, with its contenders
-    contenders.py   what contenders share, the plain head, and other people's heads
+    contenders.py   what contenders share, and the plain head
+    peers.py        other people's heads
     checks.py       log-probs and gradients in fp64 or fp32, and how far a contender may be off
     meters.py       time and peak memory of a call
 

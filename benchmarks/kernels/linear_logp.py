@@ -10,13 +10,13 @@ from torch import Tensor
 from benchmarks.kernels.case import Case, Contender, HeadInputs, Operation, head_inputs
 from benchmarks.kernels.checks import HeadTruth
 from benchmarks.kernels.contenders import (
-    PEERS,
     compiled,
     materialised,
     per_token,
     why_not,
     why_not_compile,
 )
+from benchmarks.kernels.peers import PEERS
 from dpo_fast import linear_logp
 from dpo_fast.modules.metrics import METRIC_EXTRAS
 from dpo_fast.ops.dispatch import IMPLEMENTATIONS

@@ -1,6 +1,9 @@
 """Micro-benchmarks of every contender at small sizes, so that each stays right. No time is asserted."""
 
 import dataclasses
+import importlib.util
+import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -8,11 +11,13 @@ pytest.importorskip("pytest_benchmark")
 
 import torch
 
+from benchmarks.cli import LIGER, Package
 from benchmarks.kernels.case import Case, head_inputs
 from benchmarks.kernels.checks import compare
 from benchmarks.kernels.contenders import pair_slopes
 from benchmarks.kernels.meters import cpu_peak_mib
 from benchmarks.kernels.operations import OPERATIONS
+from benchmarks.kernels.peers import PEERS
 
 # One compiled contender in one mode is enough.
 COMPILED = [("linear_logp", "materialised, compiled", "trainable")]
@@ -81,6 +86,68 @@ def test_memory_does_not_grow_with_whole_logits():
     unknown = dataclasses.replace(contenders["materialised"], name="nobody")
     with pytest.raises(RuntimeError, match="StopIteration"):  # and not a lack of memory
         cpu_peak_mib(unknown, case)
+
+
+def why_not(name: str, T: int = 4096, V: int = 128256, dtype: str = "bf16") -> str | None:
+    case = Case("linear_logp", "trainable", T, 4096, V, dtype, "cuda")
+    return next(c for c in PEERS if c.name == name).why_not(case)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU of some capability where a package's files and some modules are there, and no other."""
+
+    def make(capability, *there: str):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
+        monkeypatch.setattr(
+            importlib.util,
+            "find_spec",
+            lambda name: (
+                SimpleNamespace(submodule_search_locations=there) if name in there else None
+            ),
+        )
+
+    return make
+
+
+def test_a_peer_without_a_part_of_it_is_named(gpu):
+    """With what it lacks and how to get it; on Hopper alone Liger's CuTe kernels are asked for."""
+    gpu((9, 0))
+    assert why_not("quack ce").startswith("quack-kernels is not installed: pip install")
+    gpu((9, 0), "quack")
+    assert "not cutlass, which it needs: pip install" in why_not("quack ce")
+    gpu((9, 0), "quack", "cutlass")
+    assert why_not("quack ce") is None and "see quack ce" in why_not("quack ce, logits")
+    assert "in multiples of 8, not 4096, 4096, 50257" in why_not("quack ce", V=50257)
+    gpu((9, 0), "liger_kernel", "cutlass")
+    old = r"liger-kernel.* has no .*\.py: upgrade it: pip install"
+    for name in ("liger scaled ce", "liger ce, sm_90"):
+        assert re.match(old, why_not(name))
+
+
+def test_which_kernels_of_liger_run_where(gpu, monkeypatch):
+    monkeypatch.setattr(Package, "lacks", lambda package, file: None)
+    gpu((9, 0), "liger_kernel")
+    for name in ("liger scaled ce", "liger ce, sm_90"):
+        assert "need nvidia-cutlass-dsl: pip install 'liger-kernel[cutedsl]'" in why_not(name)
+    gpu((9, 0), "liger_kernel", "cutlass")
+    assert why_not("liger scaled ce") is why_not("liger ce, sm_90") is None
+    assert "take bf16, not fp16" in why_not("liger scaled ce", dtype="fp16")
+    assert "V of 256, not 4096 and 151936" in why_not("liger ce, sm_90", V=151936)
+    gpu((10, 0), "liger_kernel")  # PyTorch in chunks, in any dtype
+    assert why_not("liger scaled ce", dtype="fp32") is None
+    assert why_not("liger ce, sm_90") == "needs compute capability 9.0"
+
+
+@pytest.mark.peers
+def test_the_files_that_say_whether_liger_is_new_enough_are_there():
+    pytest.importorskip("liger_kernel")
+    for file in (
+        "fused_linear_scaled_cross_entropy",
+        "cutedsl/ops/fused_linear_cross_entropy_sm90",
+    ):
+        assert LIGER.lacks(f"ops/{file}.py") is None
+    assert "has no ops/no_such.py: upgrade it: pip install" in LIGER.lacks("ops/no_such.py")
 
 
 def test_inputs_are_peaked_like_a_language_model():
