@@ -51,8 +51,8 @@ class Course:
             self.known[(line["line"], *key(line))] = line
         self.lineup.tell(line)
 
-    def request(self, seconds: float | None) -> str:
-        """What a process is asked for, which has so many seconds."""
+    def request(self, deadline: float | None) -> str:
+        """What a process is asked for. The monotonic clock is the system's: what its start takes counts."""
         return json.dumps(
             {
                 "setting": dataclasses.asdict(self.setting),
@@ -60,7 +60,7 @@ class Course:
                 "skip": self.lineup.selection.skip,
                 "repeats": self.lineup.repeats,
                 "with_memory": self.lineup.with_memory,
-                "seconds": seconds,
+                "deadline": deadline,
                 "done": self.done,
                 "without": sorted(self.without),
                 "known": [x for x in self.known.values() if key(x) not in self.without],
@@ -131,7 +131,7 @@ class Isolated:
         """One process at a setting; how it was lost, if it was."""
         limit = max(START, self.seconds)
         try:
-            self.worker.send(course.request(self._left()))
+            self.worker.send(course.request(self.deadline))
             while True:
                 left = self._left()
                 line = self.worker.answer(limit if left is None else min(limit, left))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+import time
 import traceback
 
 from benchmarks import workers
@@ -26,11 +27,12 @@ def work(request: dict, tell: Tell) -> None:
     setting = Setting(**values | {"modes": tuple(values["modes"])})
     here = environment(setting.device)["device"]
     done = {tuple(name) for device, name in request["done"] if device == here}
+    deadline = request["deadline"]
     lineup = Lineup(
         selection=Selection(tuple(request["only"]), tuple(request["skip"])),
         repeats=request["repeats"],
         with_memory=request["with_memory"],
-        seconds=request["seconds"],
+        seconds=None if deadline is None else deadline - time.monotonic(),
         without=done | set(map(tuple, request["without"])),
         known=request["known"],
         careful=request["careful"],
