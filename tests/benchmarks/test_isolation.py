@@ -8,8 +8,9 @@ from benchmarks import jsonl, run
 from benchmarks.cli import Selection
 from benchmarks.kernels import lines, measure, meters, operations, results, rows
 from benchmarks.kernels.case import Setting
-from benchmarks.kernels.isolation import Isolated
+from benchmarks.kernels.isolation import Course, Isolated
 from benchmarks.kernels.operations import OPERATIONS
+from benchmarks.workers import Lost
 
 FAULTY = "tests.support.workers.bench_contenders"
 SMALL = "--ops linear_logp --shape 32,500 --tokens 64 --repeats 2 --modes trainable --dtypes fp32"
@@ -189,6 +190,47 @@ def test_the_later_row_stands_unless_it_was_cut_short():
     lost = [opening(a, b), {"line": "lost", "phase": "inputs", "how": "out of memory"}]
     assert "inputs: out of memory" in rows.Outcome.of(lost).failures[0]
     assert rows.Outcome.of(lost + first).failures == []
+
+
+def course(*told: dict) -> tuple[Course, list[dict]]:
+    """A setting that was lost behind these lines, and where new lines go."""
+    new = []
+    made = Course(SETTING, measure.Lineup(tell=new.append), done=[])
+    for line in told:
+        made.tell(line)
+    new.clear()
+    return made, new
+
+
+def phase(name: str, impl: str = "", mode: str = "") -> dict:
+    return lines.about("phase", impl, mode, phase=name)
+
+
+def test_whoever_memory_ended_for_does_not_fail_the_run():
+    lost, new = course(check(OURS, "trainable"), phase("memory", OURS, "trainable"))
+    assert lost.goes_on(Lost("its process ended with SIGKILL", by="SIGKILL"))
+    assert new == [lines.about("note", OURS, "trainable", note="out of memory", failed=False)]
+    request = json.loads(lost.request(None))
+    assert request["without"] == [[OURS, "trainable"]] and request["known"] == []
+    lost, new = course(phase("memory", OURS, "trainable"))
+    assert lost.goes_on(Lost("its process ended with SIGSEGV", by="SIGSEGV")) and new[0]["failed"]
+
+
+def test_nobody_is_blamed_for_what_is_nobodys():
+    """Inputs that do not fit end the setting. Times that end it are looked at once more, call by call."""
+    lost, new = course(phase("inputs"))
+    assert not lost.goes_on(Lost("out of memory"))
+    assert new == [{"line": "lost", "phase": "inputs", "how": "out of memory"}]
+    lost, new = course(check("trl", "trainable"), phase("times"))
+    assert lost.goes_on(Lost("its process ended with SIGSEGV")) and lost.careful and not new
+    assert json.loads(lost.request(None))["known"] == [check("trl", "trainable")]
+    assert not lost.goes_on(Lost("its process ended with SIGSEGV"))
+    assert [line["line"] for line in new] == ["lost"]
+    lost, new = course(phase("times"))
+    lost.careful = True
+    lost.tell(phase("times", "trl", "trainable"))
+    assert lost.goes_on(Lost("its process ended with SIGSEGV")) and not lost.careful
+    assert new[-1]["impl"] == "trl" and not new[-1]["failed"]
 
 
 def test_a_line_that_was_cut_off_costs_itself_alone(tmp_path):
