@@ -49,8 +49,8 @@ def measured(
             "; ".join(f"{n}: {why}" for n, why in dict.fromkeys(outcome.refusals))
             or "nobody is left"
         )
-    if outcome.failures:
-        found["failed"] = "; ".join(outcome.failures)
+    if wrong := outcome.failures + [f"{name}: no time was left" for name in outcome.unreached]:
+        found["failed"] = "; ".join(wrong)
     if any(workers.is_fatal(row["note"]) for row in outcome.rows):
         found["restart"] = True  # the next item needs a device
     return found
