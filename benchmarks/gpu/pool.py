@@ -15,6 +15,8 @@ from pathlib import Path
 
 from benchmarks import workers
 
+START_SECONDS = 60  # for a process to import torch and see the device
+
 
 @dataclass
 class ItemWorker:
@@ -26,6 +28,11 @@ class ItemWorker:
     def of(cls, step: str, rehearse: bool, log: Path) -> ItemWorker:
         module = ("benchmarks.gpu.worker", step, *["--rehearse"] * rehearse)
         return cls(workers.Worker(module, log, variables(rehearse)))
+
+    def names(self, seconds: float) -> list[str]:
+        """The items of the step, which its process knows: they may depend on the device."""
+        self.worker.send(f"\t{time.monotonic() + seconds}")
+        return self.worker.answer(seconds)["items"]
 
     def run(self, item: str, seconds: float) -> dict:
         """The item's result.
@@ -57,7 +64,7 @@ def environment(rehearse: bool) -> dict[str, str]:
 
 def work(
     step: str,
-    items: list[str],
+    choose: Callable[[list[str]], list[str]],
     report: Callable[[str, dict], None],
     *,
     folder: Path,
@@ -68,16 +75,28 @@ def work(
 ) -> None:
     """Work on the items, the first ones first, and report each as it ends.
 
+    choose: which of the step's items.
     seconds: for one item.
     deadline: on the monotonic clock. What is running then is killed, and the rest is reported as not
         reached.
+
+    Raises:
+        Lost: the step's process did not even tell its items.
     """
+    crew = [
+        ItemWorker.of(step, rehearse, folder / f"{step}.{number}.log")
+        for number in range(processes)
+    ]
+    try:
+        items = choose(crew[0].names(min(START_SECONDS, deadline - time.monotonic())))
+    except workers.Lost:
+        crew[0].worker.end()
+        raise
     waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
     for item in items:
         waiting.put(item)
 
-    def serve(number: int) -> None:
-        own = ItemWorker.of(step, rehearse, folder / f"{step}.{number}.log")
+    def serve(own: ItemWorker) -> None:
         try:
             while True:
                 try:
@@ -88,10 +107,7 @@ def work(
         finally:
             own.worker.end()
 
-    threads = [
-        threading.Thread(target=serve, args=(number,))
-        for number in range(max(1, min(processes, len(items))))
-    ]
+    threads = [threading.Thread(target=serve, args=(own,)) for own in crew[: max(1, len(items))]]
     for thread in threads:
         thread.start()
     for thread in threads:

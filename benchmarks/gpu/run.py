@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import json
 import sys
 import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks import jsonl
+from benchmarks import jsonl, workers
 from benchmarks.gpu import pool, summary
 from benchmarks.gpu.steps import STEPS, Step
-from benchmarks.machine import ROOT
 
 ABSENT = ("failed", "skipped", "not_reached")  # why an item has no numbers
 
@@ -55,21 +53,6 @@ def _word(result: dict) -> str:
     return "ok " + ", ".join(f"{k} {v:.4g}" for k, v in shown.items())
 
 
-def names_of(step: Step, rehearse: bool, log: Path) -> list[str]:
-    """The items of a step, asked of a process of its own: to load them needs torch and a device."""
-    import subprocess
-
-    command = [sys.executable, "-m", "benchmarks.gpu.worker", step.name, "--list"]
-    command += ["--rehearse"] * rehearse
-    with log.open("ab") as words:
-        done = subprocess.run(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=words, env=pool.environment(rehearse)
-        )
-    if done.returncode:
-        raise RuntimeError(f"its items cannot be listed, exit code {done.returncode}: see {log}")
-    return json.loads(done.stdout)
-
-
 def run(chosen: dict[str, str], lines: Lines, folder: Path, minutes: float, rehearse: bool) -> None:
     """chosen: by step, a pattern of its items."""
     deadline = time.monotonic() + 60 * minutes
@@ -94,20 +77,20 @@ def _step(
         lines.add(step.name, "all", {"not_reached": True})
         return
     try:
-        names = names_of(step, rehearse, folder / f"{step.name}.list.log")
-    except RuntimeError as error:
-        lines.add(step.name, "all", {"failed": str(error)})
-        return
-    pool.work(
-        step.name,
-        [n for n in fnmatch.filter(names, pattern) if n not in lines.done(step.name)],
-        lambda item, result: lines.add(step.name, item, result),
-        folder=folder,
-        processes=step.processes,
-        seconds=step.seconds,
-        deadline=deadline,
-        rehearse=rehearse,
-    )
+        pool.work(
+            step.name,
+            lambda names: [
+                n for n in fnmatch.filter(names, pattern) if n not in lines.done(step.name)
+            ],
+            lambda item, result: lines.add(step.name, item, result),
+            folder=folder,
+            processes=step.processes,
+            seconds=step.seconds,
+            deadline=deadline,
+            rehearse=rehearse,
+        )
+    except workers.Lost as lost:
+        lines.add(step.name, "all", {"failed": f"its items cannot be listed: {lost}: {lost.words}"})
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -23,7 +23,7 @@ from dpo_fast.ops import warm_up
 
 SIZES = {
     False: ((1, 129, 4096), (896, 4096), (1000, 50257, 128256, 151936)),
-    True: ((1, 33), (64,), (520, 512)),
+    True: ((1, 33), (64,), (520,)),
 }
 ODD = {False: Shape(300, 1000, 5003), True: Shape(20, 40, 300)}
 OTHERS = {

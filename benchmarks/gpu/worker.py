@@ -1,6 +1,7 @@
 """A process that works on items of a step.
 
-Lines come in, with the name of an item and the time by which it has to end. Lines of JSON go out.
+Lines come in, with the name of an item and the time by which it has to end; without a name the answer is
+the list of names. Lines of JSON go out.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ def main(arguments: list[str]) -> int:
     step, rehearse = STEPS[arguments[0]], "--rehearse" in arguments
     answers = workers.answers()
     items = step.load().items(rehearse)
-    if "--list" in arguments:
-        workers.tell(answers, list(items))
-        return 0
     for line in sys.stdin:
-        name, _, end = line.strip().rpartition("\t")
+        name, _, end = line.rstrip("\n").rpartition("\t")
+        if not name:
+            workers.tell(answers, {"items": list(items)})
+            continue
         clock.begin(float(end))
         print(f"--- {name}", file=sys.stderr, flush=True)
         try:
