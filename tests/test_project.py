@@ -126,6 +126,7 @@ TESTED_THROUGH = {
     "losses.unpaired": "losses/test_table.py",
     "modules.metrics": "modules/test_fused.py",
     "ops.linear_logp.torch": "ops/test_linear_logp.py",
+    "ops.linear_logp.torch_tiles": "ops/test_linear_logp.py",
     "report.data": "report/test_report.py",
     "report.health": "report/test_report.py",
     "report.panels": "report/test_report.py",

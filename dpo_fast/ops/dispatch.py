@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from dpo_fast.errors import UnavailableError
+from dpo_fast.ops import cpu
 
 logger = logging.getLogger("dpo_fast")
 IMPLEMENTATIONS = ("torch", "triton")  # of every operation
@@ -120,7 +121,8 @@ def _choice(
     if requested != "auto":
         return Choice(requested, "asked for by name")
     if device.type == "cpu":
-        return Choice("torch", "the torch implementation is the fast one on a CPU")
+        products = f"; {cpu.describe(dtype)}" if operation == "linear_logp" else ""
+        return Choice("torch", f"the torch implementation is the fast one on a CPU{products}")
     if obstacle:
         return Choice("torch", obstacle)
     if small and why_not_cuda(operation, device, dtype) is None and _csrc_is_built():

@@ -1,13 +1,15 @@
 """The torch implementation of `linear_logp` against its definition in fp64."""
 
+import importlib
 from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo_fast.ops import eager, linear_logp, plan
+from dpo_fast.ops import cpu, eager, linear_logp, plan
 from dpo_fast.ops.linear_logp.call import EXTRAS
 
 BUDGETS = {"keep": 1 << 30, "mixed": None, "recompute": 0}  # None: room for a third of the tokens
@@ -477,3 +479,49 @@ def test_bad_arguments_are_named(change, message):
     }
     with pytest.raises(ValueError, match=message):
         linear_logp(**(arguments | change))
+
+
+@pytest.fixture(params=[(True, False), (False, False), (False, True)], ids=str)
+def products(request, monkeypatch):
+    """Whether 16-bit products are fast, and whether oneDNN makes the fp32 ones, on any CPU. Small tiles."""
+    fast, onednn = request.param
+    if onednn and not torch.backends.mkldnn.is_available():
+        pytest.skip("PyTorch without oneDNN")
+    monkeypatch.setattr(cpu, "half_products", lambda dtype: cpu.Verdict(fast, "the test says so"))
+    monkeypatch.setattr(cpu, "by_onednn", lambda: onednn)
+    sizes = importlib.import_module("dpo_fast.ops.linear_logp.plan")
+    monkeypatch.setattr(sizes, "TILE_TOKENS", 64)
+    monkeypatch.setattr(sizes, "TILE_ELEMENTS", 64 * 256)
+    return fast
+
+
+@pytest.mark.parametrize("schedule", BUDGETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "temperature": 0.7}], ids=str)
+def test_on_every_kind_of_cpu(products, schedule, dtype, options, poison):
+    # 150 tokens: three chunks, and with a third of them kept a chunk that ends within a tile
+    check(150, 1001, 24, dtype, BUDGETS[schedule], bias=True, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_no_product_in_16_bits_where_they_are_slow(products, dtype, frozen):
+    class Seen(TorchDispatchMode):
+        """The dtypes of the operands of all products."""
+
+        dtypes = set()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if any(name in str(function) for name in ("mm", "mv", "linear", "dot")):
+                self.dtypes.update(x.dtype for x in args if torch.is_tensor(x))
+            return function(*args, **(kwargs or {}))
+
+    hidden, weight, _, targets = make(150, 1001, 24, dtype)
+    leaf, weight = hidden.requires_grad_(), weight.requires_grad_(not frozen)
+    for budget in (0, 70 * 1001 * 2, 1 << 30):
+        with Seen() as seen:
+            linear_logp(leaf, weight, targets, workspace_bytes=budget).logp.sum().backward()
+        # Sums of exponentials that are not normalised leave fp16's range: a frozen head's are fp32.
+        half = products and not (frozen and dtype == torch.float16)
+        assert seen.dtypes == ({torch.float32, dtype} if half else {torch.float32})
+        seen.dtypes.clear()

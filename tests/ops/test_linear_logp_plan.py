@@ -70,3 +70,28 @@ def test_without_memory_what_remains_is_small():
     chosen = plan(8192, 151_936, 4096, BF16, workspace_bytes=0, implementation="triton")
     assert chosen.kept_tokens == 0 and chosen.tile_bytes <= 8 << 20
     assert chosen.sum_bytes <= 8192 * 4096 * 2 + 2 * 4096 * 4096 * 4
+
+
+@pytest.mark.parametrize("T", [0, 1, 27, 2048, 5000])
+def test_the_weight_is_never_copied_whole(T):
+    """A few tokens leave room for a wide tile of logits; the fp32 copy of a block stays within 32 MiB."""
+    for V, D in SHAPES:
+        for dtype in (BF16, torch.float16):
+            chosen = plan(T, V, D, dtype, products=torch.float32)
+            copied = chosen.vocab_block * D * 4
+            assert copied <= 32 << 20 and chosen.vocab_block >= min(V, 512)
+            tile = chosen.token_chunk * chosen.vocab_block * 4
+            assert chosen.tile_bytes == tile + copied
+        own = plan(T, V, D, torch.float32)
+        assert own.tile_bytes == own.token_chunk * own.vocab_block * 4
+
+
+def test_products_in_fp32_from_what_is_kept_in_bf16():
+    """As much is kept; the gradient of the hidden states is summed over tiles, in fp32."""
+    for budget in (1 << 30, 1 << 26, 0):
+        half = plan(2048, 32_000, 896, BF16, workspace_bytes=budget)
+        whole = plan(2048, 32_000, 896, BF16, workspace_bytes=budget, products=torch.float32)
+        assert (half.schedule, half.gemms) == (whole.schedule, whole.gemms)
+        assert half.kept_bytes == whole.kept_bytes <= budget
+        assert whole.sum_bytes == (2048 + whole.vocab_block) * 896 * 4 >= half.sum_bytes
+        assert "multiplied in float32" in str(whole) and "multiplied in bfloat16" in str(half)

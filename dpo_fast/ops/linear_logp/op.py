@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from dpo_fast.ops.cpu import product_dtype
 from dpo_fast.ops.dispatch import choose_implementation
 from dpo_fast.ops.linear_logp.call import HeadCall, HeadOptions, check_call, check_targets
 from dpo_fast.ops.linear_logp.plan import HeadPlan, default_workspace_bytes, plan
@@ -199,15 +200,18 @@ def plan_call(
     """The plan for these tensors. needs: gradients of hidden states, weight and bias that are wanted."""
     if workspace_bytes is None:
         workspace_bytes = default_workspace_bytes(hidden_TD.device)
+    dtype = hidden_TD.dtype
+    products = product_dtype(hidden_TD.device, dtype) if implementation == "torch" else dtype
     return plan(
         hidden_TD.shape[0],
         weight_VD.shape[0] if shard is None else shard.largest,
         weight_VD.shape[1],
-        hidden_TD.dtype,
+        dtype,
         needs_hidden=needs[0],
         needs_head=needs[1] or needs[2],
         workspace_bytes=workspace_bytes,
         implementation=implementation,
+        products=products,
     )
 
 

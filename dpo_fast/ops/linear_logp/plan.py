@@ -10,6 +10,8 @@ MIB = 1 << 20
 # On a CPU a tile is [TILE_TOKENS, ...] of fp32 logits: 16 MiB, small enough for a last-level cache.
 TILE_TOKENS = 2048
 TILE_ELEMENTS = 1 << 22
+# A block of a 16-bit weight is copied to fp32: 32 MiB at most, however few tokens there are.
+COPY_ELEMENTS = 1 << 23
 # On a GPU products of this many rows run at their peak, and tiles end where a kernel's tiles end.
 CHUNK_TOKENS = 4096
 BLOCK_COLUMNS = 8192
@@ -27,6 +29,7 @@ class HeadPlan:
     kept_tokens: tokens whose exponentials are kept between forward and backward.
     token_chunk, vocab_block: the tile of [T, V] that exists at a time, beside what is kept.
     tokens_first: for each chunk of tokens recomputed tiles go through the vocabulary; else the reverse.
+    products: dtype of the operands of products by exponentials and gradient tiles.
     residual_sums: sums over tiles are held in 2 x 16 bits instead of 32 (see `ProductSum`).
     kept_bytes: memory between forward and backward.
     tile_bytes, sum_bytes: memory during a pass.
@@ -39,6 +42,7 @@ class HeadPlan:
     token_chunk: int
     vocab_block: int
     tokens_first: bool
+    products: torch.dtype
     residual_sums: bool
     kept_bytes: int
     tile_bytes: int
@@ -51,10 +55,12 @@ class HeadPlan:
         return self.kept_bytes + self.tile_bytes + self.sum_bytes
 
     def __str__(self) -> str:
+        dtype = str(self.products).removeprefix("torch.")
         return (
             f"{self.schedule}: {self.gemms:.2f} products, {self.kept_tokens} tokens kept "
             f"({self.kept_bytes / MIB:.0f} MiB), tiles of {self.token_chunk} x {self.vocab_block} "
-            f"({self.tile_bytes / MIB:.0f} MiB), sums {self.sum_bytes / MIB:.0f} MiB"
+            f"({self.tile_bytes / MIB:.0f} MiB), sums {self.sum_bytes / MIB:.0f} MiB, "
+            f"multiplied in {dtype}"
         )
 
 
@@ -79,6 +85,7 @@ def plan(
     needs_head: bool = True,
     workspace_bytes: int = 1024 * MIB,
     implementation: str = "torch",
+    products: torch.dtype | None = None,
 ) -> HeadPlan:
     """Choose the schedule for T tokens, a [V, D] head and a byte budget.
 
@@ -88,11 +95,13 @@ def plan(
         workspace_bytes: bounds kept exponentials [kept_tokens, V] in `dtype`, tiles and sums. With 0 the
             smallest tile and the sums that cannot be avoided remain.
         implementation: `torch` (fp32 tiles for a cache), `triton` or `cuda` (tiles in `dtype` for cuBLAS).
+        products: for `torch`, from `ops.cpu.product_dtype`; default: `dtype`. If it is fp32 and `dtype`
+            is not, what is kept stays in `dtype`, and a block at a time is copied to fp32.
     """
     if workspace_bytes < 0:
         raise ValueError(f"workspace_bytes={workspace_bytes} must be 0 or more")
     stride = V if implementation == "torch" else kept_stride(V)
-    sizes = _Sizes(T, V, D, dtype, workspace_bytes, stride)
+    sizes = _Sizes(T, V, D, dtype, products or dtype, workspace_bytes, stride)
     choose = _plan_torch if implementation == "torch" else _plan_triton
     return choose(sizes, needs_hidden, needs_head)
 
@@ -103,6 +112,7 @@ class _Sizes:
     V: int
     D: int
     dtype: torch.dtype
+    products: torch.dtype
     workspace_bytes: int
     stride: int  # elements from one row of kept exponentials to the next
 
@@ -127,9 +137,8 @@ class _Sizes:
         }
         columns = defaults | columns
         columns["kept_bytes"] = columns["kept_tokens"] * self.row_bytes
-        return HeadPlan(
-            schedule=schedule, gemms=gemms, workspace_bytes=self.workspace_bytes, **columns
-        )
+        columns |= {"products": self.products, "workspace_bytes": self.workspace_bytes}
+        return HeadPlan(schedule=schedule, gemms=gemms, **columns)
 
     def trainable(self, needs_hidden: bool, **columns) -> HeadPlan:
         """keep, mixed or recompute, by the number of kept tokens."""
@@ -145,19 +154,25 @@ def kept_stride(V: int) -> int:
 
 
 def _plan_torch(sizes: _Sizes, needs_hidden: bool, needs_head: bool) -> HeadPlan:
-    T, V, budget = sizes.T, sizes.V, sizes.workspace_bytes
-    token_chunk = max(1, min(T, TILE_TOKENS))
-    vocab_block = min(V, TILE_ELEMENTS // token_chunk // 64 * 64)
+    T, V, D, budget = sizes.T, sizes.V, sizes.D, sizes.workspace_bytes
     precise = max(4, sizes.dtype.itemsize)
+    copies = sizes.dtype.itemsize < precise  # of the weight's blocks; logits are made in fp32
+    token_chunk = max(1, min(T, TILE_TOKENS))
+    widest = TILE_ELEMENTS // token_chunk
+    if copies:
+        widest = min(widest, max(COPY_ELEMENTS // D, 64))
+    vocab_block = min(V, widest // 64 * 64)
     columns = {"token_chunk": token_chunk, "vocab_block": vocab_block, "tokens_first": False}
-    columns["tile_bytes"] = token_chunk * vocab_block * precise
+    columns["tile_bytes"] = vocab_block * (token_chunk + copies * D) * precise
     if not needs_head:
         if not needs_hidden:
             return sizes.plan("logps", 1.0, **columns)
-        return sizes.plan("frozen", 2.0, **columns, sum_bytes=token_chunk * sizes.D * precise)
+        return sizes.plan("frozen", 2.0, **columns, sum_bytes=token_chunk * D * precise)
     kept = min(T, budget // sizes.row_bytes) if sizes.keeps else 0
-    if kept < T:
-        columns["sum_bytes"] = ((T - kept) * needs_hidden + vocab_block) * sizes.D * precise
+    # Kept exponentials that are multiplied as they lie need no sum over tiles.
+    tiled = T if sizes.products != sizes.dtype else T - kept
+    if tiled:
+        columns["sum_bytes"] = (tiled * needs_hidden + vocab_block) * D * precise
     return sizes.trainable(needs_hidden, **columns, kept_tokens=kept)
 
 

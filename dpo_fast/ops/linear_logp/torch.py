@@ -8,6 +8,10 @@ against a row offset m, and its sum l, so that p = E / l and
 
 are plain products on E' (c = dL/dlogp). A soft cap multiplies E' by its slope.
 
+Where the CPU is slow with 16-bit products (`plan.products` is fp32), E stays in 16 bits and is copied to
+fp32 block by block, as the weight is. Backward has the vocabulary in its outer loop, so that a block of the
+weight is copied once. Results differ between CPUs by rounding alone: products in fp32 are the more exact.
+
 m starts as the larger of the target's own logit and the first tile's row maximum. It moves only when a
 later logit exceeds it by SLACK; then what the row has kept is rescaled. logp is exact either way.
 """
@@ -19,9 +23,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dpo_fast.ops.eager import head_options
+from dpo_fast.ops import cpu
 from dpo_fast.ops.linear_logp.call import HeadCall
-from dpo_fast.ops.linear_logp.plan import HeadPlan
 from dpo_fast.ops.linear_logp.row_sums import (
     RowSums,
     finite_offset,
@@ -29,53 +32,19 @@ from dpo_fast.ops.linear_logp.row_sums import (
     patch_targets,
     softcap_slope,
 )
+from dpo_fast.ops.linear_logp.torch_tiles import (
+    LOWEST,
+    LogitTiles,
+    WeightBlocks,
+    add_product,
+    in_block,
+    tile_buffer,
+    token_chunks,
+    vocab_blocks,
+)
 from dpo_fast.ops.linear_logp.vocab_shard import VocabShard
 
 SLACK = 40.0  # exp(40) V, and its square, stay far from the end of fp32's range
-LOWEST = -1e30  # stands in for a row maximum of -inf (masked vocabulary), which would make NaN
-
-
-class _Tiles:
-    """The logits of some rows, one vocabulary block at a time, in fp32 (fp64 for fp64)."""
-
-    def __init__(self, call: HeadCall, buffer: Tensor, rows: slice) -> None:
-        options = call.options
-        self.weight, self.bias, self.plan = call.weight_VD, call.bias, call.plan
-        self.softcap, self.temperature = options.softcap, options.temperature
-        self.precision = torch.promote_types(call.hidden_TD.dtype, torch.float32)
-        # The temperature acts after a soft cap. Without one both factors act on the hidden rows.
-        self.factor = options.logit_scale / (1.0 if self.softcap else options.temperature)
-        chunk = call.hidden_TD[rows].to(self.precision)
-        self.rows = chunk * self.factor if self.factor != 1.0 else chunk
-        self.buffer = buffer
-
-    def blocks(self) -> Iterator[slice]:
-        return vocab_blocks(self.plan, self.weight.shape[0])
-
-    def logits(self, block: slice) -> Tensor:
-        """Logits of one block, in the buffer: a fresh tile would cost its page faults every time."""
-        columns = block.stop - block.start
-        out = self.buffer[: len(self.rows) * columns].view(-1, columns)
-        torch.mm(self.rows, self.weight[block].to(self.precision).t(), out=out)
-        if self.bias is not None:
-            out.add_(self.bias[block].to(self.precision), alpha=self.factor)
-        if self.softcap:
-            out.div_(self.softcap).tanh_().mul_(self.softcap / self.temperature)
-        return out
-
-    def target_logits(self, targets: Tensor) -> Tensor:
-        """About z_ty, before any tile; -1e30 where another shard has the target."""
-        inside, columns = in_block(targets, slice(0, len(self.weight)))
-        rows = self.rows if len(inside) == len(targets) else self.rows[inside]
-        z = (rows * self.weight[columns]).sum(-1)
-        if self.bias is not None:
-            z = z + self.bias[columns].to(self.precision) * self.factor
-        if self.softcap:
-            z = head_options(z, 1.0, self.softcap, self.temperature)
-        return self.rows.new_full(targets.shape, LOWEST).index_copy(0, inside, z)
-
-    def mean_logits(self, weight_D: Tensor, bias: Tensor | float) -> Tensor:
-        return self.rows @ weight_D + bias * self.factor
 
 
 class _OnlineSums:
@@ -139,26 +108,6 @@ class _OnlineSums:
         return RowSums(self.offset, self.maximum, shift, self.total, top=self.target, **optional)
 
 
-def tile_buffer(plan: HeadPlan, like: Tensor) -> Tensor:
-    return like.new_empty(plan.token_chunk * plan.vocab_block)
-
-
-def token_chunks(plan: HeadPlan, first: int, T: int) -> list[slice]:
-    starts = range(first, T, plan.token_chunk)
-    return [slice(start, min(start + plan.token_chunk, T)) for start in starts]
-
-
-def vocab_blocks(plan: HeadPlan, V: int) -> Iterator[slice]:
-    for first in range(0, V, plan.vocab_block):
-        yield slice(first, min(first + plan.vocab_block, V))
-
-
-def in_block(targets: Tensor, block: slice) -> tuple[Tensor, Tensor]:
-    """Rows whose target lies in the block, and its column there."""
-    inside = ((targets >= block.start) & (targets < block.stop)).nonzero().squeeze(1)
-    return inside, targets[inside] - block.start
-
-
 def _row_dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1)  # torch's sum is pairwise; a batched product would add up in order
 
@@ -171,12 +120,13 @@ def forward(call: HeadCall, extras: tuple[str, ...]) -> tuple[dict[str, Tensor],
     direction_TD = call.hidden_TD.new_empty(T if frozen else 0, D)
     precision = torch.promote_types(call.hidden_TD.dtype, torch.float32)
     buffer = tile_buffer(plan, call.hidden_TD.new_empty(0, dtype=precision))
+    blocks = WeightBlocks(call, precision)
     mean = None
     if "mean_logit" in extras and not call.options.softcap:
         mean = _mean_column(call, precision)
     parts = []
     for rows in token_chunks(plan, 0, T) or [slice(0, 0)]:
-        tiles, targets_T = _Tiles(call, buffer, rows), call.targets_T[rows]
+        tiles, targets_T = LogitTiles(call, blocks, buffer, rows), call.targets_T[rows]
         offset_T = tiles.target_logits(targets_T).clamp_min(LOWEST)
         online = _OnlineSums(targets_T, extras, offset_T, linear=mean is not None)
         if mean is not None:
@@ -215,7 +165,7 @@ def _over(sums: RowSums, shard: VocabShard | None, scaled: Tensor) -> RowSums:
     return common.over(shard)
 
 
-def _keep(call: HeadCall, tiles: _Tiles, online: _OnlineSums, kept_TV: Tensor) -> RowSums:
+def _keep(call: HeadCall, tiles: LogitTiles, online: _OnlineSums, kept_TV: Tensor) -> RowSums:
     """One pass over the vocabulary. Writes E' for the first len(kept_TV) rows of the chunk."""
     n = len(kept_TV)
     direct = n == len(tiles.rows) and kept_TV.dtype == tiles.precision  # no rounding, no copy
@@ -237,11 +187,12 @@ def _keep(call: HeadCall, tiles: _Tiles, online: _OnlineSums, kept_TV: Tensor) -
     return sums
 
 
-def _direction(call: HeadCall, tiles: _Tiles, online: _OnlineSums, out_TD: Tensor) -> RowSums:
+def _direction(call: HeadCall, tiles: LogitTiles, online: _OnlineSums, out_TD: Tensor) -> RowSums:
     """u_t = slope_y w_y - sum_v p_tv slope_v w_v, so that dH = c u: no second pass is needed."""
     weight, options = call.weight_VD, call.options
     # Sums of exponentials that are not normalised yet leave the range of fp16.
-    dtype = tiles.precision if out_TD.dtype == torch.float16 else out_TD.dtype
+    dtype = tiles.precision if out_TD.dtype == torch.float16 else call.plan.products
+    blocks = tiles.precise_blocks if dtype == tiles.precision else WeightBlocks(call, dtype)
     direction = tiles.rows.new_zeros(out_TD.shape)
     for block in tiles.blocks():
         z = tiles.logits(block)
@@ -251,7 +202,7 @@ def _direction(call: HeadCall, tiles: _Tiles, online: _OnlineSums, out_TD: Tenso
         e = online.add(z, z)
         if slope is not None:
             e = e.mul_(slope)
-        direction += e.to(dtype) @ weight[block].to(dtype)
+        add_product(direction, e.to(dtype), blocks[block])
     sums = _over(online.done(), call.shard, direction)
     inside, columns = in_block(online.targets, slice(0, len(weight)))
     gathered = weight[columns].to(tiles.precision)
@@ -268,68 +219,96 @@ def backward(
     """As `op.Schedules.backward`."""
     needs_hidden, needs_weight, needs_bias = needs
     hidden_TD, weight_VD, kept_TV = call.hidden_TD, call.weight_VD, saved["kept"]
-    T, K = len(hidden_TD), len(kept_TV)
     scale_T = -grad_T / saved["total"] * call.options.factor
-    scaled_TD = (hidden_TD[:K] * scale_T[:K, None]).to(kept_TV.dtype)
+    # Rows of E' that are multiplied whole, as they lie.
+    n = len(kept_TV) if kept_TV.dtype == call.plan.products else 0
     dH = hidden_TD.new_zeros(hidden_TD.shape) if needs_hidden else None
-    if needs_hidden and K:
-        dH[:K] = (kept_TV @ weight_VD) * scale_T[:K, None]
-    dW = kept_TV.t() @ scaled_TD if needs_weight else None
+    dW = weight_VD.new_zeros(weight_VD.shape) if needs_weight and not n else None
+    if needs_hidden and n:
+        dH[:n] = cpu.product(kept_TV, weight_VD) * scale_T[:n, None]
+    if needs_weight and n:
+        dW = cpu.product(kept_TV.t(), (hidden_TD[:n] * scale_T[:n, None]).to(kept_TV.dtype))
     db = torch.empty_like(call.bias) if needs_bias else None
-    if needs_bias or K < T:
-        _add_tiles(_Recompute(call, saved, scale_T), dH, dW, db, kept_TV)
+    if needs_bias or n < len(hidden_TD):
+        _add_tiles(_GradientTiles(call, saved, scale_T, n), dH, dW, db)
     return dH, dW, db
 
 
-def _add_tiles(recompute: _Recompute, dH, dW, db, kept_TV: Tensor) -> None:
-    """Add recomputed tiles to the gradients. db is written whole.
+def _add_tiles(tiles: _GradientTiles, dH, dW, db) -> None:
+    """Add tiles to the gradients. db is written whole.
 
     Vocabulary outside, tokens inside: sums over chunks are one block of fp32, not a whole [V, D].
     """
-    call, scale_T, K = recompute.call, recompute.scale_T, len(kept_TV)
-    precision = scale_T.dtype
-    hidden_sum = None if dH is None else torch.zeros_like(dH[K:], dtype=precision)
+    call, n, precision = tiles.call, tiles.whole, tiles.scale_T.dtype
+    weight_blocks = tiles.blocks_in(call.plan.products)
+    hidden_sum = None if dH is None else torch.zeros_like(dH[n:], dtype=precision)
     for block in vocab_blocks(call.plan, len(call.weight_VD)):
         weight_sum = None if dW is None else dW[block].to(precision)
         if db is not None:
-            bias_sum = kept_TV[:, block].to(precision).t() @ scale_T[:K]
-        for rows, g in recompute.tiles(block):
+            bias_sum = tiles.whole_bias(block)
+        for rows, g in tiles.of(block):
             if db is not None:
                 bias_sum += g.sum(0)
-            g = g.to(call.hidden_TD.dtype)
+            g = g.to(call.plan.products)
             if dH is not None:
-                hidden_sum[rows.start - K : rows.stop - K] += g @ call.weight_VD[block]
+                add_product(hidden_sum[rows.start - n : rows.stop - n], g, weight_blocks[block])
             if dW is not None:
-                weight_sum += g.t() @ call.hidden_TD[rows]
+                add_product(weight_sum, g.t(), call.hidden_TD[rows].to(g.dtype))
         if dW is not None:
             dW[block] = weight_sum
         if db is not None:
             db[block] = bias_sum
     if dH is not None:
-        dH[K:] = hidden_sum
+        dH[n:] = hidden_sum
 
 
-class _Recompute:
-    """Gradient tiles of the tokens that were not kept, from their logits made again."""
+class _GradientTiles:
+    """Tiles of dL/d(h.w + b) in fp32: from what was kept, or from logits made again.
 
-    def __init__(self, call: HeadCall, saved: dict[str, Tensor], scale_T: Tensor) -> None:
-        self.call, self.scale_T = call, scale_T
+    whole: the first rows have no tile, because their E' is multiplied whole.
+    """
+
+    def __init__(
+        self, call: HeadCall, saved: dict[str, Tensor], scale_T: Tensor, whole: int
+    ) -> None:
+        self.call, self.scale_T, self.whole, self.kept_TV = call, scale_T, whole, saved["kept"]
         self.total_T, self.offset_T = saved["total"], saved["offset"]
-        buffer = tile_buffer(call.plan, self.total_T)
-        chunks = token_chunks(call.plan, call.plan.kept_tokens, len(call.hidden_TD))
-        self.chunks = [(rows, _Tiles(call, buffer, rows)) for rows in chunks]
+        self.buffer, plan, K = tile_buffer(call.plan, self.total_T), call.plan, len(saved["kept"])
+        self.kept = token_chunks(plan, whole, K)
+        self.precise_blocks = WeightBlocks(call, self.total_T.dtype)
+        rest = token_chunks(plan, K, len(call.hidden_TD))
+        self.rest = [
+            (rows, LogitTiles(call, self.precise_blocks, self.buffer, rows)) for rows in rest
+        ]
 
-    def tiles(self, block: slice) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, dL/d(h.w + b)), the latter as s E' from the forward pass's offset and sum.
+    def blocks_in(self, dtype: torch.dtype) -> WeightBlocks:
+        own = dtype == self.total_T.dtype
+        return self.precise_blocks if own else WeightBlocks(self.call, dtype)
+
+    def of(self, block: slice) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, s E'). Each is overwritten by the next."""
+        for rows in self.kept:
+            kept = self.kept_TV[rows, block]
+            e = self.buffer[: kept.numel()].view(kept.shape).copy_(kept)
+            yield rows, e.mul_(self.scale_T[rows, None])
+        for rows, tiles in self.rest:
+            yield rows, self._again(rows, tiles, block)
+
+    def _again(self, rows: slice, tiles: LogitTiles, block: slice) -> Tensor:
+        """From the forward pass's offset and sum.
 
         With logits near 1e4 their log-sum-exp has lost the digits that exp(z - lse) needs.
         """
-        for rows, tiles in self.chunks:
-            z = tiles.logits(block)
-            slope = softcap_slope(z, self.call.options)
-            z.sub_(self.offset_T[rows, None]).exp_()
-            inside, columns = in_block(self.call.targets_T[rows], block)
-            z[inside, columns] -= self.total_T[rows][inside]
-            if slope is not None:
-                z.mul_(slope)
-            yield rows, z.mul_(self.scale_T[rows, None])
+        z = tiles.logits(block)
+        slope = softcap_slope(z, self.call.options)
+        z.sub_(self.offset_T[rows, None]).exp_()
+        inside, columns = in_block(self.call.targets_T[rows], block)
+        z[inside, columns] -= self.total_T[rows][inside]
+        if slope is not None:
+            z.mul_(slope)
+        return z.mul_(self.scale_T[rows, None])
+
+    def whole_bias(self, block: slice) -> Tensor:
+        """The gradient of a block of the bias from the rows that have no tile."""
+        kept = self.kept_TV[: self.whole, block].to(self.scale_T.dtype)
+        return kept.t() @ self.scale_T[: self.whole]
