@@ -12,7 +12,6 @@ from rich.table import Table
 from dpo_fast.cli.doctor import capacity
 from dpo_fast.models import ScoringModel
 from dpo_fast.models.layers import decoder_layers
-from dpo_fast.models.load import DTYPES
 from dpo_fast.references import ReferenceModel
 from dpo_fast.training.config import RunConfig
 
@@ -51,7 +50,7 @@ def memory(config: RunConfig, sizes: Sizes, ranks: int) -> list[Line]:
 
     Activations and DeepSpeed's buckets come on top. They depend on the batch and on DeepSpeed's options.
     """
-    parallel, size = config.parallel, DTYPES[config.model.dtype].itemsize
+    parallel, size = config.parallel, config.model.torch_dtype.itemsize
     stage = parallel.zero_stage
 
     def line(what: str, elements: int, each: int, sharded_from: int, offloaded: bool) -> Line:

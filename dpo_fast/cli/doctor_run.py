@@ -17,7 +17,8 @@ from dpo_fast.losses import LOSSES
 from dpo_fast.models import ScoringModel, load_tokenizer
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.layers import checkpointed_layers, decoder_layers
-from dpo_fast.models.load import DTYPES, add_lora, load_skeleton
+from dpo_fast.models.load import add_lora, load_skeleton
+from dpo_fast.ops.cpu import product_dtype
 from dpo_fast.ops.dispatch import Choice, choose_implementation
 from dpo_fast.ops.linear_logp.plan import HeadPlan, default_workspace_bytes, plan
 from dpo_fast.references import ReferenceModel
@@ -93,7 +94,7 @@ def look(config: RunConfig) -> Outlook:
     for model in config.second_models:
         second_models[model] = _skeleton(model.section(config.model), model.named_by)
         check_vocabulary(second_models[model], tokenizer, model.named_by)
-    dtype = DTYPES[config.model.dtype]
+    dtype = config.model.torch_dtype
     head = choose_implementation("linear_logp", device, dtype, train.implementation)
     tokens = train.tokens_per_batch or _answers(config) * each * (config.data.max_length - 1)
     return Outlook(
@@ -144,6 +145,7 @@ def _head_plan(config, policy: ScoringModel, implementation: str, tokens: int, d
         needs_head=weight.requires_grad,
         workspace_bytes=default_workspace_bytes(device) if budget is None else budget,
         implementation=implementation,
+        products=product_dtype(device, weight.dtype) if implementation == "torch" else None,
     )
 
 
@@ -165,7 +167,7 @@ def origin(section: BaseModel, *options: str) -> str:
 def _batch_rows(outlook: Outlook) -> Iterator[Decision]:
     config, choices = outlook.config, outlook.choices
     train, model = config.train, config.model
-    yield Decision("dtype", model.dtype, origin(model, "dtype"), "of weights and activations")
+    yield Decision("dtype", choices.dtype.name, origin(model, "dtype"), choices.dtype.reason)
     yield Decision("layout", choices.layout.name, origin(train, "layout"), choices.layout.reason)
     attention = choices.attention
     yield Decision("attention", attention.name, origin(model, "attention"), attention.reason)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 from typing import Annotated, Literal
 
+import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, model_validator
+
+from dpo_fast.models.precision import DTYPES, choose_dtype
 
 ModelPath = Annotated[str, AfterValidator(os.path.expanduser)]  # a folder, or a hub id
 
@@ -34,7 +37,11 @@ class ModelSection(BaseModel):
     tokenizer: ModelPath | None = Field(
         None, description="tokenizer folder or hub id; default: path"
     )
-    dtype: Literal["bf16", "fp32"] = Field("bf16", description="dtype of weights and activations")
+    dtype: Literal["auto", "bf16", "fp32"] = Field(
+        "auto",
+        description="dtype of weights and activations; auto: bf16 on a GPU, and on a CPU that has "
+        "instructions for its products (AVX512_BF16, AMX, Arm's BF16), else fp32",
+    )
     attention: str = Field(
         "auto",
         description="attention implementation of transformers (sdpa, eager, flash_attention_2, ...); "
@@ -62,6 +69,16 @@ class ModelSection(BaseModel):
     )
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
     lora: LoraSection | None = Field(None, description="train adapters instead of the model")
+
+    @property
+    def precision(self) -> str:
+        """bf16 or fp32: `dtype`, or what `auto` means on this machine."""
+        return choose_dtype(self.dtype).name
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`precision` as PyTorch has it."""
+        return DTYPES[self.precision]
 
     @model_validator(mode="after")
     def _check(self) -> ModelSection:

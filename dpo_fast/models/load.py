@@ -21,7 +21,6 @@ from dpo_fast.models.config import LoraSection, ModelSection
 from dpo_fast.models.layers import compile_layers, use_liger_kernel
 from dpo_fast.models.scoring import ScoringModel
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 
 
@@ -104,7 +103,7 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(
             section.path,
             config=config,
-            dtype=DTYPES[section.dtype],
+            dtype=section.torch_dtype,
             attn_implementation=attention,
             trust_remote_code=section.trust_remote_code,
         )
@@ -133,7 +132,7 @@ def load_skeleton(section: ModelSection, option: str = "model.path") -> PreTrain
     config = load_model_config(section, option)
     with _told(section, option), torch.device("meta"):
         return AutoModelForCausalLM.from_config(
-            config, dtype=DTYPES[section.dtype], trust_remote_code=section.trust_remote_code
+            config, dtype=section.torch_dtype, trust_remote_code=section.trust_remote_code
         )
 
 

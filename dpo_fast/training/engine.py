@@ -21,7 +21,7 @@ def deepspeed_config(config: RunConfig, world_size: int, accumulation: int) -> d
     Raises:
         UserError: a value of `parallel.deepspeed` contradicts one that follows from our options.
     """
-    bf16 = config.model.dtype == "bf16"
+    bf16 = config.model.precision == "bf16"
     # DeepSpeed insists on a number. With train.tokens_per_batch there is none, and nothing depends on it.
     micro = config.train.micro_batch_size or 1
     derived: dict[str, Any] = {

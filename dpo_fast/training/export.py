@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from dpo_fast import durable
 from dpo_fast.models import ScoringModel
 from dpo_fast.models.config import ModelSection
-from dpo_fast.models.load import DTYPES
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import saving
 
@@ -81,6 +80,6 @@ def _save_merged(section: ModelSection, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(
-        section.path, dtype=DTYPES[section.dtype], trust_remote_code=section.trust_remote_code
+        section.path, dtype=section.torch_dtype, trust_remote_code=section.trust_remote_code
     )
     PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(folder / "merged")

@@ -19,12 +19,14 @@ from dpo_fast.errors import UserError
 from dpo_fast.models import ScoringModel
 from dpo_fast.models.architecture import architecture_of, choose_attention, choose_layout
 from dpo_fast.models.layers import check_layers
-from dpo_fast.models.load import DTYPES, is_folder, load_skeleton
+from dpo_fast.models.load import is_folder, load_skeleton
+from dpo_fast.models.precision import choose_dtype
 from dpo_fast.ops.dispatch import Choice, choose_implementation
 from dpo_fast.references import ReferenceModel
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import find_checkpoint
 from dpo_fast.training.config import RunConfig, check_batch_sizes
+from dpo_fast.training.console import say
 from dpo_fast.training.splits import Split
 
 Skeletons = Mapping[str | None, PreTrainedModel]
@@ -34,6 +36,7 @@ Skeletons = Mapping[str | None, PreTrainedModel]
 class Choices:
     """What a run uses. attentions: of each model, by its path; of the policy under None."""
 
+    dtype: Choice
     layout: Choice
     attentions: Mapping[str | None, Choice]
 
@@ -47,9 +50,27 @@ class Choices:
         return self.attentions[model.path]
 
     def applied(self, config: RunConfig) -> RunConfig:
-        """The configuration with the layout that was chosen in place of `auto`."""
+        """The configuration with the dtype and the layout that were chosen in place of `auto`."""
+        model = config.model.model_copy(update={"dtype": self.dtype.name})
         train = config.train.model_copy(update={"layout": self.layout.name})
-        return config.model_copy(update={"train": train})
+        return config.model_copy(update={"model": model, "train": train})
+
+    def tell(self) -> None:
+        """A line for each choice. Collective.
+
+        Raises:
+            UserError: ranks chose different dtypes.
+        """
+        if distributed.any_rank(self.dtype.name == "bf16") and distributed.any_rank(
+            self.dtype.name == "fp32"
+        ):
+            raise UserError(
+                "model.dtype=auto means bf16 on some ranks and fp32 on others, whose CPUs have no "
+                "instructions for bf16; name one of them"
+            )
+        say(f"dtype {self.dtype.name}: {self.dtype.reason}")
+        say(f"layout {self.layout.name}: {self.layout.reason}")
+        say(f"attention {self.attention.name}: {self.attention.reason}")
 
 
 def check_run(config: RunConfig) -> Choices:
@@ -66,7 +87,7 @@ def check_run(config: RunConfig) -> Choices:
     check_layers(config.model, skeletons[None], device)
     for model in config.second_models:
         check_layers(model.section(config.model), skeletons[model.path], device)
-    dtype = DTYPES[config.model.dtype]
+    dtype = config.model.torch_dtype
     choose_implementation("linear_logp", device, dtype, config.train.implementation)
     for package in config.log.report_to:
         if importlib.util.find_spec(package) is None:
@@ -100,12 +121,12 @@ def choose(config: RunConfig, skeletons: Skeletons | None = None) -> Choices:
     # All models score the same batches, so the layout is one that all of them allow.
     layouts = [choose_layout(config.train.layout, each) for each in architectures.values()]
     layout = min(layouts, key=lambda choice: list(LAYOUTS).index(choice.name))
-    common = (layout.name, distributed.device(), DTYPES[config.model.dtype])
+    common = (layout.name, distributed.device(), config.model.torch_dtype)
     attentions = {
         path: choose_attention(config.model.attention, *common, architecture)
         for path, architecture in architectures.items()
     }
-    return Choices(layout, attentions)
+    return Choices(choose_dtype(config.model.dtype), layout, attentions)
 
 
 def check_vocabulary(

@@ -109,7 +109,7 @@ def start(run: Run, log: RunLog) -> int:
             next(split.batches(number)),
             *run.loss_and_reference("train"),
             split.totals(first),
-            run.config.model.dtype,
+            run.config.model.precision,
         )
         say(f"step 0: loss {loss:.7f}, expected {expected:.7f} where policy = reference")
     if run.eval:

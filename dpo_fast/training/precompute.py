@@ -76,7 +76,9 @@ def store_references(
     digest = from_main(lambda: model_digest(path, config.model.trust_remote_code))
     scorer, results = None, []
     for split in splits:
-        request = Request(split.name, split.examples, digest, config.model.dtype, model.per_token)
+        request = Request(
+            split.name, split.examples, digest, config.model.precision, model.per_token
+        )
         place, folders = from_main(
             lambda request=request: _look(model.cache_dir, config.train.output_dir, request)
         )

@@ -10,12 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_fast.models import ScoringModel, load_model, load_tokenizer
 from dpo_fast.models.layers import checkpoint_layers
-from dpo_fast.models.load import DTYPES
 from dpo_fast.models.separation import check_separation
 from dpo_fast.modules.metrics import METRIC_EXTRAS
 from dpo_fast.training import distributed
 from dpo_fast.training.config import RunConfig
-from dpo_fast.training.console import say
 from dpo_fast.training.engine import build_engine, deepspeed_config, shard_while_loading
 from dpo_fast.training.fit import Choices, check_positions, check_vocabulary, choose
 from dpo_fast.training.load_data import load_split
@@ -66,8 +64,7 @@ def prepare(config: RunConfig, choices: Choices | None = None) -> Run:
     """
     choices = choose(config) if choices is None else choices
     config = choices.applied(config)
-    say(f"layout {choices.layout.name}: {choices.layout.reason}")
-    say(f"attention {choices.attention.name}: {choices.attention.reason}")
+    choices.tell()
     tokenizer = load_tokenizer(config.model)
     splits = [load_split(config, tokenizer, "train", shuffle=True)]
     if config.data.has_eval:
@@ -79,7 +76,7 @@ def prepare(config: RunConfig, choices: Choices | None = None) -> Run:
     keep_alive = shard_while_loading(config, ds_config)
     model = load_policy(config, choices, tokenizer, splits)
     engine = build_engine(config, model, ds_config, total_steps)
-    dtype = DTYPES[config.model.dtype]
+    dtype = config.model.torch_dtype
     check_separation(engine, config.train.layout, len(tokenizer), engine.device, dtype)
     load = partial(load_second_model, config, choices, ds_config, engine.device, splits)
     references = build_references(config, engine, model, splits, load)

@@ -7,7 +7,6 @@ from functools import partial
 
 from dpo_fast.errors import UserError
 from dpo_fast.models import load_model, load_tokenizer
-from dpo_fast.models.load import DTYPES
 from dpo_fast.models.separation import check_separation
 from dpo_fast.references import ReferenceModel
 from dpo_fast.references.table import Materials, alternatives
@@ -58,7 +57,7 @@ def load_reference_engine(
     del keep_alive
     scorer = build_reference_engine(config, scoring.to(device), ds_config)
     vocabulary = scoring.causal_lm.config.get_text_config().vocab_size
-    dtype = DTYPES[config.model.dtype]
+    dtype = config.model.torch_dtype
     check_separation(scorer, config.train.layout, vocabulary, device, dtype)
     return scorer
 
@@ -109,6 +108,7 @@ def store_beforehand(config: RunConfig) -> list[StoredReference]:
     config = without_training(config)
     choices = check_run(config)
     distributed.init_distributed(config.parallel.timeout_minutes)
+    choices.tell()
     config = choices.applied(config)
     tokenizer, device = load_tokenizer(config.model), distributed.device()
     names = ("train", "eval") if config.data.has_eval else ("train",)

@@ -12,7 +12,6 @@ from typing import Any
 import yaml
 
 from dpo_fast.durable import write_file
-from dpo_fast.models.load import DTYPES
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import saving
 from dpo_fast.training.console import say
@@ -39,7 +38,7 @@ def open_log(run: Run, resumed: bool) -> RunLog:
             write_file(folder / "data-report.json", run.train.examples.report.to_json())
             if not resumed:
                 (folder / "metrics.jsonl").unlink(missing_ok=True)
-    rate = product_rate(run.engine.device, DTYPES[run.config.model.dtype])
+    rate = product_rate(run.engine.device, run.config.model.torch_dtype)
     return RunLog(run, folder / "metrics.jsonl", rate)
 
 

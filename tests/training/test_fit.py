@@ -3,12 +3,20 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("deepspeed")
 
 from dpo_fast.errors import UserError
+from dpo_fast.models import precision
+from dpo_fast.ops.cpu import Verdict
+from dpo_fast.ops.dispatch import Choice
+from dpo_fast.training import fit
+from dpo_fast.training.config import build_config
+from dpo_fast.training.engine import deepspeed_config
 from dpo_fast.training.fit import check_positions, check_vocabulary
+from tests.support.models import run_tree, write_groups, write_model
 
 
 def model(config):
@@ -80,10 +88,6 @@ def test_a_second_model_is_held_to_the_same(monkeypatch, option):
 
 def test_every_model_is_read_once_and_one_layout_serves_all(monkeypatch, tmp_path):
     """The policy, the reference and what wrote the completions, of which the last shares no rows."""
-    from dpo_fast.training import fit
-    from dpo_fast.training.config import build_config
-    from tests.support.models import run_tree, write_groups, write_model
-
     for name in ("model", "near", "far"):
         write_model(tmp_path / name)
     write_groups(tmp_path / "pairs.jsonl", 4)
@@ -108,3 +112,35 @@ def test_every_model_is_read_once_and_one_layout_serves_all(monkeypatch, tmp_pat
     train = config.train.model_copy(update={"layout": "packed"})
     with pytest.raises(UserError, match="train.layout=packed cannot be honoured"):
         fit.check_run(config.model_copy(update={"train": train}))
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_dtype_is_chosen_and_told(tmp_path, monkeypatch, fast):
+    """auto becomes a name in what is written, so that a run goes on in the dtype that it began with."""
+    write_model(tmp_path / "model")
+    verdict = Verdict(fast, "this CPU is odd")
+    monkeypatch.setattr(precision, "half_products", lambda dtype: verdict)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    tree, lines = run_tree(tmp_path), []
+    del tree["model"]["dtype"]
+    config = build_config(tree, "tree")
+    assert config.resolved()["model"]["dtype"] == "auto"
+    choices = fit.check_run(config)
+    monkeypatch.setattr(fit, "say", lines.append)
+    choices.tell()
+    name = "bf16" if fast else "fp32"
+    assert lines[0] == f"dtype {name}: this CPU is odd"
+    assert choices.applied(config).resolved()["model"]["dtype"] == name
+    assert fit.load_skeletons(config)[None].dtype == config.model.torch_dtype
+    engine = deepspeed_config(config, world_size=1, accumulation=1)
+    assert engine["bf16"]["enabled"] == fast
+    tree["model"]["dtype"] = "bf16"
+    named = fit.check_run(build_config(tree, "tree")).dtype
+    assert named.name == "bf16" and ("slow here" in named.reason) == (not fast)
+
+
+def test_ranks_that_choose_different_dtypes_are_stopped(monkeypatch):
+    choices = fit.Choices(Choice("fp32", ""), Choice("packed", ""), {None: Choice("sdpa", "")})
+    monkeypatch.setattr(fit.distributed, "any_rank", lambda flag: True)
+    with pytest.raises(UserError, match="model.dtype=auto means bf16 on some ranks .* name one"):
+        choices.tell()
