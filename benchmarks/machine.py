@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 import torch
 
+from dpo_fast.ops.cpu import instruction_set
+
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DESCRIBE = ("git", "describe", "--always", "--dirty", "--abbrev=12")
@@ -49,9 +51,7 @@ def capability(device: str) -> str:
     if device == "cuda":
         major, minor = torch.cuda.get_device_capability()
         return f"sm_{major}{minor}"
-    units = {"avx512_bf16": "_is_avx512_bf16_supported", "amx": "_is_amx_tile_supported"}
-    has = [name for name, asked in units.items() if getattr(torch.cpu, asked, bool)()]
-    return " ".join([torch.backends.cpu.get_cpu_capability().lower(), *has])
+    return instruction_set()
 
 
 def version(distribution: str) -> str:

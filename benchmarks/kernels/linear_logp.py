@@ -19,6 +19,7 @@ from benchmarks.kernels.contenders import (
 from benchmarks.kernels.peers import PEERS
 from dpo_fast import linear_logp
 from dpo_fast.modules.metrics import METRIC_EXTRAS
+from dpo_fast.ops.cpu import product, product_dtype
 from dpo_fast.ops.dispatch import IMPLEMENTATIONS
 
 GIB = 1 << 30
@@ -97,13 +98,15 @@ def products(case: Case, inputs: HeadInputs) -> dict:
     """The bare products by name, in chunks of tokens so that a tile of logits fits.
 
     On a CPU the logits are made in fp32: they are needed unrounded, and CPU products of 16-bit inputs have
-    no fp32 output. On a GPU all products are in the dtype and accumulate in fp32. Chunks of dW add up in
+    no fp32 output. The others are in the dtype if the CPU is fast with it, else in fp32; the library is the
+    faster one too. On a GPU all products are in the dtype and accumulate in fp32. Chunks of dW add up in
     fp32.
     """
     h, w = inputs.hidden.detach(), inputs.weight.detach()
     rows = min(case.T, BARE_TOKENS[case.device])
     chunks = [slice(i, min(i + rows, case.T)) for i in range(0, case.T, rows)]
     h1, w1 = (h.float(), w.float()) if case.device == "cpu" else (h, w)
+    h, w = (x.to(product_dtype(h.device, h.dtype)) for x in (h, w))
     logits = h1.new_empty(rows, case.V)
     tile = torch.rand(rows, case.V, dtype=h.dtype, device=h.device)
     dH, dW = torch.empty_like(h), torch.empty_like(w)
@@ -111,11 +114,11 @@ def products(case: Case, inputs: HeadInputs) -> dict:
     def make_logits():
         for part in chunks:
             n = part.stop - part.start
-            torch.mm(h1[part], w1.t(), out=logits[:n])
+            product(h1[part], w1.t(), logits[:n].view(-1))
 
     def make_dH():
         for part in chunks:
-            torch.mm(tile[: part.stop - part.start], w, out=dH[part])
+            product(tile[: part.stop - part.start], w, dH[part].view(-1))
 
     def make_dW():
         total = None
@@ -129,8 +132,10 @@ def products(case: Case, inputs: HeadInputs) -> dict:
 
 def _add_product(total, a: Tensor, b: Tensor, out: Tensor, chunks: list):
     if len(chunks) == 1:
-        return torch.mm(a, b, out=out)
-    if out.device.type == "cpu" or out.dtype == torch.float32:
+        return product(a, b, out.view(-1))
+    if out.device.type == "cpu":
+        return product(a, b) if total is None else total.add_(product(a, b))
+    if out.dtype == torch.float32:
         return torch.mm(a, b) if total is None else total.addmm_(a, b)
     if total is None:
         return torch.mm(a, b, out_dtype=torch.float32)

@@ -126,10 +126,10 @@ def cpu_features() -> frozenset[str]:
 
 
 def instruction_set() -> str:
-    """The vector instructions in use, and what restricts them: "AVX512 AVX512_BF16"."""
+    """The vector instructions in use, and what restricts oneDNN: "avx512 avx512_bf16"."""
     has = cpu_features()
     known = [name for names in (*X86.values(), ("bf16", "sve")) for name in names]
-    names = [torch.backends.cpu.get_cpu_capability(), *(n.upper() for n in known if n in has)]
+    names = [torch.backends.cpu.get_cpu_capability().lower(), *(n for n in known if n in has)]
     return " ".join(filter(None, [*names, _limit()]))
 
 

@@ -10,6 +10,7 @@ import torch
 import dpo_fast
 from benchmarks import machine, plots, results, run
 from dpo_fast.errors import UserError
+from dpo_fast.ops import cpu
 
 BENCHMARKS = Path(run.__file__).parent
 
@@ -113,8 +114,10 @@ def results_of(benchmark: str):
 
 def test_the_instruction_set_is_named(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    for name, has in {"_is_avx512_bf16_supported": True, "_is_amx_tile_supported": False}.items():
-        monkeypatch.setattr(torch.cpu, name, lambda has=has: has, raising=False)
+    monkeypatch.setattr(cpu, "cpu_features", lambda: {"avx2", "avx512_bf16", "sse"})
+    monkeypatch.setattr(cpu, "_limit", lambda: None)
     assert machine.capability("cpu") == "avx512 avx512_bf16"
+    monkeypatch.setattr(cpu, "_limit", lambda: "ONEDNN_MAX_CPU_ISA=AVX2")
+    assert machine.capability("cpu") == "avx512 avx512_bf16 ONEDNN_MAX_CPU_ISA=AVX2"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert machine.capability("cuda") == "sm_90"
