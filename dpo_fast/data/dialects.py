@@ -111,15 +111,11 @@ def _thinking(answers: Messages, source: str) -> list[str]:
     return [AS_IS, *keys, WRITTEN] if known else [*keys, AS_IS, WRITTEN]
 
 
-def left_out_of_prompt(messages: Messages, tools: Any, text: str) -> str | None:
+def left_out_of_prompt(messages: Messages, text: str) -> str | None:
     """What the rendered prompt does not have, in words; None if it has everything.
 
     A text is looked for by its longest word. Templates may leave thinking out of earlier turns.
     """
-    for tool in tools or ():
-        function = tool.get("function", tool) if isinstance(tool, dict) else {}
-        if not _has(text, str(function.get("name", ""))):
-            return "the column 'tools'"
     for index, message in enumerate(messages):
         if message["role"] != "assistant" and not _has(text, _text(message.get("content"))):
             return f"prompt[{index}] ({message['role']})"
@@ -128,8 +124,8 @@ def left_out_of_prompt(messages: Messages, tools: Any, text: str) -> str | None:
     return None
 
 
-def left_out_of_answer(messages: Messages, field: str, text: str, thinking: bool) -> str | None:
-    """The same of an answer. thinking: whether it must be there too."""
+def left_out_of_answer(messages: Messages, field: str, text: str) -> str | None:
+    """The same of an answer, with its thinking."""
     for index, message in enumerate(messages):
         thought, name = find_thought(message), f"{field}[{index}]"
         content = thought.rest if thought else _text(message.get("content"))
@@ -137,7 +133,7 @@ def left_out_of_answer(messages: Messages, field: str, text: str, thinking: bool
             return f"the content of {name}"
         if not _has_calls(text, message):
             return f"the tool calls of {name}"
-        if thought and thinking and not _has(text, thought.inside):
+        if thought and not _has(text, thought.inside):
             return f"the {thought.key or 'thinking'} of {name}"
     return None
 
@@ -145,9 +141,11 @@ def left_out_of_answer(messages: Messages, field: str, text: str, thinking: bool
 def _has_calls(text: str, message: dict[str, Any]) -> bool:
     for call in message.get("tool_calls") or ():
         function = call.get("function", call) if isinstance(call, dict) else {}
-        arguments = function.get("arguments", "")
-        arguments = arguments if isinstance(arguments, str) else json.dumps(arguments)
-        if not _has(text, str(function.get("name", ""))) or not _has(text, arguments):
+        arguments = Dialect()._arguments(function.get("arguments", ""))
+        values = arguments.values() if isinstance(arguments, dict) else [arguments]
+        # Templates write true, null and nested values in their own ways.
+        plain = [str(each) for each in values if type(each) in (str, int)]
+        if not all(_has(text, each) for each in (str(function.get("name", "")), *plain)):
             return False
     return True
 

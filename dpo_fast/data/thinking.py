@@ -92,6 +92,8 @@ def continue_thought(prompt: str, rest: str, opening: Opening) -> str | None:
     """
     if rest.startswith(opening.close):
         return prompt + rest
+    if opening.open not in rest and opening.close in rest:
+        return prompt + rest.removeprefix(opening.gap)
     if not rest.startswith(opening.open):
         return None
     inside = rest.removeprefix(opening.open)
@@ -101,13 +103,16 @@ def continue_thought(prompt: str, rest: str, opening: Opening) -> str | None:
 def write_thought(prompt: str, rest: str, thought: Thought, opening: Opening | None) -> str | None:
     """An answer whose thinking the template leaves out, after the prompt, with its thinking.
 
-    rest: the finished turn after the prompt, or after opening.base. None if the turn has no place for
-    thinking: the generation prompt does not open it, and the turn does not begin with empty thinking.
+    rest: the finished turn after the prompt, or after opening.base. None if it has no place for thinking
+    that came in a field of its own: the generation prompt does not open it, and the turn does not begin
+    with empty thinking.
     """
     if opening is None:
         empty = re.match(rf"({re.escape(thought.open)})\s*({re.escape(thought.close)})", rest)
         if empty is None:
-            return None
+            if thought.key or rest[:1].strip() != thought.rest[:1]:
+                return None
+            return prompt + thought.open + thought.inside + thought.close + thought.gap + rest
         inside = thought.inside.strip() if thought.key else thought.inside
         gap = "" if thought.key else thought.gap
         return prompt + empty[1] + inside + empty[2] + gap + rest[empty.end() :]
