@@ -83,7 +83,7 @@ class DataConfig(BaseModel):
         default_factory=dict,
         description="arguments of the chat template for all rows, as in `enable_thinking: false`. A row's "
         "own chat_template_kwargs come first",
-        json_schema_extra={"refused": "names that the template does not use; with text rows"},
+        json_schema_extra={"refused": "names that the template does not use"},
     )
     max_rows: int | None = Field(
         None, description="rows that are read of train, and of eval; default: all"
