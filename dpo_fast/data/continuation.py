@@ -22,7 +22,7 @@ from __future__ import annotations
 import os.path
 from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from dpo_fast.data.prompts import Messages
 from dpo_fast.data.thinking import (
@@ -35,11 +35,16 @@ from dpo_fast.data.thinking import (
 )
 from dpo_fast.data.verdicts import BadRow
 
-if TYPE_CHECKING:
-    from dpo_fast.data.chat import ChatTemplate
-
 PROBE = "Zyzzyva"  # a word that no template has
 CLOSED = "the answer thinks and the chat template's generation prompt ends thinking"
+
+
+class Template(Protocol):
+    """name: for errors. source: its text. header: what the generation prompt adds to a question."""
+
+    name: str
+    source: str
+    header: str
 
 
 class Continuation:
@@ -48,7 +53,7 @@ class Continuation:
     finish: renders the prompt's messages and an answer of one word.
     """
 
-    def __init__(self, prompt: str, template: ChatTemplate, finish: Callable[[str], str]) -> None:
+    def __init__(self, prompt: str, template: Template, finish: Callable[[str], str]) -> None:
         self.prompt, self.template, self.finish = prompt, template, finish
         self.opening = find_opening(prompt)
         self.base = self.opening.base if self.opening else prompt

@@ -67,9 +67,9 @@ class Dialect:
         if not isinstance(function, dict) or "arguments" not in function:
             return call
         function = function | {"arguments": self._arguments(function["arguments"])}
-        return (
-            {"type": "function"} | call | {"function": function} if "function" in call else function
-        )
+        if "function" not in call:
+            return function
+        return call | {"type": call.get("type", "function"), "function": function}
 
     def _arguments(self, arguments: Any) -> Any:
         if self.text_arguments:

@@ -8,7 +8,9 @@ import re
 
 import pytest
 
+from dpo_fast.data.chat import with_template
 from dpo_fast.data.config import DataConfig
+from dpo_fast.data.continuation import CLOSED as ENDS_THINKING
 from dpo_fast.data.rows import parse_row
 from dpo_fast.data.tokenise import RowTokeniser
 from dpo_fast.data.verdicts import BadRow
@@ -311,7 +313,7 @@ def test_agents_of_trl_templates_are_fed_what_inference_is_fed():
 def test_thinking_after_a_prompt_that_ends_it_needs_the_switch():
     for habit, options in (("closes", {}), ("switch", {"enable_thinking": False})):
         row = {"prompt": [user()], **THINKS, "chat_template_kwargs": options}
-        with pytest.raises(BadRow, match="prompt ends thinking: chosen .*{enable_thinking: true}"):
+        with pytest.raises(BadRow, match=f"{ENDS_THINKING}: chosen .*{{enable_thinking: true}}"):
             texts(template_tokenizer(SMALL[habit]), row)
 
 
@@ -381,3 +383,14 @@ def _call(arguments):
         "type": "function",
         "function": {"name": "add", "arguments": arguments},
     }
+
+
+def test_the_exported_tokenizer_has_the_template_of_the_run(tmp_path):
+    tokenizer = template_tokenizer(SMALL["drops"])
+    assert with_template(tokenizer, DataConfig(train="f")) is tokenizer
+    (tmp_path / "mine.jinja").write_text(SMALL["switch"])
+    config = DataConfig(train="f", chat_template=str(tmp_path / "mine.jinja"))
+    exported = with_template(tokenizer, config)
+    exported.save_pretrained(tmp_path)
+    assert type(tokenizer).from_pretrained(tmp_path).chat_template == SMALL["switch"]
+    assert tokenizer.chat_template == SMALL["drops"]
