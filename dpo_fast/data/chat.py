@@ -25,7 +25,7 @@ from dpo_fast.data.dialects import (
 )
 from dpo_fast.data.prompts import Messages
 from dpo_fast.data.rows import Row
-from dpo_fast.data.thinking import find_thought
+from dpo_fast.data.thinking import find_opening, find_thought
 from dpo_fast.data.verdicts import BadRow
 from dpo_fast.errors import UserError
 
@@ -100,6 +100,7 @@ class ChatTemplate:
         if tools and prompt == self.render(before, generate=True, kwargs=kwargs):
             self._keep("the column 'tools'")
         turns = Continuation(prompt, self, lambda word: finish(_messages(("assistant", word))))
+        turns.check_thinking(row.answers)
         texts = [finish(answer) for answer in row.answers.values()]
         if dialect.thinking == WRITTEN:
             for index, (field, answer) in enumerate(row.answers.items()):
@@ -166,15 +167,34 @@ class ChatTemplate:
                 continue
         return False
 
-    @cached_property
-    def header(self) -> str:
-        """What the generation prompt of a question has after the question's turn."""
-        message = Dialect(parts=self._parts).prompt(_messages(("user", PROBE)))
+    def after_question(self, generate: bool) -> str:
+        """What is rendered after the text of a question, with the generation prompt or without."""
+        messages = Dialect(parts=self._parts).prompt(_messages(("user", PROBE)))
         try:
-            bare = self.render(message)
-            return self.render(message, generate=True).removeprefix(bare)
+            return self.render(messages, generate=generate).rpartition(PROBE)[2]
         except BadRow:
             return ""
+
+    @cached_property
+    def header(self) -> str:
+        """What the generation prompt has after the question's turn; empty if that cannot be told."""
+        prompt, bare = self.after_question(True), self.after_question(False)
+        return prompt.removeprefix(bare) if prompt.startswith(bare) else ""
+
+    @cached_property
+    def lead(self) -> str | None:
+        """What a finished turn has between that header, without thinking, and the answer's words."""
+        question = ("user", "a")
+        try:
+            prompt = self.render(
+                Dialect(parts=self._parts).prompt(_messages(question)), generate=True
+            )
+            before = self._plain(question, ("assistant", PROBE)).partition(PROBE)[0]
+        except BadRow:
+            return None
+        opening = find_opening(prompt)
+        base = opening.base if opening else prompt
+        return before[len(base) :] if before.startswith(base) else None
 
     def _keep_answer(self, answer: Messages, field: str, scored: str) -> None:
         self._keep(left_out_of_answer(answer, field, scored))

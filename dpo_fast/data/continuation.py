@@ -10,7 +10,7 @@ often it begins with the generation prompt. It does not where the template
                              <A><think>\\n | </think>yes</s>
     closes thinking and finished turns say nothing of it
                              <A><think></think> | yes</s>
-    renders earlier turns in another way once an answer follows (Kimi K2 Thinking)
+    renders earlier turns in another way once an answer follows (Kimi K2 Thinking, Mistral)
                              the last turn, after the generation prompt
     ends with white space that finished turns lack.
 
@@ -20,7 +20,7 @@ All else is refused.
 from __future__ import annotations
 
 import os.path
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Protocol
 
@@ -40,11 +40,15 @@ CLOSED = "the answer thinks and the chat template's generation prompt ends think
 
 
 class Template(Protocol):
-    """name: for errors. source: its text. header: what the generation prompt adds to a question."""
+    """name: for errors. source: its text. header: what the generation prompt adds to a question.
+
+    lead: what a finished turn has between the header and the answer's words; None if unknown.
+    """
 
     name: str
     source: str
     header: str
+    lead: str | None
 
 
 class Continuation:
@@ -57,6 +61,19 @@ class Continuation:
         self.prompt, self.template, self.finish = prompt, template, finish
         self.opening = find_opening(prompt)
         self.base = self.opening.base if self.opening else prompt
+
+    def check_thinking(self, answers: Mapping[str, Messages]) -> None:
+        """Raises BadRow if an answer thinks although the prompt has ended thinking."""
+        if self.opening is None or not self.opening.closed:
+            return
+        for field, answer in answers.items():
+            if any(map(find_thought, answer)):
+                switch = next((name for name in SWITCHES if name in self.template.source), None)
+                remedy = f"set data.chat_template_kwargs={{{switch}: true}}, " if switch else ""
+                raise BadRow(
+                    CLOSED,
+                    f"{field} ({self.template.name}); {remedy}or leave the thinking out of the rows",
+                )
 
     def continued(self, texts: dict[str, str]) -> tuple[str, list[str]]:
         """The prompt, and the texts by field as they follow it. Raises BadRow.
@@ -73,11 +90,8 @@ class Continuation:
         if opening is None:
             return prompt, [prompt + rest for rest in rests.values()]
         if opening.closed:
-            rests = {name: without_empty_thought(rest, opening) for name, rest in rests.items()}
-            for field, rest in rests.items():
-                if rest.startswith(opening.open):
-                    self._refuse_thinking(field)
-            return prompt, [prompt + rest for rest in rests.values()]
+            answers = (without_empty_thought(rest, opening) for rest in rests.values())
+            return prompt, [prompt + answer for answer in answers]
         thinking = [continue_thought(prompt, rest, opening) for rest in rests.values()]
         if None in thinking:
             return self.base, [self.base + rest for rest in rests.values()]
@@ -86,13 +100,11 @@ class Continuation:
     def written(self, text: str, answer: Messages, field: str) -> str | None:
         """The text with the thinking of its answer, which the template leaves out.
 
-        None if it has no place for thinking. Raises BadRow if the prompt ends thinking.
+        None if it has no place for thinking.
         """
         thought = next(filter(None, map(find_thought, answer)), None)
         if thought is None:
             return text
-        if self.opening and self.opening.closed:
-            self._refuse_thinking(field)
         rest = self._after_base(text, field)
         return write_thought(self.prompt, rest, thought, self.opening)
 
@@ -110,13 +122,12 @@ class Continuation:
 
     @cached_property
     def _finished_base(self) -> str | None:
-        """The prompt up to the answer's header, as it is once an answer follows; None if not found."""
-        opening = find_opening(self.template.header)
-        header = opening.base if opening else self.template.header
-        if not header.strip() or not self.base.endswith(header):
+        """The prompt as it is once an answer follows; None if it is not found."""
+        lead = self.template.lead
+        before = self.finish(PROBE).partition(PROBE)[0]
+        if lead is None or not before.endswith(lead):
             return None
-        before, header, _ = self.finish(PROBE).partition(PROBE)[0].rpartition(header)
-        return before + header if header else None
+        return before[: len(before) - len(lead)]
 
     def _without_header(self, rest: str) -> str:
         """`rest` without a turn's header, where generation goes on in the last turn.
@@ -125,13 +136,6 @@ class Continuation:
         """
         header = self.template.header
         return rest if self.prompt.endswith(header) else rest.removeprefix(header)
-
-    def _refuse_thinking(self, field: str) -> None:
-        switch = next((name for name in SWITCHES if name in self.template.source), None)
-        remedy = f"set data.chat_template_kwargs={{{switch}: true}}, " if switch else ""
-        raise BadRow(
-            CLOSED, f"{field} ({self.template.name}); {remedy}or leave the thinking out of the rows"
-        )
 
 
 def _common(left: str, right: str) -> int:

@@ -118,8 +118,11 @@ class Endings:
         after = self._ids(self.chat.after_answer(None))
         before_next = self._ids(self.chat.after_answer("user"))
         both = after[: common_length(after, before_next)]
+        prompt, bare = (self._ids(self.chat.after_question(generate)) for generate in (True, False))
+        begins = prompt[common_length(prompt, bare) :]
         for ids in (both, after):
-            added = [index for index in ids if index in self.tokenizer.added_tokens_decoder]
+            known = self.tokenizer.added_tokens_decoder
+            added = [index for index in ids if index in known and index not in begins]
             if added:
                 return next((index for index in added if index in self.end_ids), added[-1])
         return None

@@ -129,6 +129,8 @@ PHI = "{% endfor %}{% if add_generation_prompt %}<assistant>{% else %}{{ eos_tok
         (turns(TURN + "<end>\n" + PHI), ("<end>", "<assistant>"), "<end>"),
         # Cohere: the answer itself is closed first.
         (turns(TURN + "<stop><end>" + BEGIN), (), "<stop><end>"),
+        # Command A: what closes the conversation begins as a turn does.
+        (turns(TURN + "<stop><end><assistant>" + BEGIN), (), "<stop><end>"),
         # GLM: the next turn's beginning is what generation stops at.
         (turns(TURN + BEGIN), ("<user>", "<tool>"), "<user>"),
         # A template without any.

@@ -290,6 +290,23 @@ def test_earlier_turns_that_change_once_an_answer_follows():
     assert (chosen, rejected) == ("<think>hmm</think>yes<EOS>", "no<EOS>")
 
 
+def test_a_system_message_that_moves_once_an_answer_follows():
+    system, first = message("system", "be brief"), [user("hello"), message("assistant", "hi there")]
+    tokenizer = template_tokenizer(SMALL["system last"])
+    for before, expected in (([], "<BOS>"), (first, "<BOS><U>hello</U> hi there<EOS>")):
+        row = {"prompt": [system, *before, user()], **PLAIN}
+        prompt, chosen, rejected = texts(tokenizer, row)
+        assert prompt == f"{expected}<U>be brief. why so?</U>"
+        assert prompt == next(generation_prompts(tokenizer, row))
+        assert (chosen, rejected) == (" yes<EOS>", " no<EOS>")
+
+
+def test_a_conversation_that_is_all_new_once_an_answer_follows():
+    with pytest.raises(BadRow, match="does not keep the prompt as a prefix: rendered with chosen"):
+        counted = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+        texts(template_tokenizer(counted), {"prompt": [user()], **PLAIN})
+
+
 def test_agents_of_trl_templates_are_fed_what_inference_is_fed():
     """Thinking before an earlier tool call: kept in the prompt or not, as the generation prompt has it."""
     calls = CALLS | {"reasoning_content": "use add"}

@@ -146,6 +146,11 @@ SMALL = {
     + " else '') + c + eos_token }}"
     + _END
     + "{{ '<A>' }}{% endif %}",
+    # Mistral: the system message stands in the last message, if that is a question.
+    "system last": "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<U>' }}"
+    + "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content + '. ' }}{% endif %}"
+    + "{{ m.content + '</U>' }}"
+    + "{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}",
     # Phi: a prompt that ends with a space which turns do not have.
     "white space": _LOOP
     + "{% if m.role == 'assistant' %}{{ '<A>' + m.content.strip() + eos_token }}"
