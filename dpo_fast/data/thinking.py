@@ -116,7 +116,9 @@ def write_thought(prompt: str, rest: str, thought: Thought, opening: Opening | N
         inside = thought.inside.strip() if thought.key else thought.inside
         gap = "" if thought.key else thought.gap
         return prompt + empty[1] + inside + empty[2] + gap + rest[empty.end() :]
-    answer = without_empty_thought(rest, opening)
-    inside = thought.inside
+    answer, inside, gap = without_empty_thought(rest, opening), thought.inside, thought.gap
+    if thought.key:  # the prompt shows how the family sets thinking apart
+        line = "\n" if "\n" in opening.gap else ""
+        inside, gap = opening.gap + inside.strip() + line, line * 2
     inside = inside.removeprefix(opening.gap) if inside.startswith(opening.gap) else inside.lstrip()
-    return prompt + inside + opening.close + thought.gap + answer
+    return prompt + inside + opening.close + gap + answer

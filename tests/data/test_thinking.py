@@ -77,6 +77,7 @@ def test_empty_thinking_is_taken_off_at_the_beginning_alone():
     [
         ("<A><think>\n", "so", content("<think>\nhmm\n</think>\n\nso"), "hmm\n</think>\n\nso"),
         ("<A><think>\n", "so", content("so", thinking="hmm"), "hmm\n</think>\n\nso"),
+        ("<A><think>", "so", content("so", thinking="hmm"), "hmm</think>so"),
         ("<A><think>", "</think>so", content("<think>hmm</think>so"), "hmm</think>so"),
         ("<A>", "so", content("<think>hmm</think> so"), "<think>hmm</think> so"),
         ("<A>", "<think></think>so", content("so", thinking="hmm"), "<think>hmm</think>so"),
