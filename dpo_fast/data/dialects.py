@@ -18,6 +18,7 @@ from dpo_fast.data.prompts import Messages
 from dpo_fast.data.thinking import KEYS, find_thought
 
 AS_IS, WRITTEN = "as it is", "written"
+SWITCH = re.compile(r"/(?:no_?)?think\b")  # in messages to SmolLM 3, Nemotron, Qwen 3 and GLM
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,12 @@ def _text(content: Any) -> str:
 
 
 def _has(text: str, written: str) -> bool:
-    """Whether the longest word is there. Text with backslashes may be escaped in another way."""
-    words = re.findall(r"\w+", written)
-    return not words or "\\" in written or max(words, key=len) in text
+    """Whether the longest word is there, as it is or as JSON has it.
+
+    Templates take switches out of messages, such as /no_think. Text with backslashes may be escaped.
+    """
+    words = re.findall(r"\w+", SWITCH.sub("", written))
+    if not words or "\\" in written:
+        return True
+    longest = max(words, key=len)
+    return longest in text or json.dumps(longest)[1:-1] in text

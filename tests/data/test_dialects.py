@@ -74,6 +74,10 @@ def test_what_is_left_out():
     assert left_out_of_prompt(prompt, "brief why 41") == "the tool calls of prompt[2]"
     assert left_out_of_prompt(prompt, "brief why add") == "the tool calls of prompt[2]"
     assert left_out_of_prompt([user("!?"), user('a "b\\n" c')], "") is None, "no word, or escapes"
+    assert left_out_of_prompt([message("system", "/no_think"), user("hi /think")], "hi") is None
+    for found in ("warum", "größer", "gr\\u00f6\\u00dfer"):
+        missing = left_out_of_prompt([user("größer")], f"{found}?")
+        assert (missing is None) == (found != "warum")
     assert left_out_of_answer([THINKS], "chosen", "hmm so") is None
     assert left_out_of_answer([THINKS], "chosen", "so") == "the thinking of chosen[0]"
     assert left_out_of_answer([THINKS], "chosen", "hmm") == "the content of chosen[0]"

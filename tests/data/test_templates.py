@@ -7,13 +7,15 @@ have to write after the generation prompt.
 import re
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dpo_fast.data.chat import with_template
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.continuation import CLOSED as ENDS_THINKING
 from dpo_fast.data.rows import parse_row
 from dpo_fast.data.tokenise import RowTokeniser
-from dpo_fast.data.verdicts import BadRow
+from dpo_fast.data.verdicts import BadRow, Dropped
 from dpo_fast.errors import UserError
 from tests.support.templates import (
     CALLS,
@@ -27,6 +29,7 @@ from tests.support.templates import (
     trl_templates,
     user,
 )
+from tests.support.tokenizers import EOS, byte_tokenizer
 
 pytest.importorskip("trl")
 
@@ -411,3 +414,29 @@ def test_the_exported_tokenizer_has_the_template_of_the_run(tmp_path):
     exported.save_pretrained(tmp_path)
     assert type(tokenizer).from_pretrained(tmp_path).chat_template == SMALL["switch"]
     assert tokenizer.chat_template == SMALL["drops"]
+
+
+MERGES = (("Ċ", "Ċ"), ("Ġ", "Ġ"), ("a", "b"), (">", "a"), (">", "Ċ"), ("Ġ", "a"), ("k", ">"))
+CONTENT = st.text(alphabet="ab \n.ü", min_size=1, max_size=8).filter(str.strip)
+
+
+@pytest.mark.parametrize("habit", ["opens, empty", "switch", "white space", "system last"])
+@settings(max_examples=60, deadline=None)
+@given(question=CONTENT, chosen=CONTENT, rejected=CONTENT)
+def test_the_prompts_ids_are_those_of_inference(habit, question, chosen, rejected):
+    """Whatever tokens the tokenizer would make across the boundary."""
+    tokenizer = byte_tokenizer(template=SMALL[habit], merges=MERGES)
+    row = {"prompt": [user(question)], **answers(chosen, rejected)}
+    config = DataConfig(train="f")
+    try:
+        pair = RowTokeniser(tokenizer, config)(parse_row("f:1", row, config))
+    except (BadRow, Dropped):
+        assert chosen.strip() == rejected.strip()
+        return
+    fed = tokenizer.apply_chat_template(
+        row["prompt"], add_generation_prompt=True, return_dict=False
+    )
+    assert pair.prompt_ids == fed
+    for ids, content in ((pair.chosen_ids, chosen), (pair.rejected_ids, rejected)):
+        assert ids.count(EOS) == 1 and ids[-1] == EOS
+        assert content.strip() in tokenizer.decode(ids)
