@@ -440,3 +440,32 @@ def test_the_prompts_ids_are_those_of_inference(habit, question, chosen, rejecte
     for ids, content in ((pair.chosen_ids, chosen), (pair.rejected_ids, rejected)):
         assert ids.count(EOS) == 1 and ids[-1] == EOS
         assert content.strip() in tokenizer.decode(ids)
+
+
+ENDS_TWICE = ("phi3", "phi3_5")  # TRL scores EOS after the end of turn, too
+STOPS_LATER = ("diffusion_gemma",)  # and not the token at which a call of a tool stops
+
+
+@pytest.mark.parametrize("form", ["one turn", "many turns", "system", "tools", "tool call"])
+def test_trl_scores_the_same_in_its_templates_for_training(form):
+    """TRL's marks ({% generation %}) take in what the generation prompt has: a header, opened thinking."""
+    compared = 0
+    for name, template in trl_templates(training=True).items():
+        base, tokenizer = name.removesuffix("_training"), template_tokenizer(template)
+        parts = base in ("idefics3", "smolvlm", "llava_next")
+        if name == base or parts or isinstance(MATRIX[base][form], Refused):
+            continue
+        if base in ENDS_TWICE or (base in STOPS_LATER and form == "tool call"):
+            continue
+        row = FORMS[form]
+        marked = tokenizer.apply_chat_template(
+            row["prompt"] + row["chosen"],
+            tools=row.get("tools"),
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        last = len(marked["input_ids"]) - marked["assistant_masks"][::-1].index(1)
+        scored = tokenizer.decode(marked["input_ids"][:last])
+        assert scored.rstrip("\n").endswith(texts(tokenizer, row)[1]), name
+        compared += 1
+    assert compared >= 16
