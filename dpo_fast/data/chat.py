@@ -25,7 +25,7 @@ from dpo_fast.data.dialects import (
 )
 from dpo_fast.data.prompts import Messages
 from dpo_fast.data.rows import Row
-from dpo_fast.data.thinking import find_opening, find_thought
+from dpo_fast.data.thinking import KEYS, find_opening, find_thought
 from dpo_fast.data.verdicts import BadRow
 from dpo_fast.errors import UserError
 
@@ -209,10 +209,12 @@ class ChatTemplate:
 
     def _keep(self, missing: str | None) -> None:
         if missing is not None:
+            thinks = any(f"the {name} of " in missing for name in ("thinking", *KEYS))
             raise BadRow(
                 "the chat template leaves something out",
                 f"it does not write {missing} ({self.name}); use a template that does "
-                "(data.chat_template), or take that out of the row",
+                "(data.chat_template), or take that out of the row"
+                + (" or write it into the content, as the model is to write it" if thinks else ""),
             )
 
 
