@@ -235,6 +235,15 @@ def read_template(config: DataConfig) -> str | None:
         ) from error
 
 
+def check_template_used(config: DataConfig, chats: bool) -> None:
+    """Raises UserError if the template is given arguments and no row is a chat."""
+    if config.chat_template_kwargs and not chats:
+        raise UserError(
+            f"data.chat_template_kwargs={config.chat_template_kwargs} is not used: all rows are text, "
+            "which goes through no template; remove it, or give lists of messages"
+        )
+
+
 def with_template(tokenizer: Any, config: DataConfig) -> Any:
     """The tokenizer, or a copy that has data.chat_template for its own, to be saved with the model."""
     template = read_template(config)

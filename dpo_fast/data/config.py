@@ -77,13 +77,16 @@ class DataConfig(BaseModel):
     )
     add_eos: bool = Field(True, description="add EOS to completions that have no end of turn")
     chat_template: str | None = Field(
-        None, description="a Jinja file in place of the tokenizer's chat template"
+        None,
+        description="a Jinja file in place of the tokenizer's chat template; it is exported with the model",
     )
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict,
         description="arguments of the chat template for all rows, as in `enable_thinking: false`. A row's "
         "own chat_template_kwargs come first",
-        json_schema_extra={"refused": "names that the template does not use"},
+        json_schema_extra={
+            "refused": "names that the template does not use; where all rows are text"
+        },
     )
     max_rows: int | None = Field(
         None, description="rows that are read of train, and of eval; default: all"
