@@ -6,7 +6,12 @@
     files.py       JSON, JSON Lines, Parquet and Arrow as a stream of (where, row)
     rows.py        a raw row becomes a PairRow, CompletionRow or GroupRow, or a BadRow that says why
     prompts.py     the prompt that whole texts or conversations share; checks of chat messages
-    boundary.py    where the prompt's tokens end; one BOS, one end of turn
+    chat.py        a chat becomes texts: the generation prompt, and what the model would write after it
+    continuation.py  finished turns, as they go on from the generation prompt
+    dialects.py    the forms in which templates take messages, and what they leave out
+    thinking.py    the marks of thinking, family by family
+    boundary.py    where the prompt's tokens end
+    endings.py     what begins a sequence; one end of turn
     tokenise.py    a row becomes token ids that fit max_length
     verdicts.py    BadRow and Dropped, and their tally
     build.py       reads, checks and tokenises into a work folder

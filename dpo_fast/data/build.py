@@ -18,6 +18,7 @@ import datasets
 import numpy as np
 import pyarrow
 
+from dpo_fast.data.chat import check_template_used
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.kinds import Kind, OneKind
 from dpo_fast.data.report import DataReport
@@ -93,6 +94,7 @@ def _check_rows(
         writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema=CHECKED))
     if not report.rows_read - report.bad.total:
         raise nothing_left(report)
+    check_template_used(config, seen.chats)
     return datasets.Dataset.from_file(str(path)), seen.kind
 
 
@@ -106,7 +108,7 @@ def _checked_rows(
         try:
             row = parse_row(where, raw, config)
             text = _to_json(row)
-            seen.see(where, row.kind)
+            seen.see(where, row.kind, row.is_chat)
             yield {"where": where, "row": text}
             checked += 1
         except BadRow as verdict:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dpo_fast.data.kinds import KINDS
 
 CHAT_COLUMNS = ("tools", "chat_template_kwargs")
+# Arguments of apply_chat_template that are not the user's to set.
+TEMPLATE_ARGUMENTS = (
+    *("messages", "conversation", "chat_template", "tools", "documents", "tokenize"),
+    *("add_generation_prompt", "continue_final_message", "return_dict", "return_tensors"),
+    *("padding", "truncation", "max_length", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+)
 COLUMNS = (
     "prompt",
     *(answer for kind in KINDS for answer in kind.answers),
@@ -71,7 +77,16 @@ class DataConfig(BaseModel):
     )
     add_eos: bool = Field(True, description="add EOS to completions that have no end of turn")
     chat_template: str | None = Field(
-        None, description="a Jinja file in place of the tokenizer's chat template"
+        None,
+        description="a Jinja file in place of the tokenizer's chat template; it is exported with the model",
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="arguments of the chat template for all rows, as in `enable_thinking: false`. A row's "
+        "own chat_template_kwargs come first",
+        json_schema_extra={
+            "refused": "names that the template does not use; where all rows are text"
+        },
     )
     max_rows: int | None = Field(
         None, description="rows that are read of train, and of eval; default: all"
@@ -124,6 +139,7 @@ class DataConfig(BaseModel):
         _check_sources(self)
         _check_sizes(self)
         _check_columns(self)
+        _check_template_arguments(self)
         _check_stream(self)
         return self
 
@@ -174,6 +190,14 @@ def _check_columns(config: DataConfig) -> None:
             raise ValueError(
                 f"data.columns.{ours}={theirs!r}: there is no column {ours!r}; the keys are ours "
                 f"({', '.join(COLUMNS)}) and the values yours"
+            )
+
+
+def _check_template_arguments(config: DataConfig) -> None:
+    for name, value in config.chat_template_kwargs.items():
+        if name in TEMPLATE_ARGUMENTS:
+            raise ValueError(
+                f"data.chat_template_kwargs.{name}={value!r} is set by dpo_fast itself; remove it"
             )
 
 

@@ -19,16 +19,16 @@ import pyarrow.compute
 
 from dpo_fast import durable
 from dpo_fast.data.build import build
+from dpo_fast.data.chat import read_template
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.kinds import COMPLETIONS, GROUPS, PAIRS, ExampleLengths, Kind, kind_of
 from dpo_fast.data.report import DataReport
 from dpo_fast.data.sources import Source, resolve
-from dpo_fast.data.tokenise import read_template
 from dpo_fast.errors import UserError
 
 DATA_REPORT_FILE = "report.json"
 # Raised by one whenever the same input would give other examples or other files.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 # Options that leave what is stored as it is, or are in its key by their content. A new option counts
 # until it stands here: a cache that is made again is slow, a stale one is wrong.
 APART = {

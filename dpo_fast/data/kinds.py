@@ -85,14 +85,16 @@ def kind_of(columns: list[str]) -> Kind:
 
 
 class OneKind:
-    """The kind of all rows of the data: that of the first row."""
+    """The kind of all rows of the data: that of the first row. chats: whether any row is a chat."""
 
     def __init__(self) -> None:
         self.kind: Kind | None = None
+        self.chats = False
         self._first = ""
 
-    def see(self, where: str, kind: Kind) -> None:
+    def see(self, where: str, kind: Kind, chat: bool) -> None:
         """Raises UserError if this row is of another kind than those before."""
+        self.chats = self.chats or chat
         if self.kind is None:
             self.kind, self._first = kind, where
         elif kind != self.kind:

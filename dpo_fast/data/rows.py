@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from dpo_fast.data.config import CHAT_COLUMNS, COLUMNS, DataConfig
+from dpo_fast.data.config import CHAT_COLUMNS, COLUMNS, TEMPLATE_ARGUMENTS, DataConfig
 from dpo_fast.data.kinds import COMPLETIONS, GROUPS, PAIRS, Kind
 from dpo_fast.data.prompts import (
     Messages,
@@ -21,8 +21,6 @@ from dpo_fast.data.prompts import (
     with_prompt,
 )
 from dpo_fast.data.verdicts import BadRow
-
-TEMPLATE_ARGUMENTS = ("tokenize", "add_generation_prompt", "tools", "conversation", "chat_template")
 
 
 class _Row:

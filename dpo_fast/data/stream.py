@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from dpo_fast.data.build import nothing_left, values
+from dpo_fast.data.chat import check_template_used
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.dataset import cache_key
 from dpo_fast.data.files import RawRows
@@ -93,6 +94,7 @@ class ExampleStream:
         """
         self.report = DataReport(list(map(str, self.sources)), bad=BadRows(self.config.on_bad_row))
         self._number, self._row, self._rows = number, row, self._pass()
+        self._whole_pass = row == 0
         next(islice(self._rows, row, row), None)
 
     def read(self) -> Chunk:
@@ -109,7 +111,9 @@ class ExampleStream:
         else:
             if not examples and row == 0:
                 raise nothing_left(self._snapshot())
-            self._row, self._rows = 0, self._pass()
+            if self._whole_pass:
+                check_template_used(self.config, self._seen.chats)
+            self._row, self._rows, self._whole_pass = 0, self._pass(), True
             if not examples:
                 return self.read()
         self._number += 1
@@ -146,7 +150,7 @@ class ExampleStream:
 
     def _see(self, row: Row) -> None:
         """Raises UserError if the row differs from those before in its kind or its numbers."""
-        self._seen.see(row.where, row.kind)
+        self._seen.see(row.where, row.kind, row.is_chat)
         numbers = {name for name in row.optional if name in row.kind.numbers}
         if self._numbers is None:
             self._numbers = numbers

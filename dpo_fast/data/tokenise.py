@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from dpo_fast.data.boundary import Endings, PromptBoundary
+from dpo_fast.data.boundary import PromptBoundary
+from dpo_fast.data.chat import ChatTemplate
 from dpo_fast.data.config import DataConfig
+from dpo_fast.data.endings import Endings
 from dpo_fast.data.kinds import COMPLETIONS, GROUPS, PAIRS
 from dpo_fast.data.rows import Row
 from dpo_fast.data.verdicts import BadRow, Dropped
@@ -68,22 +69,24 @@ class RowTokeniser:
     def __init__(self, tokenizer: Any, config: DataConfig, eos_ids: Iterable[int] = ()) -> None:
         self.tokenizer = tokenizer
         self.config = config
-        self.template = read_template(config)
+        self.chat = ChatTemplate(tokenizer, config)
         self.boundary = PromptBoundary(tokenizer)
-        self.endings = Endings(tokenizer, eos_ids, config.add_eos)
+        self.endings = Endings(tokenizer, eos_ids, config.add_eos, self.chat)
 
     def __call__(self, row: Row) -> Tokenised:
         """Raises BadRow or Dropped for the row, and UserError for what no row can mend."""
-        prompt, texts = self._render(row) if row.is_chat else (row.prompt, self._texts(row))
-        split = self.boundary.split(prompt, *texts)
+        prompt, texts = self.chat.texts(row) if row.is_chat else (row.prompt, self._texts(row))
+        split = self.boundary.split(prompt, *texts, keep=row.is_chat)
         prompt_ids, bos_added = self.endings.begin(split.prompt)
         if not prompt_ids:
             raise BadRow("no prompt token", "the prompt's tokens all join with the answers'")
         answers, eos_added = {}, 0
         for name, ids in zip(row.answers, split.answers):
-            answers[name], added = self._answer(ids, name, row.is_chat)
+            calls = row.is_chat and bool(row.answers[name][-1].get("tool_calls"))
+            self.endings.check_bos(ids, name)
+            answers[name], added = self.endings.end(ids, chat=row.is_chat, calls=calls)
             eos_added += added
-        fitted = fit(row.where, prompt_ids, answers, self.config, self.endings.bos_id)
+        fitted = fit(row.where, prompt_ids, answers, self.config, self.endings.lead(prompt_ids))
         columns = [fitted.answers] if row.kind.many else fitted.answers
         return TOKENISED[row.kind](
             prompt_ids=fitted.prompt,
@@ -97,60 +100,6 @@ class RowTokeniser:
 
     def _texts(self, row: Row) -> list[str]:
         return [row.prompt + answer for answer in row.answers.values()]
-
-    def _answer(self, ids: list[int], field: str, chat: bool) -> tuple[list[int], bool]:
-        bos = self.endings.bos_id
-        if bos is not None and bos not in self.endings.end_ids and bos in ids:
-            raise BadRow(f"BOS inside {field}", "it begins a text and would be scored here")
-        return self.endings.end(ids, chat=chat)
-
-    def _render(self, row: Row) -> tuple[str, list[str]]:
-        """The texts of the prompt and of prompt + answer, through the template."""
-        if self.template is None and not self.tokenizer.chat_template:
-            raise UserError(
-                f"{row.where}: the row is a list of messages, but the tokenizer has no chat "
-                "template; set data.chat_template to a Jinja file"
-            )
-        prompt = self._apply(row, row.prompt, generate=True)
-        texts = []
-        for field, answer in row.answers.items():
-            text = self._apply(row, row.prompt + answer, generate=False)
-            if not text.startswith(prompt):
-                raise BadRow(
-                    "the chat template does not keep the prompt as a prefix",
-                    f"rendered with {field}, the text does not begin with the rendered prompt; "
-                    "use a template that renders earlier turns the same way (data.chat_template)",
-                )
-            texts.append(text)
-        return prompt, texts
-
-    def _apply(self, row: Row, messages: list[dict[str, Any]], *, generate: bool) -> str:
-        from jinja2 import TemplateError
-
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=self.template,
-                tools=row.optional.get("tools"),
-                add_generation_prompt=generate,
-                tokenize=False,
-                **row.optional.get("chat_template_kwargs", {}),
-            )
-        except (TemplateError, TypeError) as error:
-            raise BadRow("the chat template refuses the messages", str(error)) from error
-
-
-def read_template(config: DataConfig) -> str | None:
-    """The text of data.chat_template, or None. Raises UserError when it cannot be read."""
-    if config.chat_template is None:
-        return None
-    try:
-        return Path(config.chat_template).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"data.chat_template={config.chat_template!r} cannot be read: {error}; give the path "
-            "of a Jinja file"
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -168,15 +117,15 @@ def fit(
     prompt: list[int],
     answers: Mapping[str, list[int]],
     config: DataConfig,
-    bos_id: int | None,
+    lead: int = 0,
 ) -> Fitted:
     """Cuts a row so that prompt + answer is at most config.max_length tokens, for every answer.
 
     All sequences of a row keep the same prompt. First the answers are cut: each keeps its first
     `max_length - min(len(prompt), max_prompt_length)` tokens. Then the prompt is cut to the room
-    that the longest answer leaves: its end stays (`keep_end`, with BOS still first) or its start
-    (`keep_start`). So answers are cut only where the prompt is down to its reserve, and at least one
-    token of each part stays. With max_length=8 and max_prompt_length=3:
+    that the longest answer leaves: its end stays (`keep_end`, with its first `lead` tokens still
+    first) or its start (`keep_start`). So answers are cut only where the prompt is down to its
+    reserve, and at least one token of each part stays. With max_length=8 and max_prompt_length=3:
 
         prompt 4, chosen 4, rejected 2    fits: 4 + 4
         prompt 9, chosen 4, rejected 2    prompt cut to 4
@@ -203,7 +152,7 @@ def fit(
         raise Dropped("longer than max_length", f"{longest} > {config.max_length} tokens")
     if config.truncation == "error":
         raise _too_long(where, {"prompt": prompt, **answers}, longest, config)
-    return _cut(prompt, parts, config, bos_id)
+    return _cut(prompt, parts, config, lead)
 
 
 def _alike(answers: list[list[int]]) -> bool:
@@ -222,9 +171,7 @@ def _too_long(
     )
 
 
-def _cut(
-    prompt: list[int], answers: list[list[int]], config: DataConfig, bos_id: int | None
-) -> Fitted:
+def _cut(prompt: list[int], answers: list[list[int]], config: DataConfig, lead: int) -> Fitted:
     room = config.max_length - min(len(prompt), config.prompt_reserve)
     answers_cut = sum(len(answer) > room for answer in answers)
     answers = [answer[:room] for answer in answers]
@@ -234,8 +181,7 @@ def _cut(
     prompt_cut = len(prompt) - length
     if config.truncation == "keep_start":
         kept = prompt[:length]
-    elif prompt_cut and bos_id is not None and prompt[0] == bos_id:
-        kept = [bos_id, *prompt[len(prompt) - length + 1 :]]
     else:
-        kept = prompt[prompt_cut:]
+        lead = min(lead, length) if prompt_cut else 0
+        kept = [*prompt[:lead], *prompt[len(prompt) - length + lead :]]
     return Fitted(kept, answers, prompt_cut, answers_cut)

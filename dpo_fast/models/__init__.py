@@ -7,7 +7,7 @@ from dpo_fast.models.architecture import (
     choose_layout,
     read_architecture,
 )
-from dpo_fast.models.load import load_model, load_tokenizer
+from dpo_fast.models.load import end_of_turn_ids, load_model, load_tokenizer
 from dpo_fast.models.scoring import ScoringModel
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "architecture_of",
     "choose_attention",
     "choose_layout",
+    "end_of_turn_ids",
     "load_model",
     "load_tokenizer",
     "read_architecture",

@@ -11,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -83,6 +84,26 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # nothing attends to padding
     return tokenizer
+
+
+def end_of_turn_ids(section: ModelSection) -> list[int]:
+    """The ids at which the model stops generating: eos_token_id of its generation config, else its config.
+
+    Chat models name more of them there than the tokenizer's one EOS.
+    """
+    path, trust = section.path, section.trust_remote_code
+    try:
+        ids = GenerationConfig.from_pretrained(path).eos_token_id
+    except (OSError, ValueError):
+        ids = None
+    if ids is None:
+        try:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+            ids = getattr(config.get_text_config(), "eos_token_id", None)
+        except (OSError, ValueError, KeyError):  # load_model says what is wrong with it
+            return []
+    ids = [] if ids is None else ids
+    return list(ids) if isinstance(ids, (list, tuple)) else [ids]
 
 
 def load_model(

@@ -13,6 +13,7 @@ from dpo_fast.data.sampler import BatchSampler, Sampler, TokenSampler
 from dpo_fast.data.stream import Chunk, ExampleStream
 from dpo_fast.errors import UserError
 from dpo_fast.losses import LOSSES
+from dpo_fast.models import end_of_turn_ids
 from dpo_fast.references.table import alternatives
 from dpo_fast.training import distributed
 from dpo_fast.training.config import RunConfig
@@ -31,8 +32,9 @@ def load_split(
     """
     if name == "train" and config.data.streaming:
         return open_stream(config, tokenizer)
+    ends = end_of_turn_ids(config.model)
     examples = distributed.main_first(
-        f"data/{name}", lambda: load_examples(config.data, tokenizer, split=name)
+        f"data/{name}", lambda: load_examples(config.data, tokenizer, split=name, eos_ids=ends)
     )
     split = make_split(config, tokenizer, name, examples, shuffle)
     if shuffle:
@@ -46,7 +48,8 @@ def open_stream(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Stream
     def make(chunk: Chunk, accumulation: int | None) -> Split:
         return make_split(config, tokenizer, "train", chunk, True, chunk.number, accumulation)
 
-    stream = StreamSplit(ExampleStream(config.data, tokenizer), make, config.train.max_steps)
+    examples = ExampleStream(config.data, tokenizer, end_of_turn_ids(config.model))
+    stream = StreamSplit(examples, make, config.train.max_steps)
     tell_size(stream.sampler)
     return stream
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dpo_fast import durable
+from dpo_fast.data.chat import with_template
 from dpo_fast.errors import Interrupted, UserError
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
@@ -75,7 +76,8 @@ def train(config: RunConfig) -> Path:
     if step < run.total_steps:
         raise Interrupted(folder)
     model = Path(config.train.output_dir) / "final"
-    export(run.model, run.tokenizer, model, config.model, config.train.merge_lora)
+    tokenizer = with_template(run.tokenizer, config.data)
+    export(run.model, tokenizer, model, config.model, config.train.merge_lora)
     say(f"the trained model is in {model}")
     return model
 

@@ -213,6 +213,12 @@ def test_template_file_is_part_of_the_key(load, tmp_path):
     assert len(stored(load)) == 2
 
 
+def test_arguments_of_the_template_without_a_chat(load):
+    options = {"chat_template_kwargs": {"enable_thinking": False}}
+    with pytest.raises(UserError, match="kwargs={'enable_thinking': False} is not used: all rows"):
+        load([pair(1), pair(2)], **options)
+
+
 def test_a_cache_that_cannot_be_written_is_named(load, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file/cache cannot be written.*data.cache_dir"):

@@ -375,3 +375,18 @@ def test_a_checkpoint_knows_its_source(folder):
     other = write_pairs(folder / "other.jsonl", 21, seed=9)
     for change in ({"train": str(other)}, {"stream_buffer": 10}, {"max_length": 90}):
         assert not fits(**change).items() <= state.items(), change
+
+
+def test_arguments_of_the_template_without_a_chat(stream):
+    """It is known at the end of the first whole pass; a run that goes on in mid-pass waits for one."""
+    options = {"chat_template_kwargs": {"enable_thinking": False}}
+    flow = stream([pair(index) for index in range(6)], **options)
+    flow.read()
+    with pytest.raises(UserError, match="chat_template_kwargs={'enable_thinking': False} is not"):
+        flow.read()
+    flow = stream(**options)
+    flow.seek(1, 4)
+    assert len(flow.read()) == 2
+    flow.read()
+    with pytest.raises(UserError, match="is not used: all rows are text"):
+        flow.read()

@@ -265,10 +265,10 @@ def test_tools_and_template_arguments_reach_the_template():
 P9, LONG, SHORT = list(range(10, 19)), list(range(30, 37)), [40, 41]
 
 
-def cut(prompt, chosen, rejected=SHORT, bos_id=None, **options):
+def cut(prompt, chosen, rejected=SHORT, lead=0, **options):
     config = DataConfig(**({"train": "f", "max_length": 8, "max_prompt_length": 3} | options))
     answers = {"chosen": chosen, "rejected": rejected}
-    fitted = fit("f.jsonl:7", prompt, answers, config, bos_id)
+    fitted = fit("f.jsonl:7", prompt, answers, config, lead)
     return fitted.prompt, *fitted.answers, fitted.prompt_cut, fitted.answers_cut
 
 
@@ -289,8 +289,9 @@ def test_answers_are_cut_only_past_the_prompts_reserve():
 
 
 def test_keep_end_keeps_bos_first():
-    assert cut([1, *P9], LONG[:4], bos_id=1)[0] == [1, *P9[-3:]]
-    assert cut([1, *P9], LONG, bos_id=1, max_prompt_length=1)[0] == [1]
+    assert cut([1, *P9], LONG[:4], lead=1)[0] == [1, *P9[-3:]]
+    assert cut([1, 2, *P9], LONG[:4], lead=2)[0] == [1, 2, *P9[-2:]]
+    assert cut([1, *P9], LONG, lead=1, max_prompt_length=1)[0] == [1]
 
 
 def test_drop_and_error():

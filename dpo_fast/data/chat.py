@@ -1,0 +1,254 @@
+"""Chats to texts, through a chat template.
+
+At inference a model is fed the generation prompt: the prompt's messages, rendered with
+add_generation_prompt=True. An example's prompt is exactly that text, and what is scored is what the
+model would have to write after it: see `continuation.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dpo_fast.data.config import DataConfig
+from dpo_fast.data.continuation import CLOSED, PROBE, Continuation
+from dpo_fast.data.dialects import (
+    WRITTEN,
+    Dialect,
+    dialects,
+    left_out_of_answer,
+    left_out_of_prompt,
+)
+from dpo_fast.data.prompts import Messages
+from dpo_fast.data.rows import Row
+from dpo_fast.data.thinking import KEYS, find_opening, find_thought
+from dpo_fast.data.verdicts import BadRow
+from dpo_fast.errors import UserError
+
+REFUSED = "the chat template refuses the messages"
+
+
+class ChatTemplate:
+    """The template of data.chat_template, or the tokenizer's. The tokenizer is not changed."""
+
+    def __init__(self, tokenizer: Any, config: DataConfig) -> None:
+        self.tokenizer = tokenizer
+        self.custom = read_template(config)
+        self.path = config.chat_template
+        self.kwargs = config.chat_template_kwargs
+
+    @property
+    def exists(self) -> bool:
+        return bool(self.custom or self.tokenizer.chat_template)
+
+    @property
+    def name(self) -> str:
+        if self.path is not None:
+            return f"data.chat_template={self.path}"
+        path = getattr(self.tokenizer, "name_or_path", "")
+        return f"the chat template of {path or 'the tokenizer'}"
+
+    @cached_property
+    def source(self) -> str:
+        """Its text; of a tokenizer with several templates, all of them."""
+        template = self.custom or self.tokenizer.chat_template or ""
+        return "\n".join(template.values()) if isinstance(template, dict) else template
+
+    def texts(self, row: Row) -> tuple[str, list[str]]:
+        """The generation prompt, and for every answer the whole text, which begins with it.
+
+        Raises:
+            BadRow: the template refuses the row, leaves some of it out, or renders the prompt in
+                another way once an answer follows.
+        """
+        self._check_kwargs()
+        if not self.exists:
+            raise UserError(
+                f"{row.where}: the row is a list of messages, but the tokenizer has no chat "
+                "template; set data.chat_template to a Jinja file"
+            )
+        reasons: list[BadRow] = []
+        for dialect in dialects(row.prompt, list(row.answers.values()), self.source, self._parts):
+            try:
+                return self._in_dialect(row, dialect)
+            except BadRow as verdict:
+                reasons.append(verdict)
+        raise max(reasons, key=lambda reason: (reason.fault == CLOSED, reason.fault != REFUSED))
+
+    def _check_kwargs(self) -> None:
+        """Jinja passes over arguments that a template does not know, a slip of the pen too."""
+        for name, value in self.kwargs.items():
+            if self.exists and not re.search(rf"\b{re.escape(name)}\b", self.source):
+                raise UserError(
+                    f"data.chat_template_kwargs.{name}={value!r} is not used by {self.name}; remove "
+                    "it, or correct its name"
+                )
+
+    def _in_dialect(self, row: Row, dialect: Dialect) -> tuple[str, list[str]]:
+        tools, kwargs = row.optional.get("tools"), row.optional.get("chat_template_kwargs", {})
+        before = dialect.prompt(row.prompt)
+
+        def finish(answer: Messages) -> str:
+            return self.render(before + dialect.answer(answer), tools=tools, kwargs=kwargs)
+
+        prompt = self.render(before, generate=True, tools=tools, kwargs=kwargs)
+        self._keep(left_out_of_prompt(row.prompt, prompt))
+        if tools and prompt == self.render(before, generate=True, kwargs=kwargs):
+            self._keep("the column 'tools'")
+        turns = Continuation(prompt, self, lambda word: finish(_messages(("assistant", word))))
+        turns.check_thinking(row.answers)
+        texts = [finish(answer) for answer in row.answers.values()]
+        if dialect.thinking == WRITTEN:
+            for index, (field, answer) in enumerate(row.answers.items()):
+                texts[index] = turns.written(texts[index], answer, field)
+                self._keep(None if texts[index] else f"the thinking of {field}")
+        prompt, texts = turns.continued(dict(zip(row.answers, texts)))
+        for (field, answer), text in zip(row.answers.items(), texts):
+            self._keep_answer(answer, field, text[len(prompt) :])
+        return prompt, texts
+
+    def render(
+        self,
+        messages: Messages,
+        *,
+        generate: bool = False,
+        tools: Any = None,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """kwargs: before those of the whole run. Raises BadRow if the template refuses the messages."""
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.custom,
+                tools=tools,
+                add_generation_prompt=generate,
+                tokenize=False,
+                **(self.kwargs | dict(kwargs or {})),
+            )
+        except (TemplateError, TypeError, KeyError, AttributeError) as error:
+            raise BadRow(REFUSED, f"{error} ({self.name})") from error
+
+    def after_answer(self, following: str | None) -> str:
+        """What is rendered after the text of an answer, which a message of role `following` follows."""
+        messages = [("user", "a"), ("assistant", PROBE)]
+        messages += [(following, "b")] if following else []
+        try:
+            text = self._plain(*messages)
+        except BadRow:
+            return ""
+        return text.rpartition(PROBE)[2]
+
+    @cached_property
+    def two_turns(self) -> str:
+        """A conversation of two questions and two answers; empty if the template refuses it."""
+        try:
+            return self._plain(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+        except BadRow:
+            return ""
+
+    def _plain(self, *messages: tuple[str, str]) -> str:
+        return self.render(Dialect(parts=self._parts).prompt(_messages(*messages)))
+
+    @cached_property
+    def _parts(self) -> bool:
+        """Whether the template takes content as parts and does not write it if it is text."""
+        for parts in (False, True):
+            message = Dialect(parts=parts).prompt(_messages(("user", PROBE)))
+            try:
+                if PROBE in self.render(message, generate=True):
+                    return parts
+            except BadRow:
+                continue
+        return False
+
+    def after_question(self, generate: bool) -> str:
+        """What is rendered after the text of a question, with the generation prompt or without."""
+        messages = Dialect(parts=self._parts).prompt(_messages(("user", PROBE)))
+        try:
+            return self.render(messages, generate=generate).rpartition(PROBE)[2]
+        except BadRow:
+            return ""
+
+    @cached_property
+    def header(self) -> str:
+        """What the generation prompt has after the question's turn; empty if that cannot be told."""
+        prompt, bare = self.after_question(True), self.after_question(False)
+        return prompt.removeprefix(bare) if prompt.startswith(bare) else ""
+
+    @cached_property
+    def lead(self) -> str | None:
+        """What a finished turn has between that header, without thinking, and the answer's words."""
+        question = ("user", "a")
+        try:
+            prompt = self.render(
+                Dialect(parts=self._parts).prompt(_messages(question)), generate=True
+            )
+            before = self._plain(question, ("assistant", PROBE)).partition(PROBE)[0]
+        except BadRow:
+            return None
+        opening = find_opening(prompt)
+        base = opening.base if opening else prompt
+        return before[len(base) :] if before.startswith(base) else None
+
+    def _keep_answer(self, answer: Messages, field: str, scored: str) -> None:
+        self._keep(left_out_of_answer(answer, field, scored))
+        for thought in filter(None, map(find_thought, answer)):
+            if scored.count(thought.close) > max(
+                1, *(str(m["content"]).count(thought.close) for m in answer)
+            ):
+                raise BadRow(
+                    "the chat template adds thinking to an answer that thinks",
+                    f"{field} has {thought.close!r} twice ({self.name})",
+                )
+
+    def _keep(self, missing: str | None) -> None:
+        if missing is not None:
+            thinks = any(f"the {name} of " in missing for name in ("thinking", *KEYS))
+            raise BadRow(
+                "the chat template leaves something out",
+                f"it does not write {missing} ({self.name}); use a template that does "
+                "(data.chat_template), or take that out of the row"
+                + (" or write it into the content, as the model is to write it" if thinks else ""),
+            )
+
+
+def _messages(*pairs: tuple[str, str]) -> Messages:
+    return [{"role": role, "content": content} for role, content in pairs]
+
+
+def read_template(config: DataConfig) -> str | None:
+    """The text of data.chat_template, or None. Raises UserError when it cannot be read."""
+    if config.chat_template is None:
+        return None
+    try:
+        return Path(config.chat_template).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"data.chat_template={config.chat_template!r} cannot be read: {error}; give the path "
+            "of a Jinja file"
+        ) from error
+
+
+def check_template_used(config: DataConfig, chats: bool) -> None:
+    """Raises UserError if the template is given arguments and no row is a chat."""
+    if config.chat_template_kwargs and not chats:
+        raise UserError(
+            f"data.chat_template_kwargs={config.chat_template_kwargs} is not used: all rows are text, "
+            "which goes through no template; remove it, or give lists of messages"
+        )
+
+
+def with_template(tokenizer: Any, config: DataConfig) -> Any:
+    """The tokenizer, or a copy that has data.chat_template for its own, to be saved with the model."""
+    template = read_template(config)
+    if template is None:
+        return tokenizer
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer
