@@ -61,7 +61,7 @@ class RunRecord:
     def starts_at_ln2(self) -> bool:
         """The objective is one sigmoid loss of weight 1, and the reference is the starting policy."""
         weights = self.setting("loss", "weights", default=[1.0])
-        own = self.setting("reference", "path") is None
+        own = self.setting("reference", "path") in (None, self.setting("model", "path"))
         provider = PROVIDERS.get(self.setting("reference", "provider", default=DEFAULT))
         scores = provider is not None and provider.scores
         return self.loss_names == ["sigmoid"] and weights == [1.0] and own and scores

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import tempfile
 from pathlib import Path
@@ -21,7 +22,8 @@ from dpo_fast.training.metrics import MetricSums
 from dpo_fast.training.perf import watch_head, work_of
 from dpo_fast.training.prepare import Run, prepare
 from dpo_fast.training.run_log import RunLog, open_log
-from dpo_fast.training.step import check_start, coupled_step, evaluate, train_step
+from dpo_fast.training.start import Start, check_start, first_batches, other_batches
+from dpo_fast.training.step import coupled_step, evaluate, train_step
 
 # Options that a checkpoint brings back with DeepSpeed's optimiser and schedule. A resumed run would
 # ignore a new value of them, so it is refused.
@@ -100,23 +102,33 @@ def due(every: int | None, step: int, last: bool) -> bool:
 
 
 def start(run: Run, log: RunLog) -> int:
-    """Begin a new run: check the loss against ln 2 and evaluate once. Returns step 0."""
-    own = run.config.reference_spec.scores and run.config.reference.path is None
-    if run.loss_pass.objective.needs_reference and own:
-        split, number = run.train.at(0)
-        ranks = range(distributed.world_size())
-        first = [i for rank in ranks for i in split.sampler.micro_batches(number, rank)[0]]
-        loss, expected = check_start(
-            run.engine,
-            next(split.batches(number)),
-            *run.loss_and_reference("train"),
-            split.totals(first),
-            run.config.model.precision,
-        )
-        say(f"step 0: loss {loss:.7f}, expected {expected:.7f} where policy = reference")
+    """Begin a new run: compare policy and reference, and evaluate once. Returns step 0."""
+    found = compare_at_start(run) if starts_at_reference(run.config) else None
+    if found is not None:
+        say(f"step 0: {found}")
     if run.eval:
-        log.evaluation(0, evaluate_run(run))
+        log.evaluation(0, evaluate_run(run) | ({} if found is None else found.metrics))
     return 0
+
+
+def starts_at_reference(config: RunConfig) -> bool:
+    """Whether the reference is the policy before its first update."""
+    path = config.reference.path
+    own = path is None or Path(path) == Path(config.model.path)
+    return config.loss.objective.needs_reference and config.reference_spec.scores and own
+
+
+def compare_at_start(run: Run) -> Start:
+    """`check_start` on the first batches of the run. Collective."""
+    split, number = run.train.at(0)
+    count, indices = first_batches(split, number)
+    return check_start(
+        run.engine,
+        list(itertools.islice(split.batches(number), count)),
+        other_batches(split, split.sampler.micro_batches(number, distributed.rank())[0]),
+        *run.loss_and_reference("train"),
+        split.totals(indices),
+    )
 
 
 def update(run: Run, step: int, sums: MetricSums) -> Tensor:

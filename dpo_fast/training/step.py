@@ -3,7 +3,6 @@
 `train_step`    one optimiser step
 `coupled_step`  the same in two passes, for a loss that compares all pairs of a global batch
 `evaluate`      metrics on held-out examples
-`check_start`   whether the reference is the model that training starts from
 """
 
 from __future__ import annotations
@@ -14,15 +13,12 @@ import torch
 from torch import Tensor
 
 from dpo_fast.data.batch import ScoredBatch
-from dpo_fast.errors import UserError
 from dpo_fast.losses import Preference, Totals
 from dpo_fast.losses.preference import as_pairs
 from dpo_fast.losses.sums import Tokens, sequence_sums
 from dpo_fast.training import distributed
-from dpo_fast.training.loss_pass import LossPass, Statistics, token_reference
+from dpo_fast.training.loss_pass import LossPass, Statistics
 from dpo_fast.training.metrics import MetricSums
-
-TOLERANCE = {"fp32": 1e-6, "bf16": 1e-3}
 
 
 def train_step(
@@ -178,33 +174,3 @@ def evaluate(
     for name in ("num_tokens", "examples"):
         del metrics[name]
     return {f"eval_{name}": value for name, value in metrics.items()}
-
-
-@torch.no_grad()
-def check_start(
-    engine, batch: ScoredBatch, loss_pass: LossPass, provider, totals: Totals, dtype: str
-) -> tuple[float, float]:
-    """The loss of a batch before any update, and what it must be: ln 2 for sigmoid. Collective.
-
-    The second is the same loss with the policy's own log-probabilities as the reference, so it holds for
-    any loss. The tolerance (1e-6 in fp32, 1e-3 in bf16) grows with the loss itself.
-
-    batch: this rank's first micro-batch of the first step.
-    totals: counts of the first micro-batches of all ranks.
-
-    Raises:
-        UserError: they differ, so the reference is not the policy at its start.
-    """
-    batch = batch.to(engine.device)
-    reference = loss_pass.reference(provider, batch)
-    token_outputs = loss_pass.token_outputs(engine, batch)
-    own = reference | token_reference(token_outputs["logp"], batch)
-    losses = [loss_pass.loss(token_outputs, each, batch, totals).loss for each in (reference, own)]
-    loss, expected = distributed.all_sum(torch.stack(losses).double()).tolist()
-    if not abs(loss - expected) <= TOLERANCE[dtype] * max(1.0, abs(expected)):
-        raise UserError(
-            f"before the first update the loss is {loss:.7f} and should be {expected:.7f}, because "
-            "policy and reference are the same model there. Look at reference.cache_dir (a reference of "
-            "another model?), at dropout or other noise in the model's forward, and at model.dtype"
-        )
-    return loss, expected

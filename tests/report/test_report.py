@@ -329,11 +329,20 @@ def changed(kind: str, name: str, values) -> list[dict]:
     return lines
 
 
+def rounded(rewards: float) -> list[dict]:
+    """A run whose evaluation starts 0.02 off ln 2 and whose rewards rounding moves by so much."""
+    lines = changed("eval_", "loss", lambda step: LN2 + 0.02 - 0.03 * step)
+    lines[0] |= {"start/rewards": rewards}
+    return lines
+
+
 @pytest.mark.parametrize(
     ("lines", "expected"),
     [
         (changed("eval_", "loss", lambda step: 0.9 - 0.03 * step), {"start"}),
         (changed("eval_", "loss", lambda step: LN2 + 5e-4 - 0.03 * step), set()),
+        (rounded(0.03), set()),
+        (rounded(0.01), {"start"}),
         (changed("eval_", "logps/chosen", lambda step: -40.0 - step), {"chosen"}),
         (changed("eval_", "logps/chosen", lambda step: -40.0 - 0.01 * step), set()),
         (changed("", "rewards/accuracies", lambda step: float(step > 2)), {"pinned"}),

@@ -17,7 +17,7 @@ pytest.importorskip("deepspeed")
 from safetensors.torch import load_file
 
 from tests.support import ranks
-from tests.support.metrics import series
+from tests.support.metrics import lines_of, series
 from tests.support.models import changed, run_tree, write_model, write_pairs
 from tests.support.paths import ENVIRONMENT
 
@@ -180,6 +180,17 @@ def test_step_0_is_ln_2_and_accuracy_starts_at_a_half(folder, runs):
         assert series(folder / name, "eval_loss")[0] == pytest.approx(0.6931472, abs=1e-6), name
         assert series(folder / name)[1] == pytest.approx(0.6931472, abs=1e-6), name
     assert series(folder / "bf16")[1] == pytest.approx(0.6931472, abs=1e-3)
+
+
+@pytest.mark.processes
+def test_step_0_logs_what_rounding_makes(folder, runs):
+    rounding = {}
+    for name in ("plain", "frozen", "adapter-off", "adapter-cached", "tied", "bf16"):
+        line = next(line for line in lines_of(folder / name) if line["step"] == 0)
+        rounding[name] = line["start/rounding"]
+        assert line["start/difference"] <= 4 * rounding[name], name
+    assert rounding["bf16"] > 1000 * rounding["plain"] > 0
+    assert not series(folder / "sft-only", "start/rounding")
 
 
 @pytest.mark.processes
