@@ -181,6 +181,7 @@ def _keep(call: HeadCall, tiles: LogitTiles, online: _OnlineSums, kept_TV: Tenso
             e = e.mul_(slope)
         if n and not direct:
             kept_TV[:, block] = e
+        del z, e  # before the next tile: a product may have brought its own memory
     sums = _over(online.done(), call.shard, kept_TV)
     slope = softcap_slope(sums.top, call.options)
     patch_targets(kept_TV, sums, online.targets, slope, call.shard)
@@ -203,6 +204,7 @@ def _direction(call: HeadCall, tiles: LogitTiles, online: _OnlineSums, out_TD: T
         if slope is not None:
             e = e.mul_(slope)
         add_product(direction, e.to(dtype), blocks[block])
+        del z, e
     sums = _over(online.done(), call.shard, direction)
     inside, columns = in_block(online.targets, slice(0, len(weight)))
     gathered = weight[columns].to(tiles.precision)
@@ -223,15 +225,40 @@ def backward(
     # Rows of E' that are multiplied whole, as they lie.
     n = len(kept_TV) if kept_TV.dtype == call.plan.products else 0
     dH = hidden_TD.new_zeros(hidden_TD.shape) if needs_hidden else None
-    dW = weight_VD.new_zeros(weight_VD.shape) if needs_weight and not n else None
-    if needs_hidden and n:
-        dH[:n] = cpu.product(kept_TV, weight_VD) * scale_T[:n, None]
-    if needs_weight and n:
-        dW = cpu.product(kept_TV.t(), (hidden_TD[:n] * scale_T[:n, None]).to(kept_TV.dtype))
+    dW = weight_VD.new_zeros(weight_VD.shape) if needs_weight else None
+    if n:
+        _whole(call, kept_TV, scale_T, dH, dW)
     db = torch.empty_like(call.bias) if needs_bias else None
     if needs_bias or n < len(hidden_TD):
         _add_tiles(_GradientTiles(call, saved, scale_T, n), dH, dW, db)
     return dH, dW, db
+
+
+def _whole(call: HeadCall, kept_TV: Tensor, scale_T: Tensor, dH, dW) -> None:
+    """The products of kept exponentials as they lie, into the gradients.
+
+    oneDNN copies an operand that lies otherwise than it wants, so it gets a tile at a time: a copy of all
+    exponentials would double the memory.
+    """
+    n, V = len(kept_TV), len(call.weight_VD)
+    scaled_TD = (call.hidden_TD[:n] * scale_T[:n, None]).to(kept_TV.dtype)
+    if not (kept_TV.dtype == torch.float32 and cpu.by_onednn()):
+        if dH is not None:
+            torch.mm(kept_TV, call.weight_VD, out=dH[:n])
+        if dW is not None:
+            torch.mm(kept_TV.t(), scaled_TD, out=dW)
+    else:
+        buffer = tile_buffer(call.plan, kept_TV)
+        for block in vocab_blocks(call.plan, V):
+            for rows in token_chunks(call.plan, 0, n):
+                e = kept_TV[rows, block]
+                tile = buffer[: e.numel()]
+                if dH is not None:
+                    dH[rows] += cpu.product(tile.view_as(e).copy_(e), call.weight_VD[block])
+                if dW is not None:
+                    dW[block] += cpu.product(tile.view_as(e.t()).copy_(e.t()), scaled_TD[rows])
+    if dH is not None:
+        dH[:n] *= scale_T[:n, None]
 
 
 def _add_tiles(tiles: _GradientTiles, dH, dW, db) -> None:
@@ -254,6 +281,7 @@ def _add_tiles(tiles: _GradientTiles, dH, dW, db) -> None:
                 add_product(hidden_sum[rows.start - n : rows.stop - n], g, weight_blocks[block])
             if dW is not None:
                 add_product(weight_sum, g.t(), call.hidden_TD[rows].to(g.dtype))
+            del g
         if dW is not None:
             dW[block] = weight_sum
         if db is not None:

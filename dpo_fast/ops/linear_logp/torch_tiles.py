@@ -99,6 +99,6 @@ def in_block(targets: Tensor, block: slice) -> tuple[Tensor, Tensor]:
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, the product in the dtype of its operands."""
     if a.dtype == total.dtype and not cpu.by_onednn():
-        total.addmm_(a, b)
+        torch.addmm(total, a, b, out=total)
     else:
         total += cpu.product(a, b)
