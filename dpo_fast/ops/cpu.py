@@ -94,8 +94,8 @@ def by_onednn() -> bool:
 def product(a: Tensor, b: Tensor, buffer: Tensor | None = None) -> Tensor:
     """a @ b, [M, K] @ [K, N] of one dtype. The result may lie in `buffer`, of as many elements or more.
 
-    A buffer saves `torch.mm` the page faults of a fresh result. oneDNN brings its own memory: the result, and a
-    copy of an operand that is not contiguous. So give it a tile at a time.
+    A buffer saves `torch.mm` the page faults of a fresh result. oneDNN brings its own memory: for the
+    result, and for a copy of an operand that is not contiguous. So give it a tile at a time.
     """
     ours = a.dtype == torch.float32 and a.device.type == "cpu" and by_onednn()
     if ours and a.numel() and b.numel():
