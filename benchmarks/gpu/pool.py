@@ -40,8 +40,9 @@ class ItemWorker:
         Raises:
             Lost: the process died, or the item took longer than `seconds`.
         """
-        # The monotonic clock is the system's: what its start takes counts.
-        self.worker.send(f"{item}\t{time.monotonic() + seconds}")
+        if self.worker.process is None:  # its start is not the item's time
+            self.names(START_SECONDS)
+        self.worker.send(f"{item}\t{time.monotonic() + seconds}")  # the system's clock
         result = self.worker.answer(seconds)
         if result.pop("restart", False):  # a device that has failed answers nobody in this process
             self.worker.end()
