@@ -112,6 +112,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kernels", type=Path, metavar="CSV")
     parser.add_argument("--train", type=Path, metavar="CSV")
     given = parser.parse_args(arguments)
+    if missing := [str(file) for file in given.files if not file.is_file()]:
+        parser.error(f"no such file: {', '.join(missing)}")
     lines = [line for file in given.files for line in jsonl.read(file)]
     if given.kernels:
         from benchmarks.kernels.results import COLUMNS

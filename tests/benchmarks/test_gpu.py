@@ -90,3 +90,9 @@ def test_a_line_stays_when_the_next_is_cut_off(tmp_path):
     again.add("smoke", "b", {"x": 2})
     assert [x["item"] for x in read(lines.path)] == ["a", "b"]
     assert again.done("smoke") == {"a", "b"}
+
+
+def test_lines_that_are_not_there_are_named(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        summary.main([str(tmp_path / "lines.jsonl")])
+    assert ended.value.code == 2 and "no such file: " in capsys.readouterr().err

@@ -19,7 +19,7 @@ from torch._subclasses import FakeTensorMode
 from dpo_fast.errors import UnavailableError
 from dpo_fast.ops import dispatch, linear_logp
 from dpo_fast.ops.dispatch import choose_implementation, why_not_cuda
-from dpo_fast.ops.linear_logp import cuda_extension
+from dpo_fast.ops.linear_logp import cuda_extension, op
 from tests.support import emulated_sm90
 from tests.support.paths import ROOT
 
@@ -443,6 +443,21 @@ def test_auto_takes_it_for_small_heads_where_it_is_built(built, small, monkeypat
     choice = choose_implementation("linear_logp", torch.device("cuda"), BF16, small=small)
     dispatch._logged_choice.cache_clear()
     assert choice.name == ("cuda" if built and small else "triton")
+
+
+@pytest.mark.parametrize("requested", ["auto", "triton"])
+def test_a_call_under_auto_says_whether_its_head_is_small(requested, monkeypatch):
+    asked = []
+
+    def choose(operation, device, dtype, requested, small):
+        asked.append((operation, requested, small))
+        return dispatch.Choice("cuda", "the test says so")
+
+    monkeypatch.setattr(op, "choose_implementation", choose)
+    monkeypatch.setattr(linear_logp_cuda, "serves_small", lambda *head: True)
+    hidden, weight = torch.zeros(3, 8), torch.zeros(5, 8)
+    assert op.implementation_of(hidden, weight, None, None, requested) == "cuda"
+    assert asked == [("linear_logp", requested, requested == "auto")]
 
 
 def test_a_small_head_is_one_that_it_serves():
