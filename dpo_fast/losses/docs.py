@@ -46,6 +46,16 @@ split. `sft` is minus the chosen log-probs divided by the chosen tokens of the g
 | `margin` | reward margin that a pair should reach |
 | `soft_label` | probability that the chosen answer is the better one |
 """
+REWARDS = """
+`rewards/chosen`, `rewards/rejected`, `rewards/margins` and `rewards/accuracies` follow the loss: where it
+divides log-probs by lengths, so do its rewards, and an answer that it prefers has the higher reward.
+Several losses log means only if all of them divide; `sft` beside others does not count. ipo with
+length_average=false logs sums. TRL's DPOTrainer logs sums for ipo and sigmoid_norm as well, its
+CPOTrainer means for ipo.
+
+| reward of the chosen answer | losses |
+|---|---|
+"""
 SECTIONS = {  # title: which losses stand below it
     "Pairs, with a reference": lambda spec: spec.paired and spec.needs_reference,
     "Pairs, without a reference": lambda spec: spec.paired and not spec.needs_reference,
@@ -70,12 +80,28 @@ STATISTICS = {"kl": "kl estimated over all ranks", "delta": "delta averaged over
 
 def page() -> str:
     """The page as markdown: every loss of the table, every option."""
-    parts = [HEAD]
+    parts = [HEAD, rewards_table()]
     for title, belongs in SECTIONS.items():
         specs = [spec for spec in LOSSES.values() if belongs(spec)]
         note = NOTES.get(specs[0].kind, "")
         parts += [f"\n## {title}\n{note}", *map(section, specs)]
     return "".join([*parts, options_table()])
+
+
+def rewards_table() -> str:
+    """What each loss logs as rewards."""
+    losses: dict[str, list[str]] = {}
+    for spec in LOSSES.values():
+        losses.setdefault(_reward(spec), []).append(spec.name)
+    lines = [f"| {reward} | {named(names)} |\n" for reward, names in losses.items()]
+    return REWARDS + "".join(lines)
+
+
+def _reward(spec: LossSpec) -> str:
+    """The reward of the chosen answer, or of any that is not part of a pair."""
+    policy, ratio = ("lw", "a") if spec.paired else ("r", "r")
+    reward = f"beta {ratio if spec.needs_reference else policy}"
+    return f"`{reward} / nw`" if spec.divides(LossOptions()) else f"`{reward}`"
 
 
 def section(spec: LossSpec) -> str:

@@ -248,8 +248,26 @@ class Objective:
             found |= spec.watch(logps, self.options) if spec.watch else {}
         return found
 
+    @property
+    def averages(self) -> bool:
+        """Whether rewards are means over tokens: every loss but sft divides by a completion's length.
+
+        Otherwise an answer could have the higher reward, and the loss prefer the other.
+        """
+        judges = [spec for spec in self.specs if spec.name != "sft"]
+        return bool(judges) and all(spec.divides(self.options) for spec in judges)
+
     @torch.no_grad()
     def rewards(self, logps: Logps) -> Tensor:
-        """Implicit rewards, beta * log-ratio, [S]; of pairs chosen and rejected in turn."""
+        """Implicit rewards, [S]; of pairs chosen and rejected in turn.
+
+        beta * log-ratio, of sums or, where the objective `averages`, of means over tokens; without a
+        reference beta * log-probability. sft alone compares nothing, and its rewards are of sums.
+        """
         sequences = logps.sequences if isinstance(logps, PairLogps) else logps
-        return self.options.beta * sequences.ratio.detach()
+        rewards_S = self.options.beta * sequences.ratio.detach()
+        return self.scaled(rewards_S, sequences.lengths)
+
+    def scaled(self, rewards_S: Tensor, lengths_S: Tensor) -> Tensor:
+        """Rewards of sums, as the losses of the objective see them, [S]."""
+        return rewards_S / lengths_S.clamp_min(1) if self.averages else rewards_S

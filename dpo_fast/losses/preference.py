@@ -87,8 +87,7 @@ def preference(
             `auto` takes the kernel on a GPU if it computes all that is asked.
 
     Returns:
-        `Preference`. Rewards are beta times the log-ratios; without a reference beta times the
-        log-probabilities.
+        `Preference`, with rewards as `Objective.rewards` defines them.
 
     Raises:
         ValueError: shapes, dtypes or lengths that do not fit; an input that a loss needs is missing, or
@@ -115,16 +114,10 @@ def preference(
             return _of_groups(tokens, objective, totals, columns, groups)
         return _composed(tokens, objective, totals, columns, desirable_S, statistics)
     options = {option: getattr(objective.options, option) for option in KERNEL_OPTIONS}
-    return Preference(
-        *fused_preference(
-            logp_T,
-            lengths_S,
-            reference_S,
-            objective.names,
-            objective.coefficients(totals),
-            **options,
-        )
+    loss, logps_S, rewards_S = fused_preference(
+        logp_T, lengths_S, reference_S, objective.names, objective.coefficients(totals), **options
     )
+    return Preference(loss, logps_S, objective.scaled(rewards_S, lengths_S))
 
 
 def _composed(tokens: Tokens, objective, totals, columns, desirable_S, statistics) -> Preference:

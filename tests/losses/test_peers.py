@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dpo_fast.losses import LOSSES, LossOptions, Objective, PairLogps, Totals, preference
+from dpo_fast.modules.metrics import means, sequence_metrics
 
 PROMPT, LONGEST = 2, 9
 LENGTHS = [3, 9, 1, 5, 2, 7, 6, 4]  # chosen ones first, then rejected, as TRL lays out a batch
@@ -257,13 +258,17 @@ def test_trl_mixtures(case):
     check(ours(tokens, losses, weights, **options), trl_dpo(tokens, losses, weights, **options))
 
 
+# Of ipo and sigmoid_norm that trainer logs sums though the losses divide by lengths; sft alone has a
+# reference there and none here.
+OTHER_REWARDS = {"ipo", "sigmoid_norm", "sft"}
+
+
 @pytest.mark.peers
-def test_trl_rewards():
-    tokens = Tokens()
-    metrics = trl_dpo(tokens, ["sigmoid"], beta=0.3)[2]["train"]
-    rewards = ours(tokens, ["sigmoid"], beta=0.3)[2].rewards_S.view(-1, 2).mean(0)
-    expected = [metrics["rewards/chosen"][0], metrics["rewards/rejected"][0]]
-    assert rewards.tolist() == pytest.approx(expected, rel=1e-6)
+@pytest.mark.parametrize("name", [name for name in OF_DPO_TRAINER if name not in OTHER_REWARDS])
+def test_trl_rewards(name):
+    tokens, options = Tokens(), {"beta": 0.3} | NEEDED.get(name, {})
+    metrics = trl_dpo(tokens, [name], **options)[2]["train"]
+    check_rewards(ours(tokens, [name], **options)[2], metrics)
 
 
 # KTO's trainer.
@@ -313,8 +318,8 @@ def trl_cpo(tokens: Tokens, loss_type: str, average: bool, **attributes):
     own = trainer(tokens, loss_type=loss_type, **(defaults | attributes))
     own.concatenated_forward = lambda *_: forward(tokens, average)
     own.cpo_loss = lambda *logps: trl.CPOTrainer.cpo_loss(own, *logps)
-    loss, _ = trl.CPOTrainer.get_batch_loss_metrics(own, own.model, {})
-    return loss.detach(), tokens.flat(torch.autograd.grad(loss, tokens.logp)[0])
+    loss, metrics = trl.CPOTrainer.get_batch_loss_metrics(own, own.model, {})
+    return loss.detach(), tokens.flat(torch.autograd.grad(loss, tokens.logp)[0]), metrics
 
 
 def forward(tokens: Tokens, average: bool):
@@ -370,9 +375,39 @@ def test_trl_orpo():
     own = trainer(tokens, beta=0.3)
     own.concatenated_forward = lambda *_: forward(tokens, average=True)
     own.odds_ratio_loss = lambda *logps: trl.ORPOTrainer.odds_ratio_loss(own, *logps)
-    loss, _ = trl.ORPOTrainer.get_batch_loss_metrics(own, own.model, {})
+    loss, metrics = trl.ORPOTrainer.get_batch_loss_metrics(own, own.model, {})
     slopes = tokens.flat(torch.autograd.grad(loss, tokens.logp)[0])
-    check(ours(tokens, ["orpo"], beta=0.3), (loss.detach(), slopes))
+    got = ours(tokens, ["orpo"], beta=0.3)
+    check(got, (loss.detach(), slopes))
+    check_rewards(got[2], metrics)
+
+
+def check_rewards(result, metrics: dict) -> None:
+    """Rewards, margins and accuracies: our metrics against those that a trainer of TRL logs."""
+    found = means(sequence_metrics(result.logps_S, result.rewards_S))
+    for name in ("chosen", "rejected", "margins", "accuracies"):
+        expected = metrics[f"rewards/{name}"]
+        expected = expected[0] if isinstance(expected, list) else expected
+        assert found[f"rewards/{name}"].item() == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize(
+    ("name", "own", "average"), [("cpo", "sigmoid", False), ("simpo", "simpo", True)]
+)
+def test_trl_cpo_rewards(name, own, average):
+    tokens = Tokens()
+    metrics = trl_cpo(tokens, own, average=average, beta=2.5)[2]
+    check_rewards(ours(tokens, [name], beta=2.5)[2], metrics)
+    mixture = ours(tokens, [name, "sft"], [1.0, 0.3], beta=2.5)[2]
+    check_rewards(mixture, metrics)
+
+
+@pytest.mark.peers
+def test_trl_cpo_ipo_rewards():
+    tokens = Tokens()
+    metrics = trl_cpo(tokens, "ipo", average=True, beta=0.3)[2]
+    check_rewards(ours(tokens, ["ipo"], beta=0.3, reference_free=True)[2], metrics)
 
 
 # Liger's.

@@ -327,6 +327,23 @@ def test_weights_of_unpaired_completions():
     assert got.item() == pytest.approx((values * weight).sum().item() / 10, rel=1e-12)
 
 
+@pytest.mark.parametrize("name", [name for name, spec in LOSSES.items() if spec.paired])
+def test_rewards_say_which_answer_the_loss_prefers(name):
+    """A chosen answer of 20 tokens at -1, a rejected one of 5 at -3: by sums and by means they differ."""
+    make = lambda x: torch.tensor([x]).double()  # noqa: E731
+    reference = (make(0.0), make(0.0)) if LOSSES[name].needs_reference else (None, None)
+    options = replace(needed_options(name), beta=2.0)
+    mean = LOSSES[name].divides(options)
+    for names in ((name,), (name, "sft")):
+        objective = Objective(names, (1.0,) * len(names), options)
+        pairs = PairLogps(*map(make, (-20.0, -15.0, 20.0, 5.0)), *reference)
+        expected = [-2.0, -6.0] if mean else [-40.0, -30.0]
+        assert objective.rewards(pairs).tolist() == pytest.approx(expected)
+    assert mean == (name in ("ipo", "sigmoid_norm", "simpo", "orpo"))
+    both = Objective((name, "cpo"), (1.0, 1.0), options)  # by sums and by means: sums
+    assert both.rewards(pairs).tolist() == [-40.0, -30.0]
+
+
 def test_rewards_are_beta_times_the_log_ratio():
     make = lambda x: torch.tensor([x]).double()  # noqa: E731
     pairs = PairLogps(*map(make, (-1.0, -4.0, 1.0, 1.0, -2.0, -3.0)))
