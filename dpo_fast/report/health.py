@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from dpo_fast.report.read import Points, RunRecord
 from dpo_fast.report.scale import number, percent
 
 START_TOLERANCE = 1e-3
-FALL = 0.01  # of the loss, that counts as falling
-RISE = 0.02  # of the evaluation loss above its least, that counts as rising
+FALL = 0.003  # of the loss, that counts as falling
+RISE = 0.02  # of the loss, that counts as rising
+FEW_STEPS = 20  # below which a loss that does not fall says nothing
 PINNED = 1e-3  # from 0 or 1
 LEAST_FALL = 0.5  # nats of the chosen log-probability
 LEAST_GROWTH = 0.02  # of the margin
@@ -79,31 +81,98 @@ def _start(run: RunRecord) -> str | None:
 
 
 def _loss(run: RunRecord) -> str | None:
-    ends = trend(run, "loss")
-    if ends is None:
+    """Judges a loss that falls neither in training nor in evaluation, once there are enough steps."""
+    courses = [_training(run), _evaluation(run)]
+    courses = [course for course in courses if course is not None]
+    if not courses:
         return None
-    if ends[1] < ends[0] - FALL * abs(ends[0]):
+    if any(course.falls for course in courses):
         return ""
+    course = courses[-1]
+    if course.rises:
+        return (
+            f"The loss rises ({course.ends}), which means that the model moves away from the preference; "
+            "people usually lower train.learning_rate, or look whether data.columns swaps the answers."
+        )
+    if run.last_step < FEW_STEPS:
+        return None
     return (
-        f"The loss does not fall ({number(ends[0])} \N{RIGHTWARDS ARROW} {number(ends[1])}), which "
-        "means that the model is not learning the preference; people usually raise train.learning_rate, "
-        "train longer, or read a few pairs to see that chosen and rejected are told apart."
+        f"The loss does not fall ({course.ends}), which means that the model is not learning the "
+        "preference; people usually raise train.learning_rate, train longer, or read a few pairs to see "
+        "that chosen and rejected are told apart."
     )
 
 
 def _turn(run: RunRecord) -> str | None:
-    points = run.eval.get("loss", [])
-    if len(points) < 3:
+    """Judges an evaluation loss that does not fall as the training loss does, or only at first."""
+    points, training, evaluation = run.eval.get("loss", []), _training(run), _evaluation(run)
+    if evaluation is None:
         return None
     step, least = min(points, key=lambda point: point[1])
-    last = points[-1][1]
-    if last <= least + RISE * abs(least) or step == points[0][0]:
+    if step == points[0][0]:
+        told = evaluation.rises or run.last_step >= FEW_STEPS
+        return _by_heart(training, evaluation) if told and training and training.falls else ""
+    if evaluation.last - least <= max(RISE * abs(least), 2 * evaluation.noise):
         return ""
     return (
         f"The evaluation loss was least at step {step:.0f} ({number(least)}) and ended at "
-        f"{number(last)}, which means that training went on into overfitting; people usually take the "
-        "checkpoint nearest that step, train fewer epochs, or lower train.learning_rate."
+        f"{number(evaluation.last)}, which means that training went on into overfitting; people usually "
+        "take the checkpoint nearest that step, train fewer epochs, or lower train.learning_rate."
     )
+
+
+def _by_heart(training: _Course, evaluation: _Course) -> str:
+    verb = "rises" if evaluation.rises else "does not fall"
+    return (
+        f"The evaluation loss {verb} ({evaluation.ends}) while the training loss falls "
+        f"({training.ends}), which means that the model learns its training pairs by heart; people usually "
+        "lower train.learning_rate, train fewer epochs, raise loss.beta, or add pairs."
+    )
+
+
+class _Course(NamedTuple):
+    """Where a loss starts and ends, and what it moves by without a reason."""
+
+    first: float
+    last: float
+    noise: float
+
+    @property
+    def ends(self) -> str:
+        return f"{number(self.first)} \N{RIGHTWARDS ARROW} {number(self.last)}"
+
+    @property
+    def falls(self) -> bool:
+        return self.first - self.last > max(FALL * abs(self.first), 2 * self.noise)
+
+    @property
+    def rises(self) -> bool:
+        return self.last - self.first > max(RISE * abs(self.first), 2 * self.noise)
+
+
+def _training(run: RunRecord) -> _Course | None:
+    """Of the training loss: means over its first and its last quarter, which hold different pairs."""
+    points = run.train.get("loss", [])
+    if len(points) < 4:
+        return None
+    size = len(points) // 4
+    noise = _noise(points) * math.sqrt(2 / size)
+    return _Course(_mean(points[:size]), _mean(points[-size:]), noise)
+
+
+def _evaluation(run: RunRecord) -> _Course | None:
+    """Of the evaluation loss, which is over the same pairs every time."""
+    points = run.eval.get("loss", [])
+    return _Course(points[0][1], points[-1][1], _noise(points)) if len(points) >= 2 else None
+
+
+def _noise(points: Points) -> float:
+    """Standard deviation about a smooth course, from second differences; 0 of fewer than five points."""
+    if len(points) < 5:
+        return 0.0
+    values = [value for _, value in points]
+    bends = [a - 2 * b + c for a, b, c in zip(values, values[1:], values[2:])]
+    return math.sqrt(sum(bend * bend for bend in bends) / (6 * len(bends)))
 
 
 def _accuracy(run: RunRecord) -> str | None:

@@ -306,7 +306,9 @@ FINDINGS = {
     "chosen": "The chosen log-probability falls",
     "pinned": "accuracy stays at",
     "flat": "The loss does not fall",
+    "rises": "The loss rises",
     "turn": "The evaluation loss was least at step 5",
+    "by heart": "while the training loss falls",
 }
 
 
@@ -329,6 +331,30 @@ def changed(kind: str, name: str, values) -> list[dict]:
     return lines
 
 
+NOISE = (0.1, -0.05, 0.02, -0.12, 0.08, 0.0, -0.03)
+
+
+def longer(evaluation, training) -> list[dict]:
+    """Forty steps, with these losses by step; without evaluation if that is None."""
+    lines = [train_line(step, loss=training(step)) for step in range(1, 41)]
+    if evaluation is not None:
+        lines += [eval_line(step, eval_loss=evaluation(step)) for step in (0, 20, 40)]
+    accuracies = dict.fromkeys(("rewards/accuracies", "eval_rewards/accuracies"), 0.7)
+    return [
+        line | {name: value for name, value in accuracies.items() if name in line} for line in lines
+    ]
+
+
+def test_four_steps_say_nothing_of_a_small_fall(tmp_path):
+    lines = [train_line(step, loss=LN2 - 0.0013 * step) for step in range(1, 5)]
+    make(tmp_path, [*lines, eval_line(0), eval_line(4, eval_loss=0.6879)])
+    assert found(tmp_path) == set()
+    lines = [train_line(step, loss=LN2 + 1e-4 * step) for step in range(1, 5)]
+    make(tmp_path, [*lines, eval_line(0), eval_line(4, eval_loss=0.6935)])
+    assert found(tmp_path) == set()
+    assert "check: loss falls" in read(tmp_path).text.replace("Too little was logged to ", "")
+
+
 def rounded(rewards: float) -> list[dict]:
     """A run whose evaluation starts 0.02 off ln 2 and whose rewards rounding moves by so much."""
     lines = changed("eval_", "loss", lambda step: LN2 + 0.02 - 0.03 * step)
@@ -348,7 +374,16 @@ def rounded(rewards: float) -> list[dict]:
         (changed("", "rewards/accuracies", lambda step: float(step > 2)), {"pinned"}),
         (changed("eval_", "rewards/accuracies", lambda step: 0.0), {"pinned"}),
         (changed("", "rewards/accuracies", lambda step: 0.99), set()),
-        (changed("eval_", "loss", lambda step: LN2), {"flat"}),
+        # Ten steps without a fall say nothing, and a rise says something.
+        (changed("eval_", "loss", lambda step: LN2), set()),
+        (changed("eval_", "loss", lambda step: LN2 + 0.0065 * step), {"by heart"}),
+        (longer(lambda step: LN2, lambda step: LN2 - 0.01 * step), {"by heart"}),
+        (longer(lambda step: LN2, lambda step: LN2), {"flat"}),
+        (longer(lambda step: LN2 + 0.01 * step, lambda step: LN2 + 0.01 * step), {"rises"}),
+        (longer(lambda step: LN2 - 2e-4 * step, lambda step: LN2), set()),
+        # Batches of few pairs: a fall of 0.02 within noise of 0.1 is none.
+        (longer(None, lambda step: LN2 - 5e-4 * step + NOISE[step % len(NOISE)]), {"flat"}),
+        (longer(None, lambda step: LN2 - 5e-3 * step + NOISE[step % len(NOISE)]), set()),
         (changed("eval_", "loss", lambda step: {0: LN2, 5: 0.4, 10: 0.5}[step]), {"turn"}),
     ],
 )
@@ -373,7 +408,7 @@ def test_ln2_is_expected_of_plain_sigmoid_only(tmp_path, config):
 def test_training_alone_shows_a_flat_loss_and_a_falling_chosen(tmp_path):
     lines = [
         train_line(step, loss=LN2, **{"logps/chosen": -40.0 - step, "rewards/chosen": -0.1 * step})
-        for step in range(1, 9)
+        for step in range(1, 29)
     ]
     assert found(make(tmp_path, lines)) == {"flat", "chosen"}
 
