@@ -132,6 +132,7 @@ TESTED_THROUGH = {
     "report.panels": "report/test_report.py",
     "report.style": "report/test_report.py",
     "training.export": "support/workers/jobs.py",
+    "training.loggers": "training/test_loop.py",
     "training.run_log": "support/workers/jobs.py",
 }
 

@@ -48,7 +48,7 @@ def page(run: RunRecord) -> str:
 
 
 def _name(run: RunRecord) -> str:
-    return str(run.setting("log", "run_name", default=run.folder.name or "run"))
+    return str(run.setting("log", "run_name", default=run.folder.resolve().name or "run"))
 
 
 def _head(run: RunRecord) -> str:

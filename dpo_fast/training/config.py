@@ -135,6 +135,11 @@ class RunConfig(BaseModel):
         return ", ".join(self.loss.names)
 
     @property
+    def run_name(self) -> str:
+        """log.run_name, or the name of the output folder."""
+        return self.log.run_name or Path(self.train.output_dir).resolve().name
+
+    @property
     def reference_provider(self) -> str:
         """The provider that is named, or the default for these losses (`default_provider`)."""
         if "provider" in self.reference.model_fields_set:

@@ -12,6 +12,9 @@ from dpo_fast.errors import UserError
 from dpo_fast.models import ScoringModel
 from dpo_fast.training.config import RunConfig
 
+# DeepSpeed's monitors, which log.report_to stands for.
+MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
+
 
 def deepspeed_config(config: RunConfig, world_size: int, accumulation: int) -> dict[str, Any]:
     """Our configuration in DeepSpeed's words, with `parallel.deepspeed` merged in.
@@ -40,11 +43,7 @@ def deepspeed_config(config: RunConfig, world_size: int, accumulation: int) -> d
     }
     if bf16 and config.parallel.zero_stage:  # DeepSpeed's stage 0 sums bf16 gradients in bf16 only
         derived["data_types"] = {"grad_accum_dtype": "fp32"}
-    for name in config.log.report_to:
-        place = "group" if name == "wandb" else "job_name"
-        derived[name] = {"enabled": True, place: config.log.run_name}
-        if name == "tensorboard":
-            derived[name]["output_path"] = f"{config.train.output_dir}/tensorboard"
+    derived |= {name: {"enabled": False} for name in MONITORS}
     return merge(derived, config.parallel.deepspeed, "parallel.deepspeed")
 
 

@@ -8,7 +8,6 @@ check_positions    data against model
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -27,6 +26,7 @@ from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import find_checkpoint
 from dpo_fast.training.config import RunConfig, check_batch_sizes
 from dpo_fast.training.console import say
+from dpo_fast.training.loggers import check_loggers
 from dpo_fast.training.splits import Split
 
 Skeletons = Mapping[str | None, PreTrainedModel]
@@ -89,12 +89,7 @@ def check_run(config: RunConfig) -> Choices:
         check_layers(model.section(config.model), skeletons[model.path], device)
     dtype = config.model.torch_dtype
     choose_implementation("linear_logp", device, dtype, config.train.implementation)
-    for package in config.log.report_to:
-        if importlib.util.find_spec(package) is None:
-            raise UserError(
-                f"log.report_to={package}: the package is not installed; pip install {package}, or "
-                "leave it out (metrics.jsonl is always written)"
-            )
+    check_loggers(config)
     find_checkpoint(config.train.resume_from_checkpoint, config.train.output_dir)
     return choices
 

@@ -63,18 +63,20 @@ def train(config: RunConfig) -> Path:
         progress_bar("training", run.total_steps, step) as advance,
     ):
         while step < run.total_steps and not stopped:
+            rate = run.engine.get_lr()[0]  # the step moves the schedule on
             share = update(run, step, sums)
             check_finite(run, step, share)
             step, stopped = step + 1, asked()
             last = step == run.total_steps
             if due(config.log.logging_steps, step, last):
-                log.training(step, sums.read())
+                log.training(step, sums.read(), rate)
             with log.clock_stopped():
                 if run.eval and due(config.train.eval_steps, step, last):
                     log.evaluation(step, evaluate_run(run))
                 if due(config.train.save_steps, step, last or stopped):
                     folder = save(run, step, sums)
             advance(log.loss)
+    log.close()
     if step < run.total_steps:
         raise Interrupted(folder)
     model = Path(config.train.output_dir) / "final"
@@ -103,6 +105,7 @@ def due(every: int | None, step: int, last: bool) -> bool:
 
 def start(run: Run, log: RunLog) -> int:
     """Begin a new run: compare policy and reference, and evaluate once. Returns step 0."""
+    log.begin(0)
     found = compare_at_start(run) if starts_at_reference(run.config) else None
     if found is not None:
         say(f"step 0: {found}")
@@ -190,7 +193,7 @@ def resume(run: Run, checkpoint: Path, sums: MetricSums, log: RunLog) -> int:
     """Restore the run as it was, the open window of metrics included. Returns the steps taken."""
     state = load_checkpoint(run.engine, checkpoint, must_fit(run), sums.values, run.stateful)
     run.train.seek(state)
-    log.forget_after(state["step"])
+    log.begin(state["step"])
     say(f"resumed {checkpoint} at step {state['step']}")
     return state["step"]
 

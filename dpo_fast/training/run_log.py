@@ -1,4 +1,4 @@
-"""What a run writes while it trains: config.yaml, data-report.json, metrics.jsonl, DeepSpeed's monitors."""
+"""What a run writes while it trains: config.yaml, data-report.json, metrics.jsonl, loggers."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from dpo_fast.durable import write_file
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import saving
 from dpo_fast.training.console import say
+from dpo_fast.training.loggers import Logger, named, open_loggers
 from dpo_fast.training.perf import peak_memory_gib, product_rate
 from dpo_fast.training.prepare import Run
 
@@ -43,7 +44,7 @@ def open_log(run: Run, resumed: bool) -> RunLog:
 
 
 class RunLog:
-    """metrics.jsonl, the monitors, and a line on the terminal. Rank 0 writes; every rank must call.
+    """metrics.jsonl, the loggers, and a line on the terminal. Rank 0 writes; every rank must call.
 
     rate: operations in a second that one device can do.
     loss: the latest in words, for the progress bar.
@@ -52,10 +53,22 @@ class RunLog:
     def __init__(self, run: Run, file: Path, rate: float) -> None:
         self.run, self.file, self.rate = run, file, rate
         self.loss = ""
+        self.loggers: list[Logger] = []
         self._since = time.monotonic()  # when the window of the rates began
 
-    def training(self, step: int, metrics: dict[str, float]) -> None:
-        """Log training metrics, with rates and the state of the schedule. Collective."""
+    def begin(self, step: int) -> None:
+        """Before the first line: open the loggers of a run that goes on after `step`."""
+        if distributed.is_main():
+            self._forget_after(step)
+            self.loggers = open_loggers(self.run.config, step)
+
+    def close(self) -> None:
+        """After the last line."""
+        for logger in self.loggers:
+            logger.close()
+
+    def training(self, step: int, metrics: dict[str, float], learning_rate: float) -> None:
+        """Log training metrics, with rates and the learning rate of the step. Collective."""
         line, engine, seconds = dict(metrics), self.run.engine, time.monotonic() - self._since
         line["perf/tokens_per_second"] = line["num_tokens"] / seconds
         line["perf/examples_per_second"] = line.pop("examples") / seconds
@@ -67,7 +80,7 @@ class RunLog:
         report = self.run.train.examples.report
         line["data/truncated"] = report.prompts_cut + report.answers_cut
         line["data/dropped"] = report.dropped.total + report.bad.total
-        line["learning_rate"] = engine.get_lr()[0]
+        line["learning_rate"] = learning_rate
         self.loss = f"loss {line['loss']:.4f}"
         self._since = time.monotonic()
         self._write(step, line)
@@ -86,9 +99,9 @@ class RunLog:
         yield
         self._since += time.monotonic() - begin
 
-    def forget_after(self, step: int) -> None:
+    def _forget_after(self, step: int) -> None:
         """Drop lines of later steps: a killed run logged them, and a resumed run takes them again."""
-        if distributed.is_main() and self.file.is_file():
+        if self.file.is_file():
             lines = self.file.read_text().splitlines()
             whole = [line for line in lines if line.endswith("}")]  # the last may be torn
             kept = [line for line in whole if json.loads(line)["step"] <= step]
@@ -102,10 +115,9 @@ class RunLog:
         place = {"step": step} if epochs is None else {"step": step, "epoch": round(epochs, 6)}
         with saving(self.file), self.file.open("a") as stream:
             stream.write(json.dumps(place | metrics) + "\n")
-        monitor = self.run.engine.monitor
-        if monitor.enabled:
-            numbers = {k: v for k, v in (place | metrics).items() if k != "step" and v is not None}
-            monitor.write_events([(f"Train/{name}", v, step) for name, v in numbers.items()])
+        values = named({name: v for name, v in (place | metrics).items() if name != "step"})
+        for logger in self.loggers:
+            logger.log(step, values)
 
 
 def _shown(line: dict[str, Any], prefix: str = "") -> str:

@@ -241,6 +241,8 @@ class LogSection(BaseModel):
         True, description="entropy, mean logits and token accuracy, from the head's own pass"
     )
     report_to: list[Literal["tensorboard", "wandb"]] = Field(
-        default_factory=list, description="DeepSpeed monitors that also receive the metrics"
+        default_factory=list, description="loggers that also receive the metrics"
     )
-    run_name: str = Field("dpo_fast", description="name of the run for the monitors")
+    run_name: str | None = Field(
+        None, description="name of the run for loggers and the report; default: that of output_dir"
+    )

@@ -1,6 +1,7 @@
 """Whole runs: the same curve on two ranks, exact resume, references, adapters, exports."""
 
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ pytest.importorskip("deepspeed")
 
 from safetensors.torch import load_file
 
-from tests.support import ranks
+from tests.support import ranks, wandb_file
 from tests.support.metrics import lines_of, series
 from tests.support.models import changed, run_tree, write_model, write_pairs
 from tests.support.paths import ENVIRONMENT
@@ -63,7 +64,7 @@ def variants(folder: Path) -> dict[str, dict]:
         "adapter-off": {"model": lora, "reference": {"provider": "adapter_off"}},
         "adapter-cached": {"model": lora, "parallel": zero3, "train": {"merge_lora": True}},
         "bf16": {"model": {"dtype": "bf16"}, "parallel": zero3},
-        "monitored": {"log": {"report_to": ["tensorboard"], "logging_steps": 2}},
+        "monitored": {"log": {"report_to": ["tensorboard", "wandb"], "logging_steps": 2}},
         "sft-only": {"loss": {"type": "sft"}},
     }
     return {name: changed(base, folder / name, **options) for name, options in sections.items()}
@@ -243,16 +244,53 @@ def test_metrics_have_the_names_people_plot(folder, runs):
     assert lines[-2]["rewards/margins"] == pytest.approx(margin, abs=1e-6)
 
 
+def in_loggers(folder: Path) -> dict[str, dict[int, float]]:
+    """The curves of metrics.jsonl, under the names that loggers give them."""
+    curves: dict[str, dict[int, float]] = {}
+    for line in lines_of(folder):
+        for name, value in line.items():
+            if name != "step" and value is not None:
+                name = name.replace("eval_", "eval/") if "eval_" in name else f"train/{name}"
+                curves.setdefault(name, {})[line["step"]] = pytest.approx(value)
+    return curves
+
+
 @pytest.mark.processes
-def test_monitor_receives_the_metrics(folder, runs):
+def test_tensorboard_receives_the_metrics(folder, runs):
     event_accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator"
     )
-    events = next((folder / "monitored" / "tensorboard").rglob("events.*"))
+    events = folder / "monitored" / "tensorboard" / "monitored"
     reader = event_accumulator.EventAccumulator(str(events))
     reader.Reload()
-    scalars = {event.step: event.value for event in reader.Scalars("Train/loss")}
-    assert scalars == pytest.approx(series(folder / "monitored"))
+    found = {
+        name: {event.step: event.value for event in reader.Scalars(name)}
+        for name in reader.Tags()["scalars"]
+    }
+    assert found == in_loggers(folder / "monitored")
+    assert {"train/loss", "eval/loss", "train/rewards/accuracies"} <= found.keys()
+
+
+@pytest.mark.processes
+def test_wandb_receives_the_metrics(folder, runs):
+    pytest.importorskip("wandb")
+    found: dict[str, dict[int, float]] = {}
+    for line in wandb_file.history(folder / "monitored"):
+        for name, value in line.items():
+            if not name.startswith("_") and name != "train/global_step":
+                found.setdefault(name, {})[line["train/global_step"]] = value
+    assert found == in_loggers(folder / "monitored")
+
+
+@pytest.mark.processes
+def test_the_logged_learning_rate_is_that_of_the_step(folder, runs):
+    """A cosine without warm-up: the first step runs at the full rate."""
+    largest = runs["plain"]["train"]["learning_rate"]
+    expected = {
+        step: largest * (1 + math.cos(math.pi * (step - 1) / STEPS)) / 2
+        for step in range(1, STEPS + 1)
+    }
+    assert series(folder / "plain", "learning_rate") == pytest.approx(expected)
 
 
 @pytest.mark.processes

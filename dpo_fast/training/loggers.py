@@ -1,0 +1,101 @@
+"""Loggers beside metrics.jsonl. Each gets our metrics at our steps, from rank 0 alone.
+
+Metrics have the names that the Trainer of transformers gives them: `train/loss`, `eval/loss`. DeepSpeed's
+monitors stay off. They log a series of their own at other steps, after which W&B drops ours.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from dpo_fast.errors import UserError
+from dpo_fast.training.config import RunConfig
+
+EVALUATION = "eval_"
+STEP = "train/global_step"
+
+
+class Logger(Protocol):
+    """What receives metrics."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in output_dir/tensorboard."""
+
+    def __init__(self, config: RunConfig, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # A resumed run takes the steps after its checkpoint again.
+        folder = Path(config.train.output_dir) / "tensorboard" / config.run_name
+        self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases.
+
+    Its project is `WANDB_PROJECT`, by default `dpo_fast`; other variables of its client hold as well. A
+    resumed run is a new one of the same name.
+    """
+
+    def __init__(self, config: RunConfig, step: int) -> None:
+        import wandb
+
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "dpo_fast"),
+            name=config.run_name,
+            dir=config.train.output_dir,
+            config=config.resolved(),
+        )
+        self.run.define_metric(STEP)
+        self.run.define_metric("*", step_metric=STEP, step_sync=True)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.run.log({**metrics, STEP: step})
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+LOGGERS: dict[str, type[Logger]] = {"tensorboard": TensorBoard, "wandb": WandB}
+
+
+def check_loggers(config: RunConfig) -> None:
+    """Raises UserError if the package of a logger is missing."""
+    for package in config.log.report_to:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"log.report_to={package}: the package is not installed; pip install {package}, or "
+                "leave it out (metrics.jsonl is always written)"
+            )
+
+
+def open_loggers(config: RunConfig, step: int) -> list[Logger]:
+    """The loggers of log.report_to. step: after which the run goes on."""
+    return [LOGGERS[name](config, step) for name in config.log.report_to]
+
+
+def named(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics that have a value, under the names of transformers."""
+    names = {
+        name: f"eval/{name.removeprefix(EVALUATION)}"
+        if name.startswith(EVALUATION)
+        else f"train/{name}"
+        for name in metrics
+    }
+    return {names[name]: value for name, value in metrics.items() if value is not None}
