@@ -18,6 +18,7 @@ def tree(contender: Contender, task: Task) -> dict:
     """The configuration of a run, as a YAML file would have it."""
     train = {
         "output_dir": str(task.folder / contender.name.replace(" ", "-").replace(",", "")),
+        "overwrite_output_dir": True,
         "global_batch_size": task.global_batch_size,
         "layout": contender.layout,
         "seed": task.seed,

@@ -118,6 +118,7 @@ def write_config(folder: Path, scale: Scale, seed: int) -> Path:
         "reference": {"provider": "cached"},
         "train": {
             "output_dir": str(folder / "dpo"),
+            "overwrite_output_dir": True,
             "num_train_epochs": scale.dpo_epochs,
             "global_batch_size": scale.examples_per_step,
             "micro_batch_size": scale.examples_per_step,

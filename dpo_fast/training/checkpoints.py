@@ -25,7 +25,7 @@ from dpo_fast import durable
 from dpo_fast.errors import UserError
 from dpo_fast.training import distributed
 
-PREFIX = "checkpoint-"
+PREFIX, LATEST = "checkpoint-", "latest"
 
 
 class Stateful(Protocol):
@@ -71,8 +71,8 @@ def save_checkpoint(
         with saving(aside):
             (aside / "state.json").write_text(json.dumps(state, indent=2))
             durable.publish(aside, final, replace=True)
-        with saving(root / "latest"):
-            durable.write_file(root / "latest", final.name)
+        with saving(root / LATEST):
+            durable.write_file(root / LATEST, final.name)
         for old in _by_age(checkpoints(root), final)[:-keep]:
             shutil.rmtree(old)
     distributed.barrier()
@@ -159,7 +159,7 @@ def _by_age(found: list[Path], newest: Path) -> list[Path]:
 
 def _newest(root: Path) -> Path | None:
     """The checkpoint that `latest` names, or else the one of the highest step."""
-    latest = root / "latest"
+    latest = root / LATEST
     if latest.is_file():
         named = root / latest.read_text(errors="replace").strip()
         if (named / "state.json").is_file():

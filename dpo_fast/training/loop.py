@@ -16,6 +16,7 @@ from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import progress_bar, say, track
+from dpo_fast.training.earlier_run import MODEL, check_earlier_run
 from dpo_fast.training.export import export
 from dpo_fast.training.fit import check_run
 from dpo_fast.training.metrics import MetricSums
@@ -48,6 +49,7 @@ def train(config: RunConfig) -> Path:
         Interrupted: after SIGINT or SIGTERM, once the step is finished and a checkpoint saved.
     """
     choices = check_run(config)
+    check_earlier_run(config)
     check_writable(config.train.output_dir)
     distributed.init_distributed(config.parallel.timeout_minutes)
     checkpoint = find_checkpoint(config.train.resume_from_checkpoint, config.train.output_dir)
@@ -79,7 +81,7 @@ def train(config: RunConfig) -> Path:
     log.close()
     if step < run.total_steps:
         raise Interrupted(folder)
-    model = Path(config.train.output_dir) / "final"
+    model = Path(config.train.output_dir) / MODEL
     tokenizer = with_template(run.tokenizer, config.data)
     export(run.model, tokenizer, model, config.model, config.train.merge_lora)
     say(f"the trained model is in {model}")

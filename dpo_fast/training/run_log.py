@@ -15,6 +15,7 @@ from dpo_fast.durable import write_file
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import saving
 from dpo_fast.training.console import say
+from dpo_fast.training.earlier_run import METRICS, make_room
 from dpo_fast.training.loggers import Logger, named, open_loggers
 from dpo_fast.training.perf import peak_memory_gib, product_rate
 from dpo_fast.training.prepare import Run
@@ -25,7 +26,7 @@ SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps
 def open_log(run: Run, resumed: bool) -> RunLog:
     """Write the resolved configuration and the data report, and measure the device for perf/mfu.
 
-    Unless the run is resumed, an older metrics.jsonl in its folder is removed.
+    Unless the run is resumed, what an earlier run left in its folder makes room.
 
     Raises:
         UserError: the folder cannot be written.
@@ -38,9 +39,9 @@ def open_log(run: Run, resumed: bool) -> RunLog:
             write_file(folder / "config.yaml", resolved)
             write_file(folder / "data-report.json", run.train.examples.report.to_json())
             if not resumed:
-                (folder / "metrics.jsonl").unlink(missing_ok=True)
+                make_room(folder)
     rate = product_rate(run.engine.device, run.config.model.torch_dtype)
-    return RunLog(run, folder / "metrics.jsonl", rate)
+    return RunLog(run, folder / METRICS, rate)
 
 
 class RunLog:

@@ -148,6 +148,12 @@ class TrainSection(BaseModel):
     resume_from_checkpoint: bool | str = Field(
         False, description="true: the latest of output_dir, if any; or the path of one"
     )
+    overwrite_output_dir: bool = Field(
+        False,
+        description="begin again in a folder that holds a run: its checkpoints are removed, its metrics "
+        "kept as metrics-earlier.jsonl",
+        json_schema_extra={"refused": "with resume_from_checkpoint"},
+    )
     merge_lora: bool = Field(
         False,
         description="export merged weights beside the adapter",
@@ -172,6 +178,12 @@ class TrainSection(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> TrainSection:
         from transformers import SchedulerType
+
+        if self.overwrite_output_dir and self.resume_from_checkpoint:
+            raise ValueError(
+                "train.overwrite_output_dir=true removes what "
+                f"train.resume_from_checkpoint={self.resume_from_checkpoint} goes on from; leave out one"
+            )
 
         names = [name.value for name in SchedulerType]
         if self.lr_scheduler_type not in names:

@@ -17,6 +17,8 @@ pytest.importorskip("deepspeed")
 
 from safetensors.torch import load_file
 
+from dpo_fast.errors import UserError
+from dpo_fast.training.loop import train
 from tests.support import ranks, wandb_file
 from tests.support.metrics import lines_of, series
 from tests.support.models import changed, run_tree, write_model, write_pairs
@@ -291,6 +293,44 @@ def test_the_logged_learning_rate_is_that_of_the_step(folder, runs):
         for step in range(1, STEPS + 1)
     }
     assert series(folder / "plain", "learning_rate") == pytest.approx(expected)
+
+
+@pytest.mark.processes
+def test_a_run_that_is_there_is_not_overwritten_unasked(folder, runs, tmp_path):
+    """The same command after an interruption would begin again."""
+    root = tmp_path / "whole"
+    shutil.copytree(folder / "whole", root)
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    tree = changed(runs["whole"], root)
+
+    def refused(message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            train(load_tree(tree))
+        assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+
+    refused(
+        "holds checkpoint-6 of an earlier run: set train.resume_from_checkpoint=true to go on from its "
+        "latest checkpoint, train.overwrite_output_dir=true to begin again"
+    )
+    for checkpoint in root.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    refused("holds final, the model of an earlier run: set train.overwrite_output_dir=true")
+
+
+@pytest.mark.processes
+def test_overwriting_begins_again_and_keeps_the_metrics(folder, runs, tmp_path):
+    root = tmp_path / "whole"
+    shutil.copytree(folder / "whole", root)
+    metrics = (root / "metrics.jsonl").read_text()
+    options = {"overwrite_output_dir": True, "max_steps": 2}
+    alone = ranks.Ranks(1)
+    alone.do("train", [changed(runs["whole"], root, train=options)])
+    alone.end()
+    assert (root / "metrics-earlier.jsonl").read_text() == metrics
+    assert [line["step"] for line in lines_of(root)] == [0, 2, 2]
+    # A checkpoint of the earlier run would be taken for the newest.
+    assert [path.name for path in root.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
 @pytest.mark.processes
