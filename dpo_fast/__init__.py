@@ -2,19 +2,38 @@
 
     from dpo_fast import FusedLinearPreferenceLoss, linear_logp
 
-The trainer needs the extra `train` (pip install "dpo_fast[train]"); this import does not.
+The trainer needs the extra `train` (pip install "dpo_fast[train]"); this import does not. Names are
+imported when they are first used, so that the command line tells a mistake before PyTorch is there.
 """
 
-from dpo_fast.errors import UnavailableError, UserError
-from dpo_fast.modules import (
-    FusedHead,
-    FusedLinearPreferenceLoss,
-    PreferenceLoss,
-    UnpairedPreferenceLoss,
-)
-from dpo_fast.ops import LinearLogp, VocabShard, linear_logp, logits_logp
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dpo_fast.errors import UnavailableError, UserError
+    from dpo_fast.modules import (
+        FusedHead,
+        FusedLinearPreferenceLoss,
+        PreferenceLoss,
+        UnpairedPreferenceLoss,
+    )
+    from dpo_fast.ops import LinearLogp, VocabShard, linear_logp, logits_logp
 
 __version__ = "0.1.0"
+_HOMES = {
+    "FusedHead": "modules",
+    "FusedLinearPreferenceLoss": "modules",
+    "LinearLogp": "ops",
+    "PreferenceLoss": "modules",
+    "UnavailableError": "errors",
+    "UnpairedPreferenceLoss": "modules",
+    "UserError": "errors",
+    "VocabShard": "ops",
+    "linear_logp": "ops",
+    "logits_logp": "ops",
+}
 __all__ = [
     "FusedHead",
     "FusedLinearPreferenceLoss",
@@ -27,3 +46,15 @@ __all__ = [
     "linear_logp",
     "logits_logp",
 ]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

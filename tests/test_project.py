@@ -132,6 +132,7 @@ TESTED_THROUGH = {
     "report.panels": "report/test_report.py",
     "report.style": "report/test_report.py",
     "training.export": "support/workers/jobs.py",
+    "training.earlier_run": "training/test_loop.py",
     "training.loggers": "training/test_loop.py",
     "training.run_log": "support/workers/jobs.py",
 }
@@ -283,6 +284,8 @@ def test_the_wheel_holds_every_package(tmp_path):
     }
     expected |= {f"dpo_fast/kernels/{path.name}" for path in (ROOT / "kernels/ops").glob("*.py")}
     assert {name for name in names if name.endswith(".py")} == expected
+    recipes = {f"dpo_fast/configs/{path.name}" for path in (ROOT / "configs").iterdir()}
+    assert recipes <= names  # `dpo-fast init` begins with one
     about = next(name.removesuffix("METADATA") for name in names if name.endswith("/METADATA"))
     assert b"License-Expression: Apache-2.0" in wheel.read(f"{about}METADATA")
     assert wheel.read(f"{about}licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()

@@ -3,12 +3,39 @@
 app.py             commands and how their failures are told
 bench.py           `bench`: the benchmarks of a checkout
 config.py          `config`: the schema of configurations, and what one comes to
+init.py            `init`: a configuration to begin with
 doctor.py          what this machine can run
 doctor_run.py      what one run would use
 doctor_memory.py   how much memory that takes, roughly
 launch.py          --nproc: local ranks without torchrun
 """
 
-from dpo_fast.cli.app import main
+from __future__ import annotations
+
+import sys
+
+# Packages of the extra `train`, by the names that are imported.
+EXTRA = (
+    *("datasets", "deepspeed", "jinja2", "peft", "pydantic", "rich", "safetensors"),
+    *("transformers", "typer", "yaml"),
+)
+
+
+def main() -> None:
+    """Entry point of `dpo-fast`. Without the extra `train` it says how to install it."""
+    try:
+        from dpo_fast.cli.app import main as run
+
+        run()
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in EXTRA:
+            raise
+        print(
+            f"dpo-fast: the package {error.name} is missing, which the command line needs: "
+            'pip install "dpo_fast[train]"',
+            file=sys.stderr,
+        )
+        sys.exit(2)
+
 
 __all__ = ["main"]

@@ -10,22 +10,57 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from dpo_fast import __version__
 from dpo_fast.cli import bench
-from dpo_fast.cli.config import Config, Overrides
+from dpo_fast.cli.config import Config, Overrides, load
 from dpo_fast.cli.config import app as config_app
 from dpo_fast.errors import Interrupted, UserError
 
+KEYS = (
+    "Keys people change most: model.path, model.lora.r, data.train, data.eval_rows, data.max_length, "
+    "loss.type, loss.beta, train.output_dir, train.num_train_epochs, train.global_batch_size, "
+    "train.micro_batch_size, train.learning_rate, train.save_steps, train.resume_from_checkpoint, "
+    "parallel.zero_stage. All: docs/CONFIG.md, or dpo-fast config schema."
+)
 app = typer.Typer(
     help="Preference optimisation whose language-model head never materialises logits.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench.app, name="bench")
 app.add_typer(config_app, name="config")
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"dpo_fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="show it and end")
+    ] = False,
+) -> None:
+    """Options before a command."""
+
+
 @app.command()
+def init(
+    out: Annotated[Path, typer.Argument(help="file to write", metavar="OUT")] = Path("run.yaml"),
+    model: Annotated[str, typer.Option(help="a model folder or hub id")] = "my-model",
+    data: Annotated[str, typer.Option(help="a file, folder or hub id")] = "my-pairs.jsonl",
+    recipe: Annotated[str, typer.Option(help="dpo, lora, cdpo_sft or grpo")] = "dpo",
+) -> None:
+    """Write a commented configuration for a model and data of your own."""
+    from dpo_fast.cli.init import write_config
+
+    write_config(out, recipe, model, data)
+    typer.echo(f"{out}: look at the data with `dpo-fast data {out}`, then `dpo-fast train {out}`")
+
+
+@app.command(epilog=KEYS)
 def train(
     config: Config,
     overrides: Overrides = None,
@@ -35,12 +70,12 @@ def train(
 
     Exit codes: 0 done; 2 bad input; 130 interrupted, the step finished and a checkpoint saved.
     """
+    run = load(config, overrides)
     from dpo_fast.training import distributed
-    from dpo_fast.training.config import check_batch_sizes, load_config
+    from dpo_fast.training.config import check_batch_sizes
     from dpo_fast.training.console import quiet
 
     distributed.adopt_slurm()
-    run = load_config(config, overrides or ())
     quiet()
     if nproc > 1:
         check_batch_sizes(run, nproc)
@@ -94,12 +129,11 @@ def reference(
 
     A later `train` of the same configuration finds them. Another run finds them by reference.cache_dir.
     """
+    run = load(config, overrides)
     from dpo_fast.training import distributed
-    from dpo_fast.training.config import load_config
     from dpo_fast.training.console import quiet
 
     distributed.adopt_slurm()
-    run = load_config(config, overrides or ())
     quiet()
     from dpo_fast.training.references import check_stores, store_beforehand
 
@@ -129,12 +163,12 @@ def data(
     examples: Annotated[int, typer.Option(min=0, help="rows to show")] = 3,
 ) -> None:
     """Show what would be trained on: counts, lengths, drops, truncation, and marked examples."""
+    run = load(config, overrides)
     from dpo_fast.data.report import render_examples, render_report
-    from dpo_fast.training.config import load_config
     from dpo_fast.training.console import quiet
 
     quiet()
-    prepared = _prepare_data(load_config(config, overrides or ()))
+    prepared = _prepare_data(run)
     tokenizer = prepared.pop("tokenizer")
     console = Console()
     for name, pairs in prepared.items():
@@ -153,13 +187,13 @@ def doctor(
     nproc: Annotated[int | None, typer.Option(min=1, help="ranks to reckon with")] = None,
 ) -> None:
     """What this machine can run and why; with CONFIG also what that run would use, and its memory."""
+    run = None if config is None else load(config, overrides)
     from dpo_fast.cli.doctor import render
 
     console = Console()
     render(console)
-    if config is None:
+    if run is None:
         return
-    from dpo_fast.training.config import load_config
     from dpo_fast.training.console import quiet
 
     if nproc is not None:
@@ -167,7 +201,7 @@ def doctor(
     quiet()
     from dpo_fast.cli.doctor_run import render_run
 
-    render_run(console, load_config(config, overrides or ()))
+    render_run(console, run)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 import yaml
 
 from dpo_fast.errors import UserError
+from dpo_fast.training.config_file import read_tree
 
 app = typer.Typer(
     help="Look at configurations; docs/CONFIG.md has every key.", no_args_is_help=True
@@ -20,12 +22,18 @@ Overrides = Annotated[
 ]
 
 
+def load(config: str, overrides: Sequence[str] | None):
+    """The run of a file, as a RunConfig. A file that cannot be read is told before large imports."""
+    tree = read_tree(config, overrides or ())
+    from dpo_fast.training.config import build_config
+
+    return build_config(tree, config)
+
+
 @app.command()
 def show(config: Config, overrides: Overrides = None) -> None:
     """Print the whole configuration, with every default filled in. The output is itself one."""
-    from dpo_fast.training.config import load_config
-
-    tree = load_config(config, overrides or ()).resolved()
+    tree = load(config, overrides).resolved()
     typer.echo(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), nl=False)
 
 

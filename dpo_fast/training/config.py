@@ -1,4 +1,4 @@
-"""A whole run as typed data: its sections, checks across them, and how YAML and key=value become one."""
+"""A whole run as typed data: its sections, checks across them, and how a tree becomes one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import difflib
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
 from dpo_fast.data.config import DataConfig
@@ -14,6 +13,7 @@ from dpo_fast.errors import UserError
 from dpo_fast.models.config import ModelSection
 from dpo_fast.references.config import ReferenceModel, ReferenceSection, check_reference
 from dpo_fast.references.table import PROVIDERS, ProviderSpec, alternatives, default_provider
+from dpo_fast.training.config_file import read_tree
 from dpo_fast.training.sections import (
     FORBID,
     LogSection,
@@ -210,40 +210,13 @@ def check_batch_sizes(config: RunConfig, world_size: int) -> None:
         )
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice. PyYAML alone would keep the last."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
-    """Read a YAML file and apply `section.key=value` overrides, whose values are YAML too.
+    """The run of a YAML file with `section.key=value` overrides, whose values are YAML too.
 
     Raises:
         UserError: one paragraph that names the file, the key, its value and what was expected.
     """
-    file = Path(path)
-    try:
-        tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected sections ({', '.join(RunConfig.model_fields)})")
-    for override in overrides:
-        _apply(tree, override)
-    return build_config(tree, path)
+    return build_config(read_tree(path, overrides), path)
 
 
 def build_config(tree: dict, where: str) -> RunConfig:
@@ -252,26 +225,6 @@ def build_config(tree: dict, where: str) -> RunConfig:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from None
-
-
-def _apply(tree: dict, override: str) -> None:
-    """Set one key of a tree, `section.key=value`. Raises UserError."""
-    key, separator, text = override.partition("=")
-    names = key.split(".")
-    if not separator or not all(names):
-        raise UserError(f"{override!r}: expected section.key=value, like train.max_steps=100")
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        why = getattr(error, "problem", None) or "it breaks off"
-        raise UserError(f"{override!r}: the value is not YAML ({why}); put it in quotes") from None
-    for name in names[:-1]:
-        if tree.get(name) is None:
-            tree[name] = {}
-        tree = tree[name]
-        if not isinstance(tree, dict):
-            raise UserError(f"{override!r}: {name} is not a section")
-    tree[names[-1]] = value
 
 
 def _explain(error: dict) -> str:

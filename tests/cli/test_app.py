@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 
 from dpo_fast.cli import app
 from tests.support.models import run_tree, write_model, write_pairs
-from tests.support.paths import ROOT
+from tests.support.paths import ENVIRONMENT, ROOT
 
 GOOD = {"prompt": "1 or 2? ", "chosen": "2", "rejected": "1"}
 
@@ -77,6 +77,10 @@ OPTIONS = {  # what is wrong: key=value, and what the message must say
     "endless stream": ("data.streaming=true", "set train.max_steps"),
     "unused buffer": ("data.stream_buffer=64", "data.stream_buffer=64 is not used"),
     "no steps": ("train.max_steps=0", "train.max_steps=0"),
+    "overwrites what it goes on from": (
+        "train={output_dir: never, overwrite_output_dir: true, resume_from_checkpoint: true}",
+        "overwrite_output_dir=true removes what",
+    ),
     "stage": ("parallel.zero_stage=4", "parallel.zero_stage=4"),
     "offload": (
         "parallel={zero_stage: 1, offload_optimizer: true}",
@@ -115,6 +119,76 @@ OPTIONS = {  # what is wrong: key=value, and what the message must say
     ),
     "flash on a CPU": ("model.attention=flash_attention_2", "does not train on a CPU"),
 }
+
+
+ALONE = """
+import sys
+sys.modules["typer"] = {typer}
+sys.argv = ["dpo-fast", *{arguments!r}]
+from dpo_fast.cli import app, main
+app._leave = sys.exit
+try:
+    main()
+finally:
+    print(sorted({{"torch", "transformers", "deepspeed"}} & sys.modules.keys()))
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        (None, ["train"], "no such configuration file"),
+        (None, ["data"], "no such configuration file"),
+        (None, ["doctor"], "no such configuration file"),
+        (None, ["config", "show"], "no such configuration file"),
+        ("a: [", ["reference"], "is not YAML"),
+        ("3", ["train"], "expected sections (model, data"),
+        ("train: {}", ["train", "train.seed"], "expected section.key=value"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_told_before_anything_large_is_imported(
+    tmp_path, text, arguments, message
+):
+    file = tmp_path / "run.yaml"
+    if text is not None:
+        file.write_text(text)
+    at = 2 if arguments[0] == "config" else 1
+    arguments = [*arguments[:at], str(file), *arguments[at:]]
+    code = ALONE.format(typer="__import__('typer')", arguments=arguments)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.processes
+def test_without_the_extra_the_command_says_what_to_install():
+    code = ALONE.format(typer=None, arguments=["train", "run.yaml"]).replace(
+        "from dpo_fast.cli import app, main\napp._leave = sys.exit", "from dpo_fast.cli import main"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "dpo-fast: the package typer is missing, which the command line needs: pip install "
+        '"dpo_fast[train]"'
+    ]
+
+
+def test_version(capsys, monkeypatch):
+    import dpo_fast
+
+    assert run(capsys, monkeypatch, "--version")[:2] == (0, f"dpo_fast {dpo_fast.__version__}\n")
+
+
+def test_sections_of_a_file_are_those_of_a_run():
+    from dpo_fast.training.config import RunConfig
+    from dpo_fast.training.config_file import SECTIONS
+
+    assert tuple(RunConfig.model_fields) == SECTIONS
 
 
 @pytest.mark.parametrize("what", OPTIONS)

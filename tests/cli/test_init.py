@@ -1,0 +1,51 @@
+"""`dpo-fast init`: what it writes is a configuration for the model and data that were named."""
+
+import pytest
+
+pytest.importorskip("typer")
+pytest.importorskip("pydantic")
+
+from dpo_fast.cli.app import KEYS
+from dpo_fast.cli.init import RECIPES, write_config
+from dpo_fast.errors import UserError
+from dpo_fast.training.config import RunConfig, load_config
+from tests.support.paths import ROOT
+
+
+@pytest.mark.parametrize("data", ["pairs.jsonl", "org/name:train", "a b: c # d.jsonl", "'"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_for_ones_own_model_and_data(tmp_path, recipe, data):
+    write_config(tmp_path / "mine.yaml", recipe, "./models/own", data)
+    run = load_config(str(tmp_path / "mine.yaml"))
+    assert (run.model.path, run.data.train) == ("./models/own", data)
+    assert run.train.output_dir == "runs/mine"
+    given = load_config(str(ROOT / "configs" / f"{recipe}.yaml")).resolved()
+    changed = run.resolved()
+    for section, key in (("model", "path"), ("data", "train"), ("train", "output_dir")):
+        changed[section][key] = given[section][key]
+    assert changed == given
+    assert "dpo-fast train" in (tmp_path / "mine.yaml").read_text()
+
+
+def test_recipes_are_the_files_in_configs():
+    assert sorted(RECIPES) == sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+
+
+def test_nothing_is_overwritten(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("mine")
+    with pytest.raises(UserError, match="exists; name another file"):
+        write_config(file, "dpo", "m", "d")
+    assert file.read_text() == "mine"
+    with pytest.raises(UserError, match="--recipe ppo: choose from dpo, lora"):
+        write_config(tmp_path / "other.yaml", "ppo", "m", "d")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_config(tmp_path / "no" / "folder.yaml", "dpo", "m", "d")
+
+
+def test_the_help_of_train_names_keys_that_there_are():
+    keys = KEYS.split(": ")[1].split(". All")[0].split(", ")
+    for key in keys:
+        section, name = key.split(".")[:2]
+        annotation = RunConfig.model_fields[section].annotation
+        assert name in annotation.model_fields, key
