@@ -13,6 +13,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dpo_fast.progress import SpokenProgress
 from dpo_fast.training import distributed
 
 T = TypeVar("T")
@@ -21,9 +22,16 @@ console = Console(stderr=True)
 
 @contextmanager
 def progress_bar(description: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
-    """Yields advance(text=""), which moves the bar by one and shows `text` beside it. Rank 0 has a bar."""
+    """Yields advance(text=""), which moves the bar by one and shows `text` beside it. Rank 0 has a bar.
+
+    Without a terminal it says a line every half minute.
+    """
     if not distributed.is_main():
         yield lambda text="": None
+        return
+    if not sys.stderr.isatty():
+        spoken = SpokenProgress(description, total, say, done=done)
+        yield lambda text="": spoken.advance(text=text)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -32,7 +40,7 @@ def progress_bar(description: str, total: int, done: int = 0) -> Iterator[Callab
         TimeRemainingColumn(),
         TextColumn("{task.fields[text]}"),
     )
-    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
+    with Progress(*columns, console=console) as progress:
         task = progress.add_task(description, total=total, completed=done, text="")
         yield lambda text="": progress.update(task, advance=1, text=text)
 

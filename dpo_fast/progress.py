@@ -1,0 +1,58 @@
+"""Progress where there is no terminal: a line every half minute, with the rate and the time left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+EVERY = 30.0  # seconds between lines
+
+
+class SpokenProgress:
+    """Says how far a long pass has come.
+
+    description: what is done, as in "evaluating".
+    total: how many parts there are; None if that is not known.
+    done: how many were done before.
+    say: takes a line.
+    """
+
+    def __init__(
+        self,
+        description: str,
+        total: int | None,
+        say: Callable[[str], None],
+        *,
+        done: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.description, self.total, self.say, self.clock = description, total, say, clock
+        self.done, self._first = done, done
+        self._began = self._spoke = clock()
+
+    def advance(self, count: int = 1, text: str = "") -> None:
+        """`count` more parts are done. text: said with the next line."""
+        self.done += count
+        now = self.clock()
+        if now - self._spoke >= EVERY:
+            self._spoke = now
+            self.say(self._line((self.done - self._first) / (now - self._began), text))
+
+    def _line(self, rate: float, text: str) -> str:
+        parts = [f"{self.description}: {self.done:,}"]
+        if self.total is not None:
+            parts[0] += f" of {self.total:,}"
+        parts.append(f"{rate:,.1f} a second" if rate >= 1 else f"{1 / rate:,.1f} s each")
+        if self.total is not None:
+            parts.append(f"{duration((self.total - self.done) / rate)} left")
+        return ", ".join([*parts, text] if text else parts)
+
+
+def duration(seconds: float) -> str:
+    """As people say it: 45 s, 12 min, 3 h 20 min."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min"
