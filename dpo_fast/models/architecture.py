@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import inspect
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
 from dpo_fast.data.layouts import LAYOUTS, Layout, layouts_with
@@ -137,6 +139,11 @@ def _refusal(
 
     shared: whether sequences share a row.
     """
+    known = {*NAMES, "eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()}
+    if name not in known and "/" not in name:  # with a slash it is a kernel of the hub
+        near = difflib.get_close_matches(name, ("auto", *known), 1)
+        hint = f"did you mean {near[0]}?" if near else "auto chooses one"
+        return f"is no implementation of attention; {hint}"
     if not shared:
         return _refusal_of_a_mask(name, device, architecture)
     if name not in NAMES:

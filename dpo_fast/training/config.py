@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from datetime import date
 from pathlib import Path
 from typing import Any, get_args
 
@@ -221,10 +222,30 @@ def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
 
 def build_config(tree: dict, where: str) -> RunConfig:
     """Validate a tree. Raises UserError. where: what an error says first, such as the file's name."""
+    _check_plain(tree, where)
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from None
+
+
+def _check_plain(value: Any, where: str, place: str = "") -> None:
+    """Raises UserError for an object, such as a data set, which would be taken for a list of its rows."""
+    if isinstance(value, dict):
+        for name, each in value.items():
+            _check_plain(each, where, f"{place}.{name}" if place else str(name))
+    elif isinstance(value, (list, tuple)):
+        for index, each in enumerate(value):
+            _check_plain(each, where, f"{place}.{index}")
+    elif not isinstance(value, (str, int, float, type(None), date, BaseModel)):
+        kind = f"{type(value).__module__.partition('.')[0]}.{type(value).__name__}"
+        remedy = (
+            "; save a data set with save_to_disk and name the folder" if "data" in place else ""
+        )
+        raise UserError(
+            f"{where}: {place} is a {kind}; a configuration holds text, numbers, lists and sections"
+            + remedy
+        )
 
 
 def _explain(error: dict) -> str:

@@ -117,6 +117,11 @@ OPTIONS = {  # what is wrong: key=value, and what the message must say
         "train.output_dir=/dev/null/run",
         "train.output_dir=/dev/null/run cannot be written",
     ),
+    "attention": (
+        "model.attention=spda",
+        "model.attention=spda is no implementation of attention; did you mean sdpa?",
+    ),
+    "attention of a mask": ("model.attention=eager", "model.attention=eager cannot keep sequences"),
     "flash on a CPU": ("model.attention=flash_attention_2", "does not train on a CPU"),
 }
 

@@ -147,3 +147,24 @@ def test_show_prints_a_configuration_of_the_same_run(tmp_path):
     assert load_config(str(tmp_path / "whole.yaml")).resolved() == tree
     with pytest.raises(UserError, match="unknown key train.max_step; did you mean max_steps"):
         invoke("show", ROOT / "configs/lora.yaml", "train.max_step=7")
+
+
+@pytest.mark.parametrize("place", ["data.train", "train.max_steps", "loss.type", "data.eval.0"])
+def test_a_data_set_in_a_configuration_is_named_and_not_printed(place):
+    """Pydantic takes one for a list of its rows, and would print each as an error."""
+    datasets = pytest.importorskip("datasets")
+    tree = {
+        "model": {"path": "m"},
+        "data": {"train": "f"},
+        "train": {"output_dir": "o"},
+        "loss": {},
+    }
+    section, key, *in_list = place.split(".")
+    rows = datasets.Dataset.from_dict({"prompt": ["a secret"] * 100})
+    tree[section][key] = [rows] if in_list else rows
+    with pytest.raises(UserError) as error:
+        build_config(tree, "tree")
+    assert str(error.value).startswith(
+        f"tree: {place} is a datasets.Dataset; a configuration holds"
+    )
+    assert "secret" not in str(error.value)
