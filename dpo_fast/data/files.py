@@ -1,4 +1,4 @@
-"""JSON, JSON Lines, Parquet and Arrow files as a stream of (where, row).
+"""JSON, JSON Lines, CSV, Parquet and Arrow files as a stream of (where, row).
 
 `where` is "path:line" for text and "path:row" for Parquet and Arrow, counted from 1. A broken row
 goes to `bad`, which stops or skips. A file that cannot be read to its end always raises UserError.
@@ -6,6 +6,7 @@ goes to `bad`, which stops or skips. A file that cannot be read to its end alway
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import math
@@ -20,8 +21,14 @@ from dpo_fast.errors import UserError
 RawRows = Iterator[tuple[str, dict[str, Any]]]  # (where, row)
 LINES = (".jsonl", ".ndjson")
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
-SUFFIXES = (*JSON_SUFFIXES, ".parquet", ".arrow")
+DELIMITERS = {".csv": ",", ".csv.gz": ",", ".tsv": "\t", ".tsv.gz": "\t"}
+SUFFIXES = (*JSON_SUFFIXES, *DELIMITERS, ".parquet", ".arrow")
+FIELD_LIMIT = 2**31 - 1  # bytes of a cell; the module's own limit is 128 KiB
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class Cell(str):
+    """Text of a CSV file, where numbers and lists are text too."""
 
 
 def suffix_of(path: Path) -> str | None:
@@ -38,13 +45,15 @@ def read_file(path: Path, bad: BadRows) -> RawRows:
         return _arrow_rows(path, _parquet_batches)
     if suffix == ".arrow":
         return _arrow_rows(path, _arrow_batches)
+    if suffix in DELIMITERS:
+        return _cells(path, DELIMITERS[suffix], bad)
     if suffix.startswith(LINES) or _first_byte(path) != b"[":
         return _json_lines(path, bad)
     return _json_array(path, bad)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(number, bytes) of each line that is not blank."""
+def _lines(path: Path, blank: bool = False) -> Iterator[tuple[int, bytes]]:
+    """(number, bytes) of each line, or only of those that are not blank."""
     number = 0
     opener = gzip.open if path.name.lower().endswith(".gz") else open
     try:
@@ -53,7 +62,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             for number, line in enumerate(file, 1):
                 if number == 1:
                     line = line.removeprefix(BYTE_ORDER_MARK)
-                if line.strip():
+                if blank or line.strip():
                     yield number, line
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(
@@ -194,13 +203,53 @@ def _broken_array(path: Path, text: str, position: int, error: object) -> UserEr
     )
 
 
+def _cells(path: Path, delimiter: str, bad: BadRows) -> RawRows:
+    """The rows of a file with a header, at their first lines. An empty cell is null."""
+    csv.field_size_limit(FIELD_LIMIT)
+    reader = csv.reader(_text_lines(path), delimiter=delimiter, strict=True)
+    names: list[str] | None = None
+    line = 0
+    try:
+        for values in reader:
+            where, line = f"{path}:{line + 1}", reader.line_num
+            if not values:
+                continue  # a blank line
+            if names is None:
+                names = _header(path, values)
+            elif len(values) != len(names):
+                detail = f"got {len(values)} cells, and the header has {len(names)}"
+                bad.reject(where, BadRow("wrong number of cells", detail))
+            else:
+                yield where, {n: Cell(value) if value else None for n, value in zip(names, values)}
+    except csv.Error as error:
+        raise UserError(f"{path}:{line + 1}: broken CSV: {error}") from error
+
+
+def _text_lines(path: Path) -> Iterator[str]:
+    for number, line in _lines(path, blank=True):
+        try:
+            yield line.decode()
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path}:{number}: bad UTF-8: byte {error.start + 1} of the line: {error.reason}"
+            ) from None
+
+
+def _header(path: Path, names: list[str]) -> list[str]:
+    twice = [name for index, name in enumerate(names) if name in names[:index]]
+    if twice or not all(names):
+        fault = f"{twice[0]!r} twice" if twice else "a column without a name"
+        raise UserError(f"{path}:1: the header has {fault}; expected names of columns")
+    return names
+
+
 def _arrow_rows(path: Path, batches) -> RawRows:
     import pyarrow
 
     number = 0
     try:
         for batch in batches(path):
-            for row in batch.to_pylist():
+            for row in batch.to_pylist(maps_as_pydicts="strict"):
                 number += 1
                 yield f"{path}:{number}", row
     except (pyarrow.ArrowException, OSError) as error:

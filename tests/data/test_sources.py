@@ -49,6 +49,37 @@ def test_json_array_names_the_line_of_each_object(tmp_path, indent):
     assert [where for where, _ in rows] == [f"{path}:{n}" for n in ((2, 2), (3, 7))[bool(indent)]]
 
 
+@pytest.mark.parametrize("name, mark", [("a.csv", ","), ("a.tsv", "\t"), ("a.csv.gz", ",")])
+def test_cells(tmp_path, name, mark):
+    long = "x" * 200_000  # longer than what the module takes by default
+    lines = ["a,b,c", '"1, 2","say ""hi""",', "", f'"two\n\nlines",{long},3', "ü,y,z"]
+    content = "\r\n".join(lines).replace(",", mark).encode()
+    path = write(
+        tmp_path / name,
+        gzip.compress(b"\xef\xbb\xbf" + content) if name.endswith("gz") else content,
+    )
+    rows, _ = read(path)
+    assert rows == [
+        (f"{path}:2", {"a": f"1{mark} 2", "b": 'say "hi"', "c": None}),
+        (f"{path}:4", {"a": "two\n\nlines", "b": long, "c": "3"}),
+        (f"{path}:7", {"a": "ü", "b": "y", "c": "z"}),
+    ]
+
+
+def test_broken_cells(tmp_path):
+    path = write(tmp_path / "a.csv", "a,b\n1,2\n3\n4,5\n")
+    assert f"{path}:3: wrong number of cells: got 1 cells, and the header has 2" in fails(path)
+    rows, bad = read(path, "skip")
+    assert [where for where, _ in rows] == [f"{path}:2", f"{path}:4"]
+    assert bad.counts == {"wrong number of cells": 1}
+    assert f"{path}:2: broken CSV" in fails(write(path, 'a,b\n1,"2" x\n'), "skip")
+    assert f"{path}:2: broken CSV" in fails(write(path, 'a,b\n1,"2\n3,4\n'), "skip")
+    assert f"{path}:1: the header has 'a' twice" in fails(write(path, "a,a\n1,2\n"))
+    assert f"{path}:1: the header has a column without a name" in fails(write(path, "a,\n1,2\n"))
+    assert f"{path}:2: bad UTF-8: byte 1" in fails(write(path, b"a,b\n\xff,2\n"))
+    assert "there are no rows in it" in fails(write(path, "a,b\n"))
+
+
 def test_parquet_and_arrow(tmp_path):
     table = pyarrow.Table.from_pylist(ROWS)
     parquet.write_table(table, tmp_path / "a.parquet")
@@ -119,7 +150,7 @@ def test_missing_file_suggests_near_names(tmp_path):
 
 def test_folder_without_data_and_unknown_suffix(tmp_path):
     assert "no data in this folder" in fails(tmp_path)
-    assert "unknown kind of file; expected one of .jsonl" in fails(write(tmp_path / "a.csv", "x"))
+    assert "unknown kind of file; expected one of .jsonl" in fails(write(tmp_path / "a.txt", "x"))
 
 
 BROKEN = [
