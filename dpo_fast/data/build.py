@@ -20,9 +20,10 @@ import pyarrow
 
 from dpo_fast.data.chat import check_template_used
 from dpo_fast.data.config import DataConfig
+from dpo_fast.data.forms.merge import merged
 from dpo_fast.data.kinds import Kind, OneKind
 from dpo_fast.data.report import DataReport
-from dpo_fast.data.rows import ROW_TYPES, Row, ignored_columns, parse_row
+from dpo_fast.data.rows import ROW_TYPES, Row, parse_row
 from dpo_fast.data.sources import Source, read_rows
 from dpo_fast.data.tokenise import RowTokeniser, Tokenised
 from dpo_fast.data.verdicts import BadRow, BadRows, Dropped, Verdict, bad_row_error
@@ -92,7 +93,7 @@ def _check_rows(
                 writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema=CHECKED))
                 batch = []
         writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema=CHECKED))
-    if not report.rows_read - report.bad.total:
+    if seen.kind is None:
         raise nothing_left(report)
     check_template_used(config, seen.chats)
     return datasets.Dataset.from_file(str(path)), seen.kind
@@ -101,22 +102,24 @@ def _check_rows(
 def _checked_rows(
     config: DataConfig, sources: list[Source], report: DataReport, seen: OneKind
 ) -> Iterator[dict[str, str]]:
-    bad, checked, ignored = report.bad, 0, set()
-    raw_rows = (item for source in sources for item in read_rows(source, bad))
+    bad, checked, unused = report.bad, 0, set()
+    raw_rows = (item for source in sources for item in merged(read_rows(source, bad), config))
     for where, raw in datasets.utils.tqdm(raw_rows, desc="Reading rows", unit=" rows", delay=2):
-        ignored |= ignored_columns(raw, config)
         try:
-            row = parse_row(where, raw, config)
+            row = parse_row(where, raw, config, unused)
             text = _to_json(row)
             seen.see(where, row.kind, row.is_chat)
             yield {"where": where, "row": text}
             checked += 1
         except BadRow as verdict:
             bad.reject(where, verdict)
-        if config.max_rows is not None and checked + bad.total >= config.max_rows:
+        except Dropped as verdict:
+            report.dropped.add(where, verdict.kind, str(verdict))
+        read = checked + bad.total + report.dropped.total
+        if config.max_rows is not None and read >= config.max_rows:
             break
-    report.rows_read = checked + bad.total
-    report.ignored_columns = sorted(ignored)
+    report.rows_read = checked + bad.total + report.dropped.total
+    report.ignored_columns = sorted(unused)
 
 
 def _to_json(row: Row) -> str:

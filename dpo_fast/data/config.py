@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from dpo_fast.data.forms.table import COLUMNS as FORM_COLUMNS
+from dpo_fast.data.forms.table import NAMES as FORMS
 from dpo_fast.data.kinds import KINDS
 
 CHAT_COLUMNS = ("tools", "chat_template_kwargs")
@@ -22,6 +24,17 @@ COLUMNS = (
     *dict.fromkeys(number for kind in KINDS for number in kind.numbers),
     *CHAT_COLUMNS,
 )
+ALL_COLUMNS = (*COLUMNS, *(name for name in FORM_COLUMNS if name not in COLUMNS))
+FORMATS = ("auto", "pairs", "messages", "unpaired", "groups", "openrlhf", *FORMS)
+# Names of options elsewhere, as keys of data.columns.
+OPTIONS_ELSEWHERE = {
+    "input_key": "prompt",
+    "prompt_key": "prompt",
+    "chosen_key": "chosen",
+    "rejected_key": "rejected",
+    "output_key": "completion",
+    "label_key": "label",
+}
 
 
 class DataConfig(BaseModel):
@@ -44,16 +57,29 @@ class DataConfig(BaseModel):
         json_schema_extra={"refused": "beside eval; with streaming"},
     )
     seed: int = Field(0, description="seed of the shuffle whose last rows are held out")
-    format: Literal["auto", "pairs", "messages", "unpaired", "groups"] = Field(
+    format: Literal[FORMATS] = Field(
         "auto",
         description="pairs: two answers, as text; messages: answers are lists of messages; unpaired: one "
         "completion and a label, true if it is desirable; groups: lists of completions and of scores, or "
-        "of ranks, of which 1 is the best; auto: what the columns and their values tell",
+        "of ranks, of which 1 is the best; auto: what the columns and their values tell. The others are "
+        "forms that other trainers take or data sets have (docs/FORMATS.md)",
     )
     columns: dict[str, str] = Field(
         default_factory=dict,
-        description="our column name to yours, as in `chosen: better`",
+        description="our column name, or a form's (docs/FORMATS.md), to yours, as in `chosen: better`",
         json_schema_extra={"refused": "a name that is not ours, or that rows of this kind lack"},
+    )
+    ignore_columns: list[str] = Field(
+        default_factory=list,
+        description="columns that are passed over as if they were not there. A column of words that "
+        "nothing uses is an error unless it is named here",
+        json_schema_extra={"refused": "columns that data.columns names"},
+    )
+    group_pairs: Literal["best_worst"] | None = Field(
+        None,
+        description="best_worst: make a pair of the best and the worst answer of every group, for losses "
+        "on pairs; ties are dropped. Rows that are pairs stay so",
+        json_schema_extra={"refused": "with format unpaired"},
     )
     prompt_end: str | None = Field(
         None,
@@ -186,11 +212,25 @@ def _check_sizes(config: DataConfig) -> None:
 
 def _check_columns(config: DataConfig) -> None:
     for ours, theirs in config.columns.items():
-        if ours not in COLUMNS:
+        if ours in OPTIONS_ELSEWHERE:
+            raise ValueError(
+                f"data.columns.{ours}={theirs!r}: this column is called {OPTIONS_ELSEWHERE[ours]!r} here"
+            )
+        if ours not in ALL_COLUMNS:
             raise ValueError(
                 f"data.columns.{ours}={theirs!r}: there is no column {ours!r}; the keys are ours "
-                f"({', '.join(COLUMNS)}) and the values yours"
+                f"({', '.join(ALL_COLUMNS)}) and the values yours"
             )
+    both = sorted(set(config.ignore_columns) & set(config.columns.values()))
+    if both:
+        raise ValueError(
+            f"data.ignore_columns={both} passes over a column that data.columns names; leave it out of one"
+        )
+    if config.group_pairs and config.format == "unpaired":
+        raise ValueError(
+            f"data.group_pairs={config.group_pairs} makes pairs, and data.format=unpaired is for "
+            "single completions; remove one of them"
+        )
 
 
 def _check_template_arguments(config: DataConfig) -> None:

@@ -1,15 +1,12 @@
-"""The prompt that two whole texts or two conversations share, and the checks of chat messages."""
+"""Prompt and answers: what two whole texts or conversations share, and what an answer may hold."""
 
 from __future__ import annotations
 
 import os.path
-from collections.abc import Mapping
-from typing import Any
 
+from dpo_fast.data.messages import Messages, say
 from dpo_fast.data.verdicts import BadRow
 
-Messages = list[dict[str, Any]]
-ROLES = ("system", "user", "assistant", "tool")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
@@ -38,7 +35,7 @@ def split_texts(chosen: str, rejected: str, marker: str | None) -> tuple[str, st
 
 
 def _common_words(chosen: str, rejected: str) -> int:
-    """Where the common beginning ends, on a word boundary.
+    """Where the common beginning ends, on a word boundary; 0 if no word is common.
 
     One space stays with the answer, since most tokenizers join it to the word that follows.
     """
@@ -46,41 +43,16 @@ def _common_words(chosen: str, rejected: str) -> int:
     end = next((i for i in range(len(common), 0, -1) if common[i - 1].isspace()), 0)
     if end and common[end - 1] == " ":
         end -= 1
-    if not common[:end].strip():
-        raise BadRow("no common prompt", "chosen and rejected do not begin with the same words")
-    return end
+    return end if common[:end].strip() else 0
 
 
-def check_messages(value: list[Any], field: str) -> Messages:
-    """`value` as clean messages: known roles, text contents. Raises BadRow naming `field[i]`.
+def without_prompt(prompt: str, answers: list[str]) -> list[str]:
+    """Texts that follow the prompt. Answers that are whole texts repeat it; it is taken off.
 
-    Keys whose value is null are left out: Arrow gives every message the keys of all others.
+    They do if all of them begin with it and it has several words: "Hi" may well be answered with "Hi".
     """
-    if not value:
-        raise BadRow(f"empty {field}", "the message list has no messages")
-    return [_checked(item, f"{field}[{index}]") for index, item in enumerate(value)]
-
-
-def _checked(item: Any, name: str) -> dict[str, Any]:
-    if not isinstance(item, Mapping):
-        raise BadRow("not a message", f"{name}: expected an object, got {type(item).__name__}")
-    message = {key: value for key, value in item.items() if value is not None}
-    if "role" not in message:
-        raise BadRow("message without role", f"{name} has {', '.join(map(repr, message))}")
-    if message["role"] not in ROLES:
-        raise BadRow(
-            f"unknown role {message['role']!r}", f"{name}.role: expected {', '.join(ROLES)}"
-        )
-    if "content" not in message and message.get("tool_calls"):
-        message["content"] = ""
-    if not isinstance(message.get("content"), str):
-        kind = type(item.get("content")).__name__
-        raise BadRow("content is not text", f"{name}.content: expected text, got {kind}")
-    try:
-        message["content"].encode()
-    except UnicodeEncodeError:
-        raise BadRow("content is not Unicode text", f"{name} has a lone surrogate") from None
-    return message
+    whole = len(prompt.split()) > 1 and all(answer.startswith(prompt) for answer in answers)
+    return [answer[len(prompt) :] for answer in answers] if whole else answers
 
 
 def check_answer(messages: Messages, field: str) -> None:
@@ -102,15 +74,16 @@ def check_answer(messages: Messages, field: str) -> None:
 def split_conversations(chosen: Messages, rejected: Messages) -> tuple[Messages, ...]:
     """(prompt, chosen, rejected) of two conversations; the prompt is their shared beginning.
 
-    The prompt never ends with an assistant message: such messages go back to both answers.
-    Raises BadRow when nothing is shared, or when a conversation ends within the shared part.
+    The prompt never ends with an assistant message: such messages go back to both answers. It is empty
+    for conversations that the assistant begins. Raises BadRow when the user's first messages differ, or
+    when a conversation ends within the shared part.
     """
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
     while shared and chosen[shared - 1]["role"] == "assistant":
         shared -= 1
-    if not shared:
+    if not shared and not chosen[0]["role"] == rejected[0]["role"] == "assistant":
         raise BadRow("no common prompt", "chosen and rejected share no leading messages")
     for field, messages in (("chosen", chosen), ("rejected", rejected)):
         if len(messages) == shared:
@@ -122,10 +95,15 @@ def joined(
     prompt: str | Messages, completions: list[str] | list[Messages]
 ) -> tuple[str | Messages, list[str] | list[Messages]]:
     """(prompt, completions), all of them messages if one is."""
-    if isinstance(completions[0], str) and not isinstance(prompt, str):
-        return prompt, [_message("assistant", each) for each in completions]
-    if isinstance(prompt, str) and not isinstance(completions[0], str):
-        return _message("user", prompt), completions
+    texts = isinstance(completions[0], str)
+    if texts and isinstance(prompt, str):
+        return prompt, without_prompt(prompt, completions)
+    prompt = _from_user(prompt) if isinstance(prompt, str) else prompt
+    if texts:
+        return prompt, [[say("assistant", each)] for each in completions]
+    size = len(prompt)
+    if prompt and all(len(each) > size and each[:size] == prompt for each in completions):
+        completions = [each[size:] for each in completions]  # whole conversations
     return prompt, completions
 
 
@@ -136,13 +114,10 @@ def with_prompt(
 
     Answers that are whole conversations repeat the prompt; it is taken off. Raises BadRow.
     """
-    if isinstance(chosen, str):
-        if isinstance(prompt, str):
-            return prompt, chosen, rejected
-        return prompt, _message("assistant", chosen), _message("assistant", rejected)
-    whole = chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant"
-    if not whole:
-        return _message("user", prompt) if isinstance(prompt, str) else prompt, chosen, rejected
+    texts = isinstance(chosen, str)
+    if texts or chosen[0]["role"] == rejected[0]["role"] == "assistant":
+        prompt, (chosen, rejected) = joined(prompt, [chosen, rejected])
+        return prompt, chosen, rejected
     shared, chosen, rejected = split_conversations(chosen, rejected)
     if not _repeats(prompt, shared):
         raise BadRow(
@@ -160,5 +135,6 @@ def _repeats(prompt: str | Messages, shared: Messages) -> bool:
     return shared == prompt
 
 
-def _message(role: str, content: str) -> Messages:
-    return [{"role": role, "content": content}]
+def _from_user(prompt: str) -> Messages:
+    """The prompt as the user's message; no message if it is empty."""
+    return [say("user", prompt)] if prompt.strip() else []

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from dpo_fast.data.config import CHAT_COLUMNS, COLUMNS, TEMPLATE_ARGUMENTS, DataConfig
+from dpo_fast.data import values
+from dpo_fast.data.config import CHAT_COLUMNS, DataConfig
+from dpo_fast.data.forms.table import find_form
+from dpo_fast.data.forms.unused import check_unused
 from dpo_fast.data.kinds import COMPLETIONS, GROUPS, PAIRS, Kind
+from dpo_fast.data.messages import Messages, say
 from dpo_fast.data.prompts import (
-    Messages,
     check_answer,
-    check_messages,
     joined,
     split_conversations,
     split_texts,
     with_prompt,
 )
-from dpo_fast.data.verdicts import BadRow
+from dpo_fast.data.verdicts import BadRow, Dropped
 
 
 class _Row:
@@ -87,20 +86,44 @@ class GroupRow(_Row):
 
 Row = PairRow | CompletionRow | GroupRow
 ROW_TYPES: dict[Kind, type[Row]] = {each.kind: each for each in (PairRow, CompletionRow, GroupRow)}
-FORMATS = {"unpaired": COMPLETIONS, "groups": GROUPS}  # data.format; all others are pairs
+FORMATS = {"unpaired": COMPLETIONS, "groups": GROUPS}  # data.format; others are pairs, or forms
+# Other names of our columns. Those of answers count only together.
+ALIASES = {"kto_tag": "label", "system_prompt": "system"}
+RESPONSES = {"chosen_response": "chosen", "rejected_response": "rejected"}
 
 
-def parse_row(where: str, raw: Mapping[str, Any], config: DataConfig) -> Row:
-    """Checks `raw` and finds its prompt. Raises BadRow."""
-    row = _renamed(raw, config)
-    parse = {PAIRS: _pair, COMPLETIONS: _completion, GROUPS: _group}[_kind(row, config)]
-    return parse(where, row, raw, config)
+def parse_row(
+    where: str, raw: Mapping[str, Any], config: DataConfig, unused: set[str] | None = None
+) -> Row:
+    """Finds the row's form, checks it and finds its prompt.
+
+    unused: gets the names of columns that are passed over.
+
+    Raises:
+        BadRow: a mistake in the row, or a column of words that nothing uses.
+        Dropped: none of its answers is preferred.
+    """
+    left = _renamed(raw, config)
+    form = find_form(left, config.format, config.columns)
+    row = form.convert(left) if form else {}
+    kind = _kind(row or left, "auto" if form else config.format)
+    row |= _take(left, row, kind)
+    if unused is not None:
+        unused |= {config.columns.get(name, name) for name in left if left[name] is not None}
+    parse = {PAIRS: _pair, COMPLETIONS: _completion, GROUPS: _group}[kind]
+    parsed = parse(where, row, raw, config)
+    if not parsed.is_chat:
+        left |= {name: row[name] for name in ("system",) if name in row}
+    left = {config.columns.get(name, name): value for name, value in left.items()}
+    has_prompt = bool(form or row.get("prompt") is not None or (parsed.is_chat and parsed.prompt))
+    check_unused(left, [parsed.prompt, *parsed.answers.values()], parsed.is_chat, has_prompt)
+    return parsed
 
 
-def _kind(row: Mapping[str, Any], config: DataConfig) -> Kind:
+def _kind(row: Mapping[str, Any], format_: str) -> Kind:
     """The kind that data.format asks for, or the one that the row's columns fit best."""
-    if config.format != "auto":
-        return FORMATS.get(config.format, PAIRS)
+    if format_ != "auto":
+        return FORMATS.get(format_, PAIRS)
     given = {name for name, value in row.items() if value is not None}
     if given & set(PAIRS.answers):
         return PAIRS
@@ -110,21 +133,29 @@ def _kind(row: Mapping[str, Any], config: DataConfig) -> Kind:
     return max(found, key=found.get) if any(found.values()) else PAIRS
 
 
+def _take(left: dict[str, Any], row: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
+    """Takes the columns of a kind out of `left`, but for those that a form has made."""
+    names = ("prompt", "system", *kind.answers, *kind.label_columns, *kind.numbers, *CHAT_COLUMNS)
+    return {name: left.pop(name) for name in names if name in left and name not in row}
+
+
 def _pair(where: str, row: dict[str, Any], raw: Mapping[str, Any], config: DataConfig) -> PairRow:
-    chosen, rejected = _answer(row, raw, "chosen"), _answer(row, raw, "rejected")
+    chosen, rejected = (values.answer(row, raw, name) for name in PAIRS.answers)
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise BadRow("chosen and rejected differ in kind", "one is text, the other a message list")
     _check_format(chosen, config)
     if chosen == rejected:
         raise BadRow("chosen equals rejected", "a pair needs two different answers")
-    if "prompt" in row:
-        prompt, chosen, rejected = with_prompt(_value(row["prompt"], "prompt"), chosen, rejected)
+    if row.get("prompt") is not None:
+        prompt = _prompt(row["prompt"])
+        prompt, chosen, rejected = with_prompt(prompt, chosen, rejected)
     elif isinstance(chosen, str):
         prompt, chosen, rejected = split_texts(chosen, rejected, config.prompt_end)
     else:
         prompt, chosen, rejected = split_conversations(chosen, rejected)
+    prompt = _with_system(prompt, row)
     _check_texts(prompt, {"chosen": chosen, "rejected": rejected})
-    optional = _optional(row, PAIRS)
+    optional = values.optional(row, PAIRS)
     _check_chat_columns(prompt, optional)
     return PairRow(where, prompt, chosen, rejected, optional)
 
@@ -132,37 +163,52 @@ def _pair(where: str, row: dict[str, Any], raw: Mapping[str, Any], config: DataC
 def _completion(
     where: str, row: dict[str, Any], raw: Mapping[str, Any], config: DataConfig
 ) -> CompletionRow:
-    prompt, (completion,) = joined(_answer(row, raw, "prompt"), [_answer(row, raw, "completion")])
+    values.need(row, raw, "prompt")
+    completion = values.answer(row, raw, "completion")
+    prompt, (completion,) = joined(_prompt(row["prompt"]), [completion])
+    prompt = _with_system(prompt, row)
     _check_texts(prompt, {"completion": completion})
-    _need(row, raw, "label")
-    if not isinstance(row["label"], bool):
-        raise BadRow("field 'label' is not a bool", f"expected true or false, got {row['label']!r}")
-    optional = _optional(row, COMPLETIONS)
+    values.need(row, raw, "label")
+    label = values.label(row["label"])
+    optional = values.optional(row, COMPLETIONS)
     _check_chat_columns(prompt, optional)
-    return CompletionRow(where, prompt, completion, row["label"], optional)
+    return CompletionRow(where, prompt, completion, label, optional)
 
 
-def _group(where: str, row: dict[str, Any], raw: Mapping[str, Any], config: DataConfig) -> GroupRow:
-    prompt = _answer(row, raw, "prompt")
-    completions, column = _list(row, raw, "completions"), _score_column(row)
-    scores = _list(row, raw, column)
+def _group(
+    where: str, row: dict[str, Any], raw: Mapping[str, Any], config: DataConfig
+) -> GroupRow | PairRow:
+    values.need(row, raw, "prompt")
+    completions, column = values.items(row, raw, "completions"), _score_column(row)
+    scores = values.items(row, raw, column)
     if len(completions) < 2:
         raise BadRow("a group of one", f"got {len(completions)} completions; a group has 2 or more")
     if len(scores) != len(completions):
         raise BadRow(
             f"{column} and completions differ in number", f"{len(scores)} and {len(completions)}"
         )
-    texts = [_value(each, f"completions[{index}]") for index, each in enumerate(completions)]
+    named = ((f"completions[{index}]", each) for index, each in enumerate(completions))
+    texts = [values.text_or_messages(each, name) for name, each in named]
     if len({type(each) for each in texts}) > 1:
         raise BadRow("completions differ in kind", "some are text, others message lists")
-    prompt, texts = joined(prompt, texts)
-    numbers = [_number(each, f"{column}[{index}]") for index, each in enumerate(scores)]
+    prompt, texts = joined(_prompt(row["prompt"]), texts)
+    prompt = _with_system(prompt, row)
+    numbers = [values.number(each, f"{column}[{index}]") for index, each in enumerate(scores)]
     if column == "ranks":
         numbers = [-number for number in numbers]
-    group = GroupRow(where, prompt, texts, numbers, _optional(row, GROUPS))
+    group = GroupRow(where, prompt, texts, numbers, values.optional(row, GROUPS))
     _check_texts(prompt, group.answers)
     _check_chat_columns(prompt, group.optional)
-    return group
+    return group if config.group_pairs is None else _best_and_worst(group)
+
+
+def _best_and_worst(group: GroupRow) -> PairRow:
+    """The pair of data.group_pairs=best_worst; the first of several that are as good."""
+    best, worst = (group.scores.index(pick(group.scores)) for pick in (max, min))
+    chosen, rejected = group.completions[best], group.completions[worst]
+    if best == worst or chosen == rejected:
+        raise Dropped("a tie", "the best and the worst answer are as good, or the same")
+    return PairRow(group.where, group.prompt, chosen, rejected, group.optional)
 
 
 def _score_column(row: dict[str, Any]) -> str:
@@ -173,89 +219,59 @@ def _score_column(row: dict[str, Any]) -> str:
     return given[0] if given else GROUPS.label_columns[0]
 
 
-def ignored_columns(raw: Mapping[str, Any], config: DataConfig) -> set[str]:
-    """The columns of a raw row that parse_row does not look at."""
-    row = _known(raw, config)
-    kind = _kind(row, config)
-    used = {"prompt", *kind.answers, *kind.numbers, *CHAT_COLUMNS, *kind.label_columns}
-    return set(raw) - {config.columns.get(name, name) for name in used}
-
-
 def _renamed(raw: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
+    """The row with our names where data.columns or an alias has them, without ignored columns."""
+    row = {name: value for name, value in raw.items() if name not in config.ignore_columns}
     for ours, theirs in config.columns.items():
         if theirs not in raw:
             raise BadRow(
-                f"missing field {theirs!r}", f"data.columns.{ours} names it; {_seen(raw, theirs)}"
+                f"missing field {theirs!r}",
+                f"data.columns.{ours} names it; {values.seen(raw, theirs)}",
             )
-    return _known(raw, config)
+    for theirs in config.columns.values():
+        row.pop(theirs, None)
+    row |= {ours: raw[theirs] for ours, theirs in config.columns.items()}
+    aliases = ALIASES | (RESPONSES if set(RESPONSES) <= set(row) else {})
+    for theirs, ours in aliases.items():
+        if row.get(theirs) is not None and row.get(ours) is None:
+            row[ours] = row.pop(theirs)
+    return row
 
 
-def _known(raw: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
-    """The columns that we know, under our names."""
-    names = {ours: config.columns.get(ours, ours) for ours in COLUMNS}
-    return {ours: raw[theirs] for ours, theirs in names.items() if theirs in raw}
+def _prompt(value: Any) -> str | Messages:
+    """The prompt, which may be an empty list."""
+    return [] if isinstance(value, list) and not value else values.text_or_messages(value, "prompt")
 
 
-def _seen(raw: Mapping[str, Any], wanted: str) -> str:
-    near = difflib.get_close_matches(wanted, list(raw), n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"the row has {', '.join(map(repr, raw)) or 'no fields'}{hint}"
-
-
-def _answer(row: dict[str, Any], raw: Mapping[str, Any], name: str) -> str | Messages:
-    _need(row, raw, name)
-    return _value(row[name], name)
-
-
-def _list(row: dict[str, Any], raw: Mapping[str, Any], name: str) -> list:
-    _need(row, raw, name)
-    if not isinstance(row[name], list):
-        got = "null" if row[name] is None else type(row[name]).__name__
-        raise BadRow(
-            f"field {name!r} is not a list", f"expected one entry for each completion, got {got}"
-        )
-    return row[name]
-
-
-def _need(row: dict[str, Any], raw: Mapping[str, Any], name: str) -> None:
-    if name not in row:
-        raise BadRow(
-            f"missing field {name!r}",
-            f"{_seen(raw, name)}; data.columns.{name}=... names another column",
-        )
-
-
-def _value(value: Any, name: str) -> str | Messages:
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise BadRow(f"field {name!r} is not Unicode text", "it has a lone surrogate") from None
-        return value
-    if isinstance(value, Mapping):
-        return check_messages([value], name)
-    if isinstance(value, list):
-        return check_messages(value, name)
-    kind = "null" if value is None else type(value).__name__
-    raise BadRow(f"field {name!r} has the wrong type", f"expected text or messages, got {kind}")
+def _with_system(prompt: str | Messages, row: Mapping[str, Any]) -> str | Messages:
+    """The prompt with the column `system` for its first message."""
+    system = row.get("system")
+    if isinstance(prompt, str) or system is None or system == "":
+        return prompt
+    if not isinstance(system, str):
+        raise BadRow("field 'system' is not text", f"got {type(system).__name__}")
+    if prompt and prompt[0]["role"] in ("system", "developer"):
+        if prompt[0]["content"].strip() != system.strip():
+            raise BadRow("two system messages", "the column 'system' and the first message differ")
+        return prompt
+    return [say("system", system), *prompt] if system.strip() else prompt
 
 
 def _check_format(chosen: str | Messages, config: DataConfig) -> None:
     found = "pairs" if isinstance(chosen, str) else "messages"
-    if config.format not in ("auto", found):
+    if config.format in ("pairs", "messages") and config.format != found:
         raise BadRow(f"not in data.format={config.format}", f"the answers are in format {found}")
 
 
 def _check_texts(prompt: str | Messages, answers: dict[str, str | Messages]) -> None:
     if isinstance(prompt, str):
-        for name, text in {"prompt": prompt, **answers}.items():
+        texts = {"prompt": prompt, **answers} if prompt else answers
+        for name, text in texts.items():
             if not text.strip():
                 raise BadRow(f"empty {name}", "expected text, got only white space")
         return
-    last = prompt[-1]
-    if last["role"] == "assistant":
-        raise BadRow("prompt ends with an assistant message", "the answer follows the prompt")
-    if last["role"] != "tool" and not last["content"].strip():
+    last = prompt[-1] if prompt else None
+    if last and last["role"] != "tool" and not last["content"].strip():
         raise BadRow("empty prompt", f"its last message ({last['role']}) has no text")
     for name, answer in answers.items():
         check_answer(answer, name)
@@ -264,53 +280,8 @@ def _check_texts(prompt: str | Messages, answers: dict[str, str | Messages]) -> 
 def _check_chat_columns(prompt: str | Messages, optional: dict[str, Any]) -> None:
     unused = [name for name in CHAT_COLUMNS if name in optional]
     if isinstance(prompt, str) and unused:
-        raise BadRow(f"{unused[0]} without messages", "it needs a chat template; the row is text")
-
-
-def _optional(row: dict[str, Any], kind: Kind) -> dict[str, Any]:
-    optional = {
-        name: _number(row[name], name) for name in kind.numbers if row.get(name) is not None
-    }
-    if not 0 <= optional.get("soft_label", 0) <= 1:
         raise BadRow(
-            "field 'soft_label' is out of range", f"{optional['soft_label']} is not in 0..1"
+            f"{unused[0]} without messages",
+            "it needs a chat template, and the row is text; give messages, or list the column in "
+            "data.ignore_columns",
         )
-    if optional.get("weight", 0) < 0:
-        raise BadRow("field 'weight' is out of range", f"{optional['weight']} is below 0")
-    given = [name for name in kind.reference_columns if name in optional]
-    if 0 < len(given) < len(kind.reference_columns):
-        raise BadRow(f"{given[0]} without its partner", "give both reference columns or neither")
-    for name, shape in (("tools", list), ("chat_template_kwargs", dict)):
-        if row.get(name):
-            optional[name] = _structure(row[name], name, shape)
-    clash = set(optional.get("chat_template_kwargs", ())) & set(TEMPLATE_ARGUMENTS)
-    if clash:
-        raise BadRow(f"chat_template_kwargs sets {min(clash)!r}", "it is set by dpo_fast itself")
-    return optional
-
-
-def _number(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise BadRow(f"field {name!r} is not a number", f"got {value!r}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise BadRow(f"field {name!r} is not finite", f"got {number}")
-    return number
-
-
-def _structure(value: Any, name: str, shape: type) -> Any:
-    # Arrow cannot hold free-form objects, so such columns often arrive as JSON text.
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise BadRow(f"field {name!r} is not JSON", str(error)) from None
-    if not isinstance(value, shape):
-        expected = {list: "a list", dict: "an object"}[shape]
-        raise BadRow(f"field {name!r} has the wrong type", f"expected {expected}")
-    return (
-        {key: item for key, item in value.items() if item is not None} if shape is dict else value
-    )

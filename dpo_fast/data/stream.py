@@ -21,9 +21,10 @@ from dpo_fast.data.chat import check_template_used
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.dataset import cache_key
 from dpo_fast.data.files import RawRows
+from dpo_fast.data.forms.merge import merged
 from dpo_fast.data.kinds import PAIRS, ExampleLengths, Kind, OneKind
 from dpo_fast.data.report import DataReport
-from dpo_fast.data.rows import Row, ignored_columns, parse_row
+from dpo_fast.data.rows import Row, parse_row
 from dpo_fast.data.sources import read_rows, resolve
 from dpo_fast.data.tokenise import RowTokeniser
 from dpo_fast.data.verdicts import BadRow, BadRows, Dropped
@@ -124,7 +125,11 @@ class ExampleStream:
     def _pass(self) -> RawRows:
         """All rows of the data, or the first data.max_rows, once."""
         broken = _Forwarded(self.report.bad)
-        rows = (item for source in self.sources for item in read_rows(source, broken))
+        rows = (
+            item
+            for source in self.sources
+            for item in merged(read_rows(source, broken), self.config)
+        )
         for number, item in enumerate(rows, 1):
             yield item
             if self.config.max_rows is not None and number + broken.total >= self.config.max_rows:
@@ -132,10 +137,9 @@ class ExampleStream:
 
     def _example(self, where: str, raw: dict[str, Any]) -> dict[str, Any] | None:
         """Ids as int32 arrays, and the row's numbers; None for a row that is not used."""
-        unused = ignored_columns(raw, self.config)
-        self.report.ignored_columns = sorted(unused.union(self.report.ignored_columns))
+        unused: set[str] = set(self.report.ignored_columns)
         try:
-            row = parse_row(where, raw, self.config)
+            row = parse_row(where, raw, self.config, unused)
             self._see(row)
             tokenised = self._tokeniser(row)
         except Dropped as verdict:
@@ -143,6 +147,7 @@ class ExampleStream:
         except BadRow as verdict:
             self.report.bad.reject(where, verdict)
         else:
+            self.report.ignored_columns = sorted(unused)
             self.report.keep(row.kind, vars(tokenised) | values(row))
             ids = {name: _as_arrays(getattr(tokenised, name)) for name in row.kind.ids}
             return ids | values(row)

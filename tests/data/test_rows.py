@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from dpo_fast.data.config import DataConfig
-from dpo_fast.data.rows import ignored_columns, parse_row
+from dpo_fast.data.rows import parse_row
 from dpo_fast.data.verdicts import BadRow
 
 
@@ -17,6 +17,13 @@ def say(role, content, **more):
 U, A, B = say("user", "hi"), say("assistant", "yes"), say("assistant", "no")
 TEXT = {"prompt": "Q", "chosen": "yes", "rejected": "no"}
 CHAT = {"prompt": [U], "chosen": [A], "rejected": [B]}
+
+
+def unused(raw, config):
+    """The columns of a row that are passed over."""
+    names = set()
+    parse_row("f.jsonl:7", raw, config, names)
+    return names
 
 
 def parse(raw, **options):
@@ -47,7 +54,7 @@ def test_column_mapping():
     raw = {"question": "Q", "good": "yes", "bad": "no", "id": 3}
     columns = {"prompt": "question", "chosen": "good", "rejected": "bad"}
     assert parts(raw, columns=columns) == ("Q", "yes", "no")
-    assert ignored_columns(raw, DataConfig(train="f", columns=columns)) == {"id"}
+    assert unused(raw, DataConfig(train="f", columns=columns)) == {"id"}
     message = refuses(TEXT, columns={"chosen": "chosn"})
     assert "missing field 'chosn'" in message
     assert "did you mean 'chosen'?" in message
@@ -125,17 +132,17 @@ BAD = [
     (TEXT | {"chosen": [A]}, ["chosen and rejected differ in kind"]),
     (CHAT | {"chosen": []}, ["empty chosen"]),
     (CHAT | {"chosen": ["x"]}, ["not a message", "chosen[0]", "got str"]),
-    (CHAT | {"chosen": [{"from": "gpt"}]}, ["message without role", "chosen[0]", "'from'"]),
+    (CHAT | {"chosen": [{"content": "x"}]}, ["message without role", "chosen[0]", "'content'"]),
+    (CHAT | {"chosen": [{"from": "gpt"}]}, ["content is not text", "chosen[0].content"]),
     (CHAT | {"chosen": [say("bot", "x")]}, ["unknown role 'bot'", "chosen[0].role", "assistant"]),
     (CHAT | {"chosen": [say("assistant", 3)]}, ["content is not text", "chosen[0]", "got int"]),
     (CHAT | {"chosen": [say("assistant", " ")]}, ["empty chosen"]),
     (CHAT | {"chosen": [A, U]}, ["chosen holds a user message", "chosen[1]"]),
     (CHAT | {"rejected": [B, say("tool", "x"), B]}, ["rejected holds a tool message"]),
-    (CHAT | {"prompt": [U, A]}, ["prompt ends with an assistant message"]),
+    (CHAT | {"prompt": [U, say("assistant", " ")]}, ["empty prompt", "(assistant) has no text"]),
     (CHAT | {"prompt": [say("user", " ")]}, ["empty prompt"]),
     ({"chosen": [U, A], "rejected": [say("user", "ho"), B]}, ["no common prompt"]),
     ({"chosen": [U], "rejected": [U, B]}, ["empty chosen"]),
-    ({"chosen": "abc", "rejected": "abd"}, ["no common prompt"]),
     (TEXT | {"weight": -1}, ["field 'weight' is out of range"]),
     (TEXT | {"weight": "1"}, ["field 'weight' is not a number", "'1'"]),
     (TEXT | {"weight": True}, ["field 'weight' is not a number"]),

@@ -1,0 +1,67 @@
+"""Rows that name what the user says and what is answered: alpaca, Orca, query and response.
+
+They are chats: what the user says becomes a message, so that a chat template writes it. Bare text is had by
+naming the column of the prompt, as in data.columns={prompt: question}.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from dpo_fast.data.forms.fields import Raw, first, text, user
+from dpo_fast.data.messages import Messages, say
+from dpo_fast.data.verdicts import BadRow
+
+
+def alpaca(row: Raw) -> Raw:
+    """instruction, input, output or chosen and rejected, system, history; also LLaMA-Factory's names."""
+    said = [text(row, "instruction", "prompt"), text(row, "input", "query")]
+    prompt = [*_history(row.pop("history", None)), *user("\n".join(filter(None, said)))]
+    return {"prompt": prompt, **_answers(row)}
+
+
+def query(row: Raw) -> Raw:
+    """query (or question, or input), history, system, and answers."""
+    said = text(row, "query", "question", "input")
+    return {"prompt": [*_history(row.pop("history", None)), *user(said)], **_answers(row)}
+
+
+def _answers(row: Raw) -> Raw:
+    """Two answers, one with a label, or a ranking of more than two."""
+    if row.get("rejected") is not None:
+        return {name: row.pop(name) for name in ("chosen", "rejected") if name in row}
+    answer = first(row, "output", "response", "completion")
+    if row.get("rejected_response") is not None:
+        return {"chosen": answer, "rejected": row.pop("rejected_response")}
+    if isinstance(answer, list) and len(answer) == 2:
+        return {"chosen": answer[0], "rejected": answer[1]}
+    if isinstance(answer, list):
+        return {"completions": answer, "ranks": list(range(1, len(answer) + 1))}
+    if "label" in row:
+        return {"completion": answer, "label": row.pop("label")}
+    raise BadRow(
+        "one answer and no label",
+        "a preference needs a second answer (rejected, or output: [better, worse]) or a label (kto_tag)",
+    )
+
+
+def _history(value: Any) -> Messages:
+    """Earlier turns, as a list of (question, answer)."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise BadRow(
+                "field 'history' is not a list", "expected [[question, answer], ...]"
+            ) from None
+    messages: Messages = []
+    for index, turn in enumerate(value or []):
+        if (
+            not isinstance(turn, list)
+            or len(turn) != 2
+            or not all(isinstance(t, str) for t in turn)
+        ):
+            raise BadRow("a turn of history is not a pair", f"history[{index}]: {turn!r:.80}")
+        messages += [say("user", turn[0]), say("assistant", turn[1])]
+    return messages

@@ -1,0 +1,83 @@
+"""Columns that a row's form does not take.
+
+A column whose name is known for content, and whose words are nowhere in the example, would change
+what is trained on if it were used: it is an error. Others (ids, sources, scores, languages, other
+answers) are named in the report. Texts that the example has already are no loss, as H4's `messages`,
+or a `question` beside a `prompt` that quotes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dpo_fast.data.verdicts import BadRow
+
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+# What comes before an answer. Other answers to it do not change this example.
+CONTENT = (
+    *("system", "system_prompt", "instruction", "input", "query", "question", "history", "context"),
+    *("messages", "conversations", "documents", "prompt"),
+)
+REMEDY = "list it in data.ignore_columns to leave it out"
+
+
+def check_unused(left: Mapping[str, Any], parts: Any, is_chat: bool, has_prompt: bool) -> None:
+    """Raises BadRow for columns that may not be passed over.
+
+    left: columns that the form did not take. parts: prompt and answers. has_prompt: whether a column
+    holds the prompt.
+    """
+    filled = {name: value for name, value in left.items() if not _empty(value)}
+    for name in MEDIA:
+        if name in filled:
+            raise BadRow(f"column {name!r} is not used", f"only text is trained on; {REMEDY}")
+    suspects = [name for name in CONTENT if name in filled]
+    if not has_prompt:
+        suspects += [name for name, value in filled.items() if _is_prose(value)]
+    if not suspects:
+        return
+    known = "\n".join(texts_of(parts))
+    for name in suspects:
+        if all(text.strip() in known for text in texts_of(filled[name])):
+            continue
+        if name not in CONTENT:
+            raise BadRow(
+                "no prompt, and a column that is not used",
+                f"{name!r} has words that the answers lack: name it with data.columns.prompt={name} if "
+                f"it is the prompt, or {REMEDY}",
+            )
+        chat = "" if is_chat else ", set data.format=alpaca, which makes a chat of texts,"
+        raise BadRow(
+            f"column {name!r} is not used",
+            "its words are nowhere in the example: map it with data.columns (docs/FORMATS.md has the "
+            f"names){chat} or {REMEDY}",
+        )
+
+
+def texts_of(value: Any) -> Iterator[str]:
+    """All texts in nested values, but for roles and types."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if key not in ("role", "from", "type"):
+                yield from texts_of(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from texts_of(item)
+
+
+def _empty(value: Any) -> bool:
+    if isinstance(value, str):
+        return not value.strip()
+    if isinstance(value, (list, tuple)):
+        return all(map(_empty, value))
+    if isinstance(value, Mapping):
+        return all(map(_empty, value.values()))
+    return value is None
+
+
+def _is_prose(value: Any) -> bool:
+    """Whether it is text of several words, so neither an id nor a category."""
+    return isinstance(value, str) and len(value.split()) > 1

@@ -1,0 +1,149 @@
+"""Single values of a row: texts, messages, numbers, labels and the optional columns. All raise BadRow."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from dpo_fast.data.config import TEMPLATE_ARGUMENTS
+from dpo_fast.data.files import Cell
+from dpo_fast.data.kinds import Kind
+from dpo_fast.data.messages import Messages, are_messages, check_messages
+from dpo_fast.data.plain import structure
+from dpo_fast.data.verdicts import BadRow
+
+# Names that others give to our columns, for a hint.
+SYNONYMS = {
+    "prompt": ("question", "query", "instruction", "input", "user", "context", "text"),
+    "chosen": (
+        "good",
+        "better",
+        "best",
+        "preferred",
+        "winner",
+        "win",
+        "accepted",
+        "positive",
+        "y_w",
+    ),
+    "rejected": ("bad", "worse", "worst", "dispreferred", "loser", "lose", "negative", "y_l"),
+    "completion": ("response", "output", "answer"),
+    "label": ("desirable", "thumbs_up", "is_good", "is_chosen"),
+}
+
+
+def answer(row: Mapping[str, Any], raw: Mapping[str, Any], name: str) -> str | Messages:
+    need(row, raw, name)
+    return text_or_messages(row[name], name)
+
+
+def items(row: Mapping[str, Any], raw: Mapping[str, Any], name: str) -> list:
+    need(row, raw, name)
+    value = _typed(row[name])
+    if not isinstance(value, list):
+        got = "null" if value is None else type(value).__name__
+        raise BadRow(
+            f"field {name!r} is not a list", f"expected one entry for each completion, got {got}"
+        )
+    return value
+
+
+def need(row: Mapping[str, Any], raw: Mapping[str, Any], name: str) -> None:
+    if name not in row:
+        raise BadRow(
+            f"missing field {name!r}",
+            f"{seen(raw, name)}; data.columns.{name}=... names another column",
+        )
+
+
+def seen(raw: Mapping[str, Any], wanted: str) -> str:
+    """The columns of a row, in words, and which of them may be meant."""
+    lower = {name.lower(): name for name in raw}
+    meant = [lower[each] for each in SYNONYMS.get(wanted, ()) if each in lower]
+    near = meant or difflib.get_close_matches(wanted, list(raw), n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"the row has {', '.join(map(repr, raw)) or 'no fields'}{hint}"
+
+
+def text_or_messages(value: Any, name: str) -> str | Messages:
+    """Text, or messages: a list of them, a single one, or JSON text of a list."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise BadRow(f"field {name!r} is not Unicode text", "it has a lone surrogate") from None
+        return _messages_in(value, name) or str(value)
+    if isinstance(value, (Mapping, list)):
+        return check_messages(value, name)
+    kind = "null" if value is None else type(value).__name__
+    raise BadRow(f"field {name!r} has the wrong type", f"expected text or messages, got {kind}")
+
+
+def _messages_in(text: str, name: str) -> Messages | None:
+    """The messages that a text is JSON of, as in a CSV file."""
+    if not text.lstrip()[:9].replace(" ", "").startswith("[{"):
+        return None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return check_messages(found, name) if are_messages(found) else None
+
+
+def label(value: Any) -> bool:
+    """A bool, or 0 or 1."""
+    found = _typed(value)
+    if isinstance(found, bool) or (isinstance(found, (int, float)) and found in (0, 1)):
+        return bool(found)
+    raise BadRow("field 'label' is not a bool", f"expected true or false, got {value!r}")
+
+
+def number(value: Any, name: str) -> float:
+    value = _typed(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise BadRow(f"field {name!r} is not a number", f"got {value!r}")
+    try:
+        found = float(value)
+    except OverflowError:
+        found = math.inf
+    if not math.isfinite(found):
+        raise BadRow(f"field {name!r} is not finite", f"got {found}")
+    return found
+
+
+def optional(row: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
+    """The optional columns that the row has: floats, `tools`, `chat_template_kwargs`."""
+    found = {name: number(row[name], name) for name in kind.numbers if row.get(name) is not None}
+    if not 0 <= found.get("soft_label", 0) <= 1:
+        raise BadRow("field 'soft_label' is out of range", f"{found['soft_label']} is not in 0..1")
+    if found.get("weight", 0) < 0:
+        raise BadRow("field 'weight' is out of range", f"{found['weight']} is below 0")
+    given = [name for name in kind.reference_columns if name in found]
+    if 0 < len(given) < len(kind.reference_columns):
+        raise BadRow(f"{given[0]} without its partner", "give both reference columns or neither")
+    for name, shape in (("tools", list), ("chat_template_kwargs", dict)):
+        if value := _filled(row, name, shape):
+            found[name] = value
+    clash = set(found.get("chat_template_kwargs", ())) & set(TEMPLATE_ARGUMENTS)
+    if clash:
+        raise BadRow(f"chat_template_kwargs sets {min(clash)!r}", "it is set by dpo_fast itself")
+    return found
+
+
+def _filled(row: Mapping[str, Any], name: str, shape: type) -> Any:
+    value = row.get(name)
+    blank = isinstance(value, str) and not value.strip()
+    return structure(value, name, shape) if value and not blank else None
+
+
+def _typed(value: Any) -> Any:
+    """The value of a cell of CSV, which knows only text."""
+    if not isinstance(value, Cell):
+        return value
+    try:
+        return json.loads(value.lower() if value.lower() in ("true", "false") else value)
+    except ValueError:
+        return str(value)
