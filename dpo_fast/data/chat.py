@@ -23,7 +23,8 @@ from dpo_fast.data.dialects import (
     left_out_of_answer,
     left_out_of_prompt,
 )
-from dpo_fast.data.prompts import Messages
+from dpo_fast.data.messages import Messages
+from dpo_fast.data.prefill import ends_open, prefill_of, whole_answers
 from dpo_fast.data.rows import Row
 from dpo_fast.data.thinking import KEYS, find_opening, find_thought
 from dpo_fast.data.verdicts import BadRow
@@ -72,9 +73,15 @@ class ChatTemplate:
                 "template; set data.chat_template to a Jinja file"
             )
         reasons: list[BadRow] = []
+        prefill = prefill_of(row)
+        row = whole_answers(row, prefill)
         for dialect in dialects(row.prompt, list(row.answers.values()), self.source, self._parts):
             try:
-                return self._in_dialect(row, dialect)
+                prompt, texts = self._in_dialect(row, dialect)
+                if not prefill:
+                    return prompt, texts
+                unfinished = self._unfinished(row, dialect, prefill)
+                return ends_open(prompt, texts, prefill, unfinished, self.name)
             except BadRow as verdict:
                 reasons.append(verdict)
         raise max(reasons, key=lambda reason: (reason.fault == CLOSED, reason.fault != REFUSED))
@@ -111,27 +118,42 @@ class ChatTemplate:
             self._keep_answer(answer, field, text[len(prompt) :])
         return prompt, texts
 
+    def _unfinished(self, row: Row, dialect: Dialect, prefill: str) -> str:
+        """The prompt with the prefill, as it is rendered for inference; empty if that is refused."""
+        messages = dialect.prompt([*row.prompt, *_messages(("assistant", prefill))])
+        tools, kwargs = row.optional.get("tools"), row.optional.get("chat_template_kwargs")
+        try:
+            return self.render(messages, unfinished=True, tools=tools, kwargs=kwargs)
+        except BadRow:
+            return ""
+
     def render(
         self,
         messages: Messages,
         *,
         generate: bool = False,
+        unfinished: bool = False,
         tools: Any = None,
         kwargs: Mapping[str, Any] | None = None,
     ) -> str:
-        """kwargs: before those of the whole run. Raises BadRow if the template refuses the messages."""
+        """unfinished: generation goes on in the last message. kwargs: before those of the whole run.
+
+        Raises BadRow if the template refuses the messages.
+        """
         from jinja2 import TemplateError
 
         try:
-            return self.tokenizer.apply_chat_template(
-                messages,
+            rendered = self.tokenizer.apply_chat_template(
+                [messages],  # a batch, as a conversation by itself may not be empty
                 chat_template=self.custom,
                 tools=tools,
                 add_generation_prompt=generate,
+                continue_final_message=unfinished,
                 tokenize=False,
                 **(self.kwargs | dict(kwargs or {})),
             )
-        except (TemplateError, TypeError, KeyError, AttributeError) as error:
+            return rendered[0]
+        except (TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
             raise BadRow(REFUSED, f"{error} ({self.name})") from error
 
     def after_answer(self, following: str | None) -> str:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Protocol
 
-from dpo_fast.data.prompts import Messages
+from dpo_fast.data.messages import Messages
 from dpo_fast.data.thinking import (
     SWITCHES,
     continue_thought,

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_fast.data.prompts import Messages
+from dpo_fast.data.messages import Messages
 from dpo_fast.data.thinking import KEYS, find_thought
 
 AS_IS, WRITTEN = "as it is", "written"
@@ -28,12 +28,14 @@ class Dialect:
     parts: content as a list of parts. text_arguments: arguments of tool calls as JSON text.
     blank: the content of a message that only calls tools.
     thinking: AS_IS; a field's name; or WRITTEN: left out, for the caller to write.
+    developer: whether the template knows the role developer; else such a message is the system's.
     """
 
     parts: bool = False
     text_arguments: bool = False
     blank: str | None = ""
     thinking: str = AS_IS
+    developer: bool = False
 
     def prompt(self, messages: Messages) -> Messages:
         """Messages before the answer. Their thinking stays as it is."""
@@ -54,6 +56,8 @@ class Dialect:
 
     def _message(self, message: dict[str, Any]) -> dict[str, Any]:
         message = dict(message)
+        if message["role"] == "developer" and not self.developer:
+            message["role"] = "system"
         if message.get("tool_calls"):
             message["tool_calls"] = [self._call(call) for call in message["tool_calls"]]
             message["content"] = message["content"] or self.blank
@@ -96,7 +100,7 @@ def dialects(
     blanks = ("", None) if any(not message["content"] for message in calling) else ("",)
     forms = itertools.product(_thinking(last, source), arguments, blanks)
     for thinking, text_arguments, blank in forms:
-        yield Dialect(parts, text_arguments, blank, thinking)
+        yield Dialect(parts, text_arguments, blank, thinking, "developer" in source)
 
 
 def _thinking(answers: Messages, source: str) -> list[str]:

@@ -78,8 +78,15 @@ class RowTokeniser:
         prompt, texts = self.chat.texts(row) if row.is_chat else (row.prompt, self._texts(row))
         split = self.boundary.split(prompt, *texts, keep=row.is_chat)
         prompt_ids, bos_added = self.endings.begin(split.prompt)
+        if not prompt_ids and not prompt and self.endings.bos_id is not None:
+            prompt_ids, bos_added = [self.endings.bos_id], True
         if not prompt_ids:
-            raise BadRow("no prompt token", "the prompt's tokens all join with the answers'")
+            raise BadRow(
+                "no prompt token",
+                "the prompt's tokens all join with the answers'"
+                if prompt
+                else "the prompt is empty, and the tokenizer has no BOS to predict the first token from",
+            )
         answers, eos_added = {}, 0
         for name, ids in zip(row.answers, split.answers):
             calls = row.is_chat and bool(row.answers[name][-1].get("tool_calls"))
