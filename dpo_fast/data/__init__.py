@@ -3,9 +3,14 @@
     config.py      DataConfig: every option, checked
     kinds.py       pairs, completions with labels, groups with scores; how many tokens they have
     sources.py     the files, folders and hub data sets a name stands for, and their hashes
-    files.py       JSON, JSON Lines, Parquet and Arrow as a stream of (where, row)
+    files.py       JSON, JSON Lines, CSV, Parquet and Arrow as a stream of (where, row)
     rows.py        a raw row becomes a PairRow, CompletionRow or GroupRow, or a BadRow that says why
-    prompts.py     the prompt that whole texts or conversations share; checks of chat messages
+    forms/         forms of rows that people bring, as rows by our own columns
+    values.py      single values of a row: texts, numbers, labels, optional columns
+    messages.py    chat messages in the forms that people write them
+    plain.py       nested values, the same from every container
+    prompts.py     the prompt that whole texts or conversations share
+    prefill.py     prompts that end with the beginning of an answer
     chat.py        a chat becomes texts: the generation prompt, and what the model would write after it
     continuation.py  finished turns, as they go on from the generation prompt
     dialects.py    the forms in which templates take messages, and what they leave out

@@ -61,8 +61,8 @@ class DataConfig(BaseModel):
         "auto",
         description="pairs: two answers, as text; messages: answers are lists of messages; unpaired: one "
         "completion and a label, true if it is desirable; groups: lists of completions and of scores, or "
-        "of ranks, of which 1 is the best; auto: what the columns and their values tell. The others are "
-        "forms that other trainers take or data sets have (docs/FORMATS.md)",
+        "of ranks, of which 1 is the best; auto: what the columns and their values tell. Forms of other "
+        f"trainers and data sets (docs/FORMATS.md): openrlhf, {', '.join(FORMS)}",
     )
     columns: dict[str, str] = Field(
         default_factory=dict,

@@ -108,6 +108,7 @@ def parse_row(
     row = form.convert(left) if form else {}
     kind = _kind(row or left, "auto" if form else config.format)
     row |= _take(left, row, kind)
+    _check_mapped(left, kind, config)
     if unused is not None:
         unused |= {config.columns.get(name, name) for name in left if left[name] is not None}
     parse = {PAIRS: _pair, COMPLETIONS: _completion, GROUPS: _group}[kind]
@@ -236,6 +237,18 @@ def _renamed(raw: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
         if row.get(theirs) is not None and row.get(ours) is None:
             row[ours] = row.pop(theirs)
     return row
+
+
+def _check_mapped(left: Mapping[str, Any], kind: Kind, config: DataConfig) -> None:
+    for ours, theirs in config.columns.items():
+        if left.get(ours) is not None:
+            known = ", ".join(
+                ("prompt", "system", *kind.answers, *kind.label_columns, *kind.numbers)
+            )
+            raise BadRow(
+                f"data.columns.{ours}={theirs!r} is not used",
+                f"the row is {kind.one}, whose columns are {known}; remove it, or set data.format",
+            )
 
 
 def _prompt(value: Any) -> str | Messages:

@@ -58,6 +58,8 @@ def default(field: dict[str, Any]) -> str:
 
 def type_of(field: dict[str, Any]) -> str:
     """The type of a field in Python's words, with its bounds."""
+    if "const" in field:
+        return f"`{field['const']}`"
     if "enum" in field:
         names = [f"`{name}`" for name in field["enum"]]
         return ", ".join(names) if len(names) <= MANY else "str"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from dpo_fast.data.config import COLUMNS
+from dpo_fast.data.config import ALL_COLUMNS
 from dpo_fast.losses import LOSSES
 from dpo_fast.losses.options import CHOICES
 from dpo_fast.losses.spec import SHARED
@@ -42,7 +42,7 @@ def run_schema() -> dict[str, Any]:
         section["description"] = _first_paragraph(RunConfig.model_fields[name].annotation)
     _add_losses(tree["properties"]["loss"]["properties"])
     columns = tree["properties"]["data"]["properties"]["columns"]
-    columns["propertyNames"] = {"enum": list(COLUMNS)}
+    columns["propertyNames"] = {"enum": list(ALL_COLUMNS)}
     return tree
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dpo_fast.data.config import CHAT_COLUMNS
 from dpo_fast.data.dataset import load_examples
 from dpo_fast.data.kinds import COMPLETIONS, GROUPS, KINDS, Kind
 from dpo_fast.data.layouts import LAYOUTS
@@ -37,6 +36,7 @@ def load_split(
         f"data/{name}", lambda: load_examples(config.data, tokenizer, split=name, eos_ids=ends)
     )
     split = make_split(config, tokenizer, name, examples, shuffle)
+    tell_unused(name, examples)
     if shuffle:
         tell_size(split.sampler)
     return split
@@ -50,6 +50,7 @@ def open_stream(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Stream
 
     examples = ExampleStream(config.data, tokenizer, end_of_turn_ids(config.model))
     stream = StreamSplit(examples, make, config.train.max_steps)
+    tell_unused("train", stream.examples)
     tell_size(stream.sampler)
     return stream
 
@@ -74,7 +75,6 @@ def make_split(
             lacks or does not use, or an example that is larger than train.tokens_per_batch.
     """
     check_kind(config, name, examples)
-    check_renamed(config, name, examples)
     columns = used_columns(config, examples.numbers, examples.kind)
     sampler = _make_sampler(config, examples, shuffle, first_epoch, accumulation)
     wants_mismatched = "kl" in config.loss.objective.statistics
@@ -111,8 +111,8 @@ def check_kind(config: RunConfig, name: str, examples: Examples) -> None:
     if kind == GROUPS and not objective.grouped:
         groups = " or ".join(spec.name for spec in LOSSES.values() if spec.grouped)
         raise UserError(
-            f"loss.type={names} does not go by scores, but {where}; set loss.type to {groups}, or give "
-            "pairs"
+            f"loss.type={names} does not go by scores, but {where}; set loss.type to {groups}, set "
+            "data.group_pairs=best_worst to make pairs of them, or give pairs"
         )
     if kind == COMPLETIONS and objective.paired:
         paired = ", ".join(spec.name for spec in objective.specs if spec.paired)
@@ -133,18 +133,6 @@ def check_kind(config: RunConfig, name: str, examples: Examples) -> None:
         )
 
 
-def check_renamed(config: RunConfig, name: str, examples: Examples) -> None:
-    """Raises UserError if data.columns renames a column that examples of this kind do not have."""
-    kind = examples.kind
-    known = ("prompt", *kind.answers, *kind.label_columns, *kind.numbers)
-    for ours, theirs in config.data.columns.items():
-        if ours not in (*known, *CHAT_COLUMNS):
-            raise UserError(
-                f"data.columns.{ours}={theirs!r} is not used: data.{name} holds {kind.name}, the first "
-                f"{examples.where(0)}, whose columns are {', '.join(known)}; remove it, or set data.format"
-            )
-
-
 def check_budget(budget: int, layout: str, alone_P: np.ndarray, examples: Examples) -> None:
     """Raises UserError unless every example fits into a micro-batch. alone_P: tokens of each."""
     longest = int(alone_P.argmax())
@@ -154,6 +142,12 @@ def check_budget(budget: int, layout: str, alone_P: np.ndarray, examples: Exampl
             f"{alone_P[longest]} tokens in the layout {layout}; set it to {alone_P[longest]} or more, or "
             "lower data.max_length"
         )
+
+
+def tell_unused(name: str, examples: Examples) -> None:
+    """Say which columns are passed over; what only looks like metadata shows here."""
+    if unused := examples.report.ignored_columns:
+        say(f"data.{name}: columns not used: {', '.join(unused)}")
 
 
 def tell_size(sampler: BatchSampler) -> None:

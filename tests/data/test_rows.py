@@ -197,3 +197,34 @@ def test_impossible_options(options, words):
     with pytest.raises(ValidationError) as caught:
         DataConfig(**({"train": "f"} | options))
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_texts_that_repeat_their_prompt():
+    """As messages that do: what is scored is what follows the prompt."""
+    prompt = "Q: 3+3?\nA:"
+    pair = {"prompt": prompt, "chosen": prompt + " 6", "rejected": prompt + " 7"}
+    assert parts(pair) == (prompt, " 6", " 7")
+    single = {"prompt": prompt, "completion": prompt + " 6", "label": True}
+    assert parse(single).completion == " 6"
+    group = {"prompt": prompt, "completions": [prompt + " 6", prompt + " 7"], "scores": [1, 0]}
+    assert parse(group).completions == [" 6", " 7"]
+    # An answer that quotes the question is an answer, and so is a greeting.
+    assert parts(pair | {"rejected": "7"}) == (prompt, prompt + " 6", "7")
+    greeting = {"prompt": "Hi", "chosen": "Hi there", "rejected": "Hi you"}
+    assert parts(greeting) == ("Hi", "Hi there", "Hi you")
+    assert "empty chosen" in refuses(pair | {"chosen": prompt})
+
+
+def test_messages_that_repeat_their_prompt():
+    single = {"prompt": [U], "completion": [U, A], "label": True}
+    assert (parse(single).prompt, parse(single).completion) == ([U], [A])
+    group = {"prompt": "hi", "completions": [[U, A], [U, B]], "scores": [1, 0]}
+    assert (parse(group).prompt, parse(group).completions) == ([U], [[A], [B]])
+
+
+def test_texts_with_nothing_in_common_have_no_prompt():
+    assert parts({"chosen": "abc", "rejected": "abd"}) == ("", "abc", "abd")
+    assert parts(TEXT | {"prompt": ""}) == ("", "yes", "no")
+    assert parts({"chosen": [A], "rejected": [B]}) == ([], [A], [B])
+    assert parts({"prompt": "", "chosen": [A], "rejected": [B]}) == ([], [A], [B])
+    assert "no common prompt" in refuses({"chosen": [U, A], "rejected": [say("user", "ho"), B]})

@@ -467,7 +467,7 @@ def test_totals_and_metrics_of_one_batch(folder):
 
 def test_a_renamed_column_that_groups_do_not_have_is_named(folder):
     with pytest.raises(
-        UserError, match="data.columns.margin='prompt' is not used: data.train holds gr"
+        UserError, match="data.columns.margin='prompt' is not used: the row is a group of"
     ):
         split_of(config(folder, {"type": "grpo"}, data={"columns": {"margin": "prompt"}}))
     split_of(config(folder, {"type": "grpo"}, data={"columns": {"completions": "completions"}}))

@@ -9,7 +9,7 @@ from dpo_fast.data.forms.fields import Raw, better, first
 from dpo_fast.data.messages import Messages, check_messages, say
 from dpo_fast.data.verdicts import BadRow
 
-CONVERSATIONS = ("conversations", "messages", "conversation")
+CONVERSATIONS = ("conversations", "messages", "conversation", "trajectory")
 HUMAN = re.compile(r"\n\n(Human|Assistant): ?")
 EXTRA_ID = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")  # HelpSteer2's
 

@@ -79,5 +79,5 @@ def _empty(value: Any) -> bool:
 
 
 def _is_prose(value: Any) -> bool:
-    """Whether it is text of several words, so neither an id nor a category."""
-    return isinstance(value, str) and len(value.split()) > 1
+    """Whether it holds text of several words, so neither an id nor a category."""
+    return any(len(text.split()) > 1 for text in texts_of(value))
