@@ -23,6 +23,7 @@ OTHER_ROLES = {
     **dict.fromkeys(("observation", "tool_response", "function", "function_response"), "tool"),
 }
 CALLS = ("function_call", "tool_call", "tool_calls")  # roles whose content is the call
+PLAIN = {"role", "content"}  # the keys of most messages
 TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -35,7 +36,8 @@ def check_messages(value: Any, field: str) -> Messages:
     checked: Messages = []
     calling = False
     for index, item in enumerate(value):
-        messages, calls = _checked(item, f"{field}[{index}]"), _is_call(item)
+        messages = _checked(item, f"{field}[{index}]")
+        calls = "tool_calls" in messages[0] and _is_call(item)
         if calls and calling:  # one turn that calls several tools
             checked[-1]["tool_calls"] += messages[0]["tool_calls"]
         else:
@@ -71,6 +73,8 @@ def _from_columns(value: Mapping[str, Any]) -> list[Any]:
 
 def _checked(item: Any, name: str) -> Messages:
     """The message, or the question and the answer, of one item."""
+    if type(item) is dict and item.keys() == PLAIN and item["role"] in ROLES and item["content"]:
+        return [_finished(dict(item), name)]  # as nearly all are
     if not isinstance(item, Mapping):
         raise BadRow("not a message", f"{name}: expected an object, got {type(item).__name__}")
     message = plain(item)

@@ -110,14 +110,14 @@ def parse_row(
     row |= _take(left, row, kind)
     _check_mapped(left, kind, config)
     if unused is not None:
-        unused |= {config.columns.get(name, name) for name in left if left[name] is not None}
+        unused |= {name for name, value in left.items() if value is not None}
     parse = {PAIRS: _pair, COMPLETIONS: _completion, GROUPS: _group}[kind]
     parsed = parse(where, row, raw, config)
-    if not parsed.is_chat:
-        left |= {name: row[name] for name in ("system",) if name in row}
-    left = {config.columns.get(name, name): value for name, value in left.items()}
-    has_prompt = bool(form or row.get("prompt") is not None or (parsed.is_chat and parsed.prompt))
-    check_unused(left, [parsed.prompt, *parsed.answers.values()], parsed.is_chat, has_prompt)
+    if "system" in row and not parsed.is_chat:
+        left[config.columns.get("system", "system")] = row["system"]
+    if left:
+        has_prompt = form or row.get("prompt") is not None or (parsed.is_chat and parsed.prompt)
+        check_unused(left, parsed, bool(has_prompt))
     return parsed
 
 

@@ -14,6 +14,7 @@ from dpo_fast.errors import UserError
 from dpo_fast.losses import LossOptions, Objective, Totals
 from dpo_fast.models import ScoringModel
 from dpo_fast.references import ColumnReference, FrozenReference
+from dpo_fast.training import load_data
 from dpo_fast.training.config import build_config
 from dpo_fast.training.load_data import used_columns
 from dpo_fast.training.loss_pass import LossPass
@@ -47,6 +48,22 @@ NAMES = ("weight", "margin", "soft_label", *SUMS)
 def config(loss: dict, tmp_path, **reference):
     tree = run_tree(tmp_path)
     return build_config(tree | {"loss": loss, "reference": reference}, "test")
+
+
+def test_training_says_which_columns_are_passed_over(tmp_path, monkeypatch):
+    rows = [json.loads(line) for line in write_pairs(tmp_path / "pairs.jsonl").open()]
+    lines = (json.dumps(row | {"id": index, "note": None}) for index, row in enumerate(rows))
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    said = []
+    monkeypatch.setattr(load_data, "say", said.append)
+    write_model(tmp_path / "model")
+    for streaming in ({}, {"streaming": True}):
+        tree = run_tree(tmp_path, max_steps=1)
+        tree["data"] |= streaming
+        tree["reference"] = {"provider": "frozen"}
+        run = build_config(tree, "test")
+        load_data.load_split(run, byte_tokenizer(bos=True), "train", True)
+    assert said == ["data.train: columns not used: id"] * 2
 
 
 def test_columns_reach_the_loss():

@@ -19,15 +19,17 @@ CONTENT = (
     *("system", "system_prompt", "instruction", "input", "query", "question", "history", "context"),
     *("messages", "conversations", "documents", "prompt"),
 )
+KNOWN = {*MEDIA, *CONTENT}
 REMEDY = "list it in data.ignore_columns to leave it out"
 
 
-def check_unused(left: Mapping[str, Any], parts: Any, is_chat: bool, has_prompt: bool) -> None:
+def check_unused(left: Mapping[str, Any], row: Any, has_prompt: bool) -> None:
     """Raises BadRow for columns that may not be passed over.
 
-    left: columns that the form did not take. parts: prompt and answers. has_prompt: whether a column
-    holds the prompt.
+    left: columns that the row's form did not take. has_prompt: whether a column holds the prompt.
     """
+    if has_prompt and not KNOWN & left.keys():
+        return
     filled = {name: value for name, value in left.items() if not _empty(value)}
     for name in MEDIA:
         if name in filled:
@@ -37,7 +39,7 @@ def check_unused(left: Mapping[str, Any], parts: Any, is_chat: bool, has_prompt:
         suspects += [name for name, value in filled.items() if _is_prose(value)]
     if not suspects:
         return
-    known = "\n".join(texts_of(parts))
+    known = "\n".join(texts_of([row.prompt, *row.answers.values()]))
     for name in suspects:
         if all(text.strip() in known for text in texts_of(filled[name])):
             continue
@@ -47,7 +49,7 @@ def check_unused(left: Mapping[str, Any], parts: Any, is_chat: bool, has_prompt:
                 f"{name!r} has words that the answers lack: name it with data.columns.prompt={name} if "
                 f"it is the prompt, or {REMEDY}",
             )
-        chat = "" if is_chat else ", set data.format=alpaca, which makes a chat of texts,"
+        chat = "" if row.is_chat else ", set data.format=alpaca, which makes a chat of texts,"
         raise BadRow(
             f"column {name!r} is not used",
             "its words are nowhere in the example: map it with data.columns (docs/FORMATS.md has the "
