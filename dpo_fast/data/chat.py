@@ -31,6 +31,7 @@ from dpo_fast.data.verdicts import BadRow
 from dpo_fast.errors import UserError
 
 REFUSED = "the chat template refuses the messages"
+OUT = "take that out of the row"
 
 
 class ChatTemplate:
@@ -231,11 +232,12 @@ class ChatTemplate:
 
     def _keep(self, missing: str | None) -> None:
         if missing is not None:
+            without = "list it in data.ignore_columns" if "the column" in missing else OUT
             thinks = any(f"the {name} of " in missing for name in ("thinking", *KEYS))
             raise BadRow(
                 "the chat template leaves something out",
                 f"it does not write {missing} ({self.name}); use a template that does "
-                "(data.chat_template), or take that out of the row"
+                f"(data.chat_template), or {without}"
                 + (" or write it into the content, as the model is to write it" if thinks else ""),
             )
 

@@ -140,7 +140,7 @@ def test_tools_calls_and_arguments(tmp_path, write, streaming):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("write", COLUMNAR)
+@pytest.mark.parametrize("write", [parquet_file, saved])
 def test_every_form(tmp_path, write, case):
     form, raw, canonical = CASES[case]
     raw = {name: value for name, value in raw.items() if value is not None}

@@ -76,6 +76,12 @@ def test_a_system_prompt_of_a_chat_is_its_first_message():
     with pytest.raises(BadRow, match="column 'system' is not used.*data.format=alpaca"):
         parse(TEXT | {"system": "be brief"})
     assert parse(TEXT | {"system": "be brief"}, format="alpaca")[0] == expected
+    single = {"prompt": "why so?", "completion": "because", "label": 1, "system": "be brief"}
+    group = {"prompt": "why so?", "completions": ["a", "b"], "ranks": [1, 2], "system": "be brief"}
+    for raw in (single, group):
+        with pytest.raises(BadRow, match="column 'system' is not used.*data.format=alpaca"):
+            parse(raw)
+        assert parse(raw, format="alpaca")[0].prompt == [SYSTEM, U]
 
 
 def test_a_column_of_data_columns_that_nothing_uses():

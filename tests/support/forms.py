@@ -90,6 +90,11 @@ CASES = {
         {"instruction": "why so?", "output": [TEXTS[0], TEXTS[2], TEXTS[1]]},
         RANKED | {"completions": [[A], [say("assistant", "ask")], [B]], "ranks": [1, 2, 3]},
     ),
+    "alpaca, a group": (
+        "alpaca",
+        {"instruction": "why so?", "completions": list(TEXTS), "scores": [5.0, 1.0, 3.5]},
+        SCORED,
+    ),
     "argilla's answers": (
         "alpaca",
         {"instruction": "why so?", "chosen_response": TEXTS[0], "rejected_response": TEXTS[1]},

@@ -29,6 +29,8 @@ def query(row: Raw) -> Raw:
 
 def _answers(row: Raw) -> Raw:
     """Two answers, one with a label, or a ranking of more than two."""
+    if row.get("completions") is not None:
+        return {name: row.pop(name) for name in ("completions", "scores", "ranks") if name in row}
     if row.get("rejected") is not None:
         return {name: row.pop(name) for name in ("chosen", "rejected") if name in row}
     answer = first(row, "output", "response", "completion")
