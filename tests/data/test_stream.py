@@ -202,7 +202,7 @@ def test_a_resumed_run_goes_to_its_position(stream, monkeypatch, tmp_path):
     config = build_config(run_tree(tmp_path), "tree")
     run = SimpleNamespace(engine=None, train=new, config=config, total_steps=9, stateful={})
     monkeypatch.setattr(loop, "load_checkpoint", lambda *_: state)
-    sums, log = SimpleNamespace(values={}), SimpleNamespace(forget_after=lambda step: None)
+    sums, log = SimpleNamespace(values={}), SimpleNamespace(begin=lambda step: None)
     assert loop.resume(run, tmp_path, sums, log) == 7
     part, index = new.at(7)
     assert [part.examples.where(row) for row in part.sampler.global_batch(index)] == places
