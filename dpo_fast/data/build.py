@@ -17,6 +17,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow
+import pyarrow.compute
 
 from dpo_fast.data.chat import check_template_used
 from dpo_fast.data.config import DataConfig
@@ -74,10 +75,10 @@ def build(
         desc=f"Tokenising {kind.name}",
     )
     kept = _count(tokenised, report, kind)
-    if not kept:
+    if not len(kept):
         raise nothing_left(report)
-    table = tokenised.select(kept)
-    return table.select_columns(_stored_columns(table, kind)), report
+    table = tokenised.select_columns(_stored_columns(tokenised, kept, kind))
+    return (table if len(kept) == len(table) else table.select(kept)), report
 
 
 def _check_rows(
@@ -172,18 +173,24 @@ def _verdict_columns(fault: str, verdict: Verdict) -> dict[str, Any]:
     return {"fault": fault, "kind": verdict.kind, "message": str(verdict)}
 
 
-def _count(tokenised: datasets.Dataset, report: DataReport, kind: Kind) -> list[int]:
+def _count(tokenised: datasets.Dataset, report: DataReport, kind: Kind) -> np.ndarray:
     """Counts the outcomes in `report`; returns the indices of the rows that are kept."""
-    kept: list[int] = []
-    outcomes = tokenised.select_columns(["where", *VERDICT, *COUNTERS, *kind.stored_labels])
-    for index, row in enumerate(outcomes):
-        if row["fault"]:
+    table = tokenised.data.table
+    kept = table["fault"].is_null()
+    refused = table.select(["where", *VERDICT]).filter(pyarrow.compute.invert(kept))
+    for batch in refused.to_batches():
+        for row in batch.to_pylist():
             tally = report.bad if row["fault"] == "bad" else report.dropped
             tally.add(row["where"], row["kind"], row["message"])
-            continue
-        kept.append(index)
-        report.keep(kind, row)
-    return kept
+    counted = table.select([*COUNTERS, *kind.stored_labels]).filter(kept)
+    report.keep(kind, {name: _values(counted[name]) for name in counted.column_names})
+    return np.flatnonzero(kept.to_numpy())
+
+
+def _values(column: pyarrow.ChunkedArray) -> np.ndarray | list:
+    """A column of numbers as an array; one of lists as lists."""
+    nested = pyarrow.types.is_list(column.type)
+    return column.to_pylist() if nested else column.to_numpy()
 
 
 def nothing_left(report: DataReport) -> UserError:
@@ -199,16 +206,16 @@ def nothing_left(report: DataReport) -> UserError:
     )
 
 
-def _stored_columns(table: datasets.Dataset, kind: Kind) -> list[str]:
+def _stored_columns(table: datasets.Dataset, kept: np.ndarray, kind: Kind) -> list[str]:
     """The columns worth storing. Raises UserError for one that only some rows have."""
     numbers = []
     for name in kind.numbers:
-        missing = [index for index, value in enumerate(table[name]) if value is None]
-        if not missing:
+        missing = table.data.column(name).is_null().to_numpy()[kept]
+        if not missing.any():
             numbers.append(name)
-        elif len(missing) < len(table):
+        elif not missing.all():
             raise UserError(
-                f"{table[missing[0]]['where']}: no {name!r}, which other rows have ({len(missing)} "
-                f"of {len(table)} rows lack it); give every row a value, or none"
+                f"{table[int(kept[missing.argmax()])]['where']}: no {name!r}, which other rows have "
+                f"({missing.sum()} of {len(kept)} rows lack it); give every row a value, or none"
             )
     return ["where", *kind.ids, *kind.stored_labels, *numbers, "digest"]

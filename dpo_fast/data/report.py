@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -64,18 +64,26 @@ class DataReport:
         """(where, message) of bad rows, the first 50 of each kind."""
         return list(self.bad)
 
-    def keep(self, kind: Kind, row: Mapping[str, Any]) -> None:
-        """Counts a row that is kept: what its tokenising did to it, and its label or scores."""
+    def keep(self, kind: Kind, columns: Mapping[str, Sequence]) -> None:
+        """Counts rows that are kept: what their tokenising did to them, and their labels or scores.
+
+        columns: by name, with a value for each row.
+        """
         self.kind = kind.name
-        self.examples_kept += 1
-        self.boundary_merges += row["merged"]
-        self.bos_added += row["bos_added"]
-        self.eos_added += row["eos_added"]
-        self.prompts_cut += row["prompt_cut"] > 0
-        self.answers_cut += row["answers_cut"]
-        self.answers += len(row["scores"]) if kind.many else len(kind.answers)
-        self.desirable += kind == COMPLETIONS and row["label"]
-        self.even += kind == GROUPS and min(row["scores"]) == max(row["scores"])
+        count = len(columns["merged"])
+        self.examples_kept += count
+        self.boundary_merges += int(np.sum(columns["merged"]))
+        self.bos_added += int(np.sum(columns["bos_added"]))
+        self.eos_added += int(np.sum(columns["eos_added"]))
+        self.prompts_cut += int(np.count_nonzero(columns["prompt_cut"]))
+        self.answers_cut += int(np.sum(columns["answers_cut"]))
+        if kind.many:
+            self.answers += sum(map(len, columns["scores"]))
+            self.even += sum(min(scores) == max(scores) for scores in columns["scores"])
+        else:
+            self.answers += count * len(kind.answers)
+        if kind == COMPLETIONS:
+            self.desirable += int(np.count_nonzero(columns["label"]))
 
     def measure(self, lengths: ExampleLengths) -> None:
         """Fills `lengths` and `tokens`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import glob
 import hashlib
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dpo_fast.data.files import SUFFIXES, RawRows, read_file, suffix_of
+from dpo_fast.data.files import RawRows, read_file, suffix_of
+from dpo_fast.data.folders import Role, choose_split, files_of
 from dpo_fast.data.verdicts import BadRows
 from dpo_fast.errors import UserError
 
@@ -38,7 +40,7 @@ class FileSource:
 
 @dataclass(frozen=True)
 class SavedSource:
-    """A folder written by `save_to_disk` of `datasets`."""
+    """A folder written by `save_to_disk` of `datasets`. split: None where it has none."""
 
     path: Path
     split: str | None
@@ -54,16 +56,8 @@ class SavedSource:
             data = datasets.load_from_disk(str(self.path))
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{self.path}: not a readable datasets folder: {error}") from error
-        if isinstance(data, datasets.DatasetDict):
-            split = self.split or "train"
-            if split not in data:
-                raise UserError(
-                    f"{self.path}: no split {split!r}; it has {', '.join(data)}. "
-                    f"Name one as in {self.path}:{next(iter(data), 'train')}"
-                )
-            data = data[split]
-        elif self.split is not None:
-            raise UserError(f"{self}: this folder has no splits; leave out {self.split!r}")
+        if self.split is not None:
+            data = data[self.split]
         return _numbered(str(self), data)
 
     def __str__(self) -> str:
@@ -103,13 +97,13 @@ class HubSource:
 Source = FileSource | SavedSource | HubSource
 
 
-def resolve(names: list[str]) -> list[Source]:
+def resolve(names: list[str], role: Role = "train") -> list[Source]:
     """The sources that the names of data.train or data.eval stand for, in order.
 
-    A folder without `datasets` metadata stands for its files, and a glob for its matches, in
-    alphabetical order. Raises UserError when a name stands for nothing.
+    A folder stands for the files of one of its splits (`folders.py`) and a glob for its matches, in
+    alphabetical order. Raises UserError when a name stands for nothing, or may mean several splits.
     """
-    return [source for name in names for source in _resolve(name)]
+    return [source for name in names for source in _resolve(name, role)]
 
 
 def read_rows(source: Source, bad: BadRows) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -123,10 +117,10 @@ def read_rows(source: Source, bad: BadRows) -> Iterator[tuple[str, dict[str, Any
         raise UserError(f"{source}: there are no rows in it; expected one example per row")
 
 
-def _resolve(name: str) -> list[Source]:
+def _resolve(name: str, role: Role) -> list[Source]:
     path = Path(name).expanduser()
     if path.is_dir():
-        return _folder(path)
+        return _folder(path, None, role)
     if path.exists():
         return [FileSource(path)]
     if any(character in name for character in "*?["):
@@ -135,28 +129,30 @@ def _resolve(name: str) -> list[Source]:
         if files:
             return files
     base, _, split = name.rpartition(":")
-    if base and _is_saved(Path(base).expanduser()):
-        return [SavedSource(Path(base).expanduser(), split)]
+    if base and Path(base).expanduser().is_dir():
+        return _folder(Path(base).expanduser(), split, role)
     hub = HUB_ID.fullmatch(name)
     if hub is None or suffix_of(path) or name.startswith((".", "~")):
         raise UserError(f"{name}: no such file, folder or glob match.{_near(path)}")
     return [HubSource(hub["name"], hub["split"] or "train")]
 
 
-def _folder(path: Path) -> list[Source]:
-    if _is_saved(path):
+def _folder(path: Path, split: str | None, role: Role) -> list[Source]:
+    if (path / "dataset_dict.json").is_file():
+        splits = _saved_splits(path / "dataset_dict.json")
+        return [SavedSource(path, choose_split(path, splits, split, role))]
+    if (path / "state.json").is_file():
+        if split is not None:
+            raise UserError(f"{path}:{split}: this folder has no splits; leave out {split!r}")
         return [SavedSource(path, None)]
-    files = sorted(child for child in path.iterdir() if child.is_file() and suffix_of(child))
-    if not files:
-        raise UserError(
-            f"{path}: no data in this folder; expected files ending in {', '.join(SUFFIXES)}, or a "
-            "folder saved by datasets"
-        )
-    return [FileSource(file) for file in files]
+    return [FileSource(file) for file in files_of(path, split, role)]
 
 
-def _is_saved(path: Path) -> bool:
-    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+def _saved_splits(file: Path) -> list[str]:
+    try:
+        return list(json.loads(file.read_text(encoding="utf-8"))["splits"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file.parent}: not a readable datasets folder: {error}") from error
 
 
 def _near(path: Path) -> str:

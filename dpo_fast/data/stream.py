@@ -148,7 +148,8 @@ class ExampleStream:
             self.report.bad.reject(where, verdict)
         else:
             self.report.ignored_columns = sorted(unused)
-            self.report.keep(row.kind, vars(tokenised) | values(row))
+            outcome = vars(tokenised) | values(row)
+            self.report.keep(row.kind, {name: [value] for name, value in outcome.items()})
             ids = {name: _as_arrays(getattr(tokenised, name)) for name in row.kind.ids}
             return ids | values(row)
         return None
