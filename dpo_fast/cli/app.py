@@ -105,14 +105,14 @@ def _launch(nproc: int, run, arguments: list[str]) -> None:
 def _prepare_data(run) -> dict:
     """The tokenizer, and the examples of each split by its name; of a stream its first chunk."""
     from dpo_fast.data.dataset import load_examples
-    from dpo_fast.data.stream import ExampleStream
+    from dpo_fast.data.stream_mixture import open_stream
     from dpo_fast.models import end_of_turn_ids, load_tokenizer
 
     tokenizer, ends = load_tokenizer(run.model), end_of_turn_ids(run.model)
 
     def read(name: str):
         if name == "train" and run.data.streaming:
-            return ExampleStream(run.data, tokenizer, ends).read()
+            return open_stream(run.data, tokenizer, ends).read()
         return load_examples(run.data, tokenizer, split=name, eos_ids=ends)
 
     names = ("train", "eval") if run.data.has_eval else ("train",)

@@ -114,14 +114,14 @@ def _answers(config: RunConfig) -> int:
     """Sequences of an example, at most. Only the data say how many a group has."""
     if config.loss.objective.grouped:
         return GROUP
-    return 1 if config.data.format == "unpaired" else 2
+    return 1 if config.data.formats == {"unpaired"} else 2
 
 
 def _unit(config: RunConfig) -> str:
     """What the examples are, as far as the configuration says."""
     if config.loss.objective.grouped:
         return "groups"
-    if config.data.format == "unpaired":
+    if config.data.formats == {"unpaired"}:
         return "completions"
     return "pairs" if config.loss.objective.paired else "examples"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,10 @@ import pyarrow
 import pyarrow.compute
 
 from dpo_fast.data.chat import check_template_used
-from dpo_fast.data.config import DataConfig
-from dpo_fast.data.forms.merge import merged
 from dpo_fast.data.kinds import Kind, OneKind
+from dpo_fast.data.parts import Part
 from dpo_fast.data.report import DataReport
 from dpo_fast.data.rows import ROW_TYPES, Row, parse_row
-from dpo_fast.data.sources import Source, read_rows
 from dpo_fast.data.tokenise import RowTokeniser, Tokenised
 from dpo_fast.data.verdicts import BadRow, BadRows, Dropped, Verdict, bad_row_error
 from dpo_fast.errors import UserError
@@ -53,18 +51,21 @@ def features(kind: Kind) -> datasets.Features:
 
 
 def build(
-    config: DataConfig, tokenizer: Any, sources: list[Source], eos_ids: list[int], work: Path
+    part: Part, tokenizer: Any, eos_ids: list[int], work: Path
 ) -> tuple[datasets.Dataset, DataReport]:
-    """The examples, and the report on them without lengths. Raises UserError.
+    """The examples of a part, and the report on them without lengths. Raises UserError.
 
     The data set is memory-mapped from files in `work`. Its columns are where, the token ids, the
     stored label column, digest, and the float columns that the data has.
     """
+    config = part.config
     tokeniser = RowTokeniser(tokenizer, config, eos_ids)
-    report = DataReport([str(source) for source in sources], bad=BadRows(config.on_bad_row))
-    checked, kind = _check_rows(config, sources, report, work / "checked.arrow")
+    report = DataReport(list(map(str, part.sources)), bad=BadRows(config.on_bad_row))
+    checked, kind = _check_rows(part, report, work / "checked.arrow")
     tokenised = checked.map(
-        partial(_tokenise_batch, tokeniser=tokeniser, kind=kind, on_bad_row=config.on_bad_row),
+        partial(
+            _tokenise_batch, tokeniser=tokeniser, kind=kind, told=part.told, bad=config.on_bad_row
+        ),
         batched=True,
         batch_size=BATCH,
         remove_columns=CHECKED.names,
@@ -81,14 +82,12 @@ def build(
     return (table if len(kept) == len(table) else table.select(kept)), report
 
 
-def _check_rows(
-    config: DataConfig, sources: list[Source], report: DataReport, path: Path
-) -> tuple[datasets.Dataset, Kind]:
+def _check_rows(part: Part, report: DataReport, path: Path) -> tuple[datasets.Dataset, Kind]:
     """The checked rows, as JSON text streamed into an Arrow file, and their kind."""
     seen = OneKind()
     with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, CHECKED) as writer:
         batch: list[dict[str, str]] = []
-        for row in _checked_rows(config, sources, report, seen):
+        for row in _checked_rows(part, report, seen):
             batch.append(row)
             if len(batch) == BATCH:
                 writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema=CHECKED))
@@ -96,16 +95,17 @@ def _check_rows(
         writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema=CHECKED))
     if seen.kind is None:
         raise nothing_left(report)
-    check_template_used(config, seen.chats)
+    report.chats = seen.chats
+    if part.entry is None:
+        check_template_used(part.config, seen.chats)
     return datasets.Dataset.from_file(str(path)), seen.kind
 
 
-def _checked_rows(
-    config: DataConfig, sources: list[Source], report: DataReport, seen: OneKind
-) -> Iterator[dict[str, str]]:
-    bad, checked, unused = report.bad, 0, set()
-    raw_rows = (item for source in sources for item in merged(read_rows(source, bad), config))
-    for where, raw in datasets.utils.tqdm(raw_rows, desc="Reading rows", unit=" rows", delay=2):
+def _checked_rows(part: Part, report: DataReport, seen: OneKind) -> Iterator[dict[str, str]]:
+    config, bad, checked, unused = part.config, report.bad, 0, set()
+    for where, raw in datasets.utils.tqdm(
+        part.read(bad), desc="Reading rows", unit=" rows", delay=2
+    ):
         try:
             row = parse_row(where, raw, config, unused)
             text = _to_json(row)
@@ -113,7 +113,7 @@ def _checked_rows(
             yield {"where": where, "row": text}
             checked += 1
         except BadRow as verdict:
-            bad.reject(where, verdict)
+            bad.reject(where, part.told(verdict))
         except Dropped as verdict:
             report.dropped.add(where, verdict.kind, str(verdict))
         read = checked + bad.total + report.dropped.total
@@ -132,9 +132,17 @@ def _to_json(row: Row) -> str:
 
 
 def _tokenise_batch(
-    batch: dict[str, list[str]], *, tokeniser: RowTokeniser, kind: Kind, on_bad_row: str
+    batch: dict[str, list[str]],
+    *,
+    tokeniser: RowTokeniser,
+    kind: Kind,
+    told: Callable[[Verdict], Verdict],
+    bad: str,
 ) -> dict[str, list[Any]]:
-    """One output row per input row: its ids, or the verdict against it."""
+    """One output row per input row: its ids, or the verdict against it, as it is told.
+
+    bad: data.on_bad_row.
+    """
     make_row = ROW_TYPES[kind]
     columns: dict[str, list[Any]] = {name: [] for name in features(kind)}
     for where, text in zip(batch["where"], batch["row"]):
@@ -144,9 +152,9 @@ def _tokenise_batch(
         except Dropped as verdict:
             outcome = _verdict_columns("dropped", verdict)
         except BadRow as verdict:
-            if on_bad_row == "error":
-                raise bad_row_error(where, verdict) from None
-            outcome = _verdict_columns("bad", verdict)
+            if bad == "error":
+                raise bad_row_error(where, told(verdict)) from None
+            outcome = _verdict_columns("bad", told(verdict))
         for name, values in columns.items():
             values.append(where if name == "where" else outcome.get(name))
     return columns
@@ -193,16 +201,19 @@ def _values(column: pyarrow.ChunkedArray) -> np.ndarray | list:
     return column.to_pylist() if nested else column.to_numpy()
 
 
-def nothing_left(report: DataReport) -> UserError:
-    """The error for data without a usable row, with the reasons and the first row of each."""
+def nothing_left(report: DataReport, name: str = "") -> UserError:
+    """The error for data without a usable row, with the reasons and the first row of each.
+
+    name: of the source; by default those of the report.
+    """
     reasons = []
     for tally in (report.bad, report.dropped):
         for kind, count in tally.counts.items():
             where, message = tally.rows[kind][0]
             reasons.append(f"{count} x {kind} (first: {where}: {message})")
+    rows = "none of its rows" if name else f"none of {report.rows_read} rows"
     return UserError(
-        f"{', '.join(report.sources)}: none of {report.rows_read} rows is usable. "
-        + "; ".join(reasons)
+        f"{name or ', '.join(report.sources)}: {rows} is usable. " + "; ".join(reasons)
     )
 
 

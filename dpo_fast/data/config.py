@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from dpo_fast.data.entries import (
+    READING,
+    Entries,
+    Format,
+    SourceOptions,
+    check_entries,
+    path_of,
+    read_entries,
+)
 from dpo_fast.data.forms.table import COLUMNS as FORM_COLUMNS
 from dpo_fast.data.forms.table import NAMES as FORMS
 from dpo_fast.data.kinds import KINDS
@@ -25,7 +34,6 @@ COLUMNS = (
     *CHAT_COLUMNS,
 )
 ALL_COLUMNS = (*COLUMNS, *(name for name in FORM_COLUMNS if name not in COLUMNS))
-FORMATS = ("auto", "pairs", "messages", "unpaired", "groups", "openrlhf", *FORMS)
 # Names of options elsewhere, as keys of data.columns.
 OPTIONS_ELSEWHERE = {
     "input_key": "prompt",
@@ -42,22 +50,30 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    train: str | list[str] = Field(
-        description="a file, a glob, a folder, or a hub id as `name` or `name:split`; or several, read "
-        "one after the other"
+    train: str | list[str | SourceOptions] = Field(
+        description="a file, a glob, a folder, or a hub id, the last two also as `name:split`; or "
+        "several. A source of several may be a mapping with the keys below"
     )
-    eval: str | list[str] | None = Field(
+    stopping_strategy: Literal["first_exhausted", "all_exhausted"] = Field(
+        "first_exhausted",
+        description="what an epoch of sources with weights is, as in `datasets.interleave_datasets`. "
+        "first_exhausted: as many examples as there are without one coming twice; all_exhausted: as "
+        "many as it takes until every example has come, with smaller sources shuffled and repeated",
+        json_schema_extra={"refused": "without weights; with streaming"},
+    )
+    eval: str | list[str | SourceOptions] | None = Field(
         None,
         description="the same, for evaluation",
         json_schema_extra={"refused": "names that are also in train; beside eval_rows"},
     )
     eval_rows: int = Field(
         0,
-        description="rows of train that are held out for evaluation; 0: none",
+        description="rows of train that are held out for evaluation, of sources with weights in "
+        "proportion to them; 0: none",
         json_schema_extra={"refused": "beside eval; with streaming"},
     )
     seed: int = Field(0, description="seed of the shuffle whose last rows are held out")
-    format: Literal[FORMATS] = Field(
+    format: Format = Field(
         "auto",
         description="pairs: two answers, as text; messages: answers are lists of messages; unpaired: one "
         "completion and a label, true if it is desirable; groups: lists of completions and of scores, or "
@@ -115,7 +131,9 @@ class DataConfig(BaseModel):
         },
     )
     max_rows: int | None = Field(
-        None, description="rows that are read of train, and of eval; default: all"
+        None,
+        description="rows that are read of train, and of eval; default: all",
+        json_schema_extra={"refused": "where a source is a mapping"},
     )
     workers: int = Field(
         1,
@@ -140,15 +158,32 @@ class DataConfig(BaseModel):
         None, description="folder of tokenised rows; default: beside the cache of `datasets`"
     )
 
-    @property
-    def train_sources(self) -> list[str]:
-        """The names in `train`, always as a list."""
-        return _names(self.train)
+    @field_validator("train", "eval", mode="before")
+    @classmethod
+    def _read_entries(cls, value: Any, info: ValidationInfo) -> Any:
+        return read_entries(f"data.{info.field_name}", value)
 
     @property
-    def eval_sources(self) -> list[str]:
-        """The names in `eval`; empty when it is not set."""
-        return [] if self.eval is None else _names(self.eval)
+    def train_entries(self) -> Entries:
+        """What stands in `train`, always as a list."""
+        return _listed(self.train)
+
+    @property
+    def eval_entries(self) -> Entries:
+        """What stands in `eval`; empty when it is not set."""
+        return [] if self.eval is None else _listed(self.eval)
+
+    @property
+    def weights(self) -> list[float]:
+        """The weights of the sources of `train`; empty if they have none."""
+        given = (entry for entry in self.train_entries if isinstance(entry, SourceOptions))
+        return [entry.weight for entry in given if entry.weight is not None]
+
+    @property
+    def formats(self) -> set[str]:
+        """The formats of the sources of `train`."""
+        own = (getattr(entry, "format", None) for entry in self.train_entries)
+        return {each or self.format for each in own}
 
     @property
     def has_eval(self) -> bool:
@@ -170,22 +205,29 @@ class DataConfig(BaseModel):
         return self
 
 
-def _names(value: str | list[str]) -> list[str]:
+def _listed(value: str | list) -> Entries:
     return [value] if isinstance(value, str) else list(value)
 
 
 def _check_sources(config: DataConfig) -> None:
-    for option, names in (("train", config.train_sources), ("eval", config.eval_sources)):
+    sections = {name: getattr(config, name) for name in READING}
+    for option, entries in (("train", config.train_entries), ("eval", config.eval_entries)):
         given = getattr(config, option)
-        if given is not None and (not names or not all(name.strip() for name in names)):
+        if given is not None and (not entries or not all(path_of(e).strip() for e in entries)):
             raise ValueError(
                 f"data.{option}={given!r} names no data; name a file, folder or hub id"
             )
-    shared = sorted(set(config.train_sources) & set(config.eval_sources))
+        check_entries(f"data.{option}", entries, sections)
+    shared = set(map(path_of, config.train_entries)) & set(map(path_of, config.eval_entries))
     if shared:
         raise ValueError(
-            f"data.eval={shared[0]!r} is also in data.train; evaluation on training data means "
+            f"data.eval={min(shared)!r} is also in data.train; evaluation on training data means "
             "nothing. Name other data, or leave data.eval out and set data.eval_rows"
+        )
+    if config.stopping_strategy != "first_exhausted" and not config.weights:
+        raise ValueError(
+            f"data.stopping_strategy={config.stopping_strategy} is not used: no source of data.train has "
+            "a weight; remove it, or give every source one"
         )
     if config.eval is not None and config.eval_rows:
         raise ValueError(
@@ -197,6 +239,12 @@ def _check_sources(config: DataConfig) -> None:
 
 
 def _check_sizes(config: DataConfig) -> None:
+    entries = [*config.train_entries, *config.eval_entries]
+    if config.max_rows is not None and any(isinstance(each, SourceOptions) for each in entries):
+        raise ValueError(
+            f"data.max_rows={config.max_rows} does not say which source it cuts; remove it, and set rows "
+            "in the sources"
+        )
     least = {"max_length": 2, "max_prompt_length": 1, "eval_rows": 0, "max_rows": 1, "workers": 1}
     least |= {"stream_buffer": 1, "seed": 0}
     for option, minimum in least.items():
@@ -211,21 +259,29 @@ def _check_sizes(config: DataConfig) -> None:
 
 
 def _check_columns(config: DataConfig) -> None:
-    for ours, theirs in config.columns.items():
-        if ours in OPTIONS_ELSEWHERE:
+    entries = {"data": config}
+    for option, listed in (("train", config.train_entries), ("eval", config.eval_entries)):
+        own = (each for each in enumerate(listed) if isinstance(each[1], SourceOptions))
+        entries |= {f"data.{option}[{index}]": entry for index, entry in own}
+    for place, entry in entries.items():
+        columns = entry.columns or {}
+        for ours, theirs in columns.items():
+            if ours in OPTIONS_ELSEWHERE:
+                raise ValueError(
+                    f"{place}.columns.{ours}={theirs!r}: this column is called "
+                    f"{OPTIONS_ELSEWHERE[ours]!r} here"
+                )
+            if ours not in ALL_COLUMNS:
+                raise ValueError(
+                    f"{place}.columns.{ours}={theirs!r}: there is no column {ours!r}; the keys are ours "
+                    f"({', '.join(ALL_COLUMNS)}) and the values yours"
+                )
+        both = sorted(set(entry.ignore_columns or ()) & set(columns.values()))
+        if both:
             raise ValueError(
-                f"data.columns.{ours}={theirs!r}: this column is called {OPTIONS_ELSEWHERE[ours]!r} here"
+                f"{place}.ignore_columns={both} passes over a column that {place}.columns names; leave it "
+                "out of one"
             )
-        if ours not in ALL_COLUMNS:
-            raise ValueError(
-                f"data.columns.{ours}={theirs!r}: there is no column {ours!r}; the keys are ours "
-                f"({', '.join(ALL_COLUMNS)}) and the values yours"
-            )
-    both = sorted(set(config.ignore_columns) & set(config.columns.values()))
-    if both:
-        raise ValueError(
-            f"data.ignore_columns={both} passes over a column that data.columns names; leave it out of one"
-        )
     if config.group_pairs and config.format == "unpaired":
         raise ValueError(
             f"data.group_pairs={config.group_pairs} makes pairs, and data.format=unpaired is for "
@@ -250,6 +306,11 @@ def _check_stream(config: DataConfig) -> None:
                 "data.streaming=true"
             )
         return
+    if config.stopping_strategy != "first_exhausted":
+        raise ValueError(
+            f"data.stopping_strategy={config.stopping_strategy} is not used with data.streaming=true: a "
+            "stream has no end, and each source begins again at its own; remove it"
+        )
     if config.eval_rows:
         raise ValueError(
             f"data.eval_rows={config.eval_rows} cannot be held out of a stream "

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
@@ -19,11 +19,15 @@ import pyarrow.compute
 
 from dpo_fast import durable
 from dpo_fast.data.build import build
-from dpo_fast.data.chat import read_template
+from dpo_fast.data.chat import check_template_used, read_template
 from dpo_fast.data.config import DataConfig
+from dpo_fast.data.entries import SourceOptions
+from dpo_fast.data.folders import Role
 from dpo_fast.data.kinds import COMPLETIONS, GROUPS, PAIRS, ExampleLengths, Kind, kind_of
+from dpo_fast.data.mixture import Mixture, plan
+from dpo_fast.data.parts import Part, parts_of
 from dpo_fast.data.report import DataReport
-from dpo_fast.data.sources import Source, resolve
+from dpo_fast.data.several import check_alike, source_shares, split_rows
 from dpo_fast.errors import UserError
 
 DATA_REPORT_FILE = "report.json"
@@ -32,7 +36,7 @@ FORMAT_VERSION = 5
 # Options that leave what is stored as it is, or are in its key by their content. A new option counts
 # until it stands here: a cache that is made again is slow, a stale one is wrong.
 APART = {
-    *("train", "eval", "eval_rows", "seed", "chat_template"),
+    *("train", "stopping_strategy", "eval", "eval_rows", "seed", "chat_template"),
     *("workers", "streaming", "stream_buffer", "cache_dir"),
 }
 
@@ -44,17 +48,16 @@ def cache_root(config: DataConfig) -> Path:
     return Path(datasets.config.HF_DATASETS_CACHE) / "dpo_fast"
 
 
-def cache_key(
-    config: DataConfig, tokenizer: Any, sources: list[Source], eos_ids: Iterable[int]
-) -> str:
-    """32 hex digits that change with anything that could change the stored rows."""
+def cache_key(part: Part, tokenizer: Any, eos_ids: Iterable[int]) -> str:
+    """32 hex digits that change with anything that could change the stored rows of a part."""
     parts = {
         "version": FORMAT_VERSION,
-        "sources": [source.identity() for source in sources],
+        "sources": [source.identity() for source in part.sources],
         "tokenizer": tokenizer_hash(tokenizer),
-        "template": read_template(config),
-        "options": config.model_dump(exclude=APART),
+        "template": read_template(part.config),
+        "options": part.config.model_dump(exclude=APART),
         "eos_ids": sorted(set(eos_ids)),
+        **part.choice,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -97,17 +100,27 @@ class Dataset:
     """Tokenised examples of one kind, memory-mapped.
 
     table: as `build` makes it. report: about all of it. rows: those of the table that belong to the
-    data set, in its order; by default all.
+    data set, in its order; by default all. mixture: which of them the epochs of training draw; None
+    where an epoch is all of them.
     """
 
     kind: ClassVar[Kind]
 
     def __init__(
-        self, table: datasets.Dataset, report: DataReport, rows: np.ndarray | None = None
+        self,
+        table: datasets.Dataset,
+        report: DataReport,
+        rows: np.ndarray | None = None,
+        mixture: Mixture | None = None,
     ) -> None:
         self._table = table
         self._rows = np.arange(len(table)) if rows is None else rows
-        self.report = report
+        self.report, self.mixture = report, mixture
+
+    def narrowed(self, seed: int, epochs: int) -> Dataset:
+        """A data set of those examples alone that a mixture draws in so many epochs."""
+        mixture = self.mixture.narrowed(seed, epochs)
+        return type(self)(self._table, self.report, self._rows[mixture.used], mixture)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -200,11 +213,7 @@ DATASETS = {each.kind: each for each in (PairDataset, CompletionDataset, GroupDa
 
 
 def load_examples(
-    config: DataConfig,
-    tokenizer: Any,
-    *,
-    split: Literal["train", "eval"],
-    eos_ids: Iterable[int] = (),
+    config: DataConfig, tokenizer: Any, *, split: Role, eos_ids: Iterable[int] = ()
 ) -> PairDataset | CompletionDataset | GroupDataset:
     """Reads, checks and tokenises data.train or data.eval, or finds it done before.
 
@@ -218,45 +227,84 @@ def load_examples(
     Raises:
         UserError: data that cannot be read or used.
     """
+    folders = prepare_examples(config, tokenizer, split=split, eos_ids=eos_ids)
+    return open_examples(config, split=split, folders=folders)
+
+
+def prepare_examples(
+    config: DataConfig, tokenizer: Any, *, split: Role, eos_ids: Iterable[int] = ()
+) -> list[str]:
+    """The first half of `load_examples`: folders of the stored parts, built where they are not there."""
     if split not in ("train", "eval"):
         raise UserError(f"split={split!r}: expected train or eval")
     if split == "eval" and not config.has_eval:
         raise UserError("there is no evaluation data; set data.eval, or data.eval_rows")
-    own_eval = split == "eval" and config.eval is not None
-    sources = resolve(config.eval_sources if own_eval else config.train_sources)
-    table, report = _prepared(config, tokenizer, sources, list(eos_ids))
-    make = DATASETS[kind_of(table.column_names)]
-    if own_eval or not config.eval_rows:
-        return make(table, report)
-    held_out = replace(report, held_out=config.eval_rows)
-    return make(table, held_out, _split_rows(len(table), make.kind, config, split))
+    parts = parts_of(config, _role(config, split))
+    return [str(_prepared(part, tokenizer, list(eos_ids))) for part in parts]
 
 
-def _prepared(
-    config: DataConfig, tokenizer: Any, sources: list[Source], eos_ids: list[int]
-) -> tuple[datasets.Dataset, DataReport]:
-    """The stored data set of these sources, built first where it is not there."""
-    root = cache_root(config)
-    key = f"{cache_key(config, tokenizer, sources, eos_ids)}-{_report_key()}"
+def open_examples(
+    config: DataConfig, *, split: Role, folders: list[str]
+) -> PairDataset | CompletionDataset | GroupDataset:
+    """The second half of `load_examples`. It reads nothing but the stored parts, memory-mapped."""
+    tables, reports = zip(*(_open(Path(folder)) for folder in folders))
+    table, report = tables[0], reports[0]
+    if len(tables) > 1:
+        check_alike(tables)
+        table = datasets.concatenate_datasets(list(tables))
+        report = DataReport.joined(reports, _lengths(table))
+        check_template_used(config, report.chats)
+    make, role = DATASETS[kind_of(table.column_names)], _role(config, split)
+    sizes = list(map(len, tables))
+    rows = [np.arange(sum(sizes))]
+    if role == "train" and config.eval_rows:
+        report = replace(report, held_out=config.eval_rows)
+        rows = split_rows(sizes, make.kind, config, split)
+    rows = np.concatenate(rows)
+    sizes = np.histogram(rows, np.cumsum((0, *sizes)))[0].tolist()
+    entries = config.train_entries if role == "train" else config.eval_entries
+    mixture = None
+    if config.weights and role == "train":
+        seeds = [config.seed if entry.seed is None else entry.seed for entry in entries]
+        mixture = plan(sizes, config.weights, seeds, config.stopping_strategy)
+    if any(isinstance(entry, SourceOptions) for entry in entries):
+        report = replace(report, mixture=source_shares(entries, sizes, config, mixture))
+    return make(table, report, rows, mixture if split == "train" else None)
+
+
+def _role(config: DataConfig, split: Role) -> Role:
+    """Whether a split is read from data.train or from data.eval."""
+    return "eval" if split == "eval" and config.eval is not None else "train"
+
+
+def _prepared(part: Part, tokenizer: Any, eos_ids: list[int]) -> Path:
+    """The folder of a part that is stored, built first where it is not there."""
+    root = cache_root(part.config)
+    key = f"{cache_key(part, tokenizer, eos_ids)}-{_report_key()}"
     target = root / key
     if not target.is_dir():
         with durable.writing(root, "Name another folder with data.cache_dir"):
             root.mkdir(parents=True, exist_ok=True)
             work = Path(tempfile.mkdtemp(dir=root, prefix=f".{key}-"))
         try:
-            table, report = build(config, tokenizer, sources, eos_ids, work)
+            table, report = build(part, tokenizer, eos_ids, work)
             table.save_to_disk(str(work / "examples"))
             report.measure(_lengths(datasets.load_from_disk(str(work / "examples"))))
             (work / "examples" / DATA_REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
             publish_unless_there(work / "examples", target)
         finally:
             shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def _open(folder: Path) -> tuple[datasets.Dataset, DataReport]:
+    """A stored part and the report on it."""
     try:
-        report = DataReport.from_json((target / DATA_REPORT_FILE).read_text(encoding="utf-8"))
-        return datasets.load_from_disk(str(target)), report
+        report = DataReport.from_json((folder / DATA_REPORT_FILE).read_text(encoding="utf-8"))
+        return datasets.load_from_disk(str(folder)), report
     except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
         raise UserError(
-            f"{target}: the stored data is damaged ({error}); delete the folder and run again"
+            f"{folder}: the stored data is damaged ({error}); delete the folder and run again"
         ) from error
 
 
@@ -264,18 +312,6 @@ def _report_key() -> str:
     """8 hex digits that change with the names of the report's counts, and so between versions."""
     names = sorted(field.name for field in fields(DataReport))
     return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:8]
-
-
-def _split_rows(count: int, kind: Kind, config: DataConfig, split: str) -> np.ndarray:
-    """Rows of the table for training, or those held out for evaluation, in file order."""
-    if config.eval_rows >= count:
-        raise UserError(
-            f"data.eval_rows={config.eval_rows} leaves nothing to train on: there are {count} "
-            f"usable {kind.name}; try {max(count // 10, 1)}"
-        )
-    shuffled = np.random.default_rng(config.seed).permutation(count)
-    training, held_out = np.split(shuffled, [count - config.eval_rows])
-    return np.sort(held_out if split == "eval" else training)
 
 
 def _lengths(table: datasets.Dataset) -> ExampleLengths:

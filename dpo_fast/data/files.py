@@ -41,15 +41,25 @@ def read_file(path: Path, bad: BadRows) -> RawRows:
     suffix = suffix_of(path)
     if suffix is None:
         raise UserError(f"{path}: unknown kind of file; expected one of {', '.join(SUFFIXES)}")
-    if suffix == ".parquet":
-        return _arrow_rows(path, _parquet_batches)
-    if suffix == ".arrow":
-        return _arrow_rows(path, _arrow_batches)
+    if suffix in BATCHES:
+        return _arrow_rows(path)
     if suffix in DELIMITERS:
         return _cells(path, DELIMITERS[suffix], bad)
     if suffix.startswith(LINES) or _first_byte(path) != b"[":
         return _json_lines(path, bad)
     return _json_array(path, bad)
+
+
+def count_file(path: Path) -> int:
+    """Rows of a file, broken ones included; without decoding them where lines or batches tell."""
+    suffix = suffix_of(path)
+    if suffix in BATCHES:
+        return sum(batch.num_rows for batch in _batches(path))
+    lines = suffix is not None and (suffix.startswith(LINES) or suffix in JSON_SUFFIXES)
+    if lines and (suffix.startswith(LINES) or _first_byte(path) != b"["):
+        return sum(1 for _ in _lines(path))
+    bad = BadRows("skip")
+    return sum(1 for _ in read_file(path, bad)) + bad.total
 
 
 def _lines(path: Path, blank: bool = False) -> Iterator[tuple[int, bytes]]:
@@ -243,15 +253,21 @@ def _header(path: Path, names: list[str]) -> list[str]:
     return names
 
 
-def _arrow_rows(path: Path, batches) -> RawRows:
+def _arrow_rows(path: Path) -> RawRows:
+    batches = (batch.to_pylist(maps_as_pydicts="strict") for batch in _batches(path))
+    rows = (row for batch in batches for row in batch)
+    return ((f"{path}:{number}", row) for number, row in enumerate(rows, 1))
+
+
+def _batches(path: Path) -> Iterator[Any]:
+    """The record batches of a Parquet or Arrow file. Raises UserError where it is damaged."""
     import pyarrow
 
     number = 0
     try:
-        for batch in batches(path):
-            for row in batch.to_pylist(maps_as_pydicts="strict"):
-                number += 1
-                yield f"{path}:{number}", row
+        for batch in BATCHES[suffix_of(path)](path):
+            yield batch
+            number += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
         kind = path.suffix.lstrip(".").capitalize()
         raise UserError(f"{path}:{number + 1}: not a readable {kind} file: {error}") from error
@@ -275,3 +291,6 @@ def _arrow_batches(path: Path):
             yield from pyarrow.ipc.open_stream(source)
         else:
             yield from (reader.get_batch(index) for index in range(reader.num_record_batches))
+
+
+BATCHES = {".parquet": _parquet_batches, ".arrow": _arrow_batches}

@@ -14,16 +14,16 @@ import numpy as np
 from dpo_fast.data.kinds import ExampleLengths, Kind
 
 
-def partners(batch: Sequence[int], size: int) -> dict[int, int]:
-    """For each example of a global batch the one whose completion it gets, in the batch's order.
+def partners(batch: Sequence[int], size: int) -> list[tuple[int, int]]:
+    """Each example of a global batch, in its order, with the one whose completion it gets.
 
     An epoch may end with a global batch of one example. It gets the completion of the next of the data.
 
     size: examples of the data, at least 2.
     """
     if len(batch) == 1:
-        return {batch[0]: (batch[0] + 1) % size}
-    return dict(zip(batch, [*batch[-1:], *batch[:-1]]))
+        return [(batch[0], (batch[0] + 1) % size)]
+    return list(zip(batch, [*batch[-1:], *batch[:-1]]))
 
 
 def mismatched(example: Mapping, other: Mapping, kind: Kind, max_length: int) -> dict:
@@ -33,9 +33,9 @@ def mismatched(example: Mapping, other: Mapping, kind: Kind, max_length: int) ->
 
 
 def mismatched_lengths(
-    lengths: ExampleLengths, others: Mapping[int, int], max_length: int
+    lengths: ExampleLengths, pairs: Sequence[tuple[int, int]], max_length: int
 ) -> ExampleLengths:
-    """Lengths of mismatched examples, in the order of `others`."""
-    own, foreign = lengths.take(list(others)), lengths.take(list(others.values()))
+    """Lengths of mismatched examples, in the order of the `partners`."""
+    own, foreign = (lengths.take(list(side)) for side in zip(*pairs))
     room_S = max_length - np.repeat(own.prompt_P, foreign.counts_P)
     return replace(foreign, prompt_P=own.prompt_P, answers_S=np.minimum(foreign.answers_S, room_S))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,21 @@ from dpo_fast.data.verdicts import Tally
 ROWS_SHOWN = 3  # of those refused for one reason
 HEAD, TAIL = 60, 100  # prompt tokens shown before and after the gap; the end matters more
 PERCENTILES = {"p5": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99, "max": 100}
+
+
+@dataclass
+class SourceShare:
+    """One of several sources.
+
+    examples: those of it that may be trained on; None in a stream, which does not know them.
+    share: what its weight asks for, 0 to 1; None without weights.
+    drawn: examples of it in an epoch; of a stream, those so far.
+    """
+
+    name: str
+    examples: int | None
+    share: float | None
+    drawn: int
 
 
 @dataclass
@@ -38,6 +54,8 @@ class DataReport:
     desirable: completions whose label is true.
     even: groups with one score for all their completions.
     answers: answers of all examples together.
+    chats: whether any row is a list of messages.
+    mixture: the sources, where they have options of their own.
     """
 
     sources: list[str]
@@ -58,6 +76,38 @@ class DataReport:
     desirable: int = 0
     even: int = 0
     answers: int = 0
+    chats: bool = False
+    mixture: list[SourceShare] = field(default_factory=list)
+
+    @classmethod
+    def joined(cls, reports: Sequence[DataReport], lengths: ExampleLengths) -> DataReport:
+        """The report on several parts of one kind together. lengths: of all of them."""
+        first, *others = copy.deepcopy(reports)
+        for other in others:
+            for each in fields(cls):
+                if isinstance(getattr(other, each.name), (int, list)):
+                    setattr(first, each.name, getattr(first, each.name) + getattr(other, each.name))
+            first.bad.update(other.bad)
+            first.dropped.update(other.dropped)
+        first.chats, first.ignored_columns = bool(first.chats), sorted(set(first.ignored_columns))
+        first.measure(lengths)
+        return first
+
+    def shares(self) -> list[tuple[str, str]]:
+        """Each source by name, and in words what it gives to an epoch and what it should give."""
+        total = sum(each.drawn for each in self.mixture)
+        told = []
+        for each in self.mixture:
+            text = f"{each.drawn:,} of {total:,} examples, {each.drawn / total:.2%}"
+            if each.share is not None:
+                text += f" (planned {each.share:.2%})"
+            if each.examples is not None and each.examples != each.drawn:
+                text += f", from {each.examples:,}"
+                text += f", {each.drawn / each.examples:.2f} times each" * (
+                    each.drawn > each.examples
+                )
+            told.append((each.name, text))
+        return told
 
     @property
     def bad_rows(self) -> list[tuple[str, str]]:
@@ -144,6 +194,7 @@ class DataReport:
             tally = values[name]
             rows = {kind: [tuple(row) for row in rows] for kind, rows in tally["rows"].items()}
             values[name] = Tally(tally["counts"], rows)
+        values["mixture"] = [SourceShare(**each) for each in values["mixture"]]
         return cls(**values)
 
 
@@ -159,6 +210,8 @@ def render_report(report: DataReport, console: Console) -> None:
     refused = f"{report.bad.total:,} bad, {report.dropped.total:,} dropped"
     summary = f"{report.rows_read:,} rows read, {report.kept}, {refused}"
     console.print(Text(", ".join(report.sources)), Text(summary), sep="\n")
+    for name, share in report.shares():
+        console.print(Text(f"- {name}: {share}"))
     for title, tally in (("Bad rows", report.bad), (f"Dropped {report.kind}", report.dropped)):
         if tally.total:
             console.print(_verdicts(title, tally))

@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from dpo_fast.data.mixture import Mixture
 from dpo_fast.data.packing import Costs
 
 
@@ -41,11 +42,11 @@ class BatchSampler(Protocol):
 class Sampler:
     """Global batches of `global_batch_size` examples, in micro-batches of `micro_batch_size`.
 
-    Every epoch is a fresh seeded permutation, or file order without `shuffle`. The examples of a step
-    do not depend on micro_batch_size or world_size. The last batch of an epoch may be smaller. Then
-    micro-batches are short or empty, but every rank has the same number of them.
+    Every epoch is a fresh seeded permutation, or file order without `shuffle`, or what a mixture draws.
+    The examples of a step do not depend on micro_batch_size or world_size. The last batch of an epoch
+    may be smaller. Then micro-batches are short or empty, but every rank has the same number of them.
 
-    size: examples of the data set. first_epoch: the epoch of step 0.
+    size: examples of an epoch. first_epoch: the epoch of step 0.
     """
 
     size: int
@@ -55,6 +56,7 @@ class Sampler:
     seed: int = 0
     shuffle: bool = True
     first_epoch: int = 0
+    mixture: Mixture | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -70,7 +72,7 @@ class Sampler:
     def global_batch(self, step: int) -> list[int]:
         epoch, index = divmod(step, self.steps_per_epoch)
         order = self._order(self.first_epoch + epoch)
-        return order[index * self.global_batch_size : (index + 1) * self.global_batch_size]
+        return order[index * self.global_batch_size : (index + 1) * self.global_batch_size].tolist()
 
     def micro_batches(self, step: int, rank: int) -> list[list[int]]:
         batch = self.global_batch(step)
@@ -78,8 +80,10 @@ class Sampler:
         starts = [(k * world + rank) * size for k in range(self.accumulation)]
         return [batch[start : start + size] for start in starts]
 
-    def _order(self, epoch: int) -> list[int]:
-        return _permutation(self.size, self.seed, epoch) if self.shuffle else list(range(self.size))
+    def _order(self, epoch: int) -> np.ndarray:
+        if self.mixture is not None:
+            return _drawn(self.mixture, self.seed, epoch)
+        return _permutation(self.size, self.seed, epoch) if self.shuffle else np.arange(self.size)
 
 
 class TokenSampler:
@@ -90,6 +94,7 @@ class TokenSampler:
     step of an epoch has fewer, and some ranks get empty ones. Epochs may differ by a few micro-batches.
 
     costs: tokens of every example in the layout of the run.
+    mixture: what draws the examples of an epoch; by default an epoch is all of them.
     global_batch_size: examples that a step should have on average.
     accumulation: micro-batches of a rank in a step; by default as many as bring the examples of the
         first epoch's steps nearest to `global_batch_size`.
@@ -108,7 +113,9 @@ class TokenSampler:
         shuffle: bool = True,
         first_epoch: int = 0,
         accumulation: int | None = None,
+        mixture: Mixture | None = None,
     ) -> None:
+        self.mixture = mixture
         self.costs, self.budget, self.global_batch_size = costs, budget, global_batch_size
         self.world_size, self.seed, self.shuffle = world_size, seed, shuffle
         self.first_epoch = first_epoch
@@ -149,7 +156,8 @@ class TokenSampler:
         return self.accumulation * self.world_size
 
     def _examples_per_bin(self) -> float:
-        return len(self.costs.sizes_P) / self._bins_of(self.first_epoch)
+        size = len(self.costs.sizes_P) if self.mixture is None else len(self.mixture)
+        return size / self._bins_of(self.first_epoch)
 
     def _nearest_accumulation(self) -> int:
         return max(round(self.global_batch_size / self._examples_per_bin() / self.world_size), 1)
@@ -170,11 +178,20 @@ class TokenSampler:
         if not self.shuffle:
             return self.costs.bins(self.budget, examples)
         draw = np.random.default_rng((self.seed, epoch))
-        bins = self.costs.bins(self.budget, draw.permutation(examples).tolist())
+        if self.mixture is None:
+            order = draw.permutation(examples)
+        else:
+            order = self.mixture.examples(self.seed, epoch)
+        bins = self.costs.bins(self.budget, order.tolist())
         return [bins[index] for index in draw.permutation(len(bins))]
 
 
 @functools.lru_cache(maxsize=2)
-def _permutation(size: int, seed: int, epoch: int) -> list[int]:
+def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(size, generator=generator).tolist()
+    return torch.randperm(size, generator=generator).numpy()
+
+
+@functools.lru_cache(maxsize=2)
+def _drawn(mixture: Mixture, seed: int, epoch: int) -> np.ndarray:
+    return mixture.examples(seed, epoch)

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dpo_fast.data.files import RawRows, read_file, suffix_of
+from dpo_fast.data.files import RawRows, count_file, read_file, suffix_of
 from dpo_fast.data.folders import Role, choose_split, files_of
 from dpo_fast.data.verdicts import BadRows
 from dpo_fast.errors import UserError
@@ -34,6 +34,10 @@ class FileSource:
     def rows(self, bad: BadRows) -> RawRows:
         return read_file(self.path, bad)
 
+    def count(self) -> int:
+        """Rows, broken ones included."""
+        return count_file(self.path)
+
     def __str__(self) -> str:
         return str(self.path)
 
@@ -49,16 +53,22 @@ class SavedSource:
         files = sorted(path for path in self.path.rglob("*") if path.is_file())
         return f"{self}={_hash_files(files)}"
 
-    def rows(self, bad: BadRows) -> RawRows:
+    @cached_property
+    def _data(self) -> Any:
         import datasets
 
         try:
             data = datasets.load_from_disk(str(self.path))
+            return data if self.split is None else data[self.split]
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{self.path}: not a readable datasets folder: {error}") from error
-        if self.split is not None:
-            data = data[self.split]
-        return _numbered(str(self), data)
+
+    def rows(self, bad: BadRows) -> RawRows:
+        return _numbered(str(self), self._data)
+
+    def count(self) -> int:
+        """Rows."""
+        return len(self._data)
 
     def __str__(self) -> str:
         return f"{self.path}:{self.split}" if self.split else str(self.path)
@@ -89,6 +99,10 @@ class HubSource:
 
     def rows(self, bad: BadRows) -> RawRows:
         return _numbered(str(self), self._data)
+
+    def count(self) -> int:
+        """Rows."""
+        return len(self._data)
 
     def __str__(self) -> str:
         return f"{self.name}:{self.split}"

@@ -3,16 +3,19 @@
 A stream is cut into chunks. Each chunk is a small data set in memory, shuffled and batched like any
 other. The end of a pass over the data ends a chunk early; then the data begins again. A chunk knows
 the row of the pass at which it begins, so a resumed run need not tokenise the rows before it.
+
+Sources with weights are each a stream of their own (`stream_mixture.py`).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -20,12 +23,10 @@ from dpo_fast.data.build import nothing_left, values
 from dpo_fast.data.chat import check_template_used
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.dataset import cache_key
-from dpo_fast.data.files import RawRows
-from dpo_fast.data.forms.merge import merged
 from dpo_fast.data.kinds import PAIRS, ExampleLengths, Kind, OneKind
+from dpo_fast.data.parts import parts_of
 from dpo_fast.data.report import DataReport
 from dpo_fast.data.rows import Row, parse_row
-from dpo_fast.data.sources import read_rows, resolve
 from dpo_fast.data.tokenise import RowTokeniser
 from dpo_fast.data.verdicts import BadRow, BadRows, Dropped
 from dpo_fast.errors import UserError
@@ -37,6 +38,7 @@ class Chunk:
 
     number: chunks before it, over all passes.
     row: rows of the pass before it.
+    sources: of sources with weights, rows of the pass and examples of each before it.
     report: counts of the stream up to its end, with the lengths of its own examples.
     """
 
@@ -46,6 +48,8 @@ class Chunk:
     places: list[str]
     report: DataReport
     kind: Kind = PAIRS
+    sources: tuple[tuple[int, int], ...] = ()
+    mixture: ClassVar[None] = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -78,32 +82,41 @@ class ExampleStream:
 
     def __init__(self, config: DataConfig, tokenizer: Any, eos_ids: Iterable[int] = ()) -> None:
         self.config, self.tokenizer, self.eos_ids = config, tokenizer, list(eos_ids)
-        self.sources = resolve(config.train_sources)
-        self._tokeniser = RowTokeniser(tokenizer, config, self.eos_ids)
+        self.parts = parts_of(config, "train")
+        self._tokenisers = [RowTokeniser(tokenizer, part.config, eos_ids) for part in self.parts]
         self._seen, self._numbers = OneKind(), None
         self.seek(0, 0)
 
     @cached_property
     def key(self) -> str:
         """32 hex digits that change with anything that could change the rows. Reads every file."""
-        return cache_key(self.config, self.tokenizer, self.sources, self.eos_ids)
+        keys = [cache_key(part, self.tokenizer, self.eos_ids) for part in self.parts]
+        if len(keys) == 1:
+            return keys[0]
+        keys += [str((weight, part.seed)) for weight, part in zip(self.config.weights, self.parts)]
+        return hashlib.sha256("".join(keys).encode()).hexdigest()[:32]
 
-    def seek(self, number: int, row: int) -> None:
-        """Go to the beginning of a chunk, given by its `number` and `row`. Tokenises nothing.
+    def seek(self, number: int, row: int, sources: Sequence[tuple[int, int]] = ()) -> None:
+        """Go to the beginning of a chunk, as it describes it. Tokenises nothing.
 
         The report starts anew.
         """
-        self.report = DataReport(list(map(str, self.sources)), bad=BadRows(self.config.on_bad_row))
-        self._number, self._row, self._rows = number, row, self._pass()
+        names = [str(source) for part in self.parts for source in part.sources]
+        self.report = DataReport(names, bad=BadRows(self.config.on_bad_row))
+        self._number = number
+        self._begin(row, sources)
+
+    def _begin(self, row: int, sources: Sequence[tuple[int, int]]) -> None:
+        self._row, self._rows = row, self._pass()
         self._whole_pass = row == 0
         next(islice(self._rows, row, row), None)
 
     def read(self) -> Chunk:
         """The next chunk, which is shorter at the end of a pass. Raises UserError."""
         row, examples, places = self._row, [], []
-        for where, raw in self._rows:
+        for index, where, raw in self._rows:
             self._row += 1
-            example = self._example(where, raw)
+            example = self._example(index, where, raw)
             if example is not None:
                 examples.append(example)
                 places.append(where)
@@ -117,35 +130,42 @@ class ExampleStream:
             self._row, self._rows, self._whole_pass = 0, self._pass(), True
             if not examples:
                 return self.read()
+        return self._chunk(examples, places, row)
+
+    def _chunk(
+        self, examples: list[dict], places: list[str], row: int = 0, sources: tuple = ()
+    ) -> Chunk:
         self._number += 1
-        chunk = Chunk(self._number - 1, row, examples, places, self._snapshot(), self._seen.kind)
+        report, kind = self._snapshot(), self._seen.kind
+        chunk = Chunk(self._number - 1, row, examples, places, report, kind, sources)
         chunk.report.measure(chunk.lengths)
         return chunk
 
-    def _pass(self) -> RawRows:
-        """All rows of the data, or the first data.max_rows, once."""
-        broken = _Forwarded(self.report.bad)
+    def _pass(self) -> Iterator[tuple[int, str, dict[str, Any]]]:
+        """All rows of the data, or the first data.max_rows, once; each with the number of its part."""
+        broken = Forwarded(self.report.bad)
         rows = (
-            item
-            for source in self.sources
-            for item in merged(read_rows(source, broken), self.config)
+            (index, *item) for index, part in enumerate(self.parts) for item in part.read(broken)
         )
         for number, item in enumerate(rows, 1):
             yield item
             if self.config.max_rows is not None and number + broken.total >= self.config.max_rows:
                 break
 
-    def _example(self, where: str, raw: dict[str, Any]) -> dict[str, Any] | None:
-        """Ids as int32 arrays, and the row's numbers; None for a row that is not used."""
-        unused: set[str] = set(self.report.ignored_columns)
+    def _example(self, index: int, where: str, raw: dict[str, Any]) -> dict[str, Any] | None:
+        """Ids as int32 arrays, and the row's numbers; None for a row that is not used.
+
+        index: of the row's part.
+        """
+        part, unused = self.parts[index], set(self.report.ignored_columns)
         try:
-            row = parse_row(where, raw, self.config, unused)
+            row = parse_row(where, raw, part.config, unused)
             self._see(row)
-            tokenised = self._tokeniser(row)
+            tokenised = self._tokenisers[index](row)
         except Dropped as verdict:
             self.report.dropped.add(where, verdict.kind, str(verdict))
         except BadRow as verdict:
-            self.report.bad.reject(where, verdict)
+            self.report.bad.reject(where, part.told(verdict))
         else:
             self.report.ignored_columns = sorted(unused)
             outcome = vars(tokenised) | values(row)
@@ -186,7 +206,7 @@ def _as_lists(value: Any) -> Any:
     return [_as_lists(each) for each in value] if isinstance(value, list) else value
 
 
-class _Forwarded(BadRows):
+class Forwarded(BadRows):
     """A tally of the rows that a reader refuses, which passes each of them on to another tally."""
 
     def __init__(self, tally: BadRows) -> None:

@@ -52,6 +52,13 @@ class Tally:
         if len(kept) < EXAMPLES_KEPT:
             kept.append((where, message))
 
+    def update(self, other: Tally) -> None:
+        """Add the verdicts of another tally."""
+        for kind, count in other.counts.items():
+            self.counts[kind] = self.counts.get(kind, 0) + count
+            kept = self.rows.setdefault(kind, [])
+            kept += other.rows.get(kind, [])[: EXAMPLES_KEPT - len(kept)]
+
     @property
     def total(self) -> int:
         return sum(self.counts.values())

@@ -15,11 +15,13 @@ def data_section(report: DataReport | None) -> str:
     if report is None:
         return ""
     sources = escape(", ".join(map(str, report.sources)))
+    shares = "".join(f"<li>{escape(name)}: {escape(share)}</li>" for name, share in report.shares())
+    shares = f'<ul class="notes">{shares}</ul>' if shares else ""
     notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes())
     notes = f'<ul class="notes">{notes}</ul>' if notes else ""
     lengths = f'<div class="card scroll">{_lengths(report)}</div>' if report.lengths else ""
     return (
-        f'<section><h2>Data</h2><p class="legend">{sources}</p><div class="two">'
+        f'<section><h2>Data</h2><p class="legend">{sources}</p>{shares}<div class="two">'
         f'<div class="card">{_bar(report)}<div class="scroll">{_rows(report)}</div>{notes}</div>'
         f"{lengths}</div></section>"
     )

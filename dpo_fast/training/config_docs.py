@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from dpo_fast.training.config_schema import run_schema
@@ -34,15 +35,25 @@ def page() -> str:
 def section(name: str, node: dict[str, Any]) -> str:
     """A section with its keys, and the sections inside it."""
     required = node.get("required", ())
-    nested, rows = [], []
+    nested: list[tuple[str, dict]] = []
+    rows = []
     for key, field in node["properties"].items():
         rows.append(row(key, field, key in required))
-        nested += [
-            section(f"{name}.{key}", variant)
-            for variant in field.get("anyOf", ())
-            if "properties" in variant
-        ]
-    return f"\n## `{name}`\n\n{node['description']}\n\n{COLUMNS}{''.join(rows)}{''.join(nested)}"
+        for of, inner in sections_of(field):
+            if inner not in (known for _, known in nested):  # two keys may take the same section
+                nested.append((f"{name}.{key}{of}", inner))
+    inside = "".join(section(*each) for each in nested)
+    return f"\n## `{name}`\n\n{node['description']}\n\n{COLUMNS}{''.join(rows)}{inside}"
+
+
+def sections_of(field: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The sections that may be a field's value (under ""), or stand in its list (under "[]")."""
+    for variant in field.get("anyOf", ()):
+        if "properties" in variant:
+            yield "", variant
+        for item in variant.get("items", {}).get("anyOf", ()):
+            if "properties" in item:
+                yield "[]", item
 
 
 def row(key: str, field: dict[str, Any], required: bool) -> str:

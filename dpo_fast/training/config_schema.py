@@ -92,6 +92,7 @@ def _loss_refusal(option: str) -> str:
 def _tell_refusals(properties: dict[str, Any]) -> None:
     for field in properties.values():
         for variant in field.get("anyOf", ()):
-            _tell_refusals(variant.get("properties", {}))
+            for each in (variant, *variant.get("items", {}).get("anyOf", ())):
+                _tell_refusals(each.get("properties", {}))
         if refused := field.pop("refused", None):
             field["description"] = f"{field['description'].rstrip('.')}. Refused {refused}."

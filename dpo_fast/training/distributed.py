@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import signal
 import socket
@@ -109,12 +110,12 @@ def barrier() -> None:
 
 
 def main_first(name: str, work: Callable[[], T]) -> T:
-    """Do the work on the first rank of each node; then on its other ranks, which find it done.
+    """Do the work on the first rank of each node, and give its result to the node's other ranks.
 
     Collective. The others wait in the store and not in a collective of the backend, so no timeout ends
     long work. They exit with code 2 if the first rank fails.
 
-    name: of the work, for the key in the store.
+    name: of the work, for the key in the store. work: its result is anything that JSON can hold.
     """
     if world_size() == 1:
         return work()
@@ -128,12 +129,12 @@ def main_first(name: str, work: Callable[[], T]) -> T:
         except BaseException:
             store.set(key, "failed")
             raise
-        store.set(key, "done")
+        store.set(key, json.dumps({"result": result}))
         return result
     store.wait([key], FOREVER)
-    if store.get(key) != b"done":
+    if (text := store.get(key)) == b"failed":
         raise SystemExit(2)  # the first rank has said why
-    return work()
+    return json.loads(text)["result"]
 
 
 def any_rank(flag: bool) -> bool:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dpo_fast.data.dataset import load_examples
+from dpo_fast.data.dataset import open_examples, prepare_examples
 from dpo_fast.data.kinds import COMPLETIONS, GROUPS, KINDS, Kind
 from dpo_fast.data.layouts import LAYOUTS
+from dpo_fast.data.report import DataReport
 from dpo_fast.data.sampler import BatchSampler, Sampler, TokenSampler
-from dpo_fast.data.stream import Chunk, ExampleStream
+from dpo_fast.data.stream import Chunk
+from dpo_fast.data.stream_mixture import open_stream
 from dpo_fast.errors import UserError
 from dpo_fast.losses import LOSSES
 from dpo_fast.models import end_of_turn_ids
@@ -30,11 +34,15 @@ def load_split(
     Collective. Raises UserError.
     """
     if name == "train" and config.data.streaming:
-        return open_stream(config, tokenizer)
+        return stream_split(config, tokenizer)
     ends = end_of_turn_ids(config.model)
-    examples = distributed.main_first(
-        f"data/{name}", lambda: load_examples(config.data, tokenizer, split=name, eos_ids=ends)
+    folders = distributed.main_first(
+        f"data/{name}", lambda: prepare_examples(config.data, tokenizer, split=name, eos_ids=ends)
     )
+    examples = open_examples(config.data, split=name, folders=folders)
+    if examples.mixture is not None:
+        tell_shares(examples.report, "in an epoch")
+        examples = examples.narrowed(config.train.seed, planned_epochs(config, examples))
     split = make_split(config, tokenizer, name, examples, shuffle)
     tell_unused(name, examples)
     if shuffle:
@@ -42,15 +50,24 @@ def load_split(
     return split
 
 
-def open_stream(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> StreamSplit:
+def planned_epochs(config: RunConfig, examples: Examples) -> int:
+    """Epochs that a run begins: what later ones would draw of a mixture is not read, nor scored."""
+    train = config.train
+    if train.max_steps is None:
+        return math.ceil(train.num_train_epochs)
+    return -(-train.max_steps // _make_sampler(config, examples, True, 0, None).steps(1))
+
+
+def stream_split(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> StreamSplit:
     """The stream of data.train at its beginning, its first chunk read."""
 
     def make(chunk: Chunk, accumulation: int | None) -> Split:
         return make_split(config, tokenizer, "train", chunk, True, chunk.number, accumulation)
 
-    examples = ExampleStream(config.data, tokenizer, end_of_turn_ids(config.model))
+    examples = open_stream(config.data, tokenizer, end_of_turn_ids(config.model))
     stream = StreamSplit(examples, make, config.train.max_steps)
     tell_unused("train", stream.examples)
+    tell_shares(stream.examples.report, "in the first chunk")
     tell_size(stream.sampler)
     return stream
 
@@ -89,9 +106,11 @@ def _make_sampler(
     train = config.train
     order = {"seed": train.seed, "shuffle": shuffle, "first_epoch": first_epoch}
     order["world_size"] = world = distributed.world_size()
+    order["mixture"] = mixture = examples.mixture if shuffle else None
     if train.tokens_per_batch is None:
         size = train.global_batch_size if shuffle else train.micro_batch_size * world
-        return Sampler(len(examples), size, train.micro_batch_size, **order)
+        epoch = len(examples if mixture is None else mixture)
+        return Sampler(epoch, size, train.micro_batch_size, **order)
     costs = LAYOUTS[train.layout].costs(examples.lengths)
     check_budget(train.tokens_per_batch, train.layout, costs.alone_P, examples)
     order["accumulation"] = accumulation if shuffle else 1
@@ -131,6 +150,12 @@ def check_kind(config: RunConfig, name: str, examples: Examples) -> None:
             f"loss.type={names} estimates kl from completions of other rows, but data.{name} has one row, "
             f"{examples.where(0)}; give it two or more"
         )
+
+
+def tell_shares(report: DataReport, what: str) -> None:
+    """Say what each source of a mixture gives to an epoch, or to the first chunk of a stream."""
+    for name, share in report.shares():
+        say(f"{what}, {name}: {share}")
 
 
 def check_budget(budget: int, layout: str, alone_P: np.ndarray, examples: Examples) -> None:

@@ -86,35 +86,34 @@ class Split:
         """
         if self.mismatched_length is None:
             return
-        others, world = partners(indices, len(self.examples)), distributed.world_size()
-        batches = self._mismatched_batches(others)
+        pairs, world = partners(indices, len(self.examples)), distributed.world_size()
+        batches = self._mismatched_batches(pairs)
         for first in range(0, len(batches), world):
             mine = dict(enumerate(batches[first : first + world])).get(distributed.rank(), [])
             joined = [
                 mismatched(
                     self.examples[index],
-                    self.examples[others[index]],
+                    self.examples[other],
                     self.examples.kind,
                     self.mismatched_length,
                 )
-                for index in mine
+                for index, other in mine
             ]
-            yield self.collate(joined, mine)
+            yield self.collate(joined, [index for index, _ in mine])
 
-    def _mismatched_batches(self, others: dict[int, int]) -> list[list[int]]:
+    def _mismatched_batches(self, pairs: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
         """Micro-batches of all ranks, as large as the sampler's.
 
         An example that exceeds the budget with its foreign completion has one of its own.
         """
-        indices = list(others)
         if isinstance(self.sampler, Sampler):
             size = self.sampler.micro_batch_size
-            return [indices[start : start + size] for start in range(0, len(indices), size)]
-        lengths = mismatched_lengths(self.lengths, others, self.mismatched_length)
+            return [pairs[start : start + size] for start in range(0, len(pairs), size)]
+        lengths = mismatched_lengths(self.lengths, pairs, self.mismatched_length)
         costs = LAYOUTS[self.layout].costs(lengths)
         budget = max(self.sampler.budget, int(costs.alone_P.max()))
-        bins = costs.bins(budget, range(len(indices)))
-        return [[indices[place] for place in places] for places in bins]
+        bins = costs.bins(budget, range(len(pairs)))
+        return [[pairs[place] for place in places] for places in bins]
 
     def all_batches(self) -> Iterator[ScoredBatch]:
         """This rank's batches of one pass; every rank has the same number."""
@@ -131,7 +130,9 @@ class Split:
 
     def must_fit(self) -> dict:
         """What a resumed run must share with the old one."""
-        return {"data": self.examples.fingerprint}
+        mixture = self.examples.mixture
+        shares = {} if mixture is None else {"mixture": mixture.identity()}
+        return {"data": self.examples.fingerprint} | shares
 
     def position(self, step: int) -> dict:
         """What `seek` needs of a checkpoint before `step`: nothing, as batches follow from the step."""
@@ -199,13 +200,13 @@ class StreamSplit:
     def position(self, step: int) -> dict:
         chunk = self.examples
         place = {"chunk": chunk.number, "row": chunk.row, "step": step - self.begin}
-        return {"stream": place}
+        return {"stream": place | ({"sources": chunk.sources} if chunk.sources else {})}
 
     def seek(self, state: dict) -> None:
         place = state["stream"]
         self.begin = state["step"] - place["step"]
         if place["chunk"] != self.examples.number:
-            self.stream.seek(place["chunk"], place["row"])
+            self.stream.seek(place["chunk"], place["row"], place.get("sources", ()))
             self.part = self._use(self.stream.read())
 
     @property

@@ -93,13 +93,20 @@ def coupled_step(
 
 
 class BatchTable:
-    """Sums of every sequence of a global batch, gathered from all ranks in the order of `indices`."""
+    """Sums of every sequence of a global batch, gathered from all ranks in the order of `indices`.
+
+    An example that comes twice, as mixtures repeat them, has one place. Its copies have the same sums, and
+    each gets its part of the slope.
+    """
 
     def __init__(self, indices: list[int], loss_pass: LossPass, device: torch.device) -> None:
-        self.place = {index: place for place, index in enumerate(indices)}
+        self.place = {index: place for place, index in enumerate(dict.fromkeys(indices))}
+        rows = [self.place[index] for index in indices]
+        self.rows = torch.tensor(rows, dtype=torch.long, device=device)
+        self.copies = self.rows.bincount(minlength=len(self.place)).double()
         self.loss_pass = loss_pass
         # Policy, reference and lengths; of chosen and rejected.
-        self.values = torch.zeros(3, len(indices), 2, dtype=torch.float64, device=device)
+        self.values = torch.zeros(3, len(self.place), 2, dtype=torch.float64, device=device)
 
     def places(self, batch: ScoredBatch) -> list[int]:
         """Where the pairs of a micro-batch stand in the table."""
@@ -108,19 +115,20 @@ class BatchTable:
     @torch.no_grad()
     def add(self, token_outputs: Mapping[str, Tensor], reference: dict, batch: ScoredBatch) -> None:
         """Enter a micro-batch of this rank."""
-        mine = self.places(batch)
+        mine = torch.tensor(self.places(batch), dtype=torch.long, device=self.values.device)
         columns = (*batch_sums(token_outputs, reference, batch, self.loss_pass), batch.lengths_S)
         for which, values_S in enumerate(columns):
             if values_S is not None:
-                self.values[which, mine] = values_S.double().view(-1, 2)
+                values = values_S.double().view(-1, 2) / self.copies[mine, None]
+                self.values[which].index_add_(0, mine, values)
 
     def loss(self, totals: Totals, statistics: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The loss of the whole batch, [] fp64, and its slopes by the policy's sums, fp64 [P, 2].
+        """The loss of the whole batch, [] fp64, and its slopes by the policy's sums, fp64 [places, 2].
 
         Collective. Call it once, when all micro-batches are entered.
         """
         values = distributed.all_sum(self.values)  # one rank's value plus zeros: exact
-        policy, reference, lengths = (x.flatten() for x in values.unbind(0))
+        policy, reference, lengths = (x[self.rows].flatten() for x in values.unbind(0))
         objective = self.loss_pass.objective
         with torch.enable_grad():
             policy = policy.clone().requires_grad_()
@@ -128,7 +136,8 @@ class BatchTable:
             pairs = as_pairs(policy, lengths, reference, statistics=statistics)
             loss = objective(pairs, totals)
             (slopes,) = torch.autograd.grad(loss, policy)
-        return loss.detach(), slopes.view(-1, 2)
+        slopes = torch.zeros_like(self.values[0]).index_add_(0, self.rows, slopes.view(-1, 2))
+        return loss.detach(), slopes / self.copies[:, None]
 
 
 def batch_sums(

@@ -93,13 +93,13 @@ def test_nothing_is_tokenised_on_the_way_to_a_position(stream, monkeypatch):
     seen = []
     for chunk in whole:
         again = stream(**options)
-        tokenise = again._tokeniser
+        (tokenise,) = again._tokenisers
 
         def counted(row, tokenise=tokenise):
             seen.append(row.where)
             return tokenise(row)
 
-        again._tokeniser = counted
+        again._tokenisers = [counted]
         again.seek(chunk.number, chunk.row)
         found = again.read()
         assert (found.number, found.row, ids(found)) == (chunk.number, chunk.row, ids(chunk))
@@ -358,7 +358,7 @@ def test_two_ranks_read_the_same_stream(folder):
 def test_a_checkpoint_knows_its_source(folder):
     from dpo_fast.models import load_tokenizer
     from dpo_fast.training.config import build_config
-    from dpo_fast.training.load_data import open_stream
+    from dpo_fast.training.load_data import stream_split
     from dpo_fast.training.loop import must_fit
 
     state = json.loads((folder / "small" / "checkpoint-2" / "state.json").read_text())
@@ -368,7 +368,7 @@ def test_a_checkpoint_knows_its_source(folder):
         tree["train"] |= {"global_batch_size": 4, "max_steps": STEPS, "seed": 3}
         tree["parallel"] = {"zero_stage": 1}
         config = build_config(tree, "tree")
-        train = open_stream(config, load_tokenizer(config.model))
+        train = stream_split(config, load_tokenizer(config.model))
         return must_fit(SimpleNamespace(config=config, train=train, total_steps=STEPS))
 
     assert fits().items() <= state.items()

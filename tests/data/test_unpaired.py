@@ -311,9 +311,9 @@ def test_layouts_agree_on_what_is_scored(layout):
 
 
 def test_every_row_gets_the_completion_of_the_row_before():
-    assert partners([7, 3, 5], 9) == {7: 5, 3: 7, 5: 3}
-    assert list(partners([7, 3, 5], 9)) == [7, 3, 5]
-    assert partners([8], 9) == {8: 0}  # alone: the next of the data
+    assert partners([7, 3, 5], 9) == [(7, 5), (3, 7), (5, 3)]
+    assert partners([7, 3, 7], 9) == [(7, 7), (3, 7), (7, 3)]  # a mixture repeats examples
+    assert partners([8], 9) == [(8, 0)]  # alone: the next of the data
     joined = mismatched(ROWS[0], ROWS[2], COMPLETIONS, 5)
     assert (joined["prompt_ids"], joined["completion_ids"]) == ([1, 2, 3], [7, 8])
     pairs = [{"prompt_ids": [n], "chosen_ids": [10 + n], "rejected_ids": [20 + n]} for n in (1, 2)]
@@ -325,7 +325,7 @@ def test_mismatched_lengths_are_those_of_the_rows():
     lengths = ExampleLengths.of(ROWS, COMPLETIONS)
     others = partners([2, 0, 1], 3)
     found = mismatched_lengths(lengths, others, 5)
-    rows = [mismatched(ROWS[row], ROWS[other], COMPLETIONS, 5) for row, other in others.items()]
+    rows = [mismatched(ROWS[row], ROWS[other], COMPLETIONS, 5) for row, other in others]
     for name, values in found.columns().items():
         assert values.tolist() == [len(each[f"{name}_ids"]) for each in rows]
 

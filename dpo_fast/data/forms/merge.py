@@ -35,5 +35,13 @@ def merged(rows: RawRows, config: DataConfig) -> RawRows:
         yield held
 
 
+def merges(row: Mapping[str, Any], config: DataConfig) -> bool:
+    """Whether rows like this one, after the merging, may be of several."""
+    if config.format not in ("auto", "helpsteer2"):
+        return False
+    response, rating = (row.get(config.columns.get(name, name)) for name in RATED[1:])
+    return isinstance(response, list) and isinstance(rating, list)
+
+
 def _is_rated(raw: Mapping[str, Any], names: tuple[str, ...]) -> bool:
     return all(raw.get(name) is not None for name in names) and isinstance(raw[names[1]], str)

@@ -58,18 +58,17 @@ def first_step(tree: dict) -> tuple[float, dict]:
 
 
 def in_turn(folder: str) -> None:
-    """The same work twice: each time the other ranks must find it done by the first."""
+    """The same work twice: each time the first rank does it, and the others get its result after that."""
 
-    def work(done: Path) -> bool:
-        if distributed.is_main():
-            time.sleep(0.5)
-            done.touch()
-        return done.exists()
+    def work(done: Path) -> list[str]:
+        assert distributed.is_main(), "another rank does the work again"
+        time.sleep(0.5)
+        done.touch()
+        return [str(done)]
 
     for done in (Path(folder) / "once", Path(folder) / "twice"):
-        assert distributed.main_first("work", partial(work, done)), (
-            f"rank {distributed.rank()} came too early"
-        )
+        assert distributed.main_first("work", partial(work, done)) == [str(done)]
+        assert done.exists(), f"rank {distributed.rank()} came too early"
 
 
 JOBS = {"train": train_all, "first_steps": first_steps, "in_turn": in_turn}
