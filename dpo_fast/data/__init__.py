@@ -1,8 +1,10 @@
 """Preference data, from files to batches of token ids.
 
     config.py      DataConfig: every option, checked
+    entries.py     the options of one source of several
     kinds.py       pairs, completions with labels, groups with scores; how many tokens they have
     sources.py     the files, folders and hub data sets a name stands for, and their hashes
+    folders.py     the splits of a folder of files
     files.py       JSON, JSON Lines, CSV, Parquet and Arrow as a stream of (where, row)
     rows.py        a raw row becomes a PairRow, CompletionRow or GroupRow, or a BadRow that says why
     forms/         forms of rows that people bring, as rows by our own columns
@@ -19,9 +21,13 @@
     endings.py     what begins a sequence; one end of turn
     tokenise.py    a row becomes token ids that fit max_length
     verdicts.py    BadRow and Dropped, and their tally
+    parts.py       sources that are read with the same options; which of their rows
     build.py       reads, checks and tokenises into a work folder
     dataset.py     load_examples: all of that, cached on disk by content
+    several.py     several stored parts as one data set
+    mixture.py     shares of sources, and what an epoch has of each
     stream.py      the same while a run trains; nothing is stored
+    stream_mixture.py  a stream of sources with weights
     report.py      what was read, dropped and cut; the report and a few examples on a terminal
     batch.py       examples to ScoredBatch, the one batch type
     layouts.py     the table of layouts: how the tokens of a batch lie

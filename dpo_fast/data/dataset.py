@@ -152,7 +152,9 @@ class Dataset:
     @property
     def token_fingerprint(self) -> str:
         """sha256 hex of all token ids, in order; the same on every machine."""
-        return hashlib.sha256(b"".join(self.digests.to_numpy(zero_copy_only=False))).hexdigest()
+        whole = self.digests.cast(pyarrow.binary(hashlib.sha256().digest_size))
+        content = memoryview(whole.buffers()[1])[: len(whole) * whole.type.byte_width]
+        return hashlib.sha256(content).hexdigest()
 
     @property
     def fingerprint(self) -> str:

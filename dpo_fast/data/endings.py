@@ -37,6 +37,7 @@ class Endings:
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int | None = tokenizer.eos_token_id
         self.end_ids = {self.eos_id, *eos_ids} - {None}
+        self._spaces: dict[int, bool] = {}  # decoding the last token of every answer takes a while
 
     @cached_property
     def start_ids(self) -> list[int]:
@@ -151,7 +152,9 @@ class Endings:
         return index
 
     def _is_space(self, token_id: int) -> bool:
-        return not self.tokenizer.decode([token_id]).strip()
+        if token_id not in self._spaces:
+            self._spaces[token_id] = not self.tokenizer.decode([token_id]).strip()
+        return self._spaces[token_id]
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

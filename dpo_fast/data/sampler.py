@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -119,7 +120,7 @@ class TokenSampler:
         self.costs, self.budget, self.global_batch_size = costs, budget, global_batch_size
         self.world_size, self.seed, self.shuffle = world_size, seed, shuffle
         self.first_epoch = first_epoch
-        self._bins: Callable[[int], list[list[int]]] = functools.lru_cache(2)(self._fill)
+        self._bins: Callable[[int], Bins] = functools.lru_cache(2)(self._fill)
         self._bins_of: Callable[[int], int] = functools.cache(lambda epoch: len(self._bins(epoch)))
         self.accumulation = accumulation or self._nearest_accumulation()
 
@@ -170,20 +171,36 @@ class TokenSampler:
         epoch = self.first_epoch
         while step >= (steps := self._steps_of(epoch)):
             step, epoch = step - steps, epoch + 1
-        start = step * self._bins_per_step
-        return self._bins(epoch)[start : start + self._bins_per_step]
+        bins, start = self._bins(epoch), step * self._bins_per_step
+        return [bins[index] for index in range(start, min(start + self._bins_per_step, len(bins)))]
 
-    def _fill(self, epoch: int) -> list[list[int]]:
+    def _fill(self, epoch: int) -> Bins:
         examples = range(len(self.costs.sizes_P))
         if not self.shuffle:
-            return self.costs.bins(self.budget, examples)
+            return Bins(self.costs.bins(self.budget, examples))
         draw = np.random.default_rng((self.seed, epoch))
         if self.mixture is None:
             order = draw.permutation(examples)
         else:
             order = self.mixture.examples(self.seed, epoch)
         bins = self.costs.bins(self.budget, order.tolist())
-        return [bins[index] for index in draw.permutation(len(bins))]
+        return Bins([bins[index] for index in draw.permutation(len(bins))])
+
+
+class Bins(Sequence):
+    """The micro-batches of an epoch. Two arrays take a tenth of the memory of lists of examples."""
+
+    def __init__(self, bins: list[list[int]]) -> None:
+        self.examples = np.fromiter(itertools.chain.from_iterable(bins), np.int64)
+        self.ends = np.cumsum([0, *map(len, bins)])
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: int) -> list[int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.examples[self.ends[index] : self.ends[index + 1]].tolist()
 
 
 @functools.lru_cache(maxsize=2)

@@ -1,6 +1,7 @@
 """load_examples: contents, cache, splits, reports, and a real data set."""
 
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -162,6 +163,14 @@ def test_nothing_left(load):
     with pytest.raises(UserError, match=r"none of 1 rows.*1 x longer than max_length"):
         load([pair(1)], max_length=3, truncation="drop")
     assert stored(load) == []
+
+
+def test_the_fingerprint_is_that_of_all_digests_in_order(load):
+    for options in ({}, {"eval_rows": 4}):
+        data = load([pair(index) for index in range(13)], **options)
+        digests = b"".join(data.digests.to_pylist())
+        assert len(digests) == 32 * len(data)
+        assert data.token_fingerprint == hashlib.sha256(digests).hexdigest()
 
 
 # The cache

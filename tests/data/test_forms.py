@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from dpo_fast.data.config import FORMATS, DataConfig
+from dpo_fast.data.config import DataConfig
+from dpo_fast.data.entries import FORMATS
 from dpo_fast.data.forms.merge import merged
 from dpo_fast.data.forms.table import FORMS, NAMES
 from dpo_fast.data.rows import parse_row
