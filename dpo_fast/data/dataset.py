@@ -255,7 +255,7 @@ def open_examples(
         check_alike(tables)
         table = datasets.concatenate_datasets(list(tables))
         report = DataReport.joined(reports, _lengths(table))
-        check_template_used(config, report.chats)
+    check_template_used(config, report.chats)
     make, role = DATASETS[kind_of(table.column_names)], _role(config, split)
     sizes = list(map(len, tables))
     rows = [np.arange(sum(sizes))]
@@ -266,12 +266,12 @@ def open_examples(
     sizes = np.histogram(rows, np.cumsum((0, *sizes)))[0].tolist()
     entries = config.train_entries if role == "train" else config.eval_entries
     mixture = None
-    if config.weights and role == "train":
+    if config.weights and split == "train":
         seeds = [config.seed if entry.seed is None else entry.seed for entry in entries]
         mixture = plan(sizes, config.weights, seeds, config.stopping_strategy)
     if any(isinstance(entry, SourceOptions) for entry in entries):
         report = replace(report, mixture=source_shares(entries, sizes, config, mixture))
-    return make(table, report, rows, mixture if split == "train" else None)
+    return make(table, report, rows, mixture)
 
 
 def _role(config: DataConfig, split: Role) -> Role:

@@ -26,7 +26,7 @@ from dpo_fast.errors import UserError
 from tests.support import ranks
 from tests.support.metrics import series
 from tests.support.models import changed, run_tree, write_completions, write_model, write_pairs
-from tests.support.tokenizers import chat_tokenizer
+from tests.support.tokenizers import CHATML, byte_tokenizer, chat_tokenizer
 
 datasets.disable_progress_bars()
 WEIGHTS = st.lists(st.floats(0.01, 100), min_size=1, max_size=5)
@@ -309,6 +309,8 @@ def test_held_out_rows_have_the_shares_of_the_mixture(config):
     assert evaluation.mixture is None
     places = [{data.where(i) for i in range(len(data))} for data in (train, evaluation)]
     assert not places[0] & places[1]
+    few = config({"a": {"weight": 9}, "c": {"weight": 1}}, eval_rows=2)
+    assert sources(load(few, "eval")) == {"a": 2}
     with pytest.raises(UserError, match=r"eval_rows=50 \(38 of them of .*a.jsonl\) leaves nothing"):
         load(config({"a": {"weight": 3}, "c": {"weight": 1}}, eval_rows=50))
 
@@ -426,6 +428,30 @@ def test_options_beside_entries_that_are_not_used(what):
     entry = {"path": "a", "columns": {"chosen": "y"}}
     with pytest.raises(ValueError, match=message):
         DataConfig(**{"train": [entry]} | options)
+
+
+def test_arguments_of_the_template_count_for_the_chats_of_any_source(config):
+    given = {"chat_template_kwargs": {"enable_thinking": False}}
+    for entries in ({"a": {}}, {"a": {}, "b": {}}):
+        with pytest.raises(UserError, match="is not used: all rows are text"):
+            load_examples(config(entries, **given), byte_tokenizer(), split="train")
+    template = CHATML + "{% if enable_thinking %} {% endif %}"
+    tokenizer = byte_tokenizer(template=template, eos_token="<|im_end|>")
+    both = config({"a": {}, "c": {}}, **given)
+    assert len(load_examples(both, tokenizer, split="train")) == 42
+
+
+def test_a_configuration_can_be_built_again(tmp_path):
+    from dpo_fast.training.config import build_config
+
+    tree = run_tree(tmp_path)
+    columns = {"chosen": "good", "rejected": "bad"}
+    tree["data"]["train"] = [
+        {"path": "a", "weight": 0.25, "rows": 3, "seed": 2},
+        {"path": "b", "weight": 3, "format": "pairs", "columns": columns},
+    ]
+    config = build_config(tree, "tree")
+    assert build_config(config.resolved(), "resolved") == config
 
 
 def test_a_missing_or_repeated_source_is_named(config, tmp_path):

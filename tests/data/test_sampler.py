@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import tracemalloc
 from itertools import product
 from pathlib import Path
 
@@ -164,6 +165,20 @@ def test_costs_are_what_the_layout_takes(layout):
         assert costs.of(some) == batch.input_ids.numel()
         if len(some) == 1:
             assert costs.alone_P[some[0]] == batch.input_ids.numel()
+
+
+def test_a_million_examples_stay_in_arrays():
+    """Python's lists would take 40 bytes an example, on every rank."""
+    tracemalloc.start()
+    try:
+        Sampler(10**6, 64, 8).global_batch(0)
+        assert tracemalloc.get_traced_memory()[1] < 1e6  # torch's array is not counted
+        count = 10**5
+        sampler = TokenSampler(Costs(np.full(count, 30)), 300, 64)
+        assert len(sampler.global_batch(5)) == 60
+        assert tracemalloc.get_traced_memory()[0] < 20 * count  # two arrays of 8 bytes
+    finally:
+        tracemalloc.stop()
 
 
 # A real data set
