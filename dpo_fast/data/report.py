@@ -194,7 +194,7 @@ class DataReport:
             tally = values[name]
             rows = {kind: [tuple(row) for row in rows] for kind, rows in tally["rows"].items()}
             values[name] = Tally(tally["counts"], rows)
-        values["mixture"] = [SourceShare(**each) for each in values["mixture"]]
+        values["mixture"] = [SourceShare(**each) for each in values.get("mixture", [])]
         return cls(**values)
 
 
