@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 EVERY = 30.0  # seconds between lines
 
@@ -46,6 +48,18 @@ class SpokenProgress:
         if self.total is not None:
             parts.append(f"{duration((self.total - self.done) / rate)} left")
         return ", ".join([*parts, text] if text else parts)
+
+
+@contextlib.contextmanager
+def shown(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """Yields advance(count): a bar on a terminal, once it has taken two seconds, or else spoken."""
+    if not sys.stderr.isatty():
+        yield SpokenProgress(description, total, lambda line: print(line, file=sys.stderr)).advance
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc=description, total=total, delay=2) as bar:
+        yield bar.update
 
 
 def duration(seconds: float) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpo_fast.progress import SpokenProgress, duration
+from dpo_fast.progress import SpokenProgress, duration, shown
 
 
 class Clock:
@@ -63,3 +63,13 @@ def test_passes_of_a_run_speak_without_a_terminal(monkeypatch, capsys):
     assert list(track("abc", "evaluating", 3)) == ["a", "b", "c"]
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and lines[-1].startswith("evaluating: 3 of 3, ")
+
+
+def test_what_is_shown_without_a_terminal(monkeypatch, capsys):
+    clock = Clock()
+    monkeypatch.setattr(SpokenProgress.__init__, "__kwdefaults__", {"done": 0, "clock": clock})
+    with shown("reading rows", None) as advance:
+        for _ in range(50):
+            clock.now += 1
+            advance(1000)
+    assert capsys.readouterr().err == "reading rows: 30,000, 1,000.0 a second\n"

@@ -23,7 +23,7 @@ FLOORS = [  # each may import from those below it
     {"losses"},
     {"ops"},
     {"kernels"},
-    {"errors", "durable"},
+    {"errors", "durable", "progress"},
 ]
 LEVEL = {room: len(FLOORS) - index for index, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import partial
@@ -27,8 +28,10 @@ from dpo_fast.data.rows import ROW_TYPES, Row, parse_row
 from dpo_fast.data.tokenise import RowTokeniser, Tokenised
 from dpo_fast.data.verdicts import BadRow, BadRows, Dropped, Verdict, bad_row_error
 from dpo_fast.errors import UserError
+from dpo_fast.progress import shown
 
 BATCH = 1000
+MANY = 20_000  # rows that take more than a few seconds
 COUNTERS = ("merged", "bos_added", "eos_added", "prompt_cut", "answers_cut")
 CHECKED = pyarrow.schema([("where", pyarrow.string()), ("row", pyarrow.string())])
 VERDICT = ("fault", "kind", "message")
@@ -62,24 +65,49 @@ def build(
     tokeniser = RowTokeniser(tokenizer, config, eos_ids)
     report = DataReport(list(map(str, part.sources)), bad=BadRows(config.on_bad_row))
     checked, kind = _check_rows(part, report, work / "checked.arrow")
-    tokenised = checked.map(
-        partial(
-            _tokenise_batch, tokeniser=tokeniser, kind=kind, told=part.told, bad=config.on_bad_row
-        ),
-        batched=True,
-        batch_size=BATCH,
-        remove_columns=CHECKED.names,
-        features=features(kind),
-        num_proc=config.workers if config.workers > 1 else None,
-        cache_file_name=str(work / "tokenised.arrow"),
-        new_fingerprint="tokenised",  # hashing the tokenizer again would only cost time
-        desc=f"Tokenising {kind.name}",
+    tokenise = partial(
+        _tokenise_batch, tokeniser=tokeniser, kind=kind, told=part.told, bad=config.on_bad_row
     )
+    options = {
+        "batched": True,
+        "batch_size": BATCH,
+        "remove_columns": CHECKED.names,
+        "features": features(kind),
+        "cache_file_name": str(work / "tokenised.arrow"),
+        "new_fingerprint": "tokenised",  # hashing the tokenizer again would only cost time
+        "desc": f"tokenising {kind.name}",
+    }
+    if config.workers > 1:
+        tokenised = _tokenise_in_processes(checked, tokenise, config.workers, options)
+    else:
+        with shown(options["desc"], len(checked)) as advance:
+            tokenised = checked.map(partial(_advancing, tokenise, advance), **options)
     kept = _count(tokenised, report, kind)
     if not len(kept):
         raise nothing_left(report)
     table = tokenised.select_columns(_stored_columns(tokenised, kept, kind))
     return (table if len(kept) == len(table) else table.select(kept)), report
+
+
+def _advancing(tokenise: Callable, advance: Callable[[int], None], batch: dict) -> dict:
+    advance(len(batch["where"]))
+    return tokenise(batch)
+
+
+def _tokenise_in_processes(
+    checked: datasets.Dataset, tokenise: Callable, workers: int, options: dict
+) -> datasets.Dataset:
+    """`datasets` alone hears of the processes, so its own bar shows how far they are."""
+    silent = datasets.are_progress_bars_disabled()
+    if silent and sys.stderr.isatty():
+        datasets.enable_progress_bars()
+    elif len(checked) > MANY:
+        print(f"{options['desc']}: {len(checked):,} in {workers} processes", file=sys.stderr)
+    try:
+        return checked.map(tokenise, num_proc=workers, **options)
+    finally:
+        if silent:
+            datasets.disable_progress_bars()
 
 
 def _check_rows(part: Part, report: DataReport, path: Path) -> tuple[datasets.Dataset, Kind]:
@@ -103,22 +131,22 @@ def _check_rows(part: Part, report: DataReport, path: Path) -> tuple[datasets.Da
 
 def _checked_rows(part: Part, report: DataReport, seen: OneKind) -> Iterator[dict[str, str]]:
     config, bad, checked, unused = part.config, report.bad, 0, set()
-    for where, raw in datasets.utils.tqdm(
-        part.read(bad), desc="Reading rows", unit=" rows", delay=2
-    ):
-        try:
-            row = parse_row(where, raw, config, unused)
-            text = _to_json(row)
-            seen.see(where, row.kind, row.is_chat)
-            yield {"where": where, "row": text}
-            checked += 1
-        except BadRow as verdict:
-            bad.reject(where, part.told(verdict))
-        except Dropped as verdict:
-            report.dropped.add(where, verdict.kind, str(verdict))
-        read = checked + bad.total + report.dropped.total
-        if config.max_rows is not None and read >= config.max_rows:
-            break
+    with shown("reading rows", None) as advance:
+        for where, raw in part.read(bad):
+            advance(1)
+            try:
+                row = parse_row(where, raw, config, unused)
+                text = _to_json(row)
+                seen.see(where, row.kind, row.is_chat)
+                yield {"where": where, "row": text}
+                checked += 1
+            except BadRow as verdict:
+                bad.reject(where, part.told(verdict))
+            except Dropped as verdict:
+                report.dropped.add(where, verdict.kind, str(verdict))
+            read = checked + bad.total + report.dropped.total
+            if config.max_rows is not None and read >= config.max_rows:
+                break
     report.rows_read = checked + bad.total + report.dropped.total
     report.ignored_columns = sorted(unused)
 
