@@ -258,7 +258,31 @@ def test_rows_are_chosen_by_the_seed(config):
         load(config({"a": {"rows": 31}, "b": {}}))
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "arrow", "saved", "gz"])
+def test_rows_that_become_one_are_chosen_together(tmp_path):
+    """HelpSteer2 has a row for each response of a prompt."""
+    rows = [{"prompt": f"Q{n // 2}", "response": f"{n}", "helpfulness": n % 2} for n in range(20)]
+    path = tmp_path / "rated.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    entry = {"path": str(path), "rows": 4}
+    chosen = load(DataConfig(train=[entry], cache_dir=str(tmp_path)))
+    assert len(chosen) == 4
+    with pytest.raises(UserError, match="has 10 rows"):
+        load(DataConfig(train=[entry | {"rows": 11}]))
+
+
+def test_columns_are_passed_over_source_by_source(tmp_path):
+    row = {"prompt": "Q", "chosen": "a", "rejected": "b", "system": "Be brief."}
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+    a, b = ({"path": str(tmp_path / f"{name}.jsonl")} for name in "ab")
+    passing = {"ignore_columns": ["system"]}
+    cache = {"cache_dir": str(tmp_path / "cache")}
+    assert len(load(DataConfig(train=[a | passing, b | passing], **cache))) == 2
+    with pytest.raises(UserError, match=r"b.jsonl:1: .*data.train\[1\].ignore_columns"):
+        load(DataConfig(train=[a | passing, b], **cache))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "arrow", "saved", "gz", "csv"])
 def test_rows_of_every_container(tmp_path, kind):
     lines = Path(write(tmp_path / "a.jsonl", 25)).read_text()
     rows = datasets.Dataset.from_list([json.loads(line) for line in lines.splitlines()])
@@ -267,6 +291,8 @@ def test_rows_of_every_container(tmp_path, kind):
         path.write_text(json.dumps(rows.to_list()))
     elif kind == "parquet":
         rows.to_parquet(str(path))
+    elif kind == "csv":
+        rows.to_csv(str(path))
     elif kind == "gz":
         path = tmp_path / "d.jsonl.gz"
         path.write_bytes(gzip.compress(lines.encode()))
