@@ -94,11 +94,12 @@ class DataReport:
         return first
 
     def shares(self) -> list[tuple[str, str]]:
-        """Each source by name, and in words what it gives to an epoch and what it should give."""
+        """Each source by name, and in words what it gives and what its weight asks for."""
         total = sum(each.drawn for each in self.mixture)
         told = []
         for each in self.mixture:
-            text = f"{each.drawn:,} of {total:,} examples, {each.drawn / total:.2%}"
+            whole = "so far" if each.examples is None else "of an epoch"
+            text = f"{each.drawn:,} of {total:,} examples {whole}, {each.drawn / total:.2%}"
             if each.share is not None:
                 text += f" (planned {each.share:.2%})"
             if each.examples is not None and each.examples != each.drawn:

@@ -41,7 +41,7 @@ def load_split(
     )
     examples = open_examples(config.data, split=name, folders=folders)
     if examples.mixture is not None:
-        tell_shares(examples.report, "in an epoch")
+        tell_shares(examples.report)
         examples = examples.narrowed(config.train.seed, planned_epochs(config, examples))
     split = make_split(config, tokenizer, name, examples, shuffle)
     tell_unused(name, examples)
@@ -67,7 +67,7 @@ def stream_split(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Strea
     examples = open_stream(config.data, tokenizer, end_of_turn_ids(config.model))
     stream = StreamSplit(examples, make, config.train.max_steps)
     tell_unused("train", stream.examples)
-    tell_shares(stream.examples.report, "in the first chunk")
+    tell_shares(stream.examples.report)
     tell_size(stream.sampler)
     return stream
 
@@ -152,10 +152,10 @@ def check_kind(config: RunConfig, name: str, examples: Examples) -> None:
         )
 
 
-def tell_shares(report: DataReport, what: str) -> None:
+def tell_shares(report: DataReport) -> None:
     """Say what each source of a mixture gives to an epoch, or to the first chunk of a stream."""
     for name, share in report.shares():
-        say(f"{what}, {name}: {share}")
+        say(f"{name}: {share}")
 
 
 def check_budget(budget: int, layout: str, alone_P: np.ndarray, examples: Examples) -> None:

@@ -238,7 +238,7 @@ def test_shares_of_an_epoch(config, strategy, expected):
     assert [each.share for each in report.mixture] == pytest.approx([4 / 7.1, 2 / 7.1, 1.1 / 7.1])
     name, told = report.shares()[1]
     assert name.endswith("b.jsonl")
-    assert f"{expected['b']} of {total} examples" in told
+    assert f"{expected['b']} of {total} examples of an epoch" in told
     assert "(planned 28.17%)" in told
     assert ("2.75 times each" in told) == (strategy == "all_exhausted")
 
@@ -671,7 +671,7 @@ def test_a_run_tells_its_shares(folder):
 
     text = Path(write_report(folder / "one")).read_text()
     assert "small.jsonl" in text
-    assert "6 of 8 examples, 75.00% (planned 75.00%)" in text
+    assert "6 of 8 examples of an epoch, 75.00% (planned 75.00%)" in text
 
 
 @pytest.mark.processes
