@@ -104,7 +104,8 @@ def collate(
     Args:
         examples: with the lists of int `prompt_ids` and, by kind, `chosen_ids` and `rejected_ids`;
             `completion_ids` and the bool `label`; or `completions_ids`, a list of lists, and the
-            floats `scores`.
+            floats `scores`. Lists of bool `chosen_scored` and so on say which tokens of an answer are
+            scored; without them all are.
         layout: a name of the table of layouts.
         pad_id: fills padding; nothing attends to it.
         indices: places of the examples in the data set; by default 0, 1, ...
@@ -118,7 +119,9 @@ def collate(
     places = _by_prompt(examples) if kind == COMPLETIONS else range(len(examples))
     ordered = [examples[place] for place in places]
     indices = places if indices is None else [indices[place] for place in places]
+    flags = [each for example in ordered for each in kind.answer_flags(example)]
     batch = collate_trees(_trees(ordered, kind), layout, pad_id=pad_id, indices=indices)
+    batch = _only_scored(batch, flags)
     values = {name: torch.tensor([each[name] for each in ordered]).float() for name in columns}
     return replace(batch, columns=values, **_labels(ordered, kind))
 
@@ -128,6 +131,26 @@ def _check(example: Mapping, kind: Kind) -> None:
         texts = example[name] if kind.many and name != "prompt_ids" else [example[name]]
         if not all(map(len, texts)):
             raise ValueError(f"{kind.one} has an empty {name}: {example}")
+    for ids, flags in zip(kind.answer_ids(example), kind.answer_flags(example)):
+        if flags is not None and len(flags) != len(ids):
+            raise ValueError(f"{kind.one} has {len(ids)} tokens and {len(flags)} flags: {example}")
+
+
+def _only_scored(batch: ScoredBatch, flags: Sequence[Sequence[bool] | None]) -> ScoredBatch:
+    """The batch without the rows and targets whose flag is False. None: all of a sequence stay."""
+    if all(each is None for each in flags):
+        return batch
+    sizes = batch.lengths_S.tolist()
+    kept = [
+        np.ones(n, bool) if each is None else np.array(each, bool) for each, n in zip(flags, sizes)
+    ]
+    kept_T = torch.from_numpy(np.concatenate(kept))
+    return replace(
+        batch,
+        rows_T=batch.rows_T[kept_T],
+        targets_T=batch.targets_T[kept_T],
+        lengths_S=torch.tensor([int(each.sum()) for each in kept]),
+    )
 
 
 def _by_prompt(completions: Sequence[Mapping]) -> list[int]:

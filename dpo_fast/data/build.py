@@ -32,10 +32,11 @@ from dpo_fast.progress import shown
 
 BATCH = 1000
 MANY = 20_000  # rows that take more than a few seconds
-COUNTERS = ("merged", "bos_added", "eos_added", "prompt_cut", "answers_cut")
+COUNTERS = ("merged", "bos_added", "eos_added", "prompt_cut", "answers_cut", "left_out", "trailing")
 CHECKED = pyarrow.schema([("where", pyarrow.string()), ("row", pyarrow.string())])
 VERDICT = ("fault", "kind", "message")
 IDS = datasets.List(datasets.Value("int32"))
+FLAGS = datasets.List(datasets.Value("bool"))
 LABELS = {"label": datasets.Value("bool"), "scores": datasets.List(datasets.Value("float64"))}
 
 
@@ -48,6 +49,7 @@ def features(kind: Kind) -> datasets.Features:
         "digest": "binary",
     }
     answers = dict.fromkeys(kind.ids[1:], datasets.List(IDS) if kind.many else IDS)
+    answers |= dict.fromkeys(kind.scored, datasets.List(FLAGS) if kind.many else FLAGS)
     labels = {name: LABELS[name] for name in kind.stored_labels}
     values = {name: datasets.Value(dtype) for name, dtype in types.items()}
     return datasets.Features(values | labels | {"prompt_ids": IDS} | answers)
@@ -199,9 +201,13 @@ def values(row: Row) -> dict[str, Any]:
 
 
 def _digest(tokenised: Tokenised, kind: Kind) -> bytes:
+    """sha256 of the ids, and of the flags of answers that have tokens which are not scored."""
     digest = hashlib.sha256()
     for ids in (tokenised.prompt_ids, *kind.answer_ids(vars(tokenised))):
         digest.update(np.array([len(ids), *ids], dtype="<i4").tobytes())
+    for number, flags in enumerate(kind.answer_flags(vars(tokenised))):
+        if flags is not None:
+            digest.update(np.array([-1, number, *flags], dtype="<i4").tobytes())
     return digest.digest()
 
 
@@ -257,4 +263,5 @@ def _stored_columns(table: datasets.Dataset, kept: np.ndarray, kind: Kind) -> li
                 f"{table[int(kept[missing.argmax()])]['where']}: no {name!r}, which other rows have "
                 f"({missing.sum()} of {len(kept)} rows lack it); give every row a value, or none"
             )
-    return ["where", *kind.ids, *kind.stored_labels, *numbers, "digest"]
+    flags = [name for name in kind.scored if table.data.column(name).null_count < len(table.data)]
+    return ["where", *kind.ids, *flags, *kind.stored_labels, *numbers, "digest"]

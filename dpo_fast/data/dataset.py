@@ -173,7 +173,9 @@ class PairDataset(Dataset):
 
     dataset[i] has the lists of int prompt_ids, chosen_ids and rejected_ids, and the floats weight,
     margin, soft_label, reference_chosen_logps and reference_rejected_logps as far as the data has
-    them, in every example or in none. `report` is about the whole data set that was read.
+    them, in every example or in none. Where the data has tokens of answers that are not scored, it has
+    chosen_scored and rejected_scored, lists of bool, or None where all tokens are scored. `report` is
+    about the whole data set that was read.
     """
 
     kind = PAIRS
@@ -320,10 +322,30 @@ def _lengths(table: datasets.Dataset) -> ExampleLengths:
     kind = kind_of(table.column_names)
     prompt_P, *sides = (_sizes(table.data.column(name)) for name in kind.ids)
     if kind.many:
-        answers = pyarrow.compute.list_flatten(table.data.column(kind.ids[1]))
-        return ExampleLengths(kind, prompt_P, _sizes(answers), sides[0])
+        answers_S = _sizes(pyarrow.compute.list_flatten(table.data.column(kind.ids[1])))
+        scored_S = _scored(table, kind.scored[0], answers_S, sides[0])
+        return ExampleLengths(kind, prompt_P, answers_S, sides[0], scored_S)
     counts_P = np.full(len(prompt_P), len(sides))
-    return ExampleLengths(kind, prompt_P, np.stack(sides, axis=1).reshape(-1), counts_P)
+    scored = [_scored(table, *each) for each in zip(kind.scored, sides)]
+    answers_S, scored_S = (np.stack(each, axis=1).reshape(-1) for each in (sides, scored))
+    return ExampleLengths(kind, prompt_P, answers_S, counts_P, scored_S)
+
+
+def _scored(
+    table: datasets.Dataset, name: str, sizes_S: np.ndarray, counts_P: np.ndarray | None = None
+) -> np.ndarray:
+    """Scored tokens of every answer of a column of flags, which is null where all are scored."""
+    if name not in table.column_names:
+        return sizes_S
+    column = table.data.column(name).drop_null()
+    told_S = table.data.column(name).is_valid().to_numpy()
+    if counts_P is not None:
+        column, told_S = pyarrow.compute.list_flatten(column), np.repeat(told_S, counts_P)
+    flags_T = pyarrow.compute.list_flatten(column).to_numpy().astype(np.int64)
+    ends_S = sizes_S[told_S].cumsum()
+    scored_S = sizes_S.copy()
+    scored_S[told_S] = np.add.reduceat(flags_T, ends_S - sizes_S[told_S])
+    return scored_S
 
 
 def _sizes(column: pyarrow.ChunkedArray) -> np.ndarray:

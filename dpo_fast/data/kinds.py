@@ -45,6 +45,11 @@ class Kind:
         return ("prompt_ids", *(f"{answer}_ids" for answer in self.answers))
 
     @property
+    def scored(self) -> tuple[str, ...]:
+        """Columns of bools, one for each answer: which of its tokens are scored. Without it, all are."""
+        return tuple(f"{answer}_scored" for answer in self.answers)
+
+    @property
     def reference_columns(self) -> tuple[str, ...]:
         """Columns of the reference's log-prob sums, one for each answer; none where `many`."""
         return () if self.many else tuple(f"reference_{answer}_logps" for answer in self.answers)
@@ -52,6 +57,13 @@ class Kind:
     def answer_ids(self, example: Mapping) -> list[list[int]]:
         """The token ids of every answer of an example."""
         return list(example[self.ids[1]]) if self.many else [example[name] for name in self.ids[1:]]
+
+    def answer_flags(self, example: Mapping) -> list[list[bool] | None]:
+        """Which tokens of every answer are scored; None where all are."""
+        flags = [example.get(name) for name in self.scored]
+        if not self.many:
+            return flags
+        return list(flags[0] or [None] * len(example[self.ids[1]]))
 
 
 NUMBERS = ("weight", "margin", "soft_label")
@@ -112,22 +124,28 @@ class ExampleLengths:
     prompt_P: tokens of the prompt.
     answers_S: tokens of each answer, example by example.
     counts_P: answers of each example, 1 or more.
+    scored_S: scored tokens of each answer; by default all of them.
     """
 
     kind: Kind
     prompt_P: np.ndarray
     answers_S: np.ndarray
     counts_P: np.ndarray
+    scored_S: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.scored_S is None:
+            object.__setattr__(self, "scored_S", self.answers_S)
 
     @classmethod
     def of(cls, examples: Sequence[Mapping], kind: Kind) -> ExampleLengths:
         """Lengths of token ids, as `collate` takes them."""
         answers = [kind.answer_ids(example) for example in examples]
-        sizes = [
-            [len(example["prompt_ids"]) for example in examples],
-            [len(ids) for each in answers for ids in each],
-            list(map(len, answers)),
-        ]
+        flags = [each for example in examples for each in kind.answer_flags(example)]
+        tokens = [len(ids) for each in answers for ids in each]
+        scored = [size if each is None else sum(each) for size, each in zip(tokens, flags)]
+        prompts = [len(example["prompt_ids"]) for example in examples]
+        sizes = [prompts, tokens, list(map(len, answers)), scored]
         return cls(kind, *(np.array(values, dtype=np.int64) for values in sizes))
 
     def __len__(self) -> int:
@@ -146,7 +164,12 @@ class ExampleLengths:
     @property
     def sums_P(self) -> np.ndarray:
         """Tokens of each example's answers together."""
-        return np.add.reduceat(self.answers_S, self.starts_P) if len(self) else self.prompt_P
+        return self._sums(self.answers_S)
+
+    @property
+    def scored_P(self) -> np.ndarray:
+        """Scored tokens of each example."""
+        return self._sums(self.scored_S)
 
     def take(self, indices: Sequence[int] | np.ndarray) -> ExampleLengths:
         """Lengths of these examples, in their order."""
@@ -155,10 +178,14 @@ class ExampleLengths:
         # The places start, start + 1, ... of every example, one example after the other.
         before_P = np.cumsum(counts_P) - counts_P
         places_S = np.repeat(starts_P - before_P, counts_P) + np.arange(int(counts_P.sum()))
-        return ExampleLengths(self.kind, self.prompt_P[indices], self.answers_S[places_S], counts_P)
+        sizes = (self.prompt_P[indices], self.answers_S[places_S], counts_P)
+        return ExampleLengths(self.kind, *sizes, self.scored_S[places_S])
 
     def columns(self) -> dict[str, np.ndarray]:
         """Lengths by column: `prompt` and answers, [P] each; `completions` of groups [S]."""
         names, count = self.kind.answers, len(self.kind.answers)
         sides = [self.answers_S] if self.kind.many else self.answers_S.reshape(-1, count).T
         return {"prompt": self.prompt_P, **dict(zip(names, sides))}
+
+    def _sums(self, values_S: np.ndarray) -> np.ndarray:
+        return np.add.reduceat(values_S, self.starts_P) if len(self) else self.prompt_P

@@ -7,7 +7,6 @@ that of the last (arXiv 2402.01306 section 4.1). Of pairs, both answers move on 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -27,15 +26,21 @@ def partners(batch: Sequence[int], size: int) -> list[tuple[int, int]]:
 
 
 def mismatched(example: Mapping, other: Mapping, kind: Kind, max_length: int) -> dict:
-    """An example with the other's completions, cut to max_length tokens with the prompt."""
+    """An example with the other's completions, cut to max_length tokens with the prompt.
+
+    If nothing that is scored is left of one, it counts with log-probs of 0.
+    """
     room = max_length - len(example["prompt_ids"])
-    return {**example, **{name: other[name][:room] for name in kind.ids[1:]}}
+    names = (*kind.ids[1:], *kind.scored)
+    own = {name: value for name, value in example.items() if name not in names}
+    return own | {name: other[name] and other[name][:room] for name in names if name in other}
 
 
 def mismatched_lengths(
     lengths: ExampleLengths, pairs: Sequence[tuple[int, int]], max_length: int
 ) -> ExampleLengths:
-    """Lengths of mismatched examples, in the order of the `partners`."""
+    """Lengths of mismatched examples, in the order of the `partners`, as if every token were scored."""
     own, foreign = (lengths.take(list(side)) for side in zip(*pairs))
     room_S = max_length - np.repeat(own.prompt_P, foreign.counts_P)
-    return replace(foreign, prompt_P=own.prompt_P, answers_S=np.minimum(foreign.answers_S, room_S))
+    answers_S = np.minimum(foreign.answers_S, room_S)
+    return ExampleLengths(foreign.kind, own.prompt_P, answers_S, foreign.counts_P)

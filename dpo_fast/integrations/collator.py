@@ -17,7 +17,8 @@ class PreferenceCollator:
     """A data collator for rows with `prompt_ids`, `chosen_ids` and `rejected_ids`, lists of int.
 
     A row may also have these floats: the sums of a reference's log-probs, `reference_chosen_logps`
-    and `reference_rejected_logps`, and `weight`, `margin` and `soft_label`.
+    and `reference_rejected_logps`, and `weight`, `margin` and `soft_label`. The lists of bool
+    `chosen_scored` and `rejected_scored` say which tokens are scored; without them all are.
 
     layout, pad_id: as in `collate`.
     """

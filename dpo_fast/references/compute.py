@@ -49,7 +49,7 @@ def score_part(
     rows: places of the part's examples in the data set.
     lengths: of these examples.
     """
-    row_tokens = torch.from_numpy(lengths.sums_P)
+    row_tokens = torch.from_numpy(lengths.scored_P)
     ends = row_tokens.cumsum(0)
     values_T = torch.zeros(int(row_tokens.sum()), device=device)
     for batch in batches:
@@ -74,7 +74,7 @@ def part_table(
     Raises:
         UserError: the sum of an answer is not finite.
     """
-    kind, lengths_S = examples.kind, torch.from_numpy(lengths.answers_S)
+    kind, lengths_S = examples.kind, torch.from_numpy(lengths.scored_S)
     sums_S = sum_sequences(values_T, lengths_S)
     if not sums_S.isfinite().all():
         finite_P = np.logical_and.reduceat(sums_S.isfinite().numpy(), lengths.starts_P)
@@ -87,9 +87,9 @@ def part_table(
         "digest": examples.digests.slice(rows.start, len(rows)),
         "where": pyarrow.array([examples.where(row) for row in rows], pyarrow.string()),
     }
-    told = {"logps": sums_S.numpy(), "tokens": lengths.answers_S.astype(np.int32)}
+    told = {"logps": sums_S.numpy(), "tokens": lengths.scored_S.astype(np.int32)}
     if per_token:
-        told["token_logps"] = _lists(values_T.numpy(), lengths.answers_S)
+        told["token_logps"] = _lists(values_T.numpy(), lengths.scored_S)
     for what, values_S in told.items():
         for name, column in zip(names_of(kind, what), _by_answer(pyarrow.array(values_S), lengths)):
             columns[name] = column

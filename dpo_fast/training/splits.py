@@ -54,10 +54,10 @@ class Split:
     def totals(self, indices: list[int]) -> Totals:
         """Counts of a global batch. Every rank knows all lengths, so none is communicated."""
         lengths = self.lengths.take(indices)
-        sequences, tokens = len(lengths.answers_S), int(lengths.answers_S.sum())
+        sequences, tokens = len(lengths.scored_S), int(lengths.scored_S.sum())
         if self.examples.kind == COMPLETIONS:
             return Totals(0, 0, sequences, tokens)
-        chosen = 0 if self.examples.kind == GROUPS else int(lengths.answers_S[::2].sum())
+        chosen = 0 if self.examples.kind == GROUPS else int(lengths.scored_S[::2].sum())
         return Totals(len(indices), chosen, sequences, tokens)
 
     def batches(self, step: int) -> Iterator[ScoredBatch]:

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from dpo_fast.data import kinds
 from dpo_fast.data.batch import collate, collate_trees
+from dpo_fast.data.kinds import ExampleLengths
 from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.data.sampler import Sampler
 from dpo_fast.ops.segments import sum_sequences
@@ -54,6 +56,47 @@ def test_shared_prefix():
     assert batch.targets_T.tolist() == [20, 21, 2, 30, 2, 2, 31, 32, 33, 2]
     assert batch.lengths_S.tolist() == [3, 2, 1, 4]
     assert (batch.tokens, batch.num_examples, batch.padding_fraction) == (16, 2, 0)
+
+
+FLAGGED = [
+    PAIRS[0] | {"chosen_scored": [True, False, True], "rejected_scored": None},
+    PAIRS[1] | {"rejected_scored": [False, False, True, True]},
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tokens_that_are_not_scored_are_left_out_of_the_targets_alone(layout):
+    whole, batch = collate(PAIRS, layout), collate(FLAGGED, layout)
+    kept = torch.tensor([1, 0, 1, 1, 1, 1, 0, 0, 1, 1], dtype=torch.bool)
+    assert batch.targets_T.tolist() == [20, 2, 30, 2, 2, 33, 2]
+    assert torch.equal(batch.rows_T, whole.rows_T[kept])
+    assert batch.lengths_S.tolist() == [2, 2, 1, 2]
+    assert torch.equal(batch.input_ids, whole.input_ids)
+    assert (batch.tokens, batch.spans, batch.chosen_tokens) == (whole.tokens, whole.spans, 3)
+    lengths = ExampleLengths.of(FLAGGED, kinds.PAIRS)
+    assert lengths.scored_S.tolist() == batch.lengths_S.tolist()
+    assert lengths.take([1]).scored_P.tolist() == [3]
+    assert lengths.answers_S.tolist() == [3, 2, 1, 4]
+
+
+def test_completions_keep_their_flags_when_they_are_put_together():
+    """Those of one prompt lie side by side."""
+    completions = [
+        {"prompt_ids": [prompt], "completion_ids": ids, "completion_scored": flags, "label": True}
+        for prompt, ids, flags in [
+            (5, [1, 2], [False, True]),
+            (6, [3], None),
+            (5, [4, 2], [True, False]),
+        ]
+    ]
+    batch = collate(completions, "shared_prefix", kind=kinds.COMPLETIONS)
+    assert batch.targets_T.tolist() == [2, 4, 3]
+    assert batch.indices_P.tolist() == [0, 2, 1]
+
+
+def test_flags_and_tokens_must_be_as_many():
+    with pytest.raises(ValueError, match="a pair has 3 tokens and 2 flags"):
+        collate([PAIRS[0] | {"chosen_scored": [True, False]}], "packed")
 
 
 def test_any_number_of_completions():
