@@ -15,6 +15,7 @@
     prefill.py     prompts that end with the beginning of an answer
     chat.py        a chat becomes texts: the generation prompt, and what the model would write after it
     continuation.py  finished turns, as they go on from the generation prompt
+    turns.py       answers of several turns, and what the assistant wrote in them
     dialects.py    the forms in which templates take messages, and what they leave out
     thinking.py    the marks of thinking, family by family
     boundary.py    where the prompt's tokens end

@@ -26,7 +26,8 @@ from dpo_fast.data.dialects import (
 from dpo_fast.data.messages import Messages
 from dpo_fast.data.prefill import ends_open, prefill_of, whole_answers
 from dpo_fast.data.rows import Row
-from dpo_fast.data.thinking import KEYS, find_opening, find_thought
+from dpo_fast.data.thinking import KEYS, find_opening, find_thought, thinks
+from dpo_fast.data.turns import Text, Trajectory, check_scored, has_unscored, until_assistant
 from dpo_fast.data.verdicts import BadRow
 from dpo_fast.errors import UserError
 
@@ -42,6 +43,7 @@ class ChatTemplate:
         self.custom = read_template(config)
         self.path = config.chat_template
         self.kwargs = config.chat_template_kwargs
+        self.scored = config.scored
 
     @property
     def exists(self) -> bool:
@@ -60,8 +62,11 @@ class ChatTemplate:
         template = self.custom or self.tokenizer.chat_template or ""
         return "\n".join(template.values()) if isinstance(template, dict) else template
 
-    def texts(self, row: Row) -> tuple[str, list[str]]:
+    def texts(self, row: Row) -> tuple[str, list[Text]]:
         """The generation prompt, and for every answer the whole text, which begins with it.
+
+        Messages after an answer's last turn of the assistant are left off. Of the forms that messages
+        may take, the first counts whose thinking the template writes.
 
         Raises:
             BadRow: the template refuses the row, leaves some of it out, or renders the prompt in
@@ -74,17 +79,24 @@ class ChatTemplate:
                 "template; set data.chat_template to a Jinja file"
             )
         reasons: list[BadRow] = []
+        found: list[tuple[str, list[Text]]] = []
         prefill = prefill_of(row)
         row = whole_answers(row, prefill)
-        for dialect in dialects(row.prompt, list(row.answers.values()), self.source, self._parts):
+        answers = {name: until_assistant(answer) for name, answer in row.answers.items()}
+        for name, answer in answers.items():
+            check_scored(answer, name, self.scored)
+        for dialect in dialects(row.prompt, list(answers.values()), self.source, self._parts):
             try:
-                prompt, texts = self._in_dialect(row, dialect)
-                if not prefill:
-                    return prompt, texts
-                unfinished = self._unfinished(row, dialect, prefill)
-                return ends_open(prompt, texts, prefill, unfinished, self.name)
+                prompt, texts = self._in_dialect(row, answers, dialect)
+                if prefill:
+                    prompt, texts = self._open(row, dialect, prompt, texts, prefill)
+                found.append((prompt, texts))
             except BadRow as verdict:
                 reasons.append(verdict)
+            if found and _settled(found[-1]):
+                return found[-1]
+        if found:
+            return found[0]
         raise max(reasons, key=lambda reason: (reason.fault == CLOSED, reason.fault != REFUSED))
 
     def _check_kwargs(self) -> None:
@@ -96,28 +108,45 @@ class ChatTemplate:
                     "it, or correct its name"
                 )
 
-    def _in_dialect(self, row: Row, dialect: Dialect) -> tuple[str, list[str]]:
+    def _in_dialect(
+        self, row: Row, answers: dict[str, Messages], dialect: Dialect
+    ) -> tuple[str, list[Text]]:
         tools, kwargs = row.optional.get("tools"), row.optional.get("chat_template_kwargs", {})
         before = dialect.prompt(row.prompt)
 
-        def finish(answer: Messages) -> str:
-            return self.render(before + dialect.answer(answer), tools=tools, kwargs=kwargs)
+        def render(messages: Messages, generate: bool = False) -> str:
+            return self.render(before + messages, generate=generate, tools=tools, kwargs=kwargs)
 
-        prompt = self.render(before, generate=True, tools=tools, kwargs=kwargs)
+        prompt = render([], generate=True)
         self._keep(left_out_of_prompt(row.prompt, prompt))
         if tools and prompt == self.render(before, generate=True, kwargs=kwargs):
             self._keep("the column 'tools'")
-        turns = Continuation(prompt, self, lambda word: finish(_messages(("assistant", word))))
-        turns.check_thinking(row.answers)
-        texts = [finish(answer) for answer in row.answers.values()]
-        if dialect.thinking == WRITTEN:
-            for index, (field, answer) in enumerate(row.answers.items()):
-                texts[index] = turns.written(texts[index], answer, field)
-                self._keep(None if texts[index] else f"the thinking of {field}")
-        prompt, texts = turns.continued(dict(zip(row.answers, texts)))
-        for (field, answer), text in zip(row.answers.items(), texts):
-            self._keep_answer(answer, field, text[len(prompt) :])
-        return prompt, texts
+        turns = Continuation(prompt, self, lambda word: render(_messages(("assistant", word))))
+        turns.check_thinking(answers)
+        texts = {}
+        for field, answer in answers.items():
+            if has_unscored(answer, self.scored):
+                texts[field] = Trajectory(field, answer, dialect, render, self).text(self.scored)
+                continue
+            text = render(dialect.answer(answer))
+            if dialect.thinking == WRITTEN:
+                text = turns.written(text, answer, field)
+                self._keep(None if text else f"the thinking of {field}")
+            texts[field] = Text(text, answer)
+        prompt, whole = turns.continued({field: text.whole for field, text in texts.items()})
+        texts = {name: each.begun(prompt, text) for (name, each), text in zip(texts.items(), whole)}
+        for field, text in texts.items():
+            self._keep_answer(text, field, text.whole[len(prompt) :])
+        return prompt, list(texts.values())
+
+    def _open(
+        self, row: Row, dialect: Dialect, prompt: str, texts: list[Text], prefill: str
+    ) -> tuple[str, list[Text]]:
+        """Prompt and texts with the prefill at the prompt's end. Raises BadRow."""
+        unfinished = self._unfinished(row, dialect, prefill)
+        wholes = [text.whole for text in texts]
+        prompt, wholes = ends_open(prompt, wholes, prefill, unfinished, self.name)
+        return prompt, [text.begun(prompt, whole) for text, whole in zip(texts, wholes)]
 
     def _unfinished(self, row: Row, dialect: Dialect, prefill: str) -> str:
         """The prompt with the prefill, as it is rendered for inference; empty if that is refused."""
@@ -219,11 +248,16 @@ class ChatTemplate:
         base = opening.base if opening else prompt
         return before[len(base) :] if before.startswith(base) else None
 
-    def _keep_answer(self, answer: Messages, field: str, scored: str) -> None:
+    def _keep_answer(self, text: Text, field: str, scored: str) -> None:
+        """scored: the text after the prompt."""
+        answer = text.answer
         self._keep(left_out_of_answer(answer, field, scored))
+        for start, stop, place in text.turns:
+            self._keep(left_out_of_answer(answer, field, text.whole[start:stop], place))
         for thought in filter(None, map(find_thought, answer)):
-            if scored.count(thought.close) > max(
-                1, *(str(m["content"]).count(thought.close) for m in answer)
+            if scored.count(thought.close) > sum(
+                max(message["role"] == "assistant", message["content"].count(thought.close))
+                for message in answer
             ):
                 raise BadRow(
                     "the chat template adds thinking to an answer that thinks",
@@ -240,6 +274,13 @@ class ChatTemplate:
                 f"(data.chat_template), or {without}"
                 + (" or write it into the content, as the model is to write it" if thinks else ""),
             )
+
+
+def _settled(found: tuple[str, list[Text]]) -> bool:
+    """Whether no thinking is left out, or only that of some turns: the template knows its form."""
+    texts = found[1]
+    whole = not any(text.left_out for text in texts)
+    return whole or any(thinks(message) for text in texts for message in text.answer)
 
 
 def _messages(*pairs: tuple[str, str]) -> Messages:
@@ -260,11 +301,16 @@ def read_template(config: DataConfig) -> str | None:
 
 
 def check_template_used(config: DataConfig, chats: bool) -> None:
-    """Raises UserError if the template is given arguments and no row is a chat."""
+    """Raises UserError for an option of chats if no row is a chat."""
     if config.chat_template_kwargs and not chats:
         raise UserError(
             f"data.chat_template_kwargs={config.chat_template_kwargs} is not used: all rows are text, "
             "which goes through no template; remove it, or give lists of messages"
+        )
+    if config.scored == "last" and not chats:
+        raise UserError(
+            "data.scored=last is not used: all rows are text, which has no turns and is scored whole; "
+            "remove it, or give lists of messages"
         )
 
 

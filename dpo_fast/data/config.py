@@ -118,6 +118,13 @@ class DataConfig(BaseModel):
         "error", description="error: stop at a bad row; skip: leave it out and report it"
     )
     add_eos: bool = Field(True, description="add EOS to completions that have no end of turn")
+    scored: Literal["assistant", "last", "all"] = Field(
+        "assistant",
+        description="what of an answer of several messages is scored: what the assistant wrote, each turn "
+        "with its end; only its last turn; or all, messages of users and tools too. An assistant message "
+        "with `weight: 0` is never scored",
+        json_schema_extra={"refused": "last where all rows are text"},
+    )
     chat_template: str | None = Field(
         None,
         description="a Jinja file in place of the tokenizer's chat template; it is exported with the model",

@@ -43,12 +43,15 @@ class Template(Protocol):
     """name: for errors. source: its text. header: what the generation prompt adds to a question.
 
     lead: what a finished turn has between the header and the answer's words; None if unknown.
+    after_answer: what is rendered after an answer's words, before a message of a role or at the end.
     """
 
     name: str
     source: str
     header: str
     lead: str | None
+
+    def after_answer(self, following: str | None) -> str: ...
 
 
 class Continuation:
@@ -84,7 +87,7 @@ class Continuation:
         if all(text.startswith(prompt) for text in whole):
             return prompt, [prompt + self._without_header(text[len(prompt) :]) for text in whole]
         if all(text.startswith(prompt.rstrip()) for text in whole):
-            return prompt, [prompt + text[_common(prompt, text) :] for text in whole]
+            return prompt, [prompt + text[common(prompt, text) :] for text in whole]
         rests = {field: self._after_base(text, field) for field, text in texts.items()}
         opening = self.opening
         if opening is None:
@@ -102,7 +105,7 @@ class Continuation:
 
         None if it has no place for thinking.
         """
-        thought = next(filter(None, map(find_thought, answer)), None)
+        thought = find_thought(answer[0])
         if thought is None:
             return text
         rest = self._after_base(text, field)
@@ -138,5 +141,6 @@ class Continuation:
         return rest if self.prompt.endswith(header) else rest.removeprefix(header)
 
 
-def _common(left: str, right: str) -> int:
+def common(left: str, right: str) -> int:
+    """Length of the common beginning."""
     return len(os.path.commonprefix([left, right]))

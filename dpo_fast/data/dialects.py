@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_fast.data.messages import Messages
-from dpo_fast.data.thinking import KEYS, find_thought
+from dpo_fast.data.messages import WEIGHTS, Messages
+from dpo_fast.data.thinking import KEYS, find_thought, without_thought
 
 AS_IS, WRITTEN = "as it is", "written"
 SWITCH = re.compile(r"/(?:no_?)?think\b")  # in messages to SmolLM 3, Nemotron, Qwen 3 and GLM
@@ -48,14 +48,13 @@ class Dialect:
         thought = find_thought(message)
         if thought is None or self.thinking == AS_IS:
             return message
-        plain = {key: value for key, value in message.items() if key not in KEYS}
-        plain["content"] = thought.rest
+        plain = without_thought(message)
         if self.thinking == WRITTEN:
             return plain
         return plain | {self.thinking: thought.inside.strip()}
 
     def _message(self, message: dict[str, Any]) -> dict[str, Any]:
-        message = dict(message)
+        message = {key: value for key, value in message.items() if key not in WEIGHTS}
         if message["role"] == "developer" and not self.developer:
             message["role"] = "system"
         if message.get("tool_calls"):
@@ -129,9 +128,13 @@ def left_out_of_prompt(messages: Messages, text: str) -> str | None:
     return None
 
 
-def left_out_of_answer(messages: Messages, field: str, text: str) -> str | None:
-    """The same of an answer, with its thinking."""
+def left_out_of_answer(
+    messages: Messages, field: str, text: str, place: int | None = None
+) -> str | None:
+    """The same of an answer, with its thinking. place: the one message to look for."""
     for index, message in enumerate(messages):
+        if place not in (None, index):
+            continue
         thought, name = find_thought(message), f"{field}[{index}]"
         content = thought.rest if thought else _text(message.get("content"))
         if not _has(text, content):

@@ -94,12 +94,7 @@ class Endings:
 
         Raises UserError when EOS is needed and the tokenizer has none.
         """
-        ends = self.end_ids | ({self._turn_end} if chat else set())
-        tail = self._tail(answer_ids, ends | self._special_ids if chat else ends)
-        places = range(tail, len(answer_ids))
-        found = next((i for i in places if answer_ids[i] in ends), None)
-        if found is None and chat:
-            found = next((i for i in reversed(places) if answer_ids[i] in self._special_ids), None)
+        found = self._end(answer_ids, len(answer_ids), chat)
         if found is not None:
             return answer_ids[: found + 1], False
         if not self.add_eos:
@@ -112,6 +107,24 @@ class Endings:
                 "data.add_eos=false"
             )
         return [*answer_ids, end], True
+
+    def end_turn(self, ids: list[int], first: int, last: int) -> int:
+        """Where a turn of a chat, the tokens from first to last, ends with its end of turn, if it has one.
+
+        That may be the next token, if generation stops there (GLM).
+        """
+        found = self._end(ids[first : last + 1], last - first, chat=True)
+        return last if found is None else first + found + 1
+
+    def _end(self, ids: list[int], size: int, chat: bool) -> int | None:
+        """Place of the end of turn in ids, of which the first `size` are of the turn."""
+        ends = self.end_ids | ({self._turn_end} if chat else set())
+        tail = self._tail(ids[:size], ends | self._special_ids if chat else ends)
+        found = next((i for i in range(tail, len(ids)) if ids[i] in ends), None)
+        if found is None and chat:
+            places = reversed(range(tail, size))
+            found = next((i for i in places if ids[i] in self._special_ids), None)
+        return found
 
     @cached_property
     def _turn_end(self) -> int | None:

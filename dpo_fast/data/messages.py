@@ -23,6 +23,7 @@ OTHER_ROLES = {
     **dict.fromkeys(("observation", "tool_response", "function", "function_response"), "tool"),
 }
 CALLS = ("function_call", "tool_call", "tool_calls")  # roles whose content is the call
+WEIGHTS = ("weight", "loss")  # whether a message is scored; by OpenAI and Mistral, and by ms-swift
 PLAIN = {"role", "content"}  # the keys of most messages
 TEXT_PARTS = ("text", "input_text", "output_text")
 
@@ -149,4 +150,5 @@ def _calls(message: dict[str, Any], name: str) -> dict[str, Any]:
     whole = [
         call if "function" in call else {"type": "function", "function": call} for call in calls
     ]
-    return {"role": "assistant", "content": "", "tool_calls": whole}
+    weight = {key: message[key] for key in WEIGHTS if key in message}
+    return {"role": "assistant", "content": "", "tool_calls": whole, **weight}

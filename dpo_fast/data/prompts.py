@@ -56,17 +56,16 @@ def without_prompt(prompt: str, answers: list[str]) -> list[str]:
 
 
 def check_answer(messages: Messages, field: str) -> None:
-    """Raises BadRow unless all messages are the assistant's and have text or tool calls.
-
-    Every token of an answer is scored, so turns the model did not write may not be part of it.
-    """
+    """Raises BadRow unless the assistant begins, and all that it says has text or tool calls."""
+    if messages[0]["role"] != "assistant":
+        raise BadRow(
+            f"{field} begins with a {messages[0]['role']} message",
+            "an answer begins with what the assistant wrote; what comes before it belongs to the prompt, "
+            "which all answers share",
+        )
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
-            raise BadRow(
-                f"{field} holds a {message['role']} message",
-                f"{field}[{index}] of the answer would be scored: an answer has only assistant "
-                "messages, and earlier turns belong to the prompt",
-            )
+            continue
         if not message["content"].strip() and not message.get("tool_calls"):
             raise BadRow(f"empty {field}", f"message {index} of the answer has no text")
 
@@ -132,7 +131,7 @@ def _repeats(prompt: str | Messages, shared: Messages) -> bool:
     if isinstance(prompt, str):
         users = [message["content"] for message in shared if message["role"] == "user"]
         return prompt.strip() in [content.strip() for content in users]
-    return shared == prompt
+    return shared[: len(prompt)] == prompt
 
 
 def _from_user(prompt: str) -> Messages:

@@ -6,6 +6,8 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -44,6 +46,8 @@ class DataReport:
     held_out: examples of them that are for evaluation.
     bad, dropped: rows by reason, with the first 50 of each reason.
     prompts_cut, bos_added: examples; answers_cut, eos_added: single answers.
+    left_out: turns that are not scored because the template leaves out their thinking.
+    trailing: answers without their last messages, which are not the assistant's.
     boundary_merges: examples in which a token straddles the prompt's end.
     lengths: percentiles of tokens, {name: {"p5": int, ..., "max": int}}. The names are prompt, each
         column of answers, longest = prompt + longest answer (max_length bounds it) where examples
@@ -69,6 +73,8 @@ class DataReport:
     boundary_merges: int = 0
     bos_added: int = 0
     eos_added: int = 0
+    left_out: int = 0
+    trailing: int = 0
     ignored_columns: list[str] = field(default_factory=list)
     lengths: dict[str, dict[str, int]] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
@@ -128,6 +134,8 @@ class DataReport:
         self.eos_added += int(np.sum(columns["eos_added"]))
         self.prompts_cut += int(np.count_nonzero(columns["prompt_cut"]))
         self.answers_cut += int(np.sum(columns["answers_cut"]))
+        self.left_out += int(np.sum(columns["left_out"]))
+        self.trailing += int(np.sum(columns["trailing"]))
         if kind.many:
             self.answers += sum(map(len, columns["scores"]))
             self.even += sum(min(scores) == max(scores) for scores in columns["scores"])
@@ -145,7 +153,7 @@ class DataReport:
         self.lengths = {name: _percentiles(values) for name, values in columns.items()}
         sums = {name: int(columns[name].sum()) for name in (*named, "total")}
         again = int((prompt * (lengths.counts_P - 1)).sum())
-        scored = sums["total"] - sums["prompt"]
+        scored = int(lengths.scored_S.sum())
         self.tokens = {**sums, "scored": scored, "separate": sums["total"] + again}
 
     def notes(self) -> list[str]:
@@ -162,6 +170,11 @@ class DataReport:
             (self.bos_added, examples, "prompts did not have their BOS token; it was put first"),
             (self.eos_added, answers, "answers did not end their turn; EOS was put last"),
             (
+                self.trailing,
+                answers,
+                "answers end with messages that are not the assistant's; these are left off",
+            ),
+            (
                 self.even,
                 examples,
                 "groups have one score for all their completions; nothing is preferred there",
@@ -169,6 +182,14 @@ class DataReport:
             (self.held_out, examples, f"{self.kind} are held out for evaluation"),
         )
         notes = [f"{count} of {whole} {text}" for count, whole, text in facts if count]
+        if self.left_out:
+            notes.append(
+                f"{self.left_out} turns are not scored, because the chat template leaves their thinking "
+                "out of earlier turns"
+            )
+        answers = self.tokens.get("total", 0) - self.tokens.get("prompt", 0)
+        if unscored := answers - self.tokens.get("scored", answers):
+            notes.append(f"{unscored:,} of {answers:,} tokens of answers are not scored")
         if self.ignored_columns:
             notes.append(f"columns not used: {', '.join(self.ignored_columns)}")
         return notes
@@ -244,8 +265,8 @@ def _lengths(report: DataReport) -> Table:
 def render_examples(dataset: Any, tokenizer: Any, console: Console, n: int = 3) -> None:
     """Prints the first n examples of a `Dataset` or a `Chunk` token by token.
 
-    Each scored token stands in its own ⟦ ⟧, so that it shows without colour. A middle dot separates
-    prompt tokens. Line breaks are written \\n.
+    Each scored token stands in its own ⟦ ⟧, so that it shows without colour. A middle dot separates the
+    others. Line breaks are written \\n.
     """
     for index in range(min(n, len(dataset))):
         row = dataset[index]
@@ -255,9 +276,9 @@ def render_examples(dataset: Any, tokenizer: Any, console: Console, n: int = 3) 
         console.print(
             Text(f"{'prompt':<{width}}", style="bold") + _prompt(row["prompt_ids"], tokenizer)
         )
-        for ids, title, style in answers:
-            scored = "".join(f"⟦{piece}⟧" for piece in _pieces(ids, tokenizer))
-            console.print(Text(f"{title:<{width}}", style="bold") + Text(scored, style=style))
+        for (ids, title, style), flags in zip(answers, dataset.kind.answer_flags(row)):
+            answer = _answer(_pieces(ids, tokenizer), flags, style)
+            console.print(Text(f"{title:<{width}}", style="bold") + answer)
 
 
 def _answers(row: dict[str, Any]) -> list[tuple[list[int], str, str]]:
@@ -270,6 +291,18 @@ def _answers(row: dict[str, Any]) -> list[tuple[list[int], str, str]]:
         title, style = ("desirable", "green") if row["label"] else ("undesirable", "red")
         return [(row["completion_ids"], title, style)]
     return [(row["chosen_ids"], "chosen", "green"), (row["rejected_ids"], "rejected", "red")]
+
+
+def _answer(pieces: list[str], flags: list[bool] | None, style: str) -> Text:
+    """flags: which of the tokens are scored; None if all are."""
+    text = Text()
+    for scored, group in groupby(zip(flags or [True] * len(pieces), pieces), itemgetter(0)):
+        run = [piece for _, piece in group]
+        if scored:
+            text.append("".join(f"⟦{piece}⟧" for piece in run), style)
+        else:
+            text.append("·".join(run), "dim")
+    return text
 
 
 def _prompt(ids: list[int], tokenizer: Any) -> Text:

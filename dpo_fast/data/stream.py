@@ -171,7 +171,9 @@ class ExampleStream:
             outcome = vars(tokenised) | values(row)
             self.report.keep(row.kind, {name: [value] for name, value in outcome.items()})
             ids = {name: _as_arrays(getattr(tokenised, name)) for name in row.kind.ids}
-            return ids | values(row)
+            flags = {name: getattr(tokenised, name) for name in row.kind.scored}
+            told = {name: _as_arrays(each, np.bool_) for name, each in flags.items() if each}
+            return ids | told | values(row)
         return None
 
     def _see(self, row: Row) -> None:
@@ -193,11 +195,11 @@ class ExampleStream:
         return report
 
 
-def _as_arrays(ids: list) -> np.ndarray | list[np.ndarray]:
+def _as_arrays(ids: list, dtype: type = np.int32) -> np.ndarray | list[np.ndarray]:
     """Token ids of one text, or of several. Lists of them take eight times the memory."""
     if isinstance(ids[0], list):
-        return [_as_arrays(each) for each in ids]
-    return np.array(ids, dtype=np.int32)
+        return [_as_arrays(each, dtype) for each in ids]
+    return np.array(ids, dtype=dtype)
 
 
 def _as_lists(value: Any) -> Any:

@@ -38,8 +38,10 @@ def find_thought(message: dict) -> Thought | None:
     """The thinking of an assistant's message, in a field of its own or in the content.
 
     The opening mark may be missing: answers that were sampled after a generation prompt that opens
-    the thinking have none.
+    the thinking have none. Messages of others do not think.
     """
+    if message["role"] != "assistant":
+        return None
     content = message["content"] if isinstance(message.get("content"), str) else ""
     for key in KEYS:
         if isinstance(message.get(key), str) and message[key].strip():
@@ -51,6 +53,21 @@ def find_thought(message: dict) -> Thought | None:
             rest = after.lstrip()
             return Thought(opening, inside, close, after[: len(after) - len(rest)], rest)
     return None
+
+
+def thinks(message: dict) -> bool:
+    """Whether there are words in its thinking."""
+    thought = find_thought(message)
+    return thought is not None and bool(thought.inside.strip())
+
+
+def without_thought(message: dict) -> dict:
+    """The message as if it did not think."""
+    thought = find_thought(message)
+    if thought is None:
+        return message
+    plain = {key: value for key, value in message.items() if key not in KEYS}
+    return plain | {"content": thought.rest}
 
 
 class Opening(NamedTuple):
@@ -83,6 +100,16 @@ def without_empty_thought(text: str, opening: Opening) -> str:
     """The text without the empty thinking that it begins with."""
     begun, ended = re.escape(opening.open), re.escape(opening.close)
     return re.sub(rf"^(?:{begun}\s*)?{ended}\s*", "", text, count=1)
+
+
+def skip_empty_thought(text: str, opened: bool) -> str:
+    """The same for the text after any generation prompt. opened: it opens thinking."""
+    for opening, close in MARKS:
+        begun = rf"(?:{re.escape(opening)})" + "?" * opened
+        empty = re.match(rf"\s*{begun}\s*{re.escape(close)}\s*", text)
+        if empty:
+            return text[empty.end() :]
+    return text
 
 
 def continue_thought(prompt: str, rest: str, opening: Opening) -> str | None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpo_fast.data.boundary import PromptBoundary
 from dpo_fast.data.chat import ChatTemplate
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.endings import Endings
-from dpo_fast.data.kinds import COMPLETIONS, GROUPS, PAIRS
+from dpo_fast.data.kinds import COMPLETIONS, GROUPS, PAIRS, Kind
+from dpo_fast.data.messages import Messages
 from dpo_fast.data.rows import Row
+from dpo_fast.data.turns import Text
 from dpo_fast.data.verdicts import BadRow, Dropped
 from dpo_fast.errors import UserError
 
@@ -20,6 +23,10 @@ from dpo_fast.errors import UserError
 class Tokenised:
     """Ids of one row. A sequence is prompt_ids + an answer's ids, and the answer's ids are scored.
 
+    Fields in `_scored` say which of an answer's tokens are; they are None where all are.
+
+    left_out: turns that are not scored because the template leaves out their thinking.
+    trailing: answers without their last messages, which are not the assistant's.
     merged: 1 if a token straddles the prompt's end.
     bos_added, eos_added: special tokens that the text did not have; at most one EOS for each answer.
     prompt_cut: prompt tokens removed.
@@ -32,6 +39,8 @@ class Tokenised:
     eos_added: int
     prompt_cut: int
     answers_cut: int
+    left_out: int
+    trailing: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +49,8 @@ class TokenisedPair(Tokenised):
 
     chosen_ids: list[int]
     rejected_ids: list[int]
+    chosen_scored: list[bool] | None
+    rejected_scored: list[bool] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +58,7 @@ class TokenisedCompletion(Tokenised):
     """One answer."""
 
     completion_ids: list[int]
+    completion_scored: list[bool] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +66,7 @@ class TokenisedGroup(Tokenised):
     """Two or more answers to one prompt."""
 
     completions_ids: list[list[int]]
+    completions_scored: list[list[bool]] | None
 
 
 TOKENISED = {PAIRS: TokenisedPair, COMPLETIONS: TokenisedCompletion, GROUPS: TokenisedGroup}
@@ -76,7 +89,9 @@ class RowTokeniser:
     def __call__(self, row: Row) -> Tokenised:
         """Raises BadRow or Dropped for the row, and UserError for what no row can mend."""
         prompt, texts = self.chat.texts(row) if row.is_chat else (row.prompt, self._texts(row))
-        split = self.boundary.split(prompt, *texts, keep=row.is_chat)
+        starts = [[turn.start for turn in text.turns if turn.start > len(prompt)] for text in texts]
+        wholes = [text.whole for text in texts]
+        split = self.boundary.split(prompt, *wholes, keep=row.is_chat, starts=starts)
         prompt_ids, bos_added = self.endings.begin(split.prompt)
         if not prompt_ids and not prompt and self.endings.bos_id is not None:
             prompt_ids, bos_added = [self.endings.bos_id], True
@@ -88,25 +103,91 @@ class RowTokeniser:
                 else "the prompt is empty, and the tokenizer has no BOS to predict the first token from",
             )
         answers, eos_added = {}, 0
-        for name, ids in zip(row.answers, split.answers):
-            calls = row.is_chat and bool(row.answers[name][-1].get("tool_calls"))
+        for name, text, ids, cuts in zip(row.answers, texts, split.answers, starts):
             self.endings.check_bos(ids, name)
-            answers[name], added = self.endings.end(ids, chat=row.is_chat, calls=calls)
+            flags = self._flags(text, split.prompt, ids, [len(prompt), *cuts])
+            calls = row.is_chat and bool(text.answer[-1].get("tool_calls"))
+            ids, added = self.endings.end(ids, chat=row.is_chat, calls=calls)
+            answers[name] = Answer.ended(ids, flags, name)
             eos_added += added
-        fitted = fit(row.where, prompt_ids, answers, self.config, self.endings.lead(prompt_ids))
-        columns = [fitted.answers] if row.kind.many else fitted.answers
+        ids = {name: answer.ids for name, answer in answers.items()}
+        fitted = fit(row.where, prompt_ids, ids, self.config, self.endings.lead(prompt_ids))
+        kept = [each.cut(len(ids)) for each, ids in zip(answers.values(), fitted.answers)]
+        if _alike([answer.ids for answer in kept]):
+            raise Dropped(
+                "the answers are the same once cut", "up to the last token that is scored"
+            )
         return TOKENISED[row.kind](
             prompt_ids=fitted.prompt,
-            **dict(zip(row.kind.ids[1:], columns)),
+            **_columns(kept, row.kind),
             merged=int(split.merged),
             bos_added=int(bos_added),
             eos_added=eos_added,
             prompt_cut=fitted.prompt_cut,
             answers_cut=fitted.answers_cut,
+            left_out=sum(text.left_out for text in texts),
+            trailing=sum(map(_trails, row.answers.values())),
         )
 
-    def _texts(self, row: Row) -> list[str]:
-        return [row.prompt + answer for answer in row.answers.values()]
+    def _flags(
+        self, text: Text, prompt_ids: list[int], ids: list[int], cuts: list[int]
+    ) -> list[bool] | None:
+        """Which of an answer's tokens are scored; None if all are. cuts: as for `offsets`."""
+        if text.scored and not text.turns:
+            return None
+        flags = [text.scored] * len(ids)
+        places = self.boundary.offsets(text.whole, [*prompt_ids, *ids], cuts)[len(prompt_ids) :]
+        ends = [end for _, end in places]
+        for start, stop, _ in text.turns:
+            first, last = bisect_right(ends, start), bisect_right(ends, stop)
+            if last < len(ids):
+                last = self.endings.end_turn(ids, first, last)
+            flags[first:last] = [not text.scored] * (last - first)
+        return flags
+
+    def _texts(self, row: Row) -> list[Text]:
+        return [Text(row.prompt + answer, []) for answer in row.answers.values()]
+
+
+class Answer(NamedTuple):
+    """Token ids, and which of them are scored: the last one is. scored: None if all are."""
+
+    ids: list[int]
+    scored: list[bool] | None
+
+    @classmethod
+    def ended(cls, ids: list[int], flags: list[bool] | None, name: str) -> Answer:
+        """flags: of the ids before they were given one end of turn. Raises BadRow."""
+        if flags is None:
+            return cls(ids, None)
+        if not any(flags):
+            raise BadRow(f"nothing of {name} is scored", "its thinking is left out by the template")
+        flags = [*flags[: len(ids)], *flags[-1:] * (len(ids) - len(flags))]
+        return cls(ids, flags).cut(len(ids))
+
+    def cut(self, size: int) -> Answer:
+        """The first `size` tokens, up to the last that is scored. Raises Dropped if none is."""
+        if self.scored is None:
+            return Answer(self.ids[:size], None)
+        places = [place for place, scored in enumerate(self.scored[:size]) if scored]
+        if not places:
+            raise Dropped("nothing is scored once cut", f"{size} tokens of an answer fit")
+        end = places[-1] + 1
+        return Answer(self.ids[:end], None if len(places) == end else self.scored[:end])
+
+
+def _trails(answer: str | Messages) -> bool:
+    """Whether an answer has messages after the assistant's last."""
+    return not isinstance(answer, str) and answer[-1]["role"] != "assistant"
+
+
+def _columns(answers: list[Answer], kind: Kind) -> dict[str, Any]:
+    """The fields of `Tokenised` that are about answers."""
+    ids, flags = [answer.ids for answer in answers], [answer.scored for answer in answers]
+    if kind.many:
+        told = [each or [True] * len(own) for each, own in zip(flags, ids)]
+        ids, flags = [ids], [told if any(flags) else None]
+    return dict(zip(kind.ids[1:], ids)) | dict(zip(kind.scored, flags))
 
 
 @dataclass(frozen=True)

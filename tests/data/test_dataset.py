@@ -19,7 +19,7 @@ from dpo_fast.data.report import DataReport, render_examples, render_report
 from dpo_fast.data.stream import ExampleStream
 from dpo_fast.errors import UserError
 from tests.support.paths import ROOT
-from tests.support.tokenizers import CHATML, EOS, byte_tokenizer, ids_of
+from tests.support.tokenizers import CHATML, EOS, byte_tokenizer, chat_tokenizer, ids_of
 
 HH = ROOT.parent / "shared" / "data" / "hh_harmless_1500.jsonl.gz"
 datasets.disable_progress_bars()
@@ -394,6 +394,26 @@ def test_examples_mark_scored_tokens_without_colour(load):
     assert "prompt   Q·\\n\n" in text
     assert "chosen   ⟦Ã⟧⟦©⟧⟦!⟧⟦</s>⟧" in text
     assert "rejected ⟦n⟧⟦o⟧⟦ ⟧⟦1⟧⟦</s>⟧" in text
+
+
+def test_examples_show_what_is_not_scored(load):
+    """The answer's other messages, and the headers of its turns."""
+    user, yes = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "ab"}
+    row = {
+        "prompt": [user],
+        "chosen": [yes, user, yes, user],
+        "rejected": [yes, yes | {"weight": 0}],
+    }
+    data = load([row], tokenizer=chat_tokenizer())
+    text = rendered(render_examples, data, chat_tokenizer()).replace("\n", "")
+    header = "<|im_start|>·a·s·s·i·s·t·a·n·t·\\n"
+    asked = f"\\n·<|im_start|>·u·s·e·r·\\n·Q·<|im_end|>·\\n·{header}"
+    assert f"chosen   ⟦a⟧⟦b⟧⟦<|im_end|>⟧{asked}⟦a⟧⟦b⟧⟦<|im_end|>⟧" in text
+    assert "rejected ⟦a⟧⟦b⟧⟦<|im_end|>⟧" in text
+    report = rendered(render_report, data.report)
+    assert "1 of 2 answers end with messages that are not the assistant's; these are left" in report
+    assert "tokens of answers are not scored" in report
+    assert data.report.tokens["scored"] == 9
 
 
 # A real data set

@@ -128,7 +128,10 @@ def test_prompt_and_completions_may_be_messages(prompt, completions):
         ({"completions": ["4", None, "5"]}, r"field 'completions\[1\]' has the wrong type.*null"),
         ({"completions": ["4", "5", " \n"]}, r"empty completions\[2\]"),
         ({"completions": [[ASSISTANT], [], [BYE]]}, r"empty completions\[1\]: the message list"),
-        ({"completions": [[ASSISTANT], [USER], [BYE]]}, r"completions\[1\] holds a user message"),
+        (
+            {"completions": [[ASSISTANT], [USER], [BYE]]},
+            r"completions\[1\] begins with a user message",
+        ),
         ({"completions": ["4", "\ud800", "5"]}, r"field 'completions\[1\]' is not Unicode"),
         ({"prompt": " \n"}, "empty prompt"),
         ({"weight": -1}, "field 'weight' is out of range"),

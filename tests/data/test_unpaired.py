@@ -98,7 +98,7 @@ def test_prompt_and_completion_may_be_messages(prompt, completion):
         ({"completion": None}, "field 'completion' has the wrong type.*null"),
         ({"completion": " \n"}, "empty completion"),
         ({"prompt": " "}, "empty prompt"),
-        ({"completion": [USER]}, "completion holds a user message"),
+        ({"completion": [USER]}, "completion begins with a user message"),
         ({"weight": -1}, "field 'weight' is out of range"),
         ({"tools": [{}]}, "tools without messages"),
     ],
