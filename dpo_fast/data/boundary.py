@@ -8,12 +8,17 @@ token that straddles it belongs to the answer, and is scored. With the vocabular
     prompt "ab", answer "c"      alone [a b]     whole [a bc]     prompt [a], answer [bc]
 
 The prompt of a chat keeps its own ids even then, and the rest is tokenised by itself: generation begins
-from exactly these ids, so that is where the model goes on.
+from exactly these ids, so that is where the model goes on. So does the prompt of a text if its answers
+leave it different tokens, or if the tokenizer has no offsets:
+
+    prompt "x\\n\\n", answer " yes"   [x \\n\\n Ġyes]
+                    answer "no"     [x \\n \\n no]         prompt [x \\n\\n], answers [Ġyes] and [no]
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -63,9 +68,18 @@ class PromptBoundary:
         )
         prompt_ids, *whole_ids = encoded["input_ids"]
         if keep and not self._marks_words:
-            whole_ids = [
-                self._kept(prompt, prompt_ids, text, ids) for text, ids in zip(texts, whole_ids)
-            ]
+            return self._kept(prompt, prompt_ids, texts, whole_ids)
+        try:
+            return self._shared(prompt, prompt_ids, texts, whole_ids)
+        except BadRow:
+            if self._marks_words:
+                raise
+            return self._kept(prompt, prompt_ids, texts, whole_ids)
+
+    def _shared(
+        self, prompt: str, prompt_ids: list[int], texts: Sequence[str], whole_ids: list[list[int]]
+    ) -> PromptAndAnswers:
+        """The tokens of the whole texts. Raises BadRow if they part before the prompt's end."""
         cuts = [self._cut(prompt, prompt_ids, *pair) for pair in zip(texts, whole_ids)]
         prompts = [cut.ids[: cut.end] for cut in cuts]
         shared = min(common_length(prompts[0], each) for each in prompts)
@@ -79,11 +93,17 @@ class PromptBoundary:
         answers = [cut.ids[shared:] for cut in cuts]
         return PromptAndAnswers(cuts[0].ids[:shared], answers, merged=straddle < len(prompt))
 
-    def _kept(self, prompt: str, prompt_ids: list[int], text: str, ids: list[int]) -> list[int]:
-        if ids[: len(prompt_ids)] == prompt_ids:
-            return ids
-        rest = self.tokenizer(text[len(prompt) :], add_special_tokens=False, verbose=False)
-        return prompt_ids + rest["input_ids"]
+    def _kept(
+        self, prompt: str, prompt_ids: list[int], texts: Sequence[str], whole_ids: list[list[int]]
+    ) -> PromptAndAnswers:
+        """The prompt's own ids. A text that does not begin with them has its rest tokenised alone."""
+        length, answers = len(prompt_ids), []
+        for text, ids in zip(texts, whole_ids):
+            if ids[:length] != prompt_ids:
+                rest = self.tokenizer(text[len(prompt) :], add_special_tokens=False, verbose=False)
+                ids = prompt_ids + rest["input_ids"]
+            answers.append(ids[length:])
+        return PromptAndAnswers(prompt_ids, answers, merged=False)
 
     @cached_property
     def _marks_words(self) -> bool:
