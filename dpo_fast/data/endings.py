@@ -1,8 +1,9 @@
 """The special tokens that begin and end sequences.
 
-A sequence begins with what the tokenizer puts before a text, once: BOS, or [gMASK]<sop> for GLM. An
-answer ends with exactly one end of turn, the template's: what it writes after an answer, whether or
-not another turn follows. That may be an added token of any sort, the padding token too.
+A text begins with what the tokenizer puts before one, once: BOS, or [gMASK]<sop> for GLM. A chat begins
+with what its template puts there. An answer ends with exactly one end of turn, the template's: what it
+writes after an answer, whether or not another turn follows. That may be an added token of any sort, the
+padding token too.
 
     template   after the last answer    before the next question            end of turn
     ChatML     <|im_end|>\\n             <|im_end|>\\n<|im_start|>user         <|im_end|>
@@ -48,9 +49,12 @@ class Endings:
         start = next((i for i in starts if whole[i : i + len(plain)] == plain), 0)
         return whole[:start]
 
-    def begin(self, prompt_ids: list[int]) -> tuple[list[int], bool]:
-        """The prompt, begun as the tokenizer begins texts, and whether tokens had to be added."""
-        bos, start = self.bos_id, self.start_ids
+    def begin(self, prompt_ids: list[int], *, chat: bool) -> tuple[list[int], bool]:
+        """The prompt, begun as the tokenizer begins texts, and whether tokens had to be added.
+
+        A chat begins as its template begins it: inference adds nothing to a rendered chat.
+        """
+        bos, start = self.bos_id, [] if chat else self.start_ids
         first = 0
         while bos is not None and prompt_ids[first : first + 2] == [bos, bos]:
             first += 1

@@ -77,7 +77,7 @@ class RowTokeniser:
         """Raises BadRow or Dropped for the row, and UserError for what no row can mend."""
         prompt, texts = self.chat.texts(row) if row.is_chat else (row.prompt, self._texts(row))
         split = self.boundary.split(prompt, *texts, keep=row.is_chat)
-        prompt_ids, bos_added = self.endings.begin(split.prompt)
+        prompt_ids, bos_added = self.endings.begin(split.prompt, chat=row.is_chat)
         if not prompt_ids and not prompt and self.endings.bos_id is not None:
             prompt_ids, bos_added = [self.endings.bos_id], True
         if not prompt_ids:

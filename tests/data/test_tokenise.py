@@ -182,8 +182,17 @@ def test_template_with_bos_gets_no_second():
     assert pair.prompt_ids.count(BOS) == 1
     assert pair.prompt_ids[0] == BOS
     assert pair.bos_added == 0
-    pair = tokenise(chat_tokenizer(bos=True), chat())
-    assert (pair.prompt_ids[0], pair.prompt_ids.count(BOS), pair.bos_added) == (BOS, 1, 1)
+
+
+def test_a_chat_begins_as_its_template_begins_it():
+    """Zephyr: the tokenizer puts BOS before texts, and the template none. Inference feeds none."""
+    tokenizer = chat_tokenizer(bos=True)
+    pair = tokenise(tokenizer, chat())
+    fed = tokenizer.apply_chat_template(
+        chat()["prompt"], add_generation_prompt=True, return_dict=False
+    )
+    assert (pair.prompt_ids, pair.bos_added) == (fed, 0)
+    assert BOS not in fed
 
 
 def test_bos_inside_an_answer_is_a_bad_row():
