@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 
 from dpo_fast.data.verdicts import BadRow
 
+BEFORE = ("\n", "|")  # texts that join with few others
+
 
 class PromptAndAnswers(NamedTuple):
     """Token ids. merged: a token straddles the prompt's end."""
@@ -67,14 +69,15 @@ class PromptBoundary:
             verbose=False,
         )
         prompt_ids, *whole_ids = encoded["input_ids"]
-        if keep and not self._marks_words:
-            return self._kept(prompt, prompt_ids, texts, whole_ids)
+        given = prompt, prompt_ids, texts, whole_ids
+        first, second = (self._kept, self._shared) if keep else (self._shared, self._kept)
         try:
-            return self._shared(prompt, prompt_ids, texts, whole_ids)
-        except BadRow:
-            if self._marks_words:
-                raise
-            return self._kept(prompt, prompt_ids, texts, whole_ids)
+            return first(*given)
+        except BadRow as refusal:
+            try:
+                return second(*given)
+            except BadRow:
+                raise refusal from None
 
     def _shared(
         self, prompt: str, prompt_ids: list[int], texts: Sequence[str], whole_ids: list[list[int]]
@@ -99,17 +102,31 @@ class PromptBoundary:
         """The prompt's own ids. A text that does not begin with them has its rest tokenised alone."""
         length, answers = len(prompt_ids), []
         for text, ids in zip(texts, whole_ids):
-            if ids[:length] != prompt_ids:
-                rest = self.tokenizer(text[len(prompt) :], add_special_tokens=False, verbose=False)
-                ids = prompt_ids + rest["input_ids"]
-            answers.append(ids[length:])
+            whole = ids[:length] == prompt_ids
+            answers.append(ids[length:] if whole else self._going_on(text[len(prompt) :]))
         return PromptAndAnswers(prompt_ids, answers, merged=False)
+
+    def _going_on(self, rest: str) -> list[int]:
+        """Ids of a text that goes on after another one. Raises BadRow if they cannot be told.
+
+        SentencePiece puts a space before the first word of any text, and so another text goes first.
+        """
+        for before in BEFORE if self._marks_words else ("",):
+            own, ids = self._ids(before), self._ids(before + rest)
+            if ids[: len(own)] == own:
+                return ids[len(own) :]
+        raise BadRow(
+            "the prompt is not a token prefix",
+            "the tokenizer joins the answer to what is before it",
+        )
 
     @cached_property
     def _marks_words(self) -> bool:
-        """Whether the tokenizer marks the first word of any text, so that no text goes on with one."""
-        ids = self.tokenizer("a", add_special_tokens=False)["input_ids"]
-        return self.tokenizer.convert_ids_to_tokens(ids)[0].startswith(("▁", "Ġ"))
+        """Whether the tokenizer marks the first word of any text."""
+        return self.tokenizer.convert_ids_to_tokens(self._ids("a"))[0].startswith(("▁", "Ġ"))
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _cut(self, prompt: str, prompt_ids: list[int], text: str, ids: list[int]) -> _Cut:
         if ids[: len(prompt_ids)] == prompt_ids:

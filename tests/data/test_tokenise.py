@@ -17,6 +17,7 @@ from tests.support.tokenizers import (
     byte_tokenizer,
     chat_tokenizer,
     ids_of,
+    word_tokenizer,
 )
 
 A, B, C, D = range(69, 73)
@@ -131,6 +132,69 @@ def test_without_offsets():
     for same in (("c", "cc"), ("c", "ca")):
         pair = tokenise(tokenizer, text(*same, prompt="ab"))
         assert pair.prompt_ids == [A, B]
+
+
+# SentencePiece, which puts a space before the first word of any text
+
+VICUNA = (
+    "{% for m in messages %}{{ ('U: ' if m.role == 'user' else 'A: ') + m.content }}"
+    "{{ ' ' if m.role == 'user' else eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'A:' }}{% endif %}"
+)
+WORDS_JOINED = (("▁", "b"), ("▁", "A"), ("]", "["), ("c", "c"))
+SCHEMES = ("legacy", "first", "always")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    "template, answers, scored",
+    [
+        (VICUNA, ("b", "c"), (["▁b"], ["▁", "c"])),
+        # The prompt ends with the space that the answer's first word would take.
+        (VICUNA.replace("'A:'", "'A: '"), ("b", "cc"), (["b"], ["cc"])),
+        (VICUNA.replace("'A:'", "'A: '"), ("\nb", "|b"), (["<0x0A>", "b"], ["|", "b"])),
+        # Mistral without a space: "[/INST]" and "[" have a token in common.
+        ("{% for m in messages %}{{ '[' + m.content + ']' }}{% endfor %}", ("b", "c"), None),
+    ],
+)
+def test_a_chat_of_words_with_marks_begins_from_what_inference_is_fed(
+    scheme, template, answers, scored
+):
+    tokenizer = word_tokenizer(template=template, merges=WORDS_JOINED, scheme=scheme)
+    row = chat(*answers)
+    pair = tokenise(tokenizer, row)
+    fed = tokenizer.apply_chat_template(
+        row["prompt"], add_generation_prompt=True, return_dict=False
+    )
+    assert pair.prompt_ids == fed
+    for answer_ids, pieces in zip((pair.chosen_ids, pair.rejected_ids), scored or ()):
+        assert tokenizer.convert_ids_to_tokens(answer_ids) == [*pieces, "</s>"]
+    if scored is None:
+        assert tokenizer.convert_ids_to_tokens(pair.chosen_ids) == ["[", "b", "]", "</s>"]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_texts_of_words_with_marks(scheme):
+    tokenizer = word_tokenizer(merges=(("▁", "b"), ("▁b", "c")), scheme=scheme)
+
+    def split(*answers, prompt):
+        parts = ids(tokenise(tokenizer, text(*answers, prompt=prompt)))
+        return [tokenizer.convert_ids_to_tokens(part) for part in parts]
+
+    assert split(" b", " c", prompt="a:") == [
+        ["<s>", "▁", "a", ":"],
+        ["▁b", "</s>"],
+        ["▁", "c", "</s>"],
+    ]
+    # "a b|c" ends with [▁bc], "a b|d" with [▁b d].
+    assert split("c", "d", prompt="a b") == [
+        ["<s>", "▁", "a"],
+        ["▁bc", "</s>"],
+        ["▁b", "d", "</s>"],
+    ]
+    # "ab|c" is [▁ a bc], "ab|d" is [▁ab d].
+    tokenizer = word_tokenizer(merges=(("b", "c"), ("a", "b"), ("▁", "ab")), scheme=scheme)
+    assert split("c", "d", prompt="ab") == [["<s>", "▁ab"], ["c", "</s>"], ["d", "</s>"]]
 
 
 MERGES = (("a", "b"), ("b", "c"), ("Ġ", "a"), ("ab", "c"), ("Ċ", "Ċ"), ("Ã", "¼"), ("Ġ", "Ġ"))
