@@ -67,6 +67,11 @@ class RowTokeniser:
     """
 
     def __init__(self, tokenizer: Any, config: DataConfig, eos_ids: Iterable[int] = ()) -> None:
+        if type(tokenizer).__name__ == "MistralCommonBackend":
+            raise UserError(
+                "the tokenizer is that of the package mistral-common, which renders no chat as text; "
+                "load it with AutoTokenizer.from_pretrained(..., mistral_format=False)"
+            )
         self.tokenizer = tokenizer
         self.config = config
         self.chat = ChatTemplate(tokenizer, config)
