@@ -79,7 +79,8 @@ class Endings:
         bos = self.bos_id
         if bos is None or bos in self.end_ids or bos not in answer_ids:
             return
-        if self._bos_begins_turns and answer_ids[0] != bos:
+        first = next((index for index in answer_ids if not self._is_space(index)), bos)
+        if self._bos_begins_turns and first != bos:
             return
         raise BadRow(f"BOS inside {field}", "it begins a text and would be scored here")
 
@@ -93,13 +94,18 @@ class Endings:
         """The answer with one end of turn, and whether it had to be added.
 
         The tail is the white space and the special tokens after the answer's last word. What
-        follows the first end of turn in the tail is cut off. If a turn of a chat ends in another way
-        (gpt-oss: <|call|>), its last special token is the end of turn. calls: the turn calls tools.
+        follows the first end of turn in the tail is cut off. In a chat that is the template's: an
+        EOS that the content brings goes. If a turn of a chat ends in another way (gpt-oss: <|call|>),
+        its last special token is the end of turn. calls: the turn calls tools.
 
         Raises UserError when EOS is needed and the tokenizer has none.
         """
         ends = self.end_ids | ({self._turn_end} if chat else set())
         tail = self._tail(answer_ids, ends | self._special_ids if chat else ends)
+        if chat and self._turn_end in answer_ids[tail:]:
+            last = answer_ids.index(self._turn_end, tail)
+            others = [index for index in answer_ids[tail:last] if index not in ends]
+            return [*answer_ids[:tail], *others, self._turn_end], False
         places = range(tail, len(answer_ids))
         found = next((i for i in places if answer_ids[i] in ends), None)
         if found is None and chat:
