@@ -23,6 +23,7 @@ All else is refused.
 from __future__ import annotations
 
 import os.path
+import re
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Protocol
@@ -71,7 +72,10 @@ class Continuation:
             return
         for field, answer in answers.items():
             if any(map(find_thought, answer)):
-                switch = next((name for name in SWITCHES if name in self.template.source), None)
+                source = self.template.source
+                switch = next(
+                    (each for each in SWITCHES if re.search(rf"\b{each}\b", source)), None
+                )
                 remedy = f"set data.chat_template_kwargs={{{switch}: true}}, " if switch else ""
                 raise BadRow(
                     CLOSED,

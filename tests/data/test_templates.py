@@ -353,6 +353,14 @@ def test_thinking_after_a_prompt_that_ends_it_needs_the_switch():
             texts(template_tokenizer(SMALL[habit]), row)
 
 
+def test_a_switch_is_named_by_its_whole_name():
+    tokenizer = template_tokenizer(SMALL["closes"].replace("enable_thinking", "thinking_mode"))
+    with pytest.raises(
+        BadRow, match=rf"{ENDS_THINKING}: chosen \([^;]*\); or leave the thinking out"
+    ):
+        texts(tokenizer, {"prompt": [user()], **THINKS})
+
+
 def test_arguments_for_the_whole_run():
     tokenizer, row = template_tokenizer(SMALL["closes"]), {"prompt": [user()], **THINKS}
     on = {"chat_template_kwargs": {"enable_thinking": True}}
