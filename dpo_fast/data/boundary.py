@@ -8,7 +8,11 @@ token that straddles it belongs to the answer, and is scored. With the vocabular
     prompt "ab", answer "c"      alone [a b]     whole [a bc]     prompt [a], answer [bc]
 
 The prompt of a chat keeps its own ids even then, and the rest is tokenised by itself: generation begins
-from exactly these ids, so that is where the model goes on.
+from exactly these ids, so that is where the model goes on. So does the prompt of a text if its answers
+leave it different tokens, or if the tokenizer has no offsets:
+
+    prompt "x\\n\\n", answer " yes"   [x \\n\\n Ġyes]
+                    answer "no"     [x \\n \\n no]         prompt [x \\n\\n], answers [Ġyes] and [no]
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 from dpo_fast.data.verdicts import BadRow
+
+BEFORE = ("\n", "|")  # texts that join with few others
 
 
 class PromptAndAnswers(NamedTuple):
@@ -67,9 +73,27 @@ class PromptBoundary:
             verbose=False,
         )
         prompt_ids, *whole_ids = encoded["input_ids"]
-        if keep and not self._marks_words:
-            cuts = [[len(prompt), *each] for each in starts or [()] * len(texts)]
-            whole_ids = list(map(self._kept, [prompt_ids] * len(texts), texts, whole_ids, cuts))
+        later = starts or [()] * len(texts)
+
+        def kept() -> PromptAndAnswers:
+            return self._kept(prompt, prompt_ids, texts, whole_ids, later)
+
+        def shared() -> PromptAndAnswers:
+            return self._shared(prompt, prompt_ids, texts, whole_ids)
+
+        first, second = (kept, shared) if keep else (shared, kept)
+        try:
+            return first()
+        except BadRow as refusal:
+            try:
+                return second()
+            except BadRow:
+                raise refusal from None
+
+    def _shared(
+        self, prompt: str, prompt_ids: list[int], texts: Sequence[str], whole_ids: list[list[int]]
+    ) -> PromptAndAnswers:
+        """The tokens of the whole texts. Raises BadRow if they part before the prompt's end."""
         cuts = [self._cut(prompt, prompt_ids, *pair) for pair in zip(texts, whole_ids)]
         prompts = [cut.ids[: cut.end] for cut in cuts]
         shared = min(common_length(prompts[0], each) for each in prompts)
@@ -84,15 +108,42 @@ class PromptBoundary:
         return PromptAndAnswers(cuts[0].ids[:shared], answers, merged=straddle < len(prompt))
 
     def _kept(
-        self, prompt_ids: list[int], text: str, ids: list[int], cuts: Sequence[int]
-    ) -> list[int]:
-        """Ids of the text with a token beginning at each of the characters `cuts`."""
-        apart = ids[: len(prompt_ids)] == prompt_ids
-        if apart and (len(cuts) == 1 or set(cuts) <= set(next(zip(*self.offsets(text, ids))))):
-            return ids
-        parts = [text[begin:end] for begin, end in pairwise([*cuts, len(text)])]
-        rests = self.tokenizer(parts, add_special_tokens=False, verbose=False)["input_ids"]
-        return [*prompt_ids, *chain.from_iterable(rests)]
+        self,
+        prompt: str,
+        prompt_ids: list[int],
+        texts: Sequence[str],
+        whole_ids: list[list[int]],
+        starts: Sequence[Sequence[int]],
+    ) -> PromptAndAnswers:
+        """The prompt's own ids. A text without them, or without a token at each start, is cut there."""
+        length, answers = len(prompt_ids), []
+        for text, ids, later in zip(texts, whole_ids, starts):
+            whole = ids[:length] == prompt_ids
+            if whole and later:
+                whole = set(later) <= {begin for begin, _ in self.offsets(text, ids)}
+            parts = pairwise([len(prompt), *later, len(text)])
+            cut = (self._going_on(text[begin:end]) for begin, end in parts)
+            answers.append(ids[length:] if whole else [*chain.from_iterable(cut)])
+        return PromptAndAnswers(prompt_ids, answers, merged=False)
+
+    def _going_on(self, rest: str) -> list[int]:
+        """Ids of a text that goes on after another one. Raises BadRow."""
+        before = self._before(rest)
+        return self._ids(before + rest)[len(self._ids(before)) :]
+
+    def _before(self, rest: str) -> str:
+        """A text that leaves its tokens to `rest` after it. Raises BadRow if none of a few does.
+
+        SentencePiece puts a space before the first word of any text, and so another text goes first.
+        """
+        for before in BEFORE if self._marks_words else ("",):
+            own = self._ids(before)
+            if self._ids(before + rest)[: len(own)] == own:
+                return before
+        raise BadRow(
+            "the prompt is not a token prefix",
+            "the tokenizer joins the answer to what is before it",
+        )
 
     def offsets(self, text: str, ids: list[int], cuts: Sequence[int] = ()) -> list[tuple[int, int]]:
         """Begin and end of each token among the characters of a text that was split. Raises BadRow.
@@ -102,17 +153,25 @@ class PromptBoundary:
         whole = self._encoding(text)
         if whole.ids == ids:
             return whole.offsets
-        places = [0, *cuts]
-        parts = [self._encoding(text[a:b]) for a, b in pairwise([*places, len(text)])]
-        if [index for part in parts for index in part.ids] != ids:
+        found, offsets = [], []
+        for begin, end in pairwise([0, *cuts, len(text)]):
+            part = text[begin:end]
+            before = self._before(part) if found else ""
+            encoding, skipped = self._encoding(before + part), len(self._encoding(before).ids)
+            found += encoding.ids[skipped:]
+            moved = begin - len(before)
+            offsets += [(a + moved, b + moved) for a, b in encoding.offsets[skipped:]]
+        if found != ids:
             raise BadRow("the prompt is not a token prefix", "the tokenizer's offsets do not apply")
-        return [(a + at, b + at) for at, part in zip(places, parts) for a, b in part.offsets]
+        return offsets
 
     @cached_property
     def _marks_words(self) -> bool:
-        """Whether the tokenizer marks the first word of any text, so that no text goes on with one."""
-        ids = self.tokenizer("a", add_special_tokens=False)["input_ids"]
-        return self.tokenizer.convert_ids_to_tokens(ids)[0].startswith(("▁", "Ġ"))
+        """Whether the tokenizer marks the first word of any text."""
+        return self.tokenizer.convert_ids_to_tokens(self._ids("a"))[0].startswith(("▁", "Ġ"))
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _cut(self, prompt: str, prompt_ids: list[int], text: str, ids: list[int]) -> _Cut:
         if ids[: len(prompt_ids)] == prompt_ids:

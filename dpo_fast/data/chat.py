@@ -119,7 +119,7 @@ class ChatTemplate:
 
         prompt = render([], generate=True)
         self._keep(left_out_of_prompt(row.prompt, prompt))
-        if tools and prompt == self.render(before, generate=True, kwargs=kwargs):
+        if tools and prompt == self._without_tools(before, kwargs):
             self._keep("the column 'tools'")
         turns = Continuation(prompt, self, lambda word: render(_messages(("assistant", word))))
         turns.check_thinking(answers)
@@ -186,6 +186,13 @@ class ChatTemplate:
         except (TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
             raise BadRow(REFUSED, f"{error} ({self.name})") from error
 
+    def _without_tools(self, messages: Messages, kwargs: Mapping[str, Any]) -> str | None:
+        """The generation prompt without tools; None if the template cannot do without."""
+        try:
+            return self.render(messages, generate=True, kwargs=kwargs)
+        except BadRow:
+            return None
+
     def after_answer(self, following: str | None) -> str:
         """What is rendered after the text of an answer, which a message of role `following` follows."""
         messages = [("user", "a"), ("assistant", PROBE)]
@@ -205,7 +212,14 @@ class ChatTemplate:
             return ""
 
     def _plain(self, *messages: tuple[str, str]) -> str:
-        return self.render(Dialect(parts=self._parts).prompt(_messages(*messages)))
+        return self._probe(Dialect(parts=self._parts).prompt(_messages(*messages)))
+
+    def _probe(self, messages: Messages, generate: bool = False) -> str:
+        """Rendered without tools; with an empty list of them if the template cannot do without."""
+        try:
+            return self.render(messages, generate=generate)
+        except BadRow:
+            return self.render(messages, generate=generate, tools=[])
 
     @cached_property
     def _parts(self) -> bool:
@@ -213,7 +227,7 @@ class ChatTemplate:
         for parts in (False, True):
             message = Dialect(parts=parts).prompt(_messages(("user", PROBE)))
             try:
-                if PROBE in self.render(message, generate=True):
+                if PROBE in self._probe(message, generate=True):
                     return parts
             except BadRow:
                 continue
@@ -223,7 +237,7 @@ class ChatTemplate:
         """What is rendered after the text of a question, with the generation prompt or without."""
         messages = Dialect(parts=self._parts).prompt(_messages(("user", PROBE)))
         try:
-            return self.render(messages, generate=generate).rpartition(PROBE)[2]
+            return self._probe(messages, generate).rpartition(PROBE)[2]
         except BadRow:
             return ""
 
@@ -238,9 +252,7 @@ class ChatTemplate:
         """What a finished turn has between that header, without thinking, and the answer's words."""
         question = ("user", "a")
         try:
-            prompt = self.render(
-                Dialect(parts=self._parts).prompt(_messages(question)), generate=True
-            )
+            prompt = self._probe(Dialect(parts=self._parts).prompt(_messages(question)), True)
             before = self._plain(question, ("assistant", PROBE)).partition(PROBE)[0]
         except BadRow:
             return None

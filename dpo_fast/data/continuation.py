@@ -8,6 +8,9 @@ often it begins with the generation prompt. It does not where the template
         others               <A> | yes</s>                            as far as both texts agree
     opens thinking and closes it in finished turns without (Nemotron)
                              <A><think>\\n | </think>yes</s>
+    opens thinking in finished turns too, whatever follows (Nemotron Nano 2)
+        thinking answers     <A><think>\\n | r\\n</think>\\n\\nyes</s>    opened once
+        others               <A> | yes</s>
     closes thinking and finished turns say nothing of it
                              <A><think></think> | yes</s>
     renders earlier turns in another way once an answer follows (Kimi K2 Thinking, Mistral)
@@ -20,6 +23,7 @@ All else is refused.
 from __future__ import annotations
 
 import os.path
+import re
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Protocol
@@ -71,7 +75,10 @@ class Continuation:
             return
         for field, answer in answers.items():
             if any(map(find_thought, answer)):
-                switch = next((name for name in SWITCHES if name in self.template.source), None)
+                source = self.template.source
+                switch = next(
+                    (each for each in SWITCHES if re.search(rf"\b{each}\b", source)), None
+                )
                 remedy = f"set data.chat_template_kwargs={{{switch}: true}}, " if switch else ""
                 raise BadRow(
                     CLOSED,
@@ -84,9 +91,11 @@ class Continuation:
         The prompt ends before the thinking that it opens if an answer has none.
         """
         prompt, whole = self.prompt, list(texts.values())
-        if all(text.startswith(prompt) for text in whole):
+        if any(self._reopened(text) is not None for text in whole):
+            pass
+        elif all(text.startswith(prompt) for text in whole):
             return prompt, [prompt + self._without_header(text[len(prompt) :]) for text in whole]
-        if all(text.startswith(prompt.rstrip()) for text in whole):
+        elif all(text.startswith(prompt.rstrip()) for text in whole):
             return prompt, [prompt + text[common(prompt, text) :] for text in whole]
         rests = {field: self._after_base(text, field) for field, text in texts.items()}
         opening = self.opening
@@ -113,6 +122,9 @@ class Continuation:
 
     def _after_base(self, text: str, field: str) -> str:
         """The finished turn after the header that ends the prompt. Raises BadRow."""
+        reopened = self._reopened(text)
+        if reopened is not None:
+            return reopened
         for base in (self.base, self._finished_base):
             if base is not None and text.startswith(base):
                 return text[len(base) :]
@@ -122,6 +134,19 @@ class Continuation:
             f"({self.template.name}); use a template that renders earlier turns the same way "
             "(data.chat_template)",
         )
+
+    def _reopened(self, text: str) -> str | None:
+        """The finished turn after thinking that its template opens and leaves open, or opens twice.
+
+        None if there is nothing of that kind.
+        """
+        opening = self.opening
+        if opening is None or opening.closed or not text.startswith(self.prompt):
+            return None
+        rest = text[len(self.prompt) :]
+        if rest.lstrip().startswith(opening.open):
+            return rest.lstrip()
+        return None if opening.close in rest else rest
 
     @cached_property
     def _finished_base(self) -> str | None:

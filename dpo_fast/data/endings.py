@@ -1,8 +1,9 @@
 """The special tokens that begin and end sequences.
 
-A sequence begins with what the tokenizer puts before a text, once: BOS, or [gMASK]<sop> for GLM. An
-answer ends with exactly one end of turn, the template's: what it writes after an answer, whether or
-not another turn follows. That may be an added token of any sort, the padding token too.
+A text begins with what the tokenizer puts before one, once: BOS, or [gMASK]<sop> for GLM. A chat begins
+with what its template puts there. An answer ends with exactly one end of turn, the template's: what it
+writes after an answer, whether or not another turn follows. That may be an added token of any sort, the
+padding token too.
 
     template   after the last answer    before the next question            end of turn
     ChatML     <|im_end|>\\n             <|im_end|>\\n<|im_start|>user         <|im_end|>
@@ -48,9 +49,12 @@ class Endings:
         start = next((i for i in starts if whole[i : i + len(plain)] == plain), 0)
         return whole[:start]
 
-    def begin(self, prompt_ids: list[int]) -> tuple[list[int], bool]:
-        """The prompt, begun as the tokenizer begins texts, and whether tokens had to be added."""
-        bos, start = self.bos_id, self.start_ids
+    def begin(self, prompt_ids: list[int], *, chat: bool) -> tuple[list[int], bool]:
+        """The prompt, begun as the tokenizer begins texts, and whether tokens had to be added.
+
+        A chat begins as its template begins it: inference adds nothing to a rendered chat.
+        """
+        bos, start = self.bos_id, [] if chat else self.start_ids
         first = 0
         while bos is not None and prompt_ids[first : first + 2] == [bos, bos]:
             first += 1
@@ -75,7 +79,8 @@ class Endings:
         bos = self.bos_id
         if bos is None or bos in self.end_ids or bos not in answer_ids:
             return
-        if self._bos_begins_turns and answer_ids[0] != bos:
+        first = next((index for index in answer_ids if not self._is_space(index)), bos)
+        if self._bos_begins_turns and first != bos:
             return
         raise BadRow(f"BOS inside {field}", "it begins a text and would be scored here")
 
@@ -89,12 +94,19 @@ class Endings:
         """The answer with one end of turn, and whether it had to be added.
 
         The tail is the white space and the special tokens after the answer's last word. What
-        follows the first end of turn in the tail is cut off. If a turn of a chat ends in another way
-        (gpt-oss: <|call|>), its last special token is the end of turn. calls: the turn calls tools.
+        follows the first end of turn in the tail is cut off. In a chat that is the template's: an
+        EOS that the content brings goes. If a turn of a chat ends in another way (gpt-oss: <|call|>),
+        its last special token is the end of turn. calls: the turn calls tools.
 
         Raises UserError when EOS is needed and the tokenizer has none.
         """
-        found = self._end(answer_ids, len(answer_ids), chat)
+        ends = self.end_ids | ({self._turn_end} if chat else set())
+        tail = self._tail(answer_ids, ends | self._special_ids if chat else ends)
+        if chat and self._turn_end in answer_ids[tail:]:
+            last = answer_ids.index(self._turn_end, tail)
+            others = [index for index in answer_ids[tail:last] if index not in ends]
+            return [*answer_ids[:tail], *others, self._turn_end], False
+        found = self._end(answer_ids, tail, len(answer_ids), ends, chat)
         if found is not None:
             return answer_ids[: found + 1], False
         if not self.add_eos:
@@ -113,13 +125,17 @@ class Endings:
 
         That may be the next token, if generation stops there (GLM).
         """
-        found = self._end(ids[first : last + 1], last - first, chat=True)
-        return last if found is None else first + found + 1
+        ends = self.end_ids | {self._turn_end}
+        tail = first + self._tail(ids[first:last], ends | self._special_ids)
+        if self._turn_end in ids[tail : last + 1]:
+            return ids.index(self._turn_end, tail) + 1
+        found = self._end(ids[: last + 1], tail, last, ends, chat=True)
+        return last if found is None else found + 1
 
-    def _end(self, ids: list[int], size: int, chat: bool) -> int | None:
+    def _end(
+        self, ids: list[int], tail: int, size: int, ends: set[int | None], chat: bool
+    ) -> int | None:
         """Place of the end of turn in ids, of which the first `size` are of the turn."""
-        ends = self.end_ids | ({self._turn_end} if chat else set())
-        tail = self._tail(ids[:size], ends | self._special_ids if chat else ends)
         found = next((i for i in range(tail, len(ids)) if ids[i] in ends), None)
         if found is None and chat:
             places = reversed(range(tail, size))

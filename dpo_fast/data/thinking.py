@@ -13,6 +13,7 @@ MARKS = (
     ("<|START_THINKING|>", "<|END_THINKING|>"),  # Cohere
     ("<|channel>thought\n", "<channel|>"),  # Gemma 4
     ("<seed:think>", "</seed:think>"),  # Seed
+    ("<mm:think>", "</mm:think>"),  # MiniMax M3
 )
 # Fields of a message that templates take thinking from.
 KEYS = ("reasoning_content", "reasoning", "thinking")

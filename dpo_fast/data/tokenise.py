@@ -80,6 +80,11 @@ class RowTokeniser:
     """
 
     def __init__(self, tokenizer: Any, config: DataConfig, eos_ids: Iterable[int] = ()) -> None:
+        if type(tokenizer).__name__ == "MistralCommonBackend":
+            raise UserError(
+                "the tokenizer is that of the package mistral-common, which renders no chat as text; "
+                "load it with AutoTokenizer.from_pretrained(..., mistral_format=False)"
+            )
         self.tokenizer = tokenizer
         self.config = config
         self.chat = ChatTemplate(tokenizer, config)
@@ -92,7 +97,7 @@ class RowTokeniser:
         starts = [[turn.start for turn in text.turns if turn.start > len(prompt)] for text in texts]
         wholes = [text.whole for text in texts]
         split = self.boundary.split(prompt, *wholes, keep=row.is_chat, starts=starts)
-        prompt_ids, bos_added = self.endings.begin(split.prompt)
+        prompt_ids, bos_added = self.endings.begin(split.prompt, chat=row.is_chat)
         if not prompt_ids and not prompt and self.endings.bos_id is not None:
             prompt_ids, bos_added = [self.endings.bos_id], True
         if not prompt_ids:

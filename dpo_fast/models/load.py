@@ -74,8 +74,8 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     option = "model.tokenizer" if section.tokenizer else "model.path"
     is_folder(path, option) if section.tokenizer else check_model_path(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=section.trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        tokenizer = _transformers_tokenizer(path, section.trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise UserError(f"{option}={path}: no tokenizer can be loaded: {_first(error)}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -84,6 +84,25 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # nothing attends to padding
     return tokenizer
+
+
+def _transformers_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer in transformers' own form.
+
+    For a Mistral model transformers prefers the package mistral-common, where that is installed: it has
+    no chat template, no offsets, and is saved in another form than the model.
+    """
+    tekken = Path(path, "tekken.json")
+    if tekken.exists() and not tekken.with_name("tokenizer.json").exists():
+        from transformers.integrations.mistral.tokenizer import convert_tekken_tokenizer
+
+        return convert_tekken_tokenizer(str(tekken))
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if type(tokenizer).__name__ != "MistralCommonBackend":
+        return tokenizer
+    return AutoTokenizer.from_pretrained(
+        path, trust_remote_code=trust_remote_code, mistral_format=False
+    )
 
 
 def end_of_turn_ids(section: ModelSection) -> list[int]:

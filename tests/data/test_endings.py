@@ -74,7 +74,11 @@ def test_bos_that_begins_turns_may_stand_inside_an_answer():
     pair = tokenise(tokenizer, CHAT | {"chosen": turns})
     assert tokenizer.decode(pair.chosen_ids) == "b<|im_end|>\n<|im_start|>assistant\nd<|im_end|>"
     assert tokenise(tokenizer, TEXT | {"chosen": "b<|im_start|>c"}).chosen_ids[1] == IM_START
-    for row in (TEXT | {"chosen": "<|im_start|>b"}, CHAT | answers("<|im_start|>b", "c")):
+    for row in (
+        TEXT | {"chosen": "<|im_start|>b"},
+        TEXT | {"chosen": " <|im_start|>b"},
+        CHAT | answers("<|im_start|>b", "c"),
+    ):
         with pytest.raises(BadRow, match="BOS inside chosen: it begins a text"):
             tokenise(tokenizer, row)
 
@@ -142,6 +146,18 @@ def test_a_turn_ends_once_as_the_template_ends_it(tokenizer, stops, end):
     assert decoded(tokenizer, CHAT, stops)[1:] == (f"b{end}", f"c{end}")
     written = CHAT | answers("b" + end, "c")
     assert decoded(tokenizer, written, stops)[1:] == (f"b{end}", f"c{end}"), "it was there already"
+
+
+@pytest.mark.parametrize("brought", ["</s>", "</s>\n", " </s>", "</s></s>", "<|im_end|></s>"])
+def test_an_eos_that_the_content_brings_gives_way_to_the_templates_end(brought):
+    """Sampled answers often keep it: Qwen's <|endoftext|> before <|im_end|>."""
+    tokenizer = byte_tokenizer(template=CHATML)
+    row = CHAT | answers(f"b{brought}", "c")
+    space = " " * brought.startswith(" ") + "\n" * brought.endswith("\n")
+    for stops in ((), ("<|im_end|>",)):
+        assert decoded(tokenizer, row, stops)[1:] == (f"b{space}<|im_end|>", "c<|im_end|>")
+    plain = turns(TURN + BEGIN)  # whose template writes no end
+    assert decoded(plain, CHAT | answers("b</s>", "c"), ("<user>",))[1:] == ("b</s>", "c<user>")
 
 
 def test_a_call_of_a_tool_ends_where_the_tool_begins():

@@ -240,6 +240,7 @@ MIXED = answers("<think>\nhmm\n</think>\n\nyes", "no")
 SAMPLED = answers("hmm\n</think>\n\nyes", "well\n</think>\n\nno")  # after an opened thought
 FIELD = answers("yes", "no", reasoning_content="hmm")
 Q = "<BOS><U>why so?"
+UNTHINKING = ("opens, drops", "opens, copies")  # finished turns close no thinking
 
 
 @pytest.mark.parametrize(
@@ -257,6 +258,11 @@ Q = "<BOS><U>why so?"
         ("opens, empty", THINKS, "<A><think>\n", "hmm\n</think>yes", "well\n</think>no"),
         ("opens, empty", MIXED, "<A><think>\n", "hmm\n</think>yes", "</think>no"),
         ("opens, empty", FIELD, "<A><think>\n", "hmm\n</think>yes", "hmm\n</think>no"),
+        ("opens, copies", PLAIN, "<A>", "yes", "no"),
+        ("opens, copies", THINKS, "<A><think>\n", "hmm\n</think>\n\nyes", "well\n</think>\n\nno"),
+        ("opens, copies", SAMPLED, "<A><think>\n", "hmm\n</think>\n\nyes", "well\n</think>\n\nno"),
+        ("opens, copies", FIELD, "<A><think>\n", "hmm\n</think>\n\nyes", "hmm\n</think>\n\nno"),
+        ("opens, copies", MIXED, "<A>", "<think>\nhmm\n</think>\n\nyes", "no"),
         ("always empty", PLAIN, "<A>", "<think></think>yes", "<think></think>no"),
         ("always empty", FIELD, "<A>", "<think>hmm</think>yes", "<think>hmm</think>no"),
         ("always empty", MIXED, "<A>", "<think>\nhmm\n</think>\n\nyes", "<think></think>no"),
@@ -273,13 +279,23 @@ def test_habits(habit, rows, prompt, chosen, rejected):
     assert texts(template_tokenizer(SMALL[habit]), row) == expected
 
 
-@pytest.mark.parametrize("habit", SMALL)
+@pytest.mark.parametrize("habit", sorted({*SMALL} - {"needs tools"}))
 def test_the_prompt_of_plain_answers_is_what_inference_is_fed(habit):
     tokenizer = template_tokenizer(SMALL[habit])
     row = {"prompt": [user("hello"), message("assistant", "hi there"), user()], **PLAIN}
     fed = next(generation_prompts(tokenizer, row))
     prompt = texts(tokenizer, row)[0]
-    assert prompt == (fed.removesuffix("<think>\n") if habit == "opens, drops" else fed)
+    assert prompt == (fed.removesuffix("<think>\n") if habit in UNTHINKING else fed)
+
+
+def test_a_template_that_cannot_do_without_tools():
+    tokenizer = template_tokenizer(SMALL["needs tools"].replace("<END>", "<|im_end|>"))
+    row = {"prompt": [user()], **PLAIN, "chosen": [CALLS], "tools": TOOLS}
+    prompt, chosen, rejected = texts(tokenizer, row)
+    assert prompt == f"add. {Q}<A>"
+    assert (chosen, rejected) == ("add41<|im_end|>", "no<|im_end|>"), "its end of turn is found"
+    with pytest.raises(BadRow, match="refuses the messages: 'NoneType' object is not iterable"):
+        texts(tokenizer, row | {"tools": None})
 
 
 def test_earlier_turns_that_change_once_an_answer_follows():
@@ -335,6 +351,14 @@ def test_thinking_after_a_prompt_that_ends_it_needs_the_switch():
         row = {"prompt": [user()], **THINKS, "chat_template_kwargs": options}
         with pytest.raises(BadRow, match=f"{ENDS_THINKING}: chosen .*{{enable_thinking: true}}"):
             texts(template_tokenizer(SMALL[habit]), row)
+
+
+def test_a_switch_is_named_by_its_whole_name():
+    tokenizer = template_tokenizer(SMALL["closes"].replace("enable_thinking", "thinking_mode"))
+    with pytest.raises(
+        BadRow, match=rf"{ENDS_THINKING}: chosen \([^;]*\); or leave the thinking out"
+    ):
+        texts(tokenizer, {"prompt": [user()], **THINKS})
 
 
 def test_arguments_for_the_whole_run():

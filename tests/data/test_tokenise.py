@@ -17,6 +17,7 @@ from tests.support.tokenizers import (
     byte_tokenizer,
     chat_tokenizer,
     ids_of,
+    word_tokenizer,
 )
 
 A, B, C, D = range(69, 73)
@@ -77,11 +78,26 @@ def test_straddle_of_white_space_that_offsets_leave_out():
     assert pair.merged == 1
 
 
-def test_prompts_that_tokenise_differently_are_a_bad_row():
-    # "ab|cd" joins to [a b cd'], "ab|d" joins "ab": the difference begins before the straddle.
+def test_prompts_that_tokenise_differently_keep_their_own_ids():
+    # "ab|c" joins to [a bc], "ab|d" joins "ab": the difference begins before the straddle.
     tokenizer = byte_tokenizer(merges=(("b", "c"), ("a", "b")))
-    with pytest.raises(BadRow, match="tokenise the prompt differently: from token 0"):
-        tokenise(tokenizer, text("c", "d", prompt="ab"))
+    pair = tokenise(tokenizer, text("c", "d", prompt="ab"))
+    assert ids(pair) == (ids_of(tokenizer, "ab"), [C, EOS], [D, EOS])
+    assert pair.merged == 0
+
+
+def test_white_space_that_splits_by_what_follows_it():
+    """GPT-2's rule: a space joins the word after it, and so of two line breaks one stands alone."""
+    tokenizer = byte_tokenizer(merges=(("Ċ", "Ċ"), ("Ġ", "b")))
+    breaks, word = ids_of(tokenizer, "\n\n"), ids_of(tokenizer, " b")
+    assert len(breaks) == len(word) == 1
+    assert len(ids_of(tokenizer, "a\n\nc")) == 4
+    for answers in ((" b", "c"), ("c", " b")):
+        pair = tokenise(tokenizer, text(*answers, prompt="a\n\n"))
+        expected = [[*ids_of(tokenizer, answer), EOS] for answer in answers]
+        assert ids(pair) == ([A, *breaks], *expected)
+    pair = tokenise(tokenizer, text("c", "d", prompt="a\n\n"))
+    assert ids(pair) == (ids_of(tokenizer, "a\n\nc")[:3], [C, EOS], [D, EOS])
 
 
 def test_prompt_of_one_joined_token_is_a_bad_row():
@@ -111,8 +127,74 @@ class WithoutOffsets:
 def test_without_offsets():
     tokenizer = WithoutOffsets(byte_tokenizer(merges=(("b", "c"),)))
     assert ids(tokenise(tokenizer, text("b", "d"))) == ([A], [B, EOS], [D, EOS])
-    with pytest.raises(BadRow, match="no character offsets.*use a fast one"):
-        tokenise(tokenizer, text("c", "d", prompt="ab"))
+    pair = tokenise(tokenizer, text("c", "d", prompt="ab"))
+    assert ids(pair) == ([A, B], [C, EOS], [D, EOS])
+    for same in (("c", "cc"), ("c", "ca")):
+        pair = tokenise(tokenizer, text(*same, prompt="ab"))
+        assert pair.prompt_ids == [A, B]
+
+
+# SentencePiece, which puts a space before the first word of any text
+
+VICUNA = (
+    "{% for m in messages %}{{ ('U: ' if m.role == 'user' else 'A: ') + m.content }}"
+    "{{ ' ' if m.role == 'user' else eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'A:' }}{% endif %}"
+)
+WORDS_JOINED = (("▁", "b"), ("▁", "A"), ("]", "["), ("c", "c"))
+SCHEMES = ("legacy", "first", "always")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    "template, answers, scored",
+    [
+        (VICUNA, ("b", "c"), (["▁b"], ["▁", "c"])),
+        # The prompt ends with the space that the answer's first word would take.
+        (VICUNA.replace("'A:'", "'A: '"), ("b", "cc"), (["b"], ["cc"])),
+        (VICUNA.replace("'A:'", "'A: '"), ("\nb", "|b"), (["<0x0A>", "b"], ["|", "b"])),
+        # Mistral without a space: "[/INST]" and "[" have a token in common.
+        ("{% for m in messages %}{{ '[' + m.content + ']' }}{% endfor %}", ("b", "c"), None),
+    ],
+)
+def test_a_chat_of_words_with_marks_begins_from_what_inference_is_fed(
+    scheme, template, answers, scored
+):
+    tokenizer = word_tokenizer(template=template, merges=WORDS_JOINED, scheme=scheme)
+    row = chat(*answers)
+    pair = tokenise(tokenizer, row)
+    fed = tokenizer.apply_chat_template(
+        row["prompt"], add_generation_prompt=True, return_dict=False
+    )
+    assert pair.prompt_ids == fed
+    for answer_ids, pieces in zip((pair.chosen_ids, pair.rejected_ids), scored or ()):
+        assert tokenizer.convert_ids_to_tokens(answer_ids) == [*pieces, "</s>"]
+    if scored is None:
+        assert tokenizer.convert_ids_to_tokens(pair.chosen_ids) == ["[", "b", "]", "</s>"]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_texts_of_words_with_marks(scheme):
+    tokenizer = word_tokenizer(merges=(("▁", "b"), ("▁b", "c")), scheme=scheme)
+
+    def split(*answers, prompt):
+        parts = ids(tokenise(tokenizer, text(*answers, prompt=prompt)))
+        return [tokenizer.convert_ids_to_tokens(part) for part in parts]
+
+    assert split(" b", " c", prompt="a:") == [
+        ["<s>", "▁", "a", ":"],
+        ["▁b", "</s>"],
+        ["▁", "c", "</s>"],
+    ]
+    # "a b|c" ends with [▁bc], "a b|d" with [▁b d].
+    assert split("c", "d", prompt="a b") == [
+        ["<s>", "▁", "a"],
+        ["▁bc", "</s>"],
+        ["▁b", "d", "</s>"],
+    ]
+    # "ab|c" is [▁ a bc], "ab|d" is [▁ab d].
+    tokenizer = word_tokenizer(merges=(("b", "c"), ("a", "b"), ("▁", "ab")), scheme=scheme)
+    assert split("c", "d", prompt="ab") == [["<s>", "▁ab"], ["c", "</s>"], ["d", "</s>"]]
 
 
 MERGES = (("a", "b"), ("b", "c"), ("Ġ", "a"), ("ab", "c"), ("Ċ", "Ċ"), ("Ã", "¼"), ("Ġ", "Ġ"))
@@ -129,9 +211,11 @@ def test_prompt_and_answer_are_the_tokens_of_the_whole_text(prompt, chosen, reje
         pair = RowTokeniser(tokenizer, config)(row)
     except (BadRow, Dropped):
         return
+    own = pair.prompt_ids == ids_of(tokenizer, prompt)
     for answer, answer_ids in ((chosen, pair.chosen_ids), (rejected, pair.rejected_ids)):
         whole = pair.prompt_ids + answer_ids
-        assert whole == ids_of(tokenizer, prompt + answer)
+        alone = own and answer_ids == ids_of(tokenizer, answer)
+        assert alone or whole == ids_of(tokenizer, prompt + answer)
         assert tokenizer.decode(whole) == prompt + answer
     assert prompt.encode().startswith(tokenizer.decode(pair.prompt_ids).encode())
     if not pair.merged:
@@ -162,8 +246,17 @@ def test_template_with_bos_gets_no_second():
     assert pair.prompt_ids.count(BOS) == 1
     assert pair.prompt_ids[0] == BOS
     assert pair.bos_added == 0
-    pair = tokenise(chat_tokenizer(bos=True), chat())
-    assert (pair.prompt_ids[0], pair.prompt_ids.count(BOS), pair.bos_added) == (BOS, 1, 1)
+
+
+def test_a_chat_begins_as_its_template_begins_it():
+    """Zephyr: the tokenizer puts BOS before texts, and the template none. Inference feeds none."""
+    tokenizer = chat_tokenizer(bos=True)
+    pair = tokenise(tokenizer, chat())
+    fed = tokenizer.apply_chat_template(
+        chat()["prompt"], add_generation_prompt=True, return_dict=False
+    )
+    assert (pair.prompt_ids, pair.bos_added) == (fed, 0)
+    assert BOS not in fed
 
 
 def test_bos_inside_an_answer_is_a_bad_row():

@@ -26,7 +26,7 @@ from tests.support.templates import (
     trl_templates,
     user,
 )
-from tests.support.tokenizers import CHATML, byte_tokenizer, chat_tokenizer
+from tests.support.tokenizers import CHATML, byte_tokenizer, chat_tokenizer, word_tokenizer
 
 pytest.importorskip("trl")
 
@@ -162,6 +162,7 @@ HABITS = {
     "drops": "⟦because<EOS>⟧<U>and then?<A>⟦well<EOS>⟧",
     "closes": "⟦because<EOS>⟧<U>and then?<A></think>⟦well<EOS>⟧",
     "opens, empty": "⟦</think>because<EOS>⟧<U>and then?<A><think>\n⟦</think>well<EOS>⟧",
+    "opens, copies": "⟦because<EOS>⟧<U>and then?<A>⟦well<EOS>⟧",
     "always empty": "⟦<think></think>because<EOS>⟧<U>and then?<A>⟦<think></think>well<EOS>⟧",
     "forgets": "⟦because<EOS>⟧<U>and then?<A>⟦well<EOS>⟧",
     "system last": "⟦ because<EOS>⟧<U>and then?</U>⟦ well<EOS>⟧",
@@ -496,6 +497,40 @@ def test_turns_begin_where_generation_begins(contents):
     assert [part.partition("⟧")[0] for part in text.split("⟦")[1:]] == [
         f"{content}{IM}" for content in (one, two, three)
     ]
+
+
+VICUNA = (
+    "{% for m in messages %}{{ ('U: ' if m.role == 'user' else 'A: ') + m.content }}"
+    "{{ ' ' if m.role == 'user' else eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ HEADER }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("scheme", ["legacy", "first", "always"])
+@pytest.mark.parametrize("header", ["A:", "A: "])
+def test_turns_of_words_with_marks_begin_from_what_inference_is_fed(scheme, header):
+    """SentencePiece: the header may end with the space that the answer's first word would take."""
+    merges = (("▁", "b"), ("▁", "A"), ("c", "c"), (":", "▁b"))
+    template = VICUNA.replace("HEADER", repr(header))
+    tokenizer = word_tokenizer(template=template, merges=merges, scheme=scheme)
+    answer = [says("b c"), user("b"), says("cc b"), user("c"), says("bb")]
+    pair = tokenise(tokenizer, row(*answer))
+    ids = pair.prompt_ids + pair.chosen_ids
+    scored = [False] * len(pair.prompt_ids) + pair.chosen_scored
+    begins = [i for i in range(1, len(ids)) if scored[i] and not scored[i - 1]]
+    ends = [i for i in range(1, len(ids)) if scored[i - 1] and not scored[i]]
+    assert len(begins) == 3
+    assert all(ids[end - 1] == tokenizer.eos_token_id for end in [*ends, len(ids)])
+    for begin, end, place in zip(begins, [*ends, len(ids)], (0, 2, 4)):
+        written = tokenizer.decode(ids[begin:end])
+        assert written.strip() == f"{answer[place]['content']}</s>"
+        fed = tokenizer.apply_chat_template(
+            [user(), *answer[:place]], tokenize=False, add_generation_prompt=True
+        )
+        if not place:
+            assert ids[:begin] == tokenizer(fed, add_special_tokens=False)["input_ids"]
+        # Later on inference may join a header with the words after it, and the decoder adds spaces.
+        assert tokenizer.decode(ids[:begin]).replace(" ", "") == fed.replace(" ", "")
 
 
 def test_completions_and_groups():

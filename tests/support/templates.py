@@ -133,6 +133,19 @@ SMALL = {
     + "{{ '<A><think>' + ('\n' + r + '\n' if r else '') + '</think>' + c + eos_token }}"
     + _END
     + "{{ '<A><think>\n' }}{% endif %}",
+    # Nemotron Nano 2: the last turn begins as the generation prompt does, whatever the answer says.
+    "opens, copies": _LOOP
+    + "{% if m.role == 'assistant' %}"
+    + "{{ '<A>' + ('<think>\n' if loop.last else '') + m.content + eos_token }}"
+    + _END
+    + "{{ '<A><think>\n' }}{% endif %}",
+    # Hermes for tools: it cannot do without.
+    "needs tools": "{% for tool in tools %}{{ tool.function.name + '. ' }}{% endfor %}"
+    + _LOOP
+    + "{% if m.role == 'assistant' %}{{ '<A>' + m.content }}"
+    + "{% for call in m.tool_calls %}{{ call.function.name }}41{% endfor %}<END>"
+    + _END
+    + "{{ '<A>' }}{% endif %}",
     # Kimi K2 Thinking: every finished turn has empty thinking, whatever the answer thinks.
     "always empty": _LOOP
     + "{% if m.role == 'assistant' %}{{ '<A><think></think>' + m.content + eos_token }}"

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
@@ -45,6 +53,41 @@ def byte_tokenizer(
         tokenizer_object=tokenizer,
         bos_token="<s>",
         eos_token=eos_token,
+        pad_token="<pad>",
+        chat_template=template,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def word_tokenizer(
+    *, template: str | None = None, merges: tuple[tuple[str, str], ...] = (), scheme: str = "legacy"
+) -> PreTrainedTokenizerFast:
+    """SentencePiece as Llama 2 and Mistral have it: a space before the first word of any text.
+
+    scheme: legacy (also after special tokens), or that of Metaspace, "first" or "always".
+    merges: of ASCII characters and "▁". All other characters are bytes.
+    """
+    letters = ["▁", *map(chr, range(33, 127))]
+    tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    tokens += ["".join(pair) for pair in merges]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    model = models.BPE(vocab=vocabulary, merges=list(merges), byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    if scheme == "legacy":
+        steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        tokenizer.normalizer = normalizers.Sequence(steps)
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
         pad_token="<pad>",
         chat_template=template,
         clean_up_tokenization_spaces=False,
