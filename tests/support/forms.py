@@ -64,6 +64,15 @@ CASES = {
         {"messages": [SYSTEM, *BEFORE, U], "chosen": A, "rejected": B},
         LONG,
     ),
+    "openai's preference rows": (
+        "openai",
+        {
+            "input": {"messages": [SYSTEM, *BEFORE, U], "tools": [], "parallel_tool_calls": True},
+            "preferred_output": [A],
+            "non_preferred_output": [B],
+        },
+        LONG,
+    ),
     "alpaca, output of two": (
         "alpaca",
         {"instruction": "why so?", "input": "", "output": ["because", "no idea"]},

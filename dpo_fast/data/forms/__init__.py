@@ -3,7 +3,7 @@
     table.py          the forms by name, and which of them a row has
     merge.py          consecutive rows with one rated response each, as one row
     instructions.py   an instruction or a question, and answers: alpaca, orca, query and response
-    conversations.py  ShareGPT, ms-swift, the arena, dialogues of Human: and Assistant: turns
+    conversations.py  ShareGPT, ms-swift, OpenAI, the arena, dialogues of Human: and Assistant: turns
     ratings.py        answers with scores, ranks or a preference: UltraFeedback, HelpSteer, Nectar, ...
     unused.py         columns that no form takes, and which of them may not be passed over
 

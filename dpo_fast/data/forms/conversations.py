@@ -1,4 +1,4 @@
-"""Rows that hold conversations: ShareGPT, ms-swift, the arena, and dialogues written as one text."""
+"""Rows that hold conversations: ShareGPT, ms-swift, OpenAI, the arena, dialogues written as one text."""
 
 from __future__ import annotations
 
@@ -37,6 +37,20 @@ def swift(row: Raw) -> Raw:
     if isinstance(rejected, str):
         rejected = [say("assistant", rejected)]
     return {"prompt": prompt, "chosen": answer, "rejected": rejected}
+
+
+def openai(row: Raw) -> Raw:
+    """input with messages and perhaps tools, preferred_output and non_preferred_output."""
+    given = row.pop("input")
+    if not isinstance(given, dict) or given.get("messages") is None:
+        raise BadRow("field 'input' has no messages", "expected an object with 'messages'")
+    pair = {
+        "prompt": given["messages"],
+        "chosen": row.pop("preferred_output"),
+        "rejected": row.pop("non_preferred_output"),
+    }
+    # The rest of it are settings of OpenAI's service, such as parallel_tool_calls.
+    return pair | ({"tools": given["tools"]} if given.get("tools") else {})
 
 
 def arena(row: Raw) -> Raw:

@@ -64,6 +64,7 @@ FORMS = (
     _form("helpsteer2", "prompt response helpfulness", ratings.helpsteer2),
     _form("safe_rlhf", "prompt response_0 response_1 better_response_id", ratings.safe_rlhf),
     _form("shp", "history human_ref_A human_ref_B labels", ratings.shp),
+    _form("openai", "input preferred_output non_preferred_output", conversations.openai),
     _form("arena", "conversation_a conversation_b winner", conversations.arena),
     _form("swift", f"{TALK} rejected_response|rejected_messages", conversations.swift),
     _form("swift", f"{SAID} response|output rejected_response", instructions.query),
