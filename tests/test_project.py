@@ -129,6 +129,8 @@ TESTED_THROUGH = {
     "kernels.rows": "ops/test_linear_logp_triton.py",
     "kernels.product": "ops/test_linear_logp_triton.py",
     "kernels.target_product": "ops/test_linear_logp_triton.py",
+    "data.chat": "data/test_templates.py",
+    "data.template_file": "data/test_templates.py",
     "losses.pairwise": "losses/test_table.py",
     "losses.unpaired": "losses/test_table.py",
     "modules.metrics": "modules/test_fused.py",

@@ -14,6 +14,7 @@
     prompts.py     the prompt that whole texts or conversations share
     prefill.py     prompts that end with the beginning of an answer
     chat.py        a chat becomes texts: the generation prompt, and what the model would write after it
+    template_file.py  the file of data.chat_template: read, checked, exported
     continuation.py  finished turns, as they go on from the generation prompt
     turns.py       answers of several turns, and what the assistant wrote in them
     dialects.py    the forms in which templates take messages, and what they leave out

@@ -20,11 +20,11 @@ import numpy as np
 import pyarrow
 import pyarrow.compute
 
-from dpo_fast.data.chat import check_template_used
 from dpo_fast.data.kinds import Kind, OneKind
 from dpo_fast.data.parts import Part
 from dpo_fast.data.report import DataReport
 from dpo_fast.data.rows import ROW_TYPES, Row, parse_row
+from dpo_fast.data.template_file import check_template_used
 from dpo_fast.data.tokenise import RowTokeniser, Tokenised
 from dpo_fast.data.verdicts import BadRow, BadRows, Dropped, Verdict, bad_row_error
 from dpo_fast.errors import UserError

@@ -7,11 +7,9 @@ model would have to write after it: see `continuation.py`.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from dpo_fast.data.config import DataConfig
@@ -26,6 +24,7 @@ from dpo_fast.data.dialects import (
 from dpo_fast.data.messages import Messages
 from dpo_fast.data.prefill import ends_open, prefill_of, whole_answers
 from dpo_fast.data.rows import Row
+from dpo_fast.data.template_file import read_template
 from dpo_fast.data.thinking import KEYS, find_opening, find_thought, thinks
 from dpo_fast.data.turns import Text, Trajectory, check_scored, has_unscored, until_assistant
 from dpo_fast.data.verdicts import BadRow
@@ -297,40 +296,3 @@ def _settled(found: tuple[str, list[Text]]) -> bool:
 
 def _messages(*pairs: tuple[str, str]) -> Messages:
     return [{"role": role, "content": content} for role, content in pairs]
-
-
-def read_template(config: DataConfig) -> str | None:
-    """The text of data.chat_template, or None. Raises UserError when it cannot be read."""
-    if config.chat_template is None:
-        return None
-    try:
-        return Path(config.chat_template).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"data.chat_template={config.chat_template!r} cannot be read: {error}; give the path "
-            "of a Jinja file"
-        ) from error
-
-
-def check_template_used(config: DataConfig, chats: bool) -> None:
-    """Raises UserError for an option of chats if no row is a chat."""
-    if config.chat_template_kwargs and not chats:
-        raise UserError(
-            f"data.chat_template_kwargs={config.chat_template_kwargs} is not used: all rows are text, "
-            "which goes through no template; remove it, or give lists of messages"
-        )
-    if config.scored == "last" and not chats:
-        raise UserError(
-            "data.scored=last is not used: all rows are text, which has no turns and is scored whole; "
-            "remove it, or give lists of messages"
-        )
-
-
-def with_template(tokenizer: Any, config: DataConfig) -> Any:
-    """The tokenizer, or a copy that has data.chat_template for its own, to be saved with the model."""
-    template = read_template(config)
-    if template is None:
-        return tokenizer
-    tokenizer = copy.copy(tokenizer)
-    tokenizer.chat_template = template
-    return tokenizer

@@ -19,7 +19,6 @@ import pyarrow.compute
 
 from dpo_fast import durable
 from dpo_fast.data.build import build
-from dpo_fast.data.chat import check_template_used, read_template
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.entries import SourceOptions
 from dpo_fast.data.folders import Role
@@ -28,6 +27,7 @@ from dpo_fast.data.mixture import Mixture, plan
 from dpo_fast.data.parts import Part, parts_of
 from dpo_fast.data.report import DataReport
 from dpo_fast.data.several import check_alike, source_shares, split_rows
+from dpo_fast.data.template_file import check_template_used, read_template
 from dpo_fast.errors import UserError
 
 DATA_REPORT_FILE = "report.json"

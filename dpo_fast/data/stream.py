@@ -20,13 +20,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from dpo_fast.data.build import nothing_left, values
-from dpo_fast.data.chat import check_template_used
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.dataset import cache_key
 from dpo_fast.data.kinds import PAIRS, ExampleLengths, Kind, OneKind
 from dpo_fast.data.parts import parts_of
 from dpo_fast.data.report import DataReport
 from dpo_fast.data.rows import Row, parse_row
+from dpo_fast.data.template_file import check_template_used
 from dpo_fast.data.tokenise import RowTokeniser
 from dpo_fast.data.verdicts import BadRow, BadRows, Dropped
 from dpo_fast.errors import UserError

@@ -7,13 +7,13 @@ from itertools import islice
 from typing import Any
 
 from dpo_fast.data.build import nothing_left
-from dpo_fast.data.chat import check_template_used
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.files import RawRows
 from dpo_fast.data.mixture import Interleaving, shares
 from dpo_fast.data.parts import Part
 from dpo_fast.data.report import DataReport, SourceShare
 from dpo_fast.data.stream import Chunk, ExampleStream, Forwarded
+from dpo_fast.data.template_file import check_template_used
 from dpo_fast.data.verdicts import BadRows
 
 

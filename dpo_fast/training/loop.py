@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dpo_fast import durable
-from dpo_fast.data.chat import with_template
+from dpo_fast.data.template_file import with_template
 from dpo_fast.errors import Interrupted, UserError
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_fast.data.chat import with_template
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.continuation import CLOSED as ENDS_THINKING
 from dpo_fast.data.rows import parse_row
+from dpo_fast.data.template_file import with_template
 from dpo_fast.data.tokenise import RowTokeniser
 from dpo_fast.data.verdicts import BadRow, Dropped
 from dpo_fast.errors import UserError
