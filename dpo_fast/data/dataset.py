@@ -158,11 +158,13 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 hex of all token ids and of the labels or scores."""
-        labels = self._label_bytes()
-        if not labels:
-            return self.token_fingerprint
-        return hashlib.sha256(self.token_fingerprint.encode() + labels).hexdigest()
+        """sha256 hex of all that the loss may read: token ids, labels or scores, columns of numbers."""
+        digest = hashlib.sha256(self.token_fingerprint.encode())
+        digest.update(self._label_bytes())
+        for name in self.numbers:
+            digest.update(name.encode())
+            digest.update(self._table.data.column(name).to_numpy()[self._rows].tobytes())
+        return digest.hexdigest()
 
     def _label_bytes(self) -> bytes:
         return b""

@@ -26,39 +26,16 @@ from dpo_fast.references.artefact import (
 from dpo_fast.references.cached import find_rows
 
 
-def model_digest(path: str, trust_remote_code: bool = False) -> str:
-    """A hash that identifies a model: of its configuration and of samples of every weights file.
-
-    Reading a 70B model whole would take minutes at every start. Training changes all weights, so 64 kB
-    from 32 places of each file tell two models apart. A hub id is identified by its revision.
-    """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        return f"{path}@{getattr(config, '_commit_hash', None)}"
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}".encode())
-        with file.open("rb") as stream:
-            for place in range(32):
-                stream.seek(size * place // 32)
-                digest.update(stream.read(1 << 16))
-    return digest.hexdigest()
-
-
 @dataclass(frozen=True)
 class Request:
     """What a split needs of a stored reference.
 
     name: of the split.
     examples: those of the split.
-    model: digest of the model.
+    model: identity of the model (`models/identity.py`).
     dtype: of its weights.
     per_token: whether the log-prob of every token is needed.
+    named_by: option and path of the model, for errors.
     """
 
     name: str
@@ -66,6 +43,7 @@ class Request:
     model: str
     dtype: str
     per_token: bool = False
+    named_by: str = "model"
 
     @property
     def must_match(self) -> dict:
@@ -135,9 +113,16 @@ def find_stored(place: Place, request: Request) -> list[Path] | None:
     """
     fitting, misfits = [], []
     for folder in place.stored:
-        difference = differences(read_manifest(folder), request.must_match)
+        manifest = read_manifest(folder)
+        difference = differences(manifest, request.must_match)
         if difference:
-            misfits.append(f"reference {folder} was computed for something else: {difference}")
+            weights = ""
+            if manifest.get("model") != request.model:
+                computed = manifest.get("model_path")
+                weights = f", the weights of {computed} as they were, and not {request.named_by}"
+            misfits.append(
+                f"reference {folder} was computed for something else{weights}: {difference}"
+            )
         else:
             fitting.append(folder)
     missing = _missing(fitting, request.examples)

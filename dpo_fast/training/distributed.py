@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dpo_fast.errors import UserError
+
 T = TypeVar("T")
 FOREVER = timedelta(days=30)
 _turns = itertools.count()  # calls of `main_first`, which every rank makes in the same order
@@ -135,6 +137,27 @@ def main_first(name: str, work: Callable[[], T]) -> T:
     if (text := store.get(key)) == b"failed":
         raise SystemExit(2)  # the first rank has said why
     return json.loads(text)["result"]
+
+
+def from_main(work: Callable[[], T]) -> T:
+    """Do `work` on rank 0 and return its result on every rank. Collective.
+
+    Folders may look different from other machines, so one rank decides. Its UserError is raised on every
+    rank: none waits for it.
+    """
+    if world_size() == 1:
+        return work()
+    outcome: list = [None, None]
+    if is_main():
+        try:
+            outcome[0] = work()
+        except UserError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0)
+    result, message = outcome
+    if message is not None:
+        raise UserError(message)
+    return result
 
 
 def any_rank(flag: bool) -> bool:

@@ -108,7 +108,7 @@ def due(every: int | None, step: int, last: bool) -> bool:
 def start(run: Run, log: RunLog) -> int:
     """Begin a new run: compare policy and reference, and evaluate once. Returns step 0."""
     log.begin(0)
-    found = compare_at_start(run) if starts_at_reference(run.config) else None
+    found = compare_at_start(run) if starts_at_reference(run) else None
     if found is not None:
         say(f"step 0: {found}")
     if run.eval:
@@ -116,11 +116,10 @@ def start(run: Run, log: RunLog) -> int:
     return 0
 
 
-def starts_at_reference(config: RunConfig) -> bool:
+def starts_at_reference(run: Run) -> bool:
     """Whether the reference is the policy before its first update."""
-    path = config.reference.path
-    own = path is None or Path(path) == Path(config.model.path)
-    return config.loss.objective.needs_reference and config.reference_spec.scores and own
+    scored = run.config.loss.objective.needs_reference and run.config.reference_spec.scores
+    return scored and run.weights["reference.path"] == run.weights["model.path"]
 
 
 def compare_at_start(run: Run) -> Start:
@@ -185,7 +184,7 @@ def evaluate_run(run: Run) -> dict[str, float]:
 def save(run: Run, step: int, sums: MetricSums) -> Path:
     """Write a checkpoint after `step` steps; returns its folder. Collective."""
     train = run.config.train
-    state = {"step": step, **run.train.position(step), **must_fit(run)}
+    state = {"step": step, **run.train.position(step), **must_fit(run), "rounding": rounding(run)}
     return save_checkpoint(
         run.engine, train.output_dir, state, sums.values, train.save_total_limit, run.stateful
     )
@@ -197,6 +196,13 @@ def resume(run: Run, checkpoint: Path, sums: MetricSums, log: RunLog) -> int:
     run.train.seek(state)
     log.begin(state["step"])
     say(f"resumed {checkpoint} at step {state['step']}")
+    for name, value in rounding(run).items():
+        before = state.get("rounding", {}).get(name, value)
+        if before != value:
+            say(
+                f"{name} was {before} and is {value}: from here on the run differs by rounding from "
+                "one that was not interrupted"
+            )
     return state["step"]
 
 
@@ -216,6 +222,21 @@ def must_fit(run: Run) -> dict:
     fits |= {f"loss.{name}": value for name, value in tree["loss"].items()}
     fits |= {f"reference.{name}": tree["reference"][name] for name in SAME_REFERENCE}
     fits |= {"model.dtype": tree["model"]["dtype"], "model.lora": tree["model"]["lora"]}
+    fits |= {f"the weights of {option}": value for option, value in run.weights.items()}
     if train.tokens_per_batch is not None:  # the tokens of an example depend on the layout
         fits["layout"] = train.layout
     return fits
+
+
+def rounding(run: Run) -> dict:
+    """What a resumed run may change: results then differ by rounding alone. By the option's name."""
+    train, model = run.config.train, run.config.model
+    return {
+        "train.micro_batch_size": train.micro_batch_size,
+        "train.layout": train.layout,
+        "train.implementation": train.implementation,
+        "train.workspace_bytes": train.workspace_bytes,
+        "model.attention": run.model.causal_lm.config._attn_implementation,
+        "model.use_liger_kernel": model.use_liger_kernel,
+        "model.torch_compile": model.torch_compile,
+    }

@@ -7,33 +7,22 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
-
-import torch
 
 from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.data.dataset import tokenizer_hash
 from dpo_fast.data.layouts import LAYOUTS
-from dpo_fast.errors import Interrupted, UserError
+from dpo_fast.errors import Interrupted
 from dpo_fast.models import load_tokenizer
 from dpo_fast.references import CachedReference, ReferenceModel
 from dpo_fast.references.artefact import Unfinished
 from dpo_fast.references.cached import open_reference
 from dpo_fast.references.compute import length_batches, part_table, score_part
-from dpo_fast.references.store import (
-    Place,
-    Request,
-    default_place,
-    find_stored,
-    model_digest,
-    named_place,
-)
+from dpo_fast.references.store import Place, Request, default_place, find_stored, named_place
 from dpo_fast.training import distributed
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import progress_bar, say
 from dpo_fast.training.splits import Split
-
-T = TypeVar("T")
+from dpo_fast.training.weights import identity_of
 
 
 class ReferenceInterrupted(Interrupted):
@@ -73,13 +62,13 @@ def store_references(
         Interrupted: after SIGINT or SIGTERM, while computing.
     """
     path = model.path or config.model.path
-    digest = from_main(lambda: model_digest(path, config.model.trust_remote_code))
+    identity, named_by = identity_of(config, path), f"{model.named_by}={path}"
     scorer, results = None, []
     for split in splits:
         request = Request(
-            split.name, split.examples, digest, config.model.precision, model.per_token
+            split.name, split.examples, identity, config.model.precision, model.per_token, named_by
         )
-        place, folders = from_main(
+        place, folders = distributed.from_main(
             lambda request=request: _look(model.cache_dir, config.train.output_dir, request)
         )
         seconds = None
@@ -138,14 +127,14 @@ def compute_reference(
     was_training = getattr(scorer, "training", False)
     scorer.eval()
     try:
-        missing, parts = from_main(unfinished.begin), unfinished.parts
+        missing, parts = distributed.from_main(unfinished.begin), unfinished.parts
         say(
             f"computing the reference log-probs of {len(split.examples)} {split.examples.kind.name} "
             f"({split.name}), once: {len(parts) - len(missing)} of {len(parts)} parts are there"
         )
         batches = {part: length_batches(parts[part], costs, *size) for part in missing}
         _score_parts(scorer, split, unfinished, batches, request.per_token, device)
-        from_main(lambda: unfinished.finish(_information(config, split, path)))
+        distributed.from_main(lambda: unfinished.finish(_information(config, split, path)))
     finally:
         unfinished.close()
         scorer.train(was_training)
@@ -178,7 +167,9 @@ def _score_parts(
             share_T = score_part(scorer, own, rows, lengths, device)
             values_T = distributed.all_sum(share_T).cpu()
             part = (values_T, lengths, split.examples, rows, per_token)
-            from_main(lambda index=index, part=part: unfinished.write(index, part_table(*part)))
+            distributed.from_main(
+                lambda index=index, part=part: unfinished.write(index, part_table(*part))
+            )
         if asked():
             raise ReferenceInterrupted(unfinished.final)
 
@@ -201,24 +192,3 @@ def _information(config: RunConfig, split: Split, path: str) -> dict:
         "world_size": distributed.world_size(),
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
-
-
-def from_main(work: Callable[[], T]) -> T:
-    """Do `work` on rank 0 and return its result on every rank. Collective.
-
-    Folders may look different from other machines, so one rank decides. Its UserError is raised on every
-    rank: none waits for it.
-    """
-    if distributed.world_size() == 1:
-        return work()
-    outcome: list = [None, None]
-    if distributed.is_main():
-        try:
-            outcome[0] = work()
-        except UserError as error:
-            outcome[1] = str(error)
-    torch.distributed.broadcast_object_list(outcome, src=0)
-    result, message = outcome
-    if message is not None:
-        raise UserError(message)
-    return result

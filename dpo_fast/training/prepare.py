@@ -20,6 +20,7 @@ from dpo_fast.training.load_data import load_split
 from dpo_fast.training.loss_pass import LossPass, Statistics
 from dpo_fast.training.references import build_old, build_references, load_second_model
 from dpo_fast.training.splits import Split
+from dpo_fast.training.weights import identities
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Run:
 
     references: the provider of each split, by the split's name.
     old: for each split log-probs under the model that wrote its completions; None if no loss asks.
+    weights: the identity of each model, by the option that names it.
     """
 
     config: RunConfig
@@ -41,6 +43,7 @@ class Run:
     loss_pass: LossPass
     statistics: Statistics
     total_steps: int
+    weights: dict[str, str]
 
     def loss_and_reference(self, split: str) -> tuple[LossPass, object]:
         """The loss pass of a split's batches, and the provider of their reference."""
@@ -96,6 +99,7 @@ def prepare(config: RunConfig, choices: Choices | None = None) -> Run:
         loss_pass=loss_pass,
         statistics=Statistics(loss_pass.objective.statistics, engine.device),
         total_steps=total_steps,
+        weights=identities(config),
     )
 
 

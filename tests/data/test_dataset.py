@@ -321,6 +321,19 @@ def test_fingerprint_follows_order_and_content(load, tmp_path):
     assert len(same) == 64
 
 
+@pytest.mark.parametrize("column", ["weight", "margin", "soft_label", "reference_chosen_logps"])
+def test_fingerprint_follows_the_columns_that_losses_read(load, column):
+    def of(*values, **more):
+        return load(
+            [pair(i, **{column: value}, **more) for i, value in enumerate(values)]
+        ).fingerprint
+
+    more = {"reference_rejected_logps": -1.0} if column.startswith("reference") else {}
+    assert of(0.5, 0.25, **more) == of(0.5, 0.25, **more)
+    assert of(0.5, 0.25, **more) != of(0.25, 0.5, **more)
+    assert of(0.5, 0.25, **more) != load([pair(0), pair(1)]).fingerprint
+
+
 def test_tokenizer_hash_is_stable():
     assert tokenizer_hash(byte_tokenizer()) == tokenizer_hash(byte_tokenizer())
 

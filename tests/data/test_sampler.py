@@ -323,7 +323,9 @@ def test_a_changed_budget_or_layout_is_not_resumed(folder):
         tree = run_tree(folder, micro_batch_size=None, **train)
         split = SimpleNamespace(must_fit=lambda: {"data": "x"})
         return must_fit(
-            SimpleNamespace(config=build_config(tree, "tree"), train=split, total_steps=1)
+            SimpleNamespace(
+                config=build_config(tree, "tree"), train=split, total_steps=1, weights={}
+            )
         )
 
     assert fits(tokens_per_batch=300) != fits(tokens_per_batch=301)

@@ -369,7 +369,7 @@ def test_a_checkpoint_knows_its_source(folder):
         tree["parallel"] = {"zero_stage": 1}
         config = build_config(tree, "tree")
         train = stream_split(config, load_tokenizer(config.model))
-        return must_fit(SimpleNamespace(config=config, train=train, total_steps=STEPS))
+        return must_fit(SimpleNamespace(config=config, train=train, total_steps=STEPS, weights={}))
 
     assert fits().items() <= state.items()
     other = write_pairs(folder / "other.jsonl", 21, seed=9)

@@ -25,8 +25,7 @@ from dpo_fast.references import CachedReference, artefact
 from dpo_fast.references.artefact import MANIFEST, Unfinished, read_columns
 from dpo_fast.references.cached import open_reference
 from dpo_fast.references.compute import length_batches, part_table, score_part
-from dpo_fast.references.store import Request, default_place, find_stored, model_digest, named_place
-from tests.support.models import write_model
+from dpo_fast.references.store import Request, default_place, find_stored, named_place
 
 PAIRS = [
     {"prompt_ids": [1], "chosen_ids": [10 + row, 2], "rejected_ids": [20 + row] * (row + 1)}
@@ -359,9 +358,3 @@ def test_values_that_are_not_finite_are_refused(value):
     message = "log-probs of 1 pairs are not finite, the first pairs.jsonl:4;"
     with pytest.raises(UserError, match=message):
         table_of(request(), range(2, 4), score=broken)
-
-
-def test_model_digest_tells_models_apart(tmp_path):
-    a, b = write_model(tmp_path / "a", seed=0), write_model(tmp_path / "b", seed=1)
-    same = write_model(tmp_path / "same", seed=0)
-    assert model_digest(str(a)) == model_digest(str(same)) != model_digest(str(b))

@@ -93,6 +93,11 @@ class Ranks:
                     waiting.unregister(key.fileobj)
         return None
 
+    def said(self) -> str:
+        """All that the ranks have written so far, to standard output and error."""
+        self.log.seek(0)
+        return self.log.read()
+
     def end(self) -> None:
         for process, reply in zip(self.processes, self.replies):
             process.kill()

@@ -553,7 +553,9 @@ def test_an_option_that_resuming_would_ignore_is_not_resumed(folder, change):
     def fits(**sections) -> dict:
         tree = changed(run_tree(folder), folder / "never", **sections)
         split = SimpleNamespace(must_fit=dict)
-        return must_fit(SimpleNamespace(config=load_tree(tree), train=split, total_steps=1))
+        return must_fit(
+            SimpleNamespace(config=load_tree(tree), train=split, total_steps=1, weights={})
+        )
 
     assert fits() != fits(**change)
     assert json.loads(json.dumps(fits())) == fits(), "state.json gives it back as it was"

@@ -20,8 +20,9 @@ from dpo_fast.references import FrozenReference
 from dpo_fast.training.config import build_config
 from dpo_fast.training.loop import starts_at_reference
 from dpo_fast.training.start import first_batches, last_bits_changed
+from dpo_fast.training.weights import identities
 from tests.support import start as support
-from tests.support.models import run_tree
+from tests.support.models import run_tree, write_model
 from tests.support.start import WRONG, depends_on_the_batch, stored
 
 LAYOUTS = ("padded", "packed", "shared_prefix")
@@ -256,10 +257,14 @@ def test_as_many_micro_batches_are_compared_as_hold_sixteen_examples(monkeypatch
 def test_the_check_is_for_runs_that_start_at_their_reference(tmp_path):
     def starts(reference: dict, **loss) -> bool:
         tree = run_tree(tmp_path) | {"reference": reference, "loss": loss}
-        return starts_at_reference(build_config(tree, "tree"))
+        config = build_config(tree, "tree")
+        return starts_at_reference(SimpleNamespace(config=config, weights=identities(config)))
 
-    model = run_tree(tmp_path)["model"]["path"]
+    model = write_model(tmp_path / "model")
+    for name, seed in (("same", 0), ("another", 1)):
+        write_model(tmp_path / name, seed=seed)
     assert starts({}) and starts({"provider": "frozen"}) and starts({"path": f"{model}/"})
+    assert starts({"path": str(tmp_path / "same")}), "the weights count, not where they lie"
     assert not starts({"path": str(tmp_path / "another")})
     assert not starts({"provider": "columns"})
     assert not starts({}, type="sft")

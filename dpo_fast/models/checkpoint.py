@@ -1,0 +1,77 @@
+"""The files of a model folder: which of them `from_pretrained` reads weights from, and what they hold."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+from dpo_fast.errors import UserError
+
+# In the order in which transformers looks for them; an index names its shards.
+FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that `from_pretrained` loads, in the order of their names.
+
+    Raises:
+        UserError: there are none, or the index is damaged or names one that is missing.
+    """
+    for name in FILES:
+        file = folder / name
+        if not file.is_file():
+            continue
+        if not name.endswith(".index.json"):
+            return [file]
+        shards = [folder / shard for shard in sorted(set(read_index(file).values()))]
+        for shard in shards:
+            if not shard.is_file():
+                raise UserError(f"{file} names {shard.name}, which is not there")
+        return shards
+    # A configuration may name a file of its own (transformers_weights).
+    found = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
+    if not found:
+        raise UserError(f"{folder} holds no weights: expected one of {', '.join(FILES)}")
+    return found
+
+
+def read_index(file: Path) -> dict[str, str]:
+    """The shard of each tensor, by the tensor's name. Raises UserError."""
+    try:
+        shards = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(shard) for name, shard in shards.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is no index of shards: {type(error).__name__} {error}") from None
+
+
+def read_header(file: Path) -> tuple[int, dict[str, dict]]:
+    """Where the tensors of a safetensors file begin, and of each dtype, shape and data_offsets.
+
+    Raises:
+        UserError: it is none, or is cut off.
+    """
+    try:
+        with file.open("rb") as stream:
+            (size,) = struct.unpack("<Q", stream.read(8))
+            if size > file.stat().st_size:
+                raise ValueError("it is shorter than its header")
+            header = json.loads(stream.read(size))
+        header.pop("__metadata__", None)
+        end = 8 + size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if file.stat().st_size != end:
+            raise ValueError(f"it has {file.stat().st_size} bytes, its header says {end}")
+    except (OSError, ValueError, KeyError, TypeError, struct.error, AttributeError) as error:
+        raise UserError(f"{file} is no whole safetensors file: {error}") from None
+    return 8 + size, header
+
+
+def code_files(folder: Path) -> list[Path]:
+    """The Python files of a model that comes with code of its own."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return sorted(folder.rglob("*.py")) if "auto_map" in config else []

@@ -1,0 +1,70 @@
+"""Which weights a run is of: the identity of each of its models, told where it takes long."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+from dpo_fast.data.dataset import cache_root
+from dpo_fast.models.identity import Advance, Watch, model_identity
+from dpo_fast.training import distributed
+from dpo_fast.training.config import RunConfig
+from dpo_fast.training.console import progress_bar, say
+
+PATIENCE = 2.0  # seconds after which hashing is told
+UNIT = 1 << 24  # bytes of a step of the bar
+
+
+def identity_of(config: RunConfig, path: str) -> str:
+    """The identity of a model of the run (`models/identity.py`). Collective: rank 0 reads."""
+    return distributed.from_main(partial(_identity, config, path))
+
+
+def identities(config: RunConfig) -> dict[str, str]:
+    """The identity of every model whose weights a run's results depend on, by the option's name.
+
+    Collective. A model that an option does not name is the policy as it starts.
+    """
+    models = {"model.path": config.model.path}
+    if config.reference_spec.scores:
+        models["reference.path"] = config.reference.path or config.model.path
+    if config.old_model is not None:
+        models["reference.old_path"] = config.old_model.path or config.model.path
+    known = {path: identity_of(config, path) for path in dict.fromkeys(models.values())}
+    return {option: known[path] for option, path in models.items()}
+
+
+def _identity(config: RunConfig, path: str) -> str:
+    cache = cache_root(config.data) / "weights"
+    with _told(path) as watch:
+        return model_identity(path, cache, watch, config.model.trust_remote_code)
+
+
+@contextmanager
+def _told(path: str) -> Iterator[Watch]:
+    """Yields what shows a progress bar, and says a line where reading takes long."""
+    with ExitStack() as until_done:
+
+        def watch(size: int) -> Advance:
+            if not size:
+                return lambda count: None
+            line = f"hashing {size / 1e9:.1f} GB of weights in {path}; it is done once"
+            timer = threading.Timer(PATIENCE, say, [line])
+            timer.daemon = True
+            timer.start()
+            until_done.callback(timer.cancel)
+            bar = until_done.enter_context(progress_bar(f"hashing {path}", size // UNIT))
+            lock, done = threading.Lock(), [0]
+
+            def advance(count: int) -> None:
+                with lock:
+                    units = (done[0] % UNIT + count) // UNIT
+                    done[0] += count
+                for _ in range(units):
+                    bar()
+
+            return advance
+
+        yield watch
