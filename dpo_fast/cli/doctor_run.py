@@ -15,9 +15,10 @@ from rich.table import Table
 from dpo_fast.cli.doctor_memory import Sizes, elements, memory, memory_table, sizes_of
 from dpo_fast.losses import LOSSES
 from dpo_fast.models import ScoringModel, load_tokenizer
+from dpo_fast.models.adapters import add_lora, add_untrained
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.layers import checkpointed_layers, decoder_layers
-from dpo_fast.models.load import add_lora, load_skeleton
+from dpo_fast.models.load import load_skeleton
 from dpo_fast.ops.cpu import product_dtype
 from dpo_fast.ops.dispatch import Choice, choose_implementation
 from dpo_fast.ops.linear_logp.plan import HeadPlan, default_workspace_bytes, plan
@@ -129,9 +130,11 @@ def _unit(config: RunConfig) -> str:
 def _skeleton(section: ModelSection, option: str = "model.path") -> ScoringModel:
     """A model on the meta device, with its adapters. option: the configuration key that names it."""
     scoring = ScoringModel(load_skeleton(section, option))
-    if section.lora is not None:
-        with torch.device("meta"):
+    with torch.device("meta"):
+        if section.lora is not None:
             add_lora(scoring, section.lora)
+        elif section.has_adapters:
+            add_untrained(scoring, section.path, option)
     return scoring
 
 
@@ -215,11 +218,15 @@ def _layer_rows(outlook: Outlook) -> Iterator[Decision]:
     )
     why = f"blocks of {layers} layers" if model.torch_compile else "layers run as they are"
     yield Decision("torch.compile", on(model.torch_compile), origin(model, "torch_compile"), why)
-    if model.lora is None:
-        yield Decision("LoRA", "off", "default", "all parameters are trained")
-    else:
-        why = f"{elements(policy, trainable=True):,} of {total:,} are trained"
+    why = f"{elements(policy, trainable=True):,} of {total:,} are trained"
+    if model.lora is not None:
         yield Decision("LoRA", f"r {model.lora.r}", "option", why)
+    elif model.has_adapters:
+        yield Decision(
+            "LoRA", "goes on", origin(model, "adapter"), f"model.path is an adapter: {why}"
+        )
+    else:
+        yield Decision("LoRA", "off", "default", "all parameters are trained")
 
 
 def _checkpointing_row(outlook: Outlook, layers: int, total: int) -> Decision:

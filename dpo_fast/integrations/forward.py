@@ -6,13 +6,7 @@ import functools
 import types
 from collections.abc import Callable
 
-from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-
-from dpo_fast.errors import UserError
-from dpo_fast.models.scoring import head_options_of
-from dpo_fast.modules.head import FusedHead
 
 
 def add_forward(model: PreTrainedModel, keyword: str, forward: Callable) -> None:
@@ -31,22 +25,3 @@ def add_forward(model: PreTrainedModel, keyword: str, forward: Callable) -> None
         return own(*args, **kwargs) if method is None else method(self, *args, **kwargs)
 
     model.forward = types.MethodType(chosen, model)
-
-
-def fuse_head(model: PreTrainedModel) -> None:
-    """Put a `FusedHead` over the weights of the model's `lm_head`.
-
-    Raises:
-        UserError: a head that is not a plain linear layer: an adapter on it, quantised or sharded.
-    """
-    head = model.get_output_embeddings()
-    plain = isinstance(head, (nn.Linear, FusedHead)) and head.weight.is_floating_point()
-    if not plain or isinstance(head.weight, DTensor):
-        raise UserError(
-            f"the lm_head of {type(model).__name__} is a {type(head).__name__}; expected a linear layer "
-            "with whole weights, no adapter and no quantisation: leave lm_head out of target_modules "
-            "and modules_to_save, and out of quantisation and tensor parallelism"
-        )
-    model.set_output_embeddings(
-        FusedHead(head.weight, head.bias, options=head_options_of(model.config))
-    )

@@ -16,10 +16,11 @@ from dpo_fast.data.kinds import PAIRS
 from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.errors import UnavailableError, UserError
 from dpo_fast.integrations.collator import IDS, NUMBERS, PreferenceCollator
-from dpo_fast.integrations.forward import add_forward, fuse_head
+from dpo_fast.integrations.forward import add_forward
 from dpo_fast.losses import Objective, Totals
+from dpo_fast.models.adapters import as_started, keep_frozen_copy, why_not
 from dpo_fast.models.architecture import architecture_of, choose_attention, choose_layout
-from dpo_fast.models.scoring import scoring_forward
+from dpo_fast.models.scoring import fuse_head, scoring_forward
 from dpo_fast.models.separation import check_separation
 from dpo_fast.modules.metrics import METRIC_EXTRAS
 from dpo_fast.references.providers import (
@@ -51,7 +52,8 @@ class PreferenceTrainer(transformers.Trainer):
         objective: the losses; those that look at the whole global batch at once are refused.
         reference: a frozen model to compare with. Left out, the reference is the columns
             `reference_chosen_logps` and `reference_rejected_logps` of the data; or for a
-            `PeftModel` without them the model with its adapters off.
+            `PeftModel` without them a frozen copy of its adapter as it is now, under the name "ref",
+            as in TRL. An adapter "ref" that it has already is taken for the reference.
         layout: a name of the table of layouts, or `auto`: the last of them that the model allows.
         train_dataset, eval_dataset: map-style, with the rows that `PreferenceCollator` takes.
         kwargs: any other argument of `Trainer`.
@@ -81,9 +83,11 @@ class PreferenceTrainer(transformers.Trainer):
         dtype = torch.bfloat16 if args.bf16 else causal_lm.dtype
         columns = _shared_columns(train_dataset, eval_dataset, objective)
         _check_reference(model, objective, reference, columns)
-        for each in (causal_lm, reference):
+        live = objective.needs_reference and reference is None
+        _prepare_adapters(model, live and PAIRS.reference_columns[0] not in columns)
+        for each in (model, reference):
             if each is not None:
-                _prepare(each, self.layout, args.device, dtype)
+                _prepare(_causal_lm(each), self.layout, args.device, dtype)
         self._unproven = dtype
         pad_id = getattr(processing_class, "pad_token_id", None) or 0
         super().__init__(
@@ -116,7 +120,7 @@ class PreferenceTrainer(transformers.Trainer):
             return ColumnReference()
         if self.loss_pass.objective.needs_reference:
             scorer = functools.partial(self.model, scored=True)
-            return AdapterOffReference(scorer, self.model.disable_adapter)
+            return AdapterOffReference(scorer, functools.partial(as_started, self.model))
         return NoReference()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -262,6 +266,17 @@ def _check_reference(model, objective: Objective, reference, columns: list[str])
             "ld_alpha and token_clamp need the reference's tokens, and the data have sums: pass "
             "reference=model, or set ld_reference=False"
         )
+
+
+def _prepare_adapters(model: nn.Module, frozen_copy: bool) -> None:
+    """Check a `PeftModel`, and keep its adapter as it is now where that is the reference."""
+    if not hasattr(model, "peft_config"):
+        return
+    obstacle = why_not(model.peft_config[model.active_adapter])
+    if obstacle:
+        raise UserError(f"the adapter {model.active_adapter} cannot be trained here: {obstacle}")
+    if frozen_copy:
+        keep_frozen_copy(model)
 
 
 def _prepare(model: PreTrainedModel, layout: str, device: torch.device, dtype: torch.dtype) -> None:

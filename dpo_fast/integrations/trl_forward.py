@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-from dpo_fast.integrations.forward import add_forward, fuse_head
+from dpo_fast.integrations.forward import add_forward
+from dpo_fast.models.scoring import fuse_head
 
 IGNORED = -100
 FIELDS = {  # of TRL's output: our extra

@@ -1,10 +1,15 @@
-"""The files of a model folder: which of them `from_pretrained` reads weights from, and what they hold."""
+"""The files of a model folder: which of them `from_pretrained` reads weights from, and what they hold.
+
+A folder with adapter_config.json is an adapter (peft). It names its base model, and the two together are
+the model.
+"""
 
 from __future__ import annotations
 
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 from dpo_fast.errors import UserError
 
@@ -15,6 +20,8 @@ FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -75,3 +82,40 @@ def code_files(folder: Path) -> list[Path]:
     """The Python files of a model that comes with code of its own."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return sorted(folder.rglob("*.py")) if "auto_map" in config else []
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a folder holds an adapter. A hub id is taken for a whole model."""
+    return (Path(path).expanduser() / ADAPTER_CONFIG).is_file()
+
+
+def read_adapter_config(path: str, option: str) -> dict[str, Any]:
+    """The configuration of an adapter folder. Raises UserError if it cannot be read or has no base."""
+    file = Path(path).expanduser() / ADAPTER_CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if not config.get("base_model_name_or_path"):
+            raise ValueError(
+                "it has no base_model_name_or_path; enter the folder of the base model"
+            )
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{option}={path}: {file} is no adapter's configuration: {error}") from None
+    return config
+
+
+def base_of(path: str, option: str = "model.path") -> str:
+    """The model that an adapter folder belongs to; of any other path the path itself."""
+    return (
+        read_adapter_config(path, option)["base_model_name_or_path"] if is_adapter(path) else path
+    )
+
+
+def adapter_file(path: str, option: str = "model.path") -> Path:
+    """The file of an adapter's weights. Raises UserError if there is none."""
+    folder = Path(path).expanduser()
+    for name in ADAPTER_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(
+        f"{option}={path} has an {ADAPTER_CONFIG} but no weights: expected {ADAPTER_FILES[0]}"
+    )

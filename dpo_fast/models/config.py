@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, model_validator
 
+from dpo_fast.models.checkpoint import is_adapter
 from dpo_fast.models.precision import DTYPES, choose_dtype
 
 ModelPath = Annotated[str, AfterValidator(os.path.expanduser)]  # a folder, or a hub id
@@ -26,6 +28,12 @@ class LoraSection(BaseModel):
         description="names of modules that get adapters, or all-linear (not the head)",
         json_schema_extra={"refused": "the head"},
     )
+    modules_to_save: list[str] | None = Field(
+        None,
+        description="modules that are trained whole beside the adapters and saved with them, such as norm, "
+        "embed_tokens or lm_head; embeddings and head that share a weight go on sharing it",
+        json_schema_extra={"refused": "modules that no text goes through"},
+    )
 
 
 class ModelSection(BaseModel):
@@ -33,7 +41,17 @@ class ModelSection(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    path: ModelPath = Field(description="a model folder as written by save_pretrained, or a hub id")
+    path: ModelPath = Field(
+        description="a model folder as written by save_pretrained, a hub id, or the folder of an adapter "
+        "(peft) whose adapter_config.json names its base"
+    )
+    adapter: Literal["continue", "merge"] | None = Field(
+        None,
+        description="what becomes of the adapter in path. continue (default): it is trained further, and "
+        "the reference is that adapter frozen; merge: it is merged into its base, and training starts anew "
+        "from there, of the whole model or of new adapters (lora)",
+        json_schema_extra={"refused": "where path is no adapter; continue with lora"},
+    )
     tokenizer: ModelPath | None = Field(
         None, description="tokenizer folder or hub id; default: path"
     )
@@ -71,6 +89,11 @@ class ModelSection(BaseModel):
     lora: LoraSection | None = Field(None, description="train adapters instead of the model")
 
     @property
+    def has_adapters(self) -> bool:
+        """Whether adapters are trained: new ones, or the one in `path`."""
+        return self.lora is not None or (is_adapter(self.path) and self.adapter != "merge")
+
+    @property
     def precision(self) -> str:
         """bf16 or fp32: `dtype`, or what `auto` means on this machine."""
         return choose_dtype(self.dtype).name
@@ -82,6 +105,7 @@ class ModelSection(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> ModelSection:
+        self._check_adapter()
         layers = self.checkpoint_layers
         if layers is not None and self.gradient_checkpointing is False:
             raise ValueError(
@@ -101,3 +125,15 @@ class ModelSection(BaseModel):
                 "choose one"
             )
         return self
+
+    def _check_adapter(self) -> None:
+        if self.adapter is not None and Path(self.path).is_dir() and not is_adapter(self.path):
+            raise ValueError(
+                f"model.adapter={self.adapter}, but model.path={self.path} holds no adapter_config.json; "
+                "leave the option out"
+            )
+        if self.lora is not None and is_adapter(self.path) and self.adapter != "merge":
+            raise ValueError(
+                f"model.path={self.path} is an adapter and model.lora makes new ones: remove model.lora to "
+                "train that adapter further, or set model.adapter=merge to merge it and start new ones"
+            )

@@ -23,7 +23,15 @@ from pathlib import Path
 
 from dpo_fast import durable
 from dpo_fast.errors import UserError
-from dpo_fast.models.checkpoint import code_files, read_header, weight_files
+from dpo_fast.models.checkpoint import (
+    adapter_file,
+    base_of,
+    code_files,
+    is_adapter,
+    read_adapter_config,
+    read_header,
+    weight_files,
+)
 
 VERSION = 1  # raised whenever the same files would give another hash
 CHUNK = 1 << 22
@@ -33,6 +41,10 @@ SETTLED = 2_000_000_000  # ns
 IDLE_KEYS = {
     *("transformers_version", "_name_or_path", "use_cache", "dtype", "torch_dtype"),
     *("architectures", "_attn_implementation_autoset", "_attn_implementation"),
+}
+IDLE_ADAPTER_KEYS = {
+    *("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"),
+    *("task_type", "lora_dropout", "init_lora_weights", "loftq_config", "megatron_core"),
 }
 
 Tensor = tuple[str, str, tuple[int, ...], str]  # name, dtype, shape, sha256 of the bytes
@@ -71,12 +83,29 @@ def model_identity(
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return _hub_identity(path, trust_remote_code)
+    if is_adapter(path):
+        return _adapter_identity(path, cache, watch, trust_remote_code)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     parts = {
         "config": _without_idle(config),
         "code": [hashlib.sha256(file.read_bytes()).hexdigest() for file in code_files(folder)],
         "tensors": sorted(hash_tensors(weight_files(folder), cache, watch)),
     }
+    return _hash(parts)
+
+
+def _adapter_identity(path: str, cache: Path | None, watch: Watch, trust_remote_code: bool) -> str:
+    config = read_adapter_config(path, "model.path")
+    return _hash(
+        {
+            "base": model_identity(base_of(path), cache, watch, trust_remote_code),
+            "adapter": {name: config[name] for name in config if name not in IDLE_ADAPTER_KEYS},
+            "tensors": sorted(hash_tensors([adapter_file(path)], cache, watch)),
+        }
+    )
+
+
+def _hash(parts: dict) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -10,6 +10,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
@@ -18,21 +19,39 @@ from transformers import (
 )
 
 from dpo_fast.errors import UserError
-from dpo_fast.models.config import LoraSection, ModelSection
+from dpo_fast.models.adapters import add_lora, check_adapter, load_adapter
+from dpo_fast.models.checkpoint import ADAPTER_CONFIG, base_of, is_adapter
+from dpo_fast.models.config import ModelSection
 from dpo_fast.models.layers import compile_layers, use_liger_kernel
+from dpo_fast.models.save import HEAVY
 from dpo_fast.models.scoring import ScoringModel
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 
 
 def check_model_path(path: str, option: str = "model.path") -> None:
-    """Check that a folder holds a model. A name that is not a folder is left to the hub.
+    """Check that a folder holds a model, or an adapter with its base. Other names are left to the hub.
 
     Raises:
         UserError: naming the option, the path and what was expected there.
     """
     folder = Path(path).expanduser()
     if not is_folder(path, option):
+        return
+    if is_adapter(path):
+        base = base_of(path, option)
+        if is_adapter(base):
+            raise UserError(
+                f"{option}={path} is an adapter on another adapter, {base}: merge that one into its base "
+                "first (model.adapter=merge does it, or peft's merge_and_unload)"
+            )
+        try:
+            check_model_path(base, "base_model_name_or_path")
+        except UserError as error:
+            raise UserError(
+                f"{option}={path} is an adapter, and its base model cannot be found: {error}. Correct "
+                f"base_model_name_or_path in {folder / ADAPTER_CONFIG}"
+            ) from None
         return
     config = folder / "config.json"
     if not config.is_file():
@@ -68,11 +87,35 @@ def _names(folder: Path) -> str:
     return ", ".join(sorted(child.name for child in folder.iterdir())[:8]) or "nothing"
 
 
+def local_folder(path: str) -> Path:
+    """The folder of a model; of a hub id that of its files here, all but weights that were not loaded."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    commit = getattr(AutoConfig.from_pretrained(path), "_commit_hash", None)
+    try:
+        ignored = [f"*{suffix}" for suffix in HEAVY]
+        return Path(snapshot_download(path, revision=commit, ignore_patterns=ignored))
+    except (OSError, ValueError):  # without a network: what there is
+        return Path(snapshot_download(path, revision=commit, local_files_only=True))
+
+
+def tokenizer_path(section: ModelSection) -> str:
+    """Where the tokenizer of a section lies: of an adapter without one, with its base model."""
+    if section.tokenizer is not None:
+        return section.tokenizer
+    folder = Path(section.path).expanduser()
+    own = any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
+    return section.path if own else base_of(section.path)
+
+
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     """The tokenizer of a model section, with a padding token."""
-    path = section.tokenizer or section.path
     option = "model.tokenizer" if section.tokenizer else "model.path"
-    is_folder(path, option) if section.tokenizer else check_model_path(path)
+    is_folder(section.tokenizer, option) if section.tokenizer else check_model_path(section.path)
+    path = tokenizer_path(section)
     try:
         tokenizer = _transformers_tokenizer(path, section.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
@@ -110,7 +153,7 @@ def end_of_turn_ids(section: ModelSection) -> list[int]:
 
     Chat models name more of them there than the tokenizer's one EOS.
     """
-    path, trust = section.path, section.trust_remote_code
+    path, trust = base_of(section.path), section.trust_remote_code
     try:
         ids = GenerationConfig.from_pretrained(path).eos_token_id
     except (OSError, ValueError):
@@ -132,46 +175,93 @@ def load_model(
     implementation: str = "auto",
     workspace_bytes: int | None = None,
     option: str = "model.path",
+    keep_start: bool = False,
 ) -> ScoringModel:
     """The model of a section as a `ScoringModel`, without dropout.
 
-    Under DeepSpeed's `HfDeepSpeedConfig` at stage 3 the weights are sharded while they load.
+    Under DeepSpeed's `HfDeepSpeedConfig` at stage 3 the weights are sharded while they load. What texts
+    alone do not reach, such as a vision tower, is not trained.
+
+    keep_start: of an adapter that is trained further, also keep it as it is now.
     """
-    config = load_model_config(section, option)
-    _without_dropout(config)
-    with _told(section, option):
-        model = AutoModelForCausalLM.from_pretrained(
-            section.path,
-            config=config,
-            dtype=section.torch_dtype,
-            attn_implementation=attention,
-            trust_remote_code=section.trust_remote_code,
-        )
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    model = _load_causal_lm(section, attention, option)
     if section.use_liger_kernel:
         use_liger_kernel(model)
     if section.torch_compile:
         compile_layers(model)
     scoring = ScoringModel(model, implementation=implementation, workspace_bytes=workspace_bytes)
-    if section.lora is not None:
+    freeze_unreached(model)
+    if is_adapter(section.path):
+        load_adapter(scoring, section.path, option, keep_start)
+    elif section.lora is not None:
         add_lora(scoring, section.lora)
     return scoring
+
+
+def _load_causal_lm(section: ModelSection, attention: str, option: str) -> PreTrainedModel:
+    """The model of transformers, of an adapter its base, with dropout off."""
+    config = load_model_config(section, option)
+    _without_dropout(config)
+    with _told(section, option):
+        model = auto_class(config).from_pretrained(
+            base_of(section.path, option),
+            config=config,
+            dtype=section.torch_dtype,
+            attn_implementation=attention,
+            trust_remote_code=section.trust_remote_code,
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(
+            f"{option}={section.path} is an adapter on the hub: download it (hf download {section.path} "
+            "--local-dir FOLDER) and name the folder"
+        )
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def auto_class(config: PretrainedConfig) -> type:
+    """The class of transformers that loads a model with its language-model head.
+
+    Some image-text models have no text-only class: their whole class scores texts as well.
+    """
+    whole = AutoModelForImageTextToText
+    known = type(config) in AutoModelForCausalLM._model_mapping
+    return whole if type(config) in whole._model_mapping and not known else AutoModelForCausalLM
+
+
+def freeze_unreached(model: PreTrainedModel) -> None:
+    """Freeze what is neither in the decoder nor in the head: weight decay alone would change it."""
+    reached = {
+        id(parameter)
+        for part in (
+            model.get_decoder(),
+            model.get_output_embeddings(),
+            model.get_input_embeddings(),
+        )
+        for parameter in part.parameters()
+    }
+    for parameter in model.parameters():
+        if id(parameter) not in reached:
+            parameter.requires_grad_(False)
 
 
 def load_model_config(section: ModelSection, option: str = "model.path") -> PretrainedConfig:
     """The configuration of a section's model, without its weights."""
     check_model_path(section.path, option)
+    path = base_of(section.path, option)
     with _told(section, option):
-        return AutoConfig.from_pretrained(section.path, trust_remote_code=section.trust_remote_code)
+        return AutoConfig.from_pretrained(path, trust_remote_code=section.trust_remote_code)
 
 
 def load_skeleton(section: ModelSection, option: str = "model.path") -> PreTrainedModel:
     """The modules and shapes of a section's model on the meta device, without weights."""
     config = load_model_config(section, option)
+    if is_adapter(section.path) and section.adapter != "merge":
+        check_adapter(section.path, option)
     with _told(section, option), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
+        return auto_class(config).from_config(
             config, dtype=section.torch_dtype, trust_remote_code=section.trust_remote_code
         )
 
@@ -187,41 +277,16 @@ def _told(section: ModelSection, option: str):
         ) from error
 
 
-def _without_dropout(config) -> None:
-    """A preference loss compares two passes over the same tokens; dropout would be noise there."""
-    for name in vars(config):
-        if name.endswith(("dropout", "pdrop", "dropout_prob")) and isinstance(
-            getattr(config, name), float
-        ):
-            setattr(config, name, 0.0)
+def _without_dropout(config: PretrainedConfig) -> None:
+    """A preference loss compares two passes over the same tokens; dropout would be noise there.
 
-
-def add_lora(scoring: ScoringModel, section: LoraSection) -> None:
-    """Wrap the backbone's layers with adapters and freeze everything else.
-
-    Raises:
-        UserError: adapters on the head, which makes no logits that they could change.
+    The configuration of an image-text model has others inside.
     """
-    from peft import LoraConfig, get_peft_model
-
-    targets = section.target_modules
-    named = [targets] if isinstance(targets, str) else targets
-    if any(name.split(".")[-1] in ("lm_head", "embed_out") for name in named):
-        raise UserError(
-            f"model.lora.target_modules={targets}: the head cannot carry an adapter, because it "
-            "never makes logits; name layers of the backbone, or all-linear"
-        )
-    config = LoraConfig(
-        r=section.r,
-        lora_alpha=section.alpha,
-        lora_dropout=section.dropout,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        scoring.model = get_peft_model(scoring.model, config)
-    except ValueError as error:
-        raise UserError(f"model.lora.target_modules={targets}: {_first(error)}") from error
+    for name, value in vars(config).items():
+        if isinstance(value, PretrainedConfig):
+            _without_dropout(value)
+        elif name.endswith(("dropout", "pdrop", "dropout_prob")) and isinstance(value, float):
+            setattr(config, name, 0.0)
 
 
 def _first(error: Exception) -> str:

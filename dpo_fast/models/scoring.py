@@ -6,10 +6,12 @@ import contextlib
 import inspect
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.errors import UserError
+from dpo_fast.models.adapters import as_started
 from dpo_fast.models.attention_plan import AttentionPlan
 from dpo_fast.modules.head import FusedHead
 from dpo_fast.ops.linear_logp.call import HeadOptions
@@ -36,15 +38,14 @@ class ScoringModel(nn.Module):
                 f"{type(model).__name__} has no linear lm_head to score with; expected a "
                 "decoder-only causal language model"
             )
-        fused = FusedHead(
-            head.weight,
-            getattr(head, "bias", None),
-            options=head_options_of(model.config),
-            implementation=implementation,
-            workspace_bytes=workspace_bytes,
-        )
-        model.set_output_embeddings(fused)
+        self.head = {"implementation": implementation, "workspace_bytes": workspace_bytes}
+        fuse_head(model, **self.head)
         self.model = model
+
+    def set_adapted(self, model: nn.Module) -> None:
+        """Take a PeftModel round the model for the model. Copies of the head are fused as well."""
+        self.model = model
+        fuse_head(self.causal_lm, **self.head)
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -55,13 +56,52 @@ class ScoringModel(nn.Module):
     def has_adapter(self) -> bool:
         return hasattr(self.model, "peft_config")
 
-    def adapter_off(self) -> contextlib.AbstractContextManager:
-        """A context in which the model computes without its adapters."""
-        return self.model.disable_adapter()
+    def as_started(self) -> contextlib.AbstractContextManager:
+        """A context in which a model with adapters computes as before its first update."""
+        return as_started(self.model)
 
     def forward(self, *arguments, **options) -> dict[str, Tensor]:
         """As `scoring_forward`."""
         return scoring_forward(self.causal_lm, *arguments, **options)
+
+
+def fuse_head(
+    model: PreTrainedModel, implementation: str = "auto", workspace_bytes: int | None = None
+) -> None:
+    """Put a `FusedHead` over the weights of a model's `lm_head`; where peft trains a copy, over both.
+
+    Raises:
+        UserError: a head that is not a plain linear layer: an adapter on it, quantised or sharded.
+    """
+
+    def fused(head: nn.Module) -> FusedHead:
+        weight = getattr(head, "weight", None)
+        adapted = hasattr(head, "base_layer") or hasattr(head, "token_adapter")
+        plain = weight is not None and weight.is_floating_point() and weight.dim() <= 2
+        if adapted or not plain or isinstance(weight, DTensor):
+            raise UserError(
+                f"the lm_head of {type(model).__name__} is a {type(head).__name__}; expected a linear "
+                "layer with whole weights, no adapter and no quantisation: leave lm_head out of "
+                "target_modules and trainable_token_indices (modules_to_save may have it), and out of "
+                "quantisation and tensor parallelism"
+            )
+        options = head_options_of(model.config)
+        return FusedHead(
+            weight,
+            getattr(head, "bias", None),
+            options=options,
+            implementation=implementation,
+            workspace_bytes=workspace_bytes,
+        )
+
+    head = model.get_output_embeddings()
+    copies = getattr(head, "_modules", {}).get("modules_to_save")
+    if copies is None:
+        model.set_output_embeddings(fused(head))
+        return
+    head.original_module = fused(head.original_module)
+    for name, copied in copies.items():
+        copies[name] = fused(copied)
 
 
 def scoring_forward(

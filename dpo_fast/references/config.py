@@ -41,7 +41,7 @@ class ReferenceModel:
 
     def section(self, policy: ModelSection) -> ModelSection:
         """How it is loaded: as the policy, but without adapters and without recomputed activations."""
-        unused = dict.fromkeys(("lora", "gradient_checkpointing", "checkpoint_layers"))
+        unused = dict.fromkeys(("lora", "adapter", "gradient_checkpointing", "checkpoint_layers"))
         return policy.model_copy(update={"path": self.path or policy.path, **unused})
 
 

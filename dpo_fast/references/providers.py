@@ -68,14 +68,14 @@ class FrozenReference(LiveReference):
 
 
 class AdapterOffReference(LiveReference):
-    """The policy itself with its adapters off: no second copy of the weights."""
+    """The policy itself with its adapters off, or as they started: no second copy of the weights."""
 
-    def __init__(self, scorer: Scorer, adapter_off: Callable[[], AbstractContextManager]) -> None:
+    def __init__(self, scorer: Scorer, as_started: Callable[[], AbstractContextManager]) -> None:
         self.scorer = scorer
-        self.adapter_off = adapter_off
+        self.as_started = as_started
 
     def token_logps(self, batch: ScoredBatch) -> Tensor:
-        with self.adapter_off():
+        with self.as_started():
             return score_tokens(self.scorer, batch)
 
 

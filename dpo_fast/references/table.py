@@ -123,9 +123,10 @@ _SPECS = (  # the first is the default
     ),
     ProviderSpec(
         "adapter_off",
-        "the policy with its adapters off: no second copy of the weights",
+        "the policy with its adapters off, or as they were where it goes on with an adapter: no second "
+        "copy of the weights",
         lambda materials: materials.for_every_split(
-            AdapterOffReference(materials.engine, materials.policy.adapter_off)
+            AdapterOffReference(materials.engine, materials.policy.as_started)
         ),
         tokens="always",
         any_sequence=True,

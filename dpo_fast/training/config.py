@@ -39,7 +39,7 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        adapters = self.model.lora is not None
+        adapters = self.model.has_adapters
         check_reference(self.reference, self.reference_spec, self.loss.objective, adapters)
         self._check_kl()
         self._check_offload()
@@ -85,7 +85,7 @@ class RunConfig(BaseModel):
                 f"train.eval_steps={self.train.eval_steps}, but there is nothing to evaluate on: set "
                 "data.eval or data.eval_rows"
             )
-        if self.train.merge_lora and self.model.lora is None:
+        if self.train.merge_lora and not self.model.has_adapters:
             raise ValueError("train.merge_lora=true, but there are no adapters: set model.lora")
 
     def _check_stream(self) -> None:
@@ -149,7 +149,7 @@ class RunConfig(BaseModel):
         return default_provider(
             compares=objective.needs_reference,
             any_sequence="kl" in objective.statistics,
-            adapters=self.model.lora is not None and self.reference.path is None,
+            adapters=self.model.has_adapters and self.reference.path is None,
         )
 
     @property
@@ -194,7 +194,7 @@ class RunConfig(BaseModel):
     @property
     def learning_rate(self) -> float:
         """Peak learning rate; full models and adapters have different defaults."""
-        return self.train.learning_rate or (5e-7 if self.model.lora is None else 5e-6)
+        return self.train.learning_rate or (5e-6 if self.model.has_adapters else 5e-7)
 
 
 def check_batch_sizes(config: RunConfig, world_size: int) -> None:

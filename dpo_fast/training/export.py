@@ -1,4 +1,4 @@
-"""A plain Hugging Face folder: safetensors, configuration, tokenizer; or a LoRA adapter."""
+"""The trained model as a plain Hugging Face folder, or as a LoRA adapter."""
 
 from __future__ import annotations
 
@@ -9,46 +9,53 @@ import torch
 from torch import Tensor, nn
 
 from dpo_fast import durable
+from dpo_fast.data.template_file import with_template
 from dpo_fast.models import ScoringModel
-from dpo_fast.models.config import ModelSection
+from dpo_fast.models.adapters import ADAPTER
+from dpo_fast.models.checkpoint import base_of
+from dpo_fast.models.load import local_folder, tokenizer_path
+from dpo_fast.models.merge import write_merged
+from dpo_fast.models.save import copy_input_files, remove_input_files, write_model
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import saving
+from dpo_fast.training.config import RunConfig
 
 
-def export(
-    model: ScoringModel, tokenizer, folder: Path, section: ModelSection, merge_lora: bool
-) -> None:
+def export(model: ScoringModel, config: RunConfig, folder: Path) -> None:
     """Write what `from_pretrained` loads: the model, or its adapter. Collective.
 
-    section: names the base model to merge an adapter into.
-    merge_lora: also write the merged model, to `merged/`.
+    With `train.merge_lora` also the merged model, to `merged/`.
 
     Raises:
         UserError: it cannot be written; an older export stays whole.
     """
-    state = gather_state(model.model, trainable_only=model.has_adapter)
+    state = gather_trained(model.model)
     if distributed.is_main():
         aside = durable.aside(folder)
         shutil.rmtree(aside, ignore_errors=True)
         with saving(aside):
-            _save(model, state, aside)
-            tokenizer.save_pretrained(aside)
-            if merge_lora:
-                _save_merged(section, aside)
-                tokenizer.save_pretrained(aside / "merged")
+            aside.mkdir(parents=True)
+            if model.has_adapter:
+                _save_adapter(model, state, config, aside)
+            else:
+                write_model(model.causal_lm, state, local_folder(config.model.path), aside)
+                write_tokenizer(config, aside)
+            if config.train.merge_lora:
+                write_merged(config.model, aside, aside / "merged")
+                write_tokenizer(config, aside / "merged")
             durable.publish(aside, folder, replace=True)
     distributed.barrier()
 
 
-def gather_state(model: nn.Module, trainable_only: bool) -> dict[str, Tensor]:
-    """Whole tensors on the CPU of rank 0, {} on other ranks. Collective: parameters are gathered singly.
+def gather_trained(model: nn.Module) -> dict[str, Tensor]:
+    """Trained tensors, whole, on the CPU of rank 0; {} on other ranks. Collective, one after the other.
 
     A Parameter with two names (tied embeddings) becomes one tensor with two names.
     """
     state: dict[str, Tensor] = {}
     copies: dict[int, Tensor] = {}
     for name, value in model.state_dict(keep_vars=True).items():
-        if trainable_only and not value.requires_grad:
+        if not value.requires_grad:
             continue
         if id(value) not in copies:
             copies[id(value)] = _whole(value)
@@ -65,21 +72,28 @@ def _whole(value: Tensor) -> Tensor:
         return value.detach().cpu().clone() if distributed.is_main() else torch.empty(0)
 
 
-def _save(model: ScoringModel, state: dict[str, Tensor], folder: Path) -> None:
-    # The attention of this run is registered here alone: whoever loads the model has another.
-    text = model.causal_lm.config
-    attention, text._attn_implementation = text._attn_implementation, None
-    try:
-        model.model.save_pretrained(folder, state_dict=state)
-    finally:
-        text._attn_implementation = attention
+def write_tokenizer(config: RunConfig, folder: Path) -> None:
+    """Put model.tokenizer and data.chat_template into a folder that has the model's own files."""
+    from transformers import AutoTokenizer
 
-
-def _save_merged(section: ModelSection, folder: Path) -> None:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    base = AutoModelForCausalLM.from_pretrained(
-        section.path, dtype=section.torch_dtype, trust_remote_code=section.trust_remote_code
+    section = config.model
+    if section.tokenizer is None and config.data.chat_template is None:
+        return
+    # As it is on disk: a run gives its own a padding token where there is none.
+    tokenizer = with_template(
+        AutoTokenizer.from_pretrained(
+            tokenizer_path(section), trust_remote_code=section.trust_remote_code
+        ),
+        config.data,
     )
-    PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(folder / "merged")
+    remove_input_files(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _save_adapter(
+    model: ScoringModel, state: dict[str, Tensor], config: RunConfig, folder: Path
+) -> None:
+    model.model.save_pretrained(folder, state_dict=state, selected_adapters=[ADAPTER])
+    for path in dict.fromkeys((base_of(config.model.path), config.model.path)):
+        copy_input_files(local_folder(path), folder)
+    write_tokenizer(config, folder)

@@ -10,7 +10,6 @@ from pathlib import Path
 from torch import Tensor
 
 from dpo_fast import durable
-from dpo_fast.data.template_file import with_template
 from dpo_fast.errors import Interrupted, UserError
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
@@ -82,8 +81,7 @@ def train(config: RunConfig) -> Path:
     if step < run.total_steps:
         raise Interrupted(folder)
     model = Path(config.train.output_dir) / MODEL
-    tokenizer = with_template(run.tokenizer, config.data)
-    export(run.model, tokenizer, model, config.model, config.train.merge_lora)
+    export(run.model, run.config, model)
     say(f"the trained model is in {model}")
     return model
 
@@ -222,7 +220,8 @@ def must_fit(run: Run) -> dict:
     fits |= {f"loss.{name}": value for name, value in tree["loss"].items()}
     fits |= {f"reference.{name}": tree["reference"][name] for name in SAME_REFERENCE}
     fits |= {"model.dtype": tree["model"]["dtype"], "model.lora": tree["model"]["lora"]}
-    fits |= {f"the weights of {option}": value for option, value in run.weights.items()}
+    fits["model.adapter"] = run.config.model.has_adapters
+    fits |= {f"the hash of {option}'s weights": value for option, value in run.weights.items()}
     if train.tokens_per_batch is not None:  # the tokens of an example depend on the layout
         fits["layout"] = train.layout
     return fits

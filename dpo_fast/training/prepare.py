@@ -18,6 +18,7 @@ from dpo_fast.training.engine import build_engine, deepspeed_config, shard_while
 from dpo_fast.training.fit import Choices, check_positions, check_vocabulary, choose
 from dpo_fast.training.load_data import load_split
 from dpo_fast.training.loss_pass import LossPass, Statistics
+from dpo_fast.training.merge import merged_first
 from dpo_fast.training.references import build_old, build_references, load_second_model
 from dpo_fast.training.splits import Split
 from dpo_fast.training.weights import identities
@@ -68,6 +69,7 @@ def prepare(config: RunConfig, choices: Choices | None = None) -> Run:
     choices = choose(config) if choices is None else choices
     config = choices.applied(config)
     choices.tell()
+    config = merged_first(config)
     tokenizer = load_tokenizer(config.model)
     splits = [load_split(config, tokenizer, "train", shuffle=True)]
     if config.data.has_eval:
@@ -107,7 +109,12 @@ def load_policy(
     config: RunConfig, choices: Choices, tokenizer: PreTrainedTokenizerBase, splits: list[Split]
 ) -> ScoringModel:
     """The model that is trained. Raises UserError if it does not fit the tokenizer or the data."""
-    model = load_model(config.model, attention=choices.attention.name, **config.train.head)
+    model = load_model(
+        config.model,
+        attention=choices.attention.name,
+        keep_start=config.reference_spec.needs_adapters,
+        **config.train.head,
+    )
     check_vocabulary(model, tokenizer)
     check_positions(model, splits)
     if wants_checkpointing(config, model):

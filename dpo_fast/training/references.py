@@ -20,6 +20,7 @@ from dpo_fast.training.engine import (
 )
 from dpo_fast.training.fit import Choices, check_positions, check_run, check_vocabulary
 from dpo_fast.training.load_data import load_split
+from dpo_fast.training.merge import merged_first
 from dpo_fast.training.precompute import StoredReference, cached_references, store_references
 from dpo_fast.training.splits import Split
 
@@ -109,7 +110,7 @@ def store_beforehand(config: RunConfig) -> list[StoredReference]:
     choices = check_run(config)
     distributed.init_distributed(config.parallel.timeout_minutes)
     choices.tell()
-    config = choices.applied(config)
+    config = merged_first(choices.applied(config))
     tokenizer, device = load_tokenizer(config.model), distributed.device()
     names = ("train", "eval") if config.data.has_eval else ("train",)
     splits = [load_split(config, tokenizer, name, shuffle=False) for name in names]

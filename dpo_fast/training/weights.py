@@ -19,7 +19,7 @@ UNIT = 1 << 24  # bytes of a step of the bar
 
 def identity_of(config: RunConfig, path: str) -> str:
     """The identity of a model of the run (`models/identity.py`). Collective: rank 0 reads."""
-    return distributed.from_main(partial(_identity, config, path))
+    return distributed.from_main(partial(identity_on_this_rank, config, path))
 
 
 def identities(config: RunConfig) -> dict[str, str]:
@@ -36,7 +36,8 @@ def identities(config: RunConfig) -> dict[str, str]:
     return {option: known[path] for option, path in models.items()}
 
 
-def _identity(config: RunConfig, path: str) -> str:
+def identity_on_this_rank(config: RunConfig, path: str) -> str:
+    """As `identity_of`, for work that one rank does."""
     cache = cache_root(config.data) / "weights"
     with _told(path) as watch:
         return model_identity(path, cache, watch, config.model.trust_remote_code)

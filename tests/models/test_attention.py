@@ -81,7 +81,7 @@ def test_the_same_with_adapters(checkpointing):
     batch = forward_arguments(collate_trees(TREES, "shared_prefix"))
     scores = scoring(**batch)["logp"]
     assert_same(scores, slopes(scores, adapters), expected, true_gradients)
-    with torch.no_grad(), scoring.adapter_off():
+    with torch.no_grad(), scoring.as_started():
         torch.testing.assert_close(scoring(**batch)["logp"], base, rtol=1e-5, atol=1e-5)
 
 

@@ -166,7 +166,7 @@ def test_every_provider_is_built_from_its_materials():
         pytest.fail("not asked for by the table")
 
     linear = torch.nn.Linear(1, 1)
-    linear.adapter_off = None
+    linear.as_started = None
     for spec in PROVIDERS.values():
         kinds = {"train": PAIRS, "eval": COMPLETIONS}
         materials = Materials(

@@ -122,9 +122,7 @@ def test_a_resumed_run_has_the_weights_of_the_interrupted_one(folder, begun):
         "model.path": {"model": {"path": final}, "reference": {"path": str(folder / "model")}},
         "reference.path": {"reference": {"path": final}},
     }.items():
-        message = (
-            rf"(?s)checkpoint-2 cannot be resumed exactly: the weights of {option} was '\w+' and is"
-        )
+        message = rf"(?s)checkpoint-2 cannot be resumed exactly: the hash of {option}'s weights was"
         with pytest.raises(AssertionError, match=message):
             go_on(f"other {option}", **sections)
 

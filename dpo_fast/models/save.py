@@ -1,0 +1,200 @@
+"""A trained model written over the folder that it came from.
+
+Everything that came in stays: files of the tokenizer and the processor, the generation config, code,
+and every tensor that was not trained, such as a vision tower's. Trained tensors replace those that they
+were loaded from, under the names that the checkpoint gives them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+from dpo_fast.models.checkpoint import weight_files
+
+# Weights in any format, and what a trainer leaves beside them.
+HEAVY = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"),
+    *(".npz", ".index.json", ".index.json.gz"),
+)
+LEFT = ("trainer_state.json", "training_args.json", "adapter_config.json")
+FOLDERS = ("additional_chat_templates",)
+# What makes texts and pictures into the model's input: it goes with an adapter, too.
+INPUT_FILES = (
+    *("tokenizer*", "vocab*", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
+    *("*.model", "*.tiktoken", "chat_template*", "additional_chat_templates/*"),
+)
+PROCESSOR_FILES = ("*processor*.json",)
+
+
+def copy_files(source: Path, target: Path) -> None:
+    """Copy all of a model folder but its weights."""
+    for file in sorted(source.rglob("*")):
+        inner = file.relative_to(source)
+        hidden = any(part.startswith(".") for part in inner.parts)
+        deep = len(inner.parts) > 1 and inner.parts[0] not in FOLDERS and file.suffix != ".py"
+        if file.is_file() and not (hidden or deep or _is_left(file.name)):
+            _copy(source, inner, target)
+
+
+def copy_input_files(source: Path, target: Path, processor: bool = True) -> None:
+    """Copy what makes texts, and pictures, into the model's input."""
+    for pattern in INPUT_FILES + (PROCESSOR_FILES if processor else ()):
+        for file in sorted(source.glob(pattern)):
+            if file.is_file() and not _is_left(file.name):
+                _copy(source, file.relative_to(source), target)
+
+
+def remove_input_files(folder: Path) -> None:
+    """Remove the files of a tokenizer; another takes its place."""
+    for pattern in INPUT_FILES:
+        for file in folder.glob(pattern):
+            file.unlink()
+
+
+def _is_left(name: str) -> bool:
+    return name.endswith(HEAVY) or name in LEFT
+
+
+def _copy(source: Path, inner: Path, target: Path) -> None:
+    place = target / inner
+    place.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source / inner, place)
+
+
+def write_model(
+    model: PreTrainedModel, state: Mapping[str, Tensor], source: Path, target: Path
+) -> None:
+    """Write a folder that `from_pretrained` loads as it loaded `source`.
+
+    model: gives the names of its parameters; its weights are not read.
+    state: the trained tensors by their names in the model, whole. Others stay as they are in `source`.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    copy_files(source, target)
+    dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    if len(dtypes) == 1:
+        _note_dtype(target / "config.json", str(dtypes.pop()).removeprefix("torch."))
+    files = weight_files(source)
+    names = {file: tensor_names(file) for file in files}
+    loaded = _loaded_from(model, [name for each in names.values() for name in each], state)
+    trained = revert_weight_conversion(model, dict(state))
+    _write_shards(names, loaded, _without_copies(trained, loaded), target)
+
+
+def tensor_names(file: Path) -> list[str]:
+    """Names of the tensors of a file of weights."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt") as tensors:
+            return list(tensors.keys())
+    return list(_unpickled(file))
+
+
+def _unpickled(file: Path) -> dict[str, Tensor]:
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _loaded_from(
+    model: PreTrainedModel, names: Iterable[str], state: Mapping[str, Tensor]
+) -> set[str]:
+    """The names of a checkpoint whose tensors were loaded into those of `state`.
+
+    It also leaves in the model the conversions that these names need: the ones that `from_pretrained`
+    leaves there at ZeRO stage 3 may be of other forms of the checkpoint.
+    """
+    conversions = get_model_conversion_mapping(model)
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
+    own = dict.fromkeys(model.state_dict(keep_vars=True), True)
+    loaded = set()
+    for name in names:
+        prefix = {"base_model_prefix": model.base_model_prefix, "meta_state_dict": own}
+        found, _ = rename_source_key(name, renamings, converters, **prefix)
+        if found not in own and name in own:
+            found, _ = rename_source_key(name, [], [], **prefix)
+        if found in state:
+            loaded.add(name)
+    model._weight_conversions = [each for each in conversions if each.was_used()]
+    return loaded
+
+
+def _without_copies(trained: dict[str, Tensor], loaded: set[str]) -> dict[str, Tensor]:
+    """One name for each tensor: of tied ones all those that the checkpoint has."""
+    present = {tensor.data_ptr() for name, tensor in trained.items() if name in loaded}
+    kept = {}
+    for name, tensor in trained.items():
+        if name in loaded or tensor.data_ptr() not in present:
+            kept[name] = tensor
+            present.add(tensor.data_ptr())
+    return kept
+
+
+def _write_shards(
+    names: Mapping[Path, list[str]], loaded: set[str], trained: dict[str, Tensor], target: Path
+) -> None:
+    """The checkpoint in as many files as it had; tensors with new names are in the last."""
+    new = [name for name in trained if not any(name in each for each in names.values())]
+    shards, size = {}, 0
+    last = list(names)[-1]
+    for number, (file, own) in enumerate(names.items(), 1):
+        tensors = {name: trained[name] for name in own if name in trained}
+        kept = [name for name in own if name not in trained and name not in loaded]
+        tensors |= _read(file, kept)
+        tensors |= {name: trained[name] for name in new} if file == last else {}
+        place = "model.safetensors"
+        if len(names) > 1:
+            place = f"model-{number:05d}-of-{len(names):05d}.safetensors"
+        shards |= dict.fromkeys(tensors, place)
+        size += sum(tensor.nbytes for tensor in tensors.values())
+        save_file(_apart(tensors), target / place, {"format": "pt"})
+    if len(names) > 1:
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(shards.items()))}
+        (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def _read(file: Path, names: list[str]) -> dict[str, Tensor]:
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt") as tensors:
+            return {name: tensors.get_tensor(name) for name in names}
+    tensors = _unpickled(file) if names else {}
+    return {name: tensors[name] for name in names}
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors that share no memory, as safetensors wants them."""
+    seen, result = set(), {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+        fresh = whole and tensor.data_ptr() not in seen
+        seen.add(tensor.data_ptr())
+        result[name] = tensor if fresh else tensor.clone(memory_format=torch.contiguous_format)
+    return result
+
+
+def _note_dtype(file: Path, dtype: str) -> None:
+    """The dtype of the weights, for those who load the model with dtype='auto'. The rest stays."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    text = config.get("text_config")
+    for tree in (config, *([text] if isinstance(text, dict) else [])):
+        for name in ("dtype", "torch_dtype"):
+            if name in tree:
+                tree[name] = dtype
+    if "dtype" not in config and "torch_dtype" not in config:
+        config["dtype"] = dtype
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
