@@ -23,6 +23,7 @@ from dpo_fast.losses import LossOptions, Objective, PairLogps, Totals, preferenc
 from dpo_fast.models import ScoringModel
 from dpo_fast.models.scoring import forward_arguments, head_options_of
 from dpo_fast.ops.segments import sum_sequences
+from tests.support.adapters import write_adapter
 from tests.support.models import LIKE_SGD, write_model, write_pairs
 from tests.support.paths import ROOT
 
@@ -231,6 +232,110 @@ def test_lora_saves_an_adapter_and_needs_no_reference(place, rows, tmp_path):
     torch.testing.assert_close(
         loaded(ids).logits, trainer.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     )
+
+
+ADAPTERS = {
+    "lora": ({}, False),
+    "lora and norms": ({"modules_to_save": ["norm"]}, False),
+    "lora and head": ({"modules_to_save": ["lm_head"]}, False),
+    "lora, embeddings and head": ({"modules_to_save": ["embed_tokens", "lm_head"]}, False),
+    "lora and tied embeddings": (
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        True,
+    ),
+    "dora": ({"use_dora": True}, False),
+}
+
+
+@pytest.fixture(scope="module", params=ADAPTERS)
+def sft(request, tmp_path_factory):
+    """A trained adapter, and what loads it on its base."""
+    from peft import PeftModel
+
+    options, tied = ADAPTERS[request.param]
+    folder = tmp_path_factory.mktemp("sft")
+    write_model(folder / "model", tied=tied)
+    write_adapter(folder / "sft", folder / "model", **options)
+
+    def load(path=folder / "sft", **more):
+        return PeftModel.from_pretrained(model_of(folder), path, **more)
+
+    return load
+
+
+def test_the_reference_of_an_adapter_is_that_adapter_frozen(sft, rows, tmp_path):
+    options = {"max_steps": 3, "num_train_epochs": 3}
+
+    # No dropout: the reference beside it has none.
+    def policy():
+        model = sft(is_trainable=True)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        return model
+
+    trainer, log = train(None, rows[:8], tmp_path / "a", model=policy(), **options)
+    _, beside = train(
+        None, rows[:8], tmp_path / "b", model=policy(), reference=sft().eval(), **options
+    )
+    assert log[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert log[2]["loss"] < 0.69
+    for ours, theirs in zip(log, beside):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+    trainer.save_model(tmp_path / "adapter")
+    ids = torch.arange(5, 15)[None]
+    model = trainer.model.eval()
+    model.get_base_model().set_attn_implementation("sdpa")
+    with torch.no_grad():
+        saved = sft(tmp_path / "adapter").eval()(ids).logits
+        torch.testing.assert_close(saved, model(input_ids=ids).logits)
+        assert (saved - sft().eval()(ids).logits).abs().max() > 1e-3
+
+
+def test_a_resumed_adapter_has_the_reference_that_it_began_with(place, rows, tmp_path):
+    from peft import PeftModel
+
+    write_adapter(tmp_path / "sft", place / "model", lora_dropout=0.0)
+    options = {"max_steps": 4, "num_train_epochs": 4, "save_strategy": "steps", "save_steps": 2}
+
+    def policy():
+        return PeftModel.from_pretrained(model_of(place), tmp_path / "sft", is_trainable=True)
+
+    whole, log = train(place, rows[:8], tmp_path / "run", model=policy(), **options)
+    resumed = build(place, rows[:8], tmp_path / "run", model=policy(), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    again = [entry for entry in resumed.state.log_history if "loss" in entry]
+    assert [e["loss"] for e in again] == [e["loss"] for e in log]
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_an_adapter_that_a_user_calls_ref_is_the_reference(place, rows, other, tmp_path):
+    from peft import PeftModel
+
+    for name, seed in (("policy", 0), ("start", 1)):
+        write_adapter(tmp_path / name, place / "model", seed=seed, lora_dropout=0.0)
+    model = PeftModel.from_pretrained(model_of(place), tmp_path / "policy", is_trainable=True)
+    model.load_adapter(tmp_path / "start", "ref")
+    _, log = train(place, rows, tmp_path, model=model)
+    reference = PeftModel.from_pretrained(model_of(place), tmp_path / "start").merge_and_unload()
+    policy = PeftModel.from_pretrained(model_of(place), tmp_path / "policy", is_trainable=True)
+    _, beside = train(place, rows, tmp_path, model=policy, reference=reference)
+    assert log[0]["loss"] == pytest.approx(beside[0]["loss"], abs=1e-5)
+    assert abs(log[0]["loss"] - 0.693147) > 1e-2
+
+
+def test_adapters_that_act_outside_the_layers_are_refused(place, rows, tmp_path):
+    from peft import LoraConfig, PromptTuningConfig, get_peft_model
+
+    common = {"task_type": "CAUSAL_LM"}
+    for config, message in (
+        (PromptTuningConfig(num_virtual_tokens=2, **common), "PROMPT_TUNING adds virtual tokens"),
+        (LoraConfig(target_modules=["q_proj", "lm_head"], **common), "target_modules has the head"),
+        (LoraConfig(target_modules=["q_proj"], bias="all", **common), "bias=all"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build(place, rows, tmp_path, model=get_peft_model(model_of(place), config))
 
 
 def test_a_checkpoint_is_a_plain_folder_and_resumes(place, rows, tmp_path):

@@ -18,6 +18,7 @@ from dpo_fast.integrations import trl as fast
 from dpo_fast.integrations.trl_forward import add_linear_logp
 from dpo_fast.losses import LossOptions, Objective, Totals, preference
 from dpo_fast.ops.linear_logp import op
+from tests.support.adapters import write_adapter
 from tests.support.architectures import make
 from tests.support.models import LIKE_SGD, write_architecture, write_model, write_pairs
 
@@ -354,12 +355,68 @@ def test_an_option_that_would_not_be_used_is_refused_by_name(option, place, tmp_
         build(fast.DPOTrainer, place, tmp_path, **REFUSED[option])
 
 
-def test_a_head_that_is_trained_by_peft_is_refused(place, tmp_path):
+ADAPTERS = {
+    "lora": ({}, False),
+    "lora and head": ({"modules_to_save": ["lm_head"]}, False),
+    "lora, embeddings and head": ({"modules_to_save": ["embed_tokens", "lm_head"]}, False),
+    "lora and tied embeddings": (
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("stored", [False, True])
+def test_on_top_of_a_trained_adapter(name, stored, place, tmp_path):
+    """The reference is a frozen copy of the adapter, whole modules included."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    options, tied = ADAPTERS[name]
+    write_model(tmp_path / "model", tied=tied)
+    write_adapter(tmp_path / "sft", tmp_path / "model", lora_dropout=0.0, **options)
+
+    def policy():
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+        return PeftModel.from_pretrained(base, tmp_path / "sft", is_trainable=True)
+
+    options = {"precompute_ref_log_probs": stored}
+    theirs = trained(trl.DPOTrainer, place, tmp_path / "theirs", model=policy(), **options)
+    ours = trained(fast.DPOTrainer, place, tmp_path / "ours", model=policy(), **options)
+    assert ours[1][0]["loss"] == pytest.approx(0.6931, abs=1e-4)
+    assert ours[1][-1]["rewards/margins"] != 0
+    assert_same(theirs, ours)
+
+
+def test_new_adapters_with_a_head_that_is_trained_whole(place, tmp_path):
     from peft import LoraConfig
 
-    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
-    with pytest.raises(UserError, match="lm_head"):
-        build(fast.DPOTrainer, place, tmp_path, rest={"peft_config": config})
+    def lora():
+        whole = ["lm_head", "embed_tokens"]
+        config = LoraConfig(
+            r=4, target_modules=["q_proj"], modules_to_save=whole, task_type="CAUSAL_LM"
+        )
+        return {"peft_config": config}
+
+    theirs = trained(trl.DPOTrainer, place, tmp_path / "theirs", rest=lora())
+    ours = trained(fast.DPOTrainer, place, tmp_path / "ours", rest=lora())
+    assert_same(theirs, ours)
+
+
+@pytest.mark.parametrize(
+    "option", [{"target_modules": ["lm_head"]}, {"trainable_token_indices": [3]}]
+)
+def test_a_head_that_peft_changes_is_refused(option, place, tmp_path):
+    """Tied, so that tokens which are trained in the embeddings are trained in the head as well."""
+    from peft import LoraConfig
+
+    model = str(write_model(tmp_path / "tied", tied=True))
+    config = LoraConfig(
+        **({"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | option)
+    )
+    with pytest.raises((UserError, ValueError), match="lm_head"):
+        build(fast.DPOTrainer, place, tmp_path, model=model, rest={"peft_config": config})
     assert trl.trainer.dpo_trainer.add_fused_lm_head is trl.trainer.utils.add_fused_lm_head
 
 
