@@ -1,4 +1,7 @@
-"""Two steps of `PreferenceTrainer` over eight pairs, on one rank or several. Started by a test."""
+"""Two steps of `PreferenceTrainer` over eight pairs, on one rank or several. Started by a test.
+
+The case names a reference, or an adapter that is trained further and is its own reference.
+"""
 
 import json
 import os
@@ -6,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from dpo_fast.integrations.transformers import PreferenceTrainer
@@ -43,11 +47,16 @@ def main() -> None:
         gradient_accumulation_steps=2,
         deepspeed=zero if case["stage"] else None,
     )
+    model, reference = AutoModelForCausalLM.from_pretrained(case["model"]), None
+    if "adapter" in case:
+        model = PeftModel.from_pretrained(model, case["adapter"], is_trainable=True)
+    else:
+        reference = AutoModelForCausalLM.from_pretrained(case["reference"])
     trainer = PreferenceTrainer(
-        AutoModelForCausalLM.from_pretrained(case["model"]),
+        model,
         args,
         objective=Objective(("sigmoid", "sft"), (1.0, 0.5), LossOptions(beta=0.3)),
-        reference=AutoModelForCausalLM.from_pretrained(case["reference"]),
+        reference=reference,
         train_dataset=case["rows"][:8],
     )
     trainer.train()
