@@ -13,13 +13,11 @@ import torch
 from torch import nn
 
 from dpo_fast.errors import UserError
-from dpo_fast.models.checkpoint import adapter_file, base_of
+from dpo_fast.models.checkpoint import EMBEDDINGS, HEADS, adapter_file, base_of
 from dpo_fast.models.config import LoraSection
 
 ADAPTER = "default"  # the name that peft gives the trained adapter
 START = "ref"  # a frozen copy of it as it started; TRL's name
-HEADS = ("lm_head", "embed_out")
-EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
 # Kinds of adapters that act outside the layers, where the scoring forward does not come by.
 ELSEWHERE = {
     "XLORA": "it mixes adapters in a forward of its own",

@@ -23,6 +23,9 @@ FILES = (
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
+HEADS = ("lm_head", "embed_out")
+EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
+
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that `from_pretrained` loads, in the order of their names.
@@ -119,3 +122,19 @@ def adapter_file(path: str, option: str = "model.path") -> Path:
     raise UserError(
         f"{option}={path} has an {ADAPTER_CONFIG} but no weights: expected {ADAPTER_FILES[0]}"
     )
+
+
+def adapter_vocabulary(path: str) -> int | None:
+    """Rows of the embeddings that an adapter comes with, which may be more than its base has; else None.
+
+    SFT that adds tokens leaves such an adapter.
+    """
+    if not is_adapter(path) or adapter_file(path).suffix != ".safetensors":
+        return None
+    _, header = read_header(adapter_file(path))
+    rows = [
+        entry["shape"][0]
+        for name, entry in header.items()
+        if name.endswith(tuple(f"{end}.weight" for end in (*HEADS, *EMBEDDINGS)))
+    ]
+    return max(rows, default=None)

@@ -20,7 +20,7 @@ from transformers import (
 
 from dpo_fast.errors import UserError
 from dpo_fast.models.adapters import add_lora, check_adapter, load_adapter
-from dpo_fast.models.checkpoint import ADAPTER_CONFIG, base_of, is_adapter
+from dpo_fast.models.checkpoint import ADAPTER_CONFIG, adapter_vocabulary, base_of, is_adapter
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.layers import compile_layers, use_liger_kernel
 from dpo_fast.models.save import HEAVY
@@ -215,10 +215,18 @@ def _load_causal_lm(section: ModelSection, attention: str, option: str) -> PreTr
             f"{option}={section.path} is an adapter on the hub: download it (hf download {section.path} "
             "--local-dir FOLDER) and name the folder"
         )
+    resize_for_adapter(model, section.path)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     return model
+
+
+def resize_for_adapter(model: PreTrainedModel, path: str) -> None:
+    """Give a base model as many rows of embeddings as its adapter has. The adapter brings their values."""
+    rows = adapter_vocabulary(path)
+    if rows is not None and rows != model.config.get_text_config().vocab_size:
+        model.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def auto_class(config: PretrainedConfig) -> type:
@@ -260,6 +268,8 @@ def load_skeleton(section: ModelSection, option: str = "model.path") -> PreTrain
     config = load_model_config(section, option)
     if is_adapter(section.path) and section.adapter != "merge":
         check_adapter(section.path, option)
+    text = config.get_text_config()
+    text.vocab_size = adapter_vocabulary(section.path) or text.vocab_size
     with _told(section, option), torch.device("meta"):
         return auto_class(config).from_config(
             config, dtype=section.torch_dtype, trust_remote_code=section.trust_remote_code

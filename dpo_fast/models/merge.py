@@ -7,7 +7,7 @@ from pathlib import Path
 from dpo_fast.errors import UserError
 from dpo_fast.models.checkpoint import base_of
 from dpo_fast.models.config import ModelSection
-from dpo_fast.models.load import auto_class, load_model_config, local_folder
+from dpo_fast.models.load import auto_class, load_model_config, local_folder, resize_for_adapter
 from dpo_fast.models.save import copy_input_files, write_model
 
 
@@ -25,6 +25,7 @@ def write_merged(section: ModelSection, adapter: Path, target: Path) -> None:
     model = auto_class(load_model_config(section)).from_pretrained(
         base, dtype=section.torch_dtype, trust_remote_code=section.trust_remote_code
     )
+    resize_for_adapter(model, str(adapter))
     try:
         merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     except (AttributeError, ValueError, KeyError, TypeError, RuntimeError) as error:

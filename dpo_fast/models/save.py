@@ -90,6 +90,7 @@ def write_model(
     dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
     if len(dtypes) == 1:
         _note_dtype(target / "config.json", str(dtypes.pop()).removeprefix("torch."))
+    _note_vocabulary(target / "config.json", model.config.get_text_config().vocab_size)
     files = weight_files(source)
     names = {file: tensor_names(file) for file in files}
     loaded = _loaded_from(model, [name for each in names.values() for name in each], state)
@@ -198,3 +199,14 @@ def _note_dtype(file: Path, dtype: str) -> None:
     if "dtype" not in config and "torch_dtype" not in config:
         config["dtype"] = dtype
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _note_vocabulary(file: Path, rows: int) -> None:
+    """The rows of the embeddings, where an adapter had more than its base."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    trees = [tree for tree in (config, config.get("text_config")) if isinstance(tree, dict)]
+    stale = [tree for tree in trees if tree.get("vocab_size", rows) != rows]
+    for tree in stale:
+        tree["vocab_size"] = rows
+    if stale:
+        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -6,13 +6,14 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from dpo_fast import durable
 from dpo_fast.data.template_file import with_template
 from dpo_fast.models import ScoringModel
 from dpo_fast.models.adapters import ADAPTER
-from dpo_fast.models.checkpoint import base_of
+from dpo_fast.models.checkpoint import adapter_file, adapter_vocabulary, base_of
 from dpo_fast.models.load import local_folder, tokenizer_path
 from dpo_fast.models.merge import write_merged
 from dpo_fast.models.save import copy_input_files, remove_input_files, write_model
@@ -90,10 +91,25 @@ def write_tokenizer(config: RunConfig, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def untrained_embeddings(path: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Embeddings and head that an adapter comes with and that are not trained: they belong to it."""
+    if adapter_vocabulary(path) is None:
+        return {}
+    found = {}
+    with safe_open(adapter_file(path), "pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118
+            trained = f"{name.removesuffix('weight')}modules_to_save."
+            inside = "lora_" in name or "modules_to_save" in name or "original_module" in name
+            if not inside and not any(key.startswith(trained) for key in state):
+                found[name] = tensors.get_tensor(name)
+    return found
+
+
 def _save_adapter(
     model: ScoringModel, state: dict[str, Tensor], config: RunConfig, folder: Path
 ) -> None:
-    model.model.save_pretrained(folder, state_dict=state, selected_adapters=[ADAPTER])
+    whole = untrained_embeddings(config.model.path, state) | state
+    model.model.save_pretrained(folder, state_dict=whole, selected_adapters=[ADAPTER])
     for path in dict.fromkeys((base_of(config.model.path), config.model.path)):
         copy_input_files(local_folder(path), folder)
     write_tokenizer(config, folder)

@@ -20,7 +20,9 @@ from dpo_fast.models.config import ModelSection
 from dpo_fast.models.identity import model_identity
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.training.config import build_config
+from dpo_fast.training.export import export
 from dpo_fast.training.fit import check_run
+from dpo_fast.training.merge import merged_first
 from tests.support import ranks
 from tests.support.adapters import write_adapter
 from tests.support.architectures import TREES, alone
@@ -139,6 +141,10 @@ def test_the_reference_is_the_adapter_frozen(folder, runs):
         assert curve[1] == pytest.approx(math.log(2), abs=1e-6), name
         assert curve == pytest.approx(curves["cached"], abs=1e-5), name
     assert curves["cached"][4] < 0.69
+    by_copy = expected(folder, runs / "adapter_off" / "final")
+    torch.testing.assert_close(
+        by_copy, expected(folder, runs / "cached" / "final"), rtol=0, atol=1e-3
+    )
     assert series(runs / "resumed") == {step: curves["whole"][step] for step in (3, 4)}
     final = runs / "cached" / "final"
     assert not (final / "config.json").exists()
@@ -197,6 +203,83 @@ def test_an_adapter_may_be_the_reference_of_another_model(folder, runs):
         with torch.no_grad():
             sums = [alone(adapted, [(prompt, [answer])]).sum().item() for answer in answers]
         assert [row["chosen_logps"], row["rejected_logps"]] == pytest.approx(sums, abs=1e-3)
+
+
+# Tokens that SFT has added
+
+ENDS = ["embed_tokens", "lm_head"]
+
+
+def with_tokens(folder, name: str, tied: bool, whole) -> tuple:
+    """An adapter whose embeddings have more rows than its base, and the number of rows."""
+    base = folder / f"{name}-base"
+    if not base.exists():
+        write_model(base, tied=tied)
+    tokenizer = load_tokenizer(section(base))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<a>", "<b>", "<c>"]})
+    options = {"modules_to_save": whole, "ensure_weight_tying": bool(whole and tied)}
+    return write_adapter(folder / name, base, tokenizer=tokenizer, **options), len(tokenizer)
+
+
+def plain_logits(base, rows, adapter=None):
+    """By transformers and peft alone."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if rows is not None:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    model = model if adapter is None else PeftModel.from_pretrained(model, adapter)
+    with torch.no_grad():
+        return model.eval()(torch.arange(250, 264)[None]).logits
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("whole", [None, ENDS])
+def test_tokens_that_an_adapter_has_added(tied, whole, tmp_path):
+    sft, rows = with_tokens(tmp_path, "sft", tied, whole)
+    base, start = tmp_path / "sft-base", plain_logits(tmp_path / "sft-base", rows, sft)
+    tree = run_tree(tmp_path, merge_lora=True)
+    tree["model"]["path"] = str(sft)
+    config = build_config(tree, "tree")
+    check_run(config)
+    scoring = load_model(config.model, attention="sdpa", keep_start=True).eval()
+    ids = torch.arange(250, 264)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(scoring.model(ids).logits, start)
+        for parameter in scoring.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01)
+        changed_logits = scoring.model(ids).logits
+        with scoring.as_started():
+            torch.testing.assert_close(scoring.model(ids).logits, start)
+    export(scoring, config, tmp_path / "out")
+    assert (changed_logits - start).abs().max() > 1e-2
+    torch.testing.assert_close(plain_logits(base, rows, tmp_path / "out"), changed_logits)
+    merged = plain_logits(tmp_path / "out" / "merged", None)
+    torch.testing.assert_close(merged, changed_logits, rtol=0, atol=1e-4)
+    # Merged first.
+    tree["model"]["adapter"], tree["train"]["merge_lora"] = "merge", False
+    config = merged_first(build_config(tree, "tree"))
+    torch.testing.assert_close(plain_logits(config.model.path, None), start, rtol=0, atol=1e-4)
+    assert len(load_tokenizer(config.model)) == rows
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [None, ENDS], ids=["frozen", "whole"])
+def test_tokens_that_an_adapter_has_added_under_zero_3(folder, whole):
+    name = "whole" if whole else "frozen"
+    sft, rows = with_tokens(folder, name, False, whole)
+    found = []
+    for count, stage in ((1, 0), (2, 3)):
+        run = folder / f"tokens-{name}-{count}"
+        ranks.train([tree_of(folder, run, stage, model={"path": str(sft)})], count)
+        found.append(
+            series(run) | {f"logps {k}": v for k, v in series(run, "logps/chosen").items()}
+        )
+        found[-1]["end"] = plain_logits(folder / f"{name}-base", rows, run / "final").tolist()
+    one, two = (torch.tensor(each.pop("end")) for each in found)
+    assert found[0] == pytest.approx(found[1], abs=1e-3)
+    assert found[0][1] == pytest.approx(math.log(2), abs=1e-6)
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-4)
 
 
 # Errors
