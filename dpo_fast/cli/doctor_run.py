@@ -18,7 +18,7 @@ from dpo_fast.models import ScoringModel, load_tokenizer
 from dpo_fast.models.adapters import add_lora, add_untrained
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.layers import checkpointed_layers, decoder_layers
-from dpo_fast.models.load import load_skeleton
+from dpo_fast.models.load import freeze_unreached, load_skeleton
 from dpo_fast.ops.cpu import product_dtype
 from dpo_fast.ops.dispatch import Choice, choose_implementation
 from dpo_fast.ops.linear_logp.plan import HeadPlan, default_workspace_bytes, plan
@@ -130,6 +130,7 @@ def _unit(config: RunConfig) -> str:
 def _skeleton(section: ModelSection, option: str = "model.path") -> ScoringModel:
     """A model on the meta device, with its adapters. option: the configuration key that names it."""
     scoring = ScoringModel(load_skeleton(section, option))
+    freeze_unreached(scoring.model)
     with torch.device("meta"):
         if section.lora is not None:
             add_lora(scoring, section.lora)

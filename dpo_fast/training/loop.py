@@ -194,13 +194,8 @@ def resume(run: Run, checkpoint: Path, sums: MetricSums, log: RunLog) -> int:
     run.train.seek(state)
     log.begin(state["step"])
     say(f"resumed {checkpoint} at step {state['step']}")
-    for name, value in rounding(run).items():
-        before = state.get("rounding", {}).get(name, value)
-        if before != value:
-            say(
-                f"{name} was {before} and is {value}: from here on the run differs by rounding from "
-                "one that was not interrupted"
-            )
+    if "rounding" in state:
+        tell_rounding(state["rounding"], rounding(run))
     return state["step"]
 
 
@@ -239,3 +234,13 @@ def rounding(run: Run) -> dict:
         "model.use_liger_kernel": model.use_liger_kernel,
         "model.torch_compile": model.torch_compile,
     }
+
+
+def tell_rounding(before: dict, now: dict) -> None:
+    """A line for each option that was changed, of those that `rounding` gives."""
+    for name, value in now.items():
+        if before.get(name, value) != value:
+            say(
+                f"{name} was {before[name]} and is {value}: from here on the run differs by rounding "
+                "from one that was not interrupted"
+            )

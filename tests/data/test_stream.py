@@ -200,7 +200,8 @@ def test_a_resumed_run_goes_to_its_position(stream, monkeypatch, tmp_path):
     used.clear()
     new = StreamSplit(stream(), make, last=9)
     config = build_config(run_tree(tmp_path), "tree")
-    run = SimpleNamespace(engine=None, train=new, config=config, total_steps=9, stateful={})
+    parts = {"engine": None, "train": new, "stateful": {}, "weights": {}}
+    run = SimpleNamespace(config=config, total_steps=9, **parts)
     monkeypatch.setattr(loop, "load_checkpoint", lambda *_: state)
     sums, log = SimpleNamespace(values={}), SimpleNamespace(begin=lambda step: None)
     assert loop.resume(run, tmp_path, sums, log) == 7
