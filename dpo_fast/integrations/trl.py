@@ -8,10 +8,12 @@ where TRL calls `add_fused_lm_head` on the policy and the reference, `add_linear
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import sys
 from collections.abc import Iterator
 from types import ModuleType
 
+import torch
 import trl
 from torch import Tensor, nn
 
@@ -61,7 +63,9 @@ class FastHeadMixin:
         # sums, so they need names of their own.
         key = f"dpo_fast ld_alpha={getattr(self, 'ld_alpha', None)} "
         if not str(self._precompute_model_hash).startswith(key):
-            self._precompute_model_hash = f"{key}{self._precompute_model_hash}"
+            # Under ZeRO-3 TRL hashes empty tensors, which are the same for every model.
+            sharded = hash_sharded(self.ref_model or self.model)
+            self._precompute_model_hash = f"{key}{sharded or self._precompute_model_hash}"
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     @classmethod
@@ -74,6 +78,24 @@ class FastHeadMixin:
             f"{cls.__name__} has no base among TRL's trainers with a fused head: derive it from "
             "FastHeadMixin and trl.DPOTrainer or trl.KTOTrainer"
         )
+
+
+def hash_sharded(model: nn.Module) -> str | None:
+    """sha256 of all parameters of a model that ZeRO-3 has sharded; None of another. Collective.
+
+    They are gathered one after the other, and every rank finds the same.
+    """
+    parameters = dict(getattr(model, "module", model).named_parameters())
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters.values()):
+        return None
+    import deepspeed
+
+    digest = hashlib.sha256()
+    for name, parameter in parameters.items():
+        with deepspeed.zero.GatheredParameters([parameter]), torch.no_grad():
+            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 class DPOTrainer(FastHeadMixin, trl.DPOTrainer):

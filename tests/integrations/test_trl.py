@@ -3,6 +3,9 @@
 import copy
 import json
 import math
+import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -21,6 +24,7 @@ from dpo_fast.ops.linear_logp import op
 from tests.support.adapters import write_adapter
 from tests.support.architectures import make
 from tests.support.models import LIKE_SGD, write_architecture, write_model, write_pairs
+from tests.support.paths import ENVIRONMENT, ROOT
 
 pytestmark = pytest.mark.peers
 
@@ -196,6 +200,28 @@ def test_a_table_made_by_another_head_is_not_taken(place, tmp_path):
         trainer = build(kind, place, tmp_path / "run", ld_alpha=alpha, **options)
         keys.add(trainer._precompute_model_hash)
     assert len(keys) == 3
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_a_table_of_another_model_is_not_taken_under_zero_3(place, tmp_path):
+    """TRL hashes the sharded tensors, which are empty: its table of one model serves any other.
+
+    On two ranks TRL 1.16 itself ends in an error of DeepSpeed when it stores a reference.
+    """
+    shutil.copy(place / "pairs.jsonl", tmp_path / "pairs.jsonl")
+    models = [
+        str(place / "model"),
+        str(write_model(tmp_path / "other", seed=1)),
+        str(place / "model"),
+    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    worker = [str(ROOT / "tests/support/workers/trl_stored.py"), str(tmp_path), *models]
+    subprocess.run(
+        [*launch, "--nproc_per_node=1", *worker], env=ENVIRONMENT, check=True, timeout=300
+    )
+    losses = json.loads((tmp_path / "losses.json").read_text())
+    assert losses == pytest.approx([0.693147] * 3, abs=1e-5)
 
 
 def test_a_checkpoint_goes_on_in_trl(place, tmp_path):
