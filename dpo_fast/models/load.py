@@ -107,7 +107,8 @@ def tokenizer_path(section: ModelSection) -> str:
     if section.tokenizer is not None:
         return section.tokenizer
     folder = Path(section.path).expanduser()
-    own = any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
+    names = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "tekken.json")
+    own = any((folder / name).is_file() for name in names)
     return section.path if own else base_of(section.path)
 
 
@@ -117,7 +118,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     is_folder(section.tokenizer, option) if section.tokenizer else check_model_path(section.path)
     path = tokenizer_path(section)
     try:
-        tokenizer = _transformers_tokenizer(path, section.trust_remote_code)
+        tokenizer = transformers_tokenizer(path, section.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise UserError(f"{option}={path}: no tokenizer can be loaded: {_first(error)}") from error
     if tokenizer.eos_token_id is None:
@@ -129,7 +130,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _transformers_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def transformers_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """The tokenizer in transformers' own form.
 
     For a Mistral model transformers prefers the package mistral-common, where that is installed: it has

@@ -37,7 +37,7 @@ FOLDERS = ("additional_chat_templates",)
 # What makes texts and pictures into the model's input: it goes with an adapter, too.
 INPUT_FILES = (
     *("tokenizer*", "vocab*", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
-    *("*.model", "*.tiktoken", "chat_template*", "additional_chat_templates/*"),
+    *("*.model", "*.tiktoken", "tekken.json", "chat_template*", "additional_chat_templates/*"),
 )
 PROCESSOR_FILES = ("*processor*.json",)
 

@@ -14,7 +14,7 @@ from dpo_fast.data.template_file import with_template
 from dpo_fast.models import ScoringModel
 from dpo_fast.models.adapters import ADAPTER
 from dpo_fast.models.checkpoint import adapter_file, adapter_vocabulary, base_of
-from dpo_fast.models.load import local_folder, tokenizer_path
+from dpo_fast.models.load import local_folder, tokenizer_path, transformers_tokenizer
 from dpo_fast.models.merge import write_merged
 from dpo_fast.models.save import copy_input_files, remove_input_files, write_model
 from dpo_fast.training import distributed
@@ -75,18 +75,12 @@ def _whole(value: Tensor) -> Tensor:
 
 def write_tokenizer(config: RunConfig, folder: Path) -> None:
     """Put model.tokenizer and data.chat_template into a folder that has the model's own files."""
-    from transformers import AutoTokenizer
-
     section = config.model
     if section.tokenizer is None and config.data.chat_template is None:
         return
     # As it is on disk: a run gives its own a padding token where there is none.
-    tokenizer = with_template(
-        AutoTokenizer.from_pretrained(
-            tokenizer_path(section), trust_remote_code=section.trust_remote_code
-        ),
-        config.data,
-    )
+    tokenizer = transformers_tokenizer(tokenizer_path(section), section.trust_remote_code)
+    tokenizer = with_template(tokenizer, config.data)
     remove_input_files(folder)
     tokenizer.save_pretrained(folder)
 
