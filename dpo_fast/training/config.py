@@ -15,6 +15,7 @@ from dpo_fast.models.config import ModelSection
 from dpo_fast.references.config import ReferenceModel, ReferenceSection, check_reference
 from dpo_fast.references.table import PROVIDERS, ProviderSpec, alternatives, default_provider
 from dpo_fast.training.config_file import read_tree
+from dpo_fast.training.schedule import check_schedule
 from dpo_fast.training.sections import (
     FORBID,
     LogSection,
@@ -85,6 +86,7 @@ class RunConfig(BaseModel):
                 f"train.eval_steps={self.train.eval_steps}, but there is nothing to evaluate on: set "
                 "data.eval or data.eval_rows"
             )
+        check_schedule(self.train.schedule, self.learning_rate, self.train.max_steps)
         if self.train.merge_lora and not self.model.has_adapters:
             raise ValueError("train.merge_lora=true, but there are no adapters: set model.lora")
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
-from transformers import get_scheduler
 
 from dpo_fast.errors import UserError
 from dpo_fast.models import ScoringModel
 from dpo_fast.training.config import RunConfig
+from dpo_fast.training.schedule import build_schedule
 
 # DeepSpeed's monitors, which log.report_to stands for.
 MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
@@ -139,12 +138,7 @@ def build_engine(config: RunConfig, model: ScoringModel, ds_config: dict, total_
     import deepspeed
 
     optimizer = build_optimizer(config, model)
-    scheduler = get_scheduler(
-        config.train.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=math.ceil(config.train.warmup_ratio * total_steps),
-        num_training_steps=total_steps,
-    )
+    scheduler = build_schedule(config.train.schedule, optimizer, total_steps)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config
     )

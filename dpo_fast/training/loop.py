@@ -30,6 +30,7 @@ from dpo_fast.training.step import coupled_step, evaluate, train_step
 SAME_TRAIN = (
     "learning_rate",
     "lr_scheduler_type",
+    "lr_scheduler_kwargs",
     "warmup_ratio",
     "weight_decay",
     "adam_beta1",

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from dpo_fast.errors import UserError
 from dpo_fast.models import ScoringModel, load_model, load_tokenizer
 from dpo_fast.models.layers import checkpoint_layers
 from dpo_fast.models.separation import check_separation
@@ -20,6 +21,7 @@ from dpo_fast.training.load_data import load_split
 from dpo_fast.training.loss_pass import LossPass, Statistics
 from dpo_fast.training.merge import merged_first
 from dpo_fast.training.references import build_old, build_references, load_second_model
+from dpo_fast.training.schedule import check_schedule
 from dpo_fast.training.splits import Split
 from dpo_fast.training.weights import identities
 
@@ -76,6 +78,7 @@ def prepare(config: RunConfig, choices: Choices | None = None) -> Run:
         splits.append(load_split(config, tokenizer, "eval", shuffle=False))
     train = splits[0]
     total_steps = config.train.max_steps or train.sampler.steps(config.train.num_train_epochs)
+    check_total(config, total_steps)
     ds_config = deepspeed_config(config, distributed.world_size(), train.sampler.accumulation)
     torch.manual_seed(config.train.seed)
     keep_alive = shard_while_loading(config, ds_config)
@@ -103,6 +106,14 @@ def prepare(config: RunConfig, choices: Choices | None = None) -> Run:
         total_steps=total_steps,
         weights=identities(config),
     )
+
+
+def check_total(config: RunConfig, total_steps: int) -> None:
+    """Raises UserError if the schedule of the learning rate does not fit the length of the run."""
+    try:
+        check_schedule(config.train.schedule, config.learning_rate, total_steps)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def load_policy(

@@ -19,6 +19,13 @@ from pydantic import (
 
 from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.losses import LOSSES, LossOptions, Objective
+from dpo_fast.training.schedule import (
+    FOLLOW_A_METRIC,
+    WITHOUT_WARM_UP,
+    Schedule,
+    check_name,
+    read_numbers,
+)
 
 FORBID = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -106,8 +113,25 @@ class TrainSection(BaseModel):
     learning_rate: float | None = Field(
         None, gt=0, description="peak rate; default 5e-7, with LoRA 5e-6"
     )
-    lr_scheduler_type: str = Field("cosine", description="a name of transformers.get_scheduler")
-    warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of the steps for warm-up")
+    lr_scheduler_type: str = Field(
+        "cosine",
+        description="a name of transformers.get_scheduler",
+        json_schema_extra={"refused": " and ".join(FOLLOW_A_METRIC) + ", which follow a metric"},
+    )
+    lr_scheduler_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="numbers of the schedule: min_lr, min_lr_rate, num_decay_steps, lr_end, ...",
+        json_schema_extra={
+            "refused": "those that the schedule does not take, and rates outside of 0 to learning_rate"
+        },
+    )
+    warmup_ratio: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="share of the steps for warm-up",
+        json_schema_extra={"refused": "with constant, which has none"},
+    )
     weight_decay: float = Field(
         0.0, ge=0, description="weight decay of matrices (AdamW); vectors have none"
     )
@@ -161,9 +185,19 @@ class TrainSection(BaseModel):
     )
 
     @property
+    def schedule(self) -> Schedule:
+        """The schedule of the learning rate."""
+        return Schedule(self.lr_scheduler_type, self.lr_scheduler_kwargs, self.warmup_ratio)
+
+    @property
     def head(self) -> dict[str, Any]:
         """Options of the scoring head of every model of the run."""
         return {"implementation": self.implementation, "workspace_bytes": self.workspace_bytes}
+
+    @field_validator("lr_scheduler_kwargs")
+    @classmethod
+    def _numbers(cls, given: dict[str, Any]) -> dict[str, Any]:
+        return read_numbers(given)
 
     @field_validator("output_dir", "resume_from_checkpoint")
     @classmethod
@@ -177,19 +211,13 @@ class TrainSection(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> TrainSection:
-        from transformers import SchedulerType
-
         if self.overwrite_output_dir and self.resume_from_checkpoint:
             raise ValueError(
                 "train.overwrite_output_dir=true removes what "
                 f"train.resume_from_checkpoint={self.resume_from_checkpoint} goes on from; leave out one"
             )
-
-        names = [name.value for name in SchedulerType]
-        if self.lr_scheduler_type not in names:
-            near = difflib.get_close_matches(self.lr_scheduler_type, names, 1)
-            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(names)}"
-            raise ValueError(f"train.lr_scheduler_type={self.lr_scheduler_type}: {hint}")
+        check_name(self.lr_scheduler_type)
+        self._check_warm_up()
         if self.micro_batch_size is not None and self.tokens_per_batch is not None:
             raise ValueError(
                 f"train.tokens_per_batch={self.tokens_per_batch} and train.micro_batch_size="
@@ -199,6 +227,28 @@ class TrainSection(BaseModel):
             self.micro_batch_size = 4
             self.model_fields_set.discard("micro_batch_size")  # filled in, not chosen
         return self
+
+    def _check_warm_up(self) -> None:
+        """A schedule without a warm-up has none, and none may be asked for."""
+        if self.lr_scheduler_type not in WITHOUT_WARM_UP:
+            return
+        if "warmup_ratio" in self.model_fields_set and self.warmup_ratio:
+            raise ValueError(
+                f"train.warmup_ratio={self.warmup_ratio} is not used by train.lr_scheduler_type="
+                f"{self.lr_scheduler_type}; choose constant_with_warmup, or remove it"
+            )
+        self.warmup_ratio = 0.0
+        self.model_fields_set.discard("warmup_ratio")
+
+
+# Sections of a DeepSpeed configuration that it would ignore here, or that would change the numbers.
+NOT_DEEPSPEEDS = {
+    "optimizer": "the optimiser is AdamW with train.learning_rate, weight_decay, adam_beta1, adam_beta2 "
+    "and adam_epsilon",
+    "scheduler": "train.lr_scheduler_type and train.lr_scheduler_kwargs are the schedule",
+    "fp16": "model.dtype is bf16 or fp32",
+    "amp": "model.dtype is bf16 or fp32",
+}
 
 
 class ParallelSection(BaseModel):
@@ -239,6 +289,11 @@ class ParallelSection(BaseModel):
                 raise ValueError(
                     f"parallel.{option}=true needs parallel.zero_stage={least} or more; "
                     f"it is {self.zero_stage}"
+                )
+        for name, remedy in NOT_DEEPSPEEDS.items():
+            if self.deepspeed.get(name, "auto") != "auto":
+                raise ValueError(
+                    f"parallel.deepspeed.{name} is not DeepSpeed's to decide: {remedy}; remove it"
                 )
         return self
 

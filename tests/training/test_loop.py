@@ -539,6 +539,7 @@ def test_a_tilde_in_folders_is_the_home(folder, monkeypatch):
         {"train": {"learning_rate": 1e-2}},
         {"train": {"weight_decay": 0.1}},
         {"train": {"lr_scheduler_type": "linear"}},
+        {"train": {"lr_scheduler_kwargs": {"num_cycles": 0.25}}},
         {"loss": {"beta": 0.2}},
         {"loss": {"type": "ipo"}},
         {"reference": {"provider": "ema"}},
