@@ -20,6 +20,7 @@ from dpo_fast.integrations.forward import add_forward
 from dpo_fast.losses import Objective, Totals
 from dpo_fast.models.adapters import as_started, keep_frozen_copy, why_not
 from dpo_fast.models.architecture import architecture_of, choose_attention, choose_layout
+from dpo_fast.models.own_losses import check_own_losses
 from dpo_fast.models.scoring import fuse_head, scoring_forward
 from dpo_fast.models.separation import check_separation
 from dpo_fast.modules.metrics import METRIC_EXTRAS
@@ -79,6 +80,7 @@ class PreferenceTrainer(transformers.Trainer):
     ) -> None:
         _check_arguments(args, objective, layout, kwargs)
         causal_lm = _causal_lm(model)
+        check_own_losses(causal_lm.config, "set model.config.output_router_logits = False")
         self.layout = choose_layout(layout, architecture_of(causal_lm)).name
         dtype = torch.bfloat16 if args.bf16 else causal_lm.dtype
         columns = _shared_columns(train_dataset, eval_dataset, objective)

@@ -85,6 +85,12 @@ class ModelSection(BaseModel):
         description="compile the blocks of the decoder layers with torch.compile",
         json_schema_extra={"refused": "with use_liger_kernel; with parallel.zero_stage=3"},
     )
+    output_router_logits: bool | None = Field(
+        None,
+        description="false: train without the balancing loss that a mixture's configuration asks for; "
+        "default: as there",
+        json_schema_extra={"refused": "true, here or there: the balancing loss is not added yet"},
+    )
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
     lora: LoraSection | None = Field(None, description="train adapters instead of the model")
 
@@ -106,6 +112,11 @@ class ModelSection(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> ModelSection:
         self._check_adapter()
+        if self.output_router_logits:
+            raise ValueError(
+                "model.output_router_logits=true asks for the balancing loss of the experts, which is not "
+                "added to a preference loss yet; remove it"
+            )
         layers = self.checkpoint_layers
         if layers is not None and self.gradient_checkpointing is False:
             raise ValueError(

@@ -261,7 +261,12 @@ def load_model_config(section: ModelSection, option: str = "model.path") -> Pret
     check_model_path(section.path, option)
     path = base_of(section.path, option)
     with _told(section, option):
-        return AutoConfig.from_pretrained(path, trust_remote_code=section.trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=section.trust_remote_code)
+    if section.output_router_logits is False:
+        for part in (config, config.get_text_config()):
+            if hasattr(part, "output_router_logits"):
+                part.output_router_logits = False
+    return config
 
 
 def load_skeleton(section: ModelSection, option: str = "model.path") -> PreTrainedModel:
@@ -291,12 +296,16 @@ def _told(section: ModelSection, option: str):
 def _without_dropout(config: PretrainedConfig) -> None:
     """A preference loss compares two passes over the same tokens; dropout would be noise there.
 
+    So would the jitter of experts' inputs. PhiMoE's `router_jitter_noise` is no noise, but a threshold.
+
     The configuration of an image-text model has others inside.
     """
+    ends = ("dropout", "pdrop", "dropout_prob", "layerdrop", "input_jitter_noise", "jitter_eps")
+    ends += () if config.model_type == "phimoe" else ("router_jitter_noise",)
     for name, value in vars(config).items():
         if isinstance(value, PretrainedConfig):
             _without_dropout(value)
-        elif name.endswith(("dropout", "pdrop", "dropout_prob")) and isinstance(value, float):
+        elif name.endswith(ends) and isinstance(value, float):
             setattr(config, name, 0.0)
 
 

@@ -24,6 +24,11 @@ from dpo_fast.training.sections import (
     TrainSection,
 )
 
+_BALANCING = "the balancing loss of experts is not added to a preference loss yet"
+NOT_YET = dict.fromkeys(
+    ("router_aux_loss_coef", "aux_loss_coef", "output_router_logits"), _BALANCING
+)
+
 
 class RunConfig(BaseModel):
     """A run: one section for each part of it. Options that do not go together are refused."""
@@ -254,6 +259,8 @@ def _explain(error: dict) -> str:
     """One of pydantic's errors as the key, the value and what was expected."""
     place = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
+        if error["loc"][-1] in NOT_YET:
+            return f"{place}={error['input']!r}: {NOT_YET[error['loc'][-1]]}; remove it"
         known = _fields_at(error["loc"][:-1])
         near = difflib.get_close_matches(str(error["loc"][-1]), known, 1, 0.5)
         hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"

@@ -19,6 +19,7 @@ from dpo_fast.models import ScoringModel
 from dpo_fast.models.architecture import architecture_of, choose_attention, choose_layout
 from dpo_fast.models.layers import check_layers
 from dpo_fast.models.load import is_folder, load_skeleton
+from dpo_fast.models.own_losses import check_own_losses
 from dpo_fast.models.precision import choose_dtype
 from dpo_fast.ops.dispatch import Choice, choose_implementation
 from dpo_fast.references import ReferenceModel
@@ -85,6 +86,8 @@ def check_run(config: RunConfig) -> Choices:
     skeletons = load_skeletons(config)
     choices, device = choose(config, skeletons), distributed.device()
     check_layers(config.model, skeletons[None], device)
+    remedy = "set model.output_router_logits=false to train without it"
+    check_own_losses(skeletons[None].config, remedy)
     for model in config.second_models:
         check_layers(model.section(config.model), skeletons[model.path], device)
     dtype = config.model.torch_dtype
