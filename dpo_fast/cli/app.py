@@ -214,19 +214,39 @@ def report(run: Annotated[Path, typer.Argument(help="output_dir of a run")]) -> 
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="folder for everything it makes")] = Path(
-        "runs/demo"
-    ),
+    output: Annotated[
+        Path | None,
+        typer.Option(help="folder for everything it makes; default: runs/demo, runs/real"),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    real: Annotated[
+        bool, typer.Option("--real", help="a real 135M chat model and real pairs, in 20 minutes")
+    ] = False,
+    rows: Annotated[
+        Path | None,
+        typer.Option(help="with --real: a file of HH rows; default: Anthropic/hh-rlhf of the hub"),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="with --real: a chat model; default: SmolLM2-135M-Instruct from PyPI"),
+    ] = None,
 ) -> None:
     """The whole story on a CPU: a tiny model, SFT, DPO under ZeRO-3, a report."""
     from dpo_fast.training.console import quiet
     from dpo_fast.training.distributed import leave_distributed
 
+    for name, value in (("--rows", rows), ("--model", model)):
+        if value is not None and not real:
+            raise UserError(f"{name} {value} is for the real model: add --real, or leave it out")
     quiet()
+    if real:
+        from dpo_fast.demo.real import run_real
+
+        run_real(output or Path("runs/real"), model=model, rows=rows, seed=seed)
+        return
     from dpo_fast.demo.run import run_demo
 
-    run_demo(output, seed=seed)
+    run_demo(output or Path("runs/demo"), seed=seed)
     leave_distributed()
 
 

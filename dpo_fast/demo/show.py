@@ -28,30 +28,45 @@ class Completions:
     right_share: float
 
 
-@torch.no_grad()
 def complete(checkpoint: Path, questions: Sequence[Question], description: str) -> Completions:
-    """Answer the questions greedily, with transformers alone.
+    """Answer the questions.
 
     An answer is right if the whole text is the right answer and ends by itself.
     """
+    chats = [question.messages for question in questions]
+    answers = generate(checkpoint, chats, 16, description)
+    right = sum(answer == (q.right, True) for answer, q in zip(answers, questions))
+    return Completions([text for text, _ in answers], right / len(questions))
+
+
+@torch.no_grad()
+def generate(
+    checkpoint: Path | str,
+    chats: Sequence[list[dict[str, str]]],
+    most_tokens: int,
+    description: str,
+    dtype: torch.dtype | None = None,
+) -> list[tuple[str, bool]]:
+    """Greedy answers to chats, with transformers alone; and whether each ended by itself.
+
+    dtype: of the weights; default: as they are stored.
+    """
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(checkpoint).to(distributed.device()).eval()
-    batches = [questions[i : i + BATCH] for i in range(0, len(questions), BATCH)]
-    texts = []
+    options = {} if dtype is None else {"dtype": dtype}
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, **options)
+    model = model.to(distributed.device()).eval()
+    batches = [chats[i : i + BATCH] for i in range(0, len(chats), BATCH)]
+    answers = []
     for batch in track(batches, description, len(batches)):
         prompts = tokenizer.apply_chat_template(
-            [question.messages for question in batch],
-            add_generation_prompt=True,
-            padding=True,
-            return_dict=True,
-            return_tensors="pt",
+            batch, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
         ).to(model.device)
-        ids = model.generate(**prompts, max_new_tokens=16, do_sample=False)
-        answers = tokenizer.batch_decode(ids[:, prompts["input_ids"].shape[1] :])
-        texts += [answer.replace(tokenizer.pad_token, "") for answer in answers]
-    end = tokenizer.eos_token
-    right = sum(text == question.right + end for text, question in zip(texts, questions))
-    return Completions([text.removesuffix(end) for text in texts], right / len(questions))
+        ids = model.generate(**prompts, max_new_tokens=most_tokens, do_sample=False)
+        for answer in ids[:, prompts["input_ids"].shape[1] :].tolist():
+            ended = tokenizer.eos_token_id in answer
+            length = answer.index(tokenizer.eos_token_id) if ended else len(answer)
+            answers.append((tokenizer.decode(answer[:length]), ended))
+    return answers
 
 
 def read_evaluations(run: Path) -> list[dict[str, float]]:
