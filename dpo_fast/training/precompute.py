@@ -128,9 +128,11 @@ def compute_reference(
     scorer.eval()
     try:
         missing, parts = distributed.from_main(unfinished.begin), unfinished.parts
+        found = len(parts) - len(missing)
         say(
             f"computing the reference log-probs of {len(split.examples)} {split.examples.kind.name} "
-            f"({split.name}), once: {len(parts) - len(missing)} of {len(parts)} parts are there"
+            f"({split.name}), once"
+            + (f"; {found} of {len(parts)} parts are there already" if found else "")
         )
         batches = {part: length_batches(parts[part], costs, *size) for part in missing}
         _score_parts(scorer, split, unfinished, batches, request.per_token, device)
