@@ -23,6 +23,7 @@ from dpo_fast.training.merge import merged_first
 from dpo_fast.training.references import build_old, build_references, load_second_model
 from dpo_fast.training.schedule import check_schedule
 from dpo_fast.training.splits import Split
+from dpo_fast.training.summary import tell_data, tell_model
 from dpo_fast.training.weights import identities
 
 
@@ -79,10 +80,12 @@ def prepare(config: RunConfig, choices: Choices | None = None) -> Run:
     train = splits[0]
     total_steps = config.train.max_steps or train.sampler.steps(config.train.num_train_epochs)
     check_total(config, total_steps)
+    tell_data(config, splits, total_steps)
     ds_config = deepspeed_config(config, distributed.world_size(), train.sampler.accumulation)
     torch.manual_seed(config.train.seed)
     keep_alive = shard_while_loading(config, ds_config)
     model = load_policy(config, choices, tokenizer, splits)
+    tell_model(model)
     engine = build_engine(config, model, ds_config, total_steps)
     dtype = config.model.torch_dtype
     check_separation(engine, config.train.layout, len(tokenizer), engine.device, dtype)
