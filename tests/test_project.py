@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import json
 import os
 import re
 import subprocess
@@ -487,6 +488,25 @@ def test_measured_steps_on_a_card_are_those_of_the_file():
     for label, *cells in lines:
         assert cells == [forms[title](rows[STEPS[label]]) for title in titles[1:]], label
     assert len(lines) == len(rows)
+
+
+def test_the_real_run_in_the_readme_is_that_of_the_file():
+    """Where no run is kept, there is no table, and where one is, there are the table and the picture."""
+    from dpo_fast.demo.real import TITLES, cells
+
+    file, picture = (ROOT / f"benchmarks/results/real_cpu.{kind}" for kind in ("json", "svg"))
+    tables = tables_with("held-out accuracy", ROOT / "README.md")
+    assert len(tables) == file.is_file() == picture.is_file()
+    for titles, lines in tables:
+        result = json.loads(file.read_text())
+        assert {TITLES[name] for name in result["runs"]} == {line[0] for line in lines}
+        for name in result["runs"]:
+            (line,) = (line for line in lines if line[0] == TITLES[name])
+            assert dict(zip(titles[1:], line[1:], strict=True)) == cells(result, name)
+        assert result["seconds"]["total"] < 20 * 60
+        for run in result["runs"].values():
+            assert run["accuracy"][-1][1] > run["accuracy"][0][1]
+            assert run["margin"][-1][1] > run["margin"][0][1]
 
 
 def test_every_configuration_is_valid_and_comments_every_key():

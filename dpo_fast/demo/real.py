@@ -224,6 +224,7 @@ def _measure(run: Path, rate: float) -> dict[str, Any]:
 def _tell(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     """Write results.json, the picture and both reports; print the table and the answers."""
     durable.write_file(folder / "results.json", json.dumps(result, indent=1) + "\n")
+    durable.write_file(folder / "results.md", markdown(result))
     durable.write_file(folder / "results.svg", draw_runs(result["runs"], TITLES))
     for name in result["runs"]:
         rows = [
@@ -238,17 +239,44 @@ def _tell(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def cells(result: dict[str, Any], name: str) -> dict[str, str]:
+    """A run as a row of the table: what was measured before and after, by column."""
+    run = result["runs"][name]
+
+    def change(metric: str, form: str, scale: float = 1.0) -> str:
+        ends = (run[metric][0][1], run[metric][-1][1])
+        # Adding 0 makes -0.000 of rounding 0.000.
+        return " to ".join(form.format(round(scale * end, 3) + 0.0) for end in ends)
+
+    return {
+        "held-out accuracy": change("accuracy", "{:.1f} %", 100.0),
+        "margin": change("margin", "{:.3f}"),
+        "log-prob. of chosen": change("chosen_logps", "{:.1f}"),
+        "of rejected": change("rejected_logps", "{:.1f}"),
+        "time": f"{result['seconds'][name] / 60:.1f} min",
+    }
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table of the runs, as it stands in a document."""
+    rows = {TITLES[name]: cells(result, name) for name in result["runs"]}
+    titles = ["", *next(iter(rows.values()))]
+    lines = [
+        titles,
+        ["---"] * len(titles),
+        *([title, *row.values()] for title, row in rows.items()),
+    ]
+    return "".join(f"| {' | '.join(line)} |\n".replace("|  |", "| |") for line in lines)
+
+
 def show_runs(result: dict[str, Any]) -> None:
     """Print the measured runs and the answers before and after."""
+    rows = {TITLES[name]: cells(result, name) for name in result["runs"]}
     table = Table(title=f"{result['held_out']} held-out pairs", title_justify="left")
-    for column in ("", "accuracy", "margin", "log-prob. of chosen", "of rejected", "time"):
+    for column in ("", *next(iter(rows.values()))):
         table.add_column(column, justify="right" if column else "left")
-    for name, run in result["runs"].items():
-        cells = [
-            f"{form.format(run[metric][0][1])} to {form.format(run[metric][-1][1])}"
-            for metric, form in zip(MEASURED, ("{:.1%}", "{:.3f}", "{:.1f}", "{:.1f}"))
-        ]
-        table.add_row(TITLES[name], *cells, f"{result['seconds'][name] / 60:.1f} min")
+    for title, row in rows.items():
+        table.add_row(title, *row.values())
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print(table)
     for row in result["answers"]:

@@ -149,6 +149,18 @@ def test_the_picture_is_a_document_of_its_own():
     assert sum(element.tag.endswith("circle") for element in root.iter()) == 12
 
 
+def test_the_table_has_both_ends_of_every_run():
+    points = {"accuracy": [[0, 0.5], [2, 0.9], [4, 0.605]], "margin": [[0, -1e-6], [4, 0.1234]]}
+    points |= {"chosen_logps": [[0, -70.06], [4, -71]], "rejected_logps": [[0, -80], [4, -85.5]]}
+    runs = dict.fromkeys(real.TITLES, points)
+    table = real.markdown({"runs": runs, "seconds": {"lora": 90, "full": 120}}).splitlines()
+    assert table[0] == "| | held-out accuracy | margin | log-prob. of chosen | of rejected | time |"
+    assert table[2] == (
+        "| LoRA | 50.0 % to 60.5 % | 0.000 to 0.123 | -70.1 to -71.0 | -80.0 to -85.5 | 1.5 min |"
+    )
+    assert table[3].startswith("| all weights | ") and table[3].endswith(" | 2.0 min |")
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """The folder and the result of the whole on a tiny Llama that knows ChatML."""
