@@ -46,7 +46,7 @@ def _download() -> Iterable[dict[str, Any]]:
         return datasets.load_dataset(**HUB)
     except Exception as error:  # whatever the hub's client, the network or the cache raise
         raise UserError(
-            f"{HUB['path']} cannot be downloaded: {str(error).splitlines()[0]} Connect to a network, or "
+            f"{HUB['path']} cannot be downloaded: {str(error).splitlines()[0]}. Connect to a network, or "
             "name a file of its rows: --rows test.jsonl.gz"
         ) from error
 

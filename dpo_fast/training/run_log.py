@@ -123,4 +123,6 @@ class RunLog:
 
 def _shown(line: dict[str, Any], prefix: str = "") -> str:
     """The metrics that the terminal shows, those that are there."""
-    return "  ".join(f"{n} {line[prefix + n]:.4f}" for n in SHOWN if prefix + n in line)
+    shown = {name: line[prefix + name] for name in SHOWN if prefix + name in line}
+    # Rounded first, and 0 added: a margin of -1e-9 is no -0.0000.
+    return "  ".join(f"{name} {round(value, 4) + 0.0:.4f}" for name, value in shown.items())
