@@ -44,7 +44,7 @@ MEASURED = {  # name in results.json, in metrics.jsonl
     "chosen_logps": "eval_logps/chosen",
     "rejected_logps": "eval_logps/rejected",
 }
-TITLES = {"lora": "LoRA", "full": "all weights"}
+TITLES = {"lora": "LoRA", "full": "full"}
 HEADER = """\
 # Written by `dpo-fast demo --real`. To run it again, elsewhere and with another rate:
 #   dpo-fast train {file} --nproc {ranks} train.output_dir=elsewhere train.learning_rate=1e-5

@@ -158,7 +158,7 @@ def test_the_table_has_both_ends_of_every_run():
     assert table[2] == (
         "| LoRA | 50.0 % to 60.5 % | 0.000 to 0.123 | -70.1 to -71.0 | -80.0 to -85.5 | 1.5 min |"
     )
-    assert table[3].startswith("| all weights | ") and table[3].endswith(" | 2.0 min |")
+    assert table[3].startswith("| full | ") and table[3].endswith(" | 2.0 min |")
 
 
 @pytest.fixture(scope="module")
