@@ -55,16 +55,16 @@ HEADER = """\
 class RealScale:
     """How large it is. characters: of a dialogue with both answers, at most."""
 
-    train_pairs: int = 640
+    train_pairs: int = 480
     held_out_pairs: int = 200
     characters: int = 800
     examples_per_step: int = 16
-    rates: dict[str, float] = field(default_factory=lambda: {"lora": 2e-4, "full": 1e-5})
+    rates: dict[str, float] = field(default_factory=lambda: {"lora": 3e-4, "full": 2e-5})
     answer_tokens: int = 64
 
 
 IN_BF16 = RealScale()
-IN_FP32 = RealScale(train_pairs=320)  # a step takes two and a half times as long on a CPU
+IN_FP32 = RealScale(train_pairs=160)  # a step takes two and a half times as long on a CPU
 
 
 def run_real(
@@ -171,9 +171,10 @@ def write_config(folder: Path, name: str, model: str, scale: RealScale, seed: in
         "reference": {"cache_dir": str(folder / "reference")},  # one for both runs
         "train": {
             "output_dir": str(folder / name),
+            "overwrite_output_dir": True,
             "global_batch_size": scale.examples_per_step,
             "learning_rate": scale.rates[name],
-            "eval_steps": max(-(-steps // 3), 1),
+            "eval_steps": max(steps // 2, 1),
             "seed": seed,
         },
         "log": {"logging_steps": max(steps // 20, 1), "run_name": f"DPO, {TITLES[name]}"},
