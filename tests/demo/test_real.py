@@ -89,7 +89,7 @@ def test_without_a_hub_the_file_is_asked_for(monkeypatch):
         raise ConnectionError("no route to the hub")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(UserError, match="no route to the hub .* --rows test.jsonl.gz"):
+    with pytest.raises(UserError, match=r"no route to the hub\. .* --rows test.jsonl.gz"):
         list(dialogues.read(None))
 
 
