@@ -88,6 +88,8 @@ def run_real(
     folder = Path(output_dir).expanduser().resolve()
     with durable.writing(folder, "Name another folder with --output"):
         folder.mkdir(parents=True, exist_ok=True)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns when a model is saved
     dtype = choose_dtype("auto")
     scale = scale or (IN_BF16 if dtype.name == "bf16" else IN_FP32)
     sizes = (scale.train_pairs, scale.held_out_pairs, scale.characters)
