@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ class SpokenProgress:
     total: how many parts there are; None if that is not known.
     done: how many were done before.
     say: takes a line.
+    heard: when somebody else last said a line, by the clock; the half minute counts from then.
     """
 
     def __init__(
@@ -27,8 +29,10 @@ class SpokenProgress:
         *,
         done: int = 0,
         clock: Callable[[], float] = time.monotonic,
+        heard: Callable[[], float] = lambda: -math.inf,
     ) -> None:
-        self.description, self.total, self.say, self.clock = description, total, say, clock
+        self.description, self.total, self.say = description, total, say
+        self.clock, self.heard = clock, heard
         self.done, self._first = done, done
         self._began = self._spoke = clock()
 
@@ -36,7 +40,7 @@ class SpokenProgress:
         """`count` more parts are done. text: said with the next line."""
         self.done += count
         now = self.clock()
-        if now - self._spoke >= EVERY:
+        if now - max(self._spoke, self.heard()) >= EVERY:
             self._spoke = now
             self.say(self._line((self.done - self._first) / (now - self._began), text))
 

@@ -43,6 +43,20 @@ def test_slow_parts_and_parts_done_before():
     ]
 
 
+def test_lines_of_others_count():
+    """Training says a line for every step: nobody needs another between them."""
+    lines, clock, said = [], Clock(), [0.0]
+    progress = SpokenProgress("training", 9, lines.append, clock=clock, heard=lambda: said[0])
+    for _ in range(4):
+        clock.now += 20.0
+        said[0] = clock.now
+        progress.advance()
+    assert lines == []
+    clock.now += 30.0
+    progress.advance()
+    assert len(lines) == 1
+
+
 def test_without_a_total():
     assert spoken(None, 31_000, 0.001) == ["evaluating: 30,000, 1,000.0 a second, part 29999"]
 
@@ -67,7 +81,8 @@ def test_passes_of_a_run_speak_without_a_terminal(monkeypatch, capsys):
 
 def test_what_is_shown_without_a_terminal(monkeypatch, capsys):
     clock = Clock()
-    monkeypatch.setattr(SpokenProgress.__init__, "__kwdefaults__", {"done": 0, "clock": clock})
+    defaults = SpokenProgress.__init__.__kwdefaults__ | {"clock": clock}
+    monkeypatch.setattr(SpokenProgress.__init__, "__kwdefaults__", defaults)
     with shown("reading rows", None) as advance:
         for _ in range(50):
             clock.now += 1

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -24,13 +26,13 @@ console = Console(stderr=True)
 def progress_bar(description: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
     """Yields advance(text=""), which moves the bar by one and shows `text` beside it. Rank 0 has a bar.
 
-    Without a terminal it says a line every half minute.
+    Without a terminal it says a line when nothing else was said for half a minute.
     """
     if not distributed.is_main():
         yield lambda text="": None
         return
     if not sys.stderr.isatty():
-        spoken = SpokenProgress(description, total, say, done=done)
+        spoken = SpokenProgress(description, total, say, done=done, heard=_heard)
         yield lambda text="": spoken.advance(text=text)
         return
     columns = (
@@ -53,9 +55,17 @@ def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
             advance()
 
 
+_said = [-math.inf]  # when the last line was said
+
+
+def _heard() -> float:
+    return _said[0]
+
+
 def say(message: str) -> None:
     """One line from rank 0, on standard error."""
     if distributed.is_main():
+        _said[0] = time.monotonic()
         console.print(message, highlight=False, markup=False, soft_wrap=True)
 
 

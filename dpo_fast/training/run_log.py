@@ -86,7 +86,7 @@ class RunLog:
         self._since = time.monotonic()
         self._write(step, line)
         rate = f"{line['perf/examples_per_second']:.1f} {self.run.train.examples.kind.name}/s"
-        say(f"step {step}  {_shown(line)}  {rate}")
+        say(f"step {step} of {self.run.total_steps}  {_shown(line)}  {rate}")
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Log metrics of the evaluation split, whose names begin with `eval_`."""
