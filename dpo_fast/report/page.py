@@ -15,6 +15,7 @@ from dpo_fast.report.scale import number, percent
 from dpo_fast.report.style import SCRIPT, STYLE
 
 ARROW = "\N{RIGHTWARDS ARROW}"
+ROUNDING = 1e-6
 LEGEND = (
     '<p class="legend"><span><svg viewBox="0 0 34 12" aria-hidden="true"><g class="curve plain train">'
     '<polyline points="2,6 32,6"/></g></svg>training{mean}</span>'
@@ -60,7 +61,7 @@ def _head(run: RunRecord) -> str:
         _fact("LoRA rank", run.setting("model", "lora", "r")),
         f"{run.data.examples_kept:,} {run.data.kind}" if run.data else None,
         f"{run.last_step:,.0f} steps",
-        f"{epochs:.4g} epochs" if epochs else None,
+        f"{epochs:.4g} epoch{'' if epochs == 1 else 's'}" if epochs else None,
     ]
     text = " \N{MIDDLE DOT} ".join(escape(str(fact)) for fact in facts if fact is not None)
     return f'<header><h1>{escape(_name(run))}</h1><p class="sub">{text}</p></header>'
@@ -94,6 +95,9 @@ def _stats(run: RunRecord) -> str:
 
 def _change(title: str, points: Points, write) -> str:
     (first_step, first), (last_step, last) = points[0], points[-1]
+    first = (
+        0.0 if abs(first) < ROUNDING else first
+    )  # of a margin where policy and reference are equal
     title = title.capitalize()
     if len(points) == 1:
         return _tile(title, escape(write(first)), f"at step {first_step:,.0f}")

@@ -32,7 +32,9 @@ def data_lines(config: RunConfig, splits: Sequence[Split], total_steps: int) -> 
         if read or not report.held_out:  # a held-out split shares train's report
             yield from (f"  {fact}" for fact in _facts(report))
     epochs = splits[0].epochs(total_steps)
-    length = f"{total_steps:,} steps" + ("" if epochs is None else f", {epochs:.3g} epochs")
+    length = f"{total_steps:,} steps" + (
+        "" if epochs is None else f", {epochs:.3g} epoch{'' if epochs == 1 else 's'}"
+    )
     train, world = config.train, distributed.world_size()
     size = f"{train.global_batch_size} {splits[0].examples.report.kind} a step"
     device = distributed.device().type

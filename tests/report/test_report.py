@@ -164,6 +164,11 @@ def test_first_and_last_numbers(tmp_path):
     assert "75.50 pairs/s median, 2,000 tokens/s, 2 % padding" in text
 
 
+def test_a_margin_of_rounding_is_0(tmp_path):
+    lines = changed("eval_", "rewards/margins", lambda step: 0.05 * step or -7.6e-9)
+    assert "Eval margin 0 → 0.5000" in read(make(tmp_path, lines)).text
+
+
 def test_without_evaluation_training_is_summed_up(tmp_path):
     page = read(make(tmp_path, [train_line(step) for step in (2, 4)]))
     assert "Train accuracy 56 % → 62 % step 2 → 4" in page.text
