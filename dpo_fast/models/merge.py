@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from dpo_fast.errors import UserError
 from dpo_fast.models.checkpoint import base_of
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.load import auto_class, load_model_config, local_folder, resize_for_adapter
 from dpo_fast.models.save import copy_input_files, write_model
 
+# What train.merge_dtype may say, as transformers takes it.
+MERGED = {"auto": "auto", "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-def write_merged(section: ModelSection, adapter: Path, target: Path) -> None:
-    """Merge an adapter into the base model of a section, in the dtype of the section, on the CPU.
+
+def write_merged(section: ModelSection, adapter: Path, target: Path, dtype: str = "auto") -> str:
+    """Merge an adapter into the base model of a section, on the CPU. Returns the dtype of the result.
 
     Other files are the base's, and the adapter's tokenizer where it has one.
+
+    dtype: a name of `MERGED`; auto: that of the base checkpoint. A base in fp32 that is rounded to bf16 may
+        move logits by more than the adapter does.
 
     Raises:
         UserError: the adapter does not fit, or is of a kind that cannot be merged.
@@ -23,8 +31,9 @@ def write_merged(section: ModelSection, adapter: Path, target: Path) -> None:
 
     base = base_of(section.path)
     model = auto_class(load_model_config(section)).from_pretrained(
-        base, dtype=section.torch_dtype, trust_remote_code=section.trust_remote_code
+        base, dtype=MERGED[dtype], trust_remote_code=section.trust_remote_code
     )
+    found = model.dtype
     resize_for_adapter(model, str(adapter))
     try:
         merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
@@ -32,3 +41,4 @@ def write_merged(section: ModelSection, adapter: Path, target: Path) -> None:
         raise UserError(f"the adapter {adapter} cannot be merged into {base}: {error}") from error
     write_model(merged, merged.state_dict(keep_vars=True), local_folder(base), target)
     copy_input_files(adapter, target)
+    return str(found).removeprefix("torch.")

@@ -92,6 +92,11 @@ class RunConfig(BaseModel):
                 "data.eval or data.eval_rows"
             )
         check_schedule(self.train.schedule, self.learning_rate, self.train.max_steps)
+        if self.train.merge_dtype != "auto" and not self.train.merge_lora:
+            raise ValueError(
+                f"train.merge_dtype={self.train.merge_dtype} is not used: set train.merge_lora=true, or "
+                "remove it"
+            )
         if self.train.merge_lora and not self.model.has_adapters:
             raise ValueError("train.merge_lora=true, but there are no adapters: set model.lora")
 

@@ -20,6 +20,7 @@ from dpo_fast.models.save import copy_input_files, remove_input_files, write_mod
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import saving
 from dpo_fast.training.config import RunConfig
+from dpo_fast.training.console import say
 
 
 def export(model: ScoringModel, config: RunConfig, folder: Path) -> None:
@@ -42,7 +43,10 @@ def export(model: ScoringModel, config: RunConfig, folder: Path) -> None:
                 write_model(model.causal_lm, state, local_folder(config.model.path), aside)
                 write_tokenizer(config, aside)
             if config.train.merge_lora:
-                write_merged(config.model, aside, aside / "merged")
+                dtype = write_merged(
+                    config.model, aside, aside / "merged", config.train.merge_dtype
+                )
+                say(f"merged in {dtype} (train.merge_dtype={config.train.merge_dtype})")
                 write_tokenizer(config, aside / "merged")
             durable.publish(aside, folder, replace=True)
     distributed.barrier()

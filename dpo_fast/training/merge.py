@@ -44,7 +44,7 @@ def _merged(config: RunConfig) -> str:
     aside = durable.aside(folder)
     shutil.rmtree(aside, ignore_errors=True)
     with saving(aside):
-        write_merged(config.model, Path(path), aside)
+        write_merged(config.model, Path(path), aside, config.model.precision)
         (aside / ORIGIN).write_text(json.dumps(origin), encoding="utf-8")
         durable.publish(aside, folder, replace=True)
     say(f"merged the adapter {path} into its base: {folder}")

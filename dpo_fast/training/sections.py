@@ -183,6 +183,11 @@ class TrainSection(BaseModel):
         description="export merged weights beside the adapter",
         json_schema_extra={"refused": "without model.lora"},
     )
+    merge_dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto",
+        description="dtype of the merged weights; auto: that of the base checkpoint",
+        json_schema_extra={"refused": "without merge_lora"},
+    )
 
     @property
     def schedule(self) -> Schedule:

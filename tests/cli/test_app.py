@@ -77,6 +77,10 @@ OPTIONS = {  # what is wrong: key=value, and what the message must say
     "endless stream": ("data.streaming=true", "set train.max_steps"),
     "unused buffer": ("data.stream_buffer=64", "data.stream_buffer=64 is not used"),
     "no steps": ("train.max_steps=0", "train.max_steps=0"),
+    "dtype of nothing merged": (
+        "train.merge_dtype=bf16",
+        "train.merge_dtype=bf16 is not used: set train.merge_lora=true",
+    ),
     "overwrites what it goes on from": (
         "train={output_dir: never, overwrite_output_dir: true, resume_from_checkpoint: true}",
         "overwrite_output_dir=true removes what",
