@@ -32,7 +32,10 @@ from dpo_fast.progress import shown
 
 BATCH = 1000
 MANY = 20_000  # rows that take more than a few seconds
-COUNTERS = ("merged", "bos_added", "eos_added", "prompt_cut", "answers_cut", "left_out", "trailing")
+COUNTERS = (
+    *("merged", "bos_added", "eos_added", "prompt_cut", "answers_cut", "left_out", "trailing"),
+    "bare",
+)
 CHECKED = pyarrow.schema([("where", pyarrow.string()), ("row", pyarrow.string())])
 VERDICT = ("fault", "kind", "message")
 IDS = datasets.List(datasets.Value("int32"))

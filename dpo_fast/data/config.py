@@ -125,6 +125,12 @@ class DataConfig(BaseModel):
         "with `weight: 0` is never scored",
         json_schema_extra={"refused": "last where all rows are text"},
     )
+    apply_chat_template: Literal["auto"] | bool = Field(
+        "auto",
+        description="for rows of text. true: the prompt is a user's message and the answers are the "
+        "assistant's, through the chat template; false: they are text as they stand; auto: the same, and "
+        "said where the tokenizer has a chat template",
+    )
     chat_template: str | None = Field(
         None,
         description="a Jinja file in place of the tokenizer's chat template; it is exported with the model",

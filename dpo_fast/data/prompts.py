@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os.path
+from collections.abc import Mapping
+from typing import Any
 
+from dpo_fast.data.config import DataConfig
 from dpo_fast.data.messages import Messages, say
 from dpo_fast.data.verdicts import BadRow
 
@@ -137,3 +140,20 @@ def _repeats(prompt: str | Messages, shared: Messages) -> bool:
 def _from_user(prompt: str) -> Messages:
     """The prompt as the user's message; no message if it is empty."""
     return [say("user", prompt)] if prompt.strip() else []
+
+
+def as_chat(
+    prompt: str | Messages, answers: list[Any], row: Mapping[str, Any], config: DataConfig
+) -> tuple[str | Messages, list[Any]]:
+    """Texts as messages, if data.apply_chat_template says so. Raises BadRow without a prompt column."""
+    if not isinstance(prompt, str) or config.apply_chat_template is not True:
+        return prompt, answers
+    if row.get("prompt") is None:
+        raise BadRow(
+            "no prompt column",
+            "data.apply_chat_template=true makes it the user's message, and where it ends in whole texts "
+            "is not told: name it with data.columns.prompt, or set data.format=hh for dialogues of Human: "
+            "and Assistant: turns",
+        )
+    user = [say("user", prompt)] if prompt else []
+    return user, [[say("assistant", each)] for each in answers]

@@ -47,6 +47,7 @@ class DataReport:
     bad, dropped: rows by reason, with the first 50 of each reason.
     prompts_cut, bos_added: examples; answers_cut, eos_added: single answers.
     left_out: turns that are not scored because the template leaves out their thinking.
+    bare: examples of text, where there is a chat template and nobody said that it is not to be used.
     trailing: answers without their last messages, which are not the assistant's.
     boundary_merges: examples in which a token straddles the prompt's end.
     lengths: percentiles of tokens, {name: {"p5": int, ..., "max": int}}. The names are prompt, each
@@ -75,6 +76,7 @@ class DataReport:
     eos_added: int = 0
     left_out: int = 0
     trailing: int = 0
+    bare: int = 0
     ignored_columns: list[str] = field(default_factory=list)
     lengths: dict[str, dict[str, int]] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
@@ -136,6 +138,7 @@ class DataReport:
         self.answers_cut += int(np.sum(columns["answers_cut"]))
         self.left_out += int(np.sum(columns["left_out"]))
         self.trailing += int(np.sum(columns["trailing"]))
+        self.bare += int(np.sum(columns["bare"]))
         if kind.many:
             self.answers += sum(map(len, columns["scores"]))
             self.even += sum(min(scores) == max(scores) for scores in columns["scores"])
@@ -160,6 +163,13 @@ class DataReport:
         """Sentences about what was done to the rows, for a reader."""
         examples, answers = self.examples_kept, self.answers
         facts = (
+            (
+                self.bare,
+                examples,
+                f"{self.kind} are text and go to the model without its chat template, nothing between "
+                "prompt and answer: data.apply_chat_template=true makes chats of them, false says that "
+                "this is meant",
+            ),
             (self.prompts_cut, examples, "prompts were cut to fit data.max_length"),
             (self.answers_cut, answers, "answers were cut to fit data.max_length"),
             (

@@ -13,6 +13,7 @@ from dpo_fast.data.forms.unused import check_unused
 from dpo_fast.data.kinds import COMPLETIONS, GROUPS, PAIRS, Kind
 from dpo_fast.data.messages import Messages, say
 from dpo_fast.data.prompts import (
+    as_chat,
     check_answer,
     joined,
     split_conversations,
@@ -154,6 +155,7 @@ def _pair(where: str, row: dict[str, Any], raw: Mapping[str, Any], config: DataC
         prompt, chosen, rejected = split_texts(chosen, rejected, config.prompt_end)
     else:
         prompt, chosen, rejected = split_conversations(chosen, rejected)
+    prompt, (chosen, rejected) = as_chat(prompt, [chosen, rejected], row, config)
     prompt = _with_system(prompt, row)
     _check_texts(prompt, {"chosen": chosen, "rejected": rejected})
     optional = values.optional(row, PAIRS)
@@ -166,7 +168,8 @@ def _completion(
 ) -> CompletionRow:
     values.need(row, raw, "prompt")
     completion = values.answer(row, raw, "completion")
-    prompt, (completion,) = joined(_prompt(row["prompt"]), [completion])
+    prompt, completions = joined(_prompt(row["prompt"]), [completion])
+    prompt, (completion,) = as_chat(prompt, completions, row, config)
     prompt = _with_system(prompt, row)
     _check_texts(prompt, {"completion": completion})
     values.need(row, raw, "label")
@@ -193,6 +196,7 @@ def _group(
     if len({type(each) for each in texts}) > 1:
         raise BadRow("completions differ in kind", "some are text, others message lists")
     prompt, texts = joined(_prompt(row["prompt"]), texts)
+    prompt, texts = as_chat(prompt, texts, row, config)
     prompt = _with_system(prompt, row)
     numbers = [values.number(each, f"{column}[{index}]") for index, each in enumerate(scores)]
     if column == "ranks":

@@ -27,6 +27,7 @@ class Tokenised:
 
     left_out: turns that are not scored because the template leaves out their thinking.
     trailing: answers without their last messages, which are not the assistant's.
+    bare: 1 for a text that goes to the model without the chat template that there is.
     merged: 1 if a token straddles the prompt's end.
     bos_added, eos_added: special tokens that the text did not have; at most one EOS for each answer.
     prompt_cut: prompt tokens removed.
@@ -41,6 +42,7 @@ class Tokenised:
     answers_cut: int
     left_out: int
     trailing: int
+    bare: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,7 @@ class RowTokeniser:
         self.config = config
         self.chat = ChatTemplate(tokenizer, config)
         self.boundary = PromptBoundary(tokenizer)
+        self._untold = config.apply_chat_template == "auto" and self.chat.exists
         self.endings = Endings(tokenizer, eos_ids, config.add_eos, self.chat)
 
     def __call__(self, row: Row) -> Tokenised:
@@ -132,6 +135,7 @@ class RowTokeniser:
             answers_cut=fitted.answers_cut,
             left_out=sum(text.left_out for text in texts),
             trailing=sum(map(_trails, row.answers.values())),
+            bare=int(self._untold and not row.is_chat),
         )
 
     def _flags(

@@ -696,7 +696,8 @@ def test_other_weights_are_not_resumed(folder):
         tree["data"]["train"][0] |= entry
         config = build_config(tree, "tree")
         train = load_split(config, load_tokenizer(config.model), "train", shuffle=True)
-        return must_fit(SimpleNamespace(config=config, train=train, total_steps=STEPS))
+        run = SimpleNamespace(config=config, train=train, total_steps=STEPS, weights={})
+        return must_fit(run)
 
     assert fits().items() <= state.items()
     assert fits(seed=7)["mixture"] != state["mixture"]
