@@ -5,6 +5,7 @@ It fits if it was computed by the same model in the same dtype and holds every r
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from dataclasses import dataclass
@@ -92,9 +93,11 @@ def named_place(cache_dir: str, request: Request) -> Place:
     """The folders below `reference.cache_dir`, which is a stored reference itself or holds several.
 
     Raises:
-        UserError: it is a file.
+        UserError: it is a file; or it is not there, and a stored reference is under a name like it.
     """
     root = Path(cache_dir).expanduser()
+    if not root.exists():
+        _check_spelling(cache_dir, root)
     if (root / MANIFEST).exists():
         return Place(root)
     if root.exists() and not root.is_dir():
@@ -103,6 +106,22 @@ def named_place(cache_dir: str, request: Request) -> Place:
     # The name of a folder that is still being written begins with a dot.
     found = (file.parent for file in sorted(root.glob(f"*/{MANIFEST}")))
     return Place(own, tuple(x for x in found if x != own and not x.name.startswith(".")))
+
+
+def _check_spelling(cache_dir: str, root: Path) -> None:
+    """Raises UserError if the name may be a slip: it would cost the computation of a whole reference."""
+    missing = root.absolute()
+    while not missing.parent.exists():
+        missing = missing.parent
+    rest = root.absolute().relative_to(missing)
+    siblings = [each.name for each in missing.parent.iterdir() if each.is_dir()]
+    for name in difflib.get_close_matches(missing.name, siblings, 3, 0.75):
+        other = missing.parent / name / rest
+        if (other / MANIFEST).exists() or any(other.glob(f"*/{MANIFEST}")):
+            raise UserError(
+                f"reference.cache_dir={cache_dir} does not exist, and {other} holds a stored reference: "
+                f"name that one, or make the folder {root} to have one computed there"
+            )
 
 
 def find_stored(place: Place, request: Request) -> list[Path] | None:

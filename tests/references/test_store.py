@@ -358,3 +358,30 @@ def test_values_that_are_not_finite_are_refused(value):
     message = "log-probs of 1 pairs are not finite, the first pairs.jsonl:4;"
     with pytest.raises(UserError, match=message):
         table_of(request(), range(2, 4), score=broken)
+
+
+@pytest.mark.parametrize("inside", ["", "train"])
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("runs/first/refrence", "runs/first/reference"),
+        ("run/first/reference", "runs/first/reference"),
+    ],
+)
+def test_a_slip_in_the_folder_does_not_compute_everything_anew(tmp_path, typed, meant, inside):
+    stored = tmp_path / meant / inside
+    stored.mkdir(parents=True)
+    (stored / MANIFEST).write_text("{}")
+    with pytest.raises(UserError, match=f"{typed} does not exist, and .*{meant} holds a stored"):
+        named_place(str(tmp_path / typed), request())
+    assert not (tmp_path / typed).exists()
+    (tmp_path / typed).mkdir(parents=True)  # meant as it was typed
+    assert named_place(str(tmp_path / typed), request()).own == tmp_path / typed / "train"
+
+
+def test_a_new_folder_beside_others_is_no_slip(tmp_path):
+    (tmp_path / "reference" / "train").mkdir(parents=True)  # holds none
+    (tmp_path / "other" / "train").mkdir(parents=True)
+    (tmp_path / "other" / "train" / MANIFEST).write_text("{}")
+    for name in ("references", "new/reference"):
+        assert named_place(str(tmp_path / name), request()).own == tmp_path / name / "train"
