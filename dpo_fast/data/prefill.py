@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dpo_fast.data.rows import GroupRow, Row
+from dpo_fast.data.thinking import skip_empty_thought
 from dpo_fast.data.verdicts import BadRow
 
 
@@ -45,7 +46,9 @@ def ends_open(
     name: of the chat template.
     """
     begun = prefill.lstrip()
-    found = [text.find(begun, len(prompt)) for text in texts]
+    bare = unfinished.rstrip().removesuffix(begun.rstrip())
+    known = bare != unfinished.rstrip()
+    found = [_find(text, begun, prompt, bare if known else prompt) for text in texts]
     end = found[0] + len(begun)
     if min(found) < 0 or len({text[:end] for text in texts}) != 1:
         raise BadRow(
@@ -53,6 +56,18 @@ def ends_open(
             f"it does not write the assistant message that ends the prompt ({name}); use a template "
             "that does (data.chat_template), or put that message into the answers",
         )
-    bare = unfinished.rstrip().removesuffix(begun.rstrip())
-    opened = bare + begun if bare != unfinished.rstrip() else texts[0][:end]
+    opened = bare + begun if known else texts[0][:end]
     return opened, [opened + text[end:] for text in texts]
+
+
+def _find(text: str, begun: str, prompt: str, bare: str) -> int:
+    """Where a prefill begins in a text; below 0 if it is not there.
+
+    Its words may also stand in what the template writes before them: "in" in <think>. bare: the text up
+    to the prefill, as far as that is known.
+    """
+    if text.startswith(bare + begun):
+        return len(bare)
+    start = len(text) - len(skip_empty_thought(text[len(prompt) :], opened=True))
+    found = text.find(begun, start)
+    return found if found >= 0 else text.find(begun, len(prompt))

@@ -57,6 +57,19 @@ def test_the_prompt_ends_open(name):
     assert tokenizer.decode(white.chosen_ids) == chosen[1:]
 
 
+@pytest.mark.parametrize("begun", ["n", "in", "a", "fi", "m"])
+@pytest.mark.parametrize("name", sorted(set(trl_templates()) - set(PARTS)))
+def test_a_beginning_whose_letters_are_in_the_header(name, begun):
+    """<think>, <|channel|>final<|message|>: the prefill is what the message says, and not those."""
+    tokenizer = template_tokenizer(trl_templates()[name])
+    prompt = [U, say("assistant", begun)]
+    pair = tokenised(tokenizer, {"prompt": prompt, "chosen": "1 yes", "rejected": "1 no"})
+    assert tokenizer.decode(pair.chosen_ids).startswith("1 yes")
+    expected = tokenizer.apply_chat_template(prompt, continue_final_message=True, tokenize=False)
+    found = tokenizer.decode(pair.prompt_ids)
+    assert found.removeprefix("<BOS>") == expected.removeprefix("<BOS>")
+
+
 def test_all_kinds_of_rows():
     tokenizer = chat_tokenizer()
     prompt = ids_of(
