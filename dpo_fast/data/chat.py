@@ -20,6 +20,7 @@ from dpo_fast.data.dialects import (
     dialects,
     left_out_of_answer,
     left_out_of_prompt,
+    marked_tools,
 )
 from dpo_fast.data.messages import Messages
 from dpo_fast.data.prefill import ends_open, prefill_of, whole_answers
@@ -120,6 +121,8 @@ class ChatTemplate:
         self._keep(left_out_of_prompt(row.prompt, prompt))
         if tools and prompt == self._without_tools(before, kwargs):
             self._keep("the column 'tools'")
+        for field, answer in answers.items():
+            self._keep(self._unwritten(row, field, answer, dialect))
         turns = Continuation(prompt, self, lambda word: render(_messages(("assistant", word))))
         turns.check_thinking(answers)
         texts = {}
@@ -184,6 +187,28 @@ class ChatTemplate:
             return rendered[0]
         except (TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
             raise BadRow(REFUSED, f"{error} ({self.name})") from error
+
+    def _unwritten(self, row: Row, field: str, answer: Messages, dialect: Dialect) -> str | None:
+        """What a template leaves out of calls and their results, in words; None if it writes them all.
+
+        Answers repeat what tools say, and lists of tools name what is called, so that words do not tell:
+        marks in their places do.
+        """
+        size = len(row.prompt)
+        messages, marks = marked_tools([*row.prompt, *answer])
+        if not marks:
+            return None
+        before, after = dialect.prompt(messages[:size]), dialect.answer(messages[size:])
+        tools, kwargs = row.optional.get("tools"), row.optional.get("chat_template_kwargs", {})
+        try:
+            text = self.render([*before, *after], tools=tools, kwargs=kwargs)
+        except BadRow:
+            return None  # the messages themselves are judged by their own rendering
+        for mark, (place, what) in marks.items():
+            if mark not in text:
+                name = f"prompt[{place}]" if place < size else f"{field}[{place - size}]"
+                return what.format(name)
+        return None
 
     def _without_tools(self, messages: Messages, kwargs: Mapping[str, Any]) -> str | None:
         """The generation prompt without tools; None if the template cannot do without."""

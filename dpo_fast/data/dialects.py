@@ -7,6 +7,7 @@ thinking. A form that a template does not know is often left out without a word.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import re
@@ -144,6 +145,40 @@ def left_out_of_answer(
         if thought and not _has(text, thought.inside):
             return f"the {thought.key or 'thinking'} of {name}"
     return None
+
+
+def marked_tools(messages: Messages) -> tuple[Messages, dict[str, tuple[int, str]]]:
+    """The messages with a mark for every tool's result and for the first call of every tool.
+
+    Returns them, and for each mark the place of its message and what it stands for, in words.
+    """
+    marks: dict[str, tuple[int, str]] = {}
+    names: dict[str, str] = {}
+    marked = []
+    for place, message in enumerate(messages):
+        if message["role"] == "tool" and message["content"].strip():
+            mark = f"Zyzzyva{len(marks)}z"
+            marks[mark] = place, "{} (tool)"
+            message = message | {"content": mark}
+        if message.get("tool_calls"):
+            calls = copy.deepcopy(message["tool_calls"])
+            for function in filter(None, map(_function, calls)):
+                if function["name"] not in names:
+                    names[function["name"]] = mark = f"Zyzzyva{len(marks)}z"
+                    marks[mark] = place, "the tool calls of {}"
+                function["name"] = names[function["name"]]
+            message = message | {"tool_calls": calls}
+        if message.get("name") in names:
+            message = message | {"name": names[message["name"]]}
+        marked.append(message)
+    return marked, marks
+
+
+def _function(call: Any) -> dict[str, Any] | None:
+    """The function of a call; None if it has no name as text."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    named = isinstance(function, dict) and isinstance(function.get("name"), str)
+    return function if named and function["name"] else None
 
 
 def _has_calls(text: str, message: dict[str, Any]) -> bool:

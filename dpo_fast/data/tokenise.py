@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from dpo_fast.data.boundary import PromptBoundary
@@ -125,6 +125,10 @@ class RowTokeniser:
             raise Dropped(
                 "the answers are the same once cut", "up to the last token that is scored"
             )
+        if fitted.prompt_cut:  # the room of tokens that were cut off behind the last scored one
+            ids = {name: answer.ids for name, answer in zip(answers, kept)}
+            again = fit(row.where, prompt_ids, ids, self.config, self.endings.lead(prompt_ids))
+            fitted = replace(fitted, prompt=again.prompt, prompt_cut=again.prompt_cut)
         return TOKENISED[row.kind](
             prompt_ids=fitted.prompt,
             **_columns(kept, row.kind),

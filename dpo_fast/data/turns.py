@@ -245,12 +245,16 @@ class Trajectory:
         opened: the generation prompt opens thinking.
         """
         end = self.template.after_answer(None)
-        for turn in (finished, skip_empty_thought(finished, opened)):
-            size = common(rest, turn)
+        forms = [(0, finished)]
+        answer = skip_empty_thought(finished, opened)
+        if answer != finished:  # white space after it may have been stripped off
+            forms.append((len(rest) - len(rest.lstrip()), answer.lstrip()))
+        for space, turn in forms:
+            size = common(rest[space:], turn)
             if not turn[size:].strip():
-                return size
+                return space + size
             if end and turn.endswith(end) and size >= len(turn) - len(end):
-                return len(turn) - len(end)
+                return space + len(turn) - len(end)
         return None
 
 

@@ -389,6 +389,38 @@ def test_a_tools_words_are_not_taken_for_thinking():
     assert "a</think>b" in text
 
 
+SAID = says('<tool_call>\n{"name": "add"}\n</tool_call>')  # a call as text, as in Hermes' rows
+PARIS = message("tool", "Paris", name="add", tool_call_id="add123456")
+DROPPING = [
+    (name, SAID, r"\(tool\)")
+    for name in ("phi3", "phi3_5", "gemma4", "gemma4_v5", "diffusion_gemma")
+] + [("lfm2", CALLS, "the tool calls of")]
+
+
+@pytest.mark.parametrize("name, call, what", DROPPING)
+@pytest.mark.parametrize("place", ["prompt", "chosen"])
+def test_a_result_that_is_left_out_though_the_answer_repeats_it(name, call, what, place):
+    """And a call whose tool and arguments are named elsewhere in the prompt."""
+    tools = {"tools": TOOLS} if call is CALLS else {}
+    asked = user("add 41, and which town is it?")
+    says_it = says("Paris it is: add 41")
+    raw = {"prompt": [asked], "chosen": [call, PARIS, says_it], "rejected": [says("no")], **tools}
+    if place == "prompt":
+        raw |= {"prompt": [asked, call, PARIS], "chosen": [says_it]}
+    with pytest.raises(BadRow, match=rf"leaves something out: it does not write .*{what}"):
+        tokenise(template_tokenizer(TEMPLATES[name]), raw)
+    name = "qwen2_5"  # which writes them
+    assert "Paris" in chosen(template_tokenizer(TEMPLATES[name]), raw)
+
+
+@pytest.mark.parametrize("white", [" ", "\n\n"])
+def test_white_space_before_an_answer(white):
+    """Qwen 3 strips it off the last turn, after its empty thinking, and leaves it in earlier ones."""
+    raw = row(says(f"{white}because"), user("and then?"), says("well"))
+    expected = f"⟦{white}because{IM}⟧{ASK}⟦<think>\n\n</think>\n\nwell{IM}⟧"
+    assert chosen(template_tokenizer(TEMPLATES["qwen3"]), raw) == expected
+
+
 def test_a_template_that_moves_words_of_an_earlier_turn():
     """Mistral: the system message is in the last question. Gemma 4: an agent's words after the result."""
     system = message("system", "be brief")
@@ -455,6 +487,20 @@ def test_a_cut_that_leaves_nothing_scored():
     options = {"max_prompt_length": whole, "truncation": "keep_end"}
     with pytest.raises(Dropped, match="nothing is scored once cut: 2 tokens of an answer fit"):
         tokenise(chat_tokenizer(), raw, max_length=whole + 2, **options)
+
+
+def test_a_prompt_is_not_cut_for_tokens_that_go():
+    """What follows the last scored token that fits is not kept, and the prompt has its room."""
+    tokenizer = chat_tokenizer()
+    raw = row(says("because"), user("and then?"), says("well"))
+    whole = tokenise(tokenizer, raw)
+    kept = len("because") + 1
+    size = len(whole.prompt_ids) + kept
+    found = tokenise(tokenizer, raw, max_length=size, max_prompt_length=4)
+    assert (found.prompt_ids, found.prompt_cut) == (whole.prompt_ids, 0)
+    assert (found.chosen_ids, found.answers_cut) == (whole.chosen_ids[:kept], 1)
+    found = tokenise(tokenizer, raw, max_length=size - 3, max_prompt_length=4)
+    assert (found.prompt_ids, found.prompt_cut) == (whole.prompt_ids[3:], 3)
 
 
 def test_a_cut_ends_with_a_scored_token():
