@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,11 +22,15 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 OTHER_ROLES = {
     **dict.fromkeys(("human", "prompter"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
+    **dict.fromkeys(("ai", "bot", "chatbot"), "assistant"),
     **dict.fromkeys(("observation", "tool_response", "function", "function_response"), "tool"),
+    **dict.fromkeys(("ipython", "tool_result", "tool_results"), "tool"),
 }
 CALLS = ("function_call", "tool_call", "tool_calls")  # roles whose content is the call
-WEIGHTS = ("weight", "loss")  # whether a message is scored; by OpenAI and Mistral, and by ms-swift
+# Whether a message is scored; by OpenAI and Mistral, by ms-swift, and by Axolotl.
+WEIGHTS = ("weight", "loss", "train", "training")
 PLAIN = {"role", "content"}  # the keys of most messages
+PRINTED = re.compile(r"\s*\[?\s*\{\s*'(?:role|content|from|value)'\s*:")
 TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -35,25 +41,61 @@ def check_messages(value: Any, field: str) -> Messages:
     if not value:
         raise BadRow(f"empty {field}", "the message list has no messages")
     checked: Messages = []
-    calling = False
     for index, item in enumerate(value):
         messages = _checked(item, f"{field}[{index}]")
-        calls = "tool_calls" in messages[0] and _is_call(item)
-        if calls and calling:  # one turn that calls several tools
-            checked[-1]["tool_calls"] += messages[0]["tool_calls"]
+        if checked and checked[-1]["role"] == "assistant" and _is_call(item):
+            _add_calls(checked[-1], messages[0], f"{field}[{index}]")
         else:
             checked += messages
-        calling = calls
     return checked
 
 
+def _add_calls(turn: dict[str, Any], calls: dict[str, Any], name: str) -> None:
+    """Adds calls to the turn that they are of: it says something first, or calls other tools too."""
+    for key in WEIGHTS:
+        if calls.get(key) != turn.get(key):
+            raise BadRow(
+                f"one turn with two values of {key}",
+                f"{name} is a call of the turn before it: give both the same {key}",
+            )
+    turn["tool_calls"] = [*turn.get("tool_calls", ()), *calls["tool_calls"]]
+
+
 def are_messages(value: Any) -> bool:
-    """Whether a list, or JSON text of one, holds messages."""
+    """Whether it is a list of messages."""
     return (
         isinstance(value, list)
         and bool(value)
         and all(isinstance(item, Mapping) and {"role", "from"} & set(item) for item in value)
     )
+
+
+def from_text(value: str) -> Any:
+    """The list or the object that a text is JSON of, as in CSV; None for any other text."""
+    if value.lstrip()[:1] not in ("[", "{"):
+        return None
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return None
+
+
+def messages_in(value: str) -> list | Mapping | None:
+    """The messages, or the one, that a text is JSON of; None for any other text."""
+    found = from_text(value)
+    keys = found.keys() if isinstance(found, Mapping) else ()
+    one = {"role", "content"} <= set(keys) or {"from", "value"} <= set(keys)
+    return found if one or are_messages(found) else None
+
+
+def check_not_python(value: str, field: str) -> None:
+    """Raises BadRow for messages as Python prints them, which pandas writes into CSV."""
+    if PRINTED.match(value):
+        raise BadRow(
+            f"field {field!r} is not JSON",
+            "it is messages as Python prints them. Write them with json.dumps, or the table as Parquet "
+            "or JSON Lines",
+        )
 
 
 def say(role: str, content: str) -> dict[str, Any]:
@@ -102,9 +144,11 @@ def _is_call(item: Mapping[str, Any]) -> bool:
 
 
 def _finished(message: dict[str, Any], name: str) -> dict[str, Any]:
-    """The message with text for content and a list for tool calls."""
+    """The message with text for content and a list for tool calls, if there are any."""
     if isinstance(message.get("tool_calls"), str):
         message["tool_calls"] = from_json(message["tool_calls"], f"{name}.tool_calls")
+    if "tool_calls" in message and not message["tool_calls"]:
+        del message["tool_calls"]  # as servers answer; a template may count them
     if "function_call" in message:  # before there were tools
         call = {"type": "function", "function": message.pop("function_call")}
         message.setdefault("tool_calls", [call])

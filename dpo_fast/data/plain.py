@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from datetime import date, time
 from typing import Any
 
 from dpo_fast.data.verdicts import BadRow
@@ -17,13 +18,15 @@ WHOLE = 2**53  # up to here a double holds every integer
 
 
 def plain(value: Any) -> Any:
-    """The value without nulls in its objects, and with whole numbers as integers."""
+    """The value without nulls in its objects, whole numbers as integers and times as text."""
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items() if item is not None}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     if isinstance(value, float) and value.is_integer() and abs(value) <= WHOLE:
         return int(value)
+    if isinstance(value, (date, time)):
+        return value.isoformat()
     return value
 
 

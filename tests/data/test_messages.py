@@ -1,6 +1,7 @@
 """Messages in the forms that people write them."""
 
 import json
+from datetime import datetime
 
 import pytest
 
@@ -36,6 +37,38 @@ def test_messages_in_other_words():
     legacy = say("assistant", None, function_call=weather)
     assert check_messages([as_text], "chosen") == [expected[1]]
     assert check_messages([legacy], "chosen") == [say("assistant", "", tool_calls=calls[:1])]
+
+
+def test_names_of_roles():
+    for name in ("gpt", "AI", "bot", "model"):
+        assert check_messages([say(name, "yes")], "chosen") == [A]
+    for name in ("observation", "ipython", "function", "tool_result"):
+        assert check_messages([say(name, "42")], "chosen") == [say("tool", "42")]
+
+
+@pytest.mark.parametrize("empty", [[], None, "[]"])
+def test_no_calls_are_none(empty):
+    """Servers answer with an empty list, and Llama's template counts the calls of a list."""
+    answer = A | {"tool_calls": empty, "refusal": None, "function_call": None}
+    assert check_messages([U, answer], "chosen") == [U, A]
+
+
+def test_a_call_after_words_is_of_the_same_turn():
+    """As ms-swift has it: the words, then the calls, in messages of their own."""
+    call, again = say("tool_call", '{"name": "f"}'), say("tool_call", '{"name": "g"}')
+    (turn,) = check_messages([A, call, again], "chosen")
+    assert turn["content"] == "yes"
+    assert [each["function"]["name"] for each in turn["tool_calls"]] == ["f", "g"]
+    (turn,) = check_messages([A | {"loss": False}, call | {"loss": False}], "chosen")
+    assert turn["loss"] is False
+    for first, second in ((A, call | {"loss": False}), (call, again | {"loss": False})):
+        with pytest.raises(BadRow, match=r"two values of loss: chosen\[1\] is a call of the turn"):
+            check_messages([first, second], "chosen")
+
+
+def test_times_are_text():
+    stamp = datetime(2024, 5, 1, 12)
+    assert check_messages([U | {"at": stamp}], "p") == [U | {"at": "2024-05-01T12:00:00"}]
 
 
 @pytest.mark.parametrize(

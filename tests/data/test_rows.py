@@ -134,7 +134,10 @@ BAD = [
     (CHAT | {"chosen": ["x"]}, ["not a message", "chosen[0]", "got str"]),
     (CHAT | {"chosen": [{"content": "x"}]}, ["message without role", "chosen[0]", "'content'"]),
     (CHAT | {"chosen": [{"from": "gpt"}]}, ["content is not text", "chosen[0].content"]),
-    (CHAT | {"chosen": [say("bot", "x")]}, ["unknown role 'bot'", "chosen[0].role", "assistant"]),
+    (
+        CHAT | {"chosen": [say("narrator", "x")]},
+        ["unknown role 'narrator'", "chosen[0].role", "assistant"],
+    ),
     (CHAT | {"chosen": [say("assistant", 3)]}, ["content is not text", "chosen[0]", "got int"]),
     (CHAT | {"chosen": [say("assistant", " ")]}, ["empty chosen"]),
     (CHAT | {"rejected": [B, U, say("assistant", "")]}, ["empty rejected", "message 2"]),
