@@ -50,11 +50,11 @@ def files_of(folder: Path, split: str | None, role: Role) -> list[Path]:
     if splits is None:
         if split is not None:
             raise UserError(f"{folder}:{split}: this folder has no splits; leave out {split!r}")
-        return files
+        return _without_copies(folder, files)
     chosen = choose_split(folder, splits, split, role)
     if split is None:
         _check_leftovers(folder, splits, files)
-    return splits[chosen]
+    return _without_copies(folder, splits[chosen])
 
 
 def choose_split(path: Path, splits: Iterable[str], split: str | None, role: Role) -> str:
@@ -133,6 +133,20 @@ def _check_leftovers(folder: Path, splits: Splits, files: list[Path]) -> None:
             f"{folder}: {left[0].relative_to(folder)} belongs to none of its splits "
             f"({', '.join(splits)}). Name a split as in {folder}:{next(iter(splits))}, or the files"
         )
+
+
+def _without_copies(folder: Path, files: list[Path]) -> list[Path]:
+    """The files. Raises UserError for two that differ in their suffix alone: one is made of the other."""
+    names: dict[Path, Path] = {}
+    for file in files:
+        other = names.setdefault(file.with_name(file.name[: -len(suffix_of(file))]), file)
+        if other != file:
+            raise UserError(
+                f"{folder}: {other.relative_to(folder)} and {file.relative_to(folder)} differ in their "
+                "suffix alone, as copies of the same rows would. Name the files one by one, or take one "
+                "away"
+            )
+    return files
 
 
 def _described(folder: Path) -> Splits | None:

@@ -104,6 +104,13 @@ def test_a_file_of_no_split_is_not_passed_over(folder):
     assert names(path) == ["train.jsonl"], "a file of another kind stands beside the data"
 
 
+def test_copies_of_a_file_are_not_read_twice(folder):
+    path = folder("train.jsonl", "train.parquet", "test.jsonl", "b/rows.jsonl", "b/rows.jsonl.gz")
+    assert "train.jsonl and train.parquet differ in their suffix alone" in refusal(f"{path}:train")
+    assert "rows.jsonl and rows.jsonl.gz differ" in refusal(path / "b")
+    assert names(f"{path}:test") == ["test.jsonl"]
+
+
 def test_a_file_of_two_splits(folder):
     assert "train-test.jsonl may be of the splits train or test" in refusal(
         folder("train-test.jsonl", "test.jsonl")
