@@ -23,7 +23,7 @@ import pyarrow.compute
 from dpo_fast.data.kinds import Kind, OneKind
 from dpo_fast.data.parts import Part
 from dpo_fast.data.report import DataReport
-from dpo_fast.data.rows import ROW_TYPES, Row, parse_row
+from dpo_fast.data.rows import ROW_TYPES, Row, check_found, parse_row
 from dpo_fast.data.template_file import check_template_used
 from dpo_fast.data.tokenise import RowTokeniser, Tokenised
 from dpo_fast.data.verdicts import BadRow, BadRows, Dropped, Verdict, bad_row_error
@@ -136,9 +136,11 @@ def _check_rows(part: Part, report: DataReport, path: Path) -> tuple[datasets.Da
 
 def _checked_rows(part: Part, report: DataReport, seen: OneKind) -> Iterator[dict[str, str]]:
     config, bad, checked, unused = part.config, report.bad, 0, set()
+    absent = set(config.columns.values())
     with shown("reading rows", None) as advance:
         for where, raw in part.read(bad):
             advance(1)
+            absent.difference_update(raw)
             try:
                 row = parse_row(where, raw, config, unused)
                 text = _to_json(row)
@@ -152,6 +154,8 @@ def _checked_rows(part: Part, report: DataReport, seen: OneKind) -> Iterator[dic
             read = checked + bad.total + report.dropped.total
             if config.max_rows is not None and read >= config.max_rows:
                 break
+    if checked:
+        check_found(absent, part.section, config)
     report.rows_read = checked + bad.total + report.dropped.total
     report.ignored_columns = sorted(unused)
 

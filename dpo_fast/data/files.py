@@ -11,7 +11,7 @@ import gzip
 import json
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -254,9 +254,36 @@ def _header(path: Path, names: list[str]) -> list[str]:
 
 
 def _arrow_rows(path: Path) -> RawRows:
-    batches = (batch.to_pylist(maps_as_pydicts="strict") for batch in _batches(path))
-    rows = (row for batch in batches for row in batch)
+    rows = (row for batch in _batches(path) for row in _rows_of(batch))
     return ((f"{path}:{number}", row) for number, row in enumerate(rows, 1))
+
+
+def _rows_of(batch: Any) -> list[dict[str, Any]]:
+    """The rows of a record batch, with the values of JSON text that is typed as such (`datasets.Json`)."""
+    rows = batch.to_pylist(maps_as_pydicts="strict")
+    decoders = {field.name: _decoder(field.type) for field in batch.schema}
+    decoders = {name: decode for name, decode in decoders.items() if decode}
+    return [row | {n: d(row[n]) for n, d in decoders.items()} for row in rows] if decoders else rows
+
+
+def _decoder(kind: Any) -> Callable[[Any], Any] | None:
+    """Takes values out of the JSON text in those of an Arrow type; None for a type without any."""
+    from pyarrow import types
+
+    if getattr(kind, "extension_name", None) == "arrow.json":
+        return lambda value: None if value is None else json.loads(value)
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        item = _decoder(kind.value_type)
+        return item and (lambda values: values and [item(value) for value in values])
+    if types.is_struct(kind):
+        inner = {field.name: _decoder(field.type) for field in kind}
+        inner = {name: decode for name, decode in inner.items() if decode}
+        return (
+            (lambda value: value and value | {n: d(value[n]) for n, d in inner.items()})
+            if inner
+            else None
+        )
+    return None
 
 
 def _batches(path: Path) -> Iterator[Any]:

@@ -40,6 +40,11 @@ class Part:
         return self.entry.path if self.entry else ", ".join(map(str, self.sources))
 
     @property
+    def section(self) -> str:
+        """Where the options of reading it stand."""
+        return self.option if self.entry and self.entry.columns is not None else "data"
+
+    @property
     def seed(self) -> int:
         own = self.entry.seed if self.entry else None
         return self.config.seed if own is None else own

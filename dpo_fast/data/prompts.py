@@ -23,7 +23,7 @@ def split_texts(chosen: str, rejected: str, marker: str | None) -> tuple[str, st
     >>> split_texts("2 + 2 is four.", "2 + 2 is five.", None)
     ('2 + 2 is', ' four.', ' five.')
     """
-    if marker is None and HUMAN in chosen and ASSISTANT in chosen:
+    if marker is None and is_dialogue(chosen):
         marker = ASSISTANT
     if marker is None:
         end = _common_words(chosen, rejected)
@@ -35,6 +35,11 @@ def split_texts(chosen: str, rejected: str, marker: str | None) -> tuple[str, st
     if rejected.rfind(marker) + len(marker) != end or rejected[:end] != chosen[:end]:
         raise BadRow("no common prompt", f"the texts differ before their last {marker!r}")
     return chosen[:end], chosen[end:], rejected[end:]
+
+
+def is_dialogue(answer: str | Messages) -> bool:
+    """Whether it is a text of Human: and Assistant: turns, which tells where its prompt ends."""
+    return isinstance(answer, str) and HUMAN in answer and ASSISTANT in answer
 
 
 def _common_words(chosen: str, rejected: str) -> int:
@@ -121,7 +126,7 @@ def with_prompt(
         prompt, (chosen, rejected) = joined(prompt, [chosen, rejected])
         return prompt, chosen, rejected
     shared, chosen, rejected = split_conversations(chosen, rejected)
-    if not _repeats(prompt, shared):
+    if prompt and not _repeats(prompt, shared):
         raise BadRow(
             "chosen and rejected do not begin with the prompt",
             "they are whole conversations, so their shared beginning must be the prompt",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dpo_fast.data import values
 from dpo_fast.data.config import CHAT_COLUMNS, DataConfig
+from dpo_fast.data.files import Cell
 from dpo_fast.data.forms.table import find_form
 from dpo_fast.data.forms.unused import check_unused
 from dpo_fast.data.kinds import COMPLETIONS, GROUPS, PAIRS, Kind
@@ -15,12 +16,14 @@ from dpo_fast.data.messages import Messages, say
 from dpo_fast.data.prompts import (
     as_chat,
     check_answer,
+    is_dialogue,
     joined,
     split_conversations,
     split_texts,
     with_prompt,
 )
 from dpo_fast.data.verdicts import BadRow, Dropped
+from dpo_fast.errors import UserError
 
 
 class _Row:
@@ -90,6 +93,8 @@ ROW_TYPES: dict[Kind, type[Row]] = {each.kind: each for each in (PairRow, Comple
 FORMATS = {"unpaired": COMPLETIONS, "groups": GROUPS}  # data.format; others are pairs, or forms
 # Other names of our columns. Those of answers count only together.
 ALIASES = {"kto_tag": "label", "system_prompt": "system"}
+# Columns that a row may lack where others have them: in JSON an empty one is often left out.
+LEFT_OUT = ("system", "history", "input", "query", *CHAT_COLUMNS)
 RESPONSES = {"chosen_response": "chosen", "rejected_response": "rejected"}
 
 
@@ -122,6 +127,19 @@ def parse_row(
     return parsed
 
 
+def check_found(absent: Collection[str], part: str, config: DataConfig) -> None:
+    """Raises UserError for columns that data.columns names and that no row has.
+
+    part: what the configuration calls the data.
+    """
+    for ours, theirs in config.columns.items():
+        if theirs in absent:
+            raise UserError(
+                f"{part}.columns.{ours}={theirs!r} is not used: no row has this column; remove it, or "
+                "correct its name"
+            )
+
+
 def _kind(row: Mapping[str, Any], format_: str) -> Kind:
     """The kind that data.format asks for, or the one that the row's columns fit best."""
     if format_ != "auto":
@@ -148,6 +166,8 @@ def _pair(where: str, row: dict[str, Any], raw: Mapping[str, Any], config: DataC
     _check_format(chosen, config)
     if chosen == rejected:
         raise BadRow("chosen equals rejected", "a pair needs two different answers")
+    if isinstance(chosen, str) and "prompt" in row and row["prompt"] is None:
+        _check_null_prompt(row, (chosen, rejected), config)
     if row.get("prompt") is not None:
         prompt = _prompt(row["prompt"])
         prompt, chosen, rejected = with_prompt(prompt, chosen, rejected)
@@ -161,6 +181,23 @@ def _pair(where: str, row: dict[str, Any], raw: Mapping[str, Any], config: DataC
     optional = values.optional(row, PAIRS)
     _check_chat_columns(prompt, optional)
     return PairRow(where, prompt, chosen, rejected, optional)
+
+
+def _check_null_prompt(row: dict[str, Any], answers: tuple[str, str], config: DataConfig) -> None:
+    """Of texts that do not tell where a prompt ends, the prompt is missing. An empty cell of CSV is empty.
+
+    Raises BadRow.
+    """
+    if config.prompt_end is not None or is_dialogue(answers[0]):
+        return
+    if isinstance(row["chosen"], Cell):
+        row["prompt"] = ""
+    elif split_texts(*answers, None)[0]:
+        raise BadRow(
+            "field 'prompt' is null",
+            "an empty prompt is an empty text; if prompts are to be what both answers begin with, list "
+            "'prompt' in data.ignore_columns",
+        )
 
 
 def _completion(
@@ -227,20 +264,21 @@ def _score_column(row: dict[str, Any]) -> str:
 def _renamed(raw: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
     """The row with our names where data.columns or an alias has them, without ignored columns."""
     row = {name: value for name, value in raw.items() if name not in config.ignore_columns}
+    columns = {ours: theirs for ours, theirs in config.columns.items() if theirs in raw}
     for ours, theirs in config.columns.items():
-        if theirs not in raw:
+        if ours not in columns and (ours not in LEFT_OUT or ours in raw):
             raise BadRow(
                 f"missing field {theirs!r}",
                 f"data.columns.{ours} names it; {values.seen(raw, theirs)}",
             )
     for theirs in config.columns.values():
         row.pop(theirs, None)
-    row |= {ours: raw[theirs] for ours, theirs in config.columns.items()}
+    row |= {ours: raw[theirs] for ours, theirs in columns.items()}
     aliases = ALIASES | (RESPONSES if set(RESPONSES) <= set(row) else {})
     for theirs, ours in aliases.items():
         if row.get(theirs) is not None and row.get(ours) is None:
             row[ours] = row.pop(theirs)
-    return row
+    return {name: values.unpacked(name, value) for name, value in row.items()}
 
 
 def _check_mapped(left: Mapping[str, Any], kind: Kind, config: DataConfig) -> None:

@@ -59,7 +59,8 @@ class SavedSource:
 
         try:
             data = datasets.load_from_disk(str(self.path))
-            return data if self.split is None else data[self.split]
+            data = data if self.split is None else data[self.split]
+            return data.with_format(None)  # it is saved with the data, and may leave columns out
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{self.path}: not a readable datasets folder: {error}") from error
 

@@ -25,7 +25,7 @@ from dpo_fast.data.dataset import cache_key
 from dpo_fast.data.kinds import PAIRS, ExampleLengths, Kind, OneKind
 from dpo_fast.data.parts import parts_of
 from dpo_fast.data.report import DataReport
-from dpo_fast.data.rows import Row, parse_row
+from dpo_fast.data.rows import Row, check_found, parse_row
 from dpo_fast.data.template_file import check_template_used
 from dpo_fast.data.tokenise import RowTokeniser
 from dpo_fast.data.verdicts import BadRow, BadRows, Dropped
@@ -85,6 +85,7 @@ class ExampleStream:
         self.parts = parts_of(config, "train")
         self._tokenisers = [RowTokeniser(tokenizer, part.config, eos_ids) for part in self.parts]
         self._seen, self._numbers = OneKind(), None
+        self._absent = [set(part.config.columns.values()) for part in self.parts]
         self.seek(0, 0)
 
     @cached_property
@@ -126,7 +127,7 @@ class ExampleStream:
             if not examples and row == 0:
                 raise nothing_left(self._snapshot())
             if self._whole_pass:
-                check_template_used(self.config, self._seen.chats)
+                self._check_used()
             self._row, self._rows, self._whole_pass = 0, self._pass(), True
             if not examples:
                 return self.read()
@@ -158,6 +159,7 @@ class ExampleStream:
         index: of the row's part.
         """
         part, unused = self.parts[index], set(self.report.ignored_columns)
+        self._absent[index].difference_update(raw)
         try:
             row = parse_row(where, raw, part.config, unused)
             self._see(row)
@@ -175,6 +177,12 @@ class ExampleStream:
             told = {name: _as_arrays(each, np.bool_) for name, each in flags.items() if each}
             return ids | told | values(row)
         return None
+
+    def _check_used(self) -> None:
+        """After all rows: raises UserError for options that none of them has used."""
+        check_template_used(self.config, self._seen.chats)
+        for part, absent in zip(self.parts, self._absent):
+            check_found(absent, part.section, part.config)
 
     def _see(self, row: Row) -> None:
         """Raises UserError if the row differs from those before in its kind or its numbers."""

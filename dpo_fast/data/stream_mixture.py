@@ -13,7 +13,6 @@ from dpo_fast.data.mixture import Interleaving, shares
 from dpo_fast.data.parts import Part
 from dpo_fast.data.report import DataReport, SourceShare
 from dpo_fast.data.stream import Chunk, ExampleStream, Forwarded
-from dpo_fast.data.template_file import check_template_used
 from dpo_fast.data.verdicts import BadRows
 
 
@@ -61,7 +60,7 @@ class MixtureStream(ExampleStream):
                 raise nothing_left(self._snapshot(), self.parts[index].name)
             cursor.begin_again()
             if all(each.passes for each in self._cursors):
-                check_template_used(self.config, self._seen.chats)
+                self._check_used()
 
     def _snapshot(self) -> DataReport:
         report = super()._snapshot()

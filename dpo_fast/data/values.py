@@ -11,7 +11,14 @@ from typing import Any
 from dpo_fast.data.config import TEMPLATE_ARGUMENTS
 from dpo_fast.data.files import Cell
 from dpo_fast.data.kinds import Kind
-from dpo_fast.data.messages import Messages, are_messages, check_messages
+from dpo_fast.data.messages import (
+    Messages,
+    are_messages,
+    check_messages,
+    check_not_python,
+    from_text,
+    messages_in,
+)
 from dpo_fast.data.plain import structure
 from dpo_fast.data.verdicts import BadRow
 
@@ -33,6 +40,13 @@ SYNONYMS = {
     "completion": ("response", "output", "answer"),
     "label": ("desirable", "thumbs_up", "is_good", "is_chosen"),
 }
+
+# Columns that hold lists or objects in the forms that have them.
+NESTED = (
+    *("conversations", "messages", "conversation", "trajectory", "rejected_messages"),
+    *("conversation_a", "conversation_b", "preferred_output", "non_preferred_output", "context"),
+    *("completions", "answers", "generations", "ratings", "scores", "ranks", "input"),
+)
 
 
 def answer(row: Mapping[str, Any], raw: Mapping[str, Any], name: str) -> str | Messages:
@@ -75,22 +89,27 @@ def text_or_messages(value: Any, name: str) -> str | Messages:
             value.encode()
         except UnicodeEncodeError:
             raise BadRow(f"field {name!r} is not Unicode text", "it has a lone surrogate") from None
-        return _messages_in(value, name) or str(value)
+        check_not_python(value, name)
+        value = messages_in(value) or str(value)
+        if isinstance(value, str):
+            return value
     if isinstance(value, (Mapping, list)):
         return check_messages(value, name)
     kind = "null" if value is None else type(value).__name__
     raise BadRow(f"field {name!r} has the wrong type", f"expected text or messages, got {kind}")
 
 
-def _messages_in(text: str, name: str) -> Messages | None:
-    """The messages that a text is JSON of, as in a CSV file."""
-    if not text.lstrip()[:9].replace(" ", "").startswith("[{"):
-        return None
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return check_messages(found, name) if are_messages(found) else None
+def unpacked(name: str, value: Any) -> Any:
+    """The value of a column of a form that needs lists, where it is JSON text."""
+    if not isinstance(value, str) or name not in NESTED:
+        return value
+    check_not_python(value, name)
+    found = from_text(value)
+    if name == "input":  # text, but for OpenAI's
+        return found if isinstance(found, Mapping) and "messages" in found else value
+    if name == "context":
+        return found if are_messages(found) else value
+    return value if found is None else found
 
 
 def label(value: Any) -> bool:

@@ -13,6 +13,7 @@ from dpo_fast.data.config import DataConfig
 from dpo_fast.data.dataset import load_examples
 from dpo_fast.data.plain import plain
 from dpo_fast.data.stream import ExampleStream
+from dpo_fast.errors import UserError
 from tests.support.forms import CASES, PAIR, A, B, U, say
 from tests.support.tokenizers import byte_tokenizer, chat_tokenizer
 
@@ -195,6 +196,101 @@ def test_objects_as_maps_and_lists_as_columns(tmp_path):
     assert load(jsonl(tmp_path, [columns]), tmp_path, tokenizer) == load(
         jsonl(tmp_path, [PAIR]), tmp_path, tokenizer
     )
+
+
+def csv_file(folder, rows):
+    """Text and numbers as they are, all else as JSON; null is an empty cell."""
+    path = folder / "rows.csv"
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(united(rows)[0])
+        for row in united(rows):
+            writer.writerow(
+                "" if v is None else v if isinstance(v, str) else json.dumps(v)
+                for v in row.values()
+            )
+    return path
+
+
+def json_columns(folder, rows):
+    """A table whose columns are text, lists and objects as JSON."""
+    texts = [
+        {k: v if isinstance(v, (str, int, float)) else json.dumps(v) for k, v in row.items()}
+        for row in rows
+    ]
+    return parquet_file(folder, texts)
+
+
+# HelpSteer2 has a row for each response, and no lists.
+@pytest.mark.parametrize("case", sorted(set(CASES) - {"helpsteer2"}))
+@pytest.mark.parametrize("write", [csv_file, json_columns])
+def test_every_form_with_its_lists_as_json_text(tmp_path, write, case):
+    form, raw, canonical = CASES[case]
+    raw = {name: value for name, value in raw.items() if value is not None}
+    right = load(jsonl(tmp_path, [canonical, canonical]), tmp_path, chat_tokenizer())
+    assert load(write(tmp_path, [raw, raw]), tmp_path, chat_tokenizer(), format=form) == right
+
+
+def test_text_that_is_json_stays_text(tmp_path):
+    answers = ['[{"name": "Oslo"}]', '{"messages": [1]}', "[1, 2]", '{"role": "mayor"}']
+    rows = [{"prompt": "[]", "chosen": each, "rejected": "no idea"} for each in answers]
+    tokenizer = chat_tokenizer()
+    for write in (jsonl, csv_file, parquet_file):
+        found = load(write(tmp_path, rows), tmp_path, tokenizer)
+        assert [tokenizer.decode(each["chosen_ids"][:-1]) for each in found] == answers
+
+
+@pytest.mark.parametrize("name", ["chosen", "prompt", "messages"])
+def test_messages_as_python_prints_them_are_refused(tmp_path, name):
+    """That is what pandas writes into CSV for a column of lists."""
+    text = str([{"content": "why so?", "role": "user"}])
+    with pytest.raises(UserError, match=f"field '{name}' is not JSON: .*json.dumps"):
+        load(csv_file(tmp_path, [PAIR | {name: text}]), tmp_path, chat_tokenizer())
+
+
+@pytest.mark.parametrize("kind", ["numpy", "pandas", "arrow", "columns"])
+def test_a_format_saved_with_the_data(tmp_path, kind):
+    rows = [PAIR | {"weight": 0.5}]
+    right = load(jsonl(tmp_path, rows), tmp_path, chat_tokenizer())
+    data = datasets.Dataset.from_list(rows)
+    data.set_format(columns=["chosen", "rejected"]) if kind == "columns" else data.set_format(kind)
+    data.save_to_disk(str(tmp_path / kind))
+    assert load(tmp_path / kind, tmp_path, chat_tokenizer()) == right
+
+
+def test_objects_that_datasets_stores_as_json(tmp_path):
+    """It does where objects of several rows have values of different types."""
+    rows = [*ROWS, PAIR | {"chosen": calls("weather", city=3)}]
+    tokenizer = many()
+    right = load(jsonl(tmp_path, rows), tmp_path, tokenizer)
+    data = datasets.Dataset.from_list(united(rows), on_mixed_types="use_json")
+    assert "Json" in str(data.features)
+    data.to_parquet(str(tmp_path / "json.parquet"))
+    data.save_to_disk(str(tmp_path / "saved"))
+    (arrow,) = (tmp_path / "saved").glob("*.arrow")
+    for path in (tmp_path / "json.parquet", tmp_path / "saved", arrow):
+        assert load(path, tmp_path, tokenizer) == right
+
+
+def test_empty_prompts(tmp_path):
+    """Of a table that has prompts a null is a prompt that is missing; a cell of CSV cannot be null."""
+    rows = [{"prompt": prompt, "chosen": "The cat", "rejected": "The dog"} for prompt in ("Q", "")]
+    tokenizer = byte_tokenizer(bos=True)
+    right = load(jsonl(tmp_path, rows), tmp_path, tokenizer)
+    for write in (csv_file, parquet_file):
+        assert load(write(tmp_path, rows), tmp_path, tokenizer) == right
+    rows[1]["prompt"] = None
+    with pytest.raises(
+        UserError, match="rows.parquet:2: field 'prompt' is null: an empty prompt is"
+    ):
+        load(parquet_file(tmp_path, rows), tmp_path, tokenizer)
+    found = load(parquet_file(tmp_path, rows), tmp_path, tokenizer, ignore_columns=["prompt"])
+    assert tokenizer.decode(found[0]["prompt_ids"]) == "<s>The"
+    chat = {"chosen": [U, A], "rejected": [U, B]}
+    right = load(jsonl(tmp_path, [PAIR]), tmp_path, chat_tokenizer())
+    for prompt in (None, "", []):
+        path = parquet_file(tmp_path, [chat | {"prompt": prompt}])
+        assert load(path, tmp_path, chat_tokenizer()) == right
 
 
 def test_cells_of_text_are_numbers_labels_and_messages(tmp_path):

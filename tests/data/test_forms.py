@@ -5,12 +5,15 @@ import json
 import pytest
 
 from dpo_fast.data.config import DataConfig
+from dpo_fast.data.dataset import load_examples
 from dpo_fast.data.entries import FORMATS
 from dpo_fast.data.forms.merge import merged
 from dpo_fast.data.forms.table import FORMS, NAMES
 from dpo_fast.data.rows import parse_row
+from dpo_fast.data.stream import ExampleStream
 from dpo_fast.data.tokenise import RowTokeniser
 from dpo_fast.data.verdicts import BadRow, Dropped
+from dpo_fast.errors import UserError
 from tests.support.forms import (
     ANSWERS,
     BEFORE,
@@ -96,6 +99,41 @@ def test_columns_of_dataset_info():
     assert ids(kto, columns={"messages": "talk", "kto_tag": "ok"}) == ids(
         KEPT | {"prompt": [*BEFORE, U]}
     )
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_named_column_that_some_rows_leave_out(tmp_path, streaming):
+    """JSON leaves out what a table has as null; a name that no row has is a slip of the pen."""
+    columns = {"prompt": "q", "system": "sys", "history": "h"}
+    rows = [{"q": "why so?", **ANSWERS, "sys": "be brief"}, {"q": "why so?", **ANSWERS, "h": []}]
+    file = tmp_path / "rows.jsonl"
+
+    def read(**options):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        options |= {"train": str(file), "cache_dir": str(tmp_path / "cache"), "format": "alpaca"}
+        if streaming:
+            data = ExampleStream(DataConfig(**options, streaming=True), chat_tokenizer()).read()
+        else:
+            data = load_examples(DataConfig(**options), chat_tokenizer(), split="train")
+        return [data[index]["chosen_ids"] for index in range(len(data))]
+
+    assert len(read(columns=columns)) == 2
+    with pytest.raises(UserError, match="data.columns.input='x' is not used: no row has this"):
+        read(columns=columns | {"input": "x"})
+    with pytest.raises(UserError, match="rows.jsonl:1: missing field 'good'"):
+        read(columns=columns | {"chosen": "good"})
+    rows[1] |= {"system": "be long"}
+    with pytest.raises(UserError, match="rows.jsonl:2: missing field 'sys'"):
+        read(columns=columns)
+
+
+@pytest.mark.parametrize("name", ["question", "query", "input"])
+def test_a_question_that_is_messages(name):
+    talk = [SYSTEM, *BEFORE, U]
+    for value in (talk, json.dumps(talk)):
+        assert ids({name: value, **ANSWERS}) == ids(PAIR | {"prompt": talk})
+    history = {"instruction": "why so?", **ANSWERS, "history": BEFORE}
+    assert ids(history) == ids(NEW_BEFORE)
 
 
 def test_text_is_had_by_naming_the_prompt():

@@ -10,7 +10,14 @@ import json
 from typing import Any
 
 from dpo_fast.data.forms.fields import Raw, first, text, user
-from dpo_fast.data.messages import Messages, say
+from dpo_fast.data.messages import (
+    Messages,
+    are_messages,
+    check_messages,
+    from_text,
+    messages_in,
+    say,
+)
 from dpo_fast.data.verdicts import BadRow
 
 
@@ -23,8 +30,13 @@ def alpaca(row: Raw) -> Raw:
 
 def query(row: Raw) -> Raw:
     """query (or question, or input), history, system, and answers."""
-    said = text(row, "query", "question", "input")
-    return {"prompt": [*_history(row.pop("history", None)), *user(said)], **_answers(row)}
+    before = _history(row.pop("history", None))
+    name = next(name for name in ("query", "question", "input") if row.get(name) is not None)
+    talk = messages_in(row[name]) if isinstance(row[name], str) else row[name]
+    if are_messages(talk):
+        del row[name]
+        return {"prompt": [*before, *check_messages(talk, name)], **_answers(row)}
+    return {"prompt": [*before, *user(text(row, name))], **_answers(row)}
 
 
 def _answers(row: Raw) -> Raw:
@@ -42,6 +54,9 @@ def _answers(row: Raw) -> Raw:
         return {"completions": answer, "ranks": list(range(1, len(answer) + 1))}
     if "label" in row:
         return {"completion": answer, "label": row.pop("label")}
+    ranked = from_text(answer) if isinstance(answer, str) else None
+    if isinstance(ranked, list):  # as in CSV
+        return _answers(row | {"output": ranked})
     raise BadRow(
         "one answer and no label",
         "a preference needs a second answer (rejected, or output: [better, worse]) or a label (kto_tag)",
@@ -49,7 +64,7 @@ def _answers(row: Raw) -> Raw:
 
 
 def _history(value: Any) -> Messages:
-    """Earlier turns, as a list of (question, answer)."""
+    """Earlier turns, as a list of (question, answer) or of messages."""
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
@@ -57,6 +72,8 @@ def _history(value: Any) -> Messages:
             raise BadRow(
                 "field 'history' is not a list", "expected [[question, answer], ...]"
             ) from None
+    if are_messages(value):
+        return check_messages(value, "history")
     messages: Messages = []
     for index, turn in enumerate(value or []):
         if (
