@@ -14,7 +14,7 @@ from pathlib import Path
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.rows import PairRow, parse_row
 from dpo_fast.data.sources import read_rows, resolve
-from dpo_fast.data.verdicts import BadRow, BadRows
+from dpo_fast.data.verdicts import BadRow, BadRows, Dropped
 from dpo_fast.errors import UserError
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
@@ -46,11 +46,11 @@ def read_pairs(name: str, vocabulary: int, max_length: int, count: int, seed: in
     """
     config = DataConfig(train=name, on_bad_row="skip", max_length=max_length)
     bad, texts = BadRows("skip"), []
-    for source in resolve(config.train_sources):
+    for source in resolve([name]):
         for where, raw in read_rows(source, bad):
             try:
                 texts.append(_texts(parse_row(where, raw, config)))
-            except BadRow as verdict:
+            except (BadRow, Dropped) as verdict:
                 bad.reject(where, verdict)
     if not texts:
         raise UserError(f"--data {name}: no usable pair in it ({bad.total} bad rows)")

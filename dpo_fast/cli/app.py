@@ -184,7 +184,9 @@ def doctor(
         str | None, typer.Argument(help="YAML file of a run to look at, too", metavar="CONFIG")
     ] = None,
     overrides: Overrides = None,
-    nproc: Annotated[int | None, typer.Option(min=1, help="how many ranks the run will have")] = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="how many ranks the run will have")
+    ] = None,
 ) -> None:
     """What this machine can run and why; with CONFIG also what that run would use, and its memory."""
     run = None if config is None else load(config, overrides)

@@ -169,7 +169,7 @@ class Plain:
             assert ids[: len(before)] == before
             end = len(marks) - marks[::-1].index(1)
             found.append((ids[len(before) : end], marks[len(before) : end]))
-        return [self.tokenizer.bos_token_id, *before], found
+        return before, found
 
     def tokens(self, prompt: list[int], answer: tuple) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs of the scored tokens of an answer, of policy and reference."""
