@@ -13,6 +13,7 @@ from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.errors import UserError
 from dpo_fast.models.adapters import as_started
 from dpo_fast.models.attention_plan import AttentionPlan
+from dpo_fast.models.decoder import decoder_of
 from dpo_fast.modules.head import FusedHead
 from dpo_fast.ops.linear_logp.call import HeadOptions
 
@@ -118,7 +119,7 @@ def scoring_forward(
 
     The other arguments are the fields of a `ScoredBatch`.
     """
-    decoder = causal_lm.get_decoder()
+    decoder = decoder_of(causal_lm)
     places = {} if spans is None else {"plan": AttentionPlan(spans, input_ids.device)}
     if "position_ids" in inspect.signature(decoder.forward).parameters:
         places["position_ids"] = position_ids
