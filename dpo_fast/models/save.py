@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -107,7 +108,8 @@ def tensor_names(file: Path) -> list[str]:
 
 
 def _unpickled(file: Path) -> dict[str, Tensor]:
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    # Files of before PyTorch 1.6 are no archives, and cannot be mapped.
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
 
 
 def _loaded_from(
