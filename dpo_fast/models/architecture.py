@@ -14,7 +14,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from dpo_fast.data.layouts import LAYOUTS, Layout, layouts_with
 from dpo_fast.errors import UserError
-from dpo_fast.models.attention import NAMES, has_varlen
+from dpo_fast.models.attention import NAMES, has_varlen, try_attention
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.decoder import decoder_of
 from dpo_fast.models.load import load_skeleton
@@ -69,7 +69,7 @@ def _obstacle(model: PreTrainedModel) -> str | None:
         return "it does not take its attention from transformers' AttentionInterface"
     if "position_ids" not in inspect.signature(decoder_of(model).forward).parameters:
         return "its forward takes no position_ids, so every sequence would go on from the last"
-    return None
+    return try_attention(model, decoder_of(model))
 
 
 def choose_layout(requested: str, architecture: Architecture) -> Choice:

@@ -87,6 +87,20 @@ def test_attention_models_share_prefixes():
         assert choose_layout("packed", architecture).name == "packed"
 
 
+@pytest.mark.parametrize(
+    ("config_name", "reason"),
+    [("NemotronConfig", "does not get the keywords"), ("DogeConfig", "has a mask of its own")],
+)
+def test_attention_that_cannot_share_rows_is_found_before_weights_are_read(config_name, reason):
+    config = getattr(transformers, config_name)(**SIZES)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    architecture = architecture_of(model)
+    assert reason in architecture.obstacle
+    assert choose_layout("auto", architecture).name == "padded"
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_a_model_without_positions_scores_padded():
     """Bloom knows places by a slope of its own and takes no position_ids."""
     config = transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=97)
@@ -106,6 +120,8 @@ ELSEWHERE = {  # models with attention of their own or none, and one whose decod
     "CodeGenConfig": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
     "MptConfig": {"d_model": 32, "n_layers": 2, "n_heads": 4},
     "MambaConfig": {"num_hidden_layers": 2},
+    "NemotronConfig": SIZES,
+    "DogeConfig": SIZES,
     "Llama4TextConfig": SIZES
     | {"num_local_experts": 2, "intermediate_size_mlp": 40, "head_dim": 8},
 }
