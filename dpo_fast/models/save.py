@@ -33,7 +33,7 @@ HEAVY = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"),
     *(".npz", ".index.json", ".index.json.gz"),
 )
-LEFT = ("trainer_state.json", "training_args.json", "adapter_config.json")
+LEFT = ("trainer_state.json", "training_args.json", "adapter_config.json", "merged_from.json")
 FOLDERS = ("additional_chat_templates",)
 # What makes texts and pictures into the model's input: it goes with an adapter, too.
 INPUT_FILES = (

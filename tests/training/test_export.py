@@ -231,6 +231,7 @@ def test_what_a_trainer_left_is_not_taken_along(tmp_path):
         "trainer_state.json",
         "scheduler.pt",
         "training_args.bin",
+        "merged_from.json",
         ".hidden",
     ):
         (source / name).write_text("x")
@@ -242,6 +243,7 @@ def test_what_a_trainer_left_is_not_taken_along(tmp_path):
     (tmp_path / "out" / "model.safetensors").touch()
     assert files_of(source) - files_of(tmp_path / "out") == {
         *("optimizer.pt", "trainer_state.json", "scheduler.pt", "training_args.bin", ".hidden"),
+        "merged_from.json",
         "original/consolidated.00.pth",
     }
 
