@@ -182,10 +182,12 @@ def keep_frozen_copy(model: nn.Module) -> str:
             "model of its own"
         )
     model.add_adapter(START, config)
-    for name, parameter in model.named_parameters():
-        if f".{active}." in name or name.endswith(f".{active}"):
-            head, _, tail = name.rpartition(f".{active}")
-            copied = model.get_parameter(f"{head}.{START}{tail}")
+    known = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in known.items():
+        head, found, tail = f"{name}.".rpartition(f".{active}.")
+        # An adapter may be called as a module of the model is, `model` for one.
+        copied = known.get(f"{head}.{START}.{tail}".rstrip(".")) if found else None
+        if copied is not None:
             copied.data.copy_(parameter.data)
             copied.requires_grad_(False)
     for name, module in model.named_modules():
