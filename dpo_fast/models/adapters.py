@@ -15,6 +15,7 @@ from torch import nn
 from dpo_fast.errors import UserError
 from dpo_fast.models.checkpoint import EMBEDDINGS, HEADS, adapter_file, base_of
 from dpo_fast.models.config import LoraSection
+from dpo_fast.models.decoder import decoder_of
 
 ADAPTER = "default"  # the name that peft gives the trained adapter
 START = "ref"  # a frozen copy of it as it started; TRL's name
@@ -85,7 +86,7 @@ def add_lora(scoring: nn.Module, section: LoraSection) -> None:
 
 def _check_whole(model: nn.Module, names: list[str]) -> None:
     """Raises UserError if a name of `modules_to_save` is no module that texts go through."""
-    parts = (model.get_decoder(), model.get_output_embeddings(), model.get_input_embeddings())
+    parts = (decoder_of(model), model.get_output_embeddings(), model.get_input_embeddings())
     reached = {id(module) for part in parts for module in part.modules()}
     modules = dict(model.named_modules())
     for name in names:
@@ -181,10 +182,12 @@ def keep_frozen_copy(model: nn.Module) -> str:
             "model of its own"
         )
     model.add_adapter(START, config)
-    for name, parameter in model.named_parameters():
-        if f".{active}." in name or name.endswith(f".{active}"):
-            head, _, tail = name.rpartition(f".{active}")
-            copied = model.get_parameter(f"{head}.{START}{tail}")
+    known = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in known.items():
+        head, found, tail = f"{name}.".rpartition(f".{active}.")
+        # An adapter may be called as a module of the model is, `model` for one.
+        copied = known.get(f"{head}.{START}.{tail}".rstrip(".")) if found else None
+        if copied is not None:
             copied.data.copy_(parameter.data)
             copied.requires_grad_(False)
     for name, module in model.named_modules():

@@ -14,8 +14,9 @@ from transformers.utils import is_flash_attn_2_available
 
 from dpo_fast.data.layouts import LAYOUTS, Layout, layouts_with
 from dpo_fast.errors import UserError
-from dpo_fast.models.attention import NAMES, has_varlen
+from dpo_fast.models.attention import NAMES, has_varlen, try_attention
 from dpo_fast.models.config import ModelSection
+from dpo_fast.models.decoder import decoder_of
 from dpo_fast.models.load import load_skeleton
 from dpo_fast.ops.dispatch import Choice
 
@@ -28,12 +29,14 @@ class Architecture:
 
     obstacle: why sequences cannot share a row; None where they can.
     softcap, sinks: whether its attention has them.
+    sdpa: whether transformers' sdpa serves it.
     """
 
     name: str
     obstacle: str | None
     softcap: bool
     sinks: bool
+    sdpa: bool = True
 
     def allows(self, layout: Layout) -> bool:
         return self.obstacle is None or not layout.shares_rows
@@ -46,6 +49,7 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
         _obstacle(model),
         softcap=getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None,
         sinks=any(hasattr(module, "sinks") for module in model.modules()),
+        sdpa=model._supports_sdpa,
     )
 
 
@@ -63,9 +67,9 @@ def _obstacle(model: PreTrainedModel) -> str | None:
         return f"it has layers that carry state along the tokens ({names})"
     if not model._supports_attention_backend:
         return "it does not take its attention from transformers' AttentionInterface"
-    if "position_ids" not in inspect.signature(model.get_decoder().forward).parameters:
+    if "position_ids" not in inspect.signature(decoder_of(model).forward).parameters:
         return "its forward takes no position_ids, so every sequence would go on from the last"
-    return None
+    return try_attention(model, decoder_of(model))
 
 
 def choose_layout(requested: str, architecture: Architecture) -> Choice:
@@ -115,6 +119,8 @@ def _automatic(
     if not shared:
         if architecture.softcap or architecture.sinks:
             return Choice("eager", "sdpa knows neither soft caps nor sinks")
+        if not architecture.sdpa:
+            return Choice("eager", f"{architecture.name} has its own attention and no sdpa")
         return Choice("sdpa", "a padded batch is plain causal attention with a mask")
     if device.type == "cpu":
         return Choice(NAMES["sdpa"], "SDPA sequence by sequence; the others are for GPUs")
@@ -188,6 +194,8 @@ def _refusal_of_a_mask(name: str, device: torch.device, architecture: Architectu
             f"would leave out the soft cap or the sinks of {architecture.name}'s attention: set "
             "model.attention=eager or auto, or train.layout=auto"
         )
+    if name == "sdpa" and not architecture.sdpa:
+        return f"does not serve {architecture.name}: set model.attention=eager or auto"
     if name == "varlen":
         names = layouts_with(shares_rows=True)
         return f"serves sequences that share a row: set train.layout={names}, or auto"

@@ -7,6 +7,7 @@ cap and sinks, or refuses them by name.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from dpo_fast.data.layouts import layouts_with
 from dpo_fast.errors import UserError
@@ -283,6 +284,18 @@ def _refuse_unknown_inputs(module, attention_mask, dropout, others) -> None:
     Any tensor of an unknown name is one: sparse attention's `indices`, a `position_bias`, sinks
     under another name.
     """
+    reasons = obstacles(module, attention_mask, others)
+    reasons += ["dropout"] if dropout else []
+    if reasons:
+        raise UserError(
+            f"train.layout={layouts_with(shares_rows=True)} cannot be honoured: this model's attention "
+            f"({type(module).__name__}) has {' and '.join(reasons)}. "
+            f"Set train.layout={layouts_with(shares_rows=False)}"
+        )
+
+
+def obstacles(module: nn.Module, attention_mask: Tensor | None, others: dict) -> list[str]:
+    """What a layer's attention has that would change it beyond the causal plan."""
     unknown = [
         name
         for name, value in others.items()
@@ -291,17 +304,52 @@ def _refuse_unknown_inputs(module, attention_mask, dropout, others) -> None:
     ahead = others.get("is_causal") is False or getattr(module, "is_causal", True) is False
     found = {
         "a mask of its own": attention_mask is not None,
-        "dropout": bool(dropout),
         f"an input that is not known here ({', '.join(unknown)})": bool(unknown),
         "layers that look ahead": ahead,
     }
-    reasons = [reason for reason, there in found.items() if there]
-    if reasons:
-        raise UserError(
-            f"train.layout={layouts_with(shares_rows=True)} cannot be honoured: this model's attention "
-            f"({type(module).__name__}) has {' and '.join(reasons)}. "
-            f"Set train.layout={layouts_with(shares_rows=False)}"
-        )
+    return [reason for reason, there in found.items() if there]
+
+
+class _Seen(Exception):
+    """Ends a trial in its first attention. obstacle: what it found."""
+
+    def __init__(self, obstacle: str | None) -> None:
+        self.obstacle = obstacle
+
+
+def try_attention(model: PreTrainedModel, decoder: nn.Module) -> str | None:
+    """Why the first attention of a decoder cannot serve sequences that share a row; None if it can.
+
+    The forward ends there. A model on the meta device will do; one that cannot be tried tells nothing.
+    """
+    before = model.config._attn_implementation
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    places = {"position_ids": torch.arange(2, device=ids.device)[None], "plan": TRIAL}
+    try:
+        model.set_attn_implementation(TRIAL)
+        with torch.no_grad():
+            decoder(input_ids=ids, attention_mask=None, use_cache=False, **places)
+    except _Seen as seen:
+        return seen.obstacle
+    except Exception:  # code of any model, and meta tensors
+        return None
+    finally:
+        with contextlib.suppress(ValueError):
+            model.set_attn_implementation(before)
+    return None
+
+
+def _trial(module, query, key, value, attention_mask, *, plan=None, **others):
+    if plan is None:
+        raise _Seen(f"{type(module).__name__} does not get the keywords of the model's forward")
+    known = ("scaling", "dropout", "sliding_window", "softcap", "s_aux")
+    rest = {name: each for name, each in others.items() if name not in known}
+    reasons = obstacles(module, attention_mask, rest)
+    raise _Seen(f"{type(module).__name__} has {' and '.join(reasons)}" if reasons else None)
+
+
+TRIAL = "dpo_fast_trial"
+AttentionInterface.register(TRIAL, _trial)
 
 
 # No maker of masks is registered beside them: the plan says which tokens see which. With one, even if it

@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_fast.errors import UserError
 from dpo_fast.models.config import ModelSection
+from dpo_fast.models.decoder import decoder_of
 from dpo_fast.ops.dispatch import interpreting
 
 # The activations that liger's fused MLPs compute, whatever the model's configuration says.
@@ -33,7 +34,7 @@ LIGER_WITHOUT = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The decoder's layers from first to last, as transformers marks them."""
-    modules = model.get_decoder().modules()
+    modules = decoder_of(model).modules()
     return [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
 
 

@@ -22,6 +22,7 @@ from dpo_fast.errors import UserError
 from dpo_fast.models.adapters import add_lora, check_adapter, load_adapter
 from dpo_fast.models.checkpoint import ADAPTER_CONFIG, adapter_vocabulary, base_of, is_adapter
 from dpo_fast.models.config import ModelSection
+from dpo_fast.models.decoder import decoder_of
 from dpo_fast.models.layers import compile_layers, use_liger_kernel
 from dpo_fast.models.save import HEAVY
 from dpo_fast.models.scoring import ScoringModel
@@ -244,11 +245,7 @@ def freeze_unreached(model: PreTrainedModel) -> None:
     """Freeze what is neither in the decoder nor in the head: weight decay alone would change it."""
     reached = {
         id(parameter)
-        for part in (
-            model.get_decoder(),
-            model.get_output_embeddings(),
-            model.get_input_embeddings(),
-        )
+        for part in (decoder_of(model), model.get_output_embeddings(), model.get_input_embeddings())
         for parameter in part.parameters()
     }
     for parameter in model.parameters():

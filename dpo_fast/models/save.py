@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -32,7 +33,7 @@ HEAVY = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"),
     *(".npz", ".index.json", ".index.json.gz"),
 )
-LEFT = ("trainer_state.json", "training_args.json", "adapter_config.json")
+LEFT = ("trainer_state.json", "training_args.json", "adapter_config.json", "merged_from.json")
 FOLDERS = ("additional_chat_templates",)
 # What makes texts and pictures into the model's input: it goes with an adapter, too.
 INPUT_FILES = (
@@ -107,7 +108,8 @@ def tensor_names(file: Path) -> list[str]:
 
 
 def _unpickled(file: Path) -> dict[str, Tensor]:
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    # Files of before PyTorch 1.6 are no archives, and cannot be mapped.
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
 
 
 def _loaded_from(

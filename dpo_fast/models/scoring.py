@@ -13,8 +13,14 @@ from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.errors import UserError
 from dpo_fast.models.adapters import as_started
 from dpo_fast.models.attention_plan import AttentionPlan
+from dpo_fast.models.decoder import decoder_of
+from dpo_fast.models.own_logits import check_own_logits
 from dpo_fast.modules.head import FusedHead
 from dpo_fast.ops.linear_logp.call import HeadOptions
+
+# Keys of configurations for what a model does to its logits.
+SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 class ScoringModel(nn.Module):
@@ -71,7 +77,8 @@ def fuse_head(
     """Put a `FusedHead` over the weights of a model's `lm_head`; where peft trains a copy, over both.
 
     Raises:
-        UserError: a head that is not a plain linear layer: an adapter on it, quantised or sharded.
+        UserError: a head that is not a plain linear layer: an adapter on it, quantised or sharded. Or
+            the model does something to its logits that is not known.
     """
 
     def fused(head: nn.Module) -> FusedHead:
@@ -98,6 +105,7 @@ def fuse_head(
     copies = getattr(head, "_modules", {}).get("modules_to_save")
     if copies is None:
         model.set_output_embeddings(fused(head))
+        check_own_logits(model, head_options_of(model.config))
         return
     head.original_module = fused(head.original_module)
     for name, copied in copies.items():
@@ -118,7 +126,7 @@ def scoring_forward(
 
     The other arguments are the fields of a `ScoredBatch`.
     """
-    decoder = causal_lm.get_decoder()
+    decoder = decoder_of(causal_lm)
     places = {} if spans is None else {"plan": AttentionPlan(spans, input_ids.device)}
     if "position_ids" in inspect.signature(decoder.forward).parameters:
         places["position_ids"] = position_ids
@@ -138,14 +146,19 @@ def forward_arguments(batch: ScoredBatch) -> dict:
 def head_options_of(config) -> HeadOptions:
     """What a model's own forward does to its logits, read from its configuration.
 
-    Gemma 2 and 3 cap them (`final_logit_softcapping`). Cohere and Falcon-H1 multiply them
-    (`logit_scale`, `lm_head_multiplier`). By `logits_scaling` Granite divides them and HyperCLOVA X
-    multiplies them.
+    Gemma 2 and 3 cap them (`final_logit_softcapping`; RecurrentGemma and xLSTM have other names for it).
+    Cohere, Falcon-H1 and Muse multiply them (`SCALES`). By `logits_scaling` Granite divides them and
+    HyperCLOVA X multiplies them.
     """
     text = config.get_text_config()
-    scale = getattr(text, "logit_scale", None) or getattr(text, "lm_head_multiplier", None) or 1.0
+    scale = _first_of(text, SCALES) or 1.0
     scaling = getattr(text, "logits_scaling", None) or 1.0
     return HeadOptions(
         logit_scale=scale * scaling if text.model_type == "hyperclovax" else scale / scaling,
-        softcap=getattr(text, "final_logit_softcapping", None),
+        softcap=_first_of(text, CAPS),
     )
+
+
+def _first_of(config, names: tuple[str, ...]) -> float | None:
+    """The first of these keys that a configuration has a value for."""
+    return next((value for name in names if (value := getattr(config, name, None))), None)

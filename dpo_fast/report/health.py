@@ -68,6 +68,10 @@ def _start(run: RunRecord) -> str | None:
     points = run.eval.get("loss", [])
     if not run.starts_at_ln2 or not points or points[0][0] != 0:
         return None
+    # Weights and margins of pairs give the sigmoid loss another start, which the run has reckoned out.
+    expected = [value for _, value in run.train.get("start/expected", [])]
+    if any(abs(value - math.log(2)) > START_TOLERANCE for value in expected):
+        return None
     loss = points[0][1]
     # What rounding moves one reward by: the mean over any number of pairs moves by less.
     rounding = max((value for _, value in run.train.get("start/rewards", [])), default=0.0)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from dpo_fast import durable
 from dpo_fast.errors import UserError
 from dpo_fast.training.config import RunConfig
 
@@ -33,9 +34,9 @@ class TensorBoard:
     def __init__(self, config: RunConfig, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # A resumed run takes the steps after its checkpoint again.
+        # A resumed run takes the steps after its checkpoint again, and a run that begins anew all of them.
         folder = Path(config.train.output_dir) / "tensorboard" / config.run_name
-        self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
@@ -56,12 +57,18 @@ class WandB:
     def __init__(self, config: RunConfig, step: int) -> None:
         import wandb
 
-        self.run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "dpo_fast"),
-            name=config.run_name,
-            dir=config.train.output_dir,
-            config=config.resolved(),
-        )
+        try:
+            self.run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "dpo_fast"),
+                name=config.run_name,
+                dir=config.train.output_dir,
+                config=config.resolved(),
+            )
+        except wandb.Error as error:
+            raise UserError(
+                f"log.report_to=wandb: {durable.first_line(error)} Or set WANDB_MODE=offline, and "
+                "`wandb sync` sends the run later; or leave wandb out (metrics.jsonl is always written)"
+            ) from error
         self.run.define_metric(STEP)
         self.run.define_metric("*", step_metric=STEP, step_sync=True)
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.models import ScoringModel
+from dpo_fast.models.decoder import decoder_of
 
 HEAD = "perf/head_ms"
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -114,7 +115,7 @@ class Work:
 def work_of(model: ScoringModel) -> Work | None:
     """The operations of a model; None if its weights do not tell: experts, or no known attention."""
     causal_lm = model.causal_lm
-    config, decoder = causal_lm.config.get_text_config(), causal_lm.get_decoder()
+    config, decoder = causal_lm.config.get_text_config(), decoder_of(causal_lm)
     heads = getattr(config, "num_attention_heads", None)
     if heads is None or any(getattr(config, name, None) for name in EXPERTS):
         return None

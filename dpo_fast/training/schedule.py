@@ -134,6 +134,8 @@ def _check_options(schedule: Schedule) -> None:
         words = isinstance(known[option].default, str)
         if not words and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise ValueError(f"{place}: expected a number")
+        if not words and not math.isfinite(value):
+            raise ValueError(f"{place}: expected a finite number")
         if option.endswith("_steps") and (value != int(value) or value < 0):
             raise ValueError(f"{place}: expected a whole number of steps, 0 or more")
     missing = [

@@ -318,3 +318,11 @@ class LogSection(BaseModel):
     run_name: str | None = Field(
         None, description="name of the run for loggers and the report; default: that of output_dir"
     )
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        """One name is a list of it, and `none` an empty one, as in transformers' TrainingArguments."""
+        if isinstance(value, str):
+            return [] if value == "none" else [value]
+        return value

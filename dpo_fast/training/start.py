@@ -63,7 +63,7 @@ class Start:
     @property
     def metrics(self) -> dict[str, float]:
         """What is logged beside the evaluation of step 0."""
-        names = ("loss", "difference", "rounding", "rewards")
+        names = ("loss", "expected", "difference", "rounding", "rewards")
         return {f"start/{name}": getattr(self, name) for name in names}
 
     @property

@@ -292,6 +292,18 @@ def test_the_reference_of_an_adapter_is_that_adapter_frozen(sft, rows, tmp_path)
         assert (saved - sft().eval()(ids).logits).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("name", ["w", "model", "q_proj"])
+def test_an_adapter_may_be_called_as_a_part_of_the_model_is(name, place, rows, tmp_path):
+    from peft import PeftModel
+
+    write_adapter(tmp_path / "sft", place / "model", lora_dropout=0.0)
+    model = PeftModel.from_pretrained(
+        model_of(place), tmp_path / "sft", adapter_name=name, is_trainable=True
+    )
+    _, log = train(place, rows, tmp_path, model=model)
+    assert log[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
 def test_a_resumed_adapter_has_the_reference_that_it_began_with(place, rows, tmp_path):
     from peft import PeftModel
 

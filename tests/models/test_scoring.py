@@ -13,12 +13,13 @@ from dpo_fast.models import (
     architecture_of,
     choose_attention,
     choose_layout,
+    load_model,
     read_architecture,
 )
 from dpo_fast.models.attention import NAMES
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.scoring import forward_arguments
-from tests.support.architectures import ARCHITECTURES, TREES, alone, make, slopes
+from tests.support.architectures import ARCHITECTURES, SIZES, TREES, alone, make, slopes
 
 PAIRS = [
     {"prompt_ids": [1, 5, 6, 7], "chosen_ids": [8, 9, 2], "rejected_ids": [10, 2]},
@@ -86,6 +87,20 @@ def test_attention_models_share_prefixes():
         assert choose_layout("packed", architecture).name == "packed"
 
 
+@pytest.mark.parametrize(
+    ("config_name", "reason"),
+    [("NemotronConfig", "does not get the keywords"), ("DogeConfig", "has a mask of its own")],
+)
+def test_attention_that_cannot_share_rows_is_found_before_weights_are_read(config_name, reason):
+    config = getattr(transformers, config_name)(**SIZES)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    architecture = architecture_of(model)
+    assert reason in architecture.obstacle
+    assert choose_layout("auto", architecture).name == "padded"
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_a_model_without_positions_scores_padded():
     """Bloom knows places by a slope of its own and takes no position_ids."""
     config = transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=97)
@@ -97,6 +112,45 @@ def test_a_model_without_positions_scores_padded():
     expected = logp[1:-1].gather(1, ids[0, 2:, None]).squeeze(1)
     scores = ScoringModel(model)(**forward_arguments(collate(PAIRS, "padded")))["logp"]
     torch.testing.assert_close(scores[5:7], expected, rtol=1e-5, atol=1e-5)
+
+
+ELSEWHERE = {  # models with attention of their own or none, and one whose decoder lies below another head
+    "BloomConfig": {"n_layer": 2, "n_head": 4},
+    "GPTJConfig": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
+    "CodeGenConfig": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
+    "MptConfig": {"d_model": 32, "n_layers": 2, "n_heads": 4},
+    "MambaConfig": {"num_hidden_layers": 2},
+    "NemotronConfig": SIZES,
+    "DogeConfig": SIZES,
+    "Llama4TextConfig": SIZES
+    | {"num_local_experts": 2, "intermediate_size_mlp": 40, "head_dim": 8},
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_by_default_they_load_and_score_as_their_own_logits(name, tmp_path):
+    sizes = {"vocab_size": 97, "hidden_size": 32} | ELSEWHERE[name]
+    config = getattr(transformers, name)(**sizes)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path)
+    expected = alone(model)
+    section = ModelSection(path=str(tmp_path), dtype="fp32")
+    architecture = read_architecture(section)
+    layout = choose_layout("auto", architecture).name
+    attention = choose_attention("auto", layout, CPU, torch.float32, architecture).name
+    scoring = load_model(section, attention=attention).eval()
+    batch = collate_trees(TREES, layout)
+    with torch.no_grad():
+        scores = scoring(**forward_arguments(batch))["logp"]
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
+    trained = {name for name, p in scoring.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in scoring.named_parameters()}
+    if not architecture.sdpa:
+        with pytest.raises(UserError, match="attention=sdpa does not serve .* set .*eager"):
+            choose_attention("sdpa", layout, CPU, torch.float32, architecture)
 
 
 def test_the_model_still_generates():

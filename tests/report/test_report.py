@@ -410,6 +410,14 @@ def test_ln2_is_expected_of_plain_sigmoid_only(tmp_path, config):
     assert found(make(tmp_path, lines, **config)) == set()
 
 
+def test_weights_and_margins_of_pairs_move_the_start(tmp_path):
+    lines = changed("eval_", "loss", lambda step: 0.9 - 0.03 * step)
+    lines[0] |= {"start/expected": 0.91}
+    assert found(make(tmp_path, lines)) == set()
+    lines[0] |= {"start/expected": LN2 + 1e-7}
+    assert found(make(tmp_path, lines)) == {"start"}
+
+
 def test_training_alone_shows_a_flat_loss_and_a_falling_chosen(tmp_path):
     lines = [
         train_line(step, loss=LN2, **{"logps/chosen": -40.0 - step, "rewards/chosen": -0.1 * step})

@@ -166,6 +166,23 @@ def test_a_tied_head_that_is_stored_twice_is_trained_twice(tmp_path):
     assert torch.equal(logits(tmp_path / "out"), expected)
 
 
+def test_pickled_shards_of_before_archives_are_read(tmp_path):
+    """As those of GPT-2 and OPT on the hub are, which cannot be mapped."""
+    source = write_checkpoint(tmp_path / "model", "llama")
+    tensors, places = tensors_of(source), {}
+    (source / "model.safetensors").unlink()
+    for part in range(2):
+        file = f"pytorch_model-{part + 1:05d}-of-00002.bin"
+        own = dict(list(tensors.items())[part::2])
+        torch.save(own, source / file, _use_new_zipfile_serialization=False)
+        places |= dict.fromkeys(own, file)
+    index = {"metadata": {}, "weight_map": places}
+    (source / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    expected = exported(source, tmp_path / "out")
+    assert tensors_of(tmp_path / "out").keys() == tensors.keys()
+    assert torch.equal(logits(tmp_path / "out"), expected)
+
+
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_the_dtype_is_that_of_the_trained_weights(stored, tmp_path):
     """What was not trained keeps its own."""
@@ -214,6 +231,7 @@ def test_what_a_trainer_left_is_not_taken_along(tmp_path):
         "trainer_state.json",
         "scheduler.pt",
         "training_args.bin",
+        "merged_from.json",
         ".hidden",
     ):
         (source / name).write_text("x")
@@ -225,6 +243,7 @@ def test_what_a_trainer_left_is_not_taken_along(tmp_path):
     (tmp_path / "out" / "model.safetensors").touch()
     assert files_of(source) - files_of(tmp_path / "out") == {
         *("optimizer.pt", "trainer_state.json", "scheduler.pt", "training_args.bin", ".hidden"),
+        "merged_from.json",
         "original/consolidated.00.pth",
     }
 

@@ -121,6 +121,12 @@ REFUSED = {  # name, numbers, other options: what is said
     "end above the peak": ("polynomial", {"lr_end": 1e-2}, {}, "must be smaller than initial lr"),
     "no number": ("polynomial", {"power": "high"}, {}, "power=high: expected a number"),
     "a flag": ("polynomial", {"power": True}, {}, "power=True: expected a number"),
+    "no end": (
+        "warmup_stable_decay",
+        {"num_decay_steps": float("inf")},
+        {},
+        "num_decay_steps=inf: expected a finite number",
+    ),
     "not a number": ("polynomial", {"power": ".nan"}, {}, "expected a number"),
     "no end of decay": ("polynomial", {"power": -1}, {}, "give no rate after 1000 steps"),
     "no word": (
