@@ -303,6 +303,9 @@ class ParallelSection(BaseModel):
         return self
 
 
+NO_LOGGER = "none"
+
+
 class LogSection(BaseModel):
     """What is written while training."""
 
@@ -324,5 +327,5 @@ class LogSection(BaseModel):
     def _listed(cls, value: Any) -> Any:
         """One name is a list of it, and `none` an empty one, as in transformers' TrainingArguments."""
         if isinstance(value, str):
-            return [] if value == "none" else [value]
+            return [] if value == NO_LOGGER else [value]
         return value
