@@ -1,4 +1,4 @@
-"""A whole run: `train`, then one update, evaluation, checkpoints and resuming."""
+"""A whole run: `train`, then one update and evaluation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from dpo_fast import durable
 from dpo_fast.errors import Interrupted, UserError
 from dpo_fast.training import distributed
-from dpo_fast.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
+from dpo_fast.training.checkpoints import find_checkpoint
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import progress_bar, say, track
 from dpo_fast.training.earlier_run import MODEL, check_earlier_run
@@ -21,24 +21,10 @@ from dpo_fast.training.fit import check_run
 from dpo_fast.training.metrics import MetricSums
 from dpo_fast.training.perf import watch_head, work_of
 from dpo_fast.training.prepare import Run, prepare
+from dpo_fast.training.resume import resume, save
 from dpo_fast.training.run_log import RunLog, open_log
 from dpo_fast.training.start import Start, check_start, first_batches, other_batches
 from dpo_fast.training.step import coupled_step, evaluate, train_step
-
-# Options that a checkpoint brings back with DeepSpeed's optimiser and schedule. A resumed run would
-# ignore a new value of them, so it is refused.
-SAME_TRAIN = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_ratio",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-)
-SAME_REFERENCE = ("provider", "mixup_alpha", "sync_steps")
 
 
 def train(config: RunConfig) -> Path:
@@ -178,70 +164,3 @@ def evaluate_run(run: Run) -> dict[str, float]:
     statistics = run.statistics.estimate(run.engine, mismatched, loss_pass, provider)
     batches = track(split.all_batches(), "evaluating", split.sampler.steps_per_epoch)
     return evaluate(run.engine, batches, loss_pass, provider, split.totals(indices), statistics)
-
-
-def save(run: Run, step: int, sums: MetricSums) -> Path:
-    """Write a checkpoint after `step` steps; returns its folder. Collective."""
-    train = run.config.train
-    state = {"step": step, **run.train.position(step), **must_fit(run), "rounding": rounding(run)}
-    return save_checkpoint(
-        run.engine, train.output_dir, state, sums.values, train.save_total_limit, run.stateful
-    )
-
-
-def resume(run: Run, checkpoint: Path, sums: MetricSums, log: RunLog) -> int:
-    """Restore the run as it was, the open window of metrics included. Returns the steps taken."""
-    state = load_checkpoint(run.engine, checkpoint, must_fit(run), sums.values, run.stateful)
-    run.train.seek(state)
-    log.begin(state["step"])
-    say(f"resumed {checkpoint} at step {state['step']}")
-    if "rounding" in state:
-        tell_rounding(state["rounding"], rounding(run))
-    return state["step"]
-
-
-def must_fit(run: Run) -> dict:
-    """What a resumed run must share with the interrupted one to be the same run, by name."""
-    train, tree = run.config.train, run.config.resolved()
-    fits = {
-        "world_size": distributed.world_size(),
-        **run.train.must_fit(),
-        "total_steps": run.total_steps,
-        "global_batch_size": train.global_batch_size,
-        "tokens_per_batch": train.tokens_per_batch,
-        "seed": train.seed,
-        "zero_stage": run.config.parallel.zero_stage,
-    }
-    fits |= {f"train.{name}": tree["train"][name] for name in SAME_TRAIN}
-    fits |= {f"loss.{name}": value for name, value in tree["loss"].items()}
-    fits |= {f"reference.{name}": tree["reference"][name] for name in SAME_REFERENCE}
-    fits |= {"model.dtype": tree["model"]["dtype"], "model.lora": tree["model"]["lora"]}
-    fits["model.adapter"] = run.config.model.has_adapters
-    fits |= {f"the hash of {option}'s weights": value for option, value in run.weights.items()}
-    if train.tokens_per_batch is not None:  # the tokens of an example depend on the layout
-        fits["layout"] = train.layout
-    return fits
-
-
-def rounding(run: Run) -> dict:
-    """What a resumed run may change: results then differ by rounding alone. By the option's name."""
-    train, model = run.config.train, run.config.model
-    return {
-        "train.micro_batch_size": train.micro_batch_size,
-        "train.layout": train.layout,
-        "train.implementation": train.implementation,
-        "train.workspace_bytes": train.workspace_bytes,
-        "model.attention": run.model.causal_lm.config._attn_implementation,
-        "model.use_liger_kernel": model.use_liger_kernel,
-        "model.torch_compile": model.torch_compile,
-    }
-
-
-def tell_rounding(before: dict, now: dict) -> None:
-    """A line for each option that was changed, of those that `rounding` gives."""
-    for name, value in now.items():
-        if before.get(name, value) != value:
-            say(
-                f"{name} was {before[name]} and is {value}: from here on the run differs by rounding "
-                "from one that was not interrupted"
-            )

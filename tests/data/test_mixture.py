@@ -687,7 +687,7 @@ def test_other_weights_are_not_resumed(folder):
     from dpo_fast.models import load_tokenizer
     from dpo_fast.training.config import build_config
     from dpo_fast.training.load_data import load_split
-    from dpo_fast.training.loop import must_fit
+    from dpo_fast.training.resume import must_fit
 
     state = json.loads((folder / "one" / "checkpoint-5" / "state.json").read_text())
 

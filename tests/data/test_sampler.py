@@ -317,7 +317,7 @@ def test_a_changed_budget_or_layout_is_not_resumed(folder):
     from types import SimpleNamespace
 
     from dpo_fast.training.config import build_config
-    from dpo_fast.training.loop import must_fit
+    from dpo_fast.training.resume import must_fit
 
     def fits(**train) -> dict:
         tree = run_tree(folder, micro_batch_size=None, **train)

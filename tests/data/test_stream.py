@@ -182,7 +182,7 @@ def test_the_next_chunk_is_read_ahead_and_its_error_comes_when_it_is_due(stream)
 def test_a_resumed_run_goes_to_its_position(stream, monkeypatch, tmp_path):
     """It seeks. Tokenising all pairs before would give the same pairs, and take as long as the run did."""
     from dpo_fast.data.sampler import Sampler
-    from dpo_fast.training import loop
+    from dpo_fast.training import resume
     from dpo_fast.training.config import build_config
     from dpo_fast.training.splits import Split, StreamSplit
 
@@ -202,9 +202,9 @@ def test_a_resumed_run_goes_to_its_position(stream, monkeypatch, tmp_path):
     config = build_config(run_tree(tmp_path), "tree")
     parts = {"engine": None, "train": new, "stateful": {}, "weights": {}}
     run = SimpleNamespace(config=config, total_steps=9, **parts)
-    monkeypatch.setattr(loop, "load_checkpoint", lambda *_: state)
+    monkeypatch.setattr(resume, "load_checkpoint", lambda *_: state)
     sums, log = SimpleNamespace(values={}), SimpleNamespace(begin=lambda step: None)
-    assert loop.resume(run, tmp_path, sums, log) == 7
+    assert resume.resume(run, tmp_path, sums, log) == 7
     part, index = new.at(7)
     assert [part.examples.where(row) for row in part.sampler.global_batch(index)] == places
     assert used == [0, 3]
@@ -360,7 +360,7 @@ def test_a_checkpoint_knows_its_source(folder):
     from dpo_fast.models import load_tokenizer
     from dpo_fast.training.config import build_config
     from dpo_fast.training.load_data import stream_split
-    from dpo_fast.training.loop import must_fit
+    from dpo_fast.training.resume import must_fit
 
     state = json.loads((folder / "small" / "checkpoint-2" / "state.json").read_text())
 

@@ -549,7 +549,7 @@ def test_a_tilde_in_folders_is_the_home(folder, monkeypatch):
 def test_an_option_that_resuming_would_ignore_is_not_resumed(folder, change):
     from types import SimpleNamespace
 
-    from dpo_fast.training.loop import must_fit
+    from dpo_fast.training.resume import must_fit
 
     def fits(**sections) -> dict:
         tree = changed(run_tree(folder), folder / "never", **sections)

@@ -1,0 +1,94 @@
+"""A run saved and gone on with: what must be the same for it, and what may differ by rounding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dpo_fast.training import distributed
+from dpo_fast.training.checkpoints import load_checkpoint, save_checkpoint
+from dpo_fast.training.console import say
+from dpo_fast.training.metrics import MetricSums
+from dpo_fast.training.prepare import Run
+from dpo_fast.training.run_log import RunLog
+
+# Options that a checkpoint brings back with DeepSpeed's optimiser and schedule. A resumed run would
+# ignore a new value of them, so it is refused.
+SAME_TRAIN = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_ratio",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+)
+SAME_REFERENCE = ("provider", "mixup_alpha", "sync_steps")
+
+
+def save(run: Run, step: int, sums: MetricSums) -> Path:
+    """Write a checkpoint after `step` steps; returns its folder. Collective."""
+    train = run.config.train
+    state = {"step": step, **run.train.position(step), **must_fit(run), "rounding": rounding(run)}
+    return save_checkpoint(
+        run.engine, train.output_dir, state, sums.values, train.save_total_limit, run.stateful
+    )
+
+
+def resume(run: Run, checkpoint: Path, sums: MetricSums, log: RunLog) -> int:
+    """Restore the run as it was, the open window of metrics included. Returns the steps taken."""
+    state = load_checkpoint(run.engine, checkpoint, must_fit(run), sums.values, run.stateful)
+    run.train.seek(state)
+    log.begin(state["step"])
+    say(f"resumed {checkpoint} at step {state['step']}")
+    if "rounding" in state:
+        tell_rounding(state["rounding"], rounding(run))
+    return state["step"]
+
+
+def must_fit(run: Run) -> dict:
+    """What a resumed run must share with the interrupted one to be the same run, by name."""
+    train, tree = run.config.train, run.config.resolved()
+    fits = {
+        "world_size": distributed.world_size(),
+        **run.train.must_fit(),
+        "total_steps": run.total_steps,
+        "global_batch_size": train.global_batch_size,
+        "tokens_per_batch": train.tokens_per_batch,
+        "seed": train.seed,
+        "zero_stage": run.config.parallel.zero_stage,
+    }
+    fits |= {f"train.{name}": tree["train"][name] for name in SAME_TRAIN}
+    fits |= {f"loss.{name}": value for name, value in tree["loss"].items()}
+    fits |= {f"reference.{name}": tree["reference"][name] for name in SAME_REFERENCE}
+    fits |= {"model.dtype": tree["model"]["dtype"], "model.lora": tree["model"]["lora"]}
+    fits["model.adapter"] = run.config.model.has_adapters
+    fits |= {f"the hash of {option}'s weights": value for option, value in run.weights.items()}
+    if train.tokens_per_batch is not None:  # the tokens of an example depend on the layout
+        fits["layout"] = train.layout
+    return fits
+
+
+def rounding(run: Run) -> dict:
+    """What a resumed run may change: results then differ by rounding alone. By the option's name."""
+    train, model = run.config.train, run.config.model
+    return {
+        "train.micro_batch_size": train.micro_batch_size,
+        "train.layout": train.layout,
+        "train.implementation": train.implementation,
+        "train.workspace_bytes": train.workspace_bytes,
+        "model.attention": run.model.causal_lm.config._attn_implementation,
+        "model.use_liger_kernel": model.use_liger_kernel,
+        "model.torch_compile": model.torch_compile,
+    }
+
+
+def tell_rounding(before: dict, now: dict) -> None:
+    """A line for each option that was changed, of those that `rounding` gives."""
+    for name, value in now.items():
+        if before.get(name, value) != value:
+            say(
+                f"{name} was {before[name]} and is {value}: from here on the run differs by rounding "
+                "from one that was not interrupted"
+            )
