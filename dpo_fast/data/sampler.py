@@ -137,7 +137,7 @@ class TokenSampler:
     @property
     def examples_per_step(self) -> float:
         """Examples of a step, on average over the first epoch's full steps."""
-        return self._examples_per_bin() * self._bins_per_step
+        return self._examples_per_bin() * self.bins_per_step
 
     def steps(self, epochs: float) -> int:
         whole, part = divmod(epochs, 1)
@@ -153,7 +153,8 @@ class TokenSampler:
         return mine + [[] for _ in range(self.accumulation - len(mine))]
 
     @property
-    def _bins_per_step(self) -> int:
+    def bins_per_step(self) -> int:
+        """Micro-batches of all ranks in a step."""
         return self.accumulation * self.world_size
 
     def _examples_per_bin(self) -> float:
@@ -164,15 +165,15 @@ class TokenSampler:
         return max(round(self.global_batch_size / self._examples_per_bin() / self.world_size), 1)
 
     def _steps_of(self, epoch: int) -> int:
-        return -(-self._bins_of(epoch) // self._bins_per_step)
+        return -(-self._bins_of(epoch) // self.bins_per_step)
 
     def _bins_at(self, step: int) -> list[list[int]]:
         """The micro-batches of a step, of all ranks."""
         epoch = self.first_epoch
         while step >= (steps := self._steps_of(epoch)):
             step, epoch = step - steps, epoch + 1
-        bins, start = self._bins(epoch), step * self._bins_per_step
-        return [bins[index] for index in range(start, min(start + self._bins_per_step, len(bins)))]
+        bins, start = self._bins(epoch), step * self.bins_per_step
+        return [bins[index] for index in range(start, min(start + self.bins_per_step, len(bins)))]
 
     def _fill(self, epoch: int) -> Bins:
         examples = range(len(self.costs.sizes_P))

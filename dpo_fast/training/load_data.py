@@ -180,7 +180,7 @@ def tell_size(sampler: BatchSampler) -> None:
     if isinstance(sampler, TokenSampler):
         say(
             f"train.tokens_per_batch={sampler.budget}: micro-batches are {sampler.fill:.1%} full; "
-            f"{sampler.accumulation} of them on each rank are a step of "
+            f"{sampler.bins_per_step} of them, {sampler.accumulation} on each rank, are a step of "
             f"{sampler.examples_per_step:.1f} examples on average "
             f"(train.global_batch_size={sampler.global_batch_size})"
         )

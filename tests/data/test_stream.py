@@ -282,6 +282,7 @@ def folder(tmp_path_factory):
     cases = [
         tree("small", small, save_steps=1, save_total_limit=20),
         tree("tokens", small, save_steps=7, **tokens),
+        tree("even", {"stream_buffer": 15}, **tokens | {"global_batch_size": 6}),
         tree("whole", whole),
         tree("stored", {"streaming": False, "stream_buffer": 10_000}),
         tree("whole-tokens", whole, **tokens),
@@ -298,7 +299,9 @@ def folder(tmp_path_factory):
         resumed.append(tree | {"train": tree["train"] | train})
     two = cases[0] | {"parallel": {"zero_stage": 3}}
     two["train"] = two["train"] | {"output_dir": str(folder / "two"), "save_steps": None}
-    for count, trees in ((1, cases), (1, resumed), (2, [two])):
+    even = cases[2] | {"parallel": {"zero_stage": 3}}
+    even["train"] = even["train"] | {"output_dir": str(folder / "even-two")}
+    for count, trees in ((1, cases), (1, resumed), (2, [two, even])):
         ranks.train(trees, count)
     return folder
 
@@ -349,10 +352,13 @@ def test_resume_is_bitwise(folder, kind, step):
 
 
 @pytest.mark.processes
-def test_two_ranks_read_the_same_stream(folder):
-    one, two = folder / "small", folder / "two"
+@pytest.mark.parametrize("run", [("small", "two"), ("even", "even-two")], ids=["pairs", "tokens"])
+def test_two_ranks_read_the_same_stream(folder, run):
+    """In micro-batches by tokens too, where both runs have as many of them in a step."""
+    one, two = (folder / name for name in run)
     assert series(two) == pytest.approx(series(one), abs=1e-6)
     assert series(two, "num_tokens") == series(one, "num_tokens")
+    assert len(set(series(one, "num_tokens").values())) > 2, "all steps are alike"
 
 
 @pytest.mark.processes
