@@ -1,7 +1,5 @@
 """What the command line tells without a traceback: mistakes that a user can mend, and interruptions."""
 
-from pathlib import Path
-
 
 class UserError(ValueError):
     """Bad input, or an option that cannot be honoured: names it, its value and the remedy."""
@@ -12,10 +10,12 @@ class UnavailableError(UserError, RuntimeError):
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM ended a run after its step; the checkpoint is at `folder`."""
+    """A signal ended the run. The message says what is kept, and how to go on."""
 
     exit_code = 130
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(f"interrupted; resume with train.resume_from_checkpoint={folder}")
-        self.folder = folder
+
+class LostPeer(Exception):
+    """A collective failed because another rank is lost or silent: nothing is wrong in this one."""
+
+    exit_code = 3

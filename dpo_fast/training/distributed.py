@@ -1,17 +1,15 @@
 """Processes and ranks: one process alone, torchrun, deepspeed and SLURM look the same from here on.
 
-Who this process is, joining and leaving the group, what ranks agree on, and the signals that end a run.
+Who this process is, joining and leaving the group, and what ranks agree on.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
-import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
@@ -179,25 +177,3 @@ def all_sum(values: Tensor) -> Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(values)
     return values
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yields asked(), collective: whether SIGINT or SIGTERM has come to any rank.
-
-    The first signal only asks, so that work ends where it can go on later. A second Ctrl-C raises
-    KeyboardInterrupt at once.
-    """
-    seen: list[int] = []
-
-    def note(number, frame) -> None:
-        if seen and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        seen.append(number)
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: any_rank(bool(seen))
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

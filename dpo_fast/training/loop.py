@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
 from dpo_fast import durable
 from dpo_fast.errors import Interrupted, UserError
-from dpo_fast.training import distributed
+from dpo_fast.training import distributed, signals
 from dpo_fast.training.checkpoints import find_checkpoint
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import progress_bar, say, track
@@ -26,51 +27,70 @@ from dpo_fast.training.run_log import RunLog, open_log
 from dpo_fast.training.start import Start, check_start, first_batches, other_batches
 from dpo_fast.training.step import coupled_step, evaluate, train_step
 
+RESUME = "go on from the last checkpoint with train.resume_from_checkpoint=true"
+
 
 def train(config: RunConfig) -> Path:
     """Train as the configuration says; returns the folder of the trained model. Collective.
 
     Raises:
         UserError: before training, if something does not fit; during it, if the loss is not finite.
-        Interrupted: after SIGINT or SIGTERM, once the step is finished and a checkpoint saved.
+        Interrupted: after a signal (`signals.py`), once the step is finished and a checkpoint saved.
     """
     choices = check_run(config)
     check_earlier_run(config)
     check_writable(config.train.output_dir)
-    distributed.init_distributed(config.parallel.timeout_minutes)
-    checkpoint = find_checkpoint(config.train.resume_from_checkpoint, config.train.output_dir)
-    run = prepare(config, choices)
-    sums = MetricSums(run.engine.device, work_of(run.model))
-    watch_head(run.model.causal_lm.get_output_embeddings(), sums.clock)
-    log = open_log(run, resumed=checkpoint is not None)
-    with log.clock_stopped():
-        step = resume(run, checkpoint, sums, log) if checkpoint else start(run, log)
-    stopped = False
-    with (
-        distributed.stop_signals() as asked,
-        progress_bar("training", run.total_steps, step) as advance,
-    ):
+    with signals.stop_at_once("nothing is lost: the same command goes on where this one was"):
+        distributed.init_distributed(config.parallel.timeout_minutes)
+        checkpoint = find_checkpoint(config.train.resume_from_checkpoint, config.train.output_dir)
+        run = prepare(config, choices)
+        sums = MetricSums(run.engine.device, work_of(run.model))
+        watch_head(run.model.causal_lm.get_output_embeddings(), sums.clock)
+        log = open_log(run, resumed=checkpoint is not None)
+        with log.clock_stopped():
+            position = resume(run, checkpoint, sums, log) if checkpoint else start(run, log)
+        with signals.stop_signals(RESUME) as asked:
+            steps(run, *position, sums, log, asked)
+    with signals.stop_at_once(f"the last checkpoint is whole: {RESUME}"):
+        model = Path(config.train.output_dir) / MODEL
+        export(run.model, run.config, model)
+    say(f"the trained model is in {model}")
+    return model
+
+
+def steps(
+    run: Run, step: int, to_evaluate: bool, sums: MetricSums, log: RunLog, asked: Callable[[], bool]
+) -> None:
+    """Train from `step` to the end. Collective.
+
+    to_evaluate: whether a signal interrupted the evaluation after `step`.
+    asked: whether a signal has come to any rank.
+
+    Raises:
+        Interrupted: a signal came, and a checkpoint is saved.
+    """
+    train, stopped = run.config.train, False
+    if to_evaluate and not evaluated(run, step, log, asked):
+        raise Interrupted(f"interrupted; {RESUME}")
+    with progress_bar("training", run.total_steps, step) as advance:
         while step < run.total_steps and not stopped:
             rate = run.engine.get_lr()[0]  # the step moves the schedule on
             share = update(run, step, sums)
             check_finite(run, step, share)
             step, stopped = step + 1, asked()
             last = step == run.total_steps
-            if due(config.log.logging_steps, step, last):
+            if due(run.config.log.logging_steps, step, last):
                 log.training(step, sums.read(), rate)
             with log.clock_stopped():
-                if run.eval and due(config.train.eval_steps, step, last):
-                    log.evaluation(step, evaluate_run(run))
-                if due(config.train.save_steps, step, last or stopped):
-                    folder = save(run, step, sums)
+                to_evaluate = run.eval is not None and due(train.eval_steps, step, last)
+                if to_evaluate and not stopped:
+                    stopped = to_evaluate = not evaluated(run, step, log, asked)
+                if due(train.save_steps, step, last or stopped):
+                    folder = save(run, step, sums, to_evaluate)
             advance(log.loss)
     log.close()
-    if step < run.total_steps:
-        raise Interrupted(folder)
-    model = Path(config.train.output_dir) / MODEL
-    export(run.model, run.config, model)
-    say(f"the trained model is in {model}")
-    return model
+    if stopped:
+        raise Interrupted(f"interrupted; resume with train.resume_from_checkpoint={folder}")
 
 
 def check_writable(output_dir: str) -> None:
@@ -90,15 +110,15 @@ def due(every: int | None, step: int, last: bool) -> bool:
     return last or (every is not None and step % every == 0)
 
 
-def start(run: Run, log: RunLog) -> int:
-    """Begin a new run: compare policy and reference, and evaluate once. Returns step 0."""
+def start(run: Run, log: RunLog) -> tuple[int, bool]:
+    """Begin a new run: compare policy and reference, and evaluate once. Returns as `resume` does."""
     log.begin(0)
     found = compare_at_start(run) if starts_at_reference(run) else None
     if found is not None:
         say(f"step 0: {found}")
     if run.eval:
         log.evaluation(0, evaluate_run(run) | ({} if found is None else found.metrics))
-    return 0
+    return 0, False
 
 
 def starts_at_reference(run: Run) -> bool:
@@ -156,11 +176,26 @@ def check_finite(run: Run, step: int, share: Tensor) -> None:
         )
 
 
-def evaluate_run(run: Run) -> dict[str, float]:
-    """Metrics of the whole evaluation split. Collective."""
+def evaluated(run: Run, step: int, log: RunLog, asked: Callable[[], bool]) -> bool:
+    """Evaluate after `step` steps and log it. False, and nothing logged, if a signal came. Collective."""
+    try:
+        log.evaluation(step, evaluate_run(run, asked))
+    except signals.StopAsked:
+        return False
+    finally:
+        run.engine.train()
+    return True
+
+
+def evaluate_run(run: Run, asked: Callable[[], bool] | None = None) -> dict[str, float]:
+    """Metrics of the whole evaluation split. Collective.
+
+    asked: whether a signal has come to any rank. Raises StopAsked between two batches then.
+    """
     split, indices = run.eval, list(range(len(run.eval.examples)))
     loss_pass, provider = run.loss_and_reference("eval")
-    mismatched = split.mismatched(indices)
+    mismatched = signals.until(asked, split.mismatched(indices))
     statistics = run.statistics.estimate(run.engine, mismatched, loss_pass, provider)
     batches = track(split.all_batches(), "evaluating", split.sampler.steps_per_epoch)
+    batches = signals.until(asked, batches)
     return evaluate(run.engine, batches, loss_pass, provider, split.totals(indices), statistics)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,23 +18,11 @@ from dpo_fast.references.artefact import Unfinished
 from dpo_fast.references.cached import open_reference
 from dpo_fast.references.compute import length_batches, part_table, score_part
 from dpo_fast.references.store import Place, Request, default_place, find_stored, named_place
-from dpo_fast.training import distributed
+from dpo_fast.training import distributed, signals
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import progress_bar, say
 from dpo_fast.training.splits import Split
 from dpo_fast.training.weights import identity_of
-
-
-class ReferenceInterrupted(Interrupted):
-    """SIGINT or SIGTERM came while a reference was computed. The finished parts are kept in `folder`."""
-
-    def __init__(self, folder: Path) -> None:
-        Exception.__init__(
-            self,
-            f"interrupted; the finished parts of the reference {folder} are kept: the same command "
-            "goes on after them",
-        )
-        self.folder = folder
 
 
 @dataclass(frozen=True)
@@ -59,7 +47,7 @@ def store_references(
 
     Raises:
         UserError: what is stored is damaged or does not fit, or it cannot be written.
-        Interrupted: after SIGINT or SIGTERM, while computing.
+        Interrupted: after a signal, while computing.
     """
     path = model.path or config.model.path
     identity, named_by = identity_of(config, path), f"{model.named_by}={path}"
@@ -119,7 +107,7 @@ def compute_reference(
     Raises:
         UserError: the folder was begun for something else, is in use or cannot be written; a
             log-probability is not finite.
-        Interrupted: after SIGINT or SIGTERM.
+        Interrupted: after a signal.
     """
     unfinished = Unfinished(folder, request.manifest, split.examples)
     costs = LAYOUTS[split.layout].costs(split.lengths)
@@ -153,27 +141,32 @@ def _score_parts(
     """Score and write parts. batches: of all ranks, by the part's index; each lists its examples."""
     rounds = sum(-(-len(each) // distributed.world_size()) for each in batches.values())
     description = f"reference log-probs ({split.name})"
-    with distributed.stop_signals() as asked, progress_bar(description, rounds) as advance:
+    kept = (
+        f"the finished parts of the reference {unfinished.final} are kept: the same command goes on "
+        "after them"
+    )
+    with signals.stop_signals(kept) as asked, progress_bar(description, rounds) as advance:
+        try:
+            for index, all_ranks in batches.items():
+                rows = unfinished.parts[index]
+                lengths = split.lengths.take(rows)
+                own = signals.until(asked, _advancing(_rank_batches(split, all_ranks), advance))
+                share_T = score_part(scorer, own, rows, lengths, device)
+                values_T = distributed.all_sum(share_T).cpu()
+                part = (values_T, lengths, split.examples, rows, per_token)
+                distributed.from_main(
+                    lambda index=index, part=part: unfinished.write(index, part_table(*part))
+                )
+            list(signals.until(asked, [None]))
+        except signals.StopAsked:
+            raise Interrupted(f"interrupted; {kept}") from None
 
-        def until_asked(own: Iterable[ScoredBatch]) -> Iterator[ScoredBatch]:
-            for batch in own:
-                if asked():
-                    raise ReferenceInterrupted(unfinished.final)
-                yield batch
-                advance()
 
-        for index, all_ranks in batches.items():
-            rows = unfinished.parts[index]
-            lengths = split.lengths.take(rows)
-            own = until_asked(_rank_batches(split, all_ranks))
-            share_T = score_part(scorer, own, rows, lengths, device)
-            values_T = distributed.all_sum(share_T).cpu()
-            part = (values_T, lengths, split.examples, rows, per_token)
-            distributed.from_main(
-                lambda index=index, part=part: unfinished.write(index, part_table(*part))
-            )
-        if asked():
-            raise ReferenceInterrupted(unfinished.final)
+def _advancing(batches: Iterator[ScoredBatch], advance: Callable) -> Iterator[ScoredBatch]:
+    """Batches, and a move of the progress bar after each."""
+    for batch in batches:
+        yield batch
+        advance()
 
 
 def _rank_batches(split: Split, all_ranks: list[list[int]]) -> Iterator[ScoredBatch]:

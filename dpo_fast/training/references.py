@@ -10,7 +10,7 @@ from dpo_fast.models import load_model, load_tokenizer
 from dpo_fast.models.separation import check_separation
 from dpo_fast.references import ReferenceModel
 from dpo_fast.references.table import Materials, alternatives
-from dpo_fast.training import distributed
+from dpo_fast.training import distributed, signals
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.engine import (
     build_reference_engine,
@@ -103,11 +103,16 @@ def store_beforehand(config: RunConfig) -> list[StoredReference]:
 
     Raises:
         UserError: the run stores no reference, or something does not fit.
-        Interrupted: after SIGINT or SIGTERM, while computing.
+        Interrupted: after a signal; the parts that are done are kept.
     """
     check_stores(config)
     config = without_training(config)
     choices = check_run(config)
+    with signals.stop_at_once("what is done is kept: the same command goes on after it"):
+        return _store_beforehand(config, choices)
+
+
+def _store_beforehand(config: RunConfig, choices: Choices) -> list[StoredReference]:
     distributed.init_distributed(config.parallel.timeout_minutes)
     choices.tell()
     config = merged_first(choices.applied(config))

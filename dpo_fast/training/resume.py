@@ -27,24 +27,32 @@ SAME_TRAIN = (
 SAME_REFERENCE = ("provider", "mixup_alpha", "sync_steps")
 
 
-def save(run: Run, step: int, sums: MetricSums) -> Path:
-    """Write a checkpoint after `step` steps; returns its folder. Collective."""
+def save(run: Run, step: int, sums: MetricSums, to_evaluate: bool = False) -> Path:
+    """Write a checkpoint after `step` steps; returns its folder. Collective.
+
+    to_evaluate: whether an evaluation is due that a signal kept from ending.
+    """
     train = run.config.train
-    state = {"step": step, **run.train.position(step), **must_fit(run), "rounding": rounding(run)}
+    state = {"step": step, "to_evaluate": to_evaluate, **run.train.position(step)}
+    state |= {**must_fit(run), "rounding": rounding(run)}
     return save_checkpoint(
         run.engine, train.output_dir, state, sums.values, train.save_total_limit, run.stateful
     )
 
 
-def resume(run: Run, checkpoint: Path, sums: MetricSums, log: RunLog) -> int:
-    """Restore the run as it was, the open window of metrics included. Returns the steps taken."""
+def resume(run: Run, checkpoint: Path, sums: MetricSums, log: RunLog) -> tuple[int, bool]:
+    """Restore the run as it was, the open window of metrics included.
+
+    Returns:
+        The steps taken, and whether an evaluation is still due after them.
+    """
     state = load_checkpoint(run.engine, checkpoint, must_fit(run), sums.values, run.stateful)
     run.train.seek(state)
     log.begin(state["step"])
     say(f"resumed {checkpoint} at step {state['step']}")
     if "rounding" in state:
         tell_rounding(state["rounding"], rounding(run))
-    return state["step"]
+    return state["step"], state.get("to_evaluate", False)
 
 
 def must_fit(run: Run) -> dict:

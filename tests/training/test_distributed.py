@@ -1,6 +1,5 @@
-"""Joining a process group, and the signals that end a run."""
+"""Joining a process group, and what ranks do in turn."""
 
-import signal
 import subprocess
 import sys
 
@@ -27,19 +26,6 @@ def test_nothing_is_compiled_and_no_stale_lock_is_waited_for(tmp_path, monkeypat
     )
     assert done.stdout.splitlines()[-1:] == ["in"], done.stderr
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["lock"]
-
-
-def test_a_signal_asks_a_second_ctrl_c_interrupts_and_handlers_come_back():
-    from dpo_fast.training.distributed import stop_signals
-
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), stop_signals() as asked:
-        assert not asked()
-        signal.raise_signal(signal.SIGTERM)
-        assert asked() and asked(), "once asked, always asked"
-        signal.raise_signal(signal.SIGTERM)  # a scheduler may send it again
-        signal.raise_signal(signal.SIGINT)
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
 def test_work_of_the_first_rank_is_waited_for_in_every_run_of_a_process_group(tmp_path):

@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 
 from dpo_fast.cli.launch import launch_command
 from dpo_fast.data.batch import collate
+from dpo_fast.errors import Interrupted
 from dpo_fast.models import load_model, load_tokenizer
 from dpo_fast.ops.linear_logp import op
 from dpo_fast.references import artefact
@@ -22,7 +23,7 @@ from dpo_fast.references.providers import FrozenReference
 from dpo_fast.training.config import build_config
 from dpo_fast.training.fit import choose
 from dpo_fast.training.load_data import load_split
-from dpo_fast.training.precompute import ReferenceInterrupted, cached_references, store_references
+from dpo_fast.training.precompute import cached_references, store_references
 from dpo_fast.training.references import without_training
 from tests.support.models import run_tree, write_model, write_pairs
 from tests.support.paths import ROOT
@@ -146,11 +147,11 @@ def test_a_failure_half_way_costs_a_part_at_most(folder, whole):
     assert all(result.seconds is None for result in here.compute())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_ends_it_at_once_and_keeps_the_parts(folder, whole, number):
     here = Here(tree(folder, f"stopped-{number}", reference={"per_token": True}))
     before = signal.getsignal(number)
-    with pytest.raises(ReferenceInterrupted, match="same command goes on after them") as stopped:
+    with pytest.raises(Interrupted, match="same command goes on after them") as stopped:
         here.compute(fail_after=4, failure=lambda: os.kill(os.getpid(), number))
     assert stopped.value.exit_code == 130
     assert here.scored == 5
@@ -163,7 +164,7 @@ def test_a_signal_ends_it_at_once_and_keeps_the_parts(folder, whole, number):
 
 def test_a_signal_in_the_last_batch_is_not_lost(folder):
     here = Here(tree(folder, "stopped-last"))
-    with pytest.raises(ReferenceInterrupted):
+    with pytest.raises(Interrupted):
         here.compute(fail_after=6, failure=lambda: os.kill(os.getpid(), signal.SIGTERM))
     here.scored = 0
     here.compute()

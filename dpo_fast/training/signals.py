@@ -1,0 +1,129 @@
+"""Signals end a run where it can go on later.
+
+SIGINT, SIGTERM, SIGHUP, and SIGUSR1 and SIGUSR2, which schedulers send some time before they kill.
+While a run prepares they end it at once; while it trains they ask for a checkpoint (`stop_signals`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+from dpo_fast.errors import Interrupted
+from dpo_fast.training import distributed
+
+T = TypeVar("T")
+ALWAYS = (signal.SIGINT, signal.SIGTERM)
+# Taken only where nobody has: nohup has SIGHUP ignored, and submitit handles SIGUSR2 itself.
+IF_FREE = tuple(
+    getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+)
+# A terminal sends Ctrl-C to every process, and torchrun passes it on: a rank has it twice.
+SAME_SECONDS = 1.0
+PATIENCE = 3  # the third Ctrl-C no longer waits
+
+
+class StopNow(KeyboardInterrupt):
+    """Ends a run where it is. No `except Exception` of a library holds it up."""
+
+
+class StopAsked(Exception):
+    """A signal came to some rank; raised on all of them between two batches."""
+
+
+class _Heard:
+    """A handler. press: called with the signal's name; those within `SAME_SECONDS` are one."""
+
+    def __init__(self, press: Callable[[str], None]) -> None:
+        self.press, self.owner, self.last = press, os.getpid(), -SAME_SECONDS
+
+    def __call__(self, number: int, frame) -> None:
+        if os.getpid() != self.owner:  # a worker that was forked off: it ends as it would have
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        now = time.monotonic()
+        if now - self.last >= SAME_SECONDS:
+            self.last = now
+            self.press(signal.Signals(number).name)
+
+
+@contextlib.contextmanager
+def _handled(heard: _Heard) -> Iterator[None]:
+    """Put the handler in place, and afterwards those that were there. Only a main thread has signals."""
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        free = [number for number in IF_FREE if signal.getsignal(number) in (signal.SIG_DFL, None)]
+        ours = [number for number in IF_FREE if isinstance(signal.getsignal(number), _Heard)]
+        for number in (*ALWAYS, *free, *ours):
+            previous[number] = signal.signal(number, heard)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+@contextlib.contextmanager
+def stop_at_once(remedy: str) -> Iterator[None]:
+    """A signal raises Interrupted where the program is: there is nothing to save.
+
+    remedy: what is kept, and how to go on.
+    """
+
+    def end(name: str) -> None:
+        raise StopNow(name)
+
+    with _told_as_interruption(remedy), _handled(_Heard(end)):
+        yield
+
+
+@contextlib.contextmanager
+def stop_signals(remedy: str) -> Iterator[Callable[[], bool]]:
+    """Yields asked(), collective: whether a signal has come to any rank.
+
+    It asks for an end after the step, with a checkpoint. So does a second Ctrl-C; a third one raises
+    Interrupted at once. remedy: how to go on after that.
+    """
+
+    seen: list[str] = []
+
+    def press(name: str) -> None:
+        if seen and name != "SIGINT":
+            return  # schedulers and launchers repeat theirs
+        seen.append(name)
+        if len(seen) >= PATIENCE:
+            raise StopNow(name)
+        left = "twice more ends" if len(seen) == 1 else "once more ends"
+        _write(f"{name}: stopping as soon as it can be saved; Ctrl-C {left} it at once")
+
+    with _told_as_interruption(remedy), _handled(_Heard(press)):
+        yield lambda: distributed.any_rank(bool(seen))
+
+
+def until(asked: Callable[[], bool] | None, items: Iterable[T]) -> Iterator[T]:
+    """Items, as many as every rank has. Raises StopAsked before one of them once a signal has come."""
+    for item in items:
+        if asked is not None and asked():
+            raise StopAsked
+        yield item
+
+
+@contextlib.contextmanager
+def _told_as_interruption(remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except StopNow as stop:
+        raise Interrupted(f"interrupted by {stop}; {remedy}") from None
+
+
+def _write(line: str) -> None:
+    """Rank 0 says it, past Python's buffers: a handler may run in the middle of a print."""
+    if distributed.is_main():
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{line}\n".encode())

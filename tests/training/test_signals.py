@@ -1,0 +1,124 @@
+"""Signals: what asks, what ends at once, and that handlers come back."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+pytest.importorskip("deepspeed")
+
+from dpo_fast.errors import Interrupted
+from dpo_fast.training import signals
+
+ALL = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+
+
+@pytest.fixture
+def later(monkeypatch):
+    """Moves the clock on, so that the next Ctrl-C is another one."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def move():
+        now[0] += 2.0
+
+    return move
+
+
+@pytest.fixture(autouse=True)
+def handlers_come_back():
+    before = {name: signal.getsignal(getattr(signal, name)) for name in ALL}
+    yield
+    assert {name: signal.getsignal(getattr(signal, name)) for name in ALL} == before
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_signal_asks_and_more_of_it_too(name, later):
+    with signals.stop_signals("") as asked:
+        assert not asked()
+        for _ in range(4 if name != "SIGINT" else 2):  # a scheduler may send it again
+            signal.raise_signal(getattr(signal, name))
+            later()
+            assert asked() and asked(), "once asked, always asked"
+
+
+def test_the_third_ctrl_c_ends_at_once_and_says_what_is_kept(later, capfd):
+    ended = pytest.raises(Interrupted, match="by SIGINT; go on from there")
+    with ended, signals.stop_signals("go on from there"):
+        for _ in range(3):
+            signal.raise_signal(signal.SIGINT)
+            later()
+        pytest.fail("not ended")
+    told = capfd.readouterr().err
+    assert told.count("stopping as soon as it can be saved") == 2
+    assert "twice more ends it at once" in told and "once more ends it at once" in told
+
+
+def test_a_nervous_ctrl_c_is_one(later):
+    """Within a second: a terminal and torchrun send the same one too."""
+    with signals.stop_signals("") as asked:
+        for _ in range(9):
+            signal.raise_signal(signal.SIGINT)
+        assert asked()
+
+
+def test_handlers_come_back_after_an_error_and_before_training_a_signal_ends_at_once():
+    with pytest.raises(ZeroDivisionError), signals.stop_at_once(""), signals.stop_signals(""):
+        raise ZeroDivisionError
+    ended = pytest.raises(Interrupted, match="by SIGUSR1; nothing is lost")
+    with ended, signals.stop_at_once("nothing is lost"):
+        try:
+            signal.raise_signal(signal.SIGUSR1)
+        except Exception:  # as libraries have it
+            pytest.fail("swallowed")
+
+
+def test_what_is_ignored_or_taken_by_others_stays_so():
+    """nohup has SIGHUP ignored; submitit has its own handler of SIGUSR2."""
+    got = []
+    before = (
+        signal.signal(signal.SIGHUP, signal.SIG_IGN),
+        signal.signal(signal.SIGUSR2, lambda number, frame: got.append(number)),
+    )
+    try:
+        with signals.stop_at_once(""), signals.stop_signals("") as asked:
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGUSR2)
+            assert not asked() and got == [signal.SIGUSR2]
+    finally:
+        signal.signal(signal.SIGHUP, before[0])
+        signal.signal(signal.SIGUSR2, before[1])
+
+
+def test_batches_end_between_two_of_them():
+    taken, answers = [], iter([False, False, True])
+    with pytest.raises(signals.StopAsked):
+        for item in signals.until(lambda: next(answers), "abc"):
+            taken.append(item)
+    assert taken == ["a", "b"]
+    assert list(signals.until(None, "abc")) == ["a", "b", "c"]
+
+
+def test_a_forked_worker_still_ends_by_sigterm():
+    """A pool of `datasets` ends its workers so; one that only took note would never end."""
+    with signals.stop_signals(""):
+        child = os.fork()
+        if not child:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+
+def test_outside_the_main_thread_no_handler_is_needed():
+    answers = []
+
+    def run():
+        with signals.stop_at_once(""), signals.stop_signals("") as asked:
+            answers.append(asked())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert answers == [False]
