@@ -16,6 +16,7 @@ from dpo_fast.training.checkpoints import find_checkpoint
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import progress_bar, say, track
 from dpo_fast.training.earlier_run import MODEL, check_earlier_run
+from dpo_fast.training.eval_examples import EvalTable, record_examples
 from dpo_fast.training.export import export
 from dpo_fast.training.fit import check_run
 from dpo_fast.training.metrics import MetricSums
@@ -60,7 +61,7 @@ def train(config: RunConfig) -> Path:
                 log.training(step, sums.read(), rate)
             with log.clock_stopped():
                 if run.eval and due(config.train.eval_steps, step, last):
-                    log.evaluation(step, evaluate_run(run))
+                    log.evaluation(step, evaluate_run(run, step))
                 if due(config.train.save_steps, step, last or stopped):
                     folder = save(run, step, sums)
             advance(log.loss)
@@ -97,7 +98,7 @@ def start(run: Run, log: RunLog) -> int:
     if found is not None:
         say(f"step 0: {found}")
     if run.eval:
-        log.evaluation(0, evaluate_run(run) | ({} if found is None else found.metrics))
+        log.evaluation(0, evaluate_run(run, 0) | ({} if found is None else found.metrics))
     return 0
 
 
@@ -156,11 +157,15 @@ def check_finite(run: Run, step: int, share: Tensor) -> None:
         )
 
 
-def evaluate_run(run: Run) -> dict[str, float]:
-    """Metrics of the whole evaluation split. Collective."""
+def evaluate_run(run: Run, step: int) -> dict[str, float]:
+    """Metrics of the whole evaluation split after `step`; its examples go to a file. Collective."""
     split, indices = run.eval, list(range(len(run.eval.examples)))
     loss_pass, provider = run.loss_and_reference("eval")
     mismatched = split.mismatched(indices)
     statistics = run.statistics.estimate(run.engine, mismatched, loss_pass, provider)
     batches = track(split.all_batches(), "evaluating", split.sampler.steps_per_epoch)
-    return evaluate(run.engine, batches, loss_pass, provider, split.totals(indices), statistics)
+    table, totals = EvalTable(len(indices), run.engine.device), split.totals(indices)
+    found = evaluate(run.engine, batches, loss_pass, provider, totals, statistics, table)
+    folder, texts = Path(run.config.train.output_dir), run.config.log.eval_texts
+    record_examples(table, split, run.tokenizer, folder, step, texts)
+    return found
