@@ -120,7 +120,7 @@ def describe(dtype: torch.dtype) -> str:
 @functools.cache
 def cpu_features() -> frozenset[str]:
     """The features of this CPU in the kernel's names; empty where nobody tells."""
-    if words := _cpuinfo("flags") or _cpuinfo("Features"):
+    if words := cpuinfo("flags") or cpuinfo("Features"):
         return frozenset(words.split())
     told = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return frozenset(name for name, has in told.items() if has is True)
@@ -135,10 +135,10 @@ def instruction_set() -> str:
 
 
 def _made_by_intel() -> bool:
-    return _cpuinfo("vendor_id") in ("GenuineIntel", "")  # where nobody tells, MKL is left alone
+    return cpuinfo("vendor_id") in ("GenuineIntel", "")  # where nobody tells, MKL is left alone
 
 
-def _cpuinfo(key: str) -> str:
+def cpuinfo(key: str) -> str:
     """The first value of a key in /proc/cpuinfo, "" if there is none."""
     file = Path("/proc/cpuinfo")
     for line in file.read_text().splitlines() if file.is_file() else ():

@@ -9,6 +9,7 @@ from pathlib import Path
 from dpo_fast.errors import UserError
 from dpo_fast.training.checkpoints import LATEST, checkpoints
 from dpo_fast.training.config import RunConfig
+from dpo_fast.training.eval_examples import EVAL_EXAMPLES
 
 METRICS, EARLIER_METRICS = "metrics.jsonl", "metrics-earlier.jsonl"
 MODEL = "final"
@@ -39,7 +40,8 @@ def make_room(root: Path) -> None:
 
     Only what `check_earlier_run` allowed is there. Raises OSError.
     """
-    (root / LATEST).unlink(missing_ok=True)
+    for name in (LATEST, EVAL_EXAMPLES):
+        (root / name).unlink(missing_ok=True)
     for folder in checkpoints(root):
         shutil.rmtree(folder)
     if (root / METRICS).is_file():

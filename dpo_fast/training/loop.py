@@ -1,4 +1,4 @@
-"""A whole run: `train`, then one update and evaluation."""
+"""A whole run: `train`, and one update of it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from dpo_fast.errors import Interrupted, UserError
 from dpo_fast.training import distributed, signals
 from dpo_fast.training.checkpoints import find_checkpoint
 from dpo_fast.training.config import RunConfig
-from dpo_fast.training.console import progress_bar, say, track
+from dpo_fast.training.console import progress_bar, say
 from dpo_fast.training.earlier_run import MODEL, check_earlier_run
+from dpo_fast.training.evaluation import evaluate_run, evaluated
 from dpo_fast.training.export import export
 from dpo_fast.training.fit import check_run
 from dpo_fast.training.metrics import MetricSums
@@ -25,7 +26,7 @@ from dpo_fast.training.prepare import Run, prepare
 from dpo_fast.training.resume import resume, save
 from dpo_fast.training.run_log import RunLog, open_log
 from dpo_fast.training.start import Start, check_start, first_batches, other_batches
-from dpo_fast.training.step import coupled_step, evaluate, train_step
+from dpo_fast.training.step import coupled_step, train_step
 
 RESUME = "go on from the last checkpoint with train.resume_from_checkpoint=true"
 
@@ -117,7 +118,7 @@ def start(run: Run, log: RunLog) -> tuple[int, bool]:
     if found is not None:
         say(f"step 0: {found}")
     if run.eval:
-        log.evaluation(0, evaluate_run(run) | ({} if found is None else found.metrics))
+        log.evaluation(0, evaluate_run(run, 0) | ({} if found is None else found.metrics))
     return 0, False
 
 
@@ -174,28 +175,3 @@ def check_finite(run: Run, step: int, share: Tensor) -> None:
             f"the loss of step {step + 1} is not finite; its batch begins with {places}. The last "
             "checkpoint is whole. People usually lower train.learning_rate or check the data there"
         )
-
-
-def evaluated(run: Run, step: int, log: RunLog, asked: Callable[[], bool]) -> bool:
-    """Evaluate after `step` steps and log it. False, and nothing logged, if a signal came. Collective."""
-    try:
-        log.evaluation(step, evaluate_run(run, asked))
-    except signals.StopAsked:
-        return False
-    finally:
-        run.engine.train()
-    return True
-
-
-def evaluate_run(run: Run, asked: Callable[[], bool] | None = None) -> dict[str, float]:
-    """Metrics of the whole evaluation split. Collective.
-
-    asked: whether a signal has come to any rank. Raises StopAsked between two batches then.
-    """
-    split, indices = run.eval, list(range(len(run.eval.examples)))
-    loss_pass, provider = run.loss_and_reference("eval")
-    mismatched = signals.until(asked, split.mismatched(indices))
-    statistics = run.statistics.estimate(run.engine, mismatched, loss_pass, provider)
-    batches = track(split.all_batches(), "evaluating", split.sampler.steps_per_epoch)
-    batches = signals.until(asked, batches)
-    return evaluate(run.engine, batches, loss_pass, provider, split.totals(indices), statistics)

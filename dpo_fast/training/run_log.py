@@ -19,6 +19,7 @@ from dpo_fast.training.earlier_run import METRICS, make_room
 from dpo_fast.training.loggers import Logger, named, open_loggers
 from dpo_fast.training.perf import peak_memory_gib, product_rate
 from dpo_fast.training.prepare import Run
+from dpo_fast.training.run_facts import record_start
 
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
 
@@ -61,6 +62,7 @@ class RunLog:
         """Before the first line: open the loggers of a run that goes on after `step`."""
         if distributed.is_main():
             self._forget_after(step)
+            record_start(self.file.parent, step, self.run.train.examples.lengths)
             self.loggers = open_loggers(self.run.config, step)
 
     def close(self) -> None:

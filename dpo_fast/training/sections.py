@@ -318,6 +318,13 @@ class LogSection(BaseModel):
     report_to: list[Literal["tensorboard", "wandb"]] = Field(
         default_factory=list, description="loggers that also receive the metrics"
     )
+    eval_texts: int = Field(
+        8,
+        ge=0,
+        le=100,
+        description="texts of so many evaluation examples with the least margin, and as many with the "
+        "greatest, are kept in eval-examples.json for the report; 0: none, if they are private",
+    )
     run_name: str | None = Field(
         None, description="name of the run for loggers and the report; default: that of output_dir"
     )

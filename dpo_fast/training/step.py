@@ -17,6 +17,7 @@ from dpo_fast.losses import Preference, Totals
 from dpo_fast.losses.preference import as_pairs
 from dpo_fast.losses.sums import Tokens, sequence_sums
 from dpo_fast.training import distributed
+from dpo_fast.training.eval_examples import EvalTable
 from dpo_fast.training.loss_pass import LossPass, Statistics
 from dpo_fast.training.metrics import MetricSums
 
@@ -156,12 +157,14 @@ def evaluate(
     provider,
     totals: Totals,
     statistics: Mapping[str, Tensor],
+    examples: EvalTable | None = None,
 ) -> dict[str, float]:
     """Metrics of an evaluation set, under names with `eval_` before them. Collective.
 
     batches: this rank's share, as many as every other rank has.
     totals: counts of the whole set.
     statistics: values of `Statistics.estimate` for the whole set.
+    examples: receives what each example got.
     """
     sums = MetricSums(engine.device)
     coupled = loss_pass.objective.coupled
@@ -173,6 +176,8 @@ def evaluate(
         token_outputs = loss_pass.token_outputs(engine, batch)
         result = loss_pass.loss(token_outputs, reference, batch, totals, statistics)
         sums.add(result, token_outputs, batch)
+        if examples is not None:
+            examples.add(result, batch)
         if coupled:
             table.add(token_outputs, reference, batch)
     engine.train()
