@@ -1,18 +1,20 @@
-"""Checkpoints that are complete or absent, and exact resume.
+"""Checkpoints that are whole or refused: which there are, which one to go on from, and loading it.
 
-output_dir/checkpoint-40/     engine/       DeepSpeed's shards: weights, optimiser, schedule
-                              rank-0.pt     one for each rank: random state, metrics since the last
-                                            line, state of a reference that follows the policy
-                              state.json    the step, and what a resumed run must share
+output_dir/checkpoint-40/     engine/        DeepSpeed's shards: weights, optimiser, schedule
+                              rank-0.pt      one for each rank: random state, metrics since the last
+                                             line, state of a reference that follows the policy
+                              state.json     the step, the run, and what a resumed run must share
+                              manifest.json  every file with its size and hash
 output_dir/latest             name of the newest, written last
+
+`training/saver.py` writes them.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -24,8 +26,18 @@ from torch import Tensor
 from dpo_fast import durable
 from dpo_fast.errors import UserError
 from dpo_fast.training import distributed
+from dpo_fast.training.manifest import (
+    NAME,
+    DamagedError,
+    Manifest,
+    differences,
+    read_manifest,
+    unlisted,
+)
+from dpo_fast.training.tensor_files import EngineFiles, read_tree
 
-PREFIX, LATEST = "checkpoint-", "latest"
+PREFIX, LATEST, STATE = "checkpoint-", "latest", "state.json"
+SHOWN = 5  # differences that a message lists
 
 
 class Stateful(Protocol):
@@ -36,68 +48,55 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
 
 
-def save_checkpoint(
-    engine,
-    output_dir: str,
-    state: dict,
-    metrics: dict[str, Tensor],
-    keep: int,
-    stateful: Mapping[str, Stateful] = MappingProxyType({}),
-) -> Path:
-    """Write a checkpoint, then `latest`, then remove all but the newest `keep`. Collective.
-
-    state: for state.json; holds at least `step`.
-    metrics: sums of the open window.
-    stateful: parts of the run that change with it.
-
-    Raises:
-        UserError: it cannot be written; the older ones are whole.
-    """
-    root = Path(output_dir)
-    final = root / f"{PREFIX}{state['step']}"
-    aside = durable.aside(final)
-    if distributed.is_main():
-        shutil.rmtree(aside, ignore_errors=True)
-        with saving(aside):
-            aside.mkdir(parents=True)
-    distributed.barrier()
-    with saving(aside):
-        engine.save_checkpoint(str(aside), tag="engine", save_latest=False)
-        own = {name: each.state_dict() for name, each in stateful.items()}
-        mine = {"random": _random_state(), "metrics": metrics, "own": own}
-        torch.save(mine, aside / f"rank-{distributed.rank()}.pt")
-    distributed.barrier()
-    if distributed.is_main():
-        with saving(aside):
-            (aside / "state.json").write_text(json.dumps(state, indent=2))
-            durable.publish(aside, final, replace=True)
-        with saving(root / LATEST):
-            durable.write_file(root / LATEST, final.name)
-        for old in _by_age(checkpoints(root), final)[:-keep]:
-            shutil.rmtree(old)
-    distributed.barrier()
-    return final
-
-
 def find_checkpoint(requested: bool | str, output_dir: str) -> Path | None:
-    """The checkpoint that `train.resume_from_checkpoint` asks for.
+    """The checkpoint that `train.resume_from_checkpoint` asks for, whole or not.
 
     requested: false for none, true for the newest of output_dir if there is one, or a folder.
 
     Raises:
-        UserError: the named folder is not a checkpoint.
+        UserError: the named folder is not a checkpoint, `latest` names one that is gone, or output_dir
+            has checkpoints of another run.
     """
+    root = Path(output_dir)
     if requested is False:
         return None
     if requested is True:
-        return _newest(Path(output_dir))
+        return _newest(root)
     folder = Path(requested)
-    if not (folder / "state.json").is_file():
+    if not (folder / STATE).is_file() and not (folder / NAME).is_file():
         raise UserError(
             f"train.resume_from_checkpoint={requested} is not a checkpoint: expected a folder "
-            f"{PREFIX}N with state.json; to continue the latest of output_dir set it to true"
+            f"{PREFIX}N with {STATE}; to continue the latest of output_dir set it to true"
         )
+    run = run_of(folder)
+    for other in checkpoints(root):
+        if run is not None and run_of(other) not in (run, None):
+            raise UserError(
+                f"train.output_dir={output_dir} holds {other.name}, which is not of the run of {folder}; "
+                "name another folder"
+            )
     return folder
+
+
+def check_whole(folder: Path) -> None:
+    """Compare a checkpoint with its manifest. Collective: every rank reads some of the files.
+
+    Raises:
+        UserError: it is damaged; names what is wrong and an earlier checkpoint that is whole.
+    """
+    problems: list[str] = []
+    try:
+        manifest = read_manifest(folder)
+        largest_first = sorted(manifest.files, key=lambda name: -manifest.files[name].size)
+        own = largest_first[distributed.rank() :: distributed.world_size()]
+        problems = differences(folder, manifest, own)
+        if distributed.is_main():
+            problems += _belongs(folder, manifest)
+    except DamagedError as error:
+        problems = [str(error)]
+    problems = sorted({clause for each in distributed.gathered(problems) for clause in each})
+    if problems:
+        raise UserError(distributed.from_main(lambda: _damage(folder, problems)))
 
 
 def load_checkpoint(
@@ -109,34 +108,55 @@ def load_checkpoint(
 ) -> dict:
     """Restore engine, random state, `metrics` and `stateful` in place; returns the content of state.json.
 
+    Nothing that a file holds is executed.
+
+    folder: of a checkpoint that `check_whole` has passed.
     fits: what must be as it was (world size, data, batch size, ...), by its name in state.json.
 
     Raises:
-        UserError: the checkpoint is of a run that differs in one of `fits`, or is damaged.
+        UserError: the checkpoint is of a run that differs in one of `fits`, or cannot be read.
     """
-    state = _read_state(folder, fits)
+    state = _fitting_state(folder, fits)
+    engine.checkpoint_engine = EngineFiles()
     with _reading(folder / "engine"):
         path, _ = engine.load_checkpoint(str(folder), tag="engine")
     if path is None:
         raise UserError(f"{folder}: DeepSpeed finds no checkpoint in its folder engine/")
     file = folder / f"rank-{distributed.rank()}.pt"
+    mine = read_tree(file)
     with _reading(file):
-        mine = torch.load(file, weights_only=True, map_location="cpu")
-    metrics |= {name: value.to(engine.device) for name, value in mine["metrics"].items()}
-    for name, each in stateful.items():
-        each.load_state_dict(mine["own"][name])
-    random_state = mine["random"]
-    torch.set_rng_state(random_state["cpu"])
-    if "cuda" in random_state:
-        torch.cuda.set_rng_state(random_state["cuda"])
+        metrics |= {name: value.to(engine.device) for name, value in mine["metrics"].items()}
+        for name, each in stateful.items():
+            each.load_state_dict(mine["own"][name])
+        torch.set_rng_state(mine["random"]["cpu"])
+        if "cuda" in mine["random"]:
+            torch.cuda.set_rng_state(mine["random"]["cuda"])
     return state
 
 
+def random_state() -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else state
+
+
 def checkpoints(root: Path) -> list[Path]:
-    """Complete checkpoints, in the order of their steps."""
-    steps = {p: p.name.removeprefix(PREFIX) for p in root.glob(f"{PREFIX}*")}
-    found = [p for p, step in steps.items() if step.isdecimal() and (p / "state.json").is_file()]
-    return sorted(found, key=lambda p: int(steps[p]))
+    """Checkpoints, whole or not, in the order of their steps. Other trainers' folders are none."""
+    found = [path for path in root.glob(f"{PREFIX}*") if step_of(path) is not None and _ours(path)]
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int | None:
+    """The step in a checkpoint's name; None if it is no such name."""
+    step = folder.name.removeprefix(PREFIX)
+    return int(step) if folder.name.startswith(PREFIX) and step.isdecimal() else None
+
+
+def run_of(folder: Path) -> str | None:
+    """The run that a checkpoint is of; None where its manifest cannot tell."""
+    try:
+        return read_manifest(folder).run
+    except DamagedError:
+        return None
 
 
 def saving(place: Path) -> AbstractContextManager[None]:
@@ -151,30 +171,73 @@ def saving(place: Path) -> AbstractContextManager[None]:
     return durable.writing(place, remedy, (OSError, RuntimeError, SafetensorError))
 
 
-def _by_age(found: list[Path], newest: Path) -> list[Path]:
-    """Oldest first. Steps beyond the newest are left of an earlier, longer run in the folder."""
-    ours = found.index(newest) + 1
-    return found[ours:] + found[:ours]
+def _ours(folder: Path) -> bool:
+    """Whether any file of a checkpoint of ours is there. transformers' Trainer has the same names."""
+    return any((folder / name).exists() for name in (NAME, STATE, "engine")) or bool(
+        next(folder.glob("rank-*.pt"), None)
+    )
 
 
 def _newest(root: Path) -> Path | None:
     """The checkpoint that `latest` names, or else the one of the highest step."""
-    latest = root / LATEST
-    if latest.is_file():
-        named = root / latest.read_text(errors="replace").strip()
-        if (named / "state.json").is_file():
+    found = checkpoints(root)
+    with suppress(OSError):
+        named = root / (root / LATEST).read_text(errors="replace").strip()
+        if step_of(named) is not None:
+            if named.parent == root and named not in found:
+                raise UserError(_damage(named, ["the folder is gone, and latest names it"]))
             return named
-    return next(reversed(checkpoints(root)), None)
+    return found[-1] if found else None
 
 
-def _read_state(folder: Path, fits: dict) -> dict[str, Any]:
-    """The content of state.json. Raises UserError if it cannot be read, or differs from `fits`."""
+def _belongs(folder: Path, manifest: Manifest) -> list[str]:
+    """What is wrong with a checkpoint as a whole, a clause each."""
+    named = step_of(folder)
+    wrong = [] if named in (None, manifest.step) else [f"it is of step {manifest.step}"]
+    if STATE not in manifest.files:
+        wrong.append(f"{NAME} is damaged: it does not name {STATE}")
+    return wrong + unlisted(folder, manifest)
+
+
+def _is_whole(folder: Path) -> bool:
     try:
-        state = json.loads((folder / "state.json").read_text())
+        manifest = read_manifest(folder)
+        return not _belongs(folder, manifest) and not differences(folder, manifest, manifest.files)
+    except DamagedError:
+        return False
+
+
+def _damage(folder: Path, problems: list[str]) -> str:
+    """The message about a damaged checkpoint. Reads earlier ones until one is whole."""
+    shown = "; ".join(problems[:SHOWN])
+    more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    step, run = step_of(folder), run_of(folder)
+    earlier = [p for p in checkpoints(folder.parent) if step is None or step_of(p) < step]
+    earlier = [p for p in earlier if p != folder and run in (None, run_of(p))]
+    whole = next(filter(_is_whole, reversed(earlier)), None)
+    remedy = (
+        "no earlier checkpoint is whole: begin again with train.overwrite_output_dir=true or in another "
+        "folder"
+        if whole is None
+        else f"{whole.name} is whole: go on from it with train.resume_from_checkpoint={whole}"
+    )
+    return f"{folder} is damaged: {shown}{more}. Nothing was loaded from it; {remedy}"
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The content of state.json. Raises UserError if it cannot be read."""
+    try:
+        state = json.loads((folder / STATE).read_text())
         if not isinstance(state, dict):
             raise ValueError("it holds no object")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}/state.json cannot be read: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{folder}/{STATE} cannot be read: {error}") from None
+    return state
+
+
+def _fitting_state(folder: Path, fits: dict) -> dict[str, Any]:
+    """The content of state.json. Raises UserError if it cannot be read, or differs from `fits`."""
+    state = read_state(folder)
     differing = [name for name in fits if name in state and state[name] != fits[name]]
     if differing:
         details = "; ".join(f"{n} was {state[n]!r} and is {fits[n]!r}" for n in differing)
@@ -194,16 +257,13 @@ def _read_state(folder: Path, fits: dict) -> dict[str, Any]:
 
 @contextmanager
 def _reading(place: Path) -> Iterator[None]:
-    """Tell a damaged file as a UserError. torch raises nearly anything when it reads one."""
+    """Tell what does not fit as a UserError. torch raises nearly anything when it loads a state."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(
-            f"{place} cannot be read: {durable.first_line(error)} The checkpoint is damaged or of another "
-            "model: name an earlier one with train.resume_from_checkpoint, or start a new run"
+            f"{place} cannot be read: {durable.first_line(error)} The checkpoint is of another model, or "
+            "was altered: name another one with train.resume_from_checkpoint, or start a new run"
         ) from error
-
-
-def _random_state() -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    return state | {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else state

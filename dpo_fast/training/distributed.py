@@ -158,6 +158,15 @@ def from_main(work: Callable[[], T]) -> T:
     return result
 
 
+def gathered(value: T, group=None) -> list[T]:
+    """The value of every rank, in the order of the ranks. Collective. group: default: of all."""
+    if world_size() == 1:
+        return [value]
+    values: list = [None] * world_size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on any rank. Collective."""
     return bool(largest(flag))

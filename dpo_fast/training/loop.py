@@ -13,7 +13,6 @@ from torch import Tensor
 from dpo_fast import durable
 from dpo_fast.errors import Interrupted, UserError
 from dpo_fast.training import distributed, signals
-from dpo_fast.training.checkpoints import find_checkpoint
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import progress_bar, say
 from dpo_fast.training.earlier_run import MODEL, check_earlier_run
@@ -23,7 +22,7 @@ from dpo_fast.training.fit import check_run
 from dpo_fast.training.metrics import MetricSums
 from dpo_fast.training.perf import watch_head, work_of
 from dpo_fast.training.prepare import Run, prepare
-from dpo_fast.training.resume import resume, save
+from dpo_fast.training.resume import checkpoint_of, resume, save
 from dpo_fast.training.run_log import RunLog, open_log
 from dpo_fast.training.start import Start, check_start, first_batches, other_batches
 from dpo_fast.training.step import coupled_step, train_step
@@ -43,14 +42,14 @@ def train(config: RunConfig) -> Path:
     check_writable(config.train.output_dir)
     with signals.stop_at_once("nothing is lost: the same command goes on where this one was"):
         distributed.init_distributed(config.parallel.timeout_minutes)
-        checkpoint = find_checkpoint(config.train.resume_from_checkpoint, config.train.output_dir)
+        checkpoint = checkpoint_of(config)
         run = prepare(config, choices)
         sums = MetricSums(run.engine.device, work_of(run.model))
         watch_head(run.model.causal_lm.get_output_embeddings(), sums.clock)
         log = open_log(run, resumed=checkpoint is not None)
         with log.clock_stopped():
             position = resume(run, checkpoint, sums, log) if checkpoint else start(run, log)
-        with signals.stop_signals(RESUME) as asked:
+        with signals.stop_signals(RESUME) as asked, run.saver:
             steps(run, *position, sums, log, asked)
     with signals.stop_at_once(f"the last checkpoint is whole: {RESUME}"):
         model = Path(config.train.output_dir) / MODEL
@@ -79,6 +78,7 @@ def steps(
             share = update(run, step, sums)
             check_finite(run, step, share)
             step, stopped = step + 1, asked()
+            run.saver.check()
             last = step == run.total_steps
             if due(run.config.log.logging_steps, step, last):
                 log.training(step, sums.read(), rate)

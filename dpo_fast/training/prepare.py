@@ -21,6 +21,7 @@ from dpo_fast.training.load_data import load_split
 from dpo_fast.training.loss_pass import LossPass, Statistics
 from dpo_fast.training.merge import merged_first
 from dpo_fast.training.references import build_old, build_references, load_second_model
+from dpo_fast.training.saver import Saver
 from dpo_fast.training.schedule import check_schedule
 from dpo_fast.training.splits import Split
 from dpo_fast.training.summary import tell_data, tell_model
@@ -34,6 +35,7 @@ class Run:
     references: the provider of each split, by the split's name.
     old: for each split log-probs under the model that wrote its completions; None if no loss asks.
     weights: the identity of each model, by the option that names it.
+    saver: writes the checkpoints.
     """
 
     config: RunConfig
@@ -48,6 +50,7 @@ class Run:
     statistics: Statistics
     total_steps: int
     weights: dict[str, str]
+    saver: Saver
 
     def loss_and_reference(self, split: str) -> tuple[LossPass, object]:
         """The loss pass of a split's batches, and the provider of their reference."""
@@ -108,6 +111,7 @@ def prepare(config: RunConfig, choices: Choices | None = None) -> Run:
         statistics=Statistics(loss_pass.objective.statistics, engine.device),
         total_steps=total_steps,
         weights=identities(config),
+        saver=Saver.of(config),
     )
 
 

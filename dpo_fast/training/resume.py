@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from dpo_fast.training import distributed
-from dpo_fast.training.checkpoints import load_checkpoint, save_checkpoint
+from dpo_fast.training.checkpoints import check_whole, find_checkpoint, load_checkpoint
+from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import say
 from dpo_fast.training.metrics import MetricSums
 from dpo_fast.training.prepare import Run
@@ -27,17 +28,29 @@ SAME_TRAIN = (
 SAME_REFERENCE = ("provider", "mixup_alpha", "sync_steps")
 
 
+def checkpoint_of(config: RunConfig) -> Path | None:
+    """The checkpoint to go on from, whole; None for a new run. Collective.
+
+    Raises:
+        UserError: it is damaged, or is none.
+    """
+    asked, output_dir = config.train.resume_from_checkpoint, config.train.output_dir
+    folder = distributed.from_main(lambda: find_checkpoint(asked, output_dir))
+    if folder is not None:
+        check_whole(folder)
+    elif asked:
+        say(f"{output_dir} has no checkpoint to resume: the run begins at step 0")
+    return folder
+
+
 def save(run: Run, step: int, sums: MetricSums, to_evaluate: bool = False) -> Path:
     """Write a checkpoint after `step` steps; returns its folder. Collective.
 
     to_evaluate: whether an evaluation is due that a signal kept from ending.
     """
-    train = run.config.train
     state = {"step": step, "to_evaluate": to_evaluate, **run.train.position(step)}
     state |= {**must_fit(run), "rounding": rounding(run)}
-    return save_checkpoint(
-        run.engine, train.output_dir, state, sums.values, train.save_total_limit, run.stateful
-    )
+    return run.saver.save(run.engine, state, sums.values, run.stateful)
 
 
 def resume(run: Run, checkpoint: Path, sums: MetricSums, log: RunLog) -> tuple[int, bool]:
@@ -47,6 +60,7 @@ def resume(run: Run, checkpoint: Path, sums: MetricSums, log: RunLog) -> tuple[i
         The steps taken, and whether an evaluation is still due after them.
     """
     state = load_checkpoint(run.engine, checkpoint, must_fit(run), sums.values, run.stateful)
+    run.saver.goes_on_from(checkpoint, state)
     run.train.seek(state)
     log.begin(state["step"])
     say(f"resumed {checkpoint} at step {state['step']}")

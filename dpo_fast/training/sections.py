@@ -169,6 +169,10 @@ class TrainSection(BaseModel):
         None, ge=1, description="optimiser steps between checkpoints; default: at the end only"
     )
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept; older ones are removed")
+    async_save: bool = Field(
+        False,
+        description="write checkpoints while the run goes on; takes as much host memory as a rank saves",
+    )
     resume_from_checkpoint: bool | str = Field(
         False, description="true: the latest of output_dir, if any; or the path of one"
     )

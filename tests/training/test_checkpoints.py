@@ -1,0 +1,99 @@
+"""Checkpoints are whole or refused by name: damage, mixtures, planted pickles, full disks, other runs."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("deepspeed")
+
+from dpo_fast.errors import UserError
+from dpo_fast.training.checkpoints import checkpoints, find_checkpoint, load_checkpoint
+from dpo_fast.training.saver import Saver
+
+
+class Engine:
+    """What a checkpoint asks of an engine. broken: what saving and loading raise."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, broken: Exception | None = None, weights=None) -> None:
+        self.broken = broken
+        self.weights = torch.arange(64.0) if weights is None else weights
+
+    def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
+        self.checkpoint_engine.makedirs(f"{folder}/{tag}")
+        if self.broken:
+            self.checkpoint_engine.writer.error = (Path(folder) / tag, self.broken)
+        self.checkpoint_engine.save({"weights": self.weights}, f"{folder}/{tag}/model.pt")
+
+    def load_checkpoint(self, folder: str, tag: str):
+        if self.broken:
+            raise self.broken
+        self.weights = self.checkpoint_engine.load(f"{folder}/{tag}/model.pt")["weights"]
+        return folder, {}
+
+
+def saved(root: Path, *steps: int, keep: int = 2, saver: Saver | None = None) -> list[str]:
+    """The checkpoints that are there after a run has saved at these steps."""
+    saver = saver or Saver(str(root), keep)
+    for step in steps:
+        saver.save(Engine(weights=torch.full([64], float(step))), {"step": step}, {})
+        saver.wait()
+        assert find_checkpoint(True, str(root)).name == f"checkpoint-{step}"
+    return [folder.name for folder in checkpoints(root)]
+
+
+def test_a_shorter_run_in_the_same_folder_keeps_its_own_checkpoints(tmp_path):
+    assert saved(tmp_path, 40, 80) == ["checkpoint-40", "checkpoint-80"]
+    assert saved(tmp_path, 2) == ["checkpoint-2", "checkpoint-80"]
+    assert saved(tmp_path, 4, 6) == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_named_checkpoints_are_kept_beside_the_newest(tmp_path):
+    saver = Saver(str(tmp_path), keep=1)
+    saved(tmp_path, 1, saver=saver)
+    saver.also = frozenset({"checkpoint-1"})
+    assert saved(tmp_path, 2, 3, saver=saver) == ["checkpoint-1", "checkpoint-3"]
+
+
+@pytest.mark.parametrize("file", ["state.json", "trainer_state.json"])
+def test_a_folder_of_the_users_own_is_no_checkpoint(tmp_path, file):
+    """Nor is one of transformers' Trainer, which has the same name."""
+    own = tmp_path / ("checkpoint-best" if file == "state.json" else "checkpoint-500")
+    own.mkdir()
+    (own / file).write_text("{}")
+    assert saved(tmp_path, 1, 2, 3) == ["checkpoint-2", "checkpoint-3"]
+    assert (own / file).exists()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("unexpected pos"), OSError(28, "No space left")])
+def test_a_full_disk_costs_no_checkpoint(tmp_path, error):
+    saved(tmp_path, 1, 2)
+    saver = Saver(str(tmp_path), 2)
+    with pytest.raises(UserError, match="checkpoint-3.partial.* cannot be written: .*(pos|space)"):
+        saver.save(Engine(error), {"step": 3}, {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2", "latest"]
+
+
+def test_a_checkpoint_of_another_model_is_told(tmp_path):
+    saved(tmp_path, 1)
+    folder = tmp_path / "checkpoint-1"
+    load_checkpoint(Engine(), folder, {"step": 1}, {})
+    with pytest.raises(UserError, match="engine cannot be read: size mismatch"):
+        load_checkpoint(Engine(RuntimeError("size mismatch")), folder, {"step": 1}, {})
+
+
+def test_a_checkpoint_of_another_version_is_told_as_one(tmp_path):
+    saved(tmp_path, 1)
+    folder, fits = tmp_path / "checkpoint-1", {"step": 1, "layout": "packed"}
+    with pytest.raises(UserError, match="another version of dpo_fast .* lacks layout"):
+        load_checkpoint(Engine(), folder, fits, {})
+    with pytest.raises(UserError, match="exactly: step was 1 and is 2. Set it back"):
+        load_checkpoint(Engine(), folder, fits | {"step": 2}, {})
+
+
+def test_what_latest_cannot_tell_the_folders_do(tmp_path):
+    saved(tmp_path, 1)
+    (tmp_path / "latest").write_bytes(b"\xff\xfe")
+    assert find_checkpoint(True, str(tmp_path)).name == "checkpoint-1"
