@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
-from dpo_fast import durable
 from dpo_fast.errors import Interrupted, UserError
 from dpo_fast.training import distributed, signals
 from dpo_fast.training.checkpoints import find_checkpoint
@@ -21,6 +19,7 @@ from dpo_fast.training.export import export
 from dpo_fast.training.fit import check_run
 from dpo_fast.training.metrics import MetricSums
 from dpo_fast.training.perf import watch_head, work_of
+from dpo_fast.training.places import check_writable
 from dpo_fast.training.prepare import Run, prepare
 from dpo_fast.training.resume import resume, save
 from dpo_fast.training.run_log import RunLog, open_log
@@ -91,18 +90,6 @@ def steps(
     log.close()
     if stopped:
         raise Interrupted(f"interrupted; resume with train.resume_from_checkpoint={folder}")
-
-
-def check_writable(output_dir: str) -> None:
-    """Raises UserError unless the run can be written there. Makes no folder: the data may be bad."""
-    try:
-        with tempfile.TemporaryFile(dir=durable.existing(Path(output_dir))):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"train.output_dir={output_dir} cannot be written: {error.strerror or error}; name another "
-            "folder"
-        ) from None
 
 
 def due(every: int | None, step: int, last: bool) -> bool:
