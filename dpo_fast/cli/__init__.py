@@ -3,6 +3,7 @@
 app.py             commands and how their failures are told
 bench.py           `bench`: the benchmarks of a checkout
 config.py          `config`: the schema of configurations, and what one comes to
+later.py           PyTorch, imported when it is first used
 init.py            `init`: a configuration to begin with
 doctor.py          what this machine can run
 doctor_run.py      what one run would use

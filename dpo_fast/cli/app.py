@@ -71,6 +71,9 @@ def train(
     Exit codes: 0 done; 2 bad input; 130 interrupted, the step finished and a checkpoint saved.
     """
     run = load(config, overrides)
+    from dpo_fast.training.places import check_writable
+
+    check_writable(run.train.output_dir)
     from dpo_fast.training import distributed
     from dpo_fast.training.config import check_batch_sizes
     from dpo_fast.training.console import quiet

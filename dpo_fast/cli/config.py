@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 import yaml
 
+from dpo_fast.cli.later import import_when_used
 from dpo_fast.errors import UserError
 from dpo_fast.training.config_file import read_tree
 
@@ -22,18 +23,27 @@ Overrides = Annotated[
 ]
 
 
-def load(config: str, overrides: Sequence[str] | None):
-    """The run of a file, as a RunConfig. A file that cannot be read is told before large imports."""
+def load(config: str, overrides: Sequence[str] | None, places: bool = True):
+    """The run of a file, as a RunConfig. What is wrong is told before transformers and PyTorch are there.
+
+    places: look for the models and the data, too.
+    """
     tree = read_tree(config, overrides or ())
+    import_when_used("torch")
     from dpo_fast.training.config import build_config
 
-    return build_config(tree, config)
+    run = build_config(tree, config)
+    if places:
+        from dpo_fast.training.places import check_places
+
+        check_places(run)
+    return run
 
 
 @app.command()
 def show(config: Config, overrides: Overrides = None) -> None:
     """Print the whole configuration, with every default filled in. The output is itself one."""
-    tree = load(config, overrides).resolved()
+    tree = load(config, overrides, places=False).resolved()
     typer.echo(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), nl=False)
 
 

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dpo_fast.data.kinds import ExampleLengths
 from dpo_fast.data.packing import Costs
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Trees = Sequence[tuple[list[int], list[list[int]]]]  # prompts, each with its completions
 

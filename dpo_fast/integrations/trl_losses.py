@@ -11,7 +11,6 @@ from trl import DPOConfig
 
 from dpo_fast.errors import UserError
 from dpo_fast.losses import LOSSES, LossOptions, Objective, Totals, preference
-from dpo_fast.losses.sums import needs_reference_tokens
 from dpo_fast.ops.segments import sum_sequences
 
 TRL_LOSSES = (
@@ -138,7 +137,7 @@ def _objective(
         objective = Objective(names, tuple(weight for _, weight in ours), options)
     except (TypeError, ValueError) as error:
         raise UserError(f"loss_type={list(names)}: {error}") from None
-    if args.precompute_ref_log_probs and needs_reference_tokens(options):
+    if args.precompute_ref_log_probs and options.needs_reference_tokens:
         raise UserError(
             "precompute_ref_log_probs=True keeps sums, and loss_options token_clamp wants the "
             "reference's tokens: set it to False"

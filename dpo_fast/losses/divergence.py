@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from dpo_fast.losses.logps import PairLogps
 from dpo_fast.losses.options import LossOptions
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 LARGEST_EXPONENT = 80.0  # exp of it is finite in fp32
+
+
+def log_sigmoid(x: Tensor) -> Tensor:
+    """LS(x)."""
+    return torch.nn.functional.logsigmoid(x)
 
 
 def shaped(ratio: Tensor, options: LossOptions) -> Tensor:
@@ -25,7 +32,7 @@ def shaped(ratio: Tensor, options: LossOptions) -> Tensor:
     if options.f_divergence_type == "forward_kl":
         return 1 - torch.exp((-ratio).clamp(max=LARGEST_EXPONENT))
     if options.f_divergence_type == "js_divergence":
-        return math.log(2) + F.logsigmoid(ratio)
+        return math.log(2) + log_sigmoid(ratio)
     power = options.f_alpha_divergence_coef - 1
     if options.f_divergence_type == "alpha_divergence" and abs(power) >= 1e-6:
         return torch.expm1((power * ratio).clamp(max=LARGEST_EXPONENT)) / power
@@ -50,4 +57,4 @@ def less_margin(x: Tensor, pairs: PairLogps) -> Tensor:
 
 def smoothed(x: Tensor, eps: float) -> Tensor:
     """-(1-eps) LS(x) - eps LS(-x)."""
-    return -(1 - eps) * F.logsigmoid(x) - eps * F.logsigmoid(-x)
+    return -(1 - eps) * log_sigmoid(x) - eps * log_sigmoid(-x)

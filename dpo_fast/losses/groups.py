@@ -5,13 +5,17 @@ P groups, S completions, T scored tokens.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor
 
 from dpo_fast.losses.divergence import LARGEST_EXPONENT, shaped
 from dpo_fast.losses.logps import GroupLogps, spread
 from dpo_fast.losses.options import LossOptions
 from dpo_fast.losses.spec import ALONE, DIVERGENCE, loss
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CLIPPED = ("epsilon", "epsilon_high", "scale_rewards", "importance_sampling_level", "grpo_beta")
 LEAST_SCALE = 1e-4  # added to a standard deviation of scores, which may be 0

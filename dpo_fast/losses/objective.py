@@ -6,15 +6,17 @@ import math
 import numbers
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from dpo_fast.losses.logps import GroupLogps, Logps, PairLogps, spread
 from dpo_fast.losses.options import LossOptions
 from dpo_fast.losses.spec import SHARED, LossSpec
-from dpo_fast.losses.sums import needs_reference_tokens
 from dpo_fast.losses.table import LOSSES
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class Objective:
     def needs_reference_tokens(self) -> bool:
         """Whether sums of the reference are not enough."""
         by_token = any(spec.by_token and spec.compares(self.options) for spec in self.specs)
-        return self.needs_reference and (by_token or needs_reference_tokens(self.options))
+        return self.needs_reference and (by_token or self.options.needs_reference_tokens)
 
     @property
     def needs_old_tokens(self) -> bool:
@@ -240,12 +242,12 @@ class Objective:
         likelihood = logps.likelihood if weight is None else logps.likelihood * weight
         return -coefficient * likelihood.sum()
 
-    @torch.no_grad()
     def watched(self, logps: Logps) -> dict[str, Tensor]:
-        """Values whose means are plotted beside the loss, by name."""
+        """Values whose means are plotted beside the loss, by name. Without gradients."""
         found = {}
-        for spec in self.specs:
-            found |= spec.watch(logps, self.options) if spec.watch else {}
+        with torch.no_grad():
+            for spec in self.specs:
+                found |= spec.watch(logps, self.options) if spec.watch else {}
         return found
 
     @property
@@ -257,7 +259,6 @@ class Objective:
         judges = [spec for spec in self.specs if spec.name != "sft"]
         return bool(judges) and all(spec.divides(self.options) for spec in judges)
 
-    @torch.no_grad()
     def rewards(self, logps: Logps) -> Tensor:
         """Implicit rewards, [S]; of pairs chosen and rejected in turn.
 

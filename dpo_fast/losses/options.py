@@ -149,6 +149,12 @@ class LossOptions:
         return self.token_clamp is not None or self.ld_alpha is not None
 
     @property
+    def needs_reference_tokens(self) -> bool:
+        """Whether sums of the reference are not enough."""
+        beyond = self.ld_alpha is not None and self.ld_reference
+        return not self.reference_free and (self.token_clamp is not None or beyond)
+
+    @property
     def largest_gain(self) -> float:
         """epsilon_high, or epsilon where that is not set."""
         return self.epsilon if self.epsilon_high is None else self.epsilon_high

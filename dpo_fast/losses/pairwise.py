@@ -12,15 +12,17 @@ eps       label smoothing
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from dpo_fast.losses.divergence import less_margin, margin, mean_margin, smoothed
+from dpo_fast.losses.divergence import less_margin, log_sigmoid, margin, mean_margin, smoothed
 from dpo_fast.losses.logps import PairLogps
 from dpo_fast.losses.options import LossOptions
 from dpo_fast.losses.spec import DIVERGENCE, SUM_OPTIONS, WEIGHTING, loss
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 COMMON = ("beta", *SUM_OPTIONS, *WEIGHTING)
 SCORED = (*COMMON, *DIVERGENCE)
@@ -75,7 +77,7 @@ def hinge(pairs: PairLogps, options: LossOptions) -> Tensor:
 )
 def robust(pairs: PairLogps, options: LossOptions) -> Tensor:
     x, eps = less_margin(options.beta * margin(pairs, options), pairs), options.label_smoothing
-    return (-(1 - eps) * F.logsigmoid(x) + eps * F.logsigmoid(-x)) / (1 - 2 * eps)
+    return (-(1 - eps) * log_sigmoid(x) + eps * log_sigmoid(-x)) / (1 - 2 * eps)
 
 
 @loss(
@@ -88,8 +90,8 @@ def robust(pairs: PairLogps, options: LossOptions) -> Tensor:
 )
 def exo_pair(pairs: PairLogps, options: LossOptions) -> Tensor:
     x, eps = less_margin(options.beta * margin(pairs, options), pairs), options.label_smoothing
-    right = torch.sigmoid(x) * (F.logsigmoid(x) - math.log1p(-eps))
-    return right + torch.sigmoid(-x) * (F.logsigmoid(-x) - math.log(eps))
+    right = torch.sigmoid(x) * (log_sigmoid(x) - math.log1p(-eps))
+    return right + torch.sigmoid(-x) * (log_sigmoid(-x) - math.log(eps))
 
 
 @loss(
@@ -100,7 +102,7 @@ def exo_pair(pairs: PairLogps, options: LossOptions) -> Tensor:
 )
 def nca_pair(pairs: PairLogps, options: LossOptions) -> Tensor:
     chosen, rejected = options.beta * pairs.chosen_ratio, options.beta * pairs.rejected_ratio
-    return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
+    return -log_sigmoid(chosen) - 0.5 * log_sigmoid(-chosen) - 0.5 * log_sigmoid(-rejected)
 
 
 @loss(
@@ -113,7 +115,7 @@ def nca_pair(pairs: PairLogps, options: LossOptions) -> Tensor:
 def bco_pair(pairs: PairLogps, options: LossOptions) -> Tensor:
     delta = 0.0 if pairs.delta is None else pairs.delta
     chosen, rejected = options.beta * pairs.chosen_ratio, options.beta * pairs.rejected_ratio
-    return -F.logsigmoid(chosen - delta) - F.logsigmoid(delta - rejected)
+    return -log_sigmoid(chosen - delta) - log_sigmoid(delta - rejected)
 
 
 @loss(
@@ -188,7 +190,7 @@ def discopop(pairs: PairLogps, options: LossOptions) -> Tensor:
     x = less_margin(options.beta * margin(pairs, options), pairs)
     blend = x / options.discopop_tau
     # exp(-x) S(x/tau) in one exponent: on its own the first factor overflows where the second is 0.
-    return -F.logsigmoid(x) * torch.sigmoid(-blend) + torch.exp(F.logsigmoid(blend) - x)
+    return -log_sigmoid(x) * torch.sigmoid(-blend) + torch.exp(log_sigmoid(blend) - x)
 
 
 @loss(
@@ -217,7 +219,7 @@ def soft(pairs: PairLogps, options: LossOptions) -> Tensor:
     if pairs.soft_label is None:
         raise ValueError("the loss soft needs the column soft_label: the probability of each label")
     x, q = less_margin(options.beta * margin(pairs, options), pairs), pairs.soft_label
-    return -q * F.logsigmoid(x) - (1 - q) * F.logsigmoid(-x)
+    return -q * log_sigmoid(x) - (1 - q) * log_sigmoid(-x)
 
 
 @loss(

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from dpo_fast.losses.divergence import less_margin, smoothed
+from dpo_fast.losses.divergence import less_margin, log_sigmoid, smoothed
 from dpo_fast.losses.logps import PairLogps
 from dpo_fast.losses.options import LossOptions
 from dpo_fast.losses.pairwise import MARGIN
 from dpo_fast.losses.spec import WEIGHTING, loss
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @loss(
@@ -74,7 +76,7 @@ def log_odds(pairs: PairLogps, options: LossOptions) -> dict[str, Tensor]:
     divides=lambda options: True,
 )
 def orpo(pairs: PairLogps, options: LossOptions) -> Tensor:
-    return -options.beta * F.logsigmoid(log_odds(pairs, options)["log_odds"])
+    return -options.beta * log_sigmoid(log_odds(pairs, options)["log_odds"])
 
 
 def log1mexp(x: Tensor) -> Tensor:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dpo_fast.losses.logps import Logps
 from dpo_fast.losses.options import LossOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ALONE = ("token_clamp", "reference_free")  # options of sums that need no pair
 SUM_OPTIONS = ("ld_alpha", "ld_reference", *ALONE)

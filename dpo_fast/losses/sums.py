@@ -28,15 +28,6 @@ class Tokens(NamedTuple):
     log_sum_p2_T: Tensor | None = None
 
 
-def needs_reference_tokens(options: LossOptions) -> bool:
-    """Whether sums of the reference are not enough."""
-    if options.reference_free:
-        return False
-    return options.token_clamp is not None or (
-        options.ld_alpha is not None and options.ld_reference
-    )
-
-
 def sequence_sums(
     tokens: Tokens, options: LossOptions, paired: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -51,7 +42,7 @@ def sequence_sums(
     logp_T, lengths_S, reference_S, reference_T, _ = tokens
     if options.reference_free:
         reference_S = reference_T = None
-    if needs_reference_tokens(options) and reference_T is None and reference_S is not None:
+    if options.needs_reference_tokens and reference_T is None and reference_S is not None:
         raise ValueError(
             "loss.token_clamp and loss.ld_alpha need the reference's log-prob of every token: set "
             "reference.per_token=true, or loss.ld_reference=false"
@@ -66,7 +57,7 @@ def sequence_sums(
         logp_T = logp_T * weight_T
         if reference_T is not None and options.ld_reference:
             reference_T = reference_T * weight_T
-    if reference_T is not None and needs_reference_tokens(options):
+    if reference_T is not None and options.needs_reference_tokens:
         reference_S = sum_sequences(reference_T, lengths_S)
     return sum_sequences(logp_T, lengths_S), reference_S
 

@@ -6,13 +6,17 @@ undesirable.
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+import torch
+
+from dpo_fast.losses.divergence import log_sigmoid
 from dpo_fast.losses.logps import SequenceLogps
 from dpo_fast.losses.options import LossOptions
 from dpo_fast.losses.spec import ALONE, loss
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHTS = ("desirable_weight", "undesirable_weight")
 
@@ -46,7 +50,7 @@ def kto(sequences: SequenceLogps, options: LossOptions) -> Tensor:
 def bco(sequences: SequenceLogps, options: LossOptions) -> Tensor:
     delta = 0.0 if sequences.delta is None else sequences.delta
     gap = options.beta * sequences.ratio - delta
-    return weighted(sequences, options, -F.logsigmoid(torch.where(sequences.desirable, gap, -gap)))
+    return weighted(sequences, options, -log_sigmoid(torch.where(sequences.desirable, gap, -gap)))
 
 
 @loss(

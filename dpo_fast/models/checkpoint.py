@@ -25,6 +25,7 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 HEADS = ("lm_head", "embed_out")
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -138,3 +139,61 @@ def adapter_vocabulary(path: str) -> int | None:
         if name.endswith(tuple(f"{end}.weight" for end in (*HEADS, *EMBEDDINGS)))
     ]
     return max(rows, default=None)
+
+
+def check_model_path(path: str, option: str = "model.path") -> None:
+    """Check that a folder holds a model, or an adapter with its base. Other names are left to the hub.
+
+    Raises:
+        UserError: naming the option, the path and what was expected there.
+    """
+    folder = Path(path).expanduser()
+    if not is_folder(path, option):
+        return
+    if is_adapter(path):
+        base = base_of(path, option)
+        if is_adapter(base):
+            raise UserError(
+                f"{option}={path} is an adapter on another adapter, {base}: merge that one into its base "
+                "first (model.adapter=merge does it, or peft's merge_and_unload)"
+            )
+        try:
+            check_model_path(base, "base_model_name_or_path")
+        except UserError as error:
+            raise UserError(
+                f"{option}={path} is an adapter, and its base model cannot be found: {error}. Correct "
+                f"base_model_name_or_path in {folder / ADAPTER_CONFIG}"
+            ) from None
+        return
+    config = folder / "config.json"
+    if not config.is_file():
+        raise UserError(
+            f"{option}={path} is not a model folder: it has no config.json (found: {_names(folder)})"
+        )
+    try:
+        json.loads(config.read_text())
+    except ValueError as error:
+        raise UserError(f"{config} is not JSON: {error}") from None
+    if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+        raise UserError(
+            f"{option}={path} has a config.json but no weights: expected *.safetensors "
+            f"(found: {_names(folder)})"
+        )
+
+
+def is_folder(path: str, option: str) -> bool:
+    """Whether it is a folder here rather than a hub id. Raises UserError if it is neither."""
+    folder = Path(path).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{option}={path} is a file; expected a folder")
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if not folder.exists() and looks_local:
+        raise UserError(
+            f"{option}={path}: no such folder; expected one that save_pretrained wrote, or a hub id "
+            "like org/name"
+        )
+    return folder.exists()
+
+
+def _names(folder: Path) -> str:
+    return ", ".join(sorted(child.name for child in folder.iterdir())[:8]) or "nothing"

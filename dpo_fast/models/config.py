@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, model_validator
 
 from dpo_fast.models.checkpoint import is_adapter
-from dpo_fast.models.precision import DTYPES, choose_dtype
+
+if TYPE_CHECKING:
+    import torch
 
 ModelPath = Annotated[str, AfterValidator(os.path.expanduser)]  # a folder, or a hub id
 
@@ -102,11 +103,15 @@ class ModelSection(BaseModel):
     @property
     def precision(self) -> str:
         """bf16 or fp32: `dtype`, or what `auto` means on this machine."""
+        from dpo_fast.models.precision import choose_dtype
+
         return choose_dtype(self.dtype).name
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """`precision` as PyTorch has it."""
+        from dpo_fast.models.precision import DTYPES
+
         return DTYPES[self.precision]
 
     @model_validator(mode="after")

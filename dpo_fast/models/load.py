@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
 
 import torch
@@ -20,72 +19,18 @@ from transformers import (
 
 from dpo_fast.errors import UserError
 from dpo_fast.models.adapters import add_lora, check_adapter, load_adapter
-from dpo_fast.models.checkpoint import ADAPTER_CONFIG, adapter_vocabulary, base_of, is_adapter
+from dpo_fast.models.checkpoint import (
+    adapter_vocabulary,
+    base_of,
+    check_model_path,
+    is_adapter,
+    is_folder,
+)
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.decoder import decoder_of
 from dpo_fast.models.layers import compile_layers, use_liger_kernel
 from dpo_fast.models.save import HEAVY
 from dpo_fast.models.scoring import ScoringModel
-
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
-
-
-def check_model_path(path: str, option: str = "model.path") -> None:
-    """Check that a folder holds a model, or an adapter with its base. Other names are left to the hub.
-
-    Raises:
-        UserError: naming the option, the path and what was expected there.
-    """
-    folder = Path(path).expanduser()
-    if not is_folder(path, option):
-        return
-    if is_adapter(path):
-        base = base_of(path, option)
-        if is_adapter(base):
-            raise UserError(
-                f"{option}={path} is an adapter on another adapter, {base}: merge that one into its base "
-                "first (model.adapter=merge does it, or peft's merge_and_unload)"
-            )
-        try:
-            check_model_path(base, "base_model_name_or_path")
-        except UserError as error:
-            raise UserError(
-                f"{option}={path} is an adapter, and its base model cannot be found: {error}. Correct "
-                f"base_model_name_or_path in {folder / ADAPTER_CONFIG}"
-            ) from None
-        return
-    config = folder / "config.json"
-    if not config.is_file():
-        raise UserError(
-            f"{option}={path} is not a model folder: it has no config.json (found: {_names(folder)})"
-        )
-    try:
-        json.loads(config.read_text())
-    except ValueError as error:
-        raise UserError(f"{config} is not JSON: {error}") from None
-    if not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
-        raise UserError(
-            f"{option}={path} has a config.json but no weights: expected *.safetensors "
-            f"(found: {_names(folder)})"
-        )
-
-
-def is_folder(path: str, option: str) -> bool:
-    """Whether it is a folder here rather than a hub id. Raises UserError if it is neither."""
-    folder = Path(path).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{option}={path} is a file; expected a folder")
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    if not folder.exists() and looks_local:
-        raise UserError(
-            f"{option}={path}: no such folder; expected one that save_pretrained wrote, or a hub id "
-            "like org/name"
-        )
-    return folder.exists()
-
-
-def _names(folder: Path) -> str:
-    return ", ".join(sorted(child.name for child in folder.iterdir())[:8]) or "nothing"
 
 
 def local_folder(path: str) -> Path:

@@ -10,18 +10,27 @@ store.py       which model a stored reference is of, and in which folder it lies
 compute.py     log-probs of a part of the data, as a table
 artefact.py    the files of a stored reference: their format, and how they are written
 config.py      the section `reference`
+
+The providers are imported when they are first used: a configuration is checked without PyTorch.
 """
 
-from dpo_fast.references.cached import CachedReference
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
 from dpo_fast.references.config import ReferenceModel, ReferenceSection
-from dpo_fast.references.providers import (
-    AdapterOffReference,
-    ColumnReference,
-    EmaReference,
-    FrozenReference,
-    NoReference,
-)
 from dpo_fast.references.table import PROVIDERS, ProviderSpec
+
+if TYPE_CHECKING:
+    from dpo_fast.references.cached import CachedReference
+    from dpo_fast.references.providers import (
+        AdapterOffReference,
+        ColumnReference,
+        EmaReference,
+        FrozenReference,
+        NoReference,
+    )
 
 __all__ = [
     "PROVIDERS",
@@ -35,3 +44,10 @@ __all__ = [
     "ReferenceModel",
     "ReferenceSection",
 ]
+
+
+def __getattr__(name: str):
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = "cached" if name == "CachedReference" else "providers"
+    return getattr(importlib.import_module(f"{__name__}.{home}"), name)

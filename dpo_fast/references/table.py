@@ -1,26 +1,20 @@
 """The table of reference providers: what each stores, needs and can score, and how it is built.
 
 The configuration, its checks, the trainer, `dpo-fast doctor` and docs/CONFIG.md read it. A new provider
-is an entry here and a class in `providers.py`.
+is an entry here and a class in `providers.py`, which is imported where it is built: the table is read
+without PyTorch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from dpo_fast.data.kinds import Kind
-from dpo_fast.models.scoring import ScoringModel
-from dpo_fast.references.providers import (
-    AdapterOffReference,
-    ColumnReference,
-    EmaReference,
-    FrozenReference,
-    NoReference,
-    Provider,
-    Scorer,
-)
+if TYPE_CHECKING:
+    from dpo_fast.data.kinds import Kind
+    from dpo_fast.models.scoring import ScoringModel
+    from dpo_fast.references.providers import Provider, Scorer
 
 
 @dataclass(frozen=True)
@@ -94,7 +88,34 @@ class ProviderSpec:
         return self.tokens == "always" or (self.tokens == "stored" and per_token)
 
 
+def _frozen(materials: Materials) -> dict[str, Provider]:
+    from dpo_fast.references.providers import FrozenReference
+
+    return materials.for_every_split(FrozenReference(materials.second_model()))
+
+
+def _adapter_off(materials: Materials) -> dict[str, Provider]:
+    from dpo_fast.references.providers import AdapterOffReference
+
+    reference = AdapterOffReference(materials.engine, materials.policy.as_started)
+    return materials.for_every_split(reference)
+
+
+def _columns(materials: Materials) -> dict[str, Provider]:
+    from dpo_fast.references.providers import ColumnReference
+
+    return {name: ColumnReference(kind) for name, kind in materials.kinds.items()}
+
+
+def _none(materials: Materials) -> dict[str, Provider]:
+    from dpo_fast.references.providers import NoReference
+
+    return materials.for_every_split(NoReference())
+
+
 def _ema(materials: Materials) -> dict[str, Provider]:
+    from dpo_fast.references.providers import EmaReference
+
     section = materials.section
     reference = EmaReference(
         materials.second_model(), materials.policy, section.mixup_alpha, section.sync_steps
@@ -115,7 +136,7 @@ _SPECS = (  # the first is the default
     ProviderSpec(
         "frozen",
         "a second model beside the policy",
-        lambda materials: materials.for_every_split(FrozenReference(materials.second_model())),
+        _frozen,
         options=("path",),
         second_model="always",
         tokens="always",
@@ -125,9 +146,7 @@ _SPECS = (  # the first is the default
         "adapter_off",
         "the policy with its adapters off, or as they were where it goes on with an adapter: no second "
         "copy of the weights",
-        lambda materials: materials.for_every_split(
-            AdapterOffReference(materials.engine, materials.policy.as_started)
-        ),
+        _adapter_off,
         tokens="always",
         any_sequence=True,
         needs_adapters=True,
@@ -147,14 +166,11 @@ _SPECS = (  # the first is the default
         "columns",
         "sums that come with the data, in the columns reference_chosen_logps and "
         "reference_rejected_logps, or reference_completion_logps",
-        lambda materials: {name: ColumnReference(kind) for name, kind in materials.kinds.items()},
+        _columns,
         columns=True,
     ),
     ProviderSpec(
-        "none",
-        "nothing, for losses that compare with no reference",
-        lambda materials: materials.for_every_split(NoReference()),
-        compares=False,
+        "none", "nothing, for losses that compare with no reference", _none, compares=False
     ),
 )
 PROVIDERS = {spec.name: spec for spec in _SPECS}

@@ -17,8 +17,9 @@ from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.errors import UserError
 from dpo_fast.models import ScoringModel
 from dpo_fast.models.architecture import architecture_of, choose_attention, choose_layout
+from dpo_fast.models.checkpoint import is_folder
 from dpo_fast.models.layers import check_layers
-from dpo_fast.models.load import is_folder, load_skeleton
+from dpo_fast.models.load import load_skeleton
 from dpo_fast.models.own_losses import check_own_losses
 from dpo_fast.models.precision import choose_dtype
 from dpo_fast.models.quantised import check_whole_weights

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
-from dpo_fast import durable
 from dpo_fast.errors import Interrupted, UserError
 from dpo_fast.training import distributed, signals
 from dpo_fast.training.config import RunConfig
@@ -18,13 +15,14 @@ from dpo_fast.training.console import progress_bar, say
 from dpo_fast.training.earlier_run import MODEL, check_earlier_run
 from dpo_fast.training.evaluation import evaluate_run, evaluated
 from dpo_fast.training.export import export
+from dpo_fast.training.first_batches import compare_at_start
 from dpo_fast.training.fit import check_run
 from dpo_fast.training.metrics import MetricSums
 from dpo_fast.training.perf import watch_head, work_of
+from dpo_fast.training.places import check_writable
 from dpo_fast.training.prepare import Run, prepare
 from dpo_fast.training.resume import checkpoint_of, resume, save
 from dpo_fast.training.run_log import RunLog, open_log
-from dpo_fast.training.start import Start, check_start, first_batches, other_batches
 from dpo_fast.training.step import coupled_step, train_step
 
 RESUME = "go on from the last checkpoint with train.resume_from_checkpoint=true"
@@ -94,18 +92,6 @@ def steps(
         raise Interrupted(f"interrupted; resume with train.resume_from_checkpoint={folder}")
 
 
-def check_writable(output_dir: str) -> None:
-    """Raises UserError unless the run can be written there. Makes no folder: the data may be bad."""
-    try:
-        with tempfile.TemporaryFile(dir=durable.existing(Path(output_dir))):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"train.output_dir={output_dir} cannot be written: {error.strerror or error}; name another "
-            "folder"
-        ) from None
-
-
 def due(every: int | None, step: int, last: bool) -> bool:
     """Whether something is due that happens every so many steps and after the last."""
     return last or (every is not None and step % every == 0)
@@ -114,31 +100,10 @@ def due(every: int | None, step: int, last: bool) -> bool:
 def start(run: Run, log: RunLog) -> tuple[int, bool]:
     """Begin a new run: compare policy and reference, and evaluate once. Returns as `resume` does."""
     log.begin(0)
-    found = compare_at_start(run) if starts_at_reference(run) else None
-    if found is not None:
-        say(f"step 0: {found}")
+    found = compare_at_start(run)
     if run.eval:
         log.evaluation(0, evaluate_run(run, 0) | ({} if found is None else found.metrics))
     return 0, False
-
-
-def starts_at_reference(run: Run) -> bool:
-    """Whether the reference is the policy before its first update."""
-    scored = run.config.loss.objective.needs_reference and run.config.reference_spec.scores
-    return scored and run.weights["reference.path"] == run.weights["model.path"]
-
-
-def compare_at_start(run: Run) -> Start:
-    """`check_start` on the first batches of the run. Collective."""
-    split, number = run.train.at(0)
-    count, indices = first_batches(split, number)
-    return check_start(
-        run.engine,
-        list(itertools.islice(split.batches(number), count)),
-        other_batches(split, split.sampler.micro_batches(number, distributed.rank())[0]),
-        *run.loss_and_reference("train"),
-        split.totals(indices),
-    )
 
 
 def update(run: Run, step: int, sums: MetricSums) -> Tensor:

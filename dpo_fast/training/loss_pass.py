@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.losses import Objective, Preference, ScoredGroups, Totals, preference
-from dpo_fast.losses.preference import UNPAIRED, kernel_misses
+from dpo_fast.losses.from_tokens import UNPAIRED, kernel_misses
 from dpo_fast.losses.sums import Tokens, sequence_sums
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.ops.segments import sum_sequences

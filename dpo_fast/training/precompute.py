@@ -17,12 +17,19 @@ from dpo_fast.references import CachedReference, ReferenceModel
 from dpo_fast.references.artefact import Unfinished
 from dpo_fast.references.cached import open_reference
 from dpo_fast.references.compute import length_batches, part_table, score_part
+from dpo_fast.references.providers import Scorer
 from dpo_fast.references.store import Place, Request, default_place, find_stored, named_place
 from dpo_fast.training import distributed, signals
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import progress_bar, say
 from dpo_fast.training.splits import Split
 from dpo_fast.training.weights import identity_of
+
+Before = Callable[[Scorer], None]  # called with a model before it scores all examples
+
+
+def nothing(scorer: Scorer) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -39,11 +46,17 @@ class StoredReference:
 
 
 def store_references(
-    config: RunConfig, model: ReferenceModel, make_scorer: Callable, device, splits: list[Split]
+    config: RunConfig,
+    model: ReferenceModel,
+    make_scorer: Callable,
+    device,
+    splits: list[Split],
+    before: Before = nothing,
 ) -> list[StoredReference]:
     """Find a model's stored reference of each split, or compute it. Collective.
 
     make_scorer: loads the model. It is called once, and only if something is to be computed.
+    before: called with the model once, before the first split is computed.
 
     Raises:
         UserError: what is stored is damaged or does not fit, or it cannot be written.
@@ -61,7 +74,9 @@ def store_references(
         )
         seconds = None
         if folders is None:
-            scorer = scorer or make_scorer()
+            if scorer is None:
+                scorer = make_scorer()
+                before(scorer)
             start = time.monotonic()
             compute_reference(scorer, config, split, request, path, place.own, device)
             seconds, folders = time.monotonic() - start, [place.own]
@@ -81,10 +96,15 @@ def _look(
 
 
 def cached_references(
-    config: RunConfig, model: ReferenceModel, make_scorer: Callable, device, splits: list[Split]
+    config: RunConfig,
+    model: ReferenceModel,
+    make_scorer: Callable,
+    device,
+    splits: list[Split],
+    before: Before = nothing,
 ) -> dict[str, CachedReference]:
     """The stored log-probs of a model, by the split's name. What is not there is computed first."""
-    stored = store_references(config, model, make_scorer, device, splits)
+    stored = store_references(config, model, make_scorer, device, splits, before)
     return {
         each.split.name: open_reference(
             each.folders,

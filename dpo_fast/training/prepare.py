@@ -16,6 +16,7 @@ from dpo_fast.modules.metrics import METRIC_EXTRAS
 from dpo_fast.training import distributed
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.engine import build_engine, deepspeed_config, shard_while_loading
+from dpo_fast.training.first_batches import check_before_pass
 from dpo_fast.training.fit import Choices, check_positions, check_vocabulary, choose
 from dpo_fast.training.load_data import load_split
 from dpo_fast.training.loss_pass import LossPass, Statistics
@@ -93,11 +94,12 @@ def prepare(config: RunConfig, choices: Choices | None = None) -> Run:
     dtype = config.model.torch_dtype
     check_separation(engine, config.train.layout, len(tokenizer), engine.device, dtype)
     load = partial(load_second_model, config, choices, ds_config, engine.device, splits)
-    references = build_references(config, engine, model, splits, load)
-    old = build_old(config, engine, references, splits, load)
-    del keep_alive
     extras = METRIC_EXTRAS if config.log.token_metrics else ()
     loss_pass = LossPass(config.loss.objective, extras, config.train.implementation)
+    before = partial(check_before_pass, config, engine, train, loss_pass)
+    references = build_references(config, engine, model, splits, load, before)
+    old = build_old(config, engine, references, splits, load, before)
+    del keep_alive
     return Run(
         config=config,
         tokenizer=tokenizer,

@@ -18,10 +18,17 @@ from dpo_fast.training.engine import (
     reference_config,
     shard_while_loading,
 )
+from dpo_fast.training.first_batches import check_twice
 from dpo_fast.training.fit import Choices, check_positions, check_run, check_vocabulary
 from dpo_fast.training.load_data import load_split
 from dpo_fast.training.merge import merged_first
-from dpo_fast.training.precompute import StoredReference, cached_references, store_references
+from dpo_fast.training.precompute import (
+    Before,
+    StoredReference,
+    cached_references,
+    nothing,
+    store_references,
+)
 from dpo_fast.training.splits import Split
 
 Load = Callable[[ReferenceModel], object]  # gives the model as a scorer
@@ -63,8 +70,13 @@ def load_reference_engine(
     return scorer
 
 
-def build_references(config: RunConfig, engine, policy, splits: list[Split], load: Load) -> dict:
-    """The reference of each split, by the split's name."""
+def build_references(
+    config: RunConfig, engine, policy, splits: list[Split], load: Load, before: Before = nothing
+) -> dict:
+    """The reference of each split, by the split's name.
+
+    before: called with a scorer before it computes log-probs of all examples (`check_before_pass`).
+    """
     model = config.reference.model
     scorer = _scorer(model, engine, load)
     materials = Materials(
@@ -73,12 +85,19 @@ def build_references(config: RunConfig, engine, policy, splits: list[Split], loa
         engine=engine,
         policy=policy,
         second_model=lambda: load(model),
-        stored=lambda: cached_references(config, model, scorer, engine.device, splits),
+        stored=lambda: cached_references(config, model, scorer, engine.device, splits, before),
     )
     return config.reference_spec.build(materials)
 
 
-def build_old(config: RunConfig, engine, references: dict, splits: list[Split], load: Load) -> dict:
+def build_old(
+    config: RunConfig,
+    engine,
+    references: dict,
+    splits: list[Split],
+    load: Load,
+    before: Before = nothing,
+) -> dict:
     """For each split its stored log-probs under the model that wrote its completions; None if no loss asks.
 
     The stored reference serves if it is of the same model and has every token.
@@ -88,7 +107,8 @@ def build_old(config: RunConfig, engine, references: dict, splits: list[Split], 
         return dict.fromkeys(references)
     if model == config.reference.model:
         return references
-    return cached_references(config, model, _scorer(model, engine, load), engine.device, splits)
+    scorer, before = _scorer(model, engine, load), partial(before, provider=references["train"])
+    return cached_references(config, model, scorer, engine.device, splits, before)
 
 
 def _scorer(model: ReferenceModel, engine, load: Load) -> Callable:
@@ -124,7 +144,14 @@ def _store_beforehand(config: RunConfig, choices: Choices) -> list[StoredReferen
     return [
         stored
         for model in config.stored_models
-        for stored in store_references(config, model, partial(load, model), device, splits)
+        for stored in store_references(
+            config,
+            model,
+            partial(load, model),
+            device,
+            splits,
+            partial(check_twice, config, splits[0], model.path or config.model.path),
+        )
     ]
 
 

@@ -20,6 +20,14 @@ import torch
 # resumed run has the same ones.
 FOLLOW_A_METRIC = ("reduce_lr_on_plateau", "greedy")
 WITHOUT_WARM_UP = ("constant",)
+# The names that transformers has. They stand here so that a misspelt one is told before it is imported.
+NAMES = (
+    *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"),
+    *("inverse_sqrt", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay"),
+    *FOLLOW_A_METRIC,
+)
+# Without numbers of their own their rates lie between 0 and the peak, however long the run is.
+SAFE = ("linear", "cosine", "constant", "constant_with_warmup")
 OURS = {  # arguments of transformers' functions that other options decide
     "optimizer": "the optimiser is AdamW",
     "num_warmup_steps": "train.warmup_ratio says how long the warm-up is",
@@ -50,9 +58,7 @@ class Schedule:
 
 def check_name(name: str) -> None:
     """Raises ValueError unless a run can have this schedule."""
-    from transformers import SchedulerType
-
-    names = [each.value for each in SchedulerType if each.value not in FOLLOW_A_METRIC]
+    names = [each for each in NAMES if each not in FOLLOW_A_METRIC]
     if name in FOLLOW_A_METRIC:
         raise ValueError(
             f"train.lr_scheduler_type={name} cannot be honoured: it follows a metric, and the rates of "
@@ -84,8 +90,10 @@ def check_schedule(schedule: Schedule, learning_rate: float, total_steps: int | 
     Raises:
         ValueError: naming the option, its value and the remedy.
     """
-    _check_options(schedule)
     given = schedule.numbers
+    if schedule.name in SAFE and not given:
+        return
+    _check_options(schedule)
     if schedule.name == "warmup_stable_decay" and total_steps is not None:
         _check_stages(schedule, total_steps)
     if total_steps is None:

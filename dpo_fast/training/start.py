@@ -78,6 +78,21 @@ class Start:
             "the model's forward, and at model.dtype"
         )
 
+    @property
+    def of_columns(self) -> str:
+        """What is said of sums that came with the data, whose model is not known."""
+        if self.difference <= self.accepted:
+            return (
+                "the reference columns of the data are the policy's own log-probs, but for rounding "
+                f"({self.difference:.2g} nats a token)"
+            )
+        return (
+            f"the reference columns of the data differ from the policy by {self.difference:.2g} nats a "
+            f"token, and rounding explains {self.accepted:.2g}; the loss is {self.loss:.7f}, and would be "
+            f"{self.expected:.7f} with the policy's own. They are of another model or of other tokens: "
+            "another template, end of turn or truncation"
+        )
+
     def __str__(self) -> str:
         return (
             f"loss {self.loss:.7f}, expected {self.expected:.7f} where policy = reference; their "
@@ -91,8 +106,16 @@ def allowance(sequences: int) -> float:
     return 2 + 4 / math.sqrt(max(sequences, 1))
 
 
+def check_start(*arguments) -> Start:
+    """As `measure_start`. Raises UserError if policy and reference differ by more than rounding."""
+    start = measure_start(*arguments)
+    if not start.difference <= start.accepted:
+        raise UserError(start.refusal)
+    return start
+
+
 @torch.no_grad()
-def check_start(
+def measure_start(
     engine,
     batches: Sequence[ScoredBatch],
     again: Sequence[ScoredBatch],
@@ -108,9 +131,6 @@ def check_start(
     batches: this rank's first micro-batches of the first step, as many as every other rank has.
     again: examples of the first of them in other batches (`other_batches`), as many on every rank.
     totals: counts of the examples in the batches of all ranks.
-
-    Raises:
-        UserError: they differ by more than rounding, so the reference is not the policy at its start.
     """
     losses = torch.zeros(2, dtype=torch.float64, device=engine.device)
     squares, seen = Squares(engine.device), {}
@@ -124,17 +144,20 @@ def check_start(
             losses[place] += loss_pass.loss(token_outputs, each, batch, totals).loss
         squares.compare(logp_T, reference["reference_S"], reference.get("reference_T"), batch)
         seen |= by_example(logp_T, batch)
-    with last_bits_changed(getattr(engine, "module", engine).causal_lm.get_input_embeddings()):
+    evaluate_again(engine, again, seen, squares)
+    losses = distributed.all_sum(losses).tolist()
+    return squares.start(*losses, loss_pass.objective.options.beta)
+
+
+@torch.no_grad()
+def evaluate_again(scorer, again: Sequence[ScoredBatch], seen: dict, squares: Squares) -> None:
+    """Enter what a second evaluation of examples differs by. seen: the first one, by example."""
+    with last_bits_changed(getattr(scorer, "module", scorer).causal_lm.get_input_embeddings()):
         for batch in again:
-            batch = batch.to(engine.device)
-            logp_T = engine(**forward_arguments(batch))["logp"]
+            batch = batch.to(squares.sums.device)
+            logp_T = scorer(**forward_arguments(batch))["logp"]
             first_T = torch.cat([logp_T[:0], *(seen[i] for i in batch.indices_P.tolist())])
             squares.repeat(logp_T, first_T, batch)
-    losses = distributed.all_sum(losses).tolist()
-    start = squares.start(*losses, loss_pass.objective.options.beta)
-    if not start.difference <= start.accepted:
-        raise UserError(start.refusal)
-    return start
 
 
 class Squares:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.losses import Preference, Totals
-from dpo_fast.losses.preference import as_pairs
+from dpo_fast.losses.from_tokens import as_pairs
 from dpo_fast.losses.sums import Tokens, sequence_sums
 from dpo_fast.training import distributed
 from dpo_fast.training.eval_examples import EvalTable

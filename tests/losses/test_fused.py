@@ -1,18 +1,17 @@
 """`preference`, both implementations, against the losses in fp64 and against values by hand."""
 
 import math
-import sys
 
 import pytest
 import torch
 
 from dpo_fast.errors import UnavailableError
 from dpo_fast.losses import LOSSES, LossOptions, LossSpec, Objective, Totals, preference
-from dpo_fast.losses.preference import as_pairs
+from dpo_fast.losses import from_tokens as module
+from dpo_fast.losses.from_tokens import as_pairs
 from dpo_fast.ops.dispatch import Choice
 from tests.support.device import DEVICE, HAS_TRITON, ON_A_GPU, each_implementation, needs_triton
 
-module = sys.modules["dpo_fast.losses.preference"]  # the function shadows its module's name
 pytestmark = [
     pytest.mark.usefixtures("on_the_device"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy, dividing by length 0

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dpo_fast.losses import LOSSES, LossOptions, Objective, PairLogps, SequenceLogps, Totals
-from dpo_fast.losses.preference import as_pairs
+from dpo_fast.losses.from_tokens import as_pairs
 from dpo_fast.modules import (
     FusedHead,
     FusedLinearPreferenceLoss,

@@ -18,7 +18,7 @@ from dpo_fast.models.precision import DTYPES
 from dpo_fast.models.scoring import ScoringModel
 from dpo_fast.references import FrozenReference
 from dpo_fast.training.config import build_config
-from dpo_fast.training.loop import starts_at_reference
+from dpo_fast.training.first_batches import starts_at_reference
 from dpo_fast.training.start import first_batches, last_bits_changed
 from dpo_fast.training.weights import identities
 from tests.support import start as support
@@ -258,7 +258,7 @@ def test_the_check_is_for_runs_that_start_at_their_reference(tmp_path):
     def starts(reference: dict, **loss) -> bool:
         tree = run_tree(tmp_path) | {"reference": reference, "loss": loss}
         config = build_config(tree, "tree")
-        return starts_at_reference(SimpleNamespace(config=config, weights=identities(config)))
+        return starts_at_reference(config, identities(config))
 
     model = write_model(tmp_path / "model")
     for name, seed in (("same", 0), ("another", 1)):

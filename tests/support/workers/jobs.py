@@ -15,12 +15,15 @@ from pathlib import Path
 
 import torch
 
+from dpo_fast.errors import UserError
+from dpo_fast.models import ScoringModel
 from dpo_fast.training import distributed
 from dpo_fast.training.config import build_config
 from dpo_fast.training.console import quiet
 from dpo_fast.training.loop import train, update
 from dpo_fast.training.metrics import MetricSums
 from dpo_fast.training.prepare import prepare
+from dpo_fast.training.references import store_beforehand
 
 
 def train_all(trees: list[dict]) -> None:
@@ -71,7 +74,31 @@ def in_turn(folder: str) -> None:
         assert done.exists(), f"rank {distributed.rank()} came too early"
 
 
-JOBS = {"train": train_all, "first_steps": first_steps, "in_turn": in_turn}
+def with_noise(command: str, tree: dict, file: str) -> None:
+    """Train, or store the reference, with a model that draws noise; writes what the run is refused with."""
+    forward = ScoringModel.forward
+
+    def noisy(self, *arguments, **options):
+        outputs = forward(self, *arguments, **options)
+        return outputs | {"logp": outputs["logp"] + 0.1 * torch.randn_like(outputs["logp"])}
+
+    ScoringModel.forward = noisy
+    try:
+        {"train": train, "reference": store_beforehand}[command](build_config(tree, "case"))
+        refusal = ""
+    except UserError as error:
+        refusal = str(error)
+    finally:
+        ScoringModel.forward = forward
+    Path(f"{file}.{distributed.rank()}").write_text(refusal)
+
+
+JOBS = {
+    "with_noise": with_noise,
+    "train": train_all,
+    "first_steps": first_steps,
+    "in_turn": in_turn,
+}
 
 
 def end_with(parent: int) -> None:
