@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from dpo_fast.errors import Unhealthy
 from dpo_fast.training import distributed
 from dpo_fast.training.config import build_config
 from dpo_fast.training.console import quiet
@@ -26,6 +27,16 @@ from dpo_fast.training.prepare import prepare
 def train_all(trees: list[dict]) -> None:
     for tree in trees:
         train(build_config(tree, "case"))
+
+
+def stopped_by_health(tree: dict) -> None:
+    """A run that a finding must stop, on every rank."""
+    try:
+        train(build_config(tree, "case"))
+    except Unhealthy as stop:
+        assert stop.exit_code == 4 and "health.stop_on=" in str(stop), stop
+    else:
+        raise AssertionError("the run was not stopped")
 
 
 def first_steps(trees: dict[str, dict], file: str) -> None:
@@ -71,7 +82,12 @@ def in_turn(folder: str) -> None:
         assert done.exists(), f"rank {distributed.rank()} came too early"
 
 
-JOBS = {"train": train_all, "first_steps": first_steps, "in_turn": in_turn}
+JOBS = {
+    "train": train_all,
+    "stopped_by_health": stopped_by_health,
+    "first_steps": first_steps,
+    "in_turn": in_turn,
+}
 
 
 def end_with(parent: int) -> None:
