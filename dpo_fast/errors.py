@@ -19,3 +19,9 @@ class LostPeer(Exception):
     """A collective failed because another rank is lost or silent: nothing is wrong in this one."""
 
     exit_code = 3
+
+
+class Unhealthy(Interrupted):
+    """A finding that `health.stop_on` names ended a run after its step; a checkpoint is saved."""
+
+    exit_code = 4

@@ -19,12 +19,13 @@ PACKAGE = ROOT / "dpo_fast"
 FLOORS = [  # each may import from those below it
     {"cli", "demo", "integrations", "report", "__main__"},
     {"training"},
+    {"health"},
     {"data", "models", "references"},
     {"modules"},
     {"losses"},
     {"ops"},
     {"kernels"},
-    {"errors", "durable", "progress"},
+    {"errors", "durable", "progress", "numbers"},
 ]
 LEVEL = {room: len(FLOORS) - index for index, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -138,7 +139,13 @@ TESTED_THROUGH = {
     "ops.linear_logp.torch": "ops/test_linear_logp.py",
     "ops.linear_logp.torch_tiles": "ops/test_linear_logp.py",
     "report.data": "report/test_report.py",
-    "report.health": "report/test_report.py",
+    "health.courses": "health/test_findings.py",
+    "health.curves": "health/test_findings.py",
+    "health.data": "health/test_findings.py",
+    "health.findings": "health/test_findings.py",
+    "health.history": "health/test_findings.py",
+    "health.monitor": "health/test_findings.py",
+    "training.health_section": "health/test_findings.py",
     "report.panels": "report/test_report.py",
     "report.style": "report/test_report.py",
     "training.export": "support/workers/jobs.py",

@@ -144,6 +144,11 @@ class Dataset:
         """Token counts of prompts and answers."""
         return _lengths(self._table).take(self._rows)
 
+    def column(self, name: str, indices: range) -> pyarrow.Array:
+        """The values of these examples in a column that all have."""
+        rows = pyarrow.array(self._rows[indices])
+        return pyarrow.concat_arrays(self._table.data.column(name).take(rows).chunks)
+
     @functools.cached_property
     def digests(self) -> pyarrow.Array:
         """sha256 of each example's token ids, binary [P]; the same on every machine."""

@@ -18,6 +18,7 @@ from itertools import islice
 from typing import Any, ClassVar
 
 import numpy as np
+import pyarrow
 
 from dpo_fast.data.build import nothing_left, values
 from dpo_fast.data.config import DataConfig
@@ -59,6 +60,10 @@ class Chunk:
 
     def where(self, index: int) -> str:
         return self.places[index]
+
+    def column(self, name: str, indices: range) -> pyarrow.Array:
+        """The values of these examples in a column that all have."""
+        return pyarrow.array([self[index][name] for index in indices])
 
     @property
     def numbers(self) -> list[str]:

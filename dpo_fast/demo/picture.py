@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from dpo_fast.numbers import percent
 from dpo_fast.report.chart import HEIGHT, WIDTH, Curve, Panel, draw
-from dpo_fast.report.scale import percent
 
 TITLE = 30  # room above a chart
 # Colours stand in every rule: few viewers of SVG know variables.

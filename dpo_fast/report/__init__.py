@@ -1,7 +1,6 @@
 """The report of a run: one self-contained HTML file, made from the files of the run.
 
 read.py      the run's files, read and checked
-health.py    checks of the metrics, with the usual remedies
 scale.py     ticks at round numbers, and numbers as text
 chart.py     curves as SVG
 panels.py    which curves there are, and a sentence on each

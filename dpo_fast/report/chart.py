@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from html import escape
 from itertools import accumulate
 
-from dpo_fast.report.read import Points
-from dpo_fast.report.scale import number, tick_labels, ticks
+from dpo_fast.health import Points
+from dpo_fast.numbers import number
+from dpo_fast.report.scale import tick_labels, ticks
 
 WIDTH, HEIGHT = 400, 232
 LEFT, RIGHT, TOP, BOTTOM = 46, 338, 12, 198  # the plot's edges; labels stand right of it

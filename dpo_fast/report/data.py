@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from dpo_fast.data.report import PERCENTILES, DataReport
-from dpo_fast.report.scale import percent
+from dpo_fast.numbers import percent
 
 EXAMPLES = 3
 

@@ -6,12 +6,12 @@ import statistics
 from html import escape
 from typing import Any
 
+from dpo_fast.health import Points, examine
+from dpo_fast.numbers import number, percent
 from dpo_fast.report.chart import SMOOTH_FROM, Panel, draw
 from dpo_fast.report.data import data_section
-from dpo_fast.report.health import examine
 from dpo_fast.report.panels import epoch_marks, learning_panels, running_panels
-from dpo_fast.report.read import Points, RunRecord
-from dpo_fast.report.scale import number, percent
+from dpo_fast.report.read import RunRecord
 from dpo_fast.report.style import SCRIPT, STYLE
 
 ARROW = "\N{RIGHTWARDS ARROW}"
@@ -116,8 +116,14 @@ def _tile(title: str, big: str, more: str) -> str:
 def _health(run: RunRecord) -> str:
     checks = examine(run)
     findings = [check.finding for check in checks if check.finding]
-    fine = [check.name for check in checks if check.finding == ""]
-    unknown = [check.name for check in checks if check.finding is None]
+    found = {check.name for check in checks if check.finding}
+    findings += [
+        f"At step {told.step:,.0f} the run said, and the whole of it does not show: {told.text}"
+        for name, told in run.told.items()
+        if name not in found
+    ]
+    fine = [check.fine for check in checks if check.finding == ""]
+    unknown = [check.fine for check in checks if check.finding is None]
     parts = ["<section><h2>Health</h2>"]
     if findings:
         items = "".join(f"<li>{_finding(finding)}</li>" for finding in findings)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
+from dpo_fast.numbers import percent
 from dpo_fast.report.chart import Curve, Panel
 from dpo_fast.report.read import RunRecord
-from dpo_fast.report.scale import percent
 
 MOST_EPOCH_MARKS = 8
 

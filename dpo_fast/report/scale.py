@@ -1,11 +1,11 @@
-"""Ticks at round numbers, and numbers as people write them."""
+"""Ticks at round numbers, and their labels."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-MINUS = "\N{MINUS SIGN}"
+from dpo_fast.numbers import exponent, minus
 
 
 def ticks(low: float, high: float, count: int = 5, whole: bool = False) -> list[float]:
@@ -29,39 +29,7 @@ def tick_labels(values: Sequence[float]) -> list[str]:
     largest = max(map(abs, values), default=0.0)
     step = min((b - a for a, b in zip(values, values[1:])), default=largest or 1.0)
     if 0 < largest < 1e-3 or largest >= 1e9:
-        return [_minus(_exponent(f"{value:.3g}")) for value in values]
+        return [minus(exponent(f"{value:.3g}")) for value in values]
     unit, suffix = (1e6, "M") if largest >= 2e6 else (1e3, "k") if largest >= 1e4 else (1.0, "")
     decimals = max(0, -math.floor(math.log10(step / unit) + 1e-9)) if step > 0 else 0
-    return [_minus(f"{value / unit:.{decimals}f}") + (suffix if value else "") for value in values]
-
-
-def number(value: float) -> str:
-    """Three or four digits that count: 0.6931, 71.7, 1,848, 2.5e-7."""
-    size = abs(value)
-    if size == 0:
-        return "0"
-    if size < 1e-3 or size >= 1e9:
-        return _minus(_exponent(f"{value:.2e}").replace(".00e", "e").replace("0e", "e"))
-    decimals = 4 - min(4, max(0, math.floor(math.log10(size)) + 1))
-    return _minus(f"{value:,.{decimals}f}")
-
-
-def percent(value: float) -> str:
-    """50 %, 99.4 %; no rounding up to 100 %, none down to 0 %."""
-    text = f"{100 * value:.1f}"
-    if text == "100.0" and value < 1:
-        text = "99.9"
-    elif text == "0.0" and value > 0:
-        return "<0.1 %"
-    return _minus(text.removesuffix(".0")) + " %"
-
-
-def _exponent(text: str) -> str:
-    return text.replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
-
-
-def _minus(text: str) -> str:
-    """The minus sign of print; none before a zero."""
-    if text.startswith("-") and not text.strip("-0."):
-        text = text[1:]
-    return text.replace("-", MINUS)
+    return [minus(f"{value / unit:.{decimals}f}") + (suffix if value else "") for value in values]

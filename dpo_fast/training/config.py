@@ -15,6 +15,7 @@ from dpo_fast.models.config import ModelSection
 from dpo_fast.references.config import ReferenceModel, ReferenceSection, check_reference
 from dpo_fast.references.table import PROVIDERS, ProviderSpec, alternatives, default_provider
 from dpo_fast.training.config_file import read_tree
+from dpo_fast.training.health_section import HealthSection, check_stop_on
 from dpo_fast.training.schedule import check_schedule
 from dpo_fast.training.sections import (
     FORBID,
@@ -42,6 +43,7 @@ class RunConfig(BaseModel):
     train: TrainSection
     parallel: ParallelSection = ParallelSection()
     log: LogSection = LogSection()
+    health: HealthSection = HealthSection()
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
@@ -53,6 +55,9 @@ class RunConfig(BaseModel):
         if self.data.streaming:
             self._check_stream()
             self._check_buffer()
+        if self.health.stop_on:
+            has_eval = self.data.has_eval
+            check_stop_on(self.health, self.reference_spec, self.resolved(), has_eval)
         return self
 
     def _check_kl(self) -> None:

@@ -9,7 +9,16 @@ import yaml
 
 from dpo_fast.errors import UserError
 
-SECTIONS = ("model", "data", "loss", "reference", "train", "parallel", "log")  # of RunConfig
+SECTIONS = (
+    "model",
+    "data",
+    "loss",
+    "reference",
+    "train",
+    "parallel",
+    "log",
+    "health",
+)  # of RunConfig
 
 
 class _Loader(yaml.SafeLoader):

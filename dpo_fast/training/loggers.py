@@ -25,6 +25,9 @@ class Logger(Protocol):
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
+    def tell(self, step: int, name: str, text: str) -> None:
+        """A finding, in words."""
+
     def close(self) -> None: ...
 
 
@@ -42,6 +45,9 @@ class TensorBoard:
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
+
+    def tell(self, step: int, name: str, text: str) -> None:
+        self.writer.add_text(f"health/{name}", text, step)
 
     def close(self) -> None:
         self.writer.close()
@@ -75,6 +81,9 @@ class WandB:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self.run.log({**metrics, STEP: step})
 
+    def tell(self, step: int, name: str, text: str) -> None:
+        self.run.alert(title=f"{name} at step {step}", text=text)
+
     def close(self) -> None:
         self.run.finish()
 
@@ -98,11 +107,12 @@ def open_loggers(config: RunConfig, step: int) -> list[Logger]:
 
 
 def named(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics that have a value, under the names of transformers."""
+    """The numbers among the metrics, under the names of transformers."""
     names = {
         name: f"eval/{name.removeprefix(EVALUATION)}"
         if name.startswith(EVALUATION)
         else f"train/{name}"
         for name in metrics
     }
-    return {names[name]: value for name, value in metrics.items() if value is not None}
+    numbers = {name: v for name, v in metrics.items() if isinstance(v, (int, float))}
+    return {names[name]: value for name, value in numbers.items()}

@@ -34,6 +34,7 @@ def train(config: RunConfig) -> Path:
     Raises:
         UserError: before training, if something does not fit; during it, if the loss is not finite.
         Interrupted: after a signal (`signals.py`), once the step is finished and a checkpoint saved.
+        Unhealthy: the same after a finding that health.stop_on names.
     """
     choices = check_run(config)
     check_earlier_run(config)
@@ -84,11 +85,13 @@ def steps(
                 to_evaluate = run.eval is not None and due(train.eval_steps, step, last)
                 if to_evaluate and not stopped:
                     stopped = to_evaluate = not evaluated(run, step, log, asked)
+                stopped = stopped or (not last and log.watch.stops())
                 if due(train.save_steps, step, last or stopped):
                     folder = save(run, step, sums, to_evaluate)
             advance(log.loss)
     log.close()
     if stopped:
+        log.watch.raise_unhealthy(folder)
         raise Interrupted(f"interrupted; resume with train.resume_from_checkpoint={folder}")
 
 
@@ -101,8 +104,7 @@ def start(run: Run, log: RunLog) -> tuple[int, bool]:
     """Begin a new run: compare policy and reference, and evaluate once. Returns as `resume` does."""
     log.begin(0)
     found = compare_at_start(run)
-    if run.eval:
-        log.evaluation(0, evaluate_run(run, 0) | ({} if found is None else found.metrics))
+    log.opening(evaluate_run(run, 0) if run.eval else None, found)
     return 0, False
 
 

@@ -25,6 +25,7 @@ class MetricSums:
 
     loss: mean over steps of the global loss.
     rewards/margins: of batches without pairs, the difference of the means of both sides.
+    rewards/longer: share of the pairs of unequal length whose longer answer has the greater reward.
     reward, reward_std, frac_reward_zero_std: the scores of groups, under TRL's names.
     """
 
@@ -52,6 +53,8 @@ class MetricSums:
         metrics |= token_metrics(token_outputs, batch.lengths_S, *labels)
         for name, (values, count) in metrics.items():
             self._add(name, values, count)
+        if batch.desirable_S is None and groups is None:
+            self._add_longer(result.rewards_S, batch.lengths_S)
         for name, values in result.watched.items():
             self._add(name, values)
         size = batch.input_ids.numel()
@@ -62,6 +65,13 @@ class MetricSums:
         self._count("examples", batch.num_examples, 0)
         if self.work is not None:
             self._count("flops", self.work.of(batch), 0)
+
+    def _add_longer(self, rewards_S: Tensor, lengths_S: Tensor) -> None:
+        """How often the longer answer of a pair has the greater reward; of pairs of unequal length."""
+        rewards_P = rewards_S.view(-1, 2).diff()
+        longer_P = lengths_S.view(-1, 2).diff().sign()
+        agrees_P = (rewards_P.sign() * longer_P + 1) / 2
+        self._add("rewards/longer", agrees_P * longer_P.abs(), longer_P.abs())
 
     def _add_scores(self, groups: ScoredGroups) -> None:
         """The scores under TRL's names."""

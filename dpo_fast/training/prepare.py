@@ -26,6 +26,7 @@ from dpo_fast.training.saver import Saver
 from dpo_fast.training.schedule import check_schedule
 from dpo_fast.training.splits import Split
 from dpo_fast.training.summary import tell_data, tell_model
+from dpo_fast.training.watch import check_kind_of_findings
 from dpo_fast.training.weights import identities
 
 
@@ -82,6 +83,7 @@ def prepare(config: RunConfig, choices: Choices | None = None) -> Run:
     if config.data.has_eval:
         splits.append(load_split(config, tokenizer, "eval", shuffle=False))
     train = splits[0]
+    check_kind_of_findings(config, train.examples.kind)
     total_steps = config.train.max_steps or train.sampler.steps(config.train.num_train_epochs)
     check_total(config, total_steps)
     tell_data(config, splits, total_steps)

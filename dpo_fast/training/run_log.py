@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from dpo_fast.data.facts import data_facts
 from dpo_fast.durable import write_file
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import saving
@@ -20,6 +21,8 @@ from dpo_fast.training.loggers import Logger, named, open_loggers
 from dpo_fast.training.perf import peak_memory_gib, product_rate
 from dpo_fast.training.prepare import Run
 from dpo_fast.training.run_facts import record_start
+from dpo_fast.training.start import Start
+from dpo_fast.training.watch import Watch
 
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
 
@@ -56,6 +59,7 @@ class RunLog:
         self.run, self.file, self.rate = run, file, rate
         self.loss = ""
         self.loggers: list[Logger] = []
+        self.watch = Watch(run.config)
         self._since = time.monotonic()  # when the window of the rates began
 
     def begin(self, step: int) -> None:
@@ -63,6 +67,8 @@ class RunLog:
         if distributed.is_main():
             self._forget_after(step)
             record_start(self.file.parent, step, self.run.train.examples.lengths)
+            if self.file.is_file():
+                self.watch.resume(self.file)
             self.loggers = open_loggers(self.run.config, step)
 
     def close(self) -> None:
@@ -95,6 +101,17 @@ class RunLog:
         self._write(step, metrics)
         say(f"eval step {step}  {_shown(metrics, 'eval_')}")
 
+    def opening(self, evaluated: dict[str, float] | None, found: Start | None) -> None:
+        """Log step 0: the first evaluation, what `check_start` found, and what is measured once."""
+        metrics = (evaluated or {}) | ({} if found is None else found.metrics)
+        if distributed.is_main():
+            run = self.run
+            facts = data_facts(run.train.examples, None if run.eval is None else run.eval.examples)
+            metrics |= {f"data/{name}": value for name, value in facts.items()}
+            self._write(0, metrics | {"total_steps": run.total_steps})
+        if evaluated is not None:
+            say(f"eval step 0  {_shown(evaluated, 'eval_')}")
+
     @contextlib.contextmanager
     def clock_stopped(self) -> Iterator[None]:
         """What is done inside does not count in the rates."""
@@ -116,6 +133,7 @@ class RunLog:
             return
         epochs = self.run.train.epochs(step)
         place = {"step": step} if epochs is None else {"step": step, "epoch": round(epochs, 6)}
+        metrics = metrics | self.watch.look(place | metrics, self.loggers)
         with saving(self.file), self.file.open("a") as stream:
             stream.write(json.dumps(place | metrics) + "\n")
         values = named({name: v for name, v in (place | metrics).items() if name != "step"})

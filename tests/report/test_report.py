@@ -14,9 +14,10 @@ import yaml
 from dpo_fast.data.report import DataReport
 from dpo_fast.data.verdicts import Tally
 from dpo_fast.errors import UserError
+from dpo_fast.numbers import number, percent
 from dpo_fast.report import write_report
 from dpo_fast.report.chart import MOST_POINTS, smooth, thin
-from dpo_fast.report.scale import number, percent, tick_labels, ticks
+from dpo_fast.report.scale import tick_labels, ticks
 
 VOID = {"meta", "line", "circle", "polyline", "br"}
 HOSTILE = "</script><img src=x onerror=\"alert('&')\">"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from dpo_fast.errors import UserError
+from dpo_fast.errors import Unhealthy, UserError
 from dpo_fast.models import ScoringModel
 from dpo_fast.training import distributed
 from dpo_fast.training.config import build_config
@@ -29,6 +29,16 @@ from dpo_fast.training.references import store_beforehand
 def train_all(trees: list[dict]) -> None:
     for tree in trees:
         train(build_config(tree, "case"))
+
+
+def stopped_by_health(tree: dict) -> None:
+    """A run that a finding must stop, on every rank."""
+    try:
+        train(build_config(tree, "case"))
+    except Unhealthy as stop:
+        assert stop.exit_code == 4 and "health.stop_on=" in str(stop), stop
+    else:
+        raise AssertionError("the run was not stopped")
 
 
 def first_steps(trees: dict[str, dict], file: str) -> None:
@@ -96,6 +106,7 @@ def with_noise(command: str, tree: dict, file: str) -> None:
 JOBS = {
     "with_noise": with_noise,
     "train": train_all,
+    "stopped_by_health": stopped_by_health,
     "first_steps": first_steps,
     "in_turn": in_turn,
 }
