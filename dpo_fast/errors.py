@@ -1,8 +1,18 @@
 """What the command line tells without a traceback: mistakes that a user can mend, and interruptions."""
 
+from dpo_fast.wording import clipped, printable
+
+LONGEST = 6000  # characters of a message, of which no reason needs as many
+
 
 class UserError(ValueError):
-    """Bad input, or an option that cannot be honoured: names it, its value and the remedy."""
+    """Bad input, or an option that cannot be honoured: names it, its value and the remedy.
+
+    A message quotes files and rows that others wrote: whatever a terminal would obey is written out.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(clipped(printable(str(message)), LONGEST))
 
 
 class UnavailableError(UserError, RuntimeError):

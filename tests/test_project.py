@@ -25,7 +25,7 @@ FLOORS = [  # each may import from those below it
     {"losses"},
     {"ops"},
     {"kernels"},
-    {"errors", "durable", "progress", "numbers"},
+    {"errors", "durable", "progress", "numbers", "wording", "bounded_yaml"},
 ]
 LEVEL = {room: len(FLOORS) - index for index, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dpo_fast.data.forms.table import NAMES as FORMS
+from dpo_fast.wording import quoted
 
 FORMATS = ("auto", "pairs", "messages", "unpaired", "groups", "openrlhf", *FORMS)
 Format = Literal[FORMATS]
@@ -84,7 +85,7 @@ def _read(place: str, value: Any) -> str | SourceOptions:
     if isinstance(value, (str, SourceOptions)):
         return value
     if not isinstance(value, Mapping):
-        raise ValueError(f"{place}={value!r}: expected a name, or a mapping with `path`")
+        raise ValueError(f"{place}={quoted(value)}: expected a name, or a mapping with `path`")
     try:
         return SourceOptions.model_validate(dict(value))
     except ValidationError as error:
@@ -101,7 +102,7 @@ def _explain(place: str, error: Mapping) -> str:
         return f"unknown key {key}; {hint}"
     if error["type"] == "missing":
         return f"{key} is missing"
-    return f"{key}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    return f"{key}={quoted(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
 def path_of(entry: str | SourceOptions) -> str:

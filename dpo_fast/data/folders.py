@@ -15,6 +15,7 @@ from typing import Literal
 
 import yaml
 
+from dpo_fast import bounded_yaml
 from dpo_fast.data.files import SUFFIXES, suffix_of
 from dpo_fast.errors import UserError
 
@@ -176,9 +177,10 @@ def _configs(readme: Path) -> list[dict]:
     """The data sets that the front matter of a README describes by their files."""
     if not readme.is_file():
         return []
-    front = FRONT.search(readme.read_text(encoding="utf-8", errors="replace"))
+    with readme.open(encoding="utf-8", errors="replace") as file:
+        front = FRONT.search(file.read(bounded_yaml.MOST_BYTES))
     try:
-        content = yaml.safe_load(front[1]) if front else None
+        content = bounded_yaml.load(front[1]) if front else None
     except yaml.YAMLError:
         return []  # the page of a hub, which only its readers need
     configs = content.get("configs") if isinstance(content, dict) else None

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from dpo_fast import bounded_yaml
 from dpo_fast.data.report import DataReport
 from dpo_fast.errors import UserError
 from dpo_fast.health import History
@@ -82,7 +83,7 @@ def _broken(path: Path, number: int, fault: str) -> str:
 
 def _config(path: Path, text: str) -> dict[str, Any]:
     try:
-        config = yaml.safe_load(text)
+        config = bounded_yaml.load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {error}. Mend the file or remove it") from error
     return config if isinstance(config, dict) else {}

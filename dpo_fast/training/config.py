@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from datetime import date
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,6 +14,7 @@ from dpo_fast.models.config import ModelSection
 from dpo_fast.references.config import ReferenceModel, ReferenceSection, check_reference
 from dpo_fast.references.table import PROVIDERS, ProviderSpec, alternatives, default_provider
 from dpo_fast.training.config_file import read_tree
+from dpo_fast.training.config_types import check_types
 from dpo_fast.training.health_section import HealthSection, check_stop_on
 from dpo_fast.training.schedule import check_schedule
 from dpo_fast.training.sections import (
@@ -24,6 +24,9 @@ from dpo_fast.training.sections import (
     ParallelSection,
     TrainSection,
 )
+from dpo_fast.wording import clipped, quoted
+
+MOST_FAULTS, MOST_OF_A_FAULT = 10, 1000  # of one configuration, and characters of one
 
 _BALANCING = "the balancing loss of experts is not added to a preference loss yet"
 NOT_YET = dict.fromkeys(
@@ -239,30 +242,12 @@ def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
 
 def build_config(tree: dict, where: str) -> RunConfig:
     """Validate a tree. Raises UserError. where: what an error says first, such as the file's name."""
-    _check_plain(tree, where)
+    check_types(tree, RunConfig, where)
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from None
-
-
-def _check_plain(value: Any, where: str, place: str = "") -> None:
-    """Raises UserError for an object, such as a data set, which would be taken for a list of its rows."""
-    if isinstance(value, dict):
-        for name, each in value.items():
-            _check_plain(each, where, f"{place}.{name}" if place else str(name))
-    elif isinstance(value, (list, tuple)):
-        for index, each in enumerate(value):
-            _check_plain(each, where, f"{place}.{index}")
-    elif not isinstance(value, (str, int, float, type(None), date, BaseModel)):
-        kind = f"{type(value).__module__.partition('.')[0]}.{type(value).__name__}"
-        remedy = (
-            "; save a data set with save_to_disk and name the folder" if "data" in place else ""
-        )
-        raise UserError(
-            f"{where}: {place} is a {kind}; a configuration holds text, numbers, lists and sections"
-            + remedy
-        )
+        found = [clipped(_explain(each), MOST_OF_A_FAULT) for each in error.errors()[:MOST_FAULTS]]
+        raise UserError(f"{where}: " + "; ".join(found)) from None
 
 
 def _explain(error: dict) -> str:
@@ -270,7 +255,7 @@ def _explain(error: dict) -> str:
     place = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         if error["loc"][-1] in NOT_YET:
-            return f"{place}={error['input']!r}: {NOT_YET[error['loc'][-1]]}; remove it"
+            return f"{place}={quoted(error['input'])}: {NOT_YET[error['loc'][-1]]}; remove it"
         known = _fields_at(error["loc"][:-1])
         near = difflib.get_close_matches(str(error["loc"][-1]), known, 1, 0.5)
         hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
@@ -282,10 +267,10 @@ def _explain(error: dict) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "model_type":
         keys = ", ".join(_fields_at(error["loc"]))
-        return f"{place}={error['input']!r}: expected a section, with any of the keys {keys}"
+        return f"{place}={quoted(error['input'])}: expected a section, with any of the keys {keys}"
     if error["type"] == "value_error":
         return message
-    return f"{place}={error['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"{place}={quoted(error['input'])}: {message[0].lower()}{message[1:]}"
 
 
 def _fields_at(location: tuple) -> list[str]:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import yaml
 
+from dpo_fast import bounded_yaml
 from dpo_fast.errors import UserError
+from dpo_fast.wording import clipped
 
 SECTIONS = (
     "model",
@@ -21,35 +23,24 @@ SECTIONS = (
 )  # of RunConfig
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice. PyYAML alone would keep the last."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def read_tree(path: str, overrides: Sequence[str] = ()) -> dict:
     """The sections of a YAML file, with `section.key=value` overrides. They are not checked.
 
     Raises:
         UserError: the file or an override cannot be read.
     """
-    file = Path(path)
     try:
-        tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
+        with Path(path).open("rb") as file:  # as much as is read of a device that has no end
+            text = file.read(4 * bounded_yaml.MOST_BYTES).decode()
+        tree = bounded_yaml.load(text)
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(
+            f"{path} is not YAML: {clipped(' '.join(str(error).split()), 600)}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections ({', '.join(SECTIONS)})")
     for override in overrides:
@@ -64,7 +55,7 @@ def _apply(tree: dict, override: str) -> None:
     if not separator or not all(names):
         raise UserError(f"{override!r}: expected section.key=value, like train.max_steps=100")
     try:
-        value = yaml.load(text, Loader=_Loader)
+        value = bounded_yaml.load(text)
     except yaml.YAMLError as error:
         why = getattr(error, "problem", None) or "it breaks off"
         raise UserError(f"{override!r}: the value is not YAML ({why}); put it in quotes") from None
