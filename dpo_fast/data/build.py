@@ -68,7 +68,8 @@ def build(
     """
     config = part.config
     tokeniser = RowTokeniser(tokenizer, config, eos_ids)
-    report = DataReport(list(map(str, part.sources)), bad=BadRows(config.on_bad_row))
+    bad = BadRows(config.on_bad_row, config.row_bytes)
+    report = DataReport(list(map(str, part.sources)), bad=bad)
     checked, kind = _check_rows(part, report, work / "checked.arrow")
     tokenise = partial(
         _tokenise_batch, tokeniser=tokeniser, kind=kind, told=part.told, bad=config.on_bad_row

@@ -18,6 +18,7 @@ from dpo_fast.data.entries import (
 from dpo_fast.data.forms.table import COLUMNS as FORM_COLUMNS
 from dpo_fast.data.forms.table import NAMES as FORMS
 from dpo_fast.data.kinds import KINDS
+from dpo_fast.data.verdicts import DEFAULT_ROW_BYTES
 
 CHAT_COLUMNS = ("tools", "chat_template_kwargs")
 # Arguments of apply_chat_template that are not the user's to set.
@@ -117,6 +118,14 @@ class DataConfig(BaseModel):
     on_bad_row: Literal["error", "skip"] = Field(
         "error", description="error: stop at a bad row; skip: leave it out and report it"
     )
+    max_row_bytes: int | None = Field(
+        None,
+        ge=1,
+        description="bytes of a row, at most: of its line, or of its texts where the file is Parquet or "
+        "Arrow. A larger one is a bad row, told before it is decoded and tokenised, which takes some 700 "
+        "bytes of memory and 4 microseconds for each byte. Default: 64 for each token of max_length, at "
+        "least 1 MiB",
+    )
     add_eos: bool = Field(True, description="add EOS to completions that have no end of turn")
     scored: Literal["assistant", "last", "all"] = Field(
         "assistant",
@@ -202,6 +211,11 @@ class DataConfig(BaseModel):
     def has_eval(self) -> bool:
         """Whether there is evaluation data."""
         return self.eval is not None or self.eval_rows > 0
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row, at most: max_row_bytes, or its default."""
+        return self.max_row_bytes or max(64 * self.max_length, DEFAULT_ROW_BYTES)
 
     @property
     def prompt_reserve(self) -> int:

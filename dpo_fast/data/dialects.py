@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from dpo_fast.data.json_text import decode
 from dpo_fast.data.messages import WEIGHTS, Messages
 from dpo_fast.data.thinking import KEYS, find_thought, without_thought
 
@@ -83,7 +84,7 @@ class Dialect:
             return json.dumps(arguments, ensure_ascii=False)
         if isinstance(arguments, str):
             try:
-                parsed = json.loads(arguments)
+                parsed = decode(arguments)
             except ValueError:
                 return arguments
             return parsed if isinstance(parsed, dict) else arguments

@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from dpo_fast.data.json_text import Refused, decode
 from dpo_fast.data.plain import from_json, plain
 from dpo_fast.data.verdicts import BadRow
 
@@ -71,13 +72,29 @@ def are_messages(value: Any) -> bool:
 
 
 def from_text(value: str) -> Any:
-    """The list or the object that a text is JSON of, as in CSV; None for any other text."""
+    """The list or the object that a text is JSON of, as in CSV; None for any other text.
+
+    Raises BadRow for messages that could be read in two ways.
+    """
     if value.lstrip()[:1] not in ("[", "{"):
         return None
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
+        return decode(value)
+    except Refused as error:
+        if _says_messages(value):
+            raise BadRow("messages that are no sound JSON", str(error)) from None
         return None
+    except ValueError:
+        return None
+
+
+def _says_messages(value: str) -> bool:
+    """Whether JSON that is refused holds messages; other text may be what it likes."""
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return False
+    return are_messages(found if isinstance(found, list) else [found])
 
 
 def messages_in(value: str) -> list | Mapping | None:
@@ -149,6 +166,7 @@ def _finished(message: dict[str, Any], name: str) -> dict[str, Any]:
         message["tool_calls"] = from_json(message["tool_calls"], f"{name}.tool_calls")
     if "tool_calls" in message and not message["tool_calls"]:
         del message["tool_calls"]  # as servers answer; a template may count them
+    _check_calls(message.get("tool_calls", []), f"{name}.tool_calls")
     if "function_call" in message:  # before there were tools
         call = {"type": "function", "function": message.pop("function_call")}
         message.setdefault("tool_calls", [call])
@@ -165,6 +183,17 @@ def _finished(message: dict[str, Any], name: str) -> dict[str, Any]:
     except UnicodeEncodeError:
         raise BadRow("content is not Unicode text", f"{name} has a lone surrogate") from None
     return message
+
+
+def _check_calls(calls: Any, name: str) -> None:
+    """Raises BadRow unless it is a list of objects, whose functions are objects too."""
+    listed = calls if isinstance(calls, list) else [None]
+    if not all(isinstance(call, Mapping) for call in listed) or not all(
+        isinstance(call.get("function", call), Mapping) for call in listed
+    ):
+        raise BadRow(
+            "tool_calls are not calls", f"{name}: expected a list of objects with 'function'"
+        )
 
 
 def _text(part: Any, name: str) -> str:

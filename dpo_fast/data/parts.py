@@ -78,11 +78,12 @@ class Part:
 
     def _count(self) -> int:
         """Rows, broken ones included. Of most sources no row is decoded for it."""
-        first = next((row for _, row in self._read(BadRows("skip"))), {})
+        limit = self.config.row_bytes
+        first = next((row for _, row in self._read(BadRows("skip", limit))), {})
         if merges(first, self.config):
-            bad = BadRows("skip")
+            bad = BadRows("skip", limit)
             return sum(1 for _ in self._read(bad)) + bad.total
-        return sum(source.count() for source in self.sources)
+        return sum(source.count(BadRows("skip", limit)) for source in self.sources)
 
     @cached_property
     def _chosen(self) -> np.ndarray:
@@ -102,7 +103,7 @@ class _Chosen(BadRows):
     """A tally of broken rows that passes on those among the chosen, and counts the rows."""
 
     def __init__(self, tally: BadRows, chosen: np.ndarray) -> None:
-        super().__init__("skip")
+        super().__init__("skip", tally.max_row_bytes)
         self.tally, self.chosen, self.row = tally, chosen, 0
 
     def next_is_chosen(self) -> bool:

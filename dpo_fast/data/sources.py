@@ -13,10 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dpo_fast.data.arrow_files import UNREADABLE
 from dpo_fast.data.files import RawRows, count_file, read_file, suffix_of
 from dpo_fast.data.folders import Role, choose_split, files_of
-from dpo_fast.data.verdicts import BadRows
+from dpo_fast.data.lines import check_size
+from dpo_fast.data.verdicts import BadRow, BadRows
 from dpo_fast.errors import UserError
+from dpo_fast.wording import clipped
 
 HUB_ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<split>[\w.\[\]:%+-]+))?")
 
@@ -34,9 +37,9 @@ class FileSource:
     def rows(self, bad: BadRows) -> RawRows:
         return read_file(self.path, bad)
 
-    def count(self) -> int:
-        """Rows, broken ones included."""
-        return count_file(self.path)
+    def count(self, bad: BadRows) -> int:
+        """Rows, broken ones included. bad: as for `rows`, but its own."""
+        return count_file(self.path, bad)
 
     def __str__(self) -> str:
         return str(self.path)
@@ -56,18 +59,21 @@ class SavedSource:
     @cached_property
     def _data(self) -> Any:
         import datasets
+        import pyarrow
 
         try:
             data = datasets.load_from_disk(str(self.path))
             data = data if self.split is None else data[self.split]
+            data.data.table.validate(full=True)  # a damaged one can end the process
             return data.with_format(None)  # it is saved with the data, and may leave columns out
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{self.path}: not a readable datasets folder: {error}") from error
+        except (OSError, *UNREADABLE, pyarrow.ArrowException) as error:
+            reason = clipped(str(error), 500)
+            raise UserError(f"{self.path}: not a readable datasets folder: {reason}") from error
 
     def rows(self, bad: BadRows) -> RawRows:
-        return _numbered(str(self), self._data)
+        return _numbered(str(self), self._data, bad)
 
-    def count(self) -> int:
+    def count(self, bad: BadRows) -> int:
         """Rows."""
         return len(self._data)
 
@@ -99,9 +105,9 @@ class HubSource:
         return f"{self}={self._data._fingerprint}"
 
     def rows(self, bad: BadRows) -> RawRows:
-        return _numbered(str(self), self._data)
+        return _numbered(str(self), self._data, bad)
 
-    def count(self) -> int:
+    def count(self, bad: BadRows) -> int:
         """Rows."""
         return len(self._data)
 
@@ -136,8 +142,12 @@ def _resolve(name: str, role: Role) -> list[Source]:
     path = Path(name).expanduser()
     if path.is_dir():
         return _folder(path, None, role)
-    if path.exists():
+    if path.is_file():
         return [FileSource(path)]
+    if path.exists():
+        raise UserError(
+            f"{name}: not a file that can be read twice, but a device or a pipe; name a file or a folder"
+        )
     if any(character in name for character in "*?["):
         found = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
         files = [FileSource(match) for match in found if match.is_file()]
@@ -166,7 +176,7 @@ def _folder(path: Path, split: str | None, role: Role) -> list[Source]:
 def _saved_splits(file: Path) -> list[str]:
     try:
         return list(json.loads(file.read_text(encoding="utf-8"))["splits"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file.parent}: not a readable datasets folder: {error}") from error
 
 
@@ -179,8 +189,26 @@ def _near(path: Path) -> str:
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
-def _numbered(name: str, data: Any) -> RawRows:
-    return ((f"{name}:{number}", row) for number, row in enumerate(data, 1))
+def _numbered(name: str, data: Any, bad: BadRows) -> RawRows:
+    number = 0
+    while number < len(data):
+        rows = iter(data if number == 0 else data.select(range(number, len(data))))
+        while number < len(data):
+            number += 1
+            where = f"{name}:{number}"
+            try:
+                row = next(rows)
+                check_size(row, bad.max_row_bytes)
+            except BadRow as verdict:
+                bad.reject(where, verdict)
+            except UNREADABLE as error:
+                verdict = BadRow(
+                    "damaged row", f"it cannot be read: {error or type(error).__name__}"
+                )
+                bad.reject(where, verdict)
+                break  # the iterator is done: begin a new one behind the row
+            else:
+                yield where, row
 
 
 def _hash_files(paths: list[Path]) -> str:

@@ -108,7 +108,8 @@ class ExampleStream:
         The report starts anew.
         """
         names = [str(source) for part in self.parts for source in part.sources]
-        self.report = DataReport(names, bad=BadRows(self.config.on_bad_row))
+        bad = BadRows(self.config.on_bad_row, self.config.row_bytes)
+        self.report = DataReport(names, bad=bad)
         self._number = number
         self._begin(row, sources)
 
@@ -225,7 +226,7 @@ class Forwarded(BadRows):
     """A tally of the rows that a reader refuses, which passes each of them on to another tally."""
 
     def __init__(self, tally: BadRows) -> None:
-        super().__init__(tally.on_bad_row)
+        super().__init__(tally.on_bad_row, tally.max_row_bytes)
         self.tally = tally
 
     def add(self, where: str, kind: str, message: str) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from dpo_fast.data.config import TEMPLATE_ARGUMENTS
 from dpo_fast.data.files import Cell
+from dpo_fast.data.json_text import NotFinite, decode
 from dpo_fast.data.kinds import Kind
 from dpo_fast.data.messages import (
     Messages,
@@ -21,6 +21,7 @@ from dpo_fast.data.messages import (
 )
 from dpo_fast.data.plain import structure
 from dpo_fast.data.verdicts import BadRow
+from dpo_fast.wording import quoted
 
 # Names that others give to our columns, for a hint.
 SYNONYMS = {
@@ -117,13 +118,13 @@ def label(value: Any) -> bool:
     found = _typed(value)
     if isinstance(found, bool) or (isinstance(found, (int, float)) and found in (0, 1)):
         return bool(found)
-    raise BadRow("field 'label' is not a bool", f"expected true or false, got {value!r}")
+    raise BadRow("field 'label' is not a bool", f"expected true or false, got {quoted(value)}")
 
 
 def number(value: Any, name: str) -> float:
     value = _typed(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise BadRow(f"field {name!r} is not a number", f"got {value!r}")
+        raise BadRow(f"field {name!r} is not a number", f"got {quoted(value)}")
     try:
         found = float(value)
     except OverflowError:
@@ -163,6 +164,8 @@ def _typed(value: Any) -> Any:
     if not isinstance(value, Cell):
         return value
     try:
-        return json.loads(value.lower() if value.lower() in ("true", "false") else value)
+        return decode(value.lower() if value.lower() in ("true", "false") else value)
+    except NotFinite:
+        return math.nan
     except ValueError:
         return str(value)

@@ -6,8 +6,12 @@ import re
 from dataclasses import dataclass, field
 
 from dpo_fast.errors import UserError
+from dpo_fast.wording import clipped, printable
 
 EXAMPLES_KEPT = 50
+KINDS_KEPT, OTHERS = 200, "other faults"
+LONGEST_DETAIL = 600  # characters
+DEFAULT_ROW_BYTES = 1 << 20
 
 
 class Verdict(ValueError):
@@ -19,6 +23,8 @@ class Verdict(ValueError):
     """
 
     def __init__(self, fault: str, detail: str = "") -> None:
+        # Both may quote the row, which may hold anything at any length.
+        fault, detail = clipped(printable(fault)), clipped(printable(detail), LONGEST_DETAIL)
         super().__init__(fault, detail)
         self.kind = re.sub(r"\[\d+\]", "", fault)
         self.fault = fault
@@ -47,6 +53,8 @@ class Tally:
     rows: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
 
     def add(self, where: str, kind: str, message: str) -> None:
+        if kind not in self.counts and len(self.counts) >= KINDS_KEPT:
+            kind = OTHERS  # kinds may quote the rows, as in "unknown role 'x'"
         self.counts[kind] = self.counts.get(kind, 0) + 1
         kept = self.rows.setdefault(kind, [])
         if len(kept) < EXAMPLES_KEPT:
@@ -55,9 +63,13 @@ class Tally:
     def update(self, other: Tally) -> None:
         """Add the verdicts of another tally."""
         for kind, count in other.counts.items():
-            self.counts[kind] = self.counts.get(kind, 0) + count
-            kept = self.rows.setdefault(kind, [])
-            kept += other.rows.get(kind, [])[: EXAMPLES_KEPT - len(kept)]
+            known = kind in self.counts or len(self.counts) < KINDS_KEPT
+            self._merge(kind if known else OTHERS, count, other.rows.get(kind, []))
+
+    def _merge(self, kind: str, count: int, rows: list[tuple[str, str]]) -> None:
+        self.counts[kind] = self.counts.get(kind, 0) + count
+        kept = self.rows.setdefault(kind, [])
+        kept += rows[: EXAMPLES_KEPT - len(kept)]
 
     @property
     def total(self) -> int:
@@ -69,11 +81,14 @@ class Tally:
 
 
 class BadRows(Tally):
-    """A tally that stops at the first bad row, unless told to skip them."""
+    """A tally that stops at the first bad row, unless told to skip them.
 
-    def __init__(self, on_bad_row: str) -> None:
+    max_row_bytes: a row of more is bad, which a reader tells before it has all of it.
+    """
+
+    def __init__(self, on_bad_row: str, max_row_bytes: int = DEFAULT_ROW_BYTES) -> None:
         super().__init__()
-        self.on_bad_row = on_bad_row
+        self.on_bad_row, self.max_row_bytes = on_bad_row, max_row_bytes
 
     def reject(self, where: str, verdict: BadRow) -> None:
         """Counts the row; raises UserError when data.on_bad_row=error."""

@@ -160,7 +160,7 @@ BROKEN = [
     (b"null\n", "not an object", "got null"),
     (b'{"margin": NaN}\n', "field 'margin' is not finite", "NaN is not JSON"),
     (b'{"x": [{"y": -Infinity}]}\n', "field 'x' is not finite", "-Infinity is not JSON"),
-    (b'{"x": ' + b"[" * 100_000 + b"\n", "broken JSON", "recursion"),
+    (b'{"x": ' + b"[" * 100_000 + b"\n", "broken JSON", "nested deeper than 60 levels"),
 ]
 
 

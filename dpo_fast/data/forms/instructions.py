@@ -6,10 +6,10 @@ naming the column of the prompt, as in data.columns={prompt: question}.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from dpo_fast.data.forms.fields import Raw, first, text, user
+from dpo_fast.data.json_text import decode
 from dpo_fast.data.messages import (
     Messages,
     are_messages,
@@ -67,7 +67,7 @@ def _history(value: Any) -> Messages:
     """Earlier turns, as a list of (question, answer) or of messages."""
     if isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
+            value = decode(value)
         except ValueError:
             raise BadRow(
                 "field 'history' is not a list", "expected [[question, answer], ...]"
