@@ -6,8 +6,10 @@ import functools
 import hashlib
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,13 +28,15 @@ from dpo_fast.data.kinds import COMPLETIONS, GROUPS, PAIRS, ExampleLengths, Kind
 from dpo_fast.data.mixture import Mixture, plan
 from dpo_fast.data.parts import Part, parts_of
 from dpo_fast.data.report import DataReport
+from dpo_fast.data.seal import damage, seal
 from dpo_fast.data.several import check_alike, source_shares, split_rows
 from dpo_fast.data.template_file import check_template_used, read_template
 from dpo_fast.errors import UserError
 
 DATA_REPORT_FILE = "report.json"
+ELSEWHERE = "Name another folder with data.cache_dir"
 # Raised by one whenever the same input would give other examples or other files.
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 # Options that leave what is stored as it is, or are in its key by their content. A new option counts
 # until it stands here: a cache that is made again is slow, a stale one is wrong.
 APART = {
@@ -289,23 +293,41 @@ def _role(config: DataConfig, split: Role) -> Role:
 
 
 def _prepared(part: Part, tokenizer: Any, eos_ids: list[int]) -> Path:
-    """The folder of a part that is stored, built first where it is not there."""
+    """The folder of a part that is stored; built first where it is not there, or is not what was stored."""
     root = cache_root(part.config)
     key = f"{cache_key(part, tokenizer, eos_ids)}-{_report_key()}"
     target = root / key
-    if not target.is_dir():
-        with durable.writing(root, "Name another folder with data.cache_dir"):
-            root.mkdir(parents=True, exist_ok=True)
-            work = Path(tempfile.mkdtemp(dir=root, prefix=f".{key}-"))
-        try:
+    if target.is_dir() and not _removed_if_damaged(target):
+        return target
+    with durable.writing(root, ELSEWHERE):
+        root.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=root, prefix=f".{key}-"))
+    try:
+        with durable.writing(root, ELSEWHERE):
             table, report = build(part, tokenizer, eos_ids, work)
             table.save_to_disk(str(work / "examples"))
             report.measure(_lengths(datasets.load_from_disk(str(work / "examples"))))
             (work / "examples" / DATA_REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
+            seal(work / "examples")
             publish_unless_there(work / "examples", target)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+def _removed_if_damaged(folder: Path) -> bool:
+    """Whether a stored part was not as it was written, and has been removed. Raises UserError."""
+    found = folder.stat().st_ino
+    fault = damage(folder)
+    if fault is None:
+        return False
+    print(f"{folder}: the stored data is damaged ({fault}); it is made again", file=sys.stderr)
+    with durable.writing(folder, f"Delete the folder. {ELSEWHERE}"), suppress(FileNotFoundError):
+        if folder.stat().st_ino == found:  # else another process has made it again
+            aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-damaged-"))
+            folder.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
+    return not folder.is_dir()
 
 
 def _open(folder: Path) -> tuple[datasets.Dataset, DataReport]:

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from dpo_fast.data.config import DataConfig
-from dpo_fast.data.dataset import load_examples, publish_unless_there, tokenizer_hash
+from dpo_fast.data.dataset import load_examples, open_examples, publish_unless_there, tokenizer_hash
 from dpo_fast.data.report import DataReport, render_examples, render_report
 from dpo_fast.data.stream import ExampleStream
 from dpo_fast.errors import UserError
@@ -255,12 +255,14 @@ def test_a_report_with_other_counts_is_not_read(load, monkeypatch):
     assert len(stored(load)) == 2
 
 
-def test_damaged_cache_names_the_folder(load):
+def test_damaged_cache_names_the_folder(load, capsys):
     load([pair(1)])
     (key,) = stored(load)
     (load.cache / key / "report.json").write_text("{")
     with pytest.raises(UserError, match=f"{key}: the stored data is damaged.*delete the folder"):
-        load()
+        open_examples(DataConfig(train="a"), split="train", folders=[str(load.cache / key)])
+    assert len(load()) == 1
+    assert f"{key}: the stored data is damaged (report.json is altered)" in capsys.readouterr().err
 
 
 def test_publishing_twice_keeps_the_first(tmp_path):
