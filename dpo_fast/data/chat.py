@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
+
+from jinja2 import TemplateError
 
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.continuation import CLOSED, PROBE, Continuation
@@ -27,12 +29,18 @@ from dpo_fast.data.prefill import ends_open, prefill_of, whole_answers
 from dpo_fast.data.rows import Row
 from dpo_fast.data.template_file import read_template
 from dpo_fast.data.thinking import KEYS, find_opening, find_thought, thinks
+from dpo_fast.data.time_limit import limited
 from dpo_fast.data.turns import Text, Trajectory, check_scored, has_unscored, until_assistant
 from dpo_fast.data.verdicts import BadRow
 from dpo_fast.errors import UserError
 
 REFUSED = "the chat template refuses the messages"
 OUT = "take that out of the row"
+SECONDS = 20.0  # of processor time for one rendering, which takes milliseconds
+
+
+class Endless(UserError):
+    """A chat template that does not end."""
 
 
 class ChatTemplate:
@@ -71,7 +79,14 @@ class ChatTemplate:
         Raises:
             BadRow: the template refuses the row, leaves some of it out, or renders the prompt in
                 another way once an answer follows.
+            UserError: it does not end, and so would not with other rows.
         """
+        try:
+            return self._texts(row)
+        except Endless as error:
+            raise UserError(f"{row.where}: {error}; mend the template, or set another") from None
+
+    def _texts(self, row: Row) -> tuple[str, list[Text]]:
         self._check_kwargs()
         if not self.exists:
             raise UserError(
@@ -170,23 +185,28 @@ class ChatTemplate:
     ) -> str:
         """unfinished: generation goes on in the last message. kwargs: before those of the whole run.
 
-        Raises BadRow if the template refuses the messages.
+        Raises BadRow if the template refuses the messages, and Endless if it does not end.
         """
-        from jinja2 import TemplateError
-
+        write = partial(
+            self.tokenizer.apply_chat_template,
+            [messages],  # a batch, as a conversation by itself may not be empty
+            chat_template=self.custom,
+            tools=tools,
+            add_generation_prompt=generate,
+            continue_final_message=unfinished,
+            tokenize=False,
+            **(self.kwargs | dict(kwargs or {})),
+        )
         try:
-            rendered = self.tokenizer.apply_chat_template(
-                [messages],  # a batch, as a conversation by itself may not be empty
-                chat_template=self.custom,
-                tools=tools,
-                add_generation_prompt=generate,
-                continue_final_message=unfinished,
-                tokenize=False,
-                **(self.kwargs | dict(kwargs or {})),
-            )
-            return rendered[0]
-        except (TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
+            return limited(SECONDS, write)[0]
+        except TimeoutError as error:
+            raise Endless(
+                f"{self.name} does not end: it took {error} for one conversation"
+            ) from None
+        except TemplateError as error:
             raise BadRow(REFUSED, f"{error} ({self.name})") from error
+        except Exception as error:  # a template is a program, and may raise anything
+            raise BadRow(REFUSED, f"{type(error).__name__}: {error} ({self.name})") from error
 
     def _unwritten(self, row: Row, field: str, answer: Messages, dialect: Dialect) -> str | None:
         """What a template leaves out of calls and their results, in words; None if it writes them all.

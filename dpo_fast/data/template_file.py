@@ -9,14 +9,20 @@ from typing import Any
 from dpo_fast.data.config import DataConfig
 from dpo_fast.errors import UserError
 
+MOST_CHARACTERS = 1 << 20
+
 
 def read_template(config: DataConfig) -> str | None:
     """The text of data.chat_template, or None. Raises UserError when it cannot be read."""
     if config.chat_template is None:
         return None
     try:
-        return Path(config.chat_template).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with Path(config.chat_template).expanduser().open(encoding="utf-8") as file:
+            text = file.read(MOST_CHARACTERS + 1)
+        if len(text) > MOST_CHARACTERS:
+            raise ValueError(f"more than {MOST_CHARACTERS:,} characters")
+        return text
+    except (OSError, ValueError) as error:
         raise UserError(
             f"data.chat_template={config.chat_template!r} cannot be read: {error}; give the path "
             "of a Jinja file"
