@@ -294,7 +294,9 @@ def test_a_template_that_cannot_do_without_tools():
     prompt, chosen, rejected = texts(tokenizer, row)
     assert prompt == f"add. {Q}<A>"
     assert (chosen, rejected) == ("add41<|im_end|>", "no<|im_end|>"), "its end of turn is found"
-    with pytest.raises(BadRow, match="refuses the messages: 'NoneType' object is not iterable"):
+    with pytest.raises(
+        BadRow, match="refuses the messages: TypeError: 'NoneType' object is not iterable"
+    ):
         texts(tokenizer, row | {"tools": None})
 
 
