@@ -6,9 +6,10 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dpo_fast.data.forms.table import NAMES as FORMS
+from dpo_fast.models.hub import with_revision
 from dpo_fast.wording import quoted
 
 FORMATS = ("auto", "pairs", "messages", "unpaired", "groups", "openrlhf", *FORMS)
@@ -29,6 +30,11 @@ class SourceOptions(BaseModel):
 
     path: str = Field(
         min_length=1, description="a file, a glob, a folder, or a hub id, as in `train`"
+    )
+    revision: str | None = Field(
+        None,
+        description="branch, tag or commit of a hub id, as in org/name@revision; default: main",
+        json_schema_extra={"refused": "for files and folders"},
     )
     weight: float | None = Field(
         None,
@@ -55,6 +61,16 @@ class SourceOptions(BaseModel):
     columns: dict[str, str] | None = Field(None, description="in place of data.columns")
     ignore_columns: list[str] | None = Field(None, description="in place of data.ignore_columns")
     prompt_end: str | None = Field(None, description="in place of data.prompt_end")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fold_revision(cls, values: Any) -> Any:
+        """`path: org/name:split` and `revision` as org/name@revision:split."""
+        if not isinstance(values, Mapping) or not isinstance(values.get("path"), str):
+            return values
+        name, colon, split = values["path"].partition(":")
+        values = with_revision({**values, "path": name}, option="a source")
+        return {**values, "path": f"{values['path']}{colon}{split}"}
 
     @property
     def reading(self) -> dict[str, Any]:

@@ -21,7 +21,9 @@ from dpo_fast.data.verdicts import BadRow, BadRows
 from dpo_fast.errors import UserError
 from dpo_fast.wording import clipped
 
-HUB_ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<split>[\w.\[\]:%+-]+))?")
+HUB_ID = re.compile(
+    r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[^@:\s]+))?(:(?P<split>[\w.\[\]:%+-]+))?"
+)
 
 
 @dataclass(frozen=True)
@@ -83,18 +85,27 @@ class SavedSource:
 
 @dataclass(frozen=True)
 class HubSource:
-    """A data set of the Hugging Face hub, downloaded and cached by `datasets`."""
+    """A data set of the Hugging Face hub, downloaded and cached by `datasets`.
+
+    revision: branch, tag or commit; None: main.
+    """
 
     name: str
     split: str
+    revision: str | None = None
 
     @cached_property
     def _data(self) -> Any:
         import datasets
 
         try:
-            return datasets.load_dataset(self.name, split=self.split)
+            return datasets.load_dataset(self.name, split=self.split, revision=self.revision)
         except (OSError, ValueError, RuntimeError) as error:
+            if self.revision is not None:
+                raise UserError(
+                    f"{self}: no data set on the hub with revision {self.revision!r} and split "
+                    f"{self.split!r}: {error}"
+                ) from error
             raise UserError(
                 f"{self.name}: neither a file or folder here nor a data set on the hub with split "
                 f"{self.split!r}: {error}.{_near(Path(self.name))} Give a path, or the hub id as "
@@ -112,7 +123,8 @@ class HubSource:
         return len(self._data)
 
     def __str__(self) -> str:
-        return f"{self.name}:{self.split}"
+        name = self.name if self.revision is None else f"{self.name}@{self.revision}"
+        return f"{name}:{self.split}"
 
 
 Source = FileSource | SavedSource | HubSource
@@ -159,7 +171,7 @@ def _resolve(name: str, role: Role) -> list[Source]:
     hub = HUB_ID.fullmatch(name)
     if hub is None or suffix_of(path) or name.startswith((".", "~")):
         raise UserError(f"{name}: no such file, folder or glob match.{_near(path)}")
-    return [HubSource(hub["name"], hub["split"] or "train")]
+    return [HubSource(hub["name"], hub["split"] or "train", hub["revision"])]
 
 
 def _folder(path: Path, split: str | None, role: Role) -> list[Source]:

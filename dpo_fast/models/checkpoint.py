@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_fast.errors import UserError
+from dpo_fast.models.hub import split_revision
 
 # In the order in which transformers looks for them; an index names its shards.
 FILES = (
@@ -109,9 +110,12 @@ def read_adapter_config(path: str, option: str) -> dict[str, Any]:
 
 def base_of(path: str, option: str = "model.path") -> str:
     """The model that an adapter folder belongs to; of any other path the path itself."""
-    return (
-        read_adapter_config(path, option)["base_model_name_or_path"] if is_adapter(path) else path
-    )
+    if not is_adapter(path):
+        return path
+    config = read_adapter_config(path, option)
+    base, revision = config["base_model_name_or_path"], config.get("revision")
+    of_the_hub = revision and not Path(base).expanduser().exists()
+    return f"{base}@{revision}" if of_the_hub else base
 
 
 def adapter_file(path: str, option: str = "model.path") -> Path:
@@ -186,7 +190,7 @@ def is_folder(path: str, option: str) -> bool:
     folder = Path(path).expanduser()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{option}={path} is a file; expected a folder")
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    looks_local = path.startswith((".", "/", "~")) or split_revision(path)[0].count("/") > 1
     if not folder.exists() and looks_local:
         raise UserError(
             f"{option}={path}: no such folder; expected one that save_pretrained wrote, or a hub id "

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, model_validator
 
 from dpo_fast.models.checkpoint import is_adapter
+from dpo_fast.models.hub import with_revision
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +44,14 @@ class ModelSection(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     path: ModelPath = Field(
-        description="a model folder as written by save_pretrained, a hub id, or the folder of an adapter "
-        "(peft) whose adapter_config.json names its base"
+        description="a model folder as written by save_pretrained, a hub id, also as org/name@revision, or "
+        "the folder of an adapter (peft) whose adapter_config.json names its base"
+    )
+    revision: str | None = Field(
+        None,
+        description="branch, tag or commit of the hub id in path, and of its tokenizer; a run notes it as "
+        "path: org/name@revision. Default: main",
+        json_schema_extra={"refused": "where path is a folder, or names one"},
     )
     adapter: Literal["continue", "merge"] | None = Field(
         None,
@@ -54,7 +61,7 @@ class ModelSection(BaseModel):
         json_schema_extra={"refused": "where path is no adapter; continue with lora"},
     )
     tokenizer: ModelPath | None = Field(
-        None, description="tokenizer folder or hub id; default: path"
+        None, description="tokenizer folder or hub id, also as org/name@revision; default: path"
     )
     dtype: Literal["auto", "bf16", "fp32"] = Field(
         "auto",
@@ -113,6 +120,11 @@ class ModelSection(BaseModel):
         from dpo_fast.models.precision import DTYPES
 
         return DTYPES[self.precision]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fold_revision(cls, values: Any) -> Any:
+        return with_revision(values)
 
     @model_validator(mode="after")
     def _check(self) -> ModelSection:

@@ -32,6 +32,7 @@ from dpo_fast.models.checkpoint import (
     read_header,
     weight_files,
 )
+from dpo_fast.models.hub import commit_of, split_revision
 
 VERSION = 1  # raised whenever the same files would give another hash
 CHUNK = 1 << 22
@@ -68,9 +69,7 @@ def unwatched(size: int) -> Advance:
     return lambda count: None
 
 
-def model_identity(
-    path: str, cache: Path | None = None, watch: Watch = unwatched, trust_remote_code: bool = False
-) -> str:
+def model_identity(path: str, cache: Path | None = None, watch: Watch = unwatched) -> str:
     """A hash that two models share only if all of their weights are equal.
 
     path: folder or hub id.
@@ -82,9 +81,9 @@ def model_identity(
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        return _hub_identity(path, trust_remote_code)
+        return _hub_identity(path)
     if is_adapter(path):
-        return _adapter_identity(path, cache, watch, trust_remote_code)
+        return _adapter_identity(path, cache, watch)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     parts = {
         "config": _without_idle(config),
@@ -94,11 +93,11 @@ def model_identity(
     return _hash(parts)
 
 
-def _adapter_identity(path: str, cache: Path | None, watch: Watch, trust_remote_code: bool) -> str:
+def _adapter_identity(path: str, cache: Path | None, watch: Watch) -> str:
     config = read_adapter_config(path, "model.path")
     return _hash(
         {
-            "base": model_identity(base_of(path), cache, watch, trust_remote_code),
+            "base": model_identity(base_of(path), cache, watch),
             "adapter": {name: config[name] for name in config if name not in IDLE_ADAPTER_KEYS},
             "tensors": sorted(hash_tensors([adapter_file(path)], cache, watch)),
         }
@@ -109,17 +108,14 @@ def _hash(parts: dict) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _hub_identity(path: str, trust_remote_code: bool) -> str:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    commit = getattr(config, "_commit_hash", None)
+def _hub_identity(path: str) -> str:
+    commit = commit_of(path)
     if commit is None:
         raise UserError(
             f"{path} was not loaded from a repository with commits, so its weights cannot be told from "
             "others: name the folder that holds them"
         )
-    return f"{path}@{commit}"
+    return f"{split_revision(path)[0]}@{commit}"
 
 
 def _without_idle(config: dict) -> dict:

@@ -28,6 +28,7 @@ from dpo_fast.models.checkpoint import (
 )
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.decoder import decoder_of
+from dpo_fast.models.hub import cached_revisions, commit_of, source, split_revision
 from dpo_fast.models.layers import compile_layers, use_liger_kernel
 from dpo_fast.models.save import HEAVY
 from dpo_fast.models.scoring import ScoringModel
@@ -40,12 +41,13 @@ def local_folder(path: str) -> Path:
         return folder
     from huggingface_hub import snapshot_download
 
-    commit = getattr(AutoConfig.from_pretrained(path), "_commit_hash", None)
+    name, _ = split_revision(path)
+    commit = commit_of(path)
     try:
         ignored = [f"*{suffix}" for suffix in HEAVY]
-        return Path(snapshot_download(path, revision=commit, ignore_patterns=ignored))
+        return Path(snapshot_download(name, revision=commit, ignore_patterns=ignored))
     except (OSError, ValueError):  # without a network: what there is
-        return Path(snapshot_download(path, revision=commit, local_files_only=True))
+        return Path(snapshot_download(name, revision=commit, local_files_only=True))
 
 
 def tokenizer_path(section: ModelSection) -> str:
@@ -66,7 +68,9 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     try:
         tokenizer = transformers_tokenizer(path, section.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise UserError(f"{option}={path}: no tokenizer can be loaded: {_first(error)}") from error
+        raise UserError(
+            f"{option}={path}: no tokenizer can be loaded: {_first(error)}{_cached(path)}"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"{option}={path}: the tokenizer has no eos_token; set one and save it again"
@@ -87,11 +91,11 @@ def transformers_tokenizer(path: str, trust_remote_code: bool) -> PreTrainedToke
         from transformers.integrations.mistral.tokenizer import convert_tekken_tokenizer
 
         return convert_tekken_tokenizer(str(tekken))
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(**source(path), trust_remote_code=trust_remote_code)
     if type(tokenizer).__name__ != "MistralCommonBackend":
         return tokenizer
     return AutoTokenizer.from_pretrained(
-        path, trust_remote_code=trust_remote_code, mistral_format=False
+        **source(path), trust_remote_code=trust_remote_code, mistral_format=False
     )
 
 
@@ -100,14 +104,15 @@ def end_of_turn_ids(section: ModelSection) -> list[int]:
 
     Chat models name more of them there than the tokenizer's one EOS.
     """
-    path, trust = base_of(section.path), section.trust_remote_code
+    where, trust = source(base_of(section.path)), section.trust_remote_code
+    name = where.pop("pretrained_model_name_or_path")  # GenerationConfig calls it otherwise
     try:
-        ids = GenerationConfig.from_pretrained(path).eos_token_id
+        ids = GenerationConfig.from_pretrained(name, **where).eos_token_id
     except (OSError, ValueError):
         ids = None
     if ids is None:
         try:
-            config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+            config = AutoConfig.from_pretrained(name, **where, trust_remote_code=trust)
             ids = getattr(config.get_text_config(), "eos_token_id", None)
         except (OSError, ValueError, KeyError):  # load_model says what is wrong with it
             return []
@@ -142,6 +147,8 @@ def load_model(
         load_adapter(scoring, section.path, option, keep_start)
     elif section.lora is not None:
         add_lora(scoring, section.lora)
+        for adapter in scoring.model.peft_config.values():  # what the export's base is
+            adapter.revision = split_revision(section.path)[1]
     return scoring
 
 
@@ -151,7 +158,7 @@ def _load_causal_lm(section: ModelSection, attention: str, option: str) -> PreTr
     _without_dropout(config)
     with _told(section, option):
         model = auto_class(config).from_pretrained(
-            base_of(section.path, option),
+            **source(base_of(section.path, option)),
             config=config,
             dtype=section.torch_dtype,
             attn_implementation=attention,
@@ -201,9 +208,9 @@ def freeze_unreached(model: PreTrainedModel) -> None:
 def load_model_config(section: ModelSection, option: str = "model.path") -> PretrainedConfig:
     """The configuration of a section's model, without its weights."""
     check_model_path(section.path, option)
-    path = base_of(section.path, option)
+    where = source(base_of(section.path, option))
     with _told(section, option):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=section.trust_remote_code)
+        config = AutoConfig.from_pretrained(**where, trust_remote_code=section.trust_remote_code)
     if section.output_router_logits is False:
         for part in (config, config.get_text_config()):
             if hasattr(part, "output_router_logits"):
@@ -231,7 +238,7 @@ def _told(section: ModelSection, option: str):
         yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise UserError(
-            f"{option}={section.path}: the model cannot be loaded: {_first(error)}"
+            f"{option}={section.path}: the model cannot be loaded: {_first(error)}{_cached(section.path)}"
         ) from error
 
 
@@ -249,6 +256,13 @@ def _without_dropout(config: PretrainedConfig) -> None:
             _without_dropout(value)
         elif name.endswith(ends) and isinstance(value, float):
             setattr(config, name, 0.0)
+
+
+def _cached(path: str) -> str:
+    """A sentence about the revisions in the cache, where a revision is asked for."""
+    if split_revision(path)[1] is None:
+        return ""
+    return f". In the cache: {cached_revisions(path) or 'no revision of it'}"
 
 
 def _first(error: Exception) -> str:

@@ -9,6 +9,7 @@ import torch
 from dpo_fast.errors import UserError
 from dpo_fast.models.checkpoint import base_of
 from dpo_fast.models.config import ModelSection
+from dpo_fast.models.hub import source
 from dpo_fast.models.load import auto_class, load_model_config, local_folder, resize_for_adapter
 from dpo_fast.models.save import copy_input_files, write_model
 
@@ -31,7 +32,7 @@ def write_merged(section: ModelSection, adapter: Path, target: Path, dtype: str 
 
     base = base_of(section.path)
     model = auto_class(load_model_config(section)).from_pretrained(
-        base, dtype=MERGED[dtype], trust_remote_code=section.trust_remote_code
+        **source(base), dtype=MERGED[dtype], trust_remote_code=section.trust_remote_code
     )
     found = model.dtype
     resize_for_adapter(model, str(adapter))

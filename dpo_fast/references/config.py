@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dpo_fast.losses import LOSSES, Objective
 from dpo_fast.models.config import ModelPath, ModelSection
+from dpo_fast.models.hub import with_revision
 from dpo_fast.references.table import (
     DEFAULT,
     PROVIDERS,
@@ -66,8 +67,14 @@ class ReferenceSection(BaseModel):
     )
     path: ModelPath | None = Field(
         None,
-        description="reference model, a folder or a hub id; default: the policy as it starts",
+        description="reference model, a folder or a hub id, also as org/name@revision; default: the policy "
+        "as it starts",
         json_schema_extra=_used_only_by("path"),
+    )
+    revision: str | None = Field(
+        None,
+        description="branch, tag or commit of the hub id in path; default: main",
+        json_schema_extra={"refused": "without path, or where path is a folder or names one"},
     )
     cache_dir: str | None = Field(
         None,
@@ -110,6 +117,11 @@ class ReferenceSection(BaseModel):
         description="optimiser steps between updates of the reference",
         json_schema_extra=_used_only_by("sync_steps"),
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fold_revision(cls, values: Any) -> Any:
+        return with_revision(values, option="reference")
 
     @property
     def model(self) -> ReferenceModel:

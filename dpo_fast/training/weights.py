@@ -40,7 +40,7 @@ def identity_on_this_rank(config: RunConfig, path: str) -> str:
     """As `identity_of`, for work that one rank does."""
     cache = cache_root(config.data) / "weights"
     with _told(path) as watch:
-        return model_identity(path, cache, watch, config.model.trust_remote_code)
+        return model_identity(path, cache, watch)
 
 
 @contextmanager

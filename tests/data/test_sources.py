@@ -8,6 +8,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from dpo_fast.data.entries import SourceOptions
 from dpo_fast.data.sources import FileSource, HubSource, SavedSource, read_rows, resolve
 from dpo_fast.data.verdicts import BadRows
 from dpo_fast.errors import UserError
@@ -118,19 +119,37 @@ def test_folder_and_glob_read_files_in_order(tmp_path):
 def test_hub_id(monkeypatch):
     calls = []
 
-    def load_dataset(name, split):
-        calls.append((name, split))
+    def load_dataset(name, split, revision):
+        calls.append((name, split, revision))
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert resolve(["org/prefs"]) == [HubSource("org/prefs", "train")]
     assert resolve(["prefs:test[:10]"]) == [HubSource("prefs", "test[:10]")]
     assert read("org/prefs:test_prefs")[0][1] == ("org/prefs:test_prefs:2", ROWS[1])
-    assert calls == [("org/prefs", "test_prefs")]
+    assert resolve(["org/prefs@refs/pr/1:test"]) == [HubSource("org/prefs", "test", "refs/pr/1")]
+    assert read("org/prefs@v2")[0][1] == ("org/prefs@v2:train:2", ROWS[1])
+    assert calls == [("org/prefs", "test_prefs", None), ("org/prefs", "train", "v2")]
+
+
+def test_a_revision_of_a_data_set_that_is_not_there_is_named(monkeypatch):
+    def load_dataset(name, split, revision):
+        raise FileNotFoundError(f"Revision Not Found: {revision}")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    message = fails("org/prefs@v9")
+    assert "org/prefs@v9:train: no data set on the hub with revision 'v9'" in message
+
+
+def test_the_revision_of_an_entry_stands_behind_its_hub_id(tmp_path):
+    entry = SourceOptions.model_validate({"path": "org/prefs:test", "revision": "v2"})
+    assert entry.path == "org/prefs@v2:test" and entry.revision is None
+    with pytest.raises(ValueError, match=r"a source.path=.* is a folder"):
+        SourceOptions.model_validate({"path": str(tmp_path), "revision": "v2"})
 
 
 def test_hub_failure_names_both_possibilities(monkeypatch):
-    def load_dataset(name, split):
+    def load_dataset(name, split, revision):
         raise ConnectionError("offline")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)

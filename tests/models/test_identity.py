@@ -188,13 +188,12 @@ def test_reading_is_told_byte_by_byte(copy):
 
 
 def test_a_hub_id_is_its_commit(monkeypatch):
-    import transformers
+    from transformers.utils import hub
 
-    class Config:
-        _commit_hash = "abc"
-
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda *a, **k: Config)
-    assert of("org/name") == "org/name@abc"
-    Config._commit_hash = None
+    commit = "0123456789" * 4
+    file = f"/cache/models--org--name/snapshots/{commit}/config.json"
+    monkeypatch.setattr(hub, "cached_file", lambda *a, **k: file)
+    assert of("org/name") == of("org/name@main") == f"org/name@{commit}"
+    file = "/elsewhere/config.json"
     with pytest.raises(UserError, match="org/name was not loaded from a repository with commits"):
         of("org/name")
