@@ -38,13 +38,23 @@ LAUNCHERS = {
 
 
 class FaultyRun:
-    """A command of its own session, and all processes that come of it."""
+    """A command of its own session, and all processes that come of it.
 
-    def __init__(self, tree: dict, launcher: str = "nproc", prefix=(), **environment: str) -> None:
+    prefix: words before the command. file: its configuration, with the log beside it.
+    """
+
+    def __init__(
+        self,
+        tree: dict,
+        launcher: str = "nproc",
+        prefix=(),
+        file: Path | None = None,
+        **environment: str,
+    ) -> None:
         self.root, self.mark = Path(tree["train"]["output_dir"]), uuid.uuid4().hex
-        file = self.root.with_suffix(".yaml")
+        file = file or self.root.with_suffix(".yaml")
         file.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")
-        self.log = self.root.with_suffix(".log").open("w+", errors="replace")
+        self.log = file.with_suffix(".log").open("w+", errors="replace")
         words = [*prefix, *(word.format(file=file) for word in LAUNCHERS[launcher])]
         self.process = subprocess.Popen(
             words,

@@ -4,7 +4,11 @@ A small sample runs always, the rest with DPO_FAST_SLOW=1 (`make faults`). The c
 """
 
 import random
+import shutil
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -67,8 +71,6 @@ KILLS = [
 @pytest.mark.parametrize("whom, step, later", KILLS)
 def test_kills_at_random_moments(undisturbed, tmp_path_factory, whom, step, later):
     """All at once, one rank or the launcher; every other step saves."""
-    import time
-
     folder, tree = undisturbed
     tree = changed(tree, folder / f"kill-{whom}-{step}")
     run = FaultyRun(tree)
@@ -131,3 +133,146 @@ def test_a_signal_is_followed_by_a_checkpoint(undisturbed, launcher, whom, name)
     if launcher == "nproc":
         assert run.code == 130
     resumed_as_undisturbed(undisturbed, tree)
+
+
+# A starved machine. One rank; a run that cannot write ends with a message, and goes on when it can.
+
+
+def alone(undisturbed, name: str, prefix=(), sections=None, **environment: str) -> FaultyRun:
+    folder, tree = undisturbed
+    tree = changed(tree, folder / name, **(sections or {}))
+    return FaultyRun(tree, "alone", prefix, **environment)
+
+
+def ended_well(run: FaultyRun) -> None:
+    assert run.code == 0, run.said()[-3000:]
+    assert (run.root / "final" / "model.safetensors").exists()
+
+
+def told(run: FaultyRun, *words: str) -> None:
+    """It ended with a message of one paragraph that has these words."""
+    assert run.code == 2, (run.code, run.said()[-3000:])
+    assert "Traceback" not in run.said(), run.said()[-3000:]
+    for word in words:
+        assert word in run.said(), run.said()[-3000:]
+
+
+def limited(what: str, value: int) -> list[str]:
+    """A command before the command that sets a limit of the system."""
+    code = (
+        "import os, resource, sys; what = getattr(resource, sys.argv[1]); value = int(sys.argv[2]);"
+        "resource.setrlimit(what, (value, value)); os.execvp(sys.argv[3], sys.argv[3:])"
+    )
+    return [sys.executable, "-c", code, what, str(value)]
+
+
+MOUNTS = pytest.mark.skipif(
+    subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0
+    if shutil.which("unshare")
+    else True,
+    reason="only root may mount",
+)
+
+
+@SLOW
+@pytest.mark.parametrize("stream", ["/dev/full", "closed pipe", "closed"])
+def test_a_log_that_cannot_be_written_ends_no_run(undisturbed, stream):
+    """Standard output and error: a full disk, a pager that was left, descriptors that are closed."""
+    name = stream.strip("/").replace("/", "-")
+    redirected = {
+        "/dev/full": '"$@" >/dev/full 2>/dev/full',
+        "closed pipe": '"$@" 2>&1 | true; exit 0',
+        "closed": '"$@" >&- 2>&-',
+    }[stream]
+    run = alone(undisturbed, name, ["sh", "-c", redirected, "sh"])
+    run.ends(120)
+    ended_well(run)
+
+
+@SLOW
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"LC_ALL": "C", "LANG": "C"},
+        {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    ],
+)
+def test_no_locale_and_a_folder_with_a_space_and_umlauts(undisturbed, variables):
+    run = alone(undisturbed, f"größe {len(variables)}", **variables)
+    run.ends(120)
+    ended_well(run)
+
+
+@SLOW
+def test_few_descriptors(undisturbed):
+    run = alone(undisturbed, "few", limited("RLIMIT_NOFILE", 64))
+    run.ends(120)
+    ended_well(run)
+
+
+@SLOW
+@MOUNTS
+@pytest.mark.parametrize("processes", [1, 2])
+def test_no_shared_memory(undisturbed, processes):
+    folder, tree = undisturbed
+    sections = {
+        "data": tree["data"] | {"num_proc": processes, "cache_dir": str(folder / f"c{processes}")}
+    }
+    prefix = [
+        "unshare",
+        "--mount",
+        "sh",
+        "-c",
+        'mount --bind /proc/self/fdinfo /dev/shm && "$@"',
+        "sh",
+    ]
+    run = alone(undisturbed, f"shm-{processes}", prefix, sections)
+    run.ends(120)
+    ended_well(run)
+
+
+@SLOW
+@MOUNTS
+@pytest.mark.parametrize("kib", [40, 200, 400, 900, 1500, 2500])
+def test_a_full_disk_is_told_and_nothing_is_lost(undisturbed, kib):
+    """A small disk under the run's folder: storing the reference, logging, saving or exporting fills it."""
+    folder, tree = undisturbed
+    small = folder / f"disk-{kib}"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", small], check=True)
+    try:
+        tree = changed(tree, small / "run")
+        run = FaultyRun(tree, file=folder / f"disk-{kib}.yaml")
+        run.ends(120)
+        print(f"a disk of {kib} KiB: {run.said().strip().splitlines()[-1][:200]}")
+        if run.code != 0:
+            told(run, "No space left on device")
+        subprocess.run(["mount", "-o", "remount,size=64m", small], check=True)
+        tree["train"]["resume_from_checkpoint"] = True
+        ranks.train([tree], 2)
+        assert result(small / "run") == result(folder / "undisturbed")
+    finally:
+        subprocess.run(["umount", "-l", small], check=True)
+
+
+@SLOW
+@MOUNTS
+@pytest.mark.parametrize("what", ["output", "cache", "reference"])
+def test_a_folder_that_is_read_only_is_told(undisturbed, what):
+    """For root too: mounted so."""
+    folder, tree = undisturbed
+    place = folder / f"read-only-{what}"
+    place.mkdir()
+    sections = {
+        "output": {},
+        "cache": {"data": tree["data"] | {"cache_dir": str(place)}},
+        "reference": {"reference": {"cache_dir": str(place / "stored")}},
+    }[what]
+    tree = changed(tree, folder / f"of-{what}", **sections)
+    if what == "output":
+        tree["train"]["output_dir"] = str(place / "run")
+    mount = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
+    prefix = ["unshare", "--mount", "sh", "-c", mount, str(place)]
+    run = FaultyRun(tree, "alone", prefix, file=folder / f"of-{what}.yaml")
+    run.ends(120)
+    told(run, "Read-only file system", str(place))
