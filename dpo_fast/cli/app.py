@@ -72,8 +72,8 @@ def train(
 ) -> None:
     """Train. Alone, with --nproc, or under torchrun, deepspeed or srun.
 
-    Exit codes: 0 done; 2 bad input; 4 stopped by health.stop_on, 130 interrupted, both with the step
-    finished and a checkpoint saved.
+    Exit codes: 0 done; 2 bad input; 3 another rank was lost; 4 stopped by health.stop_on, 130 interrupted,
+    both with the step finished and a checkpoint saved.
     """
     run = load(config, overrides)
     from dpo_fast.training.places import check_writable
