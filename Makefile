@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo real check test lint bench bench-train aot csrc docs gpu clean
+.PHONY: demo real check test faults lint bench bench-train aot csrc docs gpu clean
 
 demo: $(STAMP)
 	$(BIN)/dpo-fast demo
@@ -23,6 +23,10 @@ check: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PARALLEL)
+
+# Faults by the hundred: kills, signals, full disks, malformed input. Much longer than everything else.
+faults: $(STAMP)
+	DPO_FAST_SLOW=1 $(BIN)/python -m pytest $(PARALLEL) $(if $(ONLY),-k "$(ONLY)") -rA --capture=tee-sys $$(grep -rlE "SLOW" tests --include="test_*.py")
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

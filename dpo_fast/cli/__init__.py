@@ -9,11 +9,14 @@ doctor.py          what this machine can run
 doctor_run.py      what one run would use
 doctor_memory.py   how much memory that takes, roughly
 launch.py          --nproc: local ranks without torchrun
+streams.py         nothing that is said ends a command
 """
 
 from __future__ import annotations
 
 import sys
+
+from dpo_fast.cli.streams import give_up, survive
 
 # Packages of the extra `train`, by the names that are imported.
 EXTRA = (
@@ -24,6 +27,7 @@ EXTRA = (
 
 def main() -> None:
     """Entry point of `dpo-fast`. Without the extra `train` it says how to install it."""
+    survive(sys.argv[1:])
     try:
         from dpo_fast.cli.app import main as run
 
@@ -37,6 +41,8 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+    finally:
+        give_up()
 
 
 __all__ = ["main"]

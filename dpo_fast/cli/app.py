@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+import time
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +17,7 @@ from dpo_fast import __version__
 from dpo_fast.cli import bench
 from dpo_fast.cli.config import Config, Overrides, load
 from dpo_fast.cli.config import app as config_app
-from dpo_fast.errors import Interrupted, UserError
+from dpo_fast.errors import Interrupted, LostPeer, UserError
 
 KEYS = (
     "Keys people change most: model.path, model.lora.r, data.train, data.eval_rows, data.max_length, "
@@ -22,6 +25,7 @@ KEYS = (
     "train.micro_batch_size, train.learning_rate, train.save_steps, train.resume_from_checkpoint, "
     "parallel.zero_stage. All: docs/CONFIG.md, or dpo-fast config schema."
 )
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 app = typer.Typer(
     help="Preference optimisation whose language-model head never materialises logits.",
     no_args_is_help=True,
@@ -68,8 +72,8 @@ def train(
 ) -> None:
     """Train. Alone, with --nproc, or under torchrun, deepspeed or srun.
 
-    Exit codes: 0 done; 2 bad input; 4 stopped by health.stop_on, 130 interrupted, both with the step
-    finished and a checkpoint saved.
+    Exit codes: 0 done; 2 bad input; 3 another rank was lost; 4 stopped by health.stop_on, 130 interrupted,
+    both with the step finished and a checkpoint saved.
     """
     run = load(config, overrides)
     from dpo_fast.training.places import check_writable
@@ -262,20 +266,57 @@ def main() -> None:
     arguments = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
     try:
         app(arguments, prog_name="dpo-fast")
-    except UserError as error:
-        _tell(error)
-        _leave(2)
-    except Interrupted as interruption:
-        _tell(interruption)
-        _leave(interruption.exit_code)
+    except (UserError, Interrupted) as error:
+        reason = " ".join(str(error).split())
+        _end(reason, 2 if isinstance(error, UserError) else error.exit_code)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            place = f": {error.filename}" if error.filename else " to standard output"
+            _end(f"cannot write{place}: {error.strerror}", 2)
+        if (peers := _peers()) is None:
+            raise
+        _end_among(peers, error)
 
 
-def _tell(error: Exception) -> None:
-    """Print it once per machine: all ranks of a machine fail on the same files."""
+def _end_among(peers, error: Exception) -> None:
+    """After an error that nobody has foreseen, or that follows from the loss of another rank."""
+    from dpo_fast.training import distributed
+
+    code = 1
+    try:
+        with distributed.collective_errors():
+            raise error
+    except LostPeer as lost:
+        peers.await_verdict(5.0)  # it knows which, and ends the process
+        error, code = lost, lost.exit_code
+    except Exception:
+        pass
+    trace = "".join(traceback.format_exception(error)).rstrip()
+    _end(f"{type(error).__name__}: {error}", code, trace)
+
+
+def _peers():
+    """The watch over the other ranks, if this process is one of several."""
+    distributed = sys.modules.get("dpo_fast.training.distributed")
+    return distributed and distributed.peers()
+
+
+def _end(reason: str, code: int, trace: str = "") -> None:
+    """Tell why, once on each machine, and end.
+
+    trace: told in place of the reason.
+    """
     rank, local = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
-    if local == "0":
+    peers = _peers()
+    if peers and local != "0":
+        time.sleep(0.3)  # most errors come to all ranks, and then the first shall tell
+    # Before ranks know each other, those of a machine fail on the same files and options.
+    if peers.first_to_tell(reason) if peers else local == "0":
         place = "" if rank == "0" else f" (rank {rank})"
-        print(f"dpo-fast{place}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"dpo-fast{place}: {trace or reason}", file=sys.stderr, flush=True)
+    if peers:
+        peers.fail(reason, code)
+    _leave(code)
 
 
 def _leave(code: int) -> None:

@@ -25,6 +25,8 @@ import hashlib
 import io
 import json
 import os
+import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,10 @@ FORMAT = 2
 MANIFEST = "_manifest.json"
 ROWS_PER_PART = 2048  # at most so many are lost when a process is killed
 REMEDY = "delete the folder to compute it again, or name another with reference.cache_dir"
+
+
+def _a_second() -> None:
+    time.sleep(1.0)
 
 
 def names_of(kind: Kind, what: str) -> list[str]:
@@ -116,26 +122,43 @@ class Unfinished:
         self.parts = part_rows(len(examples), ROWS_PER_PART)
         self._lock: int | None = None
 
-    def begin(self) -> list[int]:
+    def begin(self, wait: Callable[[], None] = _a_second) -> list[int] | None:
         """Make the folder, or go on with it. Returns the indices of the parts that are missing.
 
+        None if another process has computed it by now. While one does so, `wait` is called again and
+        again; if that one dies, this one goes on with its parts.
+
         Raises:
-            UserError: it was begun for something else, is in use, or cannot be written.
+            UserError: it was begun for something else, or cannot be written.
         """
         with self._writing():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
-            if (self.folder / MANIFEST).exists():
-                difference = differences(read_manifest(self.folder), self.manifest)
-                if difference:
-                    raise UserError(
-                        f"{self.folder} was begun for something else: {difference}. Delete it to "
-                        "begin anew, or name another folder with reference.cache_dir"
-                    )
-            else:
+            while not self._take_lock():
+                self._check_manifest()
+                wait()
+            if self.final.exists():
+                with suppress(OSError):
+                    self.folder.rmdir()  # it was made a moment ago
+                self.close()
+                return None
+            if not self._check_manifest():
                 content = json.dumps(self.manifest, indent=2)
                 durable.write_file(self.folder / MANIFEST, content)
         return [index for index in range(len(self.parts)) if not self._is_done(index)]
+
+    def _check_manifest(self) -> bool:
+        """Whether there is one. Raises UserError if it is of something else."""
+        try:
+            difference = differences(read_manifest(self.folder), self.manifest)
+        except UserError:
+            if not (self.folder / MANIFEST).exists():  # or not any longer
+                return False
+            raise
+        if difference:
+            raise UserError(
+                f"{self.folder} was begun for something else: {difference}. Delete it to begin anew, or "
+                "name another folder with reference.cache_dir"
+            )
+        return True
 
     def write(self, index: int, table: pyarrow.Table) -> None:
         """Add a part. Raises UserError if it cannot be written; the finished parts stay."""
@@ -164,18 +187,25 @@ class Unfinished:
             os.close(self._lock)
             self._lock = None
 
-    def _take_lock(self) -> None:
-        """Lock the folder. The system releases the lock when the process ends, however it ends."""
+    def _take_lock(self) -> bool:
+        """Lock the folder, which is made. The system releases the lock when the process ends.
+
+        False if another process has it, or has just renamed the folder.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.folder, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.close()
-            raise UserError(
-                f"{self.folder} is being written by another process; start again when it has ended"
-            ) from None
+            return False
         except OSError:
             pass  # a file system without locks
+        with suppress(OSError):
+            if os.path.samestat(os.stat(self.folder), os.fstat(self._lock)):
+                return True
+        self.close()
+        return False
 
     def _is_done(self, index: int) -> bool:
         """Whether a part is there, holds the rows that it should, and has whole pages."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dpo_fast import durable
-from dpo_fast.errors import UserError
+from dpo_fast.errors import LostPeer, UserError
 from dpo_fast.training import distributed
 from dpo_fast.training.manifest import (
     NAME,
@@ -159,7 +159,8 @@ def run_of(folder: Path) -> str | None:
         return None
 
 
-def saving(place: Path) -> AbstractContextManager[None]:
+@contextmanager
+def saving(place: Path) -> Iterator[None]:
     """`durable.writing` for the files of a run.
 
     torch and safetensors have errors of their own for a full disk.
@@ -168,7 +169,9 @@ def saving(place: Path) -> AbstractContextManager[None]:
         "The checkpoints that are done are whole: make room, and go on with "
         "train.resume_from_checkpoint=true"
     )
-    return durable.writing(place, remedy, (OSError, RuntimeError, SafetensorError))
+    errors = (OSError, RuntimeError, SafetensorError)
+    with durable.writing(place, remedy, errors), distributed.collective_errors():
+        yield
 
 
 def _ours(folder: Path) -> bool:
@@ -259,8 +262,9 @@ def _fitting_state(folder: Path, fits: dict) -> dict[str, Any]:
 def _reading(place: Path) -> Iterator[None]:
     """Tell what does not fit as a UserError. torch raises nearly anything when it loads a state."""
     try:
-        yield
-    except UserError:
+        with distributed.collective_errors():
+            yield
+    except (LostPeer, UserError):
         raise
     except Exception as error:
         raise UserError(

@@ -5,11 +5,15 @@ Who this process is, joining and leaving the group, and what ranks agree on.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import itertools
 import json
 import os
+import re
 import socket
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TypeVar
 
@@ -17,11 +21,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpo_fast.errors import UserError
+from dpo_fast.errors import LostPeer, UserError
+from dpo_fast.training.launchers import watch_launchers
+from dpo_fast.training.peers import Peers
 
 T = TypeVar("T")
 FOREVER = timedelta(days=30)
-_turns = itertools.count()  # calls of `main_first`, which every rank makes in the same order
+# What gloo and nccl say when another rank has gone; gloo raises a plain RuntimeError.
+PEER_ERRORS = re.compile("gloo|NCCL|[Tt]imed out waiting|Connection (closed|reset)|Broken pipe")
+_peers: list[Peers] = []
+_turns = itertools.count()  # calls of `_first`, which every rank makes in the same order
 
 
 def rank() -> int:
@@ -45,6 +54,7 @@ def device() -> torch.device:
 def init_distributed(timeout_minutes: float = 30.0) -> None:
     """Join the process group: nccl on GPUs, gloo on CPUs. A process started alone is a group of one."""
     adopt_slurm()
+    watch_launchers()
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -61,11 +71,14 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
     import deepspeed
 
     if not dist.is_initialized():
+        timeout = timedelta(minutes=timeout_minutes)
+        # DeepSpeed makes more groups, and asks for no time-out: they have torch's default.
+        dist.distributed_c10d.default_pg_timeout = timeout
+        dist.distributed_c10d.default_pg_nccl_timeout = timeout
         deepspeed.init_distributed(
-            dist_backend="nccl" if on_gpu else "gloo",
-            timeout=timedelta(minutes=timeout_minutes),
-            auto_mpi_discovery=False,
+            dist_backend="nccl" if on_gpu else "gloo", timeout=timeout, auto_mpi_discovery=False
         )
+        watch_peers(timeout)
 
 
 def leave_out_shm_comm() -> None:
@@ -79,8 +92,44 @@ def leave_out_shm_comm() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def watch_peers(silence: timedelta) -> None:
+    """Notice from now on when another rank is lost, and end. A process that ends says so by itself."""
+    if world_size() > 1:
+        store = dist.distributed_c10d._get_default_store()
+        _peers.append(Peers(rank(), store, silence.total_seconds()))
+        atexit.register(_leave_peers)
+
+
+def _leave_peers() -> None:
+    """At the end of a script of the user's, too: an exception there has been printed by now."""
+    if _peers and (error := getattr(sys, "last_value", None)) is not None:
+        _peers[-1].fail(f"{type(error).__name__}: {error}", 1)
+    elif _peers:
+        _peers[-1].leave()
+    _peers.clear()
+
+
+def peers() -> Peers | None:
+    """The watch over the other ranks, if there are any."""
+    return _peers[-1] if _peers else None
+
+
+@contextlib.contextmanager
+def collective_errors() -> Iterator[None]:
+    """Raises LostPeer in place of the error of a collective whose other ranks are gone or silent."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not PEER_ERRORS.search(str(error)) and not isinstance(error, dist.DistError):
+            raise
+        raise LostPeer(
+            f"another rank is gone, or was silent for longer than parallel.timeout_minutes: {error}"
+        ) from error
+
+
 def leave_distributed() -> None:
     """Leave the process group when a run is over; nccl warns otherwise."""
+    _leave_peers()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -117,13 +166,23 @@ def main_first(name: str, work: Callable[[], T]) -> T:
 
     name: of the work, for the key in the store. work: its result is anything that JSON can hold.
     """
+    first_of_node = int(os.environ.get("LOCAL_RANK", rank())) == 0
+    return _first(f"{name}/{int(os.environ.get('GROUP_RANK', 0))}", first_of_node, work)
+
+
+def main_waits(name: str, work: Callable[[], T]) -> T:
+    """As `main_first`, but on rank 0 of all nodes."""
+    return _first(name, is_main(), work)
+
+
+def _first(name: str, mine: bool, work: Callable[[], T]) -> T:
+    """Do the work if it is this rank's, or wait for its result."""
     if world_size() == 1:
         return work()
     store = dist.distributed_c10d._get_default_store()
-    first_of_node = int(os.environ.get("LOCAL_RANK", rank())) == 0
     # The turn tells apart two runs in one process group: the first one's key is still there.
-    key = f"dpo_fast/{next(_turns)}/{name}/{int(os.environ.get('GROUP_RANK', 0))}"
-    if first_of_node:
+    key = f"dpo_fast/{next(_turns)}/{name}"
+    if mine:
         try:
             result = work()
         except BaseException:

@@ -16,7 +16,8 @@ from dpo_fast.training.earlier_run import MODEL, check_earlier_run
 from dpo_fast.training.evaluation import evaluate_run, evaluated
 from dpo_fast.training.export import export
 from dpo_fast.training.first_batches import compare_at_start
-from dpo_fast.training.fit import check_run
+from dpo_fast.training.fit import Choices, check_run
+from dpo_fast.training.lock import check_free, sole_run
 from dpo_fast.training.metrics import MetricSums
 from dpo_fast.training.perf import watch_head, work_of
 from dpo_fast.training.places import check_writable
@@ -25,7 +26,7 @@ from dpo_fast.training.resume import checkpoint_of, resume, save
 from dpo_fast.training.run_log import RunLog, open_log
 from dpo_fast.training.step import coupled_step, train_step
 
-RESUME = "go on from the last checkpoint with train.resume_from_checkpoint=true"
+RESUME = "with train.resume_from_checkpoint=true it goes on from the last checkpoint"
 
 
 def train(config: RunConfig) -> Path:
@@ -37,22 +38,29 @@ def train(config: RunConfig) -> Path:
         Unhealthy: the same after a finding that health.stop_on names.
     """
     choices = check_run(config)
+    check_free(config.train.output_dir)
     check_earlier_run(config)
     check_writable(config.train.output_dir)
-    with signals.stop_at_once("nothing is lost: the same command goes on where this one was"):
+    with signals.stop_at_once(f"nothing is lost; {RESUME}, or begin again"):
         distributed.init_distributed(config.parallel.timeout_minutes)
-        checkpoint = checkpoint_of(config)
-        run = prepare(config, choices)
-        sums = MetricSums(run.engine.device, work_of(run.model))
-        watch_head(run.model.causal_lm.get_output_embeddings(), sums.clock)
-        log = open_log(run, resumed=checkpoint is not None)
-        with log.clock_stopped():
-            position = resume(run, checkpoint, sums, log) if checkpoint else start(run, log)
-        with signals.stop_signals(RESUME) as asked, run.saver:
-            steps(run, *position, sums, log, asked)
-    with signals.stop_at_once(f"the last checkpoint is whole: {RESUME}"):
-        model = Path(config.train.output_dir) / MODEL
-        export(run.model, run.config, model)
+        with sole_run(config.train.output_dir):
+            return sole_train(config, choices)
+
+
+def sole_train(config: RunConfig, choices: Choices) -> Path:
+    """`train` in a folder that no other run uses."""
+    distributed.from_main(lambda: check_earlier_run(config))  # it may just have ended
+    checkpoint = checkpoint_of(config)
+    run = prepare(config, choices)
+    sums = MetricSums(run.engine.device, work_of(run.model))
+    watch_head(run.model.causal_lm.get_output_embeddings(), sums.clock)
+    log = open_log(run, resumed=checkpoint is not None)
+    with log.clock_stopped():
+        position = resume(run, checkpoint, sums, log) if checkpoint else start(run, log)
+    with signals.stop_signals(RESUME) as asked, run.saver:
+        steps(run, *position, sums, log, asked)
+    model = Path(config.train.output_dir) / MODEL
+    export(run.model, run.config, model)
     say(f"the trained model is in {model}")
     return model
 

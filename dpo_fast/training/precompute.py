@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -69,17 +70,20 @@ def store_references(
         request = Request(
             split.name, split.examples, identity, config.model.precision, model.per_token, named_by
         )
-        place, folders = distributed.from_main(
-            lambda request=request: _look(model.cache_dir, config.train.output_dir, request)
+        look = partial(
+            distributed.from_main, partial(_look, model.cache_dir, config.train.output_dir, request)
         )
+        place, folders = look()
         seconds = None
-        if folders is None:
+        while folders is None:
             if scorer is None:
                 scorer = make_scorer()
                 before(scorer)
             start = time.monotonic()
-            compute_reference(scorer, config, split, request, path, place.own, device)
-            seconds, folders = time.monotonic() - start, [place.own]
+            if compute_reference(scorer, config, split, request, path, place.own, device):
+                seconds, folders = time.monotonic() - start, [place.own]
+            else:
+                place, folders = look()
         results.append(StoredReference(split, folders, seconds))
     return results
 
@@ -119,14 +123,17 @@ def cached_references(
 
 def compute_reference(
     scorer, config: RunConfig, split: Split, request: Request, path: str, folder: Path, device
-) -> None:
+) -> bool:
     """Score a split part by part and store it in `folder`. Finished parts are kept. Collective.
 
     path: of the model that the scorer is of, for the manifest.
 
+    Returns:
+        False if another run has computed it: this one has waited for that.
+
     Raises:
-        UserError: the folder was begun for something else, is in use or cannot be written; a
-            log-probability is not finite.
+        UserError: the folder was begun for something else or cannot be written; a log-probability is
+            not finite.
         Interrupted: after a signal.
     """
     unfinished = Unfinished(folder, request.manifest, split.examples)
@@ -135,7 +142,11 @@ def compute_reference(
     was_training = getattr(scorer, "training", False)
     scorer.eval()
     try:
-        missing, parts = distributed.from_main(unfinished.begin), unfinished.parts
+        wait = _Waiting(unfinished.final)
+        missing = distributed.main_waits("reference", lambda: unfinished.begin(wait))
+        if missing is None:
+            return False
+        parts = unfinished.parts
         found = len(parts) - len(missing)
         say(
             f"computing the reference log-probs of {len(split.examples)} {split.examples.kind.name} "
@@ -145,9 +156,23 @@ def compute_reference(
         batches = {part: length_batches(parts[part], costs, *size) for part in missing}
         _score_parts(scorer, split, unfinished, batches, request.per_token, device)
         distributed.from_main(lambda: unfinished.finish(_information(config, split, path)))
+        return True
     finally:
         unfinished.close()
         scorer.train(was_training)
+
+
+class _Waiting:
+    """Called while another run computes a reference: says so, at first and every minute, and sleeps."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.turns = folder, 0
+
+    def __call__(self) -> None:
+        if self.turns % 60 == 0:
+            say(f"another run computes the reference {self.folder}: waiting for it")
+        self.turns += 1
+        time.sleep(1.0)
 
 
 def _score_parts(

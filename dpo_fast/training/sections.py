@@ -283,7 +283,10 @@ class ParallelSection(BaseModel):
         json_schema_extra={"refused": "below zero_stage=3"},
     )
     timeout_minutes: float = Field(
-        30.0, gt=0, description="the other ranks end when one has been silent for so long"
+        30.0,
+        ge=0.05,
+        le=60 * 24 * 30,
+        description="the other ranks end when one has been silent for so long",
     )
     deepspeed: dict[str, Any] = Field(
         default_factory=dict,

@@ -318,14 +318,40 @@ def test_a_folder_begun_for_something_else_is_refused_and_stays(tmp_path, option
     assert (first.folder / "part-00000.parquet").exists()
 
 
-def test_two_processes_do_not_write_one_folder(tmp_path):
-    first = Unfinished(tmp_path / "train", request().manifest, request().examples)
+def unfinished_in(folder: Path, **options) -> Unfinished:
+    wanted = request(**options)
+    return Unfinished(folder, wanted.manifest, wanted.examples)
+
+
+def test_a_second_process_waits_for_the_first_and_has_nothing_to_do(tmp_path):
+    first, second, waited = unfinished_in(tmp_path / "train"), unfinished_in(tmp_path / "train"), []
+    for index in first.begin():
+        first.write(index, table_of(request(), first.parts[index]))
+
+    def wait():
+        waited.append(1)
+        if len(waited) == 3:
+            first.finish({})
+
+    assert second.begin(wait) is None and len(waited) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["train"]
+    # It looked for the reference before the first one had ended, and begins only after that.
+    assert unfinished_in(tmp_path / "train").begin() is None
+    assert [path.name for path in tmp_path.iterdir()] == ["train"]
+
+
+def test_a_second_process_goes_on_where_the_first_died(tmp_path):
+    first = unfinished_in(tmp_path / "train")
+    assert first.begin() == [0, 1, 2]
+    first.write(1, table_of(request(), first.parts[1]))
+    assert unfinished_in(tmp_path / "train").begin(first.close) == [0, 2]
+
+
+def test_nobody_waits_for_something_else(tmp_path):
+    first = unfinished_in(tmp_path / "train")
     first.begin()
-    second = Unfinished(tmp_path / "train", request().manifest, request().examples)
-    with pytest.raises(UserError, match="is being written by another process"):
-        second.begin()
-    first.close()
-    assert second.begin() == [0, 1, 2]
+    with pytest.raises(UserError, match="was begun for something else"):
+        unfinished_in(tmp_path / "train", model="x").begin(lambda: pytest.fail("waits"))
 
 
 def test_a_full_disk_is_told_and_costs_nothing(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pyarrow.parquet
@@ -169,6 +170,36 @@ def test_a_signal_in_the_last_batch_is_not_lost(folder):
     here.scored = 0
     here.compute()
     assert here.scored == 2  # the other split's
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_three_runs_that_need_one_reference_compute_it_once(folder, whole, dies):
+    """Each is a process of its own. The first to come computes; another goes on if that one dies."""
+    named = folder / f"shared-{dies}"
+    here = Here(tree(folder, "three", reference={"per_token": True, "cache_dir": str(named)}))
+    children = []
+    for number in range(3):
+        if not (pid := os.fork()):
+            code = 99
+            try:
+                if number == 0 and dies:
+                    here.compute(fail_after=5, failure=lambda: os.kill(os.getpid(), signal.SIGKILL))
+                here.compute()
+                code = here.scored
+            finally:
+                os._exit(code)
+        children.append(pid)
+        deadline = time.monotonic() + 30
+        while not (named / ".train.partial").exists() and not (named / "train").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    ends = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    if dies:  # two parts of two batches were there
+        assert ends[0] == -signal.SIGKILL and sum(ends[1:]) == 3 + 2
+    else:
+        assert sum(ends) == 7 + 2
+    assert sorted(path.name for path in named.iterdir()) == ["eval", "train"]
+    assert pyarrow.parquet.read_table(named / "train").to_pylist() == whole
 
 
 def test_batches_are_filled_where_tokens_decide(folder, whole):

@@ -1,9 +1,11 @@
 """Signals: what asks, what ends at once, and that handlers come back."""
 
+import json
 import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,8 @@ pytest.importorskip("deepspeed")
 
 from dpo_fast.errors import Interrupted
 from dpo_fast.training import signals
+from tests.support import ranks
+from tests.support.models import changed, run_tree, write_model, write_pairs
 
 ALL = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 
@@ -122,3 +126,50 @@ def test_outside_the_main_thread_no_handler_is_needed():
     thread.start()
     thread.join()
     assert answers == [False]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A folder with a model and pairs, and the tree of a run on two ranks that has ended in it."""
+    folder = tmp_path_factory.mktemp("signals")
+    write_model(folder / "model")
+    write_pairs(folder / "pairs.jsonl", 24)
+    tree = run_tree(folder, micro_batch_size=2, layout="packed", max_steps=4, eval_steps=2)
+    tree["data"]["eval_rows"] = 12
+    tree["train"]["output_dir"] = str(folder / "undisturbed")
+    ranks.train([tree], 2)
+    return folder, tree
+
+
+def result(root: Path) -> tuple:
+    """What must be the same: the trained model, and every number that does not measure time."""
+    lines = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+    numbers = [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
+    return (root / "final" / "model.safetensors").read_bytes(), numbers
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("name, evaluation, batch", [("SIGTERM", 1, 1), ("SIGHUP", 2, 0)])
+def test_an_evaluation_is_left_between_batches_and_taken_again(
+    undisturbed, name, evaluation, batch
+):
+    folder, tree = undisturbed
+    root = folder / f"{name}-{evaluation}"
+    options = changed(tree, root)
+    ranks.group(2).do("interrupted", options, name, evaluation, batch)
+    assert (root / "latest").read_text() == f"checkpoint-{2 * evaluation}"
+    lines = (root / "metrics.jsonl").read_text().splitlines()
+    assert sum("eval_loss" in line for line in lines) == evaluation, "an evaluation was not left"
+    options["train"]["resume_from_checkpoint"] = True
+    ranks.train([options], 2)
+    assert result(root) == result(folder / "undisturbed")
+
+
+@pytest.mark.processes
+def test_before_the_first_step_nothing_is_left_behind_that_stops_the_same_command(undisturbed):
+    folder, tree = undisturbed
+    options = changed(tree, folder / "early")
+    ranks.group(1).do("interrupted", options, "SIGINT", 0, 1)
+    assert not list((folder / "early").glob("checkpoint-*"))
+    ranks.train([options], 1)
+    assert (folder / "early" / "final").is_dir()

@@ -6,6 +6,7 @@ It ends with the process that started it, in the middle of a job too.
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -15,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from dpo_fast.errors import Unhealthy, UserError
+from dpo_fast.errors import Interrupted, Unhealthy, UserError
 from dpo_fast.models import ScoringModel
-from dpo_fast.training import distributed
+from dpo_fast.training import distributed, evaluation
 from dpo_fast.training.config import build_config
 from dpo_fast.training.console import quiet
 from dpo_fast.training.loop import train, update
@@ -103,12 +104,38 @@ def with_noise(command: str, tree: dict, file: str) -> None:
     Path(f"{file}.{distributed.rank()}").write_text(refusal)
 
 
+def interrupted(tree: dict, signal_name: str, number: int, batch: int) -> None:
+    """A run to whose last rank a signal comes in its n-th evaluation, counted from 0, at that batch."""
+    seen, last = [], distributed.rank() == distributed.world_size() - 1
+    evaluate = evaluation.evaluate
+
+    def hit(batches):
+        for place, each in enumerate(batches):
+            if last and (len(seen) - 1, place) == (number, batch):
+                signal.raise_signal(getattr(signal, signal_name))
+            yield each
+
+    def counted(engine, batches, *rest):
+        seen.append(1)
+        return evaluate(engine, hit(batches), *rest)
+
+    evaluation.evaluate = counted
+    try:
+        train(build_config(tree, "case"))
+    except Interrupted:
+        return
+    finally:
+        evaluation.evaluate = evaluate
+    raise AssertionError("not interrupted")
+
+
 JOBS = {
     "with_noise": with_noise,
     "train": train_all,
     "stopped_by_health": stopped_by_health,
     "first_steps": first_steps,
     "in_turn": in_turn,
+    "interrupted": interrupted,
 }
 
 

@@ -1,0 +1,278 @@
+"""Whole runs that are killed, stopped, starved and interrupted: they end in time, and lose nothing.
+
+A small sample runs always, the rest with DPO_FAST_SLOW=1 (`make faults`). The counts go to the output.
+"""
+
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytest.importorskip("deepspeed")
+
+from tests.support import ranks
+from tests.support.faults import SLOW, FaultyRun, result
+from tests.support.models import changed, run_tree, write_model, write_pairs
+
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
+
+STEPS = 40
+SECONDS = 15.0  # until the other ranks have ended; they take one or two, and CI's machines are slow
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A folder with a space and an umlaut, and the tree of a run on two ranks that has ended in it."""
+    folder = tmp_path_factory.mktemp("läuft weiter")
+    write_model(folder / "model")
+    write_pairs(folder / "pairs.jsonl", 24)
+    options = {"max_steps": STEPS, "eval_steps": 10, "save_steps": 2}
+    tree = run_tree(folder, micro_batch_size=2, layout="packed", **options)
+    tree["data"]["eval_rows"] = 4
+    tree["parallel"] = {"zero_stage": 2}
+    tree["train"]["output_dir"] = str(folder / "undisturbed")
+    ranks.train([tree], 2)
+    return folder, tree
+
+
+def resumed_as_undisturbed(undisturbed, tree: dict) -> None:
+    """Goes on with a disturbed run, which must come to what the undisturbed one came to."""
+    folder, _ = undisturbed
+    tree["train"]["resume_from_checkpoint"] = True
+    ranks.train([tree], 2)
+    root = folder / tree["train"]["output_dir"]
+    assert result(root) == result(folder / "undisturbed")
+
+
+def test_a_killed_rank_ends_the_other_within_seconds_and_nothing_is_lost(undisturbed):
+    folder, tree = undisturbed
+    tree = changed(tree, folder / "killed")
+    run = FaultyRun(tree)
+    run.wait_for_steps(5)
+    run.hit(1, signal.SIGKILL)
+    run.ends(SECONDS)
+    assert run.code == 128 + signal.SIGKILL
+    assert run.said().count("dpo-fast") == run.said().count("rank 1 (process ") == 1, run.said()
+    resumed_as_undisturbed(undisturbed, tree)
+
+
+MOMENTS = random.Random(14)
+KILLS = [
+    (whom, MOMENTS.randint(1, STEPS - 2), MOMENTS.random() * 0.2)
+    for whom in ("all", 0, 1, "launcher") * 5
+]
+
+
+@SLOW
+@pytest.mark.parametrize("whom, step, later", KILLS)
+def test_kills_at_random_moments(undisturbed, tmp_path_factory, whom, step, later):
+    """All at once, one rank or the launcher; every other step saves."""
+    folder, tree = undisturbed
+    tree = changed(tree, folder / f"kill-{whom}-{step}")
+    run = FaultyRun(tree)
+    run.wait_for_steps(step)
+    time.sleep(later)
+    if run.process.poll() is None:
+        run.hit(whom, signal.SIGKILL)
+    took = run.ends(SECONDS)
+    print(
+        f"kill -9 of {whom} after step {step}: all ended after {took:.1f} s, exit code {run.code}"
+    )
+    if whom in (0, 1) and not (folder / tree["train"]["output_dir"] / "final").exists():
+        assert f"rank {whom} (process " in run.said()
+    resumed_as_undisturbed(undisturbed, tree)
+
+
+@SLOW
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank_ends_the_others_within_the_time_out(undisturbed, stage, rank):
+    folder, tree = undisturbed
+    parallel = {"zero_stage": stage, "timeout_minutes": 0.1}
+    run = FaultyRun(changed(tree, folder / f"stopped-{stage}-{rank}", parallel=parallel))
+    run.wait_for_steps(3)
+    run.hit(rank, signal.SIGSTOP)
+    took = run.ends(6 + SECONDS, but=(rank,))
+    print(f"SIGSTOP of rank {rank}, ZeRO {stage}: the other ended after {took:.1f} s of 6 s")
+    took += run.ends(30)
+    print(f"    and the launcher after {took:.1f} s")
+    assert run.code == 3
+    assert f"rank {rank} (process " in run.said() and "has not answered for 6 s" in run.said()
+    assert "cannot be written" not in run.said() and "Traceback" not in run.said()
+
+
+# Signals that ask, to whom, under which launcher. Ctrl-C in a terminal goes to all at once.
+ASKED = [
+    ("nproc", "launcher", "SIGTERM"), ("nproc", "launcher", "SIGHUP"), ("nproc", "launcher", "SIGUSR1"),
+    ("nproc", "all", "SIGINT"), ("nproc", 1, "SIGUSR2"), ("nproc", 0, "SIGTERM"),
+    ("torchrun", "launcher", "SIGTERM"), ("torchrun", "all", "SIGINT"), ("torchrun", "launcher", "SIGHUP"),
+    ("torchrun", "launcher", "SIGUSR1"), ("torchrun", "launcher", "SIGKILL"),
+    ("deepspeed", "launcher", "SIGTERM"), ("deepspeed", "all", "SIGINT"),
+    ("deepspeed", "launcher", "SIGHUP"), ("deepspeed", "launcher", "SIGKILL"),
+]  # fmt: skip
+
+
+@SLOW
+@pytest.mark.parametrize("launcher, whom, name", ASKED)
+def test_a_signal_is_followed_by_a_checkpoint(undisturbed, launcher, whom, name):
+    """Under each launcher. One that is killed, or knows the signal no better, leaves no rank behind."""
+    folder, tree = undisturbed
+    options = {"save_steps": 1000}
+    tree = changed(tree, folder / f"asked-{launcher}-{whom}-{name}", train=tree["train"] | options)
+    run = FaultyRun(tree, launcher)
+    run.wait_for_steps(3)
+    run.hit(whom, getattr(signal, name))
+    took = run.ends(60)
+    saved = list((folder / tree["train"]["output_dir"]).glob("checkpoint-*"))
+    print(f"{name} to {whom} under {launcher}: ended after {took:.1f} s, {saved}, code {run.code}")
+    assert saved, run.said()[-3000:]
+    if launcher == "nproc":
+        assert run.code == 130
+    resumed_as_undisturbed(undisturbed, tree)
+
+
+# A starved machine. One rank; a run that cannot write ends with a message, and goes on when it can.
+
+
+def alone(undisturbed, name: str, prefix=(), sections=None, **environment: str) -> FaultyRun:
+    folder, tree = undisturbed
+    tree = changed(tree, folder / name, **(sections or {}))
+    return FaultyRun(tree, "alone", prefix, **environment)
+
+
+def ended_well(run: FaultyRun) -> None:
+    assert run.code == 0, run.said()[-3000:]
+    assert (run.root / "final" / "model.safetensors").exists()
+
+
+def told(run: FaultyRun, *words: str) -> None:
+    """It ended with a message of one paragraph that has these words."""
+    assert run.code == 2, (run.code, run.said()[-3000:])
+    assert "Traceback" not in run.said(), run.said()[-3000:]
+    for word in words:
+        assert word in run.said(), run.said()[-3000:]
+
+
+def limited(what: str, value: int) -> list[str]:
+    """A command before the command that sets a limit of the system."""
+    code = (
+        "import os, resource, sys; what = getattr(resource, sys.argv[1]); value = int(sys.argv[2]);"
+        "resource.setrlimit(what, (value, value)); os.execvp(sys.argv[3], sys.argv[3:])"
+    )
+    return [sys.executable, "-c", code, what, str(value)]
+
+
+MOUNTS = pytest.mark.skipif(
+    subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0
+    if shutil.which("unshare")
+    else True,
+    reason="only root may mount",
+)
+
+
+@SLOW
+@pytest.mark.parametrize("stream", ["/dev/full", "closed pipe", "closed"])
+def test_a_log_that_cannot_be_written_ends_no_run(undisturbed, stream):
+    """Standard output and error: a full disk, a pager that was left, descriptors that are closed."""
+    name = stream.strip("/").replace("/", "-")
+    redirected = {
+        "/dev/full": '"$@" >/dev/full 2>/dev/full',
+        "closed pipe": '"$@" 2>&1 | true; exit 0',
+        "closed": '"$@" >&- 2>&-',
+    }[stream]
+    run = alone(undisturbed, name, ["sh", "-c", redirected, "sh"])
+    run.ends(120)
+    ended_well(run)
+
+
+@SLOW
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"LC_ALL": "C", "LANG": "C"},
+        {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    ],
+)
+def test_no_locale_and_a_folder_with_a_space_and_umlauts(undisturbed, variables):
+    run = alone(undisturbed, f"größe {len(variables)}", **variables)
+    run.ends(120)
+    ended_well(run)
+
+
+@SLOW
+def test_few_descriptors(undisturbed):
+    run = alone(undisturbed, "few", limited("RLIMIT_NOFILE", 64))
+    run.ends(120)
+    ended_well(run)
+
+
+@SLOW
+@MOUNTS
+@pytest.mark.parametrize("processes", [1, 2])
+def test_no_shared_memory(undisturbed, processes):
+    folder, tree = undisturbed
+    sections = {
+        "data": tree["data"] | {"num_proc": processes, "cache_dir": str(folder / f"c{processes}")}
+    }
+    prefix = [
+        "unshare",
+        "--mount",
+        "sh",
+        "-c",
+        'mount --bind /proc/self/fdinfo /dev/shm && "$@"',
+        "sh",
+    ]
+    run = alone(undisturbed, f"shm-{processes}", prefix, sections)
+    run.ends(120)
+    ended_well(run)
+
+
+@SLOW
+@MOUNTS
+@pytest.mark.parametrize("kib", [40, 200, 400, 900, 1500, 2500])
+def test_a_full_disk_is_told_and_nothing_is_lost(undisturbed, kib):
+    """A small disk under the run's folder: storing the reference, logging, saving or exporting fills it."""
+    folder, tree = undisturbed
+    small = folder / f"disk-{kib}"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", small], check=True)
+    try:
+        tree = changed(tree, small / "run")
+        run = FaultyRun(tree, file=folder / f"disk-{kib}.yaml")
+        run.ends(120)
+        print(f"a disk of {kib} KiB: {run.said().strip().splitlines()[-1][:200]}")
+        if run.code != 0:
+            told(run, "No space left on device")
+        subprocess.run(["mount", "-o", "remount,size=64m", small], check=True)
+        tree["train"]["resume_from_checkpoint"] = True
+        ranks.train([tree], 2)
+        assert result(small / "run") == result(folder / "undisturbed")
+    finally:
+        subprocess.run(["umount", "-l", small], check=True)
+
+
+@SLOW
+@MOUNTS
+@pytest.mark.parametrize("what", ["output", "cache", "reference"])
+def test_a_folder_that_is_read_only_is_told(undisturbed, what):
+    """For root too: mounted so."""
+    folder, tree = undisturbed
+    place = folder / f"read-only-{what}"
+    place.mkdir()
+    sections = {
+        "output": {},
+        "cache": {"data": tree["data"] | {"cache_dir": str(place)}},
+        "reference": {"reference": {"cache_dir": str(place / "stored")}},
+    }[what]
+    tree = changed(tree, folder / f"of-{what}", **sections)
+    if what == "output":
+        tree["train"]["output_dir"] = str(place / "run")
+    mount = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
+    prefix = ["unshare", "--mount", "sh", "-c", mount, str(place)]
+    run = FaultyRun(tree, "alone", prefix, file=folder / f"of-{what}.yaml")
+    run.ends(120)
+    told(run, "Read-only file system", str(place))
