@@ -128,6 +128,24 @@ def _prepare_data(run) -> dict:
 
 
 @app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(help="output_dir of a run, or one of its checkpoints")],
+    step: Annotated[
+        int | None,
+        typer.Argument(help="a step, counted from 1; default: the one that ended the run", min=1),
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """A step of a run once more, row by row: losses, log-probs, and what is not finite first.
+
+    It goes from the last checkpoint before the step, with as many ranks, and changes nothing of the run.
+    """
+    from dpo_fast.cli.replay import run_replay
+
+    run_replay(run, step, overrides or [])
+
+
+@app.command()
 def reference(
     config: Config,
     overrides: Overrides = None,

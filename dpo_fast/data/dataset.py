@@ -138,6 +138,12 @@ class Dataset:
         """The file and line, or split and row, that an example came from."""
         return self._table[int(self._rows[index])]["where"]
 
+    def named(self, places: list[str]) -> dict[int, str]:
+        """The examples that came from these files and lines, by their index."""
+        column = self._table.data.column("where")
+        found = pyarrow.compute.is_in(column, value_set=pyarrow.array(places)).to_numpy()
+        return {int(index): self.where(index) for index in found[self._rows].nonzero()[0]}
+
     @property
     def numbers(self) -> list[str]:
         """The optional float columns that the examples have."""

@@ -48,6 +48,7 @@ class Sampler:
     may be smaller. Then micro-batches are short or empty, but every rank has the same number of them.
 
     size: examples of an epoch. first_epoch: the epoch of step 0.
+    left_out: places in the data that no batch holds. The steps of all other examples stay as they are.
     """
 
     size: int
@@ -58,6 +59,7 @@ class Sampler:
     shuffle: bool = True
     first_epoch: int = 0
     mixture: Mixture | None = None
+    left_out: frozenset[int] = frozenset()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -73,7 +75,10 @@ class Sampler:
     def global_batch(self, step: int) -> list[int]:
         epoch, index = divmod(step, self.steps_per_epoch)
         order = self._order(self.first_epoch + epoch)
-        return order[index * self.global_batch_size : (index + 1) * self.global_batch_size].tolist()
+        batch = order[
+            index * self.global_batch_size : (index + 1) * self.global_batch_size
+        ].tolist()
+        return _without(self.left_out, batch)
 
     def micro_batches(self, step: int, rank: int) -> list[list[int]]:
         batch = self.global_batch(step)
@@ -96,6 +101,7 @@ class TokenSampler:
 
     costs: tokens of every example in the layout of the run.
     mixture: what draws the examples of an epoch; by default an epoch is all of them.
+    left_out: as of `Sampler`.
     global_batch_size: examples that a step should have on average.
     accumulation: micro-batches of a rank in a step; by default as many as bring the examples of the
         first epoch's steps nearest to `global_batch_size`.
@@ -115,8 +121,9 @@ class TokenSampler:
         first_epoch: int = 0,
         accumulation: int | None = None,
         mixture: Mixture | None = None,
+        left_out: frozenset[int] = frozenset(),
     ) -> None:
-        self.mixture = mixture
+        self.mixture, self.left_out = mixture, left_out
         self.costs, self.budget, self.global_batch_size = costs, budget, global_batch_size
         self.world_size, self.seed, self.shuffle = world_size, seed, shuffle
         self.first_epoch = first_epoch
@@ -173,7 +180,8 @@ class TokenSampler:
         while step >= (steps := self._steps_of(epoch)):
             step, epoch = step - steps, epoch + 1
         bins, start = self._bins(epoch), step * self.bins_per_step
-        return [bins[index] for index in range(start, min(start + self.bins_per_step, len(bins)))]
+        places = range(start, min(start + self.bins_per_step, len(bins)))
+        return [_without(self.left_out, bins[index]) for index in places]
 
     def _fill(self, epoch: int) -> Bins:
         examples = range(len(self.costs.sizes_P))
@@ -186,6 +194,10 @@ class TokenSampler:
             order = self.mixture.examples(self.seed, epoch)
         bins = self.costs.bins(self.budget, order.tolist())
         return Bins([bins[index] for index in draw.permutation(len(bins))])
+
+
+def _without(left_out: frozenset[int], batch: list[int]) -> list[int]:
+    return [index for index in batch if index not in left_out] if left_out else batch
 
 
 class Bins(Sequence):

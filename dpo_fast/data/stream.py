@@ -65,6 +65,9 @@ class Chunk:
         """The values of these examples in a column that all have."""
         return pyarrow.array([self[index][name] for index in indices])
 
+    def named(self, places: list[str]) -> dict[int, str]:
+        return {index: place for index, place in enumerate(self.places) if place in places}
+
     @property
     def numbers(self) -> list[str]:
         """The optional float columns that the examples have."""

@@ -42,6 +42,9 @@ SYNONYMS = {
     "label": ("desirable", "thumbs_up", "is_good", "is_chosen"),
 }
 
+# The product of two such numbers is finite in fp32.
+LARGEST = 1e18
+
 # Columns that hold lists or objects in the forms that have them.
 NESTED = (
     *("conversations", "messages", "conversation", "trajectory", "rejected_messages"),
@@ -131,6 +134,16 @@ def number(value: Any, name: str) -> float:
         found = math.inf
     if not math.isfinite(found):
         raise BadRow(f"field {name!r} is not finite", f"got {found}")
+    return in_range(found, name)
+
+
+def in_range(found: float, name: str) -> float:
+    """The number. Raises BadRow for one that the loss, in fp32, could make infinite."""
+    if abs(found) > LARGEST:
+        raise BadRow(
+            f"field {name!r} is out of range",
+            f"{found:g} is beyond {LARGEST:g}; the loss is in fp32",
+        )
     return found
 
 

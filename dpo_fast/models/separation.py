@@ -47,6 +47,13 @@ def check_separation(
         return scorer(**forward_arguments(batch))["logp"]
 
     before, after = logps(tokens[3:7]), logps(other[3:7])
+    odd = int((~before.isfinite()).sum())
+    if odd:
+        raise UserError(
+            f"the model's log-probs of {odd} of {len(before)} tokens of a trial are not finite, though "
+            f"its weights are: numbers overflow in {str(dtype).removeprefix('torch.')}; look at "
+            "model.dtype and at how the checkpoint was made"
+        )
     moved = (after - before)[4:].abs().max().item()
     if not moved <= TOLERANCE[dtype]:
         raise UserError(

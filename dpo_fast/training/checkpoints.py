@@ -244,8 +244,10 @@ def _fitting_state(folder: Path, fits: dict) -> dict[str, Any]:
     differing = [name for name in fits if name in state and state[name] != fits[name]]
     if differing:
         details = "; ".join(f"{n} was {state[n]!r} and is {fits[n]!r}" for n in differing)
+        rate = "train.learning_rate"
+        asked = ", set train.change_on_resume=[learning_rate]" if differing == [rate] else ""
         raise UserError(
-            f"{folder} cannot be resumed exactly: {details}. Set it back, or start a new run from "
+            f"{folder} cannot be resumed exactly: {details}. Set it back{asked}, or start a new run from "
             "this one's weights with another train.output_dir"
         )
     missing = [name for name in fits if name not in state]

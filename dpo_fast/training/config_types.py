@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Iterator
 from datetime import date
@@ -9,6 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
+from dpo_fast.data.values import LARGEST as MOST
 from dpo_fast.errors import UserError
 from dpo_fast.wording import HIDDEN, quoted
 
@@ -110,6 +112,8 @@ def _number_fault(value: Any, options: set) -> str | None:
         whole = numbers == {int} or isinstance(value, int)
         if numbers and whole and abs(value) > LARGEST:
             return f"={quoted(value)} is out of range; the largest integer is {LARGEST}"
+        if MOST < abs(value) < math.inf:
+            return f"={quoted(value)} is out of range; numbers go up to {MOST:g}"
     return None
 
 

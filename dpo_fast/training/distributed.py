@@ -240,6 +240,11 @@ def largest(value: float) -> float:
     return values.item()
 
 
+def joined(mine: list[T]) -> list[T]:
+    """The lists of all ranks, one after the other. Collective."""
+    return list(itertools.chain.from_iterable(gathered(mine)))
+
+
 def all_sum(values: Tensor) -> Tensor:
     """The sum over all ranks, in place. Collective. Another trainer may have made the group, or none."""
     if dist.is_initialized() and dist.get_world_size() > 1:

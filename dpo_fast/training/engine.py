@@ -9,6 +9,7 @@ import torch
 from dpo_fast.errors import UserError
 from dpo_fast.models import ScoringModel
 from dpo_fast.training.config import RunConfig
+from dpo_fast.training.finite import FiniteAdamW
 from dpo_fast.training.schedule import build_schedule
 
 # DeepSpeed's monitors, which log.report_to stands for.
@@ -24,6 +25,8 @@ def deepspeed_config(config: RunConfig, world_size: int, accumulation: int) -> d
         UserError: a value of `parallel.deepspeed` contradicts one that follows from our options.
     """
     bf16 = config.model.precision == "bf16"
+    # Without its look at the gradient DeepSpeed would take a step that is not finite.
+    looks = {"check_grad_overflow": True} if bf16 else {}
     # DeepSpeed insists on a number. With train.tokens_per_batch there is none, and nothing depends on it.
     micro = config.train.micro_batch_size or 1
     derived: dict[str, Any] = {
@@ -31,7 +34,7 @@ def deepspeed_config(config: RunConfig, world_size: int, accumulation: int) -> d
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.train.max_grad_norm,
-        "bf16": {"enabled": bf16},
+        "bf16": {"enabled": bf16, **looks},
         "zero_optimization": _zero(config),
         # torch's AdamW is the optimiser at every stage, also where DeepSpeed would build its own.
         "zero_force_ds_cpu_optimizer": False,
@@ -53,6 +56,7 @@ def _zero(config: RunConfig) -> dict[str, Any]:
     if parallel.zero_stage:
         zero["overlap_comm"] = torch.cuda.is_available()
         zero["contiguous_gradients"] = True
+        zero["compute_grad_norm"] = True
     if parallel.offload_optimizer:
         zero["offload_optimizer"] = in_cpu_memory()
     if parallel.offload_parameters:
@@ -114,7 +118,7 @@ def build_optimizer(config: RunConfig, model: torch.nn.Module) -> torch.optim.Op
 
     DeepSpeed gives it a few flat tensors. One operation after the other would move three times the bytes.
     """
-    train, offloaded = config.train, config.parallel.offload_optimizer
+    train, parallel = config.train, config.parallel
     trainable = [p for p in model.parameters() if p.requires_grad]
     # A sharded parameter hides its shape; DeepSpeed keeps the true one in ds_shape.
     matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) >= 2]
@@ -124,12 +128,15 @@ def build_optimizer(config: RunConfig, model: torch.nn.Module) -> torch.optim.Op
         {"params": matrices, "weight_decay": train.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    alone = (
+        parallel.zero_stage == 0 and config.model.precision == "fp32"
+    )  # DeepSpeed does not wrap it
+    return (FiniteAdamW if alone else torch.optim.AdamW)(
         [group for group in groups if group["params"]],
         lr=config.learning_rate,
         betas=(train.adam_beta1, train.adam_beta2),
         eps=train.adam_epsilon,
-        fused=True if torch.cuda.is_available() and not offloaded else None,
+        fused=True if torch.cuda.is_available() and not parallel.offload_optimizer else None,
     )
 
 

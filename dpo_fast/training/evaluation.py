@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 from dpo_fast.training import signals
-from dpo_fast.training.console import track
+from dpo_fast.training.console import say, track
 from dpo_fast.training.eval_examples import EvalTable, record_examples
+from dpo_fast.training.finite import some
 from dpo_fast.training.prepare import Run
 from dpo_fast.training.run_log import RunLog
+from dpo_fast.training.splits import Split
 from dpo_fast.training.step import evaluate
 
 
@@ -37,6 +40,19 @@ def evaluate_run(run: Run, step: int, asked: Callable[[], bool] | None = None) -
     batches = signals.until(asked, batches)
     table, totals = EvalTable(len(indices), run.engine.device), split.totals(indices)
     found = evaluate(run.engine, batches, loss_pass, provider, totals, statistics, table)
+    if not math.isfinite(found["eval_loss"]):
+        tell_not_finite(table, split, step, found["eval_loss"])
     folder, texts = Path(run.config.train.output_dir), run.config.log.eval_texts
     record_examples(table, split, run.tokenizer, folder, step, texts)
     return found
+
+
+def tell_not_finite(table: EvalTable, split: Split, step: int, loss: float) -> None:
+    """A line with the examples whose rewards are not finite. The weights are. Collective."""
+    rewards, _, answers = table.read().unbind(1)
+    odd = ((answers > 0) & ~rewards.isfinite()).any(0).nonzero().flatten().tolist()
+    where = f": {some([split.examples.where(index) for index in odd])}" if odd else ""
+    say(
+        f"eval step {step}: the loss is {loss:g}; the rewards of {len(odd)} of {rewards.shape[1]} "
+        f"{split.examples.kind.name} are not finite{where}"
+    )

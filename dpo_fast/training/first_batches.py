@@ -29,6 +29,7 @@ from dpo_fast.training.start import (
     Squares,
     Start,
     by_example,
+    check_finite,
     check_start,
     evaluate_again,
     first_batches,
@@ -73,7 +74,8 @@ def compare_at_start(run) -> Start | None:
     split, number = run.train.at(0)
     inputs = _batches(split, number)
     compare = measure_start if given else check_start
-    found = compare(run.engine, *inputs, *run.loss_and_reference("train"), _totals(split, number))
+    totals, where = _totals(split, number), split.examples.where
+    found = compare(run.engine, *inputs, *run.loss_and_reference("train"), totals, where)
     check_noise(run.config, found, f"model.path={run.config.model.path}")
     say(f"step 0: {found.of_columns if given else found}")
     return None if given else found
@@ -94,7 +96,8 @@ def check_before_pass(
         return
     few = score_first(config, scorer, train)
     loss_pass = replace(loss_pass, old=few)
-    found = check_start(engine, *_batches(train, 0), loss_pass, provider or few, _totals(train, 0))
+    totals, where = _totals(train, 0), train.examples.where
+    found = check_start(engine, *_batches(train, 0), loss_pass, provider or few, totals, where)
     check_noise(config, found, f"model.path={config.model.path}")
 
 
@@ -111,6 +114,7 @@ def check_twice(config: RunConfig, split: Split, path: str, scorer) -> None:
         batch = batch.to(device)
         logp_T = scorer(**forward_arguments(batch))["logp"]
         seen |= by_example(logp_T, batch)
+    check_finite(split.examples.where, **{path: seen})
     evaluate_again(scorer, again, seen, squares)
     check_noise(config, squares.start(0.0, 0.0, 0.0), path)
 

@@ -107,6 +107,7 @@ def _make_sampler(
     order = {"seed": train.seed, "shuffle": shuffle, "first_epoch": first_epoch}
     order["world_size"] = world = distributed.world_size()
     order["mixture"] = mixture = examples.mixture if shuffle else None
+    order["left_out"] = left_out(config, examples) if shuffle else frozenset()
     if train.tokens_per_batch is None:
         size = train.global_batch_size if shuffle else train.micro_batch_size * world
         epoch = len(examples if mixture is None else mixture)
@@ -115,6 +116,23 @@ def _make_sampler(
     check_budget(train.tokens_per_batch, train.layout, costs.alone_P, examples)
     order["accumulation"] = accumulation if shuffle else 1
     return TokenSampler(costs, train.tokens_per_batch, train.global_batch_size, **order)
+
+
+def left_out(config: RunConfig, examples: Examples) -> frozenset[int]:
+    """The examples of train.skip_rows. Raises UserError if the data have no such row."""
+    names = config.train.skip_rows
+    if not names:
+        return frozenset()
+    found = examples.named(names)
+    missing = sorted(set(names) - set(found.values()))
+    if missing and not config.data.streaming:  # a chunk has some of the rows
+        raise UserError(
+            f"train.skip_rows={missing[0]!r} is no row of data.train: rows are named by file and line, as "
+            f"in {examples.where(0)!r}"
+        )
+    if len(found) == len(examples):
+        raise UserError("train.skip_rows leaves out all rows of data.train; name fewer")
+    return frozenset(found)
 
 
 def check_kind(config: RunConfig, name: str, examples: Examples) -> None:

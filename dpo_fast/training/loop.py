@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
-from dpo_fast.errors import Interrupted, UserError
+from dpo_fast.errors import Interrupted
 from dpo_fast.training import distributed, signals
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import progress_bar, say
 from dpo_fast.training.earlier_run import MODEL, check_earlier_run
 from dpo_fast.training.evaluation import evaluate_run, evaluated
 from dpo_fast.training.export import export
+from dpo_fast.training.finite import Place
 from dpo_fast.training.first_batches import compare_at_start
 from dpo_fast.training.fit import Choices, check_run
 from dpo_fast.training.lock import check_free, sole_run
 from dpo_fast.training.metrics import MetricSums
+from dpo_fast.training.nonfinite import check_weights, settle
 from dpo_fast.training.perf import watch_head, work_of
 from dpo_fast.training.places import check_writable
 from dpo_fast.training.prepare import Run, prepare
@@ -33,7 +34,7 @@ def train(config: RunConfig) -> Path:
     """Train as the configuration says; returns the folder of the trained model. Collective.
 
     Raises:
-        UserError: before training, if something does not fit; during it, if the loss is not finite.
+        UserError: before training, if something does not fit; during it, if numbers are not finite.
         Interrupted: after a signal (`signals.py`), once the step is finished and a checkpoint saved.
         Unhealthy: the same after a finding that health.stop_on names.
     """
@@ -82,11 +83,11 @@ def steps(
     with progress_bar("training", run.total_steps, step) as advance:
         while step < run.total_steps and not stopped:
             rate = run.engine.get_lr()[0]  # the step moves the schedule on
-            share = update(run, step, sums)
-            check_finite(run, step, share)
+            update(run, step, sums)
             step, stopped = step + 1, asked()
             run.saver.check()
             last = step == run.total_steps
+            settle(run, step, stopped or last)
             if due(run.config.log.logging_steps, step, last):
                 log.training(step, sums.read(), rate)
             with log.clock_stopped():
@@ -95,6 +96,7 @@ def steps(
                     stopped = to_evaluate = not evaluated(run, step, log, asked)
                 stopped = stopped or (not last and log.watch.stops())
                 if due(train.save_steps, step, last or stopped):
+                    check_weights(run, step)
                     folder = save(run, step, sums, to_evaluate)
             advance(log.loss)
     log.close()
@@ -123,6 +125,7 @@ def update(run: Run, step: int, sums: MetricSums) -> Tensor:
         This rank's share of the loss, [] fp32.
     """
     split, number = run.train.at(step)
+    sums.begin()
     indices, statistics = split.sampler.global_batch(number), run.statistics
     loss_pass, provider = run.loss_and_reference("train")
     statistics.begin_step(run.engine, split.mismatched(indices), loss_pass, provider)
@@ -134,19 +137,7 @@ def update(run: Run, step: int, sums: MetricSums) -> Tensor:
         share = train_step(*arguments)
     statistics.end_step()
     sums.note(statistics.values)
-    sums.step()
+    sums.step(run.guard.after(Place(step, split, number)))
     if run.config.reference_spec.follows:
         run.references["train"].after_step(step + 1)
     return share
-
-
-def check_finite(run: Run, step: int, share: Tensor) -> None:
-    """Raises UserError on every rank if the loss of the step, counted from 0, is not finite on any."""
-    if distributed.any_rank(not math.isfinite(share.item())):
-        split, number = run.train.at(step)
-        indices = split.sampler.global_batch(number)
-        places = ", ".join(split.examples.where(index) for index in indices[:4])
-        raise UserError(
-            f"the loss of step {step + 1} is not finite; its batch begins with {places}. The last "
-            "checkpoint is whole. People usually lower train.learning_rate or check the data there"
-        )

@@ -151,7 +151,9 @@ class Statistics:
     def end_step(self) -> None:
         """Make the present step one of the earlier ones. Collective."""
         if "delta" in self.names:
-            self.rewards += all_sum(self._step)
+            rewards = all_sum(self._step)
+            # A step that was not taken has none that can be counted.
+            self.rewards += rewards.where(rewards.isfinite().all(), torch.zeros_like(rewards))
         self._step = torch.zeros_like(self.rewards)
 
     def state_dict(self) -> dict[str, Tensor]:

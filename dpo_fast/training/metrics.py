@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -16,6 +17,7 @@ from dpo_fast.training.distributed import all_sum
 from dpo_fast.training.perf import Clock, Work
 
 TIMED = ("perf/head_ms", "perf/reference_ms")
+SUMMED = ("num_tokens", "examples", "flops")
 
 
 class MetricSums:
@@ -32,6 +34,7 @@ class MetricSums:
     def __init__(self, device: torch.device, work: Work | None = None) -> None:
         self.device, self.work, self.clock = device, work, Clock(device)
         self.values: dict[str, Tensor] = {}
+        self._before: dict[str, Tensor] = {}
 
     def _add(self, name: str, values: Tensor, count: Tensor | int | None = None) -> None:
         count = values.numel() if count is None else count
@@ -92,9 +95,22 @@ class MetricSums:
         """A number that the host knows. Copying one to a GPU would wait for all work there."""
         return torch.full((), value, dtype=torch.float64, device=self.device)
 
-    def step(self) -> None:
-        """An optimiser step is over. Every rank counts it; `read` divides by the ranks."""
+    def begin(self) -> None:
+        """An optimiser step begins."""
+        self._before = dict(self.values)
+
+    def step(self, skipped: Tensor | None = None) -> None:
+        """An optimiser step is over. Every rank counts it; `read` divides by the ranks.
+
+        skipped: whether it was not taken, [] bool. Then only what was read counts, and no metric.
+        """
         self._add("steps", torch.ones((), device=self.device), 0)
+        if skipped is None:
+            return
+        for name in self.values.keys() - set(SUMMED):
+            value = self.values[name]
+            before = self._before.get(name, torch.zeros_like(value))
+            self.values[name] = torch.where(skipped, before, value)
 
     def read(self) -> dict[str, float]:
         """Means over all ranks and micro-batches since the last call, weighted by count; then reset.
@@ -111,13 +127,13 @@ class MetricSums:
         self.values = {}
         sums = dict(zip(names, stacked.tolist()))
         steps = sums.pop("steps", [world, 0])[0] / world
-        result = {"loss": sums.pop("loss")[0] / steps}
-        for name in ("num_tokens", "examples", "flops"):
+        result = {"loss": sums.pop("loss")[0] / steps if steps else math.nan}
+        for name in SUMMED:
             if name in sums:
                 result[name] = sums.pop(name)[0]
         for name in TIMED:
             if name in sums:
-                result[name] = sums.pop(name)[0] / steps / world
+                result[name] = sums.pop(name)[0] / max(steps, 1) / world
         result |= {name: total / count for name, (total, count) in sums.items() if count}
         both = {"rewards/chosen", "rewards/rejected"} <= result.keys()
         if both and "rewards/margins" not in result:

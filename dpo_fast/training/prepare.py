@@ -16,6 +16,7 @@ from dpo_fast.modules.metrics import METRIC_EXTRAS
 from dpo_fast.training import distributed
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.engine import build_engine, deepspeed_config, shard_while_loading
+from dpo_fast.training.finite import Guard, check_loaded
 from dpo_fast.training.first_batches import check_before_pass
 from dpo_fast.training.fit import Choices, check_positions, check_vocabulary, choose
 from dpo_fast.training.load_data import load_split
@@ -50,6 +51,7 @@ class Run:
     old: dict[str, object]
     loss_pass: LossPass
     statistics: Statistics
+    guard: Guard
     total_steps: int
     weights: dict[str, str]
     saver: Saver
@@ -113,6 +115,7 @@ def prepare(config: RunConfig, choices: Choices | None = None) -> Run:
         old=old,
         loss_pass=loss_pass,
         statistics=Statistics(loss_pass.objective.statistics, engine.device),
+        guard=Guard(engine, config.train.nonfinite_limit),
         total_steps=total_steps,
         weights=identities(config),
         saver=Saver.of(config),
@@ -137,6 +140,7 @@ def load_policy(
         keep_start=config.reference_spec.needs_adapters,
         **config.train.head,
     )
+    check_loaded(model.causal_lm, config.model.path, "model.path")
     check_vocabulary(model, tokenizer)
     check_positions(model, splits)
     if wants_checkpointing(config, model):

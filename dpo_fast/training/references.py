@@ -18,6 +18,7 @@ from dpo_fast.training.engine import (
     reference_config,
     shard_while_loading,
 )
+from dpo_fast.training.finite import check_loaded
 from dpo_fast.training.first_batches import check_twice
 from dpo_fast.training.fit import Choices, check_positions, check_run, check_vocabulary
 from dpo_fast.training.load_data import load_split
@@ -63,6 +64,7 @@ def load_reference_engine(
         **config.train.head,
     )
     del keep_alive
+    check_loaded(scoring.causal_lm, model.path or config.model.path, model.named_by)
     scorer = build_reference_engine(config, scoring.to(device), ds_config)
     vocabulary = scoring.causal_lm.config.get_text_config().vocab_size
     dtype = config.model.torch_dtype

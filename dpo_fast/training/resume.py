@@ -59,14 +59,35 @@ def resume(run: Run, checkpoint: Path, sums: MetricSums, log: RunLog) -> tuple[i
     Returns:
         The steps taken, and whether an evaluation is still due after them.
     """
-    state = load_checkpoint(run.engine, checkpoint, must_fit(run), sums.values, run.stateful)
+    state = restore(run, checkpoint, sums)
     run.saver.goes_on_from(checkpoint, state)
-    run.train.seek(state)
     log.begin(state["step"])
     say(f"resumed {checkpoint} at step {state['step']}")
     if "rounding" in state:
         tell_rounding(state["rounding"], rounding(run))
     return state["step"], state.get("to_evaluate", False)
+
+
+def restore(run: Run, checkpoint: Path, sums: MetricSums) -> dict:
+    """Bring the run to where the checkpoint was written; returns the content of its state.json."""
+    changed = {f"train.{name}" for name in run.config.train.change_on_resume}
+    fits = {name: value for name, value in must_fit(run).items() if name not in changed}
+    state = load_checkpoint(run.engine, checkpoint, fits, sums.values, run.stateful)
+    run.train.seek(state)
+    if "train.learning_rate" in changed:
+        change_rate(run)
+    return state
+
+
+def change_rate(run: Run) -> None:
+    """Go on with the learning rate of the configuration; the checkpoint has brought back the old one."""
+    schedule, rate = run.engine.lr_scheduler, run.config.learning_rate
+    before, schedule.base_lrs = schedule.base_lrs[0], [rate] * len(schedule.base_lrs)
+    for group, share in zip(schedule.optimizer.param_groups, schedule.lr_lambdas):
+        group["initial_lr"] = rate
+        group["lr"] = rate * share(schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
+    say(f"train.learning_rate was {before:g} and is {rate:g} from here on")
 
 
 def must_fit(run: Run) -> dict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 
 from dpo_fast.data.facts import data_facts
 from dpo_fast.durable import write_file
+from dpo_fast.health.history import NONFINITE
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import saving
 from dpo_fast.training.console import say
@@ -83,6 +85,7 @@ class RunLog:
         line["perf/examples_per_second"] = line.pop("examples") / seconds
         norm = engine.get_global_grad_norm()
         line["grad_norm"] = float(norm) if norm is not None else None
+        line["nonfinite_steps"] = self.run.guard.count
         line["perf/peak_memory_gib"] = distributed.largest(peak_memory_gib(engine.device))
         if (flops := line.pop("flops", None)) is not None:
             line["perf/mfu"] = flops / (seconds * self.rate * distributed.world_size())
@@ -134,11 +137,21 @@ class RunLog:
         epochs = self.run.train.epochs(step)
         place = {"step": step} if epochs is None else {"step": step, "epoch": round(epochs, 6)}
         metrics = metrics | self.watch.look(place | metrics, self.loggers)
+        line = finite_line(place | metrics)
         with saving(self.file), self.file.open("a") as stream:
-            stream.write(json.dumps(place | metrics) + "\n")
-        values = named({name: v for name, v in (place | metrics).items() if name != "step"})
+            stream.write(json.dumps(line, allow_nan=False) + "\n")
+        values = named({n: v for n, v in line.items() if n not in ("step", NONFINITE)})
         for logger in self.loggers:
             logger.log(step, values)
+
+
+def finite_line(values: dict[str, Any]) -> dict[str, Any]:
+    """A line that is JSON, which knows no NaN and no infinity.
+
+    They are null, and the entry `nonfinite` says by name what they were: nan, inf or -inf.
+    """
+    odd = {n: str(v) for n, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
+    return values | dict.fromkeys(odd) | ({NONFINITE: odd} if odd else {})
 
 
 def _shown(line: dict[str, Any], prefix: str = "") -> str:

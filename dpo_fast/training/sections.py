@@ -111,7 +111,10 @@ class TrainSection(BaseModel):
         },
     )
     learning_rate: float | None = Field(
-        None, gt=0, description="peak rate; default 5e-7, with LoRA 5e-6"
+        None,
+        gt=0,
+        le=100,
+        description="peak rate; default 5e-7, with LoRA 5e-6. AdamW moves a weight by about the rate",
     )
     lr_scheduler_type: str = Field(
         "cosine",
@@ -142,6 +145,17 @@ class TrainSection(BaseModel):
     adam_epsilon: float = Field(1e-8, gt=0, description="added to AdamW's denominator")
     max_grad_norm: float = Field(
         1.0, ge=0, description="the gradient's norm is clipped to it; 0: no clipping"
+    )
+    nonfinite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="a step whose loss or gradient is not finite is never taken; stop: it ends the run; "
+        "skip: the run goes on, and counts it (nonfinite_steps)",
+    )
+    max_nonfinite_steps: int | None = Field(
+        None,
+        ge=1,
+        description="with nonfinite=skip: so many such steps in a row end the run; default: 3",
+        json_schema_extra={"refused": "with nonfinite=stop"},
     )
     seed: int = Field(
         42, ge=0, lt=2**32, description="seed of the order of the data and of new adapters"
@@ -176,6 +190,17 @@ class TrainSection(BaseModel):
     resume_from_checkpoint: bool | str = Field(
         False, description="true: the latest of output_dir, if any; or the path of one"
     )
+    change_on_resume: list[Literal["learning_rate"]] = Field(
+        default_factory=list,
+        description="options of train that may differ from the checkpoint's: learning_rate; the schedule "
+        "goes on at the same step",
+        json_schema_extra={"refused": "without resume_from_checkpoint"},
+    )
+    skip_rows: list[str] = Field(
+        default_factory=list,
+        description="rows of data.train that no batch holds, named by file and line as messages name them; "
+        "the steps of all other rows stay as they are",
+    )
     overwrite_output_dir: bool = Field(
         False,
         description="begin again in a folder that holds a run: its checkpoints are removed, its metrics "
@@ -197,6 +222,11 @@ class TrainSection(BaseModel):
     def schedule(self) -> Schedule:
         """The schedule of the learning rate."""
         return Schedule(self.lr_scheduler_type, self.lr_scheduler_kwargs, self.warmup_ratio)
+
+    @property
+    def nonfinite_limit(self) -> int:
+        """So many steps in a row that are not finite end the run."""
+        return 1 if self.nonfinite == "stop" else self.max_nonfinite_steps or 3
 
     @property
     def head(self) -> dict[str, Any]:
@@ -224,6 +254,16 @@ class TrainSection(BaseModel):
             raise ValueError(
                 "train.overwrite_output_dir=true removes what "
                 f"train.resume_from_checkpoint={self.resume_from_checkpoint} goes on from; leave out one"
+            )
+        if self.max_nonfinite_steps is not None and self.nonfinite == "stop":
+            raise ValueError(
+                f"train.max_nonfinite_steps={self.max_nonfinite_steps} is not used with "
+                "train.nonfinite=stop; set train.nonfinite=skip, or remove it"
+            )
+        if self.change_on_resume and not self.resume_from_checkpoint:
+            raise ValueError(
+                f"train.change_on_resume={self.change_on_resume} is for a run that goes on; set "
+                "train.resume_from_checkpoint too, or remove it"
             )
         check_name(self.lr_scheduler_type)
         self._check_warm_up()

@@ -54,6 +54,8 @@ class Split:
     def totals(self, indices: list[int]) -> Totals:
         """Counts of a global batch. Every rank knows all lengths, so none is communicated."""
         lengths = self.lengths.take(indices)
+        if not indices:  # train.skip_rows names all of them: the loss is 0
+            return Totals(1, 1, 1, 1)
         sequences, tokens = len(lengths.scored_S), int(lengths.scored_S.sum())
         if self.examples.kind == COMPLETIONS:
             return Totals(0, 0, sequences, tokens)

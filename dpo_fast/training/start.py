@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,7 @@ from dpo_fast.losses import Totals
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.ops.segments import sum_sequences
 from dpo_fast.training import distributed
+from dpo_fast.training.finite import some
 from dpo_fast.training.loss_pass import LossPass, token_reference
 from dpo_fast.training.splits import Split
 
@@ -122,6 +123,7 @@ def measure_start(
     loss_pass: LossPass,
     provider,
     totals: Totals,
+    where: Callable[[int], str] = str,
 ) -> Start:
     """Compare policy and reference before any update. Collective.
 
@@ -131,9 +133,13 @@ def measure_start(
     batches: this rank's first micro-batches of the first step, as many as every other rank has.
     again: examples of the first of them in other batches (`other_batches`), as many on every rank.
     totals: counts of the examples in the batches of all ranks.
+    where: the file and line of an example.
+
+    Raises:
+        UserError: numbers are not finite.
     """
     losses = torch.zeros(2, dtype=torch.float64, device=engine.device)
-    squares, seen = Squares(engine.device), {}
+    squares, seen, compared = Squares(engine.device), {}, {}
     for batch in batches:
         batch = batch.to(engine.device)
         reference = loss_pass.reference(provider, batch)
@@ -144,8 +150,15 @@ def measure_start(
             losses[place] += loss_pass.loss(token_outputs, each, batch, totals).loss
         squares.compare(logp_T, reference["reference_S"], reference.get("reference_T"), batch)
         seen |= by_example(logp_T, batch)
+        compared |= by_example(reference["reference_S"], batch, torch.ones_like(batch.lengths_S))
+    check_finite(where, policy=seen, reference=compared)
     evaluate_again(engine, again, seen, squares)
     losses = distributed.all_sum(losses).tolist()
+    if not all(map(math.isfinite, losses)):
+        raise UserError(
+            f"before the first update the loss is {losses[0]:g}, though all log-probs are finite: numbers "
+            "overflow in the loss; look at the columns weight and margin and at the options of loss"
+        )
     return squares.start(*losses, loss_pass.objective.options.beta)
 
 
@@ -158,6 +171,20 @@ def evaluate_again(scorer, again: Sequence[ScoredBatch], seen: dict, squares: Sq
             logp_T = scorer(**forward_arguments(batch))["logp"]
             first_T = torch.cat([logp_T[:0], *(seen[i] for i in batch.indices_P.tolist())])
             squares.repeat(logp_T, first_T, batch)
+
+
+def check_finite(where: Callable[[int], str], **logps: dict[int, Tensor]) -> None:
+    """Raises UserError if log-probs are not finite. Collective.
+
+    where: the file and line of an example; logps: of this rank's examples, by the name of the model.
+    """
+    found = []
+    for name, of_example in logps.items():
+        odd = [where(i) for i, values in of_example.items() if not values.isfinite().all()]
+        if odd := distributed.joined(odd):
+            found.append(f"log-probs of the {name} are not finite in {some(odd)}")
+    if found:
+        raise UserError(f"before the first update {'; '.join(found)}")
 
 
 class Squares:
@@ -209,13 +236,15 @@ class Squares:
         row[1] += len(squared)
 
 
-def by_example(logp_T: Tensor, batch: ScoredBatch) -> dict[int, Tensor]:
-    """The tokens of each example, by its place in the data."""
+def by_example(
+    logp_T: Tensor, batch: ScoredBatch, lengths_S: Tensor | None = None
+) -> dict[int, Tensor]:
+    """The tokens of each example, by its place in the data. lengths_S: of its sequences, if others."""
     counts_P = batch.counts_P
     if counts_P is None:
         each = len(batch.lengths_S) // max(batch.num_examples, 1)
         counts_P = torch.full((batch.num_examples,), each)
-    parts = iter(logp_T.split(batch.lengths_S.tolist()))
+    parts = iter(logp_T.split((batch.lengths_S if lengths_S is None else lengths_S).tolist()))
     return {
         index: torch.cat([next(parts) for _ in range(count)])
         for index, count in zip(batch.indices_P.tolist(), counts_P.tolist())

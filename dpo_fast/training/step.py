@@ -18,6 +18,7 @@ from dpo_fast.losses.from_tokens import as_pairs
 from dpo_fast.losses.sums import Tokens, sequence_sums
 from dpo_fast.training import distributed
 from dpo_fast.training.eval_examples import EvalTable
+from dpo_fast.training.finite import backward_scale
 from dpo_fast.training.loss_pass import LossPass, Statistics
 from dpo_fast.training.metrics import MetricSums
 
@@ -44,7 +45,8 @@ def train_step(
         token_outputs = loss_pass.token_outputs(engine, batch)
         result = loss_pass.loss(token_outputs, reference, batch, totals, statistics.values)
         # DeepSpeed averages gradients over ranks; the loss is already divided by the global counts.
-        engine.backward(result.loss * engine.world_size, scale_wrt_gas=False)
+        scale = backward_scale(result.loss, engine.world_size)
+        engine.backward(result.loss * scale, scale_wrt_gas=False)
         engine.step()
         share += result.loss.detach()
         sums.add(result, token_outputs, batch)
@@ -79,11 +81,12 @@ def coupled_step(
             table.add(loss_pass.token_outputs(engine, batch), reference, batch)
     loss, slopes = table.loss(totals, statistics.values)
     share = loss.float() / engine.world_size
+    scale = backward_scale(share, engine.world_size)
     for batch, reference in zip(batches, references):
         token_outputs = loss_pass.token_outputs(engine, batch)
         logps_S, reference_S = batch_sums(token_outputs, reference, batch, loss_pass)
         slope_S = slopes[table.places(batch)].flatten().to(logps_S.dtype)
-        engine.backward((logps_S * slope_S).sum() * engine.world_size, scale_wrt_gas=False)
+        engine.backward((logps_S * slope_S).sum() * scale, scale_wrt_gas=False)
         engine.step()
         rewards_S = loss_pass.objective.rewards(as_pairs(logps_S, batch.lengths_S, reference_S))
         # The loss is of the whole global batch: every micro-batch gets the same part of it.

@@ -71,6 +71,76 @@ def first_step(tree: dict) -> tuple[float, dict]:
     return share.item(), gradients
 
 
+def train_faulty(cases: list[dict]) -> None:
+    """Runs with a fault put in: {"tree", "faults"}. Each rank writes how its run ended.
+
+    A fault is {"where", "value"}, and {"steps"}, {"rank"} or {"token"} if it is not at all of them: the
+    gradient of a parameter, or the output of a module, is multiplied by `value` in these steps, counted
+    from 0, and whenever they are looked at again. {"weight", "value"}: the parameter is, after every step.
+    """
+    from dpo_fast.errors import UserError
+    from dpo_fast.training import loop
+
+    for case in cases:
+        folder = Path(case["tree"]["train"]["output_dir"])
+
+        def with_faults(*arguments, faults=case["faults"]):
+            run = prepare(*arguments)
+            for fault in faults:
+                put_in(run, **fault)
+            return run
+
+        loop.prepare, said = with_faults, "done"
+        try:
+            train(build_config(case["tree"], "case"))
+        except UserError as error:
+            said = str(error)
+        finally:
+            loop.prepare = prepare
+        (folder / f"ended-{distributed.rank()}").write_text(said)
+
+
+def put_in(
+    run,
+    value: float,
+    where: str = "",
+    rank: int | None = None,
+    steps=None,
+    token=None,
+    weight: str = "",
+) -> None:
+    if rank is not None and distributed.rank() != rank:
+        return
+    engine, model = run.engine, run.model.causal_lm
+    parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
+
+    def now() -> bool:
+        again = engine._is_gradient_accumulation_boundary is False
+        return steps is None or engine.global_steps - again in steps
+
+    def change(module, arguments, output):
+        if not now():
+            return None
+        if token is None:
+            return output * value
+        # A factor, and no choice between two outputs: the other tokens keep their gradients.
+        return output * torch.where(arguments[0] == token, value, 1.0)[..., None].to(output)
+
+    if weight:
+        take = engine.step
+
+        def step() -> None:
+            last = engine.is_gradient_accumulation_boundary()
+            take()
+            parameters[weight].data.mul_(value if last else 1.0)
+
+        engine.step = step
+    elif where in parameters:
+        parameters[where].register_hook(lambda gradient: gradient * value if now() else None)
+    else:
+        modules[where].register_forward_hook(change)
+
+
 def in_turn(folder: str) -> None:
     """The same work twice: each time the first rank does it, and the others get its result after that."""
 
@@ -132,6 +202,7 @@ def interrupted(tree: dict, signal_name: str, number: int, batch: int) -> None:
 JOBS = {
     "with_noise": with_noise,
     "train": train_all,
+    "train_faulty": train_faulty,
     "stopped_by_health": stopped_by_health,
     "first_steps": first_steps,
     "in_turn": in_turn,

@@ -1,0 +1,98 @@
+"""`dpo-fast replay`: a step of a run once more, row by row, from the last checkpoint before it.
+
+Steps between the checkpoint and it are taken again. Nothing of the run is changed.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpo_fast.errors import UserError
+from dpo_fast.training import distributed
+from dpo_fast.training.checkpoints import PREFIX, checkpoints
+from dpo_fast.training.config import build_config
+from dpo_fast.training.config_file import read_tree
+from dpo_fast.training.console import say, track
+from dpo_fast.training.examine import Row, examine, where_nan
+from dpo_fast.training.finite import Place
+from dpo_fast.training.fit import check_run
+from dpo_fast.training.loop import update
+from dpo_fast.training.metrics import MetricSums
+from dpo_fast.training.nonfinite import NAME, findings, write_rows
+from dpo_fast.training.prepare import prepare
+from dpo_fast.training.resume import restore
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A step of a run, counted from 1, and the checkpoint that it is reached from; None: the start."""
+
+    run: Path
+    step: int
+    checkpoint: Path | None
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the run, which a checkpoint asks for again."""
+        if self.checkpoint is None:
+            return 1
+        return json.loads((self.checkpoint / "state.json").read_text())["world_size"]
+
+
+def find_step(place: Path, step: int | None) -> Asked:
+    """Where to begin. place: the folder of a run or of a checkpoint; step: default, that which ended it.
+
+    Raises:
+        UserError: there is no run, no such step, or nothing that says which step.
+    """
+    named = (place / "state.json").is_file()
+    run = place.parent if named else place
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{place} is no run: name its train.output_dir, which holds config.yaml")
+    if step is None:
+        told = [file.stem.removeprefix(NAME) for file in run.glob(f"{NAME}*.json")]
+        step = max((int(each) for each in told if each.isdecimal()), default=None)
+    if step is None:
+        raise UserError(
+            f"{run} has no {NAME}N.json, which a run leaves that ended with numbers that are not finite; "
+            "name a step"
+        )
+    found = [place] if named else checkpoints(run)
+    before = [each for each in found if _step(each) < step]
+    if named and not before:
+        raise UserError(f"{place} was written after step {step} began; name an earlier checkpoint")
+    return Asked(run, step, before[-1] if before else None)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def replay(asked: Asked, overrides: list[str] | tuple[str, ...] = ()) -> list[Row]:
+    """Take the steps up to it, then look at its rows. Returns those of all ranks. Collective."""
+    file = str(asked.run / "config.yaml")
+    config = build_config(read_tree(file, overrides), file)
+    distributed.init_distributed(config.parallel.timeout_minutes)
+    run = prepare(config, check_run(config))
+    sums, step = MetricSums(run.engine.device), 0
+    if asked.checkpoint is not None:
+        step = restore(run, asked.checkpoint, sums)["step"]
+        say(f"from {asked.checkpoint}, after step {step}")
+    if asked.step > run.total_steps:
+        raise UserError(f"the run has {run.total_steps} steps, and step {asked.step} is asked for")
+    before = range(step, asked.step - 1)
+    for each in track(before, "steps before it", len(before)):
+        update(run, each, sums)
+        run.guard.look(ahead=0)
+    place = Place(asked.step - 1, *run.train.at(asked.step - 1))
+    rows = examine(run, place)
+    say(f"step {asked.step}: {findings(place, rows)}")
+    told = write_rows(run, place, rows, "replay-step-")
+    say(f"{told} has all rows")
+    culprit = next((row for row in rows if row.fault), None)
+    alone = distributed.world_size() == 1 and not run.loss_pass.objective.coupled
+    if culprit is not None and alone:
+        say(f"anomaly detection for {culprit.where}: {where_nan(run, place, culprit)}")
+    return rows
