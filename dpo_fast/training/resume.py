@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from dpo_fast.training import distributed
+from dpo_fast.training.checkpoint_run import write_beside
 from dpo_fast.training.checkpoints import check_whole, find_checkpoint, load_checkpoint
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import say
@@ -50,7 +52,8 @@ def save(run: Run, step: int, sums: MetricSums, to_evaluate: bool = False) -> Pa
     """
     state = {"step": step, "to_evaluate": to_evaluate, **run.train.position(step)}
     state |= {**must_fit(run), "rounding": rounding(run)}
-    return run.saver.save(run.engine, state, sums.values, run.stateful)
+    more = partial(write_beside, run.config, run.model)
+    return run.saver.save(run.engine, state, sums.values, run.stateful, more)
 
 
 def resume(run: Run, checkpoint: Path, sums: MetricSums, log: RunLog) -> tuple[int, bool]:

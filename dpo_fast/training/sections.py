@@ -169,6 +169,11 @@ class TrainSection(BaseModel):
         None, ge=1, description="optimiser steps between checkpoints; default: at the end only"
     )
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept; older ones are removed")
+    save_model: bool = Field(
+        False,
+        description="every checkpoint is also a folder that from_pretrained loads, or PEFT for an adapter; "
+        "without it dpo-fast export makes one",
+    )
     async_save: bool = Field(
         False,
         description="write checkpoints while the run goes on; takes as much host memory as a rank saves",
