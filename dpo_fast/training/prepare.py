@@ -14,6 +14,7 @@ from dpo_fast.models.layers import checkpoint_layers
 from dpo_fast.models.separation import check_separation
 from dpo_fast.modules.metrics import METRIC_EXTRAS
 from dpo_fast.training import distributed
+from dpo_fast.training.best import Best
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.engine import build_engine, deepspeed_config, shard_while_loading
 from dpo_fast.training.first_batches import check_before_pass
@@ -38,6 +39,7 @@ class Run:
     old: for each split log-probs under the model that wrote its completions; None if no loss asks.
     weights: the identity of each model, by the option that names it.
     saver: writes the checkpoints.
+    best: which checkpoint is the best, and whether the run ends early.
     """
 
     config: RunConfig
@@ -53,6 +55,7 @@ class Run:
     total_steps: int
     weights: dict[str, str]
     saver: Saver
+    best: Best
 
     def loss_and_reference(self, split: str) -> tuple[LossPass, object]:
         """The loss pass of a split's batches, and the provider of their reference."""
@@ -116,6 +119,7 @@ def prepare(config: RunConfig, choices: Choices | None = None) -> Run:
         total_steps=total_steps,
         weights=identities(config),
         saver=Saver.of(config),
+        best=Best(config),
     )
 
 

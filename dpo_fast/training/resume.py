@@ -51,9 +51,14 @@ def save(run: Run, step: int, sums: MetricSums, to_evaluate: bool = False) -> Pa
     to_evaluate: whether an evaluation is due that a signal kept from ending.
     """
     state = {"step": step, "to_evaluate": to_evaluate, **run.train.position(step)}
-    state |= {**must_fit(run), "rounding": rounding(run)}
+    run.saver.wait()  # the one before it may still need the best so far
+    run.best.keep(step)
+    run.saver.best = run.best.kept_name
+    state |= {**must_fit(run), "rounding": rounding(run), **run.best.state()}
     more = partial(write_beside, run.config, run.model)
-    return run.saver.save(run.engine, state, sums.values, run.stateful, more)
+    folder = run.saver.save(run.engine, state, sums.values, run.stateful, more)
+    run.best.write()
+    return folder
 
 
 def resume(run: Run, checkpoint: Path, sums: MetricSums, log: RunLog) -> tuple[int, bool]:
@@ -64,6 +69,7 @@ def resume(run: Run, checkpoint: Path, sums: MetricSums, log: RunLog) -> tuple[i
     """
     state = load_checkpoint(run.engine, checkpoint, must_fit(run), sums.values, run.stateful)
     run.saver.goes_on_from(checkpoint, state)
+    run.best.load(state, checkpoint)
     run.train.seek(state)
     log.begin(state["step"])
     say(f"resumed {checkpoint} at step {state['step']}")
