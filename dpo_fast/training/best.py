@@ -134,7 +134,7 @@ class Best:
         if known["checkpoint"] is not None:
             self._find(checkpoint.absolute().parent / known["checkpoint"])
         if self.exhausted:
-            say(self._why(state["step"]))
+            say(f"{self._why(state['step'])}. To train on, raise it")
 
     def write(self) -> None:
         """Bring best.json up to date, after a checkpoint. One rank writes."""

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoint_run import write_beside
-from dpo_fast.training.checkpoints import check_whole, find_checkpoint, load_checkpoint
+from dpo_fast.training.checkpoints import check_whole, find_checkpoint, load_checkpoint, read_state
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import say
+from dpo_fast.training.longer import fits_longer, follow_schedule, goes_on
 from dpo_fast.training.metrics import MetricSums
 from dpo_fast.training.prepare import Run
 from dpo_fast.training.run_log import RunLog
@@ -50,7 +51,8 @@ def save(run: Run, step: int, sums: MetricSums, to_evaluate: bool = False) -> Pa
 
     to_evaluate: whether an evaluation is due that a signal kept from ending.
     """
-    state = {"step": step, "to_evaluate": to_evaluate, **run.train.position(step)}
+    ended = step == run.total_steps or run.best.exhausted
+    state = {"step": step, "to_evaluate": to_evaluate, "ended": ended, **run.train.position(step)}
     run.saver.wait()  # the one before it may still need the best so far
     run.best.keep(step)
     run.saver.best = run.best.kept_name
@@ -67,12 +69,17 @@ def resume(run: Run, checkpoint: Path, sums: MetricSums, log: RunLog) -> tuple[i
     Returns:
         The steps taken, and whether an evaluation is still due after them.
     """
-    state = load_checkpoint(run.engine, checkpoint, must_fit(run), sums.values, run.stateful)
+    fits, known = must_fit(run), read_state(checkpoint)
+    longer = goes_on(run, known, checkpoint)
+    fits = fits_longer(run, known, fits) if longer else fits
+    state = load_checkpoint(run.engine, checkpoint, fits, sums.values, run.stateful)
     run.saver.goes_on_from(checkpoint, state)
-    run.best.load(state, checkpoint)
+    run.best.load(state, checkpoint, longer)
     run.train.seek(state)
     log.begin(state["step"])
     say(f"resumed {checkpoint} at step {state['step']}")
+    if longer:
+        follow_schedule(run, state)
     if "rounding" in state:
         tell_rounding(state["rounding"], rounding(run))
     return state["step"], state.get("to_evaluate", False)
