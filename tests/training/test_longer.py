@@ -36,8 +36,9 @@ def runs(folder):
     base = run_tree(folder, micro_batch_size=2, **constant)
     base["parallel"] = {"zero_stage": 2}
     sources = [
-        {"path": str(folder / "pairs.jsonl"), "weight": 0.5},
-        {"path": str(folder / "more.jsonl"), "weight": 0.25, "rows": 12},
+        # An epoch is a step. Each draws other three rows of this source.
+        {"path": str(folder / "pairs.jsonl"), "weight": 0.3},
+        {"path": str(folder / "more.jsonl"), "weight": 0.7, "rows": 7},
     ]
     early = {"eval_steps": 1, "early_stopping_patience": 2, "greater_is_better": True}
     cases = {
