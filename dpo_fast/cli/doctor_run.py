@@ -15,10 +15,8 @@ from rich.table import Table
 from dpo_fast.cli.doctor_memory import Sizes, elements, memory, memory_table, sizes_of
 from dpo_fast.losses import LOSSES
 from dpo_fast.models import ScoringModel, load_tokenizer
-from dpo_fast.models.adapters import add_lora, add_untrained
-from dpo_fast.models.config import ModelSection
 from dpo_fast.models.layers import checkpointed_layers, decoder_layers
-from dpo_fast.models.load import freeze_unreached, load_skeleton
+from dpo_fast.models.skeleton import scoring_skeleton
 from dpo_fast.ops.cpu import product_dtype
 from dpo_fast.ops.dispatch import Choice, choose_implementation
 from dpo_fast.ops.linear_logp.plan import HeadPlan, default_workspace_bytes, plan
@@ -89,11 +87,11 @@ def look(config: RunConfig) -> Outlook:
     each = train.micro_batch_size
     deepspeed_config(config, world, train.global_batch_size // (each * world) if each else 1)
     tokenizer = load_tokenizer(config.model)
-    policy = _skeleton(config.model)
+    policy = scoring_skeleton(config.model)
     check_vocabulary(policy, tokenizer)
     second_models = {}
     for model in config.second_models:
-        second_models[model] = _skeleton(model.section(config.model), model.named_by)
+        second_models[model] = scoring_skeleton(model.section(config.model), model.named_by)
         check_vocabulary(second_models[model], tokenizer, model.named_by)
     dtype = config.model.torch_dtype
     head = choose_implementation("linear_logp", device, dtype, train.implementation)
@@ -125,18 +123,6 @@ def _unit(config: RunConfig) -> str:
     if config.data.formats == {"unpaired"}:
         return "completions"
     return "pairs" if config.loss.objective.paired else "examples"
-
-
-def _skeleton(section: ModelSection, option: str = "model.path") -> ScoringModel:
-    """A model on the meta device, with its adapters. option: the configuration key that names it."""
-    scoring = ScoringModel(load_skeleton(section, option))
-    freeze_unreached(scoring.model)
-    with torch.device("meta"):
-        if section.lora is not None:
-            add_lora(scoring, section.lora)
-        elif section.has_adapters:
-            add_untrained(scoring, section.path, option)
-    return scoring
 
 
 def _head_plan(config, policy: ScoringModel, implementation: str, tokens: int, device) -> HeadPlan:

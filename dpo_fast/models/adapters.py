@@ -130,7 +130,9 @@ def add_untrained(scoring: nn.Module, path: str, option: str) -> None:
     """Wrap a model with an adapter like that of a folder, without its weights."""
     from peft import get_peft_model
 
-    scoring.set_adapted(get_peft_model(scoring.model, check_adapter(path, option)))
+    config = check_adapter(path, option)
+    config.inference_mode = False  # as saved it says that nothing is trained
+    scoring.set_adapted(get_peft_model(scoring.model, config))
 
 
 def load_adapter(scoring: nn.Module, path: str, option: str, keep_start: bool) -> None:

@@ -170,6 +170,11 @@ def check_model_path(path: str, option: str = "model.path") -> None:
             ) from None
         return
     config = folder / "config.json"
+    if not config.is_file() and (folder / "state.json").is_file() and (folder / "engine").is_dir():
+        raise UserError(
+            f"{option}={path} is a checkpoint of a run without the model's own files: write them with "
+            f"dpo-fast export {path}, or train with train.save_model=true"
+        )
     if not config.is_file():
         raise UserError(
             f"{option}={path} is not a model folder: it has no config.json (found: {_names(folder)})"

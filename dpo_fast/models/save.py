@@ -33,7 +33,11 @@ HEAVY = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"),
     *(".npz", ".index.json", ".index.json.gz"),
 )
-LEFT = ("trainer_state.json", "training_args.json", "adapter_config.json", "merged_from.json")
+LEFT = (
+    *("trainer_state.json", "training_args.json", "adapter_config.json", "merged_from.json"),
+    # Of a checkpoint that is a model folder as well; the scripts are DeepSpeed's.
+    *("state.json", "manifest.json", "dpo_fast.yaml", "zero_to_fp32.py", "zero_to_torch.py"),
+)
 FOLDERS = ("additional_chat_templates",)
 # What makes texts and pictures into the model's input: it goes with an adapter, too.
 INPUT_FILES = (

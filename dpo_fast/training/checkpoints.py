@@ -48,6 +48,11 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is one of ours, whole or not. A model folder may have files of the same names."""
+    return (folder / "engine").is_dir() and any((folder / name).is_file() for name in (STATE, NAME))
+
+
 def find_checkpoint(requested: bool | str, output_dir: str) -> Path | None:
     """The checkpoint that `train.resume_from_checkpoint` asks for, whole or not.
 

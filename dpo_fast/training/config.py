@@ -24,6 +24,7 @@ from dpo_fast.training.sections import (
     ParallelSection,
     TrainSection,
 )
+from dpo_fast.training.selection import check_selection
 from dpo_fast.wording import clipped, quoted
 
 MOST_FAULTS, MOST_OF_A_FAULT = 10, 1000  # of one configuration, and characters of one
@@ -99,6 +100,8 @@ class RunConfig(BaseModel):
                 f"train.eval_steps={self.train.eval_steps}, but there is nothing to evaluate on: set "
                 "data.eval or data.eval_rows"
             )
+        objective, tokens = self.loss.objective, self.log.token_metrics
+        check_selection(self.train, self.data.has_eval, objective, tokens)
         check_schedule(self.train.schedule, self.learning_rate, self.train.max_steps)
         if self.train.merge_dtype != "auto" and not self.train.merge_lora:
             raise ValueError(

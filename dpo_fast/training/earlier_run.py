@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from dpo_fast.errors import UserError
+from dpo_fast.training.best import FILE as BEST
 from dpo_fast.training.checkpoints import LATEST, checkpoints
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.eval_examples import EVAL_EXAMPLES
@@ -40,7 +41,7 @@ def make_room(root: Path) -> None:
 
     Only what `check_earlier_run` allowed is there. Raises OSError.
     """
-    for name in (LATEST, EVAL_EXAMPLES):
+    for name in (LATEST, BEST, EVAL_EXAMPLES):
         (root / name).unlink(missing_ok=True)
     for folder in checkpoints(root):
         shutil.rmtree(folder)

@@ -19,7 +19,7 @@ from dpo_fast.training.step import evaluate
 def evaluated(run: Run, step: int, log: RunLog, asked: Callable[[], bool]) -> bool:
     """Evaluate after `step` steps and log it. False, and nothing logged, if a signal came. Collective."""
     try:
-        log.evaluation(step, evaluate_run(run, step, asked))
+        log.evaluation(step, run.best.note(step, evaluate_run(run, step, asked)))
     except signals.StopAsked:
         return False
     finally:

@@ -23,33 +23,46 @@ from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import say
 
 
-def export(model: ScoringModel, config: RunConfig, folder: Path) -> None:
+def export(
+    model: ScoringModel, config: RunConfig, folder: Path, state: dict[str, Tensor] | None = None
+) -> None:
     """Write what `from_pretrained` loads: the model, or its adapter. Collective.
 
     With `train.merge_lora` also the merged model, to `merged/`.
 
+    state: the trained tensors on rank 0, if they are not those that the model has now.
+
     Raises:
         UserError: it cannot be written; an older export stays whole.
     """
-    state = gather_trained(model.model)
+    state = gather_trained(model.model) if state is None else state
     if distributed.is_main():
         aside = durable.aside(folder)
         shutil.rmtree(aside, ignore_errors=True)
         with saving(aside):
-            aside.mkdir(parents=True)
-            if model.has_adapter:
-                _save_adapter(model, state, config, aside)
-            else:
-                write_model(model.causal_lm, state, local_folder(config.model.path), aside)
-                write_tokenizer(config, aside)
-            if config.train.merge_lora:
-                dtype = write_merged(
-                    config.model, aside, aside / "merged", config.train.merge_dtype
-                )
-                say(f"merged in {dtype} (train.merge_dtype={config.train.merge_dtype})")
-                write_tokenizer(config, aside / "merged")
+            write_export(model, state, config, aside)
             durable.publish(aside, folder, replace=True)
     distributed.barrier()
+
+
+def write_export(
+    model: ScoringModel, state: dict[str, Tensor], config: RunConfig, folder: Path
+) -> None:
+    """Write the files of an export into a folder, on one rank.
+
+    model: gives names and shapes; its weights are not read.
+    state: the trained tensors, whole, by their names in the model.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if model.has_adapter:
+        _save_adapter(model, state, config, folder)
+    else:
+        write_model(model.causal_lm, state, local_folder(config.model.path), folder)
+        write_tokenizer(config, folder)
+    if config.train.merge_lora:
+        dtype = write_merged(config.model, folder, folder / "merged", config.train.merge_dtype)
+        say(f"merged in {dtype} (train.merge_dtype={config.train.merge_dtype})")
+        write_tokenizer(config, folder / "merged")
 
 
 def gather_trained(model: nn.Module) -> dict[str, Tensor]:

@@ -59,17 +59,17 @@ def sole_train(config: RunConfig, choices: Choices) -> Path:
     with log.clock_stopped():
         position = resume(run, checkpoint, sums, log) if checkpoint else start(run, log)
     with signals.stop_signals(RESUME) as asked, run.saver:
-        steps(run, *position, sums, log, asked)
+        step = steps(run, *position, sums, log, asked)
     model = Path(config.train.output_dir) / MODEL
-    export(run.model, run.config, model)
+    export(run.model, run.config, model, run.best.weights(run.config, run.model.model, step))
     say(f"the trained model is in {model}")
     return model
 
 
 def steps(
     run: Run, step: int, to_evaluate: bool, sums: MetricSums, log: RunLog, asked: Callable[[], bool]
-) -> None:
-    """Train from `step` to the end. Collective.
+) -> int:
+    """Train from `step` to the end; returns the steps taken. Collective.
 
     to_evaluate: whether a signal interrupted the evaluation after `step`.
     asked: whether a signal has come to any rank.
@@ -80,8 +80,11 @@ def steps(
     train, stopped = run.config.train, False
     if to_evaluate and not evaluated(run, step, log, asked):
         raise Interrupted(f"interrupted; {RESUME}")
+    if to_evaluate:
+        run.best.keep(step)
+        run.best.write()
     with progress_bar("training", run.total_steps, step) as advance:
-        while step < run.total_steps and not stopped:
+        while step < run.total_steps and not (stopped or run.best.exhausted):
             rate = run.engine.get_lr()[0]  # the step moves the schedule on
             update(run, step, sums)
             step, stopped = step + 1, asked()
@@ -95,7 +98,7 @@ def steps(
                 if to_evaluate and not stopped:
                     stopped = to_evaluate = not evaluated(run, step, log, asked)
                 stopped = stopped or (not last and log.watch.stops())
-                if due(train.save_steps, step, last or stopped):
+                if due(train.save_steps, step, last or stopped or run.best.exhausted):
                     check_weights(run, step)
                     folder = save(run, step, sums, to_evaluate)
             advance(log.loss)
@@ -103,6 +106,7 @@ def steps(
     if stopped:
         log.watch.raise_unhealthy(folder)
         raise Interrupted(f"interrupted; resume with train.resume_from_checkpoint={folder}")
+    return step
 
 
 def due(every: int | None, step: int, last: bool) -> bool:
@@ -114,7 +118,7 @@ def start(run: Run, log: RunLog) -> tuple[int, bool]:
     """Begin a new run: compare policy and reference, and evaluate once. Returns as `resume` does."""
     log.begin(0)
     found = compare_at_start(run)
-    log.opening(evaluate_run(run, 0) if run.eval else None, found)
+    log.opening(run.best.note(0, evaluate_run(run, 0)) if run.eval else None, found)
     return 0, False
 
 

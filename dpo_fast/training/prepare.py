@@ -14,6 +14,7 @@ from dpo_fast.models.layers import checkpoint_layers
 from dpo_fast.models.separation import check_separation
 from dpo_fast.modules.metrics import METRIC_EXTRAS
 from dpo_fast.training import distributed
+from dpo_fast.training.best import Best
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.engine import build_engine, deepspeed_config, shard_while_loading
 from dpo_fast.training.finite import Guard, check_loaded
@@ -39,6 +40,7 @@ class Run:
     old: for each split log-probs under the model that wrote its completions; None if no loss asks.
     weights: the identity of each model, by the option that names it.
     saver: writes the checkpoints.
+    best: which checkpoint is the best, and whether the run ends early.
     """
 
     config: RunConfig
@@ -55,6 +57,7 @@ class Run:
     total_steps: int
     weights: dict[str, str]
     saver: Saver
+    best: Best
 
     def loss_and_reference(self, split: str) -> tuple[LossPass, object]:
         """The loss pass of a split's batches, and the provider of their reference."""
@@ -119,6 +122,7 @@ def prepare(config: RunConfig, choices: Choices | None = None) -> Run:
         total_steps=total_steps,
         weights=identities(config),
         saver=Saver.of(config),
+        best=Best(config),
     )
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dpo_fast.training import distributed
-from dpo_fast.training.checkpoints import check_whole, find_checkpoint, load_checkpoint
+from dpo_fast.training.checkpoint_run import write_beside
+from dpo_fast.training.checkpoints import check_whole, find_checkpoint, load_checkpoint, read_state
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import say
+from dpo_fast.training.longer import fits_longer, follow_schedule, goes_on
 from dpo_fast.training.metrics import MetricSums
 from dpo_fast.training.prepare import Run
 from dpo_fast.training.run_log import RunLog
@@ -48,9 +52,16 @@ def save(run: Run, step: int, sums: MetricSums, to_evaluate: bool = False) -> Pa
 
     to_evaluate: whether an evaluation is due that a signal kept from ending.
     """
-    state = {"step": step, "to_evaluate": to_evaluate, **run.train.position(step)}
-    state |= {**must_fit(run), "rounding": rounding(run)}
-    return run.saver.save(run.engine, state, sums.values, run.stateful)
+    ended = step == run.total_steps or run.best.exhausted
+    state = {"step": step, "to_evaluate": to_evaluate, "ended": ended, **run.train.position(step)}
+    run.saver.wait()  # the one before it may still need the best so far
+    run.best.keep(step)
+    run.saver.best = run.best.kept_name
+    state |= {**must_fit(run), "rounding": rounding(run), **run.best.state()}
+    more = partial(write_beside, run.config, run.model)
+    folder = run.saver.save(run.engine, state, sums.values, run.stateful, more)
+    run.best.write()
+    return folder
 
 
 def resume(run: Run, checkpoint: Path, sums: MetricSums, log: RunLog) -> tuple[int, bool]:
@@ -59,19 +70,30 @@ def resume(run: Run, checkpoint: Path, sums: MetricSums, log: RunLog) -> tuple[i
     Returns:
         The steps taken, and whether an evaluation is still due after them.
     """
-    state = restore(run, checkpoint, sums)
+    known = read_state(checkpoint)
+    longer = goes_on(run, known, checkpoint)
+    state = restore(run, checkpoint, sums, known if longer else None)
     run.saver.goes_on_from(checkpoint, state)
+    run.best.load(state, checkpoint, longer)
     log.begin(state["step"])
     say(f"resumed {checkpoint} at step {state['step']}")
+    if longer:
+        follow_schedule(run, state)
     if "rounding" in state:
         tell_rounding(state["rounding"], rounding(run))
     return state["step"], state.get("to_evaluate", False)
 
 
-def restore(run: Run, checkpoint: Path, sums: MetricSums) -> dict:
-    """Bring the run to where the checkpoint was written; returns the content of its state.json."""
+def restore(
+    run: Run, checkpoint: Path, sums: MetricSums, shorter: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Bring the run to where the checkpoint was written; returns the content of its state.json.
+
+    shorter: that content, if it is of a shorter run that has ended.
+    """
     changed = {f"train.{name}" for name in run.config.train.change_on_resume}
-    fits = {name: value for name, value in must_fit(run).items() if name not in changed}
+    fits = must_fit(run) if shorter is None else fits_longer(run, shorter, must_fit(run))
+    fits = {name: value for name, value in fits.items() if name not in changed}
     state = load_checkpoint(run.engine, checkpoint, fits, sums.values, run.stateful)
     run.train.seek(state)
     if "train.learning_rate" in changed:

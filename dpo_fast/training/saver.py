@@ -40,7 +40,7 @@ class Saver:
     """Writes the checkpoints of a run. Every rank has one, and all call the same methods in turn.
 
     output_dir: their folder.
-    keep: the newest so many stay. also: names of others that stay.
+    keep: so many stay, the newest and `best`, the name of one, if there is.
     beside: write while the run goes on. It takes as much host memory as a rank writes.
     timeout: how long ranks wait for each other's files if they are written beside the run.
     run: identity of the run; one that goes on keeps that of its checkpoint.
@@ -53,7 +53,8 @@ class Saver:
         beside: bool = False,
         timeout: timedelta = timedelta(minutes=30),
     ) -> None:
-        self.root, self.keep, self.also = Path(output_dir), keep, frozenset()
+        self.root, self.keep = Path(output_dir), keep
+        self.best: str | None = None
         self.run = distributed.from_main(lambda: uuid.uuid4().hex)
         self._copies = HostCopies() if beside else None
         self._pending: Background | None = None
@@ -177,10 +178,10 @@ class Saver:
         write_manifest(aside, Manifest(self.run, json.loads(content)["step"], entries))
         durable.publish(aside, final, replace=True)
         durable.write_file(self.root / LATEST, final.name)
-        kept = {p.name for p in by_age(checkpoints(self.root), final)[-self.keep :]} | self.also
-        for old in checkpoints(self.root):
-            if old.name not in kept:
-                durable.remove(old)
+        others = [p for p in by_age(checkpoints(self.root), final)[:-1] if p.name != self.best]
+        both = self.best not in (None, final.name)  # then the best is one of those that stay
+        for old in others[: max(len(others) - self.keep + 1 + both, 0)]:
+            durable.remove(old)
 
 
 class Background:

@@ -100,7 +100,7 @@ def check_schedule(schedule: Schedule, learning_rate: float, total_steps: int | 
         total_steps = STAND_IN + sum(v for name, v in given.items() if name.endswith("_steps"))
     stride, step = -(-total_steps // SAMPLED), 0
     try:
-        rate, rates = _rates(schedule, learning_rate, total_steps), []
+        rate, rates = rates_of(schedule, learning_rate, total_steps), []
         for step in (*range(0, total_steps, stride), total_steps):
             rates.append(rate(step))
     except (ValueError, TypeError, ArithmeticError) as error:
@@ -182,7 +182,7 @@ def _check_stages(schedule: Schedule, total_steps: int) -> None:
         )
 
 
-def _rates(schedule: Schedule, learning_rate: float, total_steps: int) -> Callable[[int], float]:
+def rates_of(schedule: Schedule, learning_rate: float, total_steps: int) -> Callable[[int], float]:
     """The rate of each step, counted from 0."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=learning_rate)
     (factor,) = build_schedule(schedule, optimizer, total_steps).lr_lambdas

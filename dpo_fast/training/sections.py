@@ -26,6 +26,7 @@ from dpo_fast.training.schedule import (
     check_name,
     read_numbers,
 )
+from dpo_fast.training.selection import default_save_steps
 
 FORBID = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -180,12 +181,50 @@ class TrainSection(BaseModel):
         json_schema_extra={"refused": "without data.eval and data.eval_rows"},
     )
     save_steps: int | None = Field(
-        None, ge=1, description="optimiser steps between checkpoints; default: at the end only"
+        None,
+        ge=1,
+        description="optimiser steps between checkpoints; default: at the end only, or eval_steps where "
+        "the best is sought",
+        json_schema_extra={"refused": "unless a multiple of eval_steps where the best is sought"},
     )
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept; older ones are removed")
+    save_model: bool = Field(
+        False,
+        description="every checkpoint is also a folder that from_pretrained loads, or PEFT for an adapter; "
+        "without it dpo-fast export makes one",
+    )
     async_save: bool = Field(
         False,
         description="write checkpoints while the run goes on; takes as much host memory as a rank saves",
+    )
+    metric_for_best_model: str | None = Field(
+        None,
+        description="metric of an evaluation, with or without eval_, by which checkpoints are compared: "
+        "the best stays whatever save_total_limit says. Default: loss, with load_best_model_at_end or "
+        "early_stopping_patience",
+        json_schema_extra={"refused": "without evaluation data and eval_steps; unknown metrics"},
+    )
+    greater_is_better: bool | None = Field(
+        None,
+        description="whether more of it is better; default: unless its name ends with loss",
+        json_schema_extra={"refused": "without a metric to compare"},
+    )
+    load_best_model_at_end: bool = Field(
+        False,
+        description="export the best checkpoint rather than the last",
+        json_schema_extra={"refused": "without evaluation data and eval_steps"},
+    )
+    early_stopping_patience: int | None = Field(
+        None,
+        ge=1,
+        description="evaluations in a row without an improvement after which the run ends",
+        json_schema_extra={"refused": "without evaluation data and eval_steps"},
+    )
+    early_stopping_threshold: float = Field(
+        0.0,
+        ge=0,
+        description="an improvement by this much or less is none",
+        json_schema_extra={"refused": "without early_stopping_patience"},
     )
     resume_from_checkpoint: bool | str = Field(
         False, description="true: the latest of output_dir, if any; or the path of one"
@@ -267,6 +306,7 @@ class TrainSection(BaseModel):
             )
         check_name(self.lr_scheduler_type)
         self._check_warm_up()
+        self.save_steps = default_save_steps(self)
         if self.micro_batch_size is not None and self.tokens_per_batch is not None:
             raise ValueError(
                 f"train.tokens_per_batch={self.tokens_per_batch} and train.micro_batch_size="

@@ -32,15 +32,17 @@ def write_tree(file: Path, tree: Any) -> Entry:
     return Entry(hashing.size, hashing.digest.hexdigest())
 
 
-def read_tree(file: Path, map_location: Any = "cpu") -> Any:
+def read_tree(file: Path, map_location: Any = "cpu", mmap: bool = False) -> Any:
     """What `write_tree` wrote. Nothing that a file holds is executed.
+
+    mmap: read from the file only what is used.
 
     Raises:
         UserError: the file cannot be read, or holds more than tensors, numbers and words.
     """
     try:
         with torch.serialization.safe_globals(_engine_types()):
-            return torch.load(file, map_location=map_location, weights_only=True)
+            return torch.load(file, map_location=map_location, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
         raise UserError(
             f"{file} cannot be read: it is damaged, or holds Python objects, which could run code and are "

@@ -50,11 +50,16 @@ def test_a_shorter_run_in_the_same_folder_keeps_its_own_checkpoints(tmp_path):
     assert saved(tmp_path, 4, 6) == ["checkpoint-4", "checkpoint-6"]
 
 
-def test_named_checkpoints_are_kept_beside_the_newest(tmp_path):
-    saver = Saver(str(tmp_path), keep=1)
+@pytest.mark.parametrize("keep, kept", [(1, (1, 4)), (2, (1, 4)), (3, (1, 3, 4))])
+def test_the_best_checkpoint_is_one_of_those_that_stay(tmp_path, keep, kept):
+    saver = Saver(str(tmp_path), keep=keep)
     saved(tmp_path, 1, saver=saver)
-    saver.also = frozenset({"checkpoint-1"})
-    assert saved(tmp_path, 2, 3, saver=saver) == ["checkpoint-1", "checkpoint-3"]
+    saver.best = "checkpoint-1"
+    names = saved(tmp_path, 2, 3, 4, saver=saver)
+    assert names == [f"checkpoint-{step}" for step in kept]
+    saver.best = "checkpoint-5"
+    last = [f"checkpoint-{step}" for step in (3, 4, 5)][-keep:]
+    assert saved(tmp_path, 5, saver=saver) == last
 
 
 @pytest.mark.parametrize("file", ["state.json", "trainer_state.json"])

@@ -1,0 +1,79 @@
+"""`dpo-fast export`: the model out of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dpo_fast.errors import UserError
+
+
+def export(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            help="a checkpoint, or a run's folder: its newest one", metavar="CHECKPOINT"
+        ),
+    ],
+    out: Annotated[
+        str | None,
+        typer.Argument(help="folder to write; default: CHECKPOINT-model, beside it", metavar="OUT"),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="section.key=value, such as train.merge_lora=true", metavar="KEY=VALUE"
+        ),
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(help="the run's YAML file, where the checkpoint has none beside it"),
+    ] = None,
+) -> None:
+    """Write the model of a checkpoint as a Hugging Face folder, or the adapter of one with LoRA.
+
+    Of any ZeRO stage and number of ranks, on one. The weights are those of the run at that step.
+    """
+    target, changes = split(out, overrides)
+    if not Path(checkpoint).expanduser().is_dir():
+        raise UserError(f"{checkpoint}: no such folder; expected a checkpoint, or a run's folder")
+    from dpo_fast.training.console import quiet
+
+    quiet()
+    from dpo_fast.training.checkpoint_run import export_checkpoint
+
+    found = find(checkpoint)
+    folder = Path(target).expanduser() if target else found.with_name(f"{found.name}-model")
+    export_checkpoint(found, folder, config, changes)
+    typer.echo(f"model: {folder}")
+
+
+def find(path: str) -> Path:
+    """The checkpoint that is named. Raises UserError if it is none."""
+    from dpo_fast.training.checkpoint_run import checkpoint_of
+
+    found = checkpoint_of(path)
+    if found is None:
+        raise UserError(
+            f"{path} is no checkpoint: expected a folder checkpoint-N with state.json and engine/, or the "
+            "output_dir of a run that has one"
+        )
+    return found
+
+
+def split(first: str | None, rest: Sequence[str] | None) -> tuple[str | None, list[str]]:
+    """An argument that may be left out, and key=value after it."""
+    words = [word for word in (first, *(rest or ())) if word is not None]
+    if words and not is_override(words[0]):
+        return words[0], words[1:]
+    return None, words
+
+
+def is_override(word: str) -> bool:
+    """Whether a word of the command line is section.key=value."""
+    from dpo_fast.training.config_file import SECTIONS
+
+    return "=" in word and word.partition("=")[0].partition(".")[0] in SECTIONS

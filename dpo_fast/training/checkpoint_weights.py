@@ -1,0 +1,134 @@
+"""The trained weights of a checkpoint, whole, on any number of ranks.
+
+DeepSpeed keeps them in engine/. Stages 0 to 2 have them whole, in the dtype of the run. At stage 3 every
+rank has a part: of each parameter in turn a share of its elements, fp32, in the optimiser's flat groups.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dpo_fast.errors import UserError
+from dpo_fast.training import distributed
+from dpo_fast.training.tensor_files import read_tree
+
+WHOLE = "mp_rank_00_model_states.pt"
+PART = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_(model|optim)_states\.pt")
+PREFIX = "model."  # of the transformers model, or peft's, in a ScoringModel
+
+
+def read_trained(folder: Path, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The trained tensors of a checkpoint, as `gather_trained` gives those of a run. On one rank.
+
+    model: tells what is trained, and which names share a Parameter; its weights are not read.
+    dtype: of the run.
+
+    Raises:
+        UserError: the checkpoint cannot be read, or is of another model.
+    """
+    found = dict(_tensors(folder / "engine"))
+    own = model.state_dict(keep_vars=True)
+    known = {id(own[name]): found[PREFIX + name] for name in own if PREFIX + name in found}
+    trained = {name: value for name, value in own.items() if value.requires_grad}
+    missing = [name for name, value in trained.items() if id(value) not in known]
+    wrong = [
+        name
+        for name, value in trained.items()
+        if name not in missing and known[id(value)].shape != _shape(value)
+    ]
+    if missing or wrong:
+        name = (missing or wrong)[0]
+        what = "lacks" if missing else "has another shape of"
+        raise UserError(
+            f"{folder} is of another model: it {what} {name}, which the configuration trains; give the "
+            "configuration that it was trained with"
+        )
+    copies = {key: value.to(dtype) for key, value in known.items()}
+    return {name: copies[id(value)] for name, value in trained.items()}
+
+
+def load_trained(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put trained tensors, which rank 0 has, into a model, sharded or whole. Collective."""
+    done: set[int] = set()
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not value.requires_grad or id(value) in done:
+            continue
+        done.add(id(value))
+        with _gathered(value), torch.no_grad():
+            if distributed.is_main():
+                value.data.copy_(state[name])
+        if not hasattr(value, "ds_id") and distributed.world_size() > 1:
+            torch.distributed.broadcast(value.data, 0)
+
+
+def _gathered(value: Tensor) -> contextlib.AbstractContextManager:
+    if not hasattr(value, "ds_id"):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([value], modifier_rank=0)
+
+
+def _shape(value: Tensor) -> torch.Size:
+    return torch.Size(getattr(value, "ds_shape", value.shape))
+
+
+def _tensors(engine: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that is trained, and others, by the names of the scoring model."""
+    whole = engine / WHOLE
+    if whole.is_file():
+        yield from read_tree(whole, mmap=True)["module"].items()
+        return
+    models, optimisers = _parts(engine, "model"), _parts(engine, "optim")
+    if not models or len(models) != len(optimisers):
+        raise UserError(
+            f"{engine} is not whole: it has {len(models)} files of parameters and {len(optimisers)} of the "
+            "optimiser; name another checkpoint"
+        )
+    head = read_tree(models[0], mmap=True)
+    if len(models) != head["dp_world_size"]:
+        raise UserError(
+            f"{engine} is not whole: {head['dp_world_size']} ranks wrote it, and {len(models)} of their "
+            "files are there; name another checkpoint"
+        )
+    shapes = {name: shape for group in head["param_shapes"] for name, shape in group.items()}
+    flat = [_flat(file) for file in optimisers]
+    yield from _joined(shapes, flat, engine)
+
+
+def _joined(
+    shapes: Mapping[str, torch.Size], flat: list[Tensor], engine: Path
+) -> Iterator[tuple[str, Tensor]]:
+    """Parameters from the parts of all ranks. The last parts are padded."""
+    begin = 0
+    for name, shape in shapes.items():
+        count = math.prod(shape)
+        size = -(-count // len(flat))
+        parts = [each[begin : begin + size] for each in flat]
+        begin += size
+        if sum(map(len, parts)) < count:
+            raise UserError(f"{engine} is not whole: {name} is cut off; name another checkpoint")
+        yield name, torch.cat(parts)[:count].view(shape)
+
+
+def _parts(engine: Path, kind: str) -> list[Path]:
+    """The files of a kind, in the order of the ranks."""
+    found = {}
+    for file in engine.glob("*.pt"):
+        match = PART.fullmatch(file.name)
+        if match and match[2] == kind:
+            found[int(match[1])] = file
+    return [found[rank] for rank in sorted(found)]
+
+
+def _flat(file: Path) -> Tensor:
+    """A rank's part of all trained parameters, fp32, one after the other."""
+    groups = read_tree(file, mmap=True)["optimizer_state_dict"]["fp32_flat_groups"]
+    return groups[0] if len(groups) == 1 else torch.cat(groups)

@@ -1,0 +1,228 @@
+"""A checkpoint is a model: exported from any, and a model folder itself with train.save_model."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("deepspeed")
+
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dpo_fast.cli.export import export
+from dpo_fast.errors import UserError
+from dpo_fast.models.skeleton import scoring_skeleton
+from dpo_fast.training.checkpoint_run import CONFIG, checkpoint_of, export_checkpoint
+from dpo_fast.training.checkpoint_weights import read_trained
+from dpo_fast.training.config import load_config
+from tests.support import ranks
+from tests.support.adapters import write_adapter
+from tests.support.checkpoints import write_checkpoint
+from tests.support.models import changed, run_tree, write_model, write_pairs
+
+LORA = {"r": 2, "alpha": 4}
+OURS = {"engine", "rank-0.pt", "rank-1.pt", "state.json", "manifest.json", CONFIG}
+OURS |= {"zero_to_fp32.py", "zero_to_torch.py"}  # DeepSpeed's
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exports")
+    write_model(folder / "model")
+    write_model(folder / "tied", tied=True)
+    write_adapter(folder / "sft", folder / "model")
+    write_checkpoint(folder / "images", "gemma3, image and text")
+    write_pairs(folder / "pairs.jsonl", 16)
+    return folder
+
+
+def variants(folder: Path) -> dict[str, dict]:
+    base = run_tree(folder, max_steps=2, micro_batch_size=2, save_model=True)
+
+    def zero(stage: int, dtype: str = "fp32", path: str = "model", **model) -> dict:
+        own = {"path": str(folder / path), "dtype": dtype} | model
+        return {"parallel": {"zero_stage": stage}, "model": own}
+
+    merging = {"train": {"merge_lora": True}}
+    whole = LORA | {"modules_to_save": ["embed_tokens", "lm_head"]}
+    sections = {
+        "zero 0, bf16": zero(0, "bf16"),
+        "zero 1": zero(1) | {"train": {"save_model": False}},
+        "zero 2, bf16": zero(2, "bf16"),
+        "zero 3": zero(3),
+        "zero 3, tied, bf16": zero(3, "bf16", "tied"),
+        "zero 3, images": zero(3, path="images"),
+        "lora, zero 1, bf16": zero(1, "bf16", lora=LORA),
+        "lora, zero 3, merged": zero(3, lora=LORA) | merging,
+        "lora, zero 3, tied, whole ends": zero(3, path="tied", lora=whole),
+        "adapter that goes on, zero 3": zero(3, path="sft") | merging,
+        "merged adapter with another, zero 2": zero(2, path="sft", adapter="merge", lora=LORA),
+    }
+    return {name: changed(base, folder / name, **options) for name, options in sections.items()}
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
+    """Runs on two ranks, all but one with checkpoints that are models."""
+    trees = variants(folder)
+    ranks.train(list(trees.values()), 2)
+    return trees
+
+
+NAMES = list(variants(Path(".")))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """The content of every file, with the one list whose order is peft's and changes from run to run."""
+    found = {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+    for name, content in found.items():
+        if name.endswith("adapter_config.json"):
+            config = json.loads(content)
+            config["target_modules"] = sorted(config["target_modules"])
+            found[name] = json.dumps(config).encode()
+    return found
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("name", NAMES)
+def test_the_export_of_the_last_checkpoint_is_what_the_run_exported(folder, runs, name, tmp_path):
+    export_checkpoint(folder / name / "checkpoint-2", tmp_path / "out")
+    assert files_of(tmp_path / "out") == files_of(folder / name / "final")
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "zero 1"])
+def test_a_checkpoint_is_the_folder_that_the_run_exports(folder, runs, name):
+    found = files_of(folder / name / "checkpoint-2")
+    own = {file: content for file, content in found.items() if file.split("/")[0] not in OURS}
+    assert own == files_of(folder / name / "final")
+
+
+@pytest.mark.processes
+def test_a_checkpoint_loads_as_a_model(folder, runs):
+    ids = torch.arange(5, 25)[None]
+    for name in ("zero 2, bf16", "zero 3, tied, bf16"):
+        checkpoint = folder / name / "checkpoint-2"
+        loaded, final = (
+            AutoModelForCausalLM.from_pretrained(place)
+            for place in (checkpoint, folder / name / "final")
+        )
+        assert loaded.dtype == torch.bfloat16
+        assert torch.equal(loaded(ids).logits, final(ids).logits)
+        assert AutoTokenizer.from_pretrained(checkpoint)("1 or 2? ")["input_ids"]
+    name = "lora, zero 3, merged"
+    checkpoint = folder / name / "checkpoint-2"
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    adapted = PeftModel.from_pretrained(base, checkpoint)(ids).logits
+    merged = AutoModelForCausalLM.from_pretrained(checkpoint / "merged")(ids).logits
+    torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.processes
+def test_a_run_starts_from_a_checkpoint_and_leaves_its_own_files_there(folder, runs, tmp_path):
+    checkpoint = folder / "zero 3" / "checkpoint-2"
+    tree = changed(
+        runs["zero 3"], tmp_path / "run", model={"path": str(checkpoint)}, train={"max_steps": 1}
+    )
+    ranks.train([tree])
+    assert files_of(tmp_path / "run" / "final").keys() == files_of(folder / "model").keys()
+
+
+@pytest.mark.processes
+def test_options_of_merging_are_taken_behind_the_command(folder, runs, tmp_path):
+    name = "lora, zero 1, bf16"
+    options = ["train.merge_lora=true", "train.merge_dtype=bf16"]
+    export_checkpoint(folder / name / "checkpoint-2", tmp_path / "out", overrides=options)
+    found = load_file(tmp_path / "out" / "merged" / "model.safetensors")
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+
+
+@pytest.mark.processes
+def test_a_checkpoint_stands_alone(folder, runs, tmp_path):
+    """Moved elsewhere, with its run gone; one of before that had no configuration asks for it."""
+    name = "zero 3, images"
+    checkpoint = tmp_path / "moved" / "checkpoint-2"
+    shutil.copytree(folder / name / "checkpoint-2", checkpoint)
+    export_checkpoint(checkpoint, tmp_path / "out")
+    expected = files_of(folder / name / "final")
+    assert files_of(tmp_path / "out") == expected
+    (checkpoint / CONFIG).unlink()
+    with pytest.raises(UserError, match="has no dpo_fast.yaml.* with --config"):
+        export_checkpoint(checkpoint, tmp_path / "again")
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(runs[name]))
+    export_checkpoint(checkpoint, tmp_path / "again", str(file))
+    assert files_of(tmp_path / "again") == expected
+
+
+@pytest.mark.processes
+def test_the_command_exports_beside_the_checkpoint(folder, runs, tmp_path, capsys):
+    shutil.copytree(folder / "zero 1", tmp_path / "run")
+    export(str(tmp_path / "run"))
+    out = tmp_path / "run" / "checkpoint-2-model"
+    assert f"model: {out}" in capsys.readouterr().out
+    assert files_of(out) == files_of(folder / "zero 1" / "final")
+    assert checkpoint_of(str(tmp_path / "run")).name == "checkpoint-2"
+
+
+@pytest.mark.processes
+def test_what_a_path_means(folder, runs):
+    assert checkpoint_of(str(folder / "zero 1")) == folder / "zero 1" / "checkpoint-2"
+    assert checkpoint_of(str(folder / "zero 1" / "checkpoint-2")).name == "checkpoint-2"
+    assert checkpoint_of(str(folder / "zero 1" / "final")) is None
+    assert checkpoint_of("org/model") is None
+
+
+@pytest.mark.processes
+def test_other_weights_below_a_checkpoint_are_refused(folder, runs, tmp_path):
+    write_model(tmp_path / "model", seed=1)
+    checkpoint = folder / "lora, zero 3, merged" / "checkpoint-2"
+    with pytest.raises(UserError, match="holds other weights than those that .* began with"):
+        export_checkpoint(checkpoint, tmp_path / "out", None, [f"model.path={tmp_path / 'model'}"])
+    assert not (tmp_path / "out").exists()
+    shutil.copytree(folder / "model", tmp_path / "same")
+    export_checkpoint(checkpoint, tmp_path / "out", None, [f"model.path={tmp_path / 'same'}"])
+
+
+@pytest.mark.processes
+def test_a_folder_that_is_there_and_a_damaged_checkpoint_are_told(folder, runs, tmp_path):
+    name = "zero 3, tied, bf16"
+    with pytest.raises(UserError, match="is there already; name another folder"):
+        export_checkpoint(folder / name / "checkpoint-2", folder / name / "final")
+    checkpoint = tmp_path / "checkpoint-2"
+    shutil.copytree(folder / name / "checkpoint-2", checkpoint)
+    for file in checkpoint.glob("engine/*zero_pp_rank_1*optim*"):
+        file.unlink()
+    with pytest.raises(UserError, match="2 files of parameters and 1 of the optimiser"):
+        export_checkpoint(checkpoint, tmp_path / "out")
+    for file in checkpoint.glob("engine/*zero_pp_rank_1*"):
+        file.unlink()
+    with pytest.raises(UserError, match="2 ranks wrote it, and 1 of their files are there"):
+        export_checkpoint(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.processes
+def test_a_checkpoint_of_another_model_is_told(folder, runs):
+    checkpoint = folder / "zero 1" / "checkpoint-2"
+    config = load_config(str(folder / "lora, zero 1, bf16" / "config.yaml"))
+    model = scoring_skeleton(config.model)
+    with pytest.raises(UserError, match="is of another model: it lacks .*lora_A"):
+        read_trained(checkpoint, model.model, torch.float32)
+
+
+@pytest.mark.processes
+def test_a_checkpoint_without_a_model_says_how_to_get_it(folder, runs):
+    from dpo_fast.models.load import check_model_path
+
+    with pytest.raises(UserError, match="dpo-fast export .*checkpoint-2, or train with"):
+        check_model_path(str(folder / "zero 1" / "checkpoint-2"))
