@@ -28,10 +28,6 @@ def export(
             help="section.key=value, such as train.merge_lora=true", metavar="KEY=VALUE"
         ),
     ] = None,
-    config: Annotated[
-        str | None,
-        typer.Option(help="the run's YAML file, where the checkpoint has none beside it"),
-    ] = None,
 ) -> None:
     """Write the model of a checkpoint as a Hugging Face folder, or the adapter of one with LoRA.
 
@@ -47,7 +43,7 @@ def export(
 
     found = find(checkpoint)
     folder = Path(target).expanduser() if target else found.with_name(f"{found.name}-model")
-    export_checkpoint(found, folder, config, changes)
+    export_checkpoint(found, folder, changes)
     typer.echo(f"model: {folder}")
 
 

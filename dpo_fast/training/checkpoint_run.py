@@ -46,25 +46,12 @@ def checkpoint_of(path: str) -> Path | None:
     return None
 
 
-def tree_of(checkpoint: Path, config: str | None, overrides: Sequence[str] = ()) -> dict:
-    """The configuration of a checkpoint's run as a tree. config: a file to read in its place.
-
-    Raises:
-        UserError: it is not there, or cannot be read.
-    """
-    beside = (checkpoint / CONFIG, checkpoint.resolve().parent / RUN_CONFIG)
-    found = [Path(config)] if config else [file for file in beside if file.is_file()]
-    if not found:
-        raise UserError(
-            f"{checkpoint} has no {CONFIG}, and there is no {RUN_CONFIG} in the folder above it: name the "
-            "run's configuration with --config"
-        )
-    return read_tree(str(found[0]), overrides)
+def config_of(checkpoint: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration of a checkpoint's run, with some options changed. Raises UserError."""
+    return build_config(read_tree(str(checkpoint / CONFIG), overrides), str(checkpoint))
 
 
-def export_checkpoint(
-    checkpoint: Path, out: Path, config: str | None = None, overrides: Sequence[str] = ()
-) -> None:
+def export_checkpoint(checkpoint: Path, out: Path, overrides: Sequence[str] = ()) -> None:
     """Write the model of a checkpoint to `out`, as the run itself would have exported it then.
 
     Raises:
@@ -72,8 +59,8 @@ def export_checkpoint(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already; name another folder, or remove it")
-    run = build_config(tree_of(checkpoint, config, overrides), str(checkpoint))
     check_whole(checkpoint)
+    run = config_of(checkpoint, overrides)
     state = read_state(checkpoint)
     check_start(checkpoint, run, state)
     model = scoring_skeleton(run.model)

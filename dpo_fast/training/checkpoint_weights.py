@@ -20,13 +20,15 @@ from dpo_fast.training import distributed
 from dpo_fast.training.tensor_files import read_tree
 
 WHOLE = "mp_rank_00_model_states.pt"
-PART = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_(model|optim)_states\.pt")
+MODEL_PARTS = "*zero_pp_rank_*_mp_rank_00_model_states.pt"
+OPTIMISER_PART = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 PREFIX = "model."  # of the transformers model, or peft's, in a ScoringModel
 
 
 def read_trained(folder: Path, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """The trained tensors of a checkpoint, as `gather_trained` gives those of a run. On one rank.
 
+    folder: of a checkpoint that `check_whole` has passed.
     model: tells what is trained, and which names share a Parameter; its weights are not read.
     dtype: of the run.
 
@@ -86,46 +88,25 @@ def _tensors(engine: Path) -> Iterator[tuple[str, Tensor]]:
     if whole.is_file():
         yield from read_tree(whole, mmap=True)["module"].items()
         return
-    models, optimisers = _parts(engine, "model"), _parts(engine, "optim")
-    if not models or len(models) != len(optimisers):
-        raise UserError(
-            f"{engine} is not whole: it has {len(models)} files of parameters and {len(optimisers)} of the "
-            "optimiser; name another checkpoint"
-        )
-    head = read_tree(models[0], mmap=True)
-    if len(models) != head["dp_world_size"]:
-        raise UserError(
-            f"{engine} is not whole: {head['dp_world_size']} ranks wrote it, and {len(models)} of their "
-            "files are there; name another checkpoint"
-        )
+    head = read_tree(next(engine.glob(MODEL_PARTS)), mmap=True)
     shapes = {name: shape for group in head["param_shapes"] for name, shape in group.items()}
-    flat = [_flat(file) for file in optimisers]
-    yield from _joined(shapes, flat, engine)
+    yield from _joined(shapes, [_flat(file) for file in _parts(engine)])
 
 
-def _joined(
-    shapes: Mapping[str, torch.Size], flat: list[Tensor], engine: Path
-) -> Iterator[tuple[str, Tensor]]:
+def _joined(shapes: Mapping[str, torch.Size], flat: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Parameters from the parts of all ranks. The last parts are padded."""
     begin = 0
     for name, shape in shapes.items():
         count = math.prod(shape)
-        size = -(-count // len(flat))
-        parts = [each[begin : begin + size] for each in flat]
-        begin += size
-        if sum(map(len, parts)) < count:
-            raise UserError(f"{engine} is not whole: {name} is cut off; name another checkpoint")
-        yield name, torch.cat(parts)[:count].view(shape)
+        end = begin + -(-count // len(flat))
+        yield name, torch.cat([each[begin:end] for each in flat])[:count].view(shape)
+        begin = end
 
 
-def _parts(engine: Path, kind: str) -> list[Path]:
-    """The files of a kind, in the order of the ranks."""
-    found = {}
-    for file in engine.glob("*.pt"):
-        match = PART.fullmatch(file.name)
-        if match and match[2] == kind:
-            found[int(match[1])] = file
-    return [found[rank] for rank in sorted(found)]
+def _parts(engine: Path) -> list[Path]:
+    """The files of the optimisers, in the order of the ranks."""
+    found = ((OPTIMISER_PART.fullmatch(file.name), file) for file in engine.iterdir())
+    return [file for _, file in sorted((int(match[1]), file) for match, file in found if match)]
 
 
 def _flat(file: Path) -> Tensor:

@@ -13,7 +13,8 @@ ASKING = ("metric_for_best_model", "load_best_model_at_end", "early_stopping_pat
 # Metrics of an evaluation, whatever the loss; those of the head with log.token_metrics; those of groups.
 ALWAYS = (
     *("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
-    *("logps/chosen", "logps/rejected", "perf/padding_fraction", "perf/shared_prefix_saving"),
+    *("rewards/longer", "logps/chosen", "logps/rejected"),
+    *("perf/padding_fraction", "perf/shared_prefix_saving"),
 )
 OF_TOKENS = ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")
 OF_GROUPS = ("reward", "reward_std", "frac_reward_zero_std")

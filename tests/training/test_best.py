@@ -202,7 +202,8 @@ def test_the_known_metrics_are_those_of_an_evaluation(folder, runs, tmp_path):
         config = build_config((runs | trees)[name], "tree")
         known = metric_names(config.loss.objective, config.log.token_metrics)
         # Only the data tell whether answers come in pairs.
-        without = {"rewards/accuracies"} if name == "completions" else set()
+        of_pairs = {"rewards/accuracies", "rewards/longer"}
+        without = of_pairs if name == "completions" else set()
         assert found == set(known) - without, name
 
 

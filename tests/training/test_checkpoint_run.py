@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 pytest.importorskip("deepspeed")
 
@@ -148,20 +147,12 @@ def test_options_of_merging_are_taken_behind_the_command(folder, runs, tmp_path)
 
 @pytest.mark.processes
 def test_a_checkpoint_stands_alone(folder, runs, tmp_path):
-    """Moved elsewhere, with its run gone; one of before that had no configuration asks for it."""
+    """Moved elsewhere, with its run gone."""
     name = "zero 3, images"
     checkpoint = tmp_path / "moved" / "checkpoint-2"
     shutil.copytree(folder / name / "checkpoint-2", checkpoint)
     export_checkpoint(checkpoint, tmp_path / "out")
-    expected = files_of(folder / name / "final")
-    assert files_of(tmp_path / "out") == expected
-    (checkpoint / CONFIG).unlink()
-    with pytest.raises(UserError, match="has no dpo_fast.yaml.* with --config"):
-        export_checkpoint(checkpoint, tmp_path / "again")
-    file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(runs[name]))
-    export_checkpoint(checkpoint, tmp_path / "again", str(file))
-    assert files_of(tmp_path / "again") == expected
+    assert files_of(tmp_path / "out") == files_of(folder / name / "final")
 
 
 @pytest.mark.processes
@@ -187,10 +178,10 @@ def test_other_weights_below_a_checkpoint_are_refused(folder, runs, tmp_path):
     write_model(tmp_path / "model", seed=1)
     checkpoint = folder / "lora, zero 3, merged" / "checkpoint-2"
     with pytest.raises(UserError, match="holds other weights than those that .* began with"):
-        export_checkpoint(checkpoint, tmp_path / "out", None, [f"model.path={tmp_path / 'model'}"])
+        export_checkpoint(checkpoint, tmp_path / "out", [f"model.path={tmp_path / 'model'}"])
     assert not (tmp_path / "out").exists()
     shutil.copytree(folder / "model", tmp_path / "same")
-    export_checkpoint(checkpoint, tmp_path / "out", None, [f"model.path={tmp_path / 'same'}"])
+    export_checkpoint(checkpoint, tmp_path / "out", [f"model.path={tmp_path / 'same'}"])
 
 
 @pytest.mark.processes
@@ -202,11 +193,7 @@ def test_a_folder_that_is_there_and_a_damaged_checkpoint_are_told(folder, runs, 
     shutil.copytree(folder / name / "checkpoint-2", checkpoint)
     for file in checkpoint.glob("engine/*zero_pp_rank_1*optim*"):
         file.unlink()
-    with pytest.raises(UserError, match="2 files of parameters and 1 of the optimiser"):
-        export_checkpoint(checkpoint, tmp_path / "out")
-    for file in checkpoint.glob("engine/*zero_pp_rank_1*"):
-        file.unlink()
-    with pytest.raises(UserError, match="2 ranks wrote it, and 1 of their files are there"):
+    with pytest.raises(UserError, match="is damaged: engine/.*rank_1_.* is missing"):
         export_checkpoint(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
