@@ -156,13 +156,9 @@ class Saver:
         outcomes = distributed.gathered((writer.entries, _told(writer)), self._group)
         problem = next((text for _, text in outcomes if text), None)
         if problem is None and distributed.is_main():
-            try:
-                with saving(final):
-                    self._publish(
-                        final, content, {k: e for own, _ in outcomes for k, e in own.items()}
-                    )
-            except UserError as error:
-                problem = str(error)
+            entries = {name: entry for own, _ in outcomes for name, entry in own.items()}
+            writer.attempt(lambda: self._publish(final, content, entries), final)
+            problem = _told(writer)
         problem = distributed.gathered(problem, self._group)[0]
         if problem:
             if distributed.is_main():
