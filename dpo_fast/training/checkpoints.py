@@ -37,6 +37,7 @@ from dpo_fast.training.manifest import (
 from dpo_fast.training.tensor_files import EngineFiles, read_tree
 
 PREFIX, LATEST, STATE = "checkpoint-", "latest", "state.json"
+FULL_DISK = (OSError, SafetensorError)
 SHOWN = 5  # differences that a message lists
 
 
@@ -89,14 +90,14 @@ def check_whole(folder: Path) -> None:
     Raises:
         UserError: it is damaged; names what is wrong and an earlier checkpoint that is whole.
     """
-    problems: list[str] = []
     try:
         manifest = read_manifest(folder)
+        _check_step(folder, manifest)
         largest_first = sorted(manifest.files, key=lambda name: -manifest.files[name].size)
         own = largest_first[distributed.rank() :: distributed.world_size()]
         problems = differences(folder, manifest, own)
         if distributed.is_main():
-            problems += _belongs(folder, manifest)
+            problems += unlisted(folder, manifest)
     except DamagedError as error:
         problems = [str(error)]
     problems = sorted({clause for each in distributed.gathered(problems) for clause in each})
@@ -168,14 +169,13 @@ def run_of(folder: Path) -> str | None:
 def saving(place: Path) -> Iterator[None]:
     """`durable.writing` for the files of a run.
 
-    torch and safetensors have errors of their own for a full disk.
+    A RuntimeError is no failure to write: a lost rank or a GPU out of memory is one, too.
     """
     remedy = (
         "The checkpoints that are done are whole: make room, and go on with "
         "train.resume_from_checkpoint=true"
     )
-    errors = (OSError, RuntimeError, SafetensorError)
-    with durable.writing(place, remedy, errors), distributed.collective_errors():
+    with durable.writing(place, remedy, FULL_DISK), distributed.collective_errors():
         yield
 
 
@@ -198,19 +198,16 @@ def _newest(root: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def _belongs(folder: Path, manifest: Manifest) -> list[str]:
-    """What is wrong with a checkpoint as a whole, a clause each."""
-    named = step_of(folder)
-    wrong = [] if named in (None, manifest.step) else [f"it is of step {manifest.step}"]
-    if STATE not in manifest.files:
-        wrong.append(f"{NAME} is damaged: it does not name {STATE}")
-    return wrong + unlisted(folder, manifest)
+def _check_step(folder: Path, manifest: Manifest) -> None:
+    if step_of(folder) not in (None, manifest.step):
+        raise DamagedError(f"{NAME} is of step {manifest.step}")
 
 
 def _is_whole(folder: Path) -> bool:
     try:
         manifest = read_manifest(folder)
-        return not _belongs(folder, manifest) and not differences(folder, manifest, manifest.files)
+        _check_step(folder, manifest)
+        return not [*unlisted(folder, manifest), *differences(folder, manifest, manifest.files)]
     except DamagedError:
         return False
 

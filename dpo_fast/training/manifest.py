@@ -52,6 +52,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint. Raises DamagedError if it is missing, damaged or of another format."""
+    if (folder / NAME).exists() and not (folder / NAME).is_file():
+        raise DamagedError(f"{NAME} is not a file")  # opening a pipe would wait for a writer
     try:
         content = json.loads((folder / NAME).read_text(encoding="utf-8"))
         if content.get("format") != FORMAT:
@@ -115,7 +117,7 @@ def _difference(file: Path, name: str, entry: Entry) -> str | None:
     try:
         if not file.exists():
             return f"{name} is missing"
-        if not file.is_file():  # opening a pipe would wait for a writer
+        if not file.is_file():
             return f"{name} is not a file"
         size = file.stat().st_size
         if size != entry.size:

@@ -23,6 +23,7 @@ from dpo_fast import durable
 from dpo_fast.errors import Interrupted, UserError
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import (
+    FULL_DISK,
     LATEST,
     PREFIX,
     STATE,
@@ -149,23 +150,21 @@ class Saver:
     def _finish(self, writer: Writer, final: Path, content: str) -> None:
         """Bring the files to the disk and give the checkpoint its name. Collective, in one thread of each.
 
-        Every rank raises the same UserError.
+        Every rank raises the same UserError, and one that failed for another reason that one.
         """
         writer.finish()
         outcomes = distributed.gathered((writer.entries, _told(writer)), self._group)
         problem = next((text for _, text in outcomes if text), None)
         if problem is None and distributed.is_main():
-            try:
-                with saving(final):
-                    self._publish(
-                        final, content, {k: e for own, _ in outcomes for k, e in own.items()}
-                    )
-            except UserError as error:
-                problem = str(error)
+            entries = {name: entry for own, _ in outcomes for name, entry in own.items()}
+            writer.attempt(lambda: self._publish(final, content, entries), final)
+            problem = _told(writer)
         problem = distributed.gathered(problem, self._group)[0]
         if problem:
             if distributed.is_main():
                 shutil.rmtree(writer.folder, ignore_errors=True)
+            if writer.error and not isinstance(writer.error[1], FULL_DISK):
+                raise writer.error[1]
             raise UserError(problem)
 
     def _publish(self, final: Path, content: str, entries: dict[str, Entry]) -> None:
@@ -226,7 +225,7 @@ def scripts_copied_by(writer: Writer, engine):
 
 
 def _told(writer: Writer) -> str | None:
-    """The error of a writer in words. Raises one that is no failure to write."""
+    """The error of a writer in words."""
     if writer.error is None:
         return None
     place, error = writer.error
@@ -235,3 +234,6 @@ def _told(writer: Writer) -> str | None:
             raise error
     except UserError as told:
         return str(told)
+    except Exception:
+        reason = f"{type(error).__name__}: {durable.first_line(error)}"
+        return f"rank {distributed.rank()} could not save: {reason}"

@@ -27,7 +27,12 @@ def write_tree(file: Path, tree: Any) -> Entry:
     """Write tensors in dicts and lists in torch's format, and bring them to the disk. Raises OSError."""
     with file.open("wb", buffering=0) as stream:
         hashing = _Hashing(stream)
-        torch.save(_mapped(_plain, tree), hashing)
+        try:
+            torch.save(_mapped(_plain, tree), hashing)
+        except (
+            RuntimeError
+        ) as error:  # torch goes on after a failed write, and then tells another reason
+            raise hashing.error or error from None
     durable.flush(file)
     return Entry(hashing.size, hashing.digest.hexdigest())
 
@@ -172,13 +177,18 @@ class _Hashing:
 
     def __init__(self, stream: BinaryIO) -> None:
         self.stream, self.digest, self.size = stream, hashlib.sha256(), 0
+        self.error: OSError | None = None
 
     def write(self, data) -> int:
         left = memoryview(data).cast("B")
         self.digest.update(left)
         self.size += len(left)
-        while left:  # a file without a buffer may take less than it is given
-            left = left[self.stream.write(left) :]
+        try:
+            while left:  # a file without a buffer may take less than it is given
+                left = left[self.stream.write(left) :]
+        except OSError as error:
+            self.error = self.error or error
+            raise
         return len(data)
 
     def flush(self) -> None: ...

@@ -28,6 +28,14 @@ def train(trees: list[dict], ranks: int = 1) -> None:
     group(ranks).do("train", trees)
 
 
+def refusal(tree: dict, ranks: int = 1) -> str:
+    """What a run is refused with."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "message"
+        group(ranks).do("refused", tree, str(file))
+        return file.read_text()
+
+
 def first_steps(trees: dict[str, dict], ranks: int = 1) -> dict[str, tuple[float, dict]]:
     """By name: the loss of step 0, and the gradient of every parameter before clipping."""
     with tempfile.TemporaryDirectory() as folder:

@@ -10,28 +10,7 @@ pytest.importorskip("deepspeed")
 from dpo_fast.errors import UserError
 from dpo_fast.training.checkpoints import checkpoints, find_checkpoint, load_checkpoint
 from dpo_fast.training.saver import Saver
-
-
-class Engine:
-    """What a checkpoint asks of an engine. broken: what saving and loading raise."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, broken: Exception | None = None, weights=None) -> None:
-        self.broken = broken
-        self.weights = torch.arange(64.0) if weights is None else weights
-
-    def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
-        self.checkpoint_engine.makedirs(f"{folder}/{tag}")
-        if self.broken:
-            self.checkpoint_engine.writer.error = (Path(folder) / tag, self.broken)
-        self.checkpoint_engine.save({"weights": self.weights}, f"{folder}/{tag}/model.pt")
-
-    def load_checkpoint(self, folder: str, tag: str):
-        if self.broken:
-            raise self.broken
-        self.weights = self.checkpoint_engine.load(f"{folder}/{tag}/model.pt")["weights"]
-        return folder, {}
+from tests.support.engines import Engine
 
 
 def saved(root: Path, *steps: int, keep: int = 2, saver: Saver | None = None) -> list[str]:
@@ -70,15 +49,6 @@ def test_a_folder_of_the_users_own_is_no_checkpoint(tmp_path, file):
     (own / file).write_text("{}")
     assert saved(tmp_path, 1, 2, 3) == ["checkpoint-2", "checkpoint-3"]
     assert (own / file).exists()
-
-
-@pytest.mark.parametrize("error", [RuntimeError("unexpected pos"), OSError(28, "No space left")])
-def test_a_full_disk_costs_no_checkpoint(tmp_path, error):
-    saved(tmp_path, 1, 2)
-    saver = Saver(str(tmp_path), 2)
-    with pytest.raises(UserError, match="checkpoint-3.partial.* cannot be written: .*(pos|space)"):
-        saver.save(Engine(error), {"step": 3}, {})
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2", "latest"]
 
 
 def test_a_checkpoint_of_another_model_is_told(tmp_path):

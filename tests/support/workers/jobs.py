@@ -6,11 +6,13 @@ It ends with the process that started it, in the middle of a job too.
 
 import json
 import os
+import resource
 import signal
 import sys
 import threading
 import time
 import traceback
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +27,8 @@ from dpo_fast.training.loop import train, update
 from dpo_fast.training.metrics import MetricSums
 from dpo_fast.training.prepare import prepare
 from dpo_fast.training.references import store_beforehand
+from dpo_fast.training.saver import Saver
+from tests.support.engines import Engine
 
 
 def train_all(trees: list[dict]) -> None:
@@ -40,6 +44,36 @@ def stopped_by_health(tree: dict) -> None:
         assert stop.exit_code == 4 and "health.stop_on=" in str(stop), stop
     else:
         raise AssertionError("the run was not stopped")
+
+
+def refused(tree: dict, file: str) -> None:
+    """A run that must be refused; the message goes to a file."""
+    try:
+        train(build_config(tree, "case"))
+    except UserError as error:
+        if distributed.is_main():
+            Path(file).write_text(str(error))
+        return
+    raise AssertionError("it was not refused")
+
+
+def full_disk(folder: str, beside: bool) -> None:
+    """Save where rank 1 cannot write: every rank must raise the same, with rank 1's reason."""
+    saver, engine = Saver(folder, 2, beside, timedelta(seconds=30)), Engine()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if distributed.rank() == 1:
+        engine.weights = torch.zeros(1000)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        saver.save(engine, {"step": 1}, {})
+        while saver._pending:
+            saver.check()
+    except UserError as error:
+        assert "model-1.pt cannot be written" in str(error) and "File too large" in str(error)
+        return
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    raise AssertionError("nothing was told")
 
 
 def first_steps(trees: dict[str, dict], file: str) -> None:
@@ -207,6 +241,8 @@ JOBS = {
     "first_steps": first_steps,
     "in_turn": in_turn,
     "interrupted": interrupted,
+    "refused": refused,
+    "full_disk": full_disk,
 }
 
 
