@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dpo_fast.durable import first_line
 from dpo_fast.errors import LostPeer, UserError
 from dpo_fast.training.launchers import watch_launchers
 from dpo_fast.training.peers import Peers
@@ -75,9 +76,10 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
         # DeepSpeed makes more groups, and asks for no time-out: they have torch's default.
         dist.distributed_c10d.default_pg_timeout = timeout
         dist.distributed_c10d.default_pg_nccl_timeout = timeout
-        deepspeed.init_distributed(
-            dist_backend="nccl" if on_gpu else "gloo", timeout=timeout, auto_mpi_discovery=False
-        )
+        with joining(timeout_minutes):
+            deepspeed.init_distributed(
+                dist_backend="nccl" if on_gpu else "gloo", timeout=timeout, auto_mpi_discovery=False
+            )
         watch_peers(timeout)
 
 
@@ -90,6 +92,20 @@ def leave_out_shm_comm() -> None:
     import deepspeed  # reads DS_ACCELERATOR when it is imported
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@contextlib.contextmanager
+def joining(timeout_minutes: float) -> Iterator[None]:
+    """Raises UserError if the ranks do not find each other."""
+    try:
+        yield
+    except dist.DistError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(
+            f"rank {rank()} of {world_size()} has not found the others at {place}: {first_line(error)} "
+            "Look at what the other ranks say, whether MASTER_ADDR is the machine of rank 0, and whether "
+            f"parallel.timeout_minutes={timeout_minutes:g} is enough for all to start"
+        ) from None
 
 
 def watch_peers(silence: timedelta) -> None:

@@ -14,6 +14,7 @@ import yaml
 pytest.importorskip("transformers")
 
 from dpo_fast.cli import app
+from dpo_fast.errors import UserError
 from tests.support.models import run_tree, write_model, write_pairs
 from tests.support.paths import ENVIRONMENT, ROOT
 
@@ -345,3 +346,54 @@ def test_train_fails_cleanly_in_a_process_of_its_own_and_on_two_ranks(folder):
         assert "bad.jsonl:2" in result.stderr and "rejected" in result.stderr
         assert "Traceback" not in result.stderr
         assert not (folder / "never").exists()
+
+
+class Peers:
+    """The watch over other ranks, as the command line uses it."""
+
+    def __init__(self, first: bool) -> None:
+        self.first, self.told = first, []
+
+    def first_to_tell(self, reason: str) -> bool:
+        return self.first
+
+    def fail(self, reason: str, code: int) -> None:
+        self.told.append((reason, code))
+
+    def await_verdict(self, seconds: float) -> None:
+        self.told.append("waited")
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    "error, code, words, waited",
+    [
+        (UserError("no\n such file"), 2, "dpo-fast (rank 1): no such file\n", False),
+        (ZeroDivisionError("by zero"), 1, "ZeroDivisionError: by zero\n", False),
+        (OSError(28, "No space left"), 2, "(rank 1): cannot write to standard output", False),
+        (RuntimeError("gloo: Connection closed by peer"), 3, "another rank is gone", True),
+    ],
+)
+def test_a_rank_tells_its_reason_unless_another_has(
+    capsys, monkeypatch, error, code, words, waited, first
+):
+    from dpo_fast.cli import app
+    from dpo_fast.training import distributed
+
+    def fail(*_, **__):
+        raise error
+
+    peers = Peers(first)
+    monkeypatch.setattr(distributed, "peers", lambda: peers)
+    monkeypatch.setattr(app, "app", fail)
+    monkeypatch.setattr(app, "_leave", sys.exit)
+    monkeypatch.setattr(sys, "argv", ["dpo-fast", "train", "x.yaml"])
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as end:
+        app.main()
+    assert end.value.code == code
+    told = capsys.readouterr().err
+    assert words in told if first else told == ""
+    assert ("waited" in peers.told) is waited
+    assert peers.told[-1][1] == code and "\n " not in peers.told[-1][0]

@@ -1,18 +1,27 @@
 """Joining a process group, and what ranks do in turn."""
 
+import socket
 import subprocess
 import sys
 
 import pytest
 
 from tests.support import ranks
-from tests.support.paths import ROOT
+from tests.support.paths import ENVIRONMENT, ROOT
 
 pytest.importorskip("deepspeed")
 
 pytestmark = pytest.mark.processes
 
-JOIN = "from dpo_fast.training.distributed import init_distributed; init_distributed(); print('in')"
+JOIN = """
+import torch, torch.distributed as dist
+from dpo_fast.training.distributed import init_distributed
+init_distributed(0.5)
+for group in (None, dist.new_group([0])):  # DeepSpeed's groups name no time-out
+    backend = (group or dist.group.WORLD)._get_backend(torch.device("cpu"))
+    print(backend.options._timeout.total_seconds())
+print("in")
+"""
 
 
 def test_nothing_is_compiled_and_no_stale_lock_is_waited_for(tmp_path, monkeypatch):
@@ -24,9 +33,36 @@ def test_nothing_is_compiled_and_no_stale_lock_is_waited_for(tmp_path, monkeypat
     done = subprocess.run(
         [sys.executable, "-c", JOIN], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
-    assert done.stdout.splitlines()[-1:] == ["in"], done.stderr
+    assert done.stdout.splitlines()[-3:] == ["30.0", "30.0", "in"], done.stderr
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["lock"]
 
 
 def test_work_of_the_first_rank_is_waited_for_in_every_run_of_a_process_group(tmp_path):
     ranks.group(2).do("in_turn", str(tmp_path))
+
+
+def test_a_rank_that_stays_alone_says_so():
+    lonely = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        lonely["MASTER_PORT"] = str(probe.getsockname()[1])
+    code = "from dpo_fast.training.distributed import init_distributed; init_distributed(0.02)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=ENVIRONMENT | lonely,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    message = "rank 0 of 2 has not found the others at 127.0.0.1:"
+    assert message in done.stderr and "1/2 clients joined" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("value", ["1e300", "0", "-1", "nan", "inf"])
+def test_a_time_out_that_is_none_is_told(value):
+    from dpo_fast.errors import UserError
+    from dpo_fast.training.config import build_config
+
+    tree = {"model": {"path": "m"}, "data": {"train": "d"}, "parallel": {"timeout_minutes": value}}
+    with pytest.raises(UserError, match="parallel.timeout_minutes"):
+        build_config(tree, "tree")
