@@ -43,6 +43,7 @@ def publish(finished: Path, target: Path, replace: bool = False) -> None:
     """Flush a finished folder and rename it to `target`, in the same file system.
 
     replace: an older `target` gives way. It is renamed before it is removed, so it is never half there.
+        What a link points to stays.
 
     Raises:
         OSError: it cannot be flushed or renamed, or `target` has content and is not to be replaced.
@@ -51,13 +52,22 @@ def publish(finished: Path, target: Path, replace: bool = False) -> None:
         flush(path)
     old = target.with_name(f".{target.name}.old")
     if replace:
-        shutil.rmtree(old, ignore_errors=True)
+        _discard(old)
         with contextlib.suppress(FileNotFoundError):
             target.rename(old)
     finished.rename(target)
     flush(target.parent)
     if replace:
-        shutil.rmtree(old, ignore_errors=True)
+        _discard(old)
+
+
+def _discard(path: Path) -> None:
+    """Remove a folder, a file or a link, as far as that goes."""
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def remove(folder: Path) -> None:
@@ -103,7 +113,7 @@ def writing(
 
 def existing(path: Path) -> Path:
     """The path itself, or the nearest folder above it that exists."""
-    return next(each for each in (path, *path.absolute().parents) if each.exists())
+    return next(each for each in (path, *path.absolute().parents) if os.path.exists(each))
 
 
 def first_line(error: Exception) -> str:

@@ -114,6 +114,23 @@ def test_a_folder_gives_way_only_if_it_is_to_be_replaced(tmp_path):
     assert [each.name for each in tmp_path.iterdir()] == ["target"]
 
 
+@pytest.mark.parametrize("what", ["link", "broken link", "file"])
+def test_a_link_or_a_file_gives_way_and_what_it_points_to_stays(tmp_path, what):
+    elsewhere, target = tmp_path / "elsewhere", tmp_path / "target"
+    if what == "link":
+        elsewhere.mkdir()
+        (elsewhere / "mine").write_text("kept")
+    if what == "file":
+        target.write_text("old")
+    else:
+        target.symlink_to(elsewhere)
+    for content in ("first", "second"):  # the second found what the first had put aside
+        publish(finished_folder(tmp_path, content), target, replace=True)
+        assert (target / "inner" / "file").read_text() == content and not target.is_symlink()
+    assert {each.name for each in tmp_path.iterdir()} <= {"target", "elsewhere"}
+    assert what != "link" or (elsewhere / "mine").read_text() == "kept"
+
+
 def test_an_old_folder_is_never_half_removed_under_its_name(tmp_path, monkeypatch):
     """A crash while the old one is removed: the new one has the name already."""
     target = tmp_path / "target"

@@ -18,6 +18,7 @@ import yaml
 from dpo_fast import bounded_yaml
 from dpo_fast.data.files import SUFFIXES, suffix_of
 from dpo_fast.errors import UserError
+from dpo_fast.wording import quoted
 
 Role = Literal["train", "eval"]
 Splits = dict[str, list[Path]]
@@ -166,11 +167,23 @@ def _described(folder: Path) -> Splits | None:
         )
     described: Splits = {}
     for split, patterns in _patterns((marked or named)[0]["data_files"]):
-        found = (file for each in patterns for file in folder.glob(each.lstrip("/")))
-        matches = {file for file in found if file.is_file()}
+        matches = {file for each in patterns for file in _matches(folder, each)}
         if matches:
             described.setdefault(split, []).extend(sorted(matches))
     return described or None
+
+
+def _matches(folder: Path, pattern: str) -> list[Path]:
+    """The files in a folder, and none outside of it, that a pattern of its README stands for."""
+    try:
+        if ".." in Path(pattern).parts:
+            raise ValueError("it leads out of the folder")
+        return [file for file in folder.glob(pattern.lstrip("/")) if file.is_file()]
+    except (ValueError, IndexError, NotImplementedError, OSError) as error:
+        raise UserError(
+            f"{folder}: README.md names {quoted(pattern)} for data: {error}; name the files yourself, as "
+            f"in {folder}/*.parquet"
+        ) from None
 
 
 def _configs(readme: Path) -> list[dict]:

@@ -11,15 +11,18 @@ from operator import itemgetter
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from dpo_fast.data.kinds import COMPLETIONS, GROUPS, PAIRS, ExampleLengths, Kind
 from dpo_fast.data.verdicts import Tally
+from dpo_fast.wording import printable
 
 ROWS_SHOWN = 3  # of those refused for one reason
 HEAD, TAIL = 60, 100  # prompt tokens shown before and after the gap; the end matters more
+MOST_DIGITS = 15  # of a count
 PERCENTILES = {"p5": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99, "max": 100}
 
 
@@ -103,7 +106,7 @@ class DataReport:
 
     def shares(self) -> list[tuple[str, str]]:
         """Each source by name, and in words what it gives and what its weight asks for."""
-        total = sum(each.drawn for each in self.mixture)
+        total = sum(each.drawn for each in self.mixture) or 1
         told = []
         for each in self.mixture:
             whole = "so far" if each.examples is None else "of an epoch"
@@ -220,14 +223,15 @@ class DataReport:
 
     @classmethod
     def from_json(cls, text: str) -> DataReport:
-        """The inverse of to_json."""
-        values: dict[str, Any] = json.loads(text)
-        for name in ("bad", "dropped"):
-            tally = values[name]
-            rows = {kind: [tuple(row) for row in rows] for kind, rows in tally["rows"].items()}
-            values[name] = Tally(tally["counts"], rows)
-        values["mixture"] = [SourceShare(**each) for each in values.get("mixture", [])]
-        return cls(**values)
+        """The inverse of to_json. Raises ValueError or RecursionError for other text."""
+        values = json.loads(text, parse_int=_count)
+        return TypeAdapter(cls).validate_python(values)
+
+
+def _count(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def _percentiles(values: np.ndarray) -> dict[str, int]:
@@ -241,23 +245,23 @@ def render_report(report: DataReport, console: Console) -> None:
     """Prints what was read, what was refused and why, and the lengths."""
     refused = f"{report.bad.total:,} bad, {report.dropped.total:,} dropped"
     summary = f"{report.rows_read:,} rows read, {report.kept}, {refused}"
-    console.print(Text(", ".join(report.sources)), Text(summary), sep="\n")
+    console.print(_text(", ".join(report.sources)), Text(summary), sep="\n")
     for name, share in report.shares():
-        console.print(Text(f"- {name}: {share}"))
+        console.print(_text(f"- {name}: {share}"))
     for title, tally in (("Bad rows", report.bad), (f"Dropped {report.kind}", report.dropped)):
         if tally.total:
             console.print(_verdicts(title, tally))
     if report.lengths:
         console.print(_lengths(report))
     for note in report.notes():
-        console.print(Text(f"- {note}"))
+        console.print(_text(f"- {note}"))
 
 
 def _verdicts(title: str, tally: Tally) -> Table:
     table = Table("reason", "rows", "first", title=title, title_justify="left")
     for kind, count in sorted(tally.counts.items(), key=lambda item: -item[1]):
         first = ", ".join(where for where, _ in tally.rows[kind][:ROWS_SHOWN])
-        table.add_row(Text(kind), f"{count:,}", Text(first))
+        table.add_row(_text(kind), f"{count:,}", _text(first))
     return table
 
 
@@ -280,7 +284,7 @@ def render_examples(dataset: Any, tokenizer: Any, console: Console, n: int = 3) 
     """
     for index in range(min(n, len(dataset))):
         row = dataset[index]
-        console.rule(Text(f"{dataset.kind.name[:-1]} {index}  {dataset.where(index)}"))
+        console.rule(_text(f"{dataset.kind.name[:-1]} {index}  {dataset.where(index)}"))
         answers = _answers(row)
         width = max(len("rejected"), *(len(title) for _, title, _ in answers)) + 1
         console.print(
@@ -328,4 +332,10 @@ def _pieces(ids: list[int], tokenizer: Any) -> list[str]:
     texts = [tokenizer.decode([index]) for index in ids]
     names = tokenizer.convert_ids_to_tokens(ids)
     texts = [name if "\ufffd" in text or not text else text for text, name in zip(texts, names)]
-    return [text.replace("\n", "\\n").replace("\t", "\\t") for text in texts]
+    shown = (text.replace("\n", "\\n").replace("\t", "\\t") for text in texts)
+    return list(map(printable, shown))
+
+
+def _text(text: str) -> Text:
+    """What others wrote, for a terminal."""
+    return Text(printable(text))

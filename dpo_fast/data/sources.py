@@ -187,7 +187,10 @@ def _folder(path: Path, split: str | None, role: Role) -> list[Source]:
 
 def _saved_splits(file: Path) -> list[str]:
     try:
-        return list(json.loads(file.read_text(encoding="utf-8"))["splits"])
+        splits = list(json.loads(file.read_text(encoding="utf-8"))["splits"])
+        if not all(isinstance(split, str) for split in splits):
+            raise ValueError("names of splits that are no text")
+        return splits
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file.parent}: not a readable datasets folder: {error}") from error
 

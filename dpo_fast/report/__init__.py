@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dpo_fast.durable import write_file
+from dpo_fast.durable import write_file, writing
 from dpo_fast.report.page import page
 from dpo_fast.report.read import read_run
 
@@ -28,10 +28,11 @@ def write_report(run_dir: Path) -> Path:
     Needs metrics.jsonl; shows config.yaml, data-report.json and samples.json where they exist.
 
     Raises:
-        UserError: metrics.jsonl is missing or empty, or a file cannot be read.
+        UserError: metrics.jsonl is missing or empty, a file cannot be read, or the page not be written.
     """
     run_dir = Path(run_dir)
     content = page(read_run(run_dir)).encode("utf-8", "replace")
     path = run_dir / REPORT_FILE
-    write_file(path, content)
+    with writing(path, "The run itself is whole; write the page again with dpo-fast report"):
+        write_file(path, content)
     return path

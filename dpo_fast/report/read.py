@@ -13,6 +13,7 @@ from dpo_fast import bounded_yaml
 from dpo_fast.data.report import DataReport
 from dpo_fast.errors import UserError
 from dpo_fast.health import History
+from dpo_fast.wording import clipped
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -95,9 +96,9 @@ def _data_report(path: Path) -> DataReport | None:
         return None
     try:
         return DataReport.from_json(text)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{path} is not a data report ({error!r}). Remove it, or train again to rewrite it"
+            f"{path} is not a data report ({clipped(str(error))}). Remove it, or train again to rewrite it"
         ) from error
 
 
@@ -107,7 +108,7 @@ def _samples(path: Path) -> list[dict[str, Any]]:
         return []
     try:
         samples = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}. Mend the file or remove it") from error
     if not isinstance(samples, list) or not all(isinstance(sample, dict) for sample in samples):
         raise UserError(f"{path} is not a list of objects. Mend the file or remove it")

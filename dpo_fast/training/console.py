@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dpo_fast.progress import SpokenProgress
 from dpo_fast.training import distributed
+from dpo_fast.wording import printable
 
 T = TypeVar("T")
 console = Console(stderr=True)
@@ -66,7 +67,7 @@ def say(message: str) -> None:
     """One line from rank 0, on standard error."""
     if distributed.is_main():
         _said[0] = time.monotonic()
-        console.print(message, highlight=False, markup=False, soft_wrap=True)
+        console.print(printable(message), highlight=False, markup=False, soft_wrap=True)
 
 
 def quiet() -> None:

@@ -38,7 +38,8 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         # A resumed run takes the steps after its checkpoint again, and a run that begins anew all of them.
-        folder = Path(config.train.output_dir) / "tensorboard" / config.run_name
+        parts = [part for part in config.run_name.split("/") if part not in ("", ".", "..")]
+        folder = Path(config.train.output_dir, "tensorboard", *parts)
         self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

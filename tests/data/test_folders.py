@@ -153,3 +153,17 @@ def test_a_saved_folder_of_splits(tmp_path):
     datasets.DatasetDict(dev=data, test=data).save_to_disk(str(tmp_path / "saved"))
     assert "data.train may mean any of its splits dev, test" in refusal(tmp_path / "saved")
     assert str(resolve([f"{tmp_path}/saved:dev"])[0]) == f"{tmp_path}/saved:dev"
+
+
+@pytest.mark.parametrize("pattern", ["../*.jsonl", "prefs/../../x", "a**b/*", "''"])
+def test_a_readme_does_not_lead_out_of_its_folder(folder, pattern):
+    path = folder("prefs/a-1.jsonl")
+    (path.parent / "outside.jsonl").write_text(ROW)
+    (path / "README.md").write_text(f"---\nconfigs:\n- data_files: [prefs/*, {pattern}]\n---\n")
+    assert "README.md names" in refusal(path) and "name the files yourself" in refusal(path)
+
+
+@pytest.mark.parametrize("splits", ["[1]", "[[]]", "{", "[" * 5000, "3", "null"])
+def test_splits_of_a_saved_folder_that_are_none(tmp_path, splits):
+    (tmp_path / "dataset_dict.json").write_text(f'{{"splits": {splits}}}')
+    assert "not a readable datasets folder" in refusal(tmp_path)

@@ -44,3 +44,16 @@ def test_a_run_that_begins_again_hides_the_earlier_curve(tmp_path):
     reader.Reload()
     found = [(event.step, event.value) for event in reader.Scalars("train/loss")]
     assert found == [(0, 5.0), (1, 6.0)]
+
+
+def test_a_run_name_does_not_lead_out_of_the_folder(tmp_path):
+    pytest.importorskip("tensorboard")
+    run = config(tmp_path, ["tensorboard"])
+    for name in ("../../../elsewhere", "/elsewhere", "team/run"):
+        logger = TensorBoard(
+            run.model_copy(update={"log": run.log.model_copy(update={"run_name": name})}), 0
+        )
+        logger.log(0, {"train/loss": 1.0})
+        logger.close()
+    found = {each.name for each in (tmp_path / "run" / "tensorboard").iterdir()}
+    assert found == {"elsewhere", "team"} and not (tmp_path / "elsewhere").exists()
