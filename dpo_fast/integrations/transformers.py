@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import transformers
@@ -14,9 +14,11 @@ from transformers import PreTrainedModel
 from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.data.kinds import PAIRS
 from dpo_fast.data.layouts import LAYOUTS
-from dpo_fast.errors import UnavailableError, UserError
+from dpo_fast.errors import UserError
+from dpo_fast.integrations.arguments import check_arguments, objective_of, stop_ids
 from dpo_fast.integrations.collator import IDS, NUMBERS, PreferenceCollator
 from dpo_fast.integrations.forward import add_forward
+from dpo_fast.integrations.rows import token_rows, token_sets
 from dpo_fast.losses import Objective, Totals
 from dpo_fast.models.adapters import as_started, keep_frozen_copy, why_not
 from dpo_fast.models.architecture import architecture_of, choose_attention, choose_layout
@@ -34,7 +36,6 @@ from dpo_fast.training.loss_pass import LossPass
 from dpo_fast.training.metrics import MetricSums
 
 __all__ = ["PreferenceCollator", "PreferenceTrainer"]
-OLDEST = "5.19"  # whose Trainer can leave the division of losses to us
 
 
 class PreferenceTrainer(transformers.Trainer):
@@ -50,13 +51,19 @@ class PreferenceTrainer(transformers.Trainer):
             such rows. To use the model in this process afterwards call
             `model.set_attn_implementation("sdpa")`.
         args: `TrainingArguments`.
-        objective: the losses; those that look at the whole global batch at once are refused.
+        objective: the losses, as an `Objective`, a name such as "simpo" or several names; those that look
+            at the whole global batch at once are refused.
         reference: a frozen model to compare with. Left out, the reference is the columns
             `reference_chosen_logps` and `reference_rejected_logps` of the data; or for a
             `PeftModel` without them a frozen copy of its adapter as it is now, under the name "ref",
             as in TRL. An adapter "ref" that it has already is taken for the reference.
         layout: a name of the table of layouts, or `auto`: the last of them that the model allows.
-        train_dataset, eval_dataset: map-style, with the rows that `PreferenceCollator` takes.
+        train_dataset, eval_dataset: map-style. Rows of texts or messages, in any form of pairs of
+            docs/FORMATS.md, are tokenised here as `dpo-fast train` does it; or rows of token ids, as
+            `PreferenceCollator` takes them.
+        processing_class: the tokenizer. Rows of token ids need none.
+        data_options: how rows are tokenised, options of the section `data` by name: max_length,
+            columns, ...
         kwargs: any other argument of `Trainer`.
 
     Raises:
@@ -70,16 +77,25 @@ class PreferenceTrainer(transformers.Trainer):
         model: PreTrainedModel | nn.Module,
         args: transformers.TrainingArguments,
         *,
-        objective: Objective = Objective(),  # noqa: B008 (frozen)
+        objective: Objective | str | Sequence[str] = Objective(),  # noqa: B008 (frozen)
         reference: PreTrainedModel | None = None,
         layout: str = "auto",
         train_dataset=None,
         eval_dataset=None,
         processing_class=None,
+        data_options: Mapping | None = None,
         **kwargs,
     ) -> None:
-        _check_arguments(args, objective, layout, kwargs)
+        objective = objective_of(objective)
+        check_arguments(model, args, objective, layout, kwargs)
         causal_lm = _causal_lm(model)
+        tokenise = functools.partial(
+            token_rows,
+            tokenizer=processing_class,
+            options=data_options,
+            eos_ids=stop_ids(causal_lm),
+        )
+        train_dataset, eval_dataset = token_sets(train_dataset, eval_dataset, tokenise)
         check_own_losses(causal_lm.config, "set model.config.output_router_logits = False")
         self.layout = choose_layout(layout, architecture_of(causal_lm)).name
         dtype = torch.bfloat16 if args.bf16 else causal_lm.dtype
@@ -175,7 +191,7 @@ class PreferenceTrainer(transformers.Trainer):
         super().log(logs, start_time)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [*IDS, *NUMBERS]
+        self._signature_columns = [*IDS, *PAIRS.scored, *NUMBERS]
 
 
 def _totals(pairs: int, chosen_tokens: int) -> Totals:
@@ -294,32 +310,3 @@ def _score(model: PreTrainedModel, **kwargs) -> dict[str, Tensor]:
     """`scoring_forward`, without the arguments that peft adds, all None."""
     names = inspect.signature(scoring_forward).parameters
     return scoring_forward(model, **{name: kwargs[name] for name in names if name in kwargs})
-
-
-def _check_arguments(args, objective: Objective, layout: str, others: dict) -> None:
-    if layout not in ("auto", *LAYOUTS):
-        raise UserError(f"layout={layout}: choose from auto, {', '.join(LAYOUTS)}")
-    if not hasattr(transformers.Trainer, "loss_is_scaled_for_ga"):
-        raise UnavailableError(
-            f"transformers {transformers.__version__} divides every loss by the accumulation steps: "
-            f"pip install 'transformers>={OLDEST}'"
-        )
-    if objective.grouped:
-        raise UserError(
-            f"losses {objective.names} take groups of scored completions; this trainer takes pairs: use "
-            "dpo-fast train"
-        )
-    whole = [spec.name for spec in objective.specs if spec.coupled or spec.statistics]
-    if whole:
-        raise UserError(
-            f"losses {whole} need the whole global batch at once, which Trainer never has: use "
-            "dpo-fast train"
-        )
-    for name in ("data_collator", "compute_metrics", "compute_loss_func", "model_init"):
-        if others.get(name) is not None:
-            raise UserError(f"{name} cannot be set: this trainer has its own collator and loss")
-    if args.label_smoothing_factor:
-        raise UserError(
-            f"label_smoothing_factor={args.label_smoothing_factor} smooths over the vocabulary; set it "
-            "to 0, and LossOptions.label_smoothing for labels of pairs"
-        )

@@ -21,6 +21,7 @@ from dpo_fast.modules.metrics import METRIC_EXTRAS, means, sequence_metrics, tok
 from dpo_fast.modules.scored_rows import (
     BATCH_ORDERS,
     ScoredRows,
+    check_shift,
     masked_labels,
     pair_order,
     scored_rows,
@@ -89,6 +90,7 @@ class FusedLinearPreferenceLoss(nn.Module):
         lengths: Tensor | None = None,
         sequence_ids: Tensor | None = None,
         mask: Tensor | None = None,
+        input_ids: Tensor | None = None,
         desirable: Tensor | None = None,
         scores: Tensor | None = None,
         counts: Tensor | None = None,
@@ -111,6 +113,8 @@ class FusedLinearPreferenceLoss(nn.Module):
             sequence_ids: int64 [N], the sequence of each packed row, counted from 0, in any order.
             bias: [V] or None.
             mask: bool, shaped as labels: which of them are scored; by default all but `ignore_index`.
+            input_ids: the tokens that the hidden states are of, shaped as labels. With them labels that are
+                not shifted as `shift` says are noticed; nothing else is done with them.
             desirable: bool [S]. With it sequences are desirable or undesirable by themselves, in any
                 order, not pairs.
             scores: fp32 [S], higher is better, and
@@ -129,6 +133,8 @@ class FusedLinearPreferenceLoss(nn.Module):
         check_statistics(statistics)
         if mask is not None:
             labels = masked_labels(labels, mask, self.ignore_index)
+        if input_ids is not None:
+            check_shift(labels, input_ids, self.shift, self.ignore_index)
         S = sequence_count(labels, lengths, sequence_ids)
         grouped = any(each is not None for each in (scores, counts, old_logps))
         if grouped and desirable is not None:

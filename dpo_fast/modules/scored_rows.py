@@ -100,6 +100,33 @@ def masked_labels(labels: Tensor, mask: Tensor, ignore_index: int) -> Tensor:
     return labels.masked_fill(~mask, ignore_index)
 
 
+def check_shift(labels: Tensor, input_ids: Tensor, shift: bool, ignore_index: int) -> None:
+    """Compare labels with the tokens that go into the model. Waits for a GPU.
+
+    Raises:
+        ValueError: another shape; labels that are the tokens themselves where `shift` is False; or the next
+            tokens where it is True.
+    """
+    if input_ids.shape != labels.shape:
+        raise ValueError(
+            f"input_ids are {tuple(input_ids.shape)}; expected {tuple(labels.shape)}, as labels"
+        )
+    here, after = labels == input_ids, labels[..., :-1] == input_ids[..., 1:]
+    scored = labels != ignore_index
+    unshifted = bool((here | ~scored).all() & scored.any())
+    shifted = bool((after | ~scored[..., :-1]).all() & scored[..., :-1].any())
+    if unshifted and not shifted and not shift:
+        raise ValueError(
+            "labels are the tokens of input_ids themselves, so each would be scored where it is read: pass "
+            "shift=True to the module, or labels that are shifted: position l predicts labels[s, l]"
+        )
+    if shifted and not unshifted and shift:
+        raise ValueError(
+            "labels are the next tokens of input_ids already, and shift=True would shift them again: leave "
+            "it out"
+        )
+
+
 def sequence_count(labels: Tensor, lengths_S: Tensor | None, sequence_ids_N: Tensor | None) -> int:
     """How many sequences there are."""
     if sequence_ids_N is not None:

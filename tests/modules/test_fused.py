@@ -522,3 +522,21 @@ def test_the_module_is_one_graph_for_any_shape():
         torch.testing.assert_close(got, want)
         got, want = (torch.autograd.grad(loss, weight)[0] for loss in (got, want))
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_labels_of_the_other_shift_are_noticed_by_the_tokens(shift):
+    hidden, weight, _, _, _ = make()
+    tokens = torch.arange(2 * PAIRS * L).view(2 * PAIRS, L) % V
+    unshifted = tokens.masked_fill(torch.arange(L) < 3, -100)
+    shifted = torch.cat([unshifted[:, 1:], unshifted.new_full((2 * PAIRS, 1), -100)], 1)
+    right, wrong = (unshifted, shifted) if shift else (shifted, unshifted)
+    module = FusedLinearPreferenceLoss("simpo", shift=shift)
+    loss, _ = module(hidden, weight, right, input_ids=tokens)
+    assert loss == module(hidden, weight, right)[0]
+    with pytest.raises(ValueError, match="leave it out" if shift else "pass shift=True"):
+        module(hidden, weight, wrong, input_ids=tokens)
+    with pytest.raises(ValueError, match=r"input_ids are \(5, 7\); expected"):
+        module(hidden, weight, right, input_ids=tokens[1:])
+    # One token over and over tells nothing.
+    module(hidden, weight, torch.ones_like(tokens), input_ids=torch.ones_like(tokens))

@@ -1,0 +1,78 @@
+"""The arguments of `PreferenceTrainer`: what they may be, and what is said of others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from dpo_fast.data.layouts import LAYOUTS
+from dpo_fast.errors import UnavailableError, UserError
+from dpo_fast.losses import Objective
+from dpo_fast.modules.losses import make_objective
+
+OLDEST = "5.19"  # whose Trainer can leave the division of losses to us
+
+
+def objective_of(given: Objective | str | Sequence[str]) -> Objective:
+    """The losses. Raises UserError for a name that is not known, or another object."""
+    if isinstance(given, Objective):
+        return given
+    try:
+        return make_objective(given, None, {})
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"objective={given!r}: {error}. Give a name, several, or "
+            "Objective((name,), (1.0,), LossOptions(beta=0.1)) of dpo_fast.losses"
+        ) from None
+
+
+def stop_ids(model: PreTrainedModel) -> list[int]:
+    """The ids at which the model stops generating."""
+    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [ids]
+
+
+def check_arguments(model, args, objective: Objective, layout: str, others: dict) -> None:
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"model={model!r}: expected a model: AutoModelForCausalLM.from_pretrained({model!r})"
+            if isinstance(model, str)
+            else f"model is a {type(model).__name__}; expected a causal language model"
+        )
+    if not isinstance(args, transformers.TrainingArguments):
+        raise UserError(f"args is a {type(args).__name__}; expected transformers.TrainingArguments")
+    foreign = [name for name in ("beta", "loss_type", "max_length") if hasattr(args, name)]
+    if foreign:
+        raise UserError(
+            f"args is a {type(args).__name__}, whose {', '.join(foreign)} this trainer would not read: "
+            "pass TrainingArguments, objective=Objective(...) and data_options={'max_length': ...}"
+        )
+    if layout not in ("auto", *LAYOUTS):
+        raise UserError(f"layout={layout}: choose from auto, {', '.join(LAYOUTS)}")
+    if not hasattr(transformers.Trainer, "loss_is_scaled_for_ga"):
+        raise UnavailableError(
+            f"transformers {transformers.__version__} divides every loss by the accumulation steps: "
+            f"pip install 'transformers>={OLDEST}'"
+        )
+    if objective.grouped:
+        raise UserError(
+            f"losses {objective.names} take groups of scored completions; this trainer takes pairs: use "
+            "dpo-fast train"
+        )
+    whole = [spec.name for spec in objective.specs if spec.coupled or spec.statistics]
+    if whole:
+        raise UserError(
+            f"losses {whole} need the whole global batch at once, which Trainer never has: use "
+            "dpo-fast train"
+        )
+    for name in ("data_collator", "compute_metrics", "compute_loss_func", "model_init"):
+        if others.get(name) is not None:
+            raise UserError(f"{name} cannot be set: this trainer has its own collator and loss")
+    if args.label_smoothing_factor:
+        raise UserError(
+            f"label_smoothing_factor={args.label_smoothing_factor} smooths over the vocabulary; set it "
+            "to 0, and LossOptions.label_smoothing for labels of pairs"
+        )
