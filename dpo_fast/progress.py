@@ -9,6 +9,16 @@ import time
 from collections.abc import Callable, Iterator
 
 EVERY = 30.0  # seconds between lines
+_hushed = [False]
+
+
+def hush(quiet: bool = True) -> None:
+    """Show no progress from here on."""
+    _hushed[0] = quiet
+
+
+def hushed() -> bool:
+    return _hushed[0]
 
 
 class SpokenProgress:
@@ -57,6 +67,9 @@ class SpokenProgress:
 @contextlib.contextmanager
 def shown(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """Yields advance(count): a bar on a terminal, once it has taken two seconds, or else spoken."""
+    if hushed():
+        yield lambda count: None
+        return
     if not sys.stderr.isatty():
         yield SpokenProgress(description, total, lambda line: print(line, file=sys.stderr)).advance
         return

@@ -150,6 +150,7 @@ TESTED_THROUGH = {
     "health.history": "health/test_findings.py",
     "health.monitor": "health/test_findings.py",
     "training.health_section": "health/test_findings.py",
+    "training.opening": "support/workers/jobs.py",
     "report.panels": "report/test_report.py",
     "report.style": "report/test_report.py",
     "training.export": "support/workers/jobs.py",

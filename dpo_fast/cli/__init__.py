@@ -7,8 +7,7 @@ later.py           PyTorch, imported when it is first used
 init.py            `init`: a configuration to begin with
 export.py          `export`: the model out of a checkpoint
 doctor.py          what this machine can run
-doctor_run.py      what one run would use
-doctor_memory.py   how much memory that takes, roughly
+doctor_run.py      what one run would use, and its memory
 launch.py          --nproc: local ranks without torchrun
 streams.py         nothing that is said ends a command
 """

@@ -27,6 +27,9 @@ KEYS = (
     "parallel.zero_stage. All: docs/CONFIG.md, or dpo-fast config schema."
 )
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+Quiet = Annotated[
+    bool, typer.Option("--quiet", help="show findings, errors and the result, nothing else")
+]
 app = typer.Typer(
     help="Preference optimisation whose language-model head never materialises logits.",
     no_args_is_help=True,
@@ -71,6 +74,10 @@ def train(
     config: Config,
     overrides: Overrides = None,
     nproc: Annotated[int, typer.Option(min=1, help="start this many local ranks")] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="do all that comes before the first step, then end")
+    ] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train. Alone, with --nproc, or under torchrun, deepspeed or srun.
 
@@ -83,22 +90,31 @@ def train(
     check_writable(run.train.output_dir)
     from dpo_fast.training import distributed
     from dpo_fast.training.config import check_batch_sizes
-    from dpo_fast.training.console import quiet
 
     distributed.adopt_slurm()
-    quiet()
+    _calm(quiet)
     if nproc > 1:
         check_batch_sizes(run, nproc)
-        _launch(nproc, run, ["train", config, *(overrides or ())])
+        flags = ["--dry-run"] * dry_run + ["--quiet"] * quiet
+        _launch(nproc, run, ["train", config, *(overrides or ()), *flags])
     from dpo_fast.training.loop import train as train_run
 
-    train_run(run)
-    if distributed.is_main():
+    model = train_run(run, dry_run)
+    if model is not None and distributed.is_main():
         from dpo_fast.report import write_report
 
         typer.echo(f"report: {write_report(Path(run.train.output_dir))}")
-        typer.echo(f"model: {Path(run.train.output_dir) / 'final'}")
+        typer.echo(f"model: {model}")
     distributed.leave_distributed()
+
+
+def _calm(quietly: bool) -> None:
+    """Keep libraries to what matters; with --quiet us, too."""
+    from dpo_fast.progress import hush
+    from dpo_fast.training.console import quiet
+
+    quiet()
+    hush(quietly)
 
 
 def _launch(nproc: int, run, arguments: list[str]) -> None:
@@ -152,6 +168,7 @@ def reference(
     config: Config,
     overrides: Overrides = None,
     nproc: Annotated[int, typer.Option(min=1, help="start this many local ranks")] = 1,
+    quiet: Quiet = False,
 ) -> None:
     """Compute and store the reference log-probs of a run, or go on after an interruption.
 
@@ -159,15 +176,14 @@ def reference(
     """
     run = load(config, overrides)
     from dpo_fast.training import distributed
-    from dpo_fast.training.console import quiet
 
     distributed.adopt_slurm()
-    quiet()
+    _calm(quiet)
     from dpo_fast.training.references import check_stores, store_beforehand
 
     check_stores(run)
     if nproc > 1:
-        _launch(nproc, run, ["reference", config, *(overrides or ())])
+        _launch(nproc, run, ["reference", config, *(overrides or ()), *["--quiet"] * quiet])
     for stored in store_beforehand(run):
         if distributed.is_main():
             _show_reference(stored)

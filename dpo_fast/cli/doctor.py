@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import shutil
 
@@ -16,7 +15,7 @@ from rich.table import Table
 from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.ops.dispatch import Choice, choose_implementation
 from dpo_fast.ops.linear_logp.plan import MIB, default_workspace_bytes
-from dpo_fast.training.distributed import cores
+from dpo_fast.training.distributed import capacity, cores
 
 PACKAGES = (
     "torch",
@@ -69,13 +68,6 @@ def _devices() -> Table:
             what = f"{found.name}, compute capability {found.major}.{found.minor}"
         table.add_row(str(device), what, f"{capacity(device) / (1 << 30):.0f} GiB", workspace)
     return table
-
-
-def capacity(device: torch.device) -> int:
-    """Bytes of the device's memory; for a CPU those of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _choices() -> Table:

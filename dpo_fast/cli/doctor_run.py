@@ -12,22 +12,29 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dpo_fast.cli.doctor_memory import Sizes, elements, memory, memory_table, sizes_of
 from dpo_fast.losses import LOSSES
 from dpo_fast.models import ScoringModel, load_tokenizer
 from dpo_fast.models.layers import checkpointed_layers, decoder_layers
 from dpo_fast.models.skeleton import scoring_skeleton
-from dpo_fast.ops.cpu import product_dtype
 from dpo_fast.ops.dispatch import Choice, choose_implementation
-from dpo_fast.ops.linear_logp.plan import HeadPlan, default_workspace_bytes, plan
+from dpo_fast.ops.linear_logp.plan import HeadPlan
 from dpo_fast.references import ReferenceModel
 from dpo_fast.training import distributed
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.engine import deepspeed_config
 from dpo_fast.training.fit import Choices, check_run, check_vocabulary
+from dpo_fast.training.memory import (
+    GROUP,
+    Line,
+    Sizes,
+    elements,
+    head_plan,
+    in_units,
+    memory,
+    scored_tokens,
+    sizes_of,
+)
 from dpo_fast.training.prepare import wants_checkpointing
-
-GROUP = 8  # completions of a group, assumed as long as the data are not read
 
 
 class Decision(NamedTuple):
@@ -95,25 +102,17 @@ def look(config: RunConfig) -> Outlook:
         check_vocabulary(second_models[model], tokenizer, model.named_by)
     dtype = config.model.torch_dtype
     head = choose_implementation("linear_logp", device, dtype, train.implementation)
-    tokens = train.tokens_per_batch or _answers(config) * each * (config.data.max_length - 1)
     return Outlook(
         config=config,
         choices=choices,
         policy=policy,
         second_models=second_models,
         head=head,
-        head_plan=_head_plan(config, policy, head.name, tokens, device),
-        scored_tokens=tokens,
+        head_plan=head_plan(config, policy, head.name, device),
+        scored_tokens=scored_tokens(config),
         world=world,
         device=device,
     )
-
-
-def _answers(config: RunConfig) -> int:
-    """Sequences of an example, at most. Only the data say how many a group has."""
-    if config.loss.objective.grouped:
-        return GROUP
-    return 1 if config.data.formats == {"unpaired"} else 2
 
 
 def _unit(config: RunConfig) -> str:
@@ -123,20 +122,6 @@ def _unit(config: RunConfig) -> str:
     if config.data.formats == {"unpaired"}:
         return "completions"
     return "pairs" if config.loss.objective.paired else "examples"
-
-
-def _head_plan(config, policy: ScoringModel, implementation: str, tokens: int, device) -> HeadPlan:
-    weight = policy.causal_lm.get_output_embeddings().weight
-    budget = config.train.workspace_bytes
-    return plan(
-        tokens,
-        *weight.shape,
-        weight.dtype,
-        needs_head=weight.requires_grad,
-        workspace_bytes=default_workspace_bytes(device) if budget is None else budget,
-        implementation=implementation,
-        products=product_dtype(device, weight.dtype) if implementation == "torch" else None,
-    )
 
 
 def decisions(outlook: Outlook) -> Iterator[Decision]:
@@ -291,3 +276,16 @@ def _parallel_rows(outlook: Outlook) -> Iterator[Decision]:
         offloaded = getattr(parallel, option)
         place = "in CPU memory" if offloaded else f"on the device ({outlook.device.type})"
         yield Decision(f"offload of {what}", on(offloaded), origin(parallel, option), place)
+
+
+def memory_table(lines: list[Line], device: torch.device) -> Table:
+    """The lines and their sum, beside what the device has."""
+    title = "Memory of a rank, roughly"
+    caption = "Activations and DeepSpeed's buckets come on top."
+    table = Table("what", "on the device", "in CPU memory", "how", title=title, caption=caption)
+    for line in lines:
+        table.add_row(line.what, in_units(line.device), in_units(line.host), line.how)
+    on_device, host = (sum(column) for column in zip(*((x.device, x.host) for x in lines)))
+    there = f"the device has {in_units(distributed.capacity(device))}"
+    table.add_row("together", in_units(on_device), in_units(host), there)
+    return table

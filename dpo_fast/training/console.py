@@ -14,13 +14,15 @@ from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
-from dpo_fast.progress import SpokenProgress
+from dpo_fast.progress import SpokenProgress, hushed
 from dpo_fast.training import distributed
 from dpo_fast.wording import printable
 
 T = TypeVar("T")
 console = Console(stderr=True)
+NARROW = 10  # so that the numbers beside the bar fit into 80 columns
 
 
 @contextmanager
@@ -29,7 +31,7 @@ def progress_bar(description: str, total: int, done: int = 0) -> Iterator[Callab
 
     Without a terminal it says a line when nothing else was said for half a minute.
     """
-    if not distributed.is_main():
+    if not distributed.is_main() or hushed():
         yield lambda text="": None
         return
     if not sys.stderr.isatty():
@@ -37,11 +39,11 @@ def progress_bar(description: str, total: int, done: int = 0) -> Iterator[Callab
         yield lambda text="": spoken.advance(text=text)
         return
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}"),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=NARROW, table_column=Column(min_width=NARROW)),
+        MofNCompleteColumn(table_column=Column(min_width=2 * len(str(total)) + 1)),
+        TimeRemainingColumn(table_column=Column(min_width=len("0:00:00"))),
+        TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True)),
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(description, total=total, completed=done, text="")
@@ -63,9 +65,9 @@ def _heard() -> float:
     return _said[0]
 
 
-def say(message: str) -> None:
-    """One line from rank 0, on standard error."""
-    if distributed.is_main():
+def say(message: str, matters: bool = False) -> None:
+    """One line from rank 0, on standard error. With --quiet only what matters."""
+    if distributed.is_main() and (matters or not hushed()):
         _said[0] = time.monotonic()
         console.print(printable(message), highlight=False, markup=False, soft_wrap=True)
 

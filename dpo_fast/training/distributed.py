@@ -155,6 +155,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def capacity(device: torch.device) -> int:
+    """Bytes of the device's memory; for a CPU those of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def share_cores() -> None:
     """Divide a machine's cores among its ranks; with more threads than cores they wait for each other."""
     if "OMP_NUM_THREADS" not in os.environ:

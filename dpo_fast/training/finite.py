@@ -152,7 +152,8 @@ class Guard:
                 return place
             say(
                 f"step {place.step + 1} was not taken: its loss or its gradient is not finite. Its rows: "
-                f"{some(place.rows)}"
+                f"{some(place.rows)}",
+                matters=True,
             )
         return None
 

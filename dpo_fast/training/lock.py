@@ -69,7 +69,8 @@ def _take(root: Path) -> int:
         except OSError as error:
             say(
                 f"{root} is on a file system without locks ({error.strerror}): another run in it at the "
-                "same time would not be noticed"
+                "same time would not be noticed",
+                matters=True,
             )
         if _is_there(file, descriptor):
             break

@@ -20,6 +20,7 @@ from dpo_fast.training.fit import Choices, check_run
 from dpo_fast.training.lock import check_free, sole_run
 from dpo_fast.training.metrics import MetricSums
 from dpo_fast.training.nonfinite import check_weights, settle
+from dpo_fast.training.opening import rehearse
 from dpo_fast.training.perf import watch_head, work_of
 from dpo_fast.training.places import check_writable
 from dpo_fast.training.prepare import Run, prepare
@@ -30,8 +31,10 @@ from dpo_fast.training.step import coupled_step, train_step
 RESUME = "with train.resume_from_checkpoint=true it goes on from the last checkpoint"
 
 
-def train(config: RunConfig) -> Path:
+def train(config: RunConfig, dry_run: bool = False) -> Path | None:
     """Train as the configuration says; returns the folder of the trained model. Collective.
+
+    dry_run: do all that comes before the first step, and return None.
 
     Raises:
         UserError: before training, if something does not fit; during it, if numbers are not finite.
@@ -45,14 +48,16 @@ def train(config: RunConfig) -> Path:
     with signals.stop_at_once(f"nothing is lost; {RESUME}, or begin again"):
         distributed.init_distributed(config.parallel.timeout_minutes)
         with sole_run(config.train.output_dir):
-            return sole_train(config, choices)
+            return sole_train(config, choices, dry_run)
 
 
-def sole_train(config: RunConfig, choices: Choices) -> Path:
+def sole_train(config: RunConfig, choices: Choices, dry_run: bool) -> Path | None:
     """`train` in a folder that no other run uses."""
     distributed.from_main(lambda: check_earlier_run(config))  # it may just have ended
     checkpoint = checkpoint_of(config)
     run = prepare(config, choices)
+    if dry_run:
+        return rehearse(run, checkpoint)
     sums = MetricSums(run.engine.device, work_of(run.model))
     watch_head(run.model.causal_lm.get_output_embeddings(), sums.clock)
     log = open_log(run, resumed=checkpoint is not None)

@@ -15,6 +15,7 @@ import yaml
 from dpo_fast.data.facts import data_facts
 from dpo_fast.durable import write_file
 from dpo_fast.health.history import NONFINITE
+from dpo_fast.progress import duration
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import saving
 from dpo_fast.training.console import say
@@ -63,9 +64,11 @@ class RunLog:
         self.loggers: list[Logger] = []
         self.watch = Watch(run.config)
         self._since = time.monotonic()  # when the window of the rates began
+        self._logged = 0  # the step after which it began
 
     def begin(self, step: int) -> None:
         """Before the first line: open the loggers of a run that goes on after `step`."""
+        self._logged = step
         if distributed.is_main():
             self._forget_after(step)
             record_start(self.file.parent, step, self.run.train.examples.lengths)
@@ -93,10 +96,13 @@ class RunLog:
         line["data/truncated"] = report.prompts_cut + report.answers_cut
         line["data/dropped"] = report.dropped.total + report.bad.total
         line["learning_rate"] = learning_rate
-        self.loss = f"loss {line['loss']:.4f}"
+        self.loss = " ".join(_brief(line))
+        left = seconds / max(step - self._logged, 1) * (self.run.total_steps - step)
+        self._logged = step
         self._since = time.monotonic()
         self._write(step, line)
         rate = f"{line['perf/examples_per_second']:.1f} {self.run.train.examples.kind.name}/s"
+        rate += f"  {line['perf/tokens_per_second']:,.0f} tokens/s  {duration(left)} left"
         say(f"step {step} of {self.run.total_steps}  {_shown(line)}  {rate}")
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
@@ -152,6 +158,15 @@ def finite_line(values: dict[str, Any]) -> dict[str, Any]:
     """
     odd = {n: str(v) for n, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
     return values | dict.fromkeys(odd) | ({NONFINITE: odd} if odd else {})
+
+
+def _brief(line: dict[str, Any]) -> Iterator[str]:
+    """What the progress bar shows beside itself."""
+    names = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin"}
+    for name, short in names.items():
+        if line.get(name) is not None:
+            yield f"{short} {round(line[name], 3) + 0.0:.3f}"
+    yield f"{line['perf/tokens_per_second']:,.0f} tok/s"
 
 
 def _shown(line: dict[str, Any], prefix: str = "") -> str:

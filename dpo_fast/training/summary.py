@@ -7,9 +7,12 @@ from collections.abc import Iterator, Sequence
 from dpo_fast.data.report import DataReport
 from dpo_fast.data.verdicts import Tally
 from dpo_fast.models import ScoringModel
+from dpo_fast.models.load import load_skeleton
+from dpo_fast.ops.dispatch import choose_implementation
 from dpo_fast.training import distributed
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import say
+from dpo_fast.training.memory import head_plan, memory_line, sizes_of
 from dpo_fast.training.splits import Split
 
 REASONS = 3  # shown for rows that are left out; `dpo-fast data` has all
@@ -66,6 +69,21 @@ def tell_model(model: ScoringModel) -> None:
     whole, trained = sum(size for size, _ in sizes), sum(size for size, grad in sizes if grad)
     part = "" if trained == whole else f", {_count(trained)} of them trained"
     say(f"{type(model.causal_lm).__name__} with {_count(whole)} parameters{part}")
+
+
+def tell_memory(config: RunConfig, policy: ScoringModel) -> None:
+    """Say what computes the head and why, and what a rank's memory goes to."""
+    device, world = distributed.device(), distributed.world_size()
+    choice = choose_implementation(
+        "linear_logp", device, config.model.torch_dtype, config.train.implementation
+    )
+    say(f"head {choice.name}: {choice.reason}")
+    workspace = head_plan(config, policy, choice.name, device).bytes
+    beside = {
+        model: load_skeleton(model.section(config.model), model.named_by)
+        for model in config.second_models
+    }
+    say(memory_line(config, sizes_of(policy, beside, workspace), world, device))
 
 
 def _count(number: int) -> str:

@@ -40,7 +40,7 @@ class Watch:
         """What a line gets beside its metrics: how many findings stand, and the words of new ones."""
         found = self.monitor.look(line)
         for name, text in found.items():
-            say(f"health: {name}: {text}")
+            say(f"health: {name}: {text}", matters=True)
             for logger in loggers:
                 logger.tell(line["step"], name, text)
         self.new += [name for name in found if name in self.config.health.stop_on]

@@ -397,3 +397,47 @@ def test_a_rank_tells_its_reason_unless_another_has(
     assert words in told if first else told == ""
     assert ("waited" in peers.told) is waited
     assert peers.told[-1][1] == code and "\n " not in peers.told[-1][0]
+
+
+def test_flags_of_train_reach_the_run_and_its_ranks(folder, capsys, monkeypatch):
+    from dpo_fast import progress
+    from dpo_fast.cli import launch
+    from dpo_fast.training import loop
+
+    file, seen = config(folder, run_tree(folder), "flags.yaml"), []
+    monkeypatch.setattr(
+        loop, "train", lambda tree, dry_run: seen.append((dry_run, progress.hushed()))
+    )
+    monkeypatch.setattr(launch, "launch", lambda count, arguments: seen.append(arguments) or 0)
+    try:
+        assert run(capsys, monkeypatch, "train", file, "--dry-run", "--quiet") == (0, "", "")
+        assert run(capsys, monkeypatch, "train", file, "--dry-run")[0] == 0
+        two = ("--nproc", 2, "train.seed=1", "--dry-run", "--quiet")
+        assert run(capsys, monkeypatch, "train", file, *two)[0] == 0
+    finally:
+        progress.hush(False)
+    assert seen[:2] == [(True, True), (True, False)]
+    assert seen[2] == ["train", str(file), "train.seed=1", "--dry-run", "--quiet"]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete(shell):
+    asked = ENVIRONMENT | {"_DPO_FAST_COMPLETE": f"source_{shell}"}
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; sys.argv[0] = 'dpo-fast'; from dpo_fast.cli import main; main()",
+    ]
+    script = subprocess.run(command, env=asked, capture_output=True, text=True, timeout=60)
+    assert f"_DPO_FAST_COMPLETE=complete_{shell}" in script.stdout, script.stderr
+    words = {
+        "COMP_WORDS": "dpo-fast tra",
+        "COMP_CWORD": "1",
+        "_TYPER_COMPLETE_ARGS": "dpo-fast tra",
+    }
+    words |= {"_TYPER_COMPLETE_FISH_ACTION": "get-args", "_DPO_FAST_COMPLETE": f"complete_{shell}"}
+    found = subprocess.run(
+        command, env=ENVIRONMENT | words, capture_output=True, text=True, timeout=60
+    )
+    assert "train" in found.stdout and "report" not in found.stdout, found.stderr

@@ -9,12 +9,12 @@ from rich.console import Console, ConsoleDimensions
 from typer.testing import CliRunner
 
 from dpo_fast.cli import app
-from dpo_fast.cli.doctor_memory import Sizes, in_units, memory
 from dpo_fast.cli.doctor_run import decisions, look
 from dpo_fast.errors import UserError
 from dpo_fast.references import ReferenceModel
 from dpo_fast.training import distributed
 from dpo_fast.training.config import build_config
+from dpo_fast.training.memory import Sizes, in_units, memory
 from tests.support.models import run_tree, write_model
 
 

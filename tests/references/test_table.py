@@ -9,7 +9,6 @@ import torch
 
 pytest.importorskip("transformers")
 
-from dpo_fast.cli.doctor_memory import memory
 from dpo_fast.cli.doctor_run import decisions, look
 from dpo_fast.data.kinds import COMPLETIONS, PAIRS
 from dpo_fast.errors import UserError
@@ -23,6 +22,7 @@ from dpo_fast.references.table import (
     default_provider,
 )
 from dpo_fast.training.config import RunConfig, build_config
+from dpo_fast.training.memory import memory
 from dpo_fast.training.references import build_references, check_stores
 from tests.support.models import run_tree, write_model
 from tests.support.paths import ROOT

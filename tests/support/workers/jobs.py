@@ -36,6 +36,10 @@ def train_all(trees: list[dict]) -> None:
         train(build_config(tree, "case"))
 
 
+def dry_run(tree: dict) -> None:
+    assert train(build_config(tree, "case"), dry_run=True) is None
+
+
 def stopped_by_health(tree: dict) -> None:
     """A run that a finding must stop, on every rank."""
     try:
@@ -238,6 +242,7 @@ JOBS = {
     "train": train_all,
     "train_faulty": train_faulty,
     "stopped_by_health": stopped_by_health,
+    "dry_run": dry_run,
     "first_steps": first_steps,
     "in_turn": in_turn,
     "interrupted": interrupted,

@@ -7,15 +7,17 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from rich.table import Table
 
-from dpo_fast.cli.doctor import capacity
 from dpo_fast.models import ScoringModel
 from dpo_fast.models.layers import decoder_layers
+from dpo_fast.ops.cpu import product_dtype
+from dpo_fast.ops.linear_logp.plan import HeadPlan, default_workspace_bytes, plan
 from dpo_fast.references import ReferenceModel
+from dpo_fast.training import distributed
 from dpo_fast.training.config import RunConfig
 
 FP32 = 4
+GROUP = 8  # completions of a group, assumed as long as the data are not read
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def memory(config: RunConfig, sizes: Sizes, ranks: int) -> list[Line]:
 def sizes_of(
     policy: ScoringModel, second_models: Mapping[ReferenceModel, ScoringModel], head_bytes: int
 ) -> Sizes:
-    """Sizes of models on the meta device."""
+    """Sizes of models, on the meta device or loaded."""
     model = policy.causal_lm
     parts = [*decoder_layers(model), model.get_output_embeddings(), model.get_input_embeddings()]
     return Sizes(
@@ -92,20 +94,39 @@ def sizes_of(
 
 def elements(module: torch.nn.Module, trainable: bool = False) -> int:
     """Elements of a module's parameters, or of those that are trained."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable)
+    kept = (p for p in module.parameters() if p.requires_grad or not trainable)
+    return sum(getattr(p, "ds_numel", p.numel()) for p in kept)
 
 
-def memory_table(lines: list[Line], device: torch.device) -> Table:
-    """The lines and their sum, beside what the device has."""
-    title = "Memory of a rank, roughly"
-    caption = "Activations and DeepSpeed's buckets come on top."
-    table = Table("what", "on the device", "in CPU memory", "how", title=title, caption=caption)
-    for line in lines:
-        table.add_row(line.what, in_units(line.device), in_units(line.host), line.how)
-    on_device, host = (sum(column) for column in zip(*((x.device, x.host) for x in lines)))
-    there = f"the device has {in_units(capacity(device))}"
-    table.add_row("together", in_units(on_device), in_units(host), there)
-    return table
+def scored_tokens(config: RunConfig) -> int:
+    """Of a micro-batch, at most."""
+    train = config.train
+    if train.tokens_per_batch is not None:
+        return train.tokens_per_batch
+    return answers(config) * train.micro_batch_size * (config.data.max_length - 1)
+
+
+def answers(config: RunConfig) -> int:
+    """Sequences of an example, at most. Only the data say how many a group has."""
+    if config.loss.objective.grouped:
+        return GROUP
+    return 1 if config.data.formats == {"unpaired"} else 2
+
+
+def head_plan(
+    config: RunConfig, policy: ScoringModel, implementation: str, device: torch.device
+) -> HeadPlan:
+    """The schedule of the head for a micro-batch."""
+    weight, budget = policy.causal_lm.get_output_embeddings().weight, config.train.workspace_bytes
+    return plan(
+        scored_tokens(config),
+        *getattr(weight, "ds_shape", weight.shape),
+        weight.dtype,
+        needs_head=weight.requires_grad,
+        workspace_bytes=default_workspace_bytes(device) if budget is None else budget,
+        implementation=implementation,
+        products=product_dtype(device, weight.dtype) if implementation == "torch" else None,
+    )
 
 
 def in_units(size: float) -> str:
@@ -114,3 +135,16 @@ def in_units(size: float) -> str:
         if size >= unit:
             return f"{size / unit:.1f} {name}"
     return f"{size / 1024:.0f} KiB" if size else "-"
+
+
+def memory_line(config: RunConfig, sizes: Sizes, ranks: int, device: torch.device) -> str:
+    """What `memory` comes to, in a line."""
+    lines = memory(config, sizes, ranks)
+    on_device, host = (sum(column) for column in zip(*((x.device, x.host) for x in lines)))
+    largest = sorted(lines, key=lambda line: -line.device)[:3]
+    parts = ", ".join(f"{line.what} {in_units(line.device)}" for line in largest if line.device)
+    in_host = f" and {in_units(host)} in CPU memory" if host else ""
+    return (
+        f"memory of a rank, roughly: {in_units(on_device)} on the device{in_host} ({parts}, ...), "
+        f"activations on top; the device has {in_units(distributed.capacity(device))}"
+    )

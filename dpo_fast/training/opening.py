@@ -1,0 +1,36 @@
+"""A dry run: all that comes before the first step, and no further."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dpo_fast.training.checkpoints import load_checkpoint
+from dpo_fast.training.console import say
+from dpo_fast.training.first_batches import compare_at_start
+from dpo_fast.training.prepare import Run
+from dpo_fast.training.resume import must_fit
+
+
+def rehearse(run: Run, checkpoint: Path | None) -> None:
+    """All that is left to check before the first step. Takes none, and writes nothing. Collective.
+
+    Raises:
+        UserError: what the run itself would say there.
+    """
+    step = 0
+    if checkpoint is not None:
+        state = load_checkpoint(run.engine, checkpoint, must_fit(run), {}, run.stateful)
+        run.train.seek(state)
+        step = state["step"]
+        say(f"{checkpoint} fits: the run would go on after step {step}")
+    else:
+        compare_at_start(run)
+    split, number = run.train.at(min(step, run.total_steps - 1))
+    batches = list(split.batches(number))
+    say(
+        f"dry run: the next step would have {len(batches)} micro-batches on this rank, of at most "
+        f"{max(batch.input_ids.numel() for batch in batches):,} tokens. Nothing was trained, and nothing "
+        f"written to {run.config.train.output_dir} but what was computed of the reference; the same "
+        "command without --dry-run trains",
+        matters=True,
+    )
