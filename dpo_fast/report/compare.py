@@ -94,7 +94,7 @@ def results(runs: Sequence[RunRecord], findings: dict[str, int]) -> str:
         rows.append(cells)
     note = "".join(f'<p class="note">{text(each)}</p>' for each in _warnings(runs))
     shown = table(head, rows, range(1, len(head)))
-    return f'<section><h2>Results</h2>{note}<div class="card">{shown}</div></section>'
+    return f'<section><h2>Results</h2>{note}<div class="card wide">{shown}</div></section>'
 
 
 def _last(points: Points | None) -> float | None:
@@ -166,7 +166,7 @@ def differences(runs: Sequence[RunRecord]) -> str:
     if not body:
         return f'{title}<p class="legend">Configurations, versions and machines are the same.</p></section>'
     head = ["", *(f'<i class="swatch {run.tone}"></i>{text(run.label)}' for run in runs)]
-    return f'{title}<div class="card">{table(head, body)}</div></section>'
+    return f'{title}<div class="card wide">{table(head, body)}</div></section>'
 
 
 def last_start(run: RunRecord) -> dict[str, Any]:

@@ -19,7 +19,7 @@ STYLE = """
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
   }
-main { max-width: 1280px; margin: 0 auto; padding: 36px 28px 64px; }
+main { max-width: 1400px; margin: 0 auto; padding: 36px 28px 64px; }
 h1 { font-size: 26px; line-height: 1.2; margin: 0 0 4px; letter-spacing: -0.01em; }
 h2 { font-size: 17px; margin: 44px 0 12px; }
 h3 { font-size: 14px; margin: 0; }
@@ -28,7 +28,7 @@ h1, h2, h3, h4, p, li, summary { overflow-wrap: anywhere; }
 .sub, .legend, .notes, footer { color: var(--soft); }
 .sub { overflow-wrap: anywhere; }
 .grid-of { display: grid; gap: 16px;
-  grid-template-columns: repeat(auto-fill, minmax(min(350px, 100%), 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(min(380px, 100%), 1fr)); }
 .card { background: var(--card); border: 1px solid var(--edge); border-radius: 10px;
   padding: 14px 16px; }
 .stats { display: grid; gap: 16px; grid-template-columns: repeat(4, minmax(0, 1fr));
@@ -107,7 +107,7 @@ svg .label { fill: var(--tone); }
   max-width: 100%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .chips button[aria-pressed=false] { opacity: 0.45; text-decoration: line-through; }
 .chips svg { width: 30px; height: 11px; vertical-align: -1px; margin-right: 5px; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; } .wide th, .wide td { min-width: 92px; }
 table { border-collapse: collapse; font-size: 13.5px; width: 100%; }
 th, td { text-align: left; padding: 6px 18px 6px 0; border-bottom: 1px solid var(--edge);
   vertical-align: top; max-width: 60ch; overflow-wrap: break-word; }
