@@ -7,6 +7,7 @@ import pytest
 from dpo_fast.errors import UserError
 from dpo_fast.report import write_comparison
 from dpo_fast.report.compare import MOST_RUNS, flatten
+from dpo_fast.report.style import STYLE
 from tests.support.run_folder import HOSTILE, make, train_line, usual, write_examples, write_facts
 
 
@@ -101,6 +102,8 @@ def test_one_run_twice_and_too_many_are_refused(pair, tmp_path):
     source = source_of(many[:-1])
     tones = re.findall(r'data-run="[^"]*"><i class="swatch ([^"]*)"', source)
     assert len(set(tones)) == MOST_RUNS
+    for tone in {name for each in tones for name in each.split()} - {"dashed-0"}:
+        assert f".{tone} " in STYLE
 
 
 def test_leaves_of_a_configuration_by_their_path():

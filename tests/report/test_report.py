@@ -515,7 +515,7 @@ def test_margins_of_examples_are_counted_and_told(tmp_path):
     assert sum(found["pairs"]["counts"]) == 40
     below = sum(n for n, words in zip(*found["pairs"].values()) if words.startswith(MINUS))
     assert below == 10  # margins from -1 to -0.1; that of 0 lies in a bin above
-    assert "At step 10. Above 0 the better answer wins: 72.5 %" in page.text
+    assert "At step 10. Above 0 the better answer wins: 72.5 %. " in page.text
     assert {name for title, name in page.areas if title == "Rewards of held-out pairs"} == {
         "chosen",
         "rejected",
