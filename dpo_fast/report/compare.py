@@ -82,7 +82,7 @@ def results(runs: Sequence[RunRecord], findings: dict[str, int]) -> str:
         cells = [
             f'<i class="swatch {run.tone}"></i><b>{text(run.label)}</b>'
             f'<div class="seen">{text(run.folder)}</div>',
-            f"{run.last_step:,.0f}" + ("" if run.finished else " so far"),
+            f"{run.last_step:,.0f}{_state(run)}",
         ]
         for _, name, write, _ in columns:
             value = _last(getattr(run, where).get(name))
@@ -95,6 +95,10 @@ def results(runs: Sequence[RunRecord], findings: dict[str, int]) -> str:
     note = "".join(f'<p class="note">{text(each)}</p>' for each in _warnings(runs))
     shown = table(head, rows, range(1, len(head)))
     return f'<section><h2>Results</h2>{note}<div class="card wide">{shown}</div></section>'
+
+
+def _state(run: RunRecord) -> str:
+    return "" if run.finished else " so far" if run.running else ", stopped"
 
 
 def _last(points: Points | None) -> float | None:

@@ -17,7 +17,7 @@ from dpo_fast.report.distributions import length_histograms, margin_histograms
 from dpo_fast.report.examples import examples_section, samples_section
 from dpo_fast.report.histogram import Histogram, draw_histogram
 from dpo_fast.report.markup import table, text
-from dpo_fast.report.panels import LEARNING, RUNNING, marks, other_panels, panels
+from dpo_fast.report.panels import LEARNING, RUNNING, marks, other_panels, panels, single_metrics
 from dpo_fast.report.read import RunRecord
 from dpo_fast.report.script import SCRIPT
 from dpo_fast.report.style import STYLE
@@ -108,14 +108,17 @@ def _head(run: RunRecord) -> str:
 
 
 def _unfinished(run: RunRecord) -> str:
-    """That the trained model is not there yet: the run goes on, or was stopped."""
+    """That the trained model is not there yet, and why."""
     if run.finished:
         return ""
     planned = run.planned_steps
     of = f" of {planned:,.0f}" if planned and planned >= run.last_step else ""
+    steps = f"{run.last_step:,.0f}{of} steps"
+    if run.running:
+        return f'<p class="note">The run is going on: {steps} so far.</p>'
     return (
-        f'<p class="note">Not finished: {run.last_step:,.0f}{of} steps, and no trained model in the '
-        "folder. The run goes on, or was stopped.</p>"
+        f'<p class="note">Not finished: {steps}, and no trained model. Nothing runs in the folder now; '
+        "train.resume_from_checkpoint=true goes on from its last checkpoint.</p>"
     )
 
 
@@ -243,9 +246,18 @@ def _section(title: str, figures: str, legend: str = "") -> str:
 
 
 def _others(runs: Sequence[RunRecord]) -> str:
-    """Every metric that has no panel above, folded."""
-    figures = _figures(runs, other_panels(runs))
-    return _folded("Other metrics", _section("", figures))
+    """Every metric that has no panel above, folded; numbers that were logged once as a table."""
+    facts = [
+        [
+            text(name),
+            *(number(value) if (value := run.fact(name)) is not None else "" for run in runs),
+        ]
+        for name in single_metrics(runs)
+    ]
+    head = ["", *(text(run.label) for run in runs)] if len(runs) > 1 else ["logged once", ""]
+    shown = table(head, facts, range(1, len(head))) if facts else ""
+    shown = f'<div class="card once">{shown}</div>' if shown else ""
+    return _folded("Other metrics", _section("", _figures(runs, other_panels(runs))) + shown)
 
 
 def _folded(title: str, content: str) -> str:

@@ -169,9 +169,22 @@ def panels(runs: Sequence[RunRecord], plans: Sequence[Plan]) -> list[Panel]:
 
 def other_panels(runs: Sequence[RunRecord]) -> list[Panel]:
     """Of every metric that no plan names, such as those of another version."""
+    names = sorted(set(_others(runs)) - set(single_metrics(runs)))
+    return panels(runs, [Plan(name, name, OTHER_NOTE) for name in names])
+
+
+def single_metrics(runs: Sequence[RunRecord]) -> list[str]:
+    """Those of them that every run has logged once at most: facts of the start."""
+    return sorted(
+        name
+        for name in set(_others(runs))
+        if all(len(run.train.get(name, ())) < 2 and name not in run.eval for run in runs)
+    )
+
+
+def _others(runs: Sequence[RunRecord]) -> Iterator[str]:
     known = {plan.name.format(side=side) for plan in (*LEARNING, *RUNNING) for side in SIDES}
-    names = {name for run in runs for name in (*run.train, *run.eval)} - known
-    return panels(runs, [Plan(name, name, OTHER_NOTE) for name in sorted(names)])
+    return (n for run in runs for n in (*run.train, *run.eval) if n not in known)
 
 
 def marks(run: RunRecord) -> list[Mark]:

@@ -20,6 +20,7 @@ from dpo_fast.report.companions import (
     read_samples,
     read_text,
 )
+from dpo_fast.training.lock import check_free
 
 METRICS_FILE = "metrics.jsonl"
 RENAMED = {"perf/pairs_per_second": "perf/examples_per_second"}  # by earlier versions
@@ -31,6 +32,7 @@ class RunRecord(History):
     """What a run left behind: its metrics, and the other files of its folder.
 
     torn: the last line of the metrics is half a line, as it is while it is written.
+    running: a run is going on in the folder.
     finished: the trained model is there, or nothing says whether it should be.
     label, tone: what the report calls the run, and its colour, if there are several.
     """
@@ -43,6 +45,7 @@ class RunRecord(History):
     examples: Examples | None = None
     facts: Facts = field(default_factory=Facts)
     torn: bool = False
+    running: bool = False
     finished: bool = True
     label: str = ""
     tone: str = "plain"
@@ -82,12 +85,22 @@ def read_run(folder: Path) -> RunRecord:
     text = read_text(folder / "config.yaml")
     if text is not None:
         run.config_text, run.config = text, read_config(folder / "config.yaml", text)
-        run.finished = (folder / MODEL).exists()
+        run.running = _in_use(folder)
+        run.finished = not run.running and (folder / MODEL).exists()
     run.data = read_data_report(folder / "data-report.json")
     run.samples = read_samples(folder / "samples.json")
     run.examples = read_examples(folder / "eval-examples.json")
     run.facts = read_facts(folder / "run.json")
     return run
+
+
+def _in_use(folder: Path) -> bool:
+    """Whether a run holds the lock of the folder."""
+    try:
+        check_free(str(folder))
+    except UserError:
+        return True
+    return False
 
 
 def _add_metrics(run: RunRecord, path: Path) -> None:

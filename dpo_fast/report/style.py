@@ -142,6 +142,7 @@ th:last-child, td:last-child { padding-right: 0; } tr.total td { font-weight: 60
 .side .more .card { margin-top: 12px; }
 .note { color: var(--soft); border-left: 3px solid var(--alert); padding: 2px 0 2px 12px;
   margin: 10px 0; max-width: 110ch; }
+.once { margin-top: 16px; max-width: 640px; }
 .each h3 { margin: 18px 0 8px; }
 .versions { color: var(--soft); font-size: 13px; margin-top: 12px; overflow-wrap: anywhere; }
 code { font: 12.5px ui-monospace, "SF Mono", Menlo, Consolas, monospace; }

@@ -57,7 +57,7 @@ class EvalTable:
 
         The means are nan where an example has no answer on that side. Collective.
         """
-        rewards, tokens, answers = distributed.all_sum(self.sums).cpu().unbind(1)
+        rewards, tokens, answers = distributed.all_sum(self.sums.clone()).cpu().unbind(1)
         return torch.stack([rewards / answers, tokens / answers, answers], 1)
 
 

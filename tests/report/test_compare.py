@@ -43,7 +43,7 @@ def test_the_page_lies_beside_the_first_run_or_where_it_is_asked_for(pair, tmp_p
 def test_results_stand_in_a_table_and_the_best_stand_out(pair):
     source = source_of(pair)
     assert "<b>0.1000</b>" in source and "<b>0.3000</b>" not in source  # of the losses
-    assert "run a " in texts(source) and "10 so far" in texts(source)
+    assert "run a " in texts(source) and "10, stopped" in texts(source)
     assert "80 %" in texts(source)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -480,11 +482,34 @@ def test_half_a_last_line_is_left_out_and_said(tmp_path, torn):
 
 def test_a_run_that_is_going_on_is_told_from_a_finished_one(tmp_path):
     make(tmp_path, usual(), train={"max_steps": 40})
-    assert "Not finished: 10 of 40 steps" in read(tmp_path).text
+    assert "Not finished: 10 of 40 steps, and no trained model" in read(tmp_path).text
+    lines = [{"step": 0, "total_steps": 30}, *usual()]
+    assert "Not finished: 10 of 30 steps" in read(make(tmp_path, lines)).text
     make(tmp_path, usual(), train={"num_train_epochs": 3})  # five steps are an epoch
     assert "Not finished: 10 of 15 steps" in read(tmp_path).text
     (tmp_path / "final").mkdir()
     assert "Not finished" not in read(tmp_path).text
+
+
+HOLD = """
+import fcntl, os, sys
+file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.processes
+def test_a_run_that_holds_its_folder_is_going_on(tmp_path):
+    make(tmp_path, usual(), train={"max_steps": 40})
+    arguments = [sys.executable, "-c", HOLD, tmp_path / ".lock"]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as run:
+        assert run.stdout.readline() == b"held\n"
+        assert "The run is going on: 10 of 40 steps so far." in read(tmp_path).text
+        run.stdin.close()
+        run.wait(10)
+    assert "Nothing runs in the folder now" in read(tmp_path).text
 
 
 @pytest.mark.parametrize(
@@ -565,6 +590,10 @@ def test_metrics_of_other_versions_are_shown(tmp_path):
     page = read(make(tmp_path, lines))
     assert page.curves["Pairs per second", "train"]["values"] == [(1, 7), (2, 7)]
     assert page.curves["odd/new", "train"]["values"] == [(1, 1), (2, 1)]
+    lines[0]["data/answer_tokens"] = 123.5
+    page = read(make(tmp_path, lines))
+    assert "data/answer_tokens 123.5" in page.text  # logged once: no chart
+    assert ("data/answer_tokens", "train") not in page.curves
 
 
 def test_what_json_cannot_hold_is_null_and_told(tmp_path):
