@@ -11,6 +11,7 @@ from dpo_fast.report.frame import BOTTOM, TOP, WIDE, Frame, write
 from dpo_fast.report.markup import text
 
 BINS = 40  # at most about as many
+LETTER = 7.0  # about the width of one in a label
 FAR = 4.0  # times the distance of inner quantiles: what lies beyond goes into the last bin
 
 
@@ -85,11 +86,11 @@ def draw_histogram(histogram: Histogram) -> str:
 
 def _names(parts: Sequence[Part], frame: Frame) -> list[str]:
     """The names of a few distributions in their colours; those of runs are in the legend of the page."""
-    named = [part for part in parts if not part.tone.startswith("run-")]
-    return [
-        write(frame.right - 2, TOP + 12 + 15 * place, part.name, f"label {part.tone}", "end")
-        for place, part in enumerate(named)
-    ]
+    written, x = [], frame.right
+    for part in reversed([part for part in parts if not part.tone.startswith("run-")]):
+        written.append(write(x, TOP - 11, part.name, f"label {part.tone}", "end"))
+        x -= LETTER * (len(part.name) + 2)
+    return written
 
 
 def _shares(counts: Sequence[int]) -> list[float]:
