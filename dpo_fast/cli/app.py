@@ -101,10 +101,8 @@ def train(
 
     model = train_run(run, dry_run)
     if model is not None and distributed.is_main():
-        from dpo_fast.report import write_report
-
-        typer.echo(f"report: {write_report(Path(run.train.output_dir))}")
         typer.echo(f"model: {model}")
+        _report(Path(run.train.output_dir))
     distributed.leave_distributed()
 
 
@@ -115,6 +113,16 @@ def _calm(quietly: bool) -> None:
 
     quiet()
     hush(quietly)
+
+
+def _report(folder: Path) -> None:
+    """The report of a run that is over. The run has done its work even where there is no room for it."""
+    from dpo_fast.report import write_report
+
+    try:
+        typer.echo(f"report: {write_report(folder)}")
+    except UserError as error:
+        print(f"dpo-fast: the run is complete, its report is not: {error}", file=sys.stderr)
 
 
 def _launch(nproc: int, run, arguments: list[str]) -> None:
@@ -251,11 +259,26 @@ def doctor(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="output_dir of a run")]) -> None:
-    """Write one self-contained HTML file about a run."""
-    from dpo_fast.report import write_report
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="output_dir of a run, or of several")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="file or folder to write; default: report.html in the run's folder, of several runs "
+            "comparison.html beside the first"
+        ),
+    ] = None,
+) -> None:
+    """Write one self-contained HTML file about a run, or about several over one another."""
+    from dpo_fast.report import COMPARISON_FILE, write_comparison, write_report
 
-    typer.echo(write_report(run))
+    if out is not None and not out.is_dir() and out.suffix != ".html":
+        raise UserError(
+            f"--out {out} does not end in .html: name a page, or a folder that is there"
+        )
+    # `runs/*` names the comparison of the last time, too.
+    runs = [run for run in runs if run.name != COMPARISON_FILE or run.is_dir()] or runs
+    typer.echo(write_report(runs[0], out) if len(runs) == 1 else write_comparison(runs, out))
 
 
 @app.command()

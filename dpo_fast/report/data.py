@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from html import escape
-
 from dpo_fast.data.report import PERCENTILES, DataReport
 from dpo_fast.numbers import percent
+from dpo_fast.report.markup import text
 
 EXAMPLES = 3
 
@@ -14,10 +13,10 @@ def data_section(report: DataReport | None) -> str:
     """Its HTML; empty without a report."""
     if report is None:
         return ""
-    sources = escape(", ".join(map(str, report.sources)))
-    shares = "".join(f"<li>{escape(name)}: {escape(share)}</li>" for name, share in report.shares())
+    sources = text(", ".join(map(str, report.sources)))
+    shares = "".join(f"<li>{text(name)}: {text(share)}</li>" for name, share in report.shares())
     shares = f'<ul class="notes">{shares}</ul>' if shares else ""
-    notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes())
+    notes = "".join(f"<li>{text(note)}</li>" for note in report.notes())
     notes = f'<ul class="notes">{notes}</ul>' if notes else ""
     lengths = f'<div class="card scroll">{_lengths(report)}</div>' if report.lengths else ""
     return (
@@ -54,10 +53,10 @@ def _rows(report: DataReport) -> str:
 
 def _row(report: DataReport, what: str, count: int, first: list[str], kind: str = "") -> str:
     share = percent(count / report.rows_read) if report.rows_read else ""
-    seen = f'<div class="seen">first: {escape(", ".join(map(str, first)))}</div>' if first else ""
+    seen = f'<div class="seen">first: {text(", ".join(map(str, first)))}</div>' if first else ""
     return (
-        f'<tr class="{kind}"><td class="why">{escape(what)}{seen}</td>'
-        f'<td class="n">{count:,}</td><td class="n">{escape(share)}</td></tr>'
+        f'<tr class="{kind}"><td class="why">{text(what)}{seen}</td>'
+        f'<td class="n">{count:,}</td><td class="n">{text(share)}</td></tr>'
     )
 
 
@@ -68,7 +67,7 @@ def _lengths(report: DataReport) -> str:
     for name, values in report.lengths.items():
         cells = [values.get(column) for column in PERCENTILES] + [report.tokens.get(name)]
         texts = ("" if value is None else f"{value:,}" for value in cells)
-        cells = "".join(f'<td class="n">{text}</td>' for text in texts)
-        rows += f"<tr><td>{escape(name)}</td>{cells}</tr>"
+        cells = "".join(f'<td class="n">{cell}</td>' for cell in texts)
+        rows += f"<tr><td>{text(name)}</td>{cells}</tr>"
     table = f"<thead><tr><th>tokens</th>{head}</tr></thead><tbody>{rows}</tbody>"
     return f"<table>{table}</table>"

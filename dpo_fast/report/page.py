@@ -1,20 +1,28 @@
-"""The page: one HTML document of sections, each a function that gives HTML."""
+"""The page of one run or of several: one HTML document of sections, each a function that gives HTML."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import statistics
-from html import escape
+from collections.abc import Sequence
 from typing import Any
 
 from dpo_fast.health import Points, examine
 from dpo_fast.numbers import number, percent
+from dpo_fast.report import compare
 from dpo_fast.report.chart import SMOOTH_FROM, Panel, draw
 from dpo_fast.report.data import data_section
-from dpo_fast.report.panels import epoch_marks, learning_panels, running_panels
+from dpo_fast.report.distributions import length_histograms, margin_histograms
+from dpo_fast.report.examples import examples_section, samples_section
+from dpo_fast.report.histogram import Histogram, draw_histogram
+from dpo_fast.report.markup import table, text
+from dpo_fast.report.panels import LEARNING, RUNNING, marks, other_panels, panels, single_metrics
 from dpo_fast.report.read import RunRecord
-from dpo_fast.report.style import SCRIPT, STYLE
+from dpo_fast.report.script import SCRIPT
+from dpo_fast.report.style import STYLE
 
-ARROW = "\N{RIGHTWARDS ARROW}"
+ARROW, DOT = "\N{RIGHTWARDS ARROW}", " \N{MIDDLE DOT} "
 ROUNDING = 1e-6
 LEGEND = (
     '<p class="legend"><span><svg viewBox="0 0 34 12" aria-hidden="true"><g class="curve plain train">'
@@ -26,30 +34,61 @@ LEGEND = (
 
 
 def page(run: RunRecord) -> str:
-    """The whole HTML document."""
-    title = escape(_name(run))
+    """The document about one run."""
     sections = [
         _head(run),
         _stats(run),
         _health(run),
-        _charts(run, "Is it learning?", learning_panels(run), _legend(run)),
-        _charts(run, "How it runs", running_panels(run), ""),
+        _charts([run], "Is it learning?", LEARNING, _legend(run)),
+        _histograms("Held-out examples", margin_histograms([run])),
+        examples_section(run),
+        _charts([run], "How it runs", RUNNING, ""),
         data_section(run.data),
-        _samples(run.samples),
+        _histograms("", length_histograms(run)),
+        samples_section(run.samples),
+        _machine(run),
+        _others([run]),
         _configuration(run),
-        _foot(run),
+        _foot([run]),
     ]
+    return document(run.name, sections)
+
+
+def comparison(runs: Sequence[RunRecord]) -> str:
+    """The document about several runs. Raises UserError."""
+    compare.name_runs(runs)
+    checks = {run.label: _found(run) for run in runs}
+    title = f"{len(runs)} runs"
+    head = f'<header><h1>{title}</h1><p class="sub">{DOT.join(text(r.label) for r in runs)}</p></header>'
+    sections = [
+        head,
+        compare.results(runs, {label: len(found) for label, found in checks.items()}),
+        compare.differences(runs),
+        compare.legend(runs),
+        _charts(runs, "Are they learning?", LEARNING, ""),
+        _histograms("Held-out examples", margin_histograms(runs)),
+        _charts(runs, "How they run", RUNNING, ""),
+        _findings_of(runs, checks),
+        *(_folded(f"Worst and best of {run.label}", examples_section(run, "h3")) for run in runs),
+        _others(runs),
+        _foot(runs),
+    ]
+    return document(", ".join(run.label for run in runs), sections)
+
+
+def document(title: str, sections: Sequence[str]) -> str:
+    """The whole page. The browser is told to run nothing but our script and to load nothing."""
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        f"<title>{text(title)}</title>\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(section for section in sections if section)
-        + f"\n</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
+        + f'\n</main>\n<div id="tip" hidden></div>\n<script>{SCRIPT}</script>\n</body>\n</html>\n'
     )
-
-
-def _name(run: RunRecord) -> str:
-    return str(run.setting("log", "run_name", default=run.folder.resolve().name or "run"))
 
 
 def _head(run: RunRecord) -> str:
@@ -63,8 +102,24 @@ def _head(run: RunRecord) -> str:
         f"{run.last_step:,.0f} steps",
         f"{epochs:.4g} epoch{'' if epochs == 1 else 's'}" if epochs else None,
     ]
-    text = " \N{MIDDLE DOT} ".join(escape(str(fact)) for fact in facts if fact is not None)
-    return f'<header><h1>{escape(_name(run))}</h1><p class="sub">{text}</p></header>'
+    facts = DOT.join(text(fact) for fact in facts if fact is not None)
+    name = text(run.name)
+    return f'<header><h1>{name}</h1><p class="sub">{facts}</p>{_unfinished(run)}</header>'
+
+
+def _unfinished(run: RunRecord) -> str:
+    """That the trained model is not there yet, and why."""
+    if run.finished:
+        return ""
+    planned = run.planned_steps
+    of = f" of {planned:,.0f}" if planned and planned >= run.last_step else ""
+    steps = f"{run.last_step:,.0f}{of} steps"
+    if run.running:
+        return f'<p class="note">The run is going on: {steps} so far.</p>'
+    return (
+        f'<p class="note">Not finished: {steps}, and no trained model. Nothing runs in the folder now; '
+        "train.resume_from_checkpoint=true goes on from its last checkpoint.</p>"
+    )
 
 
 def _fact(name: str, value: Any) -> str | None:
@@ -87,58 +142,73 @@ def _stats(run: RunRecord) -> str:
         more = ["median"]
         more += [f"{statistics.median(tokens):,.0f} tokens/s"] if tokens else []
         more += [f"{percent(statistics.fmean(padding))} padding"] if padding else []
-        rows = run.data.kind if run.data else "pairs"
-        big = f'{number(statistics.median(rates))} <span class="from">{rows}/s</span>'
+        big = f'{number(statistics.median(rates))} <span class="from">{text(run.kind)}/s</span>'
         tiles.append(_tile("Throughput", big, ", ".join(more)))
     return f'<dl class="stats">{"".join(tiles)}</dl>' if tiles else ""
 
 
 def _change(title: str, points: Points, write) -> str:
     (first_step, first), (last_step, last) = points[0], points[-1]
-    first = (
-        0.0 if abs(first) < ROUNDING else first
-    )  # of a margin where policy and reference are equal
+    # Of a margin where policy and reference are equal:
+    first = 0.0 if abs(first) < ROUNDING else first
     title = title.capitalize()
     if len(points) == 1:
-        return _tile(title, escape(write(first)), f"at step {first_step:,.0f}")
-    big = f'<span class="from">{escape(write(first))} {ARROW}</span> {escape(write(last))}'
+        return _tile(title, text(write(first)), f"at step {first_step:,.0f}")
+    big = f'<span class="from">{text(write(first))} {ARROW}</span> {text(write(last))}'
     return _tile(title, big, f"step {first_step:,.0f} {ARROW} {last_step:,.0f}")
 
 
 def _tile(title: str, big: str, more: str) -> str:
     """`big` is HTML; the rest is text."""
     return (
-        f'<div class="card"><dt>{escape(title)}</dt><dd><div class="big">{big}</div>'
-        f'<div class="more">{escape(more)}</div></dd></div>'
+        f'<div class="card"><dt>{text(title)}</dt><dd><div class="big">{big}</div>'
+        f'<div class="more">{text(more)}</div></dd></div>'
     )
+
+
+def _found(run: RunRecord) -> list[str]:
+    """Findings on the whole run, then those that the live run told and the whole does not show."""
+    findings = {check.name: check.finding for check in examine(run) if check.finding}
+    told = [
+        f"At step {told.step:,.0f} the run said, and the whole of it does not show: {told.text}"
+        for name, told in run.told.items()
+        if name not in findings
+    ]
+    return [*findings.values(), *told]
 
 
 def _health(run: RunRecord) -> str:
     checks = examine(run)
-    findings = [check.finding for check in checks if check.finding]
-    found = {check.name for check in checks if check.finding}
-    findings += [
-        f"At step {told.step:,.0f} the run said, and the whole of it does not show: {told.text}"
-        for name, told in run.told.items()
-        if name not in found
-    ]
     fine = [check.fine for check in checks if check.finding == ""]
     unknown = [check.fine for check in checks if check.finding is None]
-    parts = ["<section><h2>Health</h2>"]
-    if findings:
-        items = "".join(f"<li>{_finding(finding)}</li>" for finding in findings)
-        parts.append(f'<ul class="findings">{items}</ul>')
-    text = f"<b>In order:</b> {escape(', '.join(fine))}." if fine else ""
+    order = f"<b>In order:</b> {text(', '.join(fine))}." if fine else ""
     if unknown:
-        text += f" Too little was logged to check: {escape(', '.join(unknown))}."
-    parts.append(f'<p class="order">{text}</p></section>')
-    return "".join(parts)
+        order += f" Too little was logged to check: {text(', '.join(unknown))}."
+    return (
+        f"<section><h2>Health</h2>{_findings(_found(run))}"
+        + (f'<p class="order">{order}</p>' if order else "")
+        + "</section>"
+    )
+
+
+def _findings(findings: Sequence[str]) -> str:
+    items = "".join(f"<li>{_finding(finding)}</li>" for finding in findings)
+    return f'<ul class="findings">{items}</ul>' if findings else ""
 
 
 def _finding(sentence: str) -> str:
     """HTML of a finding: what was seen stands out from what it means."""
     seen, means, rest = sentence.partition(", which means")
-    return f"<strong>{escape(seen)}</strong>{escape(means + rest)}"
+    return f"<strong>{text(seen)}</strong>{text(means + rest)}"
+
+
+def _findings_of(runs: Sequence[RunRecord], checks: dict[str, list[str]]) -> str:
+    parts = [
+        f'<h3><i class="swatch {run.tone}"></i>{text(run.label)}</h3>'
+        + (_findings(checks[run.label]) or '<p class="order">No findings.</p>')
+        for run in runs
+    ]
+    return f'<section class="each"><h2>Health</h2>{"".join(parts)}</section>'
 
 
 def _legend(run: RunRecord) -> str:
@@ -146,55 +216,91 @@ def _legend(run: RunRecord) -> str:
     return LEGEND.format(mean=" (thin: as logged, bold: running mean)" if many else "")
 
 
-def _charts(run: RunRecord, title: str, panels: list[Panel], legend: str) -> str:
-    if not panels:
-        return ""
-    epochs = epoch_marks(run)
-    figures = "".join(
-        f'<figure class="card"><figcaption><h3>{escape(panel.title)}</h3><p>{escape(panel.note)}</p>'
-        f"<output></output></figcaption>{draw(panel, run.last_step, epochs)}</figure>"
-        for panel in panels
-    )
-    return f'<section><h2>{title}</h2>{legend}<div class="grid-of">{figures}</div></section>'
+def _charts(runs: Sequence[RunRecord], title: str, plans, legend: str) -> str:
+    return _section(title, _figures(runs, panels(runs, plans)), legend)
 
 
-def _samples(samples: list[dict[str, Any]]) -> str:
-    if not samples:
-        return ""
-    cards = "".join(_sample(sample) for sample in samples)
-    return f'<section><h2>Answers before and after</h2><div class="samples">{cards}</div></section>'
+def _figures(runs: Sequence[RunRecord], made: Sequence[Panel]) -> str:
+    last = max(run.last_step for run in runs)
+    upright = marks(runs[0]) if len(runs) == 1 else []
+    return "".join(_figure(panel.title, panel.note, draw(panel, last, upright)) for panel in made)
 
 
-def _sample(sample: dict[str, Any]) -> str:
-    columns = (("before", "Before"), ("after", "After"), ("right", "Right answer"))
-    answers = "".join(
-        f'<div class="{key}"><h4>{title}</h4>{_answer(sample[key])}</div>'
-        for key, title in columns
-        if sample.get(key) is not None
-    )
-    prompt = escape(str(sample.get("prompt", "")))
+def _histograms(title: str, made: Sequence[Histogram]) -> str:
+    figures = (_figure(each.title, each.note, draw_histogram(each)) for each in made)
+    return _section(title, "".join(figures))
+
+
+def _figure(title: str, note: str, picture: str) -> str:
     return (
-        f'<article class="card sample"><div class="text prompt">{prompt}</div>'
-        f'<div class="answers">{answers}</div></article>'
+        f'<figure class="card"><figcaption><h3>{text(title)}</h3><p>{text(note)}</p></figcaption>'
+        f"{picture}</figure>"
     )
 
 
-def _answer(answer: Any) -> str:
-    if isinstance(answer, bool):
-        answer = "yes" if answer else "no"
-    text = str(answer)
-    return f'<div class="text">{escape(text)}</div>' if text else '<div class="none">empty</div>'
+def _section(title: str, figures: str, legend: str = "") -> str:
+    if not figures:
+        return ""
+    heading = f"<h2>{text(title)}</h2>" if title else ""
+    return f'<section>{heading}{legend}<div class="grid-of">{figures}</div></section>'
+
+
+def _others(runs: Sequence[RunRecord]) -> str:
+    """Every metric that has no panel above, folded; numbers that were logged once as a table."""
+    facts = [
+        [
+            text(name),
+            *(number(value) if (value := run.fact(name)) is not None else "" for run in runs),
+        ]
+        for name in single_metrics(runs)
+    ]
+    head = ["", *(text(run.label) for run in runs)] if len(runs) > 1 else ["logged once", ""]
+    shown = table(head, facts, range(1, len(head))) if facts else ""
+    shown = f'<div class="card once">{shown}</div>' if shown else ""
+    return _folded("Other metrics", _section("", _figures(runs, other_panels(runs))) + shown)
+
+
+def _folded(title: str, content: str) -> str:
+    return f"<details><summary>{text(title)}</summary>{content}</details>" if content else ""
+
+
+def _machine(run: RunRecord) -> str:
+    """Where and with what the run ran; a row for every start."""
+    starts = run.facts.starts
+    if not starts:
+        return ""
+    rows = [
+        [
+            f"{start.get('step', '?')}",
+            text(start.get("time", "")).replace("T", " ").replace("+00:00", " UTC"),
+            text(start.get("ranks", "")),
+            text(start.get("device", "")),
+            text(start.get("system", "")),
+        ]
+        for start in starts
+    ]
+    versions = compare.last_start(run).get("versions")
+    versions = versions if isinstance(versions, dict) else {}
+    listed = DOT.join(f"{text(name)} {text(version)}" for name, version in versions.items())
+    shown = table(["from step", "began", "ranks", "device", "system"], rows, (0,))
+    return (
+        f'<section><h2>Machine and versions</h2><div class="card">{shown}'
+        f'<p class="versions">{listed}</p></div></section>'
+    )
 
 
 def _configuration(run: RunRecord) -> str:
     if run.config_text is None:
         return ""
-    text = f'<pre class="card">{escape(run.config_text)}</pre>'
-    return f"<details><summary>Resolved configuration</summary>{text}</details>"
+    return _folded("Resolved configuration", f'<pre class="card">{text(run.config_text)}</pre>')
 
 
-def _foot(run: RunRecord) -> str:
-    text = f"Written by dpo_fast from {run.lines:,} lines of metrics.jsonl."
-    if run.without_step:
-        text += f" {run.without_step:,} of them have no step and are not shown."
-    return f"<footer>{escape(text)}</footer>"
+def _foot(runs: Sequence[RunRecord]) -> str:
+    lines = sum(run.lines for run in runs)
+    words = f"Written by dpo_fast from {lines:,} lines of metrics.jsonl."
+    without = sum(run.without_step for run in runs)
+    if without:
+        words += f" {without:,} of them have no step and are not shown."
+    if any(run.torn for run in runs):
+        words += " The last line is half-written and is not shown."
+    return f"<footer>{text(words)}</footer>"

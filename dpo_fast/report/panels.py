@@ -1,199 +1,298 @@
-"""The panels of the report: their curves, and a sentence on each."""
+"""The panels of the report: a table of what is plotted, and a panel of each row for one run or several."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
-from dpo_fast.numbers import percent
-from dpo_fast.report.chart import Curve, Panel
+from dpo_fast.numbers import number, percent
+from dpo_fast.report.chart import Curve, Mark, Panel, thin
 from dpo_fast.report.read import RunRecord
 
-MOST_EPOCH_MARKS = 8
+MOST_MARKS = 8
+MOST_POINTS = 6000  # of all runs in one panel
+BETA = "\N{GREEK SMALL LETTER BETA}"
+SIDES = ("chosen", "rejected")
 
 
-def epoch_marks(run: RunRecord) -> list[tuple[float, str]]:
-    """(step, text) where an epoch begins, but for the first; none where there are very many."""
+@dataclass(frozen=True)
+class Plan:
+    """A panel that any run can fill.
+
+    name: of the metric; with `{side}` in it there are two, chosen and rejected.
+    unit: what it is measured in. `{kind}` in texts is pairs, completions or groups.
+    include, limits, rules: as of a panel. zero: the axis reaches 0, and ends there if nothing is below.
+    share: a number from 0 to 1.
+    """
+
+    title: str
+    name: str
+    note: str
+    unit: str = ""
+    tone: str = "plain"
+    rules: tuple[tuple[float, str], ...] = ()
+    include: tuple[float, ...] = ()
+    zero: bool = False
+    share: bool = False
+    noisy: bool = True
+
+
+ZERO = ((0.0, ""),)
+LEARNING = (
+    Plan("Loss", "loss", ""),
+    Plan(
+        "Accuracy",
+        "rewards/accuracies",
+        "How often the better answer has the greater reward.",
+        rules=((0.5, "as good as chance"),),
+        include=(0.5, 1.0),
+        share=True,
+    ),
+    Plan(
+        "Margin",
+        "rewards/margins",
+        "Reward of the chosen answer less that of the rejected one. It should grow.",
+        "reward",
+        rules=ZERO,
+        include=(0.0,),
+    ),
+    Plan(
+        "Rewards, chosen and rejected",
+        "rewards/{side}",
+        f"{BETA} times the log-ratio to the reference. They should part.",
+        "reward",
+        rules=ZERO,
+        include=(0.0,),
+    ),
+    Plan(
+        "Chosen log-probability",
+        "logps/chosen",
+        "Summed over the answer. A slow fall is usual with DPO.",
+        "nats",
+        "chosen",
+    ),
+    Plan(
+        "Rejected log-probability",
+        "logps/rejected",
+        "Summed over the answer. It should fall, or fall faster.",
+        "nats",
+        "rejected",
+    ),
+    Plan(
+        "KL",
+        "kl",
+        "Estimated divergence from the reference. It grows as the policy moves away.",
+        "nats",
+        zero=True,
+    ),
+    Plan(
+        "Delta",
+        "delta",
+        "Mean reward so far: answers above it count as desirable, those below it as undesirable.",
+        "reward",
+        rules=ZERO,
+        include=(0.0,),
+    ),
+    Plan(
+        "Clipped tokens",
+        "clip_ratio/region_mean",
+        "Share of tokens whose probability ratio no longer counts.",
+        zero=True,
+        share=True,
+    ),
+    Plan(
+        "Log-odds",
+        "log_odds",
+        "Of the chosen answer's mean token over the rejected one's. They should grow.",
+        "nats",
+        rules=ZERO,
+        include=(0.0,),
+    ),
+)
+RUNNING = (
+    Plan(
+        "Gradient norm",
+        "grad_norm",
+        "Before clipping. Lone spikes are harmless, a steady climb is not.",
+        zero=True,
+    ),
+    Plan(
+        "Learning rate",
+        "learning_rate",
+        "As scheduled, of the first parameter group.",
+        zero=True,
+        noisy=False,
+    ),
+    Plan(
+        "Entropy",
+        "entropy",
+        "Of answer tokens. A collapse means the model grows certain of all it says.",
+        "nats a token",
+    ),
+    Plan(
+        "Token accuracy",
+        "mean_token_accuracy",
+        "Share of answer tokens that are the model's first choice.",
+        share=True,
+    ),
+    Plan(
+        "{kind} per second",
+        "perf/examples_per_second",
+        "Over all ranks, between two log lines.",
+        "{kind}/s",
+        zero=True,
+    ),
+    Plan(
+        "Tokens per second",
+        "perf/tokens_per_second",
+        "Over all ranks, without padding.",
+        "tokens/s",
+        zero=True,
+    ),
+    Plan(
+        "Model flops utilisation",
+        "perf/mfu",
+        "Operations of forward and backward, over those of a product.",
+        zero=True,
+        share=True,
+    ),
+)
+OTHER_NOTE = "As logged."
+
+
+def panels(runs: Sequence[RunRecord], plans: Sequence[Plan]) -> list[Panel]:
+    """The panels that have anything to show. Each run has its colour if there are several."""
+    made = (_panel(runs, plan) for each in plans for plan in _for_runs(each, runs))
+    return [panel for panel in made if panel.curves]
+
+
+def other_panels(runs: Sequence[RunRecord]) -> list[Panel]:
+    """Of every metric that no plan names, such as those of another version."""
+    names = sorted(set(_others(runs)) - set(single_metrics(runs)))
+    return panels(runs, [Plan(name, name, OTHER_NOTE) for name in names])
+
+
+def single_metrics(runs: Sequence[RunRecord]) -> list[str]:
+    """Those of them that every run has logged once at most: facts of the start."""
+    return sorted(
+        name
+        for name in set(_others(runs))
+        if all(len(run.train.get(name, ())) < 2 and name not in run.eval for run in runs)
+    )
+
+
+def _others(runs: Sequence[RunRecord]) -> Iterator[str]:
+    known = {plan.name.format(side=side) for plan in (*LEARNING, *RUNNING) for side in SIDES}
+    return (n for run in runs for n in (*run.train, *run.eval) if n not in known)
+
+
+def marks(run: RunRecord) -> list[Mark]:
+    """Where an epoch begins, but for the first, and where the run was resumed; of very many none."""
+    resumed = [Mark(step, "resumed", "resumed") for step in run.resumed_at]
+    resumed = resumed if len(resumed) <= MOST_MARKS else []
     if not run.epochs or run.epochs[-1][0] <= 0 or run.epochs[-1][1] <= 0:
-        return []
+        return resumed
     step, epoch = run.epochs[-1]
-    inner = range(1, math.ceil(min(epoch, MOST_EPOCH_MARKS + 2) - 1e-6))
-    if len(inner) > MOST_EPOCH_MARKS:
-        return []
-    return [(step / epoch * index, f"epoch {index + 1}") for index in inner]
+    inner = range(1, math.ceil(min(epoch, MOST_MARKS + 2) - 1e-6))
+    if len(inner) > MOST_MARKS:
+        return resumed
+    return [Mark(step / epoch * index, f"epoch {index + 1}") for index in inner] + resumed
 
 
-def learning_panels(run: RunRecord) -> list[Panel]:
-    """Loss, rewards, log-probabilities and the estimates of losses, as far as they were logged."""
-    panels = [
-        _loss(run),
-        Panel(
-            "Accuracy",
-            "Share of pairs whose chosen answer has the greater reward.",
-            _both(run, "rewards/accuracies"),
-            [(0.5, "as good as chance")],
-            (0.5, 1.0),
-            (0.0, 1.0),
-            percent,
-            percent=True,
-        ),
-        Panel(
-            "Margin",
-            "Reward of the chosen answer less that of the rejected one. It should grow.",
-            _both(run, "rewards/margins"),
-            [(0.0, "")],
-            (0.0,),
-        ),
-        _rewards(run),
-        Panel(
-            "Chosen log-probability",
-            "Nats, summed over the answer. A slow fall is usual with DPO.",
-            _both(run, "logps/chosen", "chosen"),
-        ),
-        Panel(
-            "Rejected log-probability",
-            "Nats, summed over the answer. It should fall, or fall faster.",
-            _both(run, "logps/rejected", "rejected"),
-        ),
-        Panel(
-            "KL",
-            "Estimated divergence from the reference, in nats. It grows as the policy moves away.",
-            _both(run, "kl"),
-            [],
-            (0.0,),
-            (0.0, None),
-        ),
-        Panel(
-            "Delta",
-            "Mean reward so far: answers above it count as desirable, those below it as undesirable.",
-            _both(run, "delta"),
-            [(0.0, "")],
-            (0.0,),
-        ),
-        Panel(
-            "Clipped tokens",
-            "Share of tokens whose probability ratio no longer counts.",
-            _both(run, "clip_ratio/region_mean"),
-            [],
-            (0.0,),
-            (0.0, 1.0),
-            percent,
-            percent=True,
-        ),
-        Panel(
-            "Log-odds",
-            "Of the chosen answer's mean token over the rejected one's. They should grow.",
-            _both(run, "log_odds"),
-            [(0.0, "")],
-            (0.0,),
-        ),
-    ]
-    return [panel for panel in panels if panel.curves]
+def _for_runs(plan: Plan, runs: Sequence[RunRecord]) -> Iterator[Plan]:
+    """The plan as it is for these runs: several runs have a panel for each side."""
+    kinds = {run.kind for run in runs}
+    kind = kinds.pop() if len(kinds) == 1 else "examples"
+    fill = {"kind": kind, "side": "{side}"}
+    title = plan.title.format(**fill) if "{kind}" in plan.title else plan.title
+    title = title[:1].upper() + title[1:] if "{kind}" in plan.title else title
+    plan = replace(plan, title=title, unit=plan.unit.format(**fill))
+    if "{side}" not in plan.name or len(runs) == 1:
+        yield plan
+        return
+    for side in SIDES:
+        title, name = f"{side.capitalize()} reward", plan.name.format(side=side)
+        yield replace(plan, title=title, name=name)
 
 
-def running_panels(run: RunRecord) -> list[Panel]:
-    """Gradient norm, learning rate, entropy and throughput, as far as they were logged."""
-    clip = run.setting("train", "max_grad_norm")
-    clip = [(float(clip), "clipped here")] if isinstance(clip, (int, float)) and clip > 0 else []
-    rate = _both(run, "learning_rate")
-    for curve in rate:
-        curve.noisy = False
-    panels = [
-        Panel(
-            "Gradient norm",
-            "Before clipping. Lone spikes are harmless, a steady climb is not.",
-            _both(run, "grad_norm"),
-            clip,
-            (0.0,),
-            (0.0, None),
-        ),
-        Panel(
-            "Learning rate",
-            "As scheduled, of the first parameter group.",
-            rate,
-            [],
-            (0.0,),
-            (0.0, None),
-        ),
-        Panel(
-            "Entropy",
-            "Nats per answer token. A collapse means the model grows certain of all it says.",
-            _both(run, "entropy"),
-            [],
-            (),
-            (0.0, None),
-        ),
-        Panel(
-            "Token accuracy",
-            "Share of answer tokens that are the model's first choice.",
-            _both(run, "mean_token_accuracy"),
-            [],
-            (),
-            (0.0, 1.0),
-            percent,
-            percent=True,
-        ),
-        Panel(
-            "Pairs per second",
-            "Over all ranks, between two log lines.",
-            _both(run, "perf/examples_per_second"),
-            [],
-            (0.0,),
-            (0.0, None),
-        ),
-        Panel(
-            "Tokens per second",
-            "Over all ranks, without padding.",
-            _both(run, "perf/tokens_per_second"),
-            [],
-            (0.0,),
-            (0.0, None),
-        ),
-        Panel(
-            "Model flops utilisation",
-            "Operations of forward and backward, over those of a product.",
-            _both(run, "perf/mfu"),
-            [],
-            (0.0,),
-            (0.0, None),
-            percent,
-            percent=True,
-        ),
-    ]
-    return [panel for panel in panels if panel.curves]
-
-
-def _both(run: RunRecord, name: str, tone: str = "plain") -> list[Curve]:
-    """Training and evaluation of one metric, those that there are."""
-    curves = []
-    for evaluation, source in ((False, run.train), (True, run.eval)):
-        if name in source:
-            text = "eval" if evaluation else "train"
-            curves.append(Curve(text, source[name], tone, evaluation, text))
-    return curves
-
-
-def _loss(run: RunRecord) -> Panel:
-    known = run.starts_at_ln2
-    names = " + ".join(run.loss_names) or "as configured"
-    note = f"Objective: {names}. " + (
-        "At the start it must be ln 2." if known else "It should fall."
+def _panel(runs: Sequence[RunRecord], plan: Plan) -> Panel:
+    rules, note = plan.rules, plan.note
+    if plan.name == "loss":
+        rules, note = _of_loss(runs)
+    elif plan.name == "grad_norm":
+        rules = _clipping(runs)
+    include = (*plan.include, *((0.0,) if plan.zero else ()))
+    include += tuple(value for value, _ in rules) if plan.name == "loss" else ()
+    low = 0.0 if plan.zero or plan.share or plan.name == "entropy" else None
+    return Panel(
+        plan.title,
+        note,
+        _curves(runs, plan),
+        rules,
+        include,
+        (low, 1.0 if plan.share else None),
+        percent if plan.share else number,
+        plan.share,
+        plan.unit,
     )
-    rules = [(math.log(2), "ln 2")] if known else []
-    return Panel("Loss", note, _both(run, "loss"), rules, tuple(value for value, _ in rules))
 
 
-def _rewards(run: RunRecord) -> Panel:
-    """Chosen and rejected in one panel; only one curve of each side has a label."""
-    curves = []
-    for tone in ("chosen", "rejected"):
-        both = _both(run, f"rewards/{tone}", tone)
-        for curve in both:
-            curve.name = f"eval {tone}" if curve.evaluation else tone
-            curve.label = tone if curve is both[-1] else ""
-        curves += both
-    beta = run.setting("loss", "beta")
-    beta = f" (\N{GREEK SMALL LETTER BETA} = {beta})" if isinstance(beta, (int, float)) else ""
-    note = (
-        f"\N{GREEK SMALL LETTER BETA} times the log-ratio to the reference{beta}. They should part."
-    )
-    return Panel("Rewards, chosen and rejected", note, curves, [(0.0, "")], (0.0,))
+def _curves(runs: Sequence[RunRecord], plan: Plan) -> list[Curve]:
+    """Training and evaluation of every run, those that there are."""
+    if len(runs) > 1:
+        most = max(200, MOST_POINTS // len(runs))
+        return [
+            Curve(run.label, thin(points, most), run.tone, evaluation, noisy=plan.noisy, raw=False)
+            for run in runs
+            for evaluation, points in _both(run, plan.name)
+        ]
+    if "{side}" in plan.name:
+        return [curve for side in SIDES for curve in _side(runs[0], plan, side)]
+    return [
+        Curve(name, points, plan.tone, evaluation, name, plan.noisy)
+        for evaluation, points in _both(runs[0], plan.name)
+        for name in ("eval" if evaluation else "train",)
+    ]
+
+
+def _side(run: RunRecord, plan: Plan, side: str) -> list[Curve]:
+    """Only the last curve of a side has a label."""
+    both = _both(run, plan.name.format(side=side))
+    return [
+        Curve(
+            f"eval {side}" if evaluation else side,
+            points,
+            side,
+            evaluation,
+            side if place == len(both) - 1 else "",
+        )
+        for place, (evaluation, points) in enumerate(both)
+    ]
+
+
+def _both(run: RunRecord, name: str) -> list[tuple[bool, list[tuple[float, float]]]]:
+    """(whether of the evaluation, points)"""
+    sources = ((False, run.train), (True, run.eval))
+    return [(evaluation, source[name]) for evaluation, source in sources if name in source]
+
+
+def _of_loss(runs: Sequence[RunRecord]) -> tuple[Sequence[tuple[float, str]], str]:
+    """Rules and note of the loss: ln 2 where that is its start."""
+    objectives = {" + ".join(run.loss_names) for run in runs}
+    if len(objectives) > 1:
+        return (), "The objectives differ, so their losses do not compare."
+    note = f"Objective: {objectives.pop() or 'as configured'}. "
+    if all(run.starts_at_ln2 for run in runs):
+        return ((math.log(2), "ln 2"),), note + "At the start it must be ln 2."
+    return (), note + "It should fall."
+
+
+def _clipping(runs: Sequence[RunRecord]) -> Sequence[tuple[float, str]]:
+    """Where the gradient is clipped, if all runs agree."""
+    limits = {str(run.setting("train", "max_grad_norm")): run for run in runs}
+    value = runs[0].setting("train", "max_grad_norm")
+    number_given = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if len(limits) > 1 or not number_given or value <= 0:
+        return ()
+    return ((float(value), "clipped here"),)

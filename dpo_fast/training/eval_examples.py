@@ -57,7 +57,7 @@ class EvalTable:
 
         The means are nan where an example has no answer on that side. Collective.
         """
-        rewards, tokens, answers = distributed.all_sum(self.sums).cpu().unbind(1)
+        rewards, tokens, answers = distributed.all_sum(self.sums.clone()).cpu().unbind(1)
         return torch.stack([rewards / answers, tokens / answers, answers], 1)
 
 
@@ -82,12 +82,14 @@ def record_examples(
     margin = reward - other
     if split.examples.kind == COMPLETIONS:  # each is on one side, as its label says
         margin = torch.where(answers > 0, reward, 0) - torch.where(other_answers > 0, other, 0)
-    order = [index for index in margin.argsort().tolist() if math.isfinite(margin[index])]
-    every = -(-len(order) // MOST_ROWS) or 1
-    columns = [column.tolist() for column in (margin, reward, other, tokens, other_tokens)]
-    rows = [[index, *(_plain(column[index]) for column in columns)] for index in order[::every]]
+    order = margin.argsort()
+    order = order[margin[order].isfinite()]
+    kept = order[:: -(-len(order) // MOST_ROWS) or 1]
+    columns = torch.stack([margin, reward, other, tokens, other_tokens], 1)[kept].tolist()
+    rows = [[index, *map(_plain, row)] for index, row in zip(kept.tolist(), columns)]
     half = len(order) // 2
-    least, greatest = order[: min(texts, len(order) - half)], order[::-1][: min(texts, half)]
+    least = order[: min(texts, len(order) - half)].tolist()
+    greatest = order.flip(0)[: min(texts, half)].tolist()
     content = {
         "step": step,
         "kind": split.examples.kind.name,

@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 
 from dpo_fast.cli import app
 from dpo_fast.errors import UserError
+from tests.support import run_folder
 from tests.support.models import run_tree, write_model, write_pairs
 from tests.support.paths import ENVIRONMENT, ROOT
 
@@ -441,3 +442,34 @@ def test_shells_complete(shell):
         command, env=ENVIRONMENT | words, capture_output=True, text=True, timeout=60
     )
     assert "train" in found.stdout and "report" not in found.stdout, found.stderr
+
+
+def test_a_report_of_one_run_and_of_several(capsys, monkeypatch, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        run_folder.make(tmp_path / name, run_folder.usual(), log={"run_name": name})
+    folders = [tmp_path / "a", tmp_path / "b"]
+    assert run(capsys, monkeypatch, "report", folders[0])[1].strip() == str(
+        tmp_path / "a/report.html"
+    )
+    for given in (folders, sorted(tmp_path.iterdir())):  # the second time as `runs/*` has them
+        code, out, _ = run(capsys, monkeypatch, "report", *given)
+        assert code == 0 and out.strip() == str(tmp_path / "comparison.html")
+    page = (tmp_path / "comparison.html").read_text()
+    assert "<h1>2 runs</h1>" in page
+    before = (tmp_path / "a/metrics.jsonl").read_text()
+    mistakes = {
+        "does not end in .html": [folders[0], "--out", tmp_path / "a/metrics.jsonl"],
+        "does not exist. Name the folder of a run": [folders[0], tmp_path / "c"],
+        "is named 2 times": [folders[0], folders[0]],
+    }
+    for message, arguments in mistakes.items():
+        code, _, err = run(capsys, monkeypatch, "report", *arguments)
+        assert code == 2 and message in err and "Traceback" not in err
+    assert (tmp_path / "a/metrics.jsonl").read_text() == before
+
+
+def test_a_report_that_cannot_be_written_does_not_fail_the_run(capsys, tmp_path):
+    app._report(tmp_path)
+    out, err = capsys.readouterr()
+    assert not out and "the run is complete, its report is not" in err

@@ -5,23 +5,33 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import yaml
 
 from dpo_fast.data.report import DataReport
 from dpo_fast.data.verdicts import Tally
 from dpo_fast.errors import UserError
-from dpo_fast.numbers import number, percent
+from dpo_fast.numbers import MINUS, number, percent
 from dpo_fast.report import write_report
 from dpo_fast.report.chart import MOST_POINTS, smooth, thin
+from dpo_fast.report.histogram import count, edges
 from dpo_fast.report.scale import tick_labels, ticks
+from tests.support.run_folder import (
+    HOSTILE,
+    LN2,
+    eval_line,
+    make,
+    train_line,
+    usual,
+    write_examples,
+    write_facts,
+)
 
-VOID = {"meta", "line", "circle", "polyline", "br"}
-HOSTILE = "</script><img src=x onerror=\"alert('&')\">"
-LN2 = math.log(2)
+VOID = {"meta", "line", "circle", "polyline", "polygon", "br"}
 
 
 class Page(HTMLParser):
@@ -33,6 +43,7 @@ class Page(HTMLParser):
         self.tags: list[tuple[str, dict]] = []
         self.texts: list[str] = []
         self.curves: dict[tuple[str, str], dict] = {}
+        self.areas: dict[tuple[str, str], dict] = {}  # counts and words of bins
         self.title = ""
         self.feed(source)
         self.close()
@@ -43,7 +54,13 @@ class Page(HTMLParser):
         self.tags.append((tag, attrs))
         if tag == "svg":
             self.title = attrs.get("aria-label", "")
-        if "data-name" in attrs:
+        if "data-bins" in attrs:
+            counts = [
+                int(each.split()[0].replace(",", "")) for each in attrs["data-bins"].split("|")
+            ]
+            words = attrs["data-ranges"].split("|")
+            self.areas[self.title, attrs["data-name"]] = {"counts": counts, "words": words}
+        if "data-values" in attrs:
             pairs = [pair.split(",") for pair in attrs["data-values"].split()]
             self.curve = {
                 "values": [(float(a), float(b)) for a, b in pairs],
@@ -74,45 +91,6 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.texts).split())
 
 
-def train_line(step: int, **values) -> dict:
-    share = step / 10
-    line = {
-        "step": step,
-        "epoch": step / 5,
-        "loss": LN2 - 0.03 * step,
-        "rewards/chosen": 0.02 * step,
-        "rewards/rejected": -0.03 * step,
-        "rewards/accuracies": 0.5 + 0.3 * share,
-        "rewards/margins": 0.05 * step,
-        "logps/chosen": -40 + 0.1 * step,
-        "logps/rejected": -30 - 0.2 * step,
-        "entropy": 2.0,
-        "grad_norm": 1.5,
-        "learning_rate": 5e-7,
-        "perf/tokens_per_second": 2000.0,
-        "perf/examples_per_second": 70.0 + step,
-        "perf/padding_fraction": 0.02,
-    }
-    return line | values
-
-
-def eval_line(step: int, **values) -> dict:
-    names = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
-    line = {f"eval_{name}": train_line(step)[name] for name in names}
-    return {"step": step, "epoch": step / 5, **line} | values
-
-
-def usual() -> list[dict]:
-    return [eval_line(0), *map(train_line, range(1, 11)), eval_line(5), eval_line(10)]
-
-
-def make(folder: Path, lines: list[dict], **config) -> Path:
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    base = {"loss": {"type": "sigmoid", "beta": 0.1}, "log": {"run_name": "a run"}}
-    (folder / "config.yaml").write_text(yaml.safe_dump(base | config))
-    return folder
-
-
 def read(folder: Path) -> Page:
     return Page(write_report(folder).read_text(encoding="utf-8"))
 
@@ -137,6 +115,7 @@ def test_curves_have_a_place_for_every_point(tmp_path):
         "Entropy",
         "Pairs per second",
         "Tokens per second",
+        "perf/padding_fraction",
     }
     assert {name for title, name in page.curves if title.startswith("Rewards")} == {
         "chosen",
@@ -150,7 +129,7 @@ def test_places_follow_the_values(tmp_path):
     chart = source[source.index('aria-label="Loss"') :]
     points = re.search(r'class="line" points="([^"]*)"', chart).group(1)
     places = [tuple(map(float, pair.split(","))) for pair in points.split()]
-    for axis, least, most in ((0, 46, 338), (1, 12, 198)):
+    for axis, least, most in ((0, 46, 338), (1, 22, 206)):
         steps = [b[axis] - a[axis] for a, b in zip(places, places[1:])]
         assert all(step == pytest.approx(steps[0], abs=0.21) and step > 0 for step in steps)
         assert all(least <= place[axis] <= most for place in places)
@@ -178,7 +157,12 @@ def test_without_evaluation_training_is_summed_up(tmp_path):
 
 def test_the_page_needs_nothing_else(tmp_path):
     source = write_report(make(tmp_path, usual())).read_text()
-    assert "http" not in source and "@import" not in source and "url(" not in source
+    assert (
+        "http:" not in source
+        and "https:" not in source
+        and "@import" not in source
+        and "url(" not in source
+    )
     assert not any("src" in attrs or "href" in attrs for _, attrs in Page(source).tags)
     assert "prefers-color-scheme: dark" in source
     assert [path.name for path in tmp_path.glob("*report*")] == ["report.html"]
@@ -277,7 +261,7 @@ def test_a_step_trained_again_is_judged_by_its_last_line(tmp_path, values, seen)
 def test_a_broken_line_is_named(tmp_path, broken):
     path = make(tmp_path, [train_line(1), train_line(2)]) / "metrics.jsonl"
     path.write_text(path.read_text() + "\n" + broken + "\n")
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 4 .*delete that line"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 4 .*Delete that line"):
         write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
 
@@ -298,6 +282,13 @@ def test_no_metrics(tmp_path, content):
         ("data-report.json", "[]"),
         ("samples.json", "{"),
         ("samples.json", "[1]"),
+        ("samples.json", "[" * 100_000),
+        ("eval-examples.json", "[]"),
+        ("eval-examples.json", '{"columns": ["margin"], "rows": [[1], [2, 3]]}'),
+        ("eval-examples.json", '{"columns": ["margin"], "rows": [[1e999]]}'),
+        ("eval-examples.json", '{"columns": ["margin"], "rows": [["much"]]}'),
+        ("run.json", '{"starts": 3}'),
+        ("run.json", '{"starts": [], "lengths": {"prompt": {"width": "wide"}}}'),
     ],
 )
 def test_a_broken_companion_is_named(tmp_path, name, content):
@@ -474,3 +465,177 @@ def test_what_losses_estimate_has_panels_of_its_own(tmp_path):
     assert set(names.values()) <= titles
     others = {title for title, _ in read(make(tmp_path / "without", usual())).curves}
     assert not set(names.values()) & others
+
+
+@pytest.mark.parametrize("torn", ['{"step": 11, "lo', "{", "3"])
+def test_half_a_last_line_is_left_out_and_said(tmp_path, torn):
+    """So a run that is going on has a report, and so has one that was killed."""
+    path = make(tmp_path, usual()) / "metrics.jsonl"
+    path.write_text(path.read_text() + torn)
+    page = read(tmp_path)
+    assert "from 13 lines of metrics.jsonl. The last line is half-written" in page.text
+    assert page.curves["Loss", "train"]["values"][-1][0] == 10
+    path.write_text(path.read_text().removesuffix(torn) + json.dumps(train_line(11)))
+    page = read(tmp_path)
+    assert page.curves["Loss", "train"]["values"][-1][0] == 11 and "half-written" not in page.text
+
+
+def test_a_run_that_is_going_on_is_told_from_a_finished_one(tmp_path):
+    make(tmp_path, usual(), train={"max_steps": 40})
+    assert "Not finished: 10 of 40 steps, and no trained model" in read(tmp_path).text
+    lines = [{"step": 0, "total_steps": 30}, *usual()]
+    assert "Not finished: 10 of 30 steps" in read(make(tmp_path, lines)).text
+    make(tmp_path, usual(), train={"num_train_epochs": 3})  # five steps are an epoch
+    assert "Not finished: 10 of 15 steps" in read(tmp_path).text
+    (tmp_path / "final").mkdir()
+    assert "Not finished" not in read(tmp_path).text
+
+
+HOLD = """
+import fcntl, os, sys
+file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.processes
+def test_a_run_that_holds_its_folder_is_going_on(tmp_path):
+    make(tmp_path, usual(), train={"max_steps": 40})
+    arguments = [sys.executable, "-c", HOLD, tmp_path / ".lock"]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as run:
+        assert run.stdout.readline() == b"held\n"
+        assert "The run is going on: 10 of 40 steps so far." in read(tmp_path).text
+        run.stdin.close()
+        run.wait(10)
+    assert "Nothing runs in the folder now" in read(tmp_path).text
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("absent", "absent does not exist. Name the folder of a run"),
+        ("final", "final lies in the folder of a run. Name that: "),
+        ("metrics.jsonl", "metrics.jsonl is a file. Name the folder of a run"),
+        ("fresh", "the run has not logged a line yet"),
+    ],
+)
+def test_a_folder_that_is_no_run_is_told(tmp_path, place, message):
+    for name in ("run/final", "fresh"):
+        (tmp_path / name).mkdir(parents=True)
+    make(tmp_path / "run", usual())
+    (tmp_path / "fresh/config.yaml").write_text("{}")
+    folder = tmp_path / ("fresh" if place == "fresh" else f"run/{place}")
+    with pytest.raises(UserError, match=re.escape(message)):
+        write_report(folder)
+
+
+def test_margins_of_examples_are_counted_and_told(tmp_path):
+    write_examples(make(tmp_path, usual()))
+    page = read(tmp_path)
+    found = {
+        name: area for (title, name), area in page.areas.items() if title.startswith("Margins")
+    }
+    assert sum(found["pairs"]["counts"]) == 40
+    below = sum(n for n, words in zip(*found["pairs"].values()) if words.startswith(MINUS))
+    assert below == 10  # margins from -1 to -0.1; that of 0 lies in a bin above
+    assert "At step 10. Above 0 the better answer wins: 72.5 %. " in page.text
+    assert {name for title, name in page.areas if title == "Rewards of held-out pairs"} == {
+        "chosen",
+        "rejected",
+    }
+
+
+def test_completions_have_rewards_by_label(tmp_path):
+    write_examples(make(tmp_path, usual()), kind="completions")
+    page = read(tmp_path)
+    areas = {name: sum(area["counts"]) for (_, name), area in page.areas.items()}
+    assert areas == {"desirable": 20, "undesirable": 20}
+    assert "Completions per second" in {title for title, _ in page.curves}
+
+
+def test_worst_and_best_examples_have_their_texts(tmp_path):
+    write_examples(make(tmp_path, usual()), text="the words")
+    page = read(tmp_path)
+    assert page.text.count("the words.jsonl:7") == 6 and "Worst and best pairs" in page.text
+    assert (
+        f"margin {MINUS}1.000 · the words.jsonl:7 the words chosen, reward 0, 5 tokens" in page.text
+    )
+    assert "2 more" in page.text and "margin 2.900" in page.text
+    content = json.loads((tmp_path / "eval-examples.json").read_text())
+    (tmp_path / "eval-examples.json").write_text(
+        json.dumps(content | {"least": [], "greatest": []})
+    )
+    page = read(tmp_path)
+    assert "the words" not in page.text and "Margins of held-out pairs" in page.text
+
+
+def test_lengths_machine_and_resumptions(tmp_path):
+    write_facts(make(tmp_path, usual()), 0, 6)
+    page = read(tmp_path)
+    assert page.areas["Prompt length", "prompt"]["counts"] == [0, 3, 5, 2]
+    words = page.areas["Answer length", "chosen"]["words"]
+    assert words[1] == "2 to 3" and words[-1] == "80 or more" and len(words) == 41
+    assert "The longest has 99 tokens" in page.text
+    assert "6 2026-11-27 01:02:03 UTC 2 a device a system torch 2.10.0" in page.text
+    source = (tmp_path / "report.html").read_text()
+    assert source.count('class="resumed"') == len({title for title, _ in page.curves})
+
+
+def test_metrics_of_other_versions_are_shown(tmp_path):
+    lines = [train_line(step, **{"perf/pairs_per_second": 7.0, "odd/new": 1.0}) for step in (1, 2)]
+    for line in lines:
+        del line["perf/examples_per_second"]
+    page = read(make(tmp_path, lines))
+    assert page.curves["Pairs per second", "train"]["values"] == [(1, 7), (2, 7)]
+    assert page.curves["odd/new", "train"]["values"] == [(1, 1), (2, 1)]
+    lines[0]["data/answer_tokens"] = 123.5
+    page = read(make(tmp_path, lines))
+    assert "data/answer_tokens 123.5" in page.text  # logged once: no chart
+    assert ("data/answer_tokens", "train") not in page.curves
+
+
+def test_what_json_cannot_hold_is_null_and_told(tmp_path):
+    lines = usual()
+    lines[3] |= {"grad_norm": None, "nonfinite": {"grad_norm": "inf"}}
+    page = read(make(tmp_path, lines))
+    assert "grad_norm was NaN or infinite at step 3" in page.text
+    assert page.curves["Gradient norm", "train"]["lines"] == [9]
+
+
+def test_control_characters_are_made_visible(tmp_path):
+    odd = "a\x1b[31mb\x00c\u202ed\ud800e\x9bf\r\ng"
+    write_examples(make(tmp_path, usual(), log={"run_name": odd}), text=odd)
+    source = write_report(tmp_path).read_bytes().decode("utf-8")
+    assert not set(source) & set("\x1b\x00\u202e\x9b\r")
+    assert "a\u241b[31mb\u2400c\\u202ed\ufffde\\x9bf\ng" in source
+
+
+@pytest.mark.parametrize("fault", ["full", "file"])
+def test_a_report_that_cannot_be_written_is_told(tmp_path, monkeypatch, fault):
+    make(tmp_path, usual())
+    out = None
+    if fault == "full":
+
+        def full(self, content):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_bytes", full)
+    else:
+        out = tmp_path / "metrics.jsonl" / "page.html"
+    with pytest.raises(UserError, match="cannot be written.*name another place with --out"):
+        write_report(tmp_path, out)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_bins_are_round_and_hold_far_values():
+    first, width, bins = edges(sorted([-0.33, 0.1, 0.2, 0.4, 0.9]))
+    assert width == 0.05 and first == pytest.approx(-0.35) and first + bins * width > 0.9
+    values = sorted([*(x / 100 for x in range(100)), 1e6])
+    first, width, bins = edges(values)
+    assert bins <= 60 and count(values, first, width, bins)[-1] >= 1
+    assert sum(count(values, first, width, bins)) == 101
+    for same in ([0.0], [3.0, 3.0], [-1e-9, 1e-9]):
+        first, width, bins = edges(same)
+        assert sum(count(same, first, width, bins)) == len(same) and width > 0

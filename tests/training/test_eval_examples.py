@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("deepspeed")
 
 from dpo_fast.data.kinds import PAIRS, ExampleLengths
+from dpo_fast.report import write_comparison, write_report
 from dpo_fast.training.eval_examples import MOST_CHARACTERS, MOST_ROWS, EvalTable, record_examples
 from dpo_fast.training.run_facts import BINS, histograms, record_start
 from tests.support import ranks
@@ -43,12 +44,9 @@ def runs(tmp_path_factory):
     ranks.train([trees["two"]], ranks=2)
     read = lambda name, file: json.loads((folder / name / file).read_text())  # noqa: E731
     return {
-        name: (
-            read(name, "eval-examples.json"),
-            lines_of(folder / name)[-1],
-            read(name, "run.json"),
-        )
+        name: (read(name, "eval-examples.json"), lines_of(path)[-1], read(name, "run.json"), path)
         for name in trees
+        for path in (folder / name,)
     }
 
 
@@ -60,7 +58,7 @@ def column(found: dict, name: str) -> list:
 @pytest.mark.processes
 @pytest.mark.parametrize("kind", ["pairs", "two", "groups"])
 def test_margins_are_those_that_were_logged(runs, kind):
-    found, logged, _ = runs[kind]
+    found, logged, *_ = runs[kind]
     margins, rewards = column(found, "margin"), column(found, "reward")
     assert found["step"] == 2 and found["examples"] == 7 == len(margins) + found["without_margin"]
     assert margins == sorted(margins) and len(set(margins)) > 2
@@ -75,7 +73,7 @@ def test_margins_are_those_that_were_logged(runs, kind):
 
 @pytest.mark.processes
 def test_completions_lie_on_the_side_of_their_label(runs):
-    found, logged, _ = runs["completions"]
+    found, logged, *_ = runs["completions"]
     good = [row for row in column(found, "reward") if row is not None]
     bad = [row for row in column(found, "other_reward") if row is not None]
     assert len(good) + len(bad) == 7 and good and bad
@@ -108,6 +106,18 @@ def test_a_run_says_where_it_ran(runs):
     assert {name: sum(each["counts"]) for name, each in lengths.items()} == dict.fromkeys(
         ("prompt", "chosen", "rejected"), 13
     )
+
+
+@pytest.mark.processes
+def test_the_report_reads_what_runs_write(runs):
+    folders = {kind: runs[kind][-1] for kind in DATA}
+    for kind, folder in folders.items():
+        page = write_report(folder).read_text()
+        assert f"Rewards of held-out {kind}" in page and f"Worst and best {kind}" in page
+        assert "Machine and versions" in page and "Answer length" in page
+    page = write_comparison([folders["pairs"], runs["two"][-1]]).read_text()
+    assert 'aria-label="Margins of held-out pairs"' in page and "<code>log.eval_texts" in page
+    assert "<td>ranks</td><td>1</td><td>2</td>" in page
 
 
 class Examples:
