@@ -7,10 +7,13 @@ the model.
 from __future__ import annotations
 
 import json
+import pickle
 import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
+from dpo_fast import durable
 from dpo_fast.errors import UserError
 from dpo_fast.models.hub import split_revision
 
@@ -75,12 +78,55 @@ def read_header(file: Path) -> tuple[int, dict[str, dict]]:
                 raise ValueError("it is shorter than its header")
             header = json.loads(stream.read(size))
         header.pop("__metadata__", None)
+        if not all(isinstance(entry.get("dtype"), str) for entry in header.values()):
+            raise ValueError("a tensor has no dtype")
         end = 8 + size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if file.stat().st_size != end:
             raise ValueError(f"it has {file.stat().st_size} bytes, its header says {end}")
     except (OSError, ValueError, KeyError, TypeError, struct.error, AttributeError) as error:
         raise UserError(f"{file} is no whole safetensors file: {error}") from None
     return 8 + size, header
+
+
+def check_weights(path: str, option: str = "model.path") -> None:
+    """Check the files of weights of a folder, of an adapter those of its base too. Hub ids pass.
+
+    Raises:
+        UserError: as `check_readable`.
+    """
+    folder = Path(path).expanduser()
+    if is_adapter(path):
+        check_readable(adapter_file(path, option))
+        check_weights(base_of(path, option), "base_model_name_or_path")
+    elif folder.is_dir():
+        for file in weight_files(folder):
+            check_readable(file)
+
+
+def check_readable(file: Path) -> None:
+    """Check a file of weights by what it says of itself; its tensors are not read.
+
+    Raises:
+        UserError: it is damaged, or a pickle of more than tensors, which is not loaded.
+    """
+    if file.suffix == ".safetensors":
+        read_header(file)
+        return
+    import torch  # the rest of this module needs none
+
+    try:
+        # Files of before PyTorch 1.6 are no archives, and cannot be mapped.
+        archive = zipfile.is_zipfile(file)
+        torch.load(file, map_location="meta", weights_only=True, mmap=archive)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{file} is damaged, or holds Python objects beside tensors, which could run code and are not "
+            "loaded: save the model anew, as safetensors"
+        ) from None
+    except Exception as error:  # torch raises nearly anything when it reads a damaged file
+        raise UserError(
+            f"{file} is no whole file of weights: {durable.first_line(error)}"
+        ) from None
 
 
 def code_files(folder: Path) -> list[Path]:

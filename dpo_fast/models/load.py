@@ -23,6 +23,7 @@ from dpo_fast.models.checkpoint import (
     adapter_vocabulary,
     base_of,
     check_model_path,
+    check_weights,
     is_adapter,
     is_folder,
 )
@@ -221,6 +222,7 @@ def load_model_config(section: ModelSection, option: str = "model.path") -> Pret
 def load_skeleton(section: ModelSection, option: str = "model.path") -> PreTrainedModel:
     """The modules and shapes of a section's model on the meta device, without weights."""
     config = load_model_config(section, option)
+    check_weights(section.path, option)
     if is_adapter(section.path) and section.adapter != "merge":
         check_adapter(section.path, option)
     text = config.get_text_config()

@@ -4,12 +4,16 @@ import base64
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.tokenise import RowTokeniser
 from dpo_fast.errors import UserError
 from dpo_fast.models import end_of_turn_ids, load, load_tokenizer
+from dpo_fast.models.checkpoint import check_weights
 from dpo_fast.models.config import ModelSection
+from tests.support.damage import Planted
 from tests.support.models import write_model
 from tests.support.tokenizers import EOS, IM_END
 
@@ -91,3 +95,49 @@ def test_a_folder_with_mistrals_vocabulary_alone(tmp_path):
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
     ids = tokenizer("[INST]ab[/INST]", add_special_tokens=False)["input_ids"]
     assert ids == [3, 97 + len(special), 98 + len(special), 4]
+
+
+def planted(folder, name: str) -> None:
+    """The weights of a model folder as a pickle that would run code, under this name."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors | {"planted": Planted(folder / "ran")}, folder / name)
+    if "-of-" in name:
+        index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, name)}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00001.bin"])
+def test_a_pickle_in_a_model_folder_is_told_and_does_not_run(tmp_path, name):
+    folder = write_model(tmp_path / "model")
+    planted(folder, name)
+    said = f"{name} is damaged, or holds Python objects beside tensors, which could run code"
+    with pytest.raises(UserError, match=said):
+        load.load_skeleton(ModelSection(path=str(folder)))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(folder)})
+    )
+    torch.save({"a": Planted(tmp_path / "ran")}, adapter / "adapter_model.bin")
+    with pytest.raises(UserError, match="adapter_model.bin is damaged, or holds Python objects"):
+        check_weights(str(adapter))
+    assert not list(tmp_path.rglob("ran"))
+    torch.load(adapter / "adapter_model.bin", weights_only=False)
+    assert list(tmp_path.rglob("ran")), "the pickle would not have run: nothing was tested"
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda content: content[:-100], "no whole safetensors file: it has"),
+        (lambda content: content.replace(b'"dtype"', b'"dtyqe"', 1), "a tensor has no dtype"),
+        (lambda content: b"\xff" * 8 + content[8:], "it is shorter than its header"),
+    ],
+)
+def test_damaged_weights_are_told(tmp_path, damage, said):
+    file = write_model(tmp_path / "model") / "model.safetensors"
+    check_weights(str(file.parent))
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(UserError, match=said):
+        load.load_skeleton(ModelSection(path=str(file.parent)))
