@@ -35,6 +35,7 @@ CASES = {  # stage, dtype, clipping, adapters, ranks
     "fp32-unclipped": (0, "fp32", 0.0, False, 1),
     "bf16": (0, "bf16", 1.0, False, 1),
     "sharded-bf16": (3, "bf16", 1.0, False, 1),
+    "offloaded-bf16": (2, "bf16", 1.0, False, 1),
     "two": (0, "fp32", 1.0, False, 2),
     "two-bf16-unclipped": (1, "bf16", 0.0, False, 2),
     "two-gradients": (2, "fp32", 1.0, False, 2),
@@ -77,7 +78,8 @@ def skipping(folder, name: str) -> dict:
     fault = GRADIENT | {"rank": count - 1, "steps": [0]}
     if adapters:
         fault["where"] = "model.layers.1.self_attn.q_proj.lora_B.default.weight"
-    return case(folder, name, fault, model=model, train=train, parallel={"zero_stage": stage})
+    parallel = {"zero_stage": stage, "offload_optimizer": "offloaded" in name}
+    return case(folder, name, fault, model=model, train=train, parallel=parallel)
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +208,8 @@ def test_the_run_goes_on_in_each_way_that_the_message_names(folder, stopped):
         )
         for name, way in ways.items()
     ]
+    counted = {"resume_from_checkpoint": str(folder / "in-a-row" / "checkpoint-2")}
+    cases.append(case(folder, "counted", train=counted))
     for each in cases:
         (folder / each["tree"]["train"]["output_dir"]).mkdir(exist_ok=True)
     ranks.group(1).do("train_faulty", cases)
@@ -215,6 +219,7 @@ def test_the_run_goes_on_in_each_way_that_the_message_names(folder, stopped):
     assert "train.change_on_resume=[learning_rate]" in ended(folder, "unasked")
     assert series(folder / "past", "nonfinite_steps") == {2: 1, 3: 1}
     assert series(folder / "without", "nonfinite_steps") == {2: 0, 3: 0}
+    assert series(folder / "counted", "nonfinite_steps") == {3: 1}  # one before it was resumed
     rates = {name: series(folder / name, "learning_rate") for name in ("without", "slower")}
     assert rates["slower"] == {step: rate / 2 for step, rate in rates["without"].items()}
     # The first step that differs in the rate begins at the same weights.
