@@ -159,6 +159,7 @@ TESTED_THROUGH = {
     "report.script": "report/test_browser.py",
     "report.style": "report/test_report.py",
     "training.export": "support/workers/jobs.py",
+    "cli.replay": "cli/test_app.py",
     "training.earlier_run": "training/test_loop.py",
     "training.loggers": "training/test_loop.py",
     "training.run_log": "support/workers/jobs.py",

@@ -248,6 +248,8 @@ def _fitting_state(folder: Path, fits: dict) -> dict[str, Any]:
         details = "; ".join(f"{n} was {state[n]!r} and is {fits[n]!r}" for n in differing)
         rate = "train.learning_rate"
         asked = ", set train.change_on_resume=[learning_rate]" if differing == [rate] else ""
+        if differing == ["data"]:
+            asked = " (train.skip_rows leaves rows out and keeps all others where they are)"
         raise UserError(
             f"{folder} cannot be resumed exactly: {details}. Set it back{asked}, or start a new run from "
             "this one's weights with another train.output_dir"

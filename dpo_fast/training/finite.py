@@ -81,6 +81,17 @@ def watch_clipping(engine) -> None:
     engine.clip_fp32_gradients = clip
 
 
+def forget_gradients(optimizer) -> None:
+    """Drop the gradients of a step that DeepSpeed left out.
+
+    At ZeRO 1 and 2 with the optimiser in CPU memory it keeps them (0.19), and adds those of all later steps
+    to them.
+    """
+    if getattr(optimizer, "cpu_offload", False):
+        for group in optimizer.averaged_gradients:
+            optimizer.averaged_gradients[group] = None
+
+
 @dataclass(frozen=True)
 class Place:
     """A step, counted from 0, and the split and the number in it that it has: a stream has many splits."""
@@ -131,6 +142,7 @@ class Guard:
         if engine.optimizer.overflow:  # DeepSpeed has counted it, and held the schedule back
             engine.skipped_steps -= 1
             engine.lr_scheduler.step()
+            forget_gradients(engine.optimizer)
         self._unseen.append((place, engine.optimizer.overflow))
         return torch.full((), engine.optimizer.overflow, device=engine.device)
 

@@ -118,6 +118,10 @@ def test_prompt_and_completions_may_be_messages(prompt, completions):
         ({"scores": [1, 2, 3, 4]}, "differ in number: 4 and 3"),
         ({"scores": [1, float("nan"), 2]}, r"field 'scores\[1\]' is not finite: got nan"),
         ({"scores": [1, 2, 10**400]}, r"field 'scores\[2\]' is not finite: got inf"),
+        (
+            {"scores": [1, 2, -1e39]},
+            r"field 'scores\[2\]' is out of range: -1e\+39 is beyond 1e\+18",
+        ),
         ({"scores": ["1", 2, 3]}, r"field 'scores\[0\]' is not a number: got '1'"),
         ({"scores": [1, True, 3]}, r"field 'scores\[1\]' is not a number: got True"),
         ({"scores": [1, 2, None]}, r"field 'scores\[2\]' is not a number: got None"),

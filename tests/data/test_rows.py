@@ -150,6 +150,12 @@ BAD = [
     (TEXT | {"weight": True}, ["field 'weight' is not a number"]),
     (TEXT | {"margin": math.nan}, ["field 'margin' is not finite", "nan"]),
     (TEXT | {"margin": 10**400}, ["field 'margin' is not finite"]),
+    (TEXT | {"margin": -1e308}, ["field 'margin' is out of range", "-1e+308 is beyond 1e+18"]),
+    (TEXT | {"weight": 1e39}, ["field 'weight' is out of range", "the loss is in fp32"]),
+    (
+        TEXT | {"reference_chosen_logps": -1.0, "reference_rejected_logps": -2e18},
+        ["field 'reference_rejected_logps' is out of range"],
+    ),
     (TEXT | {"soft_label": 1.5}, ["field 'soft_label' is out of range", "1.5"]),
     (TEXT | {"reference_chosen_logps": -1.0}, ["reference_chosen_logps without its partner"]),
     (TEXT | {"tools": [{"name": "f"}]}, ["tools without messages"]),

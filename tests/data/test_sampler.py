@@ -71,6 +71,24 @@ def test_a_step_is_the_same_on_any_number_of_ranks():
         assert steps[0] == steps[1] == steps[2]
 
 
+def test_what_is_left_out_moves_no_other_example():
+    left_out = frozenset((3, 17, 20))
+    costs = Costs(np.arange(1, 31))
+    pairs = (
+        (Sampler(30, 8, 2, 2, seed=1), Sampler(30, 8, 2, 2, seed=1, left_out=left_out)),
+        (TokenSampler(costs, 60, 8, 2), TokenSampler(costs, 60, 8, 2, left_out=left_out)),
+    )
+    for whole, some in pairs:
+        assert some.steps_per_epoch == whole.steps_per_epoch
+        assert some.accumulation == whole.accumulation
+        for step in range(2 * whole.steps_per_epoch):
+            expected = [index for index in whole.global_batch(step) if index not in left_out]
+            assert some.global_batch(step) == expected
+            batches = [batch for rank in range(2) for batch in some.micro_batches(step, rank)]
+            assert sorted(sum(batches, [])) == sorted(expected)
+            assert len(batches) == 2 * whole.accumulation
+
+
 def test_seed_and_epoch_alone_decide():
     def epoch(seed: int, number: int) -> list[list[int]]:
         sampler = TokenSampler(some_costs(), 256, 24, seed=seed)

@@ -242,6 +242,14 @@ def test_the_trial_finds_a_layer_that_mixes_tokens(layout):
         check_separation(ScoringModel(model), layout, 97, torch.device("cpu"), torch.float32)
 
 
+def test_a_model_whose_numbers_overflow_is_not_told_as_one_that_mixes_tokens():
+    model = make("llama", NAMES["sdpa"])
+    with torch.no_grad():
+        model.model.norm.weight.fill_(3e38)
+    with pytest.raises(UserError, match="tokens of a trial are not finite, .* overflow in float32"):
+        check_separation(ScoringModel(model), "packed", 97, torch.device("cpu"), torch.float32)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

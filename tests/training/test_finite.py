@@ -13,6 +13,7 @@ pytest.importorskip("deepspeed")
 
 from safetensors.torch import load_file
 
+from dpo_fast.errors import UserError
 from dpo_fast.report.read import read_run
 from dpo_fast.training import finite, nonfinite
 from dpo_fast.training.engine import build_optimizer
@@ -34,6 +35,7 @@ CASES = {  # stage, dtype, clipping, adapters, ranks
     "fp32-unclipped": (0, "fp32", 0.0, False, 1),
     "bf16": (0, "bf16", 1.0, False, 1),
     "sharded-bf16": (3, "bf16", 1.0, False, 1),
+    "offloaded-bf16": (2, "bf16", 1.0, False, 1),
     "two": (0, "fp32", 1.0, False, 2),
     "two-bf16-unclipped": (1, "bf16", 0.0, False, 2),
     "two-gradients": (2, "fp32", 1.0, False, 2),
@@ -76,7 +78,8 @@ def skipping(folder, name: str) -> dict:
     fault = GRADIENT | {"rank": count - 1, "steps": [0]}
     if adapters:
         fault["where"] = "model.layers.1.self_attn.q_proj.lora_B.default.weight"
-    return case(folder, name, fault, model=model, train=train, parallel={"zero_stage": stage})
+    parallel = {"zero_stage": stage, "offload_optimizer": "offloaded" in name}
+    return case(folder, name, fault, model=model, train=train, parallel=parallel)
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +208,8 @@ def test_the_run_goes_on_in_each_way_that_the_message_names(folder, stopped):
         )
         for name, way in ways.items()
     ]
+    counted = {"resume_from_checkpoint": str(folder / "in-a-row" / "checkpoint-2")}
+    cases.append(case(folder, "counted", train=counted))
     for each in cases:
         (folder / each["tree"]["train"]["output_dir"]).mkdir(exist_ok=True)
     ranks.group(1).do("train_faulty", cases)
@@ -214,6 +219,7 @@ def test_the_run_goes_on_in_each_way_that_the_message_names(folder, stopped):
     assert "train.change_on_resume=[learning_rate]" in ended(folder, "unasked")
     assert series(folder / "past", "nonfinite_steps") == {2: 1, 3: 1}
     assert series(folder / "without", "nonfinite_steps") == {2: 0, 3: 0}
+    assert series(folder / "counted", "nonfinite_steps") == {3: 1}  # one before it was resumed
     rates = {name: series(folder / name, "learning_rate") for name in ("without", "slower")}
     assert rates["slower"] == {step: rate / 2 for step, rate in rates["without"].items()}
     # The first step that differs in the rate begins at the same weights.
@@ -369,3 +375,70 @@ def test_the_optimiser_that_looks_is_for_fp32_without_zero(folder):
     assert kind(0, "fp32") is FiniteAdamW
     # DeepSpeed asks for the class itself, and looks on its own.
     assert kind(0, "bf16") is kind(2, "fp32") is torch.optim.AdamW
+
+
+def load(path, **section):
+    from dpo_fast.models import load_model
+    from dpo_fast.models.config import ModelSection
+
+    return load_model(ModelSection(path=str(path), dtype="fp32", **section), attention="sdpa")
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+@pytest.mark.parametrize("lora", [None, {"r": 2}])
+def test_weights_that_come_not_finite_are_told_with_tensor_and_file(folder, tmp_path, value, lora):
+    model = load(folder / "model").causal_lm
+    finite.check_loaded(model, str(folder / "model"), "model.path")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[3, 2] = value
+    model.save_pretrained(tmp_path, max_shard_size="30KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    damaged = load(tmp_path, lora=lora).causal_lm
+    with pytest.raises(UserError) as refusal:
+        finite.check_loaded(damaged, str(tmp_path), "reference.path")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    assert f"reference.path={tmp_path}: 1 of its tensors" in str(refusal.value)
+    assert f": {name} in {index[name]}. " in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        (
+            {"learning_rate": 1e300},
+            r"train.learning_rate=1e\+300 is out of range; numbers go up to 1e",
+        ),
+        ({"learning_rate": 1000.0}, "train.learning_rate=1000.0.* less than or equal to 100"),
+        ({"weight_decay": 1e30}, r"train.weight_decay=1e\+30 is out of range"),
+        ({"max_nonfinite_steps": 2}, "max_nonfinite_steps=2 is not used with train.nonfinite=stop"),
+        ({"change_on_resume": ["learning_rate"]}, "set train.resume_from_checkpoint too"),
+        ({"change_on_resume": ["seed"]}, "train.change_on_resume.0='seed'"),
+    ],
+)
+def test_options_that_cannot_be_honoured_are_refused(folder, train, message):
+    from dpo_fast.training.config import build_config
+
+    with pytest.raises(UserError, match=message):
+        build_config(run_tree(folder, **train), "tree")
+
+
+def test_rows_to_leave_out_are_rows_of_the_data(folder):
+    from dpo_fast.models import load_tokenizer
+    from dpo_fast.training.config import build_config
+    from dpo_fast.training.load_data import load_split
+
+    def split(*rows: str):
+        config = build_config(run_tree(folder, skip_rows=list(rows), layout="packed"), "tree")
+        return load_split(config, load_tokenizer(config.model), "train", shuffle=True)
+
+    file = folder / "pairs.jsonl"
+    found = split(f"{file}:3", f"{file}:20")
+    left_out = {found.examples.where(index) for index in found.sampler.left_out}
+    assert left_out == {f"{file}:3", f"{file}:20"}
+    with pytest.raises(
+        UserError, match="skip_rows='pairs.jsonl:3' is no row of data.train: .* as in"
+    ):
+        split("pairs.jsonl:3")
+    with pytest.raises(UserError, match="leaves out all rows"):
+        split(*(f"{file}:{line}" for line in range(1, 21)))
+    assert found.totals([]).pairs == 1  # a step of such rows alone has the loss 0

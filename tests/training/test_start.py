@@ -268,3 +268,30 @@ def test_the_check_is_for_runs_that_start_at_their_reference(tmp_path):
     assert not starts({"path": str(tmp_path / "another")})
     assert not starts({"provider": "columns"})
     assert not starts({}, type="sft")
+
+
+def test_a_reference_that_is_not_finite_is_told_with_its_row():
+    model = make_model("packed")
+    sums = stored_sums(model, "packed")
+    row = FIRST[0][1]
+    sums[row, 1] = float("nan")
+    with pytest.raises(UserError, match=f"log-probs of the reference are not finite in {row}$"):
+        check(model, "packed", stored(sums))
+
+
+def test_a_policy_that_is_not_finite_is_no_wrong_reference():
+    model = make_model("packed")
+    sums = stored_sums(model, "packed")
+    with torch.no_grad():
+        model.causal_lm.model.norm.weight.fill_(3e38)
+    with pytest.raises(UserError, match="log-probs of the policy are not finite in .* and 4 more"):
+        check(model, "packed", stored(sums))
+
+
+def test_a_loss_that_overflows_is_told_as_such():
+    model = make_model("packed")
+    sums = stored_sums(model, "packed")
+    sums[:, 0] += 1e18
+    objective = Objective(("ipo",), (1e18,), LossOptions())
+    with pytest.raises(UserError, match="the loss is inf, though all log-probs are finite"):
+        check(model, "packed", stored(sums), objective)
