@@ -134,7 +134,9 @@ def _launch(nproc: int, run, arguments: list[str]) -> None:
         raise UserError(f"--nproc {nproc} starts ranks itself: leave it out under a launcher")
     with signals.stop_at_once("nothing is lost: the same command begins again"):
         _prepare_data(run)  # a mistake in the data is told once, before ranks start
-    raise typer.Exit(launch(nproc, arguments))
+    _leave(
+        launch(nproc, arguments)
+    )  # an orderly end would take seconds, and there is nothing to order
 
 
 def _prepare_data(run) -> dict:
