@@ -128,12 +128,15 @@ def _report(folder: Path) -> None:
 def _launch(nproc: int, run, arguments: list[str]) -> None:
     """Run the same command as local ranks and exit with their code."""
     from dpo_fast.cli.launch import launch
-    from dpo_fast.training import distributed
+    from dpo_fast.training import distributed, signals
 
     if distributed.world_size() > 1:
         raise UserError(f"--nproc {nproc} starts ranks itself: leave it out under a launcher")
-    _prepare_data(run)  # a mistake in the data is told once, before ranks start
-    raise typer.Exit(launch(nproc, arguments))
+    with signals.stop_at_once("nothing is lost: the same command begins again"):
+        _prepare_data(run)  # a mistake in the data is told once, before ranks start
+    _leave(
+        launch(nproc, arguments)
+    )  # an orderly end would take seconds, and there is nothing to order
 
 
 def _prepare_data(run) -> dict:

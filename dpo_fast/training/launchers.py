@@ -33,14 +33,15 @@ def watch_launchers() -> None:
 
 def launchers() -> Iterator[int]:
     """Processes above this one that launch ranks, the nearest first."""
-    pid = os.getppid()
-    if os.environ.get(LAUNCHER) == str(pid):
-        yield pid
+    if launcher := os.environ.get(LAUNCHER):
+        yield int(launcher)
         return
     if "RANK" not in os.environ:
         return  # a shell that started a run may end
-    while pid > 1 and _is_launcher(pid):
-        yield pid
+    pid = os.getppid()
+    while pid > 1:
+        if _is_launcher(pid):
+            yield pid
         pid = _parent(pid)
 
 
@@ -50,7 +51,8 @@ def _is_launcher(pid: int) -> bool:
     except OSError:  # it has gone, or the system has no /proc
         return False
     # The name of the program or module: a file of the user's may be called deepspeed, too.
-    return any(word.rpartition("/")[2].startswith(NAMES) for word in words[:4])
+    names = [word.rpartition("/")[2] for word in words[:4]]
+    return not names[0].endswith("sh") and any(name.startswith(NAMES) for name in names)
 
 
 def _parent(pid: int) -> int:

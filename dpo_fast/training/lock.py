@@ -21,6 +21,7 @@ from dpo_fast.training import distributed
 from dpo_fast.training.console import say
 
 NAME = ".lock"
+MOMENT = 2.0  # seconds
 
 
 @contextlib.contextmanager
@@ -45,7 +46,7 @@ def check_free(output_dir: str) -> None:
     """Raises UserError if another run uses the folder now. Locks nothing."""
     with contextlib.suppress(OSError):  # no such file, or one that `sole_run` will tell
         descriptor = os.open(Path(output_dir) / NAME, os.O_RDWR)
-        if distributed.is_main() and not _locked(descriptor):
+        if distributed.is_main() and not _locked_soon(descriptor):
             raise UserError(_taken(Path(output_dir), descriptor))
         os.close(descriptor)
 
@@ -63,8 +64,7 @@ def _take(root: Path) -> int:
                 f"train.output_dir={root} cannot be written: {error.strerror or error}; name another folder"
             ) from None
         try:
-            # Another run that only looks has it for a moment.
-            if not any(_locked(descriptor) or time.sleep(0.1) for _ in range(5)):
+            if not _locked_soon(descriptor):
                 raise UserError(_taken(root, descriptor)) from None
         except OSError as error:
             say(
@@ -81,13 +81,18 @@ def _take(root: Path) -> int:
     return descriptor
 
 
-def _locked(descriptor: int) -> bool:
-    """Whether this process has the lock now. Raises OSError if there are no locks."""
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True
+def _locked_soon(descriptor: int) -> bool:
+    """Whether this process has the lock after a moment. Raises OSError if there are no locks.
+
+    A run that only looks has it as briefly, and one that was killed until the system has cleared it away.
+    """
+    for _ in range(round(MOMENT / 0.05)):
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except (BlockingIOError, PermissionError):
+            time.sleep(0.05)
+    return False
 
 
 def _release(root: Path, descriptor: int, new: bool) -> None:

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 
 EXIT_LOST = 3
 GRACE = 1.0  # seconds that a rank has to end by itself, with a reason of its own
+LONGEST = 1 << 20  # bytes of a message
 KEY = "dpo_fast/peers"
 REMEDY = (
     "Checkpoints and parts of references that are done are whole: go on with "
@@ -75,6 +76,7 @@ class Peers:
         self._decided, self._leaving = threading.Event(), threading.Event()
         self._all_gone, self._lock = threading.Event(), threading.Lock()
         self.selector, self.links = selectors.DefaultSelector(), {}
+        self.token = secrets.token_hex(16)  # of rank 0: strangers have none
         self._over, self._patience = False, math.inf
         self.listener: socket.socket | None = None
         if rank == 0:
@@ -111,7 +113,6 @@ class Peers:
 
     def _listen(self) -> None:
         self.listener = _server()
-        self.token = secrets.token_hex(16)
         port, pid = self.listener.getsockname()[1], os.getpid()
         hello = {"port": port, "token": self.token, "host": self.host, "pid": pid}
         self.store.set(KEY, json.dumps(hello))
@@ -189,7 +190,7 @@ class Peers:
                 message = json.loads(line)
             if isinstance(message, dict):
                 self._hear(link, message)
-        if not received:
+        if not received or len(link.unread) > LONGEST:
             self._drop(link)
             if link.rank >= 0 and not link.left:
                 self._decide(
@@ -201,7 +202,7 @@ class Peers:
     def _hear(self, link: Link, message: dict) -> None:
         if "hello" in message:
             hello = message["hello"]
-            if hello.pop("token", None) == getattr(self, "token", ""):
+            if isinstance(hello, dict) and hello.get("token") == self.token:
                 link.rank, link.host, link.pid = hello["rank"], hello["host"], hello["pid"]
         elif link.rank < 0:
             return  # a stranger

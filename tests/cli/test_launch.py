@@ -84,6 +84,16 @@ def test_a_rank_whose_launcher_is_killed_gets_a_sigterm(tmp_path, monkeypatch, b
     wait_for((tmp_path / "asked").exists, 15)
 
 
+def test_a_launcher_that_ended_before_it_was_watched_is_missed(monkeypatch):
+    """A rank imports for seconds first."""
+    if not (gone := os.fork()):
+        os._exit(0)
+    os.waitpid(gone, 0)
+    monkeypatch.setenv(launchers.LAUNCHER, str(gone))
+    assert list(launchers.launchers()) == [gone]
+    assert launchers._wait_by_descriptors([gone]) == launchers._wait_by_polling([gone]) == gone
+
+
 def test_a_shell_that_started_a_run_is_no_launcher(monkeypatch):
     monkeypatch.delenv(launchers.LAUNCHER, raising=False)
     monkeypatch.delenv("RANK", raising=False)
@@ -96,6 +106,7 @@ def test_a_shell_that_started_a_run_is_no_launcher(monkeypatch):
         (["python", "/usr/bin/torchrun", "--nproc_per_node=2", "x.py"], True),
         (["python", "-m", "torch.distributed.run", "x.py"], True),
         (["python", "-u", "-m", "deepspeed.launcher.launch", "--world_info=x"], True),
+        (["bash", "-c", "torchrun train.py &"], False),  # it ends at once
         (["bash", "-c", "dpo-fast train run.yaml"], False),
         (["python", "train.py", "a", "b", "deepspeed"], False),
     ],

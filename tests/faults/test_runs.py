@@ -54,6 +54,7 @@ def test_a_killed_rank_ends_the_other_within_seconds_and_nothing_is_lost(undistu
     run = FaultyRun(tree)
     run.wait_for_steps(5)
     run.hit(1, signal.SIGKILL)
+    run.ranks_end(SECONDS)
     run.ends(SECONDS)
     assert run.code == 128 + signal.SIGKILL
     assert run.said().count("dpo-fast") == run.said().count("rank 1 (process ") == 1, run.said()
@@ -78,10 +79,9 @@ def test_kills_at_random_moments(undisturbed, tmp_path_factory, whom, step, late
     time.sleep(later)
     if run.process.poll() is None:
         run.hit(whom, signal.SIGKILL)
-    took = run.ends(SECONDS)
-    print(
-        f"kill -9 of {whom} after step {step}: all ended after {took:.1f} s, exit code {run.code}"
-    )
+    took = run.ranks_end(SECONDS)
+    run.ends(SECONDS)
+    print(f"kill -9 of {whom} after step {step}: ranks ended after {took:.1f} s, code {run.code}")
     if whom in (0, 1) and not (folder / tree["train"]["output_dir"] / "final").exists():
         assert f"rank {whom} (process " in run.said()
     resumed_as_undisturbed(undisturbed, tree)
@@ -96,10 +96,9 @@ def test_a_stopped_rank_ends_the_others_within_the_time_out(undisturbed, stage, 
     run = FaultyRun(changed(tree, folder / f"stopped-{stage}-{rank}", parallel=parallel))
     run.wait_for_steps(3)
     run.hit(rank, signal.SIGSTOP)
-    took = run.ends(6 + SECONDS, but=(rank,))
+    took = run.ranks_end(6 + SECONDS, but=rank)
     print(f"SIGSTOP of rank {rank}, ZeRO {stage}: the other ended after {took:.1f} s of 6 s")
-    took += run.ends(30)
-    print(f"    and the launcher after {took:.1f} s")
+    run.ends(30)
     assert run.code == 3
     assert f"rank {rank} (process " in run.said() and "has not answered for 6 s" in run.said()
     assert "cannot be written" not in run.said() and "Traceback" not in run.said()
@@ -126,7 +125,8 @@ def test_a_signal_is_followed_by_a_checkpoint(undisturbed, launcher, whom, name)
     run = FaultyRun(tree, launcher)
     run.wait_for_steps(3)
     run.hit(whom, getattr(signal, name))
-    took = run.ends(60)
+    took = run.ranks_end(60)
+    run.ends(60)
     saved = list((folder / tree["train"]["output_dir"]).glob("checkpoint-*"))
     print(f"{name} to {whom} under {launcher}: ended after {took:.1f} s, {saved}, code {run.code}")
     assert saved, run.said()[-3000:]
@@ -148,7 +148,8 @@ def test_signals_while_a_run_begins(undisturbed, delay, name):
     run = FaultyRun(tree)
     time.sleep(delay)
     run.hit("all" if name == "SIGINT" else "launcher", getattr(signal, name))
-    took = run.ends(60)
+    took = run.ranks_end(60)
+    run.ends(60)
     print(f"{name} after {delay} s: ended after {took:.1f} s, code {run.code}, step {run.steps()}")
     assert run.code in (130, 1, 143, 0), run.said()[-3000:]
     if run.code == 130:

@@ -99,34 +99,29 @@ class FaultyRun:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    def ends(self, within: float, but: tuple[int, ...] = ()) -> float:
-        """Seconds until no process is left, but those of some ranks; it fails if that takes longer."""
-        begin = time.monotonic()
-        self._wait(
-            lambda: (
-                self.process.poll() is not None
-                and all(rank in but for rank in self.processes().values())
-                or (
-                    but
-                    and all(rank in but for rank in self.processes().values() if rank is not None)
-                )
-            ),
-            within,
+    def ranks_end(self, within: float, but: int | None = None) -> float:
+        """Seconds until no rank is left, but for one; it fails if that takes longer."""
+        return self._wait(
+            lambda: all(rank in (None, but) for rank in self.processes().values()), within
         )
-        return time.monotonic() - begin
+
+    def ends(self, within: float) -> float:
+        """Seconds until no process is left, launchers too; it fails if that takes longer."""
+        return self._wait(lambda: self.process.poll() is not None and not self.processes(), within)
 
     @property
     def code(self) -> int:
         return self.process.wait(60)
 
-    def _wait(self, done, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
+    def _wait(self, done, seconds: float) -> float:
+        begin = time.monotonic()
         while not done():
-            if time.monotonic() > deadline:
+            if time.monotonic() > begin + seconds:
                 left = self.processes()
                 self.kill()
                 raise AssertionError(f"not within {seconds} s, {left} left; {self.said()[-6000:]}")
             time.sleep(0.02)
+        return time.monotonic() - begin
 
     def kill(self) -> None:
         for pid in self.processes():

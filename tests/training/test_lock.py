@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import threading
 import time
 
 import pytest
@@ -36,6 +37,21 @@ def holding(root, act=lambda: None) -> int:
 def kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
+
+
+@pytest.fixture(autouse=True)
+def a_short_moment(monkeypatch):
+    monkeypatch.setattr(lock, "MOMENT", 0.3)
+
+
+def test_a_run_that_is_just_being_cleared_away_is_waited_for(tmp_path, monkeypatch):
+    """A killed process has its locks until the system has freed its memory."""
+    monkeypatch.setattr(lock, "MOMENT", 20.0)
+    pid = holding(tmp_path)
+    threading.Timer(0.5, kill, [pid]).start()
+    lock.check_free(str(tmp_path))
+    with lock.sole_run(str(tmp_path)):
+        pass
 
 
 def test_the_second_run_is_told_who_has_the_folder_and_a_killed_one_leaves_no_lock(tmp_path):

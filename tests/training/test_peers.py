@@ -171,7 +171,9 @@ def test_strangers_change_nothing(group):
     ranks = group()
     port = json.loads(FileStore(str(ranks.folder / "store"), RANKS).get(KEY))["port"]
     verdict = {"rank": 1, "host": "x", "pid": 1, "reason": "x", "code": 2, "told": False}
+    hello = {"hello": {"rank": 1, "host": "x", "pid": 1, "token": "x" * 32}}
     for lines in (
+        json.dumps(hello).encode() + b"\n",
         b"GET / HTTP/1.1\r\n\r\n",
         json.dumps(verdict).encode() + b"\n",
         b"\xff\n",
