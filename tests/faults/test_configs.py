@@ -1,6 +1,5 @@
 """Malformed configurations end in one message of a few lines, soon, and in little memory."""
 
-import os
 import random
 import time
 from datetime import date
@@ -12,9 +11,9 @@ from dpo_fast.errors import LONGEST, UserError
 from dpo_fast.training.config import RunConfig, load_config
 from dpo_fast.training.config_types import check_types
 from tests.support import malformed
+from tests.support.faults import SLOW
 from tests.support.memory import grown
 
-SLOW = os.environ.get("DPO_FAST_SLOW") == "1"
 TREE = {"model": {"path": "m"}, "data": {"train": "x.jsonl"}, "train": {"output_dir": "o"}}
 
 
@@ -47,7 +46,7 @@ def test_a_sample_of_malformed_ones(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SLOW, reason="4,000 configurations: set DPO_FAST_SLOW=1")
+@SLOW
 def test_malformed_ones_by_the_thousand(tmp_path):
     with grown(mib=300):
         counts = check(tmp_path / "run.yaml", 4000, seed=2)

@@ -21,11 +21,11 @@ from dpo_fast.data.stream import ExampleStream
 from dpo_fast.data.verdicts import KINDS_KEPT, BadRows, Tally
 from dpo_fast.errors import LONGEST, UserError
 from tests.support import malformed
+from tests.support.faults import SLOW
 from tests.support.memory import grown
 from tests.support.paths import ROOT
 from tests.support.tokenizers import CHATML, byte_tokenizer
 
-SLOW = os.environ.get("DPO_FAST_SLOW") == "1"
 TOKENIZER = byte_tokenizer(bos=True, template=CHATML)
 SECONDS = 20  # for one file, on a busy machine
 
@@ -123,7 +123,7 @@ for key, count in sorted(counts.items()):
 
 @pytest.mark.slow
 @pytest.mark.processes
-@pytest.mark.skipif(not SLOW, reason="10,000 files: set DPO_FAST_SLOW=1")
+@SLOW
 def test_malformed_ones_by_the_thousand(tmp_path):
     """In a process of its own, which a fault of Arrow may end."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -1,7 +1,6 @@
 """A report of damaged or hostile files of a run: a page without foreign HTML, or one message."""
 
 import json
-import os
 import random
 import resource
 import shutil
@@ -14,8 +13,8 @@ from dpo_fast.data.verdicts import Tally
 from dpo_fast.errors import UserError
 from dpo_fast.report import write_report
 from tests.support import malformed
+from tests.support.faults import SLOW
 
-SLOW = os.environ.get("DPO_FAST_SLOW") == "1"
 HTML = "</script></title><img src=x onerror=alert(1)>"
 
 
@@ -89,7 +88,7 @@ def test_a_sample_of_damaged_runs(run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SLOW, reason="2,000 damaged runs: set DPO_FAST_SLOW=1")
+@SLOW
 def test_damaged_runs_by_the_thousand(run, tmp_path):
     print("pages written:", check(run, tmp_path, 2000, seed=2), "of 2000")
 

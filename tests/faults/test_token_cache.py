@@ -14,9 +14,9 @@ from dpo_fast.data.dataset import load_examples
 from dpo_fast.data.seal import SEAL_FILE, damage, seal
 from dpo_fast.errors import UserError
 from tests.support import malformed
+from tests.support.faults import SLOW
 from tests.support.tokenizers import byte_tokenizer
 
-SLOW = os.environ.get("DPO_FAST_SLOW") == "1"
 TOKENIZER = byte_tokenizer(bos=True)
 
 
@@ -80,7 +80,7 @@ def test_what_is_altered_is_made_again(load, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SLOW, reason="300 alterations: set DPO_FAST_SLOW=1")
+@SLOW
 def test_alterations_by_the_hundred(load, tmp_path, capsys):
     survives(load, tmp_path, capsys, 300, seed=2)
 
