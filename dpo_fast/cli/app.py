@@ -216,9 +216,17 @@ def data(
     config: Config,
     overrides: Overrides = None,
     examples: Annotated[int, typer.Option(min=0, help="rows to show")] = 3,
+    html: Annotated[
+        Path | None, typer.Option(help="write a page with histograms to this file", metavar="FILE")
+    ] = None,
 ) -> None:
-    """Show what would be trained on: counts, lengths, drops, truncation, and marked examples."""
+    """Show what would be trained on: counts, lengths, drops, truncation, quality, marked examples.
+
+    Quality: repetitions, contradictions, what gives labels away by form, languages, and labels to doubt
+    where log-probs of a reference are stored.
+    """
     run = load(config, overrides)
+    from dpo_fast.data.quality_notes import render_quality
     from dpo_fast.data.report import render_examples, render_report
     from dpo_fast.training.console import quiet
 
@@ -230,7 +238,27 @@ def data(
         console.rule(f"{name}: {len(pairs)} {pairs.kind.name}")
         if name == "train" or not pairs.report.held_out:  # a held-out split shares train's report
             render_report(pairs.report, console)
+    quality = _quality(run, prepared, tokenizer)
+    console.rule("quality")
+    render_quality(quality, console)
     render_examples(prepared["train"], tokenizer, console, n=examples)
+    if html is not None:
+        from dpo_fast.report.data_page import write_data_page
+
+        reports = {"train": prepared["train"].report}
+        typer.echo(write_data_page(html, f"Data of {config}", reports, quality))
+
+
+def _quality(run, prepared: dict, tokenizer):
+    """What `dpo_fast.data.quality` finds, with the log-probs of a reference where some are there."""
+    from dpo_fast.data.quality import measure
+    from dpo_fast.references.at_hand import logps_at_hand
+
+    folder = Path(run.reference.cache_dir or Path(run.train.output_dir) / "reference")
+    train = prepared["train"]
+    return measure(
+        train, prepared.get("eval"), tokenizer, logps_at_hand(folder.expanduser(), train)
+    )
 
 
 @app.command()

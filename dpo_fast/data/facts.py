@@ -72,7 +72,7 @@ def _hashes(values_T: np.ndarray, sizes_P: np.ndarray) -> np.ndarray:
     """Of each run of tokens: a sum over them of token times a power that tells the place, mod 2^64."""
     ends_P = np.cumsum(sizes_P)
     place_T = np.arange(len(values_T)) - np.repeat(ends_P - sizes_P, sizes_P)
-    mixed_T = mix(values_T.astype(np.uint64) + mix(place_T.astype(np.uint64)))
+    mixed_T = mix(values_T.astype(np.uint64) + place_T.astype(np.uint64) * _PRIME)
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mixed_T, dtype=np.uint64)])
     return mix(sums[ends_P] - sums[ends_P - sizes_P] + sizes_P.astype(np.uint64))
 
