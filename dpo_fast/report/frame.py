@@ -78,11 +78,12 @@ class Frame:
         return line + write(self.right - 2, y + (11 if y < TOP + 14 else -4), label, "hint", "end")
 
     def svg(self, title: str, content: str, percent: bool = False) -> str:
-        """The whole picture. The script of the page reads the attributes."""
+        """The whole picture, well-formed XML. The script of the page reads the attributes."""
+        share = ' data-percent="yes"' if percent else ""
         return (
             f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{text(title)}" '
             f'data-left="{LEFT}" data-right="{self.right}" data-first="{self.first:.10g}" '
-            f'data-last="{self.last:.10g}"{" data-percent" if percent else ""}>{content}'
+            f'data-last="{self.last:.10g}"{share}>{content}'
             f'<line class="cursor" y1="{TOP}" y2="{BOTTOM}" x1="-9" x2="-9"/></svg>'
         )
 

@@ -27,7 +27,7 @@ from dpo_fast.training.references import build_old, build_references, load_secon
 from dpo_fast.training.saver import Saver
 from dpo_fast.training.schedule import check_schedule
 from dpo_fast.training.splits import Split
-from dpo_fast.training.summary import tell_data, tell_memory, tell_model
+from dpo_fast.training.summary import skeletons_beside, tell_data, tell_memory, tell_model
 from dpo_fast.training.watch import check_kind_of_findings
 from dpo_fast.training.weights import identities
 
@@ -94,10 +94,11 @@ def prepare(config: RunConfig, choices: Choices | None = None) -> Run:
     tell_data(config, splits, total_steps)
     ds_config = deepspeed_config(config, distributed.world_size(), train.sampler.accumulation)
     torch.manual_seed(config.train.seed)
+    beside = skeletons_beside(config)
     keep_alive = shard_while_loading(config, ds_config)
     model = load_policy(config, choices, tokenizer, splits)
     tell_model(model)
-    tell_memory(config, model)
+    tell_memory(config, model, beside)
     engine = build_engine(config, model, ds_config, total_steps)
     dtype = config.model.torch_dtype
     check_separation(engine, config.train.layout, len(tokenizer), engine.device, dtype)

@@ -71,18 +71,25 @@ def tell_model(model: ScoringModel) -> None:
     say(f"{type(model.causal_lm).__name__} with {_count(whole)} parameters{part}")
 
 
-def tell_memory(config: RunConfig, policy: ScoringModel) -> None:
-    """Say what computes the head and why, and what a rank's memory goes to."""
+def skeletons_beside(config: RunConfig) -> dict:
+    """The second models of the run, without weights. Before transformers is told to shard what it loads."""
+    return {
+        model: load_skeleton(model.section(config.model), model.named_by)
+        for model in config.second_models
+    }
+
+
+def tell_memory(config: RunConfig, policy: ScoringModel, beside: dict) -> None:
+    """Say what computes the head and why, and what a rank's memory goes to.
+
+    beside: what `skeletons_beside` gives.
+    """
     device, world = distributed.device(), distributed.world_size()
     choice = choose_implementation(
         "linear_logp", device, config.model.torch_dtype, config.train.implementation
     )
     say(f"head {choice.name}: {choice.reason}")
     workspace = head_plan(config, policy, choice.name, device).bytes
-    beside = {
-        model: load_skeleton(model.section(config.model), model.named_by)
-        for model in config.second_models
-    }
     say(memory_line(config, sizes_of(policy, beside, workspace), world, device))
 
 
