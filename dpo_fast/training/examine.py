@@ -57,14 +57,12 @@ class Row:
         if not _finite(self.rewards):
             return f"rewards that are {_odd(self.rewards)} though its log-probs are finite"
         if not self.shares_loss and not _finite([self.loss]):
-            with_columns = ", ".join(f"{name} {value:g}" for name, value in self.columns.items())
-            return f"a loss that is {_odd([self.loss])}" + (
-                with_columns and f", with {with_columns}"
-            )
-        blamed = self.gradient is not None and _finite(
-            [self.loss]
-        )  # such a loss makes any gradient NaN
-        return f"a gradient of {self.gradient} that is not" if blamed else None
+            columns = ", ".join(f"{name} {value:g}" for name, value in self.columns.items())
+            columns = f", with {columns}" if columns else ""
+            return f"a loss that is {_odd([self.loss])}{columns}"
+        if self.gradient is None or not _finite([self.loss]):  # such a loss makes any gradient NaN
+            return None
+        return f"a gradient of {self.gradient} that is not"
 
     def as_json(self) -> dict[str, Any]:
         """Values that are not finite as text, since JSON has none."""

@@ -79,9 +79,11 @@ def message(run: Run, place: Place, rows: list[Row], file: Path) -> str:
     faulty = [row.where for row in rows if row.fault]
     diverged = len(faulty) == len(rows) and place.step > 0
     cause = "All rows have them, so the weights have probably diverged. " if diverged else ""
+    few = faulty if 2 * len(faulty) <= len(rows) else []
     return (
         f"{many} not taken, because the loss or the gradient is not finite. {findings(place, rows)}. "
-        f"{cause}{file} has all rows. {way_on(run, faulty if 2 * len(faulty) <= len(rows) else [])}"
+        f"{cause}{file} has all rows, and `dpo-fast replay {file.parent}` takes the step again. "
+        f"{way_on(run, few)}"
     )
 
 
