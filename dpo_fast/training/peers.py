@@ -71,7 +71,7 @@ class Peers:
 
     def __init__(self, rank: int, store, silence: float) -> None:
         self.rank, self.store, self.silence = rank, store, silence
-        self.beat = min(1.0, silence / 8)
+        self.beat = min(10.0, silence / 8)  # a killed rank is known without it
         self.host, self.verdict = socket.gethostname(), None
         self._decided, self._leaving = threading.Event(), threading.Event()
         self._all_gone, self._lock = threading.Event(), threading.Lock()
@@ -156,7 +156,7 @@ class Peers:
                 else:
                     self._read(self.links[key.fileobj])
             now = time.monotonic()
-            if now - looked > self.beat + min(5.0, self.silence / 2):  # this process was stopped
+            if now - looked > min(5.0, self.silence / 2):  # this process was stopped
                 for link in self.links.values():
                     link.heard = now
             looked = now

@@ -25,6 +25,7 @@ IF_FREE = tuple(
 )
 # A terminal sends Ctrl-C to every process, and torchrun passes it on: a rank has it twice.
 SAME_SECONDS = 1.0
+AGAIN_SECONDS = 3.0  # an exception that has ended nothing by then is raised again
 PATIENCE = 3  # the third Ctrl-C no longer waits
 
 
@@ -76,11 +77,21 @@ def stop_at_once(remedy: str) -> Iterator[None]:
     remedy: what is kept, and how to go on.
     """
 
+    over = threading.Event()
+
     def end(name: str) -> None:
+        threading.Thread(target=again, args=[getattr(signal, name)], daemon=True).start()
         raise StopNow(name)
 
+    def again(number: int) -> None:  # Python drops what is raised in a __del__ or a callback
+        if not over.wait(AGAIN_SECONDS):
+            os.kill(os.getpid(), number)
+
     with _told_as_interruption(remedy), _handled(_Heard(end)):
-        yield
+        try:
+            yield
+        finally:
+            over.set()
 
 
 @contextlib.contextmanager

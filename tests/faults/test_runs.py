@@ -136,7 +136,7 @@ def test_a_signal_is_followed_by_a_checkpoint(undisturbed, launcher, whom, name)
 
 
 @SLOW
-@pytest.mark.parametrize("delay", [2, 4, 6, 8, 10, 12, 15])
+@pytest.mark.parametrize("delay", [3, 7, 11, 14, 17, 20, 25])
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_signals_while_a_run_begins(undisturbed, delay, name):
     """Imports, tokenising in processes, loading, the reference: no process stays, and it can go on."""
@@ -151,7 +151,8 @@ def test_signals_while_a_run_begins(undisturbed, delay, name):
     took = run.ranks_end(60)
     run.ends(60)
     print(f"{name} after {delay} s: ended after {took:.1f} s, code {run.code}, step {run.steps()}")
-    assert run.code in (130, 1, 143, 0), run.said()[-3000:]
+    # Until a command has imported what it needs, a signal ends it as it ends any program.
+    assert run.code in (130, 143, -signal.SIGTERM, 1, 0), run.said()[-3000:]
     if run.code == 130:
         assert "Traceback" not in run.said(), run.said()[-3000:]
     resumed_as_undisturbed(undisturbed, tree)

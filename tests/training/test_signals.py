@@ -79,6 +79,23 @@ def test_handlers_come_back_after_an_error_and_before_training_a_signal_ends_at_
             pytest.fail("swallowed")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_end_that_python_drops_comes_again(monkeypatch):
+    """As in a __del__ of a module that is imported."""
+    monkeypatch.setattr(signals, "AGAIN_SECONDS", 0.2)
+    monkeypatch.setattr(signals, "SAME_SECONDS", 0.1)
+
+    class Drops:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted), signals.stop_at_once(""):
+        Drops()
+        for _ in range(200):
+            time.sleep(0.05)
+        pytest.fail("not ended")
+
+
 def test_what_is_ignored_or_taken_by_others_stays_so():
     """nohup has SIGHUP ignored; submitit has its own handler of SIGUSR2."""
     got = []
