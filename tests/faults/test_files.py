@@ -15,6 +15,7 @@ import pyarrow
 import pytest
 
 from dpo_fast.data.config import DataConfig
+from dpo_fast.data.dataset import load_examples
 from dpo_fast.data.files import read_file
 from dpo_fast.data.sources import FileSource, SavedSource
 from dpo_fast.data.stream import ExampleStream
@@ -344,3 +345,49 @@ def test_rows_of_a_source_are_counted_as_they_are_read(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(GOOD + '{"a": "' + "x" * 5000 + '"}\n\n' + GOOD)
     assert FileSource(path).count(BadRows("skip", 1000)) == 3
+
+
+def test_a_name_that_is_no_unicode(tmp_path):
+    (tmp_path / "rows").mkdir()
+    with open(os.fsencode(tmp_path / "rows") + b"/\xff\x1b[31m.jsonl", "w") as file:
+        file.write(GOOD)
+    config = DataConfig(train=str(tmp_path / "rows"), cache_dir=str(tmp_path / "cache"))
+    examples = load_examples(config, TOKENIZER, split="train")
+    assert examples.where(0).endswith("\\udcff\\x1b[31m.jsonl:1")
+    assert load_examples(config, TOKENIZER, split="train").fingerprint == examples.fingerprint
+
+
+def stored_and_streamed(folder: Path, count: int, seed: int) -> None:
+    """A stored data set refuses what a stream refuses, and has the same examples."""
+    for index, (suffix, content) in enumerate(malformed.cases(malformed.bad_file, count, seed)):
+        (folder / f"a{suffix}").write_bytes(content)
+        options = {"train": str(folder / f"a{suffix}"), "on_bad_row": ("skip", "error")[index % 2]}
+        found = []
+        for read in (_stored, _streamed):
+            try:
+                found.append(read(DataConfig(**options, cache_dir=str(folder / str(index)))))
+            except UserError as error:
+                found.append(str(error).partition(": ")[0])
+        assert found[0] == found[1], index
+
+
+def _stored(config: DataConfig) -> list:
+    examples = load_examples(config, TOKENIZER, split="train")
+    return [examples[place]["prompt_ids"] for place in range(len(examples))]
+
+
+def _streamed(config: DataConfig) -> list:
+    chunk = ExampleStream(
+        config.model_copy(update={"streaming": True, "stream_buffer": 1000}), TOKENIZER
+    ).read()
+    return [chunk[place]["prompt_ids"] for place in range(len(chunk))]
+
+
+def test_stored_and_streamed_agree(tmp_path):
+    stored_and_streamed(tmp_path, 30, seed=3)
+
+
+@pytest.mark.slow
+@SLOW
+def test_stored_and_streamed_agree_by_the_hundred(tmp_path):
+    stored_and_streamed(tmp_path, 500, seed=4)
