@@ -251,8 +251,8 @@ def test_a_long_row_is_passed_over(tmp_path):
 
 
 def test_the_default_follows_max_length():
-    sizes = [DataConfig(train="a", max_length=length).row_bytes for length in (64, 10**6)]
-    assert sizes == [2**20, 64 * 10**6]
+    sizes = [DataConfig(train="a", max_length=length).row_bytes for length in (64, 10**6, 2**50)]
+    assert sizes == [2**20, 64 * 10**6, 2**30]
     assert DataConfig(train="a", max_row_bytes=5).row_bytes == 5
 
 
