@@ -4,6 +4,8 @@ import gzip
 import json
 import math
 import os
+import random
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +19,7 @@ import pytest
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.dataset import load_examples
 from dpo_fast.data.files import read_file
-from dpo_fast.data.sources import FileSource, SavedSource
+from dpo_fast.data.sources import FileSource, SavedSource, resolve
 from dpo_fast.data.stream import ExampleStream
 from dpo_fast.data.verdicts import KINDS_KEPT, BadRows, Tally
 from dpo_fast.errors import LONGEST, UserError
@@ -103,6 +105,32 @@ def sound(line: bytes) -> dict:
     return row
 
 
+def check_saved(folder: Path, count: int, seed: int) -> Counter:
+    """The same for folders that `datasets` has saved: each ends in rows or in one message."""
+    data = datasets.Dataset.from_list([malformed.sound_row(index) for index in range(50)])
+    data.save_to_disk(str(folder / "plain"))
+    datasets.DatasetDict(train=data, test=data).save_to_disk(str(folder / "splits"))
+    counts: Counter = Counter()
+    for index in range(count):
+        draw = random.Random(seed * 1_000_003 + index)
+        spoiled = folder / "spoiled"
+        shutil.copytree(folder / draw.choice(("plain", "splits")), spoiled)
+        malformed.spoil(draw, spoiled)
+        try:
+            for source in resolve([str(spoiled)], "train"):
+                assert source.identity()
+                counts["datasets", len(list(source.rows(BadRows("skip")))) < 50] += 1
+        except UserError as error:
+            assert len(str(error)) < 2000, index
+            counts["datasets", True] += 1
+        shutil.rmtree(spoiled)
+    return counts
+
+
+def test_a_sample_of_spoiled_folders(tmp_path):
+    assert check_saved(tmp_path, 40, seed=1)["datasets", True] > 20
+
+
 def test_a_sample_of_malformed_ones(tmp_path):
     """In this process: before Arrow validated what it reads, one of thirty Arrow files ended it."""
     with grown(mib=400):
@@ -114,9 +142,9 @@ def test_a_sample_of_malformed_ones(tmp_path):
 THOUSANDS = """
 import sys
 from pathlib import Path
-from tests.faults.test_files import check, grown
+from tests.faults.test_files import check, check_saved, grown
 with grown(mib=600):
-    counts = check(Path(sys.argv[1]), 10_000, seed=2)
+    counts = check(Path(sys.argv[1]), 10_000, seed=2) + check_saved(Path(sys.argv[1]), 1000, seed=2)
 for key, count in sorted(counts.items()):
     print(*key, count)
 """
