@@ -29,6 +29,7 @@ from dpo_fast.data.tokenise import RowTokeniser, Tokenised
 from dpo_fast.data.verdicts import BadRow, BadRows, Dropped, Verdict, bad_row_error
 from dpo_fast.errors import UserError
 from dpo_fast.progress import shown
+from dpo_fast.wording import printable
 
 BATCH = 1000
 MANY = 20_000  # rows that take more than a few seconds
@@ -146,7 +147,7 @@ def _checked_rows(part: Part, report: DataReport, seen: OneKind) -> Iterator[dic
                 row = parse_row(where, raw, config, unused)
                 text = _to_json(row)
                 seen.see(where, row.kind, row.is_chat)
-                yield {"where": where, "row": text}
+                yield {"where": printable(where), "row": text}
                 checked += 1
             except BadRow as verdict:
                 bad.reject(where, part.told(verdict))

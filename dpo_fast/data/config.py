@@ -27,6 +27,8 @@ TEMPLATE_ARGUMENTS = (
     *("add_generation_prompt", "continue_final_message", "return_dict", "return_tensors"),
     *("padding", "truncation", "max_length", "return_assistant_tokens_mask", "tokenizer_kwargs"),
 )
+LARGEST_DEFAULT = 1 << 30  # bytes of a row, however long max_length is
+MOST_WORKERS = 1024
 COLUMNS = (
     "prompt",
     *(answer for kind in KINDS for answer in kind.answers),
@@ -215,7 +217,8 @@ class DataConfig(BaseModel):
     @property
     def row_bytes(self) -> int:
         """Bytes of a row, at most: max_row_bytes, or its default."""
-        return self.max_row_bytes or max(64 * self.max_length, DEFAULT_ROW_BYTES)
+        default = min(max(64 * self.max_length, DEFAULT_ROW_BYTES), LARGEST_DEFAULT)
+        return self.max_row_bytes or default
 
     @property
     def prompt_reserve(self) -> int:
@@ -278,6 +281,10 @@ def _check_sizes(config: DataConfig) -> None:
         value = getattr(config, option)
         if value is not None and value < minimum:
             raise ValueError(f"data.{option}={value} must be at least {minimum}")
+    if config.workers > MOST_WORKERS:
+        raise ValueError(
+            f"data.workers={config.workers} is more than {MOST_WORKERS}; set it to the number of cores"
+        )
     if config.max_prompt_length is not None and config.max_prompt_length >= config.max_length:
         raise ValueError(
             f"data.max_prompt_length={config.max_prompt_length} leaves no room for a completion "

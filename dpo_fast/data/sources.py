@@ -6,6 +6,7 @@ import difflib
 import glob
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -231,7 +232,8 @@ def _hash_files(paths: list[Path]) -> str:
     for path in paths:
         try:
             with open(path, "rb") as file:
-                digest.update(f"{path.name}:{path.stat().st_size}:".encode())
+                name = os.fsencode(path.name)  # which need not be Unicode
+                digest.update(name + f":{path.stat().st_size}:".encode())
                 for chunk in iter(lambda: file.read(1 << 20), b""):
                     digest.update(chunk)
         except OSError as error:

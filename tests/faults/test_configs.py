@@ -72,6 +72,10 @@ FAULTS = {
     "1": ("data: {streaming: 1}", "data.streaming=1: expected true or false"),
     "1, or text": ("train: {resume_from_checkpoint: 1}", "=1: expected true or false"),
     "1.0e+30": ("train: {global_batch_size: 1.0e+30}", "train.global_batch_size=1e+30 is out of"),
+    "a million processes": (
+        "data: {train: a, workers: 1000000}",
+        "data.workers=1000000 is more than",
+    ),
     "of 400 digits": (f"train: {{learning_rate: {'9' * 400}}}", "train.learning_rate=9999"),
     "escape": ('model: "\\e]0;x\\a"', "\\x1b]0;x\\x07"),
     "not UTF-8": (b"model: \xff", "run.yaml cannot be read"),

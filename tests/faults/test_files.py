@@ -4,6 +4,8 @@ import gzip
 import json
 import math
 import os
+import random
+import shutil
 import subprocess
 import sys
 import time
@@ -15,8 +17,9 @@ import pyarrow
 import pytest
 
 from dpo_fast.data.config import DataConfig
+from dpo_fast.data.dataset import load_examples
 from dpo_fast.data.files import read_file
-from dpo_fast.data.sources import FileSource, SavedSource
+from dpo_fast.data.sources import FileSource, SavedSource, resolve
 from dpo_fast.data.stream import ExampleStream
 from dpo_fast.data.verdicts import KINDS_KEPT, BadRows, Tally
 from dpo_fast.errors import LONGEST, UserError
@@ -102,6 +105,32 @@ def sound(line: bytes) -> dict:
     return row
 
 
+def check_saved(folder: Path, count: int, seed: int) -> Counter:
+    """The same for folders that `datasets` has saved: each ends in rows or in one message."""
+    data = datasets.Dataset.from_list([malformed.sound_row(index) for index in range(50)])
+    data.save_to_disk(str(folder / "plain"))
+    datasets.DatasetDict(train=data, test=data).save_to_disk(str(folder / "splits"))
+    counts: Counter = Counter()
+    for index in range(count):
+        draw = random.Random(seed * 1_000_003 + index)
+        spoiled = folder / "spoiled"
+        shutil.copytree(folder / draw.choice(("plain", "splits")), spoiled)
+        malformed.spoil(draw, spoiled)
+        try:
+            for source in resolve([str(spoiled)], "train"):
+                assert source.identity()
+                counts["datasets", len(list(source.rows(BadRows("skip")))) < 50] += 1
+        except UserError as error:
+            assert len(str(error)) < 2000, index
+            counts["datasets", True] += 1
+        shutil.rmtree(spoiled)
+    return counts
+
+
+def test_a_sample_of_spoiled_folders(tmp_path):
+    assert check_saved(tmp_path, 40, seed=1)["datasets", True] > 20
+
+
 def test_a_sample_of_malformed_ones(tmp_path):
     """In this process: before Arrow validated what it reads, one of thirty Arrow files ended it."""
     with grown(mib=400):
@@ -113,9 +142,9 @@ def test_a_sample_of_malformed_ones(tmp_path):
 THOUSANDS = """
 import sys
 from pathlib import Path
-from tests.faults.test_files import check, grown
+from tests.faults.test_files import check, check_saved, grown
 with grown(mib=600):
-    counts = check(Path(sys.argv[1]), 10_000, seed=2)
+    counts = check(Path(sys.argv[1]), 10_000, seed=2) + check_saved(Path(sys.argv[1]), 1000, seed=2)
 for key, count in sorted(counts.items()):
     print(*key, count)
 """
@@ -250,8 +279,8 @@ def test_a_long_row_is_passed_over(tmp_path):
 
 
 def test_the_default_follows_max_length():
-    sizes = [DataConfig(train="a", max_length=length).row_bytes for length in (64, 10**6)]
-    assert sizes == [2**20, 64 * 10**6]
+    sizes = [DataConfig(train="a", max_length=length).row_bytes for length in (64, 10**6, 2**50)]
+    assert sizes == [2**20, 64 * 10**6, 2**30]
     assert DataConfig(train="a", max_row_bytes=5).row_bytes == 5
 
 
@@ -344,3 +373,49 @@ def test_rows_of_a_source_are_counted_as_they_are_read(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(GOOD + '{"a": "' + "x" * 5000 + '"}\n\n' + GOOD)
     assert FileSource(path).count(BadRows("skip", 1000)) == 3
+
+
+def test_a_name_that_is_no_unicode(tmp_path):
+    (tmp_path / "rows").mkdir()
+    with open(os.fsencode(tmp_path / "rows") + b"/\xff\x1b[31m.jsonl", "w") as file:
+        file.write(GOOD)
+    config = DataConfig(train=str(tmp_path / "rows"), cache_dir=str(tmp_path / "cache"))
+    examples = load_examples(config, TOKENIZER, split="train")
+    assert examples.where(0).endswith("\\udcff\\x1b[31m.jsonl:1")
+    assert load_examples(config, TOKENIZER, split="train").fingerprint == examples.fingerprint
+
+
+def stored_and_streamed(folder: Path, count: int, seed: int) -> None:
+    """A stored data set refuses what a stream refuses, and has the same examples."""
+    for index, (suffix, content) in enumerate(malformed.cases(malformed.bad_file, count, seed)):
+        (folder / f"a{suffix}").write_bytes(content)
+        options = {"train": str(folder / f"a{suffix}"), "on_bad_row": ("skip", "error")[index % 2]}
+        found = []
+        for read in (_stored, _streamed):
+            try:
+                found.append(read(DataConfig(**options, cache_dir=str(folder / str(index)))))
+            except UserError as error:
+                found.append(str(error).partition(": ")[0])
+        assert found[0] == found[1], index
+
+
+def _stored(config: DataConfig) -> list:
+    examples = load_examples(config, TOKENIZER, split="train")
+    return [examples[place]["prompt_ids"] for place in range(len(examples))]
+
+
+def _streamed(config: DataConfig) -> list:
+    chunk = ExampleStream(
+        config.model_copy(update={"streaming": True, "stream_buffer": 1000}), TOKENIZER
+    ).read()
+    return [chunk[place]["prompt_ids"] for place in range(len(chunk))]
+
+
+def test_stored_and_streamed_agree(tmp_path):
+    stored_and_streamed(tmp_path, 30, seed=3)
+
+
+@pytest.mark.slow
+@SLOW
+def test_stored_and_streamed_agree_by_the_hundred(tmp_path):
+    stored_and_streamed(tmp_path, 500, seed=4)

@@ -59,12 +59,7 @@ def damaged(draw: random.Random, content: str) -> bytes:
     """A file with values of other types in it, or with altered bytes."""
     if draw.random() < 0.4:
         return malformed.altered(draw, content.encode())
-    places = [index for index, letter in enumerate(content) if letter in ":["]
-    place = draw.choice(places) + 1
-    ends = [content.find(mark, place) for mark in ",}]\n"]
-    end = min((each for each in ends if each > 0), default=len(content))
-    value = draw.choice([*malformed.VALUES, json.dumps(HTML)])
-    return (content[:place] + " " + value + content[end:]).encode("utf-8", "surrogatepass")
+    return malformed.other_value(draw, content)
 
 
 def check(run, tmp_path, count: int, seed: int) -> int:
@@ -98,7 +93,7 @@ def test_a_full_disk(run):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
-        with pytest.raises(UserError, match=r"report.html cannot be written: .* dpo-fast report"):
+        with pytest.raises(UserError, match="report.html cannot be written: "):
             write_report(run)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

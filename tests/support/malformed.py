@@ -13,6 +13,7 @@ import json
 import random
 import struct
 from collections.abc import Callable
+from pathlib import Path
 
 import pyarrow
 from pyarrow import parquet
@@ -190,6 +191,24 @@ def bad_file(draw: random.Random) -> tuple[str, bytes]:
         content = gzip.compress(content, 1)
         content = altered(draw, content) if draw.random() < 0.5 else content
     return suffix, content
+
+
+def other_value(draw: random.Random, text: str) -> bytes:
+    """JSON or YAML with a value of another type in the place of one of its values."""
+    places = [index for index, letter in enumerate(text) if letter in ":["] or [0]
+    place = draw.choice(places) + 1
+    ends = [text.find(mark, place) for mark in ",}]\n"]
+    end = min((each for each in ends if each > 0), default=len(text))
+    return f"{text[:place]} {draw.choice(VALUES)}{text[end:]}".encode("utf-8", "surrogatepass")
+
+
+def spoil(draw: random.Random, folder: Path) -> None:
+    """Alters one file of a folder, in its bytes or, where it is JSON, in its values."""
+    file = draw.choice(sorted(each for each in folder.rglob("*") if each.is_file()))
+    if file.suffix == ".json" and draw.random() < 0.5:
+        file.write_bytes(other_value(draw, file.read_text()))
+    else:
+        file.write_bytes(altered(draw, file.read_bytes()))
 
 
 SOUND_CONFIG = """\
