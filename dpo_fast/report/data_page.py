@@ -1,9 +1,8 @@
-"""The page of `dpo-fast data --html`: findings, histograms, rules by form, scripts. One file, offline."""
+"""The page of `dpo-fast data --html`: what stands out, histograms, rules by form, scripts. One file."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from html import escape
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,26 +13,11 @@ from dpo_fast.data.report import DataReport
 from dpo_fast.durable import write_file, writing
 from dpo_fast.health import History, examine
 from dpo_fast.report.data import data_section
-from dpo_fast.report.scale import tick_labels, ticks
-from dpo_fast.report.style import STYLE
-from dpo_fast.wording import printable
+from dpo_fast.report.histogram import Histogram, Part, count, draw_histogram, edges
+from dpo_fast.report.markup import table, text
+from dpo_fast.report.page import document
 
-BARS = 40
-WIDTH, HEIGHT = 400, 200
-LEFT, RIGHT, TOP, BOTTOM = 46, 388, 12, 170
-TITLES = {
-    "prompt": "Tokens of prompts",
-    "answer": "Scored tokens of answers",
-    "chosen": "Scored tokens of chosen answers",
-    "rejected": "Scored tokens of rejected answers",
-    "chosen less rejected": "Tokens that the chosen answer has more",
-}
-TONES = {"chosen": "chosen", "rejected": "rejected"}
-MORE = """
-.bars rect { fill: var(--tone, var(--train)); }
-.findings.plain li { background: none; border-left-color: var(--edge); }
-tr.gives td { font-weight: 600; color: var(--alert); }
-"""
+ANSWERS = ("chosen", "rejected", "answer")
 
 
 def write_data_page(
@@ -52,97 +36,92 @@ def write_data_page(
 
 def data_page(title: str, reports: Mapping[str, DataReport], quality: Quality) -> str:
     """The whole HTML document."""
-    title = printable(title)
     sections = [
-        f'<header><h1>{escape(title)}</h1><p class="sub">{quality.rows:,} {escape(quality.kind)}</p>'
-        "</header>",
+        f'<header><h1>{text(title)}</h1><p class="sub">{quality.rows:,} {quality.kind}</p></header>',
         _findings(quality),
-        _histograms(quality),
+        _distributions(quality),
         _rules(quality),
         *(data_section(report) for report in reports.values()),
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f"<title>{escape(title)}</title>\n"
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<style>{STYLE}{MORE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    return document(title, sections)
 
 
 def _findings(quality: Quality) -> str:
+    """What the health of a run would say of the data alone, then all that was counted."""
     history = History()
     history.add({"step": 0, **as_health_facts(quality)})
     found = [check.finding for check in examine(history) if check.finding]
-    alerts = "".join(f"<li>{escape(finding)}</li>" for finding in found)
+    alerts = "".join(f"<li>{text(finding)}</li>" for finding in found)
     alerts = f'<ul class="findings">{alerts}</ul>' if found else ""
-    plain = "".join(f"<li>{escape(note.removeprefix('- '))}</li>" for note in notes(quality))
+    plain = "".join(f"<li>{text(note.removeprefix('- '))}</li>" for note in notes(quality))
     return f'<section><h2>What stands out</h2>{alerts}<ul class="notes">{plain}</ul></section>'
 
 
-def _histograms(quality: Quality) -> str:
-    drawn = [
-        _figure(TITLES[name], values, TONES.get(name, "plain"))
-        for name, values in quality.lengths.items()
-        if len(values)
-    ]
+def _distributions(quality: Quality) -> str:
+    lengths = dict(quality.lengths)
+    kind = quality.kind
+    drawn = [_histogram("Prompts", {"": lengths.pop("prompt")}, "tokens", "prompts")]
+    sides = {name: lengths.pop(name) for name in ANSWERS if name in lengths}
+    drawn.append(_histogram("Answers", sides, "scored tokens", "answers"))
+    for name, values in lengths.items():
+        drawn.append(_histogram(f"Length, {name}", {"": values}, "scored tokens", kind))
     if quality.ratios is not None:
-        title = "Nats a token by which the reference prefers the chosen answer"
-        drawn.append(_figure(title, quality.ratios, "plain"))
-    counts = quality.scripts.most_common()
-    rows = "".join(
-        f'<tr><td>{escape(name)}</td><td class="n">{count:,}</td></tr>' for name, count in counts
-    )
-    scripts = f'<div class="card"><h3>Scripts of prompts</h3><table>{rows}</table></div>'
-    return f'<section><h2>Distributions</h2><div class="grid-of">{"".join(drawn)}{scripts}</div></section>'
+        title = "How far the reference prefers the chosen answer"
+        drawn.append(_histogram(title, {"": quality.ratios}, "nats a token", kind, whole=False))
+    scripts = [[text(name), f"{number:,}"] for name, number in quality.scripts.most_common()]
+    drawn.append(f'<div class="card">{table(("script of the prompt", kind), scripts, (1,))}</div>')
+    figures = "".join(drawn)
+    return f'<section><h2>Distributions</h2><div class="grid-of">{figures}</div></section>'
 
 
-def _figure(title: str, values: np.ndarray, tone: str) -> str:
-    """A histogram up to the 99th percentile on either side; what lies beyond is in the outer bars."""
-    values = values[np.isfinite(values)]
-    low, high = np.percentile(values, [0 if values.min() >= 0 else 1, 99])
-    low, high = float(min(low, 0.0)), float(max(high, low + 1e-9))
-    counts, edges = np.histogram(np.clip(values, low, high), bins=BARS, range=(low, high))
-    scale = (BOTTOM - TOP) / max(counts.max(), 1)
-    wide = (RIGHT - LEFT) / BARS
-    bars = "".join(
-        f'<rect x="{LEFT + place * wide:.1f}" y="{BOTTOM - count * scale:.1f}" width="{wide - 1:.1f}" '
-        f'height="{count * scale:.1f}"><title>{edges[place]:.3g} to {edges[place + 1]:.3g}: {count:,}'
-        "</title></rect>"
-        for place, count in enumerate(counts.tolist())
-        if count
+def _histogram(
+    title: str, parts: Mapping[str, np.ndarray], across: str, of: str, whole: bool = True
+) -> str:
+    """A figure; all parts have the same bins."""
+    kept = {name: np.sort(values[np.isfinite(values)]) for name, values in parts.items()}
+    values = np.sort(np.concatenate(list(kept.values())))
+    if not len(values):
+        return ""
+    first, width, bins = edges(values.tolist())
+    if whole and width < 1:
+        first, width, bins = float(np.floor(first)), 1.0, int(values[-1] - np.floor(first)) + 1
+    drawn = draw_histogram(
+        Histogram(
+            title,
+            "",
+            [_part(name, found.tolist(), first, width, bins) for name, found in kept.items()],
+            first,
+            width,
+            across,
+            of,
+            open_below=bool(values[0] < first),
+            open_above=bool(values[-1] >= first + bins * width),
+            whole=whole,
+        )
     )
-    marks = ticks(low, high)
-    labels = "".join(
-        f'<text x="{LEFT + (RIGHT - LEFT) * (mark - low) / (high - low):.1f}" y="{BOTTOM + 15}" '
-        f'text-anchor="middle">{label}</text>'
-        for mark, label in zip(marks, tick_labels(marks))
-    )
-    middle = float(np.median(values))
-    note = f"{len(values):,} values, median {middle:,.4g}, greatest {values.max():,.4g}"
+    note = f"Median {float(np.median(values)):,.4g}, greatest {float(values[-1]):,.4g}."
     return (
-        f'<figure class="card"><figcaption style="min-height:0"><h3>{escape(title)}</h3><p>{note}</p>'
-        f'</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
-        f'<g class="bars {tone}">{bars}</g><line class="axis" x1="{LEFT}" x2="{RIGHT}" y1="{BOTTOM}" '
-        f'y2="{BOTTOM}"/>{labels}</svg></figure>'
+        f'<figure class="card"><figcaption><h3>{text(title)}</h3><p>{note}</p></figcaption>'
+        f"{drawn}</figure>"
     )
+
+
+def _part(name: str, values: Sequence[float], first: float, width: float, bins: int) -> Part:
+    tone = name if name in ("chosen", "rejected") else "plain"
+    return Part(name, tone, count(values, first, width, bins))
 
 
 def _rules(quality: Quality) -> str:
     rules = [rule for rule in quality.rules if rule.pairs]
     if not rules:
         return ""
-    rows = "".join(
-        f'<tr class="{"gives" if rule.gives_away else ""}">'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in cells(rule))
-        + "</tr>"
+    rows = [
+        [f"<b>{text(cell)}</b>" if rule.gives_away else text(cell) for cell in cells(rule)]
         for rule in rules
-    )
-    head = "".join(f"<th>{escape(name)}</th>" for name in HEADS)
+    ]
     return (
-        '<section><h2>Does form give the label away?</h2><p class="legend">Pairs in which one answer alone '
-        "has something, and how often a rule that goes by it finds the label.</p>"
-        f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+        '<section><h2>Does form give the label away?</h2><p class="legend">Pairs in which one answer '
+        "alone has something, and how often a rule that goes by it finds the label. Bold: often enough "
+        f'to be learnt in place of the preference.</p><div class="card">{table(HEADS, rows, (1, 3))}</div>'
         "</section>"
     )

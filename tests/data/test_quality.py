@@ -189,12 +189,8 @@ def test_the_page_is_whole_and_what_rows_say_stays_text(tmp_path):
     quality = look(tmp_path, train, logps=np.random.default_rng(0).normal(-50, 9, (128, 2)))
     source = data_page(f"Data of {HOSTILE}", {}, quality)
     tags = Tags(source).all
-    assert tags.count("figure") == 5 and tags.count("rect") > 50 and "script" not in tags
-    assert (
-        "http" not in source
-        and "src=" not in source
-        and "\x1b" not in source.partition("<body>")[2]
-    )
+    assert tags.count("figure") == 4 and tags.count("polygon") == 5 and tags.count("script") == 1
+    assert "src=" not in source and "\x1b" not in source and "<script>alert" not in source
     assert "&lt;script&gt;" in source and "28 times" in source
 
 

@@ -172,8 +172,8 @@ def test_findings_are_counted_and_told_again_in_the_report(folder, runs):
     counts = series(folder / "easy", "health/findings")
     assert counts[1] == 0 and counts[32] >= 2
     page = write_report(folder / "easy").read_text()
-    assert "The margin explodes" in page and "At step" not in page
-    assert "At step" not in write_report(folder / "well").read_text()
+    assert "The margin explodes" in page and "the run said" not in page
+    assert "the run said" not in write_report(folder / "well").read_text()
 
 
 @pytest.mark.processes
