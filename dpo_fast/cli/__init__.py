@@ -5,6 +5,7 @@ bench.py           `bench`: the benchmarks of a checkout
 config.py          `config`: the schema of configurations, and what one comes to
 later.py           PyTorch, imported when it is first used
 init.py            `init`: a configuration to begin with
+evaluate.py        `evaluate`: metrics of a model on any data
 export.py          `export`: the model out of a checkpoint
 doctor.py          what this machine can run
 doctor_run.py      what one run would use, and its memory

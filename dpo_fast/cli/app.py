@@ -17,6 +17,7 @@ from dpo_fast import __version__
 from dpo_fast.cli import bench
 from dpo_fast.cli.config import Config, Overrides, load
 from dpo_fast.cli.config import app as config_app
+from dpo_fast.cli.evaluate import evaluate
 from dpo_fast.cli.export import export
 from dpo_fast.errors import Interrupted, LostPeer, UserError
 
@@ -38,6 +39,7 @@ app = typer.Typer(
 app.add_typer(bench.app, name="bench")
 app.add_typer(config_app, name="config")
 app.command()(export)
+app.command()(evaluate)
 
 
 def _version(asked: bool) -> None:

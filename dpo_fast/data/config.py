@@ -209,6 +209,15 @@ class DataConfig(BaseModel):
         own = (getattr(entry, "format", None) for entry in self.train_entries)
         return {each or self.format for each in own}
 
+    def for_evaluation(self) -> DataConfig:
+        """What stands in `train`, to be evaluated on and not trained on."""
+        return self.model_copy(update={"eval": self.train})
+
+    @property
+    def evaluates_alone(self) -> bool:
+        """Whether this is of `for_evaluation`: nobody else may name the same twice."""
+        return self.eval == self.train
+
     @property
     def has_eval(self) -> bool:
         """Whether there is evaluation data."""

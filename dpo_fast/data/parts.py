@@ -123,13 +123,15 @@ def parts_of(config: DataConfig, role: Role) -> list[Part]:
         UserError: a name that stands for nothing, for the same as another, or for data that is used for
             training and for evaluation.
     """
-    parts = {"train": _parts(config, "train", config.train_entries)}
+    parts = {}
+    if not config.evaluates_alone:
+        parts["train"] = _parts(config, "train", config.train_entries)
     if config.eval is not None:
         parts["eval"] = _parts(config, "eval", config.eval_entries)
     for each in parts.values():
         _check_once(each)
-    _check_apart(parts["train"], parts.get("eval", []))
-    return parts[role]
+    _check_apart(parts.get("train", []), parts.get("eval", []))
+    return parts.get(role, [])
 
 
 def _check_once(parts: list[Part]) -> None:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from dpo_fast import durable
 from dpo_fast.errors import UserError
 from dpo_fast.training import distributed
-from dpo_fast.training.checkpoint_weights import read_trained
-from dpo_fast.training.checkpoints import PREFIX, check_whole, is_checkpoint, saving
+from dpo_fast.training.checkpoint_weights import read_on_main
+from dpo_fast.training.checkpoints import PREFIX, is_checkpoint, saving
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import say
 from dpo_fast.training.selection import EVALUATION, Selection, hint, selection_of
@@ -151,7 +151,7 @@ class Best:
         with saving(self.root / FILE):
             durable.write_file(self.root / FILE, json.dumps(content, indent=2) + "\n")
 
-    def weights(self, config: RunConfig, model: nn.Module, step: int) -> dict[str, Tensor] | None:
+    def weights(self, model: nn.Module, step: int) -> dict[str, Tensor] | None:
         """The trained tensors of the best checkpoint on rank 0, {} elsewhere; None for those of now.
 
         step: which the model has taken. Raises UserError if the checkpoint cannot be read.
@@ -164,9 +164,7 @@ class Best:
         )
         if self.kept.step == step and self.kept_name:
             return None
-        check_whole(self.folder)
-        folder, dtype = self.folder, config.model.torch_dtype
-        return read_trained(folder, model, dtype) if distributed.is_main() else {}
+        return read_on_main(self.folder, model)
 
     def _find(self, folder: Path) -> None:
         """Take a folder for the best checkpoint, if it is there."""

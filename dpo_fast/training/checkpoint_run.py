@@ -64,7 +64,7 @@ def export_checkpoint(checkpoint: Path, out: Path, overrides: Sequence[str] = ()
     state = read_state(checkpoint)
     check_start(checkpoint, run, state)
     model = scoring_skeleton(run.model)
-    tensors = read_trained(checkpoint, model.model, run.model.torch_dtype)
+    tensors = read_trained(checkpoint, model.model)
     aside = durable.aside(out)
     shutil.rmtree(aside, ignore_errors=True)
     with durable.writing(aside, "The checkpoint is as it was: make room, or name another folder"):

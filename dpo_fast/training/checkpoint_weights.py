@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dpo_fast.errors import UserError
 from dpo_fast.training import distributed
+from dpo_fast.training.checkpoints import check_whole
 from dpo_fast.training.tensor_files import read_tree
 
 WHOLE = "mp_rank_00_model_states.pt"
@@ -25,12 +26,11 @@ OPTIMISER_PART = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_stat
 PREFIX = "model."  # of the transformers model, or peft's, in a ScoringModel
 
 
-def read_trained(folder: Path, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+def read_trained(folder: Path, model: nn.Module) -> dict[str, Tensor]:
     """The trained tensors of a checkpoint, as `gather_trained` gives those of a run. On one rank.
 
     folder: of a checkpoint that `check_whole` has passed.
     model: tells what is trained, and which names share a Parameter; its weights are not read.
-    dtype: of the run.
 
     Raises:
         UserError: the checkpoint cannot be read, or is of another model.
@@ -52,17 +52,29 @@ def read_trained(folder: Path, model: nn.Module, dtype: torch.dtype) -> dict[str
             f"{folder} is of another model: it {what} {name}, which the configuration trains; give the "
             "configuration that it was trained with"
         )
-    copies = {key: value.to(dtype) for key, value in known.items()}
-    return {name: copies[id(value)] for name, value in trained.items()}
+    return {name: known[id(value)] for name, value in trained.items()}
 
 
-def load_trained(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Put trained tensors, which rank 0 has, into a model, sharded or whole. Collective."""
-    done: set[int] = set()
-    for name, value in model.state_dict(keep_vars=True).items():
-        if not value.requires_grad or id(value) in done:
-            continue
-        done.add(id(value))
+def read_on_main(folder: Path, model: nn.Module) -> dict[str, Tensor]:
+    """`read_trained` on rank 0; {} on the others, which raise the same errors. Collective."""
+    check_whole(folder)
+    found: dict[str, Tensor] = {}
+    distributed.from_main(lambda: found.update(read_trained(folder, model)))
+    return found
+
+
+def trained_names(model: nn.Module) -> list[str]:
+    """The names of what is trained, one of each Parameter."""
+    own = model.state_dict(keep_vars=True).items()
+    first = {id(value): name for name, value in reversed(own) if value.requires_grad}
+    return list(first.values())
+
+
+def load_trained(model: nn.Module, names: Iterable[str], state: Mapping[str, Tensor]) -> None:
+    """Put tensors of these names, which rank 0 has, into a model, sharded or whole. Collective."""
+    own = model.state_dict(keep_vars=True)
+    for name in names:
+        value = own[name]
         with _gathered(value), torch.no_grad():
             if distributed.is_main():
                 value.data.copy_(state[name])
@@ -90,7 +102,11 @@ def _tensors(engine: Path) -> Iterator[tuple[str, Tensor]]:
         return
     head = read_tree(next(engine.glob(MODEL_PARTS)), mmap=True)
     shapes = {name: shape for group in head["param_shapes"] for name, shape in group.items()}
-    yield from _joined(shapes, [_flat(file) for file in _parts(engine)])
+    for name, value in _joined(shapes, [_flat(file) for file in _parts(engine)]):
+        yield (
+            name,
+            value.to(head["module"][name].dtype),
+        )  # an empty tensor there, of the run's dtype
 
 
 def _joined(shapes: Mapping[str, torch.Size], flat: list[Tensor]) -> Iterator[tuple[str, Tensor]]:

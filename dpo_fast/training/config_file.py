@@ -44,11 +44,11 @@ def read_tree(path: str, overrides: Sequence[str] = ()) -> dict:
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections ({', '.join(SECTIONS)})")
     for override in overrides:
-        _apply(tree, override)
+        apply(tree, override)
     return tree
 
 
-def _apply(tree: dict, override: str) -> None:
+def apply(tree: dict, override: str) -> None:
     """Set one key of a tree, `section.key=value`. Raises UserError."""
     key, separator, text = override.partition("=")
     names = key.split(".")

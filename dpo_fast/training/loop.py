@@ -66,7 +66,7 @@ def sole_train(config: RunConfig, choices: Choices, dry_run: bool) -> Path | Non
     with signals.stop_signals(RESUME) as asked, run.saver:
         step = steps(run, *position, sums, log, asked)
     model = Path(config.train.output_dir) / MODEL
-    export(run.model, run.config, model, run.best.weights(run.config, run.model.model, step))
+    export(run.model, run.config, model, run.best.weights(run.model.model, step))
     say(f"the trained model is in {model}")
     return model
 

@@ -137,13 +137,20 @@ def check_total(config: RunConfig, total_steps: int) -> None:
 
 
 def load_policy(
-    config: RunConfig, choices: Choices, tokenizer: PreTrainedTokenizerBase, splits: list[Split]
+    config: RunConfig,
+    choices: Choices,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: list[Split],
+    keep_start: bool = True,
 ) -> ScoringModel:
-    """The model that is trained. Raises UserError if it does not fit the tokenizer or the data."""
+    """The model that is trained. Raises UserError if it does not fit the tokenizer or the data.
+
+    keep_start: an adapter that goes on is compared with what it was, if it is with the policy's own.
+    """
     model = load_model(
         config.model,
         attention=choices.attention.name,
-        keep_start=config.reference_spec.needs_adapters,
+        keep_start=config.reference_spec.needs_adapters and keep_start,
         **config.train.head,
     )
     check_loaded(model.causal_lm, config.model.path, "model.path")

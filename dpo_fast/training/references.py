@@ -109,7 +109,9 @@ def build_old(
         return dict.fromkeys(references)
     if model == config.reference.model:
         return references
-    scorer, before = _scorer(model, engine, load), partial(before, provider=references["train"])
+    scorer = _scorer(model, engine, load)
+    if "train" in references:  # an evaluation alone has nothing to check it on
+        before = partial(before, provider=references["train"])
     return cached_references(config, model, scorer, engine.device, splits, before)
 
 

@@ -44,6 +44,14 @@ def first_steps(trees: dict[str, dict], ranks: int = 1) -> dict[str, tuple[float
         return torch.load(file, weights_only=True)
 
 
+def evaluate(cases: dict[str, dict], ranks: int = 1) -> dict[str, dict]:
+    """By name what `dpo-fast evaluate` finds. cases: the arguments of `evaluation_of`."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "metrics.json"
+        group(ranks).do("evaluate", cases, str(file))
+        return json.loads(file.read_text())
+
+
 class Ranks:
     """`count` ranks that wait for jobs. They end with this process, or with `end`."""
 

@@ -58,6 +58,7 @@ def variants(folder: Path) -> dict[str, dict]:
         "zero 3, images": zero(3, path="images"),
         "lora, zero 1, bf16": zero(1, "bf16", lora=LORA),
         "lora, zero 3, merged": zero(3, lora=LORA) | merging,
+        "lora, zero 3, bf16": zero(3, "bf16", lora=LORA),
         "lora, zero 3, tied, whole ends": zero(3, path="tied", lora=whole),
         "adapter that goes on, zero 3": zero(3, path="sft") | merging,
         "merged adapter with another, zero 2": zero(2, path="sft", adapter="merge", lora=LORA),
@@ -204,7 +205,7 @@ def test_a_checkpoint_of_another_model_is_told(folder, runs):
     config = load_config(str(folder / "lora, zero 1, bf16" / "config.yaml"))
     model = scoring_skeleton(config.model)
     with pytest.raises(UserError, match="is of another model: it lacks .*lora_A"):
-        read_trained(checkpoint, model.model, torch.float32)
+        read_trained(checkpoint, model.model)
 
 
 @pytest.mark.processes

@@ -23,6 +23,8 @@ from dpo_fast.models import ScoringModel
 from dpo_fast.training import distributed, evaluation
 from dpo_fast.training.config import build_config
 from dpo_fast.training.console import quiet
+from dpo_fast.training.evaluate_model import evaluate_model
+from dpo_fast.training.evaluate_options import evaluation_of
 from dpo_fast.training.loop import train, update
 from dpo_fast.training.metrics import MetricSums
 from dpo_fast.training.prepare import prepare
@@ -179,6 +181,12 @@ def put_in(
         modules[where].register_forward_hook(change)
 
 
+def evaluate_all(cases: dict[str, dict], file: str) -> None:
+    results = {name: evaluate_model(evaluation_of(**words)) for name, words in cases.items()}
+    if distributed.is_main():
+        Path(file).write_text(json.dumps(results))
+
+
 def in_turn(folder: str) -> None:
     """The same work twice: each time the first rank does it, and the others get its result after that."""
 
@@ -244,6 +252,7 @@ JOBS = {
     "stopped_by_health": stopped_by_health,
     "dry_run": dry_run,
     "first_steps": first_steps,
+    "evaluate": evaluate_all,
     "in_turn": in_turn,
     "interrupted": interrupted,
     "refused": refused,

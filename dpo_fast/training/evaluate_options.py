@@ -1,0 +1,159 @@
+"""From the words of `dpo-fast evaluate` to a configuration: a checkpoint's, a run's, or defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_fast.errors import UserError
+from dpo_fast.losses import LOSSES
+from dpo_fast.models.checkpoint import base_of, is_adapter, read_adapter_config
+from dpo_fast.training import distributed
+from dpo_fast.training.checkpoint_run import CONFIG, RUN_CONFIG, checkpoint_of
+from dpo_fast.training.config import RunConfig, build_config
+from dpo_fast.training.config_file import apply, read_tree
+from dpo_fast.training.console import say
+from dpo_fast.training.earlier_run import MODEL
+from dpo_fast.training.places import check_places
+
+# What an evaluation takes of a run's sections. The rest is about training, or about other data.
+TRAIN = (
+    *("output_dir", "global_batch_size", "micro_batch_size", "tokens_per_batch", "layout", "seed"),
+    *("implementation", "workspace_bytes", "max_steps"),
+)
+OTHER_DATA = ("eval", "eval_rows", "streaming", "stream_buffer", "stopping_strategy", "max_rows")
+FOLDER = "evaluation"  # of what a reference stores, where there is no run
+WITHOUT = "simpo"  # the loss where no reference is named: the mean log-prob of each answer
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is evaluated. checkpoint: holds the trained weights; None where model.path does."""
+
+    config: RunConfig
+    checkpoint: Path | None
+
+
+def evaluation_of(
+    model: str,
+    data: str | None,
+    reference: str | None = None,
+    config: str | None = None,
+    overrides: Sequence[str] = (),
+    world_size: int | None = None,
+) -> Evaluation:
+    """What the words of the command mean.
+
+    model: a folder, a hub id, a checkpoint, or the folder of a run: its newest checkpoint.
+    data: None for a run's own evaluation data.
+    reference: a model to compare with in place of the run's.
+    config: the YAML file of a run, whose data section, loss and reference are used.
+
+    Raises:
+        UserError: something does not go together, or is not named.
+    """
+    checkpoint = None if config else checkpoint_of(model)
+    file = _configuration(model, checkpoint, config)
+    if file is None:
+        world = distributed.world_size() if world_size is None else world_size
+        tree = _defaults(model, world)
+    else:
+        tree = _without_training(read_tree(str(file)))
+        if checkpoint is None:
+            _put_policy(tree, model)
+    if data is not None:
+        kept = {k: v for k, v in tree["data"].items() if k not in OTHER_DATA}
+        tree["data"] = kept | {"train": data}
+    elif file is None:
+        raise UserError(f"what is {model} to be evaluated on? Name a file, a folder or a hub id")
+    if reference is not None:
+        tree["reference"] = {"provider": "frozen", "path": reference}
+    elif file is None and not _named(overrides, "reference."):
+        _default_reference(tree, model, overrides)
+    for override in overrides:
+        apply(tree, override)
+    built = build_config(tree, str(file or "dpo-fast evaluate"))
+    if data is not None:
+        built = built.model_copy(update={"data": built.data.for_evaluation()})
+    if not built.data.has_eval:
+        raise UserError(f"{file} has no evaluation data: name some behind {model}")
+    check_places(built)
+    _check_reference(built, checkpoint, reference is not None or file is not None)
+    return Evaluation(built, checkpoint)
+
+
+def _configuration(model: str, checkpoint: Path | None, config: str | None) -> Path | None:
+    """The file that says how the model was trained: the one named, or what lies beside the model."""
+    if config is not None:
+        return Path(config)
+    if checkpoint is not None:
+        return checkpoint / CONFIG
+    folder = Path(model).expanduser()
+    beside = folder.resolve().parent / RUN_CONFIG
+    return beside if folder.name == MODEL and beside.is_file() else None
+
+
+def _without_training(tree: dict[str, Any]) -> dict[str, Any]:
+    """A run's tree with what an evaluation needs of it."""
+    train = {name: value for name, value in tree.get("train", {}).items() if name in TRAIN}
+    log = {k: v for k, v in tree.get("log", {}).items() if k == "token_metrics"}
+    kept = {name: tree[name] for name in ("model", "loss", "reference", "parallel") if name in tree}
+    return kept | {"data": dict(tree.get("data", {})), "train": train, "log": log}
+
+
+def _put_policy(tree: dict[str, Any], model: str) -> None:
+    """Another policy for that of a run, which is compared with what the run was compared with."""
+    section, reference = tree.get("model", {}), dict(tree.get("reference") or {})
+    began = section.get("path")
+    tree["model"] = section | {"path": model, "lora": None, "adapter": None}
+    if reference.get("provider") == "adapter_off":
+        reference["provider"] = "frozen"
+    elif reference.get("provider") == "ema":
+        raise UserError(
+            "reference.provider=ema follows the policy, so that the checkpoint alone has it: evaluate the "
+            "checkpoint, or name a model with --reference"
+        )
+    if reference.get("provider") in ("cached", "frozen", None) and reference.get("path") is None:
+        reference["path"] = began
+    named = (tree.get("loss") or {}).get("type", [])
+    by_token = [name for name in ([named] if isinstance(named, str) else named) if name in LOSSES]
+    if any(LOSSES[name].by_token for name in by_token) and reference.get("old_path") is None:
+        reference["old_path"] = began  # it wrote the completions
+    tree["reference"] = reference
+
+
+def _defaults(model: str, world_size: int) -> dict[str, Any]:
+    parallel = {"zero_stage": 0} if world_size == 1 else {}
+    train = {"output_dir": FOLDER}
+    return {"model": {"path": model}, "data": {}, "train": train, "parallel": parallel}
+
+
+def _default_reference(tree: dict[str, Any], model: str, overrides: Sequence[str]) -> None:
+    """Of an adapter its base model; of a whole model none, and a loss that needs none."""
+    if is_adapter(model):
+        biased = read_adapter_config(model, "model.path").get("bias", "none") != "none"
+        base = {"provider": "frozen", "path": base_of(model)}
+        tree["reference"] = base if biased else {"provider": "adapter_off"}
+    elif not _named(overrides, "loss"):
+        tree["loss"] = {"type": WITHOUT}
+        say(
+            "no reference is named: answers are compared by their mean log-probability "
+            f"(loss.type={WITHOUT}). --reference MODEL compares with a model, by loss.type=sigmoid"
+        )
+
+
+def _named(overrides: Sequence[str], start: str) -> bool:
+    return any(override.startswith(start) for override in overrides)
+
+
+def _check_reference(config: RunConfig, checkpoint: Path | None, named: bool) -> None:
+    """Raises UserError if the reference would be the evaluated model itself."""
+    spec, own = config.reference_spec, config.reference.path is None
+    itself = spec.scores and own and spec.name != "adapter_off"
+    if config.loss.objective.needs_reference and checkpoint is None and itself and not named:
+        raise UserError(
+            f"loss.type={', '.join(config.loss.names)} compares with a reference: name a model with "
+            "--reference, or take a loss without one, such as loss.type=simpo or loss.type=sft"
+        )
