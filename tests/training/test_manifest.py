@@ -101,6 +101,17 @@ def test_two_hundred_altered_checkpoints(folder, tmp_path):
 
 
 @pytest.mark.processes
+def test_a_run_whose_checkpoint_lost_its_state_does_not_begin_again(folder, run):
+    metrics = (run / "metrics.jsonl").read_bytes()
+    (run / "checkpoint-3" / "state.json").unlink()
+    tree = changed(trees(folder)[1], run)
+    tree["train"]["resume_from_checkpoint"] = True
+    said = ranks.refusal(tree)
+    assert "checkpoint-3 is damaged: state.json is missing" in said and "checkpoint-2 is" in said
+    assert (run / "metrics.jsonl").read_bytes() == metrics
+
+
+@pytest.mark.processes
 def test_a_file_that_does_not_belong_to_it_is_named(run):
     extra = run / "checkpoint-3" / "engine" / "mp_rank_01_model_states.pt"
     shutil.copyfile(extra.with_name("mp_rank_00_model_states.pt"), extra)
