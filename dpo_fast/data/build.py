@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import multiprocess  # what `datasets` starts processes with
 import numpy as np
 import pyarrow
 import pyarrow.compute
@@ -105,6 +106,7 @@ def _tokenise_in_processes(
     checked: datasets.Dataset, tokenise: Callable, workers: int, options: dict
 ) -> datasets.Dataset:
     """`datasets` alone hears of the processes, so its own bar shows how far they are."""
+    check_shared_memory(workers)
     silent = datasets.are_progress_bars_disabled()
     if silent and sys.stderr.isatty():
         datasets.enable_progress_bars()
@@ -115,6 +117,17 @@ def _tokenise_in_processes(
     finally:
         if silent:
             datasets.disable_progress_bars()
+
+
+def check_shared_memory(workers: int) -> None:
+    """Raises UserError if processes cannot share a lock. Containers without /dev/shm have none."""
+    try:
+        multiprocess.Lock()
+    except OSError as error:
+        raise UserError(
+            f"data.workers={workers} needs shared memory (/dev/shm), and there is none: "
+            f"{error.strerror}. Set data.workers=1, or start the container with one (docker: --shm-size)"
+        ) from None
 
 
 def _check_rows(part: Part, report: DataReport, path: Path) -> tuple[datasets.Dataset, Kind]:

@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 
 import datasets
+import multiprocess
 import pytest
 from rich.console import Console
 
@@ -298,6 +299,17 @@ def test_two_processes_at_once(load, tmp_path):
     assert [run.returncode for run in runs] == [0, 0]
     assert prints == {load().fingerprint}
     assert len(stored(load)) == 1
+
+
+def test_processes_that_cannot_share_a_lock_are_told(load, monkeypatch):
+    """No /dev/shm: multiprocessing says that some file does not exist."""
+
+    def none():
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(multiprocess, "Lock", none)
+    with pytest.raises(UserError, match=r"data.workers=2 needs shared memory \(/dev/shm\).*=1"):
+        load([pair(1), pair(2)], workers=2)
 
 
 def test_workers_give_the_same_pairs(load, tmp_path):

@@ -63,17 +63,17 @@ def test_a_killed_rank_ends_the_other_within_seconds_and_nothing_is_lost(undistu
 
 MOMENTS = random.Random(14)
 KILLS = [
-    (whom, MOMENTS.randint(1, STEPS - 2), MOMENTS.random() * 0.2)
-    for whom in ("all", 0, 1, "launcher") * 5
+    (number, whom, MOMENTS.randint(1, STEPS - 2), MOMENTS.random() * 0.2)
+    for number, whom in enumerate(("all", 0, 1, "launcher") * 5)
 ]
 
 
 @SLOW
-@pytest.mark.parametrize("whom, step, later", KILLS)
-def test_kills_at_random_moments(undisturbed, tmp_path_factory, whom, step, later):
+@pytest.mark.parametrize("number, whom, step, later", KILLS)
+def test_kills_at_random_moments(undisturbed, number, whom, step, later):
     """All at once, one rank or the launcher; every other step saves."""
     folder, tree = undisturbed
-    tree = changed(tree, folder / f"kill-{whom}-{step}")
+    tree = changed(tree, folder / f"kill-{number}")
     run = FaultyRun(tree)
     run.wait_for_steps(step)
     time.sleep(later)
@@ -246,7 +246,10 @@ def test_no_shared_memory(undisturbed, processes):
     ]
     run = alone(undisturbed, f"shm-{processes}", prefix, sections)
     run.ends(120)
-    ended_well(run)
+    if processes == 1:
+        ended_well(run)
+    else:
+        told(run, "data.workers=2 needs shared memory (/dev/shm)", "data.workers=1")
 
 
 @SLOW
