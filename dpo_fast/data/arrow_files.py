@@ -19,7 +19,10 @@ from dpo_fast.wording import clipped
 
 BATCH = 200  # rows of Parquet that are unpacked at a time
 # What values of damaged or foreign columns raise on their way into Python.
-UNREADABLE = (ValueError, OverflowError, LookupError, SystemError, TypeError, RecursionError)
+UNREADABLE = (
+    *(ValueError, OverflowError, LookupError, SystemError, TypeError, RecursionError),
+    AttributeError,
+)
 
 
 def arrow_rows(path: Path, bad: BadRows) -> RawRows:

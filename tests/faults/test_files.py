@@ -121,7 +121,7 @@ def check_saved(folder: Path, count: int, seed: int) -> Counter:
                 assert source.identity()
                 counts["datasets", len(list(source.rows(BadRows("skip")))) < 50] += 1
         except UserError as error:
-            assert len(str(error)) < 2000, index
+            assert len(str(error)) <= LONGEST + 100, index
             counts["datasets", True] += 1
         shutil.rmtree(spoiled)
     return counts
@@ -394,8 +394,10 @@ def stored_and_streamed(folder: Path, count: int, seed: int) -> None:
         for read in (_stored, _streamed):
             try:
                 found.append(read(DataConfig(**options, cache_dir=str(folder / str(index)))))
-            except UserError as error:
-                found.append(str(error).partition(": ")[0])
+            except (
+                UserError
+            ):  # of two bad rows each may tell another: a stream tokenises on the way
+                found.append("refused")
         assert found[0] == found[1], index
 
 
