@@ -22,7 +22,7 @@ from dpo_fast.health.courses import (
 from dpo_fast.health.history import History, Points
 from dpo_fast.numbers import number, percent
 
-NOISY = 0.2  # of the loss, above which nobody can tell whether it falls
+NOISY = 0.15  # of the loss, above which nobody can tell whether it falls
 PINNED = 1e-3  # from 0 or 1
 LEAST_FALL = 0.5  # nats of the chosen log-probability
 LEAST_FALL_SHARE = 0.02  # of its size; a long answer moves by more
@@ -183,7 +183,10 @@ def margin_exploding(run: History) -> str | None:
 
 
 def entropy_collapse(run: History) -> str | None:
-    """The entropy over scored tokens falls below a third of what it was."""
+    """The entropy over scored tokens falls below a third of what it was.
+
+    Not so where chosen answers become likelier: a model that learns to write them becomes sure as well.
+    """
     found = evaluated(run.eval.get("entropy", []))
     points = run.train.get("entropy", [])
     if found is None and points and settled(run):
@@ -191,12 +194,13 @@ def entropy_collapse(run: History) -> str | None:
         found = found and found._replace(first=mean(points[:3]))
     if found is None:
         return None
-    if found.last >= COLLAPSED * found.first:
+    chosen = course(run, "logps/chosen")
+    if found.last >= COLLAPSED * found.first or (chosen and chosen.last > chosen.first):
         return ""
     return (
-        f"The entropy collapses ({found.ends}), which means that the model becomes sure of single tokens "
-        "and its answers lose variety; people usually lower train.learning_rate, raise loss.beta, or stop "
-        "earlier."
+        f"The entropy collapses ({found.ends}) while the chosen answers become no likelier, which means "
+        "that the model is sure of single tokens and its answers lose variety; people usually lower "
+        "train.learning_rate, raise loss.beta, or stop earlier."
     )
 
 

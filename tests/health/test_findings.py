@@ -79,6 +79,12 @@ def course(name: str, first: float, last: float):
     return lambda line: {name: first + (last - first) * line["step"] / 100}
 
 
+def sure(entropy: float, chosen: float):
+    """The entropy falls from 2 to this, and the chosen log-prob goes from -100 to that."""
+    one, other = course("entropy", 2, entropy), course("logps/chosen", -100.0, chosen)
+    return lambda line: one(line) | other(line)
+
+
 @pytest.mark.parametrize(
     ("name", "ill", "fine", "says"),
     [
@@ -102,12 +108,7 @@ def course(name: str, first: float, last: float):
             course("rewards/margins", 0, 10),
             "12",
         ),
-        (
-            "entropy_collapse",
-            course("entropy", 2, 0.3),
-            course("entropy", 2, 0.6),
-            "steps 1 to 100",
-        ),
+        ("entropy_collapse", sure(0.3, -110.0), sure(0.6, -110.0), "steps 1 to 100"),
         (
             "gradient_spikes",
             at(60, "grad_norm", 31.0),
@@ -186,10 +187,15 @@ def test_a_run_that_goes_on_is_not_judged_too_early():
     assert not found(pinned, last=19) and "always_chosen" in found(pinned, last=20)
 
 
+def test_a_model_that_becomes_sure_of_the_chosen_answers_is_well():
+    assert "entropy_collapse" in found(sure(0.3, -101.0))
+    assert "entropy_collapse" not in found(sure(0.3, -90.0))
+
+
 def test_each_thing_is_told_once_also_after_a_resumption():
     monitor, lines = Monitor(TREE), []
     for step in range(1, 101):
-        line = well(step, entropy=2.0 if step < 50 else 0.1)
+        line = well(step, entropy=2.0 if step < 50 else 0.1, **{"logps/chosen": -100.0})
         told = monitor.look(line)
         lines.append(line | ({"health": told} if told else {}))
     told = [line for line in lines if "health" in line]
@@ -197,7 +203,9 @@ def test_each_thing_is_told_once_also_after_a_resumption():
     assert monitor.standing == ("entropy_collapse",)
     assert all(ord(letter) < 128 for letter in told[0]["health"]["entropy_collapse"])
     again = Monitor(TREE, lines)
-    assert not again.look(well(101, entropy=0.1)) and again.standing == ("entropy_collapse",)
+    assert not again.look(
+        well(101, entropy=0.1, **{"logps/chosen": -100.0})
+    ) and again.standing == ("entropy_collapse",)
 
 
 def test_long_curves_are_thinned_and_say_the_same():

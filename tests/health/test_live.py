@@ -101,11 +101,6 @@ def variants(folder: Path) -> dict[str, dict]:
             "train": {"learning_rate": 3e-3, "eval_steps": 16},
             "data": {"train": write(folder / "alike.jsonl", pairs(80, 8, alike)), "eval_rows": 16},
         },
-        "collapsed": {
-            "loss": {"type": ["sigmoid", "sft"]},
-            "train": {"learning_rate": 3e-2},
-            "data": data("one", pairs(64, 9, lambda *_: (LIKELY, UNLIKELY))),
-        },
         "spiky": {"data": data("heavy", heavy), "parallel": {"zero_stage": 1}},
         "drifting": {
             "train": {"learning_rate": 1e-3, "global_batch_size": 16},
@@ -125,14 +120,13 @@ EXPECTED = {
     "well": (set(), set()),
     "flat": ({"loss_flat"}, set()),
     "rising": (
-        {"loss_rising"},
-        {"loss_flat", "gradient_spikes", "entropy_collapse", "margin_exploding"},
+        {"loss_rising", "entropy_collapse"},
+        {"loss_flat", "margin_exploding", "gradient_spikes"},
     ),
     "by heart": ({"overfitting"}, {"always_chosen"}),
     "opposite": ({"always_rejected", "reference_mismatch"}, {"loss_flat"}),
     "easy": ({"always_chosen", "margin_exploding"}, {"chosen_falling"}),
     "displaced": ({"chosen_falling", "nearly_equal"}, {"always_chosen"}),
-    "collapsed": ({"entropy_collapse"}, {"always_chosen", "margin_exploding"}),
     "spiky": ({"gradient_spikes"}, {"loss_flat"}),
     "drifting": ({"length_drift"}, {"loss_flat"}),
     "ill data": ({"duplicates", "contradictory", "nearly_equal", "eval_in_train"}, set()),
