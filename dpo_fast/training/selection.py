@@ -13,8 +13,7 @@ ASKING = ("metric_for_best_model", "load_best_model_at_end", "early_stopping_pat
 # Metrics of an evaluation, whatever the loss; those of the head with log.token_metrics; those of groups.
 ALWAYS = (
     *("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
-    *("rewards/longer", "logps/chosen", "logps/rejected"),
-    *("perf/padding_fraction", "perf/shared_prefix_saving"),
+    *("logps/chosen", "logps/rejected", "perf/padding_fraction", "perf/shared_prefix_saving"),
 )
 OF_TOKENS = ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")
 OF_GROUPS = ("reward", "reward_std", "frac_reward_zero_std")
@@ -120,6 +119,7 @@ def metric_names(objective: Objective, token_metrics: bool) -> list[str]:
     if objective.grouped:
         clipped = any(spec.by_token for spec in objective.specs)
         return names + [*OF_GROUPS, *((*CLIPPED, "kl") if clipped else ())]
+    names.append("rewards/longer")
     return names + (_watched(objective) if any(spec.watch for spec in objective.specs) else [])
 
 
