@@ -227,7 +227,7 @@ def data(
     Quality: repetitions, contradictions, what gives labels away by form, languages, and labels to doubt
     where log-probs of a reference are stored.
     """
-    run = load(config, overrides)
+    run = load(config, overrides, trains=False)
     from dpo_fast.data.quality_notes import render_quality
     from dpo_fast.data.report import render_examples, render_report
     from dpo_fast.training.console import quiet
@@ -274,7 +274,7 @@ def doctor(
     ] = None,
 ) -> None:
     """What this machine can run and why; with CONFIG also what that run would use, and its memory."""
-    run = None if config is None else load(config, overrides)
+    run = None if config is None else load(config, overrides, places=False)
     from dpo_fast.cli.doctor import render
 
     console = Console()

@@ -23,12 +23,15 @@ Overrides = Annotated[
 ]
 
 
-def load(config: str, overrides: Sequence[str] | None, places: bool = True):
+def load(config: str, overrides: Sequence[str] | None, places: bool = True, trains: bool = True):
     """The run of a file, as a RunConfig. What is wrong is told before transformers and PyTorch are there.
 
     places: look for the models and the data, too.
+    trains: the command trains or scores; otherwise the section `train` may be missing.
     """
     tree = read_tree(config, overrides or ())
+    if not trains and isinstance(tree.get("train", {}), dict):
+        tree["train"] = {"output_dir": "."} | (tree.get("train") or {})
     import_when_used("torch")
     from dpo_fast.training.config import build_config
 

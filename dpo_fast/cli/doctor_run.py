@@ -35,6 +35,7 @@ from dpo_fast.training.memory import (
     sizes_of,
 )
 from dpo_fast.training.prepare import wants_checkpointing
+from dpo_fast.training.zero import choose_stage
 
 
 class Decision(NamedTuple):
@@ -166,7 +167,7 @@ def _head_rows(outlook: Outlook) -> Iterator[Decision]:
     guess = outlook.config.loss.objective.grouped and not train.tokens_per_batch
     most = f"if groups have {GROUP} completions" if guess else "at most"
     why = f"{outlook.scored_tokens} scored tokens in a micro-batch, {most}"
-    yield Decision("head's schedule", str(outlook.head_plan), origin(train, "workspace_bytes"), why)
+    yield Decision("head's plan", str(outlook.head_plan), origin(train, "workspace_bytes"), why)
 
 
 def _preference(outlook: Outlook) -> Choice:
@@ -261,17 +262,17 @@ def _stored_by(outlook: Outlook, model: ReferenceModel) -> str:
 
 def _place(outlook: Outlook) -> str:
     """Where a second model's parameters are."""
-    sharded = outlook.config.parallel.zero_stage == 3
+    sharded = outlook.config.zero_stage == 3
     place = f"sharded over {ranks(outlook.world)}" if sharded else "whole on every rank"
     return place + (", offloaded to CPU memory" if outlook.config.offloads_reference else "")
 
 
 def _parallel_rows(outlook: Outlook) -> Iterator[Decision]:
     parallel = outlook.config.parallel
-    sharded = ("optimiser states", "gradients", "parameters")[: parallel.zero_stage]
-    why = f"{', '.join(sharded) or 'nothing'} sharded over {ranks(outlook.world)}"
-    stage = str(parallel.zero_stage)
-    yield Decision("ZeRO stage", stage, origin(parallel, "zero_stage"), why)
+    stage = choose_stage(outlook.config, outlook.world)
+    sharded = ("optimiser states", "gradients", "parameters")[: int(stage.name)]
+    why = f"{', '.join(sharded) or 'nothing'} sharded over {ranks(outlook.world)}: {stage.reason}"
+    yield Decision("ZeRO stage", stage.name, origin(parallel, "zero_stage"), why)
     for option, what in (("offload_optimizer", "optimiser"), ("offload_parameters", "parameters")):
         offloaded = getattr(parallel, option)
         place = "in CPU memory" if offloaded else f"on the device ({outlook.device.type})"

@@ -16,7 +16,7 @@ from typing import Any
 
 from dpo_fast.data.json_text import Refused, decode
 from dpo_fast.data.plain import from_json, plain
-from dpo_fast.data.verdicts import BadRow
+from dpo_fast.data.verdicts import BadRow, Dropped
 
 Messages = list[dict[str, Any]]
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -30,6 +30,7 @@ OTHER_ROLES = {
 CALLS = ("function_call", "tool_call", "tool_calls")  # roles whose content is the call
 # Whether a message is scored; by OpenAI and Mistral, by ms-swift, and by Axolotl.
 WEIGHTS = ("weight", "loss", "train", "training")
+ANSWERS = ("chosen", "rejected", "completion")  # what fields of answers begin with
 PLAIN = {"role", "content"}  # the keys of most messages
 PRINTED = re.compile(r"\s*\[?\s*\{\s*'(?:role|content|from|value)'\s*:")
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -40,7 +41,8 @@ def check_messages(value: Any, field: str) -> Messages:
     if isinstance(value, Mapping):
         value = _from_columns(value)
     if not value:
-        raise BadRow(f"empty {field}", "the message list has no messages")
+        verdict = Dropped if field.startswith(ANSWERS) else BadRow
+        raise verdict(f"empty {field}", "the message list has no messages")
     checked: Messages = []
     for index, item in enumerate(value):
         messages = _checked(item, f"{field}[{index}]")

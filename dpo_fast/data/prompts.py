@@ -8,7 +8,7 @@ from typing import Any
 
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.messages import Messages, say
-from dpo_fast.data.verdicts import BadRow
+from dpo_fast.data.verdicts import BadRow, Dropped
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
@@ -64,7 +64,7 @@ def without_prompt(prompt: str, answers: list[str]) -> list[str]:
 
 
 def check_answer(messages: Messages, field: str) -> None:
-    """Raises BadRow unless the assistant begins, and all that it says has text or tool calls."""
+    """Raises BadRow unless the assistant begins, and Dropped where it says nothing."""
     if messages[0]["role"] != "assistant":
         raise BadRow(
             f"{field} begins with a {messages[0]['role']} message",
@@ -75,7 +75,7 @@ def check_answer(messages: Messages, field: str) -> None:
         if message["role"] != "assistant":
             continue
         if not message["content"].strip() and not message.get("tool_calls"):
-            raise BadRow(f"empty {field}", f"message {index} of the answer has no text")
+            raise Dropped(f"empty {field}", f"message {index} of the answer has no text")
 
 
 def split_conversations(chosen: Messages, rejected: Messages) -> tuple[Messages, ...]:
@@ -94,7 +94,7 @@ def split_conversations(chosen: Messages, rejected: Messages) -> tuple[Messages,
         raise BadRow("no common prompt", "chosen and rejected share no leading messages")
     for field, messages in (("chosen", chosen), ("rejected", rejected)):
         if len(messages) == shared:
-            raise BadRow(f"empty {field}", "no message follows the shared prompt")
+            raise Dropped(f"empty {field}", "no message follows the shared prompt")
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 

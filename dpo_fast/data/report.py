@@ -279,8 +279,8 @@ def _lengths(report: DataReport) -> Table:
 def render_examples(dataset: Any, tokenizer: Any, console: Console, n: int = 3) -> None:
     """Prints the first n examples of a `Dataset` or a `Chunk` token by token.
 
-    Each scored token stands in its own ⟦ ⟧, so that it shows without colour. A middle dot separates the
-    others. Line breaks are written \\n.
+    What is scored stands in ⟦ ⟧, one pair of them for each run of scored tokens, so that it shows without
+    colour. A middle dot separates tokens. Line breaks are written \\n.
     """
     for index in range(min(n, len(dataset))):
         row = dataset[index]
@@ -312,10 +312,7 @@ def _answer(pieces: list[str], flags: list[bool] | None, style: str) -> Text:
     text = Text()
     for scored, group in groupby(zip(flags or [True] * len(pieces), pieces), itemgetter(0)):
         run = [piece for _, piece in group]
-        if scored:
-            text.append("".join(f"⟦{piece}⟧" for piece in run), style)
-        else:
-            text.append("·".join(run), "dim")
+        text.append(f"⟦{'·'.join(run)}⟧" if scored else "·".join(run), style if scored else "dim")
     return text
 
 

@@ -107,7 +107,7 @@ def parse_row(
 
     Raises:
         BadRow: a mistake in the row, or a column of words that nothing uses.
-        Dropped: none of its answers is preferred.
+        Dropped: none of its answers is preferred, or one is empty.
     """
     left = _renamed(raw, config)
     form = find_form(left, config.format, config.columns)
@@ -165,7 +165,7 @@ def _pair(where: str, row: dict[str, Any], raw: Mapping[str, Any], config: DataC
         raise BadRow("chosen and rejected differ in kind", "one is text, the other a message list")
     _check_format(chosen, config)
     if chosen == rejected:
-        raise BadRow("chosen equals rejected", "a pair needs two different answers")
+        raise Dropped("chosen equals rejected", "neither answer is preferred")
     if isinstance(chosen, str) and "prompt" in row and row["prompt"] is None:
         _check_null_prompt(row, (chosen, rejected), config)
     if row.get("prompt") is not None:
@@ -323,7 +323,8 @@ def _check_texts(prompt: str | Messages, answers: dict[str, str | Messages]) -> 
         texts = {"prompt": prompt, **answers} if prompt else answers
         for name, text in texts.items():
             if not text.strip():
-                raise BadRow(f"empty {name}", "expected text, got only white space")
+                verdict = BadRow if name == "prompt" else Dropped
+                raise verdict(f"empty {name}", "expected text, got only white space")
         return
     last = prompt[-1] if prompt else None
     if last and last["role"] != "tool" and not last["content"].strip():

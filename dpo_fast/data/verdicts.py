@@ -39,7 +39,7 @@ class BadRow(Verdict):
 
 
 class Dropped(Verdict):
-    """The row is in order, but at this length nothing of it can be trained on."""
+    """The row is in order, but nothing of it can be trained on: equal answers, an empty one, no room."""
 
 
 @dataclass

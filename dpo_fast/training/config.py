@@ -82,7 +82,7 @@ class RunConfig(BaseModel):
                 f"reference.offload=true, but with reference.provider={self.reference_provider} there "
                 f"is no second model to offload; choose {always}, or {by_path} with a reference.path"
             )
-        if self.parallel.zero_stage < 3:
+        if self.parallel.zero_stage not in ("auto", 3):
             raise ValueError(
                 "reference.offload=true needs parallel.zero_stage=3; it is "
                 f"{self.parallel.zero_stage}"
@@ -157,6 +157,14 @@ class RunConfig(BaseModel):
     @property
     def _losses(self) -> str:
         return ", ".join(self.loss.names)
+
+    @property
+    def zero_stage(self) -> int:
+        """parallel.zero_stage, or what `auto` means for the ranks of this run."""
+        from dpo_fast.training import distributed
+        from dpo_fast.training.zero import choose_stage
+
+        return int(choose_stage(self, distributed.world_size()).name)
 
     @property
     def run_name(self) -> str:

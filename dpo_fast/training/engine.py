@@ -43,7 +43,7 @@ def deepspeed_config(config: RunConfig, world_size: int, accumulation: int) -> d
         # It would wait for the GPU before and after every micro-batch, for a rate that nobody prints.
         "timers": {"throughput": {"enabled": False}},
     }
-    if bf16 and config.parallel.zero_stage:  # DeepSpeed's stage 0 sums bf16 gradients in bf16 only
+    if bf16 and config.zero_stage:  # DeepSpeed's stage 0 sums bf16 gradients in bf16 only
         derived["data_types"] = {"grad_accum_dtype": "fp32"}
     derived |= {name: {"enabled": False} for name in MONITORS}
     return merge(derived, config.parallel.deepspeed, "parallel.deepspeed")
@@ -52,8 +52,8 @@ def deepspeed_config(config: RunConfig, world_size: int, accumulation: int) -> d
 def _zero(config: RunConfig) -> dict[str, Any]:
     """DeepSpeed's section `zero_optimization`."""
     parallel = config.parallel
-    zero: dict[str, Any] = {"stage": parallel.zero_stage}
-    if parallel.zero_stage:
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.zero_stage:
         zero["overlap_comm"] = torch.cuda.is_available()
         zero["contiguous_gradients"] = True
         zero["compute_grad_norm"] = True
@@ -106,7 +106,7 @@ def reference_config(config: RunConfig, ds_config: dict[str, Any]) -> dict[str, 
 
 def shard_while_loading(config: RunConfig, ds_config: dict[str, Any]):
     """At stage 3, an object; as long as it lives, transformers shards weights while it loads them."""
-    if config.parallel.zero_stage < 3:
+    if config.zero_stage < 3:
         return None
     from transformers.integrations import HfDeepSpeedConfig
 
@@ -129,7 +129,7 @@ def build_optimizer(config: RunConfig, model: torch.nn.Module) -> torch.optim.Op
         {"params": vectors, "weight_decay": 0.0},
     ]
     alone = (
-        parallel.zero_stage == 0 and config.model.precision == "fp32"
+        config.zero_stage == 0 and config.model.precision == "fp32"
     )  # DeepSpeed does not wrap it
     return (FiniteAdamW if alone else torch.optim.AdamW)(
         [group for group in groups if group["params"]],
@@ -156,7 +156,7 @@ def build_reference_engine(config: RunConfig, model: ScoringModel, ds_config: di
     """The model frozen, to score with; at stage 3 in an engine. ds_config: from `reference_config`."""
     model.requires_grad_(False)
     model.eval()
-    if config.parallel.zero_stage < 3:
+    if config.zero_stage < 3:
         return model
     import deepspeed
 

@@ -53,10 +53,12 @@ class Choices:
         return self.attentions[model.path]
 
     def applied(self, config: RunConfig) -> RunConfig:
-        """The configuration with the dtype and the layout that were chosen in place of `auto`."""
+        """The configuration with dtype, layout and ZeRO stage that were chosen in place of `auto`."""
         model = config.model.model_copy(update={"dtype": self.dtype.name})
         train = config.train.model_copy(update={"layout": self.layout.name})
-        return config.model_copy(update={"model": model, "train": train})
+        config = config.model_copy(update={"model": model, "train": train})
+        parallel = config.parallel.model_copy(update={"zero_stage": config.zero_stage})
+        return config.model_copy(update={"parallel": parallel})
 
     def tell(self) -> None:
         """A line for each choice. Collective.

@@ -53,7 +53,7 @@ def memory(config: RunConfig, sizes: Sizes, ranks: int) -> list[Line]:
     Activations and DeepSpeed's buckets come on top. They depend on the batch and on DeepSpeed's options.
     """
     parallel, size = config.parallel, config.model.torch_dtype.itemsize
-    stage = parallel.zero_stage
+    stage = config.zero_stage
 
     def line(what: str, elements: int, each: int, sharded_from: int, offloaded: bool) -> Line:
         sharded = stage >= sharded_from and ranks > 1
@@ -73,7 +73,7 @@ def memory(config: RunConfig, sizes: Sizes, ranks: int) -> list[Line]:
         name = "reference model" if model == config.reference.model else model.option
         when = ", before training" if model in config.stored_models else ""
         lines.append(line(name + when, elements, size, 3, config.offloads_reference))
-    lines.append(Line("head workspace", sizes.head_bytes, 0.0, "the schedule above"))
+    lines.append(Line("head workspace", sizes.head_bytes, 0.0, "the head's plan above"))
     return lines
 
 

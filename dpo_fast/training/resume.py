@@ -122,7 +122,7 @@ def must_fit(run: Run) -> dict:
         "global_batch_size": train.global_batch_size,
         "tokens_per_batch": train.tokens_per_batch,
         "seed": train.seed,
-        "zero_stage": run.config.parallel.zero_stage,
+        "zero_stage": run.config.zero_stage,
     }
     fits |= {f"train.{name}": tree["train"][name] for name in SAME_TRAIN}
     fits |= {f"loss.{name}": value for name, value in tree["loss"].items()}

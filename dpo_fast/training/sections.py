@@ -345,11 +345,11 @@ class ParallelSection(BaseModel):
 
     model_config = FORBID
 
-    zero_stage: int = Field(
-        3,
-        ge=0,
-        le=3,
-        description="what is sharded: 1 optimiser states, 2 also gradients, 3 also parameters",
+    zero_stage: Literal["auto", 0, 1, 2, 3] = Field(
+        "auto",
+        description="what is sharded: 1 optimiser states, 2 also gradients, 3 also parameters; auto: what "
+        "the number of ranks needs, 3 on several (2 with torch_compile), on one rank 0, or 1 in bf16, "
+        "whose gradients stage 0 would sum in bf16; and as much as an offload needs",
         json_schema_extra={"refused": "3 with model.torch_compile"},
     )
     offload_optimizer: bool = Field(
@@ -377,7 +377,7 @@ class ParallelSection(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> ParallelSection:
         for option, least in (("offload_optimizer", 2), ("offload_parameters", 3)):
-            if getattr(self, option) and self.zero_stage < least:
+            if getattr(self, option) and self.zero_stage != "auto" and self.zero_stage < least:
                 raise ValueError(
                     f"parallel.{option}=true needs parallel.zero_stage={least} or more; "
                     f"it is {self.zero_stage}"

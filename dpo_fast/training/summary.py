@@ -44,7 +44,7 @@ def data_lines(config: RunConfig, splits: Sequence[Split], total_steps: int) -> 
     where = f"{world} ranks" if world > 1 else "one rank"
     yield (
         f"{length}, {size}, on {where} ({device}, {config.model.precision}, ZeRO "
-        f"{config.parallel.zero_stage}); learning rate {config.learning_rate:.3g}, "
+        f"{config.zero_stage}); learning rate {config.learning_rate:.3g}, "
         f"{train.lr_scheduler_type}"
     )
 

@@ -218,6 +218,8 @@ def test_bad_option(folder, capsys, monkeypatch, what):
     tree = run_tree(folder)
     output = folder / "never"
     tree["train"]["output_dir"] = str(output)
+    if what == "compiled shards":
+        tree["parallel"] = {"zero_stage": 3}
     code, _, err = run(capsys, monkeypatch, "train", config(folder, tree), override)
     assert code == 2
     assert message in err
@@ -317,7 +319,28 @@ def test_data_shows_counts_lengths_and_scored_tokens(folder, capsys, monkeypatch
         capsys, monkeypatch, "data", config(folder, run_tree(folder)), "--examples", "1"
     )
     assert code == 0
-    assert "24 pairs" in out and "p95" in out and "⟦</s>⟧" in out
+    assert "24 pairs" in out and "p95" in out
+    assert (out.count("⟦"), out.count("·</s>⟧")) == (2, 2)  # one pair of brackets for each answer
+
+
+def test_data_needs_no_section_train(folder, capsys, monkeypatch):
+    tree = run_tree(folder)
+    del tree["train"]
+    code, out, _ = run(capsys, monkeypatch, "data", config(folder, tree))
+    assert code == 0 and "24 pairs" in out
+    code, _, err = run(capsys, monkeypatch, "train", config(folder, tree))
+    assert code == 2 and "train is missing" in err
+    code, _, err = run(capsys, monkeypatch, "data", config(folder, tree | {"train": 3}))
+    assert code == 2 and "train=3" in err
+
+
+def test_answers_alike_or_empty_are_left_out_and_counted(folder, capsys, monkeypatch):
+    rows = [GOOD, GOOD | {"chosen": "1"}, GOOD | {"rejected": " "}]
+    (folder / "ties.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    file = config(folder, run_tree(folder))
+    code, out, _ = run(capsys, monkeypatch, "data", file, f"data.train={folder}/ties.jsonl")
+    assert code == 0 and "1 pairs kept" in out and "2 dropped" in out
+    assert "chosen equals rejected" in out and "empty rejected" in out
 
 
 def test_deepspeeds_launcher_puts_a_word_first(capsys, monkeypatch):
@@ -329,7 +352,7 @@ def test_deepspeeds_launcher_puts_a_word_first(capsys, monkeypatch):
 def test_train_fails_cleanly_in_a_process_of_its_own_and_on_two_ranks(folder):
     """The real thing: exit code 2 and no traceback, alone and with --nproc 2."""
     file = folder / "bad.jsonl"
-    file.write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD | {"rejected": ""}))
+    file.write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD | {"rejected": 3}))
     tree = run_tree(folder)
     tree["train"]["output_dir"] = str(folder / "never")
     tree["data"]["train"] = str(file)

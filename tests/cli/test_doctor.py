@@ -81,11 +81,11 @@ def test_defaults_are_told_from_options(folder):
     assert found["activation checkpointing"][:2] == ("off", "default")
     assert found["reference"][:2] == ("cached", "default")
     assert found["ZeRO stage"] == (
-        "3",
+        "0",
         "default",
-        "optimiser states, gradients, parameters sharded over 1 rank",
+        "nothing sharded over 1 rank: one rank has nothing to shard",
     )
-    assert found["head's schedule"][0].startswith("keep: 3.00 products, 1016 tokens kept")
+    assert found["head's plan"][0].startswith("keep: 3.00 GEMMs, 1016 tokens kept")
     tree = run_tree(folder)
     del tree["train"]["micro_batch_size"]
     found = {row.what: row[1:] for row in decisions(look(build_config(tree, "tree")))}
@@ -93,12 +93,12 @@ def test_defaults_are_told_from_options(folder):
 
 
 def test_how_many_completions_a_group_has_is_not_known(folder):
-    pairs = table(folder)["head's schedule"][2]
+    pairs = table(folder)["head's plan"][2]
     assert pairs == f"{2 * 4 * 127} scored tokens in a micro-batch, at most"
-    groups = table(folder, loss={"type": "grpo"})["head's schedule"][2]
+    groups = table(folder, loss={"type": "grpo"})["head's plan"][2]
     assert groups == f"{8 * 4 * 127} scored tokens in a micro-batch, if groups have 8 completions"
     budget = {"micro_batch_size": None, "tokens_per_batch": 512}
-    found = table(folder, loss={"type": "grpo"}, train=budget)["head's schedule"][2]
+    found = table(folder, loss={"type": "grpo"}, train=budget)["head's plan"][2]
     assert found == "512 scored tokens in a micro-batch, at most"
 
 
@@ -113,7 +113,7 @@ def test_options_show(folder):
     assert found["layout"] == ("padded", "option", "train.layout says so")
     assert found["attention"][0] == "sdpa"
     assert found["head"] == ("torch", "option", "asked for by name")
-    assert found["head's schedule"][0].startswith("frozen: 2.00 products")
+    assert found["head's plan"][0].startswith("frozen: 2.00 GEMMs")
     assert found["activation checkpointing"][:2] == ("layer 1 of 2", "option")
     assert found["torch.compile"] == ("on", "option", "blocks of 2 layers")
     assert found["LoRA"] == ("r 2", "option", "1,856 of 34,080 are trained")

@@ -474,8 +474,9 @@ def test_hh_sample(load):
         1255: "no common prompt",
     }
     report = load(train=str(HH), on_bad_row="skip", tokenizer=byte_tokenizer(bos=True)).report
-    found = {int(where.rsplit(":", 1)[1]): text.split(":")[0] for where, text in report.bad_rows}
+    told = [*report.bad_rows, *(row for rows in report.dropped.rows.values() for row in rows)]
+    found = {int(where.rsplit(":", 1)[1]): text.split(":")[0] for where, text in told}
     assert found == expected
-    assert (report.rows_read, report.examples_kept, report.dropped.total) == (1500, 1495, 0)
-    with pytest.raises(UserError, match=r"hh_harmless_1500.jsonl.gz:87: empty chosen"):
+    assert (report.rows_read, report.examples_kept, report.dropped.total) == (1500, 1495, 4)
+    with pytest.raises(UserError, match=r"hh_harmless_1500.jsonl.gz:1255: no common prompt"):
         load(train=str(HH))

@@ -253,3 +253,17 @@ def test_ties_are_dropped_and_merged_rows_counted(tmp_path, streaming):
     path.write_text("".join(json.dumps(each) + "\n" for each in rows[2:4]))
     with pytest.raises(UserError, match="none of 1 rows is usable. 1 x a tie"):
         load_examples(DataConfig(**options), chat_tokenizer(), split="train")
+
+
+def test_what_would_use_a_column_is_said():
+    with pytest.raises(BadRow, match=r"'system' is not used: .*data\.apply_chat_template=true"):
+        parse(TEXT | {"system": "Be very brief"})
+    chats = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    context = [{"role": "user", "content": "why is it blue"}]
+    with pytest.raises(BadRow, match=r"'context' is not used: .*data\.columns=\{prompt: context\}"):
+        parse(chats | {"context": context})
+    assert parse(chats | {"context": context}, columns={"prompt": "context"})[0].prompt == context
+    assert parse(TEXT | {"system": "Be very brief"}, apply_chat_template=True)[0].prompt[0] == {
+        "role": "system",
+        "content": "Be very brief",
+    }

@@ -1,13 +1,14 @@
 """Raw rows to PairRow: layouts, implicit prompts, and every kind of bad row."""
 
 import math
+import re
 
 import pytest
 from pydantic import ValidationError
 
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.rows import parse_row
-from dpo_fast.data.verdicts import BadRow
+from dpo_fast.data.verdicts import BadRow, Dropped, Verdict
 
 
 def say(role, content, **more):
@@ -36,9 +37,13 @@ def parts(raw, **options):
 
 
 def refuses(raw, **options):
-    with pytest.raises(BadRow) as caught:
+    """What is said of a row. Empty and equal answers are left out, and any other fault is a mistake."""
+    with pytest.raises(Verdict) as caught:
         parse(raw, **options)
-    return str(caught.value)
+    message = str(caught.value)
+    left_out = re.match(r"empty (chosen|rejected|completion)|chosen equals rejected", message)
+    assert type(caught.value) is (Dropped if left_out else BadRow), message
+    return message
 
 
 def test_explicit_layouts():

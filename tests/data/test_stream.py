@@ -117,7 +117,7 @@ def test_max_rows_counts_broken_ones(stream, tmp_path):
 
 BAD = {
     "broken JSON": ("{broken", "pairs.jsonl:2: broken JSON"),
-    "empty answer": (pair(1, chosen=" "), "pairs.jsonl:2: empty chosen"),
+    "empty prompt": (pair(1, prompt=" "), "pairs.jsonl:2: empty prompt"),
     "BOS": (pair(1, chosen="<s>b"), "pairs.jsonl:2: BOS inside chosen"),
 }
 
@@ -164,13 +164,13 @@ def test_the_next_chunk_is_read_ahead_and_its_error_comes_when_it_is_due(stream)
     def make(chunk, accumulation) -> Split:
         return Split("train", chunk, Sampler(len(chunk), 2, 2), "packed", 0)
 
-    flow = stream([*(pair(index) for index in range(10)), pair(10, chosen=" ")])
+    flow = stream([*(pair(index) for index in range(10)), pair(10, prompt=" ")])
     split = StreamSplit(flow, make, last=100)
     assert [split.at(step)[1] for step in range(4)] == [0, 1, 0, 1]
     assert split.examples.number == 1
     split.coming.exception()  # waits for the third chunk
     assert split.at(3)[1] == 1
-    with pytest.raises(UserError, match="pairs.jsonl:11: empty chosen"):
+    with pytest.raises(UserError, match="pairs.jsonl:11: empty prompt"):
         split.at(4)
     flow = stream()
     split = StreamSplit(flow, make, last=4)

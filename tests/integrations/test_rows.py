@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.dataset import load_examples
 from dpo_fast.errors import UserError
+from dpo_fast.integrations.arguments import objective_of
 from dpo_fast.integrations.rows import TokenRows, token_rows, token_sets
 from dpo_fast.integrations.transformers import PreferenceTrainer
 from dpo_fast.losses import LossOptions, Objective
@@ -136,6 +137,7 @@ def first_loss(trainer) -> float:
 
 
 def test_a_name_is_an_objective(place, texts, tmp_path):
+    assert objective_of(["sigmoid", "sft"]) == Objective(("sigmoid", "sft"), (1.0, 1.0))
     named = first_loss(trainer(place, texts, tmp_path, objective="simpo"))
     built = first_loss(trainer(place, texts, tmp_path, objective=Objective(("simpo",), (1.0,))))
     assert named == built

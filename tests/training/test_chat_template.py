@@ -74,6 +74,6 @@ def test_commands_know_where_the_model_stops(tree, tmp_path, data):
     data = tree["data"] | data | {"chat_template": str(bare)}
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(tree | {"data": data, "reference": {"provider": "frozen"}}))
-    shown = run("data", file).replace("⟧⟦", "").replace("·", "")
+    shown = run("data", file).replace("·", "")
     assert "glad. <|im_start|>user" in shown
     assert "⟦yes<|im_start|>⟧" in shown

@@ -49,12 +49,24 @@ def check_unused(left: Mapping[str, Any], row: Any, has_prompt: bool) -> None:
                 f"{name!r} has words that the answers lack: name it with data.columns.prompt={name} if "
                 f"it is the prompt, or {REMEDY}",
             )
-        chat = "" if row.is_chat else ", set data.format=alpaca, which makes a chat of texts,"
         raise BadRow(
             f"column {name!r} is not used",
             "its words are nowhere in the example: map it with data.columns (docs/FORMATS.md has the "
-            f"names){chat} or {REMEDY}",
+            f"names){_remedy(name, filled[name], row, has_prompt)} or {REMEDY}",
         )
+
+
+def _remedy(name: str, value: Any, row: Any, has_prompt: bool) -> str:
+    """What else would use a column of content."""
+    if not has_prompt and name != "system":
+        return f", data.columns={{prompt: {name}}} if it is the prompt,"
+    if row.is_chat:
+        return ""
+    if name.startswith("system"):
+        return (
+            ", set data.apply_chat_template=true or data.format=alpaca, which make a chat of texts,"
+        )
+    return ", set data.format=alpaca, which makes a chat of texts,"
 
 
 def texts_of(value: Any) -> Iterator[str]:

@@ -57,7 +57,7 @@ class HeadPlan:
     def __str__(self) -> str:
         dtype = str(self.products).removeprefix("torch.")
         return (
-            f"{self.schedule}: {self.gemms:.2f} products, {self.kept_tokens} tokens kept "
+            f"{self.schedule}: {self.gemms:.2f} GEMMs, {self.kept_tokens} tokens kept "
             f"({self.kept_bytes / MIB:.0f} MiB), tiles of {self.token_chunk} x {self.vocab_block} "
             f"({self.tile_bytes / MIB:.0f} MiB), sums {self.sum_bytes / MIB:.0f} MiB, "
             f"multiplied in {dtype}"
