@@ -15,7 +15,7 @@ from dpo_fast.references import ReferenceModel
 from dpo_fast.training import distributed
 from dpo_fast.training.config import build_config
 from dpo_fast.training.memory import Sizes, in_units, memory
-from tests.support.models import run_tree, write_model
+from tests.support.models import run_tree, write_model, write_pairs
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("doctor")
     for name in ("model", "reference-model"):
         write_model(folder / name)
-        (folder / name / "model.safetensors").write_bytes(b"")
+        (folder / name / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     return folder
 
 
@@ -169,16 +169,18 @@ MISTAKES = [
     "train.global_batch_size=7",
     "model.attention=flash_attention_2",
     "model.checkpoint_layers=3",
-    "model.torch_compile=true",
+    "parallel={zero_stage: 1, offload_optimizer: true}",
     "reference.offload=true",
     "parallel={zero_stage: 2, offload_parameters: true}",
 ]
 
 
 @pytest.mark.parametrize("override", MISTAKES)
-def test_a_mistake_is_told_as_train_tells_it(folder, override):
+def test_a_mistake_is_told_as_train_tells_it(folder, tmp_path, override):
     file = write(folder, output_dir=str(folder / "never"))
-    doctor, train = (invoke(command, file, override) for command in ("doctor", "train"))
+    data = write_pairs(tmp_path / "pairs.jsonl", 2)  # train looks for the data first
+    words = (file, override, f"data.train={data}")
+    doctor, train = (invoke(command, *words) for command in ("doctor", "train"))
     assert isinstance(doctor.exception, UserError)
     assert str(doctor.exception) == str(train.exception)
     assert not (folder / "never").exists()
