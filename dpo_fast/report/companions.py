@@ -87,7 +87,7 @@ def read_examples(path: Path) -> Examples | None:
     if content is None:
         return None
     try:
-        names, rows = content["columns"], content["rows"]
+        names, rows = content["fields"], content["rows"]
         if not all(len(row) == len(names) for row in rows):
             raise ValueError("a row has too few numbers")
         columns = {name: [_number(row[place]) for row in rows] for place, name in enumerate(names)}

@@ -95,7 +95,7 @@ def record_examples(
         "kind": split.examples.kind.name,
         "examples": len(margin),
         "without_margin": len(margin) - len(order),
-        "columns": COLUMNS,
+        "fields": COLUMNS,
         "rows": rows,
         "least": [_texts(split, tokenizer, index) for index in least],
         "greatest": [_texts(split, tokenizer, index) for index in greatest],

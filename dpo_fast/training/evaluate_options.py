@@ -10,6 +10,7 @@ from typing import Any
 from dpo_fast.errors import UserError
 from dpo_fast.losses import LOSSES
 from dpo_fast.models.checkpoint import base_of, is_adapter, read_adapter_config
+from dpo_fast.references.table import DEFAULT, PROVIDERS
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoint_run import CONFIG, RUN_CONFIG, checkpoint_of
 from dpo_fast.training.config import RunConfig, build_config
@@ -108,14 +109,15 @@ def _put_policy(tree: dict[str, Any], model: str) -> None:
     section, reference = tree.get("model", {}), dict(tree.get("reference") or {})
     began = section.get("path")
     tree["model"] = section | {"path": model, "lora": None, "adapter": None}
-    if reference.get("provider") == "adapter_off":
-        reference["provider"] = "frozen"
-    elif reference.get("provider") == "ema":
+    spec = PROVIDERS.get(reference.get("provider"), PROVIDERS[DEFAULT])
+    if spec.follows:
         raise UserError(
-            "reference.provider=ema follows the policy, so that the checkpoint alone has it: evaluate the "
-            "checkpoint, or name a model with --reference"
+            f"reference.provider={spec.name} follows the policy, so that the checkpoint alone has it: "
+            "evaluate the checkpoint, or name a model with --reference"
         )
-    if reference.get("provider") in ("cached", "frozen", None) and reference.get("path") is None:
+    if spec.needs_adapters:
+        reference["provider"] = "frozen"
+    if (spec.needs_adapters or "path" in spec.options) and reference.get("path") is None:
         reference["path"] = began
     named = (tree.get("loss") or {}).get("type", [])
     by_token = [name for name in ([named] if isinstance(named, str) else named) if name in LOSSES]

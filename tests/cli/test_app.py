@@ -114,7 +114,7 @@ OPTIONS = {  # what is wrong: key=value, and what the message must say
     "weight of nothing": ("loss={type: [sigmoid, sft], weights: [1, .nan]}", "loss.weights.1=nan"),
     "seed": (
         "train.seed=1208925819614629174706176",
-        "train.seed=1208925819614629174706176: input should",
+        "train.seed=1208925819614629174706176 is out of range; the largest",
     ),
     "data seed": ("data.seed=-1", "data.seed=-1 must be at least 0"),
     "blank folder": ("train.output_dir=' '", "train.output_dir=' ' names no folder"),

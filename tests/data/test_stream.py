@@ -203,9 +203,7 @@ def test_a_resumed_run_goes_to_its_position(stream, monkeypatch, tmp_path):
     parts = {"engine": None, "train": new, "stateful": {}, "weights": {}}
     run = SimpleNamespace(config=config, total_steps=9, **parts)
     monkeypatch.setattr(resume, "load_checkpoint", lambda *_: state)
-    sums, log = SimpleNamespace(values={}), SimpleNamespace(begin=lambda step: None)
-    run.saver = SimpleNamespace(goes_on_from=lambda *_: None)
-    assert resume.resume(run, tmp_path, sums, log) == (7, False)
+    assert resume.restore(run, tmp_path, SimpleNamespace(values={})) == state
     part, index = new.at(7)
     assert [part.examples.where(row) for row in part.sampler.global_batch(index)] == places
     assert used == [0, 3]

@@ -53,9 +53,9 @@ def test_mistral_tokenizers_come_in_the_form_of_transformers(tmp_path, monkeypat
     (tmp_path / "model" / "tekken.json").write_text("{}")
     original = load.AutoTokenizer.from_pretrained
 
-    def from_pretrained(path, mistral_format=None, **options):
+    def from_pretrained(mistral_format=None, **options):
         plain = mistral_format is False or not common
-        return original(path, **options) if plain else MistralCommonBackend()
+        return original(**options) if plain else MistralCommonBackend()
 
     monkeypatch.setattr(load.AutoTokenizer, "from_pretrained", from_pretrained)
     tokenizer = load_tokenizer(section)

@@ -76,7 +76,8 @@ def add(monkeypatch):
 def test_the_option_takes_what_the_table_has():
     assert get_args(ReferenceSection.model_fields["provider"].annotation) == tuple(PROVIDERS)
     assert ReferenceSection().provider == DEFAULT
-    options = set(ReferenceSection.model_fields) - {"provider", "offload", "old_path"}
+    # The revision becomes part of the path.
+    options = set(ReferenceSection.model_fields) - {"provider", "offload", "old_path", "revision"}
     assert options == {option for spec in PROVIDERS.values() for option in spec.options}
     for case in range(8):
         assert default_provider(*(bool(case >> bit & 1) for bit in range(3))) in PROVIDERS
@@ -143,7 +144,8 @@ def test_the_trainer_builds_an_entry(folder, add):
 def test_the_doctor_tells_an_entry(folder, add):
     def lines(**fields):
         options = {"path": str(folder / "other")}
-        config = build(folder, add(options=("path",), **fields), reference=options)
+        stage = {"zero_stage": 3}
+        config = build(folder, add(options=("path",), **fields), reference=options, parallel=stage)
         outlook = look(config)
         told = {row.what: row for row in decisions(outlook)}["reference"]
         return told, [line.what for line in memory(config, outlook.sizes, 1)]

@@ -60,7 +60,7 @@ def write_examples(folder: Path, step: int = 10, kind: str = "pairs", text: str 
         "kind": kind,
         "examples": 40,
         "without_margin": 0,
-        "columns": ["index", "margin", "reward", "other_reward", "tokens", "other_tokens"],
+        "fields": ["index", "margin", "reward", "other_reward", "tokens", "other_tokens"],
         "rows": rows,
         "least": [{"index": index, **one} for index in range(5)],
         "greatest": [{"index": 39, **one}],

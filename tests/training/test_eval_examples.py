@@ -51,7 +51,7 @@ def runs(tmp_path_factory):
 
 
 def column(found: dict, name: str) -> list:
-    place = found["columns"].index(name)
+    place = found["fields"].index(name)
     return [row[place] for row in found["rows"]]
 
 
