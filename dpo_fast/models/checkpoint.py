@@ -154,6 +154,11 @@ def read_adapter_config(path: str, option: str) -> dict[str, Any]:
     return config
 
 
+def trains_biases(path: str) -> bool:
+    """Whether an adapter folder trains the base model's biases."""
+    return read_adapter_config(path, "model.path").get("bias", "none") != "none"
+
+
 def base_of(path: str, option: str = "model.path") -> str:
     """The model that an adapter folder belongs to; of any other path the path itself."""
     if not is_adapter(path):

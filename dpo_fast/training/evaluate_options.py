@@ -9,7 +9,7 @@ from typing import Any
 
 from dpo_fast.errors import UserError
 from dpo_fast.losses import LOSSES
-from dpo_fast.models.checkpoint import base_of, is_adapter, read_adapter_config
+from dpo_fast.models.checkpoint import base_of, is_adapter, trains_biases
 from dpo_fast.references.table import DEFAULT, PROVIDERS
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoint_run import CONFIG, RUN_CONFIG, checkpoint_of
@@ -135,9 +135,8 @@ def _defaults(model: str, world_size: int) -> dict[str, Any]:
 def _default_reference(tree: dict[str, Any], model: str, overrides: Sequence[str]) -> None:
     """Of an adapter its base model; of a whole model none, and a loss that needs none."""
     if is_adapter(model):
-        biased = read_adapter_config(model, "model.path").get("bias", "none") != "none"
         base = {"provider": "frozen", "path": base_of(model)}
-        tree["reference"] = base if biased else {"provider": "adapter_off"}
+        tree["reference"] = base if trains_biases(model) else {"provider": "adapter_off"}
     elif not _named(overrides, "loss"):
         tree["loss"] = {"type": WITHOUT}
         say(
