@@ -152,7 +152,7 @@ def _named(overrides: Sequence[str], start: str) -> bool:
 def _check_reference(config: RunConfig, checkpoint: Path | None, named: bool) -> None:
     """Raises UserError if the reference would be the evaluated model itself."""
     spec, own = config.reference_spec, config.reference.path is None
-    itself = spec.scores and own and spec.name != "adapter_off"
+    itself = spec.scores and own and not spec.needs_adapters
     if config.loss.objective.needs_reference and checkpoint is None and itself and not named:
         raise UserError(
             f"loss.type={', '.join(config.loss.names)} compares with a reference: name a model with "
