@@ -164,7 +164,13 @@ class Best:
         )
         if self.kept.step == step and self.kept_name:
             return None
-        return read_on_main(self.folder, model)
+        try:
+            return read_on_main(self.folder, model)
+        except UserError as error:
+            raise UserError(
+                f"{error}. The last weights are exported with train.resume_from_checkpoint=true "
+                "train.load_best_model_at_end=false"
+            ) from None
 
     def _find(self, folder: Path) -> None:
         """Take a folder for the best checkpoint, if it is there."""

@@ -100,7 +100,10 @@ def _tensors(engine: Path) -> Iterator[tuple[str, Tensor]]:
     if whole.is_file():
         yield from read_tree(whole, mmap=True)["module"].items()
         return
-    head = read_tree(next(engine.glob(MODEL_PARTS)), mmap=True)
+    part = next(engine.glob(MODEL_PARTS), None)
+    if part is None:
+        raise UserError(f"{engine} holds no weights")
+    head = read_tree(part, mmap=True)
     shapes = {name: shape for group in head["param_shapes"] for name, shape in group.items()}
     for name, value in _joined(shapes, [_flat(file) for file in _parts(engine)]):
         yield (

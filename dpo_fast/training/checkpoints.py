@@ -27,6 +27,7 @@ from dpo_fast import durable
 from dpo_fast.errors import LostPeer, UserError
 from dpo_fast.training import distributed
 from dpo_fast.training.manifest import (
+    ADDED,
     NAME,
     DamagedError,
     Manifest,
@@ -166,6 +167,20 @@ def run_of(folder: Path) -> str | None:
 
 
 @contextmanager
+def still_there(folder: Path | None) -> Iterator[None]:
+    """Tell an error while a checkpoint is read as its removal, if a run that goes on has removed it."""
+    try:
+        yield
+    except UserError:
+        if folder is None or folder.exists():
+            raise
+        raise UserError(
+            f"{folder} was removed while it was read: its run goes on, and keeps train.save_total_limit "
+            "checkpoints. Take a newer one, or copy one first"
+        ) from None
+
+
+@contextmanager
 def saving(place: Path) -> Iterator[None]:
     """`durable.writing` for the files of a run.
 
@@ -191,10 +206,11 @@ def _newest(root: Path) -> Path | None:
     found = checkpoints(root)
     with suppress(OSError):
         named = root / (root / LATEST).read_text(errors="replace").strip()
-        if step_of(named) is not None:
-            if named.parent == root and named not in found:
-                raise UserError(_damage(named, ["the folder is gone, and latest names it"]))
+        own = named.parent == root
+        if own and (named in found or is_checkpoint(named)):
             return named
+        if own and step_of(named) is not None:
+            raise UserError(_damage(named, ["the folder is gone, and latest names it"]))
     return found[-1] if found else None
 
 
@@ -213,18 +229,22 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _damage(folder: Path, problems: list[str]) -> str:
-    """The message about a damaged checkpoint. Reads earlier ones until one is whole."""
+    """Words about a damaged checkpoint, with another of its run that is whole, an earlier one if there is."""
     shown = "; ".join(problems[:SHOWN])
     more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    if all(problem.endswith(ADDED) for problem in problems):
+        return (
+            f"{folder} holds what the run did not write: {shown}{more}. Nothing was loaded from it"
+        )
     step, run = step_of(folder), run_of(folder)
-    earlier = [p for p in checkpoints(folder.parent) if step is None or step_of(p) < step]
-    earlier = [p for p in earlier if p != folder and run in (None, run_of(p))]
-    whole = next(filter(_is_whole, reversed(earlier)), None)
+    others = [p for p in checkpoints(folder.parent) if p != folder and run in (None, run_of(p))]
+    others.sort(key=lambda path: (step is None or step_of(path) < step, step_of(path)))
+    whole = next(filter(_is_whole, reversed(others)), None)
     remedy = (
-        "no earlier checkpoint is whole: begin again with train.overwrite_output_dir=true or in another "
+        "no other checkpoint is whole: begin again with train.overwrite_output_dir=true or in another "
         "folder"
         if whole is None
-        else f"{whole.name} is whole: go on from it with train.resume_from_checkpoint={whole}"
+        else f"{whole.name} is whole: take {whole}, to go on as train.resume_from_checkpoint={whole}"
     )
     return f"{folder} is damaged: {shown}{more}. Nothing was loaded from it; {remedy}"
 

@@ -17,7 +17,9 @@ from pathlib import Path, PurePosixPath
 from dpo_fast import durable
 
 NAME, FORMAT = "manifest.json", 1
+ADDED = "does not belong to it; move it away"
 CHUNK = 1 << 22
+MOST_BYTES = 1 << 26  # of a manifest: 400,000 files
 THREADS = 8
 
 
@@ -55,6 +57,8 @@ def read_manifest(folder: Path) -> Manifest:
     if (folder / NAME).exists() and not (folder / NAME).is_file():
         raise DamagedError(f"{NAME} is not a file")  # opening a pipe would wait for a writer
     try:
+        if (size := (folder / NAME).stat().st_size) > MOST_BYTES:
+            raise DamagedError(f"{NAME} is damaged: it has {size:,} bytes")
         content = json.loads((folder / NAME).read_text(encoding="utf-8"))
         if content.get("format") != FORMAT:
             raise DamagedError(
@@ -93,13 +97,17 @@ def differences(folder: Path, manifest: Manifest, names: Iterable[str]) -> list[
 
 
 def unlisted(folder: Path, manifest: Manifest) -> list[str]:
-    """A clause for every file or folder that a checkpoint holds and its manifest does not name."""
+    """A clause for every file or folder that a checkpoint holds and its manifest does not name.
+
+    Hidden ones are left by file managers and network file systems, and nothing reads them.
+    """
     known = {NAME, *manifest.files}
     known |= {str(parent) for name in manifest.files for parent in PurePosixPath(name).parents}
-    held = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
-    return [
-        f"{name} does not belong to it; move it away" for name in sorted(held) if name not in known
-    ]
+    held = (path.relative_to(folder) for path in folder.rglob("*"))
+    seen = (
+        path.as_posix() for path in held if not any(part.startswith(".") for part in path.parts)
+    )
+    return [f"{name} {ADDED}" for name in sorted(seen) if name not in known]
 
 
 def hash_file(file: Path) -> Entry:

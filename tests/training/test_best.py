@@ -165,6 +165,18 @@ def test_what_a_resumption_cannot_honour_is_told(folder, runs):
 
 
 @pytest.mark.processes
+def test_a_best_that_is_damaged_leaves_the_last(folder, runs):
+    shutil.copytree(folder / "whole", folder / "spoilt")
+    (folder / "spoilt" / "checkpoint-2" / "state.json").write_text("{}")
+    tree = changed(runs["whole"], folder / "spoilt", train={"resume_from_checkpoint": True})
+    said = ranks.refusal(tree)
+    assert "checkpoint-2 is damaged" in said and "begin again" not in said
+    assert (
+        "last weights are exported with train.resume_from_checkpoint=true train.load_best" in said
+    )
+
+
+@pytest.mark.processes
 def test_shards_of_the_best_are_exported(folder, tmp_path):
     tree = tree_of(folder, **FIRST_IS_BEST, load_best_model_at_end=True)
     tree = changed(tree, tmp_path / "run", parallel={"zero_stage": 3}, train={"max_steps": 4})

@@ -72,3 +72,9 @@ def test_what_latest_cannot_tell_the_folders_do(tmp_path):
     saved(tmp_path, 1)
     (tmp_path / "latest").write_bytes(b"\xff\xfe")
     assert find_checkpoint(True, str(tmp_path)).name == "checkpoint-1"
+    saved(tmp_path / "other", 2)
+    (tmp_path / "latest").write_text("other/checkpoint-2")
+    assert find_checkpoint(True, str(tmp_path)).name == "checkpoint-1", "of another folder"
+    (tmp_path / "checkpoint-1").rename(tmp_path / "best")
+    (tmp_path / "latest").write_text("best")
+    assert find_checkpoint(True, str(tmp_path)).name == "best"

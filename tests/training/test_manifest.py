@@ -68,8 +68,8 @@ def check_altered(root: Path, name: str, kind: str, draw: random.Random) -> str:
         return ""
     said = refusal(root)
     assert f"checkpoint-3 is damaged: {name}" in said, (kind, said)
-    remedy = f"go on from it with train.resume_from_checkpoint={root}/checkpoint-2"
-    assert said.endswith(f"checkpoint-2 is whole: {remedy}")
+    remedy = f"to go on as train.resume_from_checkpoint={root}/checkpoint-2"
+    assert said.endswith(f"checkpoint-2 is whole: take {root}/checkpoint-2, {remedy}")
     assert len(said) < 1000 and not list(root.rglob("ran"))
     return said
 
@@ -115,7 +115,13 @@ def test_a_run_whose_checkpoint_lost_its_state_does_not_begin_again(folder, run)
 def test_a_file_that_does_not_belong_to_it_is_named(run):
     extra = run / "checkpoint-3" / "engine" / "mp_rank_01_model_states.pt"
     shutil.copyfile(extra.with_name("mp_rank_00_model_states.pt"), extra)
-    assert "engine/mp_rank_01_model_states.pt does not belong to it" in refusal(run)
+    said = refusal(run)
+    assert (
+        "checkpoint-3 holds what the run did not write: engine/mp_rank_01_model_states.pt" in said
+    )
+    assert "move it away" in said and "is damaged" not in said
+    extra.rename(run / "checkpoint-3" / ".DS_Store")  # as file managers leave
+    assert refusal(run) == ""
 
 
 @pytest.mark.processes
@@ -136,13 +142,27 @@ def test_a_latest_that_is_gone_is_told(run):
     assert "checkpoint-3 is damaged: the folder is gone" in said and "checkpoint-2 is whole" in said
     for step in (1, 2):
         (run / f"checkpoint-{step}" / "state.json").unlink()
-    assert "no earlier checkpoint is whole: begin again" in refusal(run)
+    assert "no other checkpoint is whole: begin again" in refusal(run)
+
+
+@pytest.mark.processes
+def test_a_later_checkpoint_that_is_whole_is_named(run):
+    (run / "checkpoint-1" / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="checkpoint-1 is damaged: .* checkpoint-3 is whole: take"):
+        check_whole(run / "checkpoint-1")
 
 
 @pytest.mark.processes
 def test_a_checkpoint_without_manifest_is_of_an_older_version(run):
     (run / "checkpoint-3" / manifest.NAME).unlink()
     assert "only that version can resume it" in refusal(run)
+
+
+@pytest.mark.processes
+def test_a_manifest_without_end_is_not_read(run):
+    with (run / "checkpoint-3" / manifest.NAME).open("r+b") as file:
+        file.truncate(1 << 40)
+    assert "manifest.json is damaged: it has 1,099,511,627,776 bytes" in refusal(run)
 
 
 @pytest.mark.processes
