@@ -42,6 +42,7 @@ def export(
     from dpo_fast.training.checkpoint_run import export_checkpoint
 
     found = find(checkpoint)
+    found = found if found.name else found.absolute()  # `.` has no name
     folder = Path(target).expanduser() if target else found.with_name(f"{found.name}-model")
     export_checkpoint(found, folder, changes)
     typer.echo(f"model: {folder}")

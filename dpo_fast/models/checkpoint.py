@@ -160,13 +160,21 @@ def trains_biases(path: str) -> bool:
 
 
 def base_of(path: str, option: str = "model.path") -> str:
-    """The model that an adapter folder belongs to; of any other path the path itself."""
+    """The model that an adapter folder belongs to; of any other path the path itself.
+
+    A relative one begins in this folder, or else in one above the adapter: the trainer was started there.
+    """
     if not is_adapter(path):
         return path
     config = read_adapter_config(path, option)
     base, revision = config["base_model_name_or_path"], config.get("revision")
-    of_the_hub = revision and not Path(base).expanduser().exists()
-    return f"{base}@{revision}" if of_the_hub else base
+    if Path(base).expanduser().exists():
+        return base
+    above = Path(path).expanduser().resolve().parents
+    whole = next((folder / base for folder in above if (folder / base).is_dir()), None)
+    if whole is not None:
+        return str(whole)
+    return f"{base}@{revision}" if revision else base
 
 
 def adapter_file(path: str, option: str = "model.path") -> Path:
@@ -226,6 +234,8 @@ def check_model_path(path: str, option: str = "model.path") -> None:
             f"{option}={path} is a checkpoint of a run without the model's own files: write them with "
             f"dpo-fast export {path}, or train with train.save_model=true"
         )
+    if not config.is_file() and (folder / "final" / "tokenizer_config.json").is_file():
+        raise UserError(f"{option}={path} is the folder of a run; its model is {folder / 'final'}")
     if not config.is_file():
         raise UserError(
             f"{option}={path} is not a model folder: it has no config.json (found: {_names(folder)})"

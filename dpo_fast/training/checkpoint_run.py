@@ -6,20 +6,30 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from dpo_fast import durable
 from dpo_fast.errors import UserError
+from dpo_fast.models.checkpoint import check_model_path
+from dpo_fast.models.hub import commit_of
 from dpo_fast.models.skeleton import scoring_skeleton
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoint_weights import read_trained
-from dpo_fast.training.checkpoints import check_whole, find_checkpoint, is_checkpoint, read_state
+from dpo_fast.training.checkpoints import (
+    check_whole,
+    find_checkpoint,
+    is_checkpoint,
+    read_state,
+    still_there,
+)
 from dpo_fast.training.config import RunConfig, build_config
-from dpo_fast.training.config_file import read_tree
+from dpo_fast.training.config_file import apply
 from dpo_fast.training.export import gather_trained, write_export
+from dpo_fast.training.recorded import CONFIG, RUN_CONFIG, read_recorded, written
 from dpo_fast.training.weights import identity_on_this_rank
 
-CONFIG, RUN_CONFIG = "dpo_fast.yaml", "config.yaml"  # in a checkpoint; in the folder of a run
+OF_EXPORT = (
+    *("model.path", "model.tokenizer", "model.dtype", "model.trust_remote_code"),
+    *("data.chat_template", "data.cache_dir", "train.merge_lora", "train.merge_dtype"),
+)
 WEIGHTS = "the hash of model.path's weights"  # in state.json
 
 
@@ -30,8 +40,7 @@ def write_beside(config: RunConfig, model, folder: Path) -> None:
     """
     state = gather_trained(model.model) if config.train.save_model else {}
     if distributed.is_main():
-        resolved = yaml.safe_dump(config.resolved(), sort_keys=False)
-        (folder / CONFIG).write_text(resolved, encoding="utf-8")
+        (folder / CONFIG).write_text(written(config), encoding="utf-8")
         if config.train.save_model:
             write_export(model, state, config, folder)
 
@@ -47,8 +56,15 @@ def checkpoint_of(path: str) -> Path | None:
 
 
 def config_of(checkpoint: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration of a checkpoint's run, with some options changed. Raises UserError."""
-    return build_config(read_tree(str(checkpoint / CONFIG), overrides), str(checkpoint))
+    """The configuration of a checkpoint's run, with options of its export changed. Raises UserError."""
+    tree = read_recorded(checkpoint / CONFIG)
+    for override in overrides:
+        apply(tree, override)
+        name = override.partition("=")[0]
+        if name not in OF_EXPORT:
+            build_config(tree, str(checkpoint))  # a key that does not exist is told first
+            raise UserError(f"{name} changes nothing of an export; {', '.join(OF_EXPORT)} do")
+    return build_config(tree, str(checkpoint))
 
 
 def export_checkpoint(checkpoint: Path, out: Path, overrides: Sequence[str] = ()) -> None:
@@ -57,20 +73,49 @@ def export_checkpoint(checkpoint: Path, out: Path, overrides: Sequence[str] = ()
     Raises:
         UserError: `out` is there, the checkpoint is damaged, or the model it began with is another one.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is there already; name another folder, or remove it")
-    check_whole(checkpoint)
-    run = config_of(checkpoint, overrides)
-    state = read_state(checkpoint)
-    check_start(checkpoint, run, state)
-    model = scoring_skeleton(run.model)
-    tensors = read_trained(checkpoint, model.model)
+    check_target(checkpoint, out)
+    with still_there(checkpoint):
+        check_whole(checkpoint)
+        run = config_of(checkpoint, overrides)
+        check_base(run.model.path)
+        check_start(checkpoint, run, read_state(checkpoint))
+        model = scoring_skeleton(run.model)
+        tensors = read_trained(checkpoint, model.model)
+    if any(override.startswith("model.dtype=") for override in overrides):
+        tensors = {name: tensor.to(run.model.torch_dtype) for name, tensor in tensors.items()}
     aside = durable.aside(out)
     shutil.rmtree(aside, ignore_errors=True)
     with durable.writing(aside, "The checkpoint is as it was: make room, or name another folder"):
         aside.mkdir(parents=True)
         write_export(model, tensors, run, aside)
         durable.publish(aside, out, replace=out.exists())
+
+
+def check_target(checkpoint: Path, out: Path) -> None:
+    """Raises UserError unless a folder can get the name `out`, with the checkpoint as it was."""
+    if checkpoint.resolve() in (out.resolve(), *out.resolve().parents):
+        raise UserError(
+            f"{out} lies in {checkpoint}, which is resumed only if it holds what the run wrote: name a "
+            "folder beside it"
+        )
+    if out.resolve() == Path.cwd():
+        raise UserError(f"{out} is the folder that you are in, and a new one is made: name that")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there already; name another folder, or remove it")
+
+
+def check_base(path: str) -> None:
+    """Raises UserError unless the model that a run began with is where it was."""
+    try:
+        check_model_path(path)
+        if not Path(path).exists():
+            commit_of(path)
+    except (UserError, OSError, ValueError) as error:
+        reason = str(error) if isinstance(error, UserError) else durable.first_line(error)
+        raise UserError(
+            f"the run began with model.path={path}, which cannot be found: {reason.rstrip('.')}. If it "
+            "lies elsewhere now, name that folder behind the command, model.path=FOLDER"
+        ) from None
 
 
 def check_start(checkpoint: Path, config: RunConfig, state: dict) -> None:

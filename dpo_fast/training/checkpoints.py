@@ -229,7 +229,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _damage(folder: Path, problems: list[str]) -> str:
-    """Words about a damaged checkpoint, with another of its run that is whole, an earlier one if there is."""
+    """Words about a damaged checkpoint, with one of its run that is whole, an earlier one if there is."""
     shown = "; ".join(problems[:SHOWN])
     more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
     if all(problem.endswith(ADDED) for problem in problems):

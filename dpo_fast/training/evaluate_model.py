@@ -17,7 +17,7 @@ from dpo_fast.modules.metrics import METRIC_EXTRAS
 from dpo_fast.training import distributed, signals
 from dpo_fast.training.checkpoint_run import check_start
 from dpo_fast.training.checkpoint_weights import load_trained, read_on_main, trained_names
-from dpo_fast.training.checkpoints import check_whole, read_state
+from dpo_fast.training.checkpoints import check_whole, read_state, still_there
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import say, track
 from dpo_fast.training.engine import build_reference_engine, deepspeed_config, shard_while_loading
@@ -67,7 +67,8 @@ def evaluate_model(asked: Evaluation) -> dict[str, Any]:
     """
     config, checkpoint = without_training(asked.config), asked.checkpoint
     choices = check_run(config)
-    with signals.stop_at_once("an evaluation keeps nothing but the references that it stored"):
+    keeps = "an evaluation keeps nothing but the references that it stored"
+    with signals.stop_at_once(keeps), still_there(checkpoint):
         distributed.init_distributed(config.parallel.timeout_minutes)
         step = None if checkpoint is None else _checked(config, checkpoint)
         config = merged_first(choices.applied(config))

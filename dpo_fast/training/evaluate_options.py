@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpo_fast.data.config import DataConfig
+from dpo_fast.data.kinds import COMPLETIONS, GROUPS, PAIRS, Kind
+from dpo_fast.data.parts import parts_of
+from dpo_fast.data.rows import parse_row
+from dpo_fast.data.verdicts import BadRows, Verdict
+from dpo_fast.durable import existing
 from dpo_fast.errors import UserError
 from dpo_fast.losses import LOSSES
 from dpo_fast.models.checkpoint import base_of, is_adapter, trains_biases
 from dpo_fast.references.table import DEFAULT, PROVIDERS
 from dpo_fast.training import distributed
-from dpo_fast.training.checkpoint_run import CONFIG, RUN_CONFIG, checkpoint_of
+from dpo_fast.training.checkpoint_run import checkpoint_of
 from dpo_fast.training.config import RunConfig, build_config
-from dpo_fast.training.config_file import apply, read_tree
+from dpo_fast.training.config_file import apply
 from dpo_fast.training.console import say
 from dpo_fast.training.earlier_run import MODEL
 from dpo_fast.training.places import check_places
+from dpo_fast.training.recorded import CONFIG, RUN_CONFIG, read_recorded
 
 # What an evaluation takes of a run's sections. The rest is about training, or about other data.
 TRAIN = (
@@ -27,6 +36,7 @@ TRAIN = (
 OTHER_DATA = ("eval", "eval_rows", "streaming", "stream_buffer", "stopping_strategy", "max_rows")
 FOLDER = "evaluation"  # of what a reference stores, where there is no run
 WITHOUT = "simpo"  # the loss where no reference is named: the mean log-prob of each answer
+WITH = {PAIRS: "sigmoid", COMPLETIONS: "kto", GROUPS: "plackett_luce"}  # where one is, by rows
 
 
 @dataclass(frozen=True)
@@ -61,20 +71,23 @@ def evaluation_of(
         world = distributed.world_size() if world_size is None else world_size
         tree = _defaults(model, world)
     else:
-        tree = _without_training(read_tree(str(file)))
+        tree = _without_training(read_recorded(file))
         if checkpoint is None:
             _put_policy(tree, model)
     if data is not None:
         kept = {k: v for k, v in tree["data"].items() if k not in OTHER_DATA}
         tree["data"] = kept | {"train": data}
+        _store_nothing_there(tree)
     elif file is None:
         raise UserError(f"what is {model} to be evaluated on? Name a file, a folder or a hub id")
     if reference is not None:
         tree["reference"] = {"provider": "frozen", "path": reference}
     elif file is None and not _named(overrides, "reference."):
-        _default_reference(tree, model, overrides)
+        _default_reference(tree, model)
     for override in overrides:
         apply(tree, override)
+    if file is None and not _named(overrides, "loss"):
+        _default_loss(tree, str(data))
     built = build_config(tree, str(file or "dpo-fast evaluate"))
     if data is not None:
         built = built.model_copy(update={"data": built.data.for_evaluation()})
@@ -91,8 +104,8 @@ def _configuration(model: str, checkpoint: Path | None, config: str | None) -> P
         return Path(config)
     if checkpoint is not None:
         return checkpoint / CONFIG
-    folder = Path(model).expanduser()
-    beside = folder.resolve().parent / RUN_CONFIG
+    folder = Path(model).expanduser().resolve()
+    beside = folder.parent / RUN_CONFIG
     return beside if folder.name == MODEL and beside.is_file() else None
 
 
@@ -126,23 +139,58 @@ def _put_policy(tree: dict[str, Any], model: str) -> None:
     tree["reference"] = reference
 
 
+def _store_nothing_there(tree: dict[str, Any]) -> None:
+    """Score the reference beside the policy if it cannot be stored, as in the run of somebody else."""
+    reference = tree.get("reference") or {}
+    folder = reference.get("cache_dir") or tree["train"].get("output_dir", FOLDER)
+    stores = PROVIDERS.get(reference.get("provider"), PROVIDERS[DEFAULT]).stores
+    if stores and not os.access(existing(Path(folder)), os.W_OK):
+        tree["reference"] = reference | {"provider": "frozen", "cache_dir": None}
+
+
 def _defaults(model: str, world_size: int) -> dict[str, Any]:
     parallel = {"zero_stage": 0} if world_size == 1 else {}
     train = {"output_dir": FOLDER}
     return {"model": {"path": model}, "data": {}, "train": train, "parallel": parallel}
 
 
-def _default_reference(tree: dict[str, Any], model: str, overrides: Sequence[str]) -> None:
-    """Of an adapter its base model; of a whole model none, and a loss that needs none."""
+def _default_reference(tree: dict[str, Any], model: str) -> None:
+    """Of an adapter its base model; of a whole model none."""
     if is_adapter(model):
         base = {"provider": "frozen", "path": base_of(model)}
         tree["reference"] = base if trains_biases(model) else {"provider": "adapter_off"}
-    elif not _named(overrides, "loss"):
-        tree["loss"] = {"type": WITHOUT}
-        say(
-            "no reference is named: answers are compared by their mean log-probability "
-            f"(loss.type={WITHOUT}). --reference MODEL compares with a model, by loss.type=sigmoid"
+
+
+def _default_loss(tree: dict[str, Any], data: str) -> None:
+    """The loss that goes with the rows and with what they are compared with. Raises UserError."""
+    kind = _kind(build_config(tree, "dpo-fast evaluate").data)
+    if tree.get("reference"):
+        tree["loss"] = {"type": WITH[kind]}
+        return
+    if kind == COMPLETIONS:
+        raise UserError(
+            f"{data} holds completions, each good or bad by itself: such answers are judged against a "
+            f"model. Name it with --reference MODEL (loss.type={WITH[kind]})"
         )
+    tree["loss"] = {"type": WITHOUT}
+    if kind == GROUPS:
+        tree["data"].setdefault("group_pairs", "best_worst")
+    pairs = "the best and the worst answer of each row are compared" if kind == GROUPS else ""
+    say(
+        f"no reference is named: {pairs or 'answers are compared'} by their mean log-probability "
+        f"(loss.type={WITHOUT}). --reference MODEL compares with a model, by loss.type={WITH[kind]}"
+    )
+
+
+def _kind(data: DataConfig) -> Kind:
+    """What the first row holds that can be read. Other mistakes are told when all are read."""
+    bad = BadRows("skip", data.row_bytes)
+    with contextlib.suppress(UserError):
+        for part in parts_of(data.for_evaluation(), "eval"):
+            for where, raw in part.read(bad):
+                with contextlib.suppress(Verdict):
+                    return parse_row(where, raw, part.config).kind
+    return PAIRS
 
 
 def _named(overrides: Sequence[str], start: str) -> bool:

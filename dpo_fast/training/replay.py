@@ -13,7 +13,7 @@ from dpo_fast.errors import UserError
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import PREFIX, checkpoints
 from dpo_fast.training.config import build_config
-from dpo_fast.training.config_file import read_tree
+from dpo_fast.training.config_file import apply
 from dpo_fast.training.console import say, track
 from dpo_fast.training.examine import Row, examine, where_nan
 from dpo_fast.training.finite import Place
@@ -22,6 +22,7 @@ from dpo_fast.training.loop import update
 from dpo_fast.training.metrics import MetricSums
 from dpo_fast.training.nonfinite import NAME, findings, write_rows
 from dpo_fast.training.prepare import prepare
+from dpo_fast.training.recorded import RUN_CONFIG, read_recorded
 from dpo_fast.training.resume import restore
 
 
@@ -48,9 +49,10 @@ def find_step(place: Path, step: int | None) -> Asked:
         UserError: there is no run, no such step, or nothing that says which step.
     """
     named = (place / "state.json").is_file()
+    place = place.resolve() if named else place  # `.` has no name, and no folder above it
     run = place.parent if named else place
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{place} is no run: name its train.output_dir, which holds config.yaml")
+    if not (run / RUN_CONFIG).is_file():
+        raise UserError(f"{place} is no run: name its train.output_dir, which holds {RUN_CONFIG}")
     if step is None:
         told = [file.stem.removeprefix(NAME) for file in run.glob(f"{NAME}*.json")]
         step = max((int(each) for each in told if each.isdecimal()), default=None)
@@ -72,8 +74,10 @@ def _step(checkpoint: Path) -> int:
 
 def replay(asked: Asked, overrides: list[str] | tuple[str, ...] = ()) -> list[Row]:
     """Take the steps up to it, then look at its rows. Returns those of all ranks. Collective."""
-    file = str(asked.run / "config.yaml")
-    config = build_config(read_tree(file, overrides), file)
+    tree = read_recorded(asked.run / RUN_CONFIG)
+    for override in overrides:
+        apply(tree, override)
+    config = build_config(tree, str(asked.run / RUN_CONFIG))
     distributed.init_distributed(config.parallel.timeout_minutes)
     run = prepare(config, check_run(config))
     sums, step = MetricSums(run.engine.device), 0

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dpo_fast.data.facts import data_facts
 from dpo_fast.durable import write_file
 from dpo_fast.health.history import NONFINITE
@@ -23,6 +21,7 @@ from dpo_fast.training.earlier_run import METRICS, make_room
 from dpo_fast.training.loggers import Logger, named, open_loggers
 from dpo_fast.training.perf import peak_memory_gib, product_rate
 from dpo_fast.training.prepare import Run
+from dpo_fast.training.recorded import RUN_CONFIG, written
 from dpo_fast.training.run_facts import record_start
 from dpo_fast.training.start import Start
 from dpo_fast.training.watch import Watch
@@ -40,10 +39,9 @@ def open_log(run: Run, resumed: bool) -> RunLog:
     """
     folder = Path(run.config.train.output_dir)
     if distributed.is_main():
-        with saving(folder / "config.yaml"):
+        with saving(folder / RUN_CONFIG):
             folder.mkdir(parents=True, exist_ok=True)
-            resolved = yaml.safe_dump(run.config.resolved(), sort_keys=False)
-            write_file(folder / "config.yaml", resolved)
+            write_file(folder / RUN_CONFIG, written(run.config))
             write_file(folder / "data-report.json", run.train.examples.report.to_json())
             if not resumed:
                 make_room(folder)

@@ -167,6 +167,61 @@ def test_the_command_exports_beside_the_checkpoint(folder, runs, tmp_path, capsy
 
 
 @pytest.mark.processes
+def test_the_folder_may_be_the_one_to_be_in(folder, runs, tmp_path, monkeypatch, capsys):
+    shutil.copytree(folder / "zero 1", tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "run" / "checkpoint-2")
+    export(".")
+    assert f"model: {tmp_path / 'run' / 'checkpoint-2-model'}" in capsys.readouterr().out
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(UserError, match="is the folder that you are in"):
+        export("../run", ".")
+
+
+@pytest.mark.processes
+def test_a_checkpoint_stays_as_it_was(folder, runs):
+    """A file that it does not know would keep it from being resumed."""
+    checkpoint = folder / "zero 1" / "checkpoint-2"
+    for out in (checkpoint, checkpoint / "model", checkpoint / "engine" / "x"):
+        with pytest.raises(UserError, match="lies in .*checkpoint-2.*name a folder beside it"):
+            export_checkpoint(checkpoint, out)
+
+
+@pytest.mark.processes
+def test_options_do_something_or_are_refused(folder, runs, tmp_path):
+    checkpoint = folder / "zero 1" / "checkpoint-2"
+    export_checkpoint(checkpoint, tmp_path / "out", ["model.dtype=bf16"])
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    for option, said in (
+        ("train.output_dir=x", "train.output_dir changes nothing of an export; model.path, "),
+        ("model.pth=x", "unknown key model.pth; did you mean path"),
+    ):
+        with pytest.raises(UserError, match=said):
+            export_checkpoint(checkpoint, tmp_path / "none", [option])
+
+
+@pytest.mark.processes
+def test_a_base_model_that_is_gone_is_told(folder, runs, tmp_path):
+    checkpoint = folder / "zero 1" / "checkpoint-2"
+    with pytest.raises(
+        UserError, match="began with model.path=.*gone, which cannot be found: .*FOLD"
+    ):
+        export_checkpoint(checkpoint, tmp_path / "out", [f"model.path={tmp_path / 'gone'}"])
+
+
+@pytest.mark.processes
+def test_a_checkpoint_that_its_run_removes_is_told_as_that(folder, runs, tmp_path, monkeypatch):
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    shutil.copytree(folder / "zero 1" / "checkpoint-2", checkpoint)
+    remove = lambda *_: checkpoint.exists() and shutil.rmtree(checkpoint)  # noqa: E731
+    monkeypatch.setattr("dpo_fast.training.checkpoint_run.check_whole", remove)
+    with pytest.raises(UserError, match="was removed while it was read: its run goes on"):
+        export_checkpoint(checkpoint, tmp_path / "out")
+
+
+@pytest.mark.processes
 def test_what_a_path_means(folder, runs):
     assert checkpoint_of(str(folder / "zero 1")) == folder / "zero 1" / "checkpoint-2"
     assert checkpoint_of(str(folder / "zero 1" / "checkpoint-2")).name == "checkpoint-2"

@@ -198,6 +198,39 @@ def test_two_ranks_find_the_same(folder, runs, tmp_path):
 
 
 @pytest.mark.processes
+def test_the_loss_goes_with_the_rows(folder):
+    """Where nothing names one."""
+
+    def chosen(model: str, rows: str, *reference: str):
+        config = evaluation_of(
+            str(folder / model), str(folder / f"{rows}.jsonl"), *reference
+        ).config
+        return config.loss.type, config.data.group_pairs
+
+    other = str(folder / "other")
+    assert chosen("model", "more") == ("simpo", None)
+    assert chosen("model", "more", other)[0] == chosen("sft", "more")[0] == "sigmoid"
+    assert chosen("model", "completions", other)[0] == chosen("sft", "completions")[0] == "kto"
+    assert chosen("model", "groups", other) == ("plackett_luce", None)
+    assert chosen("model", "groups") == ("simpo", "best_worst")
+    with pytest.raises(UserError, match="holds completions, .* Name it with --reference MODEL"):
+        chosen("model", "completions")
+
+
+@pytest.mark.processes
+def test_a_run_is_evaluated_from_any_folder_and_in_one_that_is_read_only(
+    folder, runs, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(folder / "whole" / "final")
+    asked = evaluation_of(".", None)
+    assert asked.checkpoint is None and asked.config.reference.path == str(folder / "model")
+    more = str(folder / "more.jsonl")
+    assert evaluation_of("..", more).config.reference_provider == "cached"
+    monkeypatch.setattr("dpo_fast.training.evaluate_options.os.access", lambda *_: False)
+    assert evaluation_of("..", more).config.reference_provider == "frozen"
+
+
+@pytest.mark.processes
 def test_what_cannot_be_evaluated_is_told(folder, runs, tmp_path):
     model, data = str(folder / "model"), str(folder / "more.jsonl")
     with pytest.raises(UserError, match="what is .*model to be evaluated on. Name a file"):
