@@ -18,7 +18,7 @@ from dpo_fast import durable
 from dpo_fast.errors import UserError
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoint_weights import read_on_main
-from dpo_fast.training.checkpoints import PREFIX, is_checkpoint, saving
+from dpo_fast.training.checkpoints import PREFIX, check_whole, is_checkpoint, saving
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import say
 from dpo_fast.training.selection import EVALUATION, Selection, hint, selection_of
@@ -165,6 +165,7 @@ class Best:
         if self.kept.step == step and self.kept_name:
             return None
         try:
+            check_whole(self.folder)
             return read_on_main(self.folder, model)
         except UserError as error:
             raise UserError(

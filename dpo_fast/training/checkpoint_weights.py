@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from dpo_fast.errors import UserError
 from dpo_fast.training import distributed
-from dpo_fast.training.checkpoints import check_whole
 from dpo_fast.training.tensor_files import read_tree
 
 WHOLE = "mp_rank_00_model_states.pt"
@@ -56,8 +55,10 @@ def read_trained(folder: Path, model: nn.Module) -> dict[str, Tensor]:
 
 
 def read_on_main(folder: Path, model: nn.Module) -> dict[str, Tensor]:
-    """`read_trained` on rank 0; {} on the others, which raise the same errors. Collective."""
-    check_whole(folder)
+    """`read_trained` on rank 0; {} on the others, which raise the same errors. Collective.
+
+    folder: of a checkpoint that `check_whole` has passed.
+    """
     found: dict[str, Tensor] = {}
     distributed.from_main(lambda: found.update(read_trained(folder, model)))
     return found

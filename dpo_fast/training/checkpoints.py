@@ -39,6 +39,7 @@ from dpo_fast.training.tensor_files import EngineFiles, read_tree
 
 PREFIX, LATEST, STATE = "checkpoint-", "latest", "state.json"
 FULL_DISK = (OSError, SafetensorError)
+MOST_NAME = 1 << 12  # characters of `latest` that are read
 SHOWN = 5  # differences that a message lists
 
 
@@ -205,7 +206,10 @@ def _newest(root: Path) -> Path | None:
     """The checkpoint that `latest` names, or else the one of the highest step."""
     found = checkpoints(root)
     with suppress(OSError):
-        named = root / (root / LATEST).read_text(errors="replace").strip()
+        if not (root / LATEST).is_file():  # opening a pipe would wait for a writer
+            return found[-1] if found else None
+        with (root / LATEST).open(errors="replace") as file:
+            named = root / file.read(MOST_NAME).strip()
         own = named.parent == root
         if own and (named in found or is_checkpoint(named)):
             return named

@@ -143,8 +143,8 @@ def _store_nothing_there(tree: dict[str, Any]) -> None:
     """Score the reference beside the policy if it cannot be stored, as in the run of somebody else."""
     reference = tree.get("reference") or {}
     folder = reference.get("cache_dir") or tree["train"].get("output_dir", FOLDER)
-    stores = PROVIDERS.get(reference.get("provider"), PROVIDERS[DEFAULT]).stores
-    if stores and not os.access(existing(Path(folder)), os.W_OK):
+    spec = PROVIDERS.get(reference.get("provider"))
+    if spec and spec.stores and not os.access(existing(Path(folder)), os.W_OK):
         tree["reference"] = reference | {"provider": "frozen", "cache_dir": None}
 
 

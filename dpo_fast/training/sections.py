@@ -277,6 +277,12 @@ class TrainSection(BaseModel):
     def _numbers(cls, given: dict[str, Any]) -> dict[str, Any]:
         return read_numbers(given)
 
+    @field_validator("resume_from_checkpoint", mode="before")
+    @classmethod
+    def _nothing(cls, value: Any) -> Any:
+        """null, the default of transformers, is no checkpoint either."""
+        return False if value is None else value
+
     @field_validator("output_dir", "resume_from_checkpoint")
     @classmethod
     def _folder(cls, value: bool | str, info: ValidationInfo) -> bool | str:

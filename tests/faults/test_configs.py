@@ -127,6 +127,7 @@ SOUND = [
     ("train", "num_train_epochs", 3),
     ("train", "max_steps", 3.0),
     ("train", "seed", 2**32 - 1),
+    ("train", "resume_from_checkpoint", None),
     ("train", "resume_from_checkpoint", True),
     ("train", "resume_from_checkpoint", "runs/a/checkpoint-1"),
     ("data", "apply_chat_template", False),

@@ -1,5 +1,6 @@
 """Checkpoints are whole or refused by name: damage, mixtures, planted pickles, full disks, other runs."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,8 @@ def test_what_latest_cannot_tell_the_folders_do(tmp_path):
     (tmp_path / "checkpoint-1").rename(tmp_path / "best")
     (tmp_path / "latest").write_text("best")
     assert find_checkpoint(True, str(tmp_path)).name == "best"
+    (tmp_path / "latest").write_text("x" * 5000)
+    assert find_checkpoint(True, str(tmp_path)) is None
+    (tmp_path / "latest").unlink()
+    os.mkfifo(tmp_path / "latest")
+    assert find_checkpoint(True, str(tmp_path)) is None
