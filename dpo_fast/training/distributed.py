@@ -24,7 +24,7 @@ from torch import Tensor
 from dpo_fast.durable import first_line
 from dpo_fast.errors import LostPeer, UserError
 from dpo_fast.training.launchers import watch_launchers
-from dpo_fast.training.peers import Peers
+from dpo_fast.training.peers import REMEDY, Peers
 
 T = TypeVar("T")
 FOREVER = timedelta(days=30)
@@ -139,7 +139,8 @@ def collective_errors() -> Iterator[None]:
         if not PEER_ERRORS.search(str(error)) and not isinstance(error, dist.DistError):
             raise
         raise LostPeer(
-            f"another rank is gone, or was silent for longer than parallel.timeout_minutes: {error}"
+            "another rank is gone, or was silent for longer than parallel.timeout_minutes, as all are when "
+            f"a machine sleeps: {first_line(error)}. {REMEDY}"
         ) from error
 
 
