@@ -101,6 +101,11 @@ def joining(timeout_minutes: float) -> Iterator[None]:
         yield
     except dist.DistError as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"rank {rank()} of {world_size()} cannot listen at {place}: another program has that port, "
+                "perhaps another run; set another MASTER_PORT for all ranks of this one"
+            ) from None
         raise UserError(
             f"rank {rank()} of {world_size()} has not found the others at {place}: {first_line(error)} "
             "Look at what the other ranks say, whether MASTER_ADDR is the machine of rank 0, and whether "

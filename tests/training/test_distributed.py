@@ -58,6 +58,21 @@ def test_a_rank_that_stays_alone_says_so():
     assert message in done.stderr and "1/2 clients joined" in done.stderr, done.stderr
 
 
+def test_a_port_that_another_run_has_is_told(monkeypatch):
+    """Two jobs of a scheduler on one machine."""
+    import torch.distributed as dist
+
+    from dpo_fast.errors import UserError
+    from dpo_fast.training.distributed import joining
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(UserError, match=f":{port}: another .*MASTER_PORT"), joining(1):
+            dist.TCPStore("127.0.0.1", port, 1, True)
+
+
 @pytest.mark.parametrize("value", ["1e300", "0", "-1", "nan", "inf"])
 def test_a_time_out_that_is_none_is_told(value):
     from dpo_fast.errors import UserError
