@@ -58,6 +58,19 @@ def test_a_rank_that_stays_alone_says_so():
     assert message in done.stderr and "1/2 clients joined" in done.stderr, done.stderr
 
 
+def test_srun_without_an_address_is_told(monkeypatch):
+    from dpo_fast.errors import UserError
+    from dpo_fast.training.distributed import init_distributed
+
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")  # adopted from srun, and forgotten afterwards
+        monkeypatch.delenv(name)
+    for name, value in (("NTASKS", "2"), ("PROCID", "1"), ("LOCALID", "1")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    with pytest.raises(UserError, match="rank 1 of 2 .* export MASTER_ADDR and MASTER_PORT"):
+        init_distributed()
+
+
 def test_a_port_that_another_run_has_is_told(monkeypatch):
     """Two jobs of a scheduler on one machine."""
     import torch.distributed as dist
