@@ -128,9 +128,11 @@ def always_chosen(run: History) -> str | None:
 def _pinned(run: History, at_the_end, meaning: str) -> str | None:
     evaluations = run.eval.get("rewards/accuracies", [])
     points = run.train.get("rewards/accuracies", [])
-    tails = [evaluations[-2:] if len(evaluations) >= 3 else [], points[-(len(points) // 2) :]]
-    tails[1] = tails[1] if len(points) >= FEW_LINES and settled(run) else []
-    if not any(tails):
+    tails = [
+        evaluations[-2:] if len(evaluations) >= 3 else [],
+        points[-(len(points) // 2) :] if len(points) >= FEW_LINES else [],
+    ]
+    if not any(tails) or not settled(run):
         return None
     curves = (evaluations, points)
     for tail, curve, where in zip(tails, curves, ("evaluation", "training")):
@@ -195,9 +197,11 @@ def entropy_collapse(run: History) -> str | None:
 
     Not so where chosen answers become likelier: a model that learns to write them becomes sure as well.
     """
+    if not settled(run):
+        return None
     found = evaluated(run.eval.get("entropy", []))
     points = run.train.get("entropy", [])
-    if found is None and points and settled(run):
+    if found is None and points:
         found = trained(points)
         found = found and found._replace(first=mean(points[:3]))
     if found is None:

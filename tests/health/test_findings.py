@@ -213,6 +213,13 @@ def test_a_run_that_goes_on_is_not_judged_too_early():
     assert not found(flat, last=24) and "loss_flat" in found(flat, last=25)
     pinned = lambda line: {"rewards/accuracies": 1.0}  # noqa: E731
     assert not found(pinned, last=19) and "always_chosen" in found(pinned, last=20)
+    run = History(config=TREE)
+    for step in (0, 4, 8):
+        run.add({"step": step, "total_steps": 100, "eval_rewards/accuracies": 1.0})
+        run.add(
+            {"step": step, "eval_logps/chosen": -50.0 - step, "eval_rewards/margins": 0.1 * step}
+        )
+    assert not any(check.finding for check in examine(run)), "evaluations neither"
     for steps, names in ((4, set()), (8, {"always_chosen"})):  # runs that are over
         assert set(found(pinned, last=steps, facts={"total_steps": steps})) == names
 
