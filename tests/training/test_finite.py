@@ -21,7 +21,7 @@ from dpo_fast.training.engine import build_optimizer
 from dpo_fast.training.finite import FiniteAdamW, Guard
 from dpo_fast.training.loss_pass import Statistics
 from dpo_fast.training.metrics import MetricSums
-from dpo_fast.training.run_log import finite_line
+from dpo_fast.training.run_log import finite_line, step_of_line
 from tests.support import ranks
 from tests.support.metrics import series
 from tests.support.models import changed, run_tree, write_model, write_pairs
@@ -451,3 +451,17 @@ def test_the_advice_is_one_word_for_a_shell_and_keeps_earlier_rows_out(tmp_path)
     (option,) = (word for word in shlex.split(said) if word.startswith("train.skip_rows="))
     rows = json.loads(option.removeprefix("train.skip_rows=").rstrip(";"))
     assert rows == [f"my pairs.jsonl:{line}" for line in (3, 7, 9)]
+
+
+def test_a_line_that_is_torn_or_damaged_has_no_step():
+    assert step_of_line('{"step": 3, "health": {"a": "b"}}') == 3
+    for line in (
+        "",
+        "\0\0",
+        '{"step": 3, "health": {"a": "b"}',
+        "[3]",
+        "{}",
+        '{"step": "3"}',
+        "[" * 9999,
+    ):
+        assert step_of_line(line) is None, line
