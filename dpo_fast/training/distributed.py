@@ -142,6 +142,16 @@ def peers() -> Peers | None:
     return _peers[-1] if _peers else None
 
 
+def end_at_once(reason: str, code: int) -> None:
+    """End this process from any thread: the main one waits where nothing reaches it."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        with contextlib.suppress(OSError):
+            os.write(2, f"dpo-fast: {reason}\n".encode())
+    if _peers:
+        _peers[-1].fail(reason, code)
+    os._exit(code)
+
+
 @contextlib.contextmanager
 def collective_errors() -> Iterator[None]:
     """Raises LostPeer in place of the error of a collective whose other ranks are gone or silent."""
