@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import sys
 
-from dpo_fast.cli.streams import give_up, survive
+from dpo_fast.cli.streams import give_up, own_arguments, survive
 
 # Packages of the extra `train`, by the names that are imported.
 EXTRA = (
@@ -28,7 +28,7 @@ EXTRA = (
 
 def main() -> None:
     """Entry point of `dpo-fast`. Without the extra `train` it says how to install it."""
-    survive(sys.argv[1:])
+    survive(own_arguments(sys.argv[1:]))
     try:
         from dpo_fast.cli.app import main as run
 
@@ -42,6 +42,9 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+    except KeyboardInterrupt:  # while it imports, or when all is done
+        print("dpo-fast: interrupted", file=sys.stderr)
+        sys.exit(130)
     finally:
         give_up()
 

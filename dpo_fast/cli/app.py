@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +22,7 @@ from dpo_fast.cli.config import Config, Overrides, load
 from dpo_fast.cli.config import app as config_app
 from dpo_fast.cli.evaluate import evaluate
 from dpo_fast.cli.export import export
+from dpo_fast.cli.streams import own_arguments
 from dpo_fast.errors import Interrupted, LostPeer, UserError
 
 KEYS = (
@@ -354,10 +358,8 @@ def demo(
 
 def main() -> None:
     """Entry point of `dpo-fast`."""
-    # DeepSpeed's launcher adds --local_rank=N to our arguments; LOCAL_RANK says the same.
-    arguments = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
     try:
-        app(arguments, prog_name="dpo-fast")
+        app(own_arguments(sys.argv[1:]), prog_name="dpo-fast")
     except (UserError, Interrupted) as error:
         reason = " ".join(str(error).split())
         _end(reason, 2 if isinstance(error, UserError) else error.exit_code)
@@ -374,17 +376,16 @@ def _end_among(peers, error: Exception) -> None:
     """After an error that nobody has foreseen, or that follows from the loss of another rank."""
     from dpo_fast.training import distributed
 
-    code = 1
     try:
         with distributed.collective_errors():
             raise error
     except LostPeer as lost:
         peers.await_verdict(5.0)  # it knows which, and ends the process
-        error, code = lost, lost.exit_code
+        _end(str(lost), lost.exit_code)
     except Exception:
         pass
     trace = "".join(traceback.format_exception(error)).rstrip()
-    _end(f"{type(error).__name__}: {error}", code, trace)
+    _end(f"{type(error).__name__}: {error}", 1, trace)
 
 
 def _peers():
@@ -399,16 +400,29 @@ def _end(reason: str, code: int, trace: str = "") -> None:
     trace: told in place of the reason.
     """
     rank, local = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
-    peers = _peers()
-    if peers and local != "0":
-        time.sleep(0.3)  # most errors come to all ranks, and then the first shall tell
-    # Before ranks know each other, those of a machine fail on the same files and options.
-    if peers.first_to_tell(reason) if peers else local == "0":
-        place = "" if rank == "0" else f" (rank {rank})"
-        print(f"dpo-fast{place}: {trace or reason}", file=sys.stderr, flush=True)
-    if peers:
-        peers.fail(reason, code)
-    _leave(code)
+    with _deaf():
+        peers = _peers()
+        if peers and local != "0":
+            time.sleep(0.3)  # most errors come to all ranks, and then the first shall tell
+        # Before ranks know each other, those of a machine fail on the same files and options.
+        if peers.first_to_tell(reason) if peers else local == "0":
+            place = "" if rank == "0" else f" (rank {rank})"
+            print(f"dpo-fast{place}: {trace or reason}", file=sys.stderr, flush=True)
+        if peers:
+            peers.fail(reason, code)
+        _leave(code)
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Ignore that a launcher passes on the Ctrl-C that a rank had, or that a user presses it again."""
+    stops = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in stops}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _leave(code: int) -> None:

@@ -8,6 +8,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+WIDE = 10_000  # characters of a line
+
 
 def run_replay(run: Path, step: int | None, overrides: list[str]) -> None:
     """Replay the step on as many ranks as the run had, and show its rows."""
@@ -25,7 +27,10 @@ def run_replay(run: Path, step: int | None, overrides: list[str]) -> None:
         raise typer.Exit(launch(asked.world_size, arguments))
     rows = replay(asked, overrides)
     if distributed.is_main():
-        Console().print(table(rows))
+        console = Console()
+        if not console.is_terminal:  # a file or a program reads it: nothing is cut
+            console.width = WIDE
+        console.print(table(rows))
     distributed.leave_distributed()
 
 

@@ -12,6 +12,11 @@ ONLY_SAYS = ("train", "reference", "demo")
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ECONNRESET)
 
 
+def own_arguments(words: list[str]) -> list[str]:
+    """Without --local_rank=N, which launchers put before ours; LOCAL_RANK says the same."""
+    return [word for word in words if not word.startswith(("--local_rank=", "--local-rank="))]
+
+
 class Lossy:
     """A text stream that loses what cannot be written."""
 

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow
 import pyarrow.compute
 
+from dpo_fast.data.children import bound_to_this_process
 from dpo_fast.data.kinds import Kind, OneKind
 from dpo_fast.data.parts import Part
 from dpo_fast.data.report import DataReport
@@ -113,7 +114,8 @@ def _tokenise_in_processes(
     elif len(checked) > MANY:
         print(f"{options['desc']}: {len(checked):,} in {workers} processes", file=sys.stderr)
     try:
-        return checked.map(tokenise, num_proc=workers, **options)
+        with bound_to_this_process():
+            return checked.map(tokenise, num_proc=workers, **options)
     finally:
         if silent:
             datasets.disable_progress_bars()

@@ -61,9 +61,10 @@ def evaluated(points: Points) -> Course | None:
 
 
 def course(run: History, name: str) -> Course | None:
-    """Of a metric: its evaluations, or else its training once that has settled."""
-    found = evaluated(run.eval.get(name, []))
-    return found or (trained(run.train.get(name, [])) if settled(run) else None)
+    """Of a metric, once the run has settled: its evaluations, or else its training."""
+    if not settled(run):
+        return None
+    return evaluated(run.eval.get(name, [])) or trained(run.train.get(name, []))
 
 
 def mean(points: Points) -> float:

@@ -9,6 +9,7 @@ import math
 import statistics
 
 from dpo_fast.health.courses import (
+    FEW_LINES,
     FEW_STEPS,
     RISE,
     Course,
@@ -68,8 +69,8 @@ def loss_rising(run: History) -> str | None:
 
 
 def _losses(run: History) -> list[Course] | None:
-    """Of training and evaluation, as far as they are there."""
-    if not settled(run):
+    """Of training and evaluation, as far as they are there; none against a reference that follows."""
+    if not settled(run) or run.follows:
         return None
     courses = trained(run.train.get("loss", [])), evaluated(run.eval.get("loss", []))
     return [each for each in courses if each is not None] or None
@@ -79,7 +80,7 @@ def overfitting(run: History) -> str | None:
     """The evaluation loss does not fall as the training loss does, or only at first."""
     points = run.eval.get("loss", [])
     training, evaluation = trained(run.train.get("loss", [])), evaluated(points)
-    if evaluation is None or not settled(run):
+    if evaluation is None or not settled(run) or run.follows:
         return None
     step, least = min(points, key=lambda point: point[1])
     if step == points[0][0]:
@@ -127,12 +128,17 @@ def always_chosen(run: History) -> str | None:
 def _pinned(run: History, at_the_end, meaning: str) -> str | None:
     evaluations = run.eval.get("rewards/accuracies", [])
     points = run.train.get("rewards/accuracies", [])
-    tails = [evaluations[-2:] if len(evaluations) >= 3 else [], points[-(len(points) // 2) :]]
-    tails[1] = tails[1] if len(points) >= 4 and settled(run) else []
-    if not any(tails):
+    tails = [
+        evaluations[-2:] if len(evaluations) >= 3 else [],
+        points[-(len(points) // 2) :] if len(points) >= FEW_LINES else [],
+    ]
+    if not any(tails) or not settled(run):
         return None
-    for tail, where in zip(tails, ("evaluation", "training")):
-        if tail and all(at_the_end(value) for _, value in tail):
+    curves = (evaluations, points)
+    for tail, curve, where in zip(tails, curves, ("evaluation", "training")):
+        # Without a reference the lengths of answers may decide from the beginning.
+        learned = run.compares or not all(at_the_end(value) for _, value in curve)
+        if tail and learned and all(at_the_end(value) for _, value in tail):
             steps = f"steps {tail[0][0]:,.0f} to {tail[-1][0]:,.0f}"
             return (
                 f"The {where} accuracy stays at {percent(tail[-1][1])} ({steps}), which means that "
@@ -150,9 +156,13 @@ def chosen_falling(run: History) -> str | None:
     ends, margins = course(run, "logps/chosen"), course(run, "rewards/margins")
     if ends is None or margins is None:
         return None
-    falls = ends.first - ends.last > max(LEAST_FALL, LEAST_FALL_SHARE * abs(ends.first))
-    # Log-probs of training batches differ from batch to batch; their rewards do less so.
-    if len(run.eval.get("logps/chosen", ())) < 2:
+    least = max(LEAST_FALL, LEAST_FALL_SHARE * abs(ends.first))
+    # Log-probs of training batches differ from batch to batch; rewards against a reference do less so.
+    in_training = len(run.eval.get("logps/chosen", ())) < 2
+    if in_training and not run.compares:
+        least = max(least, 2 * ends.noise)
+    falls = ends.first - ends.last > least
+    if in_training:
         rewards = course(run, "rewards/chosen")
         falls = falls and (rewards is None or rewards.last < rewards.first)
     if not (falls and margins.last - margins.first > LEAST_GROWTH):
@@ -171,7 +181,7 @@ def margin_exploding(run: History) -> str | None:
     margins = trained(points) if settled(run) else None
     if margins is None:
         return None
-    if margins.last - points[0][1] <= SATURATED:
+    if min(margins.last, margins.last - points[0][1]) <= SATURATED:
         return ""
     margins = margins._replace(first=points[0][1])
     return (
@@ -187,9 +197,11 @@ def entropy_collapse(run: History) -> str | None:
 
     Not so where chosen answers become likelier: a model that learns to write them becomes sure as well.
     """
+    if not settled(run):
+        return None
     found = evaluated(run.eval.get("entropy", []))
     points = run.train.get("entropy", [])
-    if found is None and points and settled(run):
+    if found is None and points:
         found = trained(points)
         found = found and found._replace(first=mean(points[:3]))
     if found is None:
@@ -211,9 +223,11 @@ def gradient_spikes(run: History) -> str | None:
         return None
     clip, spikes = run.setting("train", "max_grad_norm", default=1.0), []
     for place in range(FEW_BEFORE, len(points)):
-        usual = statistics.median(value for _, value in points[max(0, place - BEFORE) : place])
         step, value = points[place]
-        if value > max(SPIKE * usual, clip):
+        if value <= clip:
+            continue
+        usual = statistics.median(value for _, value in points[max(0, place - BEFORE) : place])
+        if value > SPIKE * usual:
             spikes.append((value / max(usual, 1e-30), value, step, usual))
     if not spikes:
         return ""
@@ -243,6 +257,9 @@ def length_drift(run: History) -> str | None:
     scatter = 2 * noise(points) / math.sqrt(len(tail))
     if side <= LONG or side - max(others, 0.5) <= DRIFT + scatter:
         return ""
+    first = mean(points[: len(tail)])
+    if not run.compares and side - max(first if share > 0.5 else 1 - first, 0.5) <= DRIFT + scatter:
+        return ""  # a sum of log-probs is greater for a shorter answer before anything is learned
     what = "longer" if share > 0.5 else "shorter"
     return (
         f"The {what} answer of a pair has the greater reward in {percent(side)} of pairs (steps "

@@ -6,7 +6,6 @@ import math
 
 from dpo_fast.health.history import History
 from dpo_fast.numbers import number, percent
-from dpo_fast.references.table import PROVIDERS
 
 START_TOLERANCE = 1e-3
 OTHER_MODEL = 0.5  # nats a token between policy and reference: 1.6 times the perplexity
@@ -61,8 +60,7 @@ def reference_mismatch(run: History) -> str | None:
     sides = [first.get(f"rewards/{side}", [])[:1] for side in ("chosen", "rejected")]
     if not (all(sides) and tokens and beta) or sides[0][0][0] > 1:
         return None
-    provider = PROVIDERS.get(run.setting("reference", "provider"))
-    if provider is None or not provider.compares:
+    if run.provider is None or not run.compares:
         return None
     apart = sum(abs(points[0][1]) for points in sides) / 2 / beta / tokens
     if apart <= OTHER_MODEL:

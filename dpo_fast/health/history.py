@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from dpo_fast.references.table import DEFAULT, PROVIDERS
+from dpo_fast.references.table import DEFAULT, PROVIDERS, ProviderSpec
 
 EVAL_PREFIX = "eval_"
 TOLD = "health"  # key of a line that holds findings by name
@@ -102,9 +102,23 @@ class History:
         """The objective is one sigmoid loss of weight 1, and the reference is the starting policy."""
         weights = self.setting("loss", "weights", default=[1.0])
         own = self.setting("reference", "path") in (None, self.setting("model", "path"))
-        provider = PROVIDERS.get(self.setting("reference", "provider", default=DEFAULT))
-        scores = provider is not None and provider.scores
+        scores = self.provider is not None and self.provider.scores
         return self.loss_names == ["sigmoid"] and weights == [1.0] and own and scores
+
+    @property
+    def provider(self) -> ProviderSpec | None:
+        """What gives the reference; None where the configuration does not say."""
+        return PROVIDERS.get(self.setting("reference", "provider", default=DEFAULT))
+
+    @property
+    def compares(self) -> bool:
+        """Whether rewards begin at 0, as those against a reference do; those of log-probs alone do not."""
+        return self.provider is None or self.provider.compares
+
+    @property
+    def follows(self) -> bool:
+        """Whether the reference moves with the policy, and the loss with it."""
+        return self.provider is not None and self.provider.follows
 
     @property
     def last_step(self) -> float:

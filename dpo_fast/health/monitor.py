@@ -10,7 +10,7 @@ from dpo_fast.health.findings import examine
 from dpo_fast.health.history import History, Told
 from dpo_fast.numbers import MINUS
 
-MOST_POINTS = 2048  # of a curve; a longer one is thinned, so that looking stays cheap
+MOST_POINTS = 512  # of a curve; a longer one is thinned, so that looking stays cheap
 PLAIN = str.maketrans({MINUS: "-", ARROW: "->"})
 
 

@@ -41,6 +41,7 @@ from dpo_fast.errors import UserError
 
 FORMAT = 2
 MANIFEST = "_manifest.json"
+LOCK = ".lock"
 ROWS_PER_PART = 2048  # at most so many are lost when a process is killed
 REMEDY = "delete the folder to compute it again, or name another with reference.cache_dir"
 
@@ -136,8 +137,9 @@ class Unfinished:
                 self._check_manifest()
                 wait()
             if self.final.exists():
-                with suppress(OSError):
-                    self.folder.rmdir()  # it was made a moment ago
+                with suppress(OSError):  # they were made a moment ago
+                    (self.folder / LOCK).unlink()
+                    self.folder.rmdir()
                 self.close()
                 return None
             if not self._check_manifest():
@@ -179,6 +181,9 @@ class Unfinished:
             whole = self.manifest | information | {"created": created, "parts": digests}
             durable.write_file(self.folder / MANIFEST, json.dumps(whole, indent=2))
             durable.publish(self.folder, self.final)
+        # Not before it is published: another process would lock a new file, and go on here.
+        with suppress(OSError):
+            (self.final / LOCK).unlink()
         self.close()
 
     def close(self) -> None:
@@ -188,12 +193,17 @@ class Unfinished:
             self._lock = None
 
     def _take_lock(self) -> bool:
-        """Lock the folder, which is made. The system releases the lock when the process ends.
+        """Lock a file in the folder, which is made. The system releases it when the process ends.
 
-        False if another process has it, or has just renamed the folder.
+        False if another process has it, or has just renamed the folder. NFS locks no folder, and no file
+        that is not open for writing.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.folder, os.O_RDONLY)
+        file = self.folder / LOCK
+        try:
+            self._lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # it has just been renamed
+            return False
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -202,7 +212,7 @@ class Unfinished:
         except OSError:
             pass  # a file system without locks
         with suppress(OSError):
-            if os.path.samestat(os.stat(self.folder), os.fstat(self._lock)):
+            if os.path.samestat(os.stat(file), os.fstat(self._lock)):
                 return True
         self.close()
         return False

@@ -24,7 +24,7 @@ from torch import Tensor
 from dpo_fast.durable import first_line
 from dpo_fast.errors import LostPeer, UserError
 from dpo_fast.training.launchers import watch_launchers
-from dpo_fast.training.peers import Peers
+from dpo_fast.training.peers import REMEDY, Peers
 
 T = TypeVar("T")
 FOREVER = timedelta(days=30)
@@ -62,6 +62,13 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
             port = probe.getsockname()[1]
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    elif missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UserError(
+            f"rank {rank()} of {world_size()} does not know where to find the others: export "
+            f"{' and '.join(missing)}, the machine of rank 0 and a free port there. Under SLURM: "
+            'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) '
+            "MASTER_PORT=29500"
+        )
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(device())
@@ -101,6 +108,11 @@ def joining(timeout_minutes: float) -> Iterator[None]:
         yield
     except dist.DistError as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"rank {rank()} of {world_size()} cannot listen at {place}: another program has that port, "
+                "perhaps another run; set another MASTER_PORT for all ranks of this one"
+            ) from None
         raise UserError(
             f"rank {rank()} of {world_size()} has not found the others at {place}: {first_line(error)} "
             "Look at what the other ranks say, whether MASTER_ADDR is the machine of rank 0, and whether "
@@ -130,6 +142,16 @@ def peers() -> Peers | None:
     return _peers[-1] if _peers else None
 
 
+def end_at_once(reason: str, code: int) -> None:
+    """End this process from any thread: the main one waits where nothing reaches it."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        with contextlib.suppress(OSError):
+            os.write(2, f"dpo-fast: {reason}\n".encode())
+    if _peers:
+        _peers[-1].fail(reason, code)
+    os._exit(code)
+
+
 @contextlib.contextmanager
 def collective_errors() -> Iterator[None]:
     """Raises LostPeer in place of the error of a collective whose other ranks are gone or silent."""
@@ -139,7 +161,8 @@ def collective_errors() -> Iterator[None]:
         if not PEER_ERRORS.search(str(error)) and not isinstance(error, dist.DistError):
             raise
         raise LostPeer(
-            f"another rank is gone, or was silent for longer than parallel.timeout_minutes: {error}"
+            "another rank is gone, or was silent for longer than parallel.timeout_minutes, as all are when "
+            f"a machine sleeps: {first_line(error)}. {REMEDY}"
         ) from error
 
 

@@ -52,6 +52,12 @@ def check_stop_on(
     if not has_eval:
         evaluation = "something to evaluate on: set data.eval or data.eval_rows"
         lacks |= dict.fromkeys(("overfitting", "eval_in_train"), evaluation)
+    if provider.follows:
+        still = (
+            f"a reference that stays, and reference.provider={provider.name} moves with the policy, and "
+            "the loss with it: choose another"
+        )
+        lacks |= dict.fromkeys(("loss_flat", "loss_rising", "overfitting"), still)
     if not provider.compares:
         lacks["reference_mismatch"] = (
             f"a reference, and reference.provider={provider.name} gives none: choose a loss with one"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 from dpo_fast.durable import write_file
@@ -82,7 +83,8 @@ def message(run: Run, place: Place, rows: list[Row], file: Path) -> str:
     few = faulty if 2 * len(faulty) <= len(rows) else []
     return (
         f"{many} not taken, because the loss or the gradient is not finite. {findings(place, rows)}. "
-        f"{cause}{file} has all rows, and `dpo-fast replay {file.parent}` takes the step again. "
+        f"{cause}{file} has all rows, and `dpo-fast replay {shlex.quote(str(file.parent))}` takes the step "
+        "again. "
         f"{way_on(run, few)}"
     )
 
@@ -104,17 +106,23 @@ def findings(place: Place, rows: list[Row]) -> str:
     told = "; ".join(
         f"{some(where, TOLD)}: {fault}" for fault, where in list(faults.items())[:TOLD]
     )
-    return f"{count} of the {len(rows)} rows of its batch give such numbers alone. {told}"
+    give = "gives" if count == 1 else "give"
+    return f"{count} of the {len(rows)} rows of its batch {give} such numbers alone. {told}"
 
 
 def way_on(run: Run, rows: list[str]) -> str:
-    """How to train on: from the last checkpoint, or again. rows: those to blame, if they are few."""
+    """How to train on: from the last checkpoint, or again. Options as a shell takes them.
+
+    rows: those to blame, if they are few; earlier ones stay out, too.
+    """
     saved = checkpoints(Path(run.config.train.output_dir))
     begin, rate = "Start again", "a lower train.learning_rate"
     if saved:
         begin = f"{saved[-1]} is whole: go on with train.resume_from_checkpoint=true"
-        rate += " and train.change_on_resume=[learning_rate] (from an earlier checkpoint, if there is one)"
+        rate += " and 'train.change_on_resume=[learning_rate]' (from an earlier checkpoint, if any)"
     ways = [f"with {rate}", "past such steps with train.nonfinite=skip"]
     if rows:
-        ways.insert(0, f"without them, train.skip_rows={json.dumps(rows, ensure_ascii=False)}")
+        left_out = list(dict.fromkeys([*run.config.train.skip_rows, *rows]))
+        option = f"train.skip_rows={json.dumps(left_out, ensure_ascii=False)}"
+        ways.insert(0, f"without them, {shlex.quote(option)}")
     return f"{begin}, {'; or '.join(ways)}"

@@ -5,6 +5,7 @@ It is told at once, before transformers and PyTorch are imported.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -35,6 +36,12 @@ def check_places(config: RunConfig) -> None:
 
 def check_writable(output_dir: str) -> None:
     """Raises UserError unless the run can be written there. Makes no folder: the data may be bad."""
+    for each in (Path(output_dir), *Path(output_dir).parents):
+        if each.is_symlink() and not each.exists():
+            raise UserError(
+                f"train.output_dir={output_dir} cannot be written: {each} is a link to "
+                f"{os.readlink(each)}, which is not there; make that folder, or name another"
+            )
     try:
         with tempfile.TemporaryFile(dir=durable.existing(Path(output_dir))):
             pass

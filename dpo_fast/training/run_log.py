@@ -129,9 +129,8 @@ class RunLog:
     def _forget_after(self, step: int) -> None:
         """Drop lines of later steps: a killed run logged them, and a resumed run takes them again."""
         if self.file.is_file():
-            lines = self.file.read_text().splitlines()
-            whole = [line for line in lines if line.endswith("}")]  # the last may be torn
-            kept = [line for line in whole if json.loads(line)["step"] <= step]
+            lines = self.file.read_text(errors="replace").splitlines()
+            kept = [line for line in lines if (of := step_of_line(line)) is not None and of <= step]
             with saving(self.file):
                 write_file(self.file, "".join(f"{line}\n" for line in kept))
 
@@ -147,6 +146,15 @@ class RunLog:
         values = named({n: v for n, v in line.items() if n not in ("step", NONFINITE)})
         for logger in self.loggers:
             logger.log(step, values)
+
+
+def step_of_line(line: str) -> float | None:
+    """The step of a line of metrics.jsonl; None of one that a crash has torn or a disk damaged."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return step if isinstance(step, (int, float)) else None
 
 
 def finite_line(values: dict[str, Any]) -> dict[str, Any]:

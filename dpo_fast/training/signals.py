@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +28,7 @@ IF_FREE = tuple(
 SAME_SECONDS = 1.0
 AGAIN_SECONDS = 3.0  # an exception that has ended nothing by then is raised again
 PATIENCE = 3  # the third Ctrl-C no longer waits
+_watched: list[socket.socket] = []  # where the system writes signals that have come
 
 
 class StopNow(KeyboardInterrupt):
@@ -87,11 +89,57 @@ def stop_at_once(remedy: str) -> Iterator[None]:
         if not over.wait(AGAIN_SECONDS):
             os.kill(os.getpid(), number)
 
-    with _told_as_interruption(remedy), _handled(_Heard(end)):
+    heard = _Heard(end)
+    with _told_as_interruption(remedy), _handled(heard), _ended_from_outside(heard, remedy):
         try:
             yield
         finally:
             over.set()
+
+
+@contextlib.contextmanager
+def _ended_from_outside(heard: _Heard, remedy: str) -> Iterator[None]:
+    """End the process if a signal comes and its handler does not run.
+
+    The main thread may wait in a function of C, as for ranks that have not come, and Python runs a handler
+    between two of its own instructions.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+
+    def watch() -> None:
+        with ours:
+            while number := ours.recv(1):
+                came = time.monotonic()
+                time.sleep(AGAIN_SECONDS)
+                if signal.getsignal(number[0]) is heard and heard.last < came - SAME_SECONDS:
+                    name = signal.Signals(number[0]).name
+                    distributed.end_at_once(
+                        f"interrupted by {name}; {remedy}", Interrupted.exit_code
+                    )
+
+    before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    _watched.append(theirs)
+    threading.Thread(target=watch, name="dpo_fast signals", daemon=True).start()
+    try:
+        yield
+    finally:
+        _watched.remove(theirs)
+        signal.set_wakeup_fd(before)
+        theirs.close()
+
+
+def _not_of_the_parent() -> None:
+    """In a worker that was forked off, whose signals are not those of the run."""
+    if _watched:
+        signal.set_wakeup_fd(-1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_not_of_the_parent)
 
 
 @contextlib.contextmanager

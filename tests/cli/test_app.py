@@ -4,6 +4,7 @@ code 2, no traceback, nothing half-written."""
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 
 pytest.importorskip("transformers")
 
+from dpo_fast import cli
 from dpo_fast.cli import app
 from dpo_fast.errors import UserError
 from tests.support import run_folder
@@ -343,9 +345,38 @@ def test_answers_alike_or_empty_are_left_out_and_counted(folder, capsys, monkeyp
     assert "chosen equals rejected" in out and "empty rejected" in out
 
 
-def test_deepspeeds_launcher_puts_a_word_first(capsys, monkeypatch):
-    code, out, _ = run(capsys, monkeypatch, "--local_rank=0", "doctor")
-    assert code == 0 and "deepspeed" in out
+@pytest.mark.parametrize("word", ["--local_rank=0", "--local-rank=0"])
+def test_launchers_put_a_word_first(word, capsys, monkeypatch):
+    """DeepSpeed's, and torch.distributed.launch."""
+    code, out, _ = run(capsys, monkeypatch, word, "config", "schema")
+    assert code == 0 and "properties" in out
+
+
+def test_a_signal_while_the_reason_is_told_changes_nothing(capsys, monkeypatch):
+    """A launcher passes on the Ctrl-C that its ranks had already."""
+
+    def leave(code):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(number)
+        raise SystemExit(code)
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(app, "_leave", leave)
+    with pytest.raises(SystemExit) as ended:
+        app._end("interrupted", 130)
+    assert ended.value.code == 130 and capsys.readouterr().err == "dpo-fast: interrupted\n"
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_ctrl_c_while_it_imports_has_no_traceback(capsys, monkeypatch):
+    def importing():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(app, "main", importing)
+    monkeypatch.setattr(cli, "survive", lambda words: None)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130 and capsys.readouterr().err == "dpo-fast: interrupted\n"
 
 
 @pytest.mark.processes

@@ -179,12 +179,49 @@ def test_the_first_training_loss_stands_in_for_an_evaluation():
     assert not found(at(1, "loss", 0.75), facts=start | {"start/expected": 0.75})
 
 
+def test_rewards_without_a_reference_say_what_changed_and_not_where_they_began():
+    """As with sft, slic and cpo, whose sums of log-probs prefer the shorter answer from the first step."""
+    none = TREE | {"reference": {"provider": "none"}}
+    from_the_start = {"rewards/margins": -30.0, "rewards/accuracies": 0.0, "rewards/longer": 0.05}
+    less = course("rewards/margins", -30.0, -4.0)
+    assert not found(lambda line: from_the_start | less(line), config=none)
+    for name, value in (("rewards/accuracies", 0.0), ("rewards/longer", 0.05)):
+        assert found(late(name, value), config=none), name
+    assert found(course("rewards/margins", -5.0, 20.0), config=none)
+
+    def batches(by: float):
+        return lambda line: {
+            "logps/chosen": -100.0 - by * line["step"] / 100 + 25 * (line["step"] % 2),
+            "rewards/chosen": -by * line["step"] / 100,
+        }
+
+    assert not found(batches(5.0), config=none) and found(batches(60.0), config=none)
+    assert set(found(batches(5.0))) == {"chosen_falling"}, "a reference takes the noise away"
+
+
+def test_a_loss_against_a_reference_that_follows_need_not_fall():
+    follows = TREE | {"reference": {"provider": "ema"}}
+    for last in (LN2, 0.8):
+        assert found(course("loss", LN2, last)) and not found(
+            course("loss", LN2, last), config=follows
+        )
+
+
 def test_a_run_that_goes_on_is_not_judged_too_early():
     """Warm-up, and lines of few examples: only what is over may be judged by little."""
     flat = course("loss", LN2, LN2)
     assert not found(flat, last=24) and "loss_flat" in found(flat, last=25)
     pinned = lambda line: {"rewards/accuracies": 1.0}  # noqa: E731
     assert not found(pinned, last=19) and "always_chosen" in found(pinned, last=20)
+    run = History(config=TREE)
+    for step in (0, 4, 8):
+        run.add({"step": step, "total_steps": 100, "eval_rewards/accuracies": 1.0})
+        run.add(
+            {"step": step, "eval_logps/chosen": -50.0 - step, "eval_rewards/margins": 0.1 * step}
+        )
+    assert not any(check.finding for check in examine(run)), "evaluations neither"
+    for steps, names in ((4, set()), (8, {"always_chosen"})):  # runs that are over
+        assert set(found(pinned, last=steps, facts={"total_steps": steps})) == names
 
 
 def test_a_model_that_becomes_sure_of_the_chosen_answers_is_well():
@@ -254,6 +291,10 @@ def config(**sections):
             "reference.provider=none",
         ),
         ({"health": {"stop_on": "start_loss"}, "loss": {"type": "ipo"}}, "loss.type=sigmoid alone"),
+        (
+            {"health": {"stop_on": "loss_rising"}, "reference": {"provider": "ema"}},
+            "reference.provider=ema moves with the policy",
+        ),
         ({"health": {"stop": "x"}}, "did you mean stop_on"),
     ],
 )

@@ -1,7 +1,10 @@
 """The stored reference: complete or absent, checked when read, found by content, whatever the batches."""
 
+import errno
+import fcntl
 import hashlib
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -345,6 +348,24 @@ def test_a_second_process_goes_on_where_the_first_died(tmp_path):
     assert first.begin() == [0, 1, 2]
     first.write(1, table_of(request(), first.parts[1]))
     assert unfinished_in(tmp_path / "train").begin(first.close) == [0, 2]
+
+
+def test_nfs_locks_only_what_is_open_for_writing(tmp_path, monkeypatch):
+    """There flock is a lock of fcntl, and raises EBADF for a folder."""
+    flock = fcntl.flock
+
+    def nfs(descriptor, how):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", nfs)
+    first, waited = unfinished_in(tmp_path / "train"), []
+    for index in first.begin():
+        first.write(index, table_of(request(), first.parts[index]))
+    wait = lambda: (waited.append(1), first.finish({}))  # noqa: E731
+    assert unfinished_in(tmp_path / "train").begin(wait) is None and waited == [1]
+    assert not list((tmp_path / "train").glob(".*"))
 
 
 def test_nobody_waits_for_something_else(tmp_path):

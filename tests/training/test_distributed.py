@@ -58,6 +58,34 @@ def test_a_rank_that_stays_alone_says_so():
     assert message in done.stderr and "1/2 clients joined" in done.stderr, done.stderr
 
 
+def test_srun_without_an_address_is_told(monkeypatch):
+    from dpo_fast.errors import UserError
+    from dpo_fast.training.distributed import init_distributed
+
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")  # adopted from srun, and forgotten afterwards
+        monkeypatch.delenv(name)
+    for name, value in (("NTASKS", "2"), ("PROCID", "1"), ("LOCALID", "1")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    with pytest.raises(UserError, match="rank 1 of 2 .* export MASTER_ADDR and MASTER_PORT"):
+        init_distributed()
+
+
+def test_a_port_that_another_run_has_is_told(monkeypatch):
+    """Two jobs of a scheduler on one machine."""
+    import torch.distributed as dist
+
+    from dpo_fast.errors import UserError
+    from dpo_fast.training.distributed import joining
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(UserError, match=f":{port}: another .*MASTER_PORT"), joining(1):
+            dist.TCPStore("127.0.0.1", port, 1, True)
+
+
 @pytest.mark.parametrize("value", ["1e300", "0", "-1", "nan", "inf"])
 def test_a_time_out_that_is_none_is_told(value):
     from dpo_fast.errors import UserError

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from dpo_fast.training.engine import build_optimizer
 from dpo_fast.training.finite import FiniteAdamW, Guard
 from dpo_fast.training.loss_pass import Statistics
 from dpo_fast.training.metrics import MetricSums
-from dpo_fast.training.run_log import finite_line
+from dpo_fast.training.run_log import finite_line, step_of_line
 from tests.support import ranks
 from tests.support.metrics import series
 from tests.support.models import changed, run_tree, write_model, write_pairs
@@ -179,7 +180,7 @@ def test_weights_that_are_not_finite_are_not_saved(folder, stopped):
 def test_the_row_that_did_it_is_named(folder, stopped, name):
     where = f"{folder / 'culprit.jsonl'}:{CULPRIT}"
     said = ended(folder, name)
-    assert f"1 of the 8 rows of its batch give such numbers alone. {where}: log-probs" in said
+    assert f"1 of the 8 rows of its batch gives such numbers alone. {where}: log-probs" in said
     assert "is that of model.embed_tokens" in said
     assert f'train.skip_rows=["{where}"]' in said
     told = json.loads((folder / name / "nonfinite-step-2.json").read_text())
@@ -232,9 +233,7 @@ def test_the_run_goes_on_in_each_way_that_the_message_names(folder, stopped):
 def test_replay_shows_the_rows_of_a_step_and_leaves_the_run_as_it_was(folder, stopped):
     before = {p: p.read_bytes() for p in (folder / "output").rglob("*") if p.is_file()}
     command = [sys.executable, "-m", "dpo_fast", "replay", str(folder / "output")]
-    done = subprocess.run(
-        command, env=ENVIRONMENT | {"COLUMNS": "250"}, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     # The fault was in that process alone.
     assert "step 2: Each of the 8 rows of its batch alone gives finite numbers" in done.stderr
@@ -442,3 +441,27 @@ def test_rows_to_leave_out_are_rows_of_the_data(folder):
     with pytest.raises(UserError, match="leaves out all rows"):
         split(*(f"{file}:{line}" for line in range(1, 21)))
     assert found.totals([]).pairs == 1  # a step of such rows alone has the loss 0
+
+
+def test_the_advice_is_one_word_for_a_shell_and_keeps_earlier_rows_out(tmp_path):
+    """Else the row before comes back in the next epoch."""
+    train = SimpleNamespace(output_dir=str(tmp_path), skip_rows=["my pairs.jsonl:3"])
+    run = SimpleNamespace(config=SimpleNamespace(train=train))
+    said = nonfinite.way_on(run, ["my pairs.jsonl:7", "my pairs.jsonl:9"])
+    (option,) = (word for word in shlex.split(said) if word.startswith("train.skip_rows="))
+    rows = json.loads(option.removeprefix("train.skip_rows=").rstrip(";"))
+    assert rows == [f"my pairs.jsonl:{line}" for line in (3, 7, 9)]
+
+
+def test_a_line_that_is_torn_or_damaged_has_no_step():
+    assert step_of_line('{"step": 3, "health": {"a": "b"}}') == 3
+    for line in (
+        "",
+        "\0\0",
+        '{"step": 3, "health": {"a": "b"}',
+        "[3]",
+        "{}",
+        '{"step": "3"}',
+        "[" * 9999,
+    ):
+        assert step_of_line(line) is None, line

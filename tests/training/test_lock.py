@@ -14,6 +14,7 @@ pytest.importorskip("deepspeed")
 
 from dpo_fast.errors import UserError
 from dpo_fast.training import lock
+from dpo_fast.training.places import check_writable
 
 
 def holding(root, act=lambda: None) -> int:
@@ -135,3 +136,13 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     refused = pytest.raises(UserError, match="cannot be written: Not a directory; name another")
     with refused, lock.sole_run(str(tmp_path / "file" / "run")):
         pass
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+def test_a_link_to_a_folder_that_is_gone_is_told(tmp_path, below):
+    """As of a scratch disk that was cleaned."""
+    (tmp_path / "runs").symlink_to(tmp_path / "scratch")
+    with pytest.raises(UserError, match="runs is a link to .*scratch, which is not there"):
+        check_writable(str(tmp_path / "runs" / below))
+    (tmp_path / "scratch").mkdir()
+    check_writable(str(tmp_path / "runs" / below))

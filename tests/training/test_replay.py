@@ -18,8 +18,7 @@ from tests.support.paths import ENVIRONMENT
 
 def dpo_fast(*arguments) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "dpo_fast", *map(str, arguments)]
-    environment = ENVIRONMENT | {"COLUMNS": "250"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")

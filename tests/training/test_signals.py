@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -15,6 +17,7 @@ from dpo_fast.errors import Interrupted
 from dpo_fast.training import signals
 from tests.support import ranks
 from tests.support.models import changed, run_tree, write_model, write_pairs
+from tests.support.paths import ENVIRONMENT
 
 ALL = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 
@@ -94,6 +97,35 @@ def test_an_end_that_python_drops_comes_again(monkeypatch):
         for _ in range(200):
             time.sleep(0.05)
         pytest.fail("not ended")
+
+
+WAITS = """
+import ctypes, os, signal, threading, time
+from dpo_fast.training import signals
+
+signals.AGAIN_SECONDS = 1.2
+libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+with signals.stop_at_once("begin again"):
+    if not (child := os.fork()):  # a worker's signals are not the run's
+        while True:
+            time.sleep(1)
+    time.sleep(0.5)
+    os.kill(child, signal.SIGTERM)
+    os.waitpid(child, 0)
+    threading.Timer(2.5, os.kill, [os.getpid(), signal.SIGHUP]).start()
+    for _ in range(2):
+        libc.pthread_mutex_lock(mutex)
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(sys.platform != "linux", reason="how large a mutex is")
+def test_a_signal_ends_what_waits_in_c():
+    """As torch does for ranks that have not come: Python runs no handler meanwhile."""
+    command = [sys.executable, "-c", WAITS]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.endswith("dpo-fast: interrupted by SIGHUP; begin again\n")
 
 
 def test_what_is_ignored_or_taken_by_others_stays_so():
