@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,7 @@ def _configuration(model: str, checkpoint: Path | None, config: str | None) -> P
         return Path(config)
     if checkpoint is not None:
         return checkpoint / CONFIG
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))
     beside = folder.resolve().parent / RUN_CONFIG
     return beside if folder.name == MODEL and beside.is_file() else None
 
