@@ -24,6 +24,7 @@ from dpo_fast.cli.evaluate import evaluate
 from dpo_fast.cli.export import export
 from dpo_fast.cli.streams import own_arguments
 from dpo_fast.errors import Interrupted, LostPeer, UserError
+from dpo_fast.wording import clipped
 
 KEYS = (
     "Keys people change most: model.path, model.lora.r, data.train, data.eval_rows, data.max_length, "
@@ -263,7 +264,10 @@ def _quality(run, prepared: dict, tokenizer):
     folder = Path(run.reference.cache_dir or Path(run.train.output_dir) / "reference")
     train = prepared["train"]
     return measure(
-        train, prepared.get("eval"), tokenizer, logps_at_hand(folder.expanduser(), train)
+        train,
+        prepared.get("eval"),
+        tokenizer,
+        logps_at_hand(Path(os.path.expanduser(folder)), train),
     )
 
 
@@ -367,6 +371,8 @@ def main() -> None:
         if isinstance(error, OSError) and error.errno in FULL:
             place = f": {error.filename}" if error.filename else " to standard output"
             _end(f"cannot write{place}: {error.strerror}", 2)
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            _end(f"{clipped(str(error.filename))}: {error.strerror}", 2)
         if (peers := _peers()) is None:
             raise
         _end_among(peers, error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -34,7 +35,7 @@ def export(
     Of any ZeRO stage and number of ranks, on one. The weights are those of the run at that step.
     """
     target, changes = split(out, overrides)
-    if not Path(checkpoint).expanduser().is_dir():
+    if not Path(os.path.expanduser(checkpoint)).is_dir():
         raise UserError(f"{checkpoint}: no such folder; expected a checkpoint, or a run's folder")
     from dpo_fast.training.console import quiet
 
@@ -43,7 +44,7 @@ def export(
 
     found = find(checkpoint)
     found = found if found.name else found.absolute()  # `.` has no name
-    folder = Path(target).expanduser() if target else found.with_name(f"{found.name}-model")
+    folder = Path(os.path.expanduser(target)) if target else found.with_name(f"{found.name}-model")
     export_checkpoint(found, folder, changes)
     typer.echo(f"model: {folder}")
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dpo_fast.data.kinds import COMPLETIONS, GROUPS, PAIRS, Kind
 from dpo_fast.data.layouts import LAYOUTS, Trees
+from dpo_fast.wording import quoted
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,12 @@ def _check(example: Mapping, kind: Kind) -> None:
     for name in kind.ids:
         texts = example[name] if kind.many and name != "prompt_ids" else [example[name]]
         if not all(map(len, texts)):
-            raise ValueError(f"{kind.one} has an empty {name}: {example}")
+            raise ValueError(f"{kind.one} has an empty {name}: {quoted(example, 300)}")
     for ids, flags in zip(kind.answer_ids(example), kind.answer_flags(example)):
         if flags is not None and len(flags) != len(ids):
-            raise ValueError(f"{kind.one} has {len(ids)} tokens and {len(flags)} flags: {example}")
+            raise ValueError(
+                f"{kind.one} has {len(ids)} tokens and {len(flags)} flags: {quoted(example, 300)}"
+            )
 
 
 def _only_scored(batch: ScoredBatch, flags: Sequence[Sequence[bool] | None]) -> ScoredBatch:

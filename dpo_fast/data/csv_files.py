@@ -12,6 +12,8 @@ from dpo_fast.data.verdicts import BadRow, BadRows
 from dpo_fast.errors import UserError
 from dpo_fast.wording import quoted
 
+INDEX = "Unnamed: 0"  # what pandas and `datasets` call the index that pandas writes without a name
+
 
 class Cell(str):
     """Text of a CSV file, where numbers and lists are text too."""
@@ -59,6 +61,13 @@ def _text_lines(path: Path, limit: int) -> Iterator[str]:
 
 
 def _header(path: Path, names: list[str]) -> list[str]:
+    if len(names) > 1 and not names[0]:
+        names = [INDEX, *names[1:]]
+    if len(names) == 1 and (other := next((mark for mark in ";\t|" if mark in names[0]), None)):
+        raise UserError(
+            f"{path}:1: the header is one name, {quoted(names[0])}: cells are separated by commas, or in "
+            f"a .tsv by tabs, and not by {quoted(other)}"
+        )
     twice = [name for index, name in enumerate(names) if name in names[:index]]
     if twice or not all(names):
         fault = f"{quoted(twice[0])} twice" if twice else "a column without a name"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -48,7 +49,7 @@ APART = {
 def cache_root(config: DataConfig) -> Path:
     """data.cache_dir, or a folder in the cache of `datasets` (which obeys HF_DATASETS_CACHE)."""
     if config.cache_dir is not None:
-        return Path(config.cache_dir).expanduser()
+        return Path(os.path.expanduser(config.cache_dir))
     return Path(datasets.config.HF_DATASETS_CACHE) / "dpo_fast"
 
 

@@ -151,7 +151,7 @@ def read_rows(source: Source, bad: BadRows) -> Iterator[tuple[str, dict[str, Any
 
 
 def _resolve(name: str, role: Role) -> list[Source]:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         return _folder(path, None, role)
     if path.is_file():
@@ -166,8 +166,8 @@ def _resolve(name: str, role: Role) -> list[Source]:
         if files:
             return files
     base, _, split = name.rpartition(":")
-    if base and Path(base).expanduser().is_dir():
-        return _folder(Path(base).expanduser(), split, role)
+    if base and Path(os.path.expanduser(base)).is_dir():
+        return _folder(Path(os.path.expanduser(base)), split, role)
     hub = HUB_ID.fullmatch(name)
     if hub is None or suffix_of(path) or name.startswith((".", "~")):
         raise UserError(f"{name}: no such file, folder or glob match.{_near(path)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ def read_template(config: DataConfig) -> str | None:
     if config.chat_template is None:
         return None
     try:
-        with Path(config.chat_template).expanduser().open(encoding="utf-8") as file:
+        with Path(os.path.expanduser(config.chat_template)).open(encoding="utf-8") as file:
             text = file.read(MOST_CHARACTERS + 1)
         if len(text) > MOST_CHARACTERS:
             raise ValueError(f"more than {MOST_CHARACTERS:,} characters")

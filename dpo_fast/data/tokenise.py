@@ -99,6 +99,8 @@ class RowTokeniser:
         prompt, texts = self.chat.texts(row) if row.is_chat else (row.prompt, self._texts(row))
         starts = [[turn.start for turn in text.turns if turn.start > len(prompt)] for text in texts]
         wholes = [text.whole for text in texts]
+        if row.is_chat:
+            _check_unicode([prompt, *wholes])
         split = self.boundary.split(prompt, *wholes, keep=row.is_chat, starts=starts)
         prompt_ids, bos_added = self.endings.begin(split.prompt, chat=row.is_chat)
         if not prompt_ids and not prompt and self.endings.bos_id is not None:
@@ -160,6 +162,15 @@ class RowTokeniser:
 
     def _texts(self, row: Row) -> list[Text]:
         return [Text(row.prompt + answer, []) for answer in row.answers.values()]
+
+
+def _check_unicode(texts: list[str]) -> None:
+    """Raises BadRow. What is rendered has more than contents: systems, thinking, tools, arguments."""
+    try:
+        for text in texts:
+            text.encode()
+    except UnicodeEncodeError:
+        raise BadRow("the chat is not Unicode text", "it has a lone surrogate") from None
 
 
 class Answer(NamedTuple):

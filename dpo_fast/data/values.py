@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 from dpo_fast.data.config import TEMPLATE_ARGUMENTS
@@ -126,7 +127,7 @@ def label(value: Any) -> bool:
 
 def number(value: Any, name: str) -> float:
     value = _typed(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
         raise BadRow(f"field {name!r} is not a number", f"got {quoted(value)}")
     try:
         found = float(value)

@@ -99,4 +99,6 @@ class BadRows(Tally):
 
 def bad_row_error(where: str, verdict: Verdict) -> UserError:
     """The error that stops the run at a bad row, with the remedy."""
-    return UserError(f"{where}: {verdict}. Mend the row, or set data.on_bad_row=skip")
+    reason = str(verdict)
+    end = "" if reason.endswith("?") else "."
+    return UserError(f"{where}: {reason}{end} Mend the row, or set data.on_bad_row=skip")

@@ -85,7 +85,7 @@ def run_real(
     Returns:
         What stands in `output_dir`/results.json.
     """
-    folder = Path(output_dir).expanduser().resolve()
+    folder = Path(os.path.expanduser(output_dir)).resolve()
     with durable.writing(folder, "Name another folder with --output"):
         folder.mkdir(parents=True, exist_ok=True)
     if not torch.cuda.is_available():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ def run_demo(output_dir: str | Path, *, seed: int = 0, quick: bool = False) -> d
         `parameters`: of the model. `seconds`: {"sft": float, "dpo": float}.
         `config`, `sft`, `checkpoint`, `report`: paths.
     """
-    folder = Path(output_dir).expanduser().resolve()
+    folder = Path(os.path.expanduser(output_dir)).resolve()
     with durable.writing(folder, "Name another folder with --output"):
         folder.mkdir(parents=True, exist_ok=True)
     scale = QUICK if quick else WHOLE

@@ -13,6 +13,15 @@ from dpo_fast.errors import UnavailableError, UserError
 from dpo_fast.losses import Objective
 from dpo_fast.modules.losses import make_objective
 
+# Arguments of TRL's DPOTrainer and DPOConfig, and what they are here.
+OF_TRL = {
+    "ref_model": "reference=",
+    "tokenizer": "processing_class=",
+    "peft_config": "model=peft.get_peft_model(model, peft_config)",
+    "loss_type": "objective=",
+    "beta": "objective=Objective((name,), (1.0,), LossOptions(beta=...)) of dpo_fast.losses",
+    **dict.fromkeys(("max_length", "max_prompt_length"), "data_options={'max_length': ...}"),
+}
 OLDEST = "5.19"  # whose Trainer can leave the division of losses to us
 
 
@@ -68,6 +77,9 @@ def check_arguments(model, args, objective: Objective, layout: str, others: dict
             f"losses {whole} need the whole global batch at once, which Trainer never has: use "
             "dpo-fast train"
         )
+    for name, here in OF_TRL.items():
+        if name in others:
+            raise UserError(f"{name}= is an argument of TRL's DPOTrainer; here it is {here}")
     for name in ("data_collator", "compute_metrics", "compute_loss_func", "model_init"):
         if others.get(name) is not None:
             raise UserError(f"{name} cannot be set: this trainer has its own collator and loss")

@@ -29,6 +29,7 @@ WANTED = (
     "This trainer takes rows with prompt, chosen and rejected, as text or as lists of messages, the "
     "other forms of pairs in docs/FORMATS.md, or token ids: prompt_ids, chosen_ids, rejected_ids"
 )
+LOOKED_AT = 8  # rows of token ids, for answers that have their prompt in them
 # What rows of token ids are called elsewhere, and what they are here.
 ELSEWHERE = {f"{name}_input_ids": f"{name}_ids" for name in ("prompt", "chosen", "rejected")}
 
@@ -66,6 +67,7 @@ def token_rows(dataset, name: str, tokenizer, options: Mapping[str, Any] | None,
     Raises:
         UserError: rows that no pair can be made of, with the columns that they have.
     """
+    dataset = _rows(dataset)
     first = _first(dataset, name)
     if all(first.get(column) is not None for column in PAIRS.ids):
         if options:
@@ -73,12 +75,18 @@ def token_rows(dataset, name: str, tokenizer, options: Mapping[str, Any] | None,
                 f"data_options={dict(options)} say how rows are tokenised, and those of {name} are token "
                 "ids; leave it out"
             )
+        _check_answers(dataset, name)
         return dataset
     _check_ids(first, name)
     if tokenizer is None:
         raise UserError(
             f"{name} has the columns {_names(first)}, and there is no tokenizer: pass "
             f"processing_class=tokenizer. {WANTED}"
+        )
+    if isinstance(tokenizer, str):
+        raise UserError(
+            f"processing_class={tokenizer!r}: expected a tokenizer, "
+            f"AutoTokenizer.from_pretrained({tokenizer!r})"
         )
     config = _config(options or {})
     tokeniser = RowTokeniser(getattr(tokenizer, "tokenizer", tokenizer), config, eos_ids)
@@ -115,6 +123,14 @@ def token_sets(train_dataset, eval_dataset, tokenise: Callable) -> tuple:
     return train, None if eval_dataset is None else tokenise(eval_dataset, "eval_dataset")
 
 
+def _rows(dataset):
+    """The data set without a format whose rows are tables."""
+    tables = getattr(dataset, "format", None) or {}
+    if isinstance(tables, Mapping) and tables.get("type") in ("pandas", "arrow", "polars"):
+        return dataset.with_format(None)
+    return dataset
+
+
 def _first(dataset, name: str) -> Mapping[str, Any]:
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise UserError(
@@ -132,12 +148,32 @@ def _first(dataset, name: str) -> Mapping[str, Any]:
         )
     if not len(dataset):
         raise UserError(f"{name} has no rows; leave it out, or fill it")
-    first = dataset[0]
+    try:
+        first = dataset[0]
+    except (KeyError, IndexError, TypeError):
+        raise UserError(
+            f"{name} is a {type(dataset).__name__} that has no row 0; expected a list of rows or a "
+            "datasets.Dataset, such as Dataset.from_pandas makes"
+        ) from None
     if not isinstance(first, Mapping):
         raise UserError(
             f"{name}[0] is a {type(first).__name__}; expected a mapping of columns. {WANTED}"
         )
     return first
+
+
+def _check_answers(dataset, name: str) -> None:
+    """Raises UserError where the ids of the first answers are those of prompt and answer."""
+    rows = [dataset[index] for index in range(min(len(dataset), LOOKED_AT))]
+    prompt, *answers = PAIRS.ids
+    for row in rows:
+        begins = list(row[prompt])
+        if len(begins) < 2 or any(list(row[each][: len(begins)]) != begins for each in answers):
+            return
+    raise UserError(
+        f"{name}: {' and '.join(answers)} begin with {prompt}, in the first {len(rows)} rows; an answer "
+        f"begins at its first scored token: row[{answers[0]!r}][len(row[{prompt!r}]):]"
+    )
 
 
 def _check_ids(row: Mapping[str, Any], name: str) -> None:

@@ -107,11 +107,12 @@ class PreferenceTrainer(transformers.Trainer):
             if each is not None:
                 _prepare(_causal_lm(each), self.layout, args.device, dtype)
         self._unproven = dtype
+        vocabulary = causal_lm.get_input_embeddings().num_embeddings
         pad_id = getattr(processing_class, "pad_token_id", None) or 0
         super().__init__(
             model=model,
             args=args,
-            data_collator=PreferenceCollator(self.layout, pad_id),
+            data_collator=PreferenceCollator(self.layout, pad_id, vocabulary),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -261,6 +262,10 @@ def _check_reference(model, objective: Objective, reference, columns: list[str])
     """Raises UserError unless there is one reference, if the losses need any."""
     stored = [name for name in PAIRS.reference_columns if name in columns]
     both = " and ".join(PAIRS.reference_columns)
+    if reference is not None and not isinstance(reference, nn.Module):
+        raise UserError(
+            f"reference={reference!r}: expected a model, AutoModelForCausalLM.from_pretrained(...)"
+        )
     if reference is not None and _causal_lm(reference) is _causal_lm(model):
         raise UserError(
             "reference is the model that is trained, and would be frozen: pass another one, "

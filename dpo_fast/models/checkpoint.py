@@ -7,6 +7,7 @@ the model.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import struct
 import zipfile
@@ -94,7 +95,7 @@ def check_weights(path: str, option: str = "model.path") -> None:
     Raises:
         UserError: as `check_readable`.
     """
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if is_adapter(path):
         check_readable(adapter_file(path, option))
         check_weights(base_of(path, option), "base_model_name_or_path")
@@ -137,12 +138,12 @@ def code_files(folder: Path) -> list[Path]:
 
 def is_adapter(path: str) -> bool:
     """Whether a folder holds an adapter. A hub id is taken for a whole model."""
-    return (Path(path).expanduser() / ADAPTER_CONFIG).is_file()
+    return (Path(os.path.expanduser(path)) / ADAPTER_CONFIG).is_file()
 
 
 def read_adapter_config(path: str, option: str) -> dict[str, Any]:
     """The configuration of an adapter folder. Raises UserError if it cannot be read or has no base."""
-    file = Path(path).expanduser() / ADAPTER_CONFIG
+    file = Path(os.path.expanduser(path)) / ADAPTER_CONFIG
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         if not config.get("base_model_name_or_path"):
@@ -168,9 +169,9 @@ def base_of(path: str, option: str = "model.path") -> str:
         return path
     config = read_adapter_config(path, option)
     base, revision = config["base_model_name_or_path"], config.get("revision")
-    if Path(base).expanduser().exists():
+    if Path(os.path.expanduser(base)).exists():
         return base
-    above = Path(path).expanduser().resolve().parents
+    above = Path(os.path.expanduser(path)).resolve().parents
     whole = next((folder / base for folder in above if (folder / base).is_dir()), None)
     if whole is not None:
         return str(whole)
@@ -179,7 +180,7 @@ def base_of(path: str, option: str = "model.path") -> str:
 
 def adapter_file(path: str, option: str = "model.path") -> Path:
     """The file of an adapter's weights. Raises UserError if there is none."""
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     for name in ADAPTER_FILES:
         if (folder / name).is_file():
             return folder / name
@@ -210,7 +211,7 @@ def check_model_path(path: str, option: str = "model.path") -> None:
     Raises:
         UserError: naming the option, the path and what was expected there.
     """
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if not is_folder(path, option):
         return
     if is_adapter(path):
@@ -253,7 +254,7 @@ def check_model_path(path: str, option: str = "model.path") -> None:
 
 def is_folder(path: str, option: str) -> bool:
     """Whether it is a folder here rather than a hub id. Raises UserError if it is neither."""
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{option}={path} is a file; expected a folder")
     looks_local = path.startswith((".", "/", "~")) or split_revision(path)[0].count("/") > 1

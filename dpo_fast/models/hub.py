@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ REVISED = re.compile(r"(?P<name>\w[\w.-]*(/\w[\w.-]*)?)@(?P<revision>[^@\s]+)")
 def split_revision(path: str) -> tuple[str, str | None]:
     """A hub id and its revision; of a folder, or without `@`, the path itself and None."""
     found = REVISED.fullmatch(path)
-    if found is None or Path(path).expanduser().exists():
+    if found is None or os.path.exists(os.path.expanduser(path)):
         return path, None
     return found["name"], found["revision"]
 
@@ -36,7 +37,7 @@ def with_revision(values: Any, path: str = "path", option: str = "model") -> Any
     place = f"{option}.revision={revision}"
     if not isinstance(name, str):
         raise ValueError(f"{place} is of {option}.{path}, which is not set")
-    if Path(name).expanduser().exists() or name.startswith((".", "/", "~")):
+    if os.path.exists(os.path.expanduser(name)) or name.startswith((".", "/", "~")):
         raise ValueError(
             f"{place}: {option}.{path}={name} is a folder; revisions are of hub ids. Leave it out"
         )

@@ -79,7 +79,7 @@ def model_identity(path: str, cache: Path | None = None, watch: Watch = unwatche
     Raises:
         UserError: a file cannot be read, or a hub id has no commit.
     """
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if not folder.is_dir():
         return _hub_identity(path)
     if is_adapter(path):

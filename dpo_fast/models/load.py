@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ from dpo_fast.models.scoring import ScoringModel
 
 def local_folder(path: str) -> Path:
     """The folder of a model; of a hub id that of its files here, all but weights that were not loaded."""
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download
@@ -55,7 +56,7 @@ def tokenizer_path(section: ModelSection) -> str:
     """Where the tokenizer of a section lies: of an adapter without one, with its base model."""
     if section.tokenizer is not None:
         return section.tokenizer
-    folder = Path(section.path).expanduser()
+    folder = Path(os.path.expanduser(section.path))
     names = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "tekken.json")
     own = any((folder / name).is_file() for name in names)
     return section.path if own else base_of(section.path)

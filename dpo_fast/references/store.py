@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def named_place(cache_dir: str, request: Request) -> Place:
     Raises:
         UserError: it is a file; or it is not there, and a stored reference is under a name like it.
     """
-    root = Path(cache_dir).expanduser()
+    root = Path(os.path.expanduser(cache_dir))
     if not root.exists():
         _check_spelling(cache_dir, root)
     if (root / MANIFEST).exists():

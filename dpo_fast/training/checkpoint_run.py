@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ def write_beside(config: RunConfig, model, folder: Path) -> None:
 
 def checkpoint_of(path: str) -> Path | None:
     """The checkpoint that a path means: itself, or the newest of a run's folder. None if it is neither."""
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if is_checkpoint(folder):
         return folder
     if (folder / RUN_CONFIG).is_file():

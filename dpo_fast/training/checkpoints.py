@@ -124,7 +124,7 @@ def load_checkpoint(
     Raises:
         UserError: the checkpoint is of a run that differs in one of `fits`, or cannot be read.
     """
-    state = _fitting_state(folder, fits)
+    state = fitting_state(folder, fits)
     engine.checkpoint_engine = EngineFiles()
     with _reading(folder / "engine"):
         path, _ = engine.load_checkpoint(str(folder), tag="engine")
@@ -264,7 +264,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def _fitting_state(folder: Path, fits: dict) -> dict[str, Any]:
+def fitting_state(folder: Path, fits: dict) -> dict[str, Any]:
     """The content of state.json. Raises UserError if it cannot be read, or differs from `fits`."""
     state = read_state(folder)
     differing = [name for name in fits if name in state and state[name] != fits[name]]

@@ -143,7 +143,10 @@ def build_optimizer(config: RunConfig, model: torch.nn.Module) -> torch.optim.Op
 def build_engine(config: RunConfig, model: ScoringModel, ds_config: dict, total_steps: int):
     """A DeepSpeed engine for the scoring model, with AdamW and a schedule of transformers."""
     import deepspeed
+    from deepspeed.runtime import bf16_optimizer
 
+    # It collects garbage and prints the memory at six places, whatever the level of DeepSpeed's log.
+    bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None
     optimizer = build_optimizer(config, model)
     scheduler = build_schedule(config.train.schedule, optimizer, total_steps)
     engine, *_ = deepspeed.initialize(

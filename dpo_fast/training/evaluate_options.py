@@ -104,7 +104,7 @@ def _configuration(model: str, checkpoint: Path | None, config: str | None) -> P
         return Path(config)
     if checkpoint is not None:
         return checkpoint / CONFIG
-    folder = Path(model).expanduser().resolve()
+    folder = Path(os.path.expanduser(model)).resolve()
     beside = folder.parent / RUN_CONFIG
     return beside if folder.name == MODEL and beside.is_file() else None
 

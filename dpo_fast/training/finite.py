@@ -11,6 +11,7 @@ look, and `FiniteAdamW` does.
 from __future__ import annotations
 
 import math
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -209,7 +210,7 @@ def check_loaded(model: nn.Module, path: str, option: str) -> None:
 def file_of(path: str, name: str) -> str | None:
     """The file of a model folder that holds a tensor; None if that cannot be told from the names."""
     try:
-        for file in weight_files(Path(base_of(path)).expanduser()):
+        for file in weight_files(Path(os.path.expanduser(base_of(path)))):
             if any(name.endswith(key) or key.endswith(name) for key in read_header(file)[1]):
                 return file.name
     except UserError:  # a hub id, or weights in another form

@@ -7,11 +7,11 @@ from typing import Any
 
 from dpo_fast.errors import UserError
 from dpo_fast.training.console import say
-from dpo_fast.training.prepare import Run
+from dpo_fast.training.prepare import Plan, Run
 from dpo_fast.training.schedule import rates_of
 
 
-def goes_on(run: Run, state: dict[str, Any], checkpoint: Path) -> bool:
+def goes_on(run: Plan, state: dict[str, Any], checkpoint: Path) -> bool:
     """Whether a checkpoint is the end of a run that is to be longer now. state: of the checkpoint.
 
     Raises:
@@ -29,7 +29,7 @@ def goes_on(run: Run, state: dict[str, Any], checkpoint: Path) -> bool:
     return True
 
 
-def fits_longer(run: Run, state: dict[str, Any], fits: dict[str, Any]) -> dict[str, Any]:
+def fits_longer(run: Plan, state: dict[str, Any], fits: dict[str, Any]) -> dict[str, Any]:
     """`fits` as the shorter run had it: its length, and what it drew of a mixture.
 
     The examples that its epochs drew are those that the first epochs of the longer run draw.

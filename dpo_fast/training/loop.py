@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -24,7 +25,7 @@ from dpo_fast.training.opening import rehearse
 from dpo_fast.training.perf import watch_head, work_of
 from dpo_fast.training.places import check_writable
 from dpo_fast.training.prepare import Run, prepare
-from dpo_fast.training.resume import checkpoint_of, resume, save
+from dpo_fast.training.resume import check_fits, checkpoint_of, resume, save
 from dpo_fast.training.run_log import RunLog, open_log
 from dpo_fast.training.step import coupled_step, train_step
 
@@ -55,12 +56,12 @@ def sole_train(config: RunConfig, choices: Choices, dry_run: bool) -> Path | Non
     """`train` in a folder that no other run uses."""
     distributed.from_main(lambda: check_earlier_run(config))  # it may just have ended
     checkpoint = checkpoint_of(config)
-    run = prepare(config, choices)
+    run = prepare(config, choices, None if checkpoint is None else partial(check_fits, checkpoint))
     if dry_run:
         return rehearse(run, checkpoint)
     sums = MetricSums(run.engine.device, work_of(run.model))
     watch_head(run.model.causal_lm.get_output_embeddings(), sums.clock)
-    log = open_log(run, resumed=checkpoint is not None)
+    log = open_log(run)
     with log.clock_stopped():
         position = resume(run, checkpoint, sums, log) if checkpoint else start(run, log)
     with signals.stop_signals(RESUME) as asked, run.saver:

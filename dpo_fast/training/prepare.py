@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -33,19 +34,29 @@ from dpo_fast.training.weights import identities
 
 
 @dataclass
-class Run:
+class Plan:
+    """What a run is, known before its model is loaded.
+
+    weights: the identity of each model, by the option that names it.
+    """
+
+    config: RunConfig
+    train: Split
+    total_steps: int
+    weights: dict[str, str]
+
+
+@dataclass
+class Run(Plan):
     """What `train` works with.
 
     references: the provider of each split, by the split's name.
     old: for each split log-probs under the model that wrote its completions; None if no loss asks.
-    weights: the identity of each model, by the option that names it.
     saver: writes the checkpoints.
     best: which checkpoint is the best, and whether the run ends early.
     """
 
-    config: RunConfig
     tokenizer: PreTrainedTokenizerBase
-    train: Split
     eval: Split | None
     engine: object
     model: ScoringModel
@@ -54,8 +65,6 @@ class Run:
     loss_pass: LossPass
     statistics: Statistics
     guard: Guard
-    total_steps: int
-    weights: dict[str, str]
     saver: Saver
     best: Best
 
@@ -71,10 +80,13 @@ class Run:
         return followed | ({"statistics": self.statistics} if self.statistics.names else {})
 
 
-def prepare(config: RunConfig, choices: Choices | None = None) -> Run:
+def prepare(
+    config: RunConfig, choices: Choices | None = None, check: Callable[[Plan], None] | None = None
+) -> Run:
     """Build a run in order, what is cheap first. Collective: every rank calls it.
 
     choices: what `check_run` returned; they are made here if it has not been called.
+    check: of what the run is, before its model is loaded and a reference is computed; raises UserError.
 
     Raises:
         UserError: data, model or options that do not fit, before any weight is loaded if possible.
@@ -91,6 +103,9 @@ def prepare(config: RunConfig, choices: Choices | None = None) -> Run:
     check_kind_of_findings(config, train.examples.kind)
     total_steps = config.train.max_steps or train.sampler.steps(config.train.num_train_epochs)
     check_total(config, total_steps)
+    weights = identities(config)
+    if check is not None:
+        check(Plan(config, train, total_steps, weights))
     tell_data(config, splits, total_steps)
     ds_config = deepspeed_config(config, distributed.world_size(), train.sampler.accumulation)
     torch.manual_seed(config.train.seed)
@@ -122,7 +137,7 @@ def prepare(config: RunConfig, choices: Choices | None = None) -> Run:
         statistics=Statistics(loss_pass.objective.statistics, engine.device),
         guard=Guard(engine, config.train.nonfinite_limit),
         total_steps=total_steps,
-        weights=identities(config),
+        weights=weights,
         saver=Saver.of(config),
         best=Best(config),
     )

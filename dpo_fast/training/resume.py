@@ -8,12 +8,18 @@ from typing import Any
 
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoint_run import write_beside
-from dpo_fast.training.checkpoints import check_whole, find_checkpoint, load_checkpoint, read_state
+from dpo_fast.training.checkpoints import (
+    check_whole,
+    find_checkpoint,
+    fitting_state,
+    load_checkpoint,
+    read_state,
+)
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import say
 from dpo_fast.training.longer import fits_longer, follow_schedule, goes_on
 from dpo_fast.training.metrics import MetricSums
-from dpo_fast.training.prepare import Run
+from dpo_fast.training.prepare import Plan, Run
 from dpo_fast.training.run_log import RunLog
 
 # Options that a checkpoint brings back with DeepSpeed's optimiser and schedule. A resumed run would
@@ -75,7 +81,7 @@ def resume(run: Run, checkpoint: Path, sums: MetricSums, log: RunLog) -> tuple[i
     state = restore(run, checkpoint, sums, known if longer else None)
     run.saver.goes_on_from(checkpoint, state)
     run.best.load(state, checkpoint, longer)
-    log.begin(state["step"])
+    log.begin(state["step"], resumed=True)
     say(f"resumed {checkpoint} at step {state['step']}")
     if longer:
         follow_schedule(run, state)
@@ -91,14 +97,26 @@ def restore(
 
     shorter: that content, if it is of a shorter run that has ended.
     """
-    changed = {f"train.{name}" for name in run.config.train.change_on_resume}
-    fits = must_fit(run) if shorter is None else fits_longer(run, shorter, must_fit(run))
-    fits = {name: value for name, value in fits.items() if name not in changed}
+    fits = must_be_same(run, shorter)
     state = load_checkpoint(run.engine, checkpoint, fits, sums.values, run.stateful)
     run.train.seek(state)
-    if "train.learning_rate" in changed:
+    if "learning_rate" in run.config.train.change_on_resume:
         change_rate(run)
     return state
+
+
+def check_fits(checkpoint: Path, plan: Plan) -> None:
+    """Raises UserError if a checkpoint is none of this run. Needs no model and no reference."""
+    known = read_state(checkpoint)
+    longer = goes_on(plan, known, checkpoint)
+    fitting_state(checkpoint, must_be_same(plan, known if longer else None))
+
+
+def must_be_same(plan: Plan, shorter: dict[str, Any] | None) -> dict:
+    """`must_fit` without the options that are to change. shorter: as in `restore`."""
+    changed = {f"train.{name}" for name in plan.config.train.change_on_resume}
+    fits = must_fit(plan) if shorter is None else fits_longer(plan, shorter, must_fit(plan))
+    return {name: value for name, value in fits.items() if name not in changed}
 
 
 def change_rate(run: Run) -> None:
@@ -112,7 +130,7 @@ def change_rate(run: Run) -> None:
     say(f"train.learning_rate was {before:g} and is {rate:g} from here on")
 
 
-def must_fit(run: Run) -> dict:
+def must_fit(run: Plan) -> dict:
     """What a resumed run must share with the interrupted one to be the same run, by name."""
     train, tree = run.config.train, run.config.resolved()
     fits = {

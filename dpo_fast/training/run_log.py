@@ -29,24 +29,10 @@ from dpo_fast.training.watch import Watch
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
 
 
-def open_log(run: Run, resumed: bool) -> RunLog:
-    """Write the resolved configuration and the data report, and measure the device for perf/mfu.
-
-    Unless the run is resumed, what an earlier run left in its folder makes room.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-    folder = Path(run.config.train.output_dir)
-    if distributed.is_main():
-        with saving(folder / RUN_CONFIG):
-            folder.mkdir(parents=True, exist_ok=True)
-            write_file(folder / RUN_CONFIG, written(run.config))
-            write_file(folder / "data-report.json", run.train.examples.report.to_json())
-            if not resumed:
-                make_room(folder)
+def open_log(run: Run) -> RunLog:
+    """Measure the device for perf/mfu. Nothing is written before `RunLog.begin`."""
     rate = product_rate(run.engine.device, run.config.model.torch_dtype)
-    return RunLog(run, folder / METRICS, rate)
+    return RunLog(run, Path(run.config.train.output_dir) / METRICS, rate)
 
 
 class RunLog:
@@ -64,15 +50,33 @@ class RunLog:
         self._since = time.monotonic()  # when the window of the rates began
         self._logged = 0  # the step after which it began
 
-    def begin(self, step: int) -> None:
-        """Before the first line: open the loggers of a run that goes on after `step`."""
+    def begin(self, step: int, resumed: bool = False) -> None:
+        """Before the first line of a run that goes on after `step`: write what it is, and open the loggers.
+
+        Unless the run is resumed, what an earlier run left in its folder makes room. A resumption that is
+        refused does not come here, so the folder is as it was.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
         self._logged = step
         if distributed.is_main():
+            self._write_files(resumed)
             self._forget_after(step)
             record_start(self.file.parent, step, self.run.train.examples.lengths)
             if self.file.is_file():
                 self.watch.resume(self.file)
             self.loggers = open_loggers(self.run.config, step)
+
+    def _write_files(self, resumed: bool) -> None:
+        """The resolved configuration and the data report."""
+        folder = self.file.parent
+        with saving(folder / RUN_CONFIG):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_file(folder / RUN_CONFIG, written(self.run.config))
+            write_file(folder / "data-report.json", self.run.train.examples.report.to_json())
+            if not resumed:
+                make_room(folder)
 
     def close(self) -> None:
         """After the last line."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -291,7 +292,7 @@ class TrainSection(BaseModel):
             return value
         if not value.strip():
             raise ValueError(f"train.{info.field_name}={value!r} names no folder; give one")
-        return str(Path(value).expanduser())
+        return str(Path(os.path.expanduser(value)))
 
     @model_validator(mode="after")
     def _check(self) -> TrainSection:

@@ -299,6 +299,12 @@ def test_missing_files_are_named(folder, capsys, monkeypatch):
     assert code == 2 and "is not YAML" in err
 
 
+@pytest.mark.parametrize("command", ["export", "replay"])
+def test_a_name_that_is_too_long_is_told_and_not_in_full(command, capsys, monkeypatch):
+    code, _, err = run(capsys, monkeypatch, command, "x" * 5000)
+    assert code == 2 and "File name too long" in err and len(err) < 400
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [

@@ -179,7 +179,14 @@ BAD = [
     ({"instruction": 3, **ANSWERS}, "field 'instruction' is not text: got int"),
     ({"instruction": "q", "history": [["a"]], **ANSWERS}, r"not a pair: history\[0\]"),
     ({"instruction": "q", "history": "a", **ANSWERS}, "field 'history' is not a list"),
+    ({"instruction": "q", "history": True, **ANSWERS}, "field 'history' is not a list"),
+    ({"instruction": "q", "history": {"a": 1}, **ANSWERS}, "field 'history' is not a list"),
+    ({"instruction": "q", "system": "\ud83d", **ANSWERS}, "not Unicode text: it has a lone"),
     ({"prompt": "q", "response": "a", "helpfulness": 3}, "one response to a prompt: consecutive"),
+    (
+        {"prompt": "q", "response": ["a", "b"], "helpfulness": [3]},
+        "'helpfulness' has another length than 'response': got 1 for 2 responses",
+    ),
     ({"prompt": "q", "answers": [{"answer": "a", "rank": 1}]}, "a group of one"),
     ({"prompt": "q", "answers": [{"answer": "a", "rank": "x"}]}, "field 'rank' is not a number"),
     (
@@ -190,6 +197,14 @@ BAD = [
         {"instruction": "q", "completions": [{"response": "a"}, {"response": "b"}]},
         r"completions\[0\] has no rating",
     ),
+    *(
+        (
+            {"instruction": "q", "completions": [{"response": "a", "annotations": wrong}] * 2},
+            r"completions\[0\] has no rating",
+        )
+        for wrong in ([1], "x", {"helpfulness": "x"}, {"helpfulness": [1]})
+    ),
+    ({"conversation_a": [U, A], "conversation_b": [U, B], "winner": {}}, "unknown winner"),
     ({"conversation_a": [U, A], "conversation_b": [U, B], "winner": "x"}, "unknown winner.*'x'"),
     ({"messages": [U], "rejected_response": "no"}, "messages does not end with an answer"),
     ({"messages": [U, A], "label": 3}, "field 'label' is not a bool"),

@@ -67,6 +67,11 @@ def test_cells(tmp_path, name, mark):
     ]
 
 
+def test_the_index_that_pandas_writes_is_a_column(tmp_path):
+    path = write(tmp_path / "a.csv", ",a,b\n0,1,2\n")
+    assert read(path)[0] == [(f"{path}:2", {"Unnamed: 0": "0", "a": "1", "b": "2"})]
+
+
 def test_broken_cells(tmp_path):
     path = write(tmp_path / "a.csv", "a,b\n1,2\n3\n4,5\n")
     assert f"{path}:3: wrong number of cells: got 1 cells, and the header has 2" in fails(path)
@@ -77,6 +82,9 @@ def test_broken_cells(tmp_path):
     assert f"{path}:2: broken CSV" in fails(write(path, 'a,b\n1,"2\n3,4\n'), "skip")
     assert f"{path}:1: the header has 'a' twice" in fails(write(path, "a,a\n1,2\n"))
     assert f"{path}:1: the header has a column without a name" in fails(write(path, "a,\n1,2\n"))
+    assert "separated by commas, or in a .tsv by tabs, and not by ';'" in fails(
+        write(path, "a;b\n1;2\n")
+    )
     assert f"{path}:2: bad UTF-8: byte 1" in fails(write(path, b"a,b\n\xff,2\n"))
     assert "there are no rows in it" in fails(write(path, "a,b\n"))
 

@@ -1,5 +1,7 @@
 """Single values of a row."""
 
+from decimal import Decimal
+
 import pytest
 
 from dpo_fast.data.files import Cell
@@ -27,6 +29,7 @@ def test_labels_of_cells(text, value):
 
 def test_numbers_and_lists_of_cells():
     assert number(Cell("-1.5"), "margin") == -1.5
+    assert number(Decimal("0.5"), "weight") == 0.5  # as DuckDB and Spark write 0.5 into Parquet
     assert items({"scores": Cell("[1, 2]")}, {}, "scores") == [1, 2]
     for value in ("1", Cell("one"), Cell("true"), True, None):
         with pytest.raises(BadRow, match="field 'margin' is not a number"):

@@ -12,6 +12,7 @@ from dpo_fast.data.config import DataConfig
 from dpo_fast.data.dataset import load_examples
 from dpo_fast.errors import UserError
 from dpo_fast.integrations.arguments import objective_of
+from dpo_fast.integrations.collator import PreferenceCollator
 from dpo_fast.integrations.rows import TokenRows, token_rows, token_sets
 from dpo_fast.integrations.transformers import PreferenceTrainer
 from dpo_fast.losses import LossOptions, Objective
@@ -256,6 +257,48 @@ def test_what_is_no_data_set_is_told(texts, tokenizer):
     assert isinstance(ids, TokenRows) and ids[-1] == ids[len(ids) - 1]
 
 
+@pytest.mark.parametrize("kind", ["pandas", "arrow", "torch"])
+def test_a_format_of_the_data_set_changes_nothing(kind, texts, tokenizer):
+    plain, formatted = (
+        list(token_rows(each, "train_dataset", tokenizer, {}, []))
+        for each in (texts, Dataset.from_list(texts).with_format(kind))
+    )
+    assert plain == formatted
+
+
+def test_answers_of_ids_that_repeat_the_prompt_are_told(texts, tokenizer):
+    ids = list(token_rows(texts, "train_dataset", tokenizer, {}, []))
+    whole = [
+        {k: v if k == "prompt_ids" else row["prompt_ids"] + v for k, v in row.items()}
+        for row in ids
+    ]
+    for rows in (whole, Dataset.from_list(whole), Dataset.from_list(whole).with_format("torch")):
+        with pytest.raises(UserError, match="begin with prompt_ids, in the first 8 rows"):
+            token_rows(rows, "train_dataset", None, {}, [])
+    some = [*whole[:7], ids[7]]  # an answer may begin with the words of its question
+    assert token_rows(some, "train_dataset", None, {}, []) is some
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ([-100, 5], "chosen_ids has the id -100, and the model those from 0 to 9"),
+        ([5, 10], "chosen_ids has the id 10, and the model those from 0 to 9"),
+        ([[5, 6]], "chosen_ids is no list of int"),
+        ([[5], [6, 7]], "chosen_ids is no list of int"),
+        ([5.0], "chosen_ids is no list of int"),
+        ("text", "chosen_ids is no list of int"),
+        ([], "empty chosen_ids"),
+    ],
+)
+def test_ids_that_are_none_are_told(wrong, message):
+    collate = PreferenceCollator("packed", 0, vocabulary=10)
+    row = {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4]}
+    collate([row])
+    with pytest.raises(ValueError, match=message):
+        collate([row, row | {"chosen_ids": wrong}])
+
+
 def test_evaluation_has_one_data_set_or_several():
     def tokenise(data, name):
         return f"{name}: {data}"
@@ -277,6 +320,15 @@ def test_arguments_of_others_are_told(place, texts, tmp_path):
         PreferenceTrainer(model, args, objective="dpo_2", train_dataset=texts)
     with pytest.raises(UserError, match="objective=3: "):
         PreferenceTrainer(model, args, objective=3, train_dataset=texts)
+    for given in ("ref_model", "beta", "tokenizer", "peft_config", "max_length"):
+        with pytest.raises(UserError, match=f"{given}= is an argument of TRL's DPOTrainer; here"):
+            PreferenceTrainer(model, args, train_dataset=texts, **{given: None})
+    simpo = {"objective": "simpo", "train_dataset": texts}
+    with pytest.raises(UserError, match=r"processing_class='m': expected a tokenizer"):
+        PreferenceTrainer(model, args, processing_class="m", **simpo)
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    with pytest.raises(UserError, match=r"reference='m': expected a model"):
+        PreferenceTrainer(model, args, reference="m", processing_class=tokenizer, **simpo)
 
     class DPOConfig(TrainingArguments):
         beta = 0.3

@@ -36,6 +36,20 @@ def test_what_is_a_revision(path, expected):
     assert split_revision(path) == expected
 
 
+def test_names_that_no_folder_can_have():
+    long = "x" * 3000
+    assert split_revision(f"org/name@{long}") == ("org/name", long)
+    assert ModelSection(path="org/name", revision=long).path == f"org/name@{long}"
+
+
+def test_the_home_of_nobody_is_a_name_like_any_other(tmp_path):
+    tree = run_tree(tmp_path)
+    tree["train"]["output_dir"] = "~nobody-of-this-name/run"
+    assert build_config(tree, "tree").train.output_dir == "~nobody-of-this-name/run"
+    with pytest.raises(UserError, match="no such folder"):
+        is_folder("~nobody-of-this-name/model", "model.path")
+
+
 def test_a_folder_with_an_at_sign_is_a_folder(tmp_path, monkeypatch):
     (tmp_path / "model@v1").mkdir()
     monkeypatch.chdir(tmp_path)

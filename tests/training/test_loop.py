@@ -319,6 +319,28 @@ def test_a_run_that_is_there_is_not_overwritten_unasked(folder, runs, tmp_path):
 
 
 @pytest.mark.processes
+def test_a_resumption_that_is_refused_changes_nothing_and_computes_nothing(folder, runs, tmp_path):
+    """What a run says of itself, config.yaml above all, stays that of the run."""
+    root = tmp_path / "whole"
+    shutil.copytree(folder / "whole", root)
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    write_model(tmp_path / "other", seed=9)
+    alone = ranks.Ranks(1)
+    for name, sections in {
+        "loss.beta": {"loss": {"beta": 0.7}},
+        "data": {"data": {"max_length": 60}},
+        "the hash of reference.path's weights": {"reference": {"path": str(tmp_path / "other")}},
+    }.items():
+        tree = changed(runs["whole"], root, **sections)
+        tree["train"]["resume_from_checkpoint"] = True
+        with pytest.raises(AssertionError, match=rf"cannot be resumed exactly: {name} was") as told:
+            alone.do("train", [tree])
+        assert "computing the reference" not in str(told.value)
+        assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+    alone.end()
+
+
+@pytest.mark.processes
 def test_overwriting_begins_again_and_keeps_the_metrics(folder, runs, tmp_path):
     root = tmp_path / "whole"
     shutil.copytree(folder / "whole", root)

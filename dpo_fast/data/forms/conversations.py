@@ -57,7 +57,11 @@ def arena(row: Raw) -> Raw:
     """conversation_a, conversation_b and winner: model_a, model_b, or a tie."""
     winner = row.pop("winner")
     sides = {"model_a": -1, "model_b": 1}
-    if winner not in sides and not str(winner).startswith(("tie", "both")):
+    if (
+        not isinstance(winner, str)
+        or winner not in sides
+        and not winner.startswith(("tie", "both"))
+    ):
         raise BadRow("unknown winner", f"expected model_a, model_b or tie, got {winner!r}")
     first_, second = row.pop("conversation_a"), row.pop("conversation_b")
     return better(first_, second, sides.get(winner, 0), "winner")

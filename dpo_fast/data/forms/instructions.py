@@ -74,6 +74,8 @@ def _history(value: Any) -> Messages:
             ) from None
     if are_messages(value):
         return check_messages(value, "history")
+    if value and not isinstance(value, list):
+        raise BadRow("field 'history' is not a list", "expected [[question, answer], ...]")
     messages: Messages = []
     for index, turn in enumerate(value or []):
         if (

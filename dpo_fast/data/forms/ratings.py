@@ -25,8 +25,9 @@ def ultrafeedback(row: Raw) -> Raw:
 def _score(item: dict[str, Any], name: str) -> float:
     if item.get("overall_score") is not None:
         return number(item["overall_score"], f"{name}.overall_score")
-    aspects = item.get("annotations") or {}
-    ratings = [each["Rating"] for each in aspects.values() if (each or {}).get("Rating")]
+    aspects = item.get("annotations")
+    found = aspects.values() if isinstance(aspects, dict) else ()
+    ratings = [each["Rating"] for each in found if isinstance(each, dict) and each.get("Rating")]
     known = [number(each, f"{name}.annotations") for each in ratings if each != "N/A"]
     if not known:
         raise BadRow(f"{name} has no rating", "expected overall_score, or annotations with Rating")
@@ -68,6 +69,9 @@ def helpsteer2(row: Raw) -> Raw:
         raise BadRow(
             "one response to a prompt", "consecutive rows with the same prompt make a pair"
         )
+    if len(rated) != len(answers):
+        detail = f"got {len(rated)} for {len(answers)} responses"
+        raise BadRow("field 'helpfulness' has another length than 'response'", detail)
     scores = [number(each, "helpfulness") for each in rated]
     best, worst = scores.index(max(scores)), scores.index(min(scores))
     tie = scores[worst] - scores[best]
