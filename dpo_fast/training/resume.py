@@ -14,6 +14,7 @@ from dpo_fast.training.console import say
 from dpo_fast.training.longer import fits_longer, follow_schedule, goes_on
 from dpo_fast.training.metrics import MetricSums
 from dpo_fast.training.prepare import Run
+from dpo_fast.training.reshard import fits_moved, load_moved, moved, tell_moved
 from dpo_fast.training.run_log import RunLog
 
 # Options that a checkpoint brings back with DeepSpeed's optimiser and schedule. A resumed run would
@@ -70,34 +71,35 @@ def resume(run: Run, checkpoint: Path, sums: MetricSums, log: RunLog) -> tuple[i
     Returns:
         The steps taken, and whether an evaluation is still due after them.
     """
-    known = read_state(checkpoint)
-    longer = goes_on(run, known, checkpoint)
-    state = restore(run, checkpoint, sums, known if longer else None)
+    state = restore(run, checkpoint, sums)
     run.saver.goes_on_from(checkpoint, state)
-    run.best.load(state, checkpoint, longer)
+    run.best.load(state, checkpoint, goes_on(run, state, checkpoint))
     log.begin(state["step"])
     say(f"resumed {checkpoint} at step {state['step']}")
-    if longer:
-        follow_schedule(run, state)
     if "rounding" in state:
         tell_rounding(state["rounding"], rounding(run))
     return state["step"], state.get("to_evaluate", False)
 
 
-def restore(
-    run: Run, checkpoint: Path, sums: MetricSums, shorter: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """Bring the run to where the checkpoint was written; returns the content of its state.json.
-
-    shorter: that content, if it is of a shorter run that has ended.
-    """
+def restore(run: Run, checkpoint: Path, sums: MetricSums) -> dict[str, Any]:
+    """Bring the run to where the checkpoint was written; returns the content of its state.json."""
+    known, fits = read_state(checkpoint), must_fit(run)
+    elsewhere = moved(known, fits)
+    if elsewhere:
+        fits = fits_moved(run, checkpoint, known, fits)
+    longer = goes_on(run, known, checkpoint)
     changed = {f"train.{name}" for name in run.config.train.change_on_resume}
-    fits = must_fit(run) if shorter is None else fits_longer(run, shorter, must_fit(run))
+    fits = fits_longer(run, known, fits) if longer else fits
     fits = {name: value for name, value in fits.items() if name not in changed}
-    state = load_checkpoint(run.engine, checkpoint, fits, sums.values, run.stateful)
+    load = partial(load_moved, stage=run.config.zero_stage) if elsewhere else load_checkpoint
+    state = load(run.engine, checkpoint, fits, sums.values, run.stateful)
     run.train.seek(state)
+    if longer:
+        follow_schedule(run, state)
     if "train.learning_rate" in changed:
         change_rate(run)
+    if elsewhere:
+        tell_moved(run, state)
     return state
 
 
