@@ -106,7 +106,7 @@ def _tensors(engine: Path) -> Iterator[tuple[str, Tensor]]:
         raise UserError(f"{engine} holds no weights")
     head = read_tree(part, mmap=True)
     shapes = {name: shape for group in head["param_shapes"] for name, shape in group.items()}
-    for name, value in _joined(shapes, [_flat(file) for file in _parts(engine)]):
+    for name, value in _joined(shapes, [_flat(file) for file in optimiser_files(engine)]):
         yield (
             name,
             value.to(head["module"][name].dtype),
@@ -123,7 +123,7 @@ def _joined(shapes: Mapping[str, torch.Size], flat: list[Tensor]) -> Iterator[tu
         begin = end
 
 
-def _parts(engine: Path) -> list[Path]:
+def optimiser_files(engine: Path) -> list[Path]:
     """The files of the optimisers, in the order of the ranks."""
     found = ((OPTIMISER_PART.fullmatch(file.name), file) for file in engine.iterdir())
     return [file for _, file in sorted((int(match[1]), file) for match, file in found if match)]

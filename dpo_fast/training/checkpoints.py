@@ -126,25 +126,29 @@ def load_checkpoint(
     """
     state = fitting_state(folder, fits)
     engine.checkpoint_engine = EngineFiles()
-    with _reading(folder / "engine"):
+    with reading(folder / "engine"):
         path, _ = engine.load_checkpoint(str(folder), tag="engine")
     if path is None:
         raise UserError(f"{folder}: DeepSpeed finds no checkpoint in its folder engine/")
     file = folder / f"rank-{distributed.rank()}.pt"
     mine = read_tree(file)
-    with _reading(file):
+    with reading(file):
         metrics |= {name: value.to(engine.device) for name, value in mine["metrics"].items()}
         for name, each in stateful.items():
             each.load_state_dict(mine["own"][name])
-        torch.set_rng_state(mine["random"]["cpu"])
-        if "cuda" in mine["random"]:
-            torch.cuda.set_rng_state(mine["random"]["cuda"])
+        set_random_state(mine["random"])
     return state
 
 
 def random_state() -> dict[str, Tensor]:
     state = {"cpu": torch.get_rng_state()}
     return state | {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else state
+
+
+def set_random_state(state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def checkpoints(root: Path) -> list[Path]:
@@ -289,7 +293,7 @@ def fitting_state(folder: Path, fits: dict) -> dict[str, Any]:
 
 
 @contextmanager
-def _reading(place: Path) -> Iterator[None]:
+def reading(place: Path) -> Iterator[None]:
     """Tell what does not fit as a UserError. torch raises nearly anything when it loads a state."""
     try:
         with distributed.collective_errors():

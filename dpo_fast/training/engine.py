@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
 from dpo_fast.errors import UserError
 from dpo_fast.models import ScoringModel
@@ -113,17 +115,24 @@ def shard_while_loading(config: RunConfig, ds_config: dict[str, Any]):
     return HfDeepSpeedConfig(ds_config)
 
 
+def split_trained(
+    parameters: Iterable[nn.Parameter],
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Those that are trained, in the optimiser's order: matrices, and vectors."""
+    trained = [p for p in parameters if p.requires_grad]
+    # A sharded parameter hides its shape; DeepSpeed keeps the true one in ds_shape.
+    matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) >= 2]
+    known = {id(p) for p in matrices}
+    return matrices, [p for p in trained if id(p) not in known]
+
+
 def build_optimizer(config: RunConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
     """AdamW, with weight decay on matrices only; on a GPU as one kernel.
 
     DeepSpeed gives it a few flat tensors. One operation after the other would move three times the bytes.
     """
     train, parallel = config.train, config.parallel
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    # A sharded parameter hides its shape; DeepSpeed keeps the true one in ds_shape.
-    matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) >= 2]
-    known = {id(p) for p in matrices}
-    vectors = [p for p in trainable if id(p) not in known]
+    matrices, vectors = split_trained(model.parameters())
     groups = [
         {"params": matrices, "weight_decay": train.weight_decay},
         {"params": vectors, "weight_decay": 0.0},

@@ -17,6 +17,7 @@ from dpo_fast.training.distributed import all_sum
 from dpo_fast.training.perf import Clock, Work
 
 TIMED = ("perf/head_ms", "perf/reference_ms")
+PER_RANK = ("steps", *TIMED)  # every rank adds its own of the same
 SUMMED = ("num_tokens", "examples", "flops")
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dpo_fast.training.checkpoints import load_checkpoint
 from dpo_fast.training.console import say
 from dpo_fast.training.first_batches import compare_at_start
+from dpo_fast.training.metrics import MetricSums
 from dpo_fast.training.prepare import Run
-from dpo_fast.training.resume import must_fit
+from dpo_fast.training.resume import restore
 
 
 def rehearse(run: Run, checkpoint: Path | None) -> None:
@@ -19,9 +19,7 @@ def rehearse(run: Run, checkpoint: Path | None) -> None:
     """
     step = 0
     if checkpoint is not None:
-        state = load_checkpoint(run.engine, checkpoint, must_fit(run), {}, run.stateful)
-        run.train.seek(state)
-        step = state["step"]
+        step = restore(run, checkpoint, MetricSums(run.engine.device))["step"]
         say(f"{checkpoint} fits: the run would go on after step {step}")
     else:
         compare_at_start(run)

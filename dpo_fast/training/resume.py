@@ -20,6 +20,7 @@ from dpo_fast.training.console import say
 from dpo_fast.training.longer import fits_longer, follow_schedule, goes_on
 from dpo_fast.training.metrics import MetricSums
 from dpo_fast.training.prepare import Plan, Run
+from dpo_fast.training.reshard import fits_moved, load_moved, moved, tell_moved
 from dpo_fast.training.run_log import RunLog
 
 # Options that a checkpoint brings back with DeepSpeed's optimiser and schedule. A resumed run would
@@ -76,46 +77,49 @@ def resume(run: Run, checkpoint: Path, sums: MetricSums, log: RunLog) -> tuple[i
     Returns:
         The steps taken, and whether an evaluation is still due after them.
     """
-    known = read_state(checkpoint)
-    longer = goes_on(run, known, checkpoint)
-    state = restore(run, checkpoint, sums, known if longer else None)
+    state = restore(run, checkpoint, sums)
     run.saver.goes_on_from(checkpoint, state)
-    run.best.load(state, checkpoint, longer)
+    run.best.load(state, checkpoint, goes_on(run, state, checkpoint))
     log.begin(state["step"], resumed=True)
     say(f"resumed {checkpoint} at step {state['step']}")
-    if longer:
-        follow_schedule(run, state)
     if "rounding" in state:
         tell_rounding(state["rounding"], rounding(run))
     return state["step"], state.get("to_evaluate", False)
 
 
-def restore(
-    run: Run, checkpoint: Path, sums: MetricSums, shorter: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """Bring the run to where the checkpoint was written; returns the content of its state.json.
-
-    shorter: that content, if it is of a shorter run that has ended.
-    """
-    fits = must_be_same(run, shorter)
-    state = load_checkpoint(run.engine, checkpoint, fits, sums.values, run.stateful)
+def restore(run: Run, checkpoint: Path, sums: MetricSums) -> dict[str, Any]:
+    """Bring the run to where the checkpoint was written; returns the content of its state.json."""
+    known = read_state(checkpoint)
+    elsewhere = moved(known, must_fit(run))
+    load = partial(load_moved, stage=run.config.zero_stage) if elsewhere else load_checkpoint
+    fits = must_be_same(run, checkpoint, known)
+    state = load(run.engine, checkpoint, fits, sums.values, run.stateful)
     run.train.seek(state)
+    if goes_on(run, known, checkpoint):
+        follow_schedule(run, state)
     if "learning_rate" in run.config.train.change_on_resume:
         change_rate(run)
+    if elsewhere:
+        tell_moved(run, state)
     return state
 
 
 def check_fits(checkpoint: Path, plan: Plan) -> None:
     """Raises UserError if a checkpoint is none of this run. Needs no model and no reference."""
-    known = read_state(checkpoint)
-    longer = goes_on(plan, known, checkpoint)
-    fitting_state(checkpoint, must_be_same(plan, known if longer else None))
+    fitting_state(checkpoint, must_be_same(plan, checkpoint, read_state(checkpoint)))
 
 
-def must_be_same(plan: Plan, shorter: dict[str, Any] | None) -> dict:
-    """`must_fit` without the options that are to change. shorter: as in `restore`."""
+def must_be_same(plan: Plan, checkpoint: Path, known: dict[str, Any]) -> dict[str, Any]:
+    """`must_fit` without what may differ between a checkpoint and the run that goes on from it.
+
+    known: the content of the checkpoint's state.json.
+    """
+    fits = must_fit(plan)
+    if moved(known, fits):
+        fits = fits_moved(plan, checkpoint, known, fits)
+    if goes_on(plan, known, checkpoint):
+        fits = fits_longer(plan, known, fits)
     changed = {f"train.{name}" for name in plan.config.train.change_on_resume}
-    fits = must_fit(plan) if shorter is None else fits_longer(plan, shorter, must_fit(plan))
     return {name: value for name, value in fits.items() if name not in changed}
 
 

@@ -20,7 +20,7 @@ import torch
 
 from dpo_fast.errors import Interrupted, Unhealthy, UserError
 from dpo_fast.models import ScoringModel
-from dpo_fast.training import distributed, evaluation
+from dpo_fast.training import distributed, evaluation, resume
 from dpo_fast.training.config import build_config
 from dpo_fast.training.console import quiet
 from dpo_fast.training.evaluate_model import evaluate_model
@@ -36,6 +36,24 @@ from tests.support.engines import Engine
 def train_all(trees: list[dict]) -> None:
     for tree in trees:
         train(build_config(tree, "case"))
+
+
+def resaved(tree: dict, updates: int, file: str, by_parts: bool = False) -> None:
+    """Load a checkpoint and save it anew in output_dir; then write the losses of steps that follow.
+
+    by_parts: load it as one of other ranks.
+    """
+    run = prepare(build_config(tree, "case"))
+    sums = MetricSums(run.engine.device)
+    moved, resume.moved = resume.moved, (lambda *_: True) if by_parts else resume.moved
+    step = resume.restore(run, Path(tree["train"]["resume_from_checkpoint"]), sums)["step"]
+    resume.moved = moved
+    resume.save(run, step, sums)
+    shares = [update(run, step + each, sums).item() for each in range(updates)]
+    losses = distributed.all_sum(torch.tensor(shares, dtype=torch.float64)).tolist()
+    run.engine.destroy()
+    if distributed.is_main():
+        Path(file).write_text(json.dumps(losses))
 
 
 def dry_run(tree: dict) -> None:
@@ -251,6 +269,7 @@ JOBS = {
     "train_faulty": train_faulty,
     "stopped_by_health": stopped_by_health,
     "dry_run": dry_run,
+    "resaved": resaved,
     "first_steps": first_steps,
     "evaluate": evaluate_all,
     "in_turn": in_turn,
