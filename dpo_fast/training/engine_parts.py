@@ -65,8 +65,8 @@ def check_order(optimizer, head: dict[str, Any]) -> None:
     if before or getattr(optimizer, name, False):
         raise UserError(
             f"parallel.deepspeed.zero_optimization.{name}=true: DeepSpeed does not record where "
-            "parameters lie then, so such a checkpoint is resumed only on as many ranks at the same ZeRO stage, and no "
-            "other with it. Set it to false, unless the checkpoint was written with it"
+            "parameters lie then, so such a checkpoint is resumed only on as many ranks at the same ZeRO "
+            "stage, and no other with it. Set it to false, unless the checkpoint was written with it"
         )
 
 
