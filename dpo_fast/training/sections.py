@@ -91,6 +91,7 @@ class TrainSection(BaseModel):
     global_batch_size: int = Field(
         64,
         ge=1,
+        le=1 << 20,  # more is a slip of the finger, whose indices alone fill the memory
         description="examples of one optimiser step, over all ranks: pairs, completions or groups",
         json_schema_extra={
             "refused": "unless a multiple of micro_batch_size times the ranks; 1 with a loss that "

@@ -72,6 +72,7 @@ FAULTS = {
     "1": ("data: {streaming: 1}", "data.streaming=1: expected true or false"),
     "1, or text": ("train: {resume_from_checkpoint: 1}", "=1: expected true or false"),
     "1.0e+30": ("train: {global_batch_size: 1.0e+30}", "train.global_batch_size=1e+30 is out of"),
+    "a billion": ("train: {global_batch_size: 1000000000}", "equal to 1048576"),
     "a million processes": (
         "data: {train: a, workers: 1000000}",
         "data.workers=1000000 is more than",
