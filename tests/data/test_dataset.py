@@ -109,8 +109,8 @@ def test_several_sources_and_max_rows(load, tmp_path):
 
 
 def test_bad_row_stops_with_its_place(load):
-    with pytest.raises(UserError, match=r"pairs.jsonl:2: empty chosen.*data.on_bad_row=skip"):
-        load([pair(1), pair(2, chosen=" ")])
+    with pytest.raises(UserError, match=r"pairs.jsonl:2: BOS inside chosen.*data.on_bad_row=skip"):
+        load([pair(1), pair(2, chosen="<s>b")])
     assert stored(load) == []
 
 
@@ -121,22 +121,18 @@ def test_bad_rows_are_skipped_and_counted(load, tmp_path):
         file.write("{broken\n")
     report = load(on_bad_row="skip").report
     assert (report.rows_read, report.examples_kept) == (6, 2)
-    assert report.bad.counts == {
-        "empty chosen": 1,
-        "empty rejected": 1,
-        "broken JSON": 1,
-        "BOS inside chosen": 1,
-    }
+    assert report.bad.counts == {"broken JSON": 1, "BOS inside chosen": 1}
+    assert report.dropped.counts == {"empty chosen": 1, "empty rejected": 1}
     places = [where.rsplit(":", 1)[1] for where, _ in report.bad_rows]
-    assert places == ["2", "4", "6", "5"]
+    assert places == ["6", "5"]
     with pytest.raises(UserError, match=r"pairs.jsonl:5: BOS inside chosen"):
         load([pair(1), pair(1), pair(1), pair(1), rows[4]])
 
 
 def test_every_row_is_counted_but_fifty_are_kept(load):
-    rows = [pair(0), *(pair(index, chosen="") for index in range(60))]
+    rows = [pair(0), *(pair(index, chosen="<s>b") for index in range(60))]
     report = load(rows, on_bad_row="skip").report
-    assert report.bad.counts == {"empty chosen": 60}
+    assert report.bad.counts == {"BOS inside chosen": 60}
     assert len(report.bad_rows) == 50
 
 
@@ -410,7 +406,7 @@ def test_report_numbers_round_trip_and_rendering(load):
     }
     assert DataReport.from_json(report.to_json()) == report
     text = rendered(render_report, report)
-    assert "3 rows read, 2 pairs kept, 1 bad, 0 dropped" in text
+    assert "3 rows read, 2 pairs kept, 0 bad, 1 dropped" in text
     assert "empty chosen" in text
     assert "4 of 4 answers did not end their turn; EOS was put last" in text
 
@@ -419,8 +415,8 @@ def test_examples_mark_scored_tokens_without_colour(load):
     data = load([pair(1, prompt="Q\n", chosen="é!")])
     text = rendered(render_examples, data, byte_tokenizer())
     assert "prompt   Q·\\n\n" in text
-    assert "chosen   ⟦Ã⟧⟦©⟧⟦!⟧⟦</s>⟧" in text
-    assert "rejected ⟦n⟧⟦o⟧⟦ ⟧⟦1⟧⟦</s>⟧" in text
+    assert "chosen   ⟦Ã·©·!·</s>⟧" in text
+    assert "rejected ⟦n·o· ·1·</s>⟧" in text
 
 
 def test_examples_show_what_is_not_scored(load):
@@ -435,8 +431,8 @@ def test_examples_show_what_is_not_scored(load):
     text = rendered(render_examples, data, chat_tokenizer()).replace("\n", "")
     header = "<|im_start|>·a·s·s·i·s·t·a·n·t·\\n"
     asked = f"\\n·<|im_start|>·u·s·e·r·\\n·Q·<|im_end|>·\\n·{header}"
-    assert f"chosen   ⟦a⟧⟦b⟧⟦<|im_end|>⟧{asked}⟦a⟧⟦b⟧⟦<|im_end|>⟧" in text
-    assert "rejected ⟦a⟧⟦b⟧⟦<|im_end|>⟧" in text
+    assert f"chosen   ⟦a·b·<|im_end|>⟧{asked}⟦a·b·<|im_end|>⟧" in text
+    assert "rejected ⟦a·b·<|im_end|>⟧" in text
     report = rendered(render_report, data.report)
     assert "1 of 2 answers end with messages that are not the assistant's; these are left" in report
     assert "tokens of answers are not scored" in report

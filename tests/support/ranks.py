@@ -83,6 +83,7 @@ class Ranks:
         Raises:
             AssertionError: a rank failed, ended or took too long; with its traceback and the log's end.
         """
+        assert self.alive, "a job failed before, and the ranks are gone"
         start = self.log.seek(0, os.SEEK_END)
         for process in self.processes:
             process.stdin.write(json.dumps([job, *arguments]) + "\n")
