@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ |= {"COLUMNS": "100", "NO_COLOR": "1"}
 os.environ.pop("FORCE_COLOR", None)
 
+import signal
 import subprocess
 import sys
 
@@ -27,6 +28,11 @@ from tests.support.paths import ROOT
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
+
+
+# Under nohup every process that a test starts would ignore SIGHUP, as it should.
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 # A file is run by one worker. The longest come first, so that the workers end together.

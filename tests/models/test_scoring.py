@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 transformers = pytest.importorskip("transformers")
 
@@ -68,7 +69,7 @@ def test_architectures_that_cannot_be_packed_are_refused(config_name, reason, tm
         changes["layer_types"] = ["conv", "full_attention"]
     config = getattr(transformers, config_name)(**changes)
     config.save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").touch()  # no weight is read
+    save_file({"any": torch.zeros(1)}, tmp_path / "model.safetensors")  # no weight is read
     architecture = read_architecture(ModelSection(path=str(tmp_path)))
     for layout in ("packed", "shared_prefix"):
         with pytest.raises(
