@@ -202,6 +202,7 @@ def test_a_resumed_run_goes_to_its_position(stream, monkeypatch, tmp_path):
     config = build_config(run_tree(tmp_path), "tree")
     parts = {"engine": None, "train": new, "stateful": {}, "weights": {}}
     run = SimpleNamespace(config=config, total_steps=9, **parts)
+    (tmp_path / "state.json").write_text(json.dumps(state))
     monkeypatch.setattr(resume, "load_checkpoint", lambda *_: state)
     assert resume.restore(run, tmp_path, SimpleNamespace(values={})) == state
     part, index = new.at(7)
