@@ -131,8 +131,8 @@ def find_stored(place: Place, request: Request) -> list[Path] | None:
     Raises:
         UserError: what is stored is damaged, is of another model, or lacks some of the rows.
     """
-    fitting, misfits = [], []
-    for folder in place.stored:
+    fitting, misfits, stored = [], [], place.stored
+    for folder in stored:
         manifest = read_manifest(folder)
         difference = differences(manifest, request.must_match)
         if difference:
@@ -150,7 +150,7 @@ def find_stored(place: Place, request: Request) -> list[Path] | None:
         return fitting
     if misfits:
         raise UserError(f"{misfits[0]}. {REMEDY[0].upper()}{REMEDY[1:]}")
-    if place.own.exists():
+    if place.own in stored:  # and did not just come from another run
         raise UserError(
             f"reference {place.own} was computed for other data: {len(missing)} of "
             f"{len(request.examples)} {request.examples.kind.name} ({request.name}) are not in it, the "

@@ -25,6 +25,7 @@ from dpo_fast.data.kinds import ExampleLengths
 from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.errors import UserError
 from dpo_fast.references import CachedReference, artefact
+from dpo_fast.references import store as references_store
 from dpo_fast.references.artefact import MANIFEST, Unfinished, read_columns
 from dpo_fast.references.cached import open_reference
 from dpo_fast.references.compute import length_batches, part_table, score_part
@@ -183,6 +184,21 @@ def test_what_is_stored_is_found_beside_the_run_by_content(tmp_path):
     others = [request([0, 1]), request(model="x"), request(dtype="bf16"), request(per_token=True)]
     for other in others:
         assert default_place(tmp_path, other).own != place.own
+
+
+def test_a_reference_that_comes_while_one_looks_is_found_by_the_next_look(tmp_path, monkeypatch):
+    """Another run gives its folder its name between two questions to the file system."""
+    place, wanted = default_place(tmp_path, request()), request()
+    look = references_store._missing
+
+    def missing(*arguments):
+        store(place.own, request())
+        return look(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(references_store, "_missing", missing)
+        assert find_stored(place, wanted) is None
+    assert find_stored(place, wanted) == [place.own]
 
 
 def test_a_named_folder_serves_any_split_whose_pairs_are_in_it(tmp_path):
