@@ -18,8 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "dpo_fast"
 FLOORS = [  # each may import from those below it
     {"cli", "demo", "integrations", "report", "__main__"},
+    {"rounds"},
     {"training"},
-    {"health"},
+    {"health", "generation", "judging"},
     {"data", "models", "references"},
     {"modules"},
     {"losses"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError, model_validator
 
@@ -28,6 +28,8 @@ from dpo_fast.training.selection import check_selection
 from dpo_fast.wording import clipped, quoted
 
 MOST_FAULTS, MOST_OF_A_FAULT = 10, 1000  # of one configuration, and characters of one
+
+Config = TypeVar("Config", bound=BaseModel)
 
 _BALANCING = "the balancing loss of experts is not added to a preference loss yet"
 NOT_YET = dict.fromkeys(
@@ -252,22 +254,35 @@ def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
 
 
 def build_config(tree: dict, where: str) -> RunConfig:
-    """Validate a tree. Raises UserError. where: what an error says first, such as the file's name."""
-    check_types(tree, RunConfig, where)
+    """Validate the tree of a run. Raises UserError, which begins with `where`."""
+    return build(RunConfig, tree, where)
+
+
+def build(kind: type[Config], tree: dict, where: str) -> Config:
+    """Validate a tree as a configuration of any kind.
+
+    where: what an error says first, such as the file's name.
+
+    Raises:
+        UserError: one paragraph that names the keys, their values and what was expected.
+    """
+    check_types(tree, kind, where)
     try:
-        return RunConfig.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        found = [clipped(_explain(each), MOST_OF_A_FAULT) for each in error.errors()[:MOST_FAULTS]]
-        raise UserError(f"{where}: " + "; ".join(found)) from None
+        told = [_explain(each, kind) for each in error.errors()[:MOST_FAULTS]]
+        raise UserError(
+            f"{where}: " + "; ".join(clipped(x, MOST_OF_A_FAULT) for x in told)
+        ) from None
 
 
-def _explain(error: dict) -> str:
+def _explain(error: dict, kind: type[BaseModel]) -> str:
     """One of pydantic's errors as the key, the value and what was expected."""
     place = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         if error["loc"][-1] in NOT_YET:
             return f"{place}={quoted(error['input'])}: {NOT_YET[error['loc'][-1]]}; remove it"
-        known = _fields_at(error["loc"][:-1])
+        known = _fields_at(error["loc"][:-1], kind)
         near = difflib.get_close_matches(str(error["loc"][-1]), known, 1, 0.5)
         hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
         return f"unknown key {place}; {hint}"
@@ -277,17 +292,19 @@ def _explain(error: dict) -> str:
         return f"{place} is missing"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "model_type":
-        keys = ", ".join(_fields_at(error["loc"]))
+        keys = ", ".join(_fields_at(error["loc"], kind))
         return f"{place}={quoted(error['input'])}: expected a section, with any of the keys {keys}"
     if error["type"] == "value_error":
         return message
     return f"{place}={quoted(error['input'])}: {message[0].lower()}{message[1:]}"
 
 
-def _fields_at(location: tuple) -> list[str]:
+def _fields_at(location: tuple, kind: type[BaseModel]) -> list[str]:
     """Names of the fields of the section at a location."""
-    model: Any = RunConfig
+    model: Any = kind
     for name in location:
+        if isinstance(name, int):  # an item of a list, whose type is known by now
+            continue
         if name not in getattr(model, "model_fields", {}):
             break
         annotation = model.model_fields[name].annotation

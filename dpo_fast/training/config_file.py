@@ -23,8 +23,10 @@ SECTIONS = (
 )  # of RunConfig
 
 
-def read_tree(path: str, overrides: Sequence[str] = ()) -> dict:
+def read_tree(path: str, overrides: Sequence[str] = (), sections: Sequence[str] = SECTIONS) -> dict:
     """The sections of a YAML file, with `section.key=value` overrides. They are not checked.
+
+    sections: those that an error names.
 
     Raises:
         UserError: the file or an override cannot be read.
@@ -42,7 +44,7 @@ def read_tree(path: str, overrides: Sequence[str] = ()) -> dict:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected sections ({', '.join(SECTIONS)})")
+        raise UserError(f"{path}: expected sections ({', '.join(sections)})")
     for override in overrides:
         apply(tree, override)
     return tree

@@ -1,0 +1,1 @@
+"""Completions of prompts: engines that sample, and the prompts they get."""

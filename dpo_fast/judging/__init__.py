@@ -1,0 +1,1 @@
+"""Scores of completions, and pairs made of them."""

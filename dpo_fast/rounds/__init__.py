@@ -1,0 +1,1 @@
+"""Preference training in rounds: sample, judge, train, again. Three commands and one file."""
