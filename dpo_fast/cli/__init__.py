@@ -15,6 +15,8 @@ streams.py         nothing that is said ends a command
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 
 from dpo_fast.cli.streams import give_up, own_arguments, survive
@@ -43,10 +45,20 @@ def main() -> None:
         )
         sys.exit(2)
     except KeyboardInterrupt:  # while it imports, or when all is done
-        print("dpo-fast: interrupted", file=sys.stderr)
-        sys.exit(130)
+        _interrupted()
     finally:
         give_up()
+
+
+def _interrupted() -> None:
+    """End at once. An orderly end takes seconds once PyTorch is there, and a second Ctrl-C comes into it:
+    a terminal sends it to every process, and a launcher passes it on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    print("dpo-fast: interrupted", file=sys.stderr)
+    give_up()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(130)
 
 
 __all__ = ["main"]
