@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -90,11 +91,28 @@ def stop_at_once(remedy: str) -> Iterator[None]:
             os.kill(os.getpid(), number)
 
     heard = _Heard(end)
-    with _told_as_interruption(remedy), _handled(heard), _ended_from_outside(heard, remedy):
+    told, watched = _told_as_interruption(remedy), _ended_from_outside(heard, remedy)
+    with told, _silent_where_dropped(), _handled(heard), watched:
         try:
             yield
         finally:
             over.set()
+
+
+@contextlib.contextmanager
+def _silent_where_dropped() -> Iterator[None]:
+    """Python prints a traceback of an exception that it drops. That of an end comes again (`again`)."""
+    before = sys.unraisablehook
+
+    def hook(dropped) -> None:
+        if not issubclass(dropped.exc_type, StopNow):
+            before(dropped)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 @contextlib.contextmanager

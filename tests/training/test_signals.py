@@ -82,9 +82,9 @@ def test_handlers_come_back_after_an_error_and_before_training_a_signal_ends_at_
             pytest.fail("swallowed")
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_end_that_python_drops_comes_again(monkeypatch):
+def test_an_end_that_python_drops_comes_again_and_the_drop_is_not_printed(monkeypatch, capsys):
     """As in a __del__ of a module that is imported."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)  # pytest keeps them to itself
     monkeypatch.setattr(signals, "AGAIN_SECONDS", 0.2)
     monkeypatch.setattr(signals, "SAME_SECONDS", 0.1)
 
@@ -97,6 +97,19 @@ def test_an_end_that_python_drops_comes_again(monkeypatch):
         for _ in range(200):
             time.sleep(0.05)
         pytest.fail("not ended")
+    assert capsys.readouterr().err == "" and sys.unraisablehook is sys.__unraisablehook__
+
+
+def test_other_dropped_exceptions_are_printed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+
+    class Drops:
+        def __del__(self):
+            raise ValueError("of a library")
+
+    with signals.stop_at_once(""):
+        Drops()
+    assert "ValueError: of a library" in capsys.readouterr().err
 
 
 WAITS = """
