@@ -13,6 +13,7 @@ from dpo_fast.data.thinking import MARKS
 from dpo_fast.data.tokenise import RowTokeniser
 from dpo_fast.data.verdicts import BadRow, Dropped
 from dpo_fast.errors import UserError
+from dpo_fast.generation.channels import CHANNEL, MESSAGE, without_channels
 from dpo_fast.generation.prompts import Prompt
 
 
@@ -58,12 +59,16 @@ class PromptCodec:
         """The tokens that end a completion."""
         return self.rows.endings.stop_ids(chat=prompt.is_chat)
 
-    def decode(self, prompt: Prompt, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
+    def decode(self, prompt: Prompt, prompt_ids: list[int], ids: list[int]) -> str:
         """The text of a completion. Special tokens are left out, but for the marks of thinking.
 
         It is decoded after its prompt: SentencePiece takes the space off the first word of any text. In a
         chat what the template itself writes before an answer is left out.
         """
+        if self._has_channels and (text := without_channels(self._text(ids))) is not None:
+            return text
+        header = self._lead_ids if prompt.is_chat and self._begins_a_turn(prompt) else []
+        ids = ids[len(header) :] if ids[: len(header)] == header else ids
         before, kept = self._plain(prompt_ids), self._plain(ids)
         start = self._text(before)
         whole = self._text([*before, *kept])
@@ -101,7 +106,18 @@ class PromptCodec:
     def _left_out(self) -> set[int]:
         marks = {mark.strip() for pair in MARKS for mark in pair}
         special = {*self.tokenizer.all_special_ids, *self._special_added}
-        return {i for i in special if self.tokenizer.convert_ids_to_tokens(i) not in marks}
+        names = {index: self.tokenizer.convert_ids_to_tokens(index) for index in special}
+        return {index for index, name in names.items() if not any(name in mark for mark in marks)}
+
+    @cached_property
+    def _lead_ids(self) -> list[int]:
+        """What the template writes before an answer, where that has special tokens."""
+        ids = self._ids(self.rows.chat.lead or "")
+        return ids if set(ids) & self._left_out else []
+
+    @cached_property
+    def _has_channels(self) -> bool:
+        return CHANNEL in self.rows.chat.source and MESSAGE in self.rows.chat.source
 
     @property
     def _special_added(self) -> set[int]:

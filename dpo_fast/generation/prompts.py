@@ -12,7 +12,7 @@ import numpy as np
 
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.forms.conversations import CONVERSATIONS
-from dpo_fast.data.messages import Messages, check_messages, messages_in, say
+from dpo_fast.data.messages import Messages, are_messages, check_messages, messages_in, say
 from dpo_fast.data.parts import parts_of
 from dpo_fast.data.rows import CompletionRow, parse_row
 from dpo_fast.data.verdicts import BadRow, BadRows, Dropped, Tally
@@ -151,8 +151,14 @@ def _answered(row: dict[str, Any], names: set[str], config: DataConfig) -> dict[
     if names & {"completions"}:  # samples that nobody has judged, or answers that are the same
         known = {*ANSWERS, *JUDGED}
         theirs = {config.columns.get(name, name) for name in known}
+        chats = any(
+            isinstance(row[name], list) and are_messages(row[name]) for name in theirs & set(row)
+        )
         row = {name: value for name, value in row.items() if name not in theirs}
-    if not names & set(ANSWERS) or names & {"answers", "completions"}:
+        row[config.columns.get("completion", "completion")] = (
+            [say("assistant", PROBE)] if chats else PROBE
+        )
+    elif not names & set(ANSWERS) or names & {"answers"}:
         row[config.columns.get("completion", "completion")] = PROBE
     return row | {config.columns.get("label", "label"): True}
 
