@@ -100,7 +100,7 @@ class ChatTemplate:
         answers = {name: until_assistant(answer) for name, answer in row.answers.items()}
         for name, answer in answers.items():
             check_scored(answer, name, self.scored)
-        for dialect in dialects(row.prompt, list(answers.values()), self.source, self._parts):
+        for dialect in dialects(row.prompt, list(answers.values()), self.source, self.takes_parts):
             try:
                 prompt, texts = self._in_dialect(row, answers, dialect)
                 if prefill:
@@ -133,7 +133,7 @@ class ChatTemplate:
             return self.render(before + messages, generate=generate, tools=tools, kwargs=kwargs)
 
         prompt = render([], generate=True)
-        self._keep(left_out_of_prompt(row.prompt, prompt))
+        self.check_prompt(row.prompt, prompt)
         if tools and prompt == self._without_tools(before, kwargs):
             self._keep("the column 'tools'")
         for field, answer in answers.items():
@@ -155,6 +155,10 @@ class ChatTemplate:
         for field, text in texts.items():
             self._keep_answer(text, field, text.whole[len(prompt) :])
         return prompt, list(texts.values())
+
+    def check_prompt(self, messages: Messages, text: str) -> None:
+        """Raises BadRow if a rendered prompt lacks some of its messages."""
+        self._keep(left_out_of_prompt(messages, text))
 
     def _open(
         self, row: Row, dialect: Dialect, prompt: str, texts: list[Text], prefill: str
@@ -256,7 +260,7 @@ class ChatTemplate:
             return ""
 
     def _plain(self, *messages: tuple[str, str]) -> str:
-        return self._probe(Dialect(parts=self._parts).prompt(_messages(*messages)))
+        return self._probe(Dialect(parts=self.takes_parts).prompt(_messages(*messages)))
 
     def _probe(self, messages: Messages, generate: bool = False) -> str:
         """Rendered without tools; with an empty list of them if the template cannot do without."""
@@ -266,7 +270,7 @@ class ChatTemplate:
             return self.render(messages, generate=generate, tools=[])
 
     @cached_property
-    def _parts(self) -> bool:
+    def takes_parts(self) -> bool:
         """Whether the template takes content as parts and does not write it if it is text."""
         for parts in (False, True):
             message = Dialect(parts=parts).prompt(_messages(("user", PROBE)))
@@ -279,7 +283,7 @@ class ChatTemplate:
 
     def after_question(self, generate: bool) -> str:
         """What is rendered after the text of a question, with the generation prompt or without."""
-        messages = Dialect(parts=self._parts).prompt(_messages(("user", PROBE)))
+        messages = Dialect(parts=self.takes_parts).prompt(_messages(("user", PROBE)))
         try:
             return self._probe(messages, generate).rpartition(PROBE)[2]
         except BadRow:
@@ -296,7 +300,7 @@ class ChatTemplate:
         """What a finished turn has between that header, without thinking, and the answer's words."""
         question = ("user", "a")
         try:
-            prompt = self._probe(Dialect(parts=self._parts).prompt(_messages(question)), True)
+            prompt = self._probe(Dialect(parts=self.takes_parts).prompt(_messages(question)), True)
             before = self._plain(question, ("assistant", PROBE)).partition(PROBE)[0]
         except BadRow:
             return None

@@ -120,6 +120,11 @@ class Endings:
             )
         return [*answer_ids, end], True
 
+    def stop_ids(self, *, chat: bool) -> list[int]:
+        """The tokens at which generation stops: every end of turn that `end` knows, sorted."""
+        turn = {self._turn_end} if chat else set()
+        return sorted((self.end_ids | turn) - {None})
+
     def end_turn(self, ids: list[int], first: int, last: int) -> int:
         """Where a turn of a chat, the tokens from first to last, ends with its end of turn, if it has one.
 

@@ -60,16 +60,20 @@ def read_architecture(section: ModelSection, option: str = "model.path") -> Arch
 
 def _obstacle(model: PreTrainedModel) -> str | None:
     """Why sequences cannot share a row: something beside attention mixes tokens, or may."""
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    others = kinds - {"full_attention", "sliding_attention"}
-    if others or model._is_stateful:
-        names = ", ".join(sorted(others)) or "recurrent"
-        return f"it has layers that carry state along the tokens ({names})"
+    if state := carried_state(model):
+        return f"it has layers that carry state along the tokens ({state})"
     if not model._supports_attention_backend:
         return "it does not take its attention from transformers' AttentionInterface"
     if "position_ids" not in inspect.signature(decoder_of(model).forward).parameters:
         return "its forward takes no position_ids, so every sequence would go on from the last"
     return try_attention(model, decoder_of(model))
+
+
+def carried_state(model: PreTrainedModel) -> str:
+    """The kinds of layers that carry state along the tokens, padding too; empty if there are none."""
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    others = kinds - {"full_attention", "sliding_attention"}
+    return ", ".join(sorted(others)) or ("recurrent" if model._is_stateful else "")
 
 
 def choose_layout(requested: str, architecture: Architecture) -> Choice:

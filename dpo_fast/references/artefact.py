@@ -192,6 +192,11 @@ class Unfinished:
             os.close(self._lock)
             self._lock = None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether this process has begun it, and has neither finished it nor given it up."""
+        return self._lock is not None
+
     def _take_lock(self) -> bool:
         """Lock a file in the folder, which is made. The system releases it when the process ends.
 

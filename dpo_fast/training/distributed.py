@@ -242,6 +242,20 @@ def _first(name: str, mine: bool, work: Callable[[], T]) -> T:
     return json.loads(text)["result"]
 
 
+def await_all(name: str) -> None:
+    """Wait until every rank has come here, however long the others take. Collective.
+
+    In the store and not in a collective of the backend, which has a time-out. name: for its key there.
+    """
+    if world_size() == 1:
+        return
+    store = dist.distributed_c10d._get_default_store()
+    key = f"dpo_fast/{next(_turns)}/{name}"
+    if store.add(f"{key}/came", 1) == world_size():
+        store.set(f"{key}/all", "")
+    store.wait([f"{key}/all"], FOREVER)
+
+
 def from_main(work: Callable[[], T]) -> T:
     """Do `work` on rank 0 and return its result on every rank. Collective.
 

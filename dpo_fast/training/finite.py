@@ -192,12 +192,13 @@ def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield name, getattr(parameter, "ds_tensor", parameter)
 
 
-def check_loaded(model: nn.Module, path: str, option: str) -> None:
-    """Raises UserError if a model came with weights that are not finite. Collective.
+def check_loaded(model: nn.Module, path: str, option: str, alone: bool = False) -> None:
+    """Raises UserError if a model came with weights that are not finite. Collective unless `alone`.
 
-    path: its folder or hub id; option: that named it.
+    path: its folder or hub id; option: that named it. alone: this rank has all of the model.
     """
-    names = list(dict.fromkeys(distributed.joined(not_finite(weights_of(model)))))
+    found = not_finite(weights_of(model))
+    names = list(dict.fromkeys(found if alone else distributed.joined(found)))
     if names:
         plain = [name.replace(".base_layer", "") for name in names]
         told = [f"{name} in {file}" if (file := file_of(path, name)) else name for name in plain]

@@ -1,0 +1,83 @@
+"""The rows of samples: as JSON Lines, or as Parquet, where lists of messages and objects are JSON text."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from dpo_fast import durable
+from dpo_fast.data.files import read_file
+from dpo_fast.data.verdicts import BadRows
+from dpo_fast.generation.engine import Completion
+from dpo_fast.generation.prompts import Prompt
+
+FORMATS = {"jsonl": "samples.jsonl", "parquet": "samples.parquet"}
+NAMES = ("id", "prompt_id", "uuid")  # what rows call their identity
+# Columns that Arrow would give one type for all rows.
+AS_TEXT = ("tools", "chat_template_kwargs", "row")
+LARGEST_ROW = 1 << 30  # bytes
+
+
+def sample_row(
+    prompt: Prompt, completions: list[Completion], logps: list[float | None] | None
+) -> dict[str, Any]:
+    """The row of a prompt. logps: sums of its completions; None if they were not scored."""
+    row: dict[str, Any] = {"prompt": prompt.prompt, **prompt.optional}
+    row["completions"] = [each.text for each in completions]
+    row["finish_reasons"] = [each.finish_reason for each in completions]
+    if logps is not None:
+        row["logps"] = logps
+    row["where"] = prompt.where
+    return row | _named(prompt.row) | ({"row": prompt.row} if prompt.row else {})
+
+
+def _named(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity of a prompt's row, if it has one."""
+    return next(({"id": row[name]} for name in NAMES if name in row), {})
+
+
+def write_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows, whole or not at all, by the file's suffix. Raises OSError."""
+    if file.suffix == ".parquet":
+        table = pyarrow.Table.from_pylist([_flat(row) for row in rows])
+        content = io.BytesIO()
+        pyarrow.parquet.write_table(table, content)
+        durable.write_file(file, content.getvalue())
+        return
+    lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    # A lone surrogate of a row's other columns stands in no UTF-8.
+    durable.write_file(file, "".join(lines).encode("utf-8", "backslashreplace"))
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Rows as they were written. Raises UserError for a file that cannot be read."""
+    rows = [row for _, row in read_file(file, BadRows("error", LARGEST_ROW))]
+    return [_whole(row) for row in rows] if file.suffix == ".parquet" else rows
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    flat = dict(row)
+    for name in AS_TEXT:
+        if name in flat:
+            flat[name] = json.dumps(flat[name], ensure_ascii=False)
+    if not isinstance(row["prompt"], str):
+        flat["prompt"] = json.dumps(row["prompt"], ensure_ascii=False)
+    if "id" in flat:
+        flat["id"] = str(flat["id"])
+    return flat
+
+
+def _whole(row: Mapping[str, Any]) -> dict[str, Any]:
+    whole = {name: value for name, value in row.items() if value is not None}
+    for name in AS_TEXT:
+        if isinstance(whole.get(name), str):
+            whole[name] = json.loads(whole[name])
+    if whole["prompt"].startswith("[{"):
+        whole["prompt"] = json.loads(whole["prompt"])
+    return whole | _named(whole.get("row", {}))  # which Arrow has as text

@@ -1,0 +1,225 @@
+"""Completions written by a server with the OpenAI API, asked through the package `openai`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any
+
+from dpo_fast.durable import first_line
+from dpo_fast.errors import UserError
+from dpo_fast.generation.batches import Batch
+from dpo_fast.generation.config import EngineSection, SampleSection
+from dpo_fast.generation.encode import PromptCodec
+from dpo_fast.generation.engine import STOP, Completion, Request, TooLong
+from dpo_fast.wording import quoted
+
+KEPT = "What is done is kept: the same command goes on after it"
+# How servers say that a prompt has no room: OpenAI, vLLM, SGLang, TGI and llama.cpp.
+NO_ROOM = (
+    *("context_length_exceeded", "maximum context length", "exceed_context_size"),
+    *("exceeds the available context", "longer than the model", "max_model_len", "too long"),
+    "must be <=",
+)
+
+
+class ServerEngine:
+    """Sends one request for each completion, several at a time. A request has its batch's seed.
+
+    model: the name that the server has for it. codec: None with api=chat.
+
+    Raises:
+        UserError: the package is missing, the server is down, or it does not have the model.
+    """
+
+    def __init__(self, section: SampleSection, model: str, codec: PromptCodec | None) -> None:
+        self.section, self.engine, self.codec = section, section.engine, codec
+        self.client = connect(self.engine)
+        self.model = self.engine.model or model
+        self._check_model()
+
+    def complete(
+        self, batches: Iterable[Batch], requests: Sequence[Request]
+    ) -> Iterator[tuple[Batch, list[Completion | TooLong]]]:
+        """As `Engine.complete`; each batch is one completion. They come as they are done."""
+        left, asked = iter(batches), {}
+        pool = ThreadPoolExecutor(self.engine.concurrency)
+        try:
+            while True:
+                while len(asked) < 2 * self.engine.concurrency and (batch := next(left, None)):
+                    request = requests[batch.members[0][0]]
+                    asked[pool.submit(self._ask, request, batch.seed)] = batch
+                if not asked:
+                    return
+                done, _ = wait(asked, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield asked.pop(future), [_result(future)]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def close(self) -> None:
+        self.client.close()
+
+    def _ask(self, request: Request, seed: int) -> Completion:
+        """One completion. Raises TooLong and UserError."""
+        import openai
+
+        try:
+            if self.engine.api == "chat":
+                found = self.client.chat.completions.create(**self._chat(request, seed))
+            else:
+                found = self.client.completions.create(**self._plain(request, seed))
+        except openai.BadRequestError as error:
+            if any(words in str(error) for words in NO_ROOM):
+                raise TooLong(first_line(error)) from None
+            raise self._refused(error, request) from None
+        except openai.APIError as error:
+            raise self._refused(error, request) from None
+        except ValueError as error:  # an answer that is no JSON
+            raise self._garbage(repr(error), request) from None
+        return self._read(found, request)
+
+    def _options(self, seed: int) -> dict[str, Any]:
+        section, extra = self.section, {}
+        if section.top_k:
+            extra["top_k"] = section.top_k
+        if section.min_p:
+            extra["min_p"] = section.min_p
+        if section.repetition_penalty != 1:
+            extra["repetition_penalty"] = section.repetition_penalty
+        return {
+            "model": self.model,
+            "n": 1,
+            "temperature": section.temperature,
+            "top_p": section.top_p,
+            "seed": seed % 2**31,  # some servers have no more
+            "stop": section.stop or None,
+            "extra_body": extra | self.engine.extra_body,
+        }
+
+    def _plain(self, request: Request, seed: int) -> dict[str, Any]:
+        options = self._options(seed) | {"max_tokens": self.section.max_new_tokens}
+        # The template may end turns with a token that the server does not know as an end.
+        body = {"stop_token_ids": list(request.stop_ids)} | options["extra_body"]
+        return options | {"prompt": list(request.ids), "extra_body": body}
+
+    def _chat(self, request: Request, seed: int) -> dict[str, Any]:
+        prompt = request.prompt
+        if not prompt.is_chat:
+            raise UserError(
+                f"{prompt.where}: the prompt is text, and sample.engine.api=chat sends messages; set "
+                "data.apply_chat_template=true to make it the user's message, or api=completions"
+            )
+        options = self._options(seed) | {"max_tokens": self.section.max_new_tokens}
+        body = dict(options["extra_body"])
+        if prompt.optional.get("chat_template_kwargs"):
+            body["chat_template_kwargs"] = prompt.optional["chat_template_kwargs"]
+        if prompt.prompt and prompt.prompt[-1]["role"] == "assistant":  # vLLM's names
+            body |= {"add_generation_prompt": False, "continue_final_message": True}
+        tools = {"tools": prompt.optional["tools"]} if prompt.optional.get("tools") else {}
+        return options | {"messages": prompt.prompt, "extra_body": body, **tools}
+
+    def _read(self, found: Any, request: Request) -> Completion:
+        """What a server answered. Raises UserError for what is no completion."""
+        choices = getattr(found, "choices", None)
+        if not isinstance(choices, list) or not choices:
+            raise self._garbage(found, request)
+        choice = choices[0]
+        message = getattr(choice, "message", None)
+        text = getattr(choice, "text", None) if self.engine.api == "completions" else None
+        if self.engine.api == "chat" and message is not None:
+            text = _spoken(message)
+        if not isinstance(text, str):
+            raise self._garbage(found, request)
+        if self.engine.api == "completions" and self.codec is not None:
+            text = self.codec.without_lead(request.prompt, text)
+        return Completion(text, str(choice.finish_reason or STOP))
+
+    def _check_model(self) -> None:
+        """Raises UserError if the server is not there or names other models. Some have no list of them."""
+        import openai
+
+        try:
+            served = [each.id for each in self.client.models.list().data]
+        except openai.NotFoundError:
+            return
+        except openai.APIError as error:
+            raise self._refused(error) from None
+        except (ValueError, TypeError, AttributeError):
+            return
+        if served and self.model not in served:
+            option = "sample.engine.model" if self.engine.model else "model.path"
+            raise UserError(
+                f"{option}={self.model}: the server at {self.engine.url} has no such model, but "
+                f"{', '.join(served[:5])}; start it with that model, or set sample.engine.model to the "
+                "name under which it has it"
+            )
+
+    def _refused(self, error: Exception, request: Request | None = None) -> UserError:
+        """The error for a server that is down, slow, or does not want a request."""
+        import openai
+
+        place = f"sample.engine.url={self.engine.url}"
+        where = f" ({request.prompt.where})" if request else ""
+        if isinstance(error, openai.APITimeoutError):
+            return UserError(
+                f"{place}: no answer within sample.engine.timeout_seconds={self.engine.timeout_seconds:g}, "
+                f"{self.engine.max_retries + 1} times{where}; raise it, or lower "
+                f"sample.engine.concurrency={self.engine.concurrency}. {KEPT}"
+            )
+        if isinstance(error, openai.AuthenticationError):
+            return UserError(
+                f"{place} does not let this key in: set {self.engine.api_key_env} in the environment. "
+                f"{KEPT}"
+            )
+        if isinstance(error, openai.APIResponseValidationError):
+            return self._garbage(first_line(error), request)
+        if isinstance(error, openai.APIConnectionError):
+            cause = error.__cause__ or error
+            return UserError(
+                f"{place}: the server cannot be reached, or breaks off its answers, "
+                f"{self.engine.max_retries + 1} times: {first_line(cause)}{where}. Start it, or correct "
+                f"the address. {KEPT}"
+            )
+        return UserError(f"{place} refuses a request{where}: {first_line(error):.600}. {KEPT}")
+
+    def _garbage(self, found: Any, request: Request | None) -> UserError:
+        where = f" ({request.prompt.where})" if request else ""
+        return UserError(
+            f"sample.engine.url={self.engine.url} gave no completion{where}: {quoted(found, 300)}; "
+            f"is it a server with the OpenAI API, and does the address end as it should, mostly with /v1? "
+            f"{KEPT}"
+        )
+
+
+def connect(engine: EngineSection) -> Any:
+    """A client of the server. Raises UserError without the package."""
+    try:
+        import openai
+    except ImportError:
+        raise UserError(
+            "sample.engine.type=openai needs the package openai: pip install 'dpo_fast[openai]'"
+        ) from None
+    return openai.OpenAI(
+        base_url=engine.url,
+        api_key=os.environ.get(engine.api_key_env) or "none",
+        timeout=engine.timeout_seconds,
+        max_retries=engine.max_retries,
+    )
+
+
+def _spoken(message: Any) -> str | None:
+    """What a chat's answer says, with the thinking that a server keeps apart."""
+    thought = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
+    text = getattr(message, "content", None)
+    if isinstance(thought, str) and thought.strip():
+        return f"<think>\n{thought.strip()}\n</think>\n\n{text or ''}"
+    return text
+
+
+def _result(future: Future) -> Completion | TooLong:
+    try:
+        return future.result()
+    except TooLong as error:
+        return error

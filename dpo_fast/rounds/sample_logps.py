@@ -1,0 +1,36 @@
+"""The second half of sampling: every distinct sequence is scored once, on all ranks."""
+
+from __future__ import annotations
+
+from dpo_fast.generation.logps import batches_by_length, score
+from dpo_fast.rounds.journal import Journal
+from dpo_fast.rounds.sample_folder import SampleFolder, pack_logps
+from dpo_fast.rounds.sampler_model import Sampler
+from dpo_fast.training import distributed
+from dpo_fast.training.console import progress_bar
+
+
+def score_completions(folder: SampleFolder, sampler: Sampler) -> None:
+    """Score the completions that no rank has scored. Collective.
+
+    Those that `train` could not use, as empty ones, have no log-prob.
+    """
+    distinct = {each.digest: each.tokens for each in folder.completions() if each.tokens}
+    digests, sequences = list(distinct), list(distinct.values())
+    journal = Journal(folder.partial, "logps", distributed.rank())
+    done = journal.numbers()
+    lengths = [len(each.prompt_ids) + len(each.answer_ids) for each in sequences]
+    batches = batches_by_length(lengths)
+    left = [number for number in range(len(batches)) if number not in done]
+    own = left[distributed.rank() :: distributed.world_size()]
+    distributed.barrier()  # nobody appends before all have read
+    if own:
+        scoring, pad_id = sampler.scoring, sampler.codec.tokenizer.pad_token_id
+        with progress_bar("log-probs", len(own)) as advance, folder.writing():
+            for number in own:
+                values = score(scoring, [sequences[place] for place in batches[number]], pad_id)
+                named = zip((digests[place] for place in batches[number]), values)
+                journal.append(number, [[digest.hex(), pack_logps(each)] for digest, each in named])
+                advance()
+            journal.close()
+    distributed.await_all("scored")
