@@ -25,8 +25,10 @@ MOMENT = 2.0  # seconds
 
 
 @contextlib.contextmanager
-def sole_run(output_dir: str) -> Iterator[None]:
+def sole_run(output_dir: str, option: str = "train.output_dir") -> Iterator[None]:
     """Inside it no other run uses the folder, which is made if it is not there. Collective.
+
+    option: the key that names the folder, for an error.
 
     Raises:
         UserError: another run uses it, or it cannot be made.
@@ -34,7 +36,7 @@ def sole_run(output_dir: str) -> Iterator[None]:
     root = Path(output_dir)
     held: list[int] = []
     new = not root.exists()
-    distributed.from_main(lambda: held.append(_take(root)))
+    distributed.from_main(lambda: held.append(_take(root, option)))
     try:
         yield
     finally:
@@ -47,11 +49,11 @@ def check_free(output_dir: str) -> None:
     with contextlib.suppress(OSError):  # no such file, or one that `sole_run` will tell
         descriptor = os.open(Path(output_dir) / NAME, os.O_RDWR)
         if distributed.is_main() and not _locked_soon(descriptor):
-            raise UserError(_taken(Path(output_dir), descriptor))
+            raise UserError(_taken(Path(output_dir), descriptor, "train.output_dir"))
         os.close(descriptor)
 
 
-def _take(root: Path) -> int:
+def _take(root: Path, option: str) -> int:
     """Lock the folder and write who has it. Returns the descriptor that holds the lock."""
     file = root / NAME
     while True:
@@ -61,11 +63,11 @@ def _take(root: Path) -> int:
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise UserError(
-                f"train.output_dir={root} cannot be written: {error.strerror or error}; name another folder"
+                f"{option}={root} cannot be written: {error.strerror or error}; name another folder"
             ) from None
         try:
             if not _locked_soon(descriptor):
-                raise UserError(_taken(root, descriptor)) from None
+                raise UserError(_taken(root, descriptor, option)) from None
         except OSError as error:
             say(
                 f"{root} is on a file system without locks ({error.strerror}): another run in it at the "
@@ -116,7 +118,7 @@ def _me() -> dict:
     return {"pid": os.getpid(), "host": socket.gethostname(), "since": now}
 
 
-def _taken(root: Path, descriptor: int) -> str:
+def _taken(root: Path, descriptor: int, option: str) -> str:
     """The error for a folder that another run has."""
     try:
         who = json.loads(os.pread(descriptor, 4096, 0))
@@ -125,6 +127,6 @@ def _taken(root: Path, descriptor: int) -> str:
         run = "it has not written which"
     os.close(descriptor)
     return (
-        f"train.output_dir={root} is in use by another run ({run}): wait until it has ended, end it, or "
+        f"{option}={root} is in use by another run ({run}): wait until it has ended, end it, or "
         "name another folder"
     )
