@@ -100,7 +100,7 @@ class ImplicitJudge:
         policy_S, reference_S = (self._logps(model, texts) for model in self.models)
         rewards_S = self.section.beta * (policy_S - reference_S)
         if self.section.per_token:
-            rewards_S = rewards_S / torch.tensor([len(t.completion_ids) for t in texts])
+            rewards_S = rewards_S / torch.tensor(list(map(_scored_tokens, texts)))
         return rewards_S.tolist()
 
     @torch.no_grad()
@@ -134,6 +134,11 @@ class ImplicitJudge:
                 "tokens: the two models do not share a tokenizer"
             )
         return model.requires_grad_(False).eval()
+
+
+def _scored_tokens(text: TokenisedCompletion) -> int:
+    flags = text.completion_scored
+    return len(text.completion_ids) if flags is None else sum(flags)
 
 
 def _shared(section: JudgeSection) -> dict[str, Any]:

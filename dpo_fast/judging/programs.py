@@ -113,9 +113,10 @@ class CommandJudge(ProgramJudge):
     def _answers(self, child: Child, request: dict[str, Any], count: int) -> list[Verdict]:
         try:
             answer = self._ask(child, request)
-            return self._parsed(answer, count)
         except Lost as lost:
             return [Verdict.without(FAILED, str(lost))] * count
+        try:
+            return self._parsed(answer, count)
         except ValueError as error:
             child.close()  # what it says next may belong to this line: begin anew, in step
             return [Verdict.without(UNPARSABLE, str(error))] * count

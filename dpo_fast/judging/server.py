@@ -82,9 +82,10 @@ class ServerJudge:
     def _rating(self, row: SampleRow, completion: str) -> Verdict:
         try:
             answer = self._ask(self.rubric.filled(row, completion=completion))
-            return Verdict(score_of(answer))
         except NoVerdict as reason:
             return Verdict.without(reason.word, str(reason))
+        try:
+            return Verdict(score_of(answer))
         except ValueError as error:
             return Verdict.without(UNPARSABLE, str(error))
 

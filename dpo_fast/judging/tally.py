@@ -13,6 +13,7 @@ from dpo_fast.judging.verdict import SCORED, WORDS
 
 DISTINCT = 1000  # values that are told apart
 REASONS = 5  # kept for each word
+ROUNDING = 1e-12  # of a variance, as a share of the mean square
 
 
 @dataclass
@@ -33,9 +34,10 @@ class Moments:
         if self.count < 2:
             return None
         x, y, xx, yy, xy = (each / self.count for each in self.sums)
-        variances = (xx - x * x) * (yy - y * y)
-        tiny = 1e-18 * max(xx * yy, 1e-300)
-        return None if variances <= tiny else (xy - x * y) / math.sqrt(variances)
+        spread_x, spread_y = xx - x * x, yy - y * y
+        if spread_x <= ROUNDING * xx or spread_y <= ROUNDING * yy:
+            return None
+        return (xy - x * y) / math.sqrt(spread_x * spread_y)
 
 
 @dataclass

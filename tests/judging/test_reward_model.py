@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dpo_fast.errors import UserError
+from dpo_fast.judging.classifier import adapter_labels
 from dpo_fast.judging.reward_model import RewardModelJudge
 from dpo_fast.judging.verdict import FAILED
 from tests.support.judging import row, section
@@ -165,6 +166,7 @@ def test_an_adapter_brings_its_head(path, tmp_path):
         expected = adapted.eval()(input_ids=ids).logits.item()
     found = scores(judge(tmp_path, apply_chat_template=False), row("ab", prompt="x"))
     assert found[0][0] == pytest.approx(expected, abs=1e-4)
+    assert adapter_labels(tmp_path) == 1
 
 
 def test_messages_that_the_template_refuses_fail_alone(tmp_path):

@@ -17,6 +17,7 @@ from dpo_fast.errors import UserError
 from dpo_fast.judging.lines import Lines
 from dpo_fast.rounds.config import RoundsConfig
 from dpo_fast.rounds.judge import judge
+from dpo_fast.rounds.made import MakeAnew
 from dpo_fast.training.config import build
 from tests.support import ranks
 from tests.support.judging import read_rows, write_code, write_rows
@@ -110,6 +111,15 @@ def test_pairs_alone_are_made_anew(folder):
     (folder / "pairs.jsonl").unlink()
     assert judge(config(folder, strategy="all", margin=0.5))["pairs"] == 12
     assert judge(config(folder, strategy="all", margin=0.5))["pairs"] == 12
+
+
+def test_what_was_made_with_something_else_is_told_key_by_key(tmp_path):
+    before = {"judge": {"type": "rule", "kwargs": {"a": 1}}, "samples": "x"}
+    now = {"judge": {"type": "rule", "kwargs": {"a": 2}, "new": None}, "samples": "x"}
+    anew = MakeAnew(tmp_path / "s.jsonl", [tmp_path / "s.jsonl"], "judge anew")
+    anew.check(before, before)
+    with pytest.raises(UserError, match=r"else: judge\.kwargs\.a was 1 and is 2\. Set it back"):
+        anew.check(before, now)
 
 
 def test_a_manifest_that_is_gone_is_named(folder):
