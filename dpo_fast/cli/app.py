@@ -22,6 +22,7 @@ from dpo_fast.cli.config import Config, Overrides, load
 from dpo_fast.cli.config import app as config_app
 from dpo_fast.cli.evaluate import evaluate
 from dpo_fast.cli.export import export
+from dpo_fast.cli.judge import judge
 from dpo_fast.cli.sample import sample
 from dpo_fast.cli.streams import own_arguments
 from dpo_fast.errors import Interrupted, LostPeer, UserError
@@ -47,6 +48,7 @@ app.add_typer(config_app, name="config")
 app.command()(export)
 app.command()(evaluate)
 app.command()(sample)
+app.command()(judge)
 
 
 def _version(asked: bool) -> None:

@@ -84,7 +84,9 @@ def test_handlers_come_back_after_an_error_and_before_training_a_signal_ends_at_
 
 def test_an_end_that_python_drops_comes_again_and_the_drop_is_not_printed(monkeypatch, capsys):
     """As in a __del__ of a module that is imported."""
-    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)  # pytest keeps them to itself
+    monkeypatch.setattr(
+        sys, "unraisablehook", sys.__unraisablehook__
+    )  # pytest keeps them to itself
     monkeypatch.setattr(signals, "AGAIN_SECONDS", 0.2)
     monkeypatch.setattr(signals, "SAME_SECONDS", 0.1)
 

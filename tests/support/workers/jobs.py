@@ -20,8 +20,10 @@ import torch
 
 from dpo_fast.errors import Interrupted, Unhealthy, UserError
 from dpo_fast.models import ScoringModel
+from dpo_fast.rounds.config import RoundsConfig
+from dpo_fast.rounds.judge import judge
 from dpo_fast.training import distributed, evaluation, resume
-from dpo_fast.training.config import build_config
+from dpo_fast.training.config import build, build_config
 from dpo_fast.training.console import quiet
 from dpo_fast.training.evaluate_model import evaluate_model
 from dpo_fast.training.evaluate_options import evaluation_of
@@ -263,6 +265,10 @@ def interrupted(tree: dict, signal_name: str, number: int, batch: int) -> None:
     raise AssertionError("not interrupted")
 
 
+def judge_rows(tree: dict) -> None:
+    judge(build(RoundsConfig, tree, "case"))
+
+
 JOBS = {
     "with_noise": with_noise,
     "train": train_all,
@@ -276,6 +282,7 @@ JOBS = {
     "interrupted": interrupted,
     "refused": refused,
     "full_disk": full_disk,
+    "judge": judge_rows,
 }
 
 

@@ -1,0 +1,146 @@
+"""A model's own implicit reward as judge: beta (log policy - log reference), arXiv 2305.18290 eq 5."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from dpo_fast.data.batch import collate
+from dpo_fast.data.config import DataConfig
+from dpo_fast.data.kinds import COMPLETIONS
+from dpo_fast.data.rows import parse_row
+from dpo_fast.data.tokenise import RowTokeniser, TokenisedCompletion
+from dpo_fast.data.verdicts import Verdict as RowVerdict
+from dpo_fast.errors import UserError
+from dpo_fast.judging.config import JudgeSection
+from dpo_fast.judging.samples import SampleRow
+from dpo_fast.judging.verdict import FAILED, Failures, Judged, Verdict, verdict_of
+from dpo_fast.models import ScoringModel, end_of_turn_ids, load_model, load_tokenizer
+from dpo_fast.models.architecture import architecture_of, choose_attention
+from dpo_fast.models.config import ModelSection
+from dpo_fast.models.load import load_skeleton
+from dpo_fast.models.scoring import forward_arguments
+from dpo_fast.ops.segments import sum_sequences
+
+LAYOUT = "padded"  # the one that every architecture allows
+
+
+class ImplicitJudge:
+    """Scores completions by two models in memory. What is scored is what `train` would score.
+
+    model: the policy. data: options of how its rows become tokens.
+    """
+
+    together = 32
+
+    def __init__(
+        self,
+        section: JudgeSection,
+        model: ModelSection,
+        data: DataConfig,
+        device: torch.device | str,
+    ) -> None:
+        self.section, self.data, self.device = section, data, device
+        self.policy_section = model.model_copy(update={"lora": None, **_shared(section)})
+        self.tokenizer = load_tokenizer(self.policy_section)
+        ends = end_of_turn_ids(self.policy_section)
+        self.tokenise = RowTokeniser(self.tokenizer, data, ends)
+
+    @cached_property
+    def models(self) -> tuple[ScoringModel, ScoringModel]:
+        """The policy and the reference."""
+        options = _shared(self.section)
+        options["trust_remote_code"] = self.section.trust_remote_code
+        reference = ModelSection(path=self.section.reference, **options)
+        policy = self._loaded(self.policy_section, "model.path")
+        return policy, self._loaded(reference, "judge.reference")
+
+    def __call__(self, chunks: Iterable[list[SampleRow]]) -> Iterator[list[Judged]]:
+        name = f"judge.reference={self.section.reference}"
+        failures = Failures(self.section.max_failures, name, "Look at the models and the rows.")
+        for rows in chunks:
+            judged = self._judged(rows)
+            for row, each in zip(rows, judged):
+                failures.note(row, each)
+            yield judged
+
+    def close(self) -> None:
+        """Free the models' memory."""
+        self.__dict__.pop("models", None)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _judged(self, rows: list[SampleRow]) -> list[Judged]:
+        found: list[list[Any]] = [[None] * len(row.completions) for row in rows]
+        texts: list[tuple[int, int, TokenisedCompletion]] = []
+        for number, row in enumerate(rows):
+            for index, completion in enumerate(row.completions):
+                try:
+                    texts.append((number, index, self._tokens(row, completion)))
+                except RowVerdict as verdict:
+                    found[number][index] = Verdict.without(FAILED, str(verdict))
+        texts.sort(key=lambda each: -len(each[2].prompt_ids) - len(each[2].completion_ids))
+        for start in range(0, len(texts), self.section.batch_size):
+            batch = texts[start : start + self.section.batch_size]
+            for (number, index, _), reward in zip(batch, self._rewards([t for *_, t in batch])):
+                found[number][index] = verdict_of(reward)
+        return [Judged(each) for each in found]
+
+    def _tokens(self, row: SampleRow, completion: str) -> TokenisedCompletion:
+        """Raises BadRow or Dropped for what `train` would not take, either."""
+        wanted = ("system", "tools", "chat_template_kwargs")
+        columns = {name: row.content[name] for name in wanted if name in row.content}
+        raw = {"prompt": row.prompt, "completion": completion, "label": True, **columns}
+        return self.tokenise(parse_row(row.where, raw, self.data))
+
+    def _rewards(self, texts: list[TokenisedCompletion]) -> list[float]:
+        policy_S, reference_S = (self._logps(model, texts) for model in self.models)
+        rewards_S = self.section.beta * (policy_S - reference_S)
+        if self.section.per_token:
+            rewards_S = rewards_S / torch.tensor(list(map(_scored_tokens, texts)))
+        return rewards_S.tolist()
+
+    @torch.no_grad()
+    def _logps(self, model: ScoringModel, texts: list[TokenisedCompletion]) -> torch.Tensor:
+        """Summed log-probs of the completions, fp32 [S], in the order of the texts."""
+        examples = [
+            {
+                "prompt_ids": text.prompt_ids,
+                "completion_ids": text.completion_ids,
+                "completion_scored": text.completion_scored,
+                "label": True,
+            }
+            for text in texts
+        ]
+        pad_id = self.tokenizer.pad_token_id
+        batch = collate(examples, LAYOUT, pad_id=pad_id, kind=COMPLETIONS).to(self.device)
+        sums_S = sum_sequences(model(**forward_arguments(batch))["logp"].float(), batch.lengths_S)
+        ordered_S = torch.empty(len(texts))
+        ordered_S[batch.indices_P] = sums_S.float().cpu()
+        return ordered_S
+
+    def _loaded(self, section: ModelSection, option: str) -> ScoringModel:
+        architecture = architecture_of(load_skeleton(section, option))
+        attention = choose_attention(
+            "auto", LAYOUT, self.device, section.torch_dtype, architecture
+        ).name
+        model = load_model(section, attention=attention, option=option).to(self.device)
+        if model.causal_lm.get_input_embeddings().num_embeddings < len(self.tokenizer):
+            raise UserError(
+                f"{option}={section.path} has fewer embeddings than the tokenizer of model.path has "
+                "tokens: the two models do not share a tokenizer"
+            )
+        return model.requires_grad_(False).eval()
+
+
+def _scored_tokens(text: TokenisedCompletion) -> int:
+    flags = text.completion_scored
+    return len(text.completion_ids) if flags is None else sum(flags)
+
+
+def _shared(section: JudgeSection) -> dict[str, Any]:
+    """Options of both models."""
+    return {"dtype": section.dtype, "attention": "auto", "torch_compile": False}

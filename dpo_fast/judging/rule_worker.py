@@ -1,0 +1,168 @@
+"""The process in which a user's function runs. It imports nothing of this package, so it starts at once.
+
+Its first line says {"ready": {...}} or {"error": ...}. Then each line of standard input is a row with some
+of its completions, and each line of output {"scores": [...]} or {"error": ...}. What the function prints
+goes to standard error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import json
+import math
+import os
+import sys
+import traceback
+
+
+def load(name: str):
+    """The function of module:function or path.py:function, which may be a method, and its file."""
+    place, _, path = name.rpartition(":")
+    sys.path.insert(0, os.getcwd())
+    if place.endswith(".py"):
+        file = os.path.abspath(os.path.expanduser(place))
+        if not os.path.isfile(file):
+            raise LookupError(f"there is no file {place}")
+        sys.path.insert(0, os.path.dirname(file))
+        stem = os.path.splitext(os.path.basename(file))[0]
+        spec = importlib.util.spec_from_file_location(stem, file)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[stem] = module
+        spec.loader.exec_module(module)
+    else:
+        module = importlib.import_module(place)
+    found = module
+    for part in path.split("."):
+        if not hasattr(found, part):
+            own = [n for n, value in vars(module).items() if callable(value) and n[0] != "_"]
+            raise LookupError(
+                f"{place} has no {path}; it has {', '.join(own[:20]) or 'no function'}"
+            )
+        found = getattr(found, part)
+    if not callable(found):
+        raise TypeError(f"{path} of {place} is a {type(found).__name__}, and not a function")
+    return found, getattr(module, "__file__", None)
+
+
+class Rule:
+    """Calls the function in the way that its parameters ask for."""
+
+    def __init__(self, function, kwargs: dict) -> None:
+        self.function, self.kwargs = function, kwargs
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except (TypeError, ValueError):  # some functions of C
+            parameters = [inspect.Parameter("completion", inspect.Parameter.POSITIONAL_ONLY)]
+        kinds = inspect.Parameter
+        self.takes_all = any(each.kind == kinds.VAR_KEYWORD for each in parameters)
+        positional = (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
+        self.required = [
+            each.name
+            for each in parameters
+            if each.kind in positional and each.default is each.empty and each.name not in kwargs
+        ]
+        self.names = {each.name for each in parameters if each.kind != kinds.POSITIONAL_ONLY}
+        unknown = sorted(set(kwargs) - self.names)
+        if unknown and not self.takes_all:
+            raise TypeError(f"judge.kwargs.{unknown[0]}: the function has no such parameter")
+
+    @property
+    def together(self) -> bool:
+        """Whether it wants all completions of a prompt at a time."""
+        return "completions" in self.names
+
+    def __call__(self, row: dict) -> list:
+        if self.together:
+            return self._together(row)
+        return [self._one(row, completion) for completion in row["completions"]]
+
+    def _together(self, row: dict) -> list:
+        """As TRL calls a reward function: lists, and messages where the prompt is messages."""
+        completions, count = row["completions"], len(row["completions"])
+        if not isinstance(row["prompt"], str):
+            completions = [[{"role": "assistant", "content": each}] for each in completions]
+        given = {"prompts": [row["prompt"]] * count, "completions": completions}
+        given |= {name: [value] * count for name, value in row["columns"].items()}
+        found = _result(self.function(**self._known(given), **self.kwargs))
+        found = found.tolist() if hasattr(found, "tolist") else found
+        if not isinstance(found, (list, tuple)) or len(found) != count:
+            raise TypeError(f"expected a list of {count} scores, got {found!r:.80}")
+        return [_number(each) for each in found]
+
+    def _one(self, row: dict, completion: str):
+        given = {"prompt": row["prompt"], "completion": completion}
+        columns = self._known({k: v for k, v in row["columns"].items() if k not in self.kwargs})
+        if len(self.required) >= 2 and self.required[0] not in given:
+            values, free = [row["prompt"], completion], self.required[:2]
+        elif len(self.required) == 1 and self.required[0] not in given:
+            values, free = [completion], self.required
+        elif not self.names & set(given) and not self.takes_all:
+            values, free = [completion], []
+        else:
+            values, free = [], []
+        named = {} if values else self._known(given)
+        columns = {name: value for name, value in columns.items() if name not in free}
+        return _number(_result(self.function(*values, **(columns | named), **self.kwargs)))
+
+    def _known(self, given: dict) -> dict:
+        """Those that the function has a parameter for."""
+        return given if self.takes_all else {k: v for k, v in given.items() if k in self.names}
+
+
+def _result(value):
+    return asyncio.run(value) if inspect.iscoroutine(value) else value
+
+
+def _number(value):
+    """A number as JSON has it; one that is not finite, or is no number, as a text that says so."""
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return f"{value!r:.80}"
+    return number if math.isfinite(number) else repr(number)
+
+
+def _told(error: BaseException) -> str:
+    """The error, with the line of the user's code in which it came up."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
+    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"
+
+
+def _hash(file: str | None) -> str | None:
+    if file is None or not os.path.isfile(file):
+        return None
+    with open(file, "rb") as content:
+        return hashlib.sha256(content.read()).hexdigest()
+
+
+def main(name: str, kwargs: str) -> None:
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # the function may print
+
+    def say(value: dict) -> None:
+        answers.write(json.dumps(value) + "\n")
+        answers.flush()
+
+    try:
+        function, file = load(name)
+        rule = Rule(function, json.loads(kwargs))
+    except Exception as error:
+        say({"error": _told(error)})
+        return
+    say({"ready": {"sha256": _hash(file), "together": rule.together}})
+    for line in sys.stdin.buffer:
+        try:
+            say({"scores": rule(json.loads(line))})
+        except Exception as error:
+            say({"error": _told(error)})
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

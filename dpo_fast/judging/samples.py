@@ -1,0 +1,120 @@
+"""Rows of completions, as `dpo-fast sample` writes them or a user brings them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_fast.data.files import read_file
+from dpo_fast.data.verdicts import BadRow, BadRows, Verdict
+from dpo_fast.errors import UserError
+from dpo_fast.wording import quoted
+
+MOST_BYTES = 1 << 28  # of a row
+LENGTH = "length"  # the finish reason of a completion that was cut off
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """A prompt with completions.
+
+    place: of the row in its file, from 0. where: the same for people, as in samples.jsonl:17.
+    prompt: text, or messages.
+    completions: texts.
+    finish_reasons: stop, length, ...; one for each completion, or none at all.
+    content: the whole row.
+    """
+
+    place: int
+    where: str
+    prompt: str | list[dict[str, Any]]
+    completions: list[str]
+    finish_reasons: list[str]
+    content: dict[str, Any]
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The prompt as messages, with the system message of the column `system`."""
+        own = (
+            [{"role": "user", "content": self.prompt}]
+            if isinstance(self.prompt, str)
+            else self.prompt
+        )
+        system = self.content.get("system")
+        has_one = bool(own) and own[0].get("role") == "system"
+        return own if not system or has_one else [{"role": "system", "content": system}, *own]
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What the row has beside prompt and completions, such as the right answer."""
+        apart = ("prompt", "completions", "finish_reasons", "logps")
+        return {name: value for name, value in self.content.items() if name not in apart}
+
+    def unfinished(self, index: int) -> bool:
+        return bool(self.finish_reasons) and self.finish_reasons[index] == LENGTH
+
+
+class _Strict(BadRows):
+    """Stops at a bad row, with a remedy that fits samples."""
+
+    def __init__(self, option: str) -> None:
+        super().__init__("error", MOST_BYTES)
+        self.option = option
+
+    def reject(self, where: str, verdict: Verdict) -> None:
+        raise UserError(
+            f"{where}: {verdict}. Mend the row of {self.option}, or have it made again: remove the file "
+            "and run the same command"
+        )
+
+
+def read_rows(path: Path, option: str = "judge.samples") -> Iterator[SampleRow]:
+    """The rows of a file of completions, JSON Lines or Parquet.
+
+    Raises:
+        UserError: naming file, line and field.
+    """
+    strict = _Strict(option)
+    for place, (where, raw) in enumerate(read_file(path, strict)):
+        try:
+            yield sample_row(place, where, raw)
+        except BadRow as verdict:
+            strict.reject(where, verdict)
+
+
+def sample_row(place: int, where: str, raw: Mapping[str, Any]) -> SampleRow:
+    """A checked row. Raises BadRow."""
+    content = {name: value for name, value in raw.items() if value is not None}
+    for name in ("prompt", "completions"):
+        if name not in content:
+            raise BadRow(f"no field {name!r}", f"the row has {', '.join(raw) or 'none'}")
+    prompt, completions = content["prompt"], content["completions"]
+    if not isinstance(prompt, str) and not _is_chat(prompt):
+        raise BadRow("'prompt' is neither text nor messages", quoted(prompt))
+    if not isinstance(completions, (list, tuple)) or not completions:
+        raise BadRow("'completions' is no list of texts", quoted(completions))
+    texts = [_text(each, index) for index, each in enumerate(completions)]
+    reasons = content.get("finish_reasons", [])
+    if reasons and (not isinstance(reasons, (list, tuple)) or len(reasons) != len(texts)):
+        raise BadRow(
+            "'finish_reasons' does not have one for each completion",
+            f"{quoted(reasons)} for {len(texts)} completions",
+        )
+    return SampleRow(place, where, prompt, texts, list(reasons), content)
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) for message in value
+    )
+
+
+def _text(value: Any, index: int) -> str:
+    """A completion's text, which may stand in one message of the assistant."""
+    if _is_chat(value) and len(value) == 1 and isinstance(value[0].get("content"), str):
+        return value[0]["content"]
+    if not isinstance(value, str):
+        raise BadRow(f"completions[{index}] is no text", quoted(value))
+    return value

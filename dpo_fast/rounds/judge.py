@@ -1,0 +1,281 @@
+"""`dpo-fast judge`: scores of completions, and pairs made of them.
+
+samples.jsonl           what is judged
+.judging/               what is judged so far: a journal of each rank, and what it was begun with
+scores.jsonl            samples.jsonl with scores and verdicts; scores.manifest.json says what made it
+pairs.jsonl             rows that `train` reads; pairs.manifest.json
+judge-report.json       counts of verdicts, of pairs, and whether length decides
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from dpo_fast import durable
+from dpo_fast.errors import UserError
+from dpo_fast.judging.config import JudgeSection
+from dpo_fast.judging.lines import Lines, read_lines
+from dpo_fast.judging.pairing import pairs_of
+from dpo_fast.judging.samples import SampleRow, read_rows
+from dpo_fast.judging.table import JUDGES, Materials
+from dpo_fast.judging.tally import Tally
+from dpo_fast.judging.verdict import FAILED, SCORED, Judged
+from dpo_fast.rounds.config import RoundsConfig
+from dpo_fast.rounds.made import Made, MakeAnew, manifest_of, publish_rows, read_manifest
+from dpo_fast.training import distributed, signals
+from dpo_fast.training.config import build
+from dpo_fast.training.console import progress_bar, say
+from dpo_fast.training.lock import sole_run
+from dpo_fast.training.manifest import hash_file
+
+SAMPLES, SCORES, PAIRS, REPORT = "samples.jsonl", "scores.jsonl", "pairs.jsonl", "judge-report.json"
+JOURNAL, BEGUN = ".judging", "begun"
+KEPT = "what was judged is kept: the same command goes on after it"
+ROOM = "What was judged is kept: make room, and run the same command"
+
+
+def judge(config: RoundsConfig) -> dict[str, Any]:
+    """Judge the samples of a folder, and make pairs. What is complete is used as it is. Collective.
+
+    Returns:
+        What judge-report.json has.
+
+    Raises:
+        UserError: the samples, the judge or the options do not do; what is there was made with others;
+            nothing can be told apart by the scores.
+        Interrupted: a signal came.
+    """
+    section = judge_section(config)
+    with signals.stop_at_once(KEPT):
+        if distributed.world_size() > 1:
+            distributed.init_distributed()
+        with sole_run(config.output_dir, "output_dir"):
+            return _Judging(config, section).run()
+
+
+def judge_section(config: RoundsConfig) -> JudgeSection:
+    """The section `judge`. Raises UserError where it is missing."""
+    if config.judge is None:
+        raise UserError(
+            f"there is no section judge; add one, such as judge: {{type: rule, function: rules.py:score}}. "
+            f"Types: {', '.join(JUDGES)}"
+        )
+    return config.judge
+
+
+class _Judging:
+    """The files of one folder, and what is to be done about them."""
+
+    def __init__(self, config: RoundsConfig, section: JudgeSection) -> None:
+        self.config, self.section = config, section
+        self.folder = Path(config.output_dir)
+        self.samples = _samples(self.folder, section)
+        self.scores, self.pairs = self.folder / SCORES, self.folder / PAIRS
+        self.journal = self.folder / JOURNAL
+        self.spec = JUDGES[section.type]
+        self.materials = Materials(
+            section=section,
+            model=config.model,
+            data=partial(data_config, config),
+            folder=self.folder,
+            rank=distributed.rank(),
+            device=distributed.device,
+            identity=partial(_identity, config),
+        )
+
+    def run(self) -> dict[str, Any]:
+        made = distributed.from_main(self.made_with)
+        if not distributed.from_main(lambda: self.complete(made)):
+            self.judge(made)
+            distributed.barrier()
+            distributed.main_waits("scores", lambda: self.publish(made))
+        return distributed.from_main(self.pair)
+
+    def made_with(self) -> dict[str, Any]:
+        """What the scores are made with. Raises UserError if it cannot be told."""
+        if not self.samples.is_file():
+            raise UserError(
+                f"{self.samples} is not there: run dpo-fast sample first, or name a file with judge.samples"
+            )
+        judge = {"type": self.section.type, **self.spec.identity(self.materials)}
+        return {"samples": hash_file(self.samples).sha256, "judge": json.loads(json.dumps(judge))}
+
+    def complete(self, made: Made) -> bool:
+        """Whether the scores are there. If not, the journal is one of the same judge and samples.
+
+        Raises:
+            UserError: what is there is of others.
+        """
+        if self.scores.is_file():
+            anew = MakeAnew(self.scores, [self.scores, self.pairs], "judge anew")
+            anew.check(read_manifest(self.scores, anew)["made_with"], made)
+            say(f"{self.scores} is complete")
+            return True
+        anew = MakeAnew(self.journal, [self.journal], "begin anew")
+        if self.judged():
+            anew.check(read_manifest(self.journal / BEGUN, anew)["made_with"], made)
+            return False
+        with durable.writing(self.journal, ROOM):
+            shutil.rmtree(self.journal, ignore_errors=True)
+            self.journal.mkdir(parents=True)
+            durable.write_file(manifest_of(self.journal / BEGUN), json.dumps({"made_with": made}))
+        return False
+
+    def judge(self, made: Made) -> None:
+        """This rank's share of the rows that are not in the journal."""
+        done = distributed.from_main(
+            lambda: {n for n, e in self.judged().items() if not _failed(e)}
+        )
+        with closing(self.spec.open(self.materials)) as judge:
+            chunks = list(self.left(judge.together, done))
+            if done:
+                say(f"{len(done):,} prompts are judged already")
+            lines = Lines(self.journal / f"rank-{distributed.rank()}.jsonl", ROOM)
+            with closing(lines), progress_bar("judging", len(chunks)) as advance:
+                for chunk, found in zip(chunks, judge(self.rows(chunks)), strict=True):
+                    for place, judged in zip(chunk, found, strict=True):
+                        lines.append(_entry(place, judged))
+                    advance()
+
+    def left(self, together: int, done: set[int]) -> Iterator[range]:
+        """This rank's chunks that are not done. They depend on the rows alone, not on the ranks."""
+        count = sum(1 for _ in read_rows(self.samples))
+        for number, first in enumerate(range(0, count, together)):
+            chunk = range(first, min(first + together, count))
+            if number % distributed.world_size() == distributed.rank() and not done.issuperset(
+                chunk
+            ):
+                yield chunk
+
+    def rows(self, chunks: list[range]) -> Iterator[list[SampleRow]]:
+        """The rows of chunks, which are in order."""
+        rows, place = read_rows(self.samples), 0
+        for chunk in chunks:
+            for _ in islice(rows, chunk.start - place):
+                pass
+            place = chunk.stop
+            yield list(islice(rows, len(chunk)))
+
+    def judged(self) -> dict[int, dict[str, Any]]:
+        """What the journals of all ranks hold, by the row's place. A failure gives way to a score."""
+        entries: dict[int, dict[str, Any]] = {}
+        for file in sorted(self.journal.glob("rank-*.jsonl")):
+            for entry in read_lines(file):
+                if entry["place"] not in entries or not _failed(entry):
+                    entries[entry["place"]] = entry
+        return entries
+
+    def publish(self, made: Made) -> None:
+        """Write the scores, of all rows or not at all."""
+        entries, facts = self.judged(), Counter()
+
+        def rows() -> Iterator[dict[str, Any]]:
+            for row in read_rows(self.samples):
+                entry = entries[row.place]
+                facts.update(entry["facts"])
+                content = {**row.content, "completions": row.completions, "scores": entry["scores"]}
+                yield content | {"verdicts": entry["words"], "reasons": entry["reasons"]}
+
+        publish_rows(self.scores, rows(), lambda: {"made_with": made, "facts": dict(facts)}, ROOM)
+        shutil.rmtree(self.journal, ignore_errors=True)
+
+    def pair(self) -> dict[str, Any]:
+        """Make the pairs, and the report. Raises UserError if there are none."""
+        options = self.config.pairs.model_dump()
+        made = {"scores": hash_file(self.scores).sha256, "pairs": options}
+        anew = MakeAnew(self.pairs, [self.pairs], "make the pairs anew; scores stay")
+        if self.pairs.is_file():
+            anew.check(read_manifest(self.pairs, anew)["made_with"], made)
+            say(f"{self.pairs} is complete")
+            return json.loads((self.folder / REPORT).read_text(encoding="utf-8"))
+        tally = Tally()
+        facts = read_manifest(self.scores, anew).get("facts", {})
+
+        def report() -> dict[str, Any]:
+            return tally.report() | ({"comparisons": facts} if facts else {})
+
+        def write_report() -> dict[str, Any]:
+            with durable.writing(self.folder / REPORT, ROOM):
+                text = json.dumps(report(), indent=1, ensure_ascii=False) + "\n"
+                durable.write_file(self.folder / REPORT, text)
+            self.check(tally)
+            return {"made_with": made}
+
+        publish_rows(self.pairs, self.pair_rows(tally), write_report, ROOM)
+        return report()
+
+    def pair_rows(self, tally: Tally) -> Iterator[dict[str, Any]]:
+        for row in read_rows(self.scores, "scores"):
+            scores = row.content["scores"]
+            tally.row(row, scores, row.content["verdicts"], row.content["reasons"])
+            pairs = pairs_of(row, scores, self.config.pairs, tally.refused)
+            tally.pairs_of_row(pairs)
+            for pair in pairs:
+                yield pair.row(row, self.config.pairs)
+
+    def check(self, tally: Tally) -> None:
+        """Raises UserError where there are no pairs, with the reason."""
+        if tally.pairs:
+            return
+        said = tally.verdicts[SCORED]
+        if tally.only_value is not None and said > 1:
+            raise UserError(
+                f"judge.type={self.section.type} always answers the same: every one of {said:,} "
+                f"completions got {tally.only_value:g}, so no pair can be made. Look at the judge with "
+                f"other rows, or sample at a higher temperature; {self._anew()}"
+            )
+        reasons = ", ".join(f"{name}: {count:,}" for name, count in tally.refused.items() if count)
+        raise UserError(
+            f"no pair can be made of {self.scores} ({tally.rows:,} prompts; {reasons}). Change the section "
+            f"pairs, or the judge; {self._anew()}"
+        )
+
+    def _anew(self) -> str:
+        return f"remove {self.scores} to judge anew"
+
+
+def _failed(entry: dict[str, Any]) -> bool:
+    """Whether a row is judged again when the command goes on."""
+    return FAILED in entry["words"]
+
+
+def _samples(folder: Path, section: JudgeSection) -> Path:
+    """The file that is judged."""
+    if section.samples is not None:
+        return Path(section.samples).expanduser()
+    own = [folder / SAMPLES, (folder / SAMPLES).with_suffix(".parquet")]
+    return next((file for file in own if file.is_file()), own[0])
+
+
+def _entry(place: int, judged: Judged) -> dict[str, Any]:
+    """A row's verdicts as the journal has them."""
+    return {
+        "place": place,
+        "scores": [each.score for each in judged.verdicts],
+        "words": [each.word for each in judged.verdicts],
+        "reasons": [each.why for each in judged.verdicts],
+        "facts": dict(judged.facts),
+    }
+
+
+def _identity(config: RoundsConfig, path: str) -> str:
+    """The hash of a model's weights."""
+    from dpo_fast.data.dataset import cache_root
+    from dpo_fast.models.identity import model_identity
+
+    return model_identity(path, cache_root(data_config(config)) / "weights")
+
+
+def data_config(config: RoundsConfig):
+    """The section `data` with the defaults of a run. Raises UserError."""
+    from dpo_fast.data.config import DataConfig
+
+    return build(DataConfig, {"train": SAMPLES, **config.data}, "data")
