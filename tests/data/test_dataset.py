@@ -338,10 +338,12 @@ def test_fingerprint_follows_the_columns_that_losses_read(load, column):
             [pair(i, **{column: value}, **more) for i, value in enumerate(values)]
         ).fingerprint
 
-    more = {"reference_rejected_logps": -1.0} if column.startswith("reference") else {}
-    assert of(0.5, 0.25, **more) == of(0.5, 0.25, **more)
-    assert of(0.5, 0.25, **more) != of(0.25, 0.5, **more)
-    assert of(0.5, 0.25, **more) != load([pair(0), pair(1)]).fingerprint
+    more, low, high = {}, 0.25, 0.5
+    if column.startswith("reference"):
+        more, low, high = {"reference_rejected_logps": -1.0}, -0.5, -0.25
+    assert of(low, high, **more) == of(low, high, **more)
+    assert of(low, high, **more) != of(high, low, **more)
+    assert of(low, high, **more) != load([pair(0), pair(1)]).fingerprint
 
 
 def test_tokenizer_hash_is_stable():
