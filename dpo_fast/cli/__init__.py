@@ -11,6 +11,7 @@ doctor.py          what this machine can run
 doctor_run.py      what one run would use, and its memory
 launch.py          --nproc: local ranks without torchrun
 streams.py         nothing that is said ends a command
+system_errors.py   what the operating system refuses, in a sentence
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import signal
 import sys
@@ -25,8 +24,8 @@ from dpo_fast.cli.export import export
 from dpo_fast.cli.judge import judge
 from dpo_fast.cli.sample import sample
 from dpo_fast.cli.streams import own_arguments
+from dpo_fast.cli.system_errors import explained
 from dpo_fast.errors import Interrupted, LostPeer, UserError
-from dpo_fast.wording import clipped
 
 KEYS = (
     "Keys people change most: model.path, model.lora.r, data.train, data.eval_rows, data.max_length, "
@@ -34,7 +33,6 @@ KEYS = (
     "train.micro_batch_size, train.learning_rate, train.save_steps, train.resume_from_checkpoint, "
     "parallel.zero_stage. All: docs/CONFIG.md, or dpo-fast config schema."
 )
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 Quiet = Annotated[
     bool, typer.Option("--quiet", help="show findings, errors and the result, nothing else")
 ]
@@ -64,6 +62,9 @@ def options(
     ] = False,
 ) -> None:
     """Options before a command."""
+    from dpo_fast.training import environment
+
+    environment.check()
 
 
 @app.command()
@@ -372,11 +373,8 @@ def main() -> None:
         reason = " ".join(str(error).split())
         _end(reason, 2 if isinstance(error, UserError) else error.exit_code)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in FULL:
-            place = f": {error.filename}" if error.filename else " to standard output"
-            _end(f"cannot write{place}: {error.strerror}", 2)
-        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-            _end(f"{clipped(str(error.filename))}: {error.strerror}", 2)
+        if (reason := explained(error)) is not None:
+            _end(reason, 2)
         if (peers := _peers()) is None:
             raise
         _end_among(peers, error)

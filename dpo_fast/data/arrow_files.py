@@ -29,6 +29,8 @@ def arrow_rows(path: Path, bad: BadRows) -> RawRows:
     """The rows of a Parquet or Arrow file."""
     number = 0
     for batch in batches(path):
+        # An ignored column may be damaged, or of a type that Python has none for.
+        batch = batch.select([name for name in batch.schema.names if name not in bad.ignored])
         for row in rows_of(batch, bad.max_row_bytes):
             number += 1
             where = f"{path}:{number}"

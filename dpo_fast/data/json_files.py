@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,14 @@ def json_lines(path: Path, bad: BadRows) -> RawRows:
         try:
             if line is None:
                 raise too_long(bad.max_row_bytes)
-            row = _parse_line(line)
+            row = _parse_line(line, bad.ignored)
         except BadRow as verdict:
             bad.reject(where, verdict)
         else:
             yield where, row
 
 
-def _parse_line(line: bytes) -> dict[str, Any]:
+def _parse_line(line: bytes, ignored: Collection[str]) -> dict[str, Any]:
     try:
         text = line.decode()
     except UnicodeDecodeError as error:
@@ -43,7 +43,7 @@ def _parse_line(line: bytes) -> dict[str, Any]:
         detail = f"{error.msg} at column {error.colno}; expected one JSON object per line"
         raise BadRow("broken JSON", detail) from None
     except Refused as error:
-        raise _refused(error) from None
+        return _without_ignored(error, ignored)
     except BadRow:
         raise
     except ValueError as error:
@@ -57,12 +57,21 @@ def _as_row(value: Any) -> dict[str, Any]:
     return value
 
 
+def _without_ignored(error: Refused, ignored: Collection[str]) -> dict[str, Any]:
+    """The row without its ignored columns, if those alone are refused. Raises BadRow."""
+    if (row := error.without(ignored)) is None:
+        raise _refused(error) from None
+    return row
+
+
 def _refused(error: Refused) -> BadRow:
     if not isinstance(error, NotFinite):
         return BadRow("broken JSON", str(error))
     if error.field is None:
         return BadRow("not an object", f"expected an object of fields; {error}")
-    return BadRow(f"field {printable(error.field)!r} is not finite", str(error))
+    field = printable(error.field)
+    remedy = f"list {field!r} in data.ignore_columns if nothing needs it"
+    return BadRow(f"field {field!r} is not finite", f"{error}, or {remedy}")
 
 
 def json_array(path: Path, bad: BadRows) -> RawRows:
@@ -75,9 +84,7 @@ def json_array(path: Path, bad: BadRows) -> RawRows:
             break
         where = f"{path}:{text.line}"
         try:
-            row = _as_row(text.value())
-        except Refused as error:
-            bad.reject(where, _refused(error))
+            row = _array_row(text, bad.ignored)
         except BadRow as verdict:
             bad.reject(where, verdict)
         else:
@@ -91,6 +98,13 @@ def json_array(path: Path, bad: BadRows) -> RawRows:
     text.skip("]")
     if text.next():
         raise text.broken("text after the end of the array")
+
+
+def _array_row(text: _Text, ignored: Collection[str]) -> dict[str, Any]:
+    try:
+        return _as_row(text.value())
+    except Refused as error:
+        return _without_ignored(error, ignored)
 
 
 class _Text:

@@ -73,6 +73,7 @@ class Part:
                 yield item
 
     def _read(self, bad: BadRows) -> RawRows:
+        bad.ignored = self.config.ignore_columns
         rows = (merged(read_rows(source, bad), self.config) for source in self.sources)
         return itertools.chain.from_iterable(rows)
 

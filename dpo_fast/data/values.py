@@ -46,6 +46,9 @@ SYNONYMS = {
 # The product of two such numbers is finite in fp32.
 LARGEST = 1e18
 
+# What rounding may leave of a sum of log-probs above 0, where every token is certain.
+ROUNDING = 0.01
+
 # Columns that hold lists or objects in the forms that have them.
 NESTED = (
     *("conversations", "messages", "conversation", "trajectory", "rejected_messages"),
@@ -158,6 +161,8 @@ def optional(row: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
     given = [name for name in kind.reference_columns if name in found]
     if 0 < len(given) < len(kind.reference_columns):
         raise BadRow(f"{given[0]} without its partner", "give both reference columns or neither")
+    for name in given:
+        _check_log_prob(found[name], name)
     for name, shape in (("tools", list), ("chat_template_kwargs", dict)):
         if value := _filled(row, name, shape):
             found[name] = value
@@ -165,6 +170,14 @@ def optional(row: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
     if clash:
         raise BadRow(f"chat_template_kwargs sets {min(clash)!r}", "it is set by dpo_fast itself")
     return found
+
+
+def _check_log_prob(found: float, name: str) -> None:
+    if found > ROUNDING:
+        raise BadRow(
+            f"field {name!r} is out of range",
+            f"{found:g} is above 0, and log-probs are not; if it is a loss, turn its sign",
+        )
 
 
 def _filled(row: Mapping[str, Any], name: str, shape: type) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from dpo_fast.errors import UserError
@@ -84,7 +85,10 @@ class BadRows(Tally):
     """A tally that stops at the first bad row, unless told to skip them.
 
     max_row_bytes: a row of more is bad, which a reader tells before it has all of it.
+    ignored: columns that are left out (data.ignore_columns), whatever is wrong with them.
     """
+
+    ignored: Collection[str] = ()
 
     def __init__(self, on_bad_row: str, max_row_bytes: int = DEFAULT_ROW_BYTES) -> None:
         super().__init__()

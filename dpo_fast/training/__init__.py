@@ -9,7 +9,7 @@ loss_pass             the loss of a micro-batch
 load_data, splits     the examples of a run and their batches
 references, precompute  the reference of a run, found or computed
 engine                DeepSpeed
-distributed, peers, launchers   processes and ranks, and what becomes of them
+environment, distributed, peers, launchers   processes and ranks, and what becomes of them
 signals, lock         how a run ends early; one run in a folder
 checkpoints, export   what is kept
 metrics, perf, run_log, console  what is measured, logged and shown

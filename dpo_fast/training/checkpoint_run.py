@@ -24,6 +24,7 @@ from dpo_fast.training.checkpoints import (
 from dpo_fast.training.config import RunConfig, build_config
 from dpo_fast.training.config_file import apply
 from dpo_fast.training.export import gather_trained, write_export
+from dpo_fast.training.overrides import check_used
 from dpo_fast.training.recorded import CONFIG, RUN_CONFIG, read_recorded, written
 from dpo_fast.training.weights import identity_on_this_rank
 
@@ -61,11 +62,9 @@ def config_of(checkpoint: Path, overrides: Sequence[str] = ()) -> RunConfig:
     tree = read_recorded(checkpoint / CONFIG)
     for override in overrides:
         apply(tree, override)
-        name = override.partition("=")[0]
-        if name not in OF_EXPORT:
-            build_config(tree, str(checkpoint))  # a key that does not exist is told first
-            raise UserError(f"{name} changes nothing of an export; {', '.join(OF_EXPORT)} do")
-    return build_config(tree, str(checkpoint))
+    config = build_config(tree, str(checkpoint))  # a key that does not exist is told first
+    check_used(overrides, OF_EXPORT, "an export")
+    return config
 
 
 def export_checkpoint(checkpoint: Path, out: Path, overrides: Sequence[str] = ()) -> None:

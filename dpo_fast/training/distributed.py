@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dpo_fast.durable import first_line
 from dpo_fast.errors import LostPeer, UserError
+from dpo_fast.training import environment
 from dpo_fast.training.launchers import watch_launchers
 from dpo_fast.training.peers import REMEDY, Peers
 
@@ -57,6 +58,7 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
     adopt_slurm()
     watch_launchers()
     if "RANK" not in os.environ:
+        environment.tell_unused_tasks()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -71,6 +73,7 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
         )
     on_gpu = torch.cuda.is_available()
     if on_gpu:
+        environment.find_gpu(torch.cuda.device_count())
         torch.cuda.set_device(device())
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -193,10 +196,8 @@ def share_cores() -> None:
 
 
 def adopt_slurm() -> None:
-    """Take rank and world size from srun. MASTER_ADDR and MASTER_PORT must be exported by the user."""
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
-        names = {"RANK": "PROCID", "LOCAL_RANK": "LOCALID", "WORLD_SIZE": "NTASKS"}
-        os.environ |= {ours: os.environ[f"SLURM_{theirs}"] for ours, theirs in names.items()}
+    """Take rank and world size from srun or mpirun, and check them: `environment.adopt`."""
+    environment.adopt()
 
 
 def barrier() -> None:

@@ -82,7 +82,9 @@ def evaluate_model(asked: Evaluation) -> dict[str, Any]:
         model = load_policy(config, choices, tokenizer, [split], checkpoint is not None)
         names = trained_names(model.model)
         state = {} if checkpoint is None else read_on_main(checkpoint, model.model)
-        dtypes = distributed.from_main(lambda: {name: state[name].dtype for name in names if state})
+        dtypes = distributed.from_main(
+            lambda: {name: asked.dtype or state[name].dtype for name in names if state}
+        )
         scorer = _scorer(config, model, dtypes, ds_config, device)
         dtype = config.model.torch_dtype
         check_separation(scorer, config.train.layout, len(tokenizer), device, dtype)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.kinds import COMPLETIONS, GROUPS, PAIRS, Kind
 from dpo_fast.data.parts import parts_of
@@ -25,6 +27,7 @@ from dpo_fast.training.config import RunConfig, build_config
 from dpo_fast.training.config_file import apply
 from dpo_fast.training.console import say
 from dpo_fast.training.earlier_run import MODEL
+from dpo_fast.training.overrides import check_used
 from dpo_fast.training.places import check_places
 from dpo_fast.training.recorded import CONFIG, RUN_CONFIG, read_recorded
 
@@ -32,6 +35,21 @@ from dpo_fast.training.recorded import CONFIG, RUN_CONFIG, read_recorded
 TRAIN = (
     *("output_dir", "global_batch_size", "micro_batch_size", "tokens_per_batch", "layout", "seed"),
     *("implementation", "workspace_bytes", "max_steps"),
+)
+# Options that change an evaluation. Those of `data` that concern training alone are not among them, and
+# DATA stands for some: `_check_overrides`.
+OF_EVALUATION = (
+    *("model.path", "model.revision", "model.tokenizer", "model.dtype", "model.attention"),
+    *("model.use_liger_kernel", "model.torch_compile", "model.trust_remote_code"),
+    *("data", "loss", "reference"),
+    *("train.output_dir", "train.micro_batch_size", "train.tokens_per_batch", "train.layout"),
+    *("train.implementation", "train.workspace_bytes", "train.seed"),
+    *("parallel.zero_stage", "parallel.offload_parameters", "parallel.timeout_minutes"),
+    *("parallel.deepspeed", "log.token_metrics"),
+)
+OF_TRAINING = (
+    *("data.streaming", "data.stream_buffer", "data.stopping_strategy"),
+    *("reference.sync_steps", "reference.mixup_alpha"),
 )
 OTHER_DATA = ("eval", "eval_rows", "streaming", "stream_buffer", "stopping_strategy", "max_rows")
 FOLDER = "evaluation"  # of what a reference stores, where there is no run
@@ -41,10 +59,15 @@ WITH = {PAIRS: "sigmoid", COMPLETIONS: "kto", GROUPS: "plackett_luce"}  # where 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is evaluated. checkpoint: holds the trained weights; None where model.path does."""
+    """What is evaluated.
+
+    checkpoint: holds the trained weights; None where model.path does.
+    dtype: that the weights are to have; None: each its own, as it was in the run.
+    """
 
     config: RunConfig
     checkpoint: Path | None
+    dtype: torch.dtype | None = None
 
 
 def evaluation_of(
@@ -89,13 +112,29 @@ def evaluation_of(
     if file is None and not _named(overrides, "loss"):
         _default_loss(tree, str(data))
     built = build_config(tree, str(file or "dpo-fast evaluate"))
+    _check_overrides(overrides, checkpoint, data)
     if data is not None:
         built = built.model_copy(update={"data": built.data.for_evaluation()})
     if not built.data.has_eval:
         raise UserError(f"{file} has no evaluation data: name some behind {model}")
     check_places(built)
     _check_reference(built, checkpoint, reference is not None or file is not None)
-    return Evaluation(built, checkpoint)
+    dtype = built.model.torch_dtype if _named(overrides, "model.dtype=") else None
+    return Evaluation(built, checkpoint, dtype)
+
+
+def _check_overrides(overrides: Sequence[str], checkpoint: Path | None, data: str | None) -> None:
+    """Raises UserError for an option that the evaluation would not honour."""
+    whole = () if checkpoint else ("model.adapter",)
+    check_used(overrides, (*OF_EVALUATION, *whole), "an evaluation")
+    for override in overrides:
+        name = override.partition("=")[0]
+        if name in OF_TRAINING:
+            raise UserError(f"{name} changes nothing of an evaluation: leave it out")
+        if data is not None and name in ("data.train", "data.eval", "data.eval_rows"):
+            raise UserError(
+                f"{override!r} and DATA={data} both say what is evaluated: leave one of them out"
+            )
 
 
 def _configuration(model: str, checkpoint: Path | None, config: str | None) -> Path | None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import datasets
 import multiprocess
+import pyarrow
+import pyarrow.parquet
 import pytest
 from rich.console import Console
 
@@ -338,10 +340,12 @@ def test_fingerprint_follows_the_columns_that_losses_read(load, column):
             [pair(i, **{column: value}, **more) for i, value in enumerate(values)]
         ).fingerprint
 
-    more = {"reference_rejected_logps": -1.0} if column.startswith("reference") else {}
-    assert of(0.5, 0.25, **more) == of(0.5, 0.25, **more)
-    assert of(0.5, 0.25, **more) != of(0.25, 0.5, **more)
-    assert of(0.5, 0.25, **more) != load([pair(0), pair(1)]).fingerprint
+    more, low, high = {}, 0.25, 0.5
+    if column.startswith("reference"):
+        more, low, high = {"reference_rejected_logps": -1.0}, -0.5, -0.25
+    assert of(low, high, **more) == of(low, high, **more)
+    assert of(low, high, **more) != of(high, low, **more)
+    assert of(low, high, **more) != load([pair(0), pair(1)]).fingerprint
 
 
 def test_tokenizer_hash_is_stable():
@@ -476,3 +480,37 @@ def test_hh_sample(load):
     assert (report.rows_read, report.examples_kept, report.dropped.total) == (1500, 1495, 4)
     with pytest.raises(UserError, match=r"hh_harmless_1500.jsonl.gz:1255: no common prompt"):
         load(train=str(HH))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_an_ignored_column_may_hold_anything(load, tmp_path, suffix):
+    """In a stream, too, and in the entry of a mixture that ignores it alone."""
+    rows = [pair(i, at=float("nan"), more={"a": 1}) for i in range(4)]
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "jsonl":
+        write(path, rows)
+        path.write_text(path.read_text().replace('"a": 1', '"a": 1, "a": 2'))
+    else:
+        table = pyarrow.Table.from_pylist(rows)
+        offsets = pyarrow.array([0, 1, 1, 1, 1], pyarrow.int32()).buffers()[1]
+        damaged = pyarrow.StringArray.from_buffers(4, offsets, pyarrow.py_buffer(b"\xff"))
+        pyarrow.parquet.write_table(table.set_column(3, "at", damaged), path)
+    ignored = ["at", "more"]
+    assert len(load(train=str(path), ignore_columns=ignored)) == 4
+    write(tmp_path / "other.jsonl", [pair(9)])
+    entries = [{"path": str(path), "ignore_columns": ignored}, str(tmp_path / "other.jsonl")]
+    assert len(load(train=entries)) == 5
+    entries[0]["rows"] = 3
+    assert len(load(train=entries)) == 4
+    options = {"train": str(path), "ignore_columns": ignored, "streaming": True}
+    stream = ExampleStream(DataConfig(**options), byte_tokenizer(), ())
+    assert len(stream.read()) == 4
+    if suffix == "parquet":
+        with pytest.raises(UserError, match="field 'at' is damaged"):
+            load(train=str(path), ignore_columns=["more"])
+    else:
+        with pytest.raises(UserError, match="'a' stands twice"):
+            load(train=str(path), ignore_columns=["at"])
+        with pytest.raises(UserError, match="'at' is not finite: .* list 'at' in data.ignore_col"):
+            path.write_text(path.read_text().replace('"a": 2', '"b": 2'))
+            load(train=str(path), ignore_columns=["more"])

@@ -118,6 +118,11 @@ def test_extras():
     }
 
 
+def test_rounding_may_leave_a_certain_answer_above_0():
+    sums = {"reference_chosen_logps": 2e-6, "reference_rejected_logps": 0.0}
+    assert parse(TEXT | sums).optional == sums
+
+
 def test_null_keys_of_messages_are_left_out():
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
     raw = {"prompt": [U | {"name": None}], "chosen": [call], "rejected": [B]}
@@ -160,6 +165,14 @@ BAD = [
     (
         TEXT | {"reference_chosen_logps": -1.0, "reference_rejected_logps": -2e18},
         ["field 'reference_rejected_logps' is out of range"],
+    ),
+    (
+        TEXT | {"reference_chosen_logps": 12.5, "reference_rejected_logps": -1.0},
+        ["field 'reference_chosen_logps' is out of range", "12.5 is above 0", "turn its sign"],
+    ),
+    (
+        TEXT | {"reference_chosen_logps": -1, "reference_rejected_logps": 2},
+        ["field 'reference_rejected_logps' is out of range", "2 is above 0"],
     ),
     (TEXT | {"soft_label": 1.5}, ["field 'soft_label' is out of range", "1.5"]),
     (TEXT | {"reference_chosen_logps": -1.0}, ["reference_chosen_logps without its partner"]),

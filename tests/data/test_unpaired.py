@@ -100,6 +100,7 @@ def test_prompt_and_completion_may_be_messages(prompt, completion):
         ({"prompt": " "}, "empty prompt"),
         ({"completion": [USER]}, "completion begins with a user message"),
         ({"weight": -1}, "field 'weight' is out of range"),
+        ({"reference_completion_logps": 0.5}, "field 'reference_completion_logps' is out of range"),
         ({"tools": [{}]}, "tools without messages"),
     ],
 )

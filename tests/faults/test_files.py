@@ -187,6 +187,32 @@ FAULTS = {
 }
 
 
+IGNORED = {
+    "NaN": '"at": NaN',
+    "a number beyond a double, below": '"at": [{"x": 1e999}]',
+    "a key twice, below": '"at": {"a": 1, "a": 2}',
+    "the column twice": '"at": 1, "at": 2',
+    "deep": f'"at": {DEEP}',
+    "all, in two columns": f'"at": NaN, "at": {{"a": 1, "a": {DEEP}}}, "of": -Infinity',
+}
+
+
+@pytest.mark.parametrize("what", IGNORED)
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_what_is_wrong_with_an_ignored_column_is_ignored(tmp_path, what, suffix):
+    row = GOOD.strip()[:-1] + ", " + IGNORED[what] + "}"
+    text = f"[{row},\n{GOOD.strip()}]" if suffix == ".json" else f"{row}\n{GOOD}"
+    path, bad = tmp_path / f"a{suffix}", BadRows("error")
+    told(path, text)
+    bad.ignored = ("at", "of")
+    assert [found for _, found in read_file(path, bad)] == [json.loads(GOOD)] * 2
+    # Another column that is as wrong is refused all the same, and so is the row itself.
+    for more in ('"more": NaN', '"more": {"b": 1, "b": 1}', '"prompt": "r"'):
+        told(path, text.replace('"at"', f'{more}, "at"', 1))
+        with pytest.raises(UserError):
+            list(read_file(path, bad))
+
+
 @pytest.mark.parametrize("what", FAULTS)
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
 def test_a_row_that_is_refused(tmp_path, what, suffix):

@@ -65,7 +65,7 @@ def test_srun_without_an_address_is_told(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")  # adopted from srun, and forgotten afterwards
         monkeypatch.delenv(name)
-    for name, value in (("NTASKS", "2"), ("PROCID", "1"), ("LOCALID", "1")):
+    for name, value in (("STEP_NUM_TASKS", "2"), ("PROCID", "1"), ("LOCALID", "1")):
         monkeypatch.setenv(f"SLURM_{name}", value)
     with pytest.raises(UserError, match="rank 1 of 2 .* export MASTER_ADDR and MASTER_PORT"):
         init_distributed()

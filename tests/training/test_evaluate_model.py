@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("deepspeed")
 
@@ -113,6 +114,17 @@ def found(folder, runs):
             "config": str(folder / "whole" / "config.yaml"),
             "overrides": ["loss.beta=0.5"],
         },
+        "rounded": {
+            "model": str(folder / "whole" / "checkpoint-3"),
+            "data": None,
+            "overrides": ["model.dtype=bf16"],
+        },
+        "rounded final": {
+            "model": final,
+            "data": None,
+            "config": str(folder / "whole" / "config.yaml"),
+            "overrides": ["model.dtype=bf16"],
+        },
     }
     return ranks.evaluate(cases)
 
@@ -137,6 +149,14 @@ def test_the_exported_model_is_compared_as_in_its_run(folder, runs, found, name)
 
 
 @pytest.mark.processes
+def test_a_checkpoint_is_evaluated_in_the_dtype_that_is_asked_for(found):
+    """As the model that the run exported, which is loaded in it."""
+    rounded, exact = (found[name]["metrics"] for name in ("rounded", "whole"))
+    assert rounded == found["rounded final"]["metrics"]
+    assert rounded["eval_logps/chosen"] != exact["eval_logps/chosen"]
+    assert rounded["eval_logps/chosen"] == pytest.approx(exact["eval_logps/chosen"], rel=0.02)
+
+
 def test_any_data_are_read_whole(folder, runs, found):
     for name in ("run", "reference", "base", "alone", "adapter of a run"):
         assert found[name]["examples"] == 9, name
@@ -246,3 +266,16 @@ def test_what_cannot_be_evaluated_is_told(folder, runs, tmp_path):
         evaluation_of(str(tmp_path / "bare"), None)
     with pytest.raises(UserError, match="unknown key loss.bta; did you mean beta"):
         evaluation_of(str(folder / "whole"), None, overrides=["loss.bta=1"])
+    for override in (
+        *("train.learning_rate=1e-6", "train.global_batch_size=4", "train.max_steps=9"),
+        *("model.lora.r=4", "model.gradient_checkpointing=true", "log.report_to=[wandb]"),
+        *("data.streaming=false", "health.stop_on=[]", "parallel.offload_optimizer=false"),
+    ):
+        name = override.partition("=")[0]
+        with pytest.raises(UserError, match=f"{name} changes nothing of an evaluation"):
+            evaluation_of(str(folder / "whole"), None, overrides=[override])
+    with pytest.raises(UserError, match="'data.eval_rows=3' and DATA=.*more.jsonl both say"):
+        evaluation_of(str(folder / "whole"), data, overrides=["data.eval_rows=3"])
+    accepted = ["data.max_length=64", "train.layout=padded", "loss.beta=0.3", "model.dtype=fp32"]
+    assert evaluation_of(str(folder / "whole"), data, overrides=accepted).dtype == torch.float32
+    assert evaluation_of(str(folder / "whole"), data).dtype is None

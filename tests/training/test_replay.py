@@ -28,7 +28,7 @@ def ended(tmp_path_factory):
     write_model(folder / "model")
     with (folder / "pairs.jsonl").open("w") as stream:
         for line in range(1, 9):
-            sums = (1e18, -1e18) if line == 3 else (-40.0, -30.0)
+            sums = (-1e18, -1.0) if line == 3 else (-40.0, -30.0)
             names = ("reference_chosen_logps", "reference_rejected_logps")
             row = {
                 "prompt": f"{line}? ",
