@@ -168,18 +168,23 @@ def _prepare_data(run) -> dict:
 def replay(
     run: Annotated[Path, typer.Argument(help="output_dir of a run, or one of its checkpoints")],
     step: Annotated[
-        int | None,
-        typer.Argument(help="a step, counted from 1; default: the one that ended the run", min=1),
+        str | None,
+        typer.Argument(help="a step, counted from 1; default: the one that ended the run"),
     ] = None,
     overrides: Overrides = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(min=1, help="start this many local ranks; default: as many as the run had"),
+    ] = None,
 ) -> None:
     """A step of a run once more, row by row: losses, log-probs, and what is not finite first.
 
-    It goes from the last checkpoint before the step, with as many ranks, and changes nothing of the run.
+    It goes from the last checkpoint before the step and changes nothing of the run. On as many ranks it
+    repeats the step bit for bit, on others by rounding alike.
     """
     from dpo_fast.cli.replay import run_replay
 
-    run_replay(run, step, overrides or [])
+    run_replay(run, step, overrides or [], nproc)
 
 
 @app.command()
