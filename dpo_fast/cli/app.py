@@ -17,6 +17,7 @@ from rich.console import Console
 
 from dpo_fast import __version__
 from dpo_fast.cli import bench
+from dpo_fast.cli.commands import Commands
 from dpo_fast.cli.config import Config, Overrides, load
 from dpo_fast.cli.config import app as config_app
 from dpo_fast.cli.evaluate import evaluate
@@ -35,6 +36,7 @@ Quiet = Annotated[
     bool, typer.Option("--quiet", help="show findings, errors and the result, nothing else")
 ]
 app = typer.Typer(
+    cls=Commands,
     help="Preference optimisation whose language-model head never materialises logits.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
