@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -76,6 +77,29 @@ def remove(folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     folder.rename(old)
     shutil.rmtree(old)
+
+
+@contextlib.contextmanager
+def in_turn(file: Path) -> Iterator[None]:
+    """Inside it no other process is inside it for the same file, which is made and removed again.
+
+    The lock is the system's, and ends with its process. Without locks in the file system nothing waits.
+    Raises OSError if the file cannot be made.
+    """
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(file), os.fstat(descriptor)):
+                break
+        os.close(descriptor)  # the one before has removed it
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            file.unlink()
+        os.close(descriptor)
 
 
 def flush(path: Path) -> None:

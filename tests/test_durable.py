@@ -3,7 +3,10 @@
 import errno
 import os
 import shutil
+import signal
 import stat
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -184,3 +187,32 @@ def test_a_place_whose_folder_does_not_exist_is_told_too(tmp_path):
     file.touch()
     with pytest.raises(UserError, match="Not a directory"), writing(file / "a" / "b", ""):
         write_file(file / "a" / "b", "content")
+
+
+def test_one_at_a_time_is_in_turn_and_a_killed_one_holds_up_nobody(tmp_path):
+    """The file is removed and made anew all the time, so each must look whether its lock is on that one."""
+    file, inside, most, done = tmp_path / "lock", [], [], []
+
+    def work() -> None:
+        for _ in range(20):
+            with durable.in_turn(file):
+                inside.append(1)
+                most.append(len(inside))
+                time.sleep(0.0005)
+                inside.pop()
+            done.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    [each.start() for each in threads]
+    [each.join(60) for each in threads]
+    assert len(done) == 120 and max(most) == 1 and not file.exists()
+    if (pid := os.fork()) == 0:
+        held = durable.in_turn(file)
+        held.__enter__()
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert file.exists()
+    with durable.in_turn(file):
+        pass
+    with pytest.raises(OSError), durable.in_turn(tmp_path / "none" / "lock"):
+        pass

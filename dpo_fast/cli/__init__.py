@@ -1,6 +1,7 @@
 """The command line.
 
 app.py             commands and how their failures are told
+commands.py        how an option of a run is written, where someone writes it with dashes
 bench.py           `bench`: the benchmarks of a checkout
 config.py          `config`: the schema of configurations, and what one comes to
 later.py           PyTorch, imported when it is first used

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from dpo_fast import __version__
 from dpo_fast.cli import bench
+from dpo_fast.cli.commands import Commands
 from dpo_fast.cli.config import Config, Overrides, load
 from dpo_fast.cli.config import app as config_app
 from dpo_fast.cli.evaluate import evaluate
@@ -37,6 +38,7 @@ Quiet = Annotated[
     bool, typer.Option("--quiet", help="show findings, errors and the result, nothing else")
 ]
 app = typer.Typer(
+    cls=Commands,
     help="Preference optimisation whose language-model head never materialises logits.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -172,18 +174,23 @@ def _prepare_data(run) -> dict:
 def replay(
     run: Annotated[Path, typer.Argument(help="output_dir of a run, or one of its checkpoints")],
     step: Annotated[
-        int | None,
-        typer.Argument(help="a step, counted from 1; default: the one that ended the run", min=1),
+        str | None,
+        typer.Argument(help="a step, counted from 1; default: the one that ended the run"),
     ] = None,
     overrides: Overrides = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(min=1, help="start this many local ranks; default: as many as the run had"),
+    ] = None,
 ) -> None:
     """A step of a run once more, row by row: losses, log-probs, and what is not finite first.
 
-    It goes from the last checkpoint before the step, with as many ranks, and changes nothing of the run.
+    It goes from the last checkpoint before the step and changes nothing of the run. On as many ranks it
+    repeats the step bit for bit, on others by rounding alike.
     """
     from dpo_fast.cli.replay import run_replay
 
-    run_replay(run, step, overrides or [])
+    run_replay(run, step, overrides or [], nproc)
 
 
 @app.command()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 from importlib import resources
+from itertools import chain, islice
 from pathlib import Path
 
 import yaml
 
+from dpo_fast.data.config import DataConfig
+from dpo_fast.data.parts import parts_of
+from dpo_fast.data.verdicts import BadRows
 from dpo_fast.errors import UserError
 
 RECIPES = ("dpo", "lora", "cdpo_sft", "grpo")
@@ -15,6 +20,8 @@ RECIPES = ("dpo", "lora", "cdpo_sft", "grpo")
 
 def write_config(out: Path, recipe: str, model: str, data: str) -> None:
     """Write the recipe with this model, this data and an output folder of the file's name.
+
+    Of a file that has fewer rows than the recipe needs, a tenth is held out for evaluation.
 
     Raises:
         UserError: no such recipe, the file exists, or it cannot be written.
@@ -24,6 +31,8 @@ def write_config(out: Path, recipe: str, model: str, data: str) -> None:
     folder = resources.files("dpo_fast") / "configs"
     lines = (folder / f"{recipe}.yaml").read_text(encoding="utf-8").splitlines()
     body = "\n".join(line for line in lines if not line.startswith("#"))
+    if (held_out := _held_out(data, body)) is not None:
+        body = re.sub(r"^(  eval_rows: )\d+", rf"\g<1>{held_out}", body, flags=re.M)
     for key, value in {"path": model, "train": data, "output_dir": f"runs/{out.stem}"}.items():
         line = re.search(rf"^  {key}: (\S+)", body, re.M)
         body = body[: line.start(1)] + _scalar(value) + body[line.end(1) :]
@@ -40,6 +49,21 @@ def write_config(out: Path, recipe: str, model: str, data: str) -> None:
         raise UserError(f"{out} exists; name another file, or remove it") from None
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
+
+
+def _held_out(data: str, body: str) -> int | None:
+    """Rows to hold out for evaluation, where the data are here and few: a tenth of them."""
+    usual = re.search(r"^  eval_rows: (\d+)", body, re.M)
+    if usual is None or not os.path.exists(os.path.expanduser(data)):
+        return None
+    most = 10 * int(usual[1])
+    try:
+        config = DataConfig(train=data)
+        rows = chain.from_iterable(each.read(BadRows("skip")) for each in parts_of(config, "train"))
+        count = sum(1 for _ in islice(rows, most))
+    except UserError:
+        return None  # `data` and `train` tell what is wrong
+    return max(count // 10, 1) if 1 < count < most else None
 
 
 def _scalar(value: str) -> str:

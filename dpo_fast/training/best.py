@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,8 +139,12 @@ class Best:
 
     def write(self) -> None:
         """Bring best.json up to date, after a checkpoint. One rank writes."""
+        self.writing()()
+
+    def writing(self) -> Callable[[], None]:
+        """What writes best.json as it is to be now, for when the checkpoint that it names is there."""
         if self.selection is None or self.kept is None or not distributed.is_main():
-            return
+            return lambda: None
         content = {
             "metric": self.selection.metric,
             "greater_is_better": self.selection.greater,
@@ -148,8 +153,13 @@ class Best:
             "checkpoint": self.kept_name or str(self.folder),
             "stopped_early": self.exhausted,
         }
-        with saving(self.root / FILE):
-            durable.write_file(self.root / FILE, json.dumps(content, indent=2) + "\n")
+        text = json.dumps(content, indent=2) + "\n"
+
+        def write() -> None:
+            with saving(self.root / FILE):
+                durable.write_file(self.root / FILE, text)
+
+        return write
 
     def weights(self, model: nn.Module, step: int) -> dict[str, Tensor] | None:
         """The trained tensors of the best checkpoint on rank 0, {} elsewhere; None for those of now.

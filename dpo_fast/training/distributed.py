@@ -188,6 +188,12 @@ def capacity(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def at_most(ranks: int) -> int:
+    """So many ranks, or as many as this machine has GPUs where it has some and these are fewer."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return min(ranks, gpus) if gpus else ranks
+
+
 def share_cores() -> None:
     """Divide a machine's cores among its ranks; with more threads than cores they wait for each other."""
     if "OMP_NUM_THREADS" not in os.environ:

@@ -34,18 +34,34 @@ def merged_first(config: RunConfig) -> RunConfig:
 
 def _merged(config: RunConfig) -> str:
     folder = Path(config.train.output_dir) / FOLDER
-    path = config.model.path
-    origin = {"identity": identity_on_this_rank(config, path), "dtype": config.model.precision}
+    origin = {
+        "identity": identity_on_this_rank(config, config.model.path),
+        "dtype": config.model.precision,
+    }
+    if _is_of(folder, origin):  # in a folder that is read-only, too
+        return str(folder)
+    with saving(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # `reference` and `train` of one configuration may both begin here.
+        with durable.in_turn(folder.with_name(f".{FOLDER}.lock")):
+            if not _is_of(folder, origin):
+                _write(config, folder, origin)
+    return str(folder)
+
+
+def _is_of(folder: Path, origin: dict) -> bool:
+    """Whether the folder is there, whole, and of this adapter on this base."""
     try:
-        if json.loads((folder / ORIGIN).read_text(encoding="utf-8")) == origin:
-            return str(folder)
+        return json.loads((folder / ORIGIN).read_text(encoding="utf-8")) == origin
     except (OSError, ValueError):
-        pass  # not there, or of a run that was killed
-    aside = durable.aside(folder)
+        return False  # or of a run that was killed
+
+
+def _write(config: RunConfig, folder: Path, origin: dict) -> None:
+    path, aside = config.model.path, durable.aside(folder)
     shutil.rmtree(aside, ignore_errors=True)
     with saving(aside):
         write_merged(config.model, Path(path), aside, config.model.precision)
         (aside / ORIGIN).write_text(json.dumps(origin), encoding="utf-8")
         durable.publish(aside, folder, replace=True)
     say(f"merged the adapter {path} into its base: {folder}")
-    return str(folder)

@@ -68,6 +68,7 @@ def write_rows(run: Run, place: Place, rows: list[Row], name: str = NAME) -> Pat
     told = {"step": place.step + 1, "rows": [row.as_json() for row in rows]}
     if distributed.is_main():
         with saving(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
             write_file(file, json.dumps(told, indent=2, ensure_ascii=False, allow_nan=False))
     return file
 

@@ -21,9 +21,21 @@ from dpo_fast.training.fit import check_run
 from dpo_fast.training.loop import update
 from dpo_fast.training.metrics import MetricSums
 from dpo_fast.training.nonfinite import NAME, findings, write_rows
+from dpo_fast.training.overrides import check_used
 from dpo_fast.training.prepare import prepare
 from dpo_fast.training.recorded import RUN_CONFIG, read_recorded
 from dpo_fast.training.resume import restore
+
+# Options that change the steps of a run, or where they find what they need.
+OF_REPLAY = (
+    *("model", "data", "loss", "reference", "parallel", "train.output_dir", "train.seed"),
+    *("train.global_batch_size", "train.micro_batch_size", "train.tokens_per_batch"),
+    *("train.num_train_epochs", "train.max_steps", "train.learning_rate", "train.warmup_ratio"),
+    *("train.lr_scheduler_type", "train.lr_scheduler_kwargs", "train.weight_decay"),
+    *("train.adam_beta1", "train.adam_beta2", "train.adam_epsilon", "train.max_grad_norm"),
+    *("train.layout", "train.implementation", "train.workspace_bytes", "train.nonfinite"),
+    *("train.max_nonfinite_steps", "train.skip_rows", "train.change_on_resume"),
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +48,7 @@ class Asked:
 
     @property
     def world_size(self) -> int:
-        """Ranks of the run, which a checkpoint asks for again."""
+        """Ranks of the checkpoint, and so of the run. Of a run without one it is not known."""
         if self.checkpoint is None:
             return 1
         return json.loads((self.checkpoint / "state.json").read_text())["world_size"]
@@ -78,6 +90,7 @@ def replay(asked: Asked, overrides: list[str] | tuple[str, ...] = ()) -> list[Ro
     for override in overrides:
         apply(tree, override)
     config = build_config(tree, str(asked.run / RUN_CONFIG))
+    check_used(overrides, OF_REPLAY, "a replay")
     distributed.init_distributed(config.parallel.timeout_minutes)
     run = prepare(config, check_run(config))
     sums, step = MetricSums(run.engine.device), 0

@@ -66,9 +66,9 @@ def save(run: Run, step: int, sums: MetricSums, to_evaluate: bool = False) -> Pa
     run.saver.best = run.best.kept_name
     state |= {**must_fit(run), "rounding": rounding(run), **run.best.state()}
     more = partial(write_beside, run.config, run.model)
-    folder = run.saver.save(run.engine, state, sums.values, run.stateful, more)
-    run.best.write()
-    return folder
+    return run.saver.save(
+        run.engine, state, sums.values, run.stateful, more, named=run.best.writing()
+    )
 
 
 def resume(run: Run, checkpoint: Path, sums: MetricSums, log: RunLog) -> tuple[int, bool]:

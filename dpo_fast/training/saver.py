@@ -76,6 +76,7 @@ class Saver:
         metrics: dict[str, Tensor],
         stateful: Mapping[str, Stateful] = MappingProxyType({}),
         write_more: Callable[[Path], None] = lambda folder: None,
+        named: Callable[[], None] = lambda: None,
     ) -> Path:
         """Save a run as it is now. Waits for the checkpoint before this one. Collective.
 
@@ -83,6 +84,7 @@ class Saver:
         metrics: sums of the open window.
         stateful: parts of the run that change with it.
         write_more: writes further files into the folder, which the manifest covers. Collective.
+        named: is called on rank 0 when the checkpoint has its name, before older ones are removed.
 
         Returns:
             The folder that the checkpoint has, or will have when `wait` returns.
@@ -104,9 +106,9 @@ class Saver:
         writer.attempt(lambda: write_more(aside))
         content = json.dumps(state | {"run": self.run}, indent=2)
         if self._copies is None:
-            self._finish(writer, final, content)
+            self._finish(writer, final, content, named)
         else:
-            self._pending = Background(lambda: self._finish(writer, final, content))
+            self._pending = Background(lambda: self._finish(writer, final, content, named))
         return final
 
     def check(self) -> None:
@@ -147,7 +149,7 @@ class Saver:
                 shutil.rmtree(left, ignore_errors=True)
             aside.mkdir(parents=True)
 
-    def _finish(self, writer: Writer, final: Path, content: str) -> None:
+    def _finish(self, writer: Writer, final: Path, content: str, named: Callable[[], None]) -> None:
         """Bring the files to the disk and give the checkpoint its name. Collective, in one thread of each.
 
         Every rank raises the same UserError, and one that failed for another reason that one.
@@ -157,7 +159,7 @@ class Saver:
         problem = next((text for _, text in outcomes if text), None)
         if problem is None and distributed.is_main():
             entries = {name: entry for own, _ in outcomes for name, entry in own.items()}
-            writer.attempt(lambda: self._publish(final, content, entries), final)
+            writer.attempt(lambda: self._publish(final, content, entries, named), final)
             problem = _told(writer)
         problem = distributed.gathered(problem, self._group)[0]
         if problem:
@@ -167,7 +169,9 @@ class Saver:
                 raise writer.error[1]
             raise UserError(problem)
 
-    def _publish(self, final: Path, content: str, entries: dict[str, Entry]) -> None:
+    def _publish(
+        self, final: Path, content: str, entries: dict[str, Entry], named: Callable[[], None]
+    ) -> None:
         aside = durable.aside(final)
         durable.write_file(aside / STATE, content)
         for path in aside.rglob("*"):  # state.json, and what was written by others
@@ -177,6 +181,7 @@ class Saver:
         write_manifest(aside, Manifest(self.run, json.loads(content)["step"], entries))
         durable.publish(aside, final, replace=True)
         durable.write_file(self.root / LATEST, final.name)
+        named()
         others = [p for p in by_age(checkpoints(self.root), final)[:-1] if p.name != self.best]
         both = self.best not in (None, final.name)  # then the best is one of those that stay
         for old in others[: max(len(others) - self.keep + 1 + both, 0)]:

@@ -27,6 +27,22 @@ def test_a_recipe_for_ones_own_model_and_data(tmp_path, recipe, data):
     assert "dpo-fast train" in (tmp_path / "mine.yaml").read_text()
 
 
+@pytest.mark.parametrize("rows, held_out", [(2, 1), (64, 6), (999, 99), (1000, 100), (5000, 100)])
+def test_of_a_small_file_a_tenth_is_held_out(tmp_path, rows, held_out):
+    data = tmp_path / "pairs.jsonl"
+    data.write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n' * rows)
+    write_config(tmp_path / "run.yaml", "dpo", "m", str(data))
+    assert load_config(str(tmp_path / "run.yaml")).data.eval_rows == held_out
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1, 2"])
+def test_what_cannot_be_read_leaves_the_recipe_as_it_is(tmp_path, content):
+    data = tmp_path / "pairs.json"
+    data.write_text(content)
+    write_config(tmp_path / "run.yaml", "dpo", "m", str(data))
+    assert load_config(str(tmp_path / "run.yaml")).data.eval_rows == 100
+
+
 def test_recipes_are_the_files_in_configs():
     assert sorted(RECIPES) == sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
 

@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import threading
+import time
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from dpo_fast.models import load_model, load_tokenizer
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.identity import model_identity
 from dpo_fast.models.scoring import forward_arguments
+from dpo_fast.training import merge
 from dpo_fast.training.config import build_config
 from dpo_fast.training.export import export
 from dpo_fast.training.fit import check_run
@@ -158,6 +161,36 @@ def test_the_reference_is_the_adapter_frozen(folder, runs):
 
 @pytest.mark.processes
 @pytest.mark.slow
+def test_two_commands_that_merge_at_once_do_it_once(folder, tmp_path, monkeypatch):
+    """`reference` and `train` of one configuration, say, before either has a lock on the folder."""
+    config = build_config(tree_of(folder, tmp_path / "run", 0, model={"adapter": "merge"}), "tree")
+    there, write, written, failed = threading.Barrier(4), merge.write_merged, [], []
+    identity = merge.identity_on_this_rank
+
+    def together(*arguments):
+        there.wait(60)
+        return identity(*arguments)
+
+    def slowly(*arguments):
+        written.append(1)
+        write(*arguments)
+        time.sleep(0.2)
+
+    def begin():
+        try:
+            assert merged_first(config).model.path == str(tmp_path / "run" / "merged_base")
+        except BaseException as error:
+            failed.append(error)
+
+    monkeypatch.setattr(merge, "identity_on_this_rank", together)
+    monkeypatch.setattr(merge, "write_merged", slowly)
+    threads = [threading.Thread(target=begin) for _ in range(4)]
+    [each.start() for each in threads]
+    [each.join(120) for each in threads]
+    assert not failed and len(written) == 1
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["merged_base"]
+
+
 def test_a_merged_adapter_is_where_training_begins(folder, runs):
     start = expected(folder, folder / "sft")
     for name in ("merged", "merged, new"):

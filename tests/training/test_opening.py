@@ -49,6 +49,14 @@ def test_a_dry_run_checks_all_and_leaves_the_reference_alone(tree):
     assert content(folder) == there
     said = group.said()[before:]
     assert "checkpoint-2 fits" in said and "computing the reference" not in said
+    # The run has ended: no step comes, unless it is made longer.
+    assert "the run ended after step 2 of 2" in said and "train.max_steps" in said
+    first, ended = said.split("the run ended")
+    assert "the next step would have" in first and "next step" not in ended
+    before, longer = len(group.said()), {"resume_from_checkpoint": True, "max_steps": 3}
+    group.do("dry_run", changed(tree, folder, train=longer))
+    said = group.said()[before:]
+    assert "go on after step 2" in said and "the next step would have" in said
 
 
 def test_two_ranks_rehearse_together(tree):

@@ -11,7 +11,7 @@ pytest.importorskip("deepspeed")
 
 from dpo_fast.errors import UserError
 from dpo_fast.training.examine import Row
-from dpo_fast.training.replay import find_step
+from dpo_fast.training.replay import find_step, replay
 from tests.support.models import run_tree, write_model
 from tests.support.paths import ENVIRONMENT
 
@@ -66,6 +66,39 @@ def test_a_replay_takes_the_same_step_on_as_many_ranks(ended):
     assert first == again and len(first["rows"]) == 4
     (line,) = (line for line in replayed.stdout.splitlines() if where in line)
     assert "inf" in line and "weight 1e+18" in line
+
+
+@pytest.mark.processes
+def test_a_replay_on_another_number_of_ranks_finds_the_same(ended, tmp_path):
+    folder, _ = ended
+    elsewhere = f"train.output_dir={tmp_path / 'replayed'}"
+    replayed = dpo_fast("replay", folder / "run", elsewhere, "--nproc", 1)
+    assert replayed.returncode == 0, replayed.stderr
+    assert "resumed on 1 rank at ZeRO 2; the checkpoint is of 2 ranks" in replayed.stderr
+    assert "anomaly detection for " in replayed.stderr  # on one rank alone
+    told = json.loads((tmp_path / "replayed" / "replay-step-2.json").read_text())
+    first = json.loads((folder / "run" / "nonfinite-step-2.json").read_text())
+    rows, again = ({row["where"]: row for row in each["rows"]} for each in (first, told))
+    assert rows.keys() == again.keys() and len(rows) == 4
+    for where, row in rows.items():
+        assert again[where]["fault"] == row["fault"]
+        assert again[where]["logps"] == pytest.approx(row["logps"], rel=1e-5)
+
+
+@pytest.mark.parametrize("step", ["0", "-1", "1e3", "4.5", "abc", "9" * 40])
+def test_a_step_is_a_number(tmp_path, step):
+    from dpo_fast.cli.replay import run_replay
+
+    with pytest.raises(UserError, match="expected a number, counted from 1"):
+        run_replay(tmp_path, step, [], None)
+
+
+def test_an_option_that_a_replay_would_ignore_is_refused(ended):
+    folder, _ = ended
+    asked = find_step(folder / "run", 2)
+    for override in ("train.save_steps=2", "log.logging_steps=5", "health.stop_on=[]"):
+        with pytest.raises(UserError, match="changes nothing of a replay; model, data, "):
+            replay(asked, [override])
 
 
 def test_the_step_is_reached_from_the_last_checkpoint_before_it(tmp_path):

@@ -1,6 +1,7 @@
 """Saving beside the run: what is saved is what was there, complete or absent, and failures are told."""
 
 import contextlib
+import json
 import resource
 import threading
 from datetime import timedelta
@@ -13,7 +14,9 @@ pytest.importorskip("deepspeed")
 
 from dpo_fast.errors import UserError
 from dpo_fast.training import tensor_files
+from dpo_fast.training.best import Best
 from dpo_fast.training.checkpoints import check_whole, find_checkpoint, load_checkpoint
+from dpo_fast.training.config import build_config
 from dpo_fast.training.saver import Saver
 from tests.support import ranks
 from tests.support.engines import Engine
@@ -87,6 +90,45 @@ def test_the_next_saving_waits_and_uses_the_memory_again(tmp_path, held):
         loaded = Engine()
         load_checkpoint(loaded, tmp_path / f"checkpoint-{step}", {}, {})
         assert torch.equal(loaded.weights, torch.arange(64.0) + step - 1)
+
+
+def test_best_json_never_names_a_checkpoint_that_is_not_there(tmp_path, held):
+    """Neither the one that is still written, nor an older one that has made room for it."""
+    tree = {
+        "metric_for_best_model": "loss",
+        "eval_steps": 1,
+        "save_total_limit": 1,
+        "output_dir": str(tmp_path),
+    }
+    sections = {"model": {"path": "m"}, "data": {"train": "d", "eval_rows": 1}, "train": tree}
+    best, saver = Best(build_config(sections, "tree")), Saver(str(tmp_path), keep=1, beside=True)
+    seen = []
+
+    def save(step: int, loss: float) -> None:
+        best.note(step, {"eval_loss": loss})
+        saver.wait()
+        best.keep(step)
+        saver.best = best.kept_name
+        write = best.writing()
+
+        def named() -> None:
+            seen.append(sorted(path.name for path in tmp_path.glob("checkpoint-*")))
+            write()
+
+        saver.save(Engine(), {"step": step}, {}, named=named)
+
+    def told() -> str:
+        return json.loads((tmp_path / "best.json").read_text())["checkpoint"]
+
+    save(1, 0.5)
+    assert not (tmp_path / "best.json").exists(), "it is told before the checkpoint is there"
+    held.set()
+    saver.wait()
+    assert told() == "checkpoint-1"
+    save(2, 0.4)
+    saver.wait()
+    assert told() == "checkpoint-2" and seen == [["checkpoint-1"], ["checkpoint-1", "checkpoint-2"]]
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
 @pytest.mark.parametrize("way", ["check", "wait", "leave"])
