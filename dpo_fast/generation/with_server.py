@@ -19,8 +19,8 @@ KEPT = "What is done is kept: the same command goes on after it"
 # How servers say that a prompt has no room: OpenAI, vLLM, SGLang, TGI and llama.cpp.
 NO_ROOM = (
     *("context_length_exceeded", "maximum context length", "exceed_context_size"),
-    *("exceeds the available context", "longer than the model", "max_model_len", "too long"),
-    "must be <=",
+    *("exceeds the available context", "longer than the model", "max_model_len"),
+    *("prompt is too long", "`max_new_tokens` must be <="),
 )
 
 
@@ -70,8 +70,8 @@ class ServerEngine:
                 found = self.client.chat.completions.create(**self._chat(request, seed))
             else:
                 found = self.client.completions.create(**self._plain(request, seed))
-        except openai.BadRequestError as error:
-            if any(words in str(error) for words in NO_ROOM):
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            if any(words in f"{error} {error.code}" for words in NO_ROOM):
                 raise TooLong(first_line(error)) from None
             raise self._refused(error, request) from None
         except openai.APIError as error:

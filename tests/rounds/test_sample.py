@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,23 @@ def test_killed_after_any_piece_it_goes_on_and_ends_the_same(
     monkeypatch.setattr(module.Sampler, "engine", watched)
     sole_sample(config(folder, tmp_path))
     assert len(drawn) == max(6 - after, 0)  # 21 completions, 4 at a time
+    assert contents(tmp_path) == contents(whole)
+
+
+@pytest.mark.parametrize("room", [300, 900, 2000, 3000])
+def test_a_full_disk_is_told_and_what_is_done_is_kept(folder, whole, tmp_path, room):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    told = pytest.raises(
+        UserError, match="samples.jsonl cannot be written: .*What is done is kept: make"
+    )
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+        with told:
+            sole_sample(config(folder, tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "samples.jsonl").exists()
+    sole_sample(config(folder, tmp_path))
     assert contents(tmp_path) == contents(whole)
 
 
