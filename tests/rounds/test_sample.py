@@ -174,6 +174,27 @@ def test_a_full_disk_is_told_and_what_is_done_is_kept(folder, whole, tmp_path, r
     assert contents(tmp_path) == contents(whole)
 
 
+@pytest.mark.parametrize("name", ["completions", "logps"])
+def test_pieces_that_went_elsewhere_are_missed(folder, whole, tmp_path, monkeypatch, name):
+    """As on two machines whose folders are not the same."""
+    score = module.score_completions
+
+    def lost(partial, sampler):
+        score(partial, sampler)
+        (file,) = partial.partial.glob(f"{name}-*.jsonl")
+        file.write_text("".join(file.read_text().splitlines(True)[1:]))
+
+    monkeypatch.setattr(module, "score_completions", lost)
+    with pytest.raises(
+        UserError, match=r"\d+ pieces are missing, though all ranks.*all ranks share"
+    ):
+        sole_sample(config(folder, tmp_path))
+    assert not (tmp_path / "samples.jsonl").exists()
+    monkeypatch.undo()
+    sole_sample(config(folder, tmp_path))
+    assert contents(tmp_path) == contents(whole)
+
+
 def test_what_was_begun_with_other_options_is_not_gone_on_with(folder, tmp_path, monkeypatch):
     def stop(*_):
         raise Killed
