@@ -202,9 +202,9 @@ class SampleFolder:
             lack += digests - logps.keys()
         if lack:
             raise UserError(
-                f"{self.partial}: {len(lack)} pieces are missing, though all ranks are done. Ranks on other "
-                "machines write to folders of their own, or files were removed: output_dir must be on a file "
-                "system that all ranks share. The same command makes what is missing"
+                f"{self.partial}: {len(lack)} pieces are missing, though all ranks are done. Ranks on "
+                "other machines write to folders of their own, or files were removed: output_dir must be "
+                "on a file system that all ranks share. The same command makes what is missing"
             )
 
     def _publish(self, rows: list, logps: dict | None, counts: dict[str, Any]) -> None:
