@@ -138,6 +138,7 @@ TESTED_THROUGH = {
     "kernels.target_product": "ops/test_linear_logp_triton.py",
     "data.chat": "data/test_templates.py",
     "data.template_file": "data/test_templates.py",
+    "rounds.sample_folder": "rounds/test_sample.py",
     "losses.pairwise": "losses/test_table.py",
     "losses.unpaired": "losses/test_table.py",
     "modules.metrics": "modules/test_fused.py",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from typing import Any
 
 from dpo_fast.durable import first_line
@@ -19,8 +20,8 @@ KEPT = "What is done is kept: the same command goes on after it"
 # How servers say that a prompt has no room: OpenAI, vLLM, SGLang, TGI and llama.cpp.
 NO_ROOM = (
     *("context_length_exceeded", "maximum context length", "exceed_context_size"),
-    *("exceeds the available context", "longer than the model", "max_model_len", "too long"),
-    "must be <=",
+    *("exceeds the available context", "longer than the model", "max_model_len"),
+    *("prompt is too long", "`max_new_tokens` must be <="),
 )
 
 
@@ -54,12 +55,23 @@ class ServerEngine:
                     return
                 done, _ = wait(asked, return_when=FIRST_COMPLETED)
                 for future in done:
-                    yield asked.pop(future), [_result(future)]
+                    batch = asked.pop(future)
+                    yield batch, [self._result(future, requests[batch.members[0][0]])]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def close(self) -> None:
         self.client.close()
+
+    def _result(self, future: Future, request: Request) -> Completion | TooLong:
+        """What a thread brings. Templates are rendered in this thread alone."""
+        try:
+            found = future.result()
+        except TooLong as error:
+            return error
+        if self.codec is None or self.engine.api == "chat":
+            return found
+        return replace(found, text=self.codec.without_lead(request.prompt, found.text))
 
     def _ask(self, request: Request, seed: int) -> Completion:
         """One completion. Raises TooLong and UserError."""
@@ -70,8 +82,8 @@ class ServerEngine:
                 found = self.client.chat.completions.create(**self._chat(request, seed))
             else:
                 found = self.client.completions.create(**self._plain(request, seed))
-        except openai.BadRequestError as error:
-            if any(words in str(error) for words in NO_ROOM):
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            if any(words in f"{error} {error.code}" for words in NO_ROOM):
                 raise TooLong(first_line(error)) from None
             raise self._refused(error, request) from None
         except openai.APIError as error:
@@ -132,8 +144,6 @@ class ServerEngine:
             text = _spoken(message)
         if not isinstance(text, str):
             raise self._garbage(found, request)
-        if self.engine.api == "completions" and self.codec is not None:
-            text = self.codec.without_lead(request.prompt, text)
         return Completion(text, str(choice.finish_reason or STOP))
 
     def _check_model(self) -> None:
@@ -216,10 +226,3 @@ def _spoken(message: Any) -> str | None:
     if isinstance(thought, str) and thought.strip():
         return f"<think>\n{thought.strip()}\n</think>\n\n{text or ''}"
     return text
-
-
-def _result(future: Future) -> Completion | TooLong:
-    try:
-        return future.result()
-    except TooLong as error:
-        return error

@@ -12,13 +12,14 @@ from dpo_fast.generation.batches import Batch, seed_of
 from dpo_fast.generation.config import SampleSection
 from dpo_fast.generation.encode import PromptCodec
 from dpo_fast.generation.engine import LENGTH, Completion, Request, cut_at_stop
-from dpo_fast.models.checkpoint import base_of, is_adapter
+from dpo_fast.models.checkpoint import base_of, is_adapter, read_adapter_config
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.hub import split_revision
 from dpo_fast.models.load import tokenizer_path
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 ADAPTER = "adapter"
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 class VllmEngine:
@@ -42,7 +43,7 @@ class VllmEngine:
             "trust_remote_code": model.trust_remote_code,
             "seed": 0,
             **({"revision": revision} if revision else {}),
-            **({"enable_lora": True, "max_lora_rank": 512} if self.lora else {}),
+            **({"enable_lora": True, "max_lora_rank": _rank_of(model.path)} if self.lora else {}),
         }
         try:
             self.llm = self.vllm.LLM(**(options | section.engine.options))
@@ -77,7 +78,7 @@ class VllmEngine:
             n=1,
             temperature=section.temperature,
             top_p=section.top_p,
-            top_k=section.top_k,
+            top_k=section.top_k or -1,
             min_p=section.min_p,
             repetition_penalty=section.repetition_penalty,
             max_tokens=section.max_new_tokens,
@@ -99,6 +100,13 @@ class VllmEngine:
             return None
         request = importlib.import_module("vllm.lora.request").LoRARequest
         return request(ADAPTER, 1, path)
+
+
+def _rank_of(path: str) -> int:
+    """The rank that vLLM must make room for: it knows only some."""
+    config = read_adapter_config(path, "model.path")
+    largest = max([int(config.get("r") or 0), *(config.get("rank_pattern") or {}).values()])
+    return next((rank for rank in RANKS if rank >= largest), RANKS[-1])
 
 
 def _import_vllm() -> Any:

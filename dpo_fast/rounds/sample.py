@@ -24,6 +24,7 @@ from dpo_fast.generation.config import SampleSection
 from dpo_fast.generation.encode import Encoded, PromptCodec
 from dpo_fast.generation.engine import Completion, Engine, Request, TooLong
 from dpo_fast.generation.prompts import Prompts, read_prompts
+from dpo_fast.models.checkpoint import check_model_path, is_folder
 from dpo_fast.rounds.config import RoundsConfig
 from dpo_fast.rounds.journal import Journal
 from dpo_fast.rounds.sample_folder import SampleFolder, Written, manifest_of
@@ -68,11 +69,14 @@ def sample(config: RoundsConfig) -> Path:
 
 
 def section_of(config: RoundsConfig) -> SampleSection:
-    """Raises UserError without a section `sample`, and for ranks that an engine does not know."""
+    """Raises UserError without a section `sample`, without its model, or for ranks that an engine lacks."""
     if config.sample is None:
         raise UserError(
             "the file has no section sample; it says which prompts are completed, and how"
         )
+    check_model_path(config.model.path)
+    if config.model.tokenizer is not None:
+        is_folder(config.model.tokenizer, "model.tokenizer")
     if config.sample.engine.type == "vllm" and distributed.world_size() > 1:
         raise UserError(
             "sample.engine.type=vllm has processes of its own: start one rank, and set "

@@ -176,6 +176,7 @@ class SampleFolder:
         groups: dict[int, list[Written]] = {}
         for written in self.completions():
             groups.setdefault(written.place, []).append(written)
+        self._check_whole(groups, encoded, logps)
         whole = {p: g for p, g in groups.items() if all(each.completion for each in g)}
         refused = [
             (prompts.items[p].where, g[0].reason) for p, g in groups.items() if p not in whole
@@ -189,6 +190,22 @@ class SampleFolder:
         counts |= {"prompts_left_out_count": len(encoded.dropped) + len(refused)}
         self._publish(rows, logps, counts)
         return _summary(self.rows_file, counts, len(rows))
+
+    def _check_whole(
+        self, groups: dict[int, list[Written]], encoded: Encoded, logps: dict[bytes, Any] | None
+    ) -> None:
+        """Raises UserError unless every completion and every log-prob is there."""
+        count = self.manifest["sample.num_generations"]
+        lack = [place for place in encoded.places if len(groups.get(place, ())) != count]
+        if logps is not None:
+            digests = {each.digest for group in groups.values() for each in group} - {None}
+            lack += digests - logps.keys()
+        if lack:
+            raise UserError(
+                f"{self.partial}: {len(lack)} pieces are missing, though all ranks are done. Ranks on "
+                "other machines write to folders of their own, or files were removed: output_dir must be "
+                "on a file system that all ranks share. The same command makes what is missing"
+            )
 
     def _publish(self, rows: list, logps: dict | None, counts: dict[str, Any]) -> None:
         created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

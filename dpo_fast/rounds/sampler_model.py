@@ -55,14 +55,14 @@ class Sampler:
 
     def facts(self) -> dict[str, Any]:
         """What identifies it, for a manifest. Collective."""
-        facts = {"dtype": self.model.precision, "template": read_template(self.data)}
-        if self.is_here:
-            facts["model"] = identity_of(_Run(self.model, self.data), self.model.path)
-        else:
-            facts["model"] = self.section.engine.model or self.model.path
+        facts = {"template": read_template(self.data)}
         if self.codec is not None:
             facts["tokenizer"] = tokenizer_hash(self.codec.tokenizer)
-        return facts
+        if not self.is_here:
+            return facts | {"model": self.section.engine.model or self.model.path}
+        _ = self._skeleton  # tells what is wrong with the model's folder, or with its name
+        identity = identity_of(_Run(self.model, self.data), self.model.path)
+        return facts | {"model": identity, "dtype": self.model.precision}
 
     @property
     def is_here(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,44 @@ def test_killed_after_any_piece_it_goes_on_and_ends_the_same(
     assert contents(tmp_path) == contents(whole)
 
 
+@pytest.mark.parametrize("room", [300, 900, 2000, 3000])
+def test_a_full_disk_is_told_and_what_is_done_is_kept(folder, whole, tmp_path, room):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    told = pytest.raises(
+        UserError, match="samples.jsonl cannot be written: .*What is done is kept: make"
+    )
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+        with told:
+            sole_sample(config(folder, tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "samples.jsonl").exists()
+    sole_sample(config(folder, tmp_path))
+    assert contents(tmp_path) == contents(whole)
+
+
+@pytest.mark.parametrize("name", ["completions", "logps"])
+def test_pieces_that_went_elsewhere_are_missed(folder, whole, tmp_path, monkeypatch, name):
+    """As on two machines whose folders are not the same."""
+    score = module.score_completions
+
+    def lost(partial, sampler):
+        score(partial, sampler)
+        (file,) = partial.partial.glob(f"{name}-*.jsonl")
+        file.write_text("".join(file.read_text().splitlines(True)[1:]))
+
+    monkeypatch.setattr(module, "score_completions", lost)
+    with pytest.raises(
+        UserError, match=r"\d+ pieces are missing, though all ranks.*all ranks share"
+    ):
+        sole_sample(config(folder, tmp_path))
+    assert not (tmp_path / "samples.jsonl").exists()
+    monkeypatch.undo()
+    sole_sample(config(folder, tmp_path))
+    assert contents(tmp_path) == contents(whole)
+
+
 def test_what_was_begun_with_other_options_is_not_gone_on_with(folder, tmp_path, monkeypatch):
     def stop(*_):
         raise Killed
@@ -271,3 +310,101 @@ def test_scored_rows_are_groups_that_train_reads(folder, whole, tmp_path):
 def test_parquet_holds_the_same_rows(folder, whole, tmp_path):
     sole_sample(config(folder, tmp_path, output="parquet"))
     assert read_rows(tmp_path / "samples.parquet") == read_rows(whole / "samples.jsonl")
+
+
+def test_an_adapter_is_sampled_from_as_it_is_trained_further(folder, whole, tmp_path):
+    """Its completions and log-probs are its own, and are the reference of the run that continues it."""
+    section = ModelSection(path=str(folder / "model"), dtype="fp32", lora={"r": 4})
+    adapted = load_model(section, attention="sdpa").model
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    adapted.save_pretrained(tmp_path / "adapter")
+    model = {"path": str(tmp_path / "adapter")}
+    out = sole_sample(config(folder, tmp_path / "out", model=model)).parent
+    rows, plain = read_rows(out / "samples.jsonl"), read_rows(whole / "samples.jsonl")
+    assert [row["completions"] for row in rows] != [row["completions"] for row in plain]
+    a, b = rows[0]["completions"][:2]
+    pair = {"prompt": rows[0]["prompt"], "chosen": a, "rejected": b}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    run = run_config(folder, tmp_path / "run", tmp_path / "pairs.jsonl", model=tmp_path / "adapter")
+    assert computed(run)[0] == pytest.approx(rows[0]["logps"][:2], abs=1e-4)
+    assert fill_references(run, [out / "samples.logps.parquet"]) == ["train"]
+
+
+def test_adapters_that_a_run_would_add_change_nothing(folder, whole, tmp_path):
+    sole_sample(config(folder, tmp_path, model={"lora": {"r": 4}}))
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_long_prompts_are_left_out_and_counted(folder, tmp_path, capsys):
+    """By data.max_length, beyond which `train` would cut."""
+    sole_sample(config(folder, tmp_path, data={"max_length": 23}))
+    rows = read_rows(tmp_path / "samples.jsonl")
+    assert [row["id"] for row in rows] == [0, 1, 4, 5]
+    counts = json.loads((tmp_path / "samples.json").read_text())["counts"]
+    assert counts["prompts_left_out_count"] == 3
+    said = " ".join(capsys.readouterr().err.split())
+    assert "3 prompts are left out; the first:" in said and "leave room for 17" in said
+    with pytest.raises(
+        UserError, match="prompts.jsonl:3: its prompt has .*set sample.long_prompts=drop"
+    ):
+        sole_sample(config(folder, tmp_path / "b", data={"max_length": 23}, long_prompts="error"))
+
+
+def test_the_models_positions_bound_prompts_too(folder, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    model.config.max_position_embeddings = 23
+    model.save_pretrained(tmp_path / "model")
+    load_tokenizer(ModelSection(path=str(folder / "model"))).save_pretrained(tmp_path / "model")
+    model = {"path": str(tmp_path / "model")}
+    sole_sample(config(folder, tmp_path / "out", model=model))
+    assert len(read_rows(tmp_path / "out" / "samples.jsonl")) == 4
+    with pytest.raises(
+        UserError, match="max_new_tokens=30 leaves no room .* the model's 23 positions"
+    ):
+        sole_sample(config(folder, tmp_path / "b", model=model, max_new_tokens=30))
+
+
+def test_bf16_samples_and_scores_with_the_same_rounding(folder, tmp_path):
+    out = sole_sample(config(folder, tmp_path, model={"dtype": "bf16"})).parent
+    assert read_sequences(out / "samples.logps.parquet").manifest["dtype"] == "bf16"
+
+
+def test_an_option_of_training_alone_does_not_stop_it(folder, tmp_path):
+    data = {"eval_rows": 100, "group_pairs": "best_worst"}
+    model = {"torch_compile": True, "gradient_checkpointing": True, "attention": "varlen"}
+    sole_sample(config(folder, tmp_path, data=data, model=model))
+    with pytest.raises(
+        UserError, match="section data: unknown key max_lenght; did you mean max_length"
+    ):
+        sole_sample(config(folder, tmp_path / "b", data={"max_lenght": 9}))
+
+
+@pytest.mark.parametrize(
+    "rows, words",
+    [
+        ("", "there are no rows in it"),
+        ('{"prompt": "  "}\n', "prompts.jsonl:1: empty prompt"),
+        ('{"prompt": "a"\n', "prompts.jsonl:1"),
+        ('{"text": "a b"}\n', "prompts.jsonl:1: missing field 'prompt'"),
+    ],
+)
+def test_prompts_that_are_none_are_told(folder, tmp_path, rows, words):
+    (tmp_path / "prompts.jsonl").write_text(rows)
+    with pytest.raises(UserError, match=words):
+        sole_sample(config(folder, tmp_path / "out", prompts=str(tmp_path / "prompts.jsonl")))
+    assert not (tmp_path / "out" / "samples.jsonl").exists()
+
+
+def test_weights_that_are_not_finite_are_told(folder, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    model.lm_head.weight.data[3, 3] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    load_tokenizer(ModelSection(path=str(folder / "model"))).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="weights that are not finite .*lm_head.weight"):
+        sole_sample(config(folder, tmp_path / "out", model={"path": str(tmp_path / "model")}))

@@ -1,0 +1,31 @@
+"""The journal of finished pieces: what has no end does not count, and everybody's files are read."""
+
+from __future__ import annotations
+
+import os
+
+from dpo_fast.rounds.journal import Journal
+
+
+def test_lines_of_all_ranks_count_and_torn_ones_do_not(tmp_path):
+    ranks = [Journal(tmp_path, "work", rank) for rank in (0, 1)]
+    for number in range(4):
+        ranks[number % 2].append(number, {"text": f"line\n{number} \u2028"})
+    for each in ranks:
+        each.close()
+    Journal(tmp_path, "other", 0).append(9, None)
+    with (tmp_path / "work-00001.jsonl").open("a") as file:
+        file.write('{"number": 7, "content": "half of i')
+    again = Journal(tmp_path, "work", 1)
+    assert again.numbers() == {0, 1, 2, 3}
+    again.mend()
+    again.append(5, "new")
+    assert dict(again.read()) == {n: {"text": f"line\n{n} \u2028"} for n in range(4)} | {5: "new"}
+
+
+def test_a_file_of_one_torn_line_is_mended_to_nothing(tmp_path):
+    (tmp_path / "work-00000.jsonl").write_bytes(b'{"number"')
+    journal = Journal(tmp_path, "work", 0)
+    journal.mend()
+    assert os.stat(tmp_path / "work-00000.jsonl").st_size == 0 and journal.numbers() == set()
+    assert Journal(tmp_path / "none", "work", 0).numbers() == set()
