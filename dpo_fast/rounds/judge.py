@@ -23,7 +23,7 @@ from dpo_fast import durable
 from dpo_fast.errors import UserError
 from dpo_fast.judging.config import JudgeSection
 from dpo_fast.judging.lines import Lines, read_lines
-from dpo_fast.judging.pairing import pairs_of
+from dpo_fast.judging.pairing import group_of, pairs_of
 from dpo_fast.judging.samples import SampleRow, read_rows
 from dpo_fast.judging.table import JUDGES, Materials
 from dpo_fast.judging.tally import Tally
@@ -216,6 +216,11 @@ class _Judging:
         for row in read_rows(self.scores, "scores"):
             scores = row.content["scores"]
             tally.row(row, scores, row.content["verdicts"], row.content["reasons"])
+            if self.config.pairs.strategy == "groups":
+                if group := group_of(row, scores, self.config.pairs, tally.refused):
+                    tally.groups += 1
+                    yield group
+                continue
             pairs = pairs_of(row, scores, self.config.pairs, tally.refused)
             tally.pairs_of_row(pairs)
             for pair in pairs:
@@ -223,7 +228,7 @@ class _Judging:
 
     def check(self, tally: Tally) -> None:
         """Raises UserError where there are no pairs, with the reason."""
-        if tally.pairs:
+        if tally.pairs or tally.groups:
             return
         said = tally.verdicts[SCORED]
         if tally.only_value is not None and said > 1:

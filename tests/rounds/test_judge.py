@@ -113,6 +113,13 @@ def test_pairs_alone_are_made_anew(folder):
     assert judge(config(folder, strategy="all", margin=0.5))["pairs"] == 12
 
 
+def test_groups_in_place_of_pairs(folder):
+    report = judge(config(folder, strategy="groups", unfinished="keep"))
+    assert report["groups"] == 12 and "pairs" not in report
+    groups = examples(folder, "pairs.jsonl")
+    assert len(groups) == 12 and list(groups[1]["scores"]) == [3, 4, 4]
+
+
 def test_what_was_made_with_something_else_is_told_key_by_key(tmp_path):
     before = {"judge": {"type": "rule", "kwargs": {"a": 1}}, "samples": "x"}
     now = {"judge": {"type": "rule", "kwargs": {"a": 2}, "new": None}, "samples": "x"}
