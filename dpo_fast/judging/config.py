@@ -90,8 +90,17 @@ class JudgeSection(BaseModel):
         "tie. The last such mark of the answer counts",
     )
     system_prompt: str | None = Field(None, description="openai: the system message of the judge")
-    temperature: float = Field(0.0, ge=0, description="openai: of the judge's answers")
-    max_tokens: int = Field(1024, ge=1, description="openai: tokens of an answer, at most")
+    temperature: float | None = Field(
+        0.0,
+        ge=0,
+        description="openai: of the judge's answers; null for models that refuse the field",
+    )
+    max_tokens: int | None = Field(
+        1024,
+        ge=1,
+        description="openai: tokens of an answer, at most; null for models that refuse the field, with "
+        "extra_body: {max_completion_tokens: 4096}",
+    )
     seed: int | None = Field(None, description="openai: seed, for servers that take one")
     extra_body: dict[str, Any] = Field(
         default_factory=dict, description="openai: further fields of a request"

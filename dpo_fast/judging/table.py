@@ -84,9 +84,17 @@ def _server(materials: Materials) -> Judge:
     return ServerJudge(materials.section, Answers(folder, materials.rank))
 
 
+def _dtype(materials: Materials) -> str:
+    """The dtype that judge.dtype means on this machine."""
+    from dpo_fast.models.precision import choose_dtype
+
+    return choose_dtype(materials.section.dtype).name
+
+
 def _reward_model_identity(materials: Materials) -> dict[str, Any]:
-    names = ("label", "input", "apply_chat_template", "max_length", "dtype")
+    names = ("label", "input", "apply_chat_template", "max_length")
     options = {name: getattr(materials.section, name) for name in names}
+    options["dtype"] = _dtype(materials)
     return {"model": materials.identity(materials.section.path), **options}
 
 
@@ -97,9 +105,12 @@ def _reward_model(materials: Materials) -> Judge:
 
 
 def _implicit_identity(materials: Materials) -> dict[str, Any]:
-    names = ("beta", "per_token", "dtype")
-    options = {name: getattr(materials.section, name) for name in names}
-    models = {"policy": materials.model.path, "reference": materials.section.reference}
+    from dpo_fast.data.dataset import APART
+
+    section = materials.section
+    options = {"beta": section.beta, "per_token": section.per_token, "dtype": _dtype(materials)}
+    options["data"] = materials.data().model_dump(mode="json", exclude=APART)
+    models = {"policy": materials.model.path, "reference": section.reference}
     return {name: materials.identity(path) for name, path in models.items()} | options
 
 

@@ -134,8 +134,9 @@ class _Judging:
         done = distributed.from_main(
             lambda: {n for n, e in self.judged().items() if not _failed(e)}
         )
+        count = self.count()
         with closing(self.spec.open(self.materials)) as judge:
-            chunks = list(self.left(judge.together, done))
+            chunks = list(self.left(count, judge.together, done))
             if done:
                 say(f"{len(done):,} prompts are judged already")
             lines = Lines(self.journal / f"rank-{distributed.rank()}.jsonl", ROOM)
@@ -145,9 +146,15 @@ class _Judging:
                         lines.append(_entry(place, judged))
                     advance()
 
-    def left(self, together: int, done: set[int]) -> Iterator[range]:
-        """This rank's chunks that are not done. They depend on the rows alone, not on the ranks."""
+    def count(self) -> int:
+        """How many rows there are. A bad one is told before a model is loaded."""
         count = sum(1 for _ in read_rows(self.samples))
+        if not count:
+            raise UserError(f"{self.samples} has no rows: sample again, with prompts")
+        return count
+
+    def left(self, count: int, together: int, done: set[int]) -> Iterator[range]:
+        """This rank's chunks that are not done. They depend on the rows alone, not on the ranks."""
         for number, first in enumerate(range(0, count, together)):
             chunk = range(first, min(first + together, count))
             if number % distributed.world_size() == distributed.rank() and not done.issuperset(

@@ -217,6 +217,8 @@ def test_bad_rows_are_named_by_file_line_and_field(folder):
         write_rows(folder / "samples.jsonl", bad)
         assert f"{folder}/samples.jsonl:2: {said}" in refusal(folder)
         assert not (folder / "scores.jsonl").exists()
+    (folder / "samples.jsonl").write_text("")
+    assert "samples.jsonl has no rows" in refusal(folder)
     (folder / "samples.jsonl").unlink()
     assert "samples.jsonl is not there: run dpo-fast sample first" in refusal(folder)
 
