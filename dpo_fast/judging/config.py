@@ -25,6 +25,9 @@ USES = {  # options of each judge, the first of which it needs
 }
 
 
+OF_GROUPS = {"strategy", "unfinished"}  # options of `pairs` that groups have, too
+
+
 class JudgeSection(BaseModel):
     """What scores completions. Each judge has options of its own; those of others are refused."""
 
@@ -87,8 +90,17 @@ class JudgeSection(BaseModel):
         "tie. The last such mark of the answer counts",
     )
     system_prompt: str | None = Field(None, description="openai: the system message of the judge")
-    temperature: float = Field(0.0, ge=0, description="openai: of the judge's answers")
-    max_tokens: int = Field(1024, ge=1, description="openai: tokens of an answer, at most")
+    temperature: float | None = Field(
+        0.0,
+        ge=0,
+        description="openai: of the judge's answers; null for models that refuse the field",
+    )
+    max_tokens: int | None = Field(
+        1024,
+        ge=1,
+        description="openai: tokens of an answer, at most; null for models that refuse the field, with "
+        "extra_body: {max_completion_tokens: 4096}",
+    )
     seed: int | None = Field(None, description="openai: seed, for servers that take one")
     extra_body: dict[str, Any] = Field(
         default_factory=dict, description="openai: further fields of a request"
@@ -198,11 +210,11 @@ class PairsSection(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    strategy: Literal["best_worst", "all", "best_random"] = Field(
+    strategy: Literal["best_worst", "all", "best_random", "groups"] = Field(
         "best_worst",
         description="best_worst: the best against the worst; all: every two whose scores differ by more "
         "than margin (DNO-Prct, arXiv 2404.03715); best_random: the best against one of the others, drawn "
-        "by seed",
+        "by seed; groups: no pairs, but all scored completions of a prompt, for losses on groups",
     )
     margin: float = Field(
         0.0, ge=0, allow_inf_nan=False, description="a pair's scores differ by more than this"
@@ -247,6 +259,11 @@ class PairsSection(BaseModel):
         if "seed" in self.model_fields_set and self.strategy != "best_random":
             raise ValueError(
                 f"pairs.seed={self.seed} is used by pairs.strategy=best_random alone; remove it"
+            )
+        if self.strategy == "groups" and (extra := sorted(self.model_fields_set - OF_GROUPS)):
+            raise ValueError(
+                f"pairs.{extra[0]}={getattr(self, extra[0])} is of pairs, and pairs.strategy=groups makes "
+                "none; remove it"
             )
         if self.max_per_prompt is not None and self.strategy != "all":
             raise ValueError(

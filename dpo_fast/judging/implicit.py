@@ -6,15 +6,16 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 
-from dpo_fast.data.batch import collate
 from dpo_fast.data.config import DataConfig
-from dpo_fast.data.kinds import COMPLETIONS
 from dpo_fast.data.rows import parse_row
-from dpo_fast.data.tokenise import RowTokeniser, TokenisedCompletion
+from dpo_fast.data.tokenise import RowTokeniser
 from dpo_fast.data.verdicts import Verdict as RowVerdict
 from dpo_fast.errors import UserError
+from dpo_fast.generation.encode import Tokens
+from dpo_fast.generation.logps import LAYOUT, score
 from dpo_fast.judging.config import JudgeSection
 from dpo_fast.judging.samples import SampleRow
 from dpo_fast.judging.verdict import FAILED, Failures, Judged, Verdict, verdict_of
@@ -22,10 +23,6 @@ from dpo_fast.models import ScoringModel, end_of_turn_ids, load_model, load_toke
 from dpo_fast.models.architecture import architecture_of, choose_attention
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.load import load_skeleton
-from dpo_fast.models.scoring import forward_arguments
-from dpo_fast.ops.segments import sum_sequences
-
-LAYOUT = "padded"  # the one that every architecture allows
 
 
 class ImplicitJudge:
@@ -75,52 +72,38 @@ class ImplicitJudge:
 
     def _judged(self, rows: list[SampleRow]) -> list[Judged]:
         found: list[list[Any]] = [[None] * len(row.completions) for row in rows]
-        texts: list[tuple[int, int, TokenisedCompletion]] = []
+        texts: list[tuple[int, int, Tokens]] = []
         for number, row in enumerate(rows):
             for index, completion in enumerate(row.completions):
                 try:
                     texts.append((number, index, self._tokens(row, completion)))
                 except RowVerdict as verdict:
                     found[number][index] = Verdict.without(FAILED, str(verdict))
-        texts.sort(key=lambda each: -len(each[2].prompt_ids) - len(each[2].completion_ids))
+        texts.sort(key=lambda each: -len(each[2].prompt_ids) - len(each[2].answer_ids))
         for start in range(0, len(texts), self.section.batch_size):
             batch = texts[start : start + self.section.batch_size]
             for (number, index, _), reward in zip(batch, self._rewards([t for *_, t in batch])):
                 found[number][index] = verdict_of(reward)
         return [Judged(each) for each in found]
 
-    def _tokens(self, row: SampleRow, completion: str) -> TokenisedCompletion:
+    def _tokens(self, row: SampleRow, completion: str) -> Tokens:
         """Raises BadRow or Dropped for what `train` would not take, either."""
         wanted = ("system", "tools", "chat_template_kwargs")
         columns = {name: row.content[name] for name in wanted if name in row.content}
         raw = {"prompt": row.prompt, "completion": completion, "label": True, **columns}
-        return self.tokenise(parse_row(row.where, raw, self.data))
+        found = self.tokenise(parse_row(row.where, raw, self.data))
+        return Tokens(found.prompt_ids, found.completion_ids, found.completion_scored)
 
-    def _rewards(self, texts: list[TokenisedCompletion]) -> list[float]:
-        policy_S, reference_S = (self._logps(model, texts) for model in self.models)
-        rewards_S = self.section.beta * (policy_S - reference_S)
-        if self.section.per_token:
-            rewards_S = rewards_S / torch.tensor(list(map(_scored_tokens, texts)))
-        return rewards_S.tolist()
-
-    @torch.no_grad()
-    def _logps(self, model: ScoringModel, texts: list[TokenisedCompletion]) -> torch.Tensor:
-        """Summed log-probs of the completions, fp32 [S], in the order of the texts."""
-        examples = [
-            {
-                "prompt_ids": text.prompt_ids,
-                "completion_ids": text.completion_ids,
-                "completion_scored": text.completion_scored,
-                "label": True,
-            }
-            for text in texts
-        ]
+    def _rewards(self, texts: list[Tokens]) -> list[float]:
         pad_id = self.tokenizer.pad_token_id
-        batch = collate(examples, LAYOUT, pad_id=pad_id, kind=COMPLETIONS).to(self.device)
-        sums_S = sum_sequences(model(**forward_arguments(batch))["logp"].float(), batch.lengths_S)
-        ordered_S = torch.empty(len(texts))
-        ordered_S[batch.indices_P] = sums_S.float().cpu()
-        return ordered_S
+        policy, reference = (score(model, texts, pad_id) for model in self.models)
+        rewards = []
+        for ours, theirs in zip(policy, reference):
+            difference = float(ours.sum(dtype=np.float64) - theirs.sum(dtype=np.float64))
+            rewards.append(
+                self.section.beta * difference / (len(ours) if self.section.per_token else 1)
+            )
+        return rewards
 
     def _loaded(self, section: ModelSection, option: str) -> ScoringModel:
         architecture = architecture_of(load_skeleton(section, option))
@@ -134,11 +117,6 @@ class ImplicitJudge:
                 "tokens: the two models do not share a tokenizer"
             )
         return model.requires_grad_(False).eval()
-
-
-def _scored_tokens(text: TokenisedCompletion) -> int:
-    flags = text.completion_scored
-    return len(text.completion_ids) if flags is None else sum(flags)
 
 
 def _shared(section: JudgeSection) -> dict[str, Any]:

@@ -71,6 +71,26 @@ def pairs_of(
     return list(_allowed(row, candidates, section, refused))
 
 
+def group_of(
+    row: SampleRow, scores: list[float | None], section: PairsSection, refused: Counter
+) -> dict[str, Any] | None:
+    """The scored completions of a prompt, as `train` reads a group; None if there is nothing to learn."""
+    candidates = candidates_of(row, scores, section, refused)
+    if section.unfinished == "reject":
+        most = max((each.score for each in candidates if each.finished), default=-math.inf)
+        refused[CUT] += sum(each.score > most for each in candidates)
+        candidates = [each for each in candidates if each.score <= most]
+    if len(candidates) < 2 or len({each.score for each in candidates}) == 1:
+        refused[FEW if len(candidates) < 2 else TIED] += 1
+        return None
+    return {
+        "prompt": row.prompt,
+        "completions": [each.text for each in candidates],
+        "scores": [each.score for each in candidates],
+        **{name: row.content[name] for name in KEPT if name in row.content},
+    }
+
+
 def candidates_of(
     row: SampleRow, scores: list[float | None], section: PairsSection, refused: Counter
 ) -> list[Candidate]:

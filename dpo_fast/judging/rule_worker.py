@@ -8,6 +8,7 @@ goes to standard error.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import hashlib
 import importlib
 import importlib.util
@@ -15,8 +16,11 @@ import inspect
 import json
 import math
 import os
+import signal
 import sys
 import traceback
+
+PR_SET_PDEATHSIG = 1
 
 
 def load(name: str):
@@ -142,7 +146,14 @@ def _hash(file: str | None) -> str | None:
         return hashlib.sha256(content.read()).hexdigest()
 
 
+def end_with_parent() -> None:
+    """A function that never returns would not see that standard input has ended."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main(name: str, kwargs: str) -> None:
+    end_with_parent()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # the function may print
 

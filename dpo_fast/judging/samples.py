@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from dpo_fast.errors import UserError
 from dpo_fast.wording import quoted
 
 MOST_BYTES = 1 << 28  # of a row
+AS_TEXT = ("tools", "chat_template_kwargs", "row")  # objects, which Parquet has as JSON text
 LENGTH = "length"  # the finish reason of a completion that was cut off
 
 
@@ -48,9 +50,14 @@ class SampleRow:
 
     @property
     def columns(self) -> dict[str, Any]:
-        """What the row has beside prompt and completions, such as the right answer."""
-        apart = ("prompt", "completions", "finish_reasons", "logps")
-        return {name: value for name, value in self.content.items() if name not in apart}
+        """What the row has beside prompt and completions, such as the right answer.
+
+        `row` holds the other columns that the prompt's own row had.
+        """
+        apart = ("prompt", "completions", "finish_reasons", "logps", "row")
+        own = {name: value for name, value in self.content.items() if name not in apart}
+        begun = self.content.get("row")
+        return {**begun, **own} if isinstance(begun, dict) else own
 
     def unfinished(self, index: int) -> bool:
         return bool(self.finish_reasons) and self.finish_reasons[index] == LENGTH
@@ -79,7 +86,7 @@ def read_rows(path: Path, option: str = "judge.samples") -> Iterator[SampleRow]:
     strict = _Strict(option)
     for place, (where, raw) in enumerate(read_file(path, strict)):
         try:
-            yield sample_row(place, where, raw)
+            yield sample_row(place, where, _decoded(raw) if path.suffix == ".parquet" else raw)
         except BadRow as verdict:
             strict.reject(where, verdict)
 
@@ -103,6 +110,20 @@ def sample_row(place: int, where: str, raw: Mapping[str, Any]) -> SampleRow:
             f"{quoted(reasons)} for {len(texts)} completions",
         )
     return SampleRow(place, where, prompt, texts, list(reasons), content)
+
+
+def _decoded(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of Parquet with its messages and objects, which stand there as JSON text. Raises BadRow."""
+    row = dict(raw)
+    for name in ("prompt", *AS_TEXT):
+        value = row.get(name)
+        if isinstance(value, str) and (name != "prompt" or value.startswith("[{")):
+            try:
+                row[name] = json.loads(value)
+            except (ValueError, RecursionError):
+                if name != "prompt":
+                    raise BadRow(f"{name!r} is no JSON", quoted(value)) from None
+    return row
 
 
 def _is_chat(value: Any) -> bool:

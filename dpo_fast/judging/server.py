@@ -143,25 +143,22 @@ class ServerJudge:
         if known is None:
             known = self._answer(request)
             self.answers.keep(request, known)
+        if known["reason"] == "length" and "[[" not in (known["text"] or ""):
+            limit = self.section.max_tokens
+            raise NoVerdict(UNPARSABLE, f"the answer was cut off at judge.max_tokens={limit}")
         if known["text"] is None:
             raise NoVerdict(REFUSED, known["reason"] or "the answer is empty")
-        if known["reason"] == "length" and "[[" not in known["text"]:
-            raise NoVerdict(
-                UNPARSABLE, f"the answer was cut off at judge.max_tokens={self.section.max_tokens}"
-            )
         return known["text"]
 
     def _request(self, text: str) -> dict[str, Any]:
         section = self.section
         system = section.system_prompt
         messages = [{"role": "system", "content": system}] if system else []
-        request = {
-            "model": section.model,
-            "messages": [*messages, {"role": "user", "content": text}],
-            "temperature": section.temperature,
-            "max_tokens": section.max_tokens,
-        }
-        request |= {} if section.seed is None else {"seed": section.seed}
+        request = {"model": section.model}
+        request["messages"] = [*messages, {"role": "user", "content": text}]
+        for name in ("temperature", "max_tokens", "seed"):
+            if (value := getattr(section, name)) is not None:
+                request[name] = value
         return request | ({"extra_body": section.extra_body} if section.extra_body else {})
 
     def _answer(self, request: dict[str, Any]) -> dict[str, Any]:

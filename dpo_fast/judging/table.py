@@ -26,7 +26,7 @@ class Materials:
 
     model: the section `model`. data: gives the section `data`. Both are for the implicit reward.
     folder: where answers are kept. rank: of this process. device: gives that of this rank.
-    identity: the hash of a model's weights, by its path.
+    identity: the hash of a model's weights, by its path and the option that names it.
     """
 
     section: JudgeSection
@@ -35,7 +35,7 @@ class Materials:
     folder: Path
     rank: int
     device: Callable[[], torch.device]
-    identity: Callable[[str], str]
+    identity: Callable[[str, str], str]
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,18 @@ def _server(materials: Materials) -> Judge:
     return ServerJudge(materials.section, Answers(folder, materials.rank))
 
 
+def _dtype(materials: Materials) -> str:
+    """The dtype that judge.dtype means on this machine."""
+    from dpo_fast.models.precision import choose_dtype
+
+    return choose_dtype(materials.section.dtype).name
+
+
 def _reward_model_identity(materials: Materials) -> dict[str, Any]:
-    names = ("label", "input", "apply_chat_template", "max_length", "dtype")
+    names = ("label", "input", "apply_chat_template", "max_length")
     options = {name: getattr(materials.section, name) for name in names}
-    return {"model": materials.identity(materials.section.path), **options}
+    options["dtype"] = _dtype(materials)
+    return {"model": materials.identity(materials.section.path, "judge.path"), **options}
 
 
 def _reward_model(materials: Materials) -> Judge:
@@ -97,10 +105,13 @@ def _reward_model(materials: Materials) -> Judge:
 
 
 def _implicit_identity(materials: Materials) -> dict[str, Any]:
-    names = ("beta", "per_token", "dtype")
-    options = {name: getattr(materials.section, name) for name in names}
-    models = {"policy": materials.model.path, "reference": materials.section.reference}
-    return {name: materials.identity(path) for name, path in models.items()} | options
+    from dpo_fast.data.dataset import APART
+
+    section = materials.section
+    options = {"beta": section.beta, "per_token": section.per_token, "dtype": _dtype(materials)}
+    options["data"] = materials.data().model_dump(mode="json", exclude=APART)
+    models = {"model.path": materials.model.path, "judge.reference": section.reference}
+    return {name: materials.identity(path, name) for name, path in models.items()} | options
 
 
 def _implicit(materials: Materials) -> Judge:

@@ -56,6 +56,7 @@ class Tally:
     within: Moments = field(default_factory=Moments)
     refused: Counter = field(default_factory=Counter)
     pairs: int = 0
+    groups: int = 0
     rows_with_pairs: int = 0
     chosen_longer: int = 0
     chosen_characters: int = 0
@@ -119,8 +120,8 @@ class Tally:
             "distinct_scores": f"{DISTINCT} or more" if self.several else len(self.values),
             "score_length_correlation": _finite(self.overall.correlation),
             "score_length_correlation_within_prompts": _finite(self.within.correlation),
-            "pairs": self.pairs,
-            "prompts_with_pairs": self.rows_with_pairs,
+            **({"groups": self.groups} if self.groups else {"pairs": self.pairs}),
+            "prompts_with_pairs": self.rows_with_pairs or None,
             "refused": {name: count for name, count in self.refused.items() if count},
             "chosen_longer": _finite(self.chosen_longer * share),
             "chosen_characters": _finite(self.chosen_characters * share),

@@ -17,13 +17,14 @@ from contextlib import closing
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from dpo_fast import durable
 from dpo_fast.errors import UserError
 from dpo_fast.judging.config import JudgeSection
 from dpo_fast.judging.lines import Lines, read_lines
-from dpo_fast.judging.pairing import pairs_of
+from dpo_fast.judging.pairing import group_of, pairs_of
 from dpo_fast.judging.samples import SampleRow, read_rows
 from dpo_fast.judging.table import JUDGES, Materials
 from dpo_fast.judging.tally import Tally
@@ -134,8 +135,9 @@ class _Judging:
         done = distributed.from_main(
             lambda: {n for n, e in self.judged().items() if not _failed(e)}
         )
+        count = self.count()
         with closing(self.spec.open(self.materials)) as judge:
-            chunks = list(self.left(judge.together, done))
+            chunks = list(self.left(count, judge.together, done))
             if done:
                 say(f"{len(done):,} prompts are judged already")
             lines = Lines(self.journal / f"rank-{distributed.rank()}.jsonl", ROOM)
@@ -145,9 +147,15 @@ class _Judging:
                         lines.append(_entry(place, judged))
                     advance()
 
-    def left(self, together: int, done: set[int]) -> Iterator[range]:
-        """This rank's chunks that are not done. They depend on the rows alone, not on the ranks."""
+    def count(self) -> int:
+        """How many rows there are. A bad one is told before a model is loaded."""
         count = sum(1 for _ in read_rows(self.samples))
+        if not count:
+            raise UserError(f"{self.samples} has no rows: sample again, with prompts")
+        return count
+
+    def left(self, count: int, together: int, done: set[int]) -> Iterator[range]:
+        """This rank's chunks that are not done. They depend on the rows alone, not on the ranks."""
         for number, first in enumerate(range(0, count, together)):
             chunk = range(first, min(first + together, count))
             if number % distributed.world_size() == distributed.rank() and not done.issuperset(
@@ -216,6 +224,11 @@ class _Judging:
         for row in read_rows(self.scores, "scores"):
             scores = row.content["scores"]
             tally.row(row, scores, row.content["verdicts"], row.content["reasons"])
+            if self.config.pairs.strategy == "groups":
+                if group := group_of(row, scores, self.config.pairs, tally.refused):
+                    tally.groups += 1
+                    yield group
+                continue
             pairs = pairs_of(row, scores, self.config.pairs, tally.refused)
             tally.pairs_of_row(pairs)
             for pair in pairs:
@@ -223,7 +236,7 @@ class _Judging:
 
     def check(self, tally: Tally) -> None:
         """Raises UserError where there are no pairs, with the reason."""
-        if tally.pairs:
+        if tally.pairs or tally.groups:
             return
         said = tally.verdicts[SCORED]
         if tally.only_value is not None and said > 1:
@@ -266,12 +279,17 @@ def _entry(place: int, judged: Judged) -> dict[str, Any]:
     }
 
 
-def _identity(config: RoundsConfig, path: str) -> str:
-    """The hash of a model's weights."""
-    from dpo_fast.data.dataset import cache_root
-    from dpo_fast.models.identity import model_identity
+def _identity(config: RoundsConfig, path: str, option: str) -> str:
+    """The hash of a model's weights. Raises UserError, which names the option."""
+    from dpo_fast.models.checkpoint import check_model_path
+    from dpo_fast.training.weights import identity_on_this_rank
 
-    return model_identity(path, cache_root(data_config(config)) / "weights")
+    check_model_path(path, option)
+    try:
+        return identity_on_this_rank(SimpleNamespace(data=data_config(config)), path)
+    except (OSError, KeyError) as error:
+        reason = durable.first_line(error)
+        raise UserError(f"{option}={path}: the model cannot be loaded: {reason}") from error
 
 
 def data_config(config: RoundsConfig):

@@ -61,6 +61,8 @@ def test_what_a_judge_needs(judge, said):
 def test_options_of_pairs_that_nothing_uses_are_refused():
     assert "pairs.seed=1 is used by pairs.strategy=best_random alone" in refusal(seed=1)
     assert "set pairs.strategy=all" in refusal(max_per_prompt=2)
+    said = refusal(strategy="groups", margin=1)
+    assert "pairs.margin=1.0 is of pairs, and pairs.strategy=groups makes none" in said
     assert "pairs.margin=-1" in refusal(margin=-1)
     assert "pairs.max_length_ratio=0.5" in refusal(max_length_ratio=0.5)
 

@@ -129,3 +129,27 @@ def test_a_row_for_training_has_its_scores_and_the_columns_that_are_asked_for():
     }
     more = pair.row(samples, PairsSection(soft_label=0.2, margin_column=True))
     assert more["margin"] == 5 and math.isclose(more["soft_label"], 1 / (1 + math.exp(-1.0)))
+
+
+def test_groups_hold_what_has_a_score():
+    samples = row(*FOUR, id=3, finish_reasons=["stop", "length", "stop", "stop"])
+
+    def group(scores, **options):
+        refused = Counter()
+        section = PairsSection(strategy="groups", **options)
+        return pairing.group_of(samples, scores, section, refused), +refused
+
+    found, refused = group([1.0, 0.5, None, 2.0])
+    assert found == {
+        "prompt": "q",
+        "completions": ["one apple", "two pears", "four figs"],
+        "scores": [1.0, 0.5, 2.0],
+        "id": 3,
+    }
+    assert not refused
+    # One that was cut off is not the best of its group, unless that is wanted.
+    assert group([1.0, 3.0, None, 2.0])[0]["scores"] == [1.0, 2.0]
+    assert group([1.0, 3.0, None, 2.0], unfinished="keep")[0]["scores"] == [1.0, 3.0, 2.0]
+    assert group([1.0, 0.5, None, 2.0], unfinished="drop")[0]["scores"] == [1.0, 2.0]
+    assert group([1.0, None, 1.0, None]) == (None, {pairing.TIED: 1})
+    assert group([1.0, None, None, None]) == (None, {pairing.FEW: 1})

@@ -123,6 +123,13 @@ def test_every_completion_gets_a_number(monkeypatch):
     }
 
 
+def test_fields_that_a_model_refuses_are_left_out():
+    with serving(lambda asked: "[[5]]") as server:
+        options = {"temperature": None, "max_tokens": None}
+        scores(server.url, row("a"), extra_body={"max_completion_tokens": 9}, **options)
+    assert set(server.requests[0]) == {"path", "model", "messages", "max_completion_tokens"}
+
+
 def test_pairs_in_both_orders():
     with serving(longest) as server:
         (each,) = judged(server.url, row("a", "bbb", "cc", prompt=CHAT), compare="pairwise")
@@ -162,6 +169,7 @@ def test_ties_equal_texts_and_answers_without_a_winner():
         ("I would rather not.", "unparsable", "holds no [[number]]"),
         (chat(None, "content_filter"), "refused", "content_filter"),
         (chat("no", refusal="I cannot judge this"), "refused", "I cannot judge this"),
+        (chat(None, "length"), "unparsable", "cut off at judge.max_tokens=1024"),
         (chat("It is go", "length"), "unparsable", "cut off at judge.max_tokens=1024"),
         ({"object": "list", "data": []}, "failed", "no chat completion"),
         (b"<html>busy</html>", "failed", "no"),

@@ -76,16 +76,24 @@ def test_a_row_may_come_from_another_tool(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
-    content = {"prompt": ["q"], "completions": [["a", "b"]], "finish_reasons": [["length", "stop"]]}
+    content = {
+        "prompt": ['[{"role": "user", "content": "q"}]', "[{no message"],
+        "completions": [["a", "b"]] * 2,
+        "finish_reasons": [["length", "stop"]] * 2,
+        "row": ['{"answer": 3}', None],
+    }
     pyarrow.parquet.write_table(pyarrow.table(content), tmp_path / "own.parquet")
-    (read,) = read_rows(tmp_path / "own.parquet")
+    read, text = read_rows(tmp_path / "own.parquet")
     assert read.completions == ["a", "b"] and read.unfinished(0) and not read.unfinished(1)
+    assert read.messages == [{"role": "user", "content": "q"}] and read.columns == {"answer": 3}
+    assert text.prompt == "[{no message"
 
 
 def test_messages_of_a_row_begin_with_its_system_once():
     own = [{"role": "system", "content": "own"}, {"role": "user", "content": "q"}]
     assert row("a", prompt=own, system="other").messages == own
     assert [m["role"] for m in row("a", prompt="q", system="s").messages] == ["system", "user"]
+    assert row("a", id=1, row={"right": 3, "id": 2}).columns == {"right": 3, "id": 1}
     assert row("a", right=3, logps=[1.0], finish_reasons=["stop"]).columns == {"right": 3}
 
 

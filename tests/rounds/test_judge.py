@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -113,6 +114,13 @@ def test_pairs_alone_are_made_anew(folder):
     assert judge(config(folder, strategy="all", margin=0.5))["pairs"] == 12
 
 
+def test_groups_in_place_of_pairs(folder):
+    report = judge(config(folder, strategy="groups", unfinished="keep"))
+    assert report["groups"] == 12 and "pairs" not in report
+    groups = examples(folder, "pairs.jsonl")
+    assert len(groups) == 12 and list(groups[1]["scores"]) == [3, 4, 4]
+
+
 def test_what_was_made_with_something_else_is_told_key_by_key(tmp_path):
     before = {"judge": {"type": "rule", "kwargs": {"a": 1}}, "samples": "x"}
     now = {"judge": {"type": "rule", "kwargs": {"a": 2}, "new": None}, "samples": "x"}
@@ -210,6 +218,8 @@ def test_bad_rows_are_named_by_file_line_and_field(folder):
         write_rows(folder / "samples.jsonl", bad)
         assert f"{folder}/samples.jsonl:2: {said}" in refusal(folder)
         assert not (folder / "scores.jsonl").exists()
+    (folder / "samples.jsonl").write_text("")
+    assert "samples.jsonl has no rows" in refusal(folder)
     (folder / "samples.jsonl").unlink()
     assert "samples.jsonl is not there: run dpo-fast sample first" in refusal(folder)
 
@@ -239,25 +249,41 @@ def test_a_full_disk_loses_nothing(folder, monkeypatch):
 
 
 def test_killed_and_started_again_it_ends_with_the_same_bytes(folder):
-    """SIGKILL while a slow rule judges, and the same command again."""
+    """SIGKILL while a rule is in an endless loop, which ends with it; and the same command again."""
     judge(config(folder, only_length="keep"))
     whole = {name: (folder / name).read_bytes() for name in ("scores.jsonl", "pairs.jsonl")}
     for name in MADE[2:]:
         (folder / name).unlink()
-    slow = RULE.replace("    return", "    import time; time.sleep(0.05)\n    return")
-    write_code(folder / "rules.py", slow)
+    go, pid = folder / "go", folder / "pid"
+    endless = f"""
+    import os
+    def score(completion):
+        if completion.startswith("yes 5") and not os.path.exists({str(go)!r}):
+            open({str(pid)!r}, "w").write(str(os.getpid()))
+            while True:
+                pass
+        return len(completion.split())
+    """
+    write_code(folder / "rules.py", endless)
     (folder / "file.yaml").write_text(json.dumps(tree(folder)), encoding="utf-8")
     command = [sys.executable, "-m", "dpo_fast", "judge", str(folder / "file.yaml"), "--quiet"]
     journal = folder / ".judging/rank-0.jsonl"
     with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 60
-        while not (journal.exists() and journal.stat().st_size) and time.monotonic() < deadline:
-            time.sleep(0.02)
+        assert soon(lambda: pid.exists() and pid.read_text())
         process.send_signal(signal.SIGKILL)
-    assert 0 < journal.read_bytes().count(b"\n") < 12
+    assert journal.read_bytes().count(b"\n") == 5
+    assert soon(lambda: not Path(f"/proc/{pid.read_text()}").exists())
+    go.touch()
     judge(build(RoundsConfig, tree(folder), "file"))
     assert {name: (folder / name).read_bytes() for name in whole} == whole
     assert not journal.exists()
+
+
+def soon(what) -> bool:
+    deadline = time.monotonic() + 60
+    while not (found := bool(what())) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return found
 
 
 def test_two_ranks_share_the_rows_and_write_the_same_files(folder, tmp_path):
