@@ -12,6 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
+from dpo_fast.data.gather import Lists, runs
 from dpo_fast.data.sharing import Sharing, sharing_of
 from dpo_fast.errors import UserError
 
@@ -152,9 +153,8 @@ class ExampleLengths:
         prompts = [len(example["prompt_ids"]) for example in examples]
         sizes = [prompts, tokens, list(map(len, answers)), scored]
         sizes = [np.array(values, dtype=np.int64) for values in sizes]
-        ids_T = np.array([token for each in answers for ids in each for token in ids], np.int64)
-        starts_S = np.cumsum(sizes[1]) - sizes[1]
-        return cls(kind, *sizes, sharing_of(ids_T, starts_S, *sizes[1:3]))
+        found = sharing_of(Lists.of([ids for each in answers for ids in each]), sizes[2])
+        return cls(kind, *sizes, found)
 
     def __len__(self) -> int:
         return len(self.prompt_P)
@@ -182,10 +182,8 @@ class ExampleLengths:
     def take(self, indices: Sequence[int] | np.ndarray) -> ExampleLengths:
         """Lengths of these examples, in their order."""
         indices = np.asarray(indices, dtype=np.int64)
-        starts_P, counts_P = self.starts_P[indices], self.counts_P[indices]
-        # The places start, start + 1, ... of every example, one example after the other.
-        before_P = np.cumsum(counts_P) - counts_P
-        places_S = np.repeat(starts_P - before_P, counts_P) + np.arange(int(counts_P.sum()))
+        counts_P = self.counts_P[indices]
+        places_S = runs(self.starts_P[indices], counts_P)
         sizes = (self.prompt_P[indices], self.answers_S[places_S], counts_P)
         sharing = Sharing(*(values_P[indices] for values_P in self.sharing))
         return ExampleLengths(self.kind, *sizes, self.scored_S[places_S], sharing)

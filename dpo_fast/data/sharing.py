@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dpo_fast.data.gather import Lists, runs
+
 MIX = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0xBF58476D1CE4E5B9)  # odd numbers without a pattern
 
 
@@ -30,17 +32,15 @@ class Sharing(NamedTuple):
         return cls(*(np.zeros(examples, dtype=np.int64) for _ in cls._fields))
 
 
-def sharing_of(
-    ids_T: np.ndarray, starts_S: np.ndarray, sizes_S: np.ndarray, counts_P: np.ndarray
-) -> Sharing:
+def sharing_of(answers: Lists, counts_P: np.ndarray) -> Sharing:
     """Count what answers have in common, exactly but for collisions of 64-bit hashes.
 
-    ids_T: token ids. starts_S, sizes_S: where each answer lies in them, and its tokens, the last included.
-    counts_P: answers of each example, which lie one example after the other in S.
+    answers: one example after the other, the last token included. counts_P: answers of each example.
     """
+    ids_T, starts_S, sizes_S = answers
     P, bodies_S = len(counts_P), sizes_S - 1
     owner_S = np.repeat(np.arange(P), counts_P)
-    hash_S = hashes(ids_T, starts_S, bodies_S)
+    hash_S = hashes(Lists(ids_T, starts_S, bodies_S))
     order = np.lexsort((hash_S, owner_S))  # stable: of equal answers the earliest comes first
     again = np.zeros(len(order), dtype=bool)
     again[1:] = (np.diff(owner_S[order]) == 0) & (np.diff(hash_S[order]) == 0)
@@ -71,12 +71,13 @@ def _common(
     return common_P
 
 
-def hashes(ids_T: np.ndarray, starts_S: np.ndarray, sizes_S: np.ndarray) -> np.ndarray:
+def hashes(lists: Lists) -> np.ndarray:
     """64-bit hashes of lists of tokens, uint64 [S]: sums of a number for every token and place."""
-    ends_S = np.cumsum(sizes_S)
-    begins_S = ends_S - sizes_S
-    places_T = np.arange(ends_S[-1] if len(ends_S) else 0) - np.repeat(begins_S, sizes_S)
-    tokens_T = ids_T[np.repeat(starts_S, sizes_S) + places_T].astype(np.uint64)
+    ends_S = np.cumsum(lists.sizes_S)
+    begins_S = ends_S - lists.sizes_S
+    places_T = np.arange(len(places := runs(lists.starts_S, lists.sizes_S)))
+    places_T -= np.repeat(begins_S, lists.sizes_S)
+    tokens_T = lists.values[places].astype(np.uint64)
     mixed_T = tokens_T * np.uint64(MIX[0]) + (places_T.astype(np.uint64) + 1) * np.uint64(MIX[1])
     mixed_T ^= mixed_T >> np.uint64(31)
     mixed_T *= np.uint64(MIX[2])

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpo_fast.data.gather import Lists
 from dpo_fast.data.sharing import hashes, sharing_of
 from dpo_fast.data.tree import distinct, grow
 
@@ -47,9 +48,8 @@ def test_the_order_of_a_row():
 @settings(deadline=None, max_examples=200)
 @given(st.lists(MANY, min_size=1, max_size=5))
 def test_what_answers_have_in_common_is_counted(examples):
-    flat = np.array([token for each in examples for answer in each for token in answer])
-    sizes = np.array([len(answer) for each in examples for answer in each])
-    found = sharing_of(flat, sizes.cumsum() - sizes, sizes, np.array(list(map(len, examples))))
+    answers = Lists.of([answer for each in examples for answer in each])
+    found = sharing_of(answers, np.array(list(map(len, examples))))
     for example, repeated, tokens, common in zip(examples, *found):
         bodies = [answer[:-1] for answer in example]
         assert repeated == len(bodies) - len(set(bodies))
@@ -59,18 +59,18 @@ def test_what_answers_have_in_common_is_counted(examples):
 
 def test_hashes_tell_tokens_places_and_lengths_apart():
     lists = [(), (0,), (0, 0), (1, 2), (2, 1), (3,), (2, 1), (1, 2, 0)]
-    flat = np.array([7, *(token for each in lists for token in each)], dtype=np.int32)
-    sizes = np.array(list(map(len, lists)))
-    found = hashes(flat, 1 + sizes.cumsum() - sizes, sizes).tolist()
+    together = Lists.of(lists)
+    found = hashes(together).tolist()
     assert found[4] == found[6] and len(set(found)) == len(lists) - 1
-    assert hashes(flat, np.array([4, 4]), np.array([2, 2])).tolist() == [found[3]] * 2
-    assert hashes(flat[:0], np.zeros(0, int), np.zeros(0, int)).tolist() == []
+    twice = Lists(together.values, together.starts_S[[3, 3]], np.array([2, 2]))
+    assert hashes(twice).tolist() == [found[3]] * 2
+    assert hashes(Lists.of([])).tolist() == []
 
 
 @pytest.mark.slow
 def test_hashes_of_many_lists_do_not_collide():
     draw = np.random.default_rng(0)
-    flat, starts = draw.integers(0, 3, 200_000), np.arange(0, 199_000, 2)
+    flat, starts = draw.integers(0, 3, 40_000), np.arange(0, 39_000, 2)
     sizes = draw.integers(0, 900, len(starts))
     lists = {flat[start : start + size].tobytes() for start, size in zip(starts, sizes)}
-    assert len(set(hashes(flat, starts, sizes).tolist())) == len(lists)
+    assert len(set(hashes(Lists(flat, starts, sizes)).tolist())) == len(lists)
