@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from dpo_fast.data.kinds import COMPLETIONS, GROUPS, PAIRS, Kind
-from dpo_fast.data.layouts import LAYOUTS, Trees
+from dpo_fast.data.layouts import LAYOUTS, Scored
+from dpo_fast.data.tree import Spans
 from dpo_fast.wording import quoted
 
 
@@ -25,12 +26,12 @@ class ScoredBatch:
 
     input_ids, position_ids: int64 [B, L].
     attention_mask: int64 [B, L]; None where `spans` are given.
-    spans: lengths (trunk, branch, ...) of the trees along the one row (B = 1); None where
-        `attention_mask` is given. A trunk is a prompt and its branches are completions, which do
-        not see each other.
-    rows_T: int64, row of the flattened [B * L] hidden states that predicts scored token t. The
-        tokens of a sequence are contiguous in T.
-    targets_T: int64, the scored tokens.
+    spans: (own, prefix, parent) of the branches along the one row (B = 1): tokens of the branch; tokens
+        before them, which are the first ones of the sequence of another branch; the place of that
+        branch, -1 for none. None where `attention_mask` is given.
+    rows_U: int64, row of the flattened [B * L] hidden states that makes prediction u.
+    targets_U: int64, the token that it predicts. No prediction is there twice.
+    predictions_T: int64, the prediction of scored token t. The tokens of a sequence are contiguous in T.
     lengths_S: int64, scored tokens of each sequence.
     indices_P: int64, places of the examples in the data set, on the host.
     tokens: tokens of the data, every sequence whole.
@@ -45,9 +46,10 @@ class ScoredBatch:
     input_ids: Tensor
     position_ids: Tensor
     attention_mask: Tensor | None
-    spans: tuple[tuple[int, ...], ...] | None
-    rows_T: Tensor
-    targets_T: Tensor
+    spans: Spans | None
+    rows_U: Tensor
+    targets_U: Tensor
+    predictions_T: Tensor
     lengths_S: Tensor
     indices_P: Tensor
     tokens: int
@@ -61,6 +63,16 @@ class ScoredBatch:
     @property
     def num_examples(self) -> int:
         return len(self.indices_P)
+
+    @property
+    def rows_T(self) -> Tensor:
+        """The row that predicts each scored token, int64."""
+        return self.rows_U[self.predictions_T]
+
+    @property
+    def targets_T(self) -> Tensor:
+        """The scored tokens, int64."""
+        return self.targets_U[self.predictions_T]
 
     @property
     def chosen_tokens(self) -> int:
@@ -99,8 +111,8 @@ def collate(
 ) -> ScoredBatch:
     """Lay out examples of one kind.
 
-    Completions that share a prompt come one after the other in the batch, so that a layout can lay
-    out the prompt once. No examples at all give one padding token and nothing scored.
+    Examples may share prompts and answers: the layout sends no sequence through the backbone twice. No
+    examples at all give one padding token and nothing scored.
 
     Args:
         examples: with the lists of int `prompt_ids` and, by kind, `chosen_ids` and `rejected_ids`;
@@ -117,14 +129,12 @@ def collate(
     """
     for example in examples:
         _check(example, kind)
-    places = _by_prompt(examples) if kind == COMPLETIONS else range(len(examples))
-    ordered = [examples[place] for place in places]
-    indices = places if indices is None else [indices[place] for place in places]
-    flags = [each for example in ordered for each in kind.answer_flags(example)]
-    batch = collate_trees(_trees(ordered, kind), layout, pad_id=pad_id, indices=indices)
-    batch = _only_scored(batch, flags)
-    values = {name: torch.tensor([each[name] for each in ordered]).float() for name in columns}
-    return replace(batch, columns=values, **_labels(ordered, kind))
+    indices = range(len(examples)) if indices is None else indices
+    flags = [each for example in examples for each in kind.answer_flags(example)]
+    trees = [(example["prompt_ids"], kind.answer_ids(example)) for example in examples]
+    batch = collate_trees(trees, layout, pad_id=pad_id, indices=indices, flags=flags)
+    values = {name: torch.tensor([each[name] for each in examples]).float() for name in columns}
+    return replace(batch, columns=values, **_labels(examples, kind))
 
 
 def _check(example: Mapping, kind: Kind) -> None:
@@ -137,43 +147,6 @@ def _check(example: Mapping, kind: Kind) -> None:
             raise ValueError(
                 f"{kind.one} has {len(ids)} tokens and {len(flags)} flags: {quoted(example, 300)}"
             )
-
-
-def _only_scored(batch: ScoredBatch, flags: Sequence[Sequence[bool] | None]) -> ScoredBatch:
-    """The batch without the rows and targets whose flag is False. None: all of a sequence stay."""
-    if all(each is None for each in flags):
-        return batch
-    sizes = batch.lengths_S.tolist()
-    kept = [
-        np.ones(n, bool) if each is None else np.array(each, bool) for each, n in zip(flags, sizes)
-    ]
-    kept_T = torch.from_numpy(np.concatenate(kept))
-    return replace(
-        batch,
-        rows_T=batch.rows_T[kept_T],
-        targets_T=batch.targets_T[kept_T],
-        lengths_S=torch.tensor([int(each.sum()) for each in kept]),
-    )
-
-
-def _by_prompt(completions: Sequence[Mapping]) -> list[int]:
-    """Places of completions, those of one prompt together, in the order in which prompts first come."""
-    places: dict[tuple[int, ...], list[int]] = {}
-    for place, each in enumerate(completions):
-        places.setdefault(tuple(each["prompt_ids"]), []).append(place)
-    return [place for mine in places.values() for place in mine]
-
-
-def _trees(examples: Sequence[Mapping], kind: Kind) -> Trees:
-    """A tree for each example; completions of one prompt, which are neighbours, are one tree."""
-    trees: list[tuple[list[int], list[list[int]]]] = []
-    for example in examples:
-        prompt, answers = example["prompt_ids"], kind.answer_ids(example)
-        if kind == COMPLETIONS and trees and trees[-1][0] == prompt:
-            trees[-1][1].extend(answers)
-        else:
-            trees.append((prompt, answers))
-    return trees
 
 
 def _labels(examples: Sequence[Mapping], kind: Kind) -> dict[str, Tensor]:
@@ -191,9 +164,16 @@ def _labels(examples: Sequence[Mapping], kind: Kind) -> dict[str, Tensor]:
 
 
 def collate_trees(
-    trees: Trees, layout: str, *, pad_id: int = 0, indices: Sequence[int] | None = None
+    trees: Sequence[tuple[list[int], list[list[int]]]],
+    layout: str,
+    *,
+    pad_id: int = 0,
+    indices: Sequence[int] | None = None,
+    flags: Sequence[Sequence[bool] | None] | None = None,
 ) -> ScoredBatch:
     """Lay out (prompt, completions), any number of completions each; sequences in that order.
+
+    flags: for each completion, which of its tokens are scored; None where all are.
 
     Raises:
         ValueError: an unknown layout.
@@ -201,14 +181,41 @@ def collate_trees(
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r}: choose from {', '.join(LAYOUTS)}")
     indices = range(len(trees)) if indices is None else indices
-    completions = [completion for _, group in trees for completion in group]
-    prompts = [prompt for prompt, group in trees for _ in group]
-    placement = LAYOUTS[layout].place(trees, pad_id) if trees else LAYOUTS[layout].nothing(pad_id)
-    targets = np.concatenate([np.zeros(0, dtype=np.int64), *completions]).astype(np.int64)
+    answers = [np.asarray(each, dtype=np.int64) for _, group in trees for each in group]
+    prompts = [np.asarray(prompt, dtype=np.int64) for prompt, _ in trees]
+    before = [prompt for prompt, (_, group) in zip(prompts, trees) for _ in group]
+    sequences = [
+        Scored(np.concatenate([prompt, answer[:-1]]), len(prompt))
+        for prompt, answer in zip(before, answers)
+    ]
+    table = LAYOUTS[layout]
+    decided = vars(table.place(sequences, pad_id) if sequences else table.nothing(pad_id)).copy()
+    paths = decided.pop("paths")
+    rows = [path[each.start - 1 :] for path, each in zip(paths, sequences)]
+    if flags is not None:
+        told = [slice(None) if each is None else np.array(each, dtype=bool) for each in flags]
+        rows = [row[each] for row, each in zip(rows, told)]
+        answers = [answer[each] for answer, each in zip(answers, told)]
     return ScoredBatch(
-        **vars(placement),
-        targets_T=torch.from_numpy(targets),
-        lengths_S=torch.tensor([len(c) for c in completions], dtype=torch.int64),
+        **decided,
+        **_predictions(rows, answers),
+        lengths_S=torch.tensor([len(each) for each in answers], dtype=torch.int64),
         indices_P=torch.tensor(list(indices), dtype=torch.int64),
-        tokens=sum(map(len, prompts)) + sum(map(len, completions)),
+        tokens=sum(len(each.ids) + 1 for each in sequences),
     )
+
+
+def _predictions(rows: list[np.ndarray], targets: list[np.ndarray]) -> dict[str, Tensor]:
+    """Predictions in the order of their first coming. rows, targets: of the tokens of each sequence."""
+    nothing = np.zeros(0, dtype=np.int64)
+    rows_T, targets_T = np.concatenate([nothing, *rows]), np.concatenate([nothing, *targets])
+    keys_T = rows_T * (int(targets_T.max(initial=0)) + 1) + targets_T
+    _, first_U, places_T = np.unique(keys_T, return_index=True, return_inverse=True)
+    order = first_U.argsort()
+    chosen, place_U = first_U[order], np.empty_like(order)
+    place_U[order] = np.arange(len(order))
+    return {
+        "rows_U": torch.from_numpy(rows_T[chosen]),
+        "targets_U": torch.from_numpy(targets_T[chosen]),
+        "predictions_T": torch.from_numpy(place_U[places_T]),
+    }

@@ -25,6 +25,7 @@ from dpo_fast.data.build import build
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.entries import SourceOptions
 from dpo_fast.data.folders import Role
+from dpo_fast.data.gather import Lists, gather
 from dpo_fast.data.kinds import COMPLETIONS, GROUPS, PAIRS, ExampleLengths, Kind, kind_of
 from dpo_fast.data.mixture import Mixture, plan
 from dpo_fast.data.parts import Part, parts_of
@@ -159,6 +160,10 @@ class Dataset:
         """The values of these examples in a column that all have."""
         rows = pyarrow.array(self._rows[indices])
         return pyarrow.concat_arrays(self._table.data.column(name).take(rows).chunks)
+
+    def token_lists(self, name: str, indices: np.ndarray) -> Lists:
+        """The token ids of these examples in a column; of groups those of every answer."""
+        return gather(self._table.data.column(name), self._rows[indices])
 
     @functools.cached_property
     def digests(self) -> pyarrow.Array:

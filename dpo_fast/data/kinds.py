@@ -12,6 +12,8 @@ from functools import cached_property
 
 import numpy as np
 
+from dpo_fast.data.gather import Lists, runs
+from dpo_fast.data.sharing import Sharing, sharing_of
 from dpo_fast.errors import UserError
 
 
@@ -125,6 +127,7 @@ class ExampleLengths:
     answers_S: tokens of each answer, example by example.
     counts_P: answers of each example, 1 or more.
     scored_S: scored tokens of each answer; by default all of them.
+    sharing: what the answers of an example have in common; by default nothing.
     """
 
     kind: Kind
@@ -132,10 +135,13 @@ class ExampleLengths:
     answers_S: np.ndarray
     counts_P: np.ndarray
     scored_S: np.ndarray | None = None
+    sharing: Sharing | None = None
 
     def __post_init__(self) -> None:
         if self.scored_S is None:
             object.__setattr__(self, "scored_S", self.answers_S)
+        if self.sharing is None:
+            object.__setattr__(self, "sharing", Sharing.none(len(self)))
 
     @classmethod
     def of(cls, examples: Sequence[Mapping], kind: Kind) -> ExampleLengths:
@@ -146,7 +152,9 @@ class ExampleLengths:
         scored = [size if each is None else sum(each) for size, each in zip(tokens, flags)]
         prompts = [len(example["prompt_ids"]) for example in examples]
         sizes = [prompts, tokens, list(map(len, answers)), scored]
-        return cls(kind, *(np.array(values, dtype=np.int64) for values in sizes))
+        sizes = [np.array(values, dtype=np.int64) for values in sizes]
+        found = sharing_of(Lists.of([ids for each in answers for ids in each]), sizes[2])
+        return cls(kind, *sizes, found)
 
     def __len__(self) -> int:
         return len(self.prompt_P)
@@ -174,12 +182,22 @@ class ExampleLengths:
     def take(self, indices: Sequence[int] | np.ndarray) -> ExampleLengths:
         """Lengths of these examples, in their order."""
         indices = np.asarray(indices, dtype=np.int64)
-        starts_P, counts_P = self.starts_P[indices], self.counts_P[indices]
-        # The places start, start + 1, ... of every example, one example after the other.
-        before_P = np.cumsum(counts_P) - counts_P
-        places_S = np.repeat(starts_P - before_P, counts_P) + np.arange(int(counts_P.sum()))
+        counts_P = self.counts_P[indices]
+        places_S = runs(self.starts_P[indices], counts_P)
         sizes = (self.prompt_P[indices], self.answers_S[places_S], counts_P)
-        return ExampleLengths(self.kind, *sizes, self.scored_S[places_S])
+        sharing = Sharing(*(values_P[indices] for values_P in self.sharing))
+        return ExampleLengths(self.kind, *sizes, self.scored_S[places_S], sharing)
+
+    def joined(self, units: Sequence[np.ndarray]) -> ExampleLengths:
+        """Lengths of units of these examples, of one prompt each, as if a unit were one example.
+
+        What answers of a unit have in common is not known here.
+        """
+        members = self.take(np.concatenate([np.zeros(0, np.int64), *units]))
+        ends = np.cumsum([0, *map(len, units)])
+        counts_P = np.diff(np.concatenate([[0], np.cumsum(members.counts_P)])[ends])
+        prompt_P = members.prompt_P[ends[:-1]]
+        return ExampleLengths(self.kind, prompt_P, members.answers_S, counts_P, members.scored_S)
 
     def columns(self) -> dict[str, np.ndarray]:
         """Lengths by column: `prompt` and answers, [P] each; `completions` of groups [S]."""

@@ -1,8 +1,9 @@
 """The table of layouts: how the tokens of a micro-batch lie in `input_ids`.
 
-The last token of a sequence predicts nothing, so no layout sends it through the backbone.
+The last token of a sequence predicts nothing, so no layout sends it through the backbone. Sequences that
+are the same up to it go through the backbone once.
 
-A new layout is a function that places trees, a function that counts their tokens, and an entry of the
+A new layout is a function that places sequences, a function that counts their tokens, and an entry of the
 table. The configuration, `auto`, the samplers, the attention, doctor and the tests read the table.
 """
 
@@ -10,49 +11,62 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
 from dpo_fast.data.kinds import ExampleLengths
 from dpo_fast.data.packing import Costs
+from dpo_fast.data.tree import Spans, distinct, grow
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Trees = Sequence[tuple[list[int], list[list[int]]]]  # prompts, each with its completions
+# Tokens that different prompts must have in common to share them. A shared beginning costs attention a
+# copy of its keys, so the first token of every text, or the header of a template, is not worth it.
+LEAST = 32
+
+
+class Scored(NamedTuple):
+    """A sequence as the backbone sees it: int64 ids without the last token, and tokens of the prompt."""
+
+    ids: np.ndarray
+    start: int
 
 
 @dataclass(frozen=True)
 class Placement:
-    """What a layout decides of a `ScoredBatch`; the fields are described there."""
+    """What a layout decides of a `ScoredBatch`; the fields are described there.
+
+    paths: for each sequence the rows of its tokens, int64, in the flattened hidden states.
+    """
 
     input_ids: Tensor
     position_ids: Tensor
     attention_mask: Tensor | None
-    spans: tuple[tuple[int, ...], ...] | None
-    rows_T: Tensor
+    spans: Spans | None
     padding: int
     attended_pairs: int
+    paths: list[np.ndarray]
 
 
 @dataclass(frozen=True)
 class Layout:
     """One entry of the table.
 
-    place: lays out trees of token ids, at least one; its second argument fills padding.
-    costs: tokens that each example takes in the backbone, if nothing but its own prompt is shared.
+    place: lays out sequences, at least one; its second argument fills padding.
+    costs: tokens that each example takes in the backbone, if nothing is shared with other examples.
     meaning: what lies where.
     merit: why `auto` chooses it.
     shares_rows: sequences share a row, and attention is told by `spans` which tokens belong
         together. Such a layout needs a model whose attention alone mixes tokens. Otherwise every
         sequence has a row of its own, and attention is told by a mask.
-    shares_prompts: all completions of a prompt continue one copy of it.
+    shares_prompts: sequences continue one copy of what they begin with alike.
     """
 
     name: str
-    place: Callable[[Trees, int], Placement]
+    place: Callable[[Sequence[Scored], int], Placement]
     costs: Callable[[ExampleLengths], Costs]
     meaning: str
     merit: str
@@ -65,86 +79,77 @@ class Layout:
             input_ids=torch.full((1, 1), pad_id),
             position_ids=torch.zeros(1, 1, dtype=torch.int64),
             attention_mask=None if self.shares_rows else torch.ones(1, 1, dtype=torch.int64),
-            spans=((1,),) if self.shares_rows else None,
-            rows_T=torch.zeros(0, dtype=torch.int64),
+            spans=((1, 0, -1),) if self.shares_rows else None,
             padding=1,
             attended_pairs=0,
+            paths=[],
         )
 
 
-def _place_padded(trees: Trees, pad_id: int) -> Placement:
+def _place_padded(sequences: Sequence[Scored], pad_id: int) -> Placement:
     """Padding is on the right, so that positions are those of the sequence alone."""
-    sequences = [[*prompt, *c[:-1]] for prompt, completions in trees for c in completions]
-    starts = [len(prompt) for prompt, completions in trees for _ in completions]
-    lengths = [len(sequence) for sequence in sequences]
+    rows, places = distinct([each.ids for each in sequences])
+    lengths = list(map(len, rows))
     width = max(lengths)
-    input_ids = torch.full((len(sequences), width), pad_id)
-    mask = torch.zeros(len(sequences), width, dtype=torch.int64)
-    for row, sequence in enumerate(sequences):
-        input_ids[row, : len(sequence)] = torch.tensor(sequence)
-        mask[row, : len(sequence)] = 1
-    scored = zip(range(0, width * len(sequences), width), starts, lengths)
-    rows = [np.arange(row + start - 1, row + length) for row, start, length in scored]
+    input_ids = torch.full((len(rows), width), pad_id)
+    mask = torch.zeros(len(rows), width, dtype=torch.int64)
+    for row, ids in enumerate(rows):
+        input_ids[row, : len(ids)] = torch.from_numpy(ids)
+        mask[row, : len(ids)] = 1
     return Placement(
         input_ids=input_ids,
-        position_ids=torch.arange(width).expand(len(sequences), -1).contiguous(),
+        position_ids=torch.arange(width).expand(len(rows), -1).contiguous(),
         attention_mask=mask,
         spans=None,
-        rows_T=torch.from_numpy(np.concatenate(rows)),
         padding=input_ids.numel() - sum(lengths),
         attended_pairs=sum(length**2 for length in lengths) // 2,
+        paths=[np.arange(row * width, row * width + lengths[row]) for row in places],
     )
 
 
 def _padded_costs(lengths: ExampleLengths) -> Costs:
-    return Costs(lengths.prompt_P + lengths.longest_P - 1, lengths.counts_P)
-
-
-def _place_packed(trees: Trees, pad_id: int) -> Placement:
-    """As trees of one completion each, so nothing is shared."""
-    alone = [(prompt, [completion]) for prompt, completions in trees for completion in completions]
-    return _place_shared_prefix(alone, pad_id)
-
-
-def _packed_costs(lengths: ExampleLengths) -> Costs:
-    return Costs(lengths.counts_P * (lengths.prompt_P - 1) + lengths.sums_P)
-
-
-def _place_shared_prefix(trees: Trees, pad_id: int) -> Placement:
-    """All completions continue the prompt's last position; its row predicts their first tokens."""
-    ids, positions, spans, rows, offset = [], [], [], [], 0
-    for prompt, completions in trees:
-        start = len(prompt)
-        last = offset + start - 1
-        ids.append(prompt)
-        positions.append(np.arange(start))
-        offset += start
-        for completion in completions:
-            size = len(completion) - 1
-            ids.append(completion[:-1])
-            positions.append(np.arange(start, start + size))
-            rows.append(np.concatenate([[last], np.arange(offset, offset + size)]))
-            offset += size
-        spans.append((start, *(len(completion) - 1 for completion in completions)))
-    return Placement(
-        input_ids=torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
-        position_ids=torch.from_numpy(np.concatenate(positions))[None],
-        attention_mask=None,
-        spans=tuple(spans),
-        rows_T=torch.from_numpy(np.concatenate(rows)),
-        padding=0,
-        attended_pairs=sum(map(_attended_pairs, spans)),
+    return Costs(
+        lengths.prompt_P + lengths.longest_P - 1, lengths.counts_P - lengths.sharing.repeated_P
     )
 
 
+def _place_packed(sequences: Sequence[Scored], pad_id: int) -> Placement:
+    return _in_one_row(sequences)
+
+
+def _packed_costs(lengths: ExampleLengths) -> Costs:
+    tokens_P = lengths.counts_P * (lengths.prompt_P - 1) + lengths.sums_P
+    sharing = lengths.sharing
+    repeated_P = sharing.repeated_P * lengths.prompt_P + sharing.repeated_tokens_P
+    return Costs(tokens_P - repeated_P)
+
+
+def _place_shared_prefix(sequences: Sequence[Scored], pad_id: int) -> Placement:
+    """What answers to one prompt have in common is shared, and long beginnings of prompts are."""
+    return _in_one_row(sequences, lambda each: each.ids[: min(each.start, LEAST)].tobytes())
+
+
 def _shared_prefix_costs(lengths: ExampleLengths) -> Costs:
-    return Costs(lengths.prompt_P + lengths.sums_P - lengths.counts_P)
+    return Costs(lengths.prompt_P + lengths.sums_P - lengths.counts_P - lengths.sharing.common_P)
 
 
-def _attended_pairs(span: tuple[int, ...]) -> int:
-    """Half a square for the trunk and for each branch, and every branch sees the whole trunk."""
-    trunk, *branches = span
-    return (trunk**2 + sum(branch**2 for branch in branches)) // 2 + trunk * sum(branches)
+def _in_one_row(
+    sequences: Sequence[Scored], kin: Callable[[Scored], bytes] | None = None
+) -> Placement:
+    """Distinct sequences along one row. kin: those that share a beginning have the same."""
+    alone, places = distinct([each.ids for each in sequences])
+    names = None if kin is None else list(dict(zip(places, map(kin, sequences))).values())
+    row = grow(alone, names)
+    positions = [np.arange(prefix, prefix + own) for own, prefix, _ in row.spans]
+    return Placement(
+        input_ids=torch.from_numpy(row.ids)[None],
+        position_ids=torch.from_numpy(np.concatenate(positions))[None],
+        attention_mask=None,
+        spans=row.spans,
+        padding=0,
+        attended_pairs=sum(own**2 // 2 + own * prefix for own, prefix, _ in row.spans),
+        paths=[row.paths[place] for place in places],
+    )
 
 
 _TABLE = (
@@ -170,7 +175,7 @@ _TABLE = (
         "shared_prefix",
         _place_shared_prefix,
         _shared_prefix_costs,
-        meaning="the prompt once, its completions after it",
+        meaning="a prompt once, its completions after it, and once what these begin with alike",
         merit="no token goes through the backbone twice",
         shares_rows=True,
         shares_prompts=True,

@@ -6,6 +6,7 @@ that of the last (arXiv 2402.01306 section 4.1). Of pairs, both answers move on 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -13,16 +14,25 @@ import numpy as np
 from dpo_fast.data.kinds import ExampleLengths, Kind
 
 
-def partners(batch: Sequence[int], size: int) -> list[tuple[int, int]]:
-    """Each example of a global batch, in its order, with the one whose completion it gets.
+def partners(
+    batch: Sequence[int], size: int, prompts: Sequence[int] | None = None
+) -> list[tuple[int, int]]:
+    """Each example of a global batch with the one whose completion it gets.
 
     An epoch may end with a global batch of one example. It gets the completion of the next of the data.
 
     size: examples of the data, at least 2.
+    prompts: the number of each example's prompt, where examples of one prompt are brought together. Then
+        each gets the completion of another prompt, unless more than half of the batch have its prompt.
     """
     if len(batch) == 1:
         return [(batch[0], (batch[0] + 1) % size)]
-    return list(zip(batch, [*batch[-1:], *batch[:-1]]))
+    shift = 1
+    if prompts is not None:
+        places = sorted(range(len(batch)), key=lambda place: prompts[place])
+        batch, shift = [batch[place] for place in places], max(Counter(prompts).values())
+        shift = shift % len(batch) or 1
+    return list(zip(batch, [*batch[-shift:], *batch[:-shift]]))
 
 
 def mismatched(example: Mapping, other: Mapping, kind: Kind, max_length: int) -> dict:

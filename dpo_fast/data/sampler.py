@@ -8,18 +8,24 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from dpo_fast.data.grouping import SamePrompt
 from dpo_fast.data.mixture import Mixture
 from dpo_fast.data.packing import Costs
 
 
 class BatchSampler(Protocol):
-    """Global batches, and each rank's micro-batches of them, as places in the data set."""
+    """Global batches, and each rank's micro-batches of them, as places in the data set.
+
+    same_prompt: what brings examples of one prompt together, if anything does.
+    """
+
+    same_prompt: SamePrompt | None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -48,6 +54,7 @@ class Sampler:
     may be smaller. Then micro-batches are short or empty, but every rank has the same number of them.
 
     size: examples of an epoch. first_epoch: the epoch of step 0.
+    same_prompt: puts the examples of one prompt of an epoch one after the other.
     left_out: places in the data that no batch holds. The steps of all other examples stay as they are.
     """
 
@@ -60,6 +67,7 @@ class Sampler:
     first_epoch: int = 0
     mixture: Mixture | None = None
     left_out: frozenset[int] = frozenset()
+    same_prompt: SamePrompt | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -87,6 +95,8 @@ class Sampler:
         return [batch[start : start + size] for start in starts]
 
     def _order(self, epoch: int) -> np.ndarray:
+        if self.same_prompt is not None:
+            return _together(replace(self, first_epoch=0), epoch)
         if self.mixture is not None:
             return _drawn(self.mixture, self.seed, epoch)
         return _permutation(self.size, self.seed, epoch) if self.shuffle else np.arange(self.size)
@@ -101,7 +111,7 @@ class TokenSampler:
 
     costs: tokens of every example in the layout of the run.
     mixture: what draws the examples of an epoch; by default an epoch is all of them.
-    left_out: as of `Sampler`.
+    left_out, same_prompt: as of `Sampler`.
     global_batch_size: examples that a step should have on average.
     accumulation: micro-batches of a rank in a step; by default as many as bring the examples of the
         first epoch's steps nearest to `global_batch_size`.
@@ -122,8 +132,9 @@ class TokenSampler:
         accumulation: int | None = None,
         mixture: Mixture | None = None,
         left_out: frozenset[int] = frozenset(),
+        same_prompt: SamePrompt | None = None,
     ) -> None:
-        self.mixture, self.left_out = mixture, left_out
+        self.mixture, self.left_out, self.same_prompt = mixture, left_out, same_prompt
         self.costs, self.budget, self.global_batch_size = costs, budget, global_batch_size
         self.world_size, self.seed, self.shuffle = world_size, seed, shuffle
         self.first_epoch = first_epoch
@@ -139,7 +150,7 @@ class TokenSampler:
     def fill(self) -> float:
         """Share of the first epoch's budget that tokens fill, 0 to 1."""
         bins = self._bins(self.first_epoch)
-        return sum(map(self.costs.of, bins)) / (len(bins) * self.budget)
+        return bins.tokens / (len(bins) * self.budget)
 
     @property
     def examples_per_step(self) -> float:
@@ -186,14 +197,20 @@ class TokenSampler:
     def _fill(self, epoch: int) -> Bins:
         examples = range(len(self.costs.sizes_P))
         if not self.shuffle:
-            return Bins(self.costs.bins(self.budget, examples))
+            return self._packed(examples)
         draw = np.random.default_rng((self.seed, epoch))
         if self.mixture is None:
             order = draw.permutation(examples)
         else:
             order = self.mixture.examples(self.seed, epoch)
-        bins = self.costs.bins(self.budget, order.tolist())
-        return Bins([bins[index] for index in draw.permutation(len(bins))])
+        bins = self._packed(order.tolist())
+        return Bins([bins[index] for index in draw.permutation(len(bins))], bins.tokens)
+
+    def _packed(self, order: Sequence[int]) -> Bins:
+        if self.same_prompt is not None:
+            return Bins(*self.same_prompt.bins(self.budget, order))
+        bins = self.costs.bins(self.budget, order)
+        return Bins(bins, sum(map(self.costs.of, bins)))
 
 
 def _without(left_out: frozenset[int], batch: list[int]) -> list[int]:
@@ -201,9 +218,13 @@ def _without(left_out: frozenset[int], batch: list[int]) -> list[int]:
 
 
 class Bins(Sequence):
-    """The micro-batches of an epoch. Two arrays take a tenth of the memory of lists of examples."""
+    """The micro-batches of an epoch. Two arrays take a tenth of the memory of lists of examples.
 
-    def __init__(self, bins: list[list[int]]) -> None:
+    tokens: of all of them together.
+    """
+
+    def __init__(self, bins: list[list[int]], tokens: int) -> None:
+        self.tokens = tokens
         self.examples = np.fromiter(itertools.chain.from_iterable(bins), np.int64)
         self.ends = np.cumsum([0, *map(len, bins)])
 
@@ -214,6 +235,11 @@ class Bins(Sequence):
         if not 0 <= index < len(self):
             raise IndexError(index)
         return self.examples[self.ends[index] : self.ends[index + 1]].tolist()
+
+
+@functools.lru_cache(maxsize=2)
+def _together(sampler: Sampler, epoch: int) -> np.ndarray:
+    return sampler.same_prompt.order(replace(sampler, same_prompt=None)._order(epoch))
 
 
 @functools.lru_cache(maxsize=2)

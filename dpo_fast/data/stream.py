@@ -23,6 +23,7 @@ import pyarrow
 from dpo_fast.data.build import nothing_left, values
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.dataset import cache_key
+from dpo_fast.data.gather import Lists
 from dpo_fast.data.kinds import PAIRS, ExampleLengths, Kind, OneKind
 from dpo_fast.data.parts import parts_of
 from dpo_fast.data.report import DataReport
@@ -64,6 +65,12 @@ class Chunk:
     def column(self, name: str, indices: range) -> pyarrow.Array:
         """The values of these examples in a column that all have."""
         return pyarrow.array([self[index][name] for index in indices])
+
+    def token_lists(self, name: str, indices: np.ndarray) -> Lists:
+        """The token ids of these examples in a column; of groups those of every answer."""
+        found = [self.examples[index][name] for index in indices.tolist()]
+        many = self.kind.many and name != "prompt_ids"
+        return Lists.of([ids for each in found for ids in each] if many else found)
 
     def named(self, places: list[str]) -> dict[int, str]:
         return {index: place for index, place in enumerate(self.places) if place in places}

@@ -48,12 +48,13 @@ def sdpa(
     rows = zip(plan.segments, *(x.split(sizes, dim=2) for x in (query, key, value)))
     explicit = softcap is not None or sinks is not None
     grouped = query.shape[1] != key.shape[1]
-    outputs, trunk = [], None
-    for segment, q, k, v in rows:
+    outputs, continued = [], {}
+    for place, (segment, q, k, v) in enumerate(rows):
         if segment.prefix:
-            k, v = (torch.cat([t[:, :, : segment.prefix], own], 2) for t, own in zip(trunk, (k, v)))
-        else:
-            trunk = (k, v)
+            before = (each[:, :, : segment.prefix] for each in continued[segment.parent])
+            k, v = (torch.cat(both, dim=2) for both in zip(before, (k, v)))
+        if place in plan.continued:
+            continued[place] = k, v
         narrow = window is not None and k.shape[2] > window
         mask = None
         if segment.prefix or narrow or explicit:

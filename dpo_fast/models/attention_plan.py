@@ -6,21 +6,24 @@ import functools
 from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from dpo_fast.data.tree import Spans
 
 
 class Segment(NamedTuple):
     """Neighbouring queries with their keys. Attention is causal, aligned at the end of the keys.
 
     queries: how many.
-    prefix: keys of a trunk elsewhere in the row, which come before the queries' own keys.
-    trunk: place in the row at which that trunk begins.
+    prefix: keys before the queries' own, the first ones of all the keys of another segment.
+    parent: the place of that segment, which comes before; -1 for none.
     """
 
     queries: int
     prefix: int
-    trunk: int
+    parent: int
 
 
 class Varlen(NamedTuple):
@@ -39,19 +42,19 @@ class Varlen(NamedTuple):
 
 
 class AttentionPlan:
-    """What attention needs to know of a row of trees, each a trunk with branches that continue it.
+    """What attention needs to know of a row of trees.
 
-    A token sees the tokens before it in its own branch and its trunk, and no others. The first
-    branch and the trunk are one causal segment. Every other branch is a segment that sees the
-    trunk's keys and its own. So only the causal triangle is masked away.
+    A sequence continues the first tokens of another one; what it has of its own is a branch. A token sees
+    the tokens before it in its sequence, and no others. So every branch is one segment, which sees the
+    keys before its fork and its own, and only the causal triangle is masked away.
 
     One plan serves every layer of a forward pass, and each derived value is made once. It is an
     object rather than a tuple, so torch.compile does not specialise on the lengths.
 
-    spans: (trunk, branch, ...) lengths along the row; branches may be empty.
+    spans: of a `ScoredBatch`.
     """
 
-    def __init__(self, spans: tuple[tuple[int, ...], ...], device: torch.device) -> None:
+    def __init__(self, spans: Spans, device: torch.device) -> None:
         self.spans = spans
         self.device = device
         self._masks: dict[tuple, Tensor] = {}
@@ -60,18 +63,17 @@ class AttentionPlan:
     @functools.cached_property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
-        return max(trunk + max(branches, default=0) for trunk, *branches in self.spans)
+        return max(prefix + own for own, prefix, _ in self.spans)
 
     @functools.cached_property
     def segments(self) -> tuple[Segment, ...]:
-        """In the order of the row. Empty branches have none."""
-        segments, start = [], 0
-        for trunk, *branches in self.spans:
-            first, *others = branches or [0]
-            segments.append(Segment(trunk + first, 0, start))
-            segments += [Segment(size, trunk, start) for size in others if size]
-            start += trunk + sum(branches)
-        return tuple(segments)
+        """In the order of the row."""
+        return tuple(Segment(*span) for span in self.spans)
+
+    @functools.cached_property
+    def continued(self) -> frozenset[int]:
+        """The places of the segments whose keys others begin with."""
+        return frozenset(segment.parent for segment in self.segments)
 
     def mask(self, segment: Segment, window: int | None) -> Tensor:
         """Bool [queries, prefix + queries], true where the query sees the key."""
@@ -91,12 +93,12 @@ class AttentionPlan:
         keys = [segment.prefix + segment.queries for segment in self.segments]
         gather = None
         if any(segment.prefix for segment in self.segments):
-            pieces = [
-                torch.arange(begin, begin + size)
-                for segment, start in zip(self.segments, starts)
-                for begin, size in ((segment.trunk, segment.prefix), (start, segment.queries))
-            ]
-            gather = torch.cat(pieces).to(self.device, non_blocking=True)
+            paths: list[Tensor] = []
+            for segment, start in zip(self.segments, starts):
+                own = torch.arange(start, start + segment.queries)
+                before = paths[segment.parent][: segment.prefix] if segment.prefix else own[:0]
+                paths.append(torch.cat([before, own]))
+            gather = torch.cat(paths).to(self.device, non_blocking=True)
         offsets = (
             torch.tensor(values, dtype=torch.int32).to(self.device, non_blocking=True)
             for values in (starts, [0, *accumulate(keys)])
@@ -104,31 +106,43 @@ class AttentionPlan:
         return Varlen(gather, *offsets, max(s.queries for s in self.segments), max(keys))
 
     @functools.cached_property
-    def tags(self) -> tuple[Tensor, Tensor, Tensor]:
-        """For every token its tree, its branch (0 the trunk) and its position, int32 [N] each."""
-        values = [
-            (tree, branch, position)
-            for tree, (trunk, *branches) in enumerate(self.spans)
-            for branch, begin, size in [(0, 0, trunk)]
-            + [(b, trunk, n) for b, n in enumerate(branches, 1)]
-            for position in range(begin, begin + size)
-        ]
-        columns = torch.tensor(values, dtype=torch.int32).t().contiguous().to(self.device)
-        return tuple(columns.unbind(0))
+    def ends(self) -> Tensor:
+        """For every token the place behind the last one that sees it, int32 [N].
+
+        All that continues a token lies directly behind it. So those that see it are in one piece.
+        """
+        starts = [0, *accumulate(own for own, *_ in self.spans)]
+        ends = np.zeros(starts[-1], dtype=np.int32)
+        closed = starts[1:]  # by branch, the end of all that continues it
+        for place in reversed(range(len(self.spans))):  # what continues a branch comes after it
+            own, prefix, parent = self.spans[place]
+            tokens = ends[starts[place] :]
+            np.maximum(tokens[:own], starts[place + 1], out=tokens[:own])
+            if parent >= 0:
+                seen = ends[starts[parent] : starts[parent] + prefix - self.spans[parent][1]]
+                np.maximum(seen, closed[place], out=seen)
+                closed[parent] = max(closed[parent], closed[place])
+        return torch.from_numpy(ends).to(self.device)
+
+    @functools.cached_property
+    def positions(self) -> Tensor:
+        """For every token its place in its sequence, int32 [N]."""
+        pieces = [np.arange(prefix, prefix + own, dtype=np.int32) for own, prefix, _ in self.spans]
+        return torch.from_numpy(np.concatenate(pieces)).to(self.device)
 
     def block_mask(self, window: int | None):
         """FlexAttention's BlockMask of the row."""
         if window not in self._block_masks:
             from torch.nn.attention.flex_attention import create_block_mask
 
-            tree, branch, position = self.tags
-            size = len(tree)
+            ends, positions = self.ends, self.positions
+            size = len(ends)
 
             def sees(batch, head, query, key):
-                behind = position[query] - position[key]
-                mine = (branch[key] == 0) | (branch[key] == branch[query])
-                allowed = (tree[key] == tree[query]) & mine & (behind >= 0)
-                return allowed if window is None else allowed & (behind < window)
+                allowed = (key <= query) & (query < ends[key])
+                if window is None:
+                    return allowed
+                return allowed & (positions[query] - positions[key] < window)
 
             self._block_masks[window] = create_block_mask(
                 sees, None, None, size, size, device=self.device

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from dpo_fast.data.batch import ScoredBatch
+from dpo_fast.data.tree import Spans
 from dpo_fast.errors import UserError
 from dpo_fast.models.adapters import as_started
 from dpo_fast.models.attention_plan import AttentionPlan
@@ -17,6 +18,7 @@ from dpo_fast.models.decoder import decoder_of
 from dpo_fast.models.own_logits import check_own_logits
 from dpo_fast.modules.head import FusedHead
 from dpo_fast.ops.linear_logp.call import HeadOptions
+from dpo_fast.ops.take import take
 
 # Keys of configurations for what a model does to its logits.
 SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
@@ -117,14 +119,16 @@ def scoring_forward(
     input_ids: Tensor,
     position_ids: Tensor,
     attention_mask: Tensor | None,
-    spans: tuple[tuple[int, ...], ...] | None,
-    rows_T: Tensor,
-    targets_T: Tensor,
+    spans: Spans | None,
+    rows_U: Tensor,
+    targets_U: Tensor,
+    predictions_T: Tensor,
     extras: tuple[str, ...] = (),
 ) -> dict[str, Tensor]:
     """Token outputs, {"logp": fp32 [T], **extras}, of a model with a `FusedHead`.
 
-    The other arguments are the fields of a `ScoredBatch`.
+    The head makes every prediction once, however many scored tokens are of it. The other arguments are
+    the fields of a `ScoredBatch`.
     """
     decoder = decoder_of(causal_lm)
     places = {} if spans is None else {"plan": AttentionPlan(spans, input_ids.device)}
@@ -133,13 +137,15 @@ def scoring_forward(
     hidden = decoder(
         input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **places
     ).last_hidden_state
-    hidden_TD = hidden.flatten(0, 1).index_select(0, rows_T)
-    return causal_lm.get_output_embeddings()(hidden_TD, targets_T, extras)
+    hidden_UD = take(hidden.flatten(0, 1), rows_U)
+    outputs = causal_lm.get_output_embeddings()(hidden_UD, targets_U, extras)
+    return {name: take(values_U, predictions_T) for name, values_U in outputs.items()}
 
 
 def forward_arguments(batch: ScoredBatch) -> dict:
     """The arguments of `ScoringModel.forward` for a batch."""
-    names = ("input_ids", "position_ids", "attention_mask", "spans", "rows_T", "targets_T")
+    names = ("input_ids", "position_ids", "attention_mask", "spans")
+    names += ("rows_U", "targets_U", "predictions_T")
     return {name: getattr(batch, name) for name in names}
 
 

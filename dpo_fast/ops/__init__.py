@@ -5,6 +5,7 @@ The letters of shapes, as suffixes of names (`hidden_TD`) and in docstrings, eve
     P  examples: pairs, groups, or completions with a label
     S  sequences: a prompt with one completion
     T  scored tokens; a slice of them too
+    U  predictions: a row of hidden states and the token it predicts, each of which many of T may name
     N  rows of hidden states: tokens that go through the backbone
     B  rows of a model's input          L  their length
     D  hidden size                      V  vocabulary; a slice of it too

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.data.dataset import Dataset
+from dpo_fast.data.grouping import SamePrompt
 from dpo_fast.data.kinds import ExampleLengths
 from dpo_fast.data.packing import Costs
 from dpo_fast.errors import UserError
@@ -21,16 +22,28 @@ from dpo_fast.references.providers import Scorer
 
 
 def length_batches(
-    rows: Iterable[int], costs: Costs, batch_size: int | None, tokens: int | None = None
+    rows: Iterable[int],
+    costs: Costs,
+    batch_size: int | None,
+    tokens: int | None = None,
+    same_prompt: SamePrompt | None = None,
 ) -> list[list[int]]:
     """Examples in batches of `batch_size`, or of at most `tokens`, from the longest to the shortest.
 
-    Examples of like length share a batch: there is little padding, and ranks take about as long. The
-    batches do not depend on the number of ranks, and so the values do not either.
+    Examples of like length share a batch: there is little padding, and ranks take about as long. Those of
+    one prompt stand together, so that what they have in common is computed once. The batches do not
+    depend on the number of ranks, and so the values do not either.
 
     costs: tokens that each example of the data set takes in the layout.
     """
     ordered = sorted(rows, key=lambda row: (-costs.alone_P[row], row))
+    if same_prompt is not None:
+        longest: dict[int, int] = {}  # of each prompt the place of its longest example
+        for place, prompt in enumerate(same_prompt.prompts_P[ordered].tolist()):
+            longest.setdefault(prompt, place)
+        ordered.sort(key=lambda row: longest[int(same_prompt.prompts_P[row])])
+    if tokens is not None and same_prompt is not None:
+        return same_prompt.bins(tokens, ordered)[0]
     if tokens is not None:
         return costs.bins(tokens, ordered)
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]

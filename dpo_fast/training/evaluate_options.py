@@ -34,7 +34,7 @@ from dpo_fast.training.recorded import CONFIG, RUN_CONFIG, read_recorded
 # What an evaluation takes of a run's sections. The rest is about training, or about other data.
 TRAIN = (
     *("output_dir", "global_batch_size", "micro_batch_size", "tokens_per_batch", "layout", "seed"),
-    *("implementation", "workspace_bytes", "max_steps"),
+    *("group_prompts", "implementation", "workspace_bytes", "max_steps"),
 )
 # Options that change an evaluation. Those of `data` that concern training alone are not among them, and
 # DATA stands for some: `_check_overrides`.

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from dpo_fast.data.batch import ScoredBatch
-from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.errors import UserError
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.references.compute import length_batches
@@ -136,12 +135,11 @@ def check_noise(config: RunConfig, found: Start, name: str) -> None:
 def score_first(config: RunConfig, scorer, split: Split) -> FewScored:
     """Scores this rank's examples of the first batches, batched as all examples will be. Collective."""
     count, _ = first_batches(split, 0)
-    costs = LAYOUTS[split.layout].costs(split.lengths)
     size = (config.train.micro_batch_size, config.train.tokens_per_batch)
     of_ranks = []
     for rank in range(distributed.world_size()):
         rows = itertools.chain(*split.sampler.micro_batches(0, rank)[:count])
-        of_ranks.append(length_batches(rows, costs, *size))
+        of_ranks.append(length_batches(rows, split.costs, *size))
     mine = of_ranks[distributed.rank()]
     empty = max(map(len, of_ranks)) - len(mine)  # every rank takes part in every forward
     tokens: dict[int, Tensor] = {}

@@ -8,8 +8,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo_fast.data.dataset import open_examples, prepare_examples
+from dpo_fast.data.grouping import SamePrompt, exact_costs
 from dpo_fast.data.kinds import COMPLETIONS, GROUPS, KINDS, Kind
-from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.data.report import DataReport
 from dpo_fast.data.sampler import BatchSampler, Sampler, TokenSampler
 from dpo_fast.data.stream import Chunk
@@ -108,11 +108,13 @@ def _make_sampler(
     order["world_size"] = world = distributed.world_size()
     order["mixture"] = mixture = examples.mixture if shuffle else None
     order["left_out"] = left_out(config, examples) if shuffle else frozenset()
+    if train.group_prompts:
+        order["same_prompt"] = SamePrompt.of(examples, train.layout)
     if train.tokens_per_batch is None:
         size = train.global_batch_size if shuffle else train.micro_batch_size * world
         epoch = len(examples if mixture is None else mixture)
         return Sampler(epoch, size, train.micro_batch_size, **order)
-    costs = LAYOUTS[train.layout].costs(examples.lengths)
+    costs = exact_costs(examples, train.layout)
     check_budget(train.tokens_per_batch, train.layout, costs.alone_P, examples)
     order["accumulation"] = accumulation if shuffle else 1
     return TokenSampler(costs, train.tokens_per_batch, train.global_batch_size, **order)

@@ -97,7 +97,7 @@ class Work:
     trained, two for its own. Recomputation, references and padding are not counted.
 
     per_token: of the layers, for a token of the backbone.
-    per_scored: of the head, for a scored token.
+    per_scored: of the head, for a prediction.
     per_attended_pair: of attention, for two tokens one of which attends to the other.
     """
 
@@ -106,10 +106,10 @@ class Work:
     per_attended_pair: float
 
     def of(self, batch: ScoredBatch) -> float:
-        """Operations for a batch. A shared prompt counts once, as it goes through the model once."""
+        """Operations for a batch. What sequences share counts once, as it is computed once."""
         tokens = batch.input_ids.numel() - batch.padding
         attended_pairs = self.per_attended_pair * batch.attended_pairs
-        return self.per_token * tokens + self.per_scored * len(batch.targets_T) + attended_pairs
+        return self.per_token * tokens + self.per_scored * len(batch.targets_U) + attended_pairs
 
 
 def work_of(model: ScoringModel) -> Work | None:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.data.dataset import tokenizer_hash
-from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.errors import Interrupted
 from dpo_fast.models import load_tokenizer
 from dpo_fast.references import CachedReference, ReferenceModel
@@ -137,7 +136,6 @@ def compute_reference(
         Interrupted: after a signal.
     """
     unfinished = Unfinished(folder, request.manifest, split.examples)
-    costs = LAYOUTS[split.layout].costs(split.lengths)
     size = (config.train.micro_batch_size, config.train.tokens_per_batch)
     was_training = getattr(scorer, "training", False)
     scorer.eval()
@@ -153,7 +151,8 @@ def compute_reference(
             f"({split.name}), once"
             + (f"; {found} of {len(parts)} parts are there already" if found else "")
         )
-        batches = {part: length_batches(parts[part], costs, *size) for part in missing}
+        order = (split.costs, *size, split.same_prompt)
+        batches = {part: length_batches(parts[part], *order) for part in missing}
         _score_parts(scorer, split, unfinished, batches, request.per_token, device)
         distributed.from_main(lambda: unfinished.finish(_information(config, split, path)))
         return True

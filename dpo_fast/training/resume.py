@@ -115,6 +115,8 @@ def must_be_same(plan: Plan, checkpoint: Path, known: dict[str, Any]) -> dict[st
     known: the content of the checkpoint's state.json.
     """
     fits = must_fit(plan)
+    if "group_prompts" not in known and not fits["group_prompts"]:
+        del fits["group_prompts"]  # the checkpoint is older than the option
     if moved(known, fits):
         fits = fits_moved(plan, checkpoint, known, fits)
     if goes_on(plan, known, checkpoint):
@@ -143,6 +145,7 @@ def must_fit(run: Plan) -> dict:
         "total_steps": run.total_steps,
         "global_batch_size": train.global_batch_size,
         "tokens_per_batch": train.tokens_per_batch,
+        "group_prompts": train.group_prompts,
         "seed": train.seed,
         "zero_stage": run.config.zero_stage,
     }
@@ -153,7 +156,8 @@ def must_fit(run: Plan) -> dict:
     fits["model.adapter"] = run.config.model.has_adapters
     fits |= {f"the hash of {option}'s weights": value for option, value in run.weights.items()}
     if train.tokens_per_batch is not None:  # the tokens of an example depend on the layout
-        fits["layout"] = train.layout
+        # Versions that lack the last key counted tokens that answers have in common more than once.
+        fits |= {"layout": train.layout, "tokens_counted": "once"}
     return fits
 
 

@@ -113,6 +113,11 @@ class TrainSection(BaseModel):
             "refused": "beside micro_batch_size; with a stream, if it may not hold every row"
         },
     )
+    group_prompts: bool = Field(
+        False,
+        description="bring the examples of one prompt into one micro-batch, which computes the prompt and "
+        "every answer once; a step then has fewer prompts",
+    )
     learning_rate: float | None = Field(
         None,
         gt=0,

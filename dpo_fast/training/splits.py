@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 from dpo_fast.data.batch import ScoredBatch, collate
 from dpo_fast.data.dataset import Dataset
+from dpo_fast.data.grouping import SamePrompt
 from dpo_fast.data.kinds import COMPLETIONS, GROUPS, ExampleLengths
 from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.data.mismatched import mismatched, mismatched_lengths, partners
-from dpo_fast.data.sampler import BatchSampler, Sampler
+from dpo_fast.data.packing import Costs
+from dpo_fast.data.sampler import BatchSampler, Sampler, TokenSampler
 from dpo_fast.data.stream import Chunk, ExampleStream
 from dpo_fast.losses import Totals
 from dpo_fast.training import distributed
@@ -42,6 +44,18 @@ class Split:
     def lengths(self) -> ExampleLengths:
         """Tokens of every prompt and of its answers."""
         return self.examples.lengths
+
+    @functools.cached_property
+    def costs(self) -> Costs:
+        """Tokens that each example takes in the layout; at most so many, unless they are a budget's."""
+        if isinstance(self.sampler, TokenSampler):
+            return self.sampler.costs
+        return LAYOUTS[self.layout].costs(self.lengths)
+
+    @functools.cached_property
+    def same_prompt(self) -> SamePrompt:
+        """What brings examples of one prompt together, whether the sampler does it or not."""
+        return self.sampler.same_prompt or SamePrompt.of(self.examples, self.layout)
 
     @property
     def longest(self) -> int:
@@ -88,7 +102,9 @@ class Split:
         """
         if self.mismatched_length is None:
             return
-        pairs, world = partners(indices, len(self.examples)), distributed.world_size()
+        grouped = self.sampler.same_prompt
+        prompts = None if grouped is None else grouped.prompts_P[indices].tolist()
+        pairs, world = partners(indices, len(self.examples), prompts), distributed.world_size()
         batches = self._mismatched_batches(pairs)
         for first in range(0, len(batches), world):
             mine = dict(enumerate(batches[first : first + world])).get(distributed.rank(), [])

@@ -39,7 +39,7 @@ def test_packed():
     batch = collate(PAIRS, "packed")
     assert batch.input_ids.tolist() == [[10, 11, 20, 21, 10, 11, 30, 12, 12, 31, 32, 33]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 0, 1, 2, 3]]
-    assert batch.spans == ((2, 2), (2, 1), (1, 0), (1, 3))
+    assert batch.spans == ((4, 0, -1), (3, 0, -1), (1, 0, -1), (4, 0, -1))
     assert batch.attention_mask is None
     assert batch.rows_T.tolist() == [1, 2, 3, 5, 6, 7, 8, 9, 10, 11]
     assert batch.targets_T.tolist() == [20, 21, 2, 30, 2, 2, 31, 32, 33, 2]
@@ -50,7 +50,9 @@ def test_shared_prefix():
     batch = collate(PAIRS, "shared_prefix", indices=[7, 3])
     assert batch.input_ids.tolist() == [[10, 11, 20, 21, 30, 12, 31, 32, 33]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2, 0, 1, 2, 3]]
-    assert batch.spans == ((2, 2, 1), (1, 0, 3))
+    # The rejected answer of the first pair continues 2 tokens of the first branch. The chosen one of the
+    # second has no token of its own: its only one is the last.
+    assert batch.spans == ((4, 0, -1), (1, 2, 0), (1, 0, -1), (3, 1, 2))
     # The prompt's last row (1 and 5) predicts the first token of both answers.
     assert batch.rows_T.tolist() == [1, 2, 3, 1, 4, 5, 5, 6, 7, 8]
     assert batch.targets_T.tolist() == [20, 21, 2, 30, 2, 2, 31, 32, 33, 2]
@@ -79,8 +81,7 @@ def test_tokens_that_are_not_scored_are_left_out_of_the_targets_alone(layout):
     assert lengths.answers_S.tolist() == [3, 2, 1, 4]
 
 
-def test_completions_keep_their_flags_when_they_are_put_together():
-    """Those of one prompt lie side by side."""
+def test_completions_keep_their_order_and_flags_beside_others_of_their_prompt():
     completions = [
         {"prompt_ids": [prompt], "completion_ids": ids, "completion_scored": flags, "label": True}
         for prompt, ids, flags in [
@@ -90,8 +91,9 @@ def test_completions_keep_their_flags_when_they_are_put_together():
         ]
     ]
     batch = collate(completions, "shared_prefix", kind=kinds.COMPLETIONS)
-    assert batch.targets_T.tolist() == [2, 4, 3]
-    assert batch.indices_P.tolist() == [0, 2, 1]
+    assert batch.targets_T.tolist() == [2, 3, 4]
+    assert batch.indices_P.tolist() == [0, 1, 2]
+    assert batch.spans == ((2, 0, -1), (1, 1, 0), (1, 0, -1))
 
 
 def test_flags_and_tokens_must_be_as_many():
@@ -104,7 +106,7 @@ def test_any_number_of_completions():
     batch = collate_trees(trees, "shared_prefix")
     assert batch.input_ids.tolist() == [[5, 6, 1, 4, 4, 7]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 2, 3, 0]]
-    assert batch.spans == ((2, 1, 0, 2), (1, 0))
+    assert batch.spans == ((3, 0, -1), (2, 2, 0), (1, 0, -1))
     assert batch.rows_T.tolist() == [1, 2, 1, 1, 3, 4, 5]
     assert batch.lengths_S.tolist() == [2, 1, 3, 1]
     for layout in LAYOUTS:

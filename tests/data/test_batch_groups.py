@@ -25,15 +25,17 @@ def lay_out(rows, layout, **options):
 
 def test_each_group_has_its_prompt_once():
     batch = lay_out(ROWS[:2], "shared_prefix", indices=[30, 10], columns=["weight"])
-    assert batch.spans == ((3, 1, 0, 2), (2, 0, 1))
+    assert batch.spans == ((4, 0, -1), (2, 3, 0), (2, 0, -1), (1, 2, 2))
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 7, 8, 1, 9, 11]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 3, 4, 0, 1, 2]]
     assert batch.targets_T.tolist() == [4, 5, 6, 7, 8, 9, 10, 11, 12]
     assert batch.rows_T.tolist() == [2, 3, 2, 2, 4, 5, 7, 7, 8]
     assert batch.columns["weight"].tolist() == [1, 2]
     assert (batch.num_examples, batch.tokens, batch.desirable_S) == (2, 3 * 3 + 6 + 2 * 2 + 3, None)
-    # Groups of one prompt stay two: what is compared does not depend on what else is in the batch.
-    assert len(lay_out([ROWS[0], ROWS[2]], "shared_prefix").spans) == 2
+    # Groups of one prompt have it once too, and stay two: what is compared does not depend on the batch.
+    both = lay_out([ROWS[0], ROWS[2]], "shared_prefix")
+    assert both.input_ids.tolist() == [[1, 2, 3, 4, 7, 8, 15]]
+    assert both.counts_P.tolist() == [3, 4]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -63,12 +65,12 @@ def test_layouts_agree_on_what_is_scored(layout):
 def test_costs_are_what_a_batch_takes(layout):
     draw = random.Random(0)
     rows = [
-        {"prompt_ids": [1] * draw.randint(1, 30), "scores": [0.0] * count,
+        {"prompt_ids": [place] * draw.randint(1, 30), "scores": [0.0] * count,
          "completions_ids": [[2] * draw.randint(1, 20) for _ in range(count)]}
-        for count in (2, 5, 3, 2, 8, 4, 3, 2, 6)
+        for place, count in enumerate((2, 5, 3, 2, 8, 4, 3, 2, 6))
     ]  # fmt: skip
     costs = LAYOUTS[layout].costs(ExampleLengths.of(rows, GROUPS))
-    bins = costs.bins(budget := 400, range(len(rows)))
+    bins = costs.bins(budget := 200, range(len(rows)))
     assert sorted(sum(bins, [])) == list(range(len(rows))) and 1 < len(bins) < len(rows)
     for some in [*bins, *([row] for row in range(len(rows)))]:
         batch = lay_out([rows[row] for row in some], layout)

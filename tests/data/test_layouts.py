@@ -74,10 +74,12 @@ def test_the_batch_is_what_the_table_says(name, kind):
     assert batch.lengths_S.tolist() == [len(answer) for _, answer in every]
     before = [token for prompt, answer in every for token in [prompt[-1], *answer[:-1]]]
     assert batch.input_ids.flatten()[batch.rows_T].tolist() == before
-    # One example after the other shares nothing but its own prompt.
-    prompts = len(PROMPTS) if kind != COMPLETIONS else len({tuple(each) for each in PROMPTS})
+    prompts = {tuple(prompt) for prompt, _ in every}
+    distinct = {(*prompt, *answer[:-1]) for prompt, answer in every}
     ones = int((batch.input_ids == 1).sum())  # every prompt begins with the only 1s there are
-    assert ones == (prompts if layout.shares_prompts else len(every))
+    assert ones == len(prompts if layout.shares_prompts else distinct)
+    predictions = set(zip(batch.rows_U.tolist(), batch.targets_U.tolist()))
+    assert len(predictions) == len(batch.rows_U) == len(batch.targets_U)
 
 
 @BY_KIND

@@ -172,10 +172,10 @@ def test_costs_are_what_the_layout_takes(layout):
     draw = np.random.default_rng(7)
     pairs = [
         {
-            name: [1] * int(draw.integers(1, 9))
+            name: [place] * int(draw.integers(1, 9))
             for name in ("prompt_ids", "chosen_ids", "rejected_ids")
         }
-        for _ in range(6)
+        for place in range(6)
     ]
     costs = LAYOUTS[layout].costs(ExampleLengths.of(pairs, PAIRS))
     for some in ([0], [3], [1, 2, 4], range(6)):

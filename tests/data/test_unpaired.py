@@ -274,15 +274,15 @@ def lay_out(rows, layout, **options):
 
 def test_completions_of_one_prompt_share_it():
     batch = lay_out(ROWS, "shared_prefix", indices=[30, 10, 20], columns=["weight"])
-    assert batch.spans == ((3, 1, 2), (2, 0))
+    assert batch.spans == ((4, 0, -1), (2, 3, 0), (2, 0, -1))
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 7, 8, 1, 9]]
-    assert batch.targets_T.tolist() == [4, 5, 7, 8, 9, 6]
-    assert batch.rows_T.tolist() == [2, 3, 2, 4, 5, 7]
-    # What belongs to a row goes with it.
-    assert batch.indices_P.tolist() == [30, 20, 10]
-    assert batch.lengths_S.tolist() == [2, 3, 1]
-    assert batch.desirable_S.tolist() == [True, True, False]
-    assert batch.columns["weight"].tolist() == [1, 3, 2]
+    assert batch.targets_T.tolist() == [4, 5, 6, 7, 8, 9]
+    assert batch.rows_T.tolist() == [2, 3, 7, 2, 4, 5]
+    # Examples stay in their order.
+    assert batch.indices_P.tolist() == [30, 10, 20]
+    assert batch.lengths_S.tolist() == [2, 1, 3]
+    assert batch.desirable_S.tolist() == [True, False, True]
+    assert batch.columns["weight"].tolist() == [1, 2, 3]
     assert (batch.num_examples, batch.tokens) == (3, 14)
 
 
@@ -291,10 +291,10 @@ def test_layouts_agree_on_what_is_scored(layout):
     batch, truth = lay_out(ROWS, layout, indices=[5, 6, 7]), lay_out(ROWS, "padded")
     for name in ("targets_T", "lengths_S", "desirable_S"):
         assert torch.equal(getattr(batch, name), getattr(truth, name)), name
-    assert batch.desirable_S.tolist() == [True, True, False]
-    assert batch.indices_P.tolist() == [5, 7, 6]
+    assert batch.desirable_S.tolist() == [True, False, True]
+    assert batch.indices_P.tolist() == [5, 6, 7]
     ids = batch.input_ids.flatten()[batch.rows_T].tolist()
-    assert ids == [3, 4, 3, 7, 8, 9]  # the token before each target
+    assert ids == [3, 4, 9, 3, 7, 8]  # the token before each target
     costs = LAYOUTS[layout].costs(ExampleLengths.of(ROWS, COMPLETIONS))
     assert costs.of([0, 1, 2]) >= batch.input_ids.numel()
     assert costs.of([1]) == lay_out(ROWS[1:2], layout).input_ids.numel()
@@ -339,6 +339,11 @@ def test_losses_that_take_completions_are_the_unpaired_ones():
 # Stored references
 
 
+def minus_targets(targets_U, predictions_T, **_):
+    """A model whose log-probability of a token is minus its number."""
+    return {"logp": -targets_U[predictions_T].float()}
+
+
 def store(data, folder, per_token=True):
     """As `compute_reference` does, with minus the token's number as its log-probability."""
     request = Request("train", data, "m", "fp32", per_token)
@@ -351,9 +356,7 @@ def store(data, folder, per_token=True):
         batches = [
             lay_out([data[row] for row in some], "shared_prefix", indices=some) for some in plan
         ]
-        values_T = score_part(
-            lambda targets_T, **_: {"logp": -targets_T.float()}, batches, rows, mine, "cpu"
-        )
+        values_T = score_part(minus_targets, batches, rows, mine, "cpu")
         unfinished.write(index, part_table(values_T, mine, data, rows, per_token))
     unfinished.finish({})
     return request
@@ -380,8 +383,8 @@ def test_a_stored_reference_of_completions(load, tmp_path):
     reference = open_reference([folder], data.digests, True, "cpu", COMPLETIONS)
     rows = [4, 0, 5]
     batch = lay_out([data[row] for row in rows], "shared_prefix", indices=rows)
-    assert batch.indices_P.tolist() == [4, 5, 0]
-    assert reference(batch).tolist() == [sums[row] for row in (4, 5, 0)]
+    assert batch.indices_P.tolist() == rows
+    assert reference(batch).tolist() == [sums[row] for row in rows]
     assert torch.equal(reference.token_logps(batch), -batch.targets_T.float())
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 transformers = pytest.importorskip("transformers")
 
 from dpo_fast.data.batch import collate_trees
+from dpo_fast.data.layouts import LAYOUTS
+from dpo_fast.data.tree import grow
 from dpo_fast.errors import UserError
 from dpo_fast.models import ScoringModel
 from dpo_fast.models.attention import BACKENDS, NAMES, varlen
@@ -45,16 +48,64 @@ def test_trees_score_like_every_sequence_alone(name):
         assert_same(scores, slopes(scores, parameters), expected, true_gradients)
 
 
+LONG = list(range(10, 45))  # more than sequences of different prompts must have in common
+REPEATED = [
+    ([1, 5, 6, 7], [[8, 9, 2], [8, 9, 10, 2]]),  # pairs of three answers to one prompt
+    ([1, 90], [[11, 2], [12, 13, 2]]),
+    ([1, 5, 6, 7], [[8, 9, 2], [20, 2]]),
+    ([1, 5, 6, 7], [[8, 9, 10, 2], [20, 2]]),
+    (LONG + [3], [[4, 2], [4, 5, 2]]),
+    (LONG + [3, 4, 5, 6], [[7, 2], [7]]),  # goes on with an answer of the one before
+    (LONG + [9], [[4, 2], [4, 2]]),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "qwen2, a window in one layer", "gemma2, caps and windows", "gpt-oss, sinks",
+     "qwen3-moe, experts", "deepseek-v3, unequal head sizes"],
+)  # fmt: skip
+def test_what_comes_again_is_computed_once_and_scores_the_same(name, layout):
+    model = make(name)
+    parameters = list(model.parameters())
+    expected = alone(model, REPEATED)
+    true_gradients = slopes(expected, parameters)
+    if LAYOUTS[layout].shares_rows:
+        model.set_attn_implementation(NAMES["sdpa"])
+    batch = collate_trees(REPEATED, layout)
+    scores = ScoringModel(model)(**forward_arguments(batch))["logp"]
+    assert_same(scores, slopes(scores, parameters), expected, true_gradients)
+    sequences = [(*prompt, *answer[:-1]) for prompt, answers in REPEATED for answer in answers]
+    predictions = {
+        (*prompt, *answer[: place + 1])
+        for prompt, answers in REPEATED
+        for answer in answers
+        for place in range(len(answer))
+    }
+    computed = {
+        "padded": len(set(sequences)),
+        "packed": sum(map(len, set(sequences))),
+        # The two short prompts are trees of their own, though both begin with a 1.
+        "shared_prefix": 1
+        + len({sequence[:end] for sequence in sequences for end in range(1, len(sequence) + 1)}),
+    }
+    found = len(batch.input_ids) if layout == "padded" else batch.input_ids.numel()
+    assert found == computed[layout]
+    if layout == "shared_prefix":  # here a prediction is what comes after other tokens
+        assert len(batch.rows_U) == len(predictions)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2, caps and windows", "qwen3-moe, experts"])
 def test_the_same_under_gradient_checkpointing(name):
     model = make(name)
     parameters = list(model.parameters())
-    expected = alone(model)
+    expected = alone(model, REPEATED)
     true_gradients = slopes(expected, parameters)
     model.set_attn_implementation(NAMES["sdpa"])
     scoring = ScoringModel(model).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    scores = scoring(**forward_arguments(collate_trees(TREES, "shared_prefix")))["logp"]
+    scores = scoring(**forward_arguments(collate_trees(REPEATED, "shared_prefix")))["logp"]
     assert_same(scores, slopes(scores, parameters), expected, true_gradients)
 
 
@@ -64,12 +115,12 @@ def test_the_same_with_adapters(checkpointing):
     from peft import LoraConfig, get_peft_model
 
     model = make("llama")
-    base = alone(model)
+    base = alone(model, REPEATED)
     peft = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
     adapters = [p for n, p in peft.named_parameters() if "lora_" in n]
     for parameter in adapters:
         torch.nn.init.normal_(parameter, std=0.3)
-    expected = alone(model)
+    expected = alone(model, REPEATED)
     true_gradients = slopes(expected, adapters)
     assert not torch.allclose(base, expected, atol=0.1)
     model.set_attn_implementation(NAMES["sdpa"])
@@ -78,7 +129,7 @@ def test_the_same_with_adapters(checkpointing):
     if checkpointing:
         scoring.train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    batch = forward_arguments(collate_trees(TREES, "shared_prefix"))
+    batch = forward_arguments(collate_trees(REPEATED, "shared_prefix"))
     scores = scoring(**batch)["logp"]
     assert_same(scores, slopes(scores, adapters), expected, true_gradients)
     with torch.no_grad(), scoring.as_started():
@@ -92,47 +143,49 @@ def test_flex_attention_scores_the_same(name):
     """Its forward alone: FlexAttention has no backward on a CPU, and is refused for training there."""
     model = make(name)
     with torch.no_grad():
-        expected = alone(model)
+        expected = alone(model, REPEATED)
         model.set_attn_implementation(NAMES["flex_attention"])
         for layout in PACKED:
-            scores = ScoringModel(model)(**forward_arguments(collate_trees(TREES, layout)))
+            scores = ScoringModel(model)(**forward_arguments(collate_trees(REPEATED, layout)))
             torch.testing.assert_close(scores["logp"], expected, rtol=1e-5, atol=1e-5)
 
 
-def visible(trees) -> torch.Tensor:
-    """Bool [N, N] of who sees whom, from the definition, token by token."""
-    owner = [
-        (group, branch, position)
-        for group, (trunk, *branches) in enumerate(trees)
-        for branch, size in enumerate([trunk, *branches])
-        for position in range(size)
-    ]
-    return torch.tensor(
-        [
-            [g == h and ((b == c and i <= p) or (c == 0 and b > 0)) for h, c, i in owner]
-            for g, b, p in owner
-        ]
-    )
+def row_of(*sequences: tuple[int, ...]):
+    """Distinct sequences as trees along a row. All that begins alike is shared."""
+    return grow([np.array(each) for each in sequences], ["kin"] * len(sequences))
 
 
-GROUP = st.tuples(st.integers(1, 5), st.lists(st.integers(0, 4), max_size=4)).map(
-    lambda group: (group[0], *group[1])
+def visible(row, window: int | None = None) -> torch.Tensor:
+    """Bool [N, N] of who sees whom: the tokens of a sequence see those before them in it."""
+    sees = torch.zeros(len(row.ids), len(row.ids), dtype=torch.bool)
+    for path in row.paths:
+        for place, token in enumerate(path):
+            first = 0 if window is None else max(place + 1 - window, 0)
+            sees[token, path[first : place + 1]] = True
+    return sees
+
+
+SEQUENCES = st.lists(
+    st.lists(st.integers(0, 2), min_size=1, max_size=7).map(tuple),
+    min_size=1,
+    max_size=8,
+    unique=True,
 )
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.lists(GROUP, min_size=1, max_size=4), st.sampled_from([None, 1, 2, 3, 7]))
-def test_every_form_of_the_plan_says_the_same(trees, window):
-    """Segments with their masks, gathered keys, and tags, against the definition."""
-    plan = AttentionPlan(tuple(trees), torch.device("cpu"))
-    expected = visible(trees)
+@settings(deadline=None, max_examples=100)
+@given(SEQUENCES, st.sampled_from([None, 1, 2, 3, 7]))
+def test_every_form_of_the_plan_says_the_same(sequences, window):
+    """Segments with their masks, gathered keys, and ends, against the definition."""
+    row = row_of(*sequences)
+    plan = AttentionPlan(row.spans, torch.device("cpu"))
+    expected = visible(row, window)
     size = len(expected)
-    group, branch, position = plan.tags
-    behind = position[:, None] - position
+    place, position = torch.arange(size), plan.positions
+    sees = (place <= place[:, None]) & (place[:, None] < plan.ends)
     if window is not None:
-        expected = expected & (behind < window)
-    tags = (group[:, None] == group) & ((branch == 0) | (branch[:, None] == branch)) & (behind >= 0)
-    assert torch.equal(tags if window is None else tags & (behind < window), expected)
+        sees &= position[:, None] - position < window
+    assert torch.equal(sees, expected)
     layout = plan.varlen
     keys = torch.arange(size) if layout.keys is None else layout.keys
     seen = torch.zeros(size, size, dtype=torch.bool)
@@ -169,12 +222,13 @@ def test_the_varlen_arguments_give_what_sdpa_gives(window):
         return torch.cat(outputs)
 
     torch.manual_seed(0)
-    trees = ((3, 2, 1), (1, 0, 4, 2), (5,))
-    rows = sum(map(sum, trees))
+    row = row_of((1, 1, 1, 1, 1), (1, 1, 1, 2), (2,), (2, 1, 1, 3), (2, 1, 1, 4), (3, 3, 3))
+    rows = len(row.ids)
     query, key, value = (torch.randn(1, heads, rows, 8) for heads in (4, 2, 2))
     value = value[..., :6]
     options = {"scale": 0.3, "window": window, "softcap": None, "sinks": None}
-    plan = AttentionPlan(trees, torch.device("cpu"))
+    plan = AttentionPlan(row.spans, torch.device("cpu"))
+    assert [segment.prefix for segment in plan.segments] == [0, 3, 0, 1, 3, 0]
     expected = BACKENDS["sdpa"](plan, query, key, value, **options)
     got = varlen(kernel, plan, query, key, value, **options)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
@@ -191,9 +245,9 @@ def test_on_a_gpu_every_backend_scores_like_sdpa(backend):
     if refusal:
         pytest.skip(refusal)
     torch.manual_seed(0)
-    trees = ((70, 30, 1, 200), (1, 0, 400), (129, 64))
-    plan = AttentionPlan(trees, device)
-    rows = sum(map(sum, trees))
+    spans = ((100, 0, -1), (200, 70, 0), (30, 90, 1), (1, 70, 0), (401, 0, -1), (193, 0, -1))
+    plan = AttentionPlan(spans, device)
+    rows = sum(own for own, *_ in spans)
     for window in (None, 50):
         options = {"scale": 0.1, "window": window, "softcap": None, "sinks": None}
         leaves = [
@@ -265,7 +319,7 @@ def test_a_model_whose_numbers_overflow_is_not_told_as_one_that_mixes_tokens():
 def test_what_would_change_the_scores_is_refused(changes, reason):
     attention = transformers.AttentionInterface()[NAMES["sdpa"]]
     states = (torch.randn(1, 2, 2, 4) for _ in range(3))
-    options = {"plan": AttentionPlan(((2,),), torch.device("cpu")), "attention_mask": None}
+    options = {"plan": AttentionPlan(((2, 0, -1),), torch.device("cpu")), "attention_mask": None}
     with pytest.raises(UserError, match=reason):
         attention(torch.nn.Module(), *states, **(options | changes))
 
@@ -273,7 +327,7 @@ def test_what_would_change_the_scores_is_refused(changes, reason):
 def test_kernels_refuse_what_they_do_not_know():
     from dpo_fast.models.attention import flash_kernel, pytorch_kernel
 
-    plan = AttentionPlan(((2,),), torch.device("cpu"))
+    plan = AttentionPlan(((2, 0, -1),), torch.device("cpu"))
     q = torch.randn(2, 2, 4)
     options = {"scale": 1.0, "window": None, "softcap": None, "sinks": None}
     with pytest.raises(UserError, match="model.attention=varlen .* soft-capped"):
@@ -319,7 +373,7 @@ def test_varlen_attention_of_2_11_is_used_for_grouped_heads(told, monkeypatch):
     calls = []
     monkeypatch.setattr(module, "varlen_attn", later if told else varlen_attn)
     assert has_varlen()
-    arguments = AttentionPlan(((3, 2, 1),), torch.device("cpu")).varlen
+    arguments = AttentionPlan(((5, 0, -1), (1, 3, 0)), torch.device("cpu")).varlen
     q, k = torch.randn(6, 4, 8), torch.randn(9, 2, 8)
     for window in (None, 3):
         pytorch_kernel(q, k, k, arguments, scale=0.3, window=window, softcap=None, sinks=None)

@@ -58,10 +58,10 @@ def request(rows=range(5), name="train", model="m", dtype="fp32", per_token=Fals
     return Request(name, dataset(rows), model, dtype, per_token)
 
 
-def scorer(targets_T, **arguments):
+def scorer(targets_U, predictions_T, **arguments):
     """A model whose log-probability of a token is minus its number."""
     assert not torch.is_grad_enabled()
-    return {"logp": -targets_T.float()}
+    return {"logp": -targets_U[predictions_T].float()}
 
 
 def table_of(wanted: Request, rows: range, layout="packed", size=2, score=scorer):
@@ -414,7 +414,8 @@ def test_a_full_disk_is_told_and_costs_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("value", [float("nan"), -float("inf")])
 def test_values_that_are_not_finite_are_refused(value):
-    def broken(targets_T, **arguments):
+    def broken(targets_U, predictions_T, **arguments):
+        targets_T = targets_U[predictions_T]
         logp = -targets_T.float()
         return {"logp": torch.where(targets_T == 23, value, logp)}
 

@@ -53,9 +53,9 @@ def lay_out(data, rows, layout):
     return collate([data[row] for row in rows], layout, indices=rows, kind=GROUPS)
 
 
-def minus_targets(targets_T, **_):
+def minus_targets(targets_U, predictions_T, **_):
     """A model whose log-probability of a token is minus its number."""
-    return {"logp": -targets_T.float()}
+    return {"logp": -targets_U[predictions_T].float()}
 
 
 def compute(unfinished, index, scorer=minus_targets, per_token=True):
@@ -140,8 +140,9 @@ def test_parts_that_are_done_are_kept(tmp_path):
     again = Unfinished(folder, manifest, data)
     assert again.begin() == [1, 2]
 
-    def broken(targets_T, **_):
+    def broken(targets_U, predictions_T, **_):
         """Not finite for the last answer of row 4, the second row of part 1."""
+        targets_T = targets_U[predictions_T]
         return {"logp": torch.where(targets_T == 42, torch.inf, 0.0)}
 
     with pytest.raises(UserError, match="log-probs of 1 groups are not finite, .*groups.jsonl:5"):

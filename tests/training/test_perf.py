@@ -22,7 +22,7 @@ from tests.support.architectures import make
 CPU = torch.device("cpu")
 ROWS = [
     {
-        "prompt_ids": [1] * p,
+        "prompt_ids": [p] * p,
         "completions_ids": [[2] * n for n in sizes],
         "scores": [0.0] * len(sizes),
     }
@@ -63,7 +63,7 @@ def test_operations_are_those_that_torch_counts(architecture, frozen, layout, mo
     products = sum(n for op, n in counted.items() if str(op) in ("aten.mm", "aten.addmm"))
     tokens = batch.input_ids.numel()
     assert batch.padding == 0
-    assert products == work.per_token * tokens + work.per_scored * len(batch.targets_T)
+    assert products == work.per_token * tokens + work.per_scored * len(batch.targets_U)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -73,10 +73,7 @@ def test_attended_pairs_are_those_of_the_mask(layout):
     if layout == "padded":
         pairs = sum(int(n) ** 2 for n in batch.attention_mask.sum(1)) / 2
     else:
-        pairs = 0.0
-        for trunk, *branches in batch.spans:
-            pairs += sum(place + 0.5 for place in range(trunk))
-            pairs += sum(trunk + place + 0.5 for branch in branches for place in range(branch))
+        pairs = sum(prefix + place + 0.5 for own, prefix, _ in batch.spans for place in range(own))
     assert batch.attended_pairs == pytest.approx(pairs, abs=len(batch.lengths_S))
     assert collate([], layout, kind=GROUPS).attended_pairs == 0
 
@@ -96,7 +93,12 @@ def test_the_head_is_timed_forward_and_backward(monkeypatch):
 
     def slow(*arguments):
         now[0] += 0.25
+        if torch.is_grad_enabled() and len(arguments) > 1:
+            arguments[0].register_hook(later)
         return forward(*arguments)
+
+    def later(grad):  # between the gradient of the log-probs and that of the hidden states
+        now[0] += 2.0
 
     head.forward = slow
     watch_head(head, clock)
@@ -104,10 +106,6 @@ def test_the_head_is_timed_forward_and_backward(monkeypatch):
     logp = model(**forward_arguments(batch))["logp"]
     assert clock.read() == {"perf/head_ms": 250.0}
 
-    def later(grad):  # between the gradient of the log-probs and that of the hidden states
-        now[0] += 2.0
-
-    logp.register_hook(later)
     logp.sum().backward()
     assert clock.read() == {"perf/head_ms": 2000.0}
     with torch.no_grad():
