@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+LEAST_TEMPERATURE = 0.01
 FORBID = ConfigDict(extra="forbid", frozen=True)
 # Which type of engine an option is of.
 OPTIONS = {
@@ -13,6 +14,7 @@ OPTIONS = {
     "url": ("openai",),
     "model": ("openai",),
     "api": ("openai",),
+    "send": ("openai",),
     "api_key_env": ("openai",),
     "concurrency": ("openai",),
     "timeout_seconds": ("openai",),
@@ -60,6 +62,12 @@ class EngineSection(BaseModel):
         "messages are sent to /chat/completions, and the server has the chat template",
         json_schema_extra=_only("api"),
     )
+    send: Literal["ids", "text"] = Field(
+        "ids",
+        description="with api=completions. ids: the prompt as token ids, which vLLM, SGLang and OpenAI "
+        "take; text: as text, to a server that takes no ids; its tokenizer puts BOS before it",
+        json_schema_extra={"refused": "text with api=chat"},
+    )
     api_key_env: str = Field(
         "OPENAI_API_KEY",
         description="environment variable with the key of the server; without it none is sent",
@@ -104,6 +112,11 @@ class EngineSection(BaseModel):
                     f"sample.engine.{option} is not used by sample.engine.type={self.type}; remove it, or "
                     f"set type={' or '.join(types)}"
                 )
+        if self.send == "text" and self.api == "chat":
+            raise ValueError(
+                "sample.engine.send=text is not used by sample.engine.api=chat, which sends messages; "
+                "remove it"
+            )
         if self.type == "openai" and not (self.url or "").startswith(("http://", "https://")):
             raise ValueError(
                 f"sample.engine.url={self.url}: sample.engine.type=openai needs the address of a server, "
@@ -183,6 +196,11 @@ class SampleSection(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> SampleSection:
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            raise ValueError(
+                f"sample.temperature={self.temperature:g} is below {LEAST_TEMPERATURE}, where numbers "
+                "overflow; set it to 0 for the likeliest token, with num_generations=1"
+            )
         names = [self.prompts] if isinstance(self.prompts, str) else self.prompts
         if not names or not all(name.strip() for name in names):
             raise ValueError(

@@ -80,6 +80,13 @@ class PromptCodec:
         lead = self.rows.chat.lead if prompt.is_chat and self._begins_a_turn(prompt) else None
         return text.removeprefix(lead) if lead else text
 
+    def text(self, prompt_ids: Sequence[int]) -> str:
+        """A prompt as text, without the BOS that a tokenizer puts before it."""
+        bos = self.rows.endings.bos_id
+        return self._text(
+            prompt_ids[1:] if bos is not None and prompt_ids[0] == bos else prompt_ids
+        )
+
     def sequence(self, prompt: Prompt, completion: str) -> Tokens:
         """The ids that `train` makes of a completion. Raises BadRow and Dropped."""
         found = self.rows(prompt.answered(completion))

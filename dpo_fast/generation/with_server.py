@@ -13,7 +13,7 @@ from dpo_fast.errors import UserError
 from dpo_fast.generation.batches import Batch
 from dpo_fast.generation.config import EngineSection, SampleSection
 from dpo_fast.generation.encode import PromptCodec
-from dpo_fast.generation.engine import STOP, Completion, Request, TooLong
+from dpo_fast.generation.engine import LENGTH, STOP, Completion, Request, TooLong
 from dpo_fast.wording import quoted
 
 KEPT = "What is done is kept: the same command goes on after it"
@@ -23,6 +23,13 @@ NO_ROOM = (
     *("exceeds the available context", "longer than the model", "max_model_len"),
     *("prompt is too long", "`max_new_tokens` must be <="),
 )
+
+
+# Other words of servers for a completion that ended by itself, or was cut off.
+REASONS = {
+    **dict.fromkeys(("eos", "eos_token", "stop_sequence", "end_turn", "tool_calls"), STOP),
+    **dict.fromkeys(("max_tokens", "model_length", "abort", "content_filter", "error"), LENGTH),
+}
 
 
 class ServerEngine:
@@ -114,7 +121,8 @@ class ServerEngine:
         options = self._options(seed) | {"max_tokens": self.section.max_new_tokens}
         # The template may end turns with a token that the server does not know as an end.
         body = {"stop_token_ids": list(request.stop_ids)} | options["extra_body"]
-        return options | {"prompt": list(request.ids), "extra_body": body}
+        prompt = list(request.ids) if self.engine.send == "ids" else self.codec.text(request.ids)
+        return options | {"prompt": prompt, "extra_body": body}
 
     def _chat(self, request: Request, seed: int) -> dict[str, Any]:
         prompt = request.prompt
@@ -144,7 +152,8 @@ class ServerEngine:
             text = _spoken(message)
         if not isinstance(text, str):
             raise self._garbage(found, request)
-        return Completion(text, str(choice.finish_reason or STOP))
+        reason = str(choice.finish_reason or STOP)
+        return Completion(text, REASONS.get(reason, reason))
 
     def _check_model(self) -> None:
         """Raises UserError if the server is not there or names other models. Some have no list of them."""
@@ -220,9 +229,13 @@ def connect(engine: EngineSection) -> Any:
 
 
 def _spoken(message: Any) -> str | None:
-    """What a chat's answer says, with the thinking that a server keeps apart."""
+    """What a chat's answer says, with thinking that a server keeps apart. Empty if it only calls tools."""
     thought = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
     text = getattr(message, "content", None)
+    if text is None:
+        text = getattr(message, "refusal", None)
+    if text is None and getattr(message, "tool_calls", None):
+        text = ""
     if isinstance(thought, str) and thought.strip():
         return f"<think>\n{thought.strip()}\n</think>\n\n{text or ''}"
     return text

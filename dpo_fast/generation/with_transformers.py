@@ -75,6 +75,14 @@ class TransformersEngine:
                 f"up to {longest + self.section.max_new_tokens} tokens at a time; lower it. Other batches "
                 "give other completions, so what is done is made again: name another output_dir"
             ) from None
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            where = requests[0].prompt.where
+            raise UserError(
+                f"the model gives no probabilities, but nan or inf, for a batch with {where}; look at the "
+                "model and at model.dtype"
+            ) from None
 
     def _generation_config(self, requests: list[Request]) -> GenerationConfig:
         section, drawn = self.section, {"do_sample": False}

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dpo_fast import durable
+
 FLUSH_SECONDS = 2.0  # between the times that lines are brought to the disk
 
 
@@ -28,18 +30,22 @@ class Journal:
         self._flushed = 0.0
 
     def mend(self) -> None:
-        """Cut off lines that have no end. One process does it, before others append."""
+        """Take out lines that have no end, and those that a power cut damaged. Raises OSError.
+
+        One process does it, before others append.
+        """
         for file in self._files():
-            with file.open("rb+") as stream:
-                content = stream.read()
-                stream.truncate(content.rfind(b"\n") + 1)
+            lines = file.read_bytes().splitlines(keepends=True)
+            whole = [line for line in lines if _is_whole(line)]
+            if len(whole) < len(lines):
+                durable.write_file(file, b"".join(whole))
 
     def read(self) -> Iterator[tuple[int, Any]]:
         """The number and the content of every piece; of one that was done twice both."""
         for file in self._files():
-            with file.open(encoding="utf-8") as stream:
+            with file.open("rb") as stream:
                 for line in stream:
-                    if line.endswith("\n"):
+                    if line.endswith(b"\n"):
                         piece = json.loads(line)
                         yield piece["number"], piece["content"]
 
@@ -69,3 +75,10 @@ class Journal:
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob(f"{self.name}-*.jsonl"))
+
+
+def _is_whole(line: bytes) -> bool:
+    try:
+        return line.endswith(b"\n") and {"number", "content"} <= set(json.loads(line))
+    except (ValueError, TypeError):
+        return False

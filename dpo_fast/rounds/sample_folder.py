@@ -127,6 +127,7 @@ class SampleFolder:
                 "name another output_dir"
             )
         self._check(self.root / MANIFEST, f"{there[0]} was sampled")
+        shutil.rmtree(self.partial, ignore_errors=True)  # a kill may have left it
         return True
 
     def begin(self) -> None:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
+import torch
+
+from dpo_fast.errors import UserError
+from dpo_fast.generation.encode import Tokens
 from dpo_fast.generation.logps import batches_by_length, score
+from dpo_fast.models.scoring import ScoringModel
 from dpo_fast.rounds.journal import Journal
 from dpo_fast.rounds.sample_folder import SampleFolder, pack_logps
 from dpo_fast.rounds.sampler_model import Sampler
@@ -28,9 +34,20 @@ def score_completions(folder: SampleFolder, sampler: Sampler) -> None:
         scoring, pad_id = sampler.scoring, sampler.codec.tokenizer.pad_token_id
         with progress_bar("log-probs", len(own)) as advance, folder.writing():
             for number in own:
-                values = score(scoring, [sequences[place] for place in batches[number]], pad_id)
+                values = _scored(scoring, [sequences[place] for place in batches[number]], pad_id)
                 named = zip((digests[place] for place in batches[number]), values)
                 journal.append(number, [[digest.hex(), pack_logps(each)] for digest, each in named])
                 advance()
             journal.close()
     distributed.await_all("scored")
+
+
+def _scored(scoring: ScoringModel, sequences: list[Tokens], pad_id: int) -> list[np.ndarray]:
+    try:
+        return score(scoring, sequences, pad_id)
+    except torch.OutOfMemoryError:
+        longest = max(len(each.prompt_ids) + len(each.answer_ids) for each in sequences)
+        raise UserError(
+            f"not enough memory to score {len(sequences)} completions of up to {longest} tokens; with "
+            "sample.logps=false they are not scored here"
+        ) from None

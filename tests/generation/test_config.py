@@ -22,6 +22,11 @@ SERVER = {"type": "openai", "url": "http://localhost:8000/v1"}
             "sample.top_p=0.9 is not used with",
         ),
         ({"temperature": 0, "num_generations": 1, "top_k": 9}, "sample.top_k=9 is not used with"),
+        ({"temperature": 1e-5}, "sample.temperature=1e-05 is below 0.01"),
+        (
+            {"engine": SERVER | {"api": "chat", "send": "text"}},
+            "send=text is not used by .*api=chat",
+        ),
         ({"stop": ["a", ""]}, "sample.stop has an empty text"),
         ({"prompts": []}, r"sample.prompts=\[\] names no data"),
         ({"prompts": "  "}, "sample.prompts='  ' names no data"),

@@ -107,6 +107,39 @@ def test_chats_are_sent_as_messages(server):
         complete(made, ["text"])
 
 
+def test_a_server_that_takes_no_ids_gets_the_rendered_text(server):
+    complete(engine(server, chat=True, send="text"), [[user("q")]], 1)
+    assert server.asked[0]["prompt"] == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    "said, reason, wanted",
+    [
+        ({"content": "yes"}, "eos_token", ("yes", "stop")),
+        ({"content": ""}, "stop", ("", "stop")),
+        ({"content": "ye"}, "abort", ("ye", "length")),
+        ({"content": None, "refusal": "I cannot"}, "stop", ("I cannot", "stop")),
+        (
+            {"content": None, "tool_calls": [{"id": "1", "type": "function"}]},
+            "tool_calls",
+            ("", "stop"),
+        ),
+    ],
+)
+def test_what_chats_answer_in_other_words(server, said, reason, wanted):
+    choice = {"index": 0, "finish_reason": reason, "message": {"role": "assistant", **said}}
+    whole = {
+        "id": "1",
+        "object": "chat.completion",
+        "created": 0,
+        "model": MODEL,
+        "choices": [choice],
+    }
+    server.answer = lambda body: Reply(200, whole)
+    (found,) = complete(engine(server, api="chat"), [[user("q")]], 1).values()
+    assert (found.text, found.finish_reason) == wanted
+
+
 def test_thinking_that_a_server_keeps_apart_is_put_back(server):
     message = {"role": "assistant", "content": "yes", "reasoning_content": "hmm\n"}
     choice = {"index": 0, "finish_reason": "stop", "message": message}

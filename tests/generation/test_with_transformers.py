@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig, MambaConfig, MambaForCausalLM
 
 from dpo_fast.data.config import DataConfig
+from dpo_fast.errors import UserError
 from dpo_fast.generation.batches import Batch, batches_of, seed_of
 from dpo_fast.generation.config import SampleSection
 from dpo_fast.generation.encode import PromptCodec
@@ -161,6 +162,16 @@ def test_reasons_tell_what_ended_by_itself():
         assert EOS not in each.ids[:-1] and "</s>" not in each.text
         assert each.finish_reason == "stop" or len(each.ids) == 30
     assert {each.finish_reason for each in found} == {"stop", "length"}
+
+
+def test_a_model_without_probabilities_is_told():
+    model = llama()
+    model.model.norm.weight.data.fill_(float("inf"))
+    made = engine(model)
+    with pytest.raises(
+        UserError, match="nan or inf, for a batch with row:0; look at the model and"
+    ):
+        list(made.complete(batches_of([5], 2, 2, 0), requests(made, ["a"])))
 
 
 def test_a_model_in_training_goes_on_in_training():
