@@ -9,6 +9,7 @@ from dpo_fast.models import load_tokenizer
 from dpo_fast.rounds import records
 from dpo_fast.rounds.config import RoundsConfig
 from dpo_fast.rounds.plan import Plan, Step
+from dpo_fast.rounds.rows import check_rounds, judge_of
 from dpo_fast.rounds.stage import GOES_ON, told, work
 from dpo_fast.training import distributed, signals
 from dpo_fast.training.console import say
@@ -55,7 +56,9 @@ def check_stages(plan: Plan) -> None:
             continue
         run = plan.rehearsal(step)
         with told(step):
-            if not step.stage.samples:
+            if step.stage.samples:
+                check_rounds(plan, step)
+            else:
                 check_places(run)
             check_run(run)
 
@@ -87,13 +90,15 @@ def check_made(plan: Plan) -> None:
             )
         if done is None:
             missing = missing or step
-        if record := done or begun:
-            check_record(plan, step, record, complete=done is not None)
+        else:
+            check_complete(plan, step, done)
 
 
-def check_record(plan: Plan, step: Step, record: dict, complete: bool) -> None:
-    """Compare a step's options, data and files with its record; models when it is gone on with."""
-    data = records.data(step, plan.rehearsal(step), complete)
+def check_complete(plan: Plan, step: Step, record: dict) -> None:
+    """Compare a complete step with its record: options, data, judge and files. Models may be gone."""
+    data = records.data(plan, step, complete=True)
     now = {"options": records.options(plan, step), "data": data}
+    if step.stage.samples:
+        now["judge"] = judge_of(plan.rounds(step, plan.config.model), complete=True)
     records.check_same(plan, step, record["made_with"], now)
     records.check_files(plan, step, record.get("files", {}))

@@ -143,6 +143,31 @@ class Plan:
         own = path == model.path or (step is self.steps[0] and path == self.start)
         return self._build(step, model, None if own else path)
 
+    def rounds(self, step: Step, model: ModelSection | None = None) -> RoundsConfig:
+        """What a step that samples asks of `sample` and `judge`.
+
+        Every step draws anew: its seed is that of the section, and one more for each step before.
+
+        model: in place of the policy, which may be yet to be made.
+        """
+        config, stage = self.config, step.stage
+        sections = {}
+        for name in ("sample", "judge", "pairs"):
+            section, own = getattr(config, name), getattr(stage, name)
+            section = {} if section is None else section.model_dump(mode="json", exclude_unset=True)
+            sections[name] = _merged(section, own)
+        sections["sample"]["prompts"] = stage.prompts
+        seed = sections["sample"].get("seed", 0)
+        if isinstance(seed, int):
+            sections["sample"]["seed"] = (seed + self.steps.index(step)) % 2**32
+        if self.rehearsal(step).loss.objective.grouped:
+            sections["pairs"].setdefault("strategy", "groups")
+        if not sections["judge"]:
+            del sections["judge"]
+        tree = {"output_dir": str(step.folder), "data": dict(config.data), **sections}
+        tree["model"] = (model or self.policy(step)).model_dump(mode="json")
+        return build(RoundsConfig, tree, f"{self.where}: {step.name}")
+
     def _build(self, step: Step, model: ModelSection, reference: str | None) -> RunConfig:
         tree = self._tree(step)
         tree["model"] = model.model_dump(mode="json")
@@ -198,10 +223,21 @@ class Plan:
             self._check_average(run, place)
         if stage.optimizer == "carried":
             self._check_carried(step, place)
+        if stage.samples:
+            self._check_pairs(step, run)
         if stage.samples and run.data.streaming:
             raise UserError(
                 f"{self.where}: data.streaming=true reads data of any size, and the pairs of "
                 f"{step.option} are a file; remove it"
+            )
+
+    def _check_pairs(self, step: Step, run: RunConfig) -> None:
+        groups = self.rounds(step).pairs.strategy == "groups"
+        if groups != run.loss.objective.grouped:
+            names = ", ".join(run.loss.names)
+            raise UserError(
+                f"{self.where}: {step.name}: pairs.strategy={self.rounds(step).pairs.strategy}, but "
+                f"loss.type={names} learns from {'pairs' if groups else 'groups'}; leave pairs.strategy out"
             )
 
     def _check_average(self, run: RunConfig, place: str) -> None:
@@ -248,6 +284,12 @@ def _data_of(step: Step) -> dict[str, Any]:
     if data is None:
         return {}
     return dict(data) if isinstance(data, dict) else {"train": data}
+
+
+def _merged(section: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """A section with a stage's options in it. Another type leaves the options of the section behind."""
+    other = own.get("type", section.get("type")) != section.get("type")
+    return dict(own) if other else section | own
 
 
 def _loss_of(

@@ -33,7 +33,8 @@ def progress_of(plan: Plan) -> list[Progress]:
 def _of(step: Step) -> Progress:
     done = records.read(step, records.DONE)
     if done is not None:
-        return Progress(step, "complete", ", ".join(_numbers(done.get("metrics") or {})))
+        told = [*_of_rows(done.get("rows") or {}), *_numbers(done.get("metrics") or {})]
+        return Progress(step, "complete", ", ".join(told))
     if records.read(step, records.BEGUN) is None:
         return Progress(step, "to come", "")
     return Progress(step, "under way", ", ".join(_parts(step)))
@@ -49,6 +50,14 @@ def _parts(step: Step) -> Iterator[str]:
         yield f"trained {step_of(found[-1])} steps"
     elif (step.run / METRICS).is_file():
         yield "training has begun"
+
+
+def _of_rows(rows: dict[str, Any]) -> Iterator[str]:
+    """What is told of the rows of a round: the mean score is that of the policy before it."""
+    if isinstance(rows.get("mean_score"), (int, float)):
+        yield f"mean score {rows['mean_score']:.4g}"
+    if isinstance(rows.get("pairs"), int) and rows["pairs"]:
+        yield f"{rows['pairs']:,} pairs"
 
 
 def _numbers(metrics: dict[str, Any]) -> Iterator[str]:

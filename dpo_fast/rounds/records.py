@@ -17,7 +17,10 @@ from dpo_fast import durable
 from dpo_fast.data.parts import parts_of
 from dpo_fast.data.sources import HubSource
 from dpo_fast.errors import UserError
+from dpo_fast.rounds import rows
 from dpo_fast.rounds.plan import Plan, Step
+from dpo_fast.rounds.rows import judge_of
+from dpo_fast.rounds.sample import data_of
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.manifest import hash_file
 from dpo_fast.training.weights import identity_on_this_rank
@@ -52,8 +55,14 @@ def made_with(plan: Plan, step: Step) -> dict[str, Any]:
         "format": FORMAT,
         "options": options(plan, step),
         "models": models(plan, step, run),
-        "data": data(step, run),
+        "data": data(plan, step),
+        "judge": judge_of(plan.rounds(step), complete=False) if step.stage.samples else {},
     }
+
+
+def of_average(made: dict[str, Any]) -> list[Any]:
+    """What decides the mixture that a step compares with. made: as from `made_with`."""
+    return [made["options"].get("mixup_alpha"), made["models"]]
 
 
 def options(plan: Plan, step: Step) -> dict[str, Any]:
@@ -63,6 +72,8 @@ def options(plan: Plan, step: Step) -> dict[str, Any]:
     if stage.reference == "ema":
         found["mixup_alpha"] = stage.mixup_alpha
     left = FREE | OTHERWISE
+    if step.stage.samples:
+        found |= rows.options(plan.rounds(step, plan.config.model))
     return found | {
         name: value
         for name, value in flat(plan.rehearsal(step).resolved())
@@ -73,21 +84,25 @@ def options(plan: Plan, step: Step) -> dict[str, Any]:
 def models(plan: Plan, step: Step, run: RunConfig) -> dict[str, str]:
     """The weights that a step begins from and compares with, by the option that names them."""
     found = {"model.path": identity_on_this_rank(run, run.model.path)}
-    if run.reference.path is not None and plan.averages(step) is None:
-        found["reference.path"] = identity_on_this_rank(run, run.reference.path)
+    mixture = plan.averages(step)
+    reference = run.reference.path if mixture is None else mixture[0]
+    if reference is not None:
+        found["reference.path"] = identity_on_this_rank(run, reference)
     return found
 
 
-def data(step: Step, run: RunConfig, complete: bool = False) -> dict[str, str]:
+def data(plan: Plan, step: Step, complete: bool = False) -> dict[str, str]:
     """A hash of the content of each source that a step reads, by name.
 
     complete: the step reads them no more. What is not there any longer, and the hub, are passed over.
     """
-    found = {}
-    roles = ("train",) * (not step.stage.samples) + ("eval",) * (run.data.eval is not None)
-    for role in roles:
+    found, run = {}, plan.rehearsal(step).data
+    rows_of = data_of(plan.rounds(step, plan.config.model)) if step.stage.samples else run
+    for role, section in (("train", rows_of), ("eval", run)):
+        if role == "eval" and run.eval is None:
+            continue
         try:
-            sources = [source for part in parts_of(run.data, role) for source in part.sources]
+            sources = [source for part in parts_of(section, role) for source in part.sources]
         except UserError:
             if complete:
                 continue
@@ -167,6 +182,11 @@ def check_same(plan: Plan, step: Step, before: dict[str, Any], now: dict[str, An
         f"{name} was {before['options'][name]!r} and is {value!r}"
         for name, value in now["options"].items()
         if before["options"].get(name, value) != value
+    ]
+    told += [
+        f"{name} of the judge is another"
+        for name, value in now.get("judge", {}).items()
+        if before.get("judge", {}).get(name, value) != value
     ]
     told += [
         f"the weights of {name} are others"

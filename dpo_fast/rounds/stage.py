@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import shutil
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +15,13 @@ import torch
 from dpo_fast.errors import Interrupted, Unhealthy, UserError
 from dpo_fast.rounds import records
 from dpo_fast.rounds.average import write_average
-from dpo_fast.rounds.plan import PAIRS, SCORES, Plan, Step
+from dpo_fast.rounds.plan import AVERAGE, Plan, Step
 from dpo_fast.rounds.progress import last_metrics
+from dpo_fast.rounds.rows import MADE, make_rows
+from dpo_fast.rounds.sample_folder import LOGPS
+from dpo_fast.rounds.stored import fill_references
 from dpo_fast.training import distributed
+from dpo_fast.training.checkpoints import checkpoints
 from dpo_fast.training.console import say
 from dpo_fast.training.loop import train
 from dpo_fast.training.weights import identity_on_this_rank
@@ -34,38 +40,55 @@ def work(plan: Plan, step: Step) -> None:
     say(f"{step.name}: {summary(plan, step)}", matters=True)
     with told(step):
         made_with = distributed.from_main(lambda: begin(plan, step))
-        if not step.model.exists():
-            train(plan.run(step))
+        made = make_rows(plan.rounds(step)) if step.stage.samples else None
         release_memory()
-        distributed.from_main(lambda: finish(plan, step, made_with, time.monotonic() - began))
+        if not distributed.from_main(step.model.exists):
+            run = plan.run(step)
+            fill_references(run, *known_logps(plan, step))
+            train(run)
+        release_memory()
+        told_of = {"rows": made, "seconds": round(time.monotonic() - began, 1)}
+        distributed.from_main(lambda: finish(plan, step, made_with, told_of))
+
+
+def known_logps(plan: Plan, step: Step) -> tuple[list[Path], list[Path]]:
+    """Files with log-probs of the answers, and folders of references that earlier steps have stored."""
+    earlier = [each.run / "reference" for each in plan.steps[: plan.steps.index(step)]]
+    file = step.folder / LOGPS
+    return [file] if file.is_file() else [], [each for each in earlier if each.is_dir()]
 
 
 def begin(plan: Plan, step: Step) -> dict[str, Any]:
-    """Note what a step is made with, or compare with the note of the last time. Returns it."""
+    """Note what a step is made with, or compare with the note of the last time. Returns it.
+
+    Before its first checkpoint a step may be mended: samples, scores and pairs know what made them.
+    """
     now, before = records.made_with(plan, step), records.read(step, records.BEGUN)
-    if before is None:
-        records.write(step, records.BEGUN, {"made_with": now})
-    else:
+    mixture, average = plan.averages(step), step.folder / AVERAGE
+    if before is not None and (checkpoints(step.run) or step.model.exists()):
         records.check_same(plan, step, before["made_with"], now)
-    mixture = plan.averages(step)
-    if mixture is not None and not (step.folder / "reference-model").exists():
+    elif before is not None and records.of_average(before["made_with"]) != records.of_average(now):
+        shutil.rmtree(average, ignore_errors=True)
+    if before is None or before["made_with"] != now:
+        records.write(step, records.BEGUN, {"made_with": now})
+    if mixture is not None and not average.exists():
         reference, policy = mixture
         told = (step.stage.mixup_alpha, plan.named(policy), plan.named(reference))
         say("the reference is {:g} of {}, and the rest of {}".format(*told))
-        write_average(reference, policy, step.stage.mixup_alpha, step.folder / "reference-model")
+        write_average(reference, policy, step.stage.mixup_alpha, average)
     return now
 
 
-def finish(plan: Plan, step: Step, made_with: dict[str, Any], seconds: float) -> None:
-    """Write the record that makes a step complete."""
-    names = [name for name in (PAIRS, SCORES) if (step.folder / name).is_file()]
+def finish(plan: Plan, step: Step, made_with: dict[str, Any], told_of: dict[str, Any]) -> None:
+    """Write the record that makes a step complete. told_of: what it tells beside what is in the folder."""
+    names = [name for name in MADE if (step.folder / name).is_file()]
     content = {
         "made_with": made_with,
         "model": str(step.model.relative_to(step.folder)),
         "identity": identity_on_this_rank(plan.rehearsal(step), str(step.model)),
         "files": records.files_of(step, names),
         "metrics": last_metrics(step),
-        "seconds": round(seconds, 1),
+        **told_of,
     }
     records.write(step, records.DONE, content)
 
