@@ -22,6 +22,7 @@ from dpo_fast.cli.config import Config, Overrides, load
 from dpo_fast.cli.config import app as config_app
 from dpo_fast.cli.evaluate import evaluate
 from dpo_fast.cli.export import export
+from dpo_fast.cli.iterate import iterate
 from dpo_fast.cli.judge import judge
 from dpo_fast.cli.sample import sample
 from dpo_fast.cli.streams import own_arguments
@@ -49,6 +50,7 @@ app.command()(export)
 app.command()(evaluate)
 app.command()(sample)
 app.command()(judge)
+app.command()(iterate)
 
 
 def _version(asked: bool) -> None:

@@ -8,7 +8,7 @@ import os
 import sys
 
 # Commands whose standard output only says what they did; that of the others is what they are for.
-ONLY_SAYS = ("train", "reference", "sample", "demo")
+ONLY_SAYS = ("train", "reference", "sample", "iterate", "demo")
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ECONNRESET)
 
 

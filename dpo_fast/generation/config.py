@@ -135,9 +135,11 @@ class SampleSection(BaseModel):
 
     model_config = FORBID
 
-    prompts: str | list[str] = Field(
+    prompts: str | list[str] | None = Field(
+        None,
         description="files, folders or hub ids of rows with a prompt, as in data.train: texts, messages or "
-        "a question; of pairs, groups and examples of SFT the prompt is taken"
+        "a question; of pairs, groups and examples of SFT the prompt is taken. Stages of `iterate` "
+        "have their own",
     )
     num_generations: int = Field(4, ge=1, le=4096, description="completions of each prompt")
     temperature: float = Field(1.0, ge=0, le=100, description="0: the likeliest token, always")
@@ -202,7 +204,7 @@ class SampleSection(BaseModel):
                 "overflow; set it to 0 for the likeliest token, with num_generations=1"
             )
         names = [self.prompts] if isinstance(self.prompts, str) else self.prompts
-        if not names or not all(name.strip() for name in names):
+        if names is not None and not (names and all(name.strip() for name in names)):
             raise ValueError(
                 f"sample.prompts={self.prompts!r} names no data; name a file, folder or hub id"
             )

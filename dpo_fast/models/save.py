@@ -161,7 +161,7 @@ def _write_shards(
     for number, (file, own) in enumerate(names.items(), 1):
         tensors = {name: trained[name] for name in own if name in trained}
         kept = [name for name in own if name not in trained and name not in loaded]
-        tensors |= _read(file, kept)
+        tensors |= read_tensors(file, kept)
         tensors |= {name: trained[name] for name in new} if file == last else {}
         place = "model.safetensors"
         if len(names) > 1:
@@ -174,7 +174,8 @@ def _write_shards(
         (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def _read(file: Path, names: list[str]) -> dict[str, Tensor]:
+def read_tensors(file: Path, names: list[str]) -> dict[str, Tensor]:
+    """Tensors of a file of weights by their names."""
     if file.suffix == ".safetensors":
         with safe_open(file, "pt") as tensors:
             return {name: tensors.get_tensor(name) for name in names}

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from dpo_fast.generation.config import SampleSection
 from dpo_fast.judging.config import JudgeSection, PairsSection
 from dpo_fast.models.config import ModelSection
+from dpo_fast.rounds.stages import StageSection
+
+# Sections of a run that every stage begins with; a run's own checks read them (`plan.py`).
+OF_A_RUN = ("loss", "reference", "train", "parallel", "log", "health")
 
 
 class RoundsConfig(BaseModel):
@@ -24,3 +30,25 @@ class RoundsConfig(BaseModel):
     sample: SampleSection | None = None
     judge: JudgeSection | None = None
     pairs: PairsSection = PairsSection()
+    stages: list[StageSection] = Field(
+        default_factory=list, description="for iterate: what is trained on, one after the other"
+    )
+    loss: dict[str, Any] = Field(default_factory=dict, description="the section of a run")
+    reference: dict[str, Any] = Field(
+        default_factory=dict,
+        description="the section of a run, without the models: stages name them",
+    )
+    train: dict[str, Any] = Field(
+        default_factory=dict,
+        description="the section of a run, without its folder and how it goes on",
+    )
+    parallel: dict[str, Any] = Field(default_factory=dict, description="the section of a run")
+    log: dict[str, Any] = Field(default_factory=dict, description="the section of a run")
+    health: dict[str, Any] = Field(default_factory=dict, description="the section of a run")
+
+    @field_validator("output_dir")
+    @classmethod
+    def _folder(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError(f"output_dir={value!r} names no folder; give one")
+        return str(Path(os.path.expanduser(value)))

@@ -72,6 +72,11 @@ def judge_section(config: RoundsConfig) -> JudgeSection:
     return config.judge
 
 
+def judge_identity(config: RoundsConfig) -> dict[str, Any]:
+    """What decides the scores: two judges with the same give the same. Raises UserError."""
+    return _Judging(config, judge_section(config)).identity()
+
+
 class _Judging:
     """The files of one folder, and what is to be done about them."""
 
@@ -106,8 +111,12 @@ class _Judging:
             raise UserError(
                 f"{self.samples} is not there: run dpo-fast sample first, or name a file with judge.samples"
             )
+        return {"samples": hash_file(self.samples).sha256, "judge": self.identity()}
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the scores of a completion."""
         judge = {"type": self.section.type, **self.spec.identity(self.materials)}
-        return {"samples": hash_file(self.samples).sha256, "judge": json.loads(json.dumps(judge))}
+        return json.loads(json.dumps(judge))
 
     def complete(self, made: Made) -> bool:
         """Whether the scores are there. If not, the journal is one of the same judge and samples.

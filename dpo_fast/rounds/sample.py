@@ -74,6 +74,8 @@ def section_of(config: RoundsConfig) -> SampleSection:
         raise UserError(
             "the file has no section sample; it says which prompts are completed, and how"
         )
+    if config.sample.prompts is None:
+        raise UserError("sample.prompts is missing; name files, folders or hub ids of rows")
     check_model_path(config.model.path)
     if config.model.tokenizer is not None:
         is_folder(config.model.tokenizer, "model.tokenizer")

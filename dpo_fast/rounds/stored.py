@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from dpo_fast import durable
 from dpo_fast.models import load_tokenizer
 from dpo_fast.references.sequences import fill, read_sequences
 from dpo_fast.references.store import Request, default_place, find_stored, named_place
@@ -15,12 +18,15 @@ from dpo_fast.training.load_data import load_split
 from dpo_fast.training.weights import identity_of
 
 
-def fill_references(config: RunConfig, files: Iterable[Path]) -> list[str]:
+def fill_references(
+    config: RunConfig, files: Iterable[Path], earlier: Iterable[Path] = ()
+) -> list[str]:
     """Fill what a run stores from log-probs of sequences, as far as they have all of a split. Collective.
 
     The run computes the rest, as without this. A reference that is there stays.
 
     files: of `references/sequences.py`; those of other models are passed over.
+    earlier: folders of references that other runs have stored, each for a split of the same model.
 
     Returns:
         The splits that were filled, by name; one twice where reference.old_path is another model.
@@ -28,9 +34,9 @@ def fill_references(config: RunConfig, files: Iterable[Path]) -> list[str]:
     Raises:
         UserError: a file is damaged, or the reference cannot be written.
     """
-    known = [read_sequences(file) for file in files]
+    known, earlier = [read_sequences(file) for file in files], list(earlier)
     filled: list[str] = []
-    if not config.stored_models or not known or config.data.streaming:
+    if not config.stored_models or not (known or earlier) or config.data.streaming:
         return filled
     tokenizer = load_tokenizer(config.model)
     names = ("train", "eval") if config.data.has_eval else ("train",)
@@ -50,11 +56,34 @@ def fill_references(config: RunConfig, files: Iterable[Path]) -> list[str]:
             )
 
             def work(place=place, request=request) -> bool:
-                return find_stored(place, request) is None and fill(place.own, request, known)
+                if find_stored(place, request) is not None:
+                    return False
+                return link_stored(place.own, earlier) or fill(place.own, request, known)
 
             if distributed.from_main(work):
                 filled.append(split.name)
-                say(
-                    f"the reference log-probs ({split.name}) are those of the samples: none is computed"
-                )
+                say(f"the reference log-probs ({split.name}) are there already: none is computed")
     return filled
+
+
+def link_stored(folder: Path, earlier: Iterable[Path]) -> bool:
+    """Take over a reference that an earlier run has stored: one of the same model, dtype and data.
+
+    Their hash is the folder's name (`default_place`). Files are linked where the file system can.
+    """
+    found = next((each / folder.name for each in earlier if (each / folder.name).is_dir()), None)
+    if found is None:
+        return False
+    aside = durable.aside(folder)
+    shutil.rmtree(aside, ignore_errors=True)
+    with durable.writing(folder, "Make room, and the same command goes on"):
+        shutil.copytree(found, aside, copy_function=_link)
+        durable.publish(aside, folder)
+    return True
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

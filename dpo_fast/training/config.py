@@ -295,7 +295,7 @@ def _explain(error: dict, kind: type[BaseModel]) -> str:
         keys = ", ".join(_fields_at(error["loc"], kind))
         return f"{place}={quoted(error['input'])}: expected a section, with any of the keys {keys}"
     if error["type"] == "value_error":
-        return message
+        return f"{place}: {message}" if any(isinstance(x, int) for x in error["loc"]) else message
     return f"{place}={quoted(error['input'])}: {message[0].lower()}{message[1:]}"
 
 

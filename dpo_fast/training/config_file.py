@@ -62,9 +62,20 @@ def apply(tree: dict, override: str) -> None:
         why = getattr(error, "problem", None) or "it breaks off"
         raise UserError(f"{override!r}: the value is not YAML ({why}); put it in quotes") from None
     for name in names[:-1]:
-        if tree.get(name) is None:
+        if isinstance(tree, dict) and tree.get(name) is None:
             tree[name] = {}
-        tree = tree[name]
-        if not isinstance(tree, dict):
+        tree = tree[_key(tree, name, override)]
+        if not isinstance(tree, (dict, list)):
             raise UserError(f"{override!r}: {name} is not a section")
-    tree[names[-1]] = value
+    tree[_key(tree, names[-1], override)] = value
+
+
+def _key(tree: dict | list, name: str, override: str) -> str | int:
+    """A name as the key of a section, or as the index of a list. Raises UserError."""
+    if isinstance(tree, dict):
+        return name
+    if not name.isdecimal() or int(name) >= len(tree):
+        raise UserError(
+            f"{override!r}: {name} is no entry of a list of {len(tree)}; they count from 0"
+        )
+    return int(name)

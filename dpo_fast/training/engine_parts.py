@@ -7,6 +7,8 @@ optimiser load that. So the numbers are the same, bit for bit.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,31 +33,45 @@ def load_engine(engine, folder: Path) -> None:
 
     folder: `engine/` of a checkpoint.
     """
-    module, optimizer = engine.module, engine.optimizer
+    module = engine.module
+    head, states = open_states(engine, folder)
+    with loading(engine.optimizer):
+        put(engine, states, head["lr_scheduler"])
+        if engine.zero_optimization_stage() < 3:
+            parameters = dict(module.named_parameters())
+            for name in states.names:
+                weights = states.fp32(name, parameters[name].numel())
+                parameters[name].copy_(weights.view(parameters[name].shape))
+        for name, buffer in module.named_buffers():
+            if name in head["module"]:
+                buffer.copy_(head["module"][name])
+    engine.lr_scheduler.load_state_dict(head["lr_scheduler"])
+    engine.global_steps, engine.global_samples = head["global_steps"], head["global_samples"]
+    engine.skipped_steps = head["skipped_steps"]
+
+
+def open_states(engine, folder: Path) -> tuple[dict[str, Any], States]:
+    """The head of a checkpoint, and its states. Raises UserError if they are of another model."""
+    module = engine.module
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     order = [names[id(p)] for group in split_trained(module.parameters()) for p in group]
     head = read_head(folder)
-    check_order(optimizer, head)
+    check_order(engine.optimizer, head)
     states = read_states(folder, head, order)
     if states.names != set(order):
         name = min(states.names ^ set(order))
         raise UserError(f"{folder.parent} is of another model: {name} is trained in one of the two")
+    return head, states
+
+
+@contextmanager
+def loading(optimizer) -> Iterator[None]:
+    """Tell DeepSpeed's optimiser, where it wants to know, that its state is being loaded."""
     if hasattr(optimizer, "checkpoint_event_prologue"):
         optimizer.checkpoint_event_prologue()
-    put(engine, states, head["lr_scheduler"])
-    if engine.zero_optimization_stage() < 3:
-        parameters = dict(module.named_parameters())
-        for name in order:
-            weights = states.fp32(name, parameters[name].numel())
-            parameters[name].copy_(weights.view(parameters[name].shape))
-    for name, buffer in module.named_buffers():
-        if name in head["module"]:
-            buffer.copy_(head["module"][name])
+    yield
     if hasattr(optimizer, "checkpoint_event_epilogue"):
         optimizer.checkpoint_event_epilogue()
-    engine.lr_scheduler.load_state_dict(head["lr_scheduler"])
-    engine.global_steps, engine.global_samples = head["global_steps"], head["global_samples"]
-    engine.skipped_steps = head["skipped_steps"]
 
 
 def check_order(optimizer, head: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dpo_fast.errors import Interrupted
 from dpo_fast.training import distributed, signals
+from dpo_fast.training.carried import carry_optimizer
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import progress_bar, say
 from dpo_fast.training.earlier_run import MODEL, check_earlier_run
@@ -123,6 +124,8 @@ def due(every: int | None, step: int, last: bool) -> bool:
 def start(run: Run, log: RunLog) -> tuple[int, bool]:
     """Begin a new run: compare policy and reference, and evaluate once. Returns as `resume` does."""
     log.begin(0)
+    if run.config.train.optimizer_from is not None:
+        carry_optimizer(run.engine, run.config.train.optimizer_from)
     found = compare_at_start(run)
     log.opening(run.best.note(0, evaluate_run(run, 0)) if run.eval else None, found)
     return 0, False

@@ -34,12 +34,15 @@ def check_places(config: RunConfig) -> None:
     parts_of(config.data, "train")  # those of data.eval are looked for as well
 
 
-def check_writable(output_dir: str) -> None:
-    """Raises UserError unless the run can be written there. Makes no folder: the data may be bad."""
+def check_writable(output_dir: str, option: str = "train.output_dir") -> None:
+    """Raises UserError unless the run can be written there. Makes no folder: the data may be bad.
+
+    option: that names the folder, for errors.
+    """
     for each in (Path(output_dir), *Path(output_dir).parents):
         if each.is_symlink() and not each.exists():
             raise UserError(
-                f"train.output_dir={output_dir} cannot be written: {each} is a link to "
+                f"{option}={output_dir} cannot be written: {each} is a link to "
                 f"{os.readlink(each)}, which is not there; make that folder, or name another"
             )
     try:
@@ -47,6 +50,6 @@ def check_writable(output_dir: str) -> None:
             pass
     except OSError as error:
         raise UserError(
-            f"train.output_dir={output_dir} cannot be written: {error.strerror or error}; name another "
+            f"{option}={output_dir} cannot be written: {error.strerror or error}; name another "
             "folder"
         ) from None

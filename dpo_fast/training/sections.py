@@ -236,6 +236,13 @@ class TrainSection(BaseModel):
     resume_from_checkpoint: bool | str = Field(
         False, description="true: the latest of output_dir, if any; or the path of one"
     )
+    optimizer_from: str | None = Field(
+        None,
+        description="begin with AdamW's states of this checkpoint, which must be of the same weights: "
+        "training in stages that goes on with its moments. The schedule of the learning rate begins anew. "
+        "A run that resumes has its own",
+        json_schema_extra={"refused": "a checkpoint of other weights"},
+    )
     change_on_resume: list[Literal["learning_rate"]] = Field(
         default_factory=list,
         description="options of train that may differ from the checkpoint's: learning_rate; the schedule "
@@ -290,11 +297,11 @@ class TrainSection(BaseModel):
         """null, the default of transformers, is no checkpoint either."""
         return False if value is None else value
 
-    @field_validator("output_dir", "resume_from_checkpoint")
+    @field_validator("output_dir", "resume_from_checkpoint", "optimizer_from")
     @classmethod
-    def _folder(cls, value: bool | str, info: ValidationInfo) -> bool | str:
+    def _folder(cls, value: bool | str | None, info: ValidationInfo) -> bool | str | None:
         """Expand `~`, as in every other path."""
-        if isinstance(value, bool):
+        if value is None or isinstance(value, bool):
             return value
         if not value.strip():
             raise ValueError(f"train.{info.field_name}={value!r} names no folder; give one")

@@ -18,9 +18,11 @@ from pathlib import Path
 
 import torch
 
+from dpo_fast import durable
 from dpo_fast.errors import Interrupted, Unhealthy, UserError
 from dpo_fast.models import ScoringModel
 from dpo_fast.rounds.config import RoundsConfig
+from dpo_fast.rounds.iterate import iterate
 from dpo_fast.rounds.judge import judge
 from dpo_fast.training import distributed, evaluation, resume
 from dpo_fast.training.config import build, build_config
@@ -56,6 +58,53 @@ def resaved(tree: dict, updates: int, file: str, by_parts: bool = False) -> None
     run.engine.destroy()
     if distributed.is_main():
         Path(file).write_text(json.dumps(losses))
+
+
+def iterate_all(trees: list[dict]) -> None:
+    for tree in trees:
+        iterate(build(RoundsConfig, tree, "case"), "case")
+
+
+class PowerCut(BaseException):
+    """No `except` of the library takes it for an error that it knows."""
+
+
+def cut_off(tree: dict, first: int, more: int, file: str) -> None:
+    """`iterate`, broken off after `first` files that come to the disk, then after `more` more, and so on.
+
+    It comes through in the end: a checkpoint takes some files at once. The number of starts goes to a file.
+    """
+    flush, starts, through = durable.flush, 0, False
+    while not through:
+        left = [first + more * starts]
+
+        def counted(path, left=left):
+            left[0] -= 1
+            if not left[0]:
+                raise PowerCut
+            flush(path)
+
+        durable.flush, starts = counted, starts + 1
+        try:
+            iterate_all([tree])
+            through = True
+        except PowerCut:
+            pass
+        finally:
+            durable.flush = flush
+    if distributed.is_main():
+        Path(file).write_text(str(starts))
+
+
+def not_iterated(tree: dict, file: str) -> None:
+    """A file of stages that must be refused; the message goes to a file."""
+    try:
+        iterate(build(RoundsConfig, tree, "case"), "case")
+    except UserError as error:
+        if distributed.is_main():
+            Path(file).write_text(str(error))
+        return
+    raise AssertionError("it was not refused")
 
 
 def dry_run(tree: dict) -> None:
@@ -275,6 +324,9 @@ JOBS = {
     "train_faulty": train_faulty,
     "stopped_by_health": stopped_by_health,
     "dry_run": dry_run,
+    "iterate": iterate_all,
+    "cut_off": cut_off,
+    "not_iterated": not_iterated,
     "resaved": resaved,
     "first_steps": first_steps,
     "evaluate": evaluate_all,

@@ -1,0 +1,104 @@
+"""`dpo-fast iterate`: the stages of a file, one after the other, each complete or gone on with."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from dpo_fast.errors import UserError
+from dpo_fast.models import load_tokenizer
+from dpo_fast.rounds import records
+from dpo_fast.rounds.config import RoundsConfig
+from dpo_fast.rounds.plan import Plan, Step
+from dpo_fast.rounds.rows import check_rounds, judge_of
+from dpo_fast.rounds.stage import GOES_ON, told, work
+from dpo_fast.training import distributed, signals
+from dpo_fast.training.console import say
+from dpo_fast.training.fit import check_run
+from dpo_fast.training.load_data import load_split
+from dpo_fast.training.lock import sole_run
+from dpo_fast.training.places import check_places, check_writable
+
+
+def iterate(config: RoundsConfig, where: str = "the file", dry_run: bool = False) -> Plan:
+    """Do all stages that are not complete. Collective. Returns what they were.
+
+    where: the file, for errors. dry_run: check all that can be checked, and do nothing.
+
+    Raises:
+        UserError: something does not fit, or was edited since a stage was made.
+        Interrupted: after a signal; the same configuration goes on.
+    """
+    plan = Plan(config, where)
+    check_stages(plan)
+    first = plan.rehearsal(plan.steps[0])
+    with signals.stop_at_once(GOES_ON):
+        distributed.init_distributed(first.parallel.timeout_minutes)
+        with sole_run(config.output_dir, "output_dir"):
+            distributed.from_main(partial(check_made, plan))
+            left = [step for step in plan.steps if not records.is_complete(step)]
+            say(f"{len(plan.steps)} steps, {len(plan.steps) - len(left)} of them complete")
+            for step in left:
+                check_data(plan, step)
+            for step in () if dry_run else left:
+                work(plan, step)
+    return plan
+
+
+def check_stages(plan: Plan) -> None:
+    """Check all that the file alone tells of every stage, before hours are spent on the first.
+
+    Raises:
+        UserError: what a stage's run would say when it came to it.
+    """
+    check_writable(plan.config.output_dir, "output_dir")
+    for step in plan.steps:
+        if step.round > 1 or records.is_complete(step):
+            continue
+        run = plan.rehearsal(step)
+        with told(step):
+            if step.stage.samples:
+                check_rounds(plan, step)
+            else:
+                check_places(run)
+            check_run(run)
+
+
+def check_data(plan: Plan, step: Step) -> None:
+    """Read and tokenise the data of a stage, or find it done: it is needed later anyway. Collective."""
+    run = plan.rehearsal(step)
+    if step.stage.samples or run.data.streaming:
+        return
+    with told(step):
+        tokenizer = load_tokenizer(run.model)
+        for name in ("train", "eval") if run.data.has_eval else ("train",):
+            load_split(run, tokenizer, name, shuffle=False)
+
+
+def check_made(plan: Plan) -> None:
+    """Compare what is there with the file. Rank 0 calls.
+
+    Raises:
+        UserError: a stage was made with other options, data or models; or one before it is missing.
+    """
+    missing: Step | None = None
+    for step in plan.steps:
+        done, begun = (records.read(step, name) for name in (records.DONE, records.BEGUN))
+        if missing is not None and (done or begun):
+            raise UserError(
+                f"{plan.where}: {step.folder} goes on from {missing.name}, which is not complete: put that "
+                f"back, name another output_dir, or remove {step.name} and what follows it"
+            )
+        if done is None:
+            missing = missing or step
+        else:
+            check_complete(plan, step, done)
+
+
+def check_complete(plan: Plan, step: Step, record: dict) -> None:
+    """Compare a complete step with its record: options, data, judge and files. Models may be gone."""
+    data = records.data(plan, step, complete=True)
+    now = {"options": records.options(plan, step), "data": data}
+    if step.stage.samples:
+        now["judge"] = judge_of(plan.rounds(step, plan.config.model), complete=True)
+    records.check_same(plan, step, record["made_with"], now)
+    records.check_files(plan, step, record.get("files", {}))
