@@ -54,6 +54,7 @@ class PromptBoundary:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        self._encodings: dict[str, Any] = {}  # of the last texts that were split
 
     def split(
         self, prompt: str, *texts: str, keep: bool = False, starts: Sequence[Sequence[int]] = ()
@@ -65,14 +66,7 @@ class PromptBoundary:
         answers get the same prompt ids.
         starts: of each text the later characters at which generation goes on, and a token begins, too.
         """
-        encoded = self.tokenizer(
-            [prompt, *texts],
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        prompt_ids, *whole_ids = encoded["input_ids"]
+        prompt_ids, *whole_ids = self._all_ids([prompt, *texts])
         later = starts or [()] * len(texts)
 
         def kept() -> PromptAndAnswers:
@@ -170,6 +164,32 @@ class PromptBoundary:
         """Whether the tokenizer marks the first word of any text."""
         return self.tokenizer.convert_ids_to_tokens(self._ids("a"))[0].startswith(("▁", "Ġ"))
 
+    def _all_ids(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text. Where it can, the encodings are kept: most rows need offsets of them."""
+        if self._is_plain:
+            self._encodings = dict(
+                zip(texts, self._plain.encode_batch(texts, add_special_tokens=False))
+            )
+            return [self._encodings[text].ids for text in texts]
+        encoded = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        return encoded["input_ids"]
+
+    @cached_property
+    def _is_plain(self) -> bool:
+        """Whether the tokenizer's call does nothing but what its backend does."""
+        from transformers import PreTrainedTokenizerFast as Fast
+
+        names = ("__call__", "_encode_plus", "_tokenizer", "backend_tokenizer")
+        kind = type(self.tokenizer)
+        own, usual = ([getattr(each, name, None) for name in names] for each in (kind, Fast))
+        return issubclass(kind, Fast) and own == usual
+
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
@@ -188,7 +208,8 @@ class PromptBoundary:
                 "no character offsets",
                 "this tokenizer has none to find the ends of prompt and turns by; use a fast one",
             )
-        return self._plain.encode(text, add_special_tokens=False)
+        known = self._encodings.get(text)
+        return known or self._plain.encode(text, add_special_tokens=False)
 
     @cached_property
     def _plain(self) -> Any:
@@ -202,7 +223,8 @@ class PromptBoundary:
             "padding": None,
         }
         plain = Tokenizer.from_str(json.dumps(state))
-        plain.encode_special_tokens = backend.encode_special_tokens
+        own = getattr(self.tokenizer, "split_special_tokens", None)
+        plain.encode_special_tokens = backend.encode_special_tokens if own is None else own
         return plain
 
 

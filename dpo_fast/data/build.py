@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -228,11 +229,16 @@ def _digest(tokenised: Tokenised, kind: Kind) -> bytes:
     """sha256 of the ids, and of the flags of answers that have tokens which are not scored."""
     digest = hashlib.sha256()
     for ids in (tokenised.prompt_ids, *kind.answer_ids(vars(tokenised))):
-        digest.update(np.array([len(ids), *ids], dtype="<i4").tobytes())
+        digest.update(_bytes([len(ids), *ids]))
     for number, flags in enumerate(kind.answer_flags(vars(tokenised))):
         if flags is not None:
-            digest.update(np.array([-1, number, *flags], dtype="<i4").tobytes())
+            digest.update(_bytes([-1, number, *flags]))
     return digest.digest()
+
+
+def _bytes(numbers: list[int]) -> bytes:
+    """As four bytes each, the lowest first."""
+    return struct.pack(f"<{len(numbers)}i", *numbers)
 
 
 def _verdict_columns(fault: str, verdict: Verdict) -> dict[str, Any]:

@@ -15,6 +15,7 @@ MARKS = (
     ("<seed:think>", "</seed:think>"),  # Seed
     ("<mm:think>", "</mm:think>"),  # MiniMax M3
 )
+ENDS = {close[-1] for _, close in MARKS}
 # Fields of a message that templates take thinking from.
 KEYS = ("reasoning_content", "reasoning", "thinking")
 SWITCHES = ("enable_thinking", "thinking")
@@ -47,6 +48,8 @@ def find_thought(message: dict) -> Thought | None:
     for key in KEYS:
         if isinstance(message.get(key), str) and message[key].strip():
             return Thought(*MARKS[0][:1], f"\n{message[key]}\n", MARKS[0][1], "\n\n", content, key)
+    if not any(end in content for end in ENDS):
+        return None  # most contents
     for opening, close in MARKS:
         before, found, after = content.partition(close)
         if found:
@@ -87,7 +90,10 @@ class Opening(NamedTuple):
 
 def find_opening(prompt: str) -> Opening | None:
     """The marks with which a generation prompt begins the answer's thinking, if it does."""
+    words = prompt.rstrip()
     for opening, close in MARKS:
+        if not words.endswith((opening.rstrip(), close)):
+            continue
         begun, ended = re.escape(opening), re.escape(close)
         found = re.search(rf"{begun}(\s*)$", prompt)
         closed = re.search(rf"(?:{begun}\s*)?{ended}(\s*)$", prompt)

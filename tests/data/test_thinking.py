@@ -89,3 +89,14 @@ def test_empty_thinking_is_taken_off_at_the_beginning_alone():
 def test_thinking_that_a_template_leaves_out_is_written_back(prompt, rest, message, expected):
     text = write_thought(prompt, rest, find_thought(message), find_opening(prompt))
     assert text == (None if expected is None else prompt + expected)
+
+
+@pytest.mark.parametrize("opening, close", MARKS)
+def test_every_family_is_known_by_its_marks(opening, close):
+    """What saves most contents and prompts the search must pass over none."""
+    assert find_thought(content(f"{opening}hmm{close}so")).inside == "hmm"
+    for gap in ("", "\n", "\n\n", " "):
+        assert find_opening(f"<A>{opening}{gap}").open == opening
+        found = find_opening(f"<A>{opening}\n{close}{gap}")
+        assert (found.open, found.closed, found.gap) == (opening, True, gap)
+    assert find_opening(f"<A>{opening}x") is None and find_thought(content("a > b]")) is None

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpo_fast.data.boundary import PromptBoundary
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.rows import PairRow, parse_row
 from dpo_fast.data.tokenise import RowTokeniser, fit
@@ -48,6 +49,54 @@ def chat(chosen="b", rejected="c"):
 
 
 # The boundary
+
+
+@pytest.mark.parametrize("split_special_tokens", [False, True])
+@pytest.mark.parametrize("make", [byte_tokenizer, word_tokenizer])
+def test_ids_are_those_of_the_tokenizers_own_call(make, split_special_tokens):
+    """They come from its backend, where its call does no more, with the offsets that most rows need."""
+    tokenizer = make(merges=(("b", "c"),))
+    tokenizer.split_special_tokens = split_special_tokens
+    boundary = PromptBoundary(tokenizer)
+    texts = ["a", "ab c", "a<s>b", "a</s>", "a\u00e9\u4f60 bc", "a  \n"]
+    found = [boundary.split("a", text, keep=True) for text in texts]
+    calls = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    assert [[*each.prompt, *each.answers[0]] for each in found] == calls
+    assert (len(ids_of(tokenizer, "<s>")) > 1) is split_special_tokens
+
+
+def test_a_tokenizer_with_a_call_of_its_own_is_called():
+    plain = byte_tokenizer()
+
+    class Upper(type(plain)):
+        def _encode_plus(self, text, *arguments, **options):
+            texts = text.upper() if isinstance(text, str) else [each.upper() for each in text]
+            return super()._encode_plus(texts, *arguments, **options)
+
+    own = Upper(tokenizer_object=plain.backend_tokenizer, eos_token="</s>", bos_token="<s>")
+    split = PromptBoundary(own).split("a", "abc")
+    assert (split.prompt, split.answers) == (ids_of(plain, "A"), [ids_of(plain, "BC")])
+
+
+def test_a_row_is_encoded_once():
+    """Offsets of texts whose answers join the prompt's last token come from the same encodings."""
+    boundary, seen = PromptBoundary(byte_tokenizer(merges=(("b", "c"),))), []
+
+    class Counted:
+        def __init__(self, backend):
+            self.backend = backend
+
+        def encode_batch(self, texts, **options):
+            seen.extend(texts)
+            return self.backend.encode_batch(texts, **options)
+
+        def encode(self, text, **options):
+            seen.append(text)
+            return self.backend.encode(text, **options)
+
+    boundary._plain = Counted(boundary._plain)
+    assert boundary.split("ab", "abc", "abca").merged
+    assert seen == ["ab", "abc", "abca"]
 
 
 def test_prompt_is_a_prefix():
