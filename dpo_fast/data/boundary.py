@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 from dpo_fast.data.verdicts import BadRow
 
+MANY = 1 << 16  # characters of a row's texts
 BEFORE = ("\n", "|")  # texts that join with few others
 
 
@@ -165,7 +166,13 @@ class PromptBoundary:
         return self.tokenizer.convert_ids_to_tokens(self._ids("a"))[0].startswith(("▁", "Ġ"))
 
     def _all_ids(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text. Where it can, the encodings are kept: most rows need offsets of them."""
+        """Ids of each text. Where it can, the encodings are kept: most rows need offsets of them.
+
+        An encoding takes about 150 bytes for a byte of text, so that of long ones one is there at a time.
+        """
+        self._encodings = {}
+        if self._is_plain and sum(map(len, texts)) > MANY:
+            return [self._plain.encode(text, add_special_tokens=False).ids for text in texts]
         if self._is_plain:
             self._encodings = dict(
                 zip(texts, self._plain.encode_batch(texts, add_special_tokens=False))

@@ -78,7 +78,7 @@ def too_long(limit: int) -> BadRow:
     """The verdict against a row of more bytes than data.max_row_bytes."""
     return BadRow(
         f"more than data.max_row_bytes={limit}",
-        "raise it if rows are meant to be so long; tokenising takes about 700 bytes of memory for each",
+        "raise it if rows are meant to be so long; tokenising takes about 300 bytes of memory for each",
     )
 
 

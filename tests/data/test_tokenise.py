@@ -97,6 +97,12 @@ def test_a_row_is_encoded_once():
     boundary._plain = Counted(boundary._plain)
     assert boundary.split("ab", "abc", "abca").merged
     assert seen == ["ab", "abc", "abca"]
+    assert boundary._encodings.keys() == set(seen)
+    # Of long texts one encoding is there at a time: three would take a gigabyte at the bound of a row.
+    seen.clear()
+    long = "a" * 70_000
+    split = boundary.split("ab", f"abc{long}", "abca")
+    assert split.merged and len(split.answers[0]) == 70_001 and not boundary._encodings
 
 
 def test_prompt_is_a_prefix():
