@@ -2,7 +2,7 @@
 
     samples.jsonl            a row for each prompt, in their order (`generation/sample_rows.py`)
     samples.logps.parquet    log-probs of every sequence (`references/sequences.py`)
-    samples.json             what they were made with; it is written last but for the rows
+    samples.manifest.json    what they were made with; it is written last but for the rows
 
 Until all is done the pieces lie in `.samples.partial`. The same command goes on after them, also on another
 number of ranks; a command with other options is refused.
@@ -162,13 +162,15 @@ def _complete(work: Work, folder: SampleFolder, sampler: Sampler) -> None:
     distributed.barrier()  # nobody appends before all have read
     if own:
         engine = sampler.engine()
-        with progress_bar("sampling", len(own)) as advance, folder.writing():
+        with progress_bar("sampling", len(own)) as advance:
             for batch, found in engine.complete(own, work.requests):
                 lines = [
                     _written(work, sampler, *each).line() for each in zip(batch.members, found)
                 ]
-                journal.append(batch.number, lines)
+                with folder.writing():
+                    journal.append(batch.number, lines)
                 advance()
+        with folder.writing():
             journal.close()
         _release(engine, sampler)
     distributed.await_all("sampled")

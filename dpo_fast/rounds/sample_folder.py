@@ -24,13 +24,14 @@ from dpo_fast.generation.encode import Encoded, Tokens
 from dpo_fast.generation.engine import Completion
 from dpo_fast.generation.prompts import Prompts
 from dpo_fast.generation.sample_rows import FORMATS, sample_row, write_rows
-from dpo_fast.references.artefact import differences
 from dpo_fast.references.sequences import sequence_digest, write_sequences
 from dpo_fast.rounds.journal import Journal
+from dpo_fast.rounds.made import MakeAnew
 
 FORMAT = 1
-MANIFEST, LOGPS = "samples.json", "samples.logps.parquet"
+MANIFEST, LOGPS = "samples.manifest.json", "samples.logps.parquet"
 KEPT = "What is done is kept: make room, and the same command goes on after it"
+TOLD = ("created", "versions", "counts")  # what a manifest tells beside the options
 # Options that change no completion.
 APART = {"prompts": True, "output": True, "long_prompts": True, "logps": True}
 APART_OF_ENGINE = {
@@ -126,7 +127,9 @@ class SampleFolder:
                 f"{there[0]} is there, and no {MANIFEST} that says what it was sampled with: move it, or "
                 "name another output_dir"
             )
-        self._check(self.root / MANIFEST, f"{there[0]} was sampled")
+        self._check(
+            self.root / MANIFEST, there[0], [*there, self.root / LOGPS, self.root / MANIFEST]
+        )
         shutil.rmtree(self.partial, ignore_errors=True)  # a kill may have left it
         return True
 
@@ -138,22 +141,19 @@ class SampleFolder:
             for journal in journals:
                 journal.mend()
             if any(journal.numbers() for journal in journals):
-                self._check(self.partial / MANIFEST, f"{self.partial} was begun")
+                self._check(self.partial / MANIFEST, self.partial, [self.partial])
             else:
                 durable.write_file(self.partial / MANIFEST, json.dumps(self.manifest, indent=2))
 
-    def _check(self, file: Path, what: str) -> None:
+    def _check(self, file: Path, what: Path, remove: list[Path]) -> None:
+        """Raises UserError if what is there was made with other options than those of a manifest."""
+        anew = MakeAnew(what, remove, "sample anew")
         try:
             stored = json.loads(file.read_text(encoding="utf-8"))
-            difference = differences(stored, self.manifest)
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"{file} cannot be read ({error}); remove {file.parent}") from None
-        if difference:
-            raise UserError(
-                f"{what} with other options: {difference:.1500}. Set them as they were, name another "
-                f"output_dir, or remove {self.partial if self.partial in file.parents else file} and the "
-                "samples to sample anew"
-            )
+            stored = {name: stored[name] for name in stored if name not in TOLD}
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{file} cannot be read ({error}); {anew.remedy}") from None
+        anew.check(stored, self.manifest)
 
     def completions(self) -> Iterator[Written]:
         """All that are written, in the order of their prompts; each once."""

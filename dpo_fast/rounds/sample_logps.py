@@ -32,12 +32,16 @@ def score_completions(folder: SampleFolder, sampler: Sampler) -> None:
     distributed.barrier()  # nobody appends before all have read
     if own:
         scoring, pad_id = sampler.scoring, sampler.codec.tokenizer.pad_token_id
-        with progress_bar("log-probs", len(own)) as advance, folder.writing():
+        with progress_bar("log-probs", len(own)) as advance:
             for number in own:
                 values = _scored(scoring, [sequences[place] for place in batches[number]], pad_id)
                 named = zip((digests[place] for place in batches[number]), values)
-                journal.append(number, [[digest.hex(), pack_logps(each)] for digest, each in named])
+                with folder.writing():
+                    journal.append(
+                        number, [[digest.hex(), pack_logps(each)] for digest, each in named]
+                    )
                 advance()
+        with folder.writing():
             journal.close()
     distributed.await_all("scored")
 

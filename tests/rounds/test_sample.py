@@ -97,23 +97,26 @@ def test_the_same_command_finds_what_is_there(folder, whole, monkeypatch):
 )
 def test_other_options_are_named_and_nothing_is_mixed(folder, whole, options, name):
     before = contents(whole)
-    with pytest.raises(UserError, match=f"sampled with other options: {name} is .* there and"):
+    with pytest.raises(
+        UserError,
+        match=f"samples.jsonl was made with something else: {name} was .* remove .*to sample anew",
+    ):
         sole_sample(config(folder, whole, **options))
     assert contents(whole) == before
 
 
 def test_other_weights_and_other_prompts_are_named(folder, whole, tmp_path):
     write_model(tmp_path / "model", seed=1)
-    with pytest.raises(UserError, match="model is"):
+    with pytest.raises(UserError, match="something else: model was"):
         sole_sample(config(folder, whole, model={"path": str(tmp_path / "model")}))
     (tmp_path / "p.jsonl").write_text('{"prompt": "another"}\n')
-    with pytest.raises(UserError, match="prompts is"):
+    with pytest.raises(UserError, match="something else: prompts was"):
         sole_sample(config(folder, whole, prompts=str(tmp_path / "p.jsonl")))
 
 
 def test_samples_of_somebody_else_are_left_alone(folder, tmp_path):
     (tmp_path / "samples.jsonl").write_text("mine\n")
-    with pytest.raises(UserError, match="no samples.json that says"):
+    with pytest.raises(UserError, match="no samples.manifest.json that says"):
         sole_sample(config(folder, tmp_path))
     assert (tmp_path / "samples.jsonl").read_text() == "mine\n"
 
@@ -210,7 +213,7 @@ def test_what_was_begun_with_other_options_is_not_gone_on_with(folder, tmp_path,
     pytest.raises(Killed, sole_sample, config(folder, tmp_path))
     monkeypatch.undo()
     with pytest.raises(
-        UserError, match=r"begun with other options: sample\.top_p is 1.0 there and 0.9"
+        UserError, match=r"partial was made with something else: sample\.top_p was 1.0 and is 0.9"
     ):
         sole_sample(config(folder, tmp_path, top_p=0.9))
     sole_sample(config(folder, tmp_path))
@@ -349,7 +352,7 @@ def test_long_prompts_are_left_out_and_counted(folder, tmp_path, capsys):
     sole_sample(config(folder, tmp_path, data={"max_length": 23}))
     rows = read_rows(tmp_path / "samples.jsonl")
     assert [row["id"] for row in rows] == [0, 1, 4, 5]
-    counts = json.loads((tmp_path / "samples.json").read_text())["counts"]
+    counts = json.loads((tmp_path / "samples.manifest.json").read_text())["counts"]
     assert counts["prompts_left_out_count"] == 3
     said = " ".join(capsys.readouterr().err.split())
     assert "3 prompts are left out; the first:" in said and "leave room for 17" in said
