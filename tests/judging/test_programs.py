@@ -56,6 +56,13 @@ def test_a_command_answers_line_after_line(tmp_path):
     assert verdicts(judge, row("a", "ccc", id=3), row("dd", id=3)) == [[1, 3], [2]]
 
 
+def test_what_python_prints_comes_at_once(tmp_path, monkeypatch):
+    """Into a pipe it would come when there is much of it."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    judge = command(tmp_path, ANSWERING.format("pass"), timeout_seconds=5)
+    assert verdicts(judge, row("a", "bb")) == [[1, 2]]
+
+
 def test_several_processes_answer_in_the_order_of_the_rows(tmp_path):
     code = ANSWERING.format("import time; time.sleep(0.1 * (len(asked['completion']) == 1))")
     rows = [row("a" * (index % 3 + 1)) for index in range(12)]

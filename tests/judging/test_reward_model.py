@@ -149,11 +149,16 @@ def test_a_model_without_a_trained_head_is_refused(tmp_path):
         judge(tmp_path)
 
 
-def test_an_adapter_brings_its_head(path, tmp_path):
+def test_an_adapter_brings_its_head(tmp_path):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification
 
-    model = AutoModelForSequenceClassification.from_pretrained(path)
+    from tests.support.models import write_model
+
+    base = write_model(
+        tmp_path / "chat"
+    )  # a model without such a head, and with two labels by default
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     lora = LoraConfig(
         r=2, target_modules="all-linear", task_type="SEQ_CLS", init_lora_weights=False
     )

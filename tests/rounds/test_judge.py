@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.dataset import load_examples
@@ -22,7 +24,7 @@ from dpo_fast.rounds.made import MakeAnew
 from dpo_fast.training.config import build
 from tests.support import ranks
 from tests.support.judging import read_rows, write_code, write_rows
-from tests.support.paths import ENVIRONMENT
+from tests.support.paths import ENVIRONMENT, ROOT
 from tests.support.tokenizers import CHATML, byte_tokenizer
 
 pytestmark = pytest.mark.processes
@@ -114,6 +116,12 @@ def test_pairs_alone_are_made_anew(folder):
     assert judge(config(folder, strategy="all", margin=0.5))["pairs"] == 12
 
 
+def test_the_file_in_the_documents_is_one():
+    text = (ROOT / "docs/ROUNDS.md").read_text(encoding="utf-8").partition("## Judging")[2]
+    lines = re.search(r"^    output_dir: .*\n(?:    .*\n)+", text, re.MULTILINE)[0]
+    assert build(RoundsConfig, yaml.safe_load(lines), "docs").judge.function == "rules.py:score"
+
+
 def test_groups_in_place_of_pairs(folder):
     report = judge(config(folder, strategy="groups", unfinished="keep"))
     assert report["groups"] == 12 and "pairs" not in report
@@ -184,24 +192,24 @@ def test_judging_goes_on_where_it_stopped_and_comes_to_the_same(folder, tmp_path
     )
     count = folder / "count"
     write_code(folder / "rules.py", crash.replace("'count'", repr(str(count))))
-    said = refusal(folder, {"max_failures": 3, "max_retries": 0})
-    assert "judge.type=rule failed 3 times in a row (judge.max_failures=3)" in said
-    assert f"{folder}/samples.jsonl:8" in said and "it ended with code 7" in said
+    said = refusal(folder, {"max_failures": 5, "max_retries": 0})
+    assert "judge.type=rule failed 5 times in a row (judge.max_failures=5)" in said
+    assert f"{folder}/samples.jsonl:9" in said and "it ended with code 7" in said
     assert "the same command goes on after it" in said
     journal = read_rows(folder / ".judging/rank-0.jsonl")
-    assert [entry["place"] for entry in journal] == list(range(7))
+    assert [entry["place"] for entry in journal] == list(range(8))
+    assert journal[7]["words"] == ["failed"] * 3  # and so it is judged again
     # Another rule would go on with scores of two kinds.
     code = (folder / "rules.py").read_text()
     write_code(folder / "rules.py", RULE)
     assert ".judging was made with something else: judge.sha256" in refusal(folder)
     write_code(folder / "rules.py", code)
     count.unlink()
-    # The last line was not written to its end.
-    text = (folder / ".judging/rank-0.jsonl").read_text()
-    (folder / ".judging/rank-0.jsonl").write_text(text[:-20])
-    judge(config(folder, {"max_failures": 3, "max_retries": 0}, only_length="keep"))
+    judge(config(folder, {"max_failures": 5, "max_retries": 0}, only_length="keep"))
     assert {name: (folder / name).read_bytes() for name in whole} == whole
-    assert count.read_text().count("x") == 3 * 6  # six rows of the twelve were left
+    assert (
+        count.read_text().count("x") == 3 * 6
+    )  # six rows of the twelve were left, the first with one failure
 
 
 def test_bad_rows_are_named_by_file_line_and_field(folder):
