@@ -130,7 +130,7 @@ class _Judging:
             say(f"{self.scores} is complete")
             return True
         anew = MakeAnew(self.journal, [self.journal], "begin anew")
-        if self.judged():
+        if not all(map(_failed, self.judged().values())):  # a judge that only failed may be mended
             anew.check(read_manifest(self.journal / BEGUN, anew)["made_with"], made)
             return False
         with durable.writing(self.journal, ROOM):

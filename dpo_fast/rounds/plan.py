@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_fast.errors import UserError
+from dpo_fast.judging.config import OF_GROUPS
 from dpo_fast.models.checkpoint import is_adapter
 from dpo_fast.models.config import ModelSection
 from dpo_fast.rounds.config import OF_A_RUN, RoundsConfig
@@ -162,6 +163,11 @@ class Plan:
             sections["sample"]["seed"] = (seed + self.steps.index(step)) % 2**32
         if self.rehearsal(step).loss.objective.grouped:
             sections["pairs"].setdefault("strategy", "groups")
+        if (
+            sections["pairs"].get("strategy") == "groups"
+        ):  # the section's options of pairs do not hold
+            kept = OF_GROUPS | set(stage.pairs)
+            sections["pairs"] = {k: v for k, v in sections["pairs"].items() if k in kept}
         if not sections["judge"]:
             del sections["judge"]
         tree = {"output_dir": str(step.folder), "data": dict(config.data), **sections}
