@@ -320,6 +320,7 @@ def test_the_wheel_holds_every_package(tmp_path):
     expected |= {f"dpo_fast/kernels/{path.name}" for path in (ROOT / "kernels/ops").glob("*.py")}
     assert {name for name in names if name.endswith(".py")} == expected
     recipes = {f"dpo_fast/configs/{path.name}" for path in (ROOT / "configs").iterdir()}
+    recipes |= {f"dpo_fast/recipes/{path.name}" for path in (ROOT / "recipes").iterdir()}
     assert recipes <= names  # `dpo-fast init` begins with one
     about = next(name.removesuffix("METADATA") for name in names if name.endswith("/METADATA"))
     assert b"License-Expression: Apache-2.0" in wheel.read(f"{about}METADATA")

@@ -74,9 +74,19 @@ def options(
 @app.command()
 def init(
     out: Annotated[Path, typer.Argument(help="file to write", metavar="OUT")] = Path("run.yaml"),
-    model: Annotated[str, typer.Option(help="a model folder or hub id")] = "my-model",
-    data: Annotated[str, typer.Option(help="a file, folder or hub id")] = "my-pairs.jsonl",
-    recipe: Annotated[str, typer.Option(help="dpo, lora, cdpo_sft or grpo")] = "dpo",
+    model: Annotated[
+        str | None, typer.Option(help="a model folder or hub id; default: the recipe's")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="a file, folder or hub id; default: the recipe's")
+    ] = None,
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="dpo, lora, cdpo_sft or grpo for a model and data of your own; or a published run of "
+            "docs/RECIPES.md: zephyr_dpo, tulu3_8b, smollm3_apo, lora_24gb"
+        ),
+    ] = "dpo",
 ) -> None:
     """Write a commented configuration for a model and data of your own."""
     from dpo_fast.cli.init import write_config
