@@ -152,6 +152,10 @@ TESTED_THROUGH = {
     "health.findings": "health/test_findings.py",
     "health.history": "health/test_findings.py",
     "health.monitor": "health/test_findings.py",
+    "training.generate_section": "training/test_answering.py",
+    "training.held_out_prompts": "support/workers/jobs.py",
+    "training.generating": "support/workers/jobs.py",
+    "report.answers": "report/test_report.py",
     "training.health_section": "health/test_findings.py",
     "training.opening": "support/workers/jobs.py",
     "report.distributions": "report/test_report.py",
@@ -337,7 +341,7 @@ def test_paths_in_the_documents_exist():
         paths = r"`([\w./-]+/[\w./-]*|[\w-]+\.(?:py|md|toml|yaml|txt))`"
         for name in re.findall(paths, document.read_text()):
             if (
-                name.startswith(("runs/", "http", "my-", "org/", "rewards/", "perf/"))
+                name.startswith(("runs/", "http", "my-", "org/", "rewards/", "perf/", "eval_"))
                 or "output_dir" in name
             ):
                 continue
