@@ -62,6 +62,7 @@ def test_a_published_run_for_ones_own_model_and_data(tmp_path):
     write_config(tmp_path / "a.yaml", "zephyr_dpo", "./own", "own.jsonl")
     run = load_config(str(tmp_path / "a.yaml"))
     assert (run.model.path, run.data.train) == ("./own", "own.jsonl")
+    assert run.data.eval is None and run.data.eval_rows == 200  # not the evaluation data of the hub
     write_config(tmp_path / "b.yaml", "smollm3_apo", "./own", None)  # the revision was of the hub's
     assert load_config(str(tmp_path / "b.yaml")).model.path == "./own"
     with pytest.raises(UserError, match=r"--data own\.jsonl: the recipe smollm3_apo reads several"):
