@@ -16,7 +16,9 @@ from dpo_fast.data.verdicts import BadRows
 from dpo_fast.errors import UserError
 
 OWN = ("dpo", "lora", "cdpo_sft", "grpo")  # configs/: for a model and data of one's own
-PUBLISHED = ("zephyr_dpo", "tulu3_8b", "smollm3_apo", "lora_24gb")  # recipes/: they name both
+# recipes/: they name both. Those of stages are for `dpo-fast iterate`.
+IN_STAGES = ("zephyr_ddpo", "sdpo", "iterated_dpo", "dno")
+PUBLISHED = ("zephyr_dpo", "tulu3_8b", "smollm3_apo", "lora_24gb", *IN_STAGES)
 RECIPES = (*OWN, *PUBLISHED)
 MODEL, DATA = "my-model", "my-pairs.jsonl"  # where a configuration of one's own names none
 EVAL_ROWS = "  eval_rows: 200 # rows held out of train for evaluation"
@@ -47,11 +49,9 @@ def write_config(out: Path, recipe: str, model: str | None, data: str | None) ->
     for key, value in {"path": model, "train": data, "output_dir": f"runs/{out.stem}"}.items():
         body = body if value is None else _with(body, key, value, recipe)
     head = (
-        f"# yaml-language-server: $schema={resources.files('dpo_fast') / 'configs' / 'schema.json'}",
+        *_schema(recipe),
         *(line for line in comments if not line.startswith("#   dpo-fast ")),
-        "# docs/CONFIG.md has every key; so has `dpo-fast config schema`.",
-        f"#   dpo-fast data {out}    shows the examples, what is cut and what is left out",
-        f"#   dpo-fast train {out}   trains; --nproc 2 on two GPUs",
+        *_commands(recipe, out),
     )
     try:
         with out.open("x", encoding="utf-8") as file:
@@ -77,6 +77,27 @@ def _held_out(data: str, body: str) -> int | None:
     return max(count // 10, 1) if 1 < count < most else None
 
 
+def _schema(recipe: str) -> list[str]:
+    """The line by which editors complete a run; files of stages have no schema."""
+    file = resources.files("dpo_fast") / "configs" / "schema.json"
+    return [] if recipe in IN_STAGES else [f"# yaml-language-server: $schema={file}"]
+
+
+def _commands(recipe: str, out: Path) -> list[str]:
+    """What to do with the file."""
+    if recipe in IN_STAGES:
+        return [
+            "# docs/ROUNDS.md has the sections of stages, docs/CONFIG.md those of a run.",
+            f"#   dpo-fast doctor {out}             shows what each stage would use",
+            f"#   dpo-fast iterate {out} --nproc 8  runs all stages; interrupted, it goes on",
+        ]
+    return [
+        "# docs/CONFIG.md has every key; so has `dpo-fast config schema`.",
+        f"#   dpo-fast data {out}    shows the examples, what is cut and what is left out",
+        f"#   dpo-fast train {out}   trains; --nproc 2 on two GPUs",
+    ]
+
+
 def recipe_text(recipe: str) -> str:
     """The file that a recipe is."""
     folder = resources.files("dpo_fast") / ("configs" if recipe in OWN else "recipes")
@@ -85,8 +106,8 @@ def recipe_text(recipe: str) -> str:
 
 def _with(body: str, key: str, value: str, recipe: str) -> str:
     """The body with another value of a key, which stands once in it. Raises UserError."""
-    line = re.search(rf"^  {key}: ([^\s#]+)", body, re.M)
-    if line is None:
+    line = re.search(rf"^(?:  )?{key}: ([^\s#]+)", body, re.M)
+    if line is None or (key == "train" and recipe in IN_STAGES):
         raise UserError(
             f"--data {value}: the recipe {recipe} reads several sources; leave --data out, and edit "
             "them in the file"

@@ -1,12 +1,13 @@
 """`dpo-fast init`: what it writes is a configuration for the model and data that were named."""
 
 import pytest
+import yaml
 
 pytest.importorskip("typer")
 pytest.importorskip("pydantic")
 
 from dpo_fast.cli.app import KEYS
-from dpo_fast.cli.init import OWN, PUBLISHED, write_config
+from dpo_fast.cli.init import IN_STAGES, OWN, PUBLISHED, write_config
 from dpo_fast.errors import UserError
 from dpo_fast.training.config import RunConfig, load_config
 from tests.support.paths import ROOT
@@ -47,7 +48,7 @@ def test_recipes_are_the_files_in_configs():
     assert sorted(OWN) == sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("recipe", PUBLISHED)
+@pytest.mark.parametrize("recipe", [name for name in PUBLISHED if name not in IN_STAGES])
 def test_a_published_run_keeps_its_model_its_data_and_its_sources(tmp_path, recipe):
     out, file = tmp_path / "mine.yaml", ROOT / "recipes" / f"{recipe}.yaml"
     write_config(out, recipe, None, None)
@@ -56,6 +57,20 @@ def test_a_published_run_keeps_its_model_its_data_and_its_sources(tmp_path, reci
     assert run == given
     assert "# Source: " in out.read_text() and f"dpo-fast train {out} " in out.read_text()
     assert f"dpo-fast train {recipe}.yaml" not in out.read_text()
+
+
+@pytest.mark.parametrize("recipe", IN_STAGES)
+def test_a_published_file_of_stages_keeps_them(tmp_path, recipe):
+    out = tmp_path / "mine.yaml"
+    write_config(out, recipe, "./own", None)
+    given = yaml.safe_load((ROOT / "recipes" / f"{recipe}.yaml").read_text())
+    tree = yaml.safe_load(out.read_text())
+    assert tree.pop("output_dir") == "runs/mine" and tree["model"].pop("path") == "./own"
+    del given["output_dir"], given["model"]["path"]
+    assert tree == given
+    assert f"dpo-fast iterate {out} --nproc 8" in out.read_text()
+    with pytest.raises(UserError, match=r"--data own\.jsonl: .* reads several sources"):
+        write_config(tmp_path / "other.yaml", recipe, None, "own.jsonl")
 
 
 def test_a_published_run_for_ones_own_model_and_data(tmp_path):
