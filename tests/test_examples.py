@@ -13,15 +13,15 @@ from tests.support.paths import ROOT
 EXAMPLES = ROOT / "examples"
 
 
-def output_of(name: str) -> str:
+def output_of(name: str, *arguments) -> str:
     return subprocess.run(
-        [sys.executable, EXAMPLES / name],
+        [sys.executable, EXAMPLES / name, *arguments],
         cwd=ROOT,
         check=True,
         capture_output=True,
         text=True,
-        timeout=120,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=400,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     ).stdout
 
 
@@ -39,3 +39,30 @@ def test_the_bare_loop_learns_its_pairs():
     assert losses[0] == pytest.approx(0.6931 + 0.1 * 4.6, abs=0.05)
     assert losses[-1] < 0.5 * losses[0]
     assert accuracies[0] == 0.0 and accuracies[-1] == 1.0  # equal models tie
+
+
+@pytest.mark.processes
+@pytest.mark.peers
+@pytest.mark.slow
+def test_the_walk_through_teaches_both_trainers_the_larger_number(tmp_path):
+    pytest.importorskip("trl")
+    told = output_of("dpo_finetuning.py", "--output", tmp_path)
+    headings = re.findall(r"^(\d)\. ", told, re.M)
+    assert headings == list("1234567")
+    assert "chosen    <|begin|><|user|>" in told
+    accuracies = dict(re.findall(r"(TRL|dpo_fast) +reward accuracy (\S+)", told))
+    right = dict(re.findall(r"(\w+): (\S+)% of the answers", told))
+    assert accuracies.keys() | {"before"} == right.keys() == {"before", "TRL", "dpo_fast"}
+    assert all(float(value) > 0.85 for value in accuracies.values())
+    assert float(right["before"]) < 65  # SFT has not taught it which
+    assert all(float(right[name]) > 75 for name in accuracies)
+    for trainer in ("trl", "dpo_fast"):
+        assert (tmp_path / trainer / "final/model.safetensors").exists()
+
+
+@pytest.mark.processes
+def test_the_walk_through_wants_a_model_and_its_data_together():
+    pytest.importorskip("trl")
+    command = [sys.executable, EXAMPLES / "dpo_finetuning.py", "--model", "m"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 2 and "go together" in done.stderr

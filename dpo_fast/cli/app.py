@@ -22,12 +22,13 @@ from dpo_fast.cli.config import Config, Overrides, load
 from dpo_fast.cli.config import app as config_app
 from dpo_fast.cli.evaluate import evaluate
 from dpo_fast.cli.export import export
-from dpo_fast.cli.iterate import iterate
+from dpo_fast.cli.iterate import iterate, load_rounds
 from dpo_fast.cli.judge import judge
 from dpo_fast.cli.sample import sample
 from dpo_fast.cli.streams import own_arguments
 from dpo_fast.cli.system_errors import explained
 from dpo_fast.errors import Interrupted, LostPeer, UserError
+from dpo_fast.training.config_file import read_tree
 
 KEYS = (
     "Keys people change most: model.path, model.lora.r, data.train, data.eval_rows, data.max_length, "
@@ -74,9 +75,20 @@ def options(
 @app.command()
 def init(
     out: Annotated[Path, typer.Argument(help="file to write", metavar="OUT")] = Path("run.yaml"),
-    model: Annotated[str, typer.Option(help="a model folder or hub id")] = "my-model",
-    data: Annotated[str, typer.Option(help="a file, folder or hub id")] = "my-pairs.jsonl",
-    recipe: Annotated[str, typer.Option(help="dpo, lora, cdpo_sft or grpo")] = "dpo",
+    model: Annotated[
+        str | None, typer.Option(help="a model folder or hub id; default: the recipe's")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="a file, folder or hub id; default: the recipe's")
+    ] = None,
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="dpo, lora, cdpo_sft or grpo for a model and data of your own; or a published run of "
+            "docs/RECIPES.md: zephyr_dpo, tulu3_8b, smollm3_apo, lora_24gb; in stages zephyr_ddpo, sdpo, "
+            "iterated_dpo, dno"
+        ),
+    ] = "dpo",
 ) -> None:
     """Write a commented configuration for a model and data of your own."""
     from dpo_fast.cli.init import write_config
@@ -295,13 +307,18 @@ def doctor(
         int | None, typer.Option(min=1, help="how many ranks the run will have")
     ] = None,
 ) -> None:
-    """What this machine can run and why; with CONFIG also what that run would use, and its memory."""
-    run = None if config is None else load(config, overrides, places=False)
+    """What this machine can run and why; with CONFIG also what that run would use, and its memory.
+
+    Of a file of stages what each of them would use.
+    """
+    stages = config is not None and "stages" in read_tree(config, overrides or ())
+    run = None if config is None or stages else load(config, overrides, places=False)
+    rounds = load_rounds(config, overrides) if stages else None
     from dpo_fast.cli.doctor import render
 
     console = Console()
     render(console)
-    if run is None:
+    if config is None:
         return
     from dpo_fast.training.console import quiet
 
@@ -310,7 +327,12 @@ def doctor(
     quiet()
     from dpo_fast.cli.doctor_run import render_run
 
-    render_run(console, run)
+    if rounds is None:
+        render_run(console, run)
+        return
+    from dpo_fast.cli.doctor_stages import render_stages
+
+    render_stages(console, rounds, config)
 
 
 @app.command()

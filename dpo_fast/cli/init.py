@@ -1,4 +1,4 @@
-"""`dpo-fast init`: a commented configuration for one's own model and data, made of a recipe in configs/."""
+"""`dpo-fast init`: a commented configuration, made of a file in configs/ or recipes/."""
 
 from __future__ import annotations
 
@@ -15,32 +15,43 @@ from dpo_fast.data.parts import parts_of
 from dpo_fast.data.verdicts import BadRows
 from dpo_fast.errors import UserError
 
-RECIPES = ("dpo", "lora", "cdpo_sft", "grpo")
+OWN = ("dpo", "lora", "cdpo_sft", "grpo")  # configs/: for a model and data of one's own
+# recipes/: they name both. Those of stages are for `dpo-fast iterate`.
+IN_STAGES = ("zephyr_ddpo", "sdpo", "iterated_dpo", "dno")
+PUBLISHED = ("zephyr_dpo", "tulu3_8b", "smollm3_apo", "lora_24gb", *IN_STAGES)
+RECIPES = (*OWN, *PUBLISHED)
+MODEL, DATA = "my-model", "my-pairs.jsonl"  # where a configuration of one's own names none
+EVAL_ROWS = "  eval_rows: 200 # rows held out of train for evaluation"
 
 
-def write_config(out: Path, recipe: str, model: str, data: str) -> None:
+def write_config(out: Path, recipe: str, model: str | None, data: str | None) -> None:
     """Write the recipe with this model, this data and an output folder of the file's name.
 
-    Of a file that has fewer rows than the recipe needs, a tenth is held out for evaluation.
+    model, data: None leaves those of a published recipe, and names `MODEL` and `DATA` in others. Of a
+        file that has fewer rows than the recipe needs, a tenth is held out for evaluation.
 
     Raises:
-        UserError: no such recipe, the file exists, or it cannot be written.
+        UserError: no such recipe, one of several sources, the file exists, or it cannot be written.
     """
     if recipe not in RECIPES:
         raise UserError(f"--recipe {recipe}: choose from {', '.join(RECIPES)}")
-    folder = resources.files("dpo_fast") / "configs"
-    lines = (folder / f"{recipe}.yaml").read_text(encoding="utf-8").splitlines()
+    lines = recipe_text(recipe).splitlines()
+    comments = [line for line in lines if line.startswith("#")]
     body = "\n".join(line for line in lines if not line.startswith("#"))
-    if (held_out := _held_out(data, body)) is not None:
-        body = re.sub(r"^(  eval_rows: )\d+", rf"\g<1>{held_out}", body, flags=re.M)
+    if recipe in OWN:
+        comments, model, data = [], model or MODEL, data or DATA
+    if model is not None:
+        body = re.sub(r"^  revision: .*\n", "", body, flags=re.M)  # of the recipe's own model
+    if data is not None:
+        body = re.sub(r"^  eval: .*$", EVAL_ROWS, body, flags=re.M)  # of the recipe's own data
+        if (held_out := _held_out(data, body)) is not None:
+            body = re.sub(r"^(  eval_rows: )\d+", rf"\g<1>{held_out}", body, flags=re.M)
     for key, value in {"path": model, "train": data, "output_dir": f"runs/{out.stem}"}.items():
-        line = re.search(rf"^  {key}: (\S+)", body, re.M)
-        body = body[: line.start(1)] + _scalar(value) + body[line.end(1) :]
+        body = body if value is None else _with(body, key, value, recipe)
     head = (
-        f"# yaml-language-server: $schema={folder / 'schema.json'}",
-        "# docs/CONFIG.md has every key; so has `dpo-fast config schema`.",
-        f"#   dpo-fast data {out}    shows the examples, what is cut and what is left out",
-        f"#   dpo-fast train {out}   trains; --nproc 2 on two GPUs",
+        *_schema(recipe),
+        *(line for line in comments if not line.startswith("#   dpo-fast ")),
+        *_commands(recipe, out),
     )
     try:
         with out.open("x", encoding="utf-8") as file:
@@ -64,6 +75,44 @@ def _held_out(data: str, body: str) -> int | None:
     except UserError:
         return None  # `data` and `train` tell what is wrong
     return max(count // 10, 1) if 1 < count < most else None
+
+
+def _schema(recipe: str) -> list[str]:
+    """The line by which editors complete a run; files of stages have no schema."""
+    file = resources.files("dpo_fast") / "configs" / "schema.json"
+    return [] if recipe in IN_STAGES else [f"# yaml-language-server: $schema={file}"]
+
+
+def _commands(recipe: str, out: Path) -> list[str]:
+    """What to do with the file."""
+    if recipe in IN_STAGES:
+        return [
+            "# docs/ROUNDS.md has the sections of stages, docs/CONFIG.md those of a run.",
+            f"#   dpo-fast doctor {out}             shows what each stage would use",
+            f"#   dpo-fast iterate {out} --nproc 8  runs all stages; interrupted, it goes on",
+        ]
+    return [
+        "# docs/CONFIG.md has every key; so has `dpo-fast config schema`.",
+        f"#   dpo-fast data {out}    shows the examples, what is cut and what is left out",
+        f"#   dpo-fast train {out}   trains; --nproc 2 on two GPUs",
+    ]
+
+
+def recipe_text(recipe: str) -> str:
+    """The file that a recipe is."""
+    folder = resources.files("dpo_fast") / ("configs" if recipe in OWN else "recipes")
+    return (folder / f"{recipe}.yaml").read_text(encoding="utf-8")
+
+
+def _with(body: str, key: str, value: str, recipe: str) -> str:
+    """The body with another value of a key, which stands once in it. Raises UserError."""
+    line = re.search(rf"^(?:  )?{key}: ([^\s#]+)", body, re.M)
+    if line is None or (key == "train" and recipe in IN_STAGES):
+        raise UserError(
+            f"--data {value}: the recipe {recipe} reads several sources; leave --data out, and edit "
+            "them in the file"
+        )
+    return body[: line.start(1)] + _scalar(value) + body[line.end(1) :]
 
 
 def _scalar(value: str) -> str:

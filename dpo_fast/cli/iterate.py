@@ -17,7 +17,7 @@ from dpo_fast.training.config_file import read_tree
 
 SECTIONS = (
     *("output_dir", "model", "data", "sample", "judge", "pairs", "stages", "loss", "reference"),
-    *("train", "parallel", "log", "health"),
+    *("train", "parallel", "log", "health", "generate"),
 )
 REPORT = "report.html"
 

@@ -54,8 +54,9 @@ class DataConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     train: str | list[str | SourceOptions] = Field(
-        description="a file, a glob, a folder, or a hub id (org/name@revision); both also as name:split; "
-        "or several. A source of several may be a mapping with the keys below"
+        description="a file, a glob, a folder, or a hub id (org/name@revision); both also as name:split, "
+        "and of a hub data set with several configurations as name:config/split; or several. A source of "
+        "several may be a mapping with the keys below"
     )
     stopping_strategy: Literal["first_exhausted", "all_exhausted"] = Field(
         "first_exhausted",

@@ -23,7 +23,8 @@ from dpo_fast.errors import UserError
 from dpo_fast.wording import clipped
 
 HUB_ID = re.compile(
-    r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[^@:\s]+))?(:(?P<split>[\w.\[\]:%+-]+))?"
+    r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[^@:\s]+))?"
+    r"(:((?P<config>[\w.-]+)/)?(?P<split>[\w.\[\]:%+-]+))?"
 )
 
 
@@ -88,18 +89,22 @@ class HubSource:
     """A data set of the Hugging Face hub, downloaded and cached by `datasets`.
 
     revision: branch, tag or commit; None: main.
+    config: one of the data set's configurations; None: its only one, or its default.
     """
 
     name: str
     split: str
     revision: str | None = None
+    config: str | None = None
 
     @cached_property
     def _data(self) -> Any:
         import datasets
 
         try:
-            return datasets.load_dataset(self.name, split=self.split, revision=self.revision)
+            return datasets.load_dataset(
+                self.name, self.config, split=self.split, revision=self.revision
+            )
         except (OSError, ValueError, RuntimeError) as error:
             if self.revision is not None:
                 raise UserError(
@@ -109,7 +114,7 @@ class HubSource:
             raise UserError(
                 f"{self.name}: neither a file or folder here nor a data set on the hub with split "
                 f"{self.split!r}: {error}.{_near(Path(self.name))} Give a path, or the hub id as "
-                "name:split"
+                "name:split, or name:config/split where it has several configurations"
             ) from error
 
     def identity(self) -> str:
@@ -124,7 +129,8 @@ class HubSource:
 
     def __str__(self) -> str:
         name = self.name if self.revision is None else f"{self.name}@{self.revision}"
-        return f"{name}:{self.split}"
+        config = "" if self.config is None else f"{self.config}/"
+        return f"{name}:{config}{self.split}"
 
 
 Source = FileSource | SavedSource | HubSource
@@ -171,7 +177,7 @@ def _resolve(name: str, role: Role) -> list[Source]:
     hub = HUB_ID.fullmatch(name)
     if hub is None or suffix_of(path) or name.startswith((".", "~")):
         raise UserError(f"{name}: no such file, folder or glob match.{_near(path)}")
-    return [HubSource(hub["name"], hub["split"] or "train", hub["revision"])]
+    return [HubSource(hub["name"], hub["split"] or "train", hub["revision"], hub["config"])]
 
 
 def _folder(path: Path, split: str | None, role: Role) -> list[Source]:

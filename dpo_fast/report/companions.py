@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from dataclasses import dataclass, field
@@ -79,6 +80,24 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
     if not isinstance(samples, list) or not all(isinstance(sample, dict) for sample in samples):
         raise UserError(f"{path} is not a list of objects. Mend the file or remove it")
     return samples
+
+
+def read_generations(path: Path) -> list[dict[str, Any]]:
+    """generations.jsonl: what held-out prompts were answered with, step by step. Raises UserError."""
+    text = read_text(path)
+    lines = [] if text is None else text.splitlines()
+    try:
+        found = [json.loads(line) for line in lines[:-1]]
+        with contextlib.suppress(ValueError):  # half a line, as it is while it is written
+            found += [json.loads(line) for line in lines[-1:]]
+        for each in found:
+            float(each["step"]), dict(each["metrics"])
+            [(dict(answer), dict(answer["greedy"])) for answer in each["answers"]]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{path} is damaged ({clipped(str(error))}). Mend the file or remove it"
+        ) from error
+    return found
 
 
 def read_examples(path: Path) -> Examples | None:

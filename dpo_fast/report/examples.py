@@ -88,7 +88,10 @@ def samples_section(samples: list[dict[str, Any]]) -> str:
 
 
 def _sample(sample: dict[str, Any]) -> str:
-    columns = (("before", "Before"), ("after", "After"), ("right", "Right answer"))
+    columns = (
+        *(("before", "Before"), ("after", "After")),
+        *(("right", "Right answer"), ("chosen", "Chosen answer")),
+    )
     answers = "".join(
         f'<div class="{key}"><h4>{title}</h4>{answer_text(sample[key])}</div>'
         for key, title in columns

@@ -11,6 +11,7 @@ from typing import Any
 from dpo_fast.health import Points, examine
 from dpo_fast.numbers import number, percent
 from dpo_fast.report import compare
+from dpo_fast.report.answers import answers_section
 from dpo_fast.report.chart import SMOOTH_FROM, Panel, draw
 from dpo_fast.report.data import data_section
 from dpo_fast.report.distributions import length_histograms, margin_histograms
@@ -45,6 +46,7 @@ def page(run: RunRecord) -> str:
         _charts([run], "How it runs", RUNNING, ""),
         data_section(run.data),
         _histograms("", length_histograms(run)),
+        answers_section(run.generations),
         samples_section(run.samples),
         _machine(run),
         _others([run]),

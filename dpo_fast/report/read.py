@@ -17,6 +17,7 @@ from dpo_fast.report.companions import (
     read_data_report,
     read_examples,
     read_facts,
+    read_generations,
     read_samples,
     read_text,
 )
@@ -42,6 +43,7 @@ class RunRecord(History):
     config_text: str | None = None
     data: DataReport | None = None
     samples: list[dict[str, Any]] = field(default_factory=list)
+    generations: list[dict[str, Any]] = field(default_factory=list)
     examples: Examples | None = None
     facts: Facts = field(default_factory=Facts)
     torn: bool = False
@@ -89,6 +91,7 @@ def read_run(folder: Path) -> RunRecord:
         run.finished = not run.running and (folder / MODEL).exists()
     run.data = read_data_report(folder / "data-report.json")
     run.samples = read_samples(folder / "samples.json")
+    run.generations = read_generations(folder / "generations.jsonl")
     run.examples = read_examples(folder / "eval-examples.json")
     run.facts = read_facts(folder / "run.json")
     return run

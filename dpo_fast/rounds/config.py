@@ -14,7 +14,7 @@ from dpo_fast.models.config import ModelSection
 from dpo_fast.rounds.stages import StageSection
 
 # Sections of a run that every stage begins with; a run's own checks read them (`plan.py`).
-OF_A_RUN = ("loss", "reference", "train", "parallel", "log", "health")
+OF_A_RUN = ("loss", "reference", "train", "parallel", "log", "health", "generate")
 
 
 class RoundsConfig(BaseModel):
@@ -45,6 +45,10 @@ class RoundsConfig(BaseModel):
     parallel: dict[str, Any] = Field(default_factory=dict, description="the section of a run")
     log: dict[str, Any] = Field(default_factory=dict, description="the section of a run")
     health: dict[str, Any] = Field(default_factory=dict, description="the section of a run")
+    generate: dict[str, Any] = Field(
+        default_factory=dict,
+        description="the section of a run; without a judge of its own that of the section judge",
+    )
 
     @field_validator("output_dir")
     @classmethod

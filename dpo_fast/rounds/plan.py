@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dpo_fast.data.entries import READING
 from dpo_fast.errors import UserError
 from dpo_fast.judging.config import OF_GROUPS
 from dpo_fast.models.checkpoint import is_adapter
@@ -186,6 +187,11 @@ class Plan:
         config, stage = self.config, step.stage
         tree = {name: dict(getattr(config, name)) for name in OF_A_RUN}
         tree["data"] = dict(config.data) | _data_of(step)
+        if stage.samples:  # they are of the rows with prompts; pairs have our own columns
+            tree["data"] = {k: x for k, x in tree["data"].items() if k not in READING}
+        if tree["generate"] and config.judge is not None:
+            judge = config.judge.model_dump(mode="json", exclude_unset=True, exclude={"samples"})
+            tree["generate"].setdefault("judge", judge)
         tree["loss"] = _loss_of(config.loss, stage.loss)
         tree["train"] |= stage.train
         if stage.learning_rate is not None:

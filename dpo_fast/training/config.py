@@ -15,6 +15,7 @@ from dpo_fast.references.config import ReferenceModel, ReferenceSection, check_r
 from dpo_fast.references.table import PROVIDERS, ProviderSpec, alternatives, default_provider
 from dpo_fast.training.config_file import read_tree
 from dpo_fast.training.config_types import check_types
+from dpo_fast.training.generate_section import GenerateSection, check_generate
 from dpo_fast.training.health_section import HealthSection, check_stop_on
 from dpo_fast.training.schedule import check_schedule
 from dpo_fast.training.sections import (
@@ -50,6 +51,7 @@ class RunConfig(BaseModel):
     parallel: ParallelSection = ParallelSection()
     log: LogSection = LogSection()
     health: HealthSection = HealthSection()
+    generate: GenerateSection = GenerateSection()
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
@@ -64,6 +66,8 @@ class RunConfig(BaseModel):
         if self.health.stop_on:
             has_eval = self.data.has_eval
             check_stop_on(self.health, self.reference_spec, self.resolved(), has_eval)
+        if self.generate.max_prompts:
+            check_generate(self.generate, self)
         return self
 
     def _check_kl(self) -> None:

@@ -20,6 +20,7 @@ SECTIONS = (
     "parallel",
     "log",
     "health",
+    "generate",
 )  # of RunConfig
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dpo_fast.errors import Interrupted
 from dpo_fast.training import distributed, signals
+from dpo_fast.training.answering import Answering, answered, begin_answering
 from dpo_fast.training.carried import carry_optimizer
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import progress_bar, say
@@ -65,8 +66,9 @@ def sole_train(config: RunConfig, choices: Choices, dry_run: bool) -> Path | Non
     log = open_log(run)
     with log.clock_stopped():
         position = resume(run, checkpoint, sums, log) if checkpoint else start(run, log)
+        answering = begin_answering(run, position[0], log)
     with signals.stop_signals(RESUME) as asked, run.saver:
-        step = steps(run, *position, sums, log, asked)
+        step = steps(run, *position, sums, log, asked, answering)
     model = Path(config.train.output_dir) / MODEL
     export(run.model, run.config, model, run.best.weights(run.model.model, step))
     say(f"the trained model is in {model}")
@@ -74,7 +76,13 @@ def sole_train(config: RunConfig, choices: Choices, dry_run: bool) -> Path | Non
 
 
 def steps(
-    run: Run, step: int, to_evaluate: bool, sums: MetricSums, log: RunLog, asked: Callable[[], bool]
+    run: Run,
+    step: int,
+    to_evaluate: bool,
+    sums: MetricSums,
+    log: RunLog,
+    asked: Callable[[], bool],
+    answering: Answering | None = None,
 ) -> int:
     """Train from `step` to the end; returns the steps taken. Collective.
 
@@ -104,6 +112,8 @@ def steps(
                 to_evaluate = run.eval is not None and due(train.eval_steps, step, last)
                 if to_evaluate and not stopped:
                     stopped = to_evaluate = not evaluated(run, step, log, asked)
+                ending = last or run.best.exhausted
+                stopped = stopped or not answered(answering, step, ending, log, asked)
                 stopped = stopped or (not last and log.watch.stops())
                 if due(train.save_steps, step, last or stopped or run.best.exhausted):
                     check_weights(run, step)

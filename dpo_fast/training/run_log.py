@@ -112,6 +112,11 @@ class RunLog:
         self._write(step, metrics)
         say(f"eval step {step}  {_shown(metrics, 'eval_')}")
 
+    def generated(self, step: int, metrics: dict[str, float]) -> None:
+        """Log metrics of answers to held-out prompts, whose names begin with `eval_generate/`."""
+        self._write(step, metrics)
+        say(f"answers step {step}  {told_answers(metrics)}")
+
     def opening(self, evaluated: dict[str, float] | None, found: Start | None) -> None:
         """Log step 0: the first evaluation, what `check_start` found, and what is measured once."""
         metrics = (evaluated or {}) | ({} if found is None else found.metrics)
@@ -168,6 +173,18 @@ def finite_line(values: dict[str, Any]) -> dict[str, Any]:
     """
     odd = {n: str(v) for n, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
     return values | dict.fromkeys(odd) | ({NONFINITE: odd} if odd else {})
+
+
+def told_answers(metrics: dict[str, float]) -> str:
+    """The metrics of greedy answers that the terminal shows."""
+    values = {name.partition("/")[2]: value for name, value in metrics.items()}
+    parts = [f"{values['tokens']:.1f} tokens"] if "tokens" in values else []
+    parts += [f"score {values['score']:.4g}"] if "score" in values else []
+    for name, words in (("start", "the start"), ("chosen", "the chosen answers")):
+        rate, low, high = (values.get(f"win_rate_{name}{end}") for end in ("", "_low", "_high"))
+        if rate is not None:
+            parts.append(f"{rate:.0%} wins against {words} ({low:.0%} to {high:.0%})")
+    return "  ".join(parts)
 
 
 def _brief(line: dict[str, Any]) -> Iterator[str]:

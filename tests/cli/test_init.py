@@ -1,19 +1,20 @@
 """`dpo-fast init`: what it writes is a configuration for the model and data that were named."""
 
 import pytest
+import yaml
 
 pytest.importorskip("typer")
 pytest.importorskip("pydantic")
 
 from dpo_fast.cli.app import KEYS
-from dpo_fast.cli.init import RECIPES, write_config
+from dpo_fast.cli.init import IN_STAGES, OWN, PUBLISHED, write_config
 from dpo_fast.errors import UserError
 from dpo_fast.training.config import RunConfig, load_config
 from tests.support.paths import ROOT
 
 
 @pytest.mark.parametrize("data", ["pairs.jsonl", "org/name:train", "a b: c # d.jsonl", "'"])
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", OWN)
 def test_a_recipe_for_ones_own_model_and_data(tmp_path, recipe, data):
     write_config(tmp_path / "mine.yaml", recipe, "./models/own", data)
     run = load_config(str(tmp_path / "mine.yaml"))
@@ -44,7 +45,44 @@ def test_what_cannot_be_read_leaves_the_recipe_as_it_is(tmp_path, content):
 
 
 def test_recipes_are_the_files_in_configs():
-    assert sorted(RECIPES) == sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+    assert sorted(OWN) == sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", [name for name in PUBLISHED if name not in IN_STAGES])
+def test_a_published_run_keeps_its_model_its_data_and_its_sources(tmp_path, recipe):
+    out, file = tmp_path / "mine.yaml", ROOT / "recipes" / f"{recipe}.yaml"
+    write_config(out, recipe, None, None)
+    given, run = load_config(str(file)).resolved(), load_config(str(out)).resolved()
+    assert run["train"].pop("output_dir") == "runs/mine" and given["train"].pop("output_dir")
+    assert run == given
+    assert "# Source: " in out.read_text() and f"dpo-fast train {out} " in out.read_text()
+    assert f"dpo-fast train {recipe}.yaml" not in out.read_text()
+
+
+@pytest.mark.parametrize("recipe", IN_STAGES)
+def test_a_published_file_of_stages_keeps_them(tmp_path, recipe):
+    out = tmp_path / "mine.yaml"
+    write_config(out, recipe, "./own", None)
+    given = yaml.safe_load((ROOT / "recipes" / f"{recipe}.yaml").read_text())
+    tree = yaml.safe_load(out.read_text())
+    assert tree.pop("output_dir") == "runs/mine" and tree["model"].pop("path") == "./own"
+    del given["output_dir"], given["model"]["path"]
+    assert tree == given
+    assert f"dpo-fast iterate {out} --nproc 8" in out.read_text()
+    with pytest.raises(UserError, match=r"--data own\.jsonl: .* reads several sources"):
+        write_config(tmp_path / "other.yaml", recipe, None, "own.jsonl")
+
+
+def test_a_published_run_for_ones_own_model_and_data(tmp_path):
+    write_config(tmp_path / "a.yaml", "zephyr_dpo", "./own", "own.jsonl")
+    run = load_config(str(tmp_path / "a.yaml"))
+    assert (run.model.path, run.data.train) == ("./own", "own.jsonl")
+    assert run.data.eval is None and run.data.eval_rows == 200  # not the evaluation data of the hub
+    write_config(tmp_path / "b.yaml", "smollm3_apo", "./own", None)  # the revision was of the hub's
+    assert load_config(str(tmp_path / "b.yaml")).model.path == "./own"
+    with pytest.raises(UserError, match=r"--data own\.jsonl: the recipe smollm3_apo reads several"):
+        write_config(tmp_path / "c.yaml", "smollm3_apo", None, "own.jsonl")
+    assert not (tmp_path / "c.yaml").exists()
 
 
 def test_nothing_is_overwritten(tmp_path):

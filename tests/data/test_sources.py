@@ -127,8 +127,8 @@ def test_folder_and_glob_read_files_in_order(tmp_path):
 def test_hub_id(monkeypatch):
     calls = []
 
-    def load_dataset(name, split, revision):
-        calls.append((name, split, revision))
+    def load_dataset(name, config, split, revision):
+        calls.append((name, config, split, revision))
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -137,11 +137,18 @@ def test_hub_id(monkeypatch):
     assert read("org/prefs:test_prefs")[0][1] == ("org/prefs:test_prefs:2", ROWS[1])
     assert resolve(["org/prefs@refs/pr/1:test"]) == [HubSource("org/prefs", "test", "refs/pr/1")]
     assert read("org/prefs@v2")[0][1] == ("org/prefs@v2:train:2", ROWS[1])
-    assert calls == [("org/prefs", "test_prefs", None), ("org/prefs", "train", "v2")]
+    config = HubSource("org/prefs", "no_think", "v2", "Preference")
+    assert resolve(["org/prefs@v2:Preference/no_think"]) == [config]
+    assert read("org/prefs:Preference/no_think")[0][1][0] == "org/prefs:Preference/no_think:2"
+    assert calls == [
+        ("org/prefs", None, "test_prefs", None),
+        ("org/prefs", None, "train", "v2"),
+        ("org/prefs", "Preference", "no_think", None),
+    ]
 
 
 def test_a_revision_of_a_data_set_that_is_not_there_is_named(monkeypatch):
-    def load_dataset(name, split, revision):
+    def load_dataset(name, config, split, revision):
         raise FileNotFoundError(f"Revision Not Found: {revision}")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -157,13 +164,14 @@ def test_the_revision_of_an_entry_stands_behind_its_hub_id(tmp_path):
 
 
 def test_hub_failure_names_both_possibilities(monkeypatch):
-    def load_dataset(name, split, revision):
+    def load_dataset(name, config, split, revision):
         raise ConnectionError("offline")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     message = fails("prefs")
     assert "prefs: neither a file or folder here nor a data set on the hub" in message
     assert "offline" in message
+    assert message.endswith("or name:config/split where it has several configurations")
 
 
 def test_missing_file_suggests_near_names(tmp_path):

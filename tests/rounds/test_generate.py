@@ -1,0 +1,50 @@
+"""The section `generate` of a file of stages: every stage has it, with the judge of the file."""
+
+import pytest
+
+pytest.importorskip("deepspeed")
+
+from dpo_fast.errors import UserError
+from dpo_fast.rounds.config import RoundsConfig
+from dpo_fast.rounds.plan import Plan
+from dpo_fast.training.config import build
+
+RULE = {"type": "rule", "function": "rules.py:score", "samples": "other.jsonl", "max_failures": 3}
+TREE = {
+    "output_dir": "runs/rounds",
+    "model": {"path": "m"},
+    "data": {"eval": "held-out.jsonl", "columns": {"prompt": "ask"}},
+    "sample": {"prompts": "prompts.jsonl"},
+    "judge": RULE,
+    "generate": {"max_prompts": 8},
+    "stages": [{"prompts": "prompts.jsonl"}, {"data": "pairs.jsonl"}],
+}
+
+
+def plan_of(**sections) -> Plan:
+    return Plan(build(RoundsConfig, TREE | sections, "file"), "file")
+
+
+def test_every_stage_answers_and_is_judged_as_the_file_says():
+    plan = plan_of()
+    for step in plan.steps:
+        generate = plan.rehearsal(step).generate
+        assert generate.max_prompts == 8
+        assert (generate.judge.function, generate.judge.max_failures) == ("rules.py:score", 3)
+        assert generate.judge.samples is None  # those are of a round, not of a run
+    own = {"max_prompts": 8, "judge": {"type": "command", "command": "mine"}}
+    assert plan_of(generate=own).rehearsal(plan.steps[1]).generate.judge.type == "command"
+    silent = plan_of(generate={})
+    assert silent.rehearsal(silent.steps[0]).generate.max_prompts == 0
+
+
+def test_columns_of_prompts_are_not_those_of_pairs():
+    sampled, given = plan_of().steps
+    assert plan_of().rehearsal(sampled).data.columns == {}
+    assert plan_of().rehearsal(given).data.columns == {"prompt": "ask"}
+    assert plan_of().rounds(sampled).data["columns"] == {"prompt": "ask"}
+
+
+def test_a_slip_names_the_stage():
+    with pytest.raises(UserError, match=r"file: stage-1-round-1: .*generate\.max_prompt\b"):
+        plan_of(generate={"max_prompt": 8})
