@@ -56,12 +56,27 @@ def exact_lengths(examples: Examples, units: Units | None = None) -> ExampleLeng
         lengths.counts_P,
         lengths.scored_S,
         sharing,
+        beginning_of(examples),
     )
 
 
 def exact_costs(examples: Examples, layout: str, units: Units | None = None) -> Costs:
     """What examples, or units of them, take in a layout. It reads the token ids of their answers."""
     return LAYOUTS[layout].costs(exact_lengths(examples, units))
+
+
+def beginning_of(examples: Examples) -> int:
+    """Tokens that all prompts begin with: those of one system prompt, or of a template's header."""
+    lengths = examples.lengths.prompt_P
+    if not len(lengths):
+        return 0
+    first, count, begin = examples.token_lists("prompt_ids", np.arange(1)), int(lengths.min()), 0
+    for end in _slices(lengths):
+        lists = examples.token_lists("prompt_ids", np.arange(begin, end))
+        places = lists.starts_S[:, None] + np.arange(count)
+        same = (lists.values[places] == first.values[:count]).all(axis=0)
+        count, begin = int(np.append(same, False).argmin()), end
+    return count
 
 
 def prompts_of(examples: Examples) -> np.ndarray:
@@ -91,6 +106,11 @@ class SamePrompt:
     def of(cls, examples: Examples, layout: str) -> SamePrompt:
         """Reads the token ids of all prompts, and those of answers where tokens are counted."""
         return cls(prompts_of(examples), functools.partial(exact_costs, examples, layout))
+
+    def __str__(self) -> str:
+        count = len(self.prompts_P)
+        prompts = int(self.prompts_P.max(initial=-1)) + 1
+        return f"{count} examples of {prompts} prompts, {count / max(prompts, 1):.1f} of each"
 
     @functools.cached_property
     def alone(self) -> Costs:
@@ -161,7 +181,7 @@ class SamePrompt:
                 sizes[place], count = self._known[unit.tobytes()]
                 if counts is not None:
                     counts[place] = count
-        return Costs(sizes, counts)
+        return Costs(sizes, counts, self.alone.common)
 
 
 def _answers(examples: Examples, rows: np.ndarray) -> Lists:

@@ -128,6 +128,7 @@ class ExampleLengths:
     counts_P: answers of each example, 1 or more.
     scored_S: scored tokens of each answer; by default all of them.
     sharing: what the answers of an example have in common; by default nothing.
+    beginning: tokens that all prompts begin with; 0 where it is not known.
     """
 
     kind: Kind
@@ -136,6 +137,7 @@ class ExampleLengths:
     counts_P: np.ndarray
     scored_S: np.ndarray | None = None
     sharing: Sharing | None = None
+    beginning: int = 0
 
     def __post_init__(self) -> None:
         if self.scored_S is None:
@@ -186,7 +188,7 @@ class ExampleLengths:
         places_S = runs(self.starts_P[indices], counts_P)
         sizes = (self.prompt_P[indices], self.answers_S[places_S], counts_P)
         sharing = Sharing(*(values_P[indices] for values_P in self.sharing))
-        return ExampleLengths(self.kind, *sizes, self.scored_S[places_S], sharing)
+        return ExampleLengths(self.kind, *sizes, self.scored_S[places_S], sharing, self.beginning)
 
     def joined(self, units: Sequence[np.ndarray]) -> ExampleLengths:
         """Lengths of units of these examples, of one prompt each, as if a unit were one example.

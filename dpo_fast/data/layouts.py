@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # Tokens that different prompts must have in common to share them. A shared beginning costs attention a
 # copy of its keys, so the first token of every text, or the header of a template, is not worth it.
-LEAST = 32
+LEAST = 16
 
 
 class Scored(NamedTuple):
@@ -130,7 +130,9 @@ def _place_shared_prefix(sequences: Sequence[Scored], pad_id: int) -> Placement:
 
 
 def _shared_prefix_costs(lengths: ExampleLengths) -> Costs:
-    return Costs(lengths.prompt_P + lengths.sums_P - lengths.counts_P - lengths.sharing.common_P)
+    tokens_P = lengths.prompt_P + lengths.sums_P - lengths.counts_P - lengths.sharing.common_P
+    common = lengths.beginning if lengths.beginning >= LEAST else 0
+    return Costs(tokens_P - common, common=common)
 
 
 def _in_one_row(

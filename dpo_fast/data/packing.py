@@ -24,20 +24,24 @@ class Costs:
 
     sizes_P: int64, tokens of an example; where sequences are padded, of its longest sequence.
     sequences_P: int64, sequences of an example where they are padded; None where tokens add up.
+    common: tokens that all examples begin with, which each micro-batch takes once; not in `sizes_P`.
     """
 
     sizes_P: np.ndarray
     sequences_P: np.ndarray | None = None
+    common: int = 0
 
     @property
     def alone_P(self) -> np.ndarray:
         """Tokens that each example takes in a micro-batch of its own, int64."""
-        return self.sizes_P if self.sequences_P is None else self.sizes_P * self.sequences_P
+        if self.sequences_P is None:
+            return self.sizes_P + self.common
+        return self.sizes_P * self.sequences_P
 
     def of(self, examples: Sequence[int]) -> int:
         """Tokens that a micro-batch of these examples, at least one, takes."""
         if self.sequences_P is None:
-            return int(self.sizes_P[examples].sum())
+            return int(self.sizes_P[examples].sum()) + self.common
         return int(self.sizes_P[examples].max() * self.sequences_P[examples].sum())
 
     def bins(self, budget: int, order: Sequence[int]) -> list[list[int]]:
@@ -51,7 +55,7 @@ class Costs:
                 f"an example takes {self.alone_P[order].max()} tokens, more than {budget}"
             )
         if self.sequences_P is None:
-            return best_fit(self.sizes_P, budget, order)
+            return best_fit(self.sizes_P, budget - self.common, order)
         return by_length(self.sizes_P, self.sequences_P, budget, order)
 
 

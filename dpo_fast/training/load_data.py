@@ -204,6 +204,8 @@ def tell_size(sampler: BatchSampler) -> None:
             f"{sampler.examples_per_step:.1f} examples on average "
             f"(train.global_batch_size={sampler.global_batch_size})"
         )
+    if sampler.same_prompt is not None:
+        say(f"train.group_prompts: {sampler.same_prompt}")
 
 
 def used_columns(config: RunConfig, present: list[str], kind: Kind) -> tuple[str, ...]:

@@ -73,6 +73,24 @@ def test_costs_are_what_examples_and_units_really_take(kind, layout, stream, mon
     assert costs.alone_P.tolist() == [taken(rows, unit, layout, kind) for unit in units]
 
 
+@BY_LAYOUT
+@BY_KIND
+def test_a_beginning_of_all_prompts_counts_once_in_a_micro_batch(kind, layout, monkeypatch):
+    monkeypatch.setattr("dpo_fast.data.grouping.SLICE", 200)
+    rows = rows_of(kind, prompts=12)
+    rows = [row | {"prompt_ids": [1] * 30 + row["prompt_ids"]} for row in rows]
+    same = SamePrompt.of(dataset_of(kind, rows), layout)
+    assert same.alone.common == (30 if LAYOUTS[layout].shares_prompts else 0)
+    alone = [taken(rows, [place], layout, kind) for place in range(len(rows))]
+    assert same.alone.alone_P.tolist() == alone
+    budget = max(*alone, 300)
+    bins = TokenSampler(same.alone, budget, 8, same_prompt=same)._bins(0)
+    sizes = [taken(rows, mine, layout, kind) for mine in bins]
+    assert max(sizes) <= budget and sum(sizes) == bins.tokens
+    short = [row | {"prompt_ids": [1] * 9 + row["prompt_ids"][30:]} for row in rows]
+    assert SamePrompt.of(dataset_of(kind, short), layout).alone.common == 0
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_units_hold_the_examples_of_a_prompt_once(seed):
     draw = np.random.default_rng(seed)

@@ -461,6 +461,7 @@ def test_a_tilde_in_folders_is_the_home(folder, monkeypatch):
     [
         {"train": {"learning_rate": 1e-2}},
         {"train": {"weight_decay": 0.1}},
+        {"train": {"group_prompts": True}},
         {"train": {"lr_scheduler_type": "linear"}},
         {"train": {"lr_scheduler_kwargs": {"num_cycles": 0.25}}},
         {"loss": {"beta": 0.2}},
@@ -483,3 +484,20 @@ def test_an_option_that_resuming_would_ignore_is_not_resumed(folder, change):
 
     assert fits() != fits(**change)
     assert json.loads(json.dumps(fits())) == fits(), "state.json gives it back as it was"
+
+
+def test_a_checkpoint_older_than_group_prompts_goes_on_without_it(folder):
+    from types import SimpleNamespace
+
+    from dpo_fast.training.resume import must_be_same, must_fit
+
+    def plan(**train):
+        tree = changed(run_tree(folder), folder / "never", train=train)
+        split = SimpleNamespace(must_fit=dict)
+        return SimpleNamespace(config=load_tree(tree), train=split, total_steps=1, weights={})
+
+    known = {name: value for name, value in must_fit(plan()).items() if name != "group_prompts"}
+    assert "group_prompts" not in must_be_same(plan(), folder, known)
+    assert must_be_same(plan(group_prompts=True), folder, known)["group_prompts"]
+    known["group_prompts"] = True
+    assert must_be_same(plan(), folder, known)["group_prompts"] is False
