@@ -18,7 +18,7 @@ from tests.support.tokenizers import CHATML, byte_tokenizer, chat_tokenizer, ids
 CONFIG = DataConfig(train="rows", max_length=20_000)
 LLAMA2 = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ '<s>[INST] ' + m.content + ' [/INST]' }}"
-    "{% else %}{{ ' ' + m.content.strip() + ' </s>' }}{% endif %}{% endfor %}"
+    "{% else %}{{ ' ' + m.content.rstrip() + ' </s>' }}{% endif %}{% endfor %}"
 )
 # The generation prompt opens thinking, so an answer without any is none that the model would write.
 OPENS = ("deepseek_r1_distill", "deepseekv3", "opens, drops", "opens, copies")
@@ -117,8 +117,11 @@ def test_sentencepiece_loses_no_space_and_gains_none(template, prompt, text):
     assert found.answer_ids[:-1] == written
 
 
-def test_a_prefill_is_gone_on_with():
-    tokenizer = chat_tokenizer()
+@pytest.mark.parametrize("content", ["message['content']", "message['content'].strip()"])
+def test_a_prefill_is_gone_on_with(content):
+    """Its last space too, which many templates strip."""
+    template = CHATML.replace("message['content']", content)
+    tokenizer = byte_tokenizer(template=template, eos_token="<|im_end|>")
     prompt = Prompt("row", [user("2 + 2?"), {"role": "assistant", "content": "It is "}])
     codec = PromptCodec(tokenizer, CONFIG)
     ids = codec.encode(prompt)
