@@ -268,6 +268,7 @@ def test_a_full_disk_loses_nothing(folder, monkeypatch):
     assert judge(config(folder, only_length="keep"))["pairs"] == 12
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_ends_with_the_same_bytes(folder):
     """SIGKILL while a rule is in an endless loop, which ends with it; and the same command again."""
     judge(config(folder, only_length="keep"))
@@ -306,6 +307,7 @@ def soon(what) -> bool:
     return found
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_rows_and_write_the_same_files(folder, tmp_path):
     (tmp_path / "two").mkdir()
     judge(config(folder, only_length="keep"))
