@@ -54,6 +54,7 @@ gpu:
 docs: $(STAMP)
 	$(BIN)/python -m dpo_fast.losses.docs > docs/LOSSES.md
 	$(BIN)/python -m dpo_fast.training.config_docs > docs/CONFIG.md
+	$(BIN)/python -m dpo_fast.rounds.config_docs > docs/ROUNDS_CONFIG.md
 	$(BIN)/dpo-fast config schema --out configs/schema.json
 
 $(STAMP): pyproject.toml constraints.txt

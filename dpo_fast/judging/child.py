@@ -49,7 +49,7 @@ class Child:
         deadline = time.monotonic() + timeout
         process = self._running()
         try:
-            self._write(process, line.encode() + b"\n", deadline)
+            self._write(process, line.encode("utf-8", "backslashreplace") + b"\n", deadline)
             if not self.keep_alive:
                 process.stdin.close()
             return self._read(process, deadline)

@@ -25,7 +25,8 @@ class Lines:
 
     def append(self, value: dict[str, Any]) -> None:
         """Raises UserError if it cannot be written; the file is as good as before."""
-        content = json.dumps(value, ensure_ascii=False).encode() + b"\n"
+        # The escape of half a surrogate pair is that of JSON, too.
+        content = json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
         with self._lock, durable.writing(self.file, self.remedy):
             if self._descriptor is None:
                 self._descriptor = _opened(self.file)

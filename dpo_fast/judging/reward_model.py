@@ -138,8 +138,9 @@ class RewardModelJudge:
             types = [each["token_type_ids"] for each in texts]
             rows["token_type_ids"] = [each + [0] * (longest - len(each)) for each in types]
         batch = {name: torch.tensor(value, device=self.device) for name, value in rows.items()}
-        logits = self.model(**batch).logits.float()
-        return logits[:, self.label].cpu().tolist()
+        logits = self.model(**batch).logits.float().reshape(len(texts), -1)
+        # Code of a model's own may give one score, whatever its labels.
+        return logits[:, self.label if logits.shape[1] > 1 else 0].cpu().tolist()
 
     def _pad_id(self, ids: list[list[int]]) -> int:
         """The model's own. A decoder that came without one scores the last token that is not padding, so

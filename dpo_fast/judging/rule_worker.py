@@ -89,9 +89,9 @@ class Rule:
         completions, count = row["completions"], len(row["completions"])
         if not isinstance(row["prompt"], str):
             completions = [[{"role": "assistant", "content": each}] for each in completions]
-        given = {"prompts": [row["prompt"]] * count, "completions": completions}
-        given |= {name: [value] * count for name, value in row["columns"].items()}
-        found = _result(self.function(**self._known(given), **self.kwargs))
+        given = {name: [value] * count for name, value in row["columns"].items()}
+        given |= {"prompts": [row["prompt"]] * count, "completions": completions}
+        found = _result(self.function(**(self._known(given) | self.kwargs)))
         found = found.tolist() if hasattr(found, "tolist") else found
         if not isinstance(found, (list, tuple)) or len(found) != count:
             raise TypeError(f"expected a list of {count} scores, got {found!r:.80}")

@@ -71,8 +71,9 @@ class _Strict(BadRows):
         self.option = option
 
     def reject(self, where: str, verdict: Verdict) -> None:
+        reason = str(verdict).partition(", or list ")[0]  # in options that samples have not
         raise UserError(
-            f"{where}: {verdict}. Mend the row of {self.option}, or have it made again: remove the file "
+            f"{where}: {reason}. Mend the row of {self.option}, or have it made again: remove the file "
             "and run the same command"
         )
 
@@ -103,6 +104,9 @@ def sample_row(place: int, where: str, raw: Mapping[str, Any]) -> SampleRow:
     if not isinstance(completions, (list, tuple)) or not completions:
         raise BadRow("'completions' is no list of texts", quoted(completions))
     texts = [_text(each, index) for index, each in enumerate(completions)]
+    _check_unicode("prompt", prompt)
+    for index, text in enumerate(texts):
+        _check_unicode(f"completions[{index}]", text)
     reasons = content.get("finish_reasons", [])
     if reasons and (not isinstance(reasons, (list, tuple)) or len(reasons) != len(texts)):
         raise BadRow(
@@ -124,6 +128,14 @@ def _decoded(raw: Mapping[str, Any]) -> dict[str, Any]:
                 if name != "prompt":
                     raise BadRow(f"{name!r} is no JSON", quoted(value)) from None
     return row
+
+
+def _check_unicode(name: str, value: Any) -> None:
+    """Raises BadRow for half a surrogate pair, which no tokenizer and no judge takes."""
+    try:
+        (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
+    except UnicodeEncodeError:
+        raise BadRow(f"{name} is not Unicode text", "it has a lone surrogate") from None
 
 
 def _is_chat(value: Any) -> bool:

@@ -85,7 +85,8 @@ def publish_rows(
     try:
         with durable.writing(file, remedy):
             file.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("w", encoding="utf-8") as stream:
+            # Half a surrogate pair, in a column that nobody reads, is written as JSON escapes it.
+            with partial.open("w", encoding="utf-8", errors="backslashreplace") as stream:
                 stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         content = manifest()
         with durable.writing(file, remedy):

@@ -48,6 +48,8 @@ def section(name: str, node: dict[str, Any]) -> str:
 
 def sections_of(field: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The sections that may be a field's value (under ""), or stand in its list (under "[]")."""
+    if "properties" in field:
+        yield "", field
     for variant in field.get("anyOf", ()):
         if "properties" in variant:
             yield "", variant
@@ -63,6 +65,8 @@ def row(key: str, field: dict[str, Any], required: bool) -> str:
 
 
 def default(field: dict[str, Any]) -> str:
+    if "properties" in field:
+        return ""  # each of its keys has one
     value = field["default"] if "default" in field else EMPTY[field["type"]]
     return f"`{value if isinstance(value, str) else json.dumps(value)}`"
 
@@ -78,6 +82,8 @@ def type_of(field: dict[str, Any]) -> str:
         return " or ".join(type_of(each) for each in field["anyOf"] if each.get("type") != "null")
     if "properties" in field:
         return "section"
+    if "type" not in field:
+        return "any"
     if field["type"] == "array":
         return f"list of {type_of(field['items'])}"
     bounds = [f"{sign} {field[bound]}" for bound, sign in BOUNDS.items() if bound in field]

@@ -8,6 +8,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from pydantic import BaseModel
+
 from dpo_fast.data.config import ALL_COLUMNS
 from dpo_fast.losses import LOSSES
 from dpo_fast.losses.options import CHOICES
@@ -33,9 +35,7 @@ def editor_schema() -> dict[str, Any]:
 
 def run_schema() -> dict[str, Any]:
     """RunConfig as a JSON schema without references: each section stands where it is used."""
-    tree = RunConfig.model_json_schema()
-    sections = tree.pop("$defs")
-    tree = _in_place(tree, sections)
+    tree = schema_of(RunConfig)
     tree |= {"title": "dpo_fast run", "description": "The configuration of `dpo-fast train`."}
     for name, section in tree["properties"].items():
         section.pop("default", None)  # that of each key stands beside the key
@@ -44,6 +44,12 @@ def run_schema() -> dict[str, Any]:
     columns = tree["properties"]["data"]["properties"]["columns"]
     columns["propertyNames"] = {"enum": list(ALL_COLUMNS)}
     return tree
+
+
+def schema_of(kind: type[BaseModel]) -> dict[str, Any]:
+    """A configuration as a JSON schema in which each section stands where it is used."""
+    tree = kind.model_json_schema()
+    return _in_place(tree, tree.pop("$defs"))
 
 
 def _in_place(node: Any, sections: dict[str, Any]) -> Any:

@@ -279,6 +279,16 @@ def test_functions_of_all_kinds(tmp_path, monkeypatch, name, kwargs, scores):
     assert Rule(function, kwargs)(asked) == scores and found == str(file)
 
 
+def test_columns_never_stand_in_for_what_is_judged():
+    asked = {"prompt": "why", "completions": ["a", "bb"]}
+    asked["columns"] = {"completion": "gold", "completions": ["x"], "prompts": 1, "factor": 9}
+    assert Rule(lambda prompt, completion, **row: len(completion), {})(asked) == [1, 2]
+    together = Rule(
+        lambda completions, factor, **row: [factor * len(c) for c in completions], {"factor": 2}
+    )
+    assert together(asked) == [2, 4]
+
+
 def test_a_reward_function_of_trl(tmp_path):
     judge = rule(tmp_path, RULES, "trl", kwargs={"factor": 2})
     assert verdicts(judge, row("a", "bb", prompt=CHAT, answer="x")) == [[1, 2]]

@@ -220,6 +220,11 @@ def test_bad_rows_are_named_by_file_line_and_field(folder):
         ({"finish_reasons": ["stop"]}, "'finish_reasons' does not have one for each completion"),
         ({"prompt": 3}, "'prompt' is neither text nor messages: 3"),
         ({"prompt": None}, "no field 'prompt'"),
+        (
+            {"completions": ["a", "b\ud800"]},
+            "completions[1] is not Unicode text: it has a lone surrogate",
+        ),
+        ({"logps": [float("nan")]}, "field 'logps' is not finite: NaN is not JSON"),
     ):
         bad = rows(3)
         bad[1] |= change
@@ -230,6 +235,13 @@ def test_bad_rows_are_named_by_file_line_and_field(folder):
     assert "samples.jsonl has no rows" in refusal(folder)
     (folder / "samples.jsonl").unlink()
     assert "samples.jsonl is not there: run dpo-fast sample first" in refusal(folder)
+
+
+def test_half_a_character_in_a_column_that_nobody_reads_is_kept(folder):
+    odd = [each | {"row": {"note": "\ud800 \u2028"}} for each in rows(3)]
+    write_rows(folder / "samples.jsonl", odd)
+    judge(config(folder, {"type": "rule"}, only_length="keep"))
+    assert [row["row"] for row in read_rows(folder / "scores.jsonl")] == [odd[0]["row"]] * 3
 
 
 def test_a_full_disk_loses_nothing(folder, monkeypatch):
@@ -256,6 +268,7 @@ def test_a_full_disk_loses_nothing(folder, monkeypatch):
     assert judge(config(folder, only_length="keep"))["pairs"] == 12
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_ends_with_the_same_bytes(folder):
     """SIGKILL while a rule is in an endless loop, which ends with it; and the same command again."""
     judge(config(folder, only_length="keep"))
@@ -294,6 +307,7 @@ def soon(what) -> bool:
     return found
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_rows_and_write_the_same_files(folder, tmp_path):
     (tmp_path / "two").mkdir()
     judge(config(folder, only_length="keep"))

@@ -27,7 +27,8 @@ def write_rows(file: Path, rows: list[dict]) -> Path:
 
 
 def read_rows(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    with file.open(encoding="utf-8") as lines:  # splitlines() would part more than lines
+        return [json.loads(line) for line in lines]
 
 
 def write_code(file: Path, code: str) -> Path:
