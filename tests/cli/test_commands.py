@@ -37,6 +37,21 @@ def test_options_of_a_run_are_named(capsys, monkeypatch, words, key):
 
 
 @pytest.mark.parametrize(
+    "command, option, key",
+    [
+        ("sample", "--temperature", "sample.temperature=1"),
+        ("sample", "--output-dir", "output_dir=1"),
+        ("iterate", "--learning_rate", "train.learning_rate=1"),
+        ("judge", "--beta", "judge.beta=1"),
+        ("train", "--temperature", None),
+    ],
+)
+def test_rounds_have_options_of_their_own(command, option, key):
+    told = meant(option, [f"{option}=1"], command)
+    assert told is None if key is None else told.endswith(f": {key}")
+
+
+@pytest.mark.parametrize(
     "words",
     [["train", "run.yaml", "--foo", "3"], ["init", "--max_steps", "3"], ["train", "--drry-run"]],
 )
