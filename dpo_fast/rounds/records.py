@@ -98,7 +98,8 @@ def data(plan: Plan, step: Step, complete: bool = False) -> dict[str, str]:
     """
     found, run = {}, plan.rehearsal(step).data
     rows_of = data_of(plan.rounds(step, plan.config.model)) if step.stage.samples else run
-    for role, section in (("train", rows_of), ("eval", run)):
+    alone = run.model_copy(update={"train": run.eval})  # the pairs of a round are yet to be made
+    for role, section in (("train", rows_of), ("eval", alone)):
         if role == "eval" and run.eval is None:
             continue
         try:

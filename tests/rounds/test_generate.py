@@ -1,10 +1,13 @@
 """The section `generate` of a file of stages: every stage has it, with the judge of the file."""
 
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("deepspeed")
 
 from dpo_fast.errors import UserError
+from dpo_fast.rounds import records
 from dpo_fast.rounds.config import RoundsConfig
 from dpo_fast.rounds.plan import Plan
 from dpo_fast.training.config import build
@@ -43,6 +46,23 @@ def test_columns_of_prompts_are_not_those_of_pairs():
     assert plan_of().rehearsal(sampled).data.columns == {}
     assert plan_of().rehearsal(given).data.columns == {"prompt": "ask"}
     assert plan_of().rounds(sampled).data["columns"] == {"prompt": "ask"}
+
+
+def test_evaluation_data_of_a_round_are_known_before_its_pairs_are_there(tmp_path):
+    for name in ("held-out", "prompts", "pairs"):
+        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    plan = plan_of(
+        output_dir=str(tmp_path / "out"),
+        data={"eval": str(tmp_path / "held-out.jsonl")},
+        stages=[{"prompts": str(tmp_path / "prompts.jsonl")}],
+    )
+    found = records.data(plan, plan.steps[0])
+    assert {Path(name).name for name in found} == {"held-out.jsonl", "prompts.jsonl"}
+    (tmp_path / "held-out.jsonl").write_text("{}\n")
+    changed = records.data(plan, plan.steps[0])
+    assert [name for name in found if found[name] != changed[name]] == [
+        str(tmp_path / "held-out.jsonl")
+    ]
 
 
 def test_a_slip_names_the_stage():
