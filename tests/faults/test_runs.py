@@ -3,6 +3,7 @@
 A small sample runs always, the rest with DPO_FAST_SLOW=1 (`make faults`). The counts go to the output.
 """
 
+import os
 import random
 import shutil
 import signal
@@ -17,6 +18,7 @@ pytest.importorskip("deepspeed")
 from tests.support import ranks
 from tests.support.faults import SLOW, FaultyRun, result
 from tests.support.models import changed, run_tree, write_model, write_pairs
+from tests.support.paths import ENVIRONMENT
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
@@ -102,6 +104,63 @@ def test_a_stopped_rank_ends_the_others_within_the_time_out(undisturbed, stage, 
     assert run.code == 3
     assert f"rank {rank} (process " in run.said() and "has not answered for 6 s" in run.said()
     assert "cannot be written" not in run.said() and "Traceback" not in run.said()
+
+
+PAUSE = """
+import os, sys, threading, time
+def hold():  # the export stands still before it writes
+    while True:
+        export = sys.modules.get("dpo_fast.training.export")
+        if hasattr(export, "write_export"):
+            write = export.write_export
+            def held(*arguments, **options):
+                os.write(2, b"PAUSE export\\n")
+                [time.sleep(0.1) for _ in range(200)]
+                return write(*arguments, **options)
+            export.write_export = held
+            return
+        time.sleep(0.005)
+if "RANK" in os.environ:
+    threading.Thread(target=hold, daemon=True).start()
+"""
+# What a run says when it begins with something that takes a while.
+PHASES = {
+    "reference": "computing the reference log-probs of 2000",
+    "evaluation": "step 0: loss",
+    "export": "PAUSE export",
+}
+
+
+@SLOW
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    "whom, name", [(1, "SIGKILL"), (0, "SIGTERM"), ("launcher", "SIGKILL"), ("all", "SIGINT")]
+)
+def test_what_happens_while_no_step_is_taken(undisturbed, tmp_path, phase, whom, name):
+    """Signals and lost ranks while the reference is stored, while it evaluates, and while it exports."""
+    folder, tree = undisturbed
+    root, environment = folder / f"{phase}-{whom}-{name}", {}
+    if phase == "export":
+        (tmp_path / "sitecustomize.py").write_text(PAUSE)
+        environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ENVIRONMENT['PYTHONPATH']}"}
+        tree = changed(tree, root)
+    else:
+        many = {"eval": str(write_pairs(tmp_path / "many.jsonl", 2000)), "eval_rows": 0}
+        tree = changed(tree, root, data=many, train={"max_steps": 4, "eval_steps": 4})
+    run = FaultyRun(tree, **environment)
+    run.wait_until_said(PHASES[phase])
+    time.sleep(0.3)
+    run.hit(whom, getattr(signal, name))
+    took = run.ranks_end(SECONDS)
+    run.ends(SECONDS)
+    assert "Traceback" not in run.said() and not (root / "final").exists(), run.said()[-3000:]
+    print(f"{name} to {whom} in the {phase}: ended after {took:.1f} s, code {run.code}")
+    if phase == "export":
+        resumed_as_undisturbed(undisturbed, tree)
+        return
+    tree["train"]["resume_from_checkpoint"] = True
+    ranks.train([tree], 2)
+    assert (root / "final" / "model.safetensors").exists()
 
 
 # Signals that ask, to whom, under which launcher. Ctrl-C in a terminal goes to all at once.

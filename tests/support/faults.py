@@ -78,6 +78,9 @@ class FaultyRun:
     def wait_for_steps(self, count: int, seconds: float = 240) -> None:
         self._wait(lambda: self.steps() >= count, seconds)
 
+    def wait_until_said(self, words: str, seconds: float = 240) -> None:
+        self._wait(lambda: words in self.said(), seconds)
+
     def processes(self) -> dict[int, int | None]:
         """Of this run: rank by process, None for launchers. Those that have ended are none."""
         found = {}

@@ -55,6 +55,23 @@ def test_a_run_that_is_just_being_cleared_away_is_waited_for(tmp_path, monkeypat
         pass
 
 
+def test_a_folder_is_one_folder_under_all_its_names(tmp_path, monkeypatch):
+    root, parent = tmp_path / "real" / "run", tmp_path / "link"
+    root.mkdir(parents=True)
+    parent.symlink_to(tmp_path / "real")
+    (tmp_path / "direct").symlink_to(root)
+    pid = holding(parent / "run")
+    monkeypatch.chdir(tmp_path)
+    try:
+        for name in (root, tmp_path / "direct", "link/run", "link/../real/run"):
+            with pytest.raises(UserError, match=f"process {pid} on "), lock.sole_run(str(name)):
+                pytest.fail("two runs")
+            with pytest.raises(UserError, match=f"process {pid} on "):
+                lock.check_free(str(name))
+    finally:
+        kill(pid)
+
+
 def test_the_second_run_is_told_who_has_the_folder_and_a_killed_one_leaves_no_lock(tmp_path):
     root = tmp_path / "a b" / "ü"
     pid = holding(root)
