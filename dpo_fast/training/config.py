@@ -226,6 +226,9 @@ class RunConfig(BaseModel):
         tree = self.model_dump(mode="json")
         tree["train"]["learning_rate"] = self.learning_rate
         tree["reference"]["provider"] = self.reference_provider
+        if self.generate.judge is not None:  # options of other judges are refused, defaults too
+            judge = self.generate.judge.model_dump(mode="json", exclude_unset=True)
+            tree["generate"]["judge"] = judge
         return tree
 
     @property

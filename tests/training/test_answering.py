@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_fast.errors import UserError
 from dpo_fast.report import write_report
+from dpo_fast.training.checkpoint_run import export_checkpoint
 from dpo_fast.training.config import build_config
 from tests.support import ranks
 from tests.support.metrics import lines_of
@@ -214,6 +215,22 @@ def test_the_report_shows_what_changed(runs):
             write_report(runs / "full")
     finally:
         (runs / "full/aside").rename(runs / "full/generations.jsonl")
+
+
+def test_the_resolved_configuration_is_one(folder):
+    """As `config show` prints it, and as export, replay and iterate read it."""
+    run = build_config(tree_of(folder, "never"), "tree")
+    tree = run.resolved()
+    assert tree["generate"]["judge"]["max_failures"] == 1
+    assert build_config(tree, "again").resolved() == tree
+
+
+@pytest.mark.processes
+def test_a_checkpoint_of_such_a_run_is_exported(runs, tmp_path):
+    export_checkpoint(runs / "full" / f"checkpoint-{STEPS}", tmp_path / "model", [])
+    weights = (runs / "full/final/model.safetensors", tmp_path / "model/model.safetensors")
+    one, other = map(load_file, weights)
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 REFUSED = {
