@@ -25,8 +25,9 @@ from dpo_fast.data.build import build
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.entries import SourceOptions
 from dpo_fast.data.folders import Role
-from dpo_fast.data.gather import Lists, gather
+from dpo_fast.data.gather import gather
 from dpo_fast.data.kinds import COMPLETIONS, GROUPS, PAIRS, ExampleLengths, Kind, kind_of
+from dpo_fast.data.lists import Lists
 from dpo_fast.data.mixture import Mixture, plan
 from dpo_fast.data.parts import Part, parts_of
 from dpo_fast.data.report import DataReport

@@ -12,9 +12,9 @@ from typing import Protocol
 
 import numpy as np
 
-from dpo_fast.data.gather import Lists, runs
 from dpo_fast.data.kinds import ExampleLengths, Kind
 from dpo_fast.data.layouts import LAYOUTS
+from dpo_fast.data.lists import Lists, runs
 from dpo_fast.data.packing import Costs
 from dpo_fast.data.sharing import Sharing, hashes, sharing_of
 

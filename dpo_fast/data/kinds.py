@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-from dpo_fast.data.gather import Lists, runs
+from dpo_fast.data.lists import Lists, runs
 from dpo_fast.data.sharing import Sharing, sharing_of
 from dpo_fast.errors import UserError
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpo_fast.data.gather import Lists, runs
+from dpo_fast.data.lists import Lists, runs
 
 MIX = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0xBF58476D1CE4E5B9)  # odd numbers without a pattern
 

@@ -23,8 +23,8 @@ import pyarrow
 from dpo_fast.data.build import nothing_left, values
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.dataset import cache_key
-from dpo_fast.data.gather import Lists
 from dpo_fast.data.kinds import PAIRS, ExampleLengths, Kind, OneKind
+from dpo_fast.data.lists import Lists
 from dpo_fast.data.parts import parts_of
 from dpo_fast.data.report import DataReport
 from dpo_fast.data.rows import Row, check_found, parse_row

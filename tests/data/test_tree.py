@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_fast.data.gather import Lists
+from dpo_fast.data.lists import Lists
 from dpo_fast.data.sharing import hashes, sharing_of
 from dpo_fast.data.tree import distinct, grow
 
