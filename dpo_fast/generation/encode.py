@@ -9,6 +9,7 @@ from typing import Any
 
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.generation_prompt import generation_prompt
+from dpo_fast.data.template_file import check_template_used
 from dpo_fast.data.thinking import MARKS
 from dpo_fast.data.tokenise import RowTokeniser
 from dpo_fast.data.verdicts import BadRow, Dropped
@@ -96,8 +97,6 @@ class PromptCodec:
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises UserError for an option of the section that no prompt can honour."""
-        from dpo_fast.data.template_file import check_template_used
-
         check_template_used(self.rows.config, any(each.is_chat for each in prompts))
 
     def is_bare(self, prompts: Sequence[Prompt]) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import datetime
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -263,8 +262,3 @@ def _unpacked(text: str, dtype: str) -> np.ndarray:
 def pack_logps(values: np.ndarray) -> str:
     """fp32 values as the journal has them."""
     return _packed(values, "<f4")
-
-
-def file_digest(file: Path) -> str:
-    """sha256 hex of a file of samples, for those who make something of it."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
