@@ -13,7 +13,7 @@ from dpo_fast.rounds.rows import check_rounds, judge_of
 from dpo_fast.rounds.stage import GOES_ON, told, work
 from dpo_fast.training import distributed, signals
 from dpo_fast.training.console import say
-from dpo_fast.training.fit import check_run
+from dpo_fast.training.fit import check_run, choose
 from dpo_fast.training.load_data import load_split
 from dpo_fast.training.lock import sole_run
 from dpo_fast.training.places import check_places, check_writable
@@ -69,6 +69,7 @@ def check_data(plan: Plan, step: Step) -> None:
     if step.stage.samples or run.data.streaming:
         return
     with told(step):
+        run = choose(run).applied(run)
         tokenizer = load_tokenizer(run.model)
         for name in ("train", "eval") if run.data.has_eval else ("train",):
             load_split(run, tokenizer, name, shuffle=False)

@@ -14,6 +14,7 @@ from dpo_fast.references.store import Request, default_place, find_stored, named
 from dpo_fast.training import distributed
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import say
+from dpo_fast.training.fit import choose
 from dpo_fast.training.load_data import load_split
 from dpo_fast.training.weights import identity_of
 
@@ -38,6 +39,7 @@ def fill_references(
     filled: list[str] = []
     if not config.stored_models or not (known or earlier) or config.data.streaming:
         return filled
+    config = choose(config).applied(config)
     tokenizer = load_tokenizer(config.model)
     names = ("train", "eval") if config.data.has_eval else ("train",)
     splits = [load_split(config, tokenizer, name, shuffle=False) for name in names]

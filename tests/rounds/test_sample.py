@@ -237,8 +237,9 @@ def test_log_probs_are_those_of_each_sequence_alone_under_transformers(folder, w
 
 
 @pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("batches", [{"micro_batch_size": 2}, {"tokens_per_batch": 400}])
 def test_a_reference_is_filled_with_what_computing_it_would_give(
-    folder, whole, tmp_path, per_token
+    folder, whole, tmp_path, per_token, batches
 ):
     pairs = tmp_path / "pairs.jsonl"
     rows = read_rows(whole / "samples.jsonl")
@@ -252,7 +253,7 @@ def test_a_reference_is_filled_with_what_computing_it_would_give(
         for a, b in ((0, 1), (2, 0))
     ]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in told))
-    run = run_config(folder, tmp_path / "run", pairs, per_token)
+    run = run_config(folder, tmp_path / "run", pairs, per_token, batches=batches)
     logps = [whole / "samples.logps.parquet"]
     assert fill_references(run, logps) == ["train"]
     assert fill_references(run, logps) == []  # it is there
@@ -267,13 +268,16 @@ def test_a_reference_is_filled_with_what_computing_it_would_give(
         assert sums == pytest.approx(got[:, 1].tolist(), abs=1e-4)
 
 
-def run_config(folder: Path, out: Path, pairs: Path, per_token: bool = False, model=None):
+def run_config(
+    folder: Path, out: Path, pairs: Path, per_token: bool = False, model=None, batches=None
+):
+    batches = batches or {"micro_batch_size": 2}
     return build_config(
         {
             "model": {"path": str(model or folder / "model"), "dtype": "fp32"},
             "data": {"train": str(pairs), "max_length": 96, "cache_dir": str(folder / "cache")},
             "reference": {"per_token": per_token},
-            "train": {"output_dir": str(out), "global_batch_size": 2, "micro_batch_size": 2},
+            "train": {"output_dir": str(out), "global_batch_size": 2, **batches},
         },
         "case",
     )
