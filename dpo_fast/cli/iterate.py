@@ -58,7 +58,9 @@ def iterate(
     console.quiet()
     hush(quiet)
     if status:
-        show_status(rounds, config)
+        from dpo_fast.rounds.plan import Plan
+
+        show_steps(Plan(rounds, config))
         return
     distributed.adopt_slurm()
     if nproc > 1:
@@ -68,18 +70,17 @@ def iterate(
 
     plan = iterate_stages(rounds, config, dry_run)
     if distributed.is_main() and not dry_run:
+        show_steps(plan)
         typer.echo(f"model: {plan.steps[-1].model}")
         _report(plan)
     distributed.leave_distributed()
 
 
-def show_status(rounds, where: str) -> None:
+def show_steps(plan) -> None:
     """A table of the steps: which are complete, and how far the others are."""
-    from dpo_fast.rounds.plan import Plan
     from dpo_fast.rounds.progress import progress_of
     from dpo_fast.rounds.stage import summary
 
-    plan = Plan(rounds, where)
     table = Table("step", "state", "what it does", "what is there", box=None, pad_edge=False)
     for each in progress_of(plan):
         table.add_row(each.step.name, each.state, summary(plan, each.step), each.told)

@@ -143,7 +143,12 @@ class Plan:
         path = self.reference(step) if self.compares(step) else None
         # The policy as it starts is what a path of its own would load a second time.
         own = path == model.path or (step is self.steps[0] and path == self.start)
-        return self._build(step, model, None if own else path)
+        run = self._build(step, model, None if own else path)
+        sampler = self.policy(step).path
+        if step.stage.samples and run.old_model is not None and sampler != model.path:
+            wrote = run.reference.model_copy(update={"old_path": sampler})
+            run = run.model_copy(update={"reference": wrote})
+        return run
 
     def rounds(self, step: Step, model: ModelSection | None = None) -> RoundsConfig:
         """What a step that samples asks of `sample` and `judge`.

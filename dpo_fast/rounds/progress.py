@@ -13,7 +13,10 @@ from dpo_fast.training.checkpoints import checkpoints, step_of
 
 METRICS = "metrics.jsonl"
 MOST_TAIL = 1 << 20  # bytes of the metrics that are read for the last line
-SHOWN = ("loss", "rewards/accuracies", "rewards/margins")
+SHOWN = (
+    *("loss", "rewards/accuracies", "rewards/margins", "generate/score"),
+    "generate/win_rate_start",
+)  # and with eval_ before them
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ FORMAT = 1
 # Options of a run that change nothing, or rounding alone: they may differ from start to start. So may what
 # a run checks itself when it goes on.
 FREE = {
-    *("parallel", "log", "health", "model.attention", "model.gradient_checkpointing"),
+    *("parallel", "log", "health", "generate", "model.attention", "model.gradient_checkpointing"),
     *("model.checkpoint_layers", "model.use_liger_kernel", "model.torch_compile"),
     *("data.workers", "data.cache_dir", "data.max_row_bytes", "reference.cache_dir"),
     *("reference.offload", "train.output_dir", "train.resume_from_checkpoint"),

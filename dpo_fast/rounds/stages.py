@@ -12,7 +12,7 @@ class StageSection(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    data: str | list[Any] | dict[str, Any] | None = Field(
+    data: str | list[str | dict[str, Any]] | dict[str, Any] | None = Field(
         None,
         description="rows to train on, as data.train of a run; or a mapping of options of the section data",
         json_schema_extra={"refused": "beside prompts"},

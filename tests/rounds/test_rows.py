@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dpo_fast.errors import UserError
 from dpo_fast.rounds.config import RoundsConfig
@@ -69,6 +70,10 @@ def read(file: Path) -> dict:
     return json.loads(file.read_text())
 
 
+def read_config(step: Path) -> dict:
+    return yaml.safe_load((step / "train" / "config.yaml").read_text())
+
+
 def manifest_of_reference(step: Path) -> dict:
     (folder,) = (step / "train" / "reference").iterdir()
     return read(folder / "_manifest.json")
@@ -77,7 +82,9 @@ def manifest_of_reference(step: Path) -> dict:
 @pytest.mark.processes
 def test_every_round_samples_from_the_policy_before_it(folder, whole):
     made = [read(whole / name / "stage.json") for name in ("stage-1-round-1", "stage-1-round-2")]
-    samples = [read(whole / f"stage-1-round-{number}" / "samples.json") for number in (1, 2)]
+    samples = [
+        read(whole / f"stage-1-round-{number}" / "samples.manifest.json") for number in (1, 2)
+    ]
     assert samples[0]["model"] == made[0]["made_with"]["models"]["model.path"]
     assert samples[1]["model"] == made[0]["identity"] != made[1]["identity"]
     assert [each["sample.seed"] for each in samples] == [0, 1]
@@ -179,12 +186,18 @@ def test_dno_and_losses_on_groups_make_rows_of_their_own(folder):
     stages = [
         {"prompts": prompts, "loss": "soft", "pairs": {"strategy": "all", "soft_label": 0.05}},
         {"prompts": prompts, "loss": "plackett_luce", "optimizer": "carried"},
+        {"prompts": prompts, "loss": "grpo", "start_from": "start"},
     ]
     ranks.group(1).do("iterate", [tree_of(folder, "kinds", stages)])
     rows = [
         json.loads((folder / "kinds" / name / "pairs.jsonl").read_text().splitlines()[0])
         for name in ("stage-1-round-1", "stage-2-round-1")
     ]
+    step = folder / "kinds" / "stage-3-round-1"  # its answers are not of the model that it trains
+    assert read_config(step)["reference"]["old_path"] == str(
+        folder / "kinds" / "stage-2-round-1/train/final"
+    )
+    assert manifest_of_reference(step)["filled_from"] == [str(step / "samples.logps.parquet")]
     assert 0.5 < rows[0]["soft_label"] < 1 and len(rows[1]["completions"]) == len(rows[1]["scores"])
 
 
