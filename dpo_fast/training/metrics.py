@@ -63,7 +63,7 @@ class MetricSums:
             self._add(name, values)
         size = batch.input_ids.numel()
         self._count("perf/padding_fraction", batch.padding, size)
-        # Saved: prompts that are shared, and last tokens, which predict nothing.
+        # Saved: what sequences have in common, and last tokens, which predict nothing.
         self._count("perf/shared_prefix_saving", batch.tokens - size + batch.padding, batch.tokens)
         self._count("num_tokens", batch.tokens, 0)
         self._count("examples", batch.num_examples, 0)

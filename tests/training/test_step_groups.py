@@ -218,7 +218,13 @@ def runs(folder):
     trees = {
         "ranked": tree("ranked", {"type": "plackett_luce", "beta": 0.3}, data={"eval_rows": 4}),
         "scored": tree("scored", grpo, data={"eval_rows": 4}, save_steps=3, reference=tokens),
-        "free": tree("free", {"type": "dapo"}, micro_batch_size=None, tokens_per_batch=400),
+        "free": tree(
+            "free",
+            {"type": "dapo"},
+            micro_batch_size=None,
+            tokens_per_batch=400,
+            group_prompts=True,
+        ),
         "lora": tree(
             "lora",
             grpo,
@@ -232,6 +238,7 @@ def runs(folder):
         "stream": tree(
             "stream",
             {"type": "plackett_luce"},
+            group_prompts=True,
             data={"streaming": True, "stream_buffer": 7},
             reference={"provider": "frozen"},
         ),
