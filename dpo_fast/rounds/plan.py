@@ -192,8 +192,8 @@ class Plan:
         config, stage = self.config, step.stage
         tree = {name: dict(getattr(config, name)) for name in OF_A_RUN}
         tree["data"] = dict(config.data) | _data_of(step)
-        if stage.samples:  # they are of the rows with prompts; pairs have our own columns
-            tree["data"] = {k: x for k, x in tree["data"].items() if k not in READING}
+        if stage.samples:
+            tree["data"] = _of_own_pairs(tree["data"])
         if tree["generate"] and config.judge is not None:
             judge = config.judge.model_dump(mode="json", exclude_unset=True, exclude={"samples"})
             tree["generate"].setdefault("judge", judge)
@@ -294,6 +294,19 @@ def _steps(config: RoundsConfig) -> Iterator[Step]:
             continue
         for each in range(1, stage.rounds + 1):
             yield Step(stage, number, each, root / f"{name}-round-{each}")
+
+
+def _of_own_pairs(data: dict[str, Any]) -> dict[str, Any]:
+    """The section for pairs of ours. How rows are read is said of those with prompts, and of data.eval."""
+    reading = {name: data[name] for name in READING if data.get(name) is not None}
+    kept = {name: value for name, value in data.items() if name not in READING}
+    given = kept.get("eval")
+    if reading and given is not None:
+        kept["eval"] = [
+            reading | ({"path": each} if isinstance(each, str) else each)
+            for each in (given if isinstance(given, list) else [given])
+        ]
+    return kept
 
 
 def _data_of(step: Step) -> dict[str, Any]:

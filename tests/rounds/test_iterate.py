@@ -421,3 +421,23 @@ def test_a_stage_is_one_of_two_kinds(stage, message):
     tree = {"output_dir": "o", "model": {"path": "m"}, "stages": [{"data": "a"}, stage]}
     with pytest.raises(UserError, match=rf"case: stages\.1: .*{message}"):
         build(RoundsConfig, tree, "case")
+
+
+def test_how_rows_are_read_is_said_of_prompts_and_of_evaluation_and_not_of_our_pairs(tmp_path):
+    data = {
+        "format": "hh",
+        "columns": {"chosen": "better"},
+        "eval": ["held", {"path": "other", "format": "pairs"}],
+        "max_length": 64,
+    }
+    tree = {"output_dir": str(tmp_path), "model": {"path": "m"}, "data": data}
+    tree["judge"] = {"type": "rule", "function": "r.py:f"}
+    tree["stages"] = [{"prompts": "p"}, {"data": "d"}]
+    plan = Plan(build(RoundsConfig, tree, "case"), "case")
+    sampled, given = (plan.rehearsal(step).data for step in plan.steps)
+    assert (sampled.format, sampled.columns, sampled.max_length) == ("auto", {}, 64)
+    held, other = sampled.eval
+    assert (held.path, held.reading) == ("held", {k: data[k] for k in ("format", "columns")})
+    assert other.reading == {"format": "pairs", "columns": data["columns"]}
+    assert (given.format, given.columns) == ("hh", data["columns"])
+    assert plan.rounds(plan.steps[0]).data["format"] == "hh"
