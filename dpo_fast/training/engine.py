@@ -196,4 +196,5 @@ def release(*holders: object) -> None:
                 for group in base.param_groups:
                     for flat in group["params"]:
                         flat.data = flat.data.new_empty(0)
-            vars(engine.optimizer).clear()
+            if engine.optimizer is not None:
+                vars(engine.optimizer).clear()
