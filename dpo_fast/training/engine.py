@@ -175,3 +175,26 @@ def build_reference_engine(config: RunConfig, model: ScoringModel, ds_config: di
     engine, *_ = deepspeed.initialize(model=model, config=ds_config)
     engine.eval()
     return engine
+
+
+def release(*holders: object) -> None:
+    """Let go of engines, or of what scores with one. Later runs of the process need their memory.
+
+    DeepSpeed hooks itself to every parameter, which no collection of garbage undoes. The model and the
+    optimiser are of no use afterwards.
+    """
+    engines = {id(each): each for each in (getattr(holder, "scorer", holder) for holder in holders)}
+    for engine in engines.values():
+        if hasattr(engine, "destroy"):
+            engine.destroy()
+            for parameter in engine.module.parameters():
+                parameter.grad = None
+                for tensor in (parameter, getattr(parameter, "ds_tensor", parameter)):
+                    tensor.data = tensor.data.new_empty(0)
+            if isinstance(base := getattr(engine, "basic_optimizer", None), torch.optim.Optimizer):
+                base.state.clear()
+                for group in base.param_groups:
+                    for flat in group["params"]:
+                        flat.data = flat.data.new_empty(0)
+            if engine.optimizer is not None:
+                vars(engine.optimizer).clear()

@@ -15,6 +15,7 @@ from dpo_fast.training.carried import carry_optimizer
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import progress_bar, say
 from dpo_fast.training.earlier_run import MODEL, check_earlier_run
+from dpo_fast.training.engine import release
 from dpo_fast.training.evaluation import evaluate_run, evaluated
 from dpo_fast.training.export import export
 from dpo_fast.training.finite import Place
@@ -71,6 +72,7 @@ def sole_train(config: RunConfig, choices: Choices, dry_run: bool) -> Path | Non
         step = steps(run, *position, sums, log, asked, answering)
     model = Path(config.train.output_dir) / MODEL
     export(run.model, run.config, model, run.best.weights(run.model.model, step))
+    release(run.engine, *run.references.values())
     say(f"the trained model is in {model}")
     return model
 

@@ -22,6 +22,7 @@ from dpo_fast.references.store import Place, Request, default_place, find_stored
 from dpo_fast.training import distributed, signals
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import progress_bar, say
+from dpo_fast.training.engine import release
 from dpo_fast.training.splits import Split
 from dpo_fast.training.weights import identity_of
 
@@ -84,6 +85,8 @@ def store_references(
             else:
                 place, folders = look()
         results.append(StoredReference(split, folders, seconds))
+    if model.path is not None:  # else it is the policy
+        release(scorer)
     return results
 
 
