@@ -93,6 +93,7 @@ def test_a_step_is_a_number(tmp_path, step):
         run_replay(tmp_path, step, [], None)
 
 
+@pytest.mark.processes
 def test_an_option_that_a_replay_would_ignore_is_refused(ended):
     folder, _ = ended
     asked = find_step(folder / "run", 2)
