@@ -43,7 +43,8 @@ def test_options_of_a_run_are_named(capsys, monkeypatch, words, key):
         ("sample", "--output-dir", "output_dir=1"),
         ("iterate", "--learning_rate", "train.learning_rate=1"),
         ("judge", "--beta", "judge.beta=1"),
-        ("train", "--temperature", None),
+        ("train", "--temperature", "generate.temperature=1"),
+        ("train", "--num_generations", None),
     ],
 )
 def test_rounds_have_options_of_their_own(command, option, key):

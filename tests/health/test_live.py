@@ -121,7 +121,7 @@ EXPECTED = {
     "flat": ({"loss_flat"}, set()),
     "rising": (
         {"loss_rising", "entropy_collapse"},
-        {"loss_flat", "margin_exploding", "gradient_spikes"},
+        {"loss_flat", "margin_exploding", "gradient_spikes", "chosen_falling"},
     ),
     "by heart": ({"overfitting"}, {"always_chosen"}),
     "opposite": ({"always_rejected", "reference_mismatch"}, {"loss_flat"}),
