@@ -93,12 +93,14 @@ def test_columns_of_completions_reach_the_loss(layout):
     loss_pass = LossPass(Objective(("apo_zero_unpaired",), options=LossOptions(beta=0.4)))
     batch = collate(SINGLES, layout, columns=("weight", *SINGLE_SUMS), kind=COMPLETIONS)
     compared = loss_pass.reference(ColumnReference(COMPLETIONS), batch)
-    assert compared["reference_S"].tolist() == [-4, -3, -9]  # those of one prompt come together
+    references = [row["reference_completion_logps"] for row in SINGLES]
+    assert compared["reference_S"].tolist() == references
     token_outputs = loss_pass.token_outputs(model, batch)
     result = loss_pass.loss(token_outputs, compared, batch, Totals(0, 0, 3))
     expected = 0.0
-    sums = [x.sum() for x in token_outputs["logp"].detach().double().split([3, 2, 2])]
-    for logp, row in zip(sums, [SINGLES[0], SINGLES[2], SINGLES[1]], strict=True):
+    sizes = [len(row["completion_ids"]) for row in SINGLES]
+    sums = [x.sum() for x in token_outputs["logp"].detach().double().split(sizes)]
+    for logp, row in zip(sums, SINGLES, strict=True):
         reward = 0.4 * (logp - row["reference_completion_logps"])
         value = torch.sigmoid(-reward if row["label"] else reward)
         expected = expected + row["weight"] * value / 3
