@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
+from transformers.generation.stopping_criteria import StoppingCriteria, StopStringCriteria
 
 from dpo_fast.errors import UserError
 from dpo_fast.generation.batches import Batch
@@ -67,7 +68,7 @@ class TransformersEngine:
                 input_ids=torch.tensor(rows, device=self._device),
                 attention_mask=torch.tensor(masks, device=self._device),
                 generation_config=self._generation_config(requests),
-                tokenizer=self.codec.tokenizer,
+                stopping_criteria=self._stopping(longest),
             )
         except torch.OutOfMemoryError:
             raise UserError(
@@ -95,9 +96,13 @@ class TransformersEngine:
             repetition_penalty=section.repetition_penalty,
             eos_token_id=ends,
             pad_token_id=self.pad_id,
-            stop_strings=section.stop or None,
             **drawn,
         )
+
+    def _stopping(self, longest: int) -> list[StoppingCriteria]:
+        if not self.section.stop:
+            return []
+        return [_InCompletion(StopStringCriteria(self.codec.tokenizer, self.section.stop), longest)]
 
     def _read(self, request: Request, ids: list[int], ends: set[int]) -> Completion:
         """One row of what was written, which goes on with padding after its end."""
@@ -113,6 +118,19 @@ class TransformersEngine:
     @property
     def _device(self) -> torch.device:
         return self.scoring.causal_lm.device
+
+
+class _InCompletion(StoppingCriteria):
+    """A criterion that sees no prompt: a stopping text that begins in it is none of the completion's.
+
+    start: tokens before the completion.
+    """
+
+    def __init__(self, criterion: StoppingCriteria, start: int) -> None:
+        self.criterion, self.start = criterion, start
+
+    def __call__(self, input_ids: Tensor, scores: Any, **more: Any) -> Tensor:
+        return self.criterion(input_ids[:, self.start :], scores, **more)
 
 
 def positions_of(causal_lm: Any) -> int | None:

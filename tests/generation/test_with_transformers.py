@@ -150,6 +150,14 @@ def test_a_stopping_text_ends_a_completion_and_is_no_part_of_it():
     assert cut_at_stop("one", ["two"]) == ("one", False)
 
 
+def test_a_stopping_text_that_begins_in_the_prompt_stops_nothing():
+    made = engine(llama(), max_new_tokens=12, stop=[f"?{chr(n)}" for n in range(32, 127)])
+    asked = requests(made, ["why?"])
+    found = [each for _, all_ in made.complete(batches_of([4], 32, 32, 0), asked) for each in all_]
+    assert any(" " <= each.text[:1] <= "~" for each in found)  # what would complete one
+    assert not any(list(each.ids[-2:]) == [0, 0] for each in found)  # padding after a stop
+
+
 def test_reasons_tell_what_ended_by_itself():
     model = llama()
     made = engine(model, max_new_tokens=30)
