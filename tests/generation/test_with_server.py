@@ -224,12 +224,12 @@ FAILURES = {
     "broken": (
         lambda body: refusal(500, "CUDA error"),
         {},
-        "refuses a request .row:0.: .*CUDA error",
+        "refuses a request .row:0.: .*CUDA error.* lower sample.engine.concurrency",
     ),
     "busy": (lambda body: refusal(429, "slow down"), {}, "refuses a request .row:0.: .*slow down"),
     "no entry": (lambda body: refusal(401, "who?"), {}, "set OPENAI_API_KEY in the environment"),
     "odd option": (lambda body: refusal(400, "seed is no field"), {}, "seed is no field"),
-    "no such place": (lambda body: refusal(404, "no such path"), {}, "no such path"),
+    "no such place": (lambda body: refusal(404, "no such path"), {}, "no such path.* with /v1"),
 }
 
 
@@ -239,6 +239,13 @@ def test_a_server_that_fails_is_told_with_the_row_and_what_to_do(server, name):
     with pytest.raises(UserError, match=f"sample.engine.url={server.url}.*{words}") as told:
         complete(engine(server, **options), ["a"], 1)
     assert told.match(ENDS)
+
+
+def test_text_for_chats_is_told_before_anything_is_sent(server):
+    made = engine(server, api="chat")
+    with pytest.raises(UserError, match="^row:1: the prompt is text, and sample.engine.api=chat"):
+        complete(made, [[{"role": "user", "content": "q"}], "a"])
+    assert not server.asked
 
 
 def test_a_server_that_is_down_is_told(server):
