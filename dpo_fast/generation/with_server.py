@@ -80,7 +80,10 @@ class ServerEngine:
             return error
         if self.codec is None or self.engine.api == "chat":
             return found
-        return replace(found, text=self.codec.without_lead(request.prompt, found.text))
+        text = self.codec.without_lead(request.prompt, found.text)
+        if found.finish_reason == LENGTH:
+            text = self.codec.cut_off(request.prompt, request.ids, text)
+        return replace(found, text=text)
 
     def _ask(self, request: Request, seed: int) -> Completion:
         """One completion. Raises TooLong and UserError."""
@@ -254,5 +257,6 @@ def _spoken(message: Any) -> str | None:
     if text is None and getattr(message, "tool_calls", None):
         text = ""
     if isinstance(thought, str) and thought.strip():
-        return f"<think>\n{thought.strip()}\n</think>\n\n{text or ''}"
+        closed = f"\n</think>\n\n{text}" if text else ""  # else it was cut off while it thought
+        return f"<think>\n{thought.strip()}{closed}"
     return text

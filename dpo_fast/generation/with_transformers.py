@@ -110,7 +110,7 @@ class TransformersEngine:
         text = self.codec.decode(request.prompt, request.ids, ids[:size])
         text, stopped = cut_at_stop(text, self.section.stop)
         if size is None and not stopped:
-            return Completion(text, LENGTH, ids)
+            return Completion(self.codec.cut_off(request.prompt, request.ids, text), LENGTH, ids)
         while size is None and ids[-1:] == [self.pad_id]:
             ids = ids[:-1]
         return Completion(text, STOP, ids if size is None else ids[: size + 1])

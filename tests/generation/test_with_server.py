@@ -153,6 +153,9 @@ def test_thinking_that_a_server_keeps_apart_is_put_back(server):
     server.answer = lambda body: Reply(200, whole)
     (found,) = complete(engine(server, api="chat"), [[user("q")]], 1).values()
     assert found.text == "<think>\nhmm\n</think>\n\nyes"
+    message["content"], choice["finish_reason"] = None, "length"
+    (found,) = complete(engine(server, api="chat"), [[user("q")]], 1).values()
+    assert (found.text, found.finish_reason) == ("<think>\nhmm", "length")
 
 
 def test_so_many_requests_wait_at_a_time(server):
