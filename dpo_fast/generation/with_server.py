@@ -171,8 +171,8 @@ class ServerEngine:
             option = "sample.engine.model" if self.engine.model else "model.path"
             raise UserError(
                 f"{option}={self.model}: the server at {self.engine.url} has no such model, but "
-                f"{', '.join(served[:5])}; start it with that model, or set sample.engine.model to the "
-                "name under which it has it"
+                f"{', '.join(served[:5])}; start it with that model and under that name (of vLLM, "
+                "--served-model-name), or set sample.engine.model to the name under which it has it"
             )
 
     def _refused(self, error: Exception, request: Request | None = None) -> UserError:
