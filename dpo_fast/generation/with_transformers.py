@@ -109,11 +109,14 @@ class TransformersEngine:
         size = next((place for place, index in enumerate(ids) if index in ends), None)
         text = self.codec.decode(request.prompt, request.ids, ids[:size])
         text, stopped = cut_at_stop(text, self.section.stop)
-        if size is None and not stopped:
-            return Completion(self.codec.cut_off(request.prompt, request.ids, text), LENGTH, ids)
-        while size is None and ids[-1:] == [self.pad_id]:
+        if size is not None:
+            return Completion(text, STOP, ids[: size + 1])
+        while self.section.stop and ids[-1:] == [self.pad_id]:
             ids = ids[:-1]
-        return Completion(text, STOP, ids if size is None else ids[: size + 1])
+        # A stopping text may also be in the name of a special token, which is no part of the text.
+        if stopped or len(ids) < self.section.max_new_tokens:
+            return Completion(text, STOP, ids)
+        return Completion(self.codec.cut_off(request.prompt, request.ids, text), LENGTH, ids)
 
     @property
     def _device(self) -> torch.device:
