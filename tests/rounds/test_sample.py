@@ -363,6 +363,7 @@ def test_long_prompts_are_left_out_and_counted(folder, tmp_path, capsys):
     assert counts["prompts_left_out_count"] == 3
     said = " ".join(capsys.readouterr().err.split())
     assert "3 prompts are left out; the first:" in said and "leave room for 17" in said
+    assert "Most were cut off by sample.max_new_tokens=6;" in said
     with pytest.raises(
         UserError, match="prompts.jsonl:3: its prompt has .*set sample.long_prompts=drop"
     ):
