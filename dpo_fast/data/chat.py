@@ -28,10 +28,10 @@ from dpo_fast.data.messages import Messages
 from dpo_fast.data.prefill import ends_open, prefill_of, whole_answers
 from dpo_fast.data.rows import Row
 from dpo_fast.data.template_file import read_template
-from dpo_fast.data.thinking import KEYS, find_opening, find_thought, thinks
+from dpo_fast.data.thinking import KEYS, find_opening, find_thought, never_closed, thinks
 from dpo_fast.data.time_limit import limited
 from dpo_fast.data.turns import Text, Trajectory, check_scored, has_unscored, until_assistant
-from dpo_fast.data.verdicts import BadRow
+from dpo_fast.data.verdicts import BadRow, Dropped
 from dpo_fast.errors import UserError
 
 REFUSED = "the chat template refuses the messages"
@@ -100,6 +100,8 @@ class ChatTemplate:
         answers = {name: until_assistant(answer) for name, answer in row.answers.items()}
         for name, answer in answers.items():
             check_scored(answer, name, self.scored)
+            if any(never_closed(message, self.source) for message in answer):
+                raise Dropped("thinking that does not end", f"{name} has no words after it")
         for dialect in dialects(row.prompt, list(answers.values()), self.source, self.takes_parts):
             try:
                 prompt, texts = self._in_dialect(row, answers, dialect)

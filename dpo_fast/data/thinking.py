@@ -59,6 +59,21 @@ def find_thought(message: dict) -> Thought | None:
     return None
 
 
+def never_closed(message: dict, template: str) -> bool:
+    """Whether its content is thinking that does not end, and the template knows thinking.
+
+    Such a template would write it as what is said after empty thinking.
+    """
+    content = message.get("content")
+    words = content.lstrip() if message["role"] == "assistant" and isinstance(content, str) else ""
+    return any(
+        words.startswith(opening.rstrip())
+        and close not in words
+        and any(word in template for word in (opening.rstrip(), close, *KEYS))
+        for opening, close in MARKS
+    )
+
+
 def thinks(message: dict) -> bool:
     """Whether there are words in its thinking."""
     thought = find_thought(message)

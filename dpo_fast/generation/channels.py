@@ -28,4 +28,6 @@ def without_channels(text: str) -> str | None:
         return None
     thought = "\n".join(words.strip() for name, words in parts if name == THOUGHT)
     said = "".join(words for name, words in parts if name == SAID)
+    if SAID not in names:  # it was cut off while it thought
+        return f"<think>\n{thought}"
     return f"<think>\n{thought}\n</think>\n\n{said}" if thought else said

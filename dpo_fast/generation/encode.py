@@ -10,7 +10,7 @@ from typing import Any
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.generation_prompt import generation_prompt
 from dpo_fast.data.template_file import check_template_used
-from dpo_fast.data.thinking import MARKS
+from dpo_fast.data.thinking import MARKS, find_opening
 from dpo_fast.data.tokenise import RowTokeniser
 from dpo_fast.data.verdicts import BadRow, Dropped
 from dpo_fast.errors import UserError
@@ -75,6 +75,17 @@ class PromptCodec:
         whole = self._text([*before, *kept])
         text = whole[len(start) :] if whole.startswith(start) else self._text(kept)
         return self.without_lead(prompt, text)
+
+    def cut_off(self, prompt: Prompt, prompt_ids: Sequence[int], text: str) -> str:
+        """The text of a completion that does not end.
+
+        Where its prompt opens thinking that it does not close, the mark stands before it: without one it
+        would be an answer.
+        """
+        opening = find_opening(self._text(prompt_ids)) if prompt.is_chat else None
+        if opening is None or opening.closed or opening.close in text:
+            return text
+        return f"{opening.open}{opening.gap}{text}"
 
     def without_lead(self, prompt: Prompt, text: str) -> str:
         """What follows a chat's prompt, without what the template itself writes before an answer."""

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from dpo_fast.data import values
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.forms.conversations import CONVERSATIONS
 from dpo_fast.data.messages import Messages, are_messages, check_messages, messages_in, say
 from dpo_fast.data.parts import parts_of
-from dpo_fast.data.rows import CompletionRow, parse_row
+from dpo_fast.data.rows import CompletionRow, Row, parse_row
 from dpo_fast.data.verdicts import BadRow, BadRows, Dropped, Tally
 from dpo_fast.errors import UserError
 from dpo_fast.generation.config import SampleSection
@@ -40,6 +42,12 @@ JUDGED = (
     *("rejected_messages", "preference_strength", "overall_preference", "better_response_id"),
     *("labels", "winner", "helpfulness", "non_preferred_output"),
 )
+# What comes before answers in a row that has them; without it they tell where the prompt ends.
+BEFORE = ("prompt", "instruction", "question", "query", "input", "context", "history")
+BEFORE += ("conversation_a", "conversation_b")
+# Verdicts that prefer one of two.
+DECIDED = {"winner": "model_a", "overall_preference": -1, "preference_strength": -1}
+DECIDED |= {"helpfulness": [1, 0]}
 PROMPT_COLUMNS = ("prompt", "system", "tools", "chat_template_kwargs")
 
 
@@ -126,41 +134,97 @@ def _rows(config: DataConfig, bad: BadRows) -> Iterator[tuple[str, dict[str, Any
 
 def prompt_of(where: str, raw: Mapping[str, Any], config: DataConfig) -> Prompt:
     """The prompt of one row, found as `train` would find it. Raises BadRow and Dropped."""
-    row, ours = dict(raw), {theirs: name for name, theirs in config.columns.items()}
-    names = {ours.get(name, name) for name, value in raw.items() if value is not None}
-    talk = next((name for name in CONVERSATIONS if name in names and "prompt" not in names), None)
-    if talk is not None and not names & {*ANSWERS, *JUDGED}:
-        theirs = config.columns.get(talk, talk)
-        row[theirs] = [*_before_answer(row[theirs], talk), say("assistant", PROBE)]
-        row[config.columns.get("label", "label")] = True
-    elif not names & set(JUDGED):
-        row = _answered(row, names, config)
-    try:
-        parsed = parse_row(where, row, config)
-    except Dropped:  # its answers are equal, or empty, which does not matter here
-        if "prompt" not in names:
-            raise
-        parsed = parse_row(where, _answered(row, {"completions"}, config), config)
+    ours = {theirs: name for name, theirs in config.columns.items()}
+    names = {ours.get(name, name): name for name, value in raw.items() if value is not None}
+    parsed = _parsed(where, raw, names, config)
     kept = {name: value for name, value in parsed.optional.items() if name in PROMPT_COLUMNS}
     beside = {name: raw[name] for name in raw if ours.get(name, name) not in PROMPT_COLUMNS}
     return Prompt(where, parsed.prompt, kept, _plain(beside, parsed.prompt))
 
 
-def _answered(row: dict[str, Any], names: set[str], config: DataConfig) -> dict[str, Any]:
-    """A row without a verdict on its answers as one with a label, and an answer where it has none."""
-    if names & {"completions"}:  # samples that nobody has judged, or answers that are the same
-        known = {*ANSWERS, *JUDGED}
-        theirs = {config.columns.get(name, name) for name in known}
-        chats = any(
-            isinstance(row[name], list) and are_messages(row[name]) for name in theirs & set(row)
-        )
-        row = {name: value for name, value in row.items() if name not in theirs}
-        row[config.columns.get("completion", "completion")] = (
-            [say("assistant", PROBE)] if chats else PROBE
-        )
-    elif not names & set(ANSWERS) or names & {"answers"}:
-        row[config.columns.get("completion", "completion")] = PROBE
-    return row | {config.columns.get("label", "label"): True}
+def _parsed(where: str, raw: Mapping[str, Any], names: dict[str, str], config: DataConfig) -> Row:
+    """The row as `train` reads it, or with other answers. names: of its columns, by ours."""
+    try:
+        return parse_row(where, raw, config)
+    except (BadRow, Dropped) as verdict:
+        found, untrained = verdict, isinstance(verdict, Dropped)
+    if (untrained or {"response", "helpfulness"} <= names.keys()) and _has_prompt(raw, names):
+        with suppress(BadRow, Dropped):
+            return parse_row(where, _decided(raw, names), config)
+    answered = names.keys() & {*ANSWERS, *CONVERSATIONS}
+    if (untrained and "prompt" not in names) or (answered and names.keys() & {*JUDGED}):
+        raise found
+    try:
+        return parse_row(where, _with_probe(raw, names, config), config)
+    except BadRow as verdict:
+        if verdict.fault == "missing field 'prompt'":
+            values.need({}, raw, "prompt")  # which names no column that we have put there
+        raise
+
+
+def _has_prompt(raw: Mapping[str, Any], names: dict[str, str]) -> bool:
+    """Whether other answers leave a row its prompt."""
+    whole = "chosen" in names and isinstance(raw[names["chosen"]], list)
+    return bool(names.keys() & {*BEFORE, *CONVERSATIONS}) or (
+        whole and len(raw[names["chosen"]]) > 1
+    )
+
+
+def _decided(raw: Mapping[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """A row with answers of which none is preferred, as one with others, of which one is."""
+    row = dict(raw) | {names[ours]: DECIDED[ours] for ours in DECIDED.keys() & names.keys()}
+    if {"response", "helpfulness"} <= names.keys():  # one of several rows with a prompt
+        row[names["response"]] = ["", ""]
+    for number, ours in enumerate(name for name in (*ANSWERS, *CONVERSATIONS) if name in names):
+        row[names[ours]] = _other(row[names[ours]], f"{PROBE} {number}")
+    return row
+
+
+def _other(value: Any, text: str) -> Any:
+    """Another answer in the place of one, or of each of several. A conversation keeps what is before it."""
+    if isinstance(value, str):
+        return text
+    if isinstance(value, list) and are_messages(value):
+        last = dict(value[-1])
+        said = str(last.get("role", last.get("from"))).lower() in ("assistant", "gpt")
+        key = "content" if "content" in last else "value"
+        return [*value[:-1], last | {key: text}] if said else value
+    if isinstance(value, list):
+        return [_other(each, f"{text}.{number}") for number, each in enumerate(value)]
+    if isinstance(value, dict):
+        keys = ("content", "value", "response", "answer", "completion")
+        return value | {key: _other(value[key], text) for key in keys if key in value}
+    return value
+
+
+def _with_probe(
+    raw: Mapping[str, Any], names: dict[str, str], config: DataConfig
+) -> dict[str, Any]:
+    """A row without its answers, and without what is told of them, as one with a single good answer."""
+    known = [names[name] for name in (*ANSWERS, *JUDGED) if name in names]
+    row = {name: value for name, value in raw.items() if name not in known}
+    chats = any(_has_messages(raw[name]) for name in known)
+    for ours in (name for name in CONVERSATIONS if name in names):
+        if "prompt" not in names:
+            answer = [say("assistant", PROBE)]
+            row[names[ours]] = [*_before_answer(row[names[ours]], ours), *answer]
+            return row | {config.columns.get("label", "label"): True}
+        if _goes_on(raw[names["prompt"]], row[names[ours]]):
+            del row[names[ours]]
+    answer = [say("assistant", PROBE)] if chats else PROBE
+    columns = {"completion": answer, "label": True}
+    return row | {config.columns.get(name, name): value for name, value in columns.items()}
+
+
+def _has_messages(value: Any) -> bool:
+    """Whether answers are messages, or lists of them."""
+    return isinstance(value, list) and (are_messages(value) or any(map(_has_messages, value)))
+
+
+def _goes_on(prompt: Any, messages: Any) -> bool:
+    """Whether a conversation is the prompt and what was answered to it."""
+    prompt = [say("user", prompt)] if isinstance(prompt, str) else prompt
+    return isinstance(messages, list) and messages[: len(prompt)] == prompt
 
 
 def _before_answer(value: Any, name: str) -> Messages:

@@ -12,16 +12,14 @@ import pyarrow
 import pyarrow.parquet
 
 from dpo_fast import durable
-from dpo_fast.data.files import read_file
-from dpo_fast.data.verdicts import BadRows
 from dpo_fast.generation.engine import Completion
 from dpo_fast.generation.prompts import Prompt
 
 FORMATS = {"jsonl": "samples.jsonl", "parquet": "samples.parquet"}
 NAMES = ("id", "prompt_id", "uuid")  # what rows call their identity
+LARGEST_ID = 2**63
 # Columns that Arrow would give one type for all rows.
 AS_TEXT = ("tools", "chat_template_kwargs", "row")
-LARGEST_ROW = 1 << 30  # bytes
 
 
 def sample_row(
@@ -45,7 +43,10 @@ def _named(row: Mapping[str, Any]) -> dict[str, Any]:
 def write_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write rows, whole or not at all, by the file's suffix. Raises OSError."""
     if file.suffix == ".parquet":
-        table = pyarrow.Table.from_pylist([_flat(row) for row in rows])
+        rows = list(rows)
+        ids = [row["id"] for row in rows if "id" in row]
+        whole = all(type(each) is int and abs(each) < LARGEST_ID for each in ids)
+        table = pyarrow.Table.from_pylist([_flat(row, whole) for row in rows])
         content = io.BytesIO()
         pyarrow.parquet.write_table(table, content)
         durable.write_file(file, content.getvalue())
@@ -55,29 +56,14 @@ def write_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     durable.write_file(file, "".join(lines).encode("utf-8", "backslashreplace"))
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Rows as they were written. Raises UserError for a file that cannot be read."""
-    rows = [row for _, row in read_file(file, BadRows("error", LARGEST_ROW))]
-    return [_whole(row) for row in rows] if file.suffix == ".parquet" else rows
-
-
-def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+def _flat(row: Mapping[str, Any], whole_ids: bool) -> dict[str, Any]:
+    """whole_ids: all of them are whole numbers that Arrow has; else they become text."""
     flat = dict(row)
     for name in AS_TEXT:
         if name in flat:
             flat[name] = json.dumps(flat[name], ensure_ascii=False)
     if not isinstance(row["prompt"], str):
         flat["prompt"] = json.dumps(row["prompt"], ensure_ascii=False)
-    if "id" in flat:
+    if "id" in flat and not whole_ids:
         flat["id"] = str(flat["id"])
     return flat
-
-
-def _whole(row: Mapping[str, Any]) -> dict[str, Any]:
-    whole = {name: value for name, value in row.items() if value is not None}
-    for name in AS_TEXT:
-        if isinstance(whole.get(name), str):
-            whole[name] = json.loads(whole[name])
-    if whole["prompt"].startswith("[{"):
-        whole["prompt"] = json.loads(whole["prompt"])
-    return whole | _named(whole.get("row", {}))  # which Arrow has as text

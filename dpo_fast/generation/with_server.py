@@ -51,6 +51,8 @@ class ServerEngine:
         self, batches: Iterable[Batch], requests: Sequence[Request]
     ) -> Iterator[tuple[Batch, list[Completion | TooLong]]]:
         """As `Engine.complete`; each batch is one completion. They come as they are done."""
+        if self.engine.api == "chat":
+            _check_chats(requests)
         left, asked = iter(batches), {}
         pool = ThreadPoolExecutor(self.engine.concurrency)
         try:
@@ -78,7 +80,10 @@ class ServerEngine:
             return error
         if self.codec is None or self.engine.api == "chat":
             return found
-        return replace(found, text=self.codec.without_lead(request.prompt, found.text))
+        text = self.codec.without_lead(request.prompt, found.text)
+        if found.finish_reason == LENGTH:
+            text = self.codec.cut_off(request.prompt, request.ids, text)
+        return replace(found, text=text)
 
     def _ask(self, request: Request, seed: int) -> Completion:
         """One completion. Raises TooLong and UserError."""
@@ -126,11 +131,6 @@ class ServerEngine:
 
     def _chat(self, request: Request, seed: int) -> dict[str, Any]:
         prompt = request.prompt
-        if not prompt.is_chat:
-            raise UserError(
-                f"{prompt.where}: the prompt is text, and sample.engine.api=chat sends messages; set "
-                "data.apply_chat_template=true to make it the user's message, or api=completions"
-            )
         options = self._options(seed) | {"max_tokens": self.section.max_new_tokens}
         body = dict(options["extra_body"])
         if prompt.optional.get("chat_template_kwargs"):
@@ -171,8 +171,8 @@ class ServerEngine:
             option = "sample.engine.model" if self.engine.model else "model.path"
             raise UserError(
                 f"{option}={self.model}: the server at {self.engine.url} has no such model, but "
-                f"{', '.join(served[:5])}; start it with that model, or set sample.engine.model to the "
-                "name under which it has it"
+                f"{', '.join(served[:5])}; start it with that model and under that name (of vLLM, "
+                "--served-model-name), or set sample.engine.model to the name under which it has it"
             )
 
     def _refused(self, error: Exception, request: Request | None = None) -> UserError:
@@ -201,7 +201,17 @@ class ServerEngine:
                 f"{self.engine.max_retries + 1} times: {first_line(cause)}{where}. Start it, or correct "
                 f"the address. {KEPT}"
             )
-        return UserError(f"{place} refuses a request{where}: {first_line(error):.600}. {KEPT}")
+        remedy = ""
+        if isinstance(error, openai.NotFoundError):
+            remedy = " Does the address end as it should, mostly with /v1?"
+        if isinstance(error, (openai.RateLimitError, openai.InternalServerError)):
+            remedy = (
+                " If it has too much to do, lower sample.engine.concurrency="
+                f"{self.engine.concurrency}, or raise max_retries={self.engine.max_retries}."
+            )
+        return UserError(
+            f"{place} refuses a request{where}: {first_line(error):.600}.{remedy} {KEPT}"
+        )
 
     def _garbage(self, found: Any, request: Request | None) -> UserError:
         where = f" ({request.prompt.where})" if request else ""
@@ -209,6 +219,16 @@ class ServerEngine:
             f"sample.engine.url={self.engine.url} gave no completion{where}: {quoted(found, 300)}; "
             f"is it a server with the OpenAI API, and does the address end as it should, mostly with /v1? "
             f"{KEPT}"
+        )
+
+
+def _check_chats(requests: Sequence[Request]) -> None:
+    """Raises UserError for a prompt that is no chat."""
+    where = next((each.prompt.where for each in requests if not each.prompt.is_chat), None)
+    if where is not None:
+        raise UserError(
+            f"{where}: the prompt is text, and sample.engine.api=chat sends messages; set "
+            "data.apply_chat_template=true to make it the user's message, or api=completions"
         )
 
 
@@ -237,5 +257,6 @@ def _spoken(message: Any) -> str | None:
     if text is None and getattr(message, "tool_calls", None):
         text = ""
     if isinstance(thought, str) and thought.strip():
-        return f"<think>\n{thought.strip()}\n</think>\n\n{text or ''}"
+        closed = f"\n</think>\n\n{text}" if text else ""  # else it was cut off while it thought
+        return f"<think>\n{thought.strip()}{closed}"
     return text

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
+from transformers.generation.stopping_criteria import StoppingCriteria, StopStringCriteria
 
 from dpo_fast.errors import UserError
 from dpo_fast.generation.batches import Batch
@@ -67,7 +68,7 @@ class TransformersEngine:
                 input_ids=torch.tensor(rows, device=self._device),
                 attention_mask=torch.tensor(masks, device=self._device),
                 generation_config=self._generation_config(requests),
-                tokenizer=self.codec.tokenizer,
+                stopping_criteria=self._stopping(longest),
             )
         except torch.OutOfMemoryError:
             raise UserError(
@@ -95,24 +96,44 @@ class TransformersEngine:
             repetition_penalty=section.repetition_penalty,
             eos_token_id=ends,
             pad_token_id=self.pad_id,
-            stop_strings=section.stop or None,
             **drawn,
         )
+
+    def _stopping(self, longest: int) -> list[StoppingCriteria]:
+        if not self.section.stop:
+            return []
+        return [_InCompletion(StopStringCriteria(self.codec.tokenizer, self.section.stop), longest)]
 
     def _read(self, request: Request, ids: list[int], ends: set[int]) -> Completion:
         """One row of what was written, which goes on with padding after its end."""
         size = next((place for place, index in enumerate(ids) if index in ends), None)
         text = self.codec.decode(request.prompt, request.ids, ids[:size])
         text, stopped = cut_at_stop(text, self.section.stop)
-        if size is None and not stopped:
-            return Completion(text, LENGTH, ids)
-        while size is None and ids[-1:] == [self.pad_id]:
+        if size is not None:
+            return Completion(text, STOP, ids[: size + 1])
+        while self.section.stop and ids[-1:] == [self.pad_id]:
             ids = ids[:-1]
-        return Completion(text, STOP, ids if size is None else ids[: size + 1])
+        # A stopping text may also be in the name of a special token, which is no part of the text.
+        if stopped or len(ids) < self.section.max_new_tokens:
+            return Completion(text, STOP, ids)
+        return Completion(self.codec.cut_off(request.prompt, request.ids, text), LENGTH, ids)
 
     @property
     def _device(self) -> torch.device:
         return self.scoring.causal_lm.device
+
+
+class _InCompletion(StoppingCriteria):
+    """A criterion that sees no prompt: a stopping text that begins in it is none of the completion's.
+
+    start: tokens before the completion.
+    """
+
+    def __init__(self, criterion: StoppingCriteria, start: int) -> None:
+        self.criterion, self.start = criterion, start
+
+    def __call__(self, input_ids: Tensor, scores: Any, **more: Any) -> Tensor:
+        return self.criterion(input_ids[:, self.start :], scores, **more)
 
 
 def positions_of(causal_lm: Any) -> int | None:

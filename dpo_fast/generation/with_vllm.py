@@ -93,7 +93,10 @@ class VllmEngine:
         size = next((place for place, index in enumerate(ids) if index in ends), len(ids))
         text = self.codec.decode(request.prompt, request.ids, ids[:size])
         text, _ = cut_at_stop(text, self.section.stop)
-        return Completion(text, output.finish_reason or LENGTH, ids)
+        reason = output.finish_reason or LENGTH
+        if reason == LENGTH:
+            text = self.codec.cut_off(request.prompt, request.ids, text)
+        return Completion(text, reason, ids)
 
     def _lora(self, path: str) -> Any:
         if not is_adapter(path):

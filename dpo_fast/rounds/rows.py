@@ -46,8 +46,24 @@ def check_rounds(plan: Plan, step: Step) -> None:
     section_of(config)
     judge_section(config)
     parts_of(data_of(config), "train")
+    check_server(plan, step, config)
     if config.judge.type not in HEAVY:
         judge_identity(config)
+
+
+def check_server(plan: Plan, step: Step, config: RoundsConfig) -> None:
+    """Raises UserError if one name on a server is to be the policy of two steps."""
+    engine = config.sample.engine
+    for before in plan.steps[: plan.steps.index(step)] if engine.model else ():
+        if not before.stage.samples:
+            continue
+        theirs = plan.rounds(before, plan.config.model).sample.engine
+        if (theirs.url, theirs.model) == (engine.url, engine.model):
+            raise UserError(
+                f"sample.engine.model={engine.model}: {before.name} has its answers from the same name at "
+                f"{engine.url}, and {step.name} is to have them from another policy. Leave the option out: "
+                "then each is asked for by the path of its model, and the command ends until it is served"
+            )
 
 
 def options(config: RoundsConfig) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from dpo_fast.data.config import DataConfig
 from dpo_fast.errors import UserError
 from dpo_fast.generation.config import SampleSection
 from dpo_fast.generation.encode import Encoded, Tokens
-from dpo_fast.generation.engine import Completion
+from dpo_fast.generation.engine import LENGTH, Completion
 from dpo_fast.generation.prompts import Prompts
 from dpo_fast.generation.sample_rows import FORMATS, sample_row, write_rows
 from dpo_fast.references.sequences import sequence_digest, write_sequences
@@ -189,7 +189,7 @@ class SampleFolder:
         counts |= {"prompts_left_out": [*encoded.dropped, *refused][:50]}
         counts |= {"prompts_left_out_count": len(encoded.dropped) + len(refused)}
         self._publish(rows, logps, counts)
-        return _summary(self.rows_file, counts, len(rows))
+        return _summary(self.rows_file, counts, len(rows), self.manifest["sample.max_new_tokens"])
 
     def _check_whole(
         self, groups: dict[int, list[Written]], encoded: Encoded, logps: dict[bytes, Any] | None
@@ -245,10 +245,13 @@ def _counts(written: list[Written]) -> dict[str, Any]:
     }
 
 
-def _summary(file: Path, counts: dict[str, Any], rows: int) -> str:
+def _summary(file: Path, counts: dict[str, Any], rows: int, most: int) -> str:
     reasons = ", ".join(f"{count} {name}" for name, count in counts["finish_reasons"].items())
     text = f"{file}: {counts['completions']} completions of {rows} prompts ({reasons})"
-    return text + (f", {counts['empty']} of them empty" if counts["empty"] else "")
+    text += f", {counts['empty']} of them empty" if counts["empty"] else ""
+    if 2 * counts["finish_reasons"].get(LENGTH, 0) > counts["completions"]:
+        text += f". Most were cut off by sample.max_new_tokens={most}; raise it if they shall end"
+    return text
 
 
 def _packed(values: Any, dtype: str) -> str:

@@ -23,6 +23,7 @@ from dpo_fast.generation.sample_rows import sample_row
 from dpo_fast.generation.with_transformers import TransformersEngine, positions_of
 from dpo_fast.judging.samples import SampleRow
 from dpo_fast.judging.table import JUDGES, Materials
+from dpo_fast.judging.verdict import FAILED, UNPARSABLE
 from dpo_fast.models import end_of_turn_ids
 from dpo_fast.models.architecture import carried_state
 from dpo_fast.training import distributed, signals
@@ -213,8 +214,15 @@ class Answering:
             columns.append(list(texts))
             rows.append(_row(place, held_out, list(texts.values())))
         scores: dict[str, list[float | None]] = {}
-        for place, (names, judged) in enumerate(zip(columns, self._verdicts(rows), strict=True)):
-            for name, verdict in zip(names, judged.verdicts, strict=True):
+        found = [judged.verdicts for judged in self._verdicts(rows)]
+        told = [verdict for verdicts in found for verdict in verdicts]
+        if told and all(verdict.word in (FAILED, UNPARSABLE) for verdict in told):
+            raise UserError(
+                f"judge.type={self.section.judge.type} gave none of {len(told)} answers a score, at last "
+                f"for {rows[-1].where}: {told[-1].why}"
+            )
+        for place, (names, verdicts) in enumerate(zip(columns, found, strict=True)):
+            for name, verdict in zip(names, verdicts, strict=True):
                 scores.setdefault(name, [None] * len(rows))[place] = verdict.score
         return scores
 

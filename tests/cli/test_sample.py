@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dpo_fast.generation.sample_rows import read_rows
 from dpo_fast.rounds.config import RoundsConfig
 from dpo_fast.rounds.sample import sole_sample
 from dpo_fast.training.config import build
+from tests.support.judging import read_rows
 from tests.support.models import write_model
 from tests.support.paths import ENVIRONMENT
 from tests.support.server import MODEL, serving

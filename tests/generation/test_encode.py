@@ -100,6 +100,29 @@ def test_a_prompt_that_opens_thinking_is_completed_inside_it():
     assert found.prompt_ids == ids and found.answer_ids[:-1] == written
 
 
+def test_thinking_that_is_cut_off_is_no_answer():
+    """A prompt that opens thinking may lose its mark in training, with an answer that has none."""
+    count = 0
+    for name, template in templates().items():
+        tokenizer = template_tokenizer(template)
+        codec, prompt = PromptCodec(tokenizer, CONFIG), Prompt("row", [user()])
+        try:
+            ids = codec.encode(prompt)
+        except BadRow:
+            continue
+        text = codec.cut_off(prompt, ids, "hmm")
+        opened = tokenizer.decode(ids).endswith(("<think>", "<think>\n"))
+        assert text == ("<think>\nhmm" if opened else "hmm"), name
+        assert codec.cut_off(prompt, ids, "hmm</think>yes") == "hmm</think>yes"
+        if opened or "<think>" in template or name == "gptoss":
+            with pytest.raises(Dropped, match="thinking that does not end"):
+                codec.sequence(prompt, "<think>\nhmm")
+            count += 1
+    assert count > 10
+    codec = PromptCodec(template_tokenizer(templates()["qwen2_5"]), CONFIG)
+    assert codec.sequence(Prompt("row", [user()]), "<think>\nhmm")  # text like any other
+
+
 @pytest.mark.parametrize(
     "template, prompt, text",
     [(None, "the cat", "sat down"), (LLAMA2, [user("cat?")], "sat down ")],
@@ -199,5 +222,7 @@ def test_channels_become_thinking():
     assert without_channels(text) == "<think>\nhm\n</think>\n\nyes"
     assert without_channels("<|channel|>final<|message|>yes") == "yes"
     assert without_channels("yes") is None
+    cut_off = "<|channel|>analysis<|message|>hm"
+    assert without_channels(cut_off) == "<think>\nhm"
     call = "<|channel|>commentary to=functions.add<|message|>{}"
     assert without_channels(call) is None

@@ -153,6 +153,9 @@ def test_thinking_that_a_server_keeps_apart_is_put_back(server):
     server.answer = lambda body: Reply(200, whole)
     (found,) = complete(engine(server, api="chat"), [[user("q")]], 1).values()
     assert found.text == "<think>\nhmm\n</think>\n\nyes"
+    message["content"], choice["finish_reason"] = None, "length"
+    (found,) = complete(engine(server, api="chat"), [[user("q")]], 1).values()
+    assert (found.text, found.finish_reason) == ("<think>\nhmm", "length")
 
 
 def test_so_many_requests_wait_at_a_time(server):
@@ -224,12 +227,12 @@ FAILURES = {
     "broken": (
         lambda body: refusal(500, "CUDA error"),
         {},
-        "refuses a request .row:0.: .*CUDA error",
+        "refuses a request .row:0.: .*CUDA error.* lower sample.engine.concurrency",
     ),
     "busy": (lambda body: refusal(429, "slow down"), {}, "refuses a request .row:0.: .*slow down"),
     "no entry": (lambda body: refusal(401, "who?"), {}, "set OPENAI_API_KEY in the environment"),
     "odd option": (lambda body: refusal(400, "seed is no field"), {}, "seed is no field"),
-    "no such place": (lambda body: refusal(404, "no such path"), {}, "no such path"),
+    "no such place": (lambda body: refusal(404, "no such path"), {}, "no such path.* with /v1"),
 }
 
 
@@ -239,6 +242,13 @@ def test_a_server_that_fails_is_told_with_the_row_and_what_to_do(server, name):
     with pytest.raises(UserError, match=f"sample.engine.url={server.url}.*{words}") as told:
         complete(engine(server, **options), ["a"], 1)
     assert told.match(ENDS)
+
+
+def test_text_for_chats_is_told_before_anything_is_sent(server):
+    made = engine(server, api="chat")
+    with pytest.raises(UserError, match="^row:1: the prompt is text, and sample.engine.api=chat"):
+        complete(made, [[{"role": "user", "content": "q"}], "a"])
+    assert not server.asked
 
 
 def test_a_server_that_is_down_is_told(server):

@@ -19,7 +19,7 @@ from dpo_fast.generation.with_transformers import TransformersEngine
 from dpo_fast.models import ScoringModel
 from dpo_fast.models.architecture import carried_state
 from tests.support.architectures import ARCHITECTURES, make
-from tests.support.tokenizers import EOS, byte_tokenizer
+from tests.support.tokenizers import EOS, IM_START, PAD, byte_tokenizer
 
 TEXTS = ["a", "who is it? ", "two", "one or three", "why so?", "four or five of them"]
 
@@ -148,6 +148,23 @@ def test_a_stopping_text_ends_a_completion_and_is_no_part_of_it():
     assert all("e" in decode(each.ids) for each in stopped)
     assert cut_at_stop("one, two. three", [".", ", "]) == ("one", True)
     assert cut_at_stop("one", ["two"]) == ("one", False)
+
+
+def test_a_stopping_text_that_begins_in_the_prompt_stops_nothing():
+    made = engine(llama(), max_new_tokens=12, stop=[f"?{chr(n)}" for n in range(32, 127)])
+    asked = requests(made, ["why?"])
+    found = [each for _, all_ in made.complete(batches_of([4], 32, 32, 0), asked) for each in all_]
+    assert any(" " <= each.text[:1] <= "~" for each in found)  # what would complete one
+    assert not any(list(each.ids[-2:]) == [0, 0] for each in found)  # padding after a stop
+
+
+def test_a_stopping_text_in_the_name_of_a_special_token():
+    made = engine(llama(), max_new_tokens=24, stop=["im_s"])
+    asked = requests(made, ["why?"])
+    found = [each for _, all_ in made.complete(batches_of([4], 64, 64, 0), asked) for each in all_]
+    early = [each for each in found if len(each.ids) < 24]
+    assert IM_START in {each.ids[-1] for each in early}
+    assert all(each.finish_reason == "stop" and PAD not in each.ids[-1:] for each in early)
 
 
 def test_reasons_tell_what_ended_by_itself():

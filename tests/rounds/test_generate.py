@@ -10,6 +10,7 @@ from dpo_fast.errors import UserError
 from dpo_fast.rounds import records
 from dpo_fast.rounds.config import RoundsConfig
 from dpo_fast.rounds.plan import Plan
+from dpo_fast.rounds.rows import check_server
 from dpo_fast.training.config import build
 
 RULE = {"type": "rule", "function": "rules.py:score", "samples": "other.jsonl", "max_failures": 3}
@@ -39,6 +40,22 @@ def test_every_stage_answers_and_is_judged_as_the_file_says():
     assert plan_of(generate=own).rehearsal(plan.steps[1]).generate.judge.type == "command"
     silent = plan_of(generate={})
     assert silent.rehearsal(silent.steps[0]).generate.max_prompts == 0
+
+
+def test_one_name_on_a_server_is_not_the_policy_of_two_rounds():
+    served = {"type": "openai", "url": "http://here/v1", "model": "served"}
+    stages = [{"prompts": "p.jsonl", "rounds": 2}]
+    for engine in (served, {**served, "model": None}):
+        plan = plan_of(stages=stages, sample={"engine": engine})
+        first, second = (plan.rounds(step, plan.config.model) for step in plan.steps)
+        check_server(plan, plan.steps[0], first)
+        if engine["model"]:
+            with pytest.raises(
+                UserError, match="stage-1-round-1 has its answers from the same name"
+            ):
+                check_server(plan, plan.steps[1], second)
+        else:
+            check_server(plan, plan.steps[1], second)
 
 
 def test_columns_of_prompts_are_not_those_of_pairs():

@@ -13,7 +13,7 @@ import torch
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.dataset import load_examples
 from dpo_fast.errors import UserError
-from dpo_fast.generation.sample_rows import read_rows
+from dpo_fast.judging import samples
 from dpo_fast.models import end_of_turn_ids, load_model, load_tokenizer
 from dpo_fast.models.config import ModelSection
 from dpo_fast.references.artefact import read_columns
@@ -27,6 +27,7 @@ from dpo_fast.rounds.stored import fill_references
 from dpo_fast.training.config import build, build_config
 from dpo_fast.training.splits import Split
 from tests.support.faults import SLOW
+from tests.support.judging import read_rows
 from tests.support.models import write_model
 
 COUNT = 7
@@ -323,7 +324,9 @@ def test_scored_rows_are_groups_that_train_reads(folder, whole, tmp_path):
 
 def test_parquet_holds_the_same_rows(folder, whole, tmp_path):
     sole_sample(config(folder, tmp_path, output="parquet"))
-    assert read_rows(tmp_path / "samples.parquet") == read_rows(whole / "samples.jsonl")
+    files = (tmp_path / "samples.parquet", whole / "samples.jsonl")
+    theirs, ours = ([row.content for row in samples.read_rows(file)] for file in files)
+    assert theirs == ours
 
 
 def test_an_adapter_is_sampled_from_as_it_is_trained_further(folder, whole, tmp_path):
@@ -360,6 +363,7 @@ def test_long_prompts_are_left_out_and_counted(folder, tmp_path, capsys):
     assert counts["prompts_left_out_count"] == 3
     said = " ".join(capsys.readouterr().err.split())
     assert "3 prompts are left out; the first:" in said and "leave room for 17" in said
+    assert "Most were cut off by sample.max_new_tokens=6;" in said
     with pytest.raises(
         UserError, match="prompts.jsonl:3: its prompt has .*set sample.long_prompts=drop"
     ):

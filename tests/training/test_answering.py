@@ -199,6 +199,10 @@ def test_a_judge_that_fails_later_ends_no_run(folder):
     assert "the answers of step 2 are not judged: " in said and "no more" in said
     told = ranks.refusal(tree_of(folder, "refused", rule="tired"))  # at the start a slip is told
     assert told.startswith("generate: ") and "no more" in told
+    patient = tree_of(folder, "refused", rule="tired")
+    patient["generate"]["judge"]["max_failures"] = 99  # more than there are answers
+    told = ranks.refusal(patient)
+    assert told.startswith("generate: judge.type=rule gave none of 15 answers a score, at last for")
 
 
 @pytest.mark.processes
