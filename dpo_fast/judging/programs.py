@@ -100,7 +100,9 @@ class CommandJudge(ProgramJudge):
 
     def start(self) -> Child:
         section = self.section
-        return Child(section.arguments, "judge.command", keep_alive=section.keep_alive)
+        alive = section.keep_alive
+        hint = ". It must answer each line with one line, and flush it" if alive else ""
+        return Child(section.arguments, "judge.command", hint=hint, keep_alive=alive)
 
     def verdicts(self, child: Child, row: SampleRow) -> list[Verdict]:
         shared = {"prompt": row.prompt, **row.columns}
