@@ -51,7 +51,8 @@ class ProgramJudge:
 
     def __call__(self, chunks: Iterable[list[SampleRow]]) -> Iterator[list[Judged]]:
         remedy = f"Look at the judge. {MORE_TIME}"
-        failures = Failures(self.section.max_failures, self.name, remedy)
+        reading = "Look at what the judge answers."
+        failures = Failures(self.section.max_failures, self.name, remedy, reading)
         while len(self.children) < self.section.parallel:
             child = self.start()
             self.children.append(child)

@@ -321,3 +321,45 @@ def test_two_ranks_share_the_rows_and_write_the_same_files(folder, tmp_path):
 def tree(folder) -> dict:
     """The file of a command."""
     return config(folder, only_length="keep").model_dump(exclude_unset=True)
+
+
+def test_a_report_that_is_gone_is_made_again(folder):
+    first = judge(config(folder))
+    (folder / "judge-report.json").unlink()
+    assert judge(config(folder)) == first
+    assert json.loads((folder / "judge-report.json").read_text()) == first
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"scores": None}, "expected one score for each of 3 completions"),
+        ({"scores": [1, 2]}, "expected one score for each of 3 completions"),
+        ({"scores": [1, "2", 3]}, "the score '2' is no number, and not null"),
+    ],
+)
+def test_scores_that_an_edit_has_spoilt(folder, change, said):
+    judge(config(folder))
+    (folder / "pairs.jsonl").unlink()
+    scored = read_rows(folder / "scores.jsonl")
+    write_rows(folder / "scores.jsonl", [scored[0], scored[1] | change, *scored[2:]])
+    assert f"scores.jsonl:2: {said}" in refusal(folder)
+    edited = {"prompt": "q", "completions": ["yes", "no so"], "scores": [2, 1]}
+    write_rows(folder / "scores.jsonl", [edited])  # scores of somebody's own
+    assert judge(config(folder))["pairs"] == 1
+
+
+def test_lines_of_the_journal_that_are_none_are_passed_over(folder):
+    (folder / ".judging").mkdir()
+    (folder / ".judging" / "rank-0.jsonl").write_text('{"x": 1}\n{"place": 3}\n')
+    assert judge(config(folder))["pairs"]
+
+
+def test_why_there_are_no_pairs(folder):
+    write_code(folder / "rules.py", "def score(completion):\n    pass\n")
+    said = refusal(folder)
+    assert "judge.type=rule scored none of 36 completions (36 refused); the first: " in said
+    write_rows(folder / "samples.jsonl", [{"prompt": "q", "completions": ["one"]}])
+    for name in ("scores.jsonl", "pairs.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+    assert "one completion. Sample more of each, with sample.num_generations=4" in refusal(folder)
