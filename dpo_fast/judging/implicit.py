@@ -17,6 +17,7 @@ from dpo_fast.errors import UserError
 from dpo_fast.generation.encode import Tokens
 from dpo_fast.generation.logps import LAYOUT, score
 from dpo_fast.judging.config import JudgeSection
+from dpo_fast.judging.pairing import as_read
 from dpo_fast.judging.samples import SampleRow
 from dpo_fast.judging.verdict import FAILED, Failures, Judged, Verdict, verdict_of
 from dpo_fast.models import ScoringModel, end_of_turn_ids, load_model, load_tokenizer
@@ -90,7 +91,8 @@ class ImplicitJudge:
         """Raises BadRow or Dropped for what `train` would not take, either."""
         wanted = ("system", "tools", "chat_template_kwargs")
         columns = {name: row.content[name] for name in wanted if name in row.content}
-        raw = {"prompt": row.prompt, "completion": completion, "label": True, **columns}
+        (answer,) = as_read(row.prompt, [completion])
+        raw = {"prompt": row.prompt, "completion": answer, "label": True, **columns}
         found = self.tokenise(parse_row(row.where, raw, self.data))
         return Tokens(found.prompt_ids, found.completion_ids, found.completion_scored)
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from dpo_fast.data.messages import Messages, say
+from dpo_fast.data.prompts import without_prompt
 from dpo_fast.judging.config import PairsSection
 from dpo_fast.judging.samples import SampleRow
 
@@ -46,10 +48,11 @@ class Pair:
         columns = {"soft_label": _sigmoid((section.soft_label or 0.0) * self.difference)}
         columns["margin"] = self.difference
         wanted = {"soft_label": section.soft_label is not None, "margin": section.margin_column}
+        chosen, rejected = as_read(row.prompt, [self.chosen.text, self.rejected.text])
         return {
             "prompt": row.prompt,
-            "chosen": self.chosen.text,
-            "rejected": self.rejected.text,
+            "chosen": chosen,
+            "rejected": rejected,
             "chosen_score": self.chosen.score,
             "rejected_score": self.rejected.score,
             **{name: value for name, value in columns.items() if wanted[name]},
@@ -85,7 +88,7 @@ def group_of(
         return None
     return {
         "prompt": row.prompt,
-        "completions": [each.text for each in candidates],
+        "completions": as_read(row.prompt, [each.text for each in candidates]),
         "scores": [each.score for each in candidates],
         **{name: row.content[name] for name in KEPT if name in row.content},
     }
@@ -175,3 +178,16 @@ def _words(text: str) -> list[str]:
 
 def _sigmoid(value: float) -> float:
     return 1.0 / (1.0 + math.exp(-value)) if value > -700 else 0.0
+
+
+def as_read(prompt: str | Messages, texts: list[str]) -> list[str] | list[Messages]:
+    """Answers of a row, written so that `train` takes these texts for what follows the prompt."""
+    if isinstance(prompt, str):
+        # Texts that all begin with the prompt are taken for whole ones: make them so.
+        repeats = without_prompt(prompt, texts) != texts
+        return [prompt + text for text in texts] if repeats else texts
+    if any(
+        text.lstrip()[:1] in ("[", "{") for text in texts
+    ):  # else JSON of messages would be messages
+        return [[say("assistant", text)] for text in texts]
+    return texts
