@@ -14,7 +14,7 @@ from typing import Any
 from dpo_fast.data.messages import Messages, say
 from dpo_fast.data.prompts import without_prompt
 from dpo_fast.judging.config import PairsSection
-from dpo_fast.judging.samples import SampleRow
+from dpo_fast.judging.samples import LENGTH, STOP, SampleRow
 
 # What train reads of a prompt's row beside the prompt, and what tells where it came from.
 KEPT = ("system", "tools", "chat_template_kwargs", "weight", "id", "source", "where")
@@ -27,11 +27,15 @@ RATIO, ONLY_LENGTH = "lengths beyond pairs.max_length_ratio", "differ in length 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A completion that may be of a pair. finished: it ended by itself."""
+    """A completion that may be of a pair.
+
+    cut: it did not end by itself. finished: it may be chosen.
+    """
 
     text: str
     score: float
     finished: bool
+    cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class Pair:
             "chosen_score": self.chosen.score,
             "rejected_score": self.rejected.score,
             **{name: value for name, value in columns.items() if wanted[name]},
+            **({"chosen_finish_reason": LENGTH} if self.chosen.cut else {}),
+            **({"rejected_finish_reason": LENGTH} if self.rejected.cut else {}),
             **{name: row.content[name] for name in KEPT if name in row.content},
         }
 
@@ -86,10 +92,12 @@ def group_of(
     if len(candidates) < 2 or len({each.score for each in candidates}) == 1:
         refused[FEW if len(candidates) < 2 else TIED] += 1
         return None
+    reasons = [LENGTH if each.cut else STOP for each in candidates]
     return {
         "prompt": row.prompt,
         "completions": as_read(row.prompt, [each.text for each in candidates]),
         "scores": [each.score for each in candidates],
+        **({"finish_reasons": reasons} if LENGTH in reasons else {}),
         **{name: row.content[name] for name in KEPT if name in row.content},
     }
 
@@ -111,7 +119,12 @@ def candidates_of(
         found[text].append(score)
         finished[text] |= not cut
     return [
-        Candidate(text, math.fsum(each) / len(each), finished[text] or section.unfinished == "keep")
+        Candidate(
+            text,
+            math.fsum(each) / len(each),
+            finished[text] or section.unfinished == "keep",
+            not finished[text],
+        )
         for text, each in found.items()
     ]
 

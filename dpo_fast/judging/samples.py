@@ -16,7 +16,8 @@ from dpo_fast.wording import quoted
 
 MOST_BYTES = 1 << 28  # of a row
 AS_TEXT = ("tools", "chat_template_kwargs", "row")  # objects, which Parquet has as JSON text
-LENGTH = "length"  # the finish reason of a completion that was cut off
+# Finish reasons of a completion that was cut off, and of others.
+LENGTH, STOP = "length", "stop"
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from dpo_fast.errors import UserError
 from dpo_fast.generation.batches import Batch, batches_of
 from dpo_fast.generation.config import SampleSection
 from dpo_fast.generation.encode import Encoded, PromptCodec
-from dpo_fast.generation.engine import Completion, Engine, Request, TooLong
+from dpo_fast.generation.engine import LENGTH, Completion, Engine, Request, TooLong
 from dpo_fast.generation.prompts import Prompts, read_prompts
 from dpo_fast.models.checkpoint import check_model_path, is_folder
 from dpo_fast.rounds.config import RoundsConfig
@@ -186,7 +186,9 @@ def _written(
     if not work.section.scores:
         return Written(place, member[1], found)
     try:
-        tokens = sampler.codec.sequence(work.prompts.items[place], found.text)
+        tokens = sampler.codec.sequence(
+            work.prompts.items[place], found.text, found.finish_reason == LENGTH
+        )
     except (BadRow, Dropped):
         return Written(place, member[1], found)
     size = None if found.ids is None else len(found.ids)

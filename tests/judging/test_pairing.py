@@ -147,6 +147,7 @@ def test_groups_hold_what_has_a_score():
         "prompt": "q",
         "completions": ["one apple", "two pears", "four figs"],
         "scores": [1.0, 0.5, 2.0],
+        "finish_reasons": ["stop", "length", "stop"],
         "id": 3,
     }
     assert not refused
@@ -180,3 +181,15 @@ def test_train_takes_the_texts_that_were_sampled(prompt, answers):
     assert (found.prompt, text(found.rejected), text(found.chosen)) == (prompt, *answers)
     group = pairing.group_of(samples, [1.0, 2.0], PairsSection(strategy="groups"), Counter())
     assert [text(each) for each in read(group).completions] == answers
+
+
+def test_rows_say_which_answers_were_cut_off():
+    samples = row(*FOUR[:3], finish_reasons=["stop", "length", "stop"])
+    pairs, _ = make(samples, [3.0, 1.0, 2.0], strategy="all")
+    rows = [pair.row(samples, PairsSection()) for pair in pairs]
+    assert [each.get("rejected_finish_reason") for each in rows] == ["length", None, "length"]
+    assert not any("chosen_finish_reason" in each for each in rows)
+    (kept,), _ = make(samples, [1.0, 3.0, 2.0], unfinished="keep")
+    assert kept.row(samples, PairsSection())["chosen_finish_reason"] == "length"
+    group = pairing.group_of(samples, [3.0, 1.0, 2.0], PairsSection(strategy="groups"), Counter())
+    assert group["finish_reasons"] == ["stop", "length", "stop"]
