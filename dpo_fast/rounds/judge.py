@@ -24,13 +24,13 @@ from typing import Any
 from dpo_fast import durable
 from dpo_fast.errors import UserError
 from dpo_fast.judging.config import JudgeSection
-from dpo_fast.judging.lines import Lines, read_lines
 from dpo_fast.judging.pairing import group_of, pairs_of
 from dpo_fast.judging.samples import SampleRow, read_rows, read_scored
 from dpo_fast.judging.table import JUDGES, Materials
 from dpo_fast.judging.tally import Tally
 from dpo_fast.judging.verdict import FAILED, REFUSED, SCORED, WORDS, Judged
 from dpo_fast.rounds.config import RoundsConfig
+from dpo_fast.rounds.journal import Journal
 from dpo_fast.rounds.made import Made, MakeAnew, manifest_of, publish_rows, read_manifest
 from dpo_fast.training import distributed, signals
 from dpo_fast.training.config import build
@@ -40,7 +40,6 @@ from dpo_fast.training.manifest import hash_file
 
 SAMPLES, SCORES, PAIRS, REPORT = "samples.jsonl", "scores.jsonl", "pairs.jsonl", "judge-report.json"
 JOURNAL, BEGUN = ".judging", "begun"
-ENTRY = {"place", "scores", "words", "reasons", "facts"}  # what the journal has of a row
 KEPT = "what was judged is kept: the same command goes on after it"
 ROOM = "What was judged is kept: make room, and run the same command"
 
@@ -153,11 +152,11 @@ class _Judging:
             chunks = list(self.left(count, judge.together, done))
             if done:
                 say(f"{len(done):,} prompts are judged already")
-            lines = Lines(self.journal / f"rank-{distributed.rank()}.jsonl", ROOM)
-            with closing(lines), progress_bar("judging", len(chunks)) as advance:
+            journal = Journal(self.journal, "rows", distributed.rank(), ROOM)
+            with closing(journal), progress_bar("judging", len(chunks)) as advance:
                 for chunk, found in zip(chunks, judge(self.rows(chunks)), strict=True):
                     for place, judged in zip(chunk, found, strict=True):
-                        lines.append(_entry(place, judged))
+                        journal.append(place, _entry(judged))
                     advance()
 
     def count(self) -> int:
@@ -188,12 +187,9 @@ class _Judging:
     def judged(self) -> dict[int, dict[str, Any]]:
         """What the journals of all ranks hold, by the row's place. A failure gives way to a score."""
         entries: dict[int, dict[str, Any]] = {}
-        for file in sorted(self.journal.glob("rank-*.jsonl")):
-            for entry in read_lines(file):
-                if not set(entry) >= ENTRY:  # not of this version, or edited
-                    continue
-                if entry["place"] not in entries or not _failed(entry):
-                    entries[entry["place"]] = entry
+        for place, entry in Journal(self.journal, "rows", distributed.rank()).read():
+            if place not in entries or not _failed(entry):
+                entries[place] = entry
         return entries
 
     def publish(self, made: Made) -> None:
@@ -307,10 +303,9 @@ def _samples(folder: Path, section: JudgeSection) -> Path:
     return next((file for file in own if file.is_file()), own[0])
 
 
-def _entry(place: int, judged: Judged) -> dict[str, Any]:
+def _entry(judged: Judged) -> dict[str, Any]:
     """A row's verdicts as the journal has them."""
     return {
-        "place": place,
         "scores": [each.score for each in judged.verdicts],
         "words": [each.word for each in judged.verdicts],
         "reasons": [each.why for each in judged.verdicts],

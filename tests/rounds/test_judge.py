@@ -196,9 +196,9 @@ def test_judging_goes_on_where_it_stopped_and_comes_to_the_same(folder, tmp_path
     assert "judge.type=rule failed 5 times in a row (judge.max_failures=5)" in said
     assert f"{folder}/samples.jsonl:9" in said and "it ended with code 7" in said
     assert "the same command goes on after it" in said
-    journal = read_rows(folder / ".judging/rank-0.jsonl")
-    assert [entry["place"] for entry in journal] == list(range(8))
-    assert journal[7]["words"] == ["failed"] * 3  # and so it is judged again
+    journal = read_rows(folder / ".judging/rows-00000.jsonl")
+    assert [entry["number"] for entry in journal] == list(range(8))
+    assert journal[7]["content"]["words"] == ["failed"] * 3  # and so it is judged again
     # Another rule would go on with scores of two kinds.
     code = (folder / "rules.py").read_text()
     write_code(folder / "rules.py", RULE)
@@ -261,10 +261,10 @@ def test_a_full_disk_loses_nothing(folder, monkeypatch):
 
     monkeypatch.setattr(Lines, "append", full)
     said = refusal(folder, only_length="keep")
-    assert "rank-0.jsonl cannot be written" in said and "No space left on device" in said
+    assert "rows-00000.jsonl cannot be written" in said and "No space left on device" in said
     assert "make room, and run the same command" in said
     monkeypatch.undo()
-    assert len(read_rows(folder / ".judging/rank-0.jsonl")) == 5
+    assert len(read_rows(folder / ".judging/rows-00000.jsonl")) == 5
     assert judge(config(folder, only_length="keep"))["pairs"] == 12
 
 
@@ -288,7 +288,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(folder):
     write_code(folder / "rules.py", endless)
     (folder / "file.yaml").write_text(json.dumps(tree(folder)), encoding="utf-8")
     command = [sys.executable, "-m", "dpo_fast", "judge", str(folder / "file.yaml"), "--quiet"]
-    journal = folder / ".judging/rank-0.jsonl"
+    journal = folder / ".judging/rows-00000.jsonl"
     with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL) as process:
         assert soon(lambda: pid.exists() and pid.read_text())
         process.send_signal(signal.SIGKILL)
@@ -351,7 +351,7 @@ def test_scores_that_an_edit_has_spoilt(folder, change, said):
 
 def test_lines_of_the_journal_that_are_none_are_passed_over(folder):
     (folder / ".judging").mkdir()
-    (folder / ".judging" / "rank-0.jsonl").write_text('{"x": 1}\n{"place": 3}\n')
+    (folder / ".judging" / "rows-00000.jsonl").write_text('{"x": 1}\n{"number": 3}\n')
     assert judge(config(folder))["pairs"]
 
 

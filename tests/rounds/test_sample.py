@@ -22,6 +22,7 @@ from dpo_fast.references.sequences import read_sequences
 from dpo_fast.rounds import sample as module
 from dpo_fast.rounds import sampler_model
 from dpo_fast.rounds.config import RoundsConfig
+from dpo_fast.rounds.journal import Journal
 from dpo_fast.rounds.sample import sole_sample
 from dpo_fast.rounds.stored import fill_references
 from dpo_fast.training.config import build, build_config
@@ -133,20 +134,19 @@ def test_killed_after_any_piece_it_goes_on_and_ends_the_same(
     folder, whole, tmp_path, monkeypatch, after
 ):
     """The piece in work has left half of its line."""
-    journal, count = module.Journal, [0]
+    count = [0]
 
-    class Torn(journal):
+    class Torn(Journal):
         def append(self, number, content):
             if count[0] == after:
-                place = self.folder / f"{self.name}-{self.rank:05d}.jsonl"
+                place = self.folder / f"{self.name}-00000.jsonl"
                 with place.open("a") as file:
                     file.write('{"number": 99, "cont')
                 raise Killed
             count[0] += 1
             super().append(number, content)
 
-    monkeypatch.setattr(module, "Journal", Torn)
-    monkeypatch.setattr("dpo_fast.rounds.sample_logps.Journal", Torn)
+    monkeypatch.setattr("dpo_fast.rounds.sample_folder.Journal", Torn)
     pytest.raises(Killed, sole_sample, config(folder, tmp_path))
     monkeypatch.undo()
     drawn = []
@@ -171,9 +171,7 @@ def test_killed_after_any_piece_it_goes_on_and_ends_the_same(
 )
 def test_a_full_disk_is_told_and_what_is_done_is_kept(folder, whole, tmp_path, room):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    told = pytest.raises(
-        UserError, match="samples.jsonl cannot be written: .*What is done is kept: make"
-    )
+    told = pytest.raises(UserError, match="jsonl cannot be written: .*What is done is kept: make")
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
         with told:
