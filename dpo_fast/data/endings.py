@@ -120,6 +120,14 @@ class Endings:
             )
         return [*answer_ids, end], True
 
+    def without_end(self, answer_ids: list[int], *, chat: bool) -> list[int]:
+        """The answer without its end of turn: one that was cut off never had it."""
+        return (
+            answer_ids[:-1]
+            if answer_ids[-1:] and answer_ids[-1] in self.stop_ids(chat=chat)
+            else answer_ids
+        )
+
     def stop_ids(self, *, chat: bool) -> list[int]:
         """The tokens at which generation stops: every end of turn that `end` knows, sorted."""
         turn = {self._turn_end} if chat else set()

@@ -42,6 +42,14 @@ class Kind:
         return self.label_columns[:1]
 
     @property
+    def reason_columns(self) -> tuple[str, ...]:
+        """Optional columns that say how each answer ended; one of lists where `many`."""
+        if self.many:
+            return ("finish_reasons",)
+        one = len(self.answers) == 1
+        return ("finish_reason",) if one else tuple(f"{a}_finish_reason" for a in self.answers)
+
+    @property
     def ids(self) -> tuple[str, ...]:
         """Columns of token ids, the prompt's first."""
         return ("prompt_ids", *(f"{answer}_ids" for answer in self.answers))

@@ -38,6 +38,11 @@ class _Row:
         """What follows the prompt, by name."""
         return {name: getattr(self, name) for name in self.kind.answers}
 
+    @property
+    def unfinished(self) -> list[bool]:
+        """Whether each answer was cut off, and has no end of turn."""
+        return self.optional.get("unfinished") or [False] * len(self.answers)
+
 
 @dataclass(frozen=True)
 class PairRow(_Row):
@@ -46,7 +51,8 @@ class PairRow(_Row):
     where: the row's place, as in "pairs.jsonl:17".
     prompt, chosen, rejected: all text, or all lists of messages `{"role": str, "content": str, ...}`.
         A prompt of messages ends before the first scored message.
-    optional: the optional columns that the row has: floats, `tools`, `chat_template_kwargs`.
+    optional: the optional columns that the row has: floats, `tools`, `chat_template_kwargs`; and
+        `unfinished`, if any answer was cut off.
     """
 
     where: str
@@ -156,6 +162,7 @@ def _kind(row: Mapping[str, Any], format_: str) -> Kind:
 def _take(left: dict[str, Any], row: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
     """Takes the columns of a kind out of `left`, but for those that a form has made."""
     names = ("prompt", "system", *kind.answers, *kind.label_columns, *kind.numbers, *CHAT_COLUMNS)
+    names += kind.reason_columns
     return {name: left.pop(name) for name in names if name in left and name not in row}
 
 
@@ -250,7 +257,10 @@ def _best_and_worst(group: GroupRow) -> PairRow:
     chosen, rejected = group.completions[best], group.completions[worst]
     if best == worst or chosen == rejected:
         raise Dropped("a tie", "the best and the worst answer are as good, or the same")
-    return PairRow(group.where, group.prompt, chosen, rejected, group.optional)
+    optional = dict(group.optional)
+    if "unfinished" in optional:
+        optional["unfinished"] = [optional["unfinished"][place] for place in (best, worst)]
+    return PairRow(group.where, group.prompt, chosen, rejected, optional)
 
 
 def _score_column(row: dict[str, Any]) -> str:

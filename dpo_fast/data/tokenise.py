@@ -113,11 +113,14 @@ class RowTokeniser:
                 else "the prompt is empty, and the tokenizer has no BOS to predict the first token from",
             )
         answers, eos_added = {}, 0
-        for name, text, ids, cuts in zip(row.answers, texts, split.answers, starts):
+        parts = zip(row.answers, texts, split.answers, starts, row.unfinished)
+        for name, text, ids, cuts, cut in parts:
             self.endings.check_bos(ids, name)
             flags = self._flags(text, split.prompt, ids, [len(prompt), *cuts])
             calls = row.is_chat and bool(text.answer[-1].get("tool_calls"))
             ids, added = self.endings.end(ids, chat=row.is_chat, calls=calls)
+            if cut:
+                ids, added = self.endings.without_end(ids, chat=row.is_chat), False
             answers[name] = Answer.ended(ids, flags, name)
             eos_added += added
         ids = {name: answer.ids for name, answer in answers.items()}

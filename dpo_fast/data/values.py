@@ -152,7 +152,10 @@ def in_range(found: float, name: str) -> float:
 
 
 def optional(row: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
-    """The optional columns that the row has: floats, `tools`, `chat_template_kwargs`."""
+    """The optional columns that the row has: floats, `tools`, `chat_template_kwargs`.
+
+    `unfinished` says of each answer whether it was cut off; it is there if any was.
+    """
     found = {name: number(row[name], name) for name in kind.numbers if row.get(name) is not None}
     if not 0 <= found.get("soft_label", 0) <= 1:
         raise BadRow("field 'soft_label' is out of range", f"{found['soft_label']} is not in 0..1")
@@ -166,10 +169,29 @@ def optional(row: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
     for name, shape in (("tools", list), ("chat_template_kwargs", dict)):
         if value := _filled(row, name, shape):
             found[name] = value
+    if any(cut := _unfinished(row, kind)):
+        found["unfinished"] = cut
     clash = set(found.get("chat_template_kwargs", ())) & set(TEMPLATE_ARGUMENTS)
     if clash:
         raise BadRow(f"chat_template_kwargs sets {min(clash)!r}", "it is set by dpo_fast itself")
     return found
+
+
+def _unfinished(row: Mapping[str, Any], kind: Kind) -> list[bool]:
+    """Whether each answer was cut off, as servers and `dpo-fast sample` say it: for its length."""
+    if not kind.many:
+        return [row.get(name) == "length" for name in kind.reason_columns]
+    reasons = row.get(kind.reason_columns[0])
+    if reasons is None:
+        return []
+    if (reasons := _typed(reasons)) is None or not isinstance(reasons, list):
+        raise BadRow("field 'finish_reasons' is not a list", f"got {quoted(reasons)}")
+    if len(reasons) != len(row["completions"]):
+        raise BadRow(
+            "finish_reasons and completions differ in number",
+            f"{len(reasons)} and {len(row['completions'])}",
+        )
+    return [each == "length" for each in reasons]
 
 
 def _check_log_prob(found: float, name: str) -> None:

@@ -99,9 +99,12 @@ class PromptCodec:
             prompt_ids[1:] if bos is not None and prompt_ids[0] == bos else prompt_ids
         )
 
-    def sequence(self, prompt: Prompt, completion: str) -> Tokens:
-        """The ids that `train` makes of a completion. Raises BadRow and Dropped."""
-        found = self.rows(prompt.answered(completion))
+    def sequence(self, prompt: Prompt, completion: str, unfinished: bool = False) -> Tokens:
+        """The ids that `train` makes of a completion. Raises BadRow and Dropped.
+
+        unfinished: it was cut off, and has no end of turn.
+        """
+        found = self.rows(prompt.answered(completion, unfinished))
         if found.prompt_cut or found.answers_cut:
             raise Dropped("longer than data.max_length", "it would be cut")
         return Tokens(found.prompt_ids, found.completion_ids, found.completion_scored)

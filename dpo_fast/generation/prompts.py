@@ -73,10 +73,11 @@ class Prompt:
         """The same for prompts that a model cannot tell apart."""
         return json.dumps([self.prompt, self.optional], sort_keys=True)
 
-    def answered(self, completion: str) -> CompletionRow:
+    def answered(self, completion: str, unfinished: bool = False) -> CompletionRow:
         """A row with a completion, as `train` would tokenise it."""
         answer = [say("assistant", completion)] if self.is_chat else completion
-        return CompletionRow(self.where, self.prompt, answer, True, self.optional)
+        optional = self.optional | ({"unfinished": [True]} if unfinished else {})
+        return CompletionRow(self.where, self.prompt, answer, True, optional)
 
 
 @dataclass

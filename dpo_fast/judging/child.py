@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from dpo_fast.errors import UserError
-from dpo_fast.wording import clipped, printable
+from dpo_fast.wording import clipped, printable, quoted
 
 MOST_STDERR = 1 << 20  # bytes of standard error that are kept
 MOST_ANSWER = 1 << 24  # bytes of a line
@@ -25,6 +25,7 @@ class Lost(Exception):
 class Child:
     """One process that gets a line on standard input and answers one on standard output.
 
+    hint: what to think of where it takes too long.
     keep_alive: it answers line after line. Otherwise every line has a process of its own, whose standard
         input ends behind the line.
     """
@@ -34,10 +35,12 @@ class Child:
         arguments: Sequence[str],
         option: str,
         *,
+        hint: str = "",
         keep_alive: bool = True,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        self.arguments, self.option, self.keep_alive = list(arguments), option, keep_alive
+        self.arguments, self.option = list(arguments), option
+        self.hint, self.keep_alive = hint, keep_alive
         # What Python prints into a pipe would otherwise wait there until there is much of it.
         self.environment = os.environ | {"PYTHONUNBUFFERED": "1"} | dict(environment or {})
         self.errors = tempfile.TemporaryFile("a+b")  # noqa: SIM115
@@ -49,6 +52,8 @@ class Child:
         deadline = time.monotonic() + timeout
         process = self._running()
         try:
+            if self.keep_alive:
+                self._check_silent(process)
             self._write(process, line.encode("utf-8", "backslashreplace") + b"\n", deadline)
             if not self.keep_alive:
                 process.stdin.close()
@@ -117,6 +122,18 @@ class Child:
             except OSError:
                 raise Lost(self._ended(process)) from None
 
+    def _check_silent(self, process: subprocess.Popen) -> None:
+        """Raises Lost if it has said more than was asked: all later answers would be of another line."""
+        with contextlib.suppress(BlockingIOError):
+            self._rest += os.read(process.stdout.fileno(), 1 << 16)
+        more, self._rest = self._rest.strip(), b""
+        if more:
+            told = quoted(more.decode(errors="replace"), 120)
+            raise Lost(
+                f"it said {told} without being asked. Its standard output is for one answer to each line; "
+                "what else it has to say belongs on standard error"
+            )
+
     def _read(self, process: subprocess.Popen, deadline: float) -> str:
         pipe = process.stdout.fileno()
         while b"\n" not in self._rest:
@@ -142,8 +159,7 @@ class Child:
         for pipe in writes:
             waiting.register(pipe, select.POLLOUT)
         if left <= 0 or not waiting.poll(1000 * left):
-            end = "It must answer each line with one line, and flush it" if self.keep_alive else ""
-            raise Lost(f"it took longer than judge.timeout_seconds. {end}{self._said()}")
+            raise Lost(f"it took longer than judge.timeout_seconds{self.hint}{self._said()}")
 
     def _ended(self, process: subprocess.Popen) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -23,7 +23,7 @@ from dpo_fast.models.load import tokenizer_path, transformers_tokenizer
 from dpo_fast.models.precision import DTYPES, choose_dtype
 
 HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
-ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError)
+ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AssertionError)
 
 
 def load_classifier(section: JudgeSection) -> torch.nn.Module:

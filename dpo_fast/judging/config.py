@@ -177,6 +177,10 @@ class JudgeSection(BaseModel):
         for name in needed:
             if not getattr(self, name):
                 raise ValueError(f"judge.type={self.type} needs judge.{name}")
+        if self.type == "openai" and not self.url.startswith(("http://", "https://")):
+            raise ValueError(
+                f"judge.url={self.url}: expected the address of a server, such as http://localhost:8000/v1"
+            )
         if self.type == "rule" and not all(self.function.rpartition(":")[::2]):
             raise ValueError(
                 f"judge.function={self.function}: expected module:function or path.py:function"

@@ -17,7 +17,8 @@ from dpo_fast.errors import UserError
 from dpo_fast.generation.encode import Tokens
 from dpo_fast.generation.logps import LAYOUT, score
 from dpo_fast.judging.config import JudgeSection
-from dpo_fast.judging.samples import SampleRow
+from dpo_fast.judging.pairing import as_read
+from dpo_fast.judging.samples import LENGTH, SampleRow
 from dpo_fast.judging.verdict import FAILED, Failures, Judged, Verdict, verdict_of
 from dpo_fast.models import ScoringModel, end_of_turn_ids, load_model, load_tokenizer
 from dpo_fast.models.architecture import architecture_of, choose_attention
@@ -74,9 +75,9 @@ class ImplicitJudge:
         found: list[list[Any]] = [[None] * len(row.completions) for row in rows]
         texts: list[tuple[int, int, Tokens]] = []
         for number, row in enumerate(rows):
-            for index, completion in enumerate(row.completions):
+            for index in range(len(row.completions)):
                 try:
-                    texts.append((number, index, self._tokens(row, completion)))
+                    texts.append((number, index, self._tokens(row, index)))
                 except RowVerdict as verdict:
                     found[number][index] = Verdict.without(FAILED, str(verdict))
         texts.sort(key=lambda each: -len(each[2].prompt_ids) - len(each[2].answer_ids))
@@ -86,11 +87,13 @@ class ImplicitJudge:
                 found[number][index] = verdict_of(reward)
         return [Judged(each) for each in found]
 
-    def _tokens(self, row: SampleRow, completion: str) -> Tokens:
+    def _tokens(self, row: SampleRow, index: int) -> Tokens:
         """Raises BadRow or Dropped for what `train` would not take, either."""
         wanted = ("system", "tools", "chat_template_kwargs")
         columns = {name: row.content[name] for name in wanted if name in row.content}
-        raw = {"prompt": row.prompt, "completion": completion, "label": True, **columns}
+        (answer,) = as_read(row.prompt, [row.completions[index]])
+        columns |= {"finish_reason": LENGTH} if row.unfinished(index) else {}
+        raw = {"prompt": row.prompt, "completion": answer, "label": True, **columns}
         found = self.tokenise(parse_row(row.where, raw, self.data))
         return Tokens(found.prompt_ids, found.completion_ids, found.completion_scored)
 

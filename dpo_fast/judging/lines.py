@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dpo_fast import durable
+
+FLUSH_SECONDS = 2.0  # between the times that lines are brought to the disk
 
 
 class Lines:
@@ -22,6 +25,7 @@ class Lines:
         self.file, self.remedy = file, remedy
         self._lock = threading.Lock()
         self._descriptor: int | None = None
+        self._flushed = 0.0
 
     def append(self, value: dict[str, Any]) -> None:
         """Raises UserError if it cannot be written; the file is as good as before."""
@@ -32,12 +36,19 @@ class Lines:
                 self._descriptor = _opened(self.file)
             while content:  # a full disk takes a part
                 content = content[os.write(self._descriptor, content) :]
+            if time.monotonic() - self._flushed > FLUSH_SECONDS:
+                os.fsync(self._descriptor)
+                self._flushed = time.monotonic()
 
     def close(self) -> None:
-        with self._lock:
-            if self._descriptor is not None:
-                os.close(self._descriptor)
-            self._descriptor = None
+        """Bring what was added to the disk. Raises UserError."""
+        with self._lock, durable.writing(self.file, self.remedy):
+            descriptor, self._descriptor = self._descriptor, None
+            if descriptor is not None:
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
 
 
 def read_lines(file: Path) -> Iterator[dict[str, Any]]:

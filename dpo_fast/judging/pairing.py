@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from dpo_fast.data.messages import Messages, say
+from dpo_fast.data.prompts import without_prompt
 from dpo_fast.judging.config import PairsSection
-from dpo_fast.judging.samples import SampleRow
+from dpo_fast.judging.samples import LENGTH, STOP, SampleRow
 
 # What train reads of a prompt's row beside the prompt, and what tells where it came from.
 KEPT = ("system", "tools", "chat_template_kwargs", "weight", "id", "source", "where")
@@ -25,11 +27,15 @@ RATIO, ONLY_LENGTH = "lengths beyond pairs.max_length_ratio", "differ in length 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A completion that may be of a pair. finished: it ended by itself."""
+    """A completion that may be of a pair.
+
+    cut: it did not end by itself. finished: it may be chosen.
+    """
 
     text: str
     score: float
     finished: bool
+    cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,13 +52,16 @@ class Pair:
         columns = {"soft_label": _sigmoid((section.soft_label or 0.0) * self.difference)}
         columns["margin"] = self.difference
         wanted = {"soft_label": section.soft_label is not None, "margin": section.margin_column}
+        chosen, rejected = as_read(row.prompt, [self.chosen.text, self.rejected.text])
         return {
             "prompt": row.prompt,
-            "chosen": self.chosen.text,
-            "rejected": self.rejected.text,
+            "chosen": chosen,
+            "rejected": rejected,
             "chosen_score": self.chosen.score,
             "rejected_score": self.rejected.score,
             **{name: value for name, value in columns.items() if wanted[name]},
+            **({"chosen_finish_reason": LENGTH} if self.chosen.cut else {}),
+            **({"rejected_finish_reason": LENGTH} if self.rejected.cut else {}),
             **{name: row.content[name] for name in KEPT if name in row.content},
         }
 
@@ -83,10 +92,12 @@ def group_of(
     if len(candidates) < 2 or len({each.score for each in candidates}) == 1:
         refused[FEW if len(candidates) < 2 else TIED] += 1
         return None
+    reasons = [LENGTH if each.cut else STOP for each in candidates]
     return {
         "prompt": row.prompt,
-        "completions": [each.text for each in candidates],
+        "completions": as_read(row.prompt, [each.text for each in candidates]),
         "scores": [each.score for each in candidates],
+        **({"finish_reasons": reasons} if LENGTH in reasons else {}),
         **{name: row.content[name] for name in KEPT if name in row.content},
     }
 
@@ -108,7 +119,12 @@ def candidates_of(
         found[text].append(score)
         finished[text] |= not cut
     return [
-        Candidate(text, math.fsum(each) / len(each), finished[text] or section.unfinished == "keep")
+        Candidate(
+            text,
+            math.fsum(each) / len(each),
+            finished[text] or section.unfinished == "keep",
+            not finished[text],
+        )
         for text, each in found.items()
     ]
 
@@ -175,3 +191,16 @@ def _words(text: str) -> list[str]:
 
 def _sigmoid(value: float) -> float:
     return 1.0 / (1.0 + math.exp(-value)) if value > -700 else 0.0
+
+
+def as_read(prompt: str | Messages, texts: list[str]) -> list[str] | list[Messages]:
+    """Answers of a row, written so that `train` takes these texts for what follows the prompt."""
+    if isinstance(prompt, str):
+        # Texts that all begin with the prompt are taken for whole ones: make them so.
+        repeats = without_prompt(prompt, texts) != texts
+        return [prompt + text for text in texts] if repeats else texts
+    if any(
+        text.lstrip()[:1] in ("[", "{") for text in texts
+    ):  # else JSON of messages would be messages
+        return [[say("assistant", text)] for text in texts]
+    return texts

@@ -51,7 +51,8 @@ class ProgramJudge:
 
     def __call__(self, chunks: Iterable[list[SampleRow]]) -> Iterator[list[Judged]]:
         remedy = f"Look at the judge. {MORE_TIME}"
-        failures = Failures(self.section.max_failures, self.name, remedy)
+        reading = "Look at what the judge answers."
+        failures = Failures(self.section.max_failures, self.name, remedy, reading)
         while len(self.children) < self.section.parallel:
             child = self.start()
             self.children.append(child)
@@ -100,7 +101,9 @@ class CommandJudge(ProgramJudge):
 
     def start(self) -> Child:
         section = self.section
-        return Child(section.arguments, "judge.command", keep_alive=section.keep_alive)
+        alive = section.keep_alive
+        hint = ". It must answer each line with one line, and flush it" if alive else ""
+        return Child(section.arguments, "judge.command", hint=hint, keep_alive=alive)
 
     def verdicts(self, child: Child, row: SampleRow) -> list[Verdict]:
         shared = {"prompt": row.prompt, **row.columns}

@@ -31,7 +31,10 @@ class RewardModelJudge:
         self.model = load_classifier(section).to(device).eval()
         self.tokenizer = classifier_tokenizer(section)
         self.label = label_of(self.model.config, section.label)
-        self.pad_id = self.model.config.get_text_config().pad_token_id
+        pad_id = self.model.config.get_text_config().pad_token_id
+        embedded = self.model.get_input_embeddings().num_embeddings
+        # Some name -1, or a token that was never added.
+        self.pad_id = pad_id if pad_id is not None and 0 <= pad_id < embedded else None
         self.limit = self._limit()
         template = section.apply_chat_template
         if template is True and not self.tokenizer.chat_template:
@@ -138,7 +141,19 @@ class RewardModelJudge:
             types = [each["token_type_ids"] for each in texts]
             rows["token_type_ids"] = [each + [0] * (longest - len(each)) for each in types]
         batch = {name: torch.tensor(value, device=self.device) for name, value in rows.items()}
-        logits = self.model(**batch).logits.float().reshape(len(texts), -1)
+        try:
+            logits = self.model(**batch).logits.float().reshape(len(texts), -1)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"judge.path={self.section.path}: not enough memory for {len(texts)} texts of up to "
+                f"{longest} tokens; lower judge.batch_size, or judge.max_length"
+            ) from None
+        except (IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            reason = first_line(error).rstrip(".")
+            raise UserError(
+                f"judge.path={self.section.path} cannot score texts of up to {longest} tokens: {reason}. "
+                "Look at the model; judge.max_length and judge.dtype=fp32 are others to try"
+            ) from error
         # Code of a model's own may give one score, whatever its labels.
         return logits[:, self.label if logits.shape[1] > 1 else 0].cpu().tolist()
 
@@ -157,6 +172,8 @@ class RewardModelJudge:
     def _limit(self) -> int | None:
         """Tokens of a text, at most; None: any number."""
         takes = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if takes is not None and _counts_behind_padding(self.model):
+            takes -= self.model.config.pad_token_id + 1
         limits = [self.tokenizer.model_max_length, takes]
         known = [each for each in limits if isinstance(each, int) and 0 < each < ENDLESS]
         own = self.section.max_length
@@ -166,3 +183,9 @@ class RewardModelJudge:
                 "lower it"
             )
         return own or min(known, default=None)
+
+
+def _counts_behind_padding(model: torch.nn.Module) -> bool:
+    """Whether its first position is that behind the padding token's number, as with RoBERTa."""
+    tables = (each for name, each in model.named_modules() if name.endswith(".position_embeddings"))
+    return any(getattr(each, "padding_idx", None) is not None for each in tables)

@@ -63,6 +63,7 @@ class Rubric:
     def __init__(self, text: str | None, compare: str) -> None:
         self.compare = compare
         self.text = {"pointwise": POINTWISE, "pairwise": PAIRWISE}[compare]
+        self.scale = (1, 10) if text is None else None
         if text is not None:
             self.text = _read(text)
             self._check()
@@ -73,6 +74,13 @@ class Rubric:
         values = {"prompt": conversation(row)} | texts
         # One pass: braces within the texts stay as they are.
         return self._places.sub(lambda match: values[match[0][1:-1]], self.text)
+
+    def score_of(self, answer: str) -> float:
+        """The score of an answer. Raises ValueError for none, and for one off the scale of the default."""
+        score = score_of(answer)
+        if self.scale and not self.scale[0] <= score <= self.scale[1]:
+            raise ValueError(f"{score:g} is no rating from {self.scale[0]} to {self.scale[1]}")
+        return score
 
     def _check(self) -> None:
         for name in NEEDED[self.compare]:
@@ -111,11 +119,18 @@ def _content(message: dict[str, Any]) -> str:
     return json.dumps(content if content is not None else message, ensure_ascii=False)
 
 
+def after_thinking(answer: str) -> str:
+    """What an answer says once it has thought: numbers that it thought of are no verdict."""
+    thought, end, said = answer.rpartition("</think>")
+    return said if end else answer.partition("<think>")[0]
+
+
 def score_of(answer: str) -> float:
     """The last [[7]], or {"score": 7}, or an answer that is a number. Raises ValueError."""
     if marks := MARKED_NUMBER.findall(answer):
         return float(marks[-1])
-    if isinstance(value := _field(answer, "score"), (int, float)):
+    value = _field(answer, "score")
+    if isinstance(value, (int, float)) or re.fullmatch(NUMBER, str(value).strip()):
         return float(value)
     if re.fullmatch(NUMBER, answer.strip()):
         return float(answer)
@@ -138,10 +153,13 @@ def winner_of(answer: str) -> str:
 
 def _field(answer: str, name: str) -> Any:
     """The value of a field of an answer that is, or ends with, an object of JSON."""
-    found = FENCE.search(answer)
-    try:
-        value = json.loads(found[1] or found[2]) if found else None
-    except (ValueError, RecursionError):
-        return None
+    found, value = FENCE.search(answer), None
+    # An object at the end may have words in braces before it.
+    for text in (found[1] or found[2], answer[answer.rfind("{") :]) if found else ():
+        try:
+            value = json.loads(text)
+            break
+        except (ValueError, RecursionError):
+            continue
     value = value.get(name) if isinstance(value, dict) else None
     return None if isinstance(value, bool) else value

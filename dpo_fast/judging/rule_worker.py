@@ -100,17 +100,25 @@ class Rule:
     def _one(self, row: dict, completion: str):
         given = {"prompt": row["prompt"], "completion": completion}
         columns = self._known({k: v for k, v in row["columns"].items() if k not in self.kwargs})
-        if len(self.required) >= 2 and self.required[0] not in given:
-            values, free = [row["prompt"], completion], self.required[:2]
-        elif len(self.required) == 1 and self.required[0] not in given:
-            values, free = [completion], self.required
-        elif not self.names & set(given) and not self.takes_all:
-            values, free = [completion], []
-        else:
-            values, free = [], []
-        named = {} if values else self._known(given)
-        columns = {name: value for name, value in columns.items() if name not in free}
-        return _number(_result(self.function(*values, **(columns | named), **self.kwargs)))
+        known = {name: value for name, value in given.items() if name in self.names}
+        if self.takes_all and ("completion" in known or not self.required):
+            known = given
+        values, free = [], []
+        if (
+            "completion" not in known
+        ):  # it has another name: the first, or the second after the prompt's
+            free = [name for name in self.required if name not in known]
+            several = len(free) > 1 and not known
+            free = free[: 1 + several]
+            values = [row["prompt"], completion] if several else [completion]
+        if meant := [name for name in free if name in columns]:
+            raise TypeError(
+                f"parameter {meant[0]}: is it the row's column of that name? Call the parameter of the "
+                "completion `completion`, and that of the prompt `prompt`"
+            )
+        if known:
+            known, values = known | dict(zip(free, values)), []
+        return _number(_result(self.function(*values, **(columns | known), **self.kwargs)))
 
     def _known(self, given: dict) -> dict:
         """Those that the function has a parameter for."""
@@ -156,6 +164,9 @@ def main(name: str, kwargs: str) -> None:
     end_with_parent()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # the function may print
+    rows = os.fdopen(os.dup(0), "rb")
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)  # and may start programs, which would read its rows
 
     def say(value: dict) -> None:
         answers.write(json.dumps(value) + "\n")
@@ -168,7 +179,7 @@ def main(name: str, kwargs: str) -> None:
         say({"error": _told(error)})
         return
     say({"ready": {"sha256": _hash(file), "together": rule.together}})
-    for line in sys.stdin.buffer:
+    for line in rows:
         try:
             say({"scores": rule(json.loads(line))})
         except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ from dpo_fast.wording import quoted
 
 MOST_BYTES = 1 << 28  # of a row
 AS_TEXT = ("tools", "chat_template_kwargs", "row")  # objects, which Parquet has as JSON text
-LENGTH = "length"  # the finish reason of a completion that was cut off
+# Finish reasons of a completion that was cut off, and of others.
+LENGTH, STOP = "length", "stop"
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,20 @@ def read_rows(path: Path, option: str = "judge.samples") -> Iterator[SampleRow]:
             yield sample_row(place, where, _decoded(raw) if path.suffix == ".parquet" else raw)
         except BadRow as verdict:
             strict.reject(where, verdict)
+
+
+def read_scored(path: Path) -> Iterator[tuple[SampleRow, list[float | None]]]:
+    """The rows of scores.jsonl, each with its scores. Raises UserError for what an edit has spoilt."""
+    for row in read_rows(path, path.name):
+        scores = row.content.get("scores")
+        if not isinstance(scores, list) or len(scores) != len(row.completions):
+            fault = f"expected one score for each of {len(row.completions)} completions"
+            _Strict(path.name).reject(row.where, BadRow(f"{fault}, got {quoted(scores)}"))
+        for score in scores:
+            if score is not None and (type(score) not in (int, float) or not math.isfinite(score)):
+                fault = f"the score {quoted(score)} is no number, and not null"
+                _Strict(path.name).reject(row.where, BadRow(fault))
+        yield row, scores
 
 
 def sample_row(place: int, where: str, raw: Mapping[str, Any]) -> SampleRow:

@@ -13,7 +13,7 @@ from dpo_fast.errors import UserError
 from dpo_fast.judging.answers import Answers
 from dpo_fast.judging.config import JudgeSection
 from dpo_fast.judging.in_order import in_order
-from dpo_fast.judging.rubric import TIE, Rubric, score_of, winner_of
+from dpo_fast.judging.rubric import TIE, Rubric, after_thinking, winner_of
 from dpo_fast.judging.samples import SampleRow
 from dpo_fast.judging.verdict import (
     FAILED,
@@ -23,6 +23,7 @@ from dpo_fast.judging.verdict import (
     Failures,
     Judged,
     Verdict,
+    verdict_of,
 )
 
 OTHER = {"A": "B", "B": "A", TIE: TIE}
@@ -64,7 +65,8 @@ class ServerJudge:
     def __call__(self, chunks: Iterable[list[SampleRow]]) -> Iterator[list[Judged]]:
         name = f"judge.url={self.section.url}"
         remedy = f"Look at the server. {MORE_TIME}"
-        failures = Failures(self.section.max_failures, name, remedy)
+        reading = "Look at judge.rubric, which says what the judge shall answer, and at the model."
+        failures = Failures(self.section.max_failures, name, remedy, reading)
         judge = self._compared if self.section.compare == "pairwise" else self._rated
         rows = (row for chunk in chunks for row in chunk)
         work = lambda row: (row, judge(row))  # noqa: E731
@@ -85,7 +87,7 @@ class ServerJudge:
         except NoVerdict as reason:
             return Verdict.without(reason.word, str(reason))
         try:
-            return Verdict(score_of(answer))
+            return verdict_of(self.rubric.score_of(answer))
         except ValueError as error:
             return Verdict.without(UNPARSABLE, str(error))
 
@@ -143,12 +145,14 @@ class ServerJudge:
         if known is None:
             known = self._answer(request)
             self.answers.keep(request, known)
-        if known["reason"] == "length" and "[[" not in (known["text"] or ""):
+        text, reason = known["text"], known.get("reason")
+        said = after_thinking(text or "")
+        if reason == "length" and "[[" not in said:
             limit = self.section.max_tokens
             raise NoVerdict(UNPARSABLE, f"the answer was cut off at judge.max_tokens={limit}")
-        if known["text"] is None:
-            raise NoVerdict(REFUSED, known["reason"] or "the answer is empty")
-        return known["text"]
+        if text is None:
+            raise NoVerdict(REFUSED, reason or "the answer is empty")
+        return said
 
     def _request(self, text: str) -> dict[str, Any]:
         section = self.section

@@ -75,10 +75,13 @@ class Judge(Protocol):
 
 
 class Failures:
-    """Counts failures in a row. One of many is kept apart; too many end the command."""
+    """Counts failures in a row. One of many is kept apart; too many end the command.
 
-    def __init__(self, most: int, name: str, remedy: str) -> None:
-        self.most, self.name, self.remedy = most, name, remedy
+    remedy: for failures. reading: for answers that are no score; by default the same.
+    """
+
+    def __init__(self, most: int, name: str, remedy: str, reading: str = "") -> None:
+        self.most, self.name, self.remedy, self.reading = most, name, remedy, reading
         self.in_a_row = 0
 
     def note(self, row: SampleRow, judged: Judged, by_row: bool = False) -> None:
@@ -93,9 +96,11 @@ class Failures:
             self.in_a_row += 1
             if self.in_a_row >= self.most:
                 times = "" if self.most == 1 else f" {self.in_a_row} times in a row"
-                word = "failed" if verdict.word == FAILED else "gave no score"
+                word, remedy = "failed", self.remedy
+                if verdict.word != FAILED:
+                    word, remedy = "gave no score", self.reading or remedy
                 raise UserError(
                     f"{self.name} {word}{times} (judge.max_failures={self.most}), at last for {row.where}: "
-                    f"{verdict.why}. {self.remedy} What was judged before is kept: the same command goes "
-                    "on after it"
+                    f"{verdict.why.rstrip('.')}. {remedy} What was judged before is kept: the same command "
+                    "goes on after it"
                 )

@@ -9,6 +9,7 @@ judge-report.json       counts of verdicts, of pairs, and whether length decides
 
 from __future__ import annotations
 
+import collections
 import json
 import shutil
 from collections import Counter
@@ -23,13 +24,13 @@ from typing import Any
 from dpo_fast import durable
 from dpo_fast.errors import UserError
 from dpo_fast.judging.config import JudgeSection
-from dpo_fast.judging.lines import Lines, read_lines
 from dpo_fast.judging.pairing import group_of, pairs_of
-from dpo_fast.judging.samples import SampleRow, read_rows
+from dpo_fast.judging.samples import SampleRow, read_rows, read_scored
 from dpo_fast.judging.table import JUDGES, Materials
 from dpo_fast.judging.tally import Tally
-from dpo_fast.judging.verdict import FAILED, SCORED, Judged
+from dpo_fast.judging.verdict import FAILED, REFUSED, SCORED, WORDS, Judged
 from dpo_fast.rounds.config import RoundsConfig
+from dpo_fast.rounds.journal import Journal
 from dpo_fast.rounds.made import Made, MakeAnew, manifest_of, publish_rows, read_manifest
 from dpo_fast.training import distributed, signals
 from dpo_fast.training.config import build
@@ -107,6 +108,8 @@ class _Judging:
 
     def made_with(self) -> dict[str, Any]:
         """What the scores are made with. Raises UserError if it cannot be told."""
+        if self.samples.is_dir():
+            raise UserError(f"judge.samples={self.samples} is a folder: name the file in it")
         if not self.samples.is_file():
             raise UserError(
                 f"{self.samples} is not there: run dpo-fast sample first, or name a file with judge.samples"
@@ -149,11 +152,11 @@ class _Judging:
             chunks = list(self.left(count, judge.together, done))
             if done:
                 say(f"{len(done):,} prompts are judged already")
-            lines = Lines(self.journal / f"rank-{distributed.rank()}.jsonl", ROOM)
-            with closing(lines), progress_bar("judging", len(chunks)) as advance:
+            journal = Journal(self.journal, "rows", distributed.rank(), ROOM)
+            with closing(journal), progress_bar("judging", len(chunks)) as advance:
                 for chunk, found in zip(chunks, judge(self.rows(chunks)), strict=True):
                     for place, judged in zip(chunk, found, strict=True):
-                        lines.append(_entry(place, judged))
+                        journal.append(place, _entry(judged))
                     advance()
 
     def count(self) -> int:
@@ -184,10 +187,9 @@ class _Judging:
     def judged(self) -> dict[int, dict[str, Any]]:
         """What the journals of all ranks hold, by the row's place. A failure gives way to a score."""
         entries: dict[int, dict[str, Any]] = {}
-        for file in sorted(self.journal.glob("rank-*.jsonl")):
-            for entry in read_lines(file):
-                if entry["place"] not in entries or not _failed(entry):
-                    entries[entry["place"]] = entry
+        for place, entry in Journal(self.journal, "rows", distributed.rank()).read():
+            if place not in entries or not _failed(entry):
+                entries[place] = entry
         return entries
 
     def publish(self, made: Made) -> None:
@@ -209,10 +211,6 @@ class _Judging:
         options = self.config.pairs.model_dump()
         made = {"scores": hash_file(self.scores).sha256, "pairs": options}
         anew = MakeAnew(self.pairs, [self.pairs], "make the pairs anew; scores stay")
-        if self.pairs.is_file():
-            anew.check(read_manifest(self.pairs, anew)["made_with"], made)
-            say(f"{self.pairs} is complete")
-            return json.loads((self.folder / REPORT).read_text(encoding="utf-8"))
         tally = Tally()
         facts = read_manifest(self.scores, anew).get("facts", {})
 
@@ -223,16 +221,24 @@ class _Judging:
             with durable.writing(self.folder / REPORT, ROOM):
                 text = json.dumps(report(), indent=1, ensure_ascii=False) + "\n"
                 durable.write_file(self.folder / REPORT, text)
-            self.check(tally)
+            self.check(tally, facts)
             return {"made_with": made}
 
+        if self.pairs.is_file():
+            anew.check(read_manifest(self.pairs, anew)["made_with"], made)
+            say(f"{self.pairs} is complete")
+            collections.deque(self.pair_rows(tally), maxlen=0)
+            if not (self.folder / REPORT).is_file():
+                write_report()
+            return report()
         publish_rows(self.pairs, self.pair_rows(tally), write_report, ROOM)
         return report()
 
     def pair_rows(self, tally: Tally) -> Iterator[dict[str, Any]]:
-        for row in read_rows(self.scores, "scores"):
-            scores = row.content["scores"]
-            tally.row(row, scores, row.content["verdicts"], row.content["reasons"])
+        for row, scores in read_scored(self.scores):
+            words = [REFUSED if each is None else SCORED for each in scores]
+            words, reasons = (row.content.get(n, words) for n in ("verdicts", "reasons"))
+            tally.row(row, scores, words, reasons)
             if self.config.pairs.strategy == "groups":
                 if group := group_of(row, scores, self.config.pairs, tally.refused):
                     tally.groups += 1
@@ -243,16 +249,36 @@ class _Judging:
             for pair in pairs:
                 yield pair.row(row, self.config.pairs)
 
-    def check(self, tally: Tally) -> None:
+    def check(self, tally: Tally, facts: dict[str, int]) -> None:
         """Raises UserError where there are no pairs, with the reason."""
         if tally.pairs or tally.groups:
             return
         said = tally.verdicts[SCORED]
-        if tally.only_value is not None and said > 1:
+        judge, completions = f"judge.type={self.section.type}", sum(tally.verdicts.values())
+        others = {word: tally.verdicts[word] for word in WORDS if word != SCORED}
+        told = ", ".join(f"{count:,} {word}" for word, count in others.items() if count)
+        if completions == tally.rows:
             raise UserError(
-                f"judge.type={self.section.type} always answers the same: every one of {said:,} "
-                f"completions got {tally.only_value:g}, so no pair can be made. Look at the judge with "
-                f"other rows, or sample at a higher temperature; {self._anew()}"
+                f"no pair can be made: each of {tally.rows:,} prompts in {self.samples} has one "
+                "completion. Sample more of each, with sample.num_generations=4"
+            )
+        if not said:
+            reason = next((each[0] for each in tally.reasons.values() if each), "")
+            raise UserError(
+                f"{judge} scored none of {completions:,} completions ({told}); the first: {reason}. Look "
+                f"at the judge; {self._anew()}"
+            )
+        if tally.only_value is not None and said > 1:
+            told = f" ({told})" if told else ""
+            by_place = facts.get("contradicted in the other order", 0)
+            if by_place:
+                told = (
+                    f", for in {by_place:,} comparisons it went by the place of the answers{told}"
+                )
+            raise UserError(
+                f"{judge} always answers the same: every one of {said:,} completions got "
+                f"{tally.only_value:g}{told}, so no pair can be made. Look at the judge with other rows, "
+                f"or sample at a higher temperature; {self._anew()}"
             )
         reasons = ", ".join(f"{name}: {count:,}" for name, count in tally.refused.items() if count)
         raise UserError(
@@ -277,10 +303,9 @@ def _samples(folder: Path, section: JudgeSection) -> Path:
     return next((file for file in own if file.is_file()), own[0])
 
 
-def _entry(place: int, judged: Judged) -> dict[str, Any]:
+def _entry(judged: Judged) -> dict[str, Any]:
     """A row's verdicts as the journal has them."""
     return {
-        "place": place,
         "scores": [each.score for each in judged.verdicts],
         "words": [each.word for each in judged.verdicts],
         "reasons": [each.why for each in judged.verdicts],

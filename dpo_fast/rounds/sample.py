@@ -22,11 +22,10 @@ from dpo_fast.errors import UserError
 from dpo_fast.generation.batches import Batch, batches_of
 from dpo_fast.generation.config import SampleSection
 from dpo_fast.generation.encode import Encoded, PromptCodec
-from dpo_fast.generation.engine import Completion, Engine, Request, TooLong
+from dpo_fast.generation.engine import LENGTH, Completion, Engine, Request, TooLong
 from dpo_fast.generation.prompts import Prompts, read_prompts
 from dpo_fast.models.checkpoint import check_model_path, is_folder
 from dpo_fast.rounds.config import RoundsConfig
-from dpo_fast.rounds.journal import Journal
 from dpo_fast.rounds.sample_folder import SampleFolder, Written, manifest_of
 from dpo_fast.rounds.sample_logps import score_completions
 from dpo_fast.rounds.sampler_model import Sampler
@@ -153,7 +152,7 @@ def tell_prompts(prompts: Prompts, codec: PromptCodec | None) -> None:
 
 def _complete(work: Work, folder: SampleFolder, sampler: Sampler) -> None:
     """Write the completions that are missing. Every rank takes its share, and waits for the others."""
-    journal = Journal(folder.partial, "completions", distributed.rank())
+    journal = folder.journal("completions")
     done = journal.numbers()
     left = [batch for batch in work.batches if batch.number not in done]
     own = left[distributed.rank() :: distributed.world_size()]
@@ -167,11 +166,9 @@ def _complete(work: Work, folder: SampleFolder, sampler: Sampler) -> None:
                 lines = [
                     _written(work, sampler, *each).line() for each in zip(batch.members, found)
                 ]
-                with folder.writing():
-                    journal.append(batch.number, lines)
+                journal.append(batch.number, lines)
                 advance()
-        with folder.writing():
-            journal.close()
+        journal.close()
         _release(engine, sampler)
     distributed.await_all("sampled")
 
@@ -186,7 +183,9 @@ def _written(
     if not work.section.scores:
         return Written(place, member[1], found)
     try:
-        tokens = sampler.codec.sequence(work.prompts.items[place], found.text)
+        tokens = sampler.codec.sequence(
+            work.prompts.items[place], found.text, found.finish_reason == LENGTH
+        )
     except (BadRow, Dropped):
         return Written(place, member[1], found)
     size = None if found.ids is None else len(found.ids)

@@ -26,6 +26,7 @@ from dpo_fast.generation.sample_rows import FORMATS, sample_row, write_rows
 from dpo_fast.references.sequences import sequence_digest, write_sequences
 from dpo_fast.rounds.journal import Journal
 from dpo_fast.rounds.made import MakeAnew
+from dpo_fast.training import distributed
 
 FORMAT = 1
 MANIFEST, LOGPS = "samples.manifest.json", "samples.logps.parquet"
@@ -132,14 +133,15 @@ class SampleFolder:
         shutil.rmtree(self.partial, ignore_errors=True)  # a kill may have left it
         return True
 
+    def journal(self, name: str) -> Journal:
+        """Of a kind of work; this rank's lines are appended."""
+        return Journal(self.partial, name, distributed.rank(), KEPT)
+
     def begin(self) -> None:
         """Make the folder of pieces, or go on with it. Raises UserError if it was begun otherwise."""
         with self.writing():
             self.partial.mkdir(parents=True, exist_ok=True)
-            journals = [Journal(self.partial, name, 0) for name in ("completions", "logps")]
-            for journal in journals:
-                journal.mend()
-            if any(journal.numbers() for journal in journals):
+            if any(self.journal(name).numbers() for name in ("completions", "logps")):
                 self._check(self.partial / MANIFEST, self.partial, [self.partial])
             else:
                 durable.write_file(self.partial / MANIFEST, json.dumps(self.manifest, indent=2))
@@ -157,7 +159,7 @@ class SampleFolder:
     def completions(self) -> Iterator[Written]:
         """All that are written, in the order of their prompts; each once."""
         found = {}
-        for _, lines in Journal(self.partial, "completions", 0).read():
+        for _, lines in self.journal("completions").read():
             for line in lines:
                 found[line[0], line[1]] = line
         for key in sorted(found):
@@ -166,7 +168,7 @@ class SampleFolder:
     def logps(self) -> dict[bytes, np.ndarray]:
         """Log-probs of all sequences that are scored, by digest."""
         found = {}
-        for _, pairs in Journal(self.partial, "logps", 0).read():
+        for _, pairs in self.journal("logps").read():
             found |= {bytes.fromhex(digest): _unpacked(text, "<f4") for digest, text in pairs}
         return found
 

@@ -9,7 +9,6 @@ from dpo_fast.errors import UserError
 from dpo_fast.generation.encode import Tokens
 from dpo_fast.generation.logps import batches_by_length, score
 from dpo_fast.models.scoring import ScoringModel
-from dpo_fast.rounds.journal import Journal
 from dpo_fast.rounds.sample_folder import SampleFolder, pack_logps
 from dpo_fast.rounds.sampler_model import Sampler
 from dpo_fast.training import distributed
@@ -23,7 +22,7 @@ def score_completions(folder: SampleFolder, sampler: Sampler) -> None:
     """
     distinct = {each.digest: each.tokens for each in folder.completions() if each.tokens}
     digests, sequences = list(distinct), list(distinct.values())
-    journal = Journal(folder.partial, "logps", distributed.rank())
+    journal = folder.journal("logps")
     done = journal.numbers()
     lengths = [len(each.prompt_ids) + len(each.answer_ids) for each in sequences]
     batches = batches_by_length(lengths)
@@ -36,13 +35,9 @@ def score_completions(folder: SampleFolder, sampler: Sampler) -> None:
             for number in own:
                 values = _scored(scoring, [sequences[place] for place in batches[number]], pad_id)
                 named = zip((digests[place] for place in batches[number]), values)
-                with folder.writing():
-                    journal.append(
-                        number, [[digest.hex(), pack_logps(each)] for digest, each in named]
-                    )
+                journal.append(number, [[key.hex(), pack_logps(each)] for key, each in named])
                 advance()
-        with folder.writing():
-            journal.close()
+        journal.close()
     distributed.await_all("scored")
 
 

@@ -8,7 +8,9 @@ from pydantic import ValidationError
 
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.rows import parse_row
+from dpo_fast.data.tokenise import RowTokeniser
 from dpo_fast.data.verdicts import BadRow, Dropped, Verdict
+from tests.support.tokenizers import CHATML, byte_tokenizer
 
 
 def say(role, content, **more):
@@ -254,3 +256,34 @@ def test_texts_with_nothing_in_common_have_no_prompt():
     assert parts({"chosen": [A], "rejected": [B]}) == ([], [A], [B])
     assert parts({"prompt": "", "chosen": [A], "rejected": [B]}) == ([], [A], [B])
     assert "no common prompt" in refuses({"chosen": [U, A], "rejected": [say("user", "ho"), B]})
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_an_answer_that_was_cut_off_has_no_end_of_turn(chat):
+    """In every kind of row; the end of turn of the others stays."""
+    config = DataConfig(train="x", apply_chat_template=chat)
+    tokenizer = byte_tokenizer(bos=True, template=CHATML)
+    tokenise = RowTokeniser(tokenizer, config)
+    end = "<|im_end|>" if chat else "</s>"
+
+    def texts(raw, config=config):
+        found = vars(tokenise(parse_row("w", {"prompt": "q: ", **raw}, config)))
+        names = ("chosen_ids", "rejected_ids", "completion_ids")
+        ids = found.get("completions_ids") or [found[name] for name in names if name in found]
+        answers = [tokenizer.decode(each) for each in ids]
+        assert found["eos_added"] == (0 if chat else sum(end in each for each in answers))
+        return answers
+
+    pair = {"chosen": "ab", "rejected": "cde"}
+    assert texts(pair | {"rejected_finish_reason": "length"}) == ["ab" + end, "cde"]
+    assert texts(pair | {"chosen_finish_reason": "length"}) == ["ab", "cde" + end]
+    assert texts(pair | {"rejected_finish_reason": "stop"}) == ["ab" + end, "cde" + end]
+    single = {"completion": "ab", "label": True}
+    assert texts(single | {"finish_reason": "length"}) == ["ab"]
+    group = {"completions": ["ab", "c", "de"], "scores": [0, 2, 1]}
+    group |= {"finish_reasons": ["length", "stop", None]}
+    assert texts(group) == ["ab", "c" + end, "de" + end]
+    best = config.model_copy(update={"group_pairs": "best_worst"})
+    assert texts(group, best) == ["c" + end, "ab"]
+    with pytest.raises(BadRow, match="finish_reasons and completions differ in number"):
+        texts(group | {"finish_reasons": ["stop"]})

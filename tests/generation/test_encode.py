@@ -226,3 +226,11 @@ def test_channels_become_thinking():
     assert without_channels(cut_off) == "<think>\nhm"
     call = "<|channel|>commentary to=functions.add<|message|>{}"
     assert without_channels(call) is None
+
+
+def test_a_completion_that_was_cut_off_has_the_ids_that_were_written():
+    tokenizer = byte_tokenizer(template=CHATML)
+    codec, written = PromptCodec(tokenizer, CONFIG), ids_of(tokenizer, "thr")
+    for prompt in (Prompt("row", [user()]), Prompt("row", "two")):
+        assert codec.sequence(prompt, "thr", unfinished=True).answer_ids == written
+        assert codec.sequence(prompt, "thr").answer_ids[:-1] == written

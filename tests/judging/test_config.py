@@ -45,10 +45,11 @@ def test_an_option_of_another_judge_is_refused_by_name():
         ({"type": "command"}, "judge.type=command needs judge.command"),
         ({"type": "command", "command": "'a"}, "judge.command='a: No closing quotation"),
         ({"type": "openai", "url": "http://a"}, "needs judge.model"),
+        ({"type": "openai", "url": "a:80", "model": "m"}, "judge.url=a:80: expected the address"),
         ({"type": "reward_model"}, "needs judge.path"),
         ({"type": "implicit"}, "needs judge.reference"),
         (
-            {"type": "openai", "url": "u", "model": "m", "both_orders": True},
+            {"type": "openai", "url": "http://u", "model": "m", "both_orders": True},
             "judge.both_orders is used with judge.compare=pairwise alone",
         ),
         ({"type": "ruel"}, "judge.type='ruel'"),

@@ -7,11 +7,14 @@ from collections import Counter
 
 import pytest
 
+from dpo_fast.data.config import DataConfig
+from dpo_fast.data.rows import parse_row
 from dpo_fast.judging import pairing
 from dpo_fast.judging.config import PairsSection
 from dpo_fast.judging.pairing import pairs_of, same_but_for_length
 from tests.support.judging import row
 
+CHAT = [{"role": "user", "content": "q"}]
 FOUR = ("one apple", "two pears", "three plums", "four figs")
 
 
@@ -144,6 +147,7 @@ def test_groups_hold_what_has_a_score():
         "prompt": "q",
         "completions": ["one apple", "two pears", "four figs"],
         "scores": [1.0, 0.5, 2.0],
+        "finish_reasons": ["stop", "length", "stop"],
         "id": 3,
     }
     assert not refused
@@ -153,3 +157,39 @@ def test_groups_hold_what_has_a_score():
     assert group([1.0, 0.5, None, 2.0], unfinished="drop")[0]["scores"] == [1.0, 2.0]
     assert group([1.0, None, 1.0, None]) == (None, {pairing.TIED: 1})
     assert group([1.0, None, None, None]) == (None, {pairing.FEW: 1})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answers"),
+    [
+        ("Say it again.", ["Say it again. No", "Say it again. Yes"]),
+        ("Say it again.", ["Say it again. No", "Yes"]),
+        (CHAT, ['[{"role": "assistant", "content": "oh"}]', "plain"]),
+        (CHAT, ["plain", "[{'role': 'user', 'content': 'oh'}]"]),
+        (CHAT, ['{"role": "user", "content": "oh"}', '{"a": 1}']),
+        (CHAT, ["q No", "q Yes"]),
+    ],
+)
+def test_train_takes_the_texts_that_were_sampled(prompt, answers):
+    """Not an answer for the prompt repeated, nor JSON for messages."""
+    config = DataConfig(train="x")
+    read = lambda raw: parse_row("w", raw, config)  # noqa: E731
+    text = lambda answer: answer if isinstance(answer, str) else answer[0]["content"]  # noqa: E731
+    samples = row(*answers, prompt=prompt)
+    (pair,), _ = make(samples, [1.0, 2.0])
+    found = read(pair.row(samples, PairsSection()))
+    assert (found.prompt, text(found.rejected), text(found.chosen)) == (prompt, *answers)
+    group = pairing.group_of(samples, [1.0, 2.0], PairsSection(strategy="groups"), Counter())
+    assert [text(each) for each in read(group).completions] == answers
+
+
+def test_rows_say_which_answers_were_cut_off():
+    samples = row(*FOUR[:3], finish_reasons=["stop", "length", "stop"])
+    pairs, _ = make(samples, [3.0, 1.0, 2.0], strategy="all")
+    rows = [pair.row(samples, PairsSection()) for pair in pairs]
+    assert [each.get("rejected_finish_reason") for each in rows] == ["length", None, "length"]
+    assert not any("chosen_finish_reason" in each for each in rows)
+    (kept,), _ = make(samples, [1.0, 3.0, 2.0], unfinished="keep")
+    assert kept.row(samples, PairsSection())["chosen_finish_reason"] == "length"
+    group = pairing.group_of(samples, [3.0, 1.0, 2.0], PairsSection(strategy="groups"), Counter())
+    assert group["finish_reasons"] == ["stop", "length", "stop"]

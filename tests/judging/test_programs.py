@@ -232,7 +232,7 @@ import functools, numpy
 
 def by_name(prompt, completion): return len(prompt) * 10 + len(completion)
 def one(text): return len(text)
-def two(question, answer): return len(question) * 10 + len(answer)
+def two(question, reply): return len(question) * 10 + len(reply)
 def two_swapped(completion, prompt): return len(prompt) * 10 + len(completion)
 def column(completion, answer, weight=1): return (answer in completion) * weight
 def columns(completion, **row): return sorted(row)[0] == "answer" and len(row)
@@ -386,3 +386,50 @@ def test_a_module_of_the_working_folder_and_one_beside_the_file(tmp_path, monkey
     with_hash = rule_identity(section(type="rule", function="config:score"))
     write_code(tmp_path / "config.py", "def score(completion):\n    return 7\n")
     assert rule_identity(section(type="rule", function="config:score")) != with_hash
+
+
+def test_programs_that_a_function_starts_do_not_read_its_rows(tmp_path):
+    code = "import subprocess\ndef score(completion):\n"
+    code += "    subprocess.run(['cat'])\n    return len(completion)\n"
+    assert verdicts(rule(tmp_path, code), row("a", "bcd"), row("ef")) == [[1, 3], [2]]
+
+
+def test_what_a_command_says_beside_its_answers_does_not_shift_them(tmp_path):
+    code = """
+    import json, os, sys
+    for line in sys.stdin:
+        text = json.loads(line)["completion"]
+        before = "-1\\n" if text == "bb" else ""
+        os.write(1, f"{before}{len(text)}\\n\\n".encode())  # an empty line is nothing
+    """
+    found = verdicts(command(tmp_path, code), row("a", "bb", "ccc", "dddd"))[0]
+    assert found[:2] == [1, -1] and found[3] == 4
+    assert found[2] == ("failed", found[2][1]) and "it said '2' without being asked" in found[2][1]
+    assert verdicts(command(tmp_path, code, max_retries=1), row("a", "bb", "ccc"))[0][2] == 3
+
+
+@pytest.mark.parametrize(
+    "function, found",
+    [
+        (lambda prompt, response: f"{prompt}/{response}", "q/text"),
+        (lambda response, prompt: f"{prompt}/{response}", "q/text"),
+        (lambda response, prompt, answer: f"{prompt}/{response}/{answer}", "q/text/42"),
+        (lambda question, reply, answer: f"{question}/{reply}/{answer}", "q/text/42"),
+    ],
+)
+def test_parameters_of_other_names(function, found):
+    columns = {"answer": "42"}
+    asked = {"prompt": "q", "completions": ["text"], "columns": columns}
+    assert Rule(function, {})(asked) == [repr(found)]
+
+
+def test_a_column_or_the_completion(tmp_path):
+    asked = {"prompt": "q", "completions": ["text"], "columns": {"answer": "42"}}
+    with pytest.raises(TypeError, match="parameter answer: is it the row's column"):
+        Rule(lambda response, answer: len(answer), {})(asked)
+
+
+def test_a_program_of_one_line_may_answer_before_it_reads(tmp_path):
+    code = "import os\nos.write(1, b'5\\n6\\n')\ninput()\n"
+    judge = command(tmp_path, code, keep_alive=False)
+    assert verdicts(judge, row("a", "b")) == [[5, 5]]

@@ -207,3 +207,33 @@ def test_an_encoder_reads_pairs(tmp_path):
     assert pair["input_ids"] == tokenizer("question", "answer")["input_ids"]
     found = scores(judge(tmp_path), row("answer", "other words", prompt="question"))
     assert len(set(found[0])) == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_padding_that_the_model_does_not_have(tmp_path):
+    path = write(tmp_path / "model", pad=-1)
+    (found,) = scores(judge(path), row("a", "much longer", prompt="b "))
+    each = [alone(path, f"b {text}", special=True).item() for text in ("a", "much longer")]
+    assert found == pytest.approx(each, abs=1e-5)
+
+
+def test_positions_that_begin_behind_the_padding(tmp_path):
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    tokenizer = byte_tokenizer(bos=True)
+    tokenizer.save_pretrained(tmp_path)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = RobertaConfig(
+        vocab_size=len(tokenizer), num_attention_heads=2, max_position_embeddings=34, **sizes
+    )
+    config.num_labels = 1
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    found = judge(tmp_path)
+    assert found.limit == 32 and scores(found, row("x" * 99, "y")) is not None
+
+
+def test_a_model_that_cannot_take_the_texts_is_named(path, monkeypatch):
+    found = judge(path)
+    monkeypatch.setattr(found.model, "forward", lambda **_: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(UserError, match="cannot score texts of up to .* tokens: inconsistent"):
+        scores(found, row("a"))

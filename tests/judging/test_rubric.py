@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dpo_fast.errors import UserError
-from dpo_fast.judging.rubric import Rubric, conversation, score_of, winner_of
+from dpo_fast.judging.rubric import Rubric, after_thinking, conversation, score_of, winner_of
 from tests.support.judging import row
 
 CHAT = [
@@ -77,3 +77,16 @@ def test_a_rubric_of_a_file(tmp_path):
         Rubric(f"file:{tmp_path}/rubric.txt", "pointwise")
     with pytest.raises(UserError, match=r"judge\.rubric=file:.*none cannot be read: No such file"):
         Rubric(f"file:{tmp_path}/none", "pairwise")
+
+
+def test_what_a_judge_thought_of_is_no_verdict():
+    assert after_thinking("<think>[[3]]</think>\n[[7]]") == "\n[[7]]"
+    assert after_thinking("[[3]]</think> 7") == " 7"  # where the template has opened the thinking
+    assert after_thinking("<think>[[3]] or [[4") == ""
+
+
+def test_ratings_off_the_scale_of_the_default_rubric():
+    ours, own = Rubric(None, "pointwise"), Rubric("{completion}", "pointwise")
+    assert ours.score_of("[[10]]") == 10 and own.score_of("[[2026]]") == 2026
+    with pytest.raises(ValueError, match="2026 is no rating from 1 to 10"):
+        ours.score_of("[[2026]]")

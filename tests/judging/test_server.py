@@ -248,8 +248,10 @@ def test_failures_are_not_kept(tmp_path):
 
 def test_where_it_runs_makes_no_other_judge():
     def identity(**options):
-        return server_identity(section(type="openai", **{"url": "a", "model": "m"} | options))
+        return server_identity(
+            section(type="openai", **{"url": "http://a", "model": "m"} | options)
+        )
 
-    assert identity(url="b", concurrency=3, timeout_seconds=3) == identity()
+    assert identity(url="http://b", concurrency=3, timeout_seconds=3) == identity()
     for other in ({"model": "n"}, {"rubric": "{completion}"}, {"compare": "pairwise"}, {"seed": 1}):
         assert identity(**other) != identity()

@@ -196,9 +196,9 @@ def test_judging_goes_on_where_it_stopped_and_comes_to_the_same(folder, tmp_path
     assert "judge.type=rule failed 5 times in a row (judge.max_failures=5)" in said
     assert f"{folder}/samples.jsonl:9" in said and "it ended with code 7" in said
     assert "the same command goes on after it" in said
-    journal = read_rows(folder / ".judging/rank-0.jsonl")
-    assert [entry["place"] for entry in journal] == list(range(8))
-    assert journal[7]["words"] == ["failed"] * 3  # and so it is judged again
+    journal = read_rows(folder / ".judging/rows-00000.jsonl")
+    assert [entry["number"] for entry in journal] == list(range(8))
+    assert journal[7]["content"]["words"] == ["failed"] * 3  # and so it is judged again
     # Another rule would go on with scores of two kinds.
     code = (folder / "rules.py").read_text()
     write_code(folder / "rules.py", RULE)
@@ -261,10 +261,10 @@ def test_a_full_disk_loses_nothing(folder, monkeypatch):
 
     monkeypatch.setattr(Lines, "append", full)
     said = refusal(folder, only_length="keep")
-    assert "rank-0.jsonl cannot be written" in said and "No space left on device" in said
+    assert "rows-00000.jsonl cannot be written" in said and "No space left on device" in said
     assert "make room, and run the same command" in said
     monkeypatch.undo()
-    assert len(read_rows(folder / ".judging/rank-0.jsonl")) == 5
+    assert len(read_rows(folder / ".judging/rows-00000.jsonl")) == 5
     assert judge(config(folder, only_length="keep"))["pairs"] == 12
 
 
@@ -288,7 +288,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(folder):
     write_code(folder / "rules.py", endless)
     (folder / "file.yaml").write_text(json.dumps(tree(folder)), encoding="utf-8")
     command = [sys.executable, "-m", "dpo_fast", "judge", str(folder / "file.yaml"), "--quiet"]
-    journal = folder / ".judging/rank-0.jsonl"
+    journal = folder / ".judging/rows-00000.jsonl"
     with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL) as process:
         assert soon(lambda: pid.exists() and pid.read_text())
         process.send_signal(signal.SIGKILL)
@@ -321,3 +321,45 @@ def test_two_ranks_share_the_rows_and_write_the_same_files(folder, tmp_path):
 def tree(folder) -> dict:
     """The file of a command."""
     return config(folder, only_length="keep").model_dump(exclude_unset=True)
+
+
+def test_a_report_that_is_gone_is_made_again(folder):
+    first = judge(config(folder))
+    (folder / "judge-report.json").unlink()
+    assert judge(config(folder)) == first
+    assert json.loads((folder / "judge-report.json").read_text()) == first
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"scores": None}, "expected one score for each of 3 completions"),
+        ({"scores": [1, 2]}, "expected one score for each of 3 completions"),
+        ({"scores": [1, "2", 3]}, "the score '2' is no number, and not null"),
+    ],
+)
+def test_scores_that_an_edit_has_spoilt(folder, change, said):
+    judge(config(folder))
+    (folder / "pairs.jsonl").unlink()
+    scored = read_rows(folder / "scores.jsonl")
+    write_rows(folder / "scores.jsonl", [scored[0], scored[1] | change, *scored[2:]])
+    assert f"scores.jsonl:2: {said}" in refusal(folder)
+    edited = {"prompt": "q", "completions": ["yes", "no so"], "scores": [2, 1]}
+    write_rows(folder / "scores.jsonl", [edited])  # scores of somebody's own
+    assert judge(config(folder))["pairs"] == 1
+
+
+def test_lines_of_the_journal_that_are_none_are_passed_over(folder):
+    (folder / ".judging").mkdir()
+    (folder / ".judging" / "rows-00000.jsonl").write_text('{"x": 1}\n{"number": 3}\n')
+    assert judge(config(folder))["pairs"]
+
+
+def test_why_there_are_no_pairs(folder):
+    write_code(folder / "rules.py", "def score(completion):\n    pass\n")
+    said = refusal(folder)
+    assert "judge.type=rule scored none of 36 completions (36 refused); the first: " in said
+    write_rows(folder / "samples.jsonl", [{"prompt": "q", "completions": ["one"]}])
+    for name in ("scores.jsonl", "pairs.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+    assert "one completion. Sample more of each, with sample.num_generations=4" in refusal(folder)

@@ -22,6 +22,7 @@ from dpo_fast.references.sequences import read_sequences
 from dpo_fast.rounds import sample as module
 from dpo_fast.rounds import sampler_model
 from dpo_fast.rounds.config import RoundsConfig
+from dpo_fast.rounds.journal import Journal
 from dpo_fast.rounds.sample import sole_sample
 from dpo_fast.rounds.stored import fill_references
 from dpo_fast.training.config import build, build_config
@@ -133,20 +134,19 @@ def test_killed_after_any_piece_it_goes_on_and_ends_the_same(
     folder, whole, tmp_path, monkeypatch, after
 ):
     """The piece in work has left half of its line."""
-    journal, count = module.Journal, [0]
+    count = [0]
 
-    class Torn(journal):
+    class Torn(Journal):
         def append(self, number, content):
             if count[0] == after:
-                place = self.folder / f"{self.name}-{self.rank:05d}.jsonl"
+                place = self.folder / f"{self.name}-00000.jsonl"
                 with place.open("a") as file:
                     file.write('{"number": 99, "cont')
                 raise Killed
             count[0] += 1
             super().append(number, content)
 
-    monkeypatch.setattr(module, "Journal", Torn)
-    monkeypatch.setattr("dpo_fast.rounds.sample_logps.Journal", Torn)
+    monkeypatch.setattr("dpo_fast.rounds.sample_folder.Journal", Torn)
     pytest.raises(Killed, sole_sample, config(folder, tmp_path))
     monkeypatch.undo()
     drawn = []
@@ -171,9 +171,7 @@ def test_killed_after_any_piece_it_goes_on_and_ends_the_same(
 )
 def test_a_full_disk_is_told_and_what_is_done_is_kept(folder, whole, tmp_path, room):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    told = pytest.raises(
-        UserError, match="samples.jsonl cannot be written: .*What is done is kept: make"
-    )
+    told = pytest.raises(UserError, match="jsonl cannot be written: .*What is done is kept: make")
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
         with told:
@@ -227,9 +225,11 @@ def test_log_probs_are_those_of_each_sequence_alone_under_transformers(folder, w
     tokenizer = load_tokenizer(ModelSection(path=str(folder / "model")))
     stored = read_sequences(whole / "samples.logps.parquet")
     row = read_rows(whole / "samples.jsonl")[3]
-    for text, logp in zip(row["completions"], row["logps"]):
+    assert set(row["finish_reasons"]) <= {"stop", "length"}
+    for text, reason, logp in zip(row["completions"], row["finish_reasons"], row["logps"]):
         prompt = tokenizer(row["prompt"])["input_ids"]
-        answer = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        answer = tokenizer(text, add_special_tokens=False)["input_ids"]
+        answer += [tokenizer.eos_token_id] * (reason == "stop")
         with torch.no_grad():
             logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
         expected = logits.log_softmax(-1)[range(len(answer)), answer].sum().item()
@@ -244,15 +244,7 @@ def test_a_reference_is_filled_with_what_computing_it_would_give(
 ):
     pairs = tmp_path / "pairs.jsonl"
     rows = read_rows(whole / "samples.jsonl")
-    told = [
-        {
-            "prompt": row["prompt"],
-            "chosen": row["completions"][a],
-            "rejected": row["completions"][b],
-        }
-        for row in rows
-        for a, b in ((0, 1), (2, 0))
-    ]
+    told = [pair_of(row, a, b) for row in rows for a, b in ((0, 1), (2, 0))]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in told))
     run = run_config(folder, tmp_path / "run", pairs, per_token, batches=batches)
     logps = [whole / "samples.logps.parquet"]
@@ -267,6 +259,15 @@ def test_a_reference_is_filled_with_what_computing_it_would_give(
     if per_token:
         sums = [sum(each) for each in table["rejected_token_logps"].to_pylist()]
         assert sums == pytest.approx(got[:, 1].tolist(), abs=1e-4)
+
+
+def pair_of(row: dict, chosen: int, rejected: int) -> dict:
+    """Two completions of a row, with how they ended."""
+    pair = {"prompt": row["prompt"]}
+    for name, place in (("chosen", chosen), ("rejected", rejected)):
+        pair |= {name: row["completions"][place]}
+        pair |= {f"{name}_finish_reason": row["finish_reasons"][place]}
+    return pair
 
 
 def run_config(
@@ -300,10 +301,10 @@ def computed(run) -> np.ndarray:
 def test_a_reference_of_other_answers_or_another_model_is_not_filled(folder, whole, tmp_path):
     logps = [whole / "samples.logps.parquet"]
     row = read_rows(whole / "samples.jsonl")[0]
-    mine = {"prompt": row["prompt"], "chosen": row["completions"][0], "rejected": "mine"}
+    theirs = pair_of(row, 0, 1)
+    mine = theirs | {"rejected": "mine"}
     (tmp_path / "a.jsonl").write_text(json.dumps(mine) + "\n")
     assert fill_references(run_config(folder, tmp_path / "a", tmp_path / "a.jsonl"), logps) == []
-    theirs = mine | {"rejected": row["completions"][1]}
     (tmp_path / "b.jsonl").write_text(json.dumps(theirs) + "\n")
     other = write_model(tmp_path / "other", seed=3)
     run = run_config(folder, tmp_path / "b", tmp_path / "b.jsonl", model=other)
@@ -341,9 +342,7 @@ def test_an_adapter_is_sampled_from_as_it_is_trained_further(folder, whole, tmp_
     out = sole_sample(config(folder, tmp_path / "out", model=model)).parent
     rows, plain = read_rows(out / "samples.jsonl"), read_rows(whole / "samples.jsonl")
     assert [row["completions"] for row in rows] != [row["completions"] for row in plain]
-    a, b = rows[0]["completions"][:2]
-    pair = {"prompt": rows[0]["prompt"], "chosen": a, "rejected": b}
-    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair_of(rows[0], 0, 1)) + "\n")
     run = run_config(folder, tmp_path / "run", tmp_path / "pairs.jsonl", model=tmp_path / "adapter")
     assert computed(run)[0] == pytest.approx(rows[0]["logps"][:2], abs=1e-4)
     assert fill_references(run, [out / "samples.logps.parquet"]) == ["train"]
