@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +79,7 @@ class Plan:
         for step in self.steps:
             self._check(step)
 
-    @cached_property
+    @property
     def start(self) -> str:
         """The model that everything begins with, as a path."""
         model = self.config.model
@@ -241,6 +240,11 @@ class Plan:
         if stage.optimizer == "carried":
             self._check_carried(step, place)
         if stage.samples:
+            if self.config.judge is not None and self.config.judge.samples is not None:
+                raise UserError(
+                    f"{self.where}: judge.samples={self.config.judge.samples} is not for a file of stages, "
+                    "which judge what they have sampled; remove it, or give it to dpo-fast judge"
+                )
             self._check_pairs(step, run)
         if stage.samples and run.data.streaming:
             raise UserError(

@@ -108,6 +108,12 @@ class StageSection(BaseModel):
                 f"mixup_alpha={self.mixup_alpha} is not used by reference={self.reference}; set "
                 "reference: ema, or remove it"
             )
+        for section, name in (("sample", "prompts"), ("judge", "samples")):
+            if name in getattr(self, section):
+                raise ValueError(
+                    f"{section}.{name} is not for a stage, which samples its prompts and judges what it "
+                    f"sampled; remove it"
+                )
         if self.learning_rate is not None and "learning_rate" in self.train:
             raise ValueError(
                 f"learning_rate={self.learning_rate} and train.learning_rate="
