@@ -16,7 +16,7 @@ from dpo_fast.rounds.average import write_average
 from dpo_fast.rounds.config import RoundsConfig
 from dpo_fast.rounds.plan import Plan
 from dpo_fast.rounds.progress import progress_of
-from dpo_fast.training.config import build
+from dpo_fast.training.config import build, build_config
 from tests.support import ranks
 from tests.support.faults import SLOW
 from tests.support.metrics import series
@@ -458,6 +458,8 @@ def test_a_loss_of_another_type_takes_none_of_the_sections_options():
         ({"data": "a", "rounds": 2}, "rounds=2 samples anew"),
         ({"data": "a", "sample": {"top_p": 0.5}}, "sample is for stages with prompts"),
         ({"data": {"max_length": 5}}, "a mapping without train"),
+        ({"data": "a", "max_steps": 5}, r"write `train: \{max_steps: 5\}`"),
+        ({"data": "a", "beta": 0.2}, r"beta is an option of loss: write `loss: \{beta: 0.2\}`"),
         ({"prompts": "a", "sample": {"prompts": "b"}}, "sample.prompts is not for a stage"),
         ({"prompts": "a", "judge": {"samples": "b"}}, "judge.samples is not for a stage"),
         ({"data": "a", "mixup_alpha": 0.5}, "mixup_alpha=0.5 is not used by reference=previous"),
@@ -491,3 +493,11 @@ def test_how_rows_are_read_is_said_of_prompts_and_of_evaluation_and_not_of_our_p
     assert other.reading == {"format": "pairs", "columns": data["columns"]}
     assert (given.format, given.columns) == ("hh", data["columns"])
     assert plan.rounds(plan.steps[0]).data["format"] == "hh"
+
+
+def test_a_file_of_stages_is_no_run():
+    tree = {"output_dir": "o", "model": {"path": "m"}, "stages": [{"data": "a"}]}
+    with pytest.raises(
+        UserError, match="f has a section stages: it is a file for dpo-fast iterate"
+    ):
+        build_config(tree, "f")
