@@ -9,7 +9,7 @@ from dpo_fast.models import load_tokenizer
 from dpo_fast.rounds import records
 from dpo_fast.rounds.config import RoundsConfig
 from dpo_fast.rounds.plan import AVERAGE, Plan, Step
-from dpo_fast.rounds.rows import check_rounds, judge_of
+from dpo_fast.rounds.rows import check_prompts, check_rounds, judge_of
 from dpo_fast.rounds.stage import GOES_ON, told, work
 from dpo_fast.training import distributed, signals
 from dpo_fast.training.checkpoints import checkpoints
@@ -90,13 +90,23 @@ def check_needed(plan: Plan, left: list[Step]) -> None:
 def check_data(plan: Plan, step: Step) -> None:
     """Read and tokenise the data of a stage, or find it done: it is needed later anyway. Collective."""
     run = plan.rehearsal(step)
-    if step.stage.samples or run.data.streaming:
+    if step.round > 1 or run.data.streaming:
         return
     with told(step):
         run = choose(run).applied(run)
         tokenizer = load_tokenizer(run.model)
-        for name in ("train", "eval") if run.data.has_eval else ("train",):
-            load_split(run, tokenizer, name, shuffle=False)
+        if not step.stage.samples:
+            for name in ("train", "eval") if run.data.has_eval else ("train",):
+                load_split(run, tokenizer, name, shuffle=False)
+            return
+        check_prompts(plan.rounds(step, plan.config.model))
+        if run.data.eval is None:
+            return
+        alone = run.data.model_copy(update={"train": run.data.eval, "eval": None})
+        try:  # by itself: the pairs are yet to be made
+            load_split(run.model_copy(update={"data": alone}), tokenizer, "train", shuffle=False)
+        except UserError as error:
+            raise UserError(str(error).replace("data.train", "data.eval")) from None
 
 
 def check_made(plan: Plan) -> None:

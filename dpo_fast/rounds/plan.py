@@ -20,6 +20,8 @@ from dpo_fast.training.earlier_run import MODEL
 from dpo_fast.training.merge import FOLDER as MERGED_BASE
 
 TRAIN, PAIRS, SCORES, AVERAGE = "train", "pairs.jsonl", "scores.jsonl", "reference-model"
+# Columns for the loss, by the option of the section pairs that writes each.
+WRITTEN = {"soft_label": "soft_label", "margin_column": "margin"}
 # Keys of a run that the stages decide, by the key that does.
 DECIDED = {
     "train.output_dir": "output_dir",
@@ -253,13 +255,25 @@ class Plan:
             )
 
     def _check_pairs(self, step: Step, run: RunConfig) -> None:
-        groups = self.rounds(step).pairs.strategy == "groups"
-        if groups != run.loss.objective.grouped:
-            names = ", ".join(run.loss.names)
+        pairs, names = self.rounds(step).pairs, ", ".join(run.loss.names)
+        groups, objective = pairs.strategy == "groups", run.loss.objective
+        place = f"{self.where}: {step.name}: "
+        if groups != objective.grouped:
             raise UserError(
-                f"{self.where}: {step.name}: pairs.strategy={self.rounds(step).pairs.strategy}, but "
-                f"loss.type={names} learns from {'pairs' if groups else 'groups'}; leave pairs.strategy out"
+                f"{place}pairs.strategy={pairs.strategy}, but loss.type={names} learns from "
+                f"{'pairs' if groups else 'groups'}; leave pairs.strategy out"
             )
+        for name, column in () if groups else WRITTEN.items():
+            given = bool(getattr(pairs, name))
+            if given and column not in objective.columns:
+                raise UserError(
+                    f"{place}pairs.{name} writes the column {column}, which loss.type={names} does "
+                    "not use; remove it"
+                )
+            if not given and column in objective.needed_columns:
+                raise UserError(
+                    f"{place}loss.type={names} needs the column {column}: set pairs.{name}"
+                )
 
     def _check_average(self, run: RunConfig, place: str) -> None:
         if run.model.has_adapters:
