@@ -78,6 +78,11 @@ class SourceOptions(BaseModel):
         values = {name: getattr(self, name) for name in READING}
         return {name: value for name, value in values.items() if value is not None}
 
+    @property
+    def own(self) -> dict[str, Any]:
+        """The options that are given, but for the name."""
+        return self.model_dump(exclude={"path", "revision"}, exclude_none=True)
+
 
 Entries = Sequence[str | SourceOptions]
 

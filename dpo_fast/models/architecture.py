@@ -193,6 +193,8 @@ def _refusal_of_a_mask(name: str, device: torch.device, architecture: Architectu
     """As `_refusal`, where every sequence has a row of its own and attention gets a mask."""
     if name.startswith("flash_attention") and device.type == "cpu":
         return "does not run on a CPU: use auto, sdpa or eager"
+    if name == "flex_attention" and device.type == "cpu":
+        return "does not train on a CPU: use auto, sdpa or eager"
     if name == "sdpa" and (architecture.softcap or architecture.sinks):
         return (
             f"would leave out the soft cap or the sinks of {architecture.name}'s attention: set "

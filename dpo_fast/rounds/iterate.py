@@ -8,10 +8,11 @@ from dpo_fast.errors import UserError
 from dpo_fast.models import load_tokenizer
 from dpo_fast.rounds import records
 from dpo_fast.rounds.config import RoundsConfig
-from dpo_fast.rounds.plan import Plan, Step
-from dpo_fast.rounds.rows import check_rounds, judge_of
+from dpo_fast.rounds.plan import AVERAGE, Plan, Step
+from dpo_fast.rounds.rows import check_prompts, check_rounds, judge_of
 from dpo_fast.rounds.stage import GOES_ON, told, work
 from dpo_fast.training import distributed, signals
+from dpo_fast.training.checkpoints import checkpoints
 from dpo_fast.training.console import say
 from dpo_fast.training.fit import check_run, choose
 from dpo_fast.training.load_data import load_split
@@ -37,6 +38,7 @@ def iterate(config: RoundsConfig, where: str = "the file", dry_run: bool = False
             distributed.from_main(partial(check_made, plan))
             left = [step for step in plan.steps if not records.is_complete(step)]
             say(f"{len(plan.steps)} steps, {len(plan.steps) - len(left)} of them complete")
+            distributed.from_main(partial(check_needed, plan, left))
             for step in left:
                 check_data(plan, step)
             for step in () if dry_run else left:
@@ -63,16 +65,48 @@ def check_stages(plan: Plan) -> None:
             check_run(run)
 
 
+def check_needed(plan: Plan, left: list[Step]) -> None:
+    """Raises UserError if a step goes on from what was removed of a complete one. Rank 0 calls."""
+    complete = [step for step in plan.steps if step not in left]
+    for step in left:
+        before, needed = plan.before(step), {plan.begins_with(step).path, plan.policy(step).path}
+        if plan.compares(step):
+            needed |= set(plan.averages(step) or [plan.reference(step)])
+        for made in complete:
+            for path in (made.model, made.folder / AVERAGE):
+                if str(path) in needed and not path.is_dir():
+                    raise UserError(
+                        f"{plan.where}: {step.option} needs {path}, which is not there: put it back, or "
+                        f"remove {made.name} and what follows it to make them anew"
+                    )
+        carried = step.stage.optimizer == "carried" and not checkpoints(step.run)
+        if carried and before in complete and not checkpoints(before.run):
+            raise UserError(
+                f"{plan.where}: {step.option}.optimizer=carried goes on from the last checkpoint of "
+                f"{before.name}, and {before.run} has none any more: put it back, or set fresh"
+            )
+
+
 def check_data(plan: Plan, step: Step) -> None:
     """Read and tokenise the data of a stage, or find it done: it is needed later anyway. Collective."""
     run = plan.rehearsal(step)
-    if step.stage.samples or run.data.streaming:
+    if step.round > 1 or run.data.streaming:
         return
     with told(step):
         run = choose(run).applied(run)
         tokenizer = load_tokenizer(run.model)
-        for name in ("train", "eval") if run.data.has_eval else ("train",):
-            load_split(run, tokenizer, name, shuffle=False)
+        if not step.stage.samples:
+            for name in ("train", "eval") if run.data.has_eval else ("train",):
+                load_split(run, tokenizer, name, shuffle=False)
+            return
+        check_prompts(plan.rounds(step, plan.config.model))
+        if run.data.eval is None:
+            return
+        alone = run.data.model_copy(update={"train": run.data.eval, "eval": None})
+        try:  # by itself: the pairs are yet to be made
+            load_split(run.model_copy(update={"data": alone}), tokenizer, "train", shuffle=False)
+        except UserError as error:
+            raise UserError(str(error).replace("data.train", "data.eval")) from None
 
 
 def check_made(plan: Plan) -> None:
@@ -96,10 +130,13 @@ def check_made(plan: Plan) -> None:
 
 
 def check_complete(plan: Plan, step: Step, record: dict) -> None:
-    """Compare a complete step with its record: options, data, judge and files. Models may be gone."""
-    data = records.data(plan, step, complete=True)
-    now = {"options": records.options(plan, step), "data": data}
+    """Compare a complete step with its record: options, data, judge, files, and models that are there."""
+    now = {
+        "options": records.options(plan, step),
+        "models": records.models(plan, step, plan.run(step), complete=True),
+        "data": records.data(plan, step, complete=True),
+    }
     if step.stage.samples:
         now["judge"] = judge_of(plan.rounds(step, plan.config.model), complete=True)
     records.check_same(plan, step, record["made_with"], now)
-    records.check_files(plan, step, record.get("files", {}))
+    records.check_files(plan, step, record)

@@ -78,6 +78,10 @@ def judge_identity(config: RoundsConfig) -> dict[str, Any]:
     return _Judging(config, judge_section(config)).identity()
 
 
+class NoPairs(UserError):
+    """Nothing can be learned from the scores."""
+
+
 class _Judging:
     """The files of one folder, and what is to be done about them."""
 
@@ -207,7 +211,7 @@ class _Judging:
         shutil.rmtree(self.journal, ignore_errors=True)
 
     def pair(self) -> dict[str, Any]:
-        """Make the pairs, and the report. Raises UserError if there are none."""
+        """Make the pairs, and the report. Raises NoPairs if there are none."""
         options = self.config.pairs.model_dump()
         made = {"scores": hash_file(self.scores).sha256, "pairs": options}
         anew = MakeAnew(self.pairs, [self.pairs], "make the pairs anew; scores stay")
@@ -250,7 +254,7 @@ class _Judging:
                 yield pair.row(row, self.config.pairs)
 
     def check(self, tally: Tally, facts: dict[str, int]) -> None:
-        """Raises UserError where there are no pairs, with the reason."""
+        """Raises UserError where there are no pairs, with the reason: NoPairs if the judge told nothing apart."""
         if tally.pairs or tally.groups:
             return
         said = tally.verdicts[SCORED]
@@ -275,13 +279,13 @@ class _Judging:
                 told = (
                     f", for in {by_place:,} comparisons it went by the place of the answers{told}"
                 )
-            raise UserError(
+            raise NoPairs(
                 f"{judge} always answers the same: every one of {said:,} completions got "
                 f"{tally.only_value:g}{told}, so no pair can be made. Look at the judge with other rows, "
                 f"or sample at a higher temperature; {self._anew()}"
             )
         reasons = ", ".join(f"{name}: {count:,}" for name, count in tally.refused.items() if count)
-        raise UserError(
+        raise NoPairs(
             f"no pair can be made of {self.scores} ({tally.rows:,} prompts; {reasons}). Change the section "
             f"pairs, or the judge; {self._anew()}"
         )

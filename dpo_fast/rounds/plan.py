@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from dpo_fast.training.earlier_run import MODEL
 from dpo_fast.training.merge import FOLDER as MERGED_BASE
 
 TRAIN, PAIRS, SCORES, AVERAGE = "train", "pairs.jsonl", "scores.jsonl", "reference-model"
+# Columns for the loss, by the option of the section pairs that writes each.
+WRITTEN = {"soft_label": "soft_label", "margin_column": "margin"}
 # Keys of a run that the stages decide, by the key that does.
 DECIDED = {
     "train.output_dir": "output_dir",
@@ -80,7 +81,7 @@ class Plan:
         for step in self.steps:
             self._check(step)
 
-    @cached_property
+    @property
     def start(self) -> str:
         """The model that everything begins with, as a path."""
         model = self.config.model
@@ -241,6 +242,11 @@ class Plan:
         if stage.optimizer == "carried":
             self._check_carried(step, place)
         if stage.samples:
+            if self.config.judge is not None and self.config.judge.samples is not None:
+                raise UserError(
+                    f"{self.where}: judge.samples={self.config.judge.samples} is not for a file of stages, "
+                    "which judge what they have sampled; remove it, or give it to dpo-fast judge"
+                )
             self._check_pairs(step, run)
         if stage.samples and run.data.streaming:
             raise UserError(
@@ -249,13 +255,25 @@ class Plan:
             )
 
     def _check_pairs(self, step: Step, run: RunConfig) -> None:
-        groups = self.rounds(step).pairs.strategy == "groups"
-        if groups != run.loss.objective.grouped:
-            names = ", ".join(run.loss.names)
+        pairs, names = self.rounds(step).pairs, ", ".join(run.loss.names)
+        groups, objective = pairs.strategy == "groups", run.loss.objective
+        place = f"{self.where}: {step.name}: "
+        if groups != objective.grouped:
             raise UserError(
-                f"{self.where}: {step.name}: pairs.strategy={self.rounds(step).pairs.strategy}, but "
-                f"loss.type={names} learns from {'pairs' if groups else 'groups'}; leave pairs.strategy out"
+                f"{place}pairs.strategy={pairs.strategy}, but loss.type={names} learns from "
+                f"{'pairs' if groups else 'groups'}; leave pairs.strategy out"
             )
+        for name, column in () if groups else WRITTEN.items():
+            given = bool(getattr(pairs, name))
+            if given and column not in objective.columns:
+                raise UserError(
+                    f"{place}pairs.{name} writes the column {column}, which loss.type={names} does "
+                    "not use; remove it"
+                )
+            if not given and column in objective.needed_columns:
+                raise UserError(
+                    f"{place}loss.type={names} needs the column {column}: set pairs.{name}"
+                )
 
     def _check_average(self, run: RunConfig, place: str) -> None:
         if run.model.has_adapters:

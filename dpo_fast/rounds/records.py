@@ -71,6 +71,8 @@ def options(plan: Plan, step: Step) -> dict[str, Any]:
     found = {name: getattr(stage, name) for name in ("start_from", "reference", "optimizer")}
     if stage.reference == "ema":
         found["mixup_alpha"] = stage.mixup_alpha
+    if not Path(path := plan.config.model.path).expanduser().is_dir():
+        found["model.path"] = path  # of the hub
     left = FREE | OTHERWISE
     if step.stage.samples:
         found |= rows.options(plan.rounds(step, plan.config.model))
@@ -81,20 +83,27 @@ def options(plan: Plan, step: Step) -> dict[str, Any]:
     }
 
 
-def models(plan: Plan, step: Step, run: RunConfig) -> dict[str, str]:
-    """The weights that a step begins from and compares with, by the option that names them."""
-    found = {"model.path": identity_on_this_rank(run, run.model.path)}
+def models(plan: Plan, step: Step, run: RunConfig, complete: bool = False) -> dict[str, str]:
+    """The weights that a step begins from and compares with, by the option that names them.
+
+    complete: the step needs them no more. Folders that are not there any longer, and the hub, are passed
+    over.
+    """
+    paths = {"model.path": run.model.path}
     mixture = plan.averages(step)
     reference = run.reference.path if mixture is None else mixture[0]
     if reference is not None:
-        found["reference.path"] = identity_on_this_rank(run, reference)
-    return found
+        paths["reference.path"] = reference
+    if complete:
+        paths = {name: path for name, path in paths.items() if Path(path).expanduser().is_dir()}
+    return {name: identity_on_this_rank(run, path) for name, path in paths.items()}
 
 
-def data(plan: Plan, step: Step, complete: bool = False) -> dict[str, str]:
-    """A hash of the content of each source that a step reads, by name.
+def data(plan: Plan, step: Step, complete: bool = False) -> dict[str, list[dict[str, Any]]]:
+    """Each source that a step reads, in their order: its name, a hash of its content, and its own options.
 
-    complete: the step reads them no more. What is not there any longer, and the hub, are passed over.
+    complete: the step reads them no more. What is not there any longer is passed over, and the hub has no
+    hash.
     """
     found, run = {}, plan.rehearsal(step).data
     rows_of = data_of(plan.rounds(step, plan.config.model)) if step.stage.samples else run
@@ -103,14 +112,22 @@ def data(plan: Plan, step: Step, complete: bool = False) -> dict[str, str]:
         if role == "eval" and run.eval is None:
             continue
         try:
-            sources = [source for part in parts_of(section, role) for source in part.sources]
+            parts = parts_of(section, role)
         except UserError:
             if complete:
                 continue
             raise
-        for source in sources:
-            if not (complete and isinstance(source, HubSource)):
-                found[str(source)] = source.identity().rpartition("=")[2]
+        found[role] = [
+            {
+                "source": str(source),
+                "content": None
+                if complete and isinstance(source, HubSource)
+                else source.identity().rpartition("=")[2],
+                "options": part.entry.own if part.entry else {},
+            }
+            for part in parts
+            for source in part.sources
+        ]
     return found
 
 
@@ -119,6 +136,8 @@ def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict) and (not prefix or key == "model.lora"):
+            if prefix:
+                yield key, "given"
             yield from flat(value, f"{key}.")
         else:
             yield key, value
@@ -159,9 +178,18 @@ def files_of(step: Step, names: list[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def check_files(plan: Plan, step: Step, known: dict[str, dict[str, Any]]) -> None:
-    """Raises UserError for a file of a step that is not what was written. What looks it is not read."""
-    for name, before in known.items():
+def check_files(plan: Plan, step: Step, record: dict[str, Any]) -> None:
+    """Raises UserError for a file or model of a step that is not what was written.
+
+    What looks it is not read.
+    """
+    made = record.get("identity")
+    if step.model.is_dir() and identity_on_this_rank(plan.rehearsal(step), str(step.model)) != made:
+        raise UserError(
+            f"{plan.where}: {step.model} holds other weights than {step.name} made: put them back, "
+            f"{_or_anew(plan, step)}"
+        )
+    for name, before in record.get("files", {}).items():
         file = step.folder / name
         if not file.is_file():
             continue  # removed to save room; nothing reads it again
@@ -194,17 +222,32 @@ def check_same(plan: Plan, step: Step, before: dict[str, Any], now: dict[str, An
         for name, value in now.get("models", {}).items()
         if before["models"].get(name, value) != value
     ]
-    known = set(before["data"].values())
-    told += [
-        f"{name} holds other data than it read"
-        for name, value in now["data"].items()
-        if value not in known
-    ]
+    for role, sources in now["data"].items():
+        told += _of_sources(role, before["data"].get(role, sources), sources)
     if told:
         raise UserError(
             f"{plan.where}: {step.option} is not what {step.name} was made with: {'; '.join(told[:6])}. "
             f"Set it back, {_or_anew(plan, step)}"
         )
+
+
+def _of_sources(role: str, before: list[dict], now: list[dict]) -> list[str]:
+    """What differs between the sources that a step was made with, and those that it has now."""
+    if [each["options"] for each in before] != [each["options"] for each in now]:
+        names = (
+            [{"path": each["source"], **each["options"]} for each in sources]
+            for sources in (before, now)
+        )
+        return ["data.{} was {} and is {}".format(role, *names)]
+    contents = [each["content"] for each in before]
+    others = [
+        each
+        for each, content in zip(now, contents)
+        if each["content"] is not None and each["content"] != content
+    ]
+    if others and all(each["content"] in contents for each in others):
+        return [f"the sources of data.{role} are in another order"]
+    return [f"{each['source']} holds other data than it read" for each in others]
 
 
 def _or_anew(plan: Plan, step: Step) -> str:

@@ -7,11 +7,14 @@ from typing import Any
 
 from dpo_fast.data.parts import parts_of
 from dpo_fast.errors import UserError
+from dpo_fast.generation.prompts import read_prompts
 from dpo_fast.rounds.config import RoundsConfig
 from dpo_fast.rounds.judge import PAIRS, SAMPLES, SCORES, judge, judge_identity, judge_section
 from dpo_fast.rounds.plan import Plan, Step
 from dpo_fast.rounds.sample import data_of, sample, section_of
 from dpo_fast.rounds.sample_folder import LOGPS
+from dpo_fast.rounds.sampler_model import Sampler
+from dpo_fast.training import distributed
 
 MADE = (SAMPLES, LOGPS, SCORES, PAIRS)
 # Options of sampling and judging that change neither completions nor scores.
@@ -64,6 +67,14 @@ def check_server(plan: Plan, step: Step, config: RoundsConfig) -> None:
                 f"{engine.url}, and {step.name} is to have them from another policy. Leave the option out: "
                 "then each is asked for by the path of its model, and the command ends until it is served"
             )
+
+
+def check_prompts(config: RoundsConfig) -> None:
+    """Read the prompts and the judge, as sampling and judging will. Collective. Raises UserError."""
+    section, data = section_of(config), data_of(config)
+    prompts = distributed.from_main(lambda: read_prompts(data, section))
+    Sampler(config.model, section, data).encode(prompts.items)
+    distributed.from_main(lambda: judge_identity(config))
 
 
 def options(config: RoundsConfig) -> dict[str, Any]:

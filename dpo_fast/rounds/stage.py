@@ -15,6 +15,7 @@ import torch
 from dpo_fast.errors import Interrupted, Unhealthy, UserError
 from dpo_fast.rounds import records
 from dpo_fast.rounds.average import write_average
+from dpo_fast.rounds.judge import NoPairs
 from dpo_fast.rounds.plan import AVERAGE, Plan, Step
 from dpo_fast.rounds.progress import last_metrics
 from dpo_fast.rounds.rows import MADE, make_rows
@@ -40,7 +41,7 @@ def work(plan: Plan, step: Step) -> None:
     say(f"{step.name}: {summary(plan, step)}", matters=True)
     with told(step):
         made_with = distributed.from_main(lambda: begin(plan, step))
-        made = make_rows(plan.rounds(step)) if step.stage.samples else None
+        made = rows_of(plan, step) if step.stage.samples else None
         release_memory()
         if not distributed.from_main(step.model.exists):
             run = plan.run(step)
@@ -49,6 +50,21 @@ def work(plan: Plan, step: Step) -> None:
         release_memory()
         told_of = {"rows": made, "seconds": round(time.monotonic() - began, 1)}
         distributed.from_main(lambda: finish(plan, step, made_with, told_of))
+
+
+def rows_of(plan: Plan, step: Step) -> dict[str, Any]:
+    """Sample, judge and pair, as `make_rows`. A later round may have nothing left to learn from."""
+    try:
+        return make_rows(plan.rounds(step))
+    except NoPairs as error:
+        before = plan.before(step)
+        if before is None:
+            raise
+        end = f"{step.option}.rounds={step.round - 1}" if step.round > 1 else f"no {step.option}"
+        raise UserError(
+            f"{error}. If the policy has nothing more to learn from these prompts, end with {before.name}: "
+            f"{end}"
+        ) from None
 
 
 def known_logps(plan: Plan, step: Step) -> tuple[list[Path], list[Path]]:

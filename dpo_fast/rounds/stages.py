@@ -6,6 +6,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from dpo_fast.training.sections import LossSection, TrainSection
+from dpo_fast.wording import quoted
+
 
 class StageSection(BaseModel):
     """A stage: preferences that are there, or prompts that are sampled, judged and paired first."""
@@ -94,6 +97,19 @@ class StageSection(BaseModel):
         """Whether its rows are made by sampling and judging."""
         return self.prompts is not None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _say_where(cls, values: Any) -> Any:
+        """Say where an option of a section stands that is not one of a stage."""
+        for name in values if isinstance(values, dict) else ():
+            for section, kind in (("train", TrainSection), ("loss", LossSection)):
+                if name not in cls.model_fields and name in kind.model_fields:
+                    raise ValueError(
+                        f"{name} is an option of {section}: write `{section}: {{{name}: "
+                        f"{quoted(values[name])}}}`"
+                    )
+        return values
+
     @model_validator(mode="after")
     def _check(self) -> StageSection:
         if (self.data is None) == (self.prompts is None):
@@ -108,6 +124,12 @@ class StageSection(BaseModel):
                 f"mixup_alpha={self.mixup_alpha} is not used by reference={self.reference}; set "
                 "reference: ema, or remove it"
             )
+        for section, name in (("sample", "prompts"), ("judge", "samples")):
+            if name in getattr(self, section):
+                raise ValueError(
+                    f"{section}.{name} is not for a stage, which samples its prompts and judges what it "
+                    f"sampled; remove it"
+                )
         if self.learning_rate is not None and "learning_rate" in self.train:
             raise ValueError(
                 f"learning_rate={self.learning_rate} and train.learning_rate="

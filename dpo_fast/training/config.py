@@ -262,6 +262,11 @@ def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
 
 def build_config(tree: dict, where: str) -> RunConfig:
     """Validate the tree of a run. Raises UserError, which begins with `where`."""
+    if stages := [name for name in ("stages", "sample") if name in tree]:
+        raise UserError(
+            f"{where} has a section {stages[0]}: it is a file for dpo-fast iterate, sample and judge "
+            "(docs/ROUNDS.md), and no run's"
+        )
     return build(RunConfig, tree, where)
 
 

@@ -191,6 +191,7 @@ def test_attention_on_a_cpu(requested, layout, architecture, expected):
     [
         ("eager", "packed", "cpu", torch.float32, PLAIN, "apart: set train.layout=padded"),
         ("flash_attention_2", "padded", "cpu", torch.float32, PLAIN, "does not run on a CPU"),
+        ("flex_attention", "padded", "cpu", torch.float32, PLAIN, "does not train on a CPU"),
         ("flash_attention_2", "packed", "cpu", torch.bfloat16, PLAIN, "on a CPU: use auto or sdpa"),
         ("flex_attention", "packed", "cpu", torch.float32, PLAIN, "on a CPU: use auto or sdpa"),
         ("varlen", "shared_prefix", "cuda", torch.float32, PLAIN, "bf16 only: set model.dtype"),

@@ -16,7 +16,7 @@ from dpo_fast.rounds.average import write_average
 from dpo_fast.rounds.config import RoundsConfig
 from dpo_fast.rounds.plan import Plan
 from dpo_fast.rounds.progress import progress_of
-from dpo_fast.training.config import build
+from dpo_fast.training.config import build, build_config
 from tests.support import ranks
 from tests.support.faults import SLOW
 from tests.support.metrics import series
@@ -173,6 +173,32 @@ def edits(folder: Path) -> dict[str, tuple]:
         tree["model"]["path"] = str(folder / "other")
         shutil.rmtree(root / "stage-1")
 
+    def fewer(tree, root):
+        tree["stages"][0]["data"] = [str(folder / "a.jsonl"), str(folder / "b.jsonl")]
+
+    def own_option(tree, root):
+        tree["stages"][0]["data"] = [{"path": str(folder / "a.jsonl"), "rows": 8}]
+
+    def adapters(tree, root):
+        tree["model"]["lora"] = LORA
+        tree["stages"][2]["reference"] = "previous"
+
+    def other_end(tree, root):
+        shutil.copytree(folder / "model", root / "stage-4/train/final", dirs_exist_ok=True)
+
+    def mixture(tree, root):
+        shutil.rmtree(root / "stage-3" / "reference-model")
+        tree["stages"][3:] = [{"data": str(folder / "a.jsonl"), "reference": "ema"}]
+        shutil.rmtree(root / "stage-4")
+
+    def model(tree, root):
+        shutil.rmtree(root / "stage-4" / "train" / "final")
+        tree["stages"].append({"data": str(folder / "b.jsonl")})
+
+    def carried(tree, root):
+        shutil.rmtree(root / "stage-4" / "train" / "checkpoint-3")
+        tree["stages"].append({"data": str(folder / "b.jsonl"), "optimizer": "carried"})
+
     made = "is not what stage-"
     anew = "Set it back, name another output_dir, or remove stage-"
     return {
@@ -186,13 +212,27 @@ def edits(folder: Path) -> dict[str, tuple]:
         "gone": (gone, "stage-3 goes on from stage-2, which is not complete: put that back"),
         "record": (record, "stage.json cannot be read: "),
         "start": (start, "stage-2 goes on from stage-1, which is not complete"),
+        "fewer": (fewer, f"stages.0 {made}1 was made with: data.train was [{{'path': "),
+        "own option": (own_option, "a.jsonl', 'rows': 8}]"),
+        "adapters": (adapters, "model.lora was None and is 'given'"),
+        "other end": (other_end, "stage-4/train/final holds other weights than stage-4 made"),
+        "mixture": (mixture, "stages.3 needs "),
+        "model": (model, "stage-4/train/final, which is not there: put it back, or remove stage-4"),
+        "carried": (
+            carried,
+            "stages.4.optimizer=carried goes on from the last checkpoint of stage-4",
+        ),
     }
 
 
-@pytest.mark.processes
-@pytest.mark.parametrize(
-    "name", ["option", "of all", "reference", "order", "gone", "record", "start"]
+EDITS = (
+    *("option", "of all", "reference", "order", "gone", "record", "start", "fewer", "own option"),
+    *("adapters", "other end", "mixture", "model", "carried"),
 )
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("name", EDITS)
 def test_what_was_edited_between_runs_is_named(folder, whole, name, tmp_path):
     edit, message = edits(folder)[name]
     tree = sdpo(folder, "whole")
@@ -213,10 +253,13 @@ def test_data_and_weights_that_changed_are_named(folder, whole, tmp_path):
     write_pairs(tmp_path / "b.jsonl", seed=7)
     assert f"{tmp_path / 'b.jsonl'} holds other data than it read" in refused(tree)
     shutil.copyfile(folder / "b.jsonl", tmp_path / "b.jsonl")
-    (tmp_path / "copy" / "stage-4" / "stage.json").unlink()  # begun, and not complete
     write_model(folder / "other", seed=5)
-    tree["model"]["path"] = str(folder / "other")
-    assert "stage-4 was made with: the weights of reference.path are others" in refused(tree)
+    other = copy.deepcopy(tree)
+    other["model"]["path"] = str(folder / "other")
+    assert "stage-1 was made with: the weights of model.path are others" in refused(other)
+    (tmp_path / "copy" / "stage-4" / "stage.json").unlink()  # begun, and not complete
+    tree["stages"][3]["learning_rate"] = 1e-4
+    assert "stage-4 was made with: train.learning_rate was 0.0005 and is" in refused(tree)
 
 
 @pytest.mark.processes
@@ -349,6 +392,11 @@ REFUSED = {
         {},
         "train.resume_from_checkpoint is not for a file of stages: the same command, which goes on",
     ),
+    "samples": (
+        [{"prompts": "a"}],
+        {"judge": {"type": "rule", "function": "r.py:f", "samples": "s"}},
+        "judge.samples=s is not for a file of stages",
+    ),
     "an option": (
         [{"data": "a"}, {"data": "b", "train": {"learning_rat": 1}}],
         {},
@@ -410,6 +458,10 @@ def test_a_loss_of_another_type_takes_none_of_the_sections_options():
         ({"data": "a", "rounds": 2}, "rounds=2 samples anew"),
         ({"data": "a", "sample": {"top_p": 0.5}}, "sample is for stages with prompts"),
         ({"data": {"max_length": 5}}, "a mapping without train"),
+        ({"data": "a", "max_steps": 5}, r"write `train: \{max_steps: 5\}`"),
+        ({"data": "a", "beta": 0.2}, r"beta is an option of loss: write `loss: \{beta: 0.2\}`"),
+        ({"prompts": "a", "sample": {"prompts": "b"}}, "sample.prompts is not for a stage"),
+        ({"prompts": "a", "judge": {"samples": "b"}}, "judge.samples is not for a stage"),
         ({"data": "a", "mixup_alpha": 0.5}, "mixup_alpha=0.5 is not used by reference=previous"),
         (
             {"data": "a", "learning_rate": 1, "train": {"learning_rate": 2}},
@@ -441,3 +493,11 @@ def test_how_rows_are_read_is_said_of_prompts_and_of_evaluation_and_not_of_our_p
     assert other.reading == {"format": "pairs", "columns": data["columns"]}
     assert (given.format, given.columns) == ("hh", data["columns"])
     assert plan.rounds(plan.steps[0]).data["format"] == "hh"
+
+
+def test_a_file_of_stages_is_no_run():
+    tree = {"output_dir": "o", "model": {"path": "m"}, "stages": [{"data": "a"}]}
+    with pytest.raises(
+        UserError, match="f has a section stages: it is a file for dpo-fast iterate"
+    ):
+        build_config(tree, "f")

@@ -226,6 +226,16 @@ def test_two_ranks_and_adapters_go_through_rounds(folder):
             r"pairs\.strategy=groups, but loss\.type=sigmoid learns from pairs; leave pairs.strategy out",
         ),
         ({"data": {"streaming": True}, "train": {"max_steps": 3}}, {}, "data.streaming=true"),
+        (
+            {},
+            {"loss": "soft"},
+            r"loss\.type=soft needs the column soft_label: set pairs.soft_label",
+        ),
+        (
+            {},
+            {"pairs": {"soft_label": 1.0}},
+            "column soft_label, which loss.type=sigmoid does not use",
+        ),
     ],
 )
 def test_what_a_stage_that_samples_cannot_have(folder, sections, stage, message):
@@ -235,6 +245,29 @@ def test_what_a_stage_that_samples_cannot_have(folder, sections, stage, message)
     tree = tree_of(folder, "none", stages) | sections
     with pytest.raises(UserError, match=message):
         check_stages(Plan(build(RoundsConfig, tree, "case"), "case"))
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    "data, stage, message",
+    [
+        ({}, {"prompts": "bad.jsonl"}, "bad.jsonl:1: missing field 'prompt'"),
+        ({}, {"sample": {"max_new_tokens": 128}}, "leaves no room for a prompt"),
+        ({}, {"judge": {"type": "implicit", "reference": "none"}}, "judge.reference=none: "),
+        ({"eval": "a.jsonl"}, {"loss": "grpo"}, "data.eval holds pairs, the first "),
+    ],
+)
+def test_what_a_later_stage_reads_is_looked_at_before_the_first(folder, data, stage, message):
+    (folder / "bad.jsonl").write_text('{"a": 1}\n')
+    stage = {"prompts": str(folder / stage.pop("prompts", "prompts.jsonl"))} | stage
+    tree = tree_of(folder, "early", [{"data": str(folder / "a.jsonl"), "loss": "sft"}, stage])
+    tree["data"] |= {name: str(folder / value) for name, value in data.items()}
+    if data:
+        del tree["stages"][0]
+    file = folder / "message"
+    ranks.group(1).do("not_iterated", tree, str(file))
+    assert message in file.read_text()
+    assert not (folder / "early").exists()
 
 
 def test_every_step_draws_with_a_seed_of_its_own(folder):
