@@ -254,7 +254,7 @@ class _Judging:
                 yield pair.row(row, self.config.pairs)
 
     def check(self, tally: Tally, facts: dict[str, int]) -> None:
-        """Raises UserError where there are no pairs, with the reason: NoPairs if the judge told nothing apart."""
+        """Raises UserError where there are no pairs; NoPairs if nothing could be told apart."""
         if tally.pairs or tally.groups:
             return
         said = tally.verdicts[SCORED]
