@@ -196,7 +196,7 @@ class Plan:
         if stage.samples:
             tree["data"] = _of_own_pairs(tree["data"])
         if tree["generate"] and config.judge is not None:
-            judge = config.judge.model_dump(mode="json", exclude_unset=True, exclude={"samples"})
+            judge = config.judge.model_dump(mode="json", exclude_unset=True)
             tree["generate"].setdefault("judge", judge)
         tree["loss"] = _loss_of(config.loss, stage.loss)
         tree["train"] |= stage.train

@@ -13,7 +13,7 @@ from dpo_fast.rounds.plan import Plan
 from dpo_fast.rounds.rows import check_server
 from dpo_fast.training.config import build
 
-RULE = {"type": "rule", "function": "rules.py:score", "samples": "other.jsonl", "max_failures": 3}
+RULE = {"type": "rule", "function": "rules.py:score", "max_failures": 3}
 TREE = {
     "output_dir": "runs/rounds",
     "model": {"path": "m"},
@@ -35,7 +35,6 @@ def test_every_stage_answers_and_is_judged_as_the_file_says():
         generate = plan.rehearsal(step).generate
         assert generate.max_prompts == 8
         assert (generate.judge.function, generate.judge.max_failures) == ("rules.py:score", 3)
-        assert generate.judge.samples is None  # those are of a round, not of a run
     own = {"max_prompts": 8, "judge": {"type": "command", "command": "mine"}}
     assert plan_of(generate=own).rehearsal(plan.steps[1]).generate.judge.type == "command"
     silent = plan_of(generate={})
@@ -74,12 +73,11 @@ def test_evaluation_data_of_a_round_are_known_before_its_pairs_are_there(tmp_pat
         stages=[{"prompts": str(tmp_path / "prompts.jsonl")}],
     )
     found = records.data(plan, plan.steps[0])
-    assert {Path(name).name for name in found} == {"held-out.jsonl", "prompts.jsonl"}
+    names = {role: Path(sources[0]["source"]).name for role, sources in found.items()}
+    assert names == {"train": "prompts.jsonl", "eval": "held-out.jsonl"}
     (tmp_path / "held-out.jsonl").write_text("{}\n")
     changed = records.data(plan, plan.steps[0])
-    assert [name for name in found if found[name] != changed[name]] == [
-        str(tmp_path / "held-out.jsonl")
-    ]
+    assert [role for role in found if found[role] != changed[role]] == ["eval"]
 
 
 def test_a_slip_names_the_stage():
