@@ -3,6 +3,7 @@
 A small sample runs always, the rest with DPO_FAST_SLOW=1 (`make faults`). The counts go to the output.
 """
 
+import contextlib
 import os
 import random
 import shutil
@@ -195,7 +196,7 @@ def test_a_signal_is_followed_by_a_checkpoint(undisturbed, launcher, whom, name)
 
 
 @SLOW
-@pytest.mark.parametrize("delay", [3, 7, 11, 14, 17, 20, 25])
+@pytest.mark.parametrize("delay", [3, 5, 7, 9, 11, 14, 17])
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_signals_while_a_run_begins(undisturbed, delay, name):
     """Imports, tokenising in processes, loading, the reference: no process stays, and it can go on."""
@@ -205,7 +206,9 @@ def test_signals_while_a_run_begins(undisturbed, delay, name):
     }
     tree = changed(tree, folder / f"begins-{delay}-{name}", **cache)
     run = FaultyRun(tree)
-    time.sleep(delay)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        run.process.wait(delay)
+        pytest.skip(f"the run is over after {delay} s")
     run.hit("all" if name == "SIGINT" else "launcher", getattr(signal, name))
     took = run.ranks_end(60)
     run.ends(60)
