@@ -6,6 +6,7 @@ A small sample runs always, the rest with DPO_FAST_SLOW=1 (`make faults`). The c
 import contextlib
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -216,7 +217,10 @@ def test_signals_while_a_run_begins(undisturbed, delay, name):
     # Until a command has imported what it needs, a signal ends it as it ends any program.
     assert run.code in (130, 143, -signal.SIGTERM, 1, 0), run.said()[-3000:]
     if run.code == 130:
-        assert "Traceback" not in run.said(), run.said()[-3000:]
+        # A short-lived process of a library may be ending by itself when the signal comes to all.
+        ending = r"Exception ignored in: <module 'threading'.*?KeyboardInterrupt: ?\n"
+        said = re.sub(ending, "", run.said(), flags=re.S)
+        assert "Traceback" not in said, said[-3000:]
     resumed_as_undisturbed(undisturbed, tree)
 
 
