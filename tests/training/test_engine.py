@@ -1,10 +1,14 @@
 """What DeepSpeed is given: the optimiser and the configuration."""
 
+import json
+
 import pytest
 import torch
 
 from dpo_fast.training.config import build_config
 from dpo_fast.training.engine import build_optimizer, deepspeed_config, reference_config
+from tests.support import ranks
+from tests.support.models import run_tree, write_model, write_pairs
 
 TREE = {
     "model": {"path": "some/model"},
@@ -37,3 +41,17 @@ def test_deepspeed_does_not_wait_for_the_gpu_to_time_micro_batches(reference):
     made = deepspeed_config(config, 1, 1)
     assert not get_timers_config(reference_config(config, made) if reference else made).enabled
     assert get_timers_config({}).enabled
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("provider", ["cached", "frozen"])
+def test_a_run_keeps_no_memory_when_it_is_over(tmp_path, provider):
+    """DeepSpeed's hooks kept an engine, its buffers of 2 GB and AdamW's states. Rounds are many runs."""
+    write_model(tmp_path / "model")
+    write_pairs(tmp_path / "pairs.jsonl", 8)
+    tree = run_tree(tmp_path, max_steps=1, output_dir=str(tmp_path / "run"))
+    reference = {"provider": provider, "path": str(tmp_path / "model")}
+    tree |= {"parallel": {"zero_stage": 3}, "reference": reference}
+    ranks.group(1).do("held_by_runs", tree, str(tmp_path / "held.json"))
+    before, after = json.loads((tmp_path / "held.json").read_text())
+    assert after < before + 100_000

@@ -42,6 +42,21 @@ def train_all(trees: list[dict]) -> None:
         train(build_config(tree, "case"))
 
 
+def held_by_runs(tree: dict, file: str) -> None:
+    """Write the bytes of all tensors of this process before a run and after it."""
+    import gc
+
+    def held() -> int:
+        gc.collect()
+        tensors = (each for each in gc.get_objects() if issubclass(type(each), torch.Tensor))
+        storages = {each.untyped_storage()._cdata: each.untyped_storage() for each in tensors}
+        return sum(storage.nbytes() for storage in storages.values())
+
+    before = held()
+    train(build_config(tree, "test"))
+    Path(file).write_text(json.dumps([before, held()]))
+
+
 def resaved(tree: dict, updates: int, file: str, by_parts: bool = False) -> None:
     """Load a checkpoint and save it anew in output_dir; then write the losses of steps that follow.
 
@@ -327,6 +342,7 @@ JOBS = {
     "iterate": iterate_all,
     "cut_off": cut_off,
     "not_iterated": not_iterated,
+    "held_by_runs": held_by_runs,
     "resaved": resaved,
     "first_steps": first_steps,
     "evaluate": evaluate_all,
