@@ -157,6 +157,7 @@ TESTED_THROUGH = {
     "training.generating": "support/workers/jobs.py",
     "report.answers": "report/test_report.py",
     "training.health_section": "health/test_findings.py",
+    "training.parallel_section": "cli/test_config.py",
     "training.opening": "support/workers/jobs.py",
     "report.distributions": "report/test_report.py",
     "report.examples": "report/test_report.py",
