@@ -362,11 +362,16 @@ def report(
 def demo(
     output: Annotated[
         Path | None,
-        typer.Option(help="folder for everything it makes; default: runs/demo, runs/real"),
+        typer.Option(
+            help="folder for all that it makes; default: in runs/, demo, real or real-rounds"
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     real: Annotated[
         bool, typer.Option("--real", help="a real 135M chat model and real pairs, in 20 minutes")
+    ] = False,
+    rounds: Annotated[
+        bool, typer.Option("--rounds", help="with --real: a rule learned from its own answers")
     ] = False,
     rows: Annotated[
         Path | None,
@@ -384,7 +389,14 @@ def demo(
     for name, value in (("--rows", rows), ("--model", model)):
         if value is not None and not real:
             raise UserError(f"{name} {value} is for the real model: add --real, or leave it out")
+    if rounds and not real:
+        raise UserError("--rounds is for the real model: add --real, or leave it out")
     quiet()
+    if real and rounds:
+        from dpo_fast.demo.real_rounds import run_rounds
+
+        run_rounds(output or Path("runs/real-rounds"), model=model, rows=rows, seed=seed)
+        return
     if real:
         from dpo_fast.demo.real import run_real
 

@@ -94,8 +94,8 @@ def run_real(
     scale = scale or (IN_BF16 if dtype.name == "bf16" else IN_FP32)
     sizes = (scale.train_pairs, scale.held_out_pairs, scale.characters)
     train, held_out = dialogues.split(dialogues.read(rows), *sizes, seed)
-    _write_rows(train, folder / "train.jsonl")
-    _write_rows(held_out, folder / "eval.jsonl")
+    write_rows(train, folder / "train.jsonl")
+    write_rows(held_out, folder / "eval.jsonl")
     say(f"{len(train)} pairs to train on, {len(held_out)} held out")
     clock = Clock()
     with clock.phase("model"):
@@ -105,10 +105,10 @@ def run_real(
     with clock.phase("answers"):
         answers["before"] = _answers(path, scale, "answers before DPO", dtype.name)
     with clock.phase("reference"):
-        _command("reference", files["full"])
+        run_command("reference", files["full"])
     for name, file in files.items():
         with clock.phase(name):
-            _command("train", file)
+            run_command("train", file)
     with clock.phase("answers"):
         for name in files:
             checkpoint = folder / name / "final"
@@ -187,11 +187,11 @@ def write_config(folder: Path, name: str, model: str, scale: RealScale, seed: in
     return file
 
 
-def _write_rows(rows: list[dict], file: Path) -> None:
+def write_rows(rows: list[dict], file: Path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def _command(name: str, file: Path) -> None:
+def run_command(name: str, file: Path) -> None:
     """`dpo-fast NAME FILE --nproc N`. Raises UserError if it fails; it has said why."""
     arguments = [name, str(file)] + (["--nproc", str(ranks())] if ranks() > 1 else [])
     say(f"$ dpo-fast {' '.join(arguments)}")
