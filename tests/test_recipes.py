@@ -16,6 +16,7 @@ from dpo_fast.cli.app import _prepare_data, app
 from dpo_fast.cli.doctor_run import look
 from dpo_fast.cli.doctor_stages import render_stages
 from dpo_fast.cli.init import IN_STAGES, PUBLISHED
+from dpo_fast.data.kinds import DEMONSTRATIONS
 from dpo_fast.errors import UserError
 from dpo_fast.generation.prompts import read_prompts
 from dpo_fast.rounds.config import RoundsConfig
@@ -57,6 +58,9 @@ ROWS = {
             "score_chosen": 8.5,
             "score_rejected": 2.0,
         }
+    ],
+    "HuggingFaceH4/ultrachat_200k": [
+        {"prompt": "why so?", "prompt_id": "0f", "messages": [*TALK, GOOD]},
     ],
     "allenai/llama-3.1-tulu-3-8b-preference-mixture": [
         {"id": "a", "source": "x", "prompt": "why so?", "chosen": [*x, GOOD], "rejected": [*x, BAD]}
@@ -130,7 +134,11 @@ def hub(tmp_path_factory):
         tree["model"].pop("tokenizer", None)
         for section in (*tree.get("stages", ()), tree.get("sample", {})):
             for name in section.keys() & {"data", "prompts"}:
-                section[name] = stand_in(section[name])
+                given = section[name]
+                if isinstance(given, str):
+                    section[name] = stand_in(given)
+                else:
+                    section[name] = given | {key: stand_in(given[key]) for key in ("train", "eval")}
         data = tree["data"] | {"cache_dir": str(folder / "cache")}
         for name in data.keys() & {"train", "eval"}:
             given = data[name]
@@ -224,6 +232,10 @@ def test_the_doctor_accepts_every_stage_of_a_recipe_and_its_rows(recipe, hub, mo
     if recipe == "zephyr_ddpo":
         first = plan.rehearsal(plan.steps[0])
         assert first.loss.names == ("sft",) and not first.reference_spec.compares
+        talks = _prepare_data(first)
+        assert talks["train"].kind == talks["eval"].kind == DEMONSTRATIONS
+        ends = len(GOOD["content"]) + len(TALK[1]["content"]) + 2
+        assert sum(talks["train"][0]["completion_scored"]) == ends  # both turns and their ends
 
 
 def test_doctor_takes_a_file_of_stages(hub, tmp_path, monkeypatch):

@@ -120,8 +120,8 @@ def _unit(config: RunConfig) -> str:
     """What the examples are, as far as the configuration says."""
     if config.loss.objective.grouped:
         return "groups"
-    if config.data.formats == {"unpaired"}:
-        return "completions"
+    if config.data.only_single:
+        return "demonstrations" if config.data.formats == {"sft"} else "completions"
     return "pairs" if config.loss.objective.paired else "examples"
 
 

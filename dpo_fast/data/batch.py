@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_fast.data.kinds import COMPLETIONS, GROUPS, PAIRS, Kind
+from dpo_fast.data.kinds import GROUPS, PAIRS, Kind
 from dpo_fast.data.layouts import LAYOUTS, Scored
 from dpo_fast.data.tree import Spans
 from dpo_fast.wording import quoted
@@ -38,7 +38,7 @@ class ScoredBatch:
     padding: positions of input_ids that are padding.
     attended_pairs: (query, key) pairs that attention computes.
     columns: further columns of the data by name, fp32 [P].
-    desirable_S: bool, labels of completions (P is S); None for other kinds.
+    desirable_S: bool, labels of completions (P is S), true for demonstrations; None for other kinds.
     scores_S: fp32, scores of the completions of groups; None for other kinds.
     counts_P: int64, completions of each group; None for other kinds.
     """
@@ -116,9 +116,9 @@ def collate(
 
     Args:
         examples: with the lists of int `prompt_ids` and, by kind, `chosen_ids` and `rejected_ids`;
-            `completion_ids` and the bool `label`; or `completions_ids`, a list of lists, and the
-            floats `scores`. Lists of bool `chosen_scored` and so on say which tokens of an answer are
-            scored; without them all are.
+            `completion_ids`, with the bool `label` of completions that have one; or
+            `completions_ids`, a list of lists, and the floats `scores`. Lists of bool `chosen_scored`
+            and so on say which tokens of an answer are scored; without them all are.
         layout: a name of the table of layouts.
         pad_id: fills padding; nothing attends to it.
         indices: places of the examples in the data set; by default 0, 1, ...
@@ -151,8 +151,9 @@ def _check(example: Mapping, kind: Kind) -> None:
 
 def _labels(examples: Sequence[Mapping], kind: Kind) -> dict[str, Tensor]:
     """The fields of `ScoredBatch` that say how good the answers are."""
-    if kind == COMPLETIONS:
-        return {"desirable_S": torch.tensor([each["label"] for each in examples], dtype=torch.bool)}
+    if kind.single:  # a demonstration is as a completion that is desirable
+        labels = [each.get("label", True) for each in examples]
+        return {"desirable_S": torch.tensor(labels, dtype=torch.bool)}
     if kind == GROUPS:
         scores = [score for each in examples for score in each["scores"]]
         counts = [len(each["scores"]) for each in examples]

@@ -36,6 +36,11 @@ class PromptAndAnswers(NamedTuple):
     answers: list[list[int]]
     merged: bool
 
+    def from_first_token(self) -> PromptAndAnswers:
+        """One answer without a prompt, with its first token, which nothing predicts, for the prompt."""
+        (answer,) = self.answers
+        return PromptAndAnswers(answer[:1], [answer[1:]], self.merged)
+
 
 class _Cut(NamedTuple):
     """One whole text, cut at the end of the prompt.

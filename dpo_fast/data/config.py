@@ -31,7 +31,7 @@ LARGEST_DEFAULT = 1 << 30  # bytes of a row, however long max_length is
 MOST_WORKERS = 1024
 COLUMNS = (
     "prompt",
-    *(answer for kind in KINDS for answer in kind.answers),
+    *dict.fromkeys(answer for kind in KINDS for answer in kind.answers),
     *(column for kind in KINDS for column in kind.label_columns),
     *dict.fromkeys(number for kind in KINDS for number in kind.numbers),
     *CHAT_COLUMNS,
@@ -81,8 +81,10 @@ class DataConfig(BaseModel):
         "auto",
         description="pairs: two answers, as text; messages: answers are lists of messages; unpaired: one "
         "completion and a label, true if it is desirable; groups: lists of completions and of scores, or "
-        "of ranks, of which 1 is the best; auto: what the columns and their values tell. Forms of other "
-        f"trainers and data sets (docs/FORMATS.md): openrlhf, {', '.join(FORMS)}",
+        "of ranks, of which 1 is the best; sft: one answer to learn, without a label, of pairs the chosen "
+        "one, of groups the best, of completions the desirable ones; auto: what the columns and their "
+        "values tell. Forms of other trainers and data sets (docs/FORMATS.md): openrlhf, "
+        f"{', '.join(FORMS)}",
     )
     columns: dict[str, str] = Field(
         default_factory=dict,
@@ -99,7 +101,7 @@ class DataConfig(BaseModel):
         None,
         description="best_worst: make a pair of the best and the worst answer of every group, for losses "
         "on pairs; ties are dropped. Rows that are pairs stay so",
-        json_schema_extra={"refused": "with format unpaired"},
+        json_schema_extra={"refused": "with format unpaired and sft"},
     )
     prompt_end: str | None = Field(
         None,
@@ -207,8 +209,14 @@ class DataConfig(BaseModel):
     @property
     def formats(self) -> set[str]:
         """The formats of the sources of `train`."""
-        own = (getattr(entry, "format", None) for entry in self.train_entries)
-        return {each or self.format for each in own}
+        own = (e.format for e in self.train_entries if isinstance(e, SourceOptions))
+        plain = any(isinstance(entry, str) for entry in self.train_entries)
+        return {each or self.format for each in own} | ({self.format} if plain else set())
+
+    @property
+    def only_single(self) -> bool:
+        """Whether the formats tell that every example is one sequence."""
+        return self.formats <= {"unpaired", "sft"}
 
     def for_evaluation(self) -> DataConfig:
         """What stands in `train`, to be evaluated on and not trained on."""
@@ -326,9 +334,9 @@ def _check_columns(config: DataConfig) -> None:
                 f"{place}.ignore_columns={both} passes over a column that {place}.columns names; leave it "
                 "out of one"
             )
-    if config.group_pairs and config.format == "unpaired":
+    if config.group_pairs and config.format in ("unpaired", "sft"):
         raise ValueError(
-            f"data.group_pairs={config.group_pairs} makes pairs, and data.format=unpaired is for "
+            f"data.group_pairs={config.group_pairs} makes pairs, and data.format={config.format} is for "
             "single completions; remove one of them"
         )
 

@@ -26,7 +26,15 @@ from dpo_fast.data.config import DataConfig
 from dpo_fast.data.entries import SourceOptions
 from dpo_fast.data.folders import Role
 from dpo_fast.data.gather import gather
-from dpo_fast.data.kinds import COMPLETIONS, GROUPS, PAIRS, ExampleLengths, Kind, kind_of
+from dpo_fast.data.kinds import (
+    COMPLETIONS,
+    DEMONSTRATIONS,
+    GROUPS,
+    PAIRS,
+    ExampleLengths,
+    Kind,
+    kind_of,
+)
 from dpo_fast.data.lists import Lists
 from dpo_fast.data.mixture import Mixture, plan
 from dpo_fast.data.parts import Part, parts_of
@@ -39,7 +47,7 @@ from dpo_fast.errors import UserError
 DATA_REPORT_FILE = "report.json"
 ELSEWHERE = "Name another folder with data.cache_dir"
 # Raised by one whenever the same input would give other examples or other files.
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 # Options that leave what is stored as it is, or are in its key by their content. A new option counts
 # until it stands here: a cache that is made again is slow, a stale one is wrong.
 APART = {
@@ -237,12 +245,22 @@ class GroupDataset(Dataset):
         return scores.combine_chunks().flatten().to_numpy(zero_copy_only=False).tobytes()
 
 
-DATASETS = {each.kind: each for each in (PairDataset, CompletionDataset, GroupDataset)}
+class DemonstrationDataset(Dataset):
+    """Tokenised answers to learn. Otherwise as `PairDataset`.
+
+    dataset[i] has prompt_ids, completion_ids, and the float weight where the data has it.
+    """
+
+    kind = DEMONSTRATIONS
+
+
+TYPES = (PairDataset, CompletionDataset, GroupDataset, DemonstrationDataset)
+DATASETS = {each.kind: each for each in TYPES}
 
 
 def load_examples(
     config: DataConfig, tokenizer: Any, *, split: Role, eos_ids: Iterable[int] = ()
-) -> PairDataset | CompletionDataset | GroupDataset:
+) -> Dataset:
     """Reads, checks and tokenises data.train or data.eval, or finds it done before.
 
     The result is kept in data.cache_dir under a hash of the files' content, the tokenizer and the
@@ -271,9 +289,7 @@ def prepare_examples(
     return [str(_prepared(part, tokenizer, list(eos_ids))) for part in parts]
 
 
-def open_examples(
-    config: DataConfig, *, split: Role, folders: list[str]
-) -> PairDataset | CompletionDataset | GroupDataset:
+def open_examples(config: DataConfig, *, split: Role, folders: list[str]) -> Dataset:
     """The second half of `load_examples`. It reads nothing but the stored parts, memory-mapped."""
     tables, reports = zip(*(_open(Path(folder)) for folder in folders))
     table, report = tables[0], reports[0]

@@ -12,7 +12,7 @@ from dpo_fast.data.forms.table import NAMES as FORMS
 from dpo_fast.models.hub import with_revision
 from dpo_fast.wording import quoted
 
-FORMATS = ("auto", "pairs", "messages", "unpaired", "groups", "openrlhf", *FORMS)
+FORMATS = ("auto", "pairs", "messages", "unpaired", "groups", "sft", "openrlhf", *FORMS)
 Format = Literal[FORMATS]
 # Options of an entry that stand in for those of the data section, with that section's defaults.
 READING: dict[str, Any] = {

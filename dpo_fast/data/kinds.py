@@ -1,4 +1,4 @@
-"""The kinds of example: a pair, a completion with a label, a group of completions with scores.
+"""The kinds of example: a pair, a completion with a label, a group with scores, a demonstration.
 
 Tables of token ids name their columns after their kind, and `ExampleLengths` counts the tokens of
 any kind.
@@ -37,6 +37,11 @@ class Kind:
     many: bool = False
 
     @property
+    def single(self) -> bool:
+        """Whether an example is one sequence."""
+        return len(self.answers) == 1 and not self.many
+
+    @property
     def stored_labels(self) -> tuple[str, ...]:
         """The stored label column, or nothing for a kind without one."""
         return self.label_columns[:1]
@@ -46,8 +51,9 @@ class Kind:
         """Optional columns that say how each answer ended; one of lists where `many`."""
         if self.many:
             return ("finish_reasons",)
-        one = len(self.answers) == 1
-        return ("finish_reason",) if one else tuple(f"{a}_finish_reason" for a in self.answers)
+        return (
+            ("finish_reason",) if self.single else tuple(f"{a}_finish_reason" for a in self.answers)
+        )
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -98,12 +104,14 @@ GROUPS = Kind(
     label_columns=("scores", "ranks"),
     many=True,
 )
-KINDS = (PAIRS, COMPLETIONS, GROUPS)
+# An answer to learn, as SFT has it. It has neither a label nor another answer to be compared with.
+DEMONSTRATIONS = Kind("demonstrations", "a demonstration", ("completion",), ("weight",))
+KINDS = (PAIRS, COMPLETIONS, GROUPS, DEMONSTRATIONS)
 
 
 def kind_of(columns: list[str]) -> Kind:
     """The kind of a table of token ids, by its columns."""
-    return next(kind for kind in KINDS if kind.ids[1] in columns)
+    return next(kind for kind in KINDS if {kind.ids[1], *kind.stored_labels} <= set(columns))
 
 
 class OneKind:
@@ -123,7 +131,8 @@ class OneKind:
             raise UserError(
                 f"{where} is {kind.one} and {self._first} is {self.kind.one}: data is one or the other. "
                 "Keep them apart, or set data.format to pairs, messages, unpaired or groups and "
-                "data.on_bad_row=skip to pass over those of the other kind"
+                "data.on_bad_row=skip to pass over those of the other kind; data.format=sft makes a "
+                "demonstration of any of them"
             )
 
 

@@ -98,6 +98,15 @@ def split_conversations(chosen: Messages, rejected: Messages) -> tuple[Messages,
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
+def split_conversation(messages: Messages) -> tuple[Messages, Messages]:
+    """A conversation before the assistant's first turn, and from it on. Raises BadRow without one."""
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        raise BadRow("no answer", f"the conversation has no message of the assistant: {roles}")
+    first = roles.index("assistant")
+    return messages[:first], messages[first:]
+
+
 def joined(
     prompt: str | Messages, completions: list[str] | list[Messages]
 ) -> tuple[str | Messages, list[str] | list[Messages]]:
@@ -126,7 +135,7 @@ def with_prompt(
         prompt, (chosen, rejected) = joined(prompt, [chosen, rejected])
         return prompt, chosen, rejected
     shared, chosen, rejected = split_conversations(chosen, rejected)
-    if prompt and not _repeats(prompt, shared):
+    if prompt and not repeats(prompt, shared):
         raise BadRow(
             "chosen and rejected do not begin with the prompt",
             "they are whole conversations, so their shared beginning must be the prompt",
@@ -134,7 +143,7 @@ def with_prompt(
     return shared, chosen, rejected
 
 
-def _repeats(prompt: str | Messages, shared: Messages) -> bool:
+def repeats(prompt: str | Messages, shared: Messages) -> bool:
     """Whether the shared beginning of two conversations is what the prompt column says."""
     if isinstance(prompt, str):
         users = [message["content"] for message in shared if message["role"] == "user"]

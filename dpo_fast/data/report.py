@@ -153,7 +153,7 @@ class DataReport:
     def measure(self, lengths: ExampleLengths) -> None:
         """Fills `lengths` and `tokens`."""
         prompt, named = lengths.prompt_P, lengths.columns()
-        several = lengths.kind != COMPLETIONS
+        several = not lengths.kind.single
         longest = {"longest": prompt + lengths.longest_P} if several else {}
         columns = {**named, **longest, "total": prompt + lengths.sums_P}
         self.lengths = {name: _percentiles(values) for name, values in columns.items()}
@@ -301,6 +301,8 @@ def _answers(row: dict[str, Any]) -> list[tuple[list[int], str, str]]:
         best = max(row["scores"])
         titles = [(f"{score:.3g}", "green" if score == best else "red") for score in row["scores"]]
         return [(ids, *title) for ids, title in zip(row["completions_ids"], titles)]
+    if "completion_ids" in row and "label" not in row:
+        return [(row["completion_ids"], "answer", "green")]
     if "label" in row:
         title, style = ("desirable", "green") if row["label"] else ("undesirable", "red")
         return [(row["completion_ids"], title, style)]

@@ -1,27 +1,29 @@
-"""A raw row becomes a PairRow, CompletionRow or GroupRow, or a BadRow that says why not."""
+"""A raw row becomes a row of one kind (PairRow, CompletionRow, ...), or a BadRow that says why not."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dpo_fast.data import values
 from dpo_fast.data.config import CHAT_COLUMNS, DataConfig
+from dpo_fast.data.demonstrations import best_of, demonstration, scores_of
 from dpo_fast.data.files import Cell
 from dpo_fast.data.forms.table import find_form
 from dpo_fast.data.forms.unused import check_unused
-from dpo_fast.data.kinds import COMPLETIONS, GROUPS, PAIRS, Kind
-from dpo_fast.data.messages import Messages, say
+from dpo_fast.data.kinds import COMPLETIONS, DEMONSTRATIONS, GROUPS, PAIRS, Kind
+from dpo_fast.data.messages import Messages
 from dpo_fast.data.prompts import (
     as_chat,
-    check_answer,
     is_dialogue,
     joined,
     split_conversations,
     split_texts,
     with_prompt,
 )
+from dpo_fast.data.row_parts import check_chat_columns, check_texts, read_prompt, with_system
 from dpo_fast.data.verdicts import BadRow, Dropped
 from dpo_fast.errors import UserError
 
@@ -94,9 +96,23 @@ class GroupRow(_Row):
         return {f"completions[{index}]": each for index, each in enumerate(self.completions)}
 
 
-Row = PairRow | CompletionRow | GroupRow
-ROW_TYPES: dict[Kind, type[Row]] = {each.kind: each for each in (PairRow, CompletionRow, GroupRow)}
+@dataclass(frozen=True)
+class DemonstrationRow(_Row):
+    """One answer to learn. Otherwise as `PairRow`."""
+
+    where: str
+    prompt: str | Messages
+    completion: str | Messages
+    optional: dict[str, Any]
+    kind: ClassVar[Kind] = DEMONSTRATIONS
+
+
+Row = PairRow | CompletionRow | GroupRow | DemonstrationRow
+ROW_TYPES: dict[Kind, type[Row]] = {
+    each.kind: each for each in (PairRow, CompletionRow, GroupRow, DemonstrationRow)
+}
 FORMATS = {"unpaired": COMPLETIONS, "groups": GROUPS}  # data.format; others are pairs, or forms
+SFT = "sft"  # the format that makes a demonstration of any row
 # Other names of our columns. Those of answers count only together.
 ALIASES = {"kto_tag": "label", "system_prompt": "system"}
 # Columns that a row may lack where others have them: in JSON an empty one is often left out.
@@ -116,15 +132,15 @@ def parse_row(
         Dropped: none of its answers is preferred, or one is empty.
     """
     left = _renamed(raw, config)
-    form = find_form(left, config.format, config.columns)
+    format_ = "auto" if config.format == SFT else config.format
+    form = find_form(left, format_, config.columns)
     row = form.convert(left) if form else {}
-    kind = _kind(row or left, "auto" if form else config.format)
+    kind = _kind(row or left, "auto" if form else format_)
     row |= _take(left, row, kind)
     _check_mapped(left, kind, config)
     if unused is not None:
         unused |= {name for name, value in left.items() if value is not None}
-    parse = {PAIRS: _pair, COMPLETIONS: _completion, GROUPS: _group}[kind]
-    parsed = parse(where, row, raw, config)
+    parsed = (LEARN if config.format == SFT else PARSE)[kind](where, row, raw, config)
     if "system" in row and not parsed.is_chat:
         left[config.columns.get("system", "system")] = row["system"]
     if left:
@@ -156,7 +172,13 @@ def _kind(row: Mapping[str, Any], format_: str) -> Kind:
     found = {
         kind: len(given & {*kind.answers, *kind.label_columns}) for kind in (COMPLETIONS, GROUPS)
     }
-    return max(found, key=found.get) if any(found.values()) else PAIRS
+    kind = max(found, key=found.get)
+    if kind == GROUPS and found[GROUPS]:
+        return GROUPS
+    if found[COMPLETIONS]:
+        return COMPLETIONS if "label" in row else DEMONSTRATIONS
+    named_otherwise = "prompt" in given and given & set(values.SYNONYMS["completion"])
+    return DEMONSTRATIONS if named_otherwise else PAIRS
 
 
 def _take(left: dict[str, Any], row: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
@@ -176,17 +198,17 @@ def _pair(where: str, row: dict[str, Any], raw: Mapping[str, Any], config: DataC
     if isinstance(chosen, str) and "prompt" in row and row["prompt"] is None:
         _check_null_prompt(row, (chosen, rejected), config)
     if row.get("prompt") is not None:
-        prompt = _prompt(row["prompt"])
+        prompt = read_prompt(row["prompt"])
         prompt, chosen, rejected = with_prompt(prompt, chosen, rejected)
     elif isinstance(chosen, str):
         prompt, chosen, rejected = split_texts(chosen, rejected, config.prompt_end)
     else:
         prompt, chosen, rejected = split_conversations(chosen, rejected)
     prompt, (chosen, rejected) = as_chat(prompt, [chosen, rejected], row, config)
-    prompt = _with_system(prompt, row)
-    _check_texts(prompt, {"chosen": chosen, "rejected": rejected})
+    prompt = with_system(prompt, row)
+    check_texts(prompt, {"chosen": chosen, "rejected": rejected})
     optional = values.optional(row, PAIRS)
-    _check_chat_columns(prompt, optional)
+    check_chat_columns(prompt, optional)
     return PairRow(where, prompt, chosen, rejected, optional)
 
 
@@ -212,14 +234,14 @@ def _completion(
 ) -> CompletionRow:
     values.need(row, raw, "prompt")
     completion = values.answer(row, raw, "completion")
-    prompt, completions = joined(_prompt(row["prompt"]), [completion])
+    prompt, completions = joined(read_prompt(row["prompt"]), [completion])
     prompt, (completion,) = as_chat(prompt, completions, row, config)
-    prompt = _with_system(prompt, row)
-    _check_texts(prompt, {"completion": completion})
+    prompt = with_system(prompt, row)
+    check_texts(prompt, {"completion": completion})
     values.need(row, raw, "label")
     label = values.label(row["label"])
     optional = values.optional(row, COMPLETIONS)
-    _check_chat_columns(prompt, optional)
+    check_chat_columns(prompt, optional)
     return CompletionRow(where, prompt, completion, label, optional)
 
 
@@ -227,27 +249,20 @@ def _group(
     where: str, row: dict[str, Any], raw: Mapping[str, Any], config: DataConfig
 ) -> GroupRow | PairRow:
     values.need(row, raw, "prompt")
-    completions, column = values.items(row, raw, "completions"), _score_column(row)
-    scores = values.items(row, raw, column)
+    completions = values.items(row, raw, "completions")
+    scores = scores_of(row, raw, len(completions))
     if len(completions) < 2:
         raise BadRow("a group of one", f"got {len(completions)} completions; a group has 2 or more")
-    if len(scores) != len(completions):
-        raise BadRow(
-            f"{column} and completions differ in number", f"{len(scores)} and {len(completions)}"
-        )
     named = ((f"completions[{index}]", each) for index, each in enumerate(completions))
     texts = [values.text_or_messages(each, name) for name, each in named]
     if len({type(each) for each in texts}) > 1:
         raise BadRow("completions differ in kind", "some are text, others message lists")
-    prompt, texts = joined(_prompt(row["prompt"]), texts)
+    prompt, texts = joined(read_prompt(row["prompt"]), texts)
     prompt, texts = as_chat(prompt, texts, row, config)
-    prompt = _with_system(prompt, row)
-    numbers = [values.number(each, f"{column}[{index}]") for index, each in enumerate(scores)]
-    if column == "ranks":
-        numbers = [-number for number in numbers]
-    group = GroupRow(where, prompt, texts, numbers, values.optional(row, GROUPS))
-    _check_texts(prompt, group.answers)
-    _check_chat_columns(prompt, group.optional)
+    prompt = with_system(prompt, row)
+    group = GroupRow(where, prompt, texts, scores, values.optional(row, GROUPS))
+    check_texts(prompt, group.answers)
+    check_chat_columns(prompt, group.optional)
     return group if config.group_pairs is None else _best_and_worst(group)
 
 
@@ -263,12 +278,54 @@ def _best_and_worst(group: GroupRow) -> PairRow:
     return PairRow(group.where, group.prompt, chosen, rejected, optional)
 
 
-def _score_column(row: dict[str, Any]) -> str:
-    """`scores`, higher is better, or `ranks`, lower is better. Raises BadRow if the row has both."""
-    given = [name for name in GROUPS.label_columns if row.get(name) is not None]
-    if len(given) > 1:
-        raise BadRow("scores and ranks", "both say how good completions are: give one of them")
-    return given[0] if given else GROUPS.label_columns[0]
+def _demonstration(
+    where: str, row: dict[str, Any], raw: Mapping[str, Any], config: DataConfig
+) -> DemonstrationRow:
+    return DemonstrationRow(where, *demonstration(row, raw, config))
+
+
+def _chosen(
+    where: str, row: dict[str, Any], raw: Mapping[str, Any], config: DataConfig
+) -> DemonstrationRow:
+    """The chosen answer of a pair. The rejected one tells where the prompt ends, if it is in order."""
+    with suppress(BadRow, Dropped):
+        pair = _pair(where, row, raw, config)
+        return _learnt(where, pair.prompt, pair.chosen, pair.optional)
+    alone = {name: value for name, value in row.items() if name not in PAIRS.answers}
+    alone |= {
+        "completion": values.answer(row, raw, "chosen"),
+        "finish_reason": row.get("chosen_finish_reason"),
+    }
+    return _demonstration(where, alone, raw, config)
+
+
+def _desirable(
+    where: str, row: dict[str, Any], raw: Mapping[str, Any], config: DataConfig
+) -> DemonstrationRow:
+    parsed = _completion(where, row, raw, config)
+    if not parsed.label:
+        raise Dropped("undesirable", "data.format=sft learns completions whose label is true")
+    return _learnt(where, parsed.prompt, parsed.completion, parsed.optional)
+
+
+def _best(
+    where: str, row: dict[str, Any], raw: Mapping[str, Any], config: DataConfig
+) -> DemonstrationRow:
+    return _demonstration(where, best_of(row, raw), raw, config)
+
+
+def _learnt(
+    where: str, prompt: str | Messages, answer: str | Messages, optional: dict[str, Any]
+) -> DemonstrationRow:
+    """The first of a row's answers, with those of the row's optional columns that it uses."""
+    cut = optional.get("unfinished", [False])[0]
+    used = {*DEMONSTRATIONS.numbers, *CHAT_COLUMNS}
+    kept = {name: value for name, value in optional.items() if name in used}
+    return DemonstrationRow(where, prompt, answer, kept | ({"unfinished": [True]} if cut else {}))
+
+
+PARSE = {PAIRS: _pair, COMPLETIONS: _completion, GROUPS: _group, DEMONSTRATIONS: _demonstration}
+LEARN = {PAIRS: _chosen, COMPLETIONS: _desirable, GROUPS: _best, DEMONSTRATIONS: _demonstration}
 
 
 def _renamed(raw: Mapping[str, Any], config: DataConfig) -> dict[str, Any]:
@@ -303,51 +360,7 @@ def _check_mapped(left: Mapping[str, Any], kind: Kind, config: DataConfig) -> No
             )
 
 
-def _prompt(value: Any) -> str | Messages:
-    """The prompt, which may be an empty list."""
-    return [] if isinstance(value, list) and not value else values.text_or_messages(value, "prompt")
-
-
-def _with_system(prompt: str | Messages, row: Mapping[str, Any]) -> str | Messages:
-    """The prompt with the column `system` for its first message."""
-    system = row.get("system")
-    if isinstance(prompt, str) or system is None or system == "":
-        return prompt
-    if not isinstance(system, str):
-        raise BadRow("field 'system' is not text", f"got {type(system).__name__}")
-    if prompt and prompt[0]["role"] in ("system", "developer"):
-        if prompt[0]["content"].strip() != system.strip():
-            raise BadRow("two system messages", "the column 'system' and the first message differ")
-        return prompt
-    return [say("system", system), *prompt] if system.strip() else prompt
-
-
 def _check_format(chosen: str | Messages, config: DataConfig) -> None:
     found = "pairs" if isinstance(chosen, str) else "messages"
     if config.format in ("pairs", "messages") and config.format != found:
         raise BadRow(f"not in data.format={config.format}", f"the answers are in format {found}")
-
-
-def _check_texts(prompt: str | Messages, answers: dict[str, str | Messages]) -> None:
-    if isinstance(prompt, str):
-        texts = {"prompt": prompt, **answers} if prompt else answers
-        for name, text in texts.items():
-            if not text.strip():
-                verdict = BadRow if name == "prompt" else Dropped
-                raise verdict(f"empty {name}", "expected text, got only white space")
-        return
-    last = prompt[-1] if prompt else None
-    if last and last["role"] != "tool" and not last["content"].strip():
-        raise BadRow("empty prompt", f"its last message ({last['role']}) has no text")
-    for name, answer in answers.items():
-        check_answer(answer, name)
-
-
-def _check_chat_columns(prompt: str | Messages, optional: dict[str, Any]) -> None:
-    unused = [name for name in CHAT_COLUMNS if name in optional]
-    if isinstance(prompt, str) and unused:
-        raise BadRow(
-            f"{unused[0]} without messages",
-            "it needs a chat template, and the row is text; give messages, or list the column in "
-            "data.ignore_columns",
-        )

@@ -11,7 +11,7 @@ from dpo_fast.data.boundary import PromptBoundary
 from dpo_fast.data.chat import ChatTemplate
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.endings import Endings
-from dpo_fast.data.kinds import COMPLETIONS, GROUPS, PAIRS, Kind
+from dpo_fast.data.kinds import COMPLETIONS, DEMONSTRATIONS, GROUPS, PAIRS, Kind
 from dpo_fast.data.messages import Messages
 from dpo_fast.data.rows import Row
 from dpo_fast.data.turns import Text
@@ -71,7 +71,12 @@ class TokenisedGroup(Tokenised):
     completions_scored: list[list[bool]] | None
 
 
-TOKENISED = {PAIRS: TokenisedPair, COMPLETIONS: TokenisedCompletion, GROUPS: TokenisedGroup}
+TOKENISED = {
+    PAIRS: TokenisedPair,
+    COMPLETIONS: TokenisedCompletion,
+    GROUPS: TokenisedGroup,
+    DEMONSTRATIONS: TokenisedCompletion,
+}
 
 
 class RowTokeniser:
@@ -105,6 +110,9 @@ class RowTokeniser:
         prompt_ids, bos_added = self.endings.begin(split.prompt, chat=row.is_chat)
         if not prompt_ids and not prompt and self.endings.bos_id is not None:
             prompt_ids, bos_added = [self.endings.bos_id], True
+        if not prompt_ids and not prompt and row.kind == DEMONSTRATIONS:
+            split = split.from_first_token()
+            prompt_ids = split.prompt
         if not prompt_ids:
             raise BadRow(
                 "no prompt token",

@@ -181,7 +181,12 @@ def _unfinished(row: Mapping[str, Any], kind: Kind) -> list[bool]:
     """Whether each answer was cut off, as servers and `dpo-fast sample` say it: for its length."""
     if not kind.many:
         return [row.get(name) == "length" for name in kind.reason_columns]
-    reasons = row.get(kind.reason_columns[0])
+    return cut_off(row)
+
+
+def cut_off(row: Mapping[str, Any]) -> list[bool]:
+    """Whether each completion of a group was cut off; empty where nothing is said. Raises BadRow."""
+    reasons = row.get("finish_reasons")
     if reasons is None:
         return []
     if (reasons := _typed(reasons)) is None or not isinstance(reasons, list):

@@ -14,9 +14,10 @@ import numpy as np
 from dpo_fast.data import values
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.forms.conversations import CONVERSATIONS
+from dpo_fast.data.kinds import DEMONSTRATIONS
 from dpo_fast.data.messages import Messages, are_messages, check_messages, messages_in, say
 from dpo_fast.data.parts import parts_of
-from dpo_fast.data.rows import CompletionRow, Row, parse_row
+from dpo_fast.data.rows import SFT, CompletionRow, Row, parse_row
 from dpo_fast.data.verdicts import BadRow, BadRows, Dropped, Tally
 from dpo_fast.errors import UserError
 from dpo_fast.generation.config import SampleSection
@@ -135,6 +136,8 @@ def _rows(config: DataConfig, bad: BadRows) -> Iterator[tuple[str, dict[str, Any
 
 def prompt_of(where: str, raw: Mapping[str, Any], config: DataConfig) -> Prompt:
     """The prompt of one row, found as `train` would find it. Raises BadRow and Dropped."""
+    if config.format == SFT:  # whose prompts end before the assistant's first turn
+        config = config.model_copy(update={"format": "auto"})
     ours = {theirs: name for name, theirs in config.columns.items()}
     names = {ours.get(name, name): name for name, value in raw.items() if value is not None}
     parsed = _parsed(where, raw, names, config)
@@ -145,15 +148,19 @@ def prompt_of(where: str, raw: Mapping[str, Any], config: DataConfig) -> Prompt:
 
 def _parsed(where: str, raw: Mapping[str, Any], names: dict[str, str], config: DataConfig) -> Row:
     """The row as `train` reads it, or with other answers. names: of its columns, by ours."""
+    found, untrained = None, False
     try:
-        return parse_row(where, raw, config)
+        row = parse_row(where, raw, config)
+        if row.kind != DEMONSTRATIONS:
+            return row
     except (BadRow, Dropped) as verdict:
         found, untrained = verdict, isinstance(verdict, Dropped)
     if (untrained or {"response", "helpfulness"} <= names.keys()) and _has_prompt(raw, names):
         with suppress(BadRow, Dropped):
             return parse_row(where, _decided(raw, names), config)
     answered = names.keys() & {*ANSWERS, *CONVERSATIONS}
-    if (untrained and "prompt" not in names) or (answered and names.keys() & {*JUDGED}):
+    refused = (untrained and "prompt" not in names) or (answered and names.keys() & {*JUDGED})
+    if found is not None and refused:
         raise found
     try:
         return parse_row(where, _with_probe(raw, names, config), config)

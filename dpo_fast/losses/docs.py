@@ -75,6 +75,7 @@ Values are summed and divided by a count of the global batch: its groups for pla
 for grpo, its scored tokens for dapo.
 """,
 }
+SINGLE = "also demonstrations, and of completions the desirable ones"
 STATISTICS = {"kl": "kl estimated over all ranks", "delta": "delta averaged over all ranks"}
 
 
@@ -112,6 +113,7 @@ def section(spec: LossSpec) -> str:
         "Options": named(spec.options),
         "Columns": named(spec.columns),
         "Needs": ", ".join(needs(spec)),
+        "Takes": SINGLE if spec.single else "",
     }
     told = "".join(f"- {what}: {text}\n" for what, text in lines.items() if text)
     return f"\n### `{spec.name}`\n\n    {spec.formula}\n\n{told}"

@@ -136,6 +136,7 @@ def _composed(tokens: Tokens, objective, totals, columns, desirable_S, statistic
             reference_S,
             statistics.get("kl"),
             statistics.get("delta"),
+            sum_sequences(tokens.logp_T, tokens.lengths_S) if options.changes_sums else None,
         )
     if options.use_weighting:
         own = policy_weights(tokens, options).view(-1, 2).prod(1)
@@ -189,11 +190,8 @@ def as_pairs(
 def _check_inputs(objective: Objective, reference_S, columns, desirable_S) -> None:
     if reference_S is None and objective.needs_reference:
         raise ValueError(f"losses {objective.names} need a reference; reference_S is None")
-    if desirable_S is not None and objective.paired:
-        names = [spec.name for spec in objective.specs if spec.paired]
-        raise ValueError(
-            f"losses {names} compare the answers of pairs; desirable_S was given instead"
-        )
+    if desirable_S is not None:
+        objective.check_single("desirable_S was given instead")
     objective.check_inputs(columns)
 
 

@@ -87,6 +87,7 @@ class SequenceLogps(_WithRatio):
     desirable: bool [S].
     kl: estimate of the policy's distance from the reference (KTO), [], or None for 0.
     delta: running mean of rewards (BCO), [], or None for 0.
+    plain: for the sft term, the sums without token_clamp; None where they equal `logps`.
     """
 
     logps: Tensor
@@ -95,6 +96,13 @@ class SequenceLogps(_WithRatio):
     reference: Tensor | None = None
     kl: Tensor | None = None
     delta: Tensor | None = None
+    plain: Tensor | None = None
+
+    @property
+    def likelihood(self) -> Tensor:
+        """Plain sums of the desirable completions, 0 for the others, [S]."""
+        plain = self.logps if self.plain is None else self.plain
+        return torch.where(self.desirable, plain, torch.zeros_like(plain))
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,12 @@ class Objective:
     @property
     def paired(self) -> bool:
         """Whether some loss needs pairs. Without one, completions may come one by one."""
-        return any(spec.paired for spec in self.specs)
+        return any(spec.paired and not spec.single for spec in self.specs)
+
+    @property
+    def learns(self) -> bool:
+        """Whether it takes demonstrations: answers with nothing that says how good they are."""
+        return all(spec.single for spec in self.specs)
 
     @property
     def grouped(self) -> bool:
@@ -174,6 +179,14 @@ class Objective:
         if unused := sorted(set(statistics) - set(self.statistics)):
             raise ValueError(f"losses {self.names} do not use the statistics {unused}")
 
+    def check_single(self, instead: str) -> None:
+        """Raises ValueError for what needs pairs. instead: what there is, in words."""
+        names = [spec.name for spec in self.specs if spec.paired and not spec.single]
+        if names:
+            raise ValueError(f"losses {names} compare the answers of pairs; {instead}")
+        if self.options.use_weighting:
+            raise ValueError(f"loss.use_weighting=true weighs pairs by both answers; {instead}")
+
     def check_totals(self, totals: Totals, *, pairs: int, sequences: int, tokens: int) -> None:
         """Raises ValueError for a total below the count of these examples alone.
 
@@ -189,7 +202,8 @@ class Objective:
                     f"totals.{spec.normaliser}={count}: {spec.name} divides by it, and this batch alone "
                     f"has {here}; give the count of the global batch"
                 )
-        if tokens and totals.chosen_tokens <= 0 and self.divides_by_chosen_tokens:
+        divides = self.divides_by_chosen_tokens and (pairs or self.learns)
+        if tokens and divides and totals.chosen_tokens <= 0:
             raise ValueError(
                 f"totals.chosen_tokens={totals.chosen_tokens}: losses {self.names} divide by the chosen "
                 "tokens of the global batch; give their count"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dpo_fast.losses.divergence import less_margin, log_sigmoid, smoothed
-from dpo_fast.losses.logps import PairLogps
+from dpo_fast.losses.logps import PairLogps, SequenceLogps
 from dpo_fast.losses.options import LossOptions
 from dpo_fast.losses.pairwise import MARGIN
 from dpo_fast.losses.spec import WEIGHTING, loss
@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 @loss(
     "-lw, divided by the chosen tokens of the global batch",
     "RPO, arXiv 2404.19733; MPO, arXiv 2411.10442",
-    "beside another loss, to keep the chosen log-probs from falling",
+    "SFT; beside another loss, to keep the chosen log-probs from falling",
     WEIGHTING,
+    single=True,
     needs_reference=False,
     normaliser="chosen_tokens",
     kernel=True,
 )
-def sft(pairs: PairLogps, options: LossOptions) -> Tensor:
-    return -pairs.likelihood
+def sft(answers: PairLogps | SequenceLogps, options: LossOptions) -> Tensor:
+    return -answers.likelihood
 
 
 @loss(

@@ -31,6 +31,7 @@ class LossSpec:
     needs_columns: those of them that it cannot do without.
     needs_options: options that cannot stay at their defaults, and why.
     kind: what it takes: `pairs`; `completions`, also those of pairs; or `groups`.
+    single: whether, of pairs, it sees the chosen answer alone, so that it takes desirable completions too.
     needs_reference: whether it compares with a reference.
     reference_option: the option that brings in a reference where it is above 0.
     by_token: whether it needs log-probs of every token, also under the model that wrote the completions.
@@ -53,6 +54,7 @@ class LossSpec:
     needs_columns: tuple[str, ...] = ()
     needs_options: Mapping[str, str] = field(default_factory=dict)
     kind: str = "pairs"
+    single: bool = False
     needs_reference: bool = True
     reference_option: str | None = None
     by_token: bool = False

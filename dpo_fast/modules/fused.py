@@ -279,9 +279,11 @@ class FusedLinearPreferenceLoss(nn.Module):
         S = len(lengths_S)
         if groups is not None:
             return Totals(len(groups.counts_P), 0, S, int(lengths_S.sum()))
+        divides, tokens = self.objective.divides_by_chosen_tokens, 0
         if desirable is not None:
-            return Totals(0, 0, S)
-        tokens = int(lengths_S[0::2].sum()) if self.objective.divides_by_chosen_tokens else 0
+            tokens = max(int(lengths_S[desirable].sum()), 1) if divides else 0
+            return Totals(0, tokens, S)
+        tokens = int(lengths_S[0::2].sum()) if divides else 0
         return Totals(S // 2, tokens, S)
 
     def extra_repr(self) -> str:

@@ -189,6 +189,10 @@ class UnpairedPreferenceLoss(_SequenceLoss):
         sequences = SequenceLogps(
             logps, None, desirable, reference_logps, statistics.get("kl"), statistics.get("delta")
         )
+        if totals is None and self.objective.divides_by_chosen_tokens:
+            raise ValueError(
+                f"losses {self.objective.names} divide by the number of desirable tokens: give totals"
+            )
         totals = Totals(0, 0, len(logps)) if totals is None else totals
         self.objective.check_totals(totals, pairs=0, sequences=len(logps), tokens=0)
         loss = self.objective(sequences, totals, columns.get("weight"))
@@ -197,9 +201,7 @@ class UnpairedPreferenceLoss(_SequenceLoss):
 
 def check_unpaired(objective: Objective) -> None:
     """Raises ValueError for a loss that needs pairs."""
-    paired = [spec.name for spec in objective.specs if spec.paired]
-    if paired:
-        raise ValueError(f"losses {paired} compare the answers of pairs; these are not pairs")
+    objective.check_single("these are not pairs")
 
 
 def check_whole(objective: Objective, totals: Totals, pairs: int) -> None:

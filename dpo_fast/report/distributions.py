@@ -24,6 +24,8 @@ def margin_histograms(runs: Sequence[RunRecord]) -> list[Histogram]:
     if len(kinds) != 1:
         return []
     kind = kinds.pop()
+    if kind == "demonstrations":  # nothing is preferred
+        return []
     if kind == "completions" and len(runs) == 1:
         return _by_side(runs[0], kind, LABELS)
     names = {run.label: run for run in runs} if len(runs) > 1 else {"": runs[0]}

@@ -11,7 +11,7 @@ from dpo_fast.wording import quoted
 
 
 class StageSection(BaseModel):
-    """A stage: preferences that are there, or prompts that are sampled, judged and paired first."""
+    """A stage: rows that are there, or prompts that are sampled, judged and paired first."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -114,8 +114,8 @@ class StageSection(BaseModel):
     def _check(self) -> StageSection:
         if (self.data is None) == (self.prompts is None):
             raise ValueError(
-                "a stage has either data, rows of preferences that are there, or prompts to sample; this "
-                f"one has {'both' if self.data is not None else 'neither'}"
+                "a stage has either data, rows that are there, or prompts to sample; this one has "
+                f" {'both' if self.data is not None else 'neither'}"
             )
         if self.data is not None:
             self._check_data()

@@ -146,7 +146,7 @@ class RunConfig(BaseModel):
                 f"data.stream_buffer={data.stream_buffer} holds less than one step, "
                 f"train.global_batch_size={train.global_batch_size}; try {100 * train.global_batch_size}"
             )
-        sequences = 1 if data.formats == {"unpaired"} else 2
+        sequences = 1 if data.only_single else 2
         largest = sequences * (data.max_length - 1)
         if train.tokens_per_batch is not None and train.tokens_per_batch < largest:
             raise ValueError(

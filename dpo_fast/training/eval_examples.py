@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dpo_fast.data.batch import ScoredBatch
-from dpo_fast.data.kinds import COMPLETIONS, GROUPS
+from dpo_fast.data.kinds import GROUPS
 from dpo_fast.durable import write_file
 from dpo_fast.losses import Preference, ScoredGroups
 from dpo_fast.modules.metrics import sides
@@ -80,7 +80,7 @@ def record_examples(
     if not distributed.is_main():
         return
     margin = reward - other
-    if split.examples.kind == COMPLETIONS:  # each is on one side, as its label says
+    if split.examples.kind.single:  # each is on one side, as its label says
         margin = torch.where(answers > 0, reward, 0) - torch.where(other_answers > 0, other, 0)
     order = margin.argsort()
     order = order[margin[order].isfinite()]
@@ -119,8 +119,8 @@ def _texts(split: Split, tokenizer: PreTrainedTokenizerBase, index: int) -> dict
         "where": split.examples.where(index),
         "prompt": _text(tokenizer, example["prompt_ids"]),
     }
-    if kind == COMPLETIONS:
-        return found | {"chosen" if example["label"] else "rejected": answers[0]}
+    if kind.single:
+        return found | {"chosen" if example.get("label", True) else "rejected": answers[0]}
     chosen, rejected = 0, 1
     if kind == GROUPS:
         by_score = sorted(range(len(answers)), key=lambda place: -example["scores"][place])

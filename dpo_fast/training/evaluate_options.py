@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dpo_fast.data.config import DataConfig
-from dpo_fast.data.kinds import COMPLETIONS, GROUPS, PAIRS, Kind
+from dpo_fast.data.kinds import COMPLETIONS, DEMONSTRATIONS, GROUPS, PAIRS, Kind
 from dpo_fast.data.parts import parts_of
 from dpo_fast.data.rows import parse_row
 from dpo_fast.data.verdicts import BadRows, Verdict
@@ -110,7 +110,8 @@ def evaluation_of(
     for override in overrides:
         apply(tree, override)
     if file is None and not _named(overrides, "loss"):
-        _default_loss(tree, str(data))
+        compares = reference is not None or _named(overrides, "reference.")
+        _default_loss(tree, str(data), compares)
     built = build_config(tree, str(file or "dpo-fast evaluate"))
     _check_overrides(overrides, checkpoint, data)
     if data is not None:
@@ -200,9 +201,22 @@ def _default_reference(tree: dict[str, Any], model: str) -> None:
         tree["reference"] = base if trains_biases(model) else {"provider": "adapter_off"}
 
 
-def _default_loss(tree: dict[str, Any], data: str) -> None:
-    """The loss that goes with the rows and with what they are compared with. Raises UserError."""
+def _default_loss(tree: dict[str, Any], data: str, compares: bool) -> None:
+    """The loss that goes with the rows and with what they are compared with. Raises UserError.
+
+    compares: whether the words name a reference.
+    """
     kind = _kind(build_config(tree, "dpo-fast evaluate").data)
+    if kind == DEMONSTRATIONS:
+        if compares:
+            raise UserError(
+                f"{data} holds answers to learn, of which none is preferred: a reference tells nothing "
+                "about them. Leave --reference out, or name data with pairs, labels or scores"
+            )
+        say("answers to learn: loss.type=sft, minus the mean log-prob of their tokens")
+        tree["loss"] = {"type": "sft"}
+        tree.pop("reference", None)
+        return
     if tree.get("reference"):
         tree["loss"] = {"type": WITH[kind]}
         return

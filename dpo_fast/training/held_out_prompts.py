@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dpo_fast.data.dataset import Dataset
-from dpo_fast.data.kinds import COMPLETIONS, GROUPS
+from dpo_fast.data.kinds import COMPLETIONS, DEMONSTRATIONS, GROUPS
 from dpo_fast.data.parts import Part, parts_of
 from dpo_fast.data.rows import Row, parse_row
 from dpo_fast.data.verdicts import BadRow, BadRows, Dropped
@@ -75,6 +75,8 @@ def _held_out(where: str, raw: Mapping[str, Any], part: Part) -> HeldOut:
 
 def _chosen(row: Row) -> str | None:
     """The preferred answer of a row."""
+    if row.kind == DEMONSTRATIONS:  # its prompt is what comes before the last answer
+        return _text(row.completion if isinstance(row.completion, str) else row.completion[-1:])
     if row.kind == COMPLETIONS:
         return _text(row.completion) if row.label else None
     if row.kind == GROUPS:
@@ -87,6 +89,10 @@ def _text(answer: str | list[dict[str, Any]]) -> str | None:
     """The text of an answer of one turn."""
     if isinstance(answer, str):
         return answer.strip()
-    if len(answer) == 1 and isinstance(answer[0].get("content"), str):
+    if (
+        len(answer) == 1
+        and answer[0]["role"] == "assistant"
+        and isinstance(answer[0].get("content"), str)
+    ):
         return answer[0]["content"]
     return None

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_fast.data.dataset import open_examples, prepare_examples
 from dpo_fast.data.grouping import SamePrompt, exact_costs
-from dpo_fast.data.kinds import COMPLETIONS, GROUPS, KINDS, Kind
+from dpo_fast.data.kinds import COMPLETIONS, DEMONSTRATIONS, GROUPS, KINDS, Kind
 from dpo_fast.data.report import DataReport
 from dpo_fast.data.sampler import BatchSampler, Sampler, TokenSampler
 from dpo_fast.data.stream import Chunk
@@ -153,8 +153,19 @@ def check_kind(config: RunConfig, name: str, examples: Examples) -> None:
             f"loss.type={names} does not go by scores, but {where}; set loss.type to {groups}, set "
             "data.group_pairs=best_worst to make pairs of them, or give pairs"
         )
+    if kind == DEMONSTRATIONS and not objective.learns:
+        raise UserError(
+            f"loss.type={names} needs to know which answers are better, but {where}: one answer, with "
+            "neither a label nor another one beside it. Set loss.type=sft, which learns such answers, or "
+            "give pairs, labels or scores (data.columns names yours)"
+        )
+    if kind.single and config.loss.use_weighting:
+        raise UserError(
+            f"loss.use_weighting=true weighs pairs by both answers, but {where}; leave it out, or give "
+            "pairs"
+        )
     if kind == COMPLETIONS and objective.paired:
-        paired = ", ".join(spec.name for spec in objective.specs if spec.paired)
+        paired = ", ".join(spec.name for spec in objective.specs if spec.paired and not spec.single)
         single = " or ".join(spec.name for spec in LOSSES.values() if spec.kind == "completions")
         raise UserError(
             f"loss.type={paired} compares the two answers of a pair, but {where}; set loss.type to "

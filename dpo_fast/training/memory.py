@@ -110,7 +110,7 @@ def answers(config: RunConfig) -> int:
     """Sequences of an example, at most. Only the data say how many a group has."""
     if config.loss.objective.grouped:
         return GROUP
-    return 1 if config.data.formats == {"unpaired"} else 2
+    return 1 if config.data.only_single else 2
 
 
 def head_plan(

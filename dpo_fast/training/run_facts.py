@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from dpo_fast import __version__
-from dpo_fast.data.kinds import COMPLETIONS, PAIRS, ExampleLengths
+from dpo_fast.data.kinds import PAIRS, ExampleLengths
 from dpo_fast.durable import write_file
 from dpo_fast.ops.cpu import cpuinfo
 from dpo_fast.training import distributed
@@ -87,7 +87,7 @@ def histograms(lengths: ExampleLengths) -> dict[str, dict]:
     answers = {"answer": lengths.answers_S}
     if lengths.kind == PAIRS:
         answers = {"chosen": lengths.answers_S[0::2], "rejected": lengths.answers_S[1::2]}
-    elif lengths.kind == COMPLETIONS:
+    elif lengths.kind.single:
         answers = {"completion": lengths.answers_S}
     return _binned({"prompt": lengths.prompt_P}) | _binned(answers)
 

@@ -71,8 +71,12 @@ class Split:
         if not indices:  # train.skip_rows names all of them: the loss is 0
             return Totals(1, 1, 1, 1)
         sequences, tokens = len(lengths.scored_S), int(lengths.scored_S.sum())
-        if self.examples.kind == COMPLETIONS:
-            return Totals(0, 0, sequences, tokens)
+        if self.examples.kind.single:
+            scored_S = lengths.scored_S
+            if self.examples.kind == COMPLETIONS:
+                scored_S = scored_S[self.examples.labels[indices]]
+            chosen = max(int(scored_S.sum()), 1)  # of undesirable ones alone the sft term is 0
+            return Totals(0, chosen, sequences, tokens)
         chosen = 0 if self.examples.kind == GROUPS else int(lengths.scored_S[::2].sum())
         return Totals(len(indices), chosen, sequences, tokens)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dpo_fast.data.kinds import COMPLETIONS, PAIRS, Kind
+from dpo_fast.data.kinds import PAIRS, Kind
 from dpo_fast.errors import Unhealthy, UserError
 from dpo_fast.health import TOLD, Monitor
 from dpo_fast.training import distributed
@@ -65,7 +65,7 @@ def check_kind_of_findings(config: RunConfig, kind: Kind) -> None:
     for name in config.health.stop_on:
         if name in OF_PAIRS and kind != PAIRS:
             wants = "pairs"
-        elif name in OF_SEVERAL and kind == COMPLETIONS:
+        elif name in OF_SEVERAL and kind.single:
             wants = "pairs or groups"
         else:
             continue

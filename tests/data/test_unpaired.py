@@ -117,7 +117,7 @@ def test_a_label_may_be_a_number(value):
 
 def test_what_is_missing_is_named():
     with pytest.raises(BadRow, match="missing field 'label': the row has 'prompt', 'completion'"):
-        parse({"prompt": "a", "completion": "b"})
+        parse({"prompt": "a", "completion": "b"}, format="unpaired")
     with pytest.raises(BadRow, match="missing field 'completion'.*did you mean 'completions'"):
         parse({"prompt": "a", "completions": "b", "label": True})
     with pytest.raises(BadRow, match="missing field 'prompt'"):

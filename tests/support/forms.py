@@ -21,6 +21,8 @@ BEFORE = [say("user", "hello"), say("assistant", "hi there")]
 PAIR = {"prompt": [U], "chosen": [A], "rejected": [B]}
 LONG = PAIR | {"prompt": [SYSTEM, *BEFORE, U]}
 KEPT = {"prompt": [U], "completion": [A], "label": True}
+LEARNT = {"prompt": [U], "completion": [A]}
+LEARNT_LONG = {"prompt": [SYSTEM, *BEFORE, U], "completion": [A]}
 THREE = {"prompt": [U], "completions": [[A], [B], [say("assistant", "ask")]]}
 SCORED, RANKED = THREE | {"scores": [5.0, 1.0, 3.5]}, THREE | {"ranks": [1, 3, 2]}
 TEXTS = ("because", "no idea", "ask")
@@ -73,6 +75,40 @@ CASES = {
         },
         LONG,
     ),
+    "openai's rows for SFT": (
+        "sharegpt",
+        {"messages": [SYSTEM, U, A], "parallel_tool_calls": False},
+        {"prompt": [SYSTEM, U], "completion": [A]},
+    ),
+    "ultrachat": ("sharegpt", {"prompt": "why so?", "prompt_id": "0f", "messages": [U, A]}, LEARNT),
+    "sharegpt alone": (
+        "sharegpt",
+        {"conversations": [talk("human", "why so?"), talk("gpt", "because")], "system": ""},
+        LEARNT,
+    ),
+    "sharegpt alone, several turns": (
+        "sharegpt",
+        {"conversations": [*SHAREGPT, talk("gpt", "because")]},
+        {"prompt": SHAREGPT[:1], "completion": [*BEFORE[1:], U, A]},
+    ),
+    "swift, messages alone": ("swift", {"messages": [U, A]}, LEARNT),
+    "swift, one answer": (
+        "swift",
+        {
+            "query": "why so?",
+            "response": "because",
+            "history": [["hello", "hi there"]],
+            "system": "be brief",
+        },
+        LEARNT_LONG,
+    ),
+    "orca, question and answer": ("orca", {"question": "why so?", "answer": "because"}, LEARNT),
+    "alpaca, one answer": (
+        "alpaca",
+        {"instruction": "why so?", "input": "", "output": "because", "text": "all of it: why so?"},
+        LEARNT,
+    ),
+    "text": ("text", {"text": "because"}, {"prompt": "", "completion": "because"}),
     "alpaca, output of two": (
         "alpaca",
         {"instruction": "why so?", "input": "", "output": ["because", "no idea"]},

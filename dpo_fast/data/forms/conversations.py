@@ -25,6 +25,20 @@ def sharegpt(row: Raw) -> Raw:
     return {"prompt": prompt, "completion": answer, "label": row.pop("label")}
 
 
+def demonstration(row: Raw) -> Raw:
+    """conversations (or messages) alone: what the assistant says in them."""
+    name = next(name for name in CONVERSATIONS if row.get(name) is not None)
+    return {"completion": _messages(row.pop(name), name)}
+
+
+def whole_text(row: Raw) -> Raw:
+    """text, all of it."""
+    value = row.pop("text")
+    if not isinstance(value, str):
+        raise BadRow("field 'text' is not text", f"got {type(value).__name__}")
+    return {"prompt": "", "completion": value}
+
+
 def swift(row: Raw) -> Raw:
     """messages that end with the chosen answer, and rejected_response or rejected_messages."""
     name = next(name for name in CONVERSATIONS if row.get(name) is not None)

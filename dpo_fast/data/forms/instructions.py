@@ -40,12 +40,12 @@ def query(row: Raw) -> Raw:
 
 
 def _answers(row: Raw) -> Raw:
-    """Two answers, one with a label, or a ranking of more than two."""
+    """Two answers, one with a label, a ranking of more than two, or one to learn."""
     if row.get("completions") is not None:
         return {name: row.pop(name) for name in ("completions", "scores", "ranks") if name in row}
     if row.get("rejected") is not None:
         return {name: row.pop(name) for name in ("chosen", "rejected") if name in row}
-    answer = first(row, "output", "response", "completion")
+    answer = first(row, "output", "response", "completion", "answer")
     if row.get("rejected_response") is not None:
         return {"chosen": answer, "rejected": row.pop("rejected_response")}
     if isinstance(answer, list) and len(answer) == 2:
@@ -57,10 +57,7 @@ def _answers(row: Raw) -> Raw:
     ranked = from_text(answer) if isinstance(answer, str) else None
     if isinstance(ranked, list):  # as in CSV
         return _answers(row | {"output": ranked})
-    raise BadRow(
-        "one answer and no label",
-        "a preference needs a second answer (rejected, or output: [better, worse]) or a label (kto_tag)",
-    )
+    return {"completion": answer}
 
 
 def _history(value: Any) -> Messages:

@@ -18,9 +18,10 @@ class Form:
 
     name: for data.format.
     needs: its columns; of several in one entry, one.
-    convert: takes them out of a row, and returns those of a pair, a completion or a group.
+    convert: takes them out of a row, and returns those of a row of our own.
     inner: keys of the objects in the list of its last column, by which it is known.
     auto: whether it is found by its columns; otherwise only by its name.
+    without: columns that such a row does not have.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Form:
     convert: Callable[[Raw], Raw]
     inner: tuple[str, ...] = ()
     auto: bool = True
+    without: tuple[str, ...] = ()
 
     def missing(self, row: Mapping[str, Any]) -> tuple[str, ...]:
         """The first of its columns that the row lacks; empty if it has the form."""
@@ -40,15 +42,28 @@ class Form:
         objects = isinstance(items, list) and items and isinstance(items[0], Mapping)
         return () if objects and set(self.inner) <= set(items[0]) else (column,)
 
+    def fits(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row has the form, going by its columns."""
+        return self.auto and not self.missing(row) and not given(row) & set(self.without)
 
-def _form(name: str, needs: str, convert: Callable[[Raw], Raw], inner: str = "", auto=True) -> Form:
+
+def _form(
+    name: str,
+    needs: str,
+    convert: Callable[[Raw], Raw],
+    inner: str = "",
+    auto: bool = True,
+    without: tuple[str, ...] = (),
+) -> Form:
     columns = tuple(tuple(each.split("|")) for each in needs.split())
-    return Form(name, columns, convert, tuple(inner.split()), auto)
+    return Form(name, columns, convert, tuple(inner.split()), auto, without)
 
 
 SAID = "query|question|input"
 TALK = "|".join(conversations.CONVERSATIONS)
 LABELLED = "output|response|completion label"
+ANSWER = "output|response|completion|answer"
+JUDGED = ("chosen", "rejected", "completion", "completions")
 # A row has the first form whose columns it has.
 FORMS = (
     _form("nemo_rl", "context completions", ratings.nemo_rl, "rank completion"),
@@ -79,6 +94,11 @@ FORMS = (
     _form("alpaca", "prompt completions scores|ranks", instructions.alpaca, auto=False),
     _form("orca", f"{SAID} chosen rejected", instructions.query),
     _form("orca", f"{SAID} {LABELLED}", instructions.query),
+    _form("sharegpt", TALK, conversations.demonstration, without=JUDGED),
+    _form("swift", TALK, conversations.demonstration, auto=False),
+    _form("swift", f"{SAID} response|output", instructions.query, auto=False),
+    _form("orca", f"{SAID} {ANSWER}", instructions.query, without=JUDGED),
+    _form("text", "text", conversations.whole_text, without=("prompt", *JUDGED)),
     _form("hh", "chosen rejected", conversations.dialogues, auto=False),
 )
 NAMES = tuple(dict.fromkeys(form.name for form in FORMS))
@@ -116,7 +136,7 @@ def find_form(row: Raw, name: str, mapped: Mapping[str, str]) -> Form | None:
         texts = all(isinstance(row.get(each), str) for each in ("prompt", "chosen", "rejected"))
         alpaca = next(form for form in FORMS if form.name == "alpaca" and not form.auto)
         return alpaca if wants_chat and texts else None
-    return next((form for form in FORMS if form.auto and not form.missing(row)), None)
+    return next((form for form in FORMS if form.fits(row)), None)
 
 
 def _is_plain(row: Raw) -> bool:
@@ -124,7 +144,7 @@ def _is_plain(row: Raw) -> bool:
     has = given(row)
     if {"chosen", "rejected"} <= has:
         return "prompt" in has or _whole(row["chosen"])
-    if {"prompt", "completion", "label"} <= has:
+    if {"prompt", "completion"} <= has:
         return True
     items = row.get("completions")
     return {"prompt", "completions"} <= has and not (
