@@ -111,7 +111,7 @@ def _report(plan) -> None:
     out = Path(plan.config.output_dir) / REPORT
     try:
         last = folders[-MOST_RUNS:]
-        page = write_report(last[0], out) if len(last) == 1 else write_comparison(last, out)
+        page = write_report(last[0], out) if len(last) == 1 else write_comparison(last, out, True)
         typer.echo(f"report: {page}")
     except UserError as error:
         print(f"dpo-fast: the stages are complete, their report is not: {error}", file=sys.stderr)

@@ -47,11 +47,16 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     return _write(page(read_run(run_dir)), out or run_dir / REPORT_FILE, REPORT_FILE)
 
 
-def write_comparison(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
-    """The same for several runs over one another; by default `comparison.html` beside the first one."""
+def write_comparison(
+    run_dirs: Sequence[Path], out: Path | None = None, rounds: bool = False
+) -> Path:
+    """The same for several runs over one another; by default `comparison.html` beside the first one.
+
+    rounds: whether each goes on from the one before, as the stages of `iterate` do.
+    """
     runs = [read_run(Path(each)) for each in run_dirs]
     beside = Path(run_dirs[0]).resolve().parent / COMPARISON_FILE
-    return _write(comparison(runs), out or beside, COMPARISON_FILE)
+    return _write(comparison(runs, rounds), out or beside, COMPARISON_FILE)
 
 
 def _write(content: str, path: Path, name: str) -> Path:

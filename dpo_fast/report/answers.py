@@ -14,6 +14,7 @@ SHOWN = 12  # prompts whose answers are shown
 COLUMNS = {  # metric of a line: title
     "score": "score",
     "win_rate_start": "wins against the start",
+    "win_rate_first": "wins against the first answers",
     "win_rate_chosen": "wins against the chosen answers",
     "tokens": "tokens",
     "finished": "ended by itself",
@@ -22,7 +23,7 @@ COLUMNS = {  # metric of a line: title
     "sampled_score": "score, sampled",
     "sampled_distinct_2": "distinct word pairs, sampled",
 }
-SHARES = ("win_rate_start", "win_rate_chosen", "finished")
+SHARES = ("win_rate_start", "win_rate_first", "win_rate_chosen", "finished")
 NOTE = (
     "Greedy answers to the same prompts after each step. Wins count a tie as half; the range is Wilson's "
     "95 % interval. Distinct: different words, or pairs of words, of all that are written."
@@ -33,19 +34,25 @@ def answers_section(lines: Sequence[Mapping[str, Any]]) -> str:
     """Its HTML; empty for a run that answered nothing."""
     if not lines:
         return ""
-    known = {name for line in lines for name in line["metrics"]}
-    columns = [name for name in COLUMNS if name in known]
-    head = ["step", *(COLUMNS[name] for name in columns)]
-    rows = [
-        [f"{float(line['step']):,.0f}", *(_cell(line["metrics"], name) for name in columns)]
-        for line in lines
-    ]
+    numbers = numbers_of("step", {f"{float(line['step']):,.0f}": line for line in lines})
     count = len(lines[-1]["answers"])
     prompts = f"{count:,} held-out prompt{'' if count == 1 else 's'}"
     return (
         f'<section><h2>Answers</h2><p class="legend">{text(prompts)}. {text(NOTE)}</p>'
-        f"{table(head, rows, range(len(head)))}</section>{samples_section(_samples(lines))}"
+        f"{numbers}</section>{samples_section(_samples(lines))}"
     )
+
+
+def numbers_of(what: str, lines: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table of lines of generations.jsonl, by what each is called. what: the first column."""
+    known = {name for line in lines.values() for name in line["metrics"]}
+    columns = [name for name in COLUMNS if name in known]
+    head = [what, *(COLUMNS[name] for name in columns)]
+    rows = [
+        [text(name), *(_cell(line["metrics"], column) for column in columns)]
+        for name, line in lines.items()
+    ]
+    return table(head, rows, range(1, len(head)))
 
 
 def _cell(metrics: Mapping[str, Any], name: str) -> str:
@@ -64,7 +71,7 @@ def _samples(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     before = {each.get("where"): each["greedy"].get("text") for each in lines[0]["answers"]}
     rows = [
         {
-            "prompt": _prompt(each.get("prompt")),
+            "prompt": prompt_text(each.get("prompt")),
             "before": before.get(each.get("where")) if len(lines) > 1 else None,
             "after": each["greedy"].get("text"),
             "chosen": each.get("chosen"),
@@ -74,7 +81,7 @@ def _samples(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["before"] == row["after"])[:SHOWN]
 
 
-def _prompt(prompt: Any) -> str:
+def prompt_text(prompt: Any) -> str:
     """The prompt as text; of a chat the messages with their roles, but for a single question."""
     if isinstance(prompt, str):
         return prompt

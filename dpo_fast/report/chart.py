@@ -68,6 +68,7 @@ class Panel:
     limits: the axis ends here unless a value lies beyond.
     show: number to text, for the last value of a curve.
     unit: what the axis measures.
+    along: what the other axis counts.
     """
 
     title: str
@@ -79,13 +80,14 @@ class Panel:
     show: Callable[[float], str] = number
     percent: bool = False
     unit: str = ""
+    along: str = "step"
 
 
 def draw(panel: Panel, last_step: float, marks: Sequence[Mark]) -> str:
     """The SVG of a panel."""
     right = LABELLED if any(curve.label for curve in panel.curves) else WIDE
     frame = Frame(0.0, last_step or 1.0, *_reach(panel), right=right)
-    parts = [frame.axes("step", panel.unit, percent=panel.percent, whole=True)]
+    parts = [frame.axes(panel.along, panel.unit, percent=panel.percent, whole=True)]
     parts += [frame.upright(m.step, m.kind, m.label, m.kind == "epoch") for m in marks]
     parts += [frame.level(value, label) for value, label in panel.rules]
     lines = sorted(panel.curves, key=lambda curve: curve.evaluation)  # dots above lines

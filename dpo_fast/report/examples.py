@@ -80,7 +80,10 @@ def _answer(side: str, answer: Any, reward: float | None, tokens: float | None) 
 
 
 def samples_section(samples: list[dict[str, Any]]) -> str:
-    """Answers before and after training, which the demo writes; empty without any."""
+    """Answers before and after training, which the demo writes; empty without any.
+
+    Of several rounds `rounds` has the answer after each by name.
+    """
     if not samples:
         return ""
     cards = "".join(_sample(sample) for sample in samples)
@@ -90,10 +93,12 @@ def samples_section(samples: list[dict[str, Any]]) -> str:
 def _sample(sample: dict[str, Any]) -> str:
     columns = (
         *(("before", "Before"), ("after", "After")),
+        *((name, name) for name in sample.get("rounds", ())),
         *(("right", "Right answer"), ("chosen", "Chosen answer")),
     )
+    sample = sample | sample.get("rounds", {})
     answers = "".join(
-        f'<div class="{key}"><h4>{title}</h4>{answer_text(sample[key])}</div>'
+        f'<div class="{text(key)}"><h4>{text(title)}</h4>{answer_text(sample[key])}</div>'
         for key, title in columns
         if sample.get(key) is not None
     )

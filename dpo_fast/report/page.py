@@ -20,6 +20,7 @@ from dpo_fast.report.histogram import Histogram, draw_histogram
 from dpo_fast.report.markup import table, text
 from dpo_fast.report.panels import LEARNING, RUNNING, marks, other_panels, panels, single_metrics
 from dpo_fast.report.read import RunRecord
+from dpo_fast.report.rounds import lines_of_rounds, panels_of_rounds, rounds_section
 from dpo_fast.report.script import SCRIPT
 from dpo_fast.report.style import STYLE
 
@@ -56,8 +57,11 @@ def page(run: RunRecord) -> str:
     return document(run.name, sections)
 
 
-def comparison(runs: Sequence[RunRecord]) -> str:
-    """The document about several runs. Raises UserError."""
+def comparison(runs: Sequence[RunRecord], rounds: bool = False) -> str:
+    """The document about several runs. Raises UserError.
+
+    rounds: whether each goes on from the one before.
+    """
     compare.name_runs(runs)
     checks = {run.label: _found(run) for run in runs}
     title = f"{len(runs)} runs"
@@ -68,6 +72,7 @@ def comparison(runs: Sequence[RunRecord]) -> str:
         compare.differences(runs),
         compare.legend(runs),
         _charts(runs, "Are they learning?", LEARNING, ""),
+        _rounds(runs) if rounds else "",
         _histograms("Held-out examples", margin_histograms(runs)),
         _charts(runs, "How they run", RUNNING, ""),
         _findings_of(runs, checks),
@@ -231,6 +236,14 @@ def _figures(runs: Sequence[RunRecord], made: Sequence[Panel]) -> str:
 def _histograms(title: str, made: Sequence[Histogram]) -> str:
     figures = (_figure(each.title, each.note, draw_histogram(each)) for each in made)
     return _section(title, "".join(figures))
+
+
+def _rounds(runs: Sequence[RunRecord]) -> str:
+    """The answers of the first model and of the one after each run."""
+    lines, made = lines_of_rounds(runs), panels_of_rounds(runs)
+    figures = (_figure(p.title, p.note, draw(p, len(lines) - 1, [])) for p in made)
+    curves = _section("Answers, round by round", "".join(figures))
+    return curves + rounds_section(runs)
 
 
 def _figure(title: str, note: str, picture: str) -> str:

@@ -14,6 +14,7 @@ from dpo_fast.models.checkpoint import is_adapter
 from dpo_fast.models.config import ModelSection
 from dpo_fast.rounds.config import OF_A_RUN, RoundsConfig
 from dpo_fast.rounds.stages import StageSection
+from dpo_fast.training.answering import GENERATIONS
 from dpo_fast.training.checkpoints import checkpoints
 from dpo_fast.training.config import RunConfig, build
 from dpo_fast.training.earlier_run import MODEL
@@ -146,10 +147,21 @@ class Plan:
         own = path == model.path or (step is self.steps[0] and path == self.start)
         run = self._build(step, model, None if own else path)
         sampler = self.policy(step).path
+        run = self._with_first_answers(step, run)
         if step.stage.samples and run.old_model is not None and sampler != model.path:
             wrote = run.reference.model_copy(update={"old_path": sampler})
             run = run.model_copy(update={"reference": wrote})
         return run
+
+    def _with_first_answers(self, step: Step, run: RunConfig) -> RunConfig:
+        """The run of a later step, which compares its answers with those of the start of the file."""
+        section, first = run.generate, self.steps[0].run / GENERATIONS
+        if section.judge is None or section.first_answers or step is self.steps[0]:
+            return run
+        if not first.is_file():
+            return run
+        told = section.model_copy(update={"first_answers": str(first)})
+        return run.model_copy(update={"generate": told})
 
     def rounds(self, step: Step, model: ModelSection | None = None) -> RoundsConfig:
         """What a step that samples asks of `sample` and `judge`.

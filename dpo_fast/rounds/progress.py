@@ -15,7 +15,7 @@ METRICS = "metrics.jsonl"
 MOST_TAIL = 1 << 20  # bytes of the metrics that are read for the last line
 SHOWN = (
     *("loss", "rewards/accuracies", "rewards/margins", "generate/score"),
-    "generate/win_rate_start",
+    *("generate/win_rate_start", "generate/win_rate_first"),
 )  # and with eval_ before them
 
 

@@ -46,7 +46,8 @@ def work(plan: Plan, step: Step) -> None:
         if not distributed.from_main(step.model.exists):
             run = plan.run(step)
             fill_references(run, *known_logps(plan, step))
-            train(run)
+            with judge_of_the_file(plan):
+                train(run)
         release_memory()
         told_of = {"rows": made, "seconds": round(time.monotonic() - began, 1)}
         distributed.from_main(lambda: finish(plan, step, made_with, told_of))
@@ -126,6 +127,17 @@ def summary(plan: Plan, step: Step) -> str:
         f"{reads}, from {begins}, loss {losses}{compares}, learning rate {run.learning_rate:g}, "
         f"optimiser {stage.optimizer}"
     )
+
+
+@contextlib.contextmanager
+def judge_of_the_file(plan: Plan) -> Iterator[None]:
+    """Let errors name the section judge, where it is what scores held-out answers, too."""
+    try:
+        yield
+    except UserError as error:
+        if "judge" in plan.config.generate:
+            raise
+        raise UserError(str(error).replace("generate.judge.", "judge.")) from None
 
 
 @contextlib.contextmanager

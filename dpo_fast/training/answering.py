@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from functools import cached_property
@@ -34,11 +35,12 @@ from dpo_fast.training.generating import generating
 from dpo_fast.training.held_out_prompts import HeldOut, choose_prompts
 from dpo_fast.training.prepare import Run
 from dpo_fast.training.run_log import RunLog, step_of_line
+from dpo_fast.training.selection import EVALUATION, OF_ANSWERS
 from dpo_fast.training.weights import identity_on_this_rank
 
 GENERATIONS = "generations.jsonl"
-PREFIX = "eval_generate/"
-COMPARED = ("start", "chosen")  # what the greedy answers are compared with
+PREFIX = EVALUATION + OF_ANSWERS
+COMPARED = ("start", "first", "chosen")  # what the greedy answers are compared with
 Answers = dict[str, Any]  # of one prompt: what a line of the file has for it
 
 
@@ -114,7 +116,7 @@ class Answering:
     @cached_property
     def asked(self) -> str:
         """What decides the answers beside the weights."""
-        options = self.section.model_dump(mode="json", exclude={"steps", "judge"})
+        options = self.section.model_dump(mode="json", exclude={"steps", "judge", "first_answers"})
         prompts = [str(self.run.config.data.eval), self.run.config.data.eval_rows]
         return hashlib.sha256(json.dumps([options, prompts]).encode()).hexdigest()
 
@@ -126,7 +128,8 @@ class Answering:
         """
         answers = self._answers(asked)
         metrics = distributed.main_waits("answers", lambda: self._judged(step, answers))
-        log.generated(step, {f"{PREFIX}{name}": value for name, value in metrics.items()})
+        metrics = {f"{PREFIX}{name}": value for name, value in metrics.items()}
+        log.generated(step, self.run.best.note(step, metrics, answers=True))
 
     def _answers(self, asked: Callable[[], bool] | None) -> list[Answers]:
         """Every kind of answer to every prompt, on every rank."""
@@ -191,9 +194,10 @@ class Answering:
         try:
             return self._scores(answers, start)
         except UserError as error:
+            text = re.sub(r"(?<![\w.])judge\.(?=[a-z_]+=)", "generate.judge.", str(error))
             if step == 0:
-                raise UserError(f"generate: {error}") from None
-            say(f"the answers of step {step} are not judged: {error}", matters=True)
+                raise UserError(text if "generate." in text else f"generate: {text}") from None
+            say(f"the answers of step {step} are not judged: {text}", matters=True)
             return {}
 
     def _scores(
@@ -206,10 +210,12 @@ class Answering:
         if self.section.judge is None:
             return {}
         before = {each["where"]: each["greedy"]["text"] for each in start or ()}
+        first = self._first
         columns, rows = [], []
         for place, (each, held_out) in enumerate(zip(answers, self.held_out, strict=True)):
             texts = {name: each[name]["text"] for name in self.section.draws}
             texts |= {"start": before.get(each["where"]), "chosen": each["chosen"]}
+            texts["first"] = first.get((each["where"], json.dumps(each["prompt"])))
             texts = {name: text for name, text in texts.items() if text is not None}
             columns.append(list(texts))
             rows.append(_row(place, held_out, list(texts.values())))
@@ -225,6 +231,31 @@ class Answering:
             for name, verdict in zip(names, verdicts, strict=True):
                 scores.setdefault(name, [None] * len(rows))[place] = verdict.score
         return scores
+
+    @cached_property
+    def _first(self) -> dict[tuple[str, str], str]:
+        """The first answers of `generate.first_answers`, by the place and the text of their prompts.
+
+        Raises UserError: the file is not there, or is another.
+        """
+        file = self.section.first_answers
+        if file is None:
+            return {}
+        try:
+            with Path(file).expanduser().open(encoding="utf-8") as stream:
+                answers = json.loads(stream.readline())["answers"]
+            return {
+                (each["where"], json.dumps(each["prompt"])): each["greedy"]["text"]
+                for each in answers
+            }
+        except OSError as error:
+            why = error.strerror
+        except (ValueError, KeyError, TypeError):
+            why = "its first line has no answers"
+        raise UserError(
+            f"generate.first_answers={file} cannot be read ({why}); name the {GENERATIONS} of a run, or "
+            "remove it"
+        )
 
     def _verdicts(self, rows: list[SampleRow]) -> Iterable[Any]:
         config, section = self.run.config, self.section.judge
@@ -278,6 +309,9 @@ def begin_answering(run: Run, step: int, log: RunLog) -> Answering | None:
     answering.begin(step)
     if answering.due(step, last=step == run.total_steps):
         answering(step, log)
+        if step:  # an interruption came between the checkpoint and the answers
+            run.best.keep(step)
+            run.best.write()
     return answering
 
 

@@ -57,12 +57,17 @@ class Best:
         patience = self.selection.patience if self.selection else None
         return patience is not None and self.worse >= patience
 
-    def note(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
+    def note(self, step: int, metrics: dict[str, Any], answers: bool = False) -> dict[str, Any]:
         """Take in the metrics of an evaluation; returns them, with what is best. Collective.
 
         That of step 0 is no candidate. Raises UserError if it lacks the metric.
+
+        answers: whether they are of held-out prompts that were answered. A judge that failed leaves out
+            what it would have told, and nothing is compared then.
         """
-        if self.selection is None:
+        if self.selection is None or self.selection.of_answers != answers:
+            return metrics
+        if answers and self.selection.metric not in metrics:
             return metrics
         if self.selection.metric not in metrics:
             known = [n.removeprefix(EVALUATION) for n in metrics if n.startswith(EVALUATION)]

@@ -102,7 +102,7 @@ class RunConfig(BaseModel):
                 "data.eval or data.eval_rows"
             )
         objective, tokens = self.loss.objective, self.log.token_metrics
-        check_selection(self.train, self.data.has_eval, objective, tokens)
+        check_selection(self.train, self.generate, self.data.has_eval, objective, tokens)
         check_schedule(self.train.schedule, self.learning_rate, self.train.max_steps)
         if self.train.merge_dtype != "auto" and not self.train.merge_lora:
             raise ValueError(

@@ -9,6 +9,7 @@ from dpo_fast.judging.config import JudgeSection
 from dpo_fast.training.sections import FORBID
 
 HELD_OUT = "the evaluation data"
+FACTS = ("tokens", "finished", "distinct_1", "distinct_2")  # of answers, whoever judges them
 
 
 class GenerateSection(BaseModel):
@@ -55,6 +56,13 @@ class GenerateSection(BaseModel):
         json_schema_extra={"refused": "type implicit, and samples"},
     )
 
+    first_answers: str | None = Field(
+        None,
+        description="generations.jsonl of an earlier run: its first answers to the same prompts are "
+        "compared with, too. The later stages of `iterate` take that of the first stage",
+        json_schema_extra={"refused": "without judge"},
+    )
+
     @model_validator(mode="after")
     def _check(self) -> GenerateSection:
         fields = type(self).model_fields
@@ -69,6 +77,11 @@ class GenerateSection(BaseModel):
                 f"generate.top_p={self.top_p} is not used with generate.temperature=0, which draws "
                 "nothing; remove it"
             )
+        if self.first_answers is not None and self.judge is None:
+            raise ValueError(
+                f"generate.first_answers={self.first_answers} is not used without generate.judge, which "
+                "compares; set it, or remove it"
+            )
         if self.judge is not None and self.judge.type == "implicit":
             raise ValueError(
                 "generate.judge.type=implicit is the reward of a policy that stays, and this one is "
@@ -80,6 +93,16 @@ class GenerateSection(BaseModel):
                 "judged; remove it"
             )
         return self
+
+    @property
+    def metrics(self) -> list[str]:
+        """What `metric_for_best_model` may name, without `generate/`."""
+        names = [*FACTS, *(["score"] if self.judge else [])]
+        names += [f"sampled_{name}" for name in names if self.temperature]
+        if self.judge is None:
+            return names
+        others = ("start", "chosen", *(["first"] if self.first_answers else []))
+        return [*names, *(f"win_rate_{other}" for other in others)]
 
     @property
     def draws(self) -> dict[str, SampleSection]:

@@ -206,10 +206,12 @@ class TrainSection(BaseModel):
     )
     metric_for_best_model: str | None = Field(
         None,
-        description="metric of an evaluation, with or without eval_, by which checkpoints are compared: "
-        "the best stays whatever save_total_limit says. Default: loss, with load_best_model_at_end or "
-        "early_stopping_patience",
-        json_schema_extra={"refused": "without evaluation data and eval_steps; unknown metrics"},
+        description="metric of an evaluation, or of answers as generate/score, with or without eval_, by "
+        "which checkpoints are compared: the best stays whatever save_total_limit says. Default: loss, "
+        "with load_best_model_at_end or early_stopping_patience",
+        json_schema_extra={
+            "refused": "without evaluation data and eval_steps, or generate.steps; unknown metrics"
+        },
     )
     greater_is_better: bool | None = Field(
         None,

@@ -8,7 +8,7 @@ from typing import Any
 
 from dpo_fast.losses import Objective
 
-EVALUATION = "eval_"
+EVALUATION, OF_ANSWERS = "eval_", "generate/"
 ASKING = ("metric_for_best_model", "load_best_model_at_end", "early_stopping_patience")
 # Metrics of an evaluation, whatever the loss; those of the head with log.token_metrics; those of groups.
 ALWAYS = (
@@ -35,6 +35,11 @@ class Selection:
     threshold: float
     load: bool
 
+    @property
+    def of_answers(self) -> bool:
+        """Whether it is a metric of held-out prompts that are answered, and not of an evaluation."""
+        return self.metric.startswith(EVALUATION + OF_ANSWERS)
+
     def better(self, value: float, than: float) -> bool:
         """Whether a value is better than another. NaN never is."""
         return value > than if self.greater else value < than
@@ -55,7 +60,9 @@ def selection_of(train: Any) -> Selection | None:
     )
 
 
-def check_selection(train: Any, has_eval: bool, objective: Objective, token_metrics: bool) -> None:
+def check_selection(
+    train: Any, generate: Any, has_eval: bool, objective: Objective, token_metrics: bool
+) -> None:
     """Check the options of the best checkpoint and of early stopping against each other.
 
     Raises:
@@ -82,20 +89,28 @@ def check_selection(train: Any, has_eval: bool, objective: Objective, token_metr
         raise ValueError(
             f"{asked}, but there is nothing to evaluate on: set data.eval or data.eval_rows"
         )
-    if train.eval_steps is None:
+    every = generate.steps if chosen.of_answers else train.eval_steps
+    option = "generate.steps" if chosen.of_answers else "train.eval_steps"
+    if chosen.of_answers and not generate.max_prompts:
+        raise ValueError(f"{asked}, but no prompt is answered: set generate.max_prompts")
+    if every is None:
         raise ValueError(
-            f"{asked} compares evaluations, and there is one after the last step alone: set "
-            "train.eval_steps"
+            f"{asked} compares evaluations, and there is one after the last step alone: set {option}"
         )
     saves = train.save_steps
-    if saves is not None and saves % train.eval_steps and _keeps(train):
-        fitting = max(round(saves / train.eval_steps), 1) * train.eval_steps
+    if saves is None and chosen.of_answers and _keeps(train):
+        raise ValueError(
+            f"{asked} compares checkpoints, and the last one alone is written: set train.save_steps={every}"
+        )
+    if saves is not None and saves % every and _keeps(train):
+        fitting = max(round(saves / every), 1) * every
         raise ValueError(
             f"{asked} compares checkpoints, but train.save_steps={saves} is no multiple of "
-            f"train.eval_steps={train.eval_steps}, so that some have no evaluation; try "
-            f"train.save_steps={fitting}"
+            f"{option}={every}, so that some have no evaluation; try train.save_steps={fitting}"
         )
     known = metric_names(objective, token_metrics)
+    if generate.max_prompts:
+        known += [OF_ANSWERS + name for name in generate.metrics]
     bare = chosen.metric.removeprefix(EVALUATION)
     if bare not in known:
         raise ValueError(
@@ -105,7 +120,9 @@ def check_selection(train: Any, has_eval: bool, objective: Objective, token_metr
 
 def default_save_steps(train: Any) -> int | None:
     """Checkpoints that are to be compared are written after every evaluation, unless the user says when."""
-    return train.eval_steps if train.save_steps is None and _keeps(train) else train.save_steps
+    if train.save_steps is not None or not _keeps(train) or selection_of(train).of_answers:
+        return train.save_steps
+    return train.eval_steps
 
 
 def _keeps(train: Any) -> bool:

@@ -11,6 +11,7 @@ from dpo_fast.rounds import records
 from dpo_fast.rounds.config import RoundsConfig
 from dpo_fast.rounds.plan import Plan
 from dpo_fast.rounds.rows import check_server
+from dpo_fast.rounds.stage import judge_of_the_file
 from dpo_fast.training.config import build
 
 RULE = {"type": "rule", "function": "rules.py:score", "max_failures": 3}
@@ -39,6 +40,29 @@ def test_every_stage_answers_and_is_judged_as_the_file_says():
     assert plan_of(generate=own).rehearsal(plan.steps[1]).generate.judge.type == "command"
     silent = plan_of(generate={})
     assert silent.rehearsal(silent.steps[0]).generate.max_prompts == 0
+
+
+def test_later_stages_compare_with_the_answers_of_the_start(tmp_path):
+    plan = plan_of(output_dir=str(tmp_path))
+    runs = [plan.rehearsal(step) for step in plan.steps]
+
+    def first_answers() -> list[str | None]:
+        told = (plan._with_first_answers(*each) for each in zip(plan.steps, runs))
+        return [run.generate.first_answers for run in told]
+
+    assert first_answers() == [None, None]  # there are none yet
+    file = plan.steps[0].run / "generations.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_text("")
+    assert first_answers() == [None, str(file)]
+    assert not [name for name in records.options(plan, plan.steps[1]) if "generate" in name]
+
+
+def test_an_error_of_a_judge_names_the_section_that_has_it():
+    for own, name in (({}, "judge.type=rule"), ({"judge": RULE}, "generate.judge.type=rule")):
+        plan = plan_of(generate={"max_prompts": 8} | own)
+        with pytest.raises(UserError, match=f"^{name}: x"), judge_of_the_file(plan):
+            raise UserError("generate.judge.type=rule: x")
 
 
 def test_one_name_on_a_server_is_not_the_policy_of_two_rounds():

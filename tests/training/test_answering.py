@@ -78,6 +78,10 @@ def runs(folder):
         silent,
         tree_of(folder, "padded", train={"layout": "padded"}, generate={"temperature": 0}),
     ]
+    best = {"metric_for_best_model": "generate/score", "load_best_model_at_end": True}
+    against = {"temperature": 0, "first_answers": str(folder / "full" / "generations.jsonl")}
+    best["greater_is_better"] = False  # fewer letters: training changes them, whichever way
+    trees.append(tree_of(folder, "best", train=best, generate=against))
     groups = tree_of(folder, "groups", loss={"type": "grpo"})
     groups["data"] |= {"train": str(folder / "groups.jsonl"), "eval": None, "eval_rows": 4}
     ranks.train([*trees, groups])
@@ -156,6 +160,29 @@ def test_a_judge_compares_with_the_start_and_with_the_chosen_answers(runs):
 
 
 @pytest.mark.processes
+def test_a_metric_of_answers_chooses_the_best_checkpoint(runs):
+    scores = {line["step"]: line["metrics"]["score"] for line in generations(runs / "best")}
+    found = json.loads((runs / "best/best.json").read_text())
+    assert found["metric"] == "eval_generate/score" and found["step"] in (2, STEPS)
+    assert found["value"] == min(scores[2], scores[STEPS])
+    export_checkpoint(runs / "best" / found["checkpoint"], runs / "best-exported", [])
+    weights = (runs / "best/final/model.safetensors", runs / "best-exported/model.safetensors")
+    one, other = map(load_file, weights)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.processes
+def test_answers_are_compared_with_the_first_of_another_run(runs):
+    """The other run began with the same model, so its first answers are those of the start."""
+    first, *later = (line["metrics"] for line in generations(runs / "best"))
+    assert first["win_rate_first"] == 0.5 and "win_rate_start" not in first
+    assert all(line["win_rate_first"] == line["win_rate_start"] for line in later)
+    assert "win_rate_first" not in generations(runs / "full")[-1]["metrics"]
+    tree = tree_of(runs, "never", generate={"first_answers": str(runs / "nothing.jsonl")})
+    assert "generate.first_answers=" in (told := ranks.refusal(tree)) and "No such file" in told
+
+
+@pytest.mark.processes
 def test_prompts_that_are_held_out_of_groups_have_their_best_answer(runs):
     rows = [json.loads(line) for line in (runs / "groups.jsonl").read_text().splitlines()]
     best = {
@@ -198,11 +225,11 @@ def test_a_judge_that_fails_later_ends_no_run(folder):
     said = ranks.group(1).said()
     assert "the answers of step 2 are not judged: " in said and "no more" in said
     told = ranks.refusal(tree_of(folder, "refused", rule="tired"))  # at the start a slip is told
-    assert told.startswith("generate: ") and "no more" in told
+    assert told.startswith("generate") and "no more" in told
     patient = tree_of(folder, "refused", rule="tired")
     patient["generate"]["judge"]["max_failures"] = 99  # more than there are answers
     told = ranks.refusal(patient)
-    assert told.startswith("generate: judge.type=rule gave none of 15 answers a score, at last for")
+    assert told.startswith("generate.judge.type=rule gave none of 15 answers a score, at last")
 
 
 @pytest.mark.processes
@@ -247,6 +274,9 @@ REFUSED = {
     "implicit is the reward of a policy": {
         "generate": {"judge": {"type": "implicit", "reference": "m"}}
     },
+    "generate.first_answers=f is not used without generate.judge": {
+        "generate": {"first_answers": "f", "judge": None}
+    },
     "generate.judge.samples=s is not used": {
         "generate": {"judge": {"type": "rule", "function": "a:b", "samples": "s"}}
     },
@@ -258,5 +288,28 @@ def test_what_cannot_be_honoured_is_refused(folder, message):
     tree = tree_of(folder, "never", **REFUSED[message])
     if message.startswith("generate.steps"):
         tree["generate"] = {"steps": 2}
+    with pytest.raises(UserError, match=message):
+        build_config(tree, "tree")
+
+
+SCORE = {"metric_for_best_model": "generate/score"}
+
+
+@pytest.mark.parametrize(
+    "train, generate, message",
+    [
+        (SCORE, None, "no prompt is answered: set generate.max_prompts"),
+        (SCORE, {"steps": None}, "one after the last step alone: set generate.steps"),
+        (SCORE | {"save_steps": 3}, {}, "no multiple of generate.steps=2.*train.save_steps=4"),
+        (SCORE | {"save_steps": None}, {}, "the last one alone is written: set train.save_steps=2"),
+        (SCORE, {"judge": None}, "there is no such metric|did you mean"),
+        ({"metric_for_best_model": "generate/win_rate_first"}, {}, "did you mean"),
+        ({"metric_for_best_model": "generate/scoer"}, {}, "did you mean generate/score"),
+    ],
+)
+def test_a_metric_of_answers_needs_answers(folder, train, generate, message):
+    tree = tree_of(folder, "never", train=train, generate=generate or {})
+    if generate is None:
+        del tree["generate"]
     with pytest.raises(UserError, match=message):
         build_config(tree, "tree")
