@@ -251,13 +251,13 @@ def _before_answer(value: Any, name: str) -> Messages:
 
 
 def _plain(values: dict[str, Any], prompt: str | Messages) -> dict[str, Any]:
-    """Columns that JSON can hold, but for those that only repeat the prompt."""
+    """Columns that JSON can hold, but for those that only repeat the prompt. NaN and infinity are null."""
     kept = {}
     for name, value in values.items():
         if value is None or value == prompt:
             continue
         try:
-            kept[name] = json.loads(json.dumps(value, allow_nan=False))
+            kept[name] = json.loads(json.dumps(value), parse_constant=lambda _: None)
         except (TypeError, ValueError):
             kept[name] = str(value)
     return kept

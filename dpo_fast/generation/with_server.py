@@ -97,6 +97,13 @@ class ServerEngine:
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             if any(words in f"{error} {error.code}" for words in NO_ROOM):
                 raise TooLong(first_line(error)) from None
+            if "stop_token_ids" in str(error) and "stop_token_ids" not in self.engine.extra_body:
+                raise UserError(
+                    f"sample.engine.url={self.engine.url} refuses stop_token_ids, the ends of turn of the "
+                    f"chat template ({first_line(error)}). If the server knows them by itself, set "
+                    "sample.engine.extra_body={stop_token_ids: null}, which leaves them out; or set "
+                    f"sample.stop to their text. {KEPT}"
+                ) from None
             raise self._refused(error, request) from None
         except openai.APIError as error:
             raise self._refused(error, request) from None
@@ -126,6 +133,8 @@ class ServerEngine:
         options = self._options(seed) | {"max_tokens": self.section.max_new_tokens}
         # The template may end turns with a token that the server does not know as an end.
         body = {"stop_token_ids": list(request.stop_ids)} | options["extra_body"]
+        if body["stop_token_ids"] is None:  # the server refuses it
+            del body["stop_token_ids"]
         prompt = list(request.ids) if self.engine.send == "ids" else self.codec.text(request.ids)
         return options | {"prompt": prompt, "extra_body": body}
 

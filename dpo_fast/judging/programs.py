@@ -11,6 +11,7 @@ import math
 import queue
 import sys
 from collections.abc import Iterable, Iterator
+from itertools import count as count_from
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,14 @@ class ProgramJudge:
 
 
 class CommandJudge(ProgramJudge):
-    """A program that gets a line of JSON and answers one."""
+    """A program that gets a line of JSON and answers one.
+
+    Every line has a number, `request_id`. An answer that repeats it is not taken for that of another line.
+    """
+
+    def __init__(self, section: JudgeSection) -> None:
+        super().__init__(section)
+        self.numbers = count_from(1)
 
     def start(self) -> Child:
         section = self.section
@@ -114,22 +122,25 @@ class CommandJudge(ProgramJudge):
         return [v for request in asked for v in self._answers(child, request, count)]
 
     def _answers(self, child: Child, request: dict[str, Any], count: int) -> list[Verdict]:
+        request = {"request_id": next(self.numbers)} | request
         try:
             answer = self._ask(child, request)
         except Lost as lost:
             return [Verdict.without(FAILED, str(lost))] * count
         try:
-            return self._parsed(answer, count)
+            return self._parsed(answer, count, request["request_id"])
         except ValueError as error:
             child.close()  # what it says next may belong to this line: begin anew, in step
             return [Verdict.without(UNPARSABLE, str(error))] * count
 
-    def _parsed(self, answer: str, count: int) -> list[Verdict]:
-        """Raises ValueError for what is no answer to the line."""
+    def _parsed(self, answer: str, count: int, number: int) -> list[Verdict]:
+        """Raises ValueError for what is no answer to the line. number: its `request_id`."""
         try:
             value = json.loads(answer)
         except (ValueError, RecursionError):
             raise ValueError(f"{quoted(answer, 120)} is no JSON") from None
+        if isinstance(value, dict) and value.get("request_id", number) != number:
+            raise ValueError(f"{quoted(answer, 120)} answers another line: request_id is {number}")
         if isinstance(value, dict) and value.get("error"):
             return [Verdict.without(FAILED, str(value["error"]))] * count
         name = "scores" if self.by_row else "score"

@@ -49,6 +49,7 @@ MARKED_NUMBER = re.compile(rf"\[\[\s*({NUMBER})(?:\s*/\s*\d+)?\s*\]\]")
 MARKED_WINNER = re.compile(r"\[\[\s*(A|B|C|tie)\s*\]\]", re.IGNORECASE)
 FENCE = re.compile(r"```(?:json)?\s*(\{.*\})\s*```|(\{.*\})\s*\Z", re.DOTALL)
 TIE = "C"
+PLACE = re.compile(r"(?<!\{)\{([A-Za-z_]\w*)\}(?!\})")  # not {{...}}, nor an object of JSON
 
 
 class Rubric:
@@ -88,6 +89,14 @@ class Rubric:
                 raise UserError(
                     f"judge.rubric has no {{{name}}}: judge.compare={self.compare} needs it where the "
                     "answer shall stand"
+                )
+        known = FIELDS[self.compare]
+        for name in PLACE.findall(self.text):
+            if name not in known:
+                places = ", ".join(f"{{{each}}}" for each in known)
+                raise UserError(
+                    f"judge.rubric has {{{name}}}, and judge.compare={self.compare} fills in {places}: "
+                    "correct the name, or write it without braces"
                 )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_fast.data.files import read_file
+from dpo_fast.data.messages import check_messages
 from dpo_fast.data.verdicts import BadRow, BadRows, Verdict
 from dpo_fast.errors import UserError
 from dpo_fast.wording import quoted
@@ -114,7 +115,9 @@ def sample_row(place: int, where: str, raw: Mapping[str, Any]) -> SampleRow:
     for name in ("prompt", "completions"):
         if name not in content:
             raise BadRow(f"no field {name!r}", f"the row has {', '.join(raw) or 'none'}")
-    prompt, completions = content["prompt"], content["completions"]
+    prompt, completions = _talk(content["prompt"]), content["completions"]
+    if isinstance(completions, (list, tuple)):
+        completions = [_talk(each) for each in completions]
     if not isinstance(prompt, str) and not _is_chat(prompt):
         raise BadRow("'prompt' is neither text nor messages", quoted(prompt))
     if not isinstance(completions, (list, tuple)) or not completions:
@@ -154,6 +157,14 @@ def _check_unicode(name: str, value: Any) -> None:
         raise BadRow(f"{name} is not Unicode text", "it has a lone surrogate") from None
 
 
+def _talk(value: Any) -> Any:
+    """Messages of ShareGPT's `from` and `value` with roles and contents; all else as it is."""
+    turns = isinstance(value, (list, tuple)) and value
+    if turns and all(isinstance(turn, dict) and {"from", "value"} <= turn.keys() for turn in value):
+        return check_messages(list(value), "prompt")
+    return value
+
+
 def _is_chat(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(
         isinstance(message, dict) and isinstance(message.get("role"), str) for message in value
@@ -161,9 +172,11 @@ def _is_chat(value: Any) -> bool:
 
 
 def _text(value: Any, index: int) -> str:
-    """A completion's text, which may stand in one message of the assistant."""
+    """A completion's text, which may stand in one message of the assistant, with what it thought."""
     if _is_chat(value) and len(value) == 1 and isinstance(value[0].get("content"), str):
-        return value[0]["content"]
+        thought = value[0].get("reasoning_content") or value[0].get("thinking")
+        content = value[0]["content"]
+        return f"<think>\n{thought}\n</think>\n\n{content}" if thought else content
     if not isinstance(value, str):
         raise BadRow(f"completions[{index}] is no text", quoted(value))
     return value

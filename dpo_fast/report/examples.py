@@ -91,12 +91,10 @@ def samples_section(samples: list[dict[str, Any]]) -> str:
 
 
 def _sample(sample: dict[str, Any]) -> str:
-    columns = (
-        *(("before", "Before"), ("after", "After")),
-        *((name, name) for name in sample.get("rounds", ())),
-        *(("right", "Right answer"), ("chosen", "Chosen answer")),
-    )
-    sample = sample | sample.get("rounds", {})
+    rounds = sample.get("rounds")
+    named = [(name, name.capitalize()) for name in rounds or ("before", "after")]
+    columns = (*named, ("right", "Right answer"), ("chosen", "Chosen answer"))
+    sample = sample | (rounds or {})
     answers = "".join(
         f'<div class="{text(key)}"><h4>{text(title)}</h4>{answer_text(sample[key])}</div>'
         for key, title in columns

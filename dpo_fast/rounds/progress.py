@@ -30,17 +30,29 @@ class Progress:
 
 def progress_of(plan: Plan) -> list[Progress]:
     """Of every step. Raises UserError if a record cannot be read."""
-    return [_of(step) for step in plan.steps]
+    return [_of(plan, step) for step in plan.steps]
 
 
-def _of(step: Step) -> Progress:
+def _of(plan: Plan, step: Step) -> Progress:
     done = records.read(step, records.DONE)
     if done is not None:
         told = [*_of_rows(done.get("rows") or {}), *_numbers(done.get("metrics") or {})]
-        return Progress(step, "complete", ", ".join(told))
-    if records.read(step, records.BEGUN) is None:
+        return Progress(step, "complete", ", ".join([*told, *_edits(plan, step, done)]))
+    begun = records.read(step, records.BEGUN)
+    if begun is None:
         return Progress(step, "to come", "")
-    return Progress(step, "under way", ", ".join(_parts(step)))
+    return Progress(step, "under way", ", ".join([*_parts(step), *_edits(plan, step, begun)]))
+
+
+def _edits(plan: Plan, step: Step, record: dict[str, Any]) -> Iterator[str]:
+    """The options that the file has otherwise since. Data and weights are compared when work goes on."""
+    made = record.get("made_with", {}).get("options")
+    if not isinstance(made, dict):
+        return
+    now = json.loads(json.dumps(records.options(plan, step)))
+    names = [name for name, value in sorted(now.items()) if made.get(name, value) != value]
+    if names:
+        yield f"edited since: {', '.join(names)}"
 
 
 def _parts(step: Step) -> Iterator[str]:

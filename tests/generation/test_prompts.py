@@ -9,7 +9,7 @@ import pytest
 from dpo_fast.data.config import DataConfig
 from dpo_fast.errors import UserError
 from dpo_fast.generation.config import SampleSection
-from dpo_fast.generation.prompts import read_prompts
+from dpo_fast.generation.prompts import prompt_of, read_prompts
 
 
 def user(content: str) -> dict:
@@ -93,6 +93,24 @@ def test_judges_get_the_rest_of_the_row_and_templates_their_columns(tmp_path):
     assert found.optional == {"tools": TOOLS, "chat_template_kwargs": {"deep": True}}
     assert found.row == {"gold": 4, "id": 7}
     assert found.where.endswith("rows.jsonl:1")
+
+
+def test_numbers_that_json_has_not_are_null_for_judges(tmp_path):
+    """As text, "nan" would be an answer that a judge compares with."""
+    raw = {"prompt": "q", "gold": float("nan"), "more": {"a": [1.0, float("inf")]}}
+    found = prompt_of("rows:1", raw, DataConfig(train="rows"))
+    assert found.row == {"gold": None, "more": {"a": [1.0, None]}}
+
+
+@pytest.mark.parametrize("data", [{}, {"format": "sft"}])
+def test_the_prompt_of_a_conversation_to_learn_is_what_comes_before_its_last_answer(tmp_path, data):
+    """Trained on, its prompt ends before the first."""
+    talk = [user("q"), SAID, user("r"), SAID]
+    pair = {"chosen": [user("s"), SAID], "rejected": [user("s"), SAID | {"content": "no"}]}
+    rows = [{"messages": talk}, pair | {"messages": pair["chosen"]}]
+    for row, wanted in zip(rows, (talk[:3], [user("s")])):
+        (found,) = prompts(tmp_path, [row], data=data).items
+        assert found.prompt == wanted
 
 
 def test_each_prompt_comes_once(tmp_path):

@@ -92,6 +92,18 @@ def test_what_only_some_servers_know_is_sent_if_it_is_asked_for(server):
     assert (sample | {"priority": 3, "stop_token_ids": [9]}).items() <= server.asked[0].items()
 
 
+def test_a_server_that_refuses_ends_of_turn_is_told_how_to_leave_them_out(server):
+    def strict(body):
+        unknown = "stop_token_ids" in body
+        return refusal(400, "Unrecognized request argument: stop_token_ids") if unknown else "text"
+
+    server.answer = strict
+    with pytest.raises(UserError, match="refuses stop_token_ids.*stop_token_ids: null"):
+        complete(engine(server), ["one"])
+    found = complete(engine(server, extra_body={"stop_token_ids": None}), ["one"])
+    assert {each.text for each in found.values()} == {"text"}
+
+
 def test_chats_are_sent_as_messages(server):
     made = engine(server, api="chat")
     tools = {"tools": TOOLS, "chat_template_kwargs": {"deep": True}}

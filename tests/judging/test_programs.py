@@ -408,6 +408,23 @@ def test_what_a_command_says_beside_its_answers_does_not_shift_them(tmp_path):
     assert verdicts(command(tmp_path, code, max_retries=1), row("a", "bb", "ccc"))[0][2] == 3
 
 
+def test_an_answer_with_the_number_of_its_line_is_not_taken_for_another(tmp_path):
+    """A line of JSON that looks like a score, and comes first, is told by its number."""
+    code = """
+    import json, os, sys
+    for line in sys.stdin:
+        asked = json.loads(line)
+        mine = json.dumps({"score": len(asked["completion"]), "request_id": asked["request_id"]})
+        other = json.dumps({"score": 9, "request_id": asked["request_id"] - 1}) + "\\n"
+        os.write(1, (other * (asked["completion"] == "bb") + mine + "\\n").encode())
+    """
+    found = verdicts(command(tmp_path, code), row("a", "bb", "ccc", request_id=None))[0]
+    assert found[0] == 1 and found[2] == 3
+    assert found[1][0] == "unparsable" and "answers another line: request_id is 2" in found[1][1]
+    code = ANSWERING.format("assert asked['request_id'] == 'mine'")  # a column of the row's own
+    assert verdicts(command(tmp_path, code), row("a", request_id="mine")) == [[1]]
+
+
 @pytest.mark.parametrize(
     "function, found",
     [

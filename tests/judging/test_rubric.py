@@ -64,9 +64,9 @@ def test_a_conversation_is_told_by_turns():
 
 
 def test_braces_in_texts_stay():
-    rubric = Rubric("Q: {prompt} A: {completion} {other}", "pointwise")
+    rubric = Rubric("Q: {prompt} A: {completion} { other }", "pointwise")
     filled = rubric.filled(row("x", prompt="{completion}"), completion="{prompt} {0}")
-    assert filled == "Q: {completion} A: {prompt} {0} {other}"
+    assert filled == "Q: {completion} A: {prompt} {0} { other }"
 
 
 def test_a_rubric_of_a_file(tmp_path):
@@ -90,3 +90,17 @@ def test_ratings_off_the_scale_of_the_default_rubric():
     assert ours.score_of("[[10]]") == 10 and own.score_of("[[2026]]") == 2026
     with pytest.raises(ValueError, match="2026 is no rating from 1 to 10"):
         ours.score_of("[[2026]]")
+
+
+@pytest.mark.parametrize(
+    "compare, text",
+    [("pointwise", "{question} {completion}"), ("pairwise", "{first} {second} {completion}")],
+)
+def test_a_place_that_nothing_fills_is_told_with_those_there_are(compare, text):
+    with pytest.raises(UserError, match=r"judge.rubric has \{(question|completion)\}.*\{prompt\}"):
+        Rubric(text, compare)
+
+
+def test_objects_of_json_in_a_rubric_are_no_places():
+    text = 'Answer {"score": 7} or {{score}} or {1} for {completion}'
+    assert Rubric(text, "pointwise").text == text

@@ -112,3 +112,13 @@ def test_lines_go_on_after_one_that_was_cut_off(tmp_path):
     lines.append({"c": 2})
     lines.close()
     assert list(read_lines(file)) == [{"a": "ü"}, {"c": 2}]
+
+
+def test_samples_of_other_tools_keep_thinking_and_turns():
+    thought = {"role": "assistant", "content": "4", "reasoning_content": "2 and 2"}
+    prompt = [{"from": "human", "value": "2 + 2?"}]
+    read = sample_row(0, "own:1", {"prompt": prompt, "completions": [[thought], "4"]})
+    assert read.prompt == [{"role": "user", "content": "2 + 2?"}]
+    assert read.completions == ["<think>\n2 and 2\n</think>\n\n4", "4"]
+    said = [{"from": "gpt", "value": "5"}]
+    assert sample_row(0, "own:2", {"prompt": "q", "completions": [said]}).completions == ["5"]

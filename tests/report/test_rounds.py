@@ -26,7 +26,7 @@ def write(tmp_path, prompts: int = 2):
     folders = []
     for number, (name, (before, after)) in enumerate(SCORES.items()):
         (tmp_path / name / "train").mkdir(parents=True)
-        folder = make(tmp_path / name / "train", usual())
+        folder = make(tmp_path / name / "train", usual(), log={"run_name": name})
         same = ["stays"] * (prompts - 1)
         (folder / "generations.jsonl").write_text(
             line(0, [*same, f"answer {number}"], score=before)
@@ -43,9 +43,10 @@ def test_the_same_prompts_before_and_after_each_round(tmp_path):
     section = page[page.index("<h2>Answers</h2>") :]
     rows = re.findall(r"<tr>(.*?)</tr>", section[: section.index("</table>")])
     cells = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in rows]
-    assert len(cells) == 4 and cells[1][:2] == ["before", "1"], cells
-    assert [row[1] for row in cells[1:]] == ["1", "2", "3.5"]
-    assert "90" in cells[3][3] and "75" in cells[2][2]
+    assert len(cells) == 4 and cells[1][:2] == ["before", "1.000"], cells
+    assert [row[0] for row in cells[2:]] == ["stage-1", "stage-2"]
+    assert [row[1] for row in cells[1:]] == ["1.000", "2.000", "3.500"]
+    assert (cells[2][2], cells[3][3]) == ("75 %", "90 %")
     first = section[section.index("<article") :]
     card = first[: first.index("</article>")]
     assert "question 1" in card  # what changed comes first

@@ -10,6 +10,7 @@ from dpo_fast.errors import UserError
 from dpo_fast.rounds import records
 from dpo_fast.rounds.config import RoundsConfig
 from dpo_fast.rounds.plan import Plan
+from dpo_fast.rounds.progress import progress_of
 from dpo_fast.rounds.rows import check_server
 from dpo_fast.rounds.stage import judge_of_the_file
 from dpo_fast.training.config import build
@@ -56,6 +57,17 @@ def test_later_stages_compare_with_the_answers_of_the_start(tmp_path):
     file.write_text("")
     assert first_answers() == [None, str(file)]
     assert not [name for name in records.options(plan, plan.steps[1]) if "generate" in name]
+
+
+def test_the_status_names_what_was_edited_since(tmp_path):
+    plan = plan_of(output_dir=str(tmp_path))
+    first, second = plan.steps
+    for name, step in ((records.DONE, first), (records.BEGUN, second)):
+        made = {"options": records.options(plan, step), "data": {}, "models": {}, "judge": {}}
+        records.write(step, name, {"made_with": made})
+    assert not [each for each in progress_of(plan) if "edited" in each.told]
+    edited = plan_of(output_dir=str(tmp_path), loss={"beta": 0.2})
+    assert [each.told for each in progress_of(edited)] == ["edited since: loss.beta"] * 2
 
 
 def test_an_error_of_a_judge_names_the_section_that_has_it():
