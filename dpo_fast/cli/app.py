@@ -306,11 +306,23 @@ def doctor(
     nproc: Annotated[
         int | None, typer.Option(min=1, help="how many ranks the run will have")
     ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="try options until the run fits into the device's memory")
+    ] = False,
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            min=1, help="GiB of the GPU that memory is counted for; default: this machine"
+        ),
+    ] = None,
 ) -> None:
     """What this machine can run and why; with CONFIG also what that run would use, and its memory.
 
     Of a file of stages what each of them would use.
     """
+    for option, given in (("--plan", plan), ("--memory", memory)):
+        if given and config is None:
+            raise UserError(f"doctor {option} is about a run: name its CONFIG too")
     stages = config is not None and "stages" in read_tree(config, overrides or ())
     run = None if config is None or stages else load(config, overrides, places=False)
     rounds = load_rounds(config, overrides) if stages else None
@@ -328,8 +340,17 @@ def doctor(
     from dpo_fast.cli.doctor_run import render_run
 
     if rounds is None:
-        render_run(console, run)
+        from dpo_fast.training.memory_plan import Machine
+
+        machine = Machine.gpu(int(memory * (1 << 30))) if memory else Machine.here(run)
+        outlook = render_run(console, run, machine)
+        if plan:
+            from dpo_fast.cli.doctor_plan import render_plan
+
+            render_plan(console, outlook, machine)
         return
+    if plan or memory:
+        raise UserError("doctor --plan and --memory are for one run, and this is a file of stages")
     from dpo_fast.cli.doctor_stages import render_stages
 
     render_stages(console, rounds, config)

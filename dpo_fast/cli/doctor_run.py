@@ -30,12 +30,17 @@ from dpo_fast.training.memory import (
     elements,
     head_plan,
     in_units,
-    memory,
     scored_tokens,
     sizes_of,
 )
+from dpo_fast.training.memory_plan import Machine, Uncounted, activations_of, lines_of
 from dpo_fast.training.prepare import wants_checkpointing
 from dpo_fast.training.zero import choose_stage
+
+CAPTION = (
+    "Activations are those of the largest micro-batch, by the model's own code. "
+    "dpo-fast doctor CONFIG --plan tries options until it fits."
+)
 
 
 class Decision(NamedTuple):
@@ -72,20 +77,37 @@ class Outlook:
         """What the models and the head take."""
         return sizes_of(self.policy, self.second_models, self.head_plan.bytes)
 
+    def memory(self, machine: Machine) -> tuple[list[Line], str]:
+        """The lines of the table of memory, and what stands below it."""
+        layout, why = self.choices.layout.name, CAPTION
+        try:
+            activations = activations_of(self.config, layout, self.policy, machine)
+        except Uncounted as error:
+            activations, why = (
+                None,
+                f"Activations come on top: they could not be counted ({error}).",
+            )
+        models = self.policy, self.second_models
+        lines = lines_of(self.config, *models, machine, self.world, activations, layout)
+        return lines, why
 
-def render_run(console: Console, config: RunConfig) -> None:
+
+def render_run(console: Console, config: RunConfig, machine: Machine | None = None) -> Outlook:
     """Print two tables: choices, memory of a rank.
+
+    machine: what memory is counted for; by default this one.
 
     Raises:
         UserError: what `train` would say of this configuration before it loads a weight or the data.
     """
     outlook = look(config)
+    machine = machine or Machine.here(config)
     table = Table("choice", "value", "from", "why", title="This run would use")
     for decision in decisions(outlook):
         table.add_row(*map(escape, decision))
     console.print(table)
-    lines = memory(config, outlook.sizes, outlook.world)
-    console.print(memory_table(lines, outlook.device))
+    console.print(memory_table(*outlook.memory(machine), machine))
+    return outlook
 
 
 def look(config: RunConfig) -> Outlook:
@@ -279,14 +301,13 @@ def _parallel_rows(outlook: Outlook) -> Iterator[Decision]:
         yield Decision(f"offload of {what}", on(offloaded), origin(parallel, option), place)
 
 
-def memory_table(lines: list[Line], device: torch.device) -> Table:
+def memory_table(lines: list[Line], caption: str, machine: Machine) -> Table:
     """The lines and their sum, beside what the device has."""
     title = "Memory of a rank, roughly"
-    caption = "Activations and DeepSpeed's buckets come on top."
     table = Table("what", "on the device", "in CPU memory", "how", title=title, caption=caption)
     for line in lines:
         table.add_row(line.what, in_units(line.device), in_units(line.host), line.how)
     on_device, host = (sum(column) for column in zip(*((x.device, x.host) for x in lines)))
-    there = f"the device has {in_units(distributed.capacity(device))}"
+    there = f"{machine.name} has {in_units(machine.capacity)}"
     table.add_row("together", in_units(on_device), in_units(host), there)
     return table

@@ -15,12 +15,13 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 from transformers import AttentionInterface, PreTrainedModel
 
 from dpo_fast.data.layouts import layouts_with
 from dpo_fast.errors import UserError
 from dpo_fast.models.attention_plan import AttentionPlan, Varlen
+from dpo_fast.models.attention_sdpa import sdpa
 
 # Names for transformers, which takes any with sdpa, flex or flash in it for one of its own.
 NAMES = {
@@ -30,58 +31,6 @@ NAMES = {
     "flash_attention_2": "dpo_fast_fa2",
     "flash_attention_3": "dpo_fast_fa3",
 }
-
-
-def sdpa(
-    plan: AttentionPlan,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """PyTorch's SDPA, segment by segment. A soft cap or sinks make it write out the scores."""
-    sizes = [segment.queries for segment in plan.segments]
-    rows = zip(plan.segments, *(x.split(sizes, dim=2) for x in (query, key, value)))
-    explicit = softcap is not None or sinks is not None
-    grouped = query.shape[1] != key.shape[1]
-    outputs, continued = [], {}
-    for place, (segment, q, k, v) in enumerate(rows):
-        if segment.prefix:
-            before = (each[:, :, : segment.prefix] for each in continued[segment.parent])
-            k, v = (torch.cat(both, dim=2) for both in zip(before, (k, v)))
-        if place in plan.continued:
-            continued[place] = k, v
-        narrow = window is not None and k.shape[2] > window
-        mask = None
-        if segment.prefix or narrow or explicit:
-            mask = plan.mask(segment, window if narrow else None)
-        if explicit:
-            outputs.append(_written_out(q, k, v, mask, scale, softcap, sinks))
-        else:
-            outputs.append(
-                scaled_dot_product_attention(
-                    q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
-                )
-            )
-    return torch.cat(outputs, dim=2).transpose(1, 2)
-
-
-def _written_out(q, k, v, mask, scale, softcap, sinks) -> Tensor:
-    """softmax over softcap * tanh(scores / softcap) and the sink, whose weight goes nowhere."""
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    scores = (q @ k.transpose(2, 3)).float() * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~mask, -torch.inf)
-    if sinks is not None:
-        sink = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, sink], dim=-1)
-    weights = scores.softmax(-1)[..., : k.shape[2]]
-    return weights.to(v.dtype) @ v
 
 
 def flex_attention(

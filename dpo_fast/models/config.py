@@ -6,13 +6,23 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    model_validator,
+)
 
 from dpo_fast.models.checkpoint import is_adapter
 from dpo_fast.models.hub import with_revision
 
 if TYPE_CHECKING:
     import torch
+
+TILE_TOKENS = 4096  # products of so many rows run at a GPU's peak
 
 ModelPath = Annotated[str, AfterValidator(os.path.expanduser)]  # a folder, or a hub id
 
@@ -83,6 +93,18 @@ class ModelSection(BaseModel):
         "many, a list the layers of these indices; default: all. Turns gradient_checkpointing on",
         json_schema_extra={"refused": "with gradient_checkpointing=false"},
     )
+    activation_offloading: bool = Field(
+        False,
+        description="what is kept of recomputed layers, their inputs, waits in CPU memory until the "
+        "backward pass. Turns gradient_checkpointing on",
+        json_schema_extra={"refused": "with gradient_checkpointing=false"},
+    )
+    tiled_mlp: StrictBool | StrictInt = Field(
+        False,
+        description="run MLPs and norms in tiles of so many tokens, and recompute them in backward: for "
+        "rows so long that these take most of the memory; true: 4096 tokens",
+        json_schema_extra={"refused": "with torch_compile; for models with experts"},
+    )
     use_liger_kernel: bool = Field(
         False,
         description="liger-kernel's RMSNorm, RoPE and MLP in place of the model's",
@@ -106,6 +128,11 @@ class ModelSection(BaseModel):
     def has_adapters(self) -> bool:
         """Whether adapters are trained: new ones, or the one in `path`."""
         return self.lora is not None or (is_adapter(self.path) and self.adapter != "merge")
+
+    @property
+    def tile_tokens(self) -> int | None:
+        """Tokens of a tile of MLPs and norms; None: they run whole."""
+        return TILE_TOKENS if self.tiled_mlp is True else self.tiled_mlp or None
 
     @property
     def precision(self) -> str:
@@ -147,12 +174,31 @@ class ModelSection(BaseModel):
                 f"model.checkpoint_layers={layers}: expected how many layers, 1 or more, or a list of "
                 "indices from 0; to recompute none set model.gradient_checkpointing=false"
             )
+        if self.activation_offloading and self.gradient_checkpointing is False:
+            raise ValueError(
+                "model.activation_offloading=true moves the inputs of layers that are recomputed, but "
+                "model.gradient_checkpointing=false; remove one of them"
+            )
+        self._check_tiles()
         if self.use_liger_kernel and self.torch_compile:
             raise ValueError(
                 "model.use_liger_kernel=true and model.torch_compile=true fuse the same operations; "
                 "choose one"
             )
         return self
+
+    def _check_tiles(self) -> None:
+        tiles = self.tiled_mlp
+        if tiles is not False and tiles < 1:
+            raise ValueError(
+                f"model.tiled_mlp={tiles}: expected tokens in a tile, 1 or more; true means {TILE_TOKENS}, "
+                "false that nothing is cut"
+            )
+        if tiles and self.torch_compile:
+            raise ValueError(
+                f"model.tiled_mlp={tiles} and model.torch_compile=true: a compiled block is not cut into "
+                "tiles; choose one"
+            )
 
     def _check_adapter(self) -> None:
         if self.adapter is not None and Path(self.path).is_dir() and not is_adapter(self.path):

@@ -14,6 +14,7 @@ import sys
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -146,11 +147,24 @@ def checkpointed_layers(model: PreTrainedModel, choice: int | list[int] | None) 
     return chosen
 
 
-def checkpoint_layers(model: PreTrainedModel, choice: int | list[int] | None = None) -> None:
-    """Keep only the inputs of the chosen layers; recompute their inside in the backward pass."""
+def checkpoint_layers(
+    model: PreTrainedModel, choice: int | list[int] | None = None, offload: bool = False
+) -> None:
+    """Keep only the inputs of the chosen layers; recompute their inside in the backward pass.
+
+    offload: the inputs wait in CPU memory, pinned where there is a GPU.
+    """
     # transformers 5.0 has the second name alone; later versions warn that it will go.
     enable = getattr(model, "activation_checkpointing_enable", None)
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     chosen = set(checkpointed_layers(model, choice))
     for index, layer in enumerate(decoder_layers(model)):
         layer.gradient_checkpointing = index in chosen
+        if offload:
+            layer._gradient_checkpointing_func = _checkpoint_with_input_in_cpu_memory
+
+
+def _checkpoint_with_input_in_cpu_memory(function, *inputs):
+    """torch's checkpoint. What the function keeps inside is none of the saved tensors that are moved."""
+    with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
+        return checkpoint(function, *inputs, use_reentrant=False)

@@ -34,6 +34,7 @@ from dpo_fast.models.hub import cached_revisions, commit_of, source, split_revis
 from dpo_fast.models.layers import compile_layers, use_liger_kernel
 from dpo_fast.models.save import HEAVY
 from dpo_fast.models.scoring import ScoringModel
+from dpo_fast.models.tiles import tile_layers
 
 
 def local_folder(path: str) -> Path:
@@ -143,6 +144,8 @@ def load_model(
         use_liger_kernel(model)
     if section.torch_compile:
         compile_layers(model)
+    if section.tile_tokens:
+        tile_layers(model, section.tile_tokens)
     scoring = ScoringModel(model, implementation=implementation, workspace_bytes=workspace_bytes)
     freeze_unreached(model)
     if is_adapter(section.path):

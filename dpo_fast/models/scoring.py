@@ -134,10 +134,13 @@ def scoring_forward(
     places = {} if spans is None else {"plan": AttentionPlan(spans, input_ids.device)}
     if "position_ids" in inspect.signature(decoder.forward).parameters:
         places["position_ids"] = position_ids
-    hidden = decoder(
-        input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **places
-    ).last_hidden_state
-    hidden_UD = take(hidden.flatten(0, 1), rows_U)
+    hidden_UD = take(
+        # Nothing holds on to the hidden states of all tokens while the head works.
+        decoder(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **places
+        ).last_hidden_state.flatten(0, 1),
+        rows_U,
+    )
     outputs = causal_lm.get_output_embeddings()(hidden_UD, targets_U, extras)
     return {name: take(values_U, predictions_T) for name, values_U in outputs.items()}
 

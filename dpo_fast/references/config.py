@@ -43,6 +43,7 @@ class ReferenceModel:
     def section(self, policy: ModelSection) -> ModelSection:
         """How it is loaded: as the policy, but without adapters and without recomputed activations."""
         unused = dict.fromkeys(("lora", "adapter", "gradient_checkpointing", "checkpoint_layers"))
+        unused["activation_offloading"] = False
         return policy.model_copy(update={"path": self.path or policy.path, **unused})
 
 

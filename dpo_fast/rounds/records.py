@@ -32,6 +32,7 @@ FORMAT = 1
 FREE = {
     *("parallel", "log", "health", "generate", "model.attention", "model.gradient_checkpointing"),
     *("model.checkpoint_layers", "model.use_liger_kernel", "model.torch_compile"),
+    *("model.activation_offloading", "model.tiled_mlp"),
     *("data.workers", "data.cache_dir", "data.max_row_bytes", "reference.cache_dir"),
     *("reference.offload", "train.output_dir", "train.resume_from_checkpoint"),
     *("train.overwrite_output_dir", "train.optimizer_from", "train.change_on_resume"),

@@ -30,7 +30,7 @@ from dpo_fast.training.fit import check_vocabulary
 from dpo_fast.training.weights import identity_of
 
 # Options of the section model that are for training, and change nothing that is sampled.
-TRAINING_ONLY = ("lora", "gradient_checkpointing", "checkpoint_layers")
+TRAINING_ONLY = ("lora", "gradient_checkpointing", "checkpoint_layers", "activation_offloading")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Sampler:
     """
 
     def __init__(self, model: ModelSection, section: SampleSection, data: DataConfig) -> None:
-        unused = dict.fromkeys(TRAINING_ONLY) | {"torch_compile": False}
+        unused = dict.fromkeys(TRAINING_ONLY) | {"torch_compile": False, "tiled_mlp": False}
         self.model = model.model_copy(update=unused)
         self.section, self.data = section, data
         self.engine_type = section.engine.type

@@ -23,6 +23,7 @@ from dpo_fast.models.load import load_skeleton
 from dpo_fast.models.own_losses import check_own_losses
 from dpo_fast.models.precision import choose_dtype
 from dpo_fast.models.quantised import check_whole_weights
+from dpo_fast.models.tiles import check_tiles
 from dpo_fast.ops.dispatch import Choice, choose_implementation
 from dpo_fast.references import ReferenceModel
 from dpo_fast.training import distributed
@@ -90,12 +91,14 @@ def check_run(config: RunConfig) -> Choices:
     skeletons = load_skeletons(config)
     choices, device = choose(config, skeletons), distributed.device()
     check_layers(config.model, skeletons[None], device)
+    check_tiles(config.model, skeletons[None])
     remedy = "set model.output_router_logits=false to train without it"
     check_own_losses(skeletons[None].config, remedy)
     merged = config.train.merge_lora or config.model.adapter == "merge"
     check_whole_weights(skeletons[None].config, config.model, merged)
     for model in config.second_models:
         check_layers(model.section(config.model), skeletons[model.path], device)
+        check_tiles(model.section(config.model), skeletons[model.path])
     dtype = config.model.torch_dtype
     choose_implementation("linear_logp", device, dtype, config.train.implementation)
     check_loggers(config)

@@ -14,6 +14,7 @@ from dpo_fast.ops.cpu import product_dtype
 from dpo_fast.ops.linear_logp.plan import HeadPlan, default_workspace_bytes, plan
 from dpo_fast.references import ReferenceModel
 from dpo_fast.training import distributed
+from dpo_fast.training.activations import Activations, Shape, mask_bytes
 from dpo_fast.training.config import RunConfig
 
 FP32 = 4
@@ -29,6 +30,9 @@ class Sizes:
     gathered: of the largest part that stage 3 gathers at a time.
     head_bytes: what the head keeps between forward and backward, and its tiles.
     second_models: parameters of each model beside the policy.
+    activations: of a micro-batch, where they are counted.
+    bucket: what DeepSpeed gathers gradients in; None: not counted.
+    on_cpu: the device is a CPU, which takes of a buffer what is written to.
     """
 
     parameters: int
@@ -36,6 +40,9 @@ class Sizes:
     gathered: int
     head_bytes: int
     second_models: Mapping[ReferenceModel, int] = field(default_factory=dict)
+    activations: Activations | None = None
+    bucket: int | None = None
+    on_cpu: bool = False
 
 
 class Line(NamedTuple):
@@ -48,10 +55,7 @@ class Line(NamedTuple):
 
 
 def memory(config: RunConfig, sizes: Sizes, ranks: int) -> list[Line]:
-    """What weights, gradients, optimiser states, references and head take.
-
-    Activations and DeepSpeed's buckets come on top. They depend on the batch and on DeepSpeed's options.
-    """
+    """What weights, gradients, optimiser states, references, activations and head take."""
     parallel, size = config.parallel, config.model.torch_dtype.itemsize
     stage = config.zero_stage
 
@@ -73,14 +77,61 @@ def memory(config: RunConfig, sizes: Sizes, ranks: int) -> list[Line]:
         name = "reference model" if model == config.reference.model else model.option
         when = ", before training" if model in config.stored_models else ""
         lines.append(line(name + when, elements, size, 3, config.offloads_reference))
-    lines.append(Line("head workspace", sizes.head_bytes, 0.0, "the head's plan above"))
+    lines += _buckets(config, sizes)
+    if sizes.activations is None:
+        lines.append(Line("head workspace", sizes.head_bytes, 0.0, "the head's plan above"))
+    else:
+        lines += _activation_lines(config, sizes.activations)
     return lines
 
 
+def _buckets(config: RunConfig, sizes: Sizes) -> list[Line]:
+    """Where DeepSpeed gathers gradients before it reduces them: one, or two where it overlaps."""
+    if not config.zero_stage or sizes.bucket is None:
+        return []
+    elements = min(sizes.bucket, sizes.trainable) if sizes.on_cpu else sizes.bucket
+    size = FP32 if config.zero_stage == 1 else config.model.torch_dtype.itemsize
+    count = 1 if sizes.on_cpu or config.zero_stage == 3 else 2
+    how = f"{count} x {elements:,} x {size} bytes (reduce_bucket_size of zero_optimization)"
+    return [Line("gradient buckets", count * elements * size, 0.0, how)]
+
+
+def _activation_lines(config: RunConfig, counted: Activations) -> list[Line]:
+    """Kept, and the larger of a layer and the head, which do not work at the same time."""
+    model = config.model
+    kept = "until the backward pass"
+    if counted.host:
+        kept += "; inputs of recomputed layers wait in CPU memory"
+    at_once = ", at another time than the "
+    of_layer = "a layer, forward or backward" + (" in tiles" if model.tiled_mlp else "")
+    of_head = "workspace, hidden states of scored tokens, gradients; no logits"
+    larger = counted.layer >= counted.head
+    layer, head = (counted.layer, 0) if larger else (0, counted.head)
+    if larger:
+        of_head += f": {in_units(counted.head)}{at_once}layers"
+    else:
+        of_layer += f": {in_units(counted.layer)}{at_once}head"
+    return [
+        Line("activations kept", counted.kept, counted.host, kept),
+        Line("activations of a layer", layer, 0.0, of_layer),
+        Line("head", head, 0.0, of_head),
+    ]
+
+
+def mask_line(config: RunConfig, shape: Shape) -> list[Line]:
+    """The mask of a padded micro-batch, which grows with the square of the length."""
+    size = mask_bytes(shape, config.model.torch_dtype.itemsize)
+    how = "train.layout=padded: [rows, 1, length, length]; packed and shared_prefix have none"
+    return [Line("attention mask", size, 0.0, how)] if size else []
+
+
 def sizes_of(
-    policy: ScoringModel, second_models: Mapping[ReferenceModel, ScoringModel], head_bytes: int
+    policy: ScoringModel,
+    second_models: Mapping[ReferenceModel, ScoringModel],
+    head_bytes: int,
+    **more,
 ) -> Sizes:
-    """Sizes of models, on the meta device or loaded."""
+    """Sizes of models, on the meta device or loaded. more: other fields of `Sizes`."""
     model = policy.causal_lm
     parts = [*decoder_layers(model), model.get_output_embeddings(), model.get_input_embeddings()]
     return Sizes(
@@ -89,6 +140,7 @@ def sizes_of(
         gathered=max(map(elements, parts)),
         head_bytes=head_bytes,
         second_models={name: elements(second) for name, second in second_models.items()},
+        **more,
     )
 
 
@@ -114,16 +166,22 @@ def answers(config: RunConfig) -> int:
 
 
 def head_plan(
-    config: RunConfig, policy: ScoringModel, implementation: str, device: torch.device
+    config: RunConfig,
+    policy: ScoringModel,
+    implementation: str,
+    device: torch.device,
+    workspace_bytes: int | None = None,
 ) -> HeadPlan:
-    """The schedule of the head for a micro-batch."""
+    """The schedule of the head for a micro-batch. workspace_bytes: by default that of the device."""
     weight, budget = policy.causal_lm.get_output_embeddings().weight, config.train.workspace_bytes
+    if workspace_bytes is None:
+        workspace_bytes = default_workspace_bytes(device)
     return plan(
         scored_tokens(config),
         *getattr(weight, "ds_shape", weight.shape),
         weight.dtype,
         needs_head=weight.requires_grad,
-        workspace_bytes=default_workspace_bytes(device) if budget is None else budget,
+        workspace_bytes=workspace_bytes if budget is None else budget,
         implementation=implementation,
         products=product_dtype(device, weight.dtype) if implementation == "torch" else None,
     )
@@ -146,5 +204,6 @@ def memory_line(config: RunConfig, sizes: Sizes, ranks: int, device: torch.devic
     in_host = f" and {in_units(host)} in CPU memory" if host else ""
     return (
         f"memory of a rank, roughly: {in_units(on_device)} on the device{in_host} ({parts}, ...), "
-        f"activations on top; the device has {in_units(distributed.capacity(device))}"
+        "activations on top (dpo-fast doctor counts them); "
+        f"the device has {in_units(distributed.capacity(device))}"
     )

@@ -172,13 +172,15 @@ def load_policy(
     check_vocabulary(model, tokenizer)
     check_positions(model, splits)
     if wants_checkpointing(config, model):
-        checkpoint_layers(model.causal_lm, config.model.checkpoint_layers)
+        checkpoint_layers(
+            model.causal_lm, config.model.checkpoint_layers, config.model.activation_offloading
+        )
     return model
 
 
 def wants_checkpointing(config: RunConfig, model: ScoringModel) -> bool:
     """Whether activations are recomputed in the backward pass."""
-    if config.model.checkpoint_layers is not None:
+    if config.model.checkpoint_layers is not None or config.model.activation_offloading:
         return True
     if config.model.gradient_checkpointing is not None:
         return config.model.gradient_checkpointing

@@ -272,6 +272,8 @@ def cases(folder: Path) -> dict[str, dict]:
     itself = {"provider": "frozen"}
     adapters = {"provider": "adapter_off"}
     lora = {"lora": {"r": 2}}
+    mlps = {"lora": {"r": 2, "target_modules": ["down_proj"]}}
+    tiles = {"tiled_mlp": 16, "activation_offloading": True}
     zero = lambda stage, **options: {"zero_stage": stage, **options}  # noqa: E731
     both = {"offload_optimizer": True, "offload_parameters": True}
     sections = {
@@ -284,6 +286,12 @@ def cases(folder: Path) -> dict[str, dict]:
         "few, 3": (zero(3), other, {}, "packed"),
         "adapters, 3": (zero(3), adapters, lora, "packed"),
         "adapters, padded": (zero(3), adapters, lora, "padded"),
+        "2, tiles": (zero(2), other, tiles, "packed"),
+        "3, tiles": (zero(3), other, tiles, "packed"),
+        "3, tiles kept": (zero(3), other, {"tiled_mlp": 40}, "packed"),
+        "adapters, 3, tiles": (zero(3), adapters, lora | tiles, "packed"),
+        "adapters of mlps": (zero(3), adapters, mlps, "packed"),
+        "adapters of mlps, tiles": (zero(3), adapters, mlps | {"tiled_mlp": 16}, "packed"),
         "frozen copy": (zero(0), itself, lora, "packed"),
         # Last: liger's RoPE, here in the interpreter, stays for the rest of the process.
         "few, 3, liger": (zero(3), other, {"use_liger_kernel": True}, "packed"),
@@ -338,6 +346,25 @@ def test_where_things_wait_does_not_change_the_losses(steps, name, plain):
     assert got["losses"] == pytest.approx(expected["losses"], abs=1e-5)
     assert got["reference"] == pytest.approx(expected["reference"], abs=1e-4)
     assert got["optimizer"] == "torch.optim.adamw"
+
+
+@pytest.mark.peers
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("2, tiles", "2"),
+        ("3, tiles", "2"),
+        ("3, tiles kept", "2"),
+        ("adapters, 3, tiles", "adapters, 3"),
+        ("adapters of mlps, tiles", "adapters of mlps"),
+    ],
+)
+def test_tiles_do_not_change_what_is_learnt(steps, name, plain):
+    """Ranks have rows of other lengths, and so other numbers of tiles. Adam moves by the rate, 1e-3."""
+    expected, got = steps[0][plain], steps[0][name]
+    assert got["losses"] == pytest.approx(expected["losses"], abs=1e-6)
+    assert got["weights"] == pytest.approx(expected["weights"], abs=2e-6)
 
 
 @pytest.mark.peers

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_fast.ops import cpu, eager, linear_logp, plan
+from dpo_fast.ops.linear_logp import plan as plans
 from dpo_fast.ops.linear_logp.call import EXTRAS
 
 BUDGETS = {"keep": 1 << 30, "mixed": None, "recompute": 0}  # None: room for a third of the tokens
@@ -115,6 +116,17 @@ def check(
 def test_forward_and_gradients(schedule, dtype, poison):
     # 2,500 tokens: more than one token chunk; 3,001 columns: more than one block, no multiple of 64
     check(2500, 3001, 24, dtype, BUDGETS[schedule])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("budget", [0, None])
+def test_tokens_in_groups(budget, dtype, poison, monkeypatch):
+    """So many tokens that sums over the vocabulary are open for some of them at a time."""
+    monkeypatch.setattr(plans, "TILE_TOKENS", 16)
+    monkeypatch.setattr(plans, "GROUP_TOKENS", 40)
+    for T, bias in ((200, True), (233, False)):
+        check(T, 43, 8, dtype, budget, bias=bias, softcap=3.0, temperature=0.7)
+    assert plans.plan(200, 43, 8, dtype, workspace_bytes=0).token_group == 40
 
 
 @pytest.mark.slow

@@ -87,11 +87,29 @@ def test_the_weight_is_never_copied_whole(T):
 
 
 def test_products_in_fp32_from_what_is_kept_in_bf16():
-    """As much is kept; the gradient of the hidden states is summed over tiles, in fp32."""
+    """As much is kept; the gradient of the hidden states is summed over tiles, in fp32.
+
+    Hidden states whose logits are made again are copied to fp32.
+    """
     for budget in (1 << 30, 1 << 26, 0):
         half = plan(2048, 32_000, 896, BF16, workspace_bytes=budget)
         whole = plan(2048, 32_000, 896, BF16, workspace_bytes=budget, products=torch.float32)
         assert (half.schedule, half.gemms) == (whole.schedule, whole.gemms)
         assert half.kept_bytes == whole.kept_bytes <= budget
-        assert whole.sum_bytes == (2048 + whole.vocab_block) * 896 * 4 >= half.sum_bytes
+        rows = 2048 + (2048 - whole.kept_tokens) + whole.vocab_block
+        assert whole.sum_bytes == rows * 896 * 4 >= half.sum_bytes
         assert "multiplied in float32" in str(whole) and "multiplied in bfloat16" in str(half)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@pytest.mark.parametrize("needs_head", [True, False])
+def test_a_million_tokens_take_what_some_take(dtype, implementation, needs_head):
+    """Inputs and outputs aside the head's memory has an end, whatever the number of tokens."""
+    for V, D in SHAPES:
+        options = {"needs_head": needs_head, "implementation": implementation}
+        many, more = (
+            plan(T, V, D, dtype, workspace_bytes=1 << 30, **options).bytes
+            for T in (1 << 18, 1 << 20)
+        )
+        assert more <= many * 1.01

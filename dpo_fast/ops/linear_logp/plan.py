@@ -12,6 +12,8 @@ TILE_TOKENS = 2048
 TILE_ELEMENTS = 1 << 22
 # A block of a 16-bit weight is copied to fp32: 32 MiB at most, however few tokens there are.
 COPY_ELEMENTS = 1 << 23
+# Tokens whose sums over the vocabulary are open at a time, in a backward pass over many more of them.
+GROUP_TOKENS = 1 << 14
 # On a GPU products of this many rows run at their peak, and tiles end where a kernel's tiles end.
 CHUNK_TOKENS = 4096
 BLOCK_COLUMNS = 8192
@@ -28,6 +30,7 @@ class HeadPlan:
         exponentials kept), `recompute` (none kept) or `mixed` (the first `kept_tokens` kept).
     kept_tokens: tokens whose exponentials are kept between forward and backward.
     token_chunk, vocab_block: the tile of [T, V] that exists at a time, beside what is kept.
+    token_group: for `torch`, tokens whose tiles are made again together; sums and copies are of so many.
     tokens_first: for each chunk of tokens recomputed tiles go through the vocabulary; else the reverse.
     products: dtype of the operands of products by exponentials and gradient tiles.
     residual_sums: sums over tiles are held in 2 x 16 bits instead of 32 (see `ProductSum`).
@@ -41,6 +44,7 @@ class HeadPlan:
     kept_tokens: int
     token_chunk: int
     vocab_block: int
+    token_group: int
     tokens_first: bool
     products: torch.dtype
     residual_sums: bool
@@ -130,6 +134,7 @@ class _Sizes:
             "kept_tokens": 0,
             "token_chunk": 0,
             "vocab_block": 0,
+            "token_group": 0,
             "tokens_first": True,
             "residual_sums": False,
             "tile_bytes": 0,
@@ -172,8 +177,25 @@ def _plan_torch(sizes: _Sizes, needs_hidden: bool, needs_head: bool) -> HeadPlan
     # Kept exponentials that are multiplied as they lie need no sum over tiles.
     tiled = T if sizes.products != sizes.dtype else T - kept
     if tiled:
-        columns["sum_bytes"] = (tiled * needs_hidden + vocab_block) * D * precise
+        group, rows = _group(tiled, T - kept, V, copies, needs_hidden)
+        columns |= {"token_group": group, "sum_bytes": (rows + vocab_block) * D * precise}
     return sizes.trainable(needs_hidden, **columns, kept_tokens=kept)
+
+
+def _group(tiled: int, again: int, V: int, copies: bool, needs_hidden: bool) -> tuple[int, int]:
+    """Tokens of a group, and rows of D that are held in fp32 for it.
+
+    16-bit hidden states whose logits are made again, and gradients, have fp32 copies, of a group at a time.
+    Several groups keep the sums of the weight's gradient open in fp32, all V rows of them. In fp32 nothing
+    is copied.
+
+    tiled, again: tokens that have tiles, and those of them whose logits are made again.
+    """
+    most = min(tiled, GROUP_TOKENS)
+    if not copies:
+        return most, 0
+    whole, part = (min(again, size) + needs_hidden * size for size in (tiled, most))
+    return (tiled, whole) if whole <= V + part else (most, V + part)
 
 
 def _plan_triton(sizes: _Sizes, needs_hidden: bool, needs_head: bool) -> HeadPlan:

@@ -266,28 +266,48 @@ def _add_tiles(tiles: _GradientTiles, dH, dW, db) -> None:
 
     Vocabulary outside, tokens inside: sums over chunks are one block of fp32, not a whole [V, D].
     """
-    call, n, precision = tiles.call, tiles.whole, tiles.scale_T.dtype
+    call, precision = tiles.call, tiles.scale_T.dtype
+    groups = tiles.groups()
+    # One group leaves a block of the vocabulary once and for all. Of several the sums stay open.
+    several = len(groups) > 1
+    weight_total = dW.to(precision) if several and dW is not None else None
+    bias_total = None
+    if db is not None:
+        blocks = vocab_blocks(call.plan, len(call.weight_VD))
+        bias_total = torch.cat([tiles.whole_bias(block) for block in blocks])
+    for group in groups:
+        tiles.open(group)
+        _add_group(tiles, group, dH, dW if weight_total is None else weight_total, bias_total)
+    if weight_total is not None and weight_total is not dW:
+        dW.copy_(weight_total)
+    if db is not None:
+        db.copy_(bias_total)
+
+
+def _add_group(tiles: _GradientTiles, group: slice, dH, dW, bias_total) -> None:
+    """Add the tiles of a group of tokens. dW and bias_total receive sums in their own dtype."""
+    call, precision = tiles.call, tiles.scale_T.dtype
     weight_blocks = tiles.blocks_in(call.plan.products)
-    hidden_sum = None if dH is None else torch.zeros_like(dH[n:], dtype=precision)
+    hidden_sum = None
+    if dH is not None:
+        own = dH.dtype == precision  # and 0 so far
+        hidden_sum = dH[group] if own else torch.zeros_like(dH[group], dtype=precision)
     for block in vocab_blocks(call.plan, len(call.weight_VD)):
         weight_sum = None if dW is None else dW[block].to(precision)
-        if db is not None:
-            bias_sum = tiles.whole_bias(block)
         for rows, g in tiles.of(block):
-            if db is not None:
-                bias_sum += g.sum(0)
+            if bias_total is not None:
+                bias_total[block] += g.sum(0)
             g = g.to(call.plan.products)
             if dH is not None:
-                add_product(hidden_sum[rows.start - n : rows.stop - n], g, weight_blocks[block])
+                inside = slice(rows.start - group.start, rows.stop - group.start)
+                add_product(hidden_sum[inside], g, weight_blocks[block])
             if dW is not None:
                 add_product(weight_sum, g.t(), call.hidden_TD[rows].to(g.dtype))
             del g
-        if dW is not None:
+        if dW is not None and weight_sum.dtype != dW.dtype:
             dW[block] = weight_sum
-        if db is not None:
-            db[block] = bias_sum
-    if dH is not None:
-        dH[n:] = hidden_sum
+    if dH is not None and hidden_sum.dtype != dH.dtype:
+        dH[group] = hidden_sum
 
 
 class _GradientTiles:
@@ -301,13 +321,25 @@ class _GradientTiles:
     ) -> None:
         self.call, self.scale_T, self.whole, self.kept_TV = call, scale_T, whole, saved["kept"]
         self.total_T, self.offset_T = saved["total"], saved["offset"]
-        self.buffer, plan, K = tile_buffer(call.plan, self.total_T), call.plan, len(saved["kept"])
-        self.kept = token_chunks(plan, whole, K)
+        self.buffer = tile_buffer(call.plan, self.total_T)
         self.precise_blocks = WeightBlocks(call, self.total_T.dtype)
-        rest = token_chunks(plan, K, len(call.hidden_TD))
-        self.rest = [
-            (rows, LogitTiles(call, self.precise_blocks, self.buffer, rows)) for rows in rest
-        ]
+        self.kept: list[slice] = []
+        self.rest: list[tuple[slice, LogitTiles]] = []
+
+    def groups(self) -> list[slice]:
+        """The tokens that have tiles, `plan.token_group` at a time; one empty group if there are none."""
+        first, T = self.whole, len(self.call.hidden_TD)
+        size = max(self.call.plan.token_group, 1)
+        starts = range(first, T, size) or [first]
+        return [slice(start, min(start + size, T)) for start in starts]
+
+    def open(self, group: slice) -> None:
+        """Go on with the tiles of this group. Hidden states in the precision of the logits are of one."""
+        plan, K = self.call.plan, len(self.kept_TV)
+        self.rest = []
+        self.kept = token_chunks(plan, group.start, min(K, group.stop))
+        for rows in token_chunks(plan, max(group.start, K), group.stop):
+            self.rest.append((rows, LogitTiles(self.call, self.precise_blocks, self.buffer, rows)))
 
     def blocks_in(self, dtype: torch.dtype) -> WeightBlocks:
         own = dtype == self.total_T.dtype

@@ -40,6 +40,7 @@ def run_case(tree: dict) -> dict:
     found = {
         "losses": losses,
         "reference": run.references["train"](batch).tolist(),
+        "weights": weights(run.model),
         "optimizer": type(getattr(run.engine.optimizer, "optimizer", None)).__module__,
         "policy": [
             name
@@ -52,6 +53,19 @@ def run_case(tree: dict) -> dict:
         **places(run),
     }
     run.engine.destroy()
+    return found
+
+
+def weights(model) -> dict[str, float]:
+    """For every trained parameter how far it is from zero, whole."""
+    import deepspeed
+
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            sharded = hasattr(parameter, "ds_id")
+            with deepspeed.zero.GatheredParameters([parameter], enabled=sharded):
+                found[name] = parameter.detach().double().norm().item()
     return found
 
 
