@@ -67,6 +67,7 @@ def add_lora(scoring: nn.Module, section: LoraSection) -> None:
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,
         target_modules=targets,
+        target_parameters=section.target_parameters,
         modules_to_save=whole or None,
         ensure_weight_tying=shared and bool(ends),
         task_type="CAUSAL_LM",
