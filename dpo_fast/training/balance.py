@@ -4,8 +4,8 @@ F_e: tokens that have expert e among their K greatest logits. M_e: sum over toke
 over all routers, and R is tokens times routers. The loss is E * sum_e (F_e / R) * (M_e / R).
 
 F has no gradient, but it is of the whole global batch, so it must be known before the first backward pass.
-Where a rank has one micro-batch in a step, its own forward tells. Else a forward of the backbone goes before,
-without gradients.
+Where a rank has one micro-batch in a step, its own forward tells. Else a forward of the backbone goes
+before, without gradients.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def router_metrics(experts: Tensor, layers: Tensor) -> dict[str, float]:
     """Metrics of sums over all ranks, as `Heard.outputs` gives them; fp64 [L, 3, E] and [L, 4].
 
     aux_loss: the balancing loss without its weight, of all these tokens.
-    router/load_max: tokens of the busiest expert over the mean of its layer; mean over layers, 1 is balance.
+    router/load_max: tokens of the busiest expert of a layer over the mean; 1 is balance. Mean of layers.
     router/unused: share of the experts that no token came to.
     router/entropy: of a token's softmax over the experts, nats.
     router/dropped: share of the choices that have weight 0 and compute nothing.
