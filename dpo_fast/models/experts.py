@@ -1,8 +1,8 @@
 """Experts whose parameters every rank must treat alike, whatever its tokens are.
 
 A module that is called for some tokens alone gets gradients on the ranks that have such tokens. At ZeRO-3
-it is also gathered on these alone, and the others wait for ever. transformers 5 has the experts of a layer in
-one tensor, which needs nothing. Models with code of their own have a module for each expert.
+it is also gathered on these alone, and the others wait for ever. transformers 5 has the experts of a layer
+in one tensor, which needs nothing. Models with code of their own have a module for each expert.
 """
 
 from __future__ import annotations

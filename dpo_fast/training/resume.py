@@ -153,7 +153,7 @@ def must_fit(run: Plan) -> dict:
     fits |= {f"train.{name}": tree["train"][name] for name in SAME_TRAIN}
     fits |= {f"loss.{name}": value for name, value in tree["loss"].items()}
     fits |= {f"reference.{name}": tree["reference"][name] for name in SAME_REFERENCE}
-    fits |= {"model.dtype": tree["model"]["dtype"], "model.lora": tree["model"]["lora"]}
+    fits |= {"model.dtype": tree["model"]["dtype"], "model.lora": _lora(tree["model"]["lora"])}
     fits["model.adapter"] = run.config.model.has_adapters
     fits["model.router_aux_loss_coef"] = run.config.model.router_aux_loss_coef or 0.0
     fits |= {f"the hash of {option}'s weights": value for option, value in run.weights.items()}
@@ -161,6 +161,13 @@ def must_fit(run: Plan) -> dict:
         # Versions that lack the last key counted tokens that answers have in common more than once.
         fits |= {"layout": train.layout, "tokens_counted": "once"}
     return fits
+
+
+def _lora(options: dict | None) -> dict | None:
+    """Options of adapters, as versions that lack the newest of them noted it where it is not used."""
+    if options is None or options["target_parameters"]:
+        return options
+    return {name: value for name, value in options.items() if name != "target_parameters"}
 
 
 def rounding(run: Run) -> dict:

@@ -33,7 +33,12 @@ def test_experts_that_one_rank_alone_calls(folder):
     """A module for every expert, and all tokens of rank r with expert r; two experts have none at all."""
     cases = {
         f"stage {stage}, micro {micro}, recomputed {recomputed}": case(
-            folder, "apart", stage, micro, trust_remote_code=True, gradient_checkpointing=recomputed
+            folder,
+            "apart",
+            stage,
+            micro,
+            trust_remote_code=True,
+            gradient_checkpointing=bool(recomputed),
         )
         for stage, micro, recomputed in [(0, 4, 0), (1, 2, 0), (2, 2, 1), (3, 4, 0), (3, 2, 1)]
     }
