@@ -33,6 +33,7 @@ class ScoredBatch:
     targets_U: int64, the token that it predicts. No prediction is there twice.
     predictions_T: int64, the prediction of scored token t. The tokens of a sequence are contiguous in T.
     lengths_S: int64, scored tokens of each sequence.
+    copies_N: int64 [B * L], sequences that each token is part of; 0 of padding.
     indices_P: int64, places of the examples in the data set, on the host.
     tokens: tokens of the data, every sequence whole.
     padding: positions of input_ids that are padding.
@@ -51,6 +52,7 @@ class ScoredBatch:
     targets_U: Tensor
     predictions_T: Tensor
     lengths_S: Tensor
+    copies_N: Tensor
     indices_P: Tensor
     tokens: int
     padding: int
@@ -192,6 +194,8 @@ def collate_trees(
     table = LAYOUTS[layout]
     decided = vars(table.place(sequences, pad_id) if sequences else table.nothing(pad_id)).copy()
     paths = decided.pop("paths")
+    size, nowhere = decided["input_ids"].numel(), np.zeros(0, dtype=np.int64)
+    copies_N = np.bincount(np.concatenate([nowhere, *paths]), minlength=size)
     rows = [path[each.start - 1 :] for path, each in zip(paths, sequences)]
     if flags is not None:
         told = [slice(None) if each is None else np.array(each, dtype=bool) for each in flags]
@@ -201,6 +205,7 @@ def collate_trees(
         **decided,
         **_predictions(rows, answers),
         lengths_S=torch.tensor([len(each) for each in answers], dtype=torch.int64),
+        copies_N=torch.from_numpy(copies_N),
         indices_P=torch.tensor(list(indices), dtype=torch.int64),
         tokens=sum(len(each.ids) + 1 for each in sequences),
     )

@@ -22,7 +22,7 @@ from dpo_fast.integrations.rows import token_rows, token_sets
 from dpo_fast.losses import Objective, Totals
 from dpo_fast.models.adapters import as_started, keep_frozen_copy, why_not
 from dpo_fast.models.architecture import architecture_of, choose_attention, choose_layout
-from dpo_fast.models.own_losses import check_own_losses
+from dpo_fast.models.own_losses import check_no_balance, check_own_losses
 from dpo_fast.models.scoring import fuse_head, scoring_forward
 from dpo_fast.models.separation import check_separation
 from dpo_fast.modules.metrics import METRIC_EXTRAS
@@ -96,7 +96,9 @@ class PreferenceTrainer(transformers.Trainer):
             eos_ids=stop_ids(causal_lm),
         )
         train_dataset, eval_dataset = token_sets(train_dataset, eval_dataset, tokenise)
-        check_own_losses(causal_lm.config, "set model.config.output_router_logits = False")
+        check_own_losses(causal_lm.config)
+        remedy = "set model.config.output_router_logits = False, or train with dpo-fast train"
+        check_no_balance(causal_lm.config, remedy)
         self.layout = choose_layout(layout, architecture_of(causal_lm)).name
         dtype = torch.bfloat16 if args.bf16 else causal_lm.dtype
         columns = _shared_columns(train_dataset, eval_dataset, objective)

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
 from dpo_fast.integrations.forward import add_forward
+from dpo_fast.models.routers import top_k_of
 from dpo_fast.models.scoring import fuse_head
 
 IGNORED = -100
@@ -59,7 +60,5 @@ def _aux_loss(model: PreTrainedModel, router_logits, attention_mask: Tensor | No
     """Mixtral's load-balancing loss, which transformers' mixture-of-experts models share."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-    config = model.config.get_text_config()
-    return load_balancing_loss_func(
-        router_logits, config.num_experts, config.num_experts_per_tok, attention_mask
-    )
+    experts, top_k = router_logits[0].shape[-1], top_k_of(model)
+    return load_balancing_loss_func(router_logits, experts, top_k, attention_mask)

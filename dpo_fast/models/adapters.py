@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dpo_fast.errors import UserError
+from dpo_fast.models.adapter_targets import check_no_router, check_parameters, linear_routers
 from dpo_fast.models.checkpoint import EMBEDDINGS, HEADS, adapter_file, base_of
 from dpo_fast.models.config import LoraSection
 from dpo_fast.models.decoder import decoder_of
@@ -60,6 +61,10 @@ def add_lora(scoring: nn.Module, section: LoraSection) -> None:
     model = scoring.causal_lm
     targets, whole = section.target_modules, section.modules_to_save or []
     _check_whole(model, whole)
+    parameters = section.target_parameters or []
+    check_parameters(model, parameters, section.dropout)
+    check_no_router(model, targets)
+    everything = targets == "all-linear"
     shared = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     ends = {name.split(".")[-1] for name in whole} & {*HEADS, *EMBEDDINGS}
     config = LoraConfig(
@@ -67,6 +72,8 @@ def add_lora(scoring: nn.Module, section: LoraSection) -> None:
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,
         target_modules=targets,
+        target_parameters=parameters or None,
+        exclude_modules=(linear_routers(model) if everything else []) or None,
         modules_to_save=whole or None,
         ensure_weight_tying=shared and bool(ends),
         task_type="CAUSAL_LM",
@@ -81,6 +88,7 @@ def add_lora(scoring: nn.Module, section: LoraSection) -> None:
         scoring.set_adapted(get_peft_model(scoring.model, config))
     except (ValueError, TypeError) as error:
         options = f"model.lora.target_modules={targets}, modules_to_save={whole}"
+        options += f", target_parameters={parameters}" if parameters else ""
         raise UserError(f"{options}: {_first(error)}") from error
 
 

@@ -40,6 +40,12 @@ class LoraSection(BaseModel):
         description="names of modules that get adapters, or all-linear (not the head)",
         json_schema_extra={"refused": "the head"},
     )
+    target_parameters: list[str] | None = Field(
+        None,
+        description="names of parameters that get adapters, as peft has them, for experts that lie in one "
+        "tensor: [experts.gate_up_proj, experts.down_proj]",
+        json_schema_extra={"refused": "names of no parameter of a layer; with dropout"},
+    )
     modules_to_save: list[str] | None = Field(
         None,
         description="modules that are trained whole beside the adapters and saved with them, such as norm, "
@@ -115,11 +121,18 @@ class ModelSection(BaseModel):
         description="compile the blocks of the decoder layers with torch.compile",
         json_schema_extra={"refused": "with use_liger_kernel; with parallel.zero_stage=3"},
     )
+    router_aux_loss_coef: float | None = Field(
+        None,
+        ge=0,
+        description="weight of the balancing loss of experts, over all tokens of the global batch; "
+        "default: that of the model's configuration where output_router_logits is true, else 0",
+        json_schema_extra={"refused": "without experts; above 0 with output_router_logits=false"},
+    )
     output_router_logits: bool | None = Field(
         None,
-        description="false: train without the balancing loss that a mixture's configuration asks for; "
-        "default: as there",
-        json_schema_extra={"refused": "true, here or there: the balancing loss is not added yet"},
+        description="true: add the balancing loss with the coefficient of the model's configuration; "
+        "false: train without the one that it asks for; default: as there",
+        json_schema_extra={"refused": "true without experts"},
     )
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
     lora: LoraSection | None = Field(None, description="train adapters instead of the model")
@@ -156,10 +169,10 @@ class ModelSection(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> ModelSection:
         self._check_adapter()
-        if self.output_router_logits:
+        if self.router_aux_loss_coef and self.output_router_logits is False:
             raise ValueError(
-                "model.output_router_logits=true asks for the balancing loss of the experts, which is not "
-                "added to a preference loss yet; remove it"
+                f"model.router_aux_loss_coef={self.router_aux_loss_coef} adds the balancing loss of "
+                "experts, and model.output_router_logits=false leaves it out; remove one of them"
             )
         layers = self.checkpoint_layers
         if layers is not None and self.gradient_checkpointing is False:

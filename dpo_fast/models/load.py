@@ -161,6 +161,7 @@ def _load_causal_lm(section: ModelSection, attention: str, option: str) -> PreTr
     """The model of transformers, of an adapter its base, with dropout off."""
     config = load_model_config(section, option)
     _without_dropout(config)
+    _without_router_logits(config)
     with _told(section, option):
         model = auto_class(config).from_pretrained(
             **source(base_of(section.path, option)),
@@ -217,10 +218,15 @@ def load_model_config(section: ModelSection, option: str = "model.path") -> Pret
     with _told(section, option):
         config = AutoConfig.from_pretrained(**where, trust_remote_code=section.trust_remote_code)
     if section.output_router_logits is False:
-        for part in (config, config.get_text_config()):
-            if hasattr(part, "output_router_logits"):
-                part.output_router_logits = False
+        _without_router_logits(config)
     return config
+
+
+def _without_router_logits(config: PretrainedConfig) -> None:
+    """Have the model's own forward keep no logits of its routers: `Routers` hears them."""
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "output_router_logits"):
+            part.output_router_logits = False
 
 
 def load_skeleton(section: ModelSection, option: str = "model.path") -> PreTrainedModel:

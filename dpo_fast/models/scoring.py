@@ -16,6 +16,7 @@ from dpo_fast.models.adapters import as_started
 from dpo_fast.models.attention_plan import AttentionPlan
 from dpo_fast.models.decoder import decoder_of
 from dpo_fast.models.own_logits import check_own_logits
+from dpo_fast.models.routers import Routers
 from dpo_fast.modules.head import FusedHead
 from dpo_fast.ops.linear_logp.call import HeadOptions
 from dpo_fast.ops.take import take
@@ -46,6 +47,7 @@ class ScoringModel(nn.Module):
                 f"{type(model).__name__} has no linear lm_head to score with; expected a "
                 "decoder-only causal language model"
             )
+        self.routers = Routers(model)
         self.head = {"implementation": implementation, "workspace_bytes": workspace_bytes}
         fuse_head(model, **self.head)
         self.model = model
@@ -68,9 +70,16 @@ class ScoringModel(nn.Module):
         """A context in which a model with adapters computes as before its first update."""
         return as_started(self.model)
 
-    def forward(self, *arguments, **options) -> dict[str, Tensor]:
-        """As `scoring_forward`."""
-        return scoring_forward(self.causal_lm, *arguments, **options)
+    def forward(
+        self, *arguments, copies_N: Tensor | None = None, balanced: bool = False, **options
+    ) -> dict[str, Tensor]:
+        """As `scoring_forward`; with the `copies_N` of the batch also what routers of experts gave.
+
+        balanced: what the gradient of their balancing loss needs, too (`Heard.outputs`).
+        """
+        with self.routers.listening(copies_N, balanced) as heard:
+            outputs = scoring_forward(self.causal_lm, *arguments, **options)
+        return outputs if heard is None else outputs | heard.outputs()
 
 
 def fuse_head(

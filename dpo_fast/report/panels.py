@@ -137,6 +137,37 @@ RUNNING = (
         share=True,
     ),
     Plan(
+        "Balancing loss of the experts",
+        "aux_loss",
+        "Without its weight. In balance it is the number of experts that compute a token.",
+    ),
+    Plan(
+        "Busiest expert",
+        "router/load_max",
+        "Its tokens over the mean of its layer, mean of the layers. 1 is balance.",
+        include=(1.0,),
+    ),
+    Plan(
+        "Unused experts",
+        "router/unused",
+        "Share of the experts that no token came to.",
+        zero=True,
+        share=True,
+    ),
+    Plan(
+        "Router entropy",
+        "router/entropy",
+        "Of a token's softmax over the experts. A fall to 0 means that routers no longer weigh.",
+        "nats",
+    ),
+    Plan(
+        "Dropped choices",
+        "router/dropped",
+        "Share of the experts chosen with weight 0, which compute nothing.",
+        zero=True,
+        share=True,
+    ),
+    Plan(
         "{kind} per second",
         "perf/examples_per_second",
         "Over all ranks, between two log lines.",

@@ -27,10 +27,9 @@ MOST_FAULTS, MOST_OF_A_FAULT = 10, 1000  # of one configuration, and characters 
 
 Config = TypeVar("Config", bound=BaseModel)
 
-_BALANCING = "the balancing loss of experts is not added to a preference loss yet"
-NOT_YET = dict.fromkeys(
-    ("router_aux_loss_coef", "aux_loss_coef", "output_router_logits"), _BALANCING
-)
+# Keys that people know from elsewhere, and where they stand here.
+ELSEWHERE = dict.fromkeys(("router_aux_loss_coef", "aux_loss_coef"), "model.router_aux_loss_coef")
+ELSEWHERE |= {"output_router_logits": "model.output_router_logits"}
 
 
 class RunConfig(BaseModel):
@@ -287,8 +286,8 @@ def _explain(error: dict, kind: type[BaseModel]) -> str:
     """One of pydantic's errors as the key, the value and what was expected."""
     place = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        if error["loc"][-1] in NOT_YET:
-            return f"{place}={quoted(error['input'])}: {NOT_YET[error['loc'][-1]]}; remove it"
+        if error["loc"][-1] in ELSEWHERE:
+            return f"unknown key {place}; did you mean {ELSEWHERE[error['loc'][-1]]}?"
         known = _fields_at(error["loc"][:-1], kind)
         near = difflib.get_close_matches(str(error["loc"][-1]), known, 1, 0.5)
         hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"

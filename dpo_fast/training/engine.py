@@ -10,6 +10,8 @@ from torch import nn
 
 from dpo_fast.errors import UserError
 from dpo_fast.models import ScoringModel
+from dpo_fast.models.experts import join_experts
+from dpo_fast.training import distributed
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.finite import FiniteAdamW
 from dpo_fast.training.schedule import build_schedule
@@ -156,6 +158,8 @@ def build_engine(config: RunConfig, model: ScoringModel, ds_config: dict, total_
 
     # It collects garbage and prints the memory at six places, whatever the level of DeepSpeed's log.
     bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None
+    if distributed.world_size() > 1 or config.zero_stage == 3:
+        join_experts(model, config.zero_stage)
     optimizer = build_optimizer(config, model)
     scheduler = build_schedule(config.train.schedule, optimizer, total_steps)
     engine, *_ = deepspeed.initialize(
@@ -172,6 +176,7 @@ def build_reference_engine(config: RunConfig, model: ScoringModel, ds_config: di
         return model
     import deepspeed
 
+    join_experts(model, config.zero_stage)
     engine, *_ = deepspeed.initialize(model=model, config=ds_config)
     engine.eval()
     return engine

@@ -20,7 +20,7 @@ from dpo_fast.models.architecture import architecture_of, choose_attention, choo
 from dpo_fast.models.checkpoint import is_folder
 from dpo_fast.models.layers import check_layers
 from dpo_fast.models.load import load_skeleton
-from dpo_fast.models.own_losses import check_own_losses
+from dpo_fast.models.own_losses import balancing_coefficient, check_own_losses
 from dpo_fast.models.precision import choose_dtype
 from dpo_fast.models.quantised import check_whole_weights
 from dpo_fast.models.tiles import check_tiles
@@ -38,11 +38,16 @@ Skeletons = Mapping[str | None, PreTrainedModel]
 
 @dataclass(frozen=True)
 class Choices:
-    """What a run uses. attentions: of each model, by its path; of the policy under None."""
+    """What a run uses.
+
+    attentions: of each model, by its path; of the policy under None.
+    balancing: weight of the balancing loss of experts.
+    """
 
     dtype: Choice
     layout: Choice
     attentions: Mapping[str | None, Choice]
+    balancing: float = 0.0
 
     @property
     def attention(self) -> Choice:
@@ -54,8 +59,13 @@ class Choices:
         return self.attentions[model.path]
 
     def applied(self, config: RunConfig) -> RunConfig:
-        """The configuration with dtype, layout and ZeRO stage that were chosen in place of `auto`."""
+        """The configuration with dtype, layout and ZeRO stage that were chosen in place of `auto`.
+
+        And with the coefficient of the balancing loss that the model's own configuration asks for.
+        """
         model = config.model.model_copy(update={"dtype": self.dtype.name})
+        if self.balancing:
+            model = model.model_copy(update={"router_aux_loss_coef": self.balancing})
         train = config.train.model_copy(update={"layout": self.layout.name})
         config = config.model_copy(update={"model": model, "train": train})
         parallel = config.parallel.model_copy(update={"zero_stage": config.zero_stage})
@@ -77,6 +87,8 @@ class Choices:
         say(f"dtype {self.dtype.name}: {self.dtype.reason}")
         say(f"layout {self.layout.name}: {self.layout.reason}")
         say(f"attention {self.attention.name}: {self.attention.reason}")
+        if self.balancing:
+            say(f"balancing loss of the experts: {self.balancing:g} times, over the global batch")
 
 
 def check_run(config: RunConfig) -> Choices:
@@ -92,8 +104,7 @@ def check_run(config: RunConfig) -> Choices:
     choices, device = choose(config, skeletons), distributed.device()
     check_layers(config.model, skeletons[None], device)
     check_tiles(config.model, skeletons[None])
-    remedy = "set model.output_router_logits=false to train without it"
-    check_own_losses(skeletons[None].config, remedy)
+    check_own_losses(skeletons[None].config)
     merged = config.train.merge_lora or config.model.adapter == "merge"
     check_whole_weights(skeletons[None].config, config.model, merged)
     for model in config.second_models:
@@ -133,7 +144,8 @@ def choose(config: RunConfig, skeletons: Skeletons | None = None) -> Choices:
         path: choose_attention(config.model.attention, *common, architecture)
         for path, architecture in architectures.items()
     }
-    return Choices(choose_dtype(config.model.dtype), layout, attentions)
+    balancing = balancing_coefficient(config.model, skeletons[None])
+    return Choices(choose_dtype(config.model.dtype), layout, attentions, balancing)
 
 
 def check_vocabulary(

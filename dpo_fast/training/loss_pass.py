@@ -24,6 +24,7 @@ from dpo_fast.losses.sums import Tokens, sequence_sums
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.ops.segments import sum_sequences
 from dpo_fast.references import CachedReference
+from dpo_fast.training.balance import Routing
 from dpo_fast.training.distributed import all_sum
 
 
@@ -35,17 +36,23 @@ class LossPass:
     extras: extras of the head for metrics; those that the objective needs are added.
     implementation: of the head, and of the loss if its kernel can do all that is asked.
     old: log-probabilities under the model that wrote the completions, where the objective needs them.
+    routing: what is asked of the model's routers of experts; None where it has none.
     """
 
     objective: Objective = Objective()
     extras: tuple[str, ...] = ()
     implementation: str = "auto"
     old: CachedReference | None = None
+    routing: Routing | None = None
 
     def token_outputs(self, engine, batch: ScoredBatch) -> dict[str, Tensor]:
-        """The policy's log-probability (`logp`) and extras of every scored token, fp32 [T] each."""
+        """The policy's log-probability (`logp`) and extras of every scored token, fp32 [T] each.
+
+        Of a mixture of experts also the sums of its routers (`Heard.outputs`).
+        """
         own = ("log_sum_p2",) if self.objective.options.use_weighting else ()
-        return engine(**forward_arguments(batch), extras=(*self.extras, *own))
+        heard = {} if self.routing is None else self.routing.heard(batch)
+        return engine(**forward_arguments(batch), extras=(*self.extras, *own), **heard)
 
     def reference(self, provider, batch: ScoredBatch) -> dict[str, Tensor | None]:
         """What the policy is compared with, as `loss` takes it, fp32.

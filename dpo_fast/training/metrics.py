@@ -13,12 +13,14 @@ from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.losses import Preference, ScoredGroups
 from dpo_fast.losses.groups import score_spread
 from dpo_fast.modules.metrics import sequence_metrics, token_metrics
+from dpo_fast.training.balance import router_metrics
 from dpo_fast.training.distributed import all_sum
 from dpo_fast.training.perf import Clock, Work
 
 TIMED = ("perf/head_ms", "perf/reference_ms")
 PER_RANK = ("steps", *TIMED)  # every rank adds its own of the same
 SUMMED = ("num_tokens", "examples", "flops")
+ROUTERS = ("router_experts", "router_layers")  # of a mixture of experts: tensors of sums, no means
 
 
 class MetricSums:
@@ -30,6 +32,7 @@ class MetricSums:
     rewards/margins: of batches without pairs, the difference of the means of both sides.
     rewards/longer: share of the pairs of unequal length whose longer answer has the greater reward.
     reward, reward_std, frac_reward_zero_std: the scores of groups, under TRL's names.
+    aux_loss, router/...: of a mixture of experts (`router_metrics`), over all tokens since the last call.
     """
 
     def __init__(self, device: torch.device, work: Work | None = None) -> None:
@@ -61,6 +64,11 @@ class MetricSums:
             self._add_longer(result.rewards_S, batch.lengths_S)
         for name, values in result.watched.items():
             self._add(name, values)
+        for name in ROUTERS:
+            if name in token_outputs:
+                before = self.values.get(name)
+                sums = token_outputs[name]
+                self.values[name] = sums if before is None else before + sums
         size = batch.input_ids.numel()
         self._count("perf/padding_fraction", batch.padding, size)
         # Saved: what sequences have in common, and last tokens, which predict nothing.
@@ -122,6 +130,7 @@ class MetricSums:
         spent = self.clock.read()
         for name in TIMED if "steps" in self.values else ():
             self._count(name, spent.get(name, 0.0), 0)
+        routers = [all_sum(self.values.pop(name)) for name in ROUTERS if name in self.values]
         names = sorted(self.values)
         stacked = all_sum(torch.stack([self.values[name] for name in names]))
         world = dist.get_world_size() if dist.is_initialized() else 1
@@ -136,6 +145,8 @@ class MetricSums:
             if name in sums:
                 result[name] = sums.pop(name)[0] / max(steps, 1) / world
         result |= {name: total / count for name, (total, count) in sums.items() if count}
+        if routers:
+            result |= router_metrics(*routers)
         both = {"rewards/chosen", "rewards/rejected"} <= result.keys()
         if both and "rewards/margins" not in result:
             result["rewards/margins"] = result["rewards/chosen"] - result["rewards/rejected"]

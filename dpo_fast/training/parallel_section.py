@@ -15,6 +15,9 @@ NOT_DEEPSPEEDS = {
     "scheduler": "train.lr_scheduler_type and train.lr_scheduler_kwargs are the schedule",
     "fp16": "model.dtype is bf16 or fp32",
     "amp": "model.dtype is bf16 or fp32",
+    "expert_parallel": "it puts layers of its own in place of the experts, a part on each rank, and "
+    "checkpoints, exports and references are by the model's own parameters; parallel.zero_stage=3 spreads "
+    "the experts over the ranks",
 }
 
 

@@ -15,6 +15,7 @@ from dpo_fast.models.layers import checkpoint_layers
 from dpo_fast.models.separation import check_separation
 from dpo_fast.modules.metrics import METRIC_EXTRAS
 from dpo_fast.training import distributed
+from dpo_fast.training.balance import Routing
 from dpo_fast.training.best import Best
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.engine import build_engine, deepspeed_config, shard_while_loading
@@ -119,7 +120,10 @@ def prepare(
     check_separation(engine, config.train.layout, len(tokenizer), engine.device, dtype)
     load = partial(load_second_model, config, choices, ds_config, engine.device, splits)
     extras = METRIC_EXTRAS if config.log.token_metrics else ()
-    loss_pass = LossPass(config.loss.objective, extras, config.train.implementation)
+    routing = Routing(config.model.router_aux_loss_coef or 0.0) if model.routers.count else None
+    loss_pass = LossPass(
+        config.loss.objective, extras, config.train.implementation, routing=routing
+    )
     before = partial(check_before_pass, config, engine, train, loss_pass)
     references = build_references(config, engine, model, splits, load, before)
     old = build_old(config, engine, references, splits, load, before)

@@ -115,8 +115,9 @@ def must_be_same(plan: Plan, checkpoint: Path, known: dict[str, Any]) -> dict[st
     known: the content of the checkpoint's state.json.
     """
     fits = must_fit(plan)
-    if "group_prompts" not in known and not fits["group_prompts"]:
-        del fits["group_prompts"]  # the checkpoint is older than the option
+    for name in ("group_prompts", "model.router_aux_loss_coef"):
+        if name not in known and not fits[name]:
+            del fits[name]  # the checkpoint is older than the option
     if moved(known, fits):
         fits = fits_moved(plan, checkpoint, known, fits)
     if goes_on(plan, known, checkpoint):
@@ -152,13 +153,21 @@ def must_fit(run: Plan) -> dict:
     fits |= {f"train.{name}": tree["train"][name] for name in SAME_TRAIN}
     fits |= {f"loss.{name}": value for name, value in tree["loss"].items()}
     fits |= {f"reference.{name}": tree["reference"][name] for name in SAME_REFERENCE}
-    fits |= {"model.dtype": tree["model"]["dtype"], "model.lora": tree["model"]["lora"]}
+    fits |= {"model.dtype": tree["model"]["dtype"], "model.lora": _lora(tree["model"]["lora"])}
     fits["model.adapter"] = run.config.model.has_adapters
+    fits["model.router_aux_loss_coef"] = run.config.model.router_aux_loss_coef or 0.0
     fits |= {f"the hash of {option}'s weights": value for option, value in run.weights.items()}
     if train.tokens_per_batch is not None:  # the tokens of an example depend on the layout
         # Versions that lack the last key counted tokens that answers have in common more than once.
         fits |= {"layout": train.layout, "tokens_counted": "once"}
     return fits
+
+
+def _lora(options: dict | None) -> dict | None:
+    """Options of adapters, as versions that lack the newest of them noted it where it is not used."""
+    if options is None or options["target_parameters"]:
+        return options
+    return {name: value for name, value in options.items() if name != "target_parameters"}
 
 
 def rounding(run: Run) -> dict:

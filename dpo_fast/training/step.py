@@ -17,6 +17,7 @@ from dpo_fast.losses import Preference, Totals
 from dpo_fast.losses.from_tokens import as_pairs
 from dpo_fast.losses.sums import Tokens, sequence_sums
 from dpo_fast.training import distributed
+from dpo_fast.training.balance import Balance, count_choices
 from dpo_fast.training.eval_examples import EvalTable
 from dpo_fast.training.finite import backward_scale
 from dpo_fast.training.loss_pass import LossPass, Statistics
@@ -38,20 +39,34 @@ def train_step(
         This rank's share of the loss of the global batch, [] fp32; the shares of all ranks add up to it.
     """
     share = torch.zeros((), device=engine.device)
+    batches, balance = balanced(engine, batches, loss_pass)
     for batch in batches:
         batch = batch.to(engine.device)
         with sums.clock.time("perf/reference_ms"):
             reference = loss_pass.reference(provider, batch)
         token_outputs = loss_pass.token_outputs(engine, batch)
         result = loss_pass.loss(token_outputs, reference, batch, totals, statistics.values)
+        loss = result.loss if balance is None else result.loss + balance.share(token_outputs)
         # DeepSpeed averages gradients over ranks; the loss is already divided by the global counts.
-        scale = backward_scale(result.loss, engine.world_size)
-        engine.backward(result.loss * scale, scale_wrt_gas=False)
+        scale = backward_scale(loss, engine.world_size)
+        engine.backward(loss * scale, scale_wrt_gas=False)
         engine.step()
-        share += result.loss.detach()
+        share += loss.detach()
         sums.add(result, token_outputs, batch)
         statistics.add(result.rewards_S)
     return share
+
+
+def balanced(
+    engine, batches: Iterable[ScoredBatch], loss_pass: LossPass
+) -> tuple[Iterable[ScoredBatch], Balance | None]:
+    """The batches of a step, and the balancing loss of experts where there is one. Collective."""
+    if loss_pass.routing is None or not loss_pass.routing.coefficient:
+        return batches, None
+    batches, balance = list(batches), Balance(loss_pass.routing.coefficient)
+    if len(batches) > 1:
+        count_choices(engine, batches, balance)
+    return batches, balance
 
 
 def coupled_step(
@@ -76,24 +91,35 @@ def coupled_step(
     with sums.clock.time("perf/reference_ms"):
         references = [loss_pass.reference(provider, batch) for batch in batches]
     table = BatchTable(indices, loss_pass, engine.device)
+    routing = loss_pass.routing
+    balance = Balance(routing.coefficient) if routing and routing.coefficient else None
     with torch.no_grad():
         for batch, reference in zip(batches, references):
-            table.add(loss_pass.token_outputs(engine, batch), reference, batch)
+            token_outputs = loss_pass.token_outputs(engine, batch)
+            table.add(token_outputs, reference, batch)
+            if balance is not None:
+                balance.count(token_outputs)
+    if balance is not None:
+        balance.close()
     loss, slopes = table.loss(totals, statistics.values)
     share = loss.float() / engine.world_size
-    scale = backward_scale(share, engine.world_size)
+    scale, whole = backward_scale(share, engine.world_size), share
     for batch, reference in zip(batches, references):
         token_outputs = loss_pass.token_outputs(engine, batch)
         logps_S, reference_S = batch_sums(token_outputs, reference, batch, loss_pass)
         slope_S = slopes[table.places(batch)].flatten().to(logps_S.dtype)
-        engine.backward((logps_S * slope_S).sum() * scale, scale_wrt_gas=False)
+        surrogate = (logps_S * slope_S).sum()
+        if balance is not None:
+            part = balance.share(token_outputs)
+            surrogate, whole = surrogate + part, whole + part.detach()
+        engine.backward(surrogate * scale, scale_wrt_gas=False)
         engine.step()
         rewards_S = loss_pass.objective.rewards(as_pairs(logps_S, batch.lengths_S, reference_S))
         # The loss is of the whole global batch: every micro-batch gets the same part of it.
         result = Preference(share / len(batches), logps_S.detach(), rewards_S)
         sums.add(result, token_outputs, batch)
         statistics.add(rewards_S)
-    return share
+    return whole
 
 
 class BatchTable:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dpo_fast.data.report import DataReport
 from dpo_fast.data.verdicts import Tally
 from dpo_fast.models import ScoringModel
+from dpo_fast.models.adapter_targets import expert_tensors
 from dpo_fast.models.load import load_skeleton
 from dpo_fast.ops.dispatch import choose_implementation
 from dpo_fast.training import distributed
@@ -69,6 +70,10 @@ def tell_model(model: ScoringModel) -> None:
     whole, trained = sum(size for size, _ in sizes), sum(size for size, grad in sizes if grad)
     part = "" if trained == whole else f", {_count(trained)} of them trained"
     say(f"{type(model.causal_lm).__name__} with {_count(whole)} parameters{part}")
+    stacks = expert_tensors(model.causal_lm) if model.has_adapter else []
+    if stacks and not any("experts" in n for n, p in model.named_parameters() if p.requires_grad):
+        told = f"[{', '.join(stacks)}]"
+        say(f"its experts have no adapters: model.lora.target_parameters={told} gives them some")
 
 
 def skeletons_beside(config: RunConfig) -> dict:

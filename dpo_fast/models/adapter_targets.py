@@ -1,0 +1,69 @@
+"""Which parts of a model adapters may be put on: tensors of experts yes, some routers not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from dpo_fast.errors import UserError
+from dpo_fast.models.decoder import decoder_of
+from dpo_fast.models.routers import routers_of
+
+
+def check_parameters(model: PreTrainedModel, names: Sequence[str], dropout: float) -> None:
+    """Check `model.lora.target_parameters`, which peft passes over where there is no such parameter.
+
+    Raises:
+        UserError: a name is of no matrix, or stack of matrices, that texts go through; or there is dropout.
+    """
+    if names and dropout:
+        raise UserError(
+            f"model.lora.dropout={dropout} cannot be honoured with model.lora.target_parameters={names}: "
+            "an adapter on a parameter changes the weight, and sees no input to drop from; set it to 0"
+        )
+    known = {name: _dimensions(value) for name, value in decoder_of(model).named_parameters()}
+    for name in names:
+        found = {key: size for key, size in known.items() if f".{key}".endswith(f".{name}")}
+        if not any(size in (2, 3) for size in found.values()):
+            ends = sorted(
+                {".".join(key.split(".")[-2:]) for key, size in known.items() if size == 3}
+            )
+            stacks = f"; tensors of experts are {', '.join(ends)}" if ends else ""
+            raise UserError(
+                f"model.lora.target_parameters={name}: the model has no such weight{stacks}. Layers with a "
+                "weight of their own are named in model.lora.target_modules"
+            )
+
+
+def expert_tensors(model: PreTrainedModel) -> list[str]:
+    """Names of parameters that hold all experts of a layer, as `target_parameters` takes them."""
+    parameters = decoder_of(model).named_parameters()
+    stacks = (name for name, value in parameters if _dimensions(value) == 3 and "expert" in name)
+    return sorted({".".join(name.split(".")[-2:]) for name in stacks})
+
+
+def linear_routers(model: PreTrainedModel) -> list[str]:
+    """Names of routers that are a kind of linear layer and return more than its product, as Llama 4's.
+
+    peft takes them for plain layers, and an adapter cannot be added to what they return.
+    """
+    found = {id(router) for router, _ in routers_of(model) if isinstance(router, nn.Linear)}
+    return [name for name, module in model.named_modules() if id(module) in found]
+
+
+def check_no_router(model: PreTrainedModel, targets: str | Sequence[str]) -> None:
+    """Raises UserError if targets by name mean such a router."""
+    named = [targets] if isinstance(targets, str) else targets
+    routers = {name.split(".")[-1] for name in linear_routers(model)}
+    if hit := routers & {target.split(".")[-1] for target in named}:
+        raise UserError(
+            f"model.lora.target_modules={targets}: the routers of {type(model).__name__} "
+            f"({', '.join(hit)}) return more than the product of a linear layer, and cannot carry an "
+            "adapter; leave them out"
+        )
+
+
+def _dimensions(parameter: nn.Parameter) -> int:
+    return len(getattr(parameter, "ds_shape", parameter.shape))

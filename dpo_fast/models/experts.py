@@ -1,0 +1,72 @@
+"""Experts whose parameters every rank must treat alike, whatever its tokens are.
+
+A module that is called for some tokens alone gets gradients on the ranks that have such tokens. At ZeRO-3
+it is also gathered on these alone, and the others wait for ever. transformers 5 has the experts of a layer
+in one tensor, which needs nothing. Models with code of their own have a module for each expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def experts_together(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules whose forward leaves out some of their parameters, by the tokens that come.
+
+    Those that choose among experts that are modules of their own, and LongCat's experts, where a token may
+    choose to be left as it is. And peft's adapters on a parameter, which read weights outside of the
+    forward of any module that holds them.
+    """
+    for module in model.modules():
+        leaves_out = _chooses_modules(module) or getattr(module, "zero_expert_num", 0)
+        if leaves_out or adapts_a_parameter(module):
+            yield module
+
+
+def join_experts(model: nn.Module, stage: int) -> int:
+    """Have all ranks gather and reduce these parameters alike. DeepSpeed is not initialised yet.
+
+    At ZeRO-3 they are leaf modules of DeepSpeed: gathered whole, and with a gradient of zeros where there
+    is none. Below, the output depends on all of their parameters, by a factor of 0.
+
+    Returns:
+        How many modules it concerns.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    found = list(experts_together(model))
+    for module in found:
+        if stage == 3:
+            set_z3_leaf_module(module, True)
+        elif not adapts_a_parameter(module):
+            module.register_forward_hook(_depend_on_all)
+    return len(found)
+
+
+def _depend_on_all(module: nn.Module, inputs: tuple, output: Any) -> Any:
+    """The output of a module, and 0 times each of its parameters that is trained."""
+    trained = [each for each in module.parameters() if each.requires_grad]
+    if not (trained and torch.is_grad_enabled()):
+        return output
+    nothing = 0.0 * sum(each.reshape(-1)[0] for each in trained)
+    if isinstance(output, Tensor):
+        return output + nothing.to(output.dtype)
+    first, *others = output
+    return (first + nothing.to(first.dtype), *others)
+
+
+def _chooses_modules(module: nn.Module) -> bool:
+    """Whether a child is a list or dictionary of experts, each a module."""
+    return any(
+        "expert" in name and isinstance(child, (nn.ModuleList, nn.ModuleDict)) and len(child) > 1
+        for name, child in module.named_children()
+    )
+
+
+def adapts_a_parameter(module: nn.Module) -> bool:
+    """Whether it is peft's wrapper of a layer one of whose parameters has an adapter."""
+    return type(module).__name__ == "ParamWrapper" and hasattr(module, "parameter_name")
