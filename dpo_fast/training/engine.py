@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from dpo_fast.errors import UserError
 from dpo_fast.models import ScoringModel
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.finite import FiniteAdamW
+from dpo_fast.training.nvme import save_as_others, swaps
+from dpo_fast.training.parallel_section import ZERO_PLUS_PLUS
 from dpo_fast.training.schedule import build_schedule
 
 # DeepSpeed's monitors, which log.report_to stands for.
@@ -60,10 +63,25 @@ def _zero(config: RunConfig) -> dict[str, Any]:
         zero["contiguous_gradients"] = True
         zero["compute_grad_norm"] = True
     if parallel.offload_optimizer:
-        zero["offload_optimizer"] = in_cpu_memory()
+        zero["offload_optimizer"] = offloaded_to(parallel.offload_optimizer, parallel.nvme_path)
     if parallel.offload_parameters:
-        zero["offload_param"] = in_cpu_memory()
+        zero["offload_param"] = offloaded_to(parallel.offload_parameters, parallel.nvme_path)
+    for option in ZERO_PLUS_PLUS:
+        if option in parallel.model_fields_set:
+            zero[option] = getattr(parallel, option)
     return zero
+
+
+def zero_config(config: RunConfig) -> dict[str, Any]:
+    """DeepSpeed's section `zero_optimization`, with that of `parallel.deepspeed` merged in.
+
+    Raises:
+        UserError: as `deepspeed_config`.
+    """
+    theirs = config.parallel.deepspeed.get("zero_optimization", {})
+    if not isinstance(theirs, dict):  # whatever it is, it contradicts
+        theirs = {"stage": theirs}
+    return merge(_zero(config), theirs, "parallel.deepspeed.zero_optimization")
 
 
 def merge(ours: dict, theirs: dict, place: str) -> dict:
@@ -91,6 +109,13 @@ def in_cpu_memory() -> dict[str, Any]:
     return {"device": "cpu", "pin_memory": torch.cuda.is_available()}
 
 
+def offloaded_to(place: str | bool, nvme_path: str | None) -> dict[str, Any]:
+    """DeepSpeed's words for offloading to CPU memory (true, "cpu") or to files ("nvme")."""
+    if place != "nvme":
+        return in_cpu_memory()
+    return in_cpu_memory() | {"device": "nvme", "nvme_path": str(Path(nvme_path).expanduser())}
+
+
 def reference_config(config: RunConfig, ds_config: dict[str, Any]) -> dict[str, Any]:
     """DeepSpeed's configuration for a frozen model at stage 3: the policy's without its optimiser.
 
@@ -98,7 +123,8 @@ def reference_config(config: RunConfig, ds_config: dict[str, Any]) -> dict[str, 
     """
     names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     zero = dict(ds_config["zero_optimization"])
-    zero.pop("offload_optimizer", None)
+    for name in ("offload_optimizer", "zero_quantized_gradients"):  # it has none of either
+        zero.pop(name, None)
     offload = zero.pop("offload_param", in_cpu_memory())
     if config.offloads_reference:
         zero["offload_param"] = offload
@@ -110,9 +136,37 @@ def shard_while_loading(config: RunConfig, ds_config: dict[str, Any]):
     """At stage 3, an object; as long as it lives, transformers shards weights while it loads them."""
     if config.zero_stage < 3:
         return None
+    share_groups(ds_config["zero_optimization"].get("zero_hpz_partition_size", 1))
     from transformers.integrations import HfDeepSpeedConfig
 
     return HfDeepSpeedConfig(ds_config)
+
+
+def share_groups(size: int) -> None:
+    """Let all models of a process share the groups of ranks that keep a copy of parameters (hpZ).
+
+    DeepSpeed (0.19) makes them for the first model, and refuses the second: that of a reference, or the
+    policy of a later round. It keeps them for a later one that asks for none.
+
+    size: ranks of a group; 1 for none.
+    """
+    from deepspeed import comm
+    from deepspeed.utils import groups
+
+    create, name = groups._create_zero_param_parallel_group, "_ZERO_PARAM_INTRA_PARALLEL_GROUP"
+    if size == 1:
+        setattr(groups, name, None)
+    if getattr(create, "shares", False):
+        return
+
+    def create_once(size: int) -> None:
+        there = getattr(groups, name)
+        if there is None or comm.get_world_size(group=there) != size:
+            setattr(groups, name, None)
+            create(size)
+
+    create_once.shares = True
+    groups._create_zero_param_parallel_group = create_once
 
 
 def split_trained(
@@ -161,6 +215,8 @@ def build_engine(config: RunConfig, model: ScoringModel, ds_config: dict, total_
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config
     )
+    if swaps(engine):
+        save_as_others(engine)
     return engine
 
 
