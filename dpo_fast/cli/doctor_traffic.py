@@ -1,27 +1,25 @@
-"""What ranks exchange in a step of a run, and when ZeRO++ and NVMe pay, with this run's numbers."""
+"""What ranks exchange in a step of a run, and when ZeRO++ and NVMe pay, with this run's numbers.
+
+`outlook` is the `Outlook` of `doctor_run.py`.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from dpo_fast.models.layers import checkpointed_layers
 from dpo_fast.training.engine import zero_config
 from dpo_fast.training.memory import FP32, in_units
-from dpo_fast.training.parallel_section import ZERO_PLUS_PLUS
 from dpo_fast.training.prepare import wants_checkpointing
 from dpo_fast.training.traffic import GATHER, Transfer, traffic
-
-if TYPE_CHECKING:
-    from dpo_fast.cli.doctor_run import Outlook
 
 DISK = 6e9  # bytes a second of a fast NVMe disk, to read or write
 
 
-def transfers(outlook: Outlook, **other: object) -> list[Transfer]:
+def transfers(outlook, **other: object) -> list[Transfer]:
     """What a rank exchanges in a step. other: options of `zero_optimization` in place of the run's."""
     config, model = outlook.config, outlook.policy
     again = []
@@ -31,7 +29,7 @@ def transfers(outlook: Outlook, **other: object) -> list[Transfer]:
     return traffic(config, zero, model, again, outlook.world, micro_batches(outlook))
 
 
-def micro_batches(outlook: Outlook) -> int:
+def micro_batches(outlook) -> int:
     """Of a rank in a step; 1 where the data decide."""
     train = outlook.config.train
     if train.micro_batch_size is None:
@@ -39,7 +37,7 @@ def micro_batches(outlook: Outlook) -> int:
     return train.global_batch_size // (train.micro_batch_size * outlook.world)
 
 
-def traffic_table(outlook: Outlook) -> Table:
+def traffic_table(outlook) -> Table:
     """The collectives of a step and the bytes that a rank sends in them."""
     steps = "step" if outlook.config.train.micro_batch_size else "micro-batch"
     title = f"Communication of a {steps}, by what DeepSpeed does"
@@ -54,22 +52,21 @@ def traffic_table(outlook: Outlook) -> Table:
     return table
 
 
-def when_they_pay(outlook: Outlook) -> Iterator[tuple[str, str, str]]:
+def when_they_pay(outlook) -> Iterator[tuple[str, str, str]]:
     """Name, value and reason of every option of ZeRO that trades one resource for another.
 
     Those that are off are told where the run could use them: at stage 3, on several ranks.
     """
     zero = zero_config(outlook.config)
-    several = zero["stage"] == 3 and outlook.world > 1
-    if several or any(zero.get(option) for option in ZERO_PLUS_PLUS if option != "reduce"):
+    if zero["stage"] == 3 and outlook.world > 1:
         yield "ZeRO++ hpZ", *_copies(outlook, zero)
         yield "ZeRO++ qwZ", *_quantised_weights(outlook, zero)
         yield "ZeRO++ qgZ", *_quantised_gradients(outlook, zero)
-    if "nvme" in (outlook.config.parallel.offload_optimizer,):
+    if outlook.config.parallel.offload_optimizer == "nvme":
         yield "NVMe", "optimiser", _disk(outlook)
 
 
-def _copies(outlook: Outlook, zero: dict) -> tuple[str, str]:
+def _copies(outlook, zero: dict) -> tuple[str, str]:
     size = int(zero.get("zero_hpz_partition_size", 1))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", outlook.world))
     machine = size if size > 1 else local if outlook.world % local == 0 else 1
@@ -84,12 +81,12 @@ def _copies(outlook: Outlook, zero: dict) -> tuple[str, str]:
     )
 
 
-def _crossing(outlook: Outlook, lines: list[Transfer]) -> float:
+def _crossing(outlook, lines: list[Transfer]) -> float:
     """Bytes of gathers that a rank sends in groups of all ranks."""
     return sum(x.sent for x in lines if x.kind == GATHER and x.ranks == outlook.world)
 
 
-def _quantised_weights(outlook: Outlook, zero: dict) -> tuple[str, str]:
+def _quantised_weights(outlook, zero: dict) -> tuple[str, str]:
     on = bool(zero.get("zero_quantized_weights"))
     plain = sum(x.sent for x in transfers(outlook, zero_quantized_weights=False))
     small = sum(x.sent for x in transfers(outlook, zero_quantized_weights=True))
@@ -99,7 +96,7 @@ def _quantised_weights(outlook: Outlook, zero: dict) -> tuple[str, str]:
     )
 
 
-def _quantised_gradients(outlook: Outlook, zero: dict) -> tuple[str, str]:
+def _quantised_gradients(outlook, zero: dict) -> tuple[str, str]:
     on = bool(zero.get("zero_quantized_gradients"))
     plain = sum(x.sent for x in transfers(outlook, zero_quantized_gradients=False))
     small = sum(x.sent for x in transfers(outlook, zero_quantized_gradients=True))
@@ -109,7 +106,7 @@ def _quantised_gradients(outlook: Outlook, zero: dict) -> tuple[str, str]:
     )
 
 
-def _disk(outlook: Outlook) -> str:
+def _disk(outlook) -> str:
     states = 3 * FP32 * outlook.sizes.trainable / outlook.world
     seconds = 2 * states / DISK
     return (

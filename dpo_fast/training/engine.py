@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -63,9 +65,9 @@ def _zero(config: RunConfig) -> dict[str, Any]:
         zero["contiguous_gradients"] = True
         zero["compute_grad_norm"] = True
     if parallel.offload_optimizer:
-        zero["offload_optimizer"] = offloaded_to(parallel.offload_optimizer, parallel.nvme_path)
+        zero["offload_optimizer"] = offloaded_to(parallel.offload_optimizer, config)
     if parallel.offload_parameters:
-        zero["offload_param"] = offloaded_to(parallel.offload_parameters, parallel.nvme_path)
+        zero["offload_param"] = offloaded_to(parallel.offload_parameters, config)
     for option in ZERO_PLUS_PLUS:
         if option in parallel.model_fields_set:
             zero[option] = getattr(parallel, option)
@@ -109,11 +111,17 @@ def in_cpu_memory() -> dict[str, Any]:
     return {"device": "cpu", "pin_memory": torch.cuda.is_available()}
 
 
-def offloaded_to(place: str | bool, nvme_path: str | None) -> dict[str, Any]:
-    """DeepSpeed's words for offloading to CPU memory (true, "cpu") or to files ("nvme")."""
+def offloaded_to(place: str | bool, config: RunConfig) -> dict[str, Any]:
+    """DeepSpeed's words for offloading to CPU memory (true, "cpu") or to files ("nvme").
+
+    Every run has a folder of its own below `parallel.nvme_path`: DeepSpeed's names are the same in all.
+    """
     if place != "nvme":
         return in_cpu_memory()
-    return in_cpu_memory() | {"device": "nvme", "nvme_path": str(Path(nvme_path).expanduser())}
+    run = str(Path(config.train.output_dir).expanduser().absolute())
+    own = f"dpo_fast-{hashlib.sha256(run.encode()).hexdigest()[:12]}"
+    folder = Path(config.parallel.nvme_path).expanduser() / own
+    return in_cpu_memory() | {"device": "nvme", "nvme_path": str(folder)}
 
 
 def reference_config(config: RunConfig, ds_config: dict[str, Any]) -> dict[str, Any]:
@@ -242,6 +250,8 @@ def release(*holders: object) -> None:
     engines = {id(each): each for each in (getattr(holder, "scorer", holder) for holder in holders)}
     for engine in engines.values():
         if hasattr(engine, "destroy"):
+            if swaps(engine):
+                shutil.rmtree(engine.optimizer.optimizer_swapper.swap_folder, ignore_errors=True)
             engine.destroy()
             for parameter in engine.module.parameters():
                 parameter.grad = None

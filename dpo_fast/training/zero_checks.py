@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,21 +69,18 @@ def _check_quantised(option: str, ranks: int) -> None:
 
 
 def _check_files(option: str, offload: Mapping[str, Any]) -> None:
-    named, folder = f"parallel.{option}=nvme", str(offload.get("nvme_path"))
+    named, folder = f"parallel.{option}=nvme", Path(str(offload.get("nvme_path"))).absolute()
     if fault := missing_op("AsyncIOBuilder"):
         raise UserError(
             f"{named} needs DeepSpeed's async_io, which it compiles here: {fault}. Install libaio and "
             f"a C++ compiler (Debian: apt install libaio-dev g++), or set parallel.{option}=cpu"
         )
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder):
-            pass
-    except OSError as error:
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(
-            f"parallel.nvme_path={folder} cannot be written: {first_line(error)}; name a folder on a fast "
-            "disk of this machine"
-        ) from None
+            f"parallel.nvme_path={folder}: {there} is no folder that can be written; name one on a fast disk "
+            "of this machine"
+        )
 
 
 def missing_op(builder: str) -> str | None:

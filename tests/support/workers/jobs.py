@@ -35,6 +35,7 @@ from dpo_fast.training.prepare import prepare
 from dpo_fast.training.references import store_beforehand
 from dpo_fast.training.saver import Saver
 from dpo_fast.training.traffic import GATHER, traffic
+from tests.support.aio import plain_files
 from tests.support.engines import Engine
 
 SCALARS = 64  # bytes of a collective that only agrees on numbers
@@ -43,6 +44,12 @@ SCALARS = 64  # bytes of a collective that only agrees on numbers
 def train_all(trees: list[dict]) -> None:
     for tree in trees:
         train(build_config(tree, "case"))
+
+
+def train_with_files(trees: list[dict]) -> None:
+    """Runs with states on "nvme", which any folder is here."""
+    with plain_files():
+        train_all(trees)
 
 
 def held_by_runs(tree: dict, file: str) -> None:
@@ -379,6 +386,7 @@ JOBS = {
     "traffic": traffic_of,
     "with_noise": with_noise,
     "train": train_all,
+    "train_with_files": train_with_files,
     "train_faulty": train_faulty,
     "stopped_by_health": stopped_by_health,
     "dry_run": dry_run,
