@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,11 @@ from torch import nn
 
 from dpo_fast.errors import UserError
 from dpo_fast.models import ScoringModel
+from dpo_fast.models.load import load_skeleton
+from dpo_fast.training import distributed
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.finite import FiniteAdamW
-from dpo_fast.training.nvme import save_as_others, swaps
+from dpo_fast.training.nvme import remove_files, save_as_others, swaps
 from dpo_fast.training.parallel_section import ZERO_PLUS_PLUS
 from dpo_fast.training.schedule import build_schedule
 
@@ -133,9 +134,11 @@ def reference_config(config: RunConfig, ds_config: dict[str, Any]) -> dict[str, 
     zero = dict(ds_config["zero_optimization"])
     for name in ("offload_optimizer", "zero_quantized_gradients"):  # it has none of either
         zero.pop(name, None)
-    offload = zero.pop("offload_param", in_cpu_memory())
-    if config.offloads_reference:
-        zero["offload_param"] = offload
+    zero.pop("offload_param", None)
+    if (
+        config.offloads_reference
+    ):  # never to files: a second model would empty the folder of the first
+        zero["offload_param"] = in_cpu_memory()
     reduced = {name: ds_config[name] for name in (*names, "bf16", "steps_per_print", "timers")}
     return reduced | {"zero_optimization": zero}
 
@@ -144,10 +147,19 @@ def shard_while_loading(config: RunConfig, ds_config: dict[str, Any]):
     """At stage 3, an object; as long as it lives, transformers shards weights while it loads them."""
     if config.zero_stage < 3:
         return None
-    share_groups(ds_config["zero_optimization"].get("zero_hpz_partition_size", 1))
+    zero = ds_config["zero_optimization"]
+    share_groups(zero.get("zero_hpz_partition_size", 1))
+    if zero.get("offload_param", {}).get("device") == "nvme":
+        zero["offload_param"].setdefault("buffer_size", largest_part(config))
     from transformers.integrations import HfDeepSpeedConfig
 
     return HfDeepSpeedConfig(ds_config)
+
+
+def largest_part(config: RunConfig) -> int:
+    """Elements of the largest part of a parameter that a rank has at stage 3."""
+    sizes = (parameter.numel() for parameter in load_skeleton(config.model).parameters())
+    return -(-max(sizes) // distributed.world_size())
 
 
 def share_groups(size: int) -> None:
@@ -250,8 +262,7 @@ def release(*holders: object) -> None:
     engines = {id(each): each for each in (getattr(holder, "scorer", holder) for holder in holders)}
     for engine in engines.values():
         if hasattr(engine, "destroy"):
-            if swaps(engine):
-                shutil.rmtree(engine.optimizer.optimizer_swapper.swap_folder, ignore_errors=True)
+            remove_files(engine)
             engine.destroy()
             for parameter in engine.module.parameters():
                 parameter.grad = None

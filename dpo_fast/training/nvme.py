@@ -8,6 +8,7 @@ exported, resumed on other ranks, and resumed without NVMe, like any other.
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from typing import Any
 
@@ -31,6 +32,14 @@ def save_as_others(engine) -> None:
     engine.zero_nvme_offload_optimizer = lambda: False
     optimizer.state_dict = partial(state_of, optimizer)
     optimizer.load_state_dict = partial(load_state, optimizer)
+
+
+def remove_files(engine) -> None:
+    """Remove this rank's files of an engine that is of no use any more."""
+    places = [getattr(p, "nvme_swapper", None) for p in engine.module.parameters()]
+    places += [engine.optimizer.optimizer_swapper] if swaps(engine) else []
+    for folder in {place.swap_folder for place in places if place is not None}:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def state_of(optimizer) -> dict[str, Any]:

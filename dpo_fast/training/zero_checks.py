@@ -78,8 +78,8 @@ def _check_files(option: str, offload: Mapping[str, Any]) -> None:
     there = next(each for each in (folder, *folder.parents) if each.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(
-            f"parallel.nvme_path={folder}: {there} is no folder that can be written; name one on a fast disk "
-            "of this machine"
+            f"parallel.nvme_path={folder}: {there} is no folder that can be written; name one on a fast "
+            "disk of this machine"
         )
 
 

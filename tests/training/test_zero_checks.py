@@ -8,7 +8,7 @@ pytest.importorskip("deepspeed")
 from dpo_fast.errors import UserError
 from dpo_fast.training import zero_checks
 from dpo_fast.training.config import build_config
-from dpo_fast.training.engine import reference_config, zero_config
+from dpo_fast.training.engine import deepspeed_config, reference_config, zero_config
 from dpo_fast.training.zero_checks import check_zero
 from tests.support import ranks
 from tests.support.models import changed, run_tree, write_model, write_pairs
@@ -78,6 +78,16 @@ def test_what_is_asked_for_reaches_deepspeed_and_makes_it_stage_3(tmp_path):
     whole = dict.fromkeys((*names, "bf16", "steps_per_print", "timers"), 1)
     frozen = reference_config(config, whole | {"zero_optimization": zero})["zero_optimization"]
     assert "zero_quantized_gradients" not in frozen  # it has no gradients
+
+
+def test_a_reference_that_follows_needs_the_parameters_in_memory(tmp_path):
+    files = {"offload_parameters": "nvme", "nvme_path": "disk"}
+    tree = run_tree(tmp_path) | {"parallel": files, "reference": {"provider": "ema"}}
+    with pytest.raises(UserError, match="offload_parameters=nvme, but reference.provider=ema"):
+        build_config(tree, "tree")
+    config = build_config(tree | {"reference": {"provider": "frozen"}}, "tree")
+    whole = deepspeed_config(config, 1, 1)
+    assert reference_config(config, whole)["zero_optimization"]["offload_param"]["device"] == "cpu"
 
 
 def test_deepspeeds_own_section_may_say_it_too_and_is_checked(tmp_path, monkeypatch):
