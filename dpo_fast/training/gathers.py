@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from dpo_fast.models import ScoringModel
+from dpo_fast.models.decoder import decoder_of
 from dpo_fast.models.layers import decoder_layers
 
 
@@ -63,20 +64,21 @@ def order_of(model: ScoringModel, checkpointed: Sequence[int]) -> tuple[list[Use
     again = {id(layers[index]) for index in checkpointed}
     inside = {id(part): number for number, layer in enumerate(layers) for part in layer.modules()}
     last = None
-    for module in model.modules():
-        if module is head or not any(True for _ in module.parameters(recurse=False)):
+    parts, heads = set(head.modules()), _running(head)
+    for module in _running(decoder_of(causal_lm)):
+        if module in parts:
             continue
         number = inside.get(id(module))
         if number is None or number != last:
             blocks.append(([], number is not None and id(layers[number]) in again))
         blocks[-1][0].append(module)
         last = number
-    blocks.append(([head], False))
+    blocks.append((heads, False))
     seen_trained, backward = False, []
     for modules, recomputed in blocks:
         live = []
         for module in modules:
-            for parameter in module.parameters(recurse=False):
+            for parameter in _own(module):
                 sizes[id(parameter)] = getattr(parameter, "ds_numel", parameter.numel())
                 seen_trained |= parameter.requires_grad
             if seen_trained:
@@ -88,8 +90,18 @@ def order_of(model: ScoringModel, checkpointed: Sequence[int]) -> tuple[list[Use
     return forward + [use for block in reversed(backward) for use in block], sizes
 
 
+def _running(root: nn.Module) -> list[nn.Module]:
+    """Its modules with parameters of their own. Of those that an adapter replaces the old one never runs."""
+    named = root.named_modules()
+    return [module for name, module in named if _own(module) and "original_module" not in name]
+
+
 def _use(module: nn.Module) -> Use:
-    return Use(tuple(id(parameter) for parameter in module.parameters(recurse=False)))
+    return Use(tuple(map(id, _own(module))))
+
+
+def _own(module: nn.Module) -> list[nn.Parameter]:
+    return list(module.parameters(recurse=False))
 
 
 def gathered(

@@ -125,7 +125,8 @@ def _stage_3(model, zero, order, sizes, ranks: int, micro_batches: int, size: in
             found.append(
                 Transfer(f"parameters{name}{within}", GATHER, group, total * each + scales, how)
             )
-    small = sum(padded[key] for key in sizes if sizes[key] <= rules.persistence)
+    all_sizes = map(_numel, model.parameters())  # also of parts that a text does not go through
+    small = sum(-(-n // ranks) * ranks for n in all_sizes if n <= rules.persistence)
     if small:
         how = f"{small:,} x {size} bytes, which are small and stay whole"
         found.append(Transfer("small parameters", GATHER, ranks, small * size, how))
