@@ -91,7 +91,7 @@ def order_of(model: ScoringModel, checkpointed: Sequence[int]) -> tuple[list[Use
 
 
 def _running(root: nn.Module) -> list[nn.Module]:
-    """Its modules with parameters of their own. Of those that an adapter replaces the old one never runs."""
+    """Its modules with parameters of their own, without those that an adapter has replaced."""
     named = root.named_modules()
     return [module for name, module in named if _own(module) and "original_module" not in name]
 
