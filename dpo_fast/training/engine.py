@@ -148,6 +148,7 @@ def shard_while_loading(config: RunConfig, ds_config: dict[str, Any]):
     if config.zero_stage < 3:
         return None
     zero = ds_config["zero_optimization"]
+    follow_new_order()
     share_groups(zero.get("zero_hpz_partition_size", 1))
     if zero.get("offload_param", {}).get("device") == "nvme":
         zero["offload_param"].setdefault("buffer_size", largest_part(config))
@@ -160,6 +161,30 @@ def largest_part(config: RunConfig) -> int:
     """Elements of the largest part of a parameter that a rank has at stage 3."""
     sizes = (parameter.numel() for parameter in load_skeleton(config.model).parameters())
     return -(-max(sizes) // distributed.world_size())
+
+
+def follow_new_order() -> None:
+    """Let ZeRO 3 decide anew what stays gathered when it records another order of modules.
+
+    DeepSpeed (0.19) keeps what it has decided for each place. After a pass without gradients, as that of a
+    reference, it would release in forward what backward needs next, and gather everything twice.
+    """
+    from deepspeed.runtime.zero import partitioned_param_coordinator as place
+
+    kind = place.PartitionedParameterCoordinator
+    invalidate = kind._invalidate_trace
+    if getattr(invalidate, "forgets", False):
+        return
+    decided = kind._PartitionedParameterCoordinator__params_to_release
+    while not hasattr(decided, "cache_clear"):
+        decided = decided.__wrapped__
+
+    def forget(coordinator) -> None:
+        decided.cache_clear()
+        invalidate(coordinator)
+
+    forget.forgets = True
+    kind._invalidate_trace = forget
 
 
 def share_groups(size: int) -> None:

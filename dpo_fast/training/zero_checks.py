@@ -91,7 +91,8 @@ def missing_op(builder: str) -> str | None:
 
     found = get_accelerator().create_op_builder(builder)
     try:
-        if found is not None and found.is_compatible(verbose=False):
+        known = found is not None and type(found).__name__ != "NotImplementedBuilder"
+        if known and found.is_compatible(verbose=False):
             return None
     except Exception as error:  # builders raise nearly anything where a tool is missing
         return first_line(error)

@@ -26,7 +26,7 @@ def test_bytes_are_those_of_the_parameters():
     by_kind = {line.what: line for line in scale.transfers(plan)}
     gathered, reduced = by_kind["parameters"], by_kind["gradients"]
     assert (gathered.kind, reduced.kind) == (GATHER, SCATTER)
-    assert gathered.payload == pytest.approx(2 * (2 * count - head), rel=1e-3)
+    assert gathered.payload == pytest.approx(2 * (2 * count - head), rel=5e-3)
     assert reduced.payload == pytest.approx(2 * count, rel=1e-3)
 
 

@@ -43,7 +43,10 @@ REFUSED = {  # options of parallel: what is said of them
         {"offload_parameters": "nvme", "nvme_path": "disk", "zero_hpz_partition_size": 2},
         "parallel.zero_hpz_partition_size=2 keeps a second copy",
     ),
-    "another word": ({"offload_optimizer": "disk"}, "parallel.offload_optimizer=disk"),
+    "another word": (
+        {"offload_optimizer": "disk"},
+        "parallel.offload_optimizer='disk': input should be False, True, 'cpu'",
+    ),
     "a number": ({"offload_optimizer": 1}, "parallel.offload_optimizer=1: expected true or false"),
     "no ranks": ({"zero_hpz_partition_size": 0}, "parallel.zero_hpz_partition_size=0"),
 }

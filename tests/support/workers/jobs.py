@@ -38,7 +38,7 @@ from dpo_fast.training.traffic import GATHER, traffic
 from tests.support.aio import plain_files
 from tests.support.engines import Engine
 
-SCALARS = 64  # bytes of a collective that only agrees on numbers
+SCALARS = 16  # bytes of a collective that only agrees on numbers
 
 
 def train_all(trees: list[dict]) -> None:
