@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dpo_fast.cli.doctor_traffic import traffic_table, when_they_pay
 from dpo_fast.losses import LOSSES
 from dpo_fast.models import ScoringModel, load_tokenizer
 from dpo_fast.models.layers import checkpointed_layers, decoder_layers
@@ -34,6 +35,7 @@ from dpo_fast.training.memory import (
     sizes_of,
 )
 from dpo_fast.training.memory_plan import Machine, Uncounted, activations_of, lines_of
+from dpo_fast.training.parallel_section import ZERO_PLUS_PLUS
 from dpo_fast.training.prepare import wants_checkpointing
 from dpo_fast.training.zero import choose_stage
 
@@ -93,7 +95,7 @@ class Outlook:
 
 
 def render_run(console: Console, config: RunConfig, machine: Machine | None = None) -> Outlook:
-    """Print two tables: choices, memory of a rank.
+    """Print tables: choices, memory of a rank, and what several ranks exchange.
 
     machine: what memory is counted for; by default this one.
 
@@ -107,6 +109,8 @@ def render_run(console: Console, config: RunConfig, machine: Machine | None = No
         table.add_row(*map(escape, decision))
     console.print(table)
     console.print(memory_table(*outlook.memory(machine), machine))
+    if outlook.world > 1:
+        console.print(traffic_table(outlook))
     return outlook
 
 
@@ -298,7 +302,11 @@ def _parallel_rows(outlook: Outlook) -> Iterator[Decision]:
     for option, what in (("offload_optimizer", "optimiser"), ("offload_parameters", "parameters")):
         offloaded = getattr(parallel, option)
         place = "in CPU memory" if offloaded else f"on the device ({outlook.device.type})"
-        yield Decision(f"offload of {what}", on(offloaded), origin(parallel, option), place)
+        if offloaded == "nvme":
+            place = f"in files below {parallel.nvme_path}"
+        yield Decision(f"offload of {what}", on(bool(offloaded)), origin(parallel, option), place)
+    for name, value, why in when_they_pay(outlook):
+        yield Decision(name, value, origin(parallel, *ZERO_PLUS_PLUS), why)
 
 
 def memory_table(lines: list[Line], caption: str, machine: Machine) -> Table:

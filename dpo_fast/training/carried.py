@@ -53,7 +53,7 @@ def weights_of(engine) -> list[torch.Tensor]:
     """The flat fp32 tensors of the engine's optimiser, as `Parts.fp32` has them."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 3:
-        return list(optimizer.fp32_partitioned_groups_flat)
+        return list(optimizer.state_dict()["fp32_flat_groups"])
     if stage:
         return list(optimizer.single_partition_of_fp32_groups)
     own = optimizer.state_dict()

@@ -73,6 +73,11 @@ class RunConfig(BaseModel):
             )
 
     def _check_offload(self) -> None:
+        if self.parallel.offload_parameters == "nvme" and self.reference_spec.follows:
+            raise ValueError(
+                f"parallel.offload_parameters=nvme, but reference.provider={self.reference_provider} "
+                "follows the parameters in memory; set parallel.offload_parameters=cpu"
+            )
         if not self.reference.offload:
             return
         if not self.second_models:
@@ -213,7 +218,7 @@ class RunConfig(BaseModel):
     def offloads_reference(self) -> bool:
         """Whether the second model's parameters wait in CPU memory."""
         chosen = self.reference.offload
-        return self.parallel.offload_parameters if chosen is None else chosen
+        return bool(self.parallel.offload_parameters) if chosen is None else chosen
 
     def resolved(self) -> dict[str, Any]:
         """The run as a tree from which it can be built again. Derived defaults stand in it."""

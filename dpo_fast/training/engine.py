@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +13,12 @@ from torch import nn
 from dpo_fast.errors import UserError
 from dpo_fast.models import ScoringModel
 from dpo_fast.models.experts import join_experts
+from dpo_fast.models.load import load_skeleton
 from dpo_fast.training import distributed
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.finite import FiniteAdamW
+from dpo_fast.training.nvme import remove_files, save_as_others, swaps
+from dpo_fast.training.parallel_section import ZERO_PLUS_PLUS
 from dpo_fast.training.schedule import build_schedule
 
 # DeepSpeed's monitors, which log.report_to stands for.
@@ -62,10 +67,25 @@ def _zero(config: RunConfig) -> dict[str, Any]:
         zero["contiguous_gradients"] = True
         zero["compute_grad_norm"] = True
     if parallel.offload_optimizer:
-        zero["offload_optimizer"] = in_cpu_memory()
+        zero["offload_optimizer"] = offloaded_to(parallel.offload_optimizer, config)
     if parallel.offload_parameters:
-        zero["offload_param"] = in_cpu_memory()
+        zero["offload_param"] = offloaded_to(parallel.offload_parameters, config)
+    for option in ZERO_PLUS_PLUS:
+        if option in parallel.model_fields_set:
+            zero[option] = getattr(parallel, option)
     return zero
+
+
+def zero_config(config: RunConfig) -> dict[str, Any]:
+    """DeepSpeed's section `zero_optimization`, with that of `parallel.deepspeed` merged in.
+
+    Raises:
+        UserError: as `deepspeed_config`.
+    """
+    theirs = config.parallel.deepspeed.get("zero_optimization", {})
+    if not isinstance(theirs, dict):  # whatever it is, it contradicts
+        theirs = {"stage": theirs}
+    return merge(_zero(config), theirs, "parallel.deepspeed.zero_optimization")
 
 
 def merge(ours: dict, theirs: dict, place: str) -> dict:
@@ -93,6 +113,19 @@ def in_cpu_memory() -> dict[str, Any]:
     return {"device": "cpu", "pin_memory": torch.cuda.is_available()}
 
 
+def offloaded_to(place: str | bool, config: RunConfig) -> dict[str, Any]:
+    """DeepSpeed's words for offloading to CPU memory (true, "cpu") or to files ("nvme").
+
+    Every run has a folder of its own below `parallel.nvme_path`: DeepSpeed's names are the same in all.
+    """
+    if place != "nvme":
+        return in_cpu_memory()
+    run = str(Path(config.train.output_dir).expanduser().absolute())
+    own = f"dpo_fast-{hashlib.sha256(run.encode()).hexdigest()[:12]}"
+    folder = Path(config.parallel.nvme_path).expanduser() / own
+    return in_cpu_memory() | {"device": "nvme", "nvme_path": str(folder)}
+
+
 def reference_config(config: RunConfig, ds_config: dict[str, Any]) -> dict[str, Any]:
     """DeepSpeed's configuration for a frozen model at stage 3: the policy's without its optimiser.
 
@@ -100,10 +133,13 @@ def reference_config(config: RunConfig, ds_config: dict[str, Any]) -> dict[str, 
     """
     names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     zero = dict(ds_config["zero_optimization"])
-    zero.pop("offload_optimizer", None)
-    offload = zero.pop("offload_param", in_cpu_memory())
-    if config.offloads_reference:
-        zero["offload_param"] = offload
+    for name in ("offload_optimizer", "zero_quantized_gradients"):  # it has none of either
+        zero.pop(name, None)
+    zero.pop("offload_param", None)
+    if (
+        config.offloads_reference
+    ):  # never to files: a second model would empty the folder of the first
+        zero["offload_param"] = in_cpu_memory()
     reduced = {name: ds_config[name] for name in (*names, "bf16", "steps_per_print", "timers")}
     return reduced | {"zero_optimization": zero}
 
@@ -112,9 +148,71 @@ def shard_while_loading(config: RunConfig, ds_config: dict[str, Any]):
     """At stage 3, an object; as long as it lives, transformers shards weights while it loads them."""
     if config.zero_stage < 3:
         return None
+    zero = ds_config["zero_optimization"]
+    follow_new_order()
+    share_groups(zero.get("zero_hpz_partition_size", 1))
+    if zero.get("offload_param", {}).get("device") == "nvme":
+        zero["offload_param"].setdefault("buffer_size", largest_part(config))
     from transformers.integrations import HfDeepSpeedConfig
 
     return HfDeepSpeedConfig(ds_config)
+
+
+def largest_part(config: RunConfig) -> int:
+    """Elements of the largest part of a parameter that a rank has at stage 3."""
+    sizes = (parameter.numel() for parameter in load_skeleton(config.model).parameters())
+    return -(-max(sizes) // distributed.world_size())
+
+
+def follow_new_order() -> None:
+    """Let ZeRO 3 decide anew what stays gathered when it records another order of modules.
+
+    DeepSpeed (0.19) keeps what it has decided for each place. After a pass without gradients, as that of a
+    reference, it would release in forward what backward needs next, and gather everything twice.
+    """
+    from deepspeed.runtime.zero import partitioned_param_coordinator as place
+
+    kind = place.PartitionedParameterCoordinator
+    invalidate = kind._invalidate_trace
+    if getattr(invalidate, "forgets", False):
+        return
+    decided = kind._PartitionedParameterCoordinator__params_to_release
+    while not hasattr(decided, "cache_clear"):
+        decided = decided.__wrapped__
+
+    def forget(coordinator) -> None:
+        decided.cache_clear()
+        invalidate(coordinator)
+
+    forget.forgets = True
+    kind._invalidate_trace = forget
+
+
+def share_groups(size: int) -> None:
+    """Let all models of a process share the groups of ranks that keep a copy of parameters (hpZ).
+
+    DeepSpeed (0.19) makes them for the first model, and refuses the second: that of a reference, or the
+    policy of a later round. It keeps them for a later one that asks for none.
+
+    size: ranks of a group; 1 for none.
+    """
+    from deepspeed import comm
+    from deepspeed.utils import groups
+
+    create, name = groups._create_zero_param_parallel_group, "_ZERO_PARAM_INTRA_PARALLEL_GROUP"
+    if size == 1:
+        setattr(groups, name, None)
+    if getattr(create, "shares", False):
+        return
+
+    def create_once(size: int) -> None:
+        there = getattr(groups, name)
+        if there is None or comm.get_world_size(group=there) != size:
+            setattr(groups, name, None)
+            create(size)
+
+    create_once.shares = True
+    groups._create_zero_param_parallel_group = create_once
 
 
 def split_trained(
@@ -165,6 +263,8 @@ def build_engine(config: RunConfig, model: ScoringModel, ds_config: dict, total_
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config
     )
+    if swaps(engine):
+        save_as_others(engine)
     return engine
 
 
@@ -191,6 +291,7 @@ def release(*holders: object) -> None:
     engines = {id(each): each for each in (getattr(holder, "scorer", holder) for holder in holders)}
     for engine in engines.values():
         if hasattr(engine, "destroy"):
+            remove_files(engine)
             engine.destroy()
             for parameter in engine.module.parameters():
                 parameter.grad = None

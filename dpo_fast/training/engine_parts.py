@@ -187,7 +187,8 @@ def layout(engine, names: dict[int, str]) -> tuple[dict[str, Place], list[int]]:
     if stage == 3:
         sizes = [{names[id(p)]: p.ds_numel for p in group} for group in optimizer.fp16_groups]
         places = cut_parameters(sizes, distributed.rank(), distributed.world_size())
-        return places, [flat.numel() for flat in optimizer.fp32_partitioned_groups_flat]
+        # The flat tensors themselves are empty while they wait in files.
+        return places, [int(count) for count in optimizer.fp16_partitioned_groups_flat_numel]
     places = {}
     if stage == 0:
         trained = [p for group in split_trained(engine.module.parameters()) for p in group]

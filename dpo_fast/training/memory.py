@@ -59,10 +59,12 @@ def memory(config: RunConfig, sizes: Sizes, ranks: int) -> list[Line]:
     parallel, size = config.parallel, config.model.torch_dtype.itemsize
     stage = config.zero_stage
 
-    def line(what: str, elements: int, each: int, sharded_from: int, offloaded: bool) -> Line:
+    def line(what: str, elements: int, each: int, sharded_from: int, offloaded: bool | str) -> Line:
         sharded = stage >= sharded_from and ranks > 1
         total = elements * each / (ranks if sharded else 1)
         how = f"{elements:,} x {each} bytes" + (f" / {ranks} ranks" if sharded else "")
+        if offloaded == "nvme":
+            return Line(what, 0.0, 0.0, f"{how} = {in_units(total)} in files")
         return Line(what, 0.0 if offloaded else total, total if offloaded else 0.0, how)
 
     lines = [line("weights", sizes.parameters, size, 3, parallel.offload_parameters)]

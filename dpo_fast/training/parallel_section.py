@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
@@ -20,6 +21,8 @@ NOT_DEEPSPEEDS = {
     "the experts over the ranks",
 }
 
+ZERO_PLUS_PLUS = ("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients")
+
 
 class ParallelSection(BaseModel):
     """How DeepSpeed spreads the run."""
@@ -33,15 +36,43 @@ class ParallelSection(BaseModel):
         "whose gradients stage 0 would sum in bf16; and as much as an offload needs",
         json_schema_extra={"refused": "3 with model.torch_compile"},
     )
-    offload_optimizer: bool = Field(
+    offload_optimizer: Literal[False, True, "cpu", "nvme"] = Field(
         False,
-        description="optimiser states in CPU memory",
-        json_schema_extra={"refused": "below zero_stage=2"},
+        description="optimiser states in CPU memory (true, or cpu) or in files below nvme_path (nvme)",
+        json_schema_extra={"refused": "below zero_stage=2, and nvme below 3"},
     )
-    offload_parameters: bool = Field(
+    offload_parameters: Literal[False, True, "cpu", "nvme"] = Field(
         False,
-        description="parameters in CPU memory",
+        description="parameters in CPU memory (true, or cpu) or in files below nvme_path (nvme)",
         json_schema_extra={"refused": "below zero_stage=3"},
+    )
+    nvme_path: str | None = Field(
+        None,
+        description="folder on a fast disk of every machine, for what is offloaded to nvme",
+        json_schema_extra={"refused": "where nothing is offloaded to nvme"},
+    )
+    zero_hpz_partition_size: int = Field(
+        1,
+        ge=1,
+        le=2**16,
+        description="ZeRO++ (hpZ): ranks, usually the GPUs of a machine, that keep a second copy of the "
+        "parameters among them, so that only the first gather of a step crosses machines; 1: none",
+        json_schema_extra={
+            "refused": "below zero_stage=3, where it does not divide the ranks, and with "
+            "offload_parameters=nvme"
+        },
+    )
+    zero_quantized_weights: bool = Field(
+        False,
+        description="ZeRO++ (qwZ): parameters are gathered as 8-bit integers; log-probs are those of the "
+        "rounded weights",
+        json_schema_extra={"refused": "below zero_stage=3, and without a GPU"},
+    )
+    zero_quantized_gradients: bool = Field(
+        False,
+        description="ZeRO++ (qgZ): gradients are reduced as 4-bit integers, within machines and then "
+        "between them",
+        json_schema_extra={"refused": "below zero_stage=3, on one machine, and without a GPU"},
     )
     timeout_minutes: float = Field(
         30.0,
@@ -57,15 +88,52 @@ class ParallelSection(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> ParallelSection:
-        for option, least in (("offload_optimizer", 2), ("offload_parameters", 3)):
-            if getattr(self, option) and self.zero_stage != "auto" and self.zero_stage < least:
+        for option, least in self._least_stages():
+            if self.zero_stage != "auto" and self.zero_stage < least:
+                value = getattr(self, option)
                 raise ValueError(
-                    f"parallel.{option}=true needs parallel.zero_stage={least} or more; "
+                    f"parallel.{option}={str(value).lower()} needs parallel.zero_stage={least} or more; "
                     f"it is {self.zero_stage}"
                 )
+        self._check_nvme()
         for name, remedy in NOT_DEEPSPEEDS.items():
             if self.deepspeed.get(name, "auto") != "auto":
                 raise ValueError(
                     f"parallel.deepspeed.{name} is not DeepSpeed's to decide: {remedy}; remove it"
                 )
         return self
+
+    def _least_stages(self) -> Iterator[tuple[str, int]]:
+        """The options that are set and need a stage of ZeRO, with the least of it."""
+        if self.offload_optimizer:
+            yield "offload_optimizer", 3 if self.offload_optimizer == "nvme" else 2
+        if self.offload_parameters:
+            yield "offload_parameters", 3
+        for option in ZERO_PLUS_PLUS:
+            if getattr(self, option) != type(self).model_fields[option].default:
+                yield option, 3
+
+    def _check_nvme(self) -> None:
+        offloads = ("offload_optimizer", "offload_parameters")
+        option = next((name for name in offloads if getattr(self, name) == "nvme"), None)
+        if option is not None and self.nvme_path is None:
+            raise ValueError(
+                f"parallel.{option}=nvme needs parallel.nvme_path, a folder on a fast disk that every "
+                "machine has for itself"
+            )
+        if option is None and self.nvme_path is not None:
+            raise ValueError(
+                f"parallel.nvme_path={self.nvme_path} is not used: set parallel.offload_optimizer=nvme or "
+                "parallel.offload_parameters=nvme, or remove it"
+            )
+        if self.offload_parameters == "nvme" and self.zero_hpz_partition_size > 1:
+            raise ValueError(
+                f"parallel.zero_hpz_partition_size={self.zero_hpz_partition_size} keeps a second copy of "
+                "the parameters in memory, and DeepSpeed has none for parallel.offload_parameters=nvme; "
+                "set it to 1, or offload_parameters=cpu"
+            )
+
+    @property
+    def needs_stage_3(self) -> str | None:
+        """The first option that is set and that only ZeRO 3 has; None if there is none."""
+        return next((option for option, least in self._least_stages() if least == 3), None)

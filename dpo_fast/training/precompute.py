@@ -22,7 +22,7 @@ from dpo_fast.references.store import Place, Request, default_place, find_stored
 from dpo_fast.training import distributed, signals
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import progress_bar, say
-from dpo_fast.training.engine import release
+from dpo_fast.training.engine import release, zero_config
 from dpo_fast.training.splits import Split
 from dpo_fast.training.weights import identity_of
 
@@ -68,7 +68,7 @@ def store_references(
     scorer, results = None, []
     for split in splits:
         request = Request(
-            split.name, split.examples, identity, config.model.precision, model.per_token, named_by
+            split.name, split.examples, identity, weights_dtype(config), model.per_token, named_by
         )
         look = partial(
             distributed.from_main, partial(_look, model.cache_dir, config.train.output_dir, request)
@@ -234,3 +234,9 @@ def _information(config: RunConfig, split: Split, path: str) -> dict:
         "world_size": distributed.world_size(),
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
+
+
+def weights_dtype(config: RunConfig) -> str:
+    """The dtype of the weights that score, and how they are rounded on their way from rank to rank."""
+    rounded = zero_config(config).get("zero_quantized_weights") and distributed.world_size() > 1
+    return config.model.precision + (", gathered in 8 bits" if rounded else "")

@@ -22,6 +22,8 @@ def choose_stage(config: Any, world_size: int) -> Choice:
         return Choice(str(given["stage"]), "parallel.deepspeed.zero_optimization.stage says so")
     if parallel.offload_parameters or config.reference.offload:
         return Choice("3", "parameters are offloaded")
+    if option := parallel.needs_stage_3:
+        return Choice("3", f"parallel.{option} is of stage 3")
     if any(name.startswith("stage3_") for name in given):
         return Choice("3", "parallel.deepspeed has options of stage 3")
     if world_size > 1:

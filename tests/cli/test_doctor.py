@@ -224,3 +224,42 @@ def test_units():
         "3.0 MiB",
         "2.5 GiB",
     ]
+
+
+def test_what_ranks_exchange_is_told(folder, monkeypatch):
+    result = invoke("doctor", write(folder), "--nproc", "2")
+    assert result.exit_code == 0, result.exception
+    for words in ("Communication of a step", "all-gather", "reduce-scatter", "a rank sends"):
+        assert words in result.output
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "Communication" not in invoke("doctor", write(folder)).output
+
+
+def test_when_zero_plus_plus_pays_is_told_with_the_runs_numbers(folder, monkeypatch):
+    assert "ZeRO++ hpZ" not in table(folder)
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    small = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    batch = {"global_batch_size": 64, "micro_batch_size": 2}
+    found = table(folder, parallel={"deepspeed": small}, train=batch)
+    assert found["ZeRO++ hpZ"][:2] == ("off", "default")
+    assert "with groups of 8 ranks" in found["ZeRO++ hpZ"][2]
+    assert "rounded to 8 bits" in found["ZeRO++ qwZ"][2]
+    found = table(folder, parallel={"zero_hpz_partition_size": 4}, train=batch)
+    assert found["ZeRO++ hpZ"][:2] == ("4 ranks", "option")
+    assert found["ZeRO++ qgZ"][:2] == ("off", "default")
+
+
+def test_states_in_files_are_in_no_memory(folder, tmp_path, monkeypatch):
+    from dpo_fast.training import zero_checks
+
+    monkeypatch.setattr(zero_checks, "missing_op", lambda builder: None)
+    files = {"offload_optimizer": "nvme", "nvme_path": str(tmp_path)}
+    found = table(folder, parallel=files)
+    assert found["offload of optimiser"][0] == "on"
+    assert str(tmp_path) in found["offload of optimiser"][2]
+    assert "read and written in every step" in found["NVMe"][2]
+    config = build_config(run_tree(folder) | {"parallel": files}, "tree")
+    lines = {x.what: x for x in memory(config, Sizes(10, 10, 10, 0), 1)}
+    states = lines["optimiser states"]
+    assert (states.device, states.host) == (0, 0) and "in files" in states.how

@@ -34,12 +34,22 @@ from dpo_fast.training.metrics import MetricSums
 from dpo_fast.training.prepare import prepare
 from dpo_fast.training.references import store_beforehand
 from dpo_fast.training.saver import Saver
+from dpo_fast.training.traffic import GATHER, traffic
+from tests.support.aio import plain_files
 from tests.support.engines import Engine
+
+SCALARS = 16  # bytes of a collective that only agrees on numbers
 
 
 def train_all(trees: list[dict]) -> None:
     for tree in trees:
         train(build_config(tree, "case"))
+
+
+def train_with_files(trees: list[dict]) -> None:
+    """Runs with states on "nvme", which any folder is here."""
+    with plain_files():
+        train_all(trees)
 
 
 def held_by_runs(tree: dict, file: str) -> None:
@@ -333,9 +343,50 @@ def judge_rows(tree: dict) -> None:
     judge(build(RoundsConfig, tree, "case"))
 
 
+def traffic_of(trees: dict[str, dict], file: str) -> None:
+    """What DeepSpeed's own log counts in the fourth step of runs, beside what we count."""
+    found = {name: logged_and_counted(tree) for name, tree in trees.items()}
+    if distributed.is_main():
+        Path(file).write_text(json.dumps(found))
+
+
+def logged_and_counted(tree: dict) -> dict:
+    """Bytes by kind of collective, of tensors of more than a few numbers.
+
+    DeepSpeed logs what a rank puts in: its part of what is gathered, the whole of what is reduced.
+    """
+    import deepspeed.comm
+    from deepspeed.comm.comm import comms_logger
+
+    run = prepare(build_config(tree, "case"))
+    sums = MetricSums(run.engine.device)
+    for step in range(3):  # in which DeepSpeed records the order of modules
+        update(run, step, sums)
+    deepspeed.comm.configure(enabled=True, prof_all=True, verbose=False)
+    comms_logger.reset_data()
+    update(run, 3, sums)
+    logged = {}
+    for name, calls in comms_logger.get_raw_data().items():
+        sizes = {size: times for size, (times, *_) in calls.items() if size > SCALARS}
+        logged[name] = sum(size * times for size, times in sizes.items())
+    deepspeed.comm.configure(enabled=False)
+    ranks, batches = distributed.world_size(), len(list(run.train.batches(3)))
+    checkpointed = tree["model"].get("checkpoint_layers", [])
+    zero = run.engine.config["zero_optimization"]
+    lines = traffic(run.config, zero, run.model, checkpointed, ranks, batches)
+    counted = {}
+    for line in lines:
+        payload = line.payload / (line.ranks if line.kind == GATHER else 1)
+        counted[line.kind] = counted.get(line.kind, 0) + payload
+    run.engine.destroy()
+    return {"logged": logged, "counted": counted, "micro_batches": batches}
+
+
 JOBS = {
+    "traffic": traffic_of,
     "with_noise": with_noise,
     "train": train_all,
+    "train_with_files": train_with_files,
     "train_faulty": train_faulty,
     "stopped_by_health": stopped_by_health,
     "dry_run": dry_run,

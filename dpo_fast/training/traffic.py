@@ -1,0 +1,163 @@
+"""The bytes that ranks exchange in an optimiser step, counted from sizes alone.
+
+A collective of `n` ranks over a tensor of `B` bytes makes each rank send, with the ring algorithms that
+NCCL and gloo use for large tensors (Patarasuk and Yuan, 2009):
+
+all-gather, reduce-scatter   B (n - 1) / n
+all-reduce                   2 B (n - 1) / n
+
+What DeepSpeed exchanges, by stage of ZeRO (Rajbhandari et al., 2020, section 7; what 0.19 does of it):
+
+0     gradients: an all-reduce a step
+1     gradients: an all-reduce a step; weights: an all-gather a step
+2     gradients: an all-reduce a micro-batch, of which a rank keeps its part; weights: an all-gather a step
+3     parameters: all-gathers in every micro-batch (`gathers.py`); gradients: a reduce-scatter a micro-batch
+
+Sums of a few numbers (gradient norm, metrics) are left out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dpo_fast.models import ScoringModel
+from dpo_fast.training.config import RunConfig
+from dpo_fast.training.gathers import Rules, gathered, order_of
+from dpo_fast.training.memory import FP32, elements
+
+GATHER, SCATTER, REDUCE = "all-gather", "reduce-scatter", "all-reduce"
+SHARE = {GATHER: 1, SCATTER: 1, REDUCE: 2}  # of (n - 1) / n of the tensor, which a rank sends
+QUANTISED, SCALES = (
+    1,
+    FP32 / 8000,
+)  # bytes of a gathered element with qwZ: int8, and a scale for 8,000
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Collectives of one kind in a step.
+
+    what: weights, gradients, ...
+    kind: GATHER, SCATTER or REDUCE.
+    ranks: of the group that takes part.
+    payload: bytes of the whole tensors, over the step.
+    how: how the payload comes about, for people.
+    """
+
+    what: str
+    kind: str
+    ranks: int
+    payload: float
+    how: str
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a rank sends, and receives."""
+        return SHARE[self.kind] * self.payload * (self.ranks - 1) / self.ranks
+
+
+def traffic(
+    config: RunConfig,
+    zero: dict[str, Any],
+    model: ScoringModel,
+    checkpointed: Sequence[int],
+    ranks: int,
+    micro_batches: int,
+) -> list[Transfer]:
+    """What a rank exchanges in an optimiser step; [] for a single rank.
+
+    zero: DeepSpeed's section `zero_optimization`.
+    model: on the meta device, or loaded.
+    checkpointed: numbers of the layers that run again in the backward pass.
+    micro_batches: of each rank in a step.
+    """
+    if ranks == 1:
+        return []
+    stage, size = config.zero_stage, config.model.torch_dtype.itemsize
+    trained = elements(model, trainable=True)
+    if stage == 3:
+        order, sizes = order_of(model, checkpointed)
+        return _stage_3(model, zero, order, sizes, ranks, micro_batches, size)
+    # Stage 1 adds micro-batches up and reduces once; stage 2 reduces every one.
+    times = micro_batches if stage == 2 else 1
+    how = f"{trained:,} x {size} bytes" + (f" x {times} micro-batches" if times > 1 else "")
+    found = [Transfer("gradients", REDUCE, ranks, trained * size * times, how)]
+    if stage:
+        padded = _padded_groups(model, ranks)
+        found.append(
+            Transfer("updated weights", GATHER, ranks, padded * size, f"{padded:,} x {size} bytes")
+        )
+    return found
+
+
+def _padded_groups(model: ScoringModel, ranks: int) -> int:
+    """Elements of the flat tensors of matrices and of vectors, which DeepSpeed pads to whole parts."""
+    from dpo_fast.training.engine import split_trained
+
+    total = 0
+    for group in split_trained(model.parameters()):
+        count, unit = sum(_numel(p) for p in group), 2 * ranks  # NCCL wants parts of 4 bytes
+        total += -(-count // unit) * unit
+    return total
+
+
+def _stage_3(model, zero, order, sizes, ranks: int, micro_batches: int, size: int):
+    """Parameters and gradients of ZeRO 3, with ZeRO++ where it is asked for."""
+    rules, counts, held = Rules.of(zero), Counter(), set()
+    passes = []
+    for _ in range(micro_batches):
+        once, held = gathered(order, sizes, rules, held)
+        passes.append(once)
+        counts += once
+    padded = {key: -(-sizes[key] // ranks) * ranks for key in sizes}
+    first, later = _split_by_group(passes, zero)
+    each, name = (size, "") if not zero.get("zero_quantized_weights") else (QUANTISED, ", 8 bits")
+    found = []
+    for group, share in ((ranks, first), (int(zero.get("zero_hpz_partition_size", 1)), later)):
+        total = sum(padded[key] * times for key, times in share.items())
+        if total and group > 1:
+            within = "" if group == ranks else f", of {group} ranks"
+            scales = total * SCALES if each == QUANTISED else 0
+            how = f"{total:,} x {each} bytes: {_times(total, padded)} a step"
+            found.append(
+                Transfer(f"parameters{name}{within}", GATHER, group, total * each + scales, how)
+            )
+    all_sizes = map(_numel, model.parameters())  # also of parts that a text does not go through
+    small = sum(-(-n // ranks) * ranks for n in all_sizes if n <= rules.persistence)
+    if small:
+        how = f"{small:,} x {size} bytes, which are small and stay whole"
+        found.append(Transfer("small parameters", GATHER, ranks, small * size, how))
+    found += _reduced(model, zero, ranks, micro_batches, size)
+    return found
+
+
+def _times(total: int, padded: dict[int, int]) -> str:
+    return f"{total / max(sum(padded.values()), 1):.2f} times all parameters"
+
+
+def _split_by_group(passes: list[Counter], zero: dict) -> tuple[Counter, Counter]:
+    """Gathers over all ranks, and those within hpZ's groups: all but the first of a step."""
+    counts = sum(passes, Counter())
+    if int(zero.get("zero_hpz_partition_size", 1)) == 1:
+        return counts, Counter()
+    first = Counter(dict.fromkeys(counts, 1))
+    return first, counts - first
+
+
+def _reduced(model, zero, ranks: int, micro_batches: int, size: int) -> list[Transfer]:
+    trained = sum(-(-_numel(p) // ranks) * ranks for p in model.parameters() if p.requires_grad)
+    total, times = trained * micro_batches, f" x {micro_batches} micro-batches"
+    times = times if micro_batches > 1 else ""
+    if zero.get("zero_quantized_gradients"):
+        how = f"{trained:,} x 1/2 byte{times}, once within machines and once between"
+        return [Transfer("gradients, 4 bits", SCATTER, ranks, total / 2, how)]
+    return [
+        Transfer("gradients", SCATTER, ranks, total * size, f"{trained:,} x {size} bytes{times}")
+    ]
+
+
+def _numel(parameter) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())
