@@ -24,6 +24,7 @@ from dpo_fast.integrations.liger_loss import LigerLoss, LigerPairLoss, Settings,
 from dpo_fast.losses import LOSSES, LossOptions, SequenceLogps
 from dpo_fast.losses.reference_free import log_odds
 from dpo_fast.modules.losses import check_desirable
+from dpo_fast.ops.linear_logp.dtensor import plain_weight
 
 DPO_LOSSES = tuple(
     name
@@ -273,6 +274,7 @@ class LigerFusedLinearKTOLoss(LigerLoss):
         if kl is not None and kl.numel() != 1 and kl.shape != desirable_S.shape:
             raise ValueError(f"kl is {tuple(kl.shape)}; expected one number, or ({len(target)},)")
         reference_S = self.reference(target, ref_input, ref_weight, ref_bias)
+        lin_weight, bias = (plain_weight(x, _input) for x in (lin_weight, bias))
         scored = self.score(_input, lin_weight, target, bias)
         logps = SequenceLogps(scored.logps_S, scored.lengths_S, desirable_S, reference_S, kl)
         rewards_S = self.beta * logps.ratio.detach()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dpo_fast.losses import LossOptions, Objective, PairLogps, SequenceLogps
 from dpo_fast.modules.scored_rows import scored_rows
+from dpo_fast.ops.linear_logp.dtensor import plain_weight
 from dpo_fast.ops.linear_logp.op import linear_logp
 from dpo_fast.ops.segments import sum_sequences
 
@@ -165,6 +166,7 @@ class LigerPairLoss(LigerLoss):
             )
         if nll_target is not None and not self.compute_nll_loss:
             raise ValueError("compute_nll_loss=False uses no nll_target; leave it out")
+        weight, bias = (plain_weight(x, hidden) for x in (weight, bias))  # once, for two readers
         scored = self.score(hidden, weight, target, bias, nll_target)
         # A mean is the sum of a completion of length 1 to losses that divide by lengths.
         lengths_S = torch.ones_like(scored.lengths_S) if self.average_log_prob else scored.lengths_S

@@ -28,6 +28,7 @@ from dpo_fast.modules.scored_rows import (
     sequence_count,
 )
 from dpo_fast.ops.linear_logp.call import HeadOptions
+from dpo_fast.ops.linear_logp.dtensor import plain_hidden
 from dpo_fast.ops.linear_logp.op import LinearLogp, linear_logp
 from dpo_fast.ops.segments import sum_sequences
 
@@ -35,8 +36,8 @@ from dpo_fast.ops.segments import sum_sequences
 class FusedLinearPreferenceLoss(nn.Module):
     """Any loss of the table, from hidden states and the weight of a language-model head.
 
-    The weight is an argument of `forward`, so no hook of DeepSpeed gathers it. Under ZeRO-3 use a
-    `FusedHead`, and give its sums to `PreferenceLoss`.
+    The weight is an argument of `forward`, so no hook gathers it. DTensors, as FSDP2 makes of weights, are
+    gathered here (`linear_logp`). Under ZeRO-3 use a `FusedHead`, and give its sums to `PreferenceLoss`.
 
     Args:
         loss_type, loss_weights: a name of `dpo_fast.losses.LOSSES`, or several and their weights.
@@ -107,7 +108,7 @@ class FusedLinearPreferenceLoss(nn.Module):
 
         Args:
             hidden: [S, L, D], or packed [N, D].
-            weight: [V, D].
+            weight: [V, D]; may be a DTensor, as in `linear_logp`.
             labels: int64 [S, L], or packed [N] with one of
             lengths: int64 [S], packed rows of each sequence;
             sequence_ids: int64 [N], the sequence of each packed row, counted from 0, in any order.
@@ -217,6 +218,7 @@ class FusedLinearPreferenceLoss(nn.Module):
     def _score(
         self, hidden, weight, bias, labels: Tensor, rows: ScoredRows, extras: tuple = ()
     ) -> LinearLogp:
+        hidden = plain_hidden(hidden)
         if hidden.shape[:-1] != labels.shape:
             raise ValueError(
                 f"hidden is {tuple(hidden.shape)}, labels are {tuple(labels.shape)}; expected a row of "

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from dpo_fast.ops.linear_logp.call import HeadOptions
+from dpo_fast.ops.linear_logp.dtensor import plain_weight
 from dpo_fast.ops.linear_logp.op import linear_logp
+from dpo_fast.ops.linear_logp.vocab_shard import VocabShard
 
 
 class FusedHead(nn.Module):
     """Takes the place of `lm_head`. Owns the very Parameter it is given, so tied embeddings stay tied.
 
     With targets it returns log-probabilities, through `linear_logp`. Without, it returns logits, so that
-    `generate` and plain forwards work as before. It reads its weight only inside `forward`, because
-    DeepSpeed's hooks gather a sharded weight when a module is called.
+    `generate` and plain forwards work as before. It reads its weight only inside `forward`, because hooks
+    of DeepSpeed and of FSDP2 gather a sharded weight when a module is called. A weight that is a DTensor
+    there too is gathered here, as by `linear_logp`.
 
     Args:
         weight: [V, D] Parameter.
@@ -21,6 +26,8 @@ class FusedHead(nn.Module):
         options: the head's scale and soft cap, for log-probabilities only: a model that scales or caps
             its logits does so itself, after its head.
         implementation, workspace_bytes: as in `linear_logp`.
+        tensor_parallel: the weight is a DTensor, sharded over the vocabulary, and hidden states and targets
+            are the same on all ranks that share it: each scores with its own rows, nothing is gathered.
     """
 
     def __init__(
@@ -31,6 +38,7 @@ class FusedHead(nn.Module):
         options: HeadOptions = HeadOptions(),  # noqa: B008 (frozen)
         implementation: str = "auto",
         workspace_bytes: int | None = None,
+        tensor_parallel: bool = False,
     ) -> None:
         super().__init__()
         self.weight = weight
@@ -38,6 +46,21 @@ class FusedHead(nn.Module):
         self.options = options
         self.implementation = implementation
         self.workspace_bytes = workspace_bytes
+        self.tensor_parallel = tensor_parallel
+
+    @classmethod
+    def in_place(cls, head: nn.Linear, **attributes) -> FusedHead:
+        """The very module `head` as a FusedHead, for one that `fully_shard` knows: its hooks stay.
+
+        attributes: every one of the constructor's but weight and bias.
+        """
+        sharded = isinstance(head, FSDPModule)
+        own = {"__deepcopy__": head.__deepcopy__} if sharded else {}
+        head.__class__ = type(f"FSDP{cls.__name__}", (FSDPModule, cls), own) if sharded else cls
+        vars(head).pop("forward", None)  # of a plan of tensor parallelism
+        for name, value in attributes.items():
+            setattr(head, name, value)
+        return head
 
     def forward(
         self, hidden: Tensor, targets_T: Tensor | None = None, extras: tuple[str, ...] = ()
@@ -49,7 +72,9 @@ class FusedHead(nn.Module):
         if targets_T is None:
             if extras:
                 raise ValueError(f"extras={tuple(extras)} belong to scored tokens: give targets_T")
-            return nn.functional.linear(hidden, self.weight, self.bias)
+            weight, bias = (plain_weight(x, hidden) for x in (self.weight, self.bias))
+            return nn.functional.linear(hidden, weight, bias)
+        check_policy(self)
         result = linear_logp(
             hidden,
             self.weight,
@@ -61,8 +86,21 @@ class FusedHead(nn.Module):
             extras=extras,
             implementation=self.implementation,
             workspace_bytes=self.workspace_bytes,
+            shard=VocabShard.of(self.weight) if self.tensor_parallel else None,
         )
         return {name: getattr(result, name) for name in ("logp", *extras)}
 
     def extra_repr(self) -> str:
         return f"implementation={self.implementation!r}, {self.options}"
+
+
+def check_policy(module: nn.Module) -> None:
+    """Raises ValueError if FSDP2's mixed precision would round log-probabilities that a module returns."""
+    state = module._get_fsdp_state() if isinstance(module, FSDPModule) else None
+    policy = getattr(state, "_mp_policy", None)
+    dtype = getattr(policy, "output_dtype", None)
+    if dtype in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"MixedPrecisionPolicy.output_dtype={dtype} would round the log-probabilities of "
+            f"{type(module).__name__}, -200 to one nat: leave it out, or set torch.float32"
+        )

@@ -10,8 +10,9 @@ from torch import Tensor
 from dpo_fast.ops.cpu import product_dtype
 from dpo_fast.ops.dispatch import choose_implementation
 from dpo_fast.ops.linear_logp.call import HeadCall, HeadOptions, check_call, check_targets
+from dpo_fast.ops.linear_logp.dtensor import plain_hidden, plain_weight
 from dpo_fast.ops.linear_logp.plan import HeadPlan, default_workspace_bytes, plan
-from dpo_fast.ops.linear_logp.vocab_shard import VocabShard, whole_vocabulary
+from dpo_fast.ops.linear_logp.vocab_shard import VocabShard, sharded_dim, whole_vocabulary
 
 
 class LinearLogp(NamedTuple):
@@ -44,7 +45,9 @@ def linear_logp(
 
     Args:
         hidden_TD: [T, D], fp32, bf16, fp16 or fp64, any strides. Only rows that are scored.
-        weight_VD: [V, D], the head's weight, same dtype and device (under autocast both are cast).
+        weight_VD: [V, D], the head's weight, same dtype and device (under autocast both are cast). A
+            DTensor is cast, gathered by all its ranks, and gets its gradient as a DTensor: the mean over
+            them, as FSDP2 has it.
         targets_T: [T], int64 in 0..V-1.
         bias: [V] or None.
         logit_scale, softcap, temperature: see the formula (Cohere, Gemma 2, sampling).
@@ -54,9 +57,10 @@ def linear_logp(
             `auto` takes for D up to 1024 where they are built. A name that cannot run here is an error.
         workspace_bytes: memory for exponentials kept between forward and backward; 0 recomputes
             them all. Default: 1 GiB on a CPU, a sixteenth of the memory of a GPU.
-        shard: the weight (and bias) are this rank's slice of the vocabulary, `VocabShard.of(weight)`.
-            Hidden states and targets are the same on every rank, and so are all results and the
-            gradient of the hidden states. All ranks of the group must call.
+        shard: the weight (and bias) are this rank's slice of the vocabulary, `VocabShard.of(weight)`; as
+            DTensors, those that hold it, and then nothing is gathered. Hidden states and targets are the
+            same on every rank, and so are all results and the gradient of the hidden states. All ranks
+            of the group must call.
 
     Returns:
         `LinearLogp`, each field [T] in fp32 (fp64 for fp64 inputs) from fp32 logits.
@@ -65,7 +69,8 @@ def linear_logp(
         ValueError: shapes, dtypes, options or targets that do not fit.
         UnavailableError: the named implementation cannot run on this device.
     """
-    hidden_TD, weight_VD, bias = _autocast(hidden_TD, weight_VD, bias)
+    hidden_TD, weight_VD, bias = _autocast(plain_hidden(hidden_TD), weight_VD, bias)
+    weight_VD, bias = _plain(hidden_TD, weight_VD, bias, shard)
     extras, needs = tuple(extras), _needs(hidden_TD, weight_VD, bias)
     if torch.compiler.is_compiling() and shard is None:
         return _compiled(
@@ -181,6 +186,19 @@ def _compiled(operands: tuple, extras: tuple[str, ...], rest: tuple) -> LinearLo
     """The same through the custom operator, which a compiler does not look into."""
     logp_T, *values = torch.ops.dpo_fast.linear_logp(*operands, ",".join(extras), *rest)
     return LinearLogp(logp_T, **{name: x.detach() for name, x in zip(extras, values)})
+
+
+def _plain(
+    hidden_TD: Tensor, weight_VD: Tensor, bias: Tensor | None, shard: VocabShard | None
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias as plain tensors: DTensors gathered, or their own rows with a shard."""
+    kept = (sharded_dim(weight_VD),) if shard and hasattr(weight_VD, "placements") else ()
+    if kept and hasattr(bias, "placements") and bias.placements != weight_VD.placements:
+        raise ValueError(
+            f"bias has placements {bias.placements}, and weight {weight_VD.placements}: with a shard "
+            "both lie alike"
+        )
+    return plain_weight(weight_VD, hidden_TD, kept), plain_weight(bias, hidden_TD, kept)
 
 
 def _needs(*inputs: Tensor | None) -> list[bool]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,38 @@ class VocabShard:
     def of(cls, weight_VD: Tensor, group: dist.ProcessGroup | None = None) -> VocabShard:
         """The shard of the rank that holds `weight_VD`. Collective, and waits: call it once, not per step.
 
+        A DTensor knows its group and all sizes, so for it nothing is sent.
+
         Raises:
             RuntimeError: torch.distributed is not initialised.
+            ValueError: a DTensor that is not sharded by rows over one dimension of its mesh.
         """
+        if isinstance(weight_VD, DTensor):
+            return cls._of_dtensor(weight_VD, group)
         if not dist.is_initialized():
             raise RuntimeError("VocabShard.of needs torch.distributed.init_process_group first")
         sizes = [None] * dist.get_world_size(group)
         dist.all_gather_object(sizes, weight_VD.shape[0], group=group)
         rank = dist.get_rank(group)
         return cls(group, sum(sizes[:rank]), sum(sizes), max(sizes))
+
+    @classmethod
+    def _of_dtensor(cls, weight_VD: DTensor, group: dist.ProcessGroup | None) -> VocabShard:
+        dim, mesh = sharded_dim(weight_VD), weight_VD.device_mesh
+        if group not in (None, mesh.get_group(dim)):
+            raise ValueError("a DTensor brings its own process group: leave group out")
+        vocab = weight_VD.shape[0]
+        largest = -(
+            -vocab // mesh.size(dim)
+        )  # as DTensor cuts: the last ranks have fewer rows, or none
+        first = min(mesh.get_local_rank(dim) * largest, vocab)
+        rows, expected = len(weight_VD.to_local()), min(largest, vocab - first)
+        if rows != expected:
+            raise ValueError(
+                f"this rank holds {rows} of {vocab} rows of the weight, and DTensor's own cut gives it "
+                f"{expected}: pass weight.to_local() and VocabShard.of(weight.to_local(), group)"
+            )
+        return cls(mesh.get_group(dim), first, vocab, largest)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, in new memory. Collective."""
@@ -51,6 +75,19 @@ class VocabShard:
         result = tensor.contiguous().clone()
         dist.all_reduce(result, operation, group=self.group)
         return result
+
+
+def sharded_dim(weight_VD: DTensor) -> int:
+    """The dimension of the mesh over which rows lie. Raises ValueError if there is not exactly one."""
+    placements = weight_VD.placements
+    dims = [dim for dim, placement in enumerate(placements) if placement == Shard(0)]
+    others = [p for dim, p in enumerate(placements) if dim not in dims and not p.is_replicate()]
+    if len(dims) != 1 or others:
+        raise ValueError(
+            f"the weight is a DTensor with placements {placements}: a VocabShard needs Shard(0) over one "
+            "dimension of the mesh, and Replicate() over others. Without a shard linear_logp gathers it"
+        )
+    return dims[0]
 
 
 def whole_vocabulary(weight_VD: Tensor, shard: VocabShard | None) -> int:
