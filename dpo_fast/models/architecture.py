@@ -8,6 +8,7 @@ import inspect
 from dataclasses import dataclass
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
@@ -66,7 +67,20 @@ def _obstacle(model: PreTrainedModel) -> str | None:
         return "it does not take its attention from transformers' AttentionInterface"
     if "position_ids" not in inspect.signature(decoder_of(model).forward).parameters:
         return "its forward takes no position_ids, so every sequence would go on from the last"
-    return try_attention(model, decoder_of(model))
+    tried = _unsharded(model)
+    return try_attention(tried, decoder_of(tried))
+
+
+def _unsharded(model: PreTrainedModel) -> PreTrainedModel:
+    """The model; in the place of one that FSDP has sharded already another of the same configuration.
+
+    A trial runs the decoder alone and breaks off, and FSDP takes the first module that runs for the root.
+    """
+    if not isinstance(model, FSDPModule):
+        return model
+    own = type(model).__mro__[2]  # fully_shard puts FSDPLlama and FSDPModule before Llama
+    with torch.device("meta"):
+        return own(model.config)
 
 
 def carried_state(model: PreTrainedModel) -> str:

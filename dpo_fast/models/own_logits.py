@@ -12,12 +12,14 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from dpo_fast.errors import UserError
 from dpo_fast.models.decoder import decoder_of
 from dpo_fast.ops.linear_logp.call import HeadOptions
+from dpo_fast.ops.linear_logp.dtensor import plain_weight
 
 STATES = 4
 SPREAD = 20.0  # of the logits before scale and cap, so that either shows
@@ -48,10 +50,10 @@ def check_own_logits(model: PreTrainedModel, options: HeadOptions) -> None:
     if head.weight.is_meta:
         return
     with _gathered(head, model.get_input_embeddings()):
-        weight, bias = head.weight, head.bias
         generator = torch.Generator().manual_seed(0)
-        drawn = torch.randn(STATES, weight.shape[1], generator=generator)
-        states_TD = drawn.to(weight.device, weight.dtype)
+        drawn = torch.randn(STATES, head.weight.shape[1], generator=generator)
+        states_TD = drawn.to(head.weight.device, head.weight.dtype)
+        weight, bias = (plain_weight(x, states_TD) for x in (head.weight, head.bias))
         spread = nn.functional.linear(states_TD, weight).float().std()
         states_TD = states_TD * (SPREAD / spread.clamp_min(1e-6)).to(weight.dtype)
         own = _own_logits(model, states_TD)
@@ -95,6 +97,9 @@ def _own_logits(model: PreTrainedModel, states_TD: Tensor) -> Tensor | None:
             decoder.forward = before
         else:
             del decoder.forward
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # or an optimiser would be given weights that FSDP gathered for the trial
 
 
 @contextlib.contextmanager

@@ -6,7 +6,8 @@ import contextlib
 import inspect
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
 from dpo_fast.data.batch import ScoredBatch
@@ -17,7 +18,7 @@ from dpo_fast.models.attention_plan import AttentionPlan
 from dpo_fast.models.decoder import decoder_of
 from dpo_fast.models.own_logits import check_own_logits
 from dpo_fast.models.routers import Routers
-from dpo_fast.modules.head import FusedHead
+from dpo_fast.modules.head import FusedHead, check_policy
 from dpo_fast.ops.linear_logp.call import HeadOptions
 from dpo_fast.ops.take import take
 
@@ -41,6 +42,11 @@ class ScoringModel(nn.Module):
         workspace_bytes: int | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(model, FSDPModule):
+            raise UserError(
+                f"{type(model).__name__} is sharded by fully_shard already, and would gather nothing when "
+                "its parts are called: make the ScoringModel first, and shard that"
+            )
         head = model.get_output_embeddings()
         if head is None or not hasattr(head, "weight"):
             raise UserError(
@@ -77,6 +83,7 @@ class ScoringModel(nn.Module):
 
         balanced: what the gradient of their balancing loss needs, too (`Heard.outputs`).
         """
+        check_policy(self)
         with self.routers.listening(copies_N, balanced) as heard:
             outputs = scoring_forward(self.causal_lm, *arguments, **options)
         return outputs if heard is None else outputs | heard.outputs()
@@ -88,29 +95,34 @@ def fuse_head(
     """Put a `FusedHead` over the weights of a model's `lm_head`; where peft trains a copy, over both.
 
     Raises:
-        UserError: a head that is not a plain linear layer: an adapter on it, quantised or sharded. Or
-            the model does something to its logits that is not known.
+        UserError: a head that is not a plain linear layer: an adapter on it, or quantised. Or the model
+            does something to its logits that is not known.
     """
 
     def fused(head: nn.Module) -> FusedHead:
         weight = getattr(head, "weight", None)
         adapted = hasattr(head, "base_layer") or hasattr(head, "token_adapter")
         plain = weight is not None and weight.is_floating_point() and weight.dim() <= 2
-        if adapted or not plain or isinstance(weight, DTensor):
+        if adapted or not plain:
             raise UserError(
                 f"the lm_head of {type(model).__name__} is a {type(head).__name__}; expected a linear "
-                "layer with whole weights, no adapter and no quantisation: leave lm_head out of "
-                "target_modules and trainable_token_indices (modules_to_save may have it), and out of "
-                "quantisation and tensor parallelism"
+                "layer with no adapter and no quantisation: leave lm_head out of target_modules and "
+                "trainable_token_indices (modules_to_save may have it), and out of quantisation"
             )
-        options = head_options_of(model.config)
-        return FusedHead(
-            weight,
-            getattr(head, "bias", None),
-            options=options,
-            implementation=implementation,
-            workspace_bytes=workspace_bytes,
-        )
+        settings = {
+            "options": head_options_of(model.config),
+            "implementation": implementation,
+            "workspace_bytes": workspace_bytes,
+        }
+        managed = getattr(head, "_is_fsdp_managed_module", False)
+        # Where transformers ties weights over two units, one gathers a copy that no optimiser updates. A
+        # new module is in no unit, and gathers the weight itself.
+        if managed and weight is not getattr(model.get_input_embeddings(), "weight", None):
+            # FSDP's DTensors lie as those of tensor parallelism; its plan marks the modules.
+            planned = getattr(head, "_is_hooked", False)
+            return FusedHead.in_place(head, tensor_parallel=planned, **settings)
+        planned = isinstance(weight, DTensor) and Shard(0) in weight.placements and not managed
+        return FusedHead(weight, getattr(head, "bias", None), tensor_parallel=planned, **settings)
 
     head = model.get_output_embeddings()
     copies = getattr(head, "_modules", {}).get("modules_to_save")

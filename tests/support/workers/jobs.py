@@ -382,8 +382,27 @@ def logged_and_counted(tree: dict) -> dict:
     return {"logged": logged, "counted": counted, "micro_batches": batches}
 
 
+def sharded(name: str, *arguments) -> None:
+    """A job of tests/support/sharded.py."""
+    from tests.support.sharded import JOBS
+
+    JOBS[name](*arguments)
+
+
+def in_trainers(name: str, *arguments) -> None:
+    """A job of tests/support/fsdp_trainers.py."""
+    from tests.support.fsdp_trainers import JOBS, forget
+
+    try:
+        JOBS[name](*arguments)
+    finally:
+        forget()
+
+
 JOBS = {
     "traffic": traffic_of,
+    "sharded": sharded,
+    "in_trainers": in_trainers,
     "with_noise": with_noise,
     "train": train_all,
     "train_with_files": train_with_files,
