@@ -18,6 +18,7 @@ from dpo_fast.errors import UserError
 from dpo_fast.integrations.arguments import check_arguments, objective_of, stop_ids
 from dpo_fast.integrations.collator import IDS, NUMBERS, PreferenceCollator
 from dpo_fast.integrations.forward import add_forward
+from dpo_fast.integrations.fsdp import prepare_fsdp, shard_frozen
 from dpo_fast.integrations.rows import token_rows, token_sets
 from dpo_fast.losses import Objective, Totals
 from dpo_fast.models.adapters import as_started, keep_frozen_copy, why_not
@@ -120,11 +121,12 @@ class PreferenceTrainer(transformers.Trainer):
             processing_class=processing_class,
             **kwargs,
         )
-        if self.is_fsdp_enabled or args.n_gpu > 1:
+        if args.n_gpu > 1:
             raise UserError(
-                f"fsdp={args.fsdp}, {args.n_gpu} GPUs in this process: start one process per GPU with "
-                "torchrun or accelerate, with DDP or DeepSpeed ZeRO"
+                f"{args.n_gpu} GPUs in this process: start one process per GPU with torchrun or "
+                "accelerate, with DDP, FSDP2 or DeepSpeed ZeRO"
             )
+        prepare_fsdp(self)
         self.loss_pass = LossPass(objective, METRIC_EXTRAS)
         self.reference = self._make_reference(reference, columns)
         self._sums = {mode: MetricSums(args.device) for mode in ("train", "eval")}
@@ -134,6 +136,8 @@ class PreferenceTrainer(transformers.Trainer):
             model.requires_grad_(False).eval()
             if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
                 placed = _gathered(model)
+            elif self.is_fsdp_enabled:
+                placed = shard_frozen(self.accelerator, model)
             else:
                 placed = self.accelerator.prepare_model(model, evaluation_mode=True)
             return FrozenReference(functools.partial(placed, scored=True))
@@ -190,6 +194,8 @@ class PreferenceTrainer(transformers.Trainer):
         sums = self._sums["train" if prefix in ("", "train_") else "eval"]
         if sums.values:
             metrics = {name: value for name, value in sums.read().items() if name != "loss"}
+            for name in ("num_tokens", "examples"):  # ranks that share a model have the same ones
+                metrics[name] //= self.get_tp_size()
             logs |= {f"{prefix}{name}": value for name, value in metrics.items()}
         super().log(logs, start_time)
 

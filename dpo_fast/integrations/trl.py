@@ -18,6 +18,7 @@ import trl
 from torch import Tensor, nn
 
 from dpo_fast.errors import UnavailableError, UserError
+from dpo_fast.integrations.fsdp import prepare_fsdp
 from dpo_fast.integrations.trl_forward import add_linear_logp
 from dpo_fast.integrations.trl_losses import our_loss, share_losses
 
@@ -49,13 +50,9 @@ class FastHeadMixin:
         """As `add_linear_logp`. TRL calls it on the policy and on the reference, before wrapping them.
 
         Raises:
-            UserError: FSDP, or a head that cannot score.
+            UserError: FSDP1, FSDP on a CPU, or a head that cannot score.
         """
-        if self.is_fsdp_enabled:
-            raise UserError(
-                f"fsdp={self.args.fsdp}: this head has its weights gathered by DeepSpeed or not at "
-                "all; use DeepSpeed ZeRO, or TRL's own trainer"
-            )
+        prepare_fsdp(self)
         add_linear_logp(model, outputs)
 
     def _precompute_ref_logps(self, dataset, name: str, batch_size: int):
