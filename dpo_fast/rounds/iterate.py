@@ -10,6 +10,7 @@ from dpo_fast.rounds import records
 from dpo_fast.rounds.config import RoundsConfig
 from dpo_fast.rounds.plan import AVERAGE, Plan, Step
 from dpo_fast.rounds.rows import check_prompts, check_rounds, judge_of
+from dpo_fast.rounds.servers import unreached
 from dpo_fast.rounds.stage import GOES_ON, told, work
 from dpo_fast.training import distributed, signals
 from dpo_fast.training.checkpoints import checkpoints
@@ -99,7 +100,10 @@ def check_data(plan: Plan, step: Step) -> None:
             for name in ("train", "eval") if run.data.has_eval else ("train",):
                 load_split(run, tokenizer, name, shuffle=False)
             return
-        check_prompts(plan.rounds(step, plan.config.model))
+        rounds = plan.rounds(step, plan.config.model)
+        check_prompts(rounds)
+        for each in distributed.from_main(partial(unreached, rounds)):
+            say(f"{step.name}: {each}; it is needed when this stage comes", matters=True)
         if run.data.eval is None:
             return
         alone = run.data.model_copy(update={"train": run.data.eval, "eval": None})
