@@ -212,7 +212,7 @@ def tell_idle_answers(config: RunConfig, examples: Examples) -> None:
     """Say that answers are computed which the loss does not look at."""
     if examples.kind == PAIRS and config.loss.objective.learns:
         say(
-            "loss.type=sft learns the chosen answers, and the rejected ones are computed for metrics alone: "
+            "loss.type=sft learns the chosen answers, and the rejected ones are computed for metrics: "
             "data.format=sft leaves them out"
         )
 
