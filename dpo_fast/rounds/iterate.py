@@ -11,7 +11,7 @@ from dpo_fast.rounds.config import RoundsConfig
 from dpo_fast.rounds.plan import AVERAGE, Plan, Step
 from dpo_fast.rounds.rows import check_prompts, check_rounds, judge_of
 from dpo_fast.rounds.servers import unreached
-from dpo_fast.rounds.stage import GOES_ON, told, work
+from dpo_fast.rounds.stage import GOES_ON, modules_passed_over, told, work
 from dpo_fast.training import distributed, signals
 from dpo_fast.training.checkpoints import checkpoints
 from dpo_fast.training.console import say
@@ -42,8 +42,10 @@ def iterate(config: RoundsConfig, where: str = "the file", dry_run: bool = False
             distributed.from_main(partial(check_needed, plan, left))
             for step in left:
                 check_data(plan, step)
-            for step in () if dry_run else left:
-                work(plan, step)
+            if left and not dry_run:
+                with modules_passed_over():
+                    for step in left:
+                        work(plan, step)
     return plan
 
 
