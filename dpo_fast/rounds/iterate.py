@@ -10,7 +10,8 @@ from dpo_fast.rounds import records
 from dpo_fast.rounds.config import RoundsConfig
 from dpo_fast.rounds.plan import AVERAGE, Plan, Step
 from dpo_fast.rounds.rows import check_prompts, check_rounds, judge_of
-from dpo_fast.rounds.stage import GOES_ON, told, work
+from dpo_fast.rounds.servers import unreached
+from dpo_fast.rounds.stage import GOES_ON, modules_passed_over, told, work
 from dpo_fast.training import distributed, signals
 from dpo_fast.training.checkpoints import checkpoints
 from dpo_fast.training.console import say
@@ -41,8 +42,10 @@ def iterate(config: RoundsConfig, where: str = "the file", dry_run: bool = False
             distributed.from_main(partial(check_needed, plan, left))
             for step in left:
                 check_data(plan, step)
-            for step in () if dry_run else left:
-                work(plan, step)
+            if left and not dry_run:
+                with modules_passed_over():
+                    for step in left:
+                        work(plan, step)
     return plan
 
 
@@ -99,7 +102,10 @@ def check_data(plan: Plan, step: Step) -> None:
             for name in ("train", "eval") if run.data.has_eval else ("train",):
                 load_split(run, tokenizer, name, shuffle=False)
             return
-        check_prompts(plan.rounds(step, plan.config.model))
+        rounds = plan.rounds(step, plan.config.model)
+        check_prompts(rounds)
+        for each in distributed.from_main(partial(unreached, rounds)):
+            say(f"{step.name}: {each}; it is needed when this stage comes", matters=True)
         if run.data.eval is None:
             return
         alone = run.data.model_copy(update={"train": run.data.eval, "eval": None})

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_fast.data.dataset import open_examples, prepare_examples
 from dpo_fast.data.grouping import SamePrompt, exact_costs
-from dpo_fast.data.kinds import COMPLETIONS, DEMONSTRATIONS, GROUPS, KINDS, Kind
+from dpo_fast.data.kinds import COMPLETIONS, DEMONSTRATIONS, GROUPS, KINDS, PAIRS, Kind
 from dpo_fast.data.report import DataReport
 from dpo_fast.data.sampler import BatchSampler, Sampler, TokenSampler
 from dpo_fast.data.stream import Chunk
@@ -47,6 +47,7 @@ def load_split(
     tell_unused(name, examples)
     if shuffle:
         tell_size(split.sampler)
+        tell_idle_answers(config, examples)
     return split
 
 
@@ -69,6 +70,7 @@ def stream_split(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Strea
     tell_unused("train", stream.examples)
     tell_shares(stream.examples.report)
     tell_size(stream.sampler)
+    tell_idle_answers(config, stream.examples)
     return stream
 
 
@@ -204,6 +206,15 @@ def tell_unused(name: str, examples: Examples) -> None:
     """Say which columns are passed over; what only looks like metadata shows here."""
     if unused := examples.report.ignored_columns:
         say(f"data.{name}: columns not used: {', '.join(unused)}")
+
+
+def tell_idle_answers(config: RunConfig, examples: Examples) -> None:
+    """Say that answers are computed which the loss does not look at."""
+    if examples.kind == PAIRS and config.loss.objective.learns:
+        say(
+            "loss.type=sft learns the chosen answers, and the rejected ones are computed for metrics: "
+            "data.format=sft leaves them out"
+        )
 
 
 def tell_size(sampler: BatchSampler) -> None:

@@ -10,7 +10,7 @@ from dpo_fast.data.build import features
 from dpo_fast.data.dataset import DATASETS
 from dpo_fast.data.gather import gather
 from dpo_fast.data.grouping import SamePrompt, exact_costs, prompts_of
-from dpo_fast.data.kinds import COMPLETIONS, GROUPS, KINDS, PAIRS
+from dpo_fast.data.kinds import COMPLETIONS, DEMONSTRATIONS, GROUPS, KINDS, PAIRS
 from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.data.mismatched import partners
 from dpo_fast.data.mixture import plan
@@ -33,6 +33,8 @@ def rows_of(kind, prompts: int = 8, most: int = 6, seed: int = 0) -> list[dict]:
             some = draw.permutation(4).tolist()
             if kind == PAIRS:
                 told = {"chosen_ids": answers[some[0]], "rejected_ids": answers[some[1]]}
+            elif kind == DEMONSTRATIONS:
+                told = {"completion_ids": answers[some[0]]}
             elif kind == COMPLETIONS:
                 told = {"completion_ids": answers[some[0]], "label": bool(some[1] % 2)}
             else:

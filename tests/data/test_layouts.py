@@ -7,7 +7,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from dpo_fast.data.batch import collate
-from dpo_fast.data.kinds import COMPLETIONS, GROUPS, KINDS, PAIRS, ExampleLengths
+from dpo_fast.data.kinds import COMPLETIONS, DEMONSTRATIONS, GROUPS, KINDS, PAIRS, ExampleLengths
 from dpo_fast.data.layouts import LAYOUTS, layouts_with
 from dpo_fast.models import ScoringModel, architecture_of, choose_attention, choose_layout
 from dpo_fast.models.scoring import forward_arguments
@@ -32,6 +32,10 @@ EXAMPLES = {
         for prompt, answers in zip(PROMPTS, ANSWERS)
     ],
 }
+EXAMPLES[DEMONSTRATIONS] = [
+    {name: each[name] for name in ("prompt_ids", "completion_ids")}
+    for each in EXAMPLES[COMPLETIONS]
+]
 BY_KIND = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 
 
@@ -90,7 +94,7 @@ def test_costs_are_the_tokens_of_the_batch(name, kind):
     for index, example in enumerate(examples):
         tokens = collate([example], name, kind=kind).input_ids.numel()
         assert costs.alone_P[index] == costs.of([index]) == tokens
-    different = [0, 1, 3] if kind != COMPLETIONS else [0, 2, 6]  # no two of one prompt
+    different = [0, 2, 6] if kind.single else [0, 1, 3]  # no two of one prompt
     batch = collate([examples[index] for index in different], name, kind=kind)
     assert costs.of(different) == batch.input_ids.numel()
     budget = int(costs.alone_P.max())

@@ -64,6 +64,15 @@ def test_training_says_which_columns_are_passed_over(tmp_path, monkeypatch):
         run = build_config(tree, "test")
         load_data.load_split(run, byte_tokenizer(bos=True), "train", True)
     assert said == ["data.train: columns not used: id"] * 2
+    del said[:]
+    for streaming in ({}, {"streaming": True}):
+        tree = run_tree(tmp_path, max_steps=1) | {"loss": {"type": "sft"}}
+        for form in ("auto", "sft"):
+            tree["data"] |= streaming | {"format": form}
+            run = build_config(tree, "test")
+            load_data.load_split(run, byte_tokenizer(bos=True), "train", True)
+    told = [line for line in said if "data.format=sft leaves them out" in line]
+    assert len(told) == 2  # of the rows as pairs, stored and streamed
 
 
 def test_columns_reach_the_loss():
