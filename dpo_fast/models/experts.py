@@ -31,7 +31,7 @@ def join_experts(model: nn.Module, stage: int) -> int:
     """Have all ranks gather and reduce these parameters alike. DeepSpeed is not initialised yet.
 
     At ZeRO-3 they are leaf modules of DeepSpeed: gathered whole, and with a gradient of zeros where there
-    is none. Below, the output depends on all of their parameters, by a factor of 0.
+    is none. Below, their input depends on all of their parameters, by a factor of 0.
 
     Returns:
         How many modules it concerns.
@@ -43,20 +43,28 @@ def join_experts(model: nn.Module, stage: int) -> int:
         if stage == 3:
             set_z3_leaf_module(module, True)
         elif not adapts_a_parameter(module):
-            module.register_forward_hook(_depend_on_all)
+            module.register_forward_pre_hook(_begin_with_all, with_kwargs=True)
     return len(found)
 
 
-def _depend_on_all(module: nn.Module, inputs: tuple, output: Any) -> Any:
-    """The output of a module, and 0 times each of its parameters that is trained."""
+def _begin_with_all(
+    module: nn.Module, arguments: tuple, keywords: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]] | None:
+    """The inputs of a module, the first of them plus 0 times each of its parameters that is trained.
+
+    The gradient of a parameter is complete when that of this input is, so they all come to DeepSpeed there,
+    in the same order on every rank: ZeRO-2 reduces them in the order in which they come.
+    """
     trained = [each for each in module.parameters() if each.requires_grad]
     if not (trained and torch.is_grad_enabled()):
-        return output
+        return None
     nothing = 0.0 * sum(each.reshape(-1)[0] for each in trained)
-    if isinstance(output, Tensor):
-        return output + nothing.to(output.dtype)
-    first, *others = output
-    return (first + nothing.to(first.dtype), *others)
+    if arguments:
+        first, *others = arguments
+        return (first + nothing.to(first.dtype), *others), keywords
+    name = next(key for key, value in keywords.items() if isinstance(value, Tensor))
+    value = keywords[name]
+    return arguments, keywords | {name: value + nothing.to(value.dtype)}
 
 
 def _chooses_modules(module: nn.Module) -> bool:

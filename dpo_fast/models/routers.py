@@ -84,10 +84,10 @@ class Heard:
         self.layers.append(layer)
 
     def outputs(self) -> dict[str, Tensor]:
-        """Sums over the tokens of the forward, of L routers.
+        """Sums over the tokens of the forward.
 
-        router_experts: fp64 [L, 3, E], the rows LOAD, PICKS and MASS.
-        router_layers: fp64 [L, 4], the columns TOKENS, ENTROPY, CHOICES and DROPPED.
+        router_experts: fp64 [routers, 3, E], the rows LOAD, PICKS and MASS.
+        router_layers: fp64 [routers, 4], the columns TOKENS, ENTROPY, CHOICES and DROPPED.
         router_mass: fp32 [E], MASS of all layers together, with its gradient; where it is asked for.
         """
         if not self.experts:

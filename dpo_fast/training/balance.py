@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dpo_fast.data.batch import ScoredBatch
-from dpo_fast.models.routers import MASS, PICKS, TOKENS
+from dpo_fast.models.routers import LOAD, MASS, PICKS, TOKENS
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.training.distributed import all_sum
 
@@ -89,7 +89,8 @@ def count_choices(engine, batches: Iterable[ScoredBatch], balance: Balance) -> N
 
 
 def router_metrics(experts: Tensor, layers: Tensor) -> dict[str, float]:
-    """Metrics of sums over all ranks, as `Heard.outputs` gives them; fp64 [L, 3, E] and [L, 4].
+    """Metrics of sums over all ranks, as `Heard.outputs` gives them; fp64 [routers, 3, E] and
+    [routers, 4].
 
     aux_loss: the balancing loss without its weight, of all these tokens.
     router/load_max: tokens of the busiest expert of a layer over the mean; 1 is balance. Mean of layers.
@@ -97,15 +98,15 @@ def router_metrics(experts: Tensor, layers: Tensor) -> dict[str, float]:
     router/entropy: of a token's softmax over the experts, nats.
     router/dropped: share of the choices that have weight 0 and compute nothing.
     """
-    loads_LE, picks_E, mass_E = experts[:, 0], experts[:, PICKS].sum(0), experts[:, MASS].sum(0)
+    loads, picks_E, mass_E = experts[:, LOAD], experts[:, PICKS].sum(0), experts[:, MASS].sum(0)
     tokens, entropy, choices, dropped = layers.sum(0).tolist()
     if not tokens:
         return {}
-    busiest_L = loads_LE.max(-1).values / loads_LE.mean(-1).clamp_min(1e-9)
+    busiest = loads.max(-1).values / loads.mean(-1).clamp_min(1e-9)  # of each layer
     return {
         "aux_loss": len(picks_E) * float(picks_E @ mass_E) / tokens**2,
-        "router/load_max": busiest_L.mean().item(),
-        "router/unused": (loads_LE == 0).double().mean().item(),
+        "router/load_max": busiest.mean().item(),
+        "router/unused": (loads == 0).double().mean().item(),
         "router/entropy": entropy / tokens,
         "router/dropped": dropped / choices,
     }
