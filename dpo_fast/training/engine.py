@@ -176,9 +176,12 @@ def follow_new_order() -> None:
     invalidate = kind._invalidate_trace
     if getattr(invalidate, "forgets", False):
         return
-    decided = kind._PartitionedParameterCoordinator__params_to_release
-    while not hasattr(decided, "cache_clear"):
-        decided = decided.__wrapped__
+    decide = kind._PartitionedParameterCoordinator__params_to_release
+    (decided,) = [
+        cell.cell_contents
+        for cell in decide.__closure__
+        if "cache_clear" in dir(cell.cell_contents)
+    ]
 
     def forget(coordinator) -> None:
         decided.cache_clear()
