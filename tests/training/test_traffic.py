@@ -43,8 +43,8 @@ CASES = {  # stage, dtype, options of DeepSpeed, of the model
 }
 
 
-# How far the log may lie from the count. Modules run in an order that is not quite that of their names, so a
-# prefetch looks past others. What runs again is released in part, by an order that threads of autograd make.
+# How far the log may lie from the count. Modules run in an order that is not quite that of their names, so
+# a prefetch looks past others. What runs again is released in part, by the order that autograd makes.
 NEARLY = {"3, a prefetch": 0.05, "3, lora": 0.03}
 NEARLY |= {"3, computed again": 0.15, "3, lora, computed again": 0.25}
 
