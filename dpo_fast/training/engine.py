@@ -20,6 +20,7 @@ from dpo_fast.training.finite import FiniteAdamW
 from dpo_fast.training.nvme import remove_files, save_as_others, swaps
 from dpo_fast.training.parallel_section import ZERO_PLUS_PLUS
 from dpo_fast.training.schedule import build_schedule
+from dpo_fast.training.zero_mends import follow_new_order, share_groups
 
 # DeepSpeed's monitors, which log.report_to stands for.
 MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
@@ -162,57 +163,6 @@ def largest_part(config: RunConfig) -> int:
     """Elements of the largest part of a parameter that a rank has at stage 3."""
     sizes = (parameter.numel() for parameter in load_skeleton(config.model).parameters())
     return -(-max(sizes) // distributed.world_size())
-
-
-def follow_new_order() -> None:
-    """Let ZeRO 3 decide anew what stays gathered when it records another order of modules.
-
-    DeepSpeed (0.19) keeps what it has decided for each place. After a pass without gradients, as that of a
-    reference, it would release in forward what backward needs next, and gather everything twice.
-    """
-    from deepspeed.runtime.zero import partitioned_param_coordinator as place
-
-    kind = place.PartitionedParameterCoordinator
-    invalidate = kind._invalidate_trace
-    if getattr(invalidate, "forgets", False):
-        return
-    decided = kind._PartitionedParameterCoordinator__params_to_release
-    while not hasattr(decided, "cache_clear"):
-        decided = decided.__wrapped__
-
-    def forget(coordinator) -> None:
-        decided.cache_clear()
-        invalidate(coordinator)
-
-    forget.forgets = True
-    kind._invalidate_trace = forget
-
-
-def share_groups(size: int) -> None:
-    """Let all models of a process share the groups of ranks that keep a copy of parameters (hpZ).
-
-    DeepSpeed (0.19) makes them for the first model, and refuses the second: that of a reference, or the
-    policy of a later round. It keeps them for a later one that asks for none.
-
-    size: ranks of a group; 1 for none.
-    """
-    from deepspeed import comm
-    from deepspeed.utils import groups
-
-    create, name = groups._create_zero_param_parallel_group, "_ZERO_PARAM_INTRA_PARALLEL_GROUP"
-    if size == 1:
-        setattr(groups, name, None)
-    if getattr(create, "shares", False):
-        return
-
-    def create_once(size: int) -> None:
-        there = getattr(groups, name)
-        if there is None or comm.get_world_size(group=there) != size:
-            setattr(groups, name, None)
-            create(size)
-
-    create_once.shares = True
-    groups._create_zero_param_parallel_group = create_once
 
 
 def split_trained(

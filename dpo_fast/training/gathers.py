@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -45,9 +45,16 @@ class Rules:
 
 @dataclass(frozen=True)
 class Use:
-    """A module in the order that DeepSpeed records: the parameters that it has itself, by their ids."""
+    """A module in the order that DeepSpeed records.
+
+    own: the parameters that it has itself, by their ids.
+    frozen: whether none of them is trained.
+    released: whether they may go afterwards. What is trained and runs again waits for its backward pass.
+    """
 
     own: tuple[int, ...]
+    frozen: bool = False
+    released: bool = True
 
 
 def order_of(model: ScoringModel, checkpointed: Sequence[int]) -> tuple[list[Use], dict[int, int]]:
@@ -55,53 +62,51 @@ def order_of(model: ScoringModel, checkpointed: Sequence[int]) -> tuple[list[Use
 
     model: on the meta device, or loaded.
     checkpointed: numbers of the layers that run again in the backward pass.
-
-    What comes before the first trained parameter has no backward pass.
     """
-    causal_lm, sizes = model.causal_lm, {}
-    head, layers = causal_lm.get_output_embeddings(), decoder_layers(causal_lm)
-    blocks: list[tuple[list[nn.Module], bool]] = []
-    again = {id(layers[index]) for index in checkpointed}
-    inside = {id(part): number for number, layer in enumerate(layers) for part in layer.modules()}
-    last = None
-    parts, heads = set(head.modules()), _running(head)
-    for module in _running(decoder_of(causal_lm)):
-        if module in parts:
-            continue
-        number = inside.get(id(module))
-        if number is None or number != last:
-            blocks.append(([], number is not None and id(layers[number]) in again))
-        blocks[-1][0].append(module)
-        last = number
-    blocks.append((heads, False))
-    seen_trained, backward = False, []
-    for modules, recomputed in blocks:
-        live = []
-        for module in modules:
-            for parameter in _own(module):
-                sizes[id(parameter)] = getattr(parameter, "ds_numel", parameter.numel())
-                seen_trained |= parameter.requires_grad
-            if seen_trained:
-                live.append(_use(module))
-        if live:
-            first = [_use(module) for module in modules] if recomputed else []
-            backward.append([*first, *reversed(live)])
-    forward = [_use(module) for modules, _ in blocks for module in modules]
-    return forward + [use for block in reversed(backward) for use in block], sizes
+    causal_lm = model.causal_lm
+    layers = decoder_layers(causal_lm)
+    walk = _Walk({id(layers[index]) for index in checkpointed})
+    parts = [walk.of(part) for part in (decoder_of(causal_lm), causal_lm.get_output_embeddings())]
+    backward = [use for _, own in reversed(parts) for use in own]
+    return [Use(()), *parts[0][0], *parts[1][0], Use(()), *backward], walk.sizes
 
 
-def _running(root: nn.Module) -> list[nn.Module]:
-    """Its modules with parameters of their own, without those that an adapter has replaced."""
-    named = root.named_modules()
-    return [module for name, module in named if _own(module) and "original_module" not in name]
+class _Walk:
+    """Goes through modules in the order in which they are registered, as most models run them.
 
+    again: ids of the modules that run again in the backward pass.
+    sizes: elements of every parameter that was met, by its id.
+    trained: whether one of them is trained. What comes before has no backward pass.
+    """
 
-def _use(module: nn.Module) -> Use:
-    return Use(tuple(map(id, _own(module))))
+    def __init__(self, again: set[int]) -> None:
+        self.again, self.sizes, self.trained = again, {}, False
+        self.met: set[int] = set()
 
-
-def _own(module: nn.Module) -> list[nn.Parameter]:
-    return list(module.parameters(recurse=False))
+    def of(self, module: nn.Module) -> tuple[list[Use], list[Use]]:
+        """Forward and backward of a module. DeepSpeed also looks ahead at those without parameters."""
+        parameters = list(module.parameters(recurse=False))
+        for parameter in parameters:
+            self.sizes[id(parameter)] = getattr(parameter, "ds_numel", parameter.numel())
+            self.trained |= parameter.requires_grad
+        runs = not isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        frozen = not any(parameter.requires_grad for parameter in parameters)
+        own = [Use(tuple(map(id, parameters)), frozen)] if runs else []
+        forward, backward = list(own), []
+        for name, child in module.named_children():
+            if name != "original_module" and id(child) not in self.met:
+                self.met.add(id(child))
+                first, then = self.of(child)
+                forward, backward = forward + first, then + backward
+        # Rotary embeddings and the like: their outputs have no gradient.
+        constant = (
+            next(module.parameters(), None) is None and next(module.buffers(), None) is not None
+        )
+        if self.trained and not constant:
+            backward = own + backward
+        if id(module) in self.again and backward:
+            backward = [replace(use, released=use.frozen) for use in forward] + backward
+        return forward, backward
 
 
 def gathered(
@@ -138,7 +143,7 @@ def gathered(
                 ahead += sizes[key]
                 live += sizes[key]
         for key in _released(order, sizes, rules, step + 1):
-            if key in there and key not in small and fetched_for[key] <= step + 1:
+            if key in there and key not in small and fetched_for[key] <= step:
                 there.discard(key)
                 live -= sizes[key]
     return counts, there - small
@@ -148,7 +153,7 @@ def _released(
     order: Sequence[Use], sizes: dict[int, int], rules: Rules, following: int
 ) -> set[int]:
     """Parameters of the module before place `following` that do not come again soon."""
-    own, passed = set(order[following - 1].own), 0
+    own, passed = set(order[following - 1].own) if order[following - 1].released else set(), 0
     for use in order[following:]:
         if passed >= rules.reuse or not own:
             break

@@ -58,9 +58,9 @@ def state_of(optimizer) -> dict[str, Any]:
     return found | {FP32_GROUPS: flats, STATES: found[STATES] | {"state": states}}
 
 
-def load_state(optimizer, saved: list[dict | None], **_: Any) -> None:
+def load_state(optimizer, state_dict_list: list[dict | None], **_: Any) -> None:
     """What `state_of` gave of this rank, back into memory and files."""
-    mine = saved[distributed.rank()]
+    mine = state_dict_list[distributed.rank()]
     for name in ("loss_scaler", "dynamic_loss_scale", "overflow"):
         setattr(optimizer, name, mine[name])
     for ours, theirs in zip(

@@ -33,6 +33,19 @@ def moved(state: Mapping[str, Any], fits: Mapping[str, Any]) -> bool:
     return any(state.get(name, fits[name]) != fits[name] for name in MOVED)
 
 
+def other_groups(engine, folder: Path) -> bool:
+    """Whether ZeRO 3 had other groups of parameters (`sub_group_size`) in a checkpoint. Collective."""
+    if engine.zero_optimization_stage() < 3:
+        return False
+    with reading(folder / "engine"):
+        head = read_head(folder / "engine")
+    name = "sub_group_size"
+    before, now = (
+        each["zero_optimization"].get(name) for each in (head["ds_config"], engine.config)
+    )
+    return distributed.any_rank(before != now)
+
+
 def fits_moved(run: Plan, folder: Path, state: Mapping[str, Any], fits: dict) -> dict:
     """`fits` without what a checkpoint that has `moved` may have otherwise.
 

@@ -20,7 +20,7 @@ from dpo_fast.training.console import say
 from dpo_fast.training.longer import fits_longer, follow_schedule, goes_on
 from dpo_fast.training.metrics import MetricSums
 from dpo_fast.training.prepare import Plan, Run
-from dpo_fast.training.reshard import fits_moved, load_moved, moved, tell_moved
+from dpo_fast.training.reshard import fits_moved, load_moved, moved, other_groups, tell_moved
 from dpo_fast.training.run_log import RunLog
 
 # Options that a checkpoint brings back with DeepSpeed's optimiser and schedule. A resumed run would
@@ -91,7 +91,8 @@ def restore(run: Run, checkpoint: Path, sums: MetricSums) -> dict[str, Any]:
     """Bring the run to where the checkpoint was written; returns the content of its state.json."""
     known = read_state(checkpoint)
     elsewhere = moved(known, must_fit(run))
-    load = partial(load_moved, stage=run.config.zero_stage) if elsewhere else load_checkpoint
+    by_parts = elsewhere or other_groups(run.engine, checkpoint)
+    load = partial(load_moved, stage=run.config.zero_stage) if by_parts else load_checkpoint
     fits = must_be_same(run, checkpoint, known)
     state = load(run.engine, checkpoint, fits, sums.values, run.stateful)
     run.train.seek(state)

@@ -27,6 +27,13 @@ def test_what_comes_again_soon_stays():
     assert gathered(ORDER, SIZES, near)[0] == Counter({1: 2, 2: 1, 3: 1})
 
 
+def test_what_runs_again_waits_for_its_backward_pass():
+    again = [*FORWARD, Use((3,)), *(Use(each.own, released=False) for each in FORWARD[:2])]
+    order = [*again, Use((2,)), Use((1,))]
+    counts, left = gathered(order, SIZES, Rules(reuse=0, prefetch=0, live=1000, persistence=0))
+    assert counts == Counter({1: 2, 2: 2, 3: 2}) and not left
+
+
 def test_small_ones_are_never_gathered_here():
     counts, _ = gathered(ORDER, SIZES | {2: 3}, Rules(0, 0, 1000, persistence=3))
     assert counts == Counter({1: 2, 3: 2})

@@ -1,0 +1,56 @@
+"""What DeepSpeed's ZeRO 3 keeps of one model, or of one pass, and should not for the next."""
+
+from __future__ import annotations
+
+
+def follow_new_order() -> None:
+    """Let ZeRO 3 decide anew what stays gathered when it records another order of modules.
+
+    DeepSpeed (0.19) keeps what it has decided for each place. After a pass without gradients, as that of a
+    reference, it would release in forward what backward needs next, and gather everything twice.
+    """
+    from deepspeed.runtime.zero import partitioned_param_coordinator as place
+
+    kind = place.PartitionedParameterCoordinator
+    invalidate = kind._invalidate_trace
+    if getattr(invalidate, "forgets", False):
+        return
+    decide = getattr(kind, "_PartitionedParameterCoordinator__params_to_release", None)
+    inside = [cell.cell_contents for cell in getattr(decide, "__closure__", None) or ()]
+    decided = next((each for each in inside if hasattr(each, "cache_clear")), None)
+    if decided is None:  # a version that remembers nothing
+        return
+
+    def forget(coordinator) -> None:
+        decided.cache_clear()
+        invalidate(coordinator)
+
+    forget.forgets = True
+    kind._invalidate_trace = forget
+
+
+def share_groups(size: int) -> None:
+    """Let all models of a process share the groups of ranks that keep a copy of parameters (hpZ).
+
+    DeepSpeed (0.19) makes them for the first model, and refuses the second: that of a reference, or the
+    policy of a later round. It keeps them for a later one that asks for none.
+
+    size: ranks of a group; 1 for none.
+    """
+    from deepspeed import comm
+    from deepspeed.utils import groups
+
+    create, name = groups._create_zero_param_parallel_group, "_ZERO_PARAM_INTRA_PARALLEL_GROUP"
+    if size == 1:
+        setattr(groups, name, None)
+    if getattr(create, "shares", False):
+        return
+
+    def create_once(size: int) -> None:
+        there = getattr(groups, name)
+        if there is None or comm.get_world_size(group=there) != size:
+            setattr(groups, name, None)
+            create(size)
+
+    create_once.shares = True
+    groups._create_zero_param_parallel_group = create_once
