@@ -35,7 +35,6 @@ from dpo_fast.training.memory import (
     sizes_of,
 )
 from dpo_fast.training.memory_plan import Machine, Uncounted, activations_of, lines_of
-from dpo_fast.training.parallel_section import ZERO_PLUS_PLUS
 from dpo_fast.training.prepare import wants_checkpointing
 from dpo_fast.training.zero import choose_stage
 
@@ -305,8 +304,8 @@ def _parallel_rows(outlook: Outlook) -> Iterator[Decision]:
         if offloaded == "nvme":
             place = f"in files below {parallel.nvme_path}"
         yield Decision(f"offload of {what}", on(bool(offloaded)), origin(parallel, option), place)
-    for name, value, why in when_they_pay(outlook):
-        yield Decision(name, value, origin(parallel, *ZERO_PLUS_PLUS), why)
+    for name, option, value, why in when_they_pay(outlook):
+        yield Decision(name, value, origin(parallel, option), why)
 
 
 def memory_table(lines: list[Line], caption: str, machine: Machine) -> Table:

@@ -52,18 +52,18 @@ def traffic_table(outlook) -> Table:
     return table
 
 
-def when_they_pay(outlook) -> Iterator[tuple[str, str, str]]:
-    """Name, value and reason of every option of ZeRO that trades one resource for another.
+def when_they_pay(outlook) -> Iterator[tuple[str, str, str, str]]:
+    """Name, option, value and reason of every option of ZeRO that trades one resource for another.
 
     Those that are off are told where the run could use them: at stage 3, on several ranks.
     """
     zero = zero_config(outlook.config)
     if zero["stage"] == 3 and outlook.world > 1:
-        yield "ZeRO++ hpZ", *_copies(outlook, zero)
-        yield "ZeRO++ qwZ", *_quantised_weights(outlook, zero)
-        yield "ZeRO++ qgZ", *_quantised_gradients(outlook, zero)
+        yield "ZeRO++ hpZ", "zero_hpz_partition_size", *_copies(outlook, zero)
+        yield "ZeRO++ qwZ", "zero_quantized_weights", *_quantised_weights(outlook, zero)
+        yield "ZeRO++ qgZ", "zero_quantized_gradients", *_quantised_gradients(outlook, zero)
     if outlook.config.parallel.offload_optimizer == "nvme":
-        yield "NVMe", "optimiser", _disk(outlook)
+        yield "NVMe", "offload_optimizer", "optimiser", _disk(outlook)
 
 
 def _copies(outlook, zero: dict) -> tuple[str, str]:

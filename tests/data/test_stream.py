@@ -200,7 +200,8 @@ def test_a_resumed_run_goes_to_its_position(stream, monkeypatch, tmp_path):
     used.clear()
     new = StreamSplit(stream(), make, last=9)
     config = build_config(run_tree(tmp_path), "tree")
-    parts = {"engine": None, "train": new, "stateful": {}, "weights": {}}
+    engine = SimpleNamespace(zero_optimization_stage=lambda: 0)
+    parts = {"engine": engine, "train": new, "stateful": {}, "weights": {}}
     run = SimpleNamespace(config=config, total_steps=9, **parts)
     (tmp_path / "state.json").write_text(json.dumps(state))
     monkeypatch.setattr(resume, "load_checkpoint", lambda *_: state)
