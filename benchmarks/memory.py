@@ -3,7 +3,7 @@
     python -m benchmarks.memory --tokens 8192 16384 32768 --out benchmarks/results/memory_cpu.csv
 
 Each row is a process of its own: a pair of so many tokens, and the second of two steps. Measured is the
-most that the process held, without what it held once everything was imported. Freed memory goes back to the
+most that the process held, without what it held after a run of few tokens. Freed memory goes back to the
 system at once (MALLOC_MMAP_THRESHOLD_): the plan counts tensors, and not what an allocator keeps.
 """
 
@@ -21,22 +21,21 @@ from pathlib import Path
 from benchmarks.machine import MIB, ROOT, environment, memory_used, peak_memory, reset_peak_memory
 
 MODEL = {
-    "hidden_size": 256,
+    "hidden_size": 128,
     "intermediate_size": 1024,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
     "max_position_embeddings": 1 << 20,
-    "vocab_size": 8192,
+    "vocab_size": 4096,
 }
 OPTIONS = {
     "kept": {"gradient_checkpointing": False},
     "recomputed": {"gradient_checkpointing": True},
     "recomputed, tiles": {"gradient_checkpointing": True, "tiled_mlp": 512},
-    "recomputed, tiles, LoRA": {"gradient_checkpointing": True, "tiled_mlp": 512, "lora": {"r": 8}},
 }
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-WORKSPACE = 64 * MIB
+WORKSPACE = 16 * MIB
 
 
 def write_run(folder: Path, tokens: int, model: dict) -> dict:
@@ -45,17 +44,18 @@ def write_run(folder: Path, tokens: int, model: dict) -> dict:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    words = {name: number for number, name in enumerate(("<pad>", "</s>", "a", "b"))}
+    words = {name: number for number, name in enumerate(("<pad>", "</s>", "p", "a", "b"))}
     backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", eos_token="</s>"
     )
+    folder.mkdir()
     tokenizer.save_pretrained(folder / "model")
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**MODEL)).save_pretrained(folder / "model")
     length = tokens // 2 + 1  # the last token does not reach the model
-    row = {"prompt": "a"} | {
+    row = {"prompt": "p"} | {
         name: " " + " ".join([word] * (length - 2))
         for name, word in (("chosen", "a"), ("rejected", "b"))
     }
@@ -81,27 +81,37 @@ def write_run(folder: Path, tokens: int, model: dict) -> dict:
 
 
 def measure(folder: Path, tokens: int, model: dict) -> dict[str, float]:
-    """MiB that two steps take at most in this process, and those of the plan."""
+    """MiB that two steps take at most in this process, and those of the plan.
+
+    A run of few tokens comes before, so that what any run loads is there.
+    """
     from dpo_fast.training import distributed
     from dpo_fast.training.config import build_config
     from dpo_fast.training.console import quiet
+    from dpo_fast.training.engine import release
+
+    quiet()
+    distributed.init_distributed()
+    release(two_steps(build_config(write_run(folder / "few", 64, model), "few")).engine)
+    tree = write_run(folder / "many", tokens, model)
+    planned, before = plan(tree), memory_used("cpu")
+    run = two_steps(build_config(tree, "many"))
+    (length,) = {len(batch.input_ids[0]) for batch in run.train.batches(0)}
+    return {"tokens": length, "measured": (peak_memory("cpu") - before) / MIB, **planned}
+
+
+def two_steps(config):
+    """The run after two steps. That of the second is measured: the optimiser has its states by then."""
     from dpo_fast.training.loop import update
     from dpo_fast.training.metrics import MetricSums
     from dpo_fast.training.prepare import prepare
 
-    quiet()
-    tree = write_run(folder, tokens, model)
-    config = build_config(tree, "benchmark")
-    distributed.init_distributed()
-    planned = plan(tree)
-    before = memory_used("cpu")
     run = prepare(config)
     sums = MetricSums(run.engine.device)
     update(run, 0, sums)
     reset_peak_memory("cpu")
     update(run, 1, sums)
-    (length,) = {len(batch.input_ids[0]) for batch in run.train.batches(0)}
-    return {"tokens": length, "measured": (peak_memory("cpu") - before) / MIB, **planned}
+    return run
 
 
 def plan(tree: dict) -> dict[str, float]:
@@ -142,21 +152,23 @@ def main(arguments: list[str] | None = None) -> None:
         folder, name = given.one
         print(json.dumps(measure(Path(folder), given.tokens[0], OPTIONS[name])))
         return
-    rows = []
-    for name in given.only:
-        for tokens in given.tokens:
+    rows: list[dict] = []
+    for tokens in given.tokens:
+        for name in given.only:
             row = {"options": name} | measured(tokens, name, given.threads)
             row["planned / measured"] = row["planned"] / row["measured"]
-            rows.append(
-                {key: round(x, 3) if isinstance(x, float) else x for key, x in row.items()}
-                | environment("cpu")
-            )
-            print({key: rows[-1][key] for key in ("options", "tokens", "measured", "planned")})
-    if given.out is not None:
-        with given.out.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+            rounded = {key: round(x, 3) if isinstance(x, float) else x for key, x in row.items()}
+            rows.append(rounded | environment("cpu"))
+            print(rounded, flush=True)
+            if given.out is not None:
+                write(given.out, rows)
+
+
+def write(file: Path, rows: list[dict]) -> None:
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -136,6 +136,8 @@ def _count(model: ScoringModel, shape: Shape, plan: HeadPlan, offload: bool) -> 
     model.train()
     own = NAMES["sdpa"] if shape.in_one_row and shape.on_cpu else COUNTED
     causal_lm.set_attn_implementation(own)
+    # It looks for padding in ids that are not there (GPT-2).
+    decoder_of(causal_lm).warn_if_padding_and_no_attention_mask = lambda *_: None
     watch = _Watch(model)
     head = causal_lm.get_output_embeddings()
     head.forward = lambda hidden, targets, extras: {

@@ -208,6 +208,8 @@ def build_engine(config: RunConfig, model: ScoringModel, ds_config: dict, total_
     bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None
     if distributed.world_size() > 1 or config.zero_stage == 3:
         join_experts(model, config.zero_stage)
+    # transformers loads layers for evaluation, where they neither recompute nor drop anything.
+    model.train()
     optimizer = build_optimizer(config, model)
     scheduler = build_schedule(config.train.schedule, optimizer, total_steps)
     engine, *_ = deepspeed.initialize(

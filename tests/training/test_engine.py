@@ -55,3 +55,19 @@ def test_a_run_keeps_no_memory_when_it_is_over(tmp_path, provider):
     ranks.group(1).do("held_by_runs", tree, str(tmp_path / "held.json"))
     before, after = json.loads((tmp_path / "held.json").read_text())
     assert after < before + 100_000
+
+
+def test_the_engine_trains_whatever_transformers_loaded_for(monkeypatch):
+    """Layers in evaluation neither recompute nor have dropout of adapters, and say nothing of it."""
+    import deepspeed
+
+    from dpo_fast.models import ScoringModel
+    from dpo_fast.training.engine import build_engine
+    from tests.support.architectures import make
+
+    model = ScoringModel(make("llama").eval())
+    assert model.training and not model.causal_lm.training
+    monkeypatch.setattr(deepspeed, "initialize", lambda **given: (given["model"], None, None, None))
+    config = build_config(TREE, "tree")
+    engine = build_engine(config, model, {}, total_steps=2)
+    assert all(module.training for module in engine.modules())
