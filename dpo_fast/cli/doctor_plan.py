@@ -31,10 +31,12 @@ def render_plan(console: Console, outlook: Outlook, machine: Machine) -> None:
             )
             rungs.append(rung)
     except Uncounted as error:
-        raise UserError(
-            f"doctor --plan: the activations of {type(outlook.policy.causal_lm).__name__} cannot be "
-            f"counted ({error}); its model runs only with numbers"
-        ) from error
+        if not rungs:
+            raise UserError(
+                f"doctor --plan: the activations of {type(outlook.policy.causal_lm).__name__} cannot be "
+                f"counted ({error}); its model runs only with numbers"
+            ) from error
+        table.add_row("adapters (model.lora)", "not counted", "", "")
     console.print(table)
     console.print(verdict(rungs), soft_wrap=True)
 

@@ -90,7 +90,8 @@ def test_every_set_of_options_is_one_that_a_run_takes(folder):
 
 def test_what_cannot_be_had_is_not_offered(folder):
     path = str(folder / "experts")
-    experts = tree(folder, model={"path": path, "lora": {"r": 2}, "dtype": "bf16"})
+    experts = tree(folder, model={"path": path, "dtype": "bf16"})
+    experts["model"]["lora"] = {"r": 2, "target_modules": ["q_proj"]}
     keys = {key for rung in rungs(experts, capacity=1) for key in rung.options}
     assert "model.tiled_mlp" not in keys and "model.lora.r" not in keys
     assert {"model.gradient_checkpointing", "model.activation_offloading"} <= keys
