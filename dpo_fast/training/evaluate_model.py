@@ -15,6 +15,7 @@ from dpo_fast.models import ScoringModel, load_tokenizer
 from dpo_fast.models.separation import check_separation
 from dpo_fast.modules.metrics import METRIC_EXTRAS
 from dpo_fast.training import distributed, signals
+from dpo_fast.training.balance import Routing
 from dpo_fast.training.checkpoint_run import check_start
 from dpo_fast.training.checkpoint_weights import load_trained, read_on_main, trained_names
 from dpo_fast.training.checkpoints import check_whole, read_state, still_there
@@ -93,8 +94,9 @@ def evaluate_model(asked: Evaluation) -> dict[str, Any]:
         old = build_old(config, scorer, references, [split], load)
         del keep_alive
         extras = METRIC_EXTRAS if config.log.token_metrics else ()
+        routing = Routing() if model.routers.count else None
         loss_pass = LossPass(
-            config.loss.objective, extras, config.train.implementation, old["eval"]
+            config.loss.objective, extras, config.train.implementation, old["eval"], routing
         )
         statistics = Statistics(loss_pass.objective.statistics, device)
         if checkpoint is not None:  # after the reference pass, which is of the weights of before

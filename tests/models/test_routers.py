@@ -13,6 +13,7 @@ from dpo_fast.models.architecture import architecture_of
 from dpo_fast.models.attention import NAMES
 from dpo_fast.models.decoder import decoder_of
 from dpo_fast.models.experts import join_experts
+from dpo_fast.models.layers import checkpoint_layers, compile_layers
 from dpo_fast.models.routers import LOAD, MASS, PICKS, router_sums, routers_of, top_k_of
 from dpo_fast.models.scoring import ScoringModel, forward_arguments
 from dpo_fast.training.balance import router_metrics
@@ -109,3 +110,23 @@ def test_no_experts_no_routers():
     batch = collate_trees(TREES, "padded")
     outputs = scoring(**forward_arguments(batch), copies_N=batch.copies_N, balanced=True)
     assert outputs.keys() == {"logp"}
+
+
+def test_compiled_and_recomputed_layers_are_heard_as_others():
+    """Also after a forward that nothing listened to, which compiles the layers first."""
+    batch = collate_trees(TREES, "padded")
+    results = []
+    for changed in (False, True):
+        scoring = ScoringModel(mixture("qwen3_moe"))
+        if changed:
+            compile_layers(scoring.causal_lm, backend="eager")
+            checkpoint_layers(scoring.causal_lm)
+        scoring.train()
+        scoring(**forward_arguments(batch))
+        outputs = scoring(**forward_arguments(batch), copies_N=batch.copies_N, balanced=True)
+        mass_E = outputs["router_mass"]
+        (mass_E @ torch.arange(1.0, 1 + len(mass_E))).backward()
+        gradients = [p.grad for p in scoring.parameters() if p.grad is not None]
+        results.append([outputs["router_experts"], outputs["router_layers"], mass_E, *gradients])
+    assert len(results[0]) > 10
+    torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-6)

@@ -133,6 +133,10 @@ def test_routers_are_in_the_metrics_of_training_and_evaluation(folder, tmp_path)
         assert all(names <= line.keys() for line in trained)
         assert all({f"eval_{name}" for name in names} <= line.keys() for line in evaluated)
         assert all(1 <= line["router/load_max"] <= 4 for line in trained)
+    asked = {"mine": {"model": str(tmp_path / "1"), "data": None}}
+    found = ranks.evaluate(asked)["mine"]["metrics"]
+    last = [line for line in runs[1] if "eval_loss" in line][-1]
+    assert {name: last[f"eval_{name}"] for name in names} == {n: found[f"eval_{n}"] for n in names}
     first = [next(line for line in lines if "loss" in line) for lines in runs]
     assert first[0]["loss"] == pytest.approx(
         first[1]["loss"], abs=1e-6

@@ -13,6 +13,8 @@ pytest.importorskip("deepspeed")
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from dpo_fast.errors import UserError
+from dpo_fast.training.config import build_config
 from tests.support import ranks
 from tests.support.apart import write_apart
 from tests.support.models import LIKE_SGD, changed, run_tree, write_architecture, write_pairs
@@ -101,3 +103,12 @@ def test_adapters_on_experts_are_exported_merged_and_trained_further(folder, tmp
 def read_names(adapter) -> set[str]:
     with safe_open(adapter / "adapter_model.safetensors", "pt") as tensors:
         return {name for name in tensors.keys() if ".experts." in name}  # noqa: SIM118
+
+
+def test_expert_parallelism_is_refused_by_name(folder):
+    tree = case(folder, "mixtral", 3)
+    tree["parallel"]["deepspeed"] = {"expert_parallel": {"enabled": True, "autoep_size": 2}}
+    with pytest.raises(
+        UserError, match="parallel.deepspeed.expert_parallel .*zero_stage=3 spreads"
+    ):
+        build_config(tree, "case")
