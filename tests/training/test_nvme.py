@@ -42,12 +42,13 @@ def runs(tmp_path_factory):
             train["resume_from_checkpoint"] = str(folder / resumed / f"checkpoint-{SAVED}")
         return changed(base, folder / name, parallel=parallel, train=train)
 
-    ranks.train([run("plain", {"zero_stage": 3})], 2)
+    ranks.train([run("plain", {"zero_stage": 3, "deepspeed": SMALL})], 2)
     ranks.group(2).do("train_with_files", [run("optimiser", optimiser), run("both", both)])
     again = [
         run("back", both, "both"),
         run("from memory", optimiser, "plain"),
         run("beside", optimiser, "both", async_save=True),
+        run("other groups", {"zero_stage": 3}, "both"),
     ]
     ranks.group(2).do("train_with_files", again)
     ranks.group(1).do("train_with_files", [run("one rank", both, "optimiser")])
@@ -63,8 +64,8 @@ def test_on_as_many_ranks_no_number_changes(runs, name):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize("name", ["one rank", "to memory"])
-def test_on_other_ranks_the_run_goes_on(runs, name):
+@pytest.mark.parametrize("name", ["one rank", "to memory", "other groups"])
+def test_on_other_ranks_or_in_other_groups_the_run_goes_on(runs, name):
     plain, found = series(runs / "plain"), series(runs / name)
     assert found == pytest.approx({step: plain[step] for step in found}, abs=1e-6)
     assert min(found) == SAVED + 1 and max(found) == STEPS
