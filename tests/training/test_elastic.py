@@ -53,7 +53,9 @@ CASES = {  # sections of the run; the options of `parallel` on 2, 1 and 2 ranks
     "aot, a mixture": (
         {
             "loss": {"type": "aot"},
-            "data": {"train": [{"path": "pairs.jsonl", "weight": 2}, {"path": "more.jsonl"}]},
+            "data": {
+                "train": [{"path": "pairs.jsonl", "weight": 2}, {"path": "more.jsonl", "weight": 1}]
+            },
         },
         [{"zero_stage": 3}, {"zero_stage": 1}, {"zero_stage": 3}],
     ),
