@@ -53,7 +53,9 @@ CASES = {  # sections of the run; the options of `parallel` on 2, 1 and 2 ranks
     "aot, a mixture": (
         {
             "loss": {"type": "aot"},
-            "data": {"train": [{"path": "pairs.jsonl", "weight": 2}, {"path": "more.jsonl"}]},
+            "data": {
+                "train": [{"path": "pairs.jsonl", "weight": 2}, {"path": "more.jsonl", "weight": 1}]
+            },
         },
         [{"zero_stage": 3}, {"zero_stage": 1}, {"zero_stage": 3}],
     ),
@@ -69,7 +71,7 @@ def at(folder, value):
 
 def run_of(folder, name: str, output: str, parallel: dict, **train) -> dict:
     sections = {key: dict(options) for key, options in CASES[name][0].items()}
-    base = run_tree(folder, max_steps=STEPS, micro_batch_size=2, save_steps=2)
+    base = run_tree(folder, max_steps=STEPS, micro_batch_size=2, save_steps=2, save_total_limit=9)
     base["model"] |= sections.pop("model", {})
     base["data"] |= {key: at(folder, value) for key, value in sections.pop("data", {}).items()}
     base["train"] |= {"save_model": False} | sections.pop("train", {}) | train
@@ -92,7 +94,7 @@ def runs(tmp_path_factory):
         trees = []
         for name, (_, parallels) in CASES.items():
             until = 2 * part + 2
-            going_on = {"resume_from_checkpoint": str(before[name]), "save_total_limit": 9}
+            going_on = {"resume_from_checkpoint": str(before[name])}
             trees.append(run_of(folder, name, f"{name}/{part}", parallels[part], **going_on))
             before[name] = folder / name / str(part) / f"checkpoint-{until}"
         ranks.train(trees, count)

@@ -42,12 +42,13 @@ def runs(tmp_path_factory):
             train["resume_from_checkpoint"] = str(folder / resumed / f"checkpoint-{SAVED}")
         return changed(base, folder / name, parallel=parallel, train=train)
 
-    ranks.train([run("plain", {"zero_stage": 3})], 2)
+    ranks.train([run("plain", {"zero_stage": 3, "deepspeed": SMALL})], 2)
     ranks.group(2).do("train_with_files", [run("optimiser", optimiser), run("both", both)])
     again = [
         run("back", both, "both"),
         run("from memory", optimiser, "plain"),
         run("beside", optimiser, "both", async_save=True),
+        run("other groups", {"zero_stage": 3}, "both"),
     ]
     ranks.group(2).do("train_with_files", again)
     ranks.group(1).do("train_with_files", [run("one rank", both, "optimiser")])
@@ -55,12 +56,16 @@ def runs(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["optimiser", "both", "back", "from memory", "beside"])
-def test_on_as_many_ranks_no_number_changes(runs, name):
+@pytest.mark.parametrize(
+    "name", ["optimiser", "both", "back", "from memory", "beside", "other groups"]
+)
+def test_on_as_many_ranks_the_run_is_the_same(runs, name):
+    """To rounding: offloaded norms are added in another order."""
     plain, found = series(runs / "plain"), series(runs / name)
-    assert found == {step: plain[step] for step in found} and max(found) == STEPS
+    assert found == pytest.approx({step: plain[step] for step in found}, abs=1e-6)
+    assert max(found) == STEPS
     first, second = (load_file(runs / x / "final" / "model.safetensors") for x in ("plain", name))
-    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert all(torch.allclose(first[key], second[key], rtol=0, atol=2e-6) for key in first)
 
 
 @pytest.mark.parametrize("name", ["one rank", "to memory"])
@@ -74,21 +79,28 @@ def test_on_other_ranks_the_run_goes_on(runs, name):
 def test_a_checkpoint_is_as_those_of_memory(runs, name, tmp_path):
     place = f"checkpoint-{STEPS}"
     assert not list((runs / name / place).rglob("*.swp"))
-    for file in sorted((runs / "plain" / place / "engine").glob("*optim_states.pt")):
+    files = sorted((runs / "plain" / place / "engine").glob("*optim_states.pt"))
+    assert len(files) == 2
+    for file in files:
         plain, found = (
             read_tree(runs / each / place / "engine" / file.name)["optimizer_state_dict"]
             for each in ("plain", name)
         )
-        # Groups of parameters are other ones; in their order they hold the same.
-        joined = [
-            torch.cat([x.flatten() for x in each["fp32_flat_groups"]]) for each in (plain, found)
-        ]
-        assert joined[0].numel() and torch.equal(*joined)
+        for one, other in zip(flat_states(plain), flat_states(found), strict=True):
+            assert one.numel() and torch.allclose(one, other, rtol=0, atol=2e-6)
     export_checkpoint(runs / name / place, tmp_path / "out")
     out, final = (
-        load_file(x / "model.safetensors") for x in (tmp_path / "out", runs / "plain/final")
+        load_file(x / "model.safetensors") for x in (tmp_path / "out", runs / name / "final")
     )
     assert all(torch.equal(out[key], final[key]) for key in final)
+
+
+def flat_states(tree: dict) -> list[torch.Tensor]:
+    """Weights and AdamW's states, group by group."""
+    states = tree["optimizer_state_dict"]["state"]
+    found = list(tree["fp32_flat_groups"])
+    assert len(states) == len(found) > 1
+    return found + [states[group][key] for group in states for key in ("exp_avg", "exp_avg_sq")]
 
 
 def test_a_run_leaves_no_file_behind(runs):
