@@ -114,7 +114,7 @@ class StageSection(BaseModel):
     def _check(self) -> StageSection:
         if (self.data is None) == (self.prompts is None):
             raise ValueError(
-                "a stage has either data, rows that are there, or prompts to sample; this one has "
+                "a stage has either data, rows that are there, or prompts to sample; this one has"
                 f" {'both' if self.data is not None else 'neither'}"
             )
         if self.data is not None:

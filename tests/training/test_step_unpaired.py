@@ -369,9 +369,10 @@ def test_losses_on_pairs_refuse_completions(folder):
         UserError, match=r"loss.type=sigmoid compares.*completions.jsonl:1; set loss.type to kto or"
     ):
         split_of(config(folder, "completions", {"type": "sigmoid"}))
-    mixture = {"type": ["kto", "sft"], "weights": [1.0, 1.0]}
-    with pytest.raises(UserError, match="loss.type=sft compares"):
+    mixture = {"type": ["kto", "simpo"], "weights": [1.0, 1.0]}
+    with pytest.raises(UserError, match="loss.type=simpo compares"):
         split_of(config(folder, "completions", mixture))
+    split_of(config(folder, "completions", {"type": ["kto", "sft"]}))  # learns the desirable ones
     with pytest.raises(UserError, match="no columns reference_completion_logps"):
         columns = {"provider": "columns"}
         split_of(config(folder, "completions", {"type": "bco"}, reference=columns))
@@ -483,8 +484,13 @@ def test_metrics_of_a_batch_without_bad_ones():
 
 def test_totals_count_completions(folder):
     split = split_of(config(folder, "completions", {"type": "bco"}, layout="padded"))
-    tokens = int(split.lengths.answers_S[1:4].sum())
-    assert split.totals([1, 2, 3]) == Totals(0, 0, 3, tokens)
+    answers_S, labels = split.lengths.answers_S, split.examples.labels
+    some = list(range(8))
+    desirable = int(answers_S[some][labels[some]].sum())
+    assert 0 < desirable < answers_S[some].sum()
+    assert split.totals(some) == Totals(0, desirable, 8, int(answers_S[some].sum()))
+    undesirable = [index for index in some if not labels[index]]
+    assert split.totals(undesirable).chosen_tokens == 1  # it divides a sum of zeros
     assert Objective(("kto",)).coefficients(split.totals([1, 2, 3])) == (1 / 3,)
 
 
