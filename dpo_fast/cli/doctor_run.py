@@ -118,7 +118,9 @@ def look(config: RunConfig) -> Outlook:
     choices = check_run(config)
     train, world, device = config.train, distributed.world_size(), distributed.device()
     each = train.micro_batch_size
-    deepspeed_config(config, world, train.global_batch_size // (each * world) if each else 1)
+    ranks_of_data = config.data_ranks
+    accumulation = train.global_batch_size // (each * ranks_of_data) if each else 1
+    deepspeed_config(config, world, accumulation)
     tokenizer = load_tokenizer(config.model)
     policy = scoring_skeleton(config.model)
     check_vocabulary(policy, tokenizer)
@@ -298,6 +300,12 @@ def _parallel_rows(outlook: Outlook) -> Iterator[Decision]:
     sharded = ("optimiser states", "gradients", "parameters")[: int(stage.name)]
     why = f"{', '.join(sharded) or 'nothing'} sharded over {ranks(outlook.world)}: {stage.reason}"
     yield Decision("ZeRO stage", stage.name, origin(parallel, "zero_stage"), why)
+    shared = parallel.sequence_parallel
+    why = "every rank has all tokens of its micro-batches"
+    if shared > 1:
+        why = f"{shared} ranks have a slice of a micro-batch each, in attention 1/{shared} of the heads"
+    value = f"{shared} ranks" if shared > 1 else "off"
+    yield Decision("sequence parallelism", value, origin(parallel, "sequence_parallel"), why)
     for option, what in (("offload_optimizer", "optimiser"), ("offload_parameters", "parameters")):
         offloaded = getattr(parallel, option)
         place = "in CPU memory" if offloaded else f"on the device ({outlook.device.type})"

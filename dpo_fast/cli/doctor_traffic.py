@@ -34,7 +34,8 @@ def micro_batches(outlook) -> int:
     train = outlook.config.train
     if train.micro_batch_size is None:
         return 1
-    return train.global_batch_size // (train.micro_batch_size * outlook.world)
+    batches = outlook.world // outlook.config.parallel.sequence_parallel  # at a time
+    return train.global_batch_size // (train.micro_batch_size * batches)
 
 
 def traffic_table(outlook) -> Table:

@@ -213,6 +213,10 @@ def _interface(compute: Callable[..., Tensor]) -> Callable:
                 f"called with, so set train.layout={layouts_with(shares_rows=False)}. Otherwise call "
                 'model.set_attn_implementation("sdpa") before the model is used'
             )
+        group = plan.group
+        if group is not None:
+            query, key, value = group.to_heads(query, key, value)
+            s_aux = None if s_aux is None else group.of_own_heads(s_aux)
         output = compute(
             plan,
             query,
@@ -223,6 +227,8 @@ def _interface(compute: Callable[..., Tensor]) -> Callable:
             softcap=softcap,
             sinks=s_aux,
         )
+        if group is not None:
+            output = group.to_tokens(output)
         return output.contiguous(), None
 
     return attention

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dpo_fast.data.tree import Spans
+from dpo_fast.models.ulysses import SequenceGroup
 
 
 class Segment(NamedTuple):
@@ -52,11 +53,15 @@ class AttentionPlan:
     object rather than a tuple, so torch.compile does not specialise on the lengths.
 
     spans: of a `ScoredBatch`.
+    group: the ranks that each have a slice of the row; None if this one has all of it.
     """
 
-    def __init__(self, spans: Spans, device: torch.device) -> None:
+    def __init__(
+        self, spans: Spans, device: torch.device, group: SequenceGroup | None = None
+    ) -> None:
         self.spans = spans
         self.device = device
+        self.group = group
         self._masks: dict[tuple, Tensor] = {}
         self._block_masks: dict[int | None, object] = {}
 

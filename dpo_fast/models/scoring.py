@@ -18,6 +18,7 @@ from dpo_fast.models.attention_plan import AttentionPlan
 from dpo_fast.models.decoder import decoder_of
 from dpo_fast.models.own_logits import check_own_logits
 from dpo_fast.models.routers import Routers
+from dpo_fast.models.ulysses import SequenceGroup
 from dpo_fast.modules.head import FusedHead, check_policy
 from dpo_fast.ops.linear_logp.call import HeadOptions
 from dpo_fast.ops.take import take
@@ -55,6 +56,7 @@ class ScoringModel(nn.Module):
             )
         self.routers = Routers(model)
         self.head = {"implementation": implementation, "workspace_bytes": workspace_bytes}
+        self.group: SequenceGroup | None = None  # ranks that score every batch with this one
         fuse_head(model, **self.head)
         self.model = model
 
@@ -84,9 +86,14 @@ class ScoringModel(nn.Module):
         balanced: what the gradient of their balancing loss needs, too (`Heard.outputs`).
         """
         check_policy(self)
+        if copies_N is not None and self.group is not None:
+            copies_N = self.group.slice_of(copies_N)
         with self.routers.listening(copies_N, balanced) as heard:
-            outputs = scoring_forward(self.causal_lm, *arguments, **options)
-        return outputs if heard is None else outputs | heard.outputs()
+            outputs = scoring_forward(self.causal_lm, *arguments, group=self.group, **options)
+        if heard is None:
+            return outputs
+        of_routers = heard.outputs()
+        return outputs | (of_routers if self.group is None else self.group.summed(of_routers))
 
 
 def fuse_head(
@@ -145,14 +152,20 @@ def scoring_forward(
     targets_U: Tensor,
     predictions_T: Tensor,
     extras: tuple[str, ...] = (),
+    group: SequenceGroup | None = None,
 ) -> dict[str, Tensor]:
     """Token outputs, {"logp": fp32 [T], **extras}, of a model with a `FusedHead`.
 
     The head makes every prediction once, however many scored tokens are of it. The other arguments are
-    the fields of a `ScoredBatch`.
+    the fields of a `ScoredBatch`; with a group of ranks, of the same one on each.
     """
-    decoder = decoder_of(causal_lm)
-    places = {} if spans is None else {"plan": AttentionPlan(spans, input_ids.device)}
+    decoder, count, own_U = decoder_of(causal_lm), len(rows_U), None
+    if group is not None:
+        input_ids, position_ids, spans, own_U, rows_U = group.cut(
+            input_ids, position_ids, spans, rows_U
+        )
+        attention_mask, targets_U = None, targets_U[own_U]
+    places = {} if spans is None else {"plan": AttentionPlan(spans, input_ids.device, group)}
     if "position_ids" in inspect.signature(decoder.forward).parameters:
         places["position_ids"] = position_ids
     hidden_UD = take(
@@ -163,6 +176,8 @@ def scoring_forward(
         rows_U,
     )
     outputs = causal_lm.get_output_embeddings()(hidden_UD, targets_U, extras)
+    if group is not None:
+        outputs = group.joined(outputs, own_U, count)
     return {name: take(values_U, predictions_T) for name, values_U in outputs.items()}
 
 

@@ -36,8 +36,10 @@ def check_separation(
     Raises:
         UserError: a log-prob of an untouched sequence moved.
     """
-    if not LAYOUTS[layout].shares_rows:
+    group = getattr(getattr(scorer, "module", scorer), "group", None)
+    if not LAYOUTS[layout].shares_rows and group is None:
         return
+    layout = layout if LAYOUTS[layout].shares_rows else "packed"
     tokens = torch.randint(vocabulary, (18,), generator=torch.Generator().manual_seed(0)).tolist()
     other = [(token + 1) % vocabulary for token in tokens]
 
@@ -45,6 +47,9 @@ def check_separation(
         trees = [(tokens[:3], [first, tokens[7:10]]), (tokens[10:13], [tokens[13:16], tokens[15:]])]
         batch = collate_trees(trees, layout).to(device)
         return scorer(**forward_arguments(batch))["logp"]
+
+    if group is not None:
+        check_slices(scorer, lambda: logps(tokens[3:7]), dtype)
 
     before, after = logps(tokens[3:7]), logps(other[3:7])
     odd = int((~before.isfinite()).sum())
@@ -60,4 +65,31 @@ def check_separation(
             f"train.layout={layout} cannot be honoured: another completion in the row moved the "
             f"log-probs of untouched ones by {moved:.2g}, so some layer of this model mixes tokens "
             f"by other means than its attention. Set train.layout={layouts_with(shares_rows=False)}"
+        )
+
+
+def check_slices(scorer, logps: Callable[[], Tensor], dtype: torch.dtype) -> None:
+    """Check that ranks that share a row give the log-probs that each gives alone. Collective.
+
+    What a layer knows of a token's place is wrong in a slice, if it counts tokens for itself.
+
+    scorer: a `ScoringModel` with a group, or an engine round one. logps: scores a trial with it.
+
+    Raises:
+        UserError: they differ.
+    """
+    scoring = getattr(scorer, "module", scorer)
+    group, sliced = scoring.group, logps()
+    scoring.group = None
+    try:
+        whole = logps()
+    finally:
+        scoring.group = group
+    # A mean: where experts are chosen, rounding may choose another one for some token.
+    moved = (sliced - whole).abs().mean().item()
+    if whole.isfinite().all() and not moved <= TOLERANCE[dtype]:
+        raise UserError(
+            f"parallel.sequence_parallel={group.size} cannot be honoured: log-probs of slices of a row "
+            f"differ by {moved:.2g} from those of the whole row, so some layer of this model goes by more "
+            "of the row than its slice. Set parallel.sequence_parallel=1"
         )

@@ -19,7 +19,7 @@ from torch import Tensor
 from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.models.routers import LOAD, MASS, PICKS, TOKENS
 from dpo_fast.models.scoring import forward_arguments
-from dpo_fast.training.distributed import all_sum
+from dpo_fast.training.data_ranks import sum_once
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Balance:
 
     def close(self) -> None:
         """All micro-batches are counted. Collective."""
-        self._picks, self._known = all_sum(self._picks), True
+        self._picks, self._known = sum_once(self._picks), True
 
     def share(self, token_outputs: Mapping[str, Tensor]) -> Tensor:
         """What a micro-batch adds to the loss of the global batch, with its weight, [] fp32.

@@ -172,6 +172,13 @@ class RunConfig(BaseModel):
         return int(choose_stage(self, distributed.world_size()).name)
 
     @property
+    def data_ranks(self) -> int:
+        """Ranks of this run that have a batch of their own; parallel.sequence_parallel share one."""
+        from dpo_fast.training import distributed
+
+        return distributed.world_size() // self.parallel.sequence_parallel
+
+    @property
     def run_name(self) -> str:
         """log.run_name, or the name of the output folder."""
         return self.log.run_name or Path(self.train.output_dir).resolve().name
@@ -237,16 +244,25 @@ class RunConfig(BaseModel):
 
 
 def check_batch_sizes(config: RunConfig, world_size: int) -> None:
-    """Raises UserError unless the global batch divides into whole micro-batches on every rank."""
+    """Raises UserError unless the global batch divides into whole micro-batches on every data rank."""
+    shared = config.parallel.sequence_parallel
+    if world_size % shared:
+        raise UserError(
+            f"parallel.sequence_parallel={shared} does not divide the {world_size} "
+            f"rank{'s' if world_size > 1 else ''} of this run: start a multiple of {shared} ranks "
+            f"(--nproc), or set it to {'a divisor of ' if world_size > 1 else ''}{world_size}"
+        )
     if config.train.micro_batch_size is None:  # tokens decide
         return
-    unit = config.train.micro_batch_size * world_size
+    micro = config.train.micro_batch_size
+    unit, world = micro * (world_size // shared), f"world_size = {micro} * {world_size}"
+    if shared > 1:
+        world = f"world_size / sequence_parallel = {micro} * {world_size} / {shared}"
     if config.train.global_batch_size % unit:
         multiple = max(round(config.train.global_batch_size / unit), 1) * unit
         raise UserError(
             f"train.global_batch_size={config.train.global_batch_size} must be a multiple of "
-            f"micro_batch_size * world_size = {config.train.micro_batch_size} * {world_size} = {unit}; "
-            f"try {multiple}"
+            f"micro_batch_size * {world} = {unit}; try {multiple}"
         )
 
 

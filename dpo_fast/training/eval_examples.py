@@ -19,7 +19,7 @@ from dpo_fast.data.kinds import GROUPS
 from dpo_fast.durable import write_file
 from dpo_fast.losses import Preference, ScoredGroups
 from dpo_fast.modules.metrics import sides
-from dpo_fast.training import distributed
+from dpo_fast.training import data_ranks, distributed
 from dpo_fast.training.checkpoints import saving
 from dpo_fast.training.splits import Split
 
@@ -57,7 +57,7 @@ class EvalTable:
 
         The means are nan where an example has no answer on that side. Collective.
         """
-        rewards, tokens, answers = distributed.all_sum(self.sums.clone()).cpu().unbind(1)
+        rewards, tokens, answers = data_ranks.sum_once(self.sums.clone()).cpu().unbind(1)
         return torch.stack([rewards / answers, tokens / answers, answers], 1)
 
 

@@ -14,7 +14,7 @@ from dpo_fast.errors import UserError
 from dpo_fast.models import ScoringModel, load_tokenizer
 from dpo_fast.models.separation import check_separation
 from dpo_fast.modules.metrics import METRIC_EXTRAS
-from dpo_fast.training import distributed, signals
+from dpo_fast.training import data_ranks, distributed, signals
 from dpo_fast.training.balance import Routing
 from dpo_fast.training.checkpoint_run import check_start
 from dpo_fast.training.checkpoint_weights import load_trained, read_on_main, trained_names
@@ -70,7 +70,7 @@ def evaluate_model(asked: Evaluation) -> dict[str, Any]:
     choices = check_run(config)
     keeps = "an evaluation keeps nothing but the references that it stored"
     with signals.stop_at_once(keeps), still_there(checkpoint):
-        distributed.init_distributed(config.parallel.timeout_minutes)
+        data_ranks.join(config.parallel)
         step = None if checkpoint is None else _checked(config, checkpoint)
         config = merged_first(choices.applied(config))
         tokenizer, device = load_tokenizer(config.model), distributed.device()

@@ -90,11 +90,11 @@ def evaluation_of(
     """
     checkpoint = None if config else checkpoint_of(model)
     file = _configuration(model, checkpoint, config)
+    world = distributed.world_size() if world_size is None else world_size
     if file is None:
-        world = distributed.world_size() if world_size is None else world_size
         tree = _defaults(model, world)
     else:
-        tree = _without_training(read_recorded(file))
+        tree = _without_training(read_recorded(file), world)
         if checkpoint is None:
             _put_policy(tree, model)
     if data is not None:
@@ -149,11 +149,15 @@ def _configuration(model: str, checkpoint: Path | None, config: str | None) -> P
     return beside if folder.name == MODEL and beside.is_file() else None
 
 
-def _without_training(tree: dict[str, Any]) -> dict[str, Any]:
-    """A run's tree with what an evaluation needs of it."""
+def _without_training(tree: dict[str, Any], world_size: int) -> dict[str, Any]:
+    """A run's tree with what an evaluation needs of it on so many ranks."""
     train = {name: value for name, value in tree.get("train", {}).items() if name in TRAIN}
     log = {k: v for k, v in tree.get("log", {}).items() if k == "token_metrics"}
     kept = {name: tree[name] for name in ("model", "loss", "reference", "parallel") if name in tree}
+    parallel = dict(kept.get("parallel") or {})
+    shared = parallel.get("sequence_parallel", 1)
+    if isinstance(shared, int) and shared > 1 and world_size % shared:
+        kept["parallel"] = parallel | {"sequence_parallel": 1}  # log-probs are the same
     return kept | {"data": dict(tree.get("data", {})), "train": train, "log": log}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.losses import Preference
-from dpo_fast.training import distributed
+from dpo_fast.training import data_ranks, distributed
 from dpo_fast.training.finite import Place
 from dpo_fast.training.metrics import MetricSums
 from dpo_fast.training.prepare import Run
@@ -92,7 +92,7 @@ def examine(run: Run, place: Place) -> list[Row]:
     """
     split, number, engine = place.split, place.number, run.engine
     indices = split.sampler.global_batch(number)
-    mine = sum(split.sampler.micro_batches(number, distributed.rank()), [])
+    mine = sum(split.sampler.micro_batches(number, data_ranks.data_rank()), [])
     alone = [[index] for index in mine]
     alone += [[]] * (int(distributed.largest(len(mine))) - len(mine))  # ranks keep step
     batches = [
@@ -116,7 +116,28 @@ def examine(run: Run, place: Place) -> list[Row]:
             coupled_step(*arguments, indices)
         else:
             train_step(*arguments)
-    return distributed.joined(rows.found)
+    return one_of_each(distributed.gathered(rows.found), run.model.causal_lm)
+
+
+def one_of_each(of_ranks: list[list[Row]], model: nn.Module) -> list[Row]:
+    """The rows of all ranks; of those that share a row, what any of them saw first.
+
+    A module comes before those behind it in the model, and a gradient after them.
+    """
+    modules = [name for name, _ in model.named_modules()]
+    parameters = [name for name, _ in model.named_parameters()]
+    shared, rows = len(of_ranks) // data_ranks.data_ranks(), []
+    for first in range(0, len(of_ranks), shared):
+        for same in zip(*of_ranks[first : first + shared]):
+            outputs = [row.output for row in same if row.output in modules]
+            gradients = [row.gradient for row in same if row.gradient in parameters]
+            seen = {
+                "output": min(outputs, key=modules.index) if outputs else same[0].output,
+                "gradient": max(gradients, key=parameters.index) if gradients else same[0].gradient,
+                "largest": max(row.largest for row in same),
+            }
+            rows.append(replace(same[0], **seen))
+    return rows
 
 
 def where_nan(run: Run, place: Place, row: Row) -> str:

@@ -19,7 +19,7 @@ from dpo_fast.errors import UserError
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.references.compute import length_batches
 from dpo_fast.references.providers import LiveReference, score_tokens
-from dpo_fast.training import distributed
+from dpo_fast.training import data_ranks, distributed
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import say
 from dpo_fast.training.loss_pass import LossPass
@@ -137,10 +137,10 @@ def score_first(config: RunConfig, scorer, split: Split) -> FewScored:
     count, _ = first_batches(split, 0)
     size = (config.train.micro_batch_size, config.train.tokens_per_batch)
     of_ranks = []
-    for rank in range(distributed.world_size()):
+    for rank in range(data_ranks.data_ranks()):
         rows = itertools.chain(*split.sampler.micro_batches(0, rank)[:count])
         of_ranks.append(length_batches(rows, split.costs, *size))
-    mine = of_ranks[distributed.rank()]
+    mine = of_ranks[data_ranks.data_rank()]
     empty = max(map(len, of_ranks)) - len(mine)  # every rank takes part in every forward
     tokens: dict[int, Tensor] = {}
     was_training = getattr(scorer, "training", False)
@@ -156,7 +156,7 @@ def score_first(config: RunConfig, scorer, split: Split) -> FewScored:
 def _batches(split: Split, step: int) -> tuple[list[ScoredBatch], list[ScoredBatch]]:
     """This rank's first batches of a step, and examples of the first of them in other batches."""
     count, _ = first_batches(split, step)
-    first = split.sampler.micro_batches(step, distributed.rank())[0]
+    first = split.sampler.micro_batches(step, data_ranks.data_rank())[0]
     return list(itertools.islice(split.batches(step), count)), other_batches(split, first)
 
 

@@ -16,7 +16,13 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.errors import UserError
 from dpo_fast.models import ScoringModel
-from dpo_fast.models.architecture import architecture_of, choose_attention, choose_layout
+from dpo_fast.models.architecture import (
+    Architecture,
+    architecture_of,
+    choose_attention,
+    choose_layout,
+)
+from dpo_fast.models.attention import NAMES
 from dpo_fast.models.checkpoint import is_folder
 from dpo_fast.models.layers import check_layers
 from dpo_fast.models.load import load_skeleton
@@ -24,6 +30,7 @@ from dpo_fast.models.own_losses import balancing_coefficient, check_own_losses
 from dpo_fast.models.precision import choose_dtype
 from dpo_fast.models.quantised import check_whole_weights
 from dpo_fast.models.tiles import check_tiles
+from dpo_fast.models.ulysses import check_heads
 from dpo_fast.ops.dispatch import Choice, choose_implementation
 from dpo_fast.references import ReferenceModel
 from dpo_fast.training import distributed
@@ -138,16 +145,40 @@ def choose(config: RunConfig, skeletons: Skeletons | None = None) -> Choices:
     """
     skeletons = load_skeletons(config) if skeletons is None else skeletons
     architectures = {path: architecture_of(model) for path, model in skeletons.items()}
+    if config.parallel.sequence_parallel > 1:
+        check_sequence_parallel(config, skeletons, architectures)
     # All models score the same batches, so the layout is one that all of them allow.
     layouts = [choose_layout(config.train.layout, each) for each in architectures.values()]
     layout = min(layouts, key=lambda choice: list(LAYOUTS).index(choice.name))
-    common = (layout.name, distributed.device(), config.model.torch_dtype)
+    # Slices are of one row, whatever the layout.
+    laid_out = layout.name if config.parallel.sequence_parallel == 1 else "packed"
+    common = (laid_out, distributed.device(), config.model.torch_dtype)
     attentions = {
         path: choose_attention(config.model.attention, *common, architecture)
         for path, architecture in architectures.items()
     }
     balancing = balancing_coefficient(config.model, skeletons[None])
     return Choices(choose_dtype(config.model.dtype), layout, attentions, balancing)
+
+
+def check_sequence_parallel(
+    config: RunConfig, skeletons: Skeletons, architectures: Mapping[str | None, Architecture]
+) -> None:
+    """Raises UserError for a model whose rows the ranks of a group cannot share."""
+    size, attention = config.parallel.sequence_parallel, config.model.attention
+    for path, skeleton in skeletons.items():
+        check_heads(skeleton.config, size)
+        if (obstacle := architectures[path].obstacle) is not None:
+            raise UserError(
+                f"parallel.sequence_parallel={size} cannot be honoured for {architectures[path].name}: "
+                f"{obstacle}. Set parallel.sequence_parallel=1"
+            )
+    if attention not in ("auto", *NAMES):
+        raise UserError(
+            f"model.attention={attention} cannot be honoured with parallel.sequence_parallel={size}, for "
+            f"which all sequences of a micro-batch stand in one row: set model.attention=auto, "
+            f"{', '.join(list(NAMES)[:-1])} or {list(NAMES)[-1]}"
+        )
 
 
 def check_vocabulary(

@@ -18,7 +18,7 @@ from dpo_fast.errors import UserError
 from dpo_fast.losses import LOSSES
 from dpo_fast.models import end_of_turn_ids
 from dpo_fast.references.table import alternatives
-from dpo_fast.training import distributed
+from dpo_fast.training import data_ranks, distributed
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import say
 from dpo_fast.training.splits import Examples, Split, StreamSplit
@@ -107,7 +107,7 @@ def _make_sampler(
 ) -> BatchSampler:
     train = config.train
     order = {"seed": train.seed, "shuffle": shuffle, "first_epoch": first_epoch}
-    order["world_size"] = world = distributed.world_size()
+    order["world_size"] = world = data_ranks.data_ranks()
     order["mixture"] = mixture = examples.mixture if shuffle else None
     order["left_out"] = left_out(config, examples) if shuffle else frozenset()
     if train.group_prompts:

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dpo_fast.errors import Interrupted
-from dpo_fast.training import distributed, signals
+from dpo_fast.training import data_ranks, distributed, signals
 from dpo_fast.training.answering import Answering, answered, begin_answering
 from dpo_fast.training.carried import carry_optimizer
 from dpo_fast.training.config import RunConfig
@@ -50,7 +50,7 @@ def train(config: RunConfig, dry_run: bool = False) -> Path | None:
     check_earlier_run(config)
     check_writable(config.train.output_dir)
     with signals.stop_at_once(f"nothing is lost; {RESUME}, or begin again"):
-        distributed.init_distributed(config.parallel.timeout_minutes)
+        data_ranks.join(config.parallel)
         with sole_run(config.train.output_dir):
             return sole_train(config, choices, dry_run)
 

@@ -25,7 +25,7 @@ from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.ops.segments import sum_sequences
 from dpo_fast.references import CachedReference
 from dpo_fast.training.balance import Routing
-from dpo_fast.training.distributed import all_sum
+from dpo_fast.training.data_ranks import sum_once
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Statistics:
     def end_step(self) -> None:
         """Make the present step one of the earlier ones. Collective."""
         if "delta" in self.names:
-            rewards = all_sum(self._step)
+            rewards = sum_once(self._step)
             # A step that was not taken has none that can be counted.
             self.rewards += rewards.where(rewards.isfinite().all(), torch.zeros_like(rewards))
         self._step = torch.zeros_like(self.rewards)
@@ -192,5 +192,5 @@ def estimate_kl(engine, mismatched: Iterable[ScoredBatch], loss_pass: LossPass, 
         total[0] += ratio_S.double().sum()
         total[1] += len(ratio_S)
     engine.train(training)
-    total, count = all_sum(total)
+    total, count = sum_once(total)
     return (total / count).clamp_min(0).float()

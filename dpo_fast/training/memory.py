@@ -179,7 +179,7 @@ def head_plan(
     if workspace_bytes is None:
         workspace_bytes = default_workspace_bytes(device)
     return plan(
-        scored_tokens(config),
+        -(-scored_tokens(config) // config.parallel.sequence_parallel),
         *getattr(weight, "ds_shape", weight.shape),
         weight.dtype,
         needs_head=weight.requires_grad,

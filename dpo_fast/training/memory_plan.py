@@ -79,15 +79,17 @@ class Machine:
 def shape_of(config: RunConfig, layout: str, on_cpu: bool) -> Shape:
     """The largest micro-batch: sequences of data.max_length that share nothing, or tokens_per_batch.
 
-    The last token of a sequence does not reach the backbone.
+    The last token of a sequence does not reach the backbone. Ranks that share it have a part each.
     """
     longest, tokens = config.data.max_length - 1, config.train.tokens_per_batch
     sequences = answers(config) * (config.train.micro_batch_size or 1)
     if tokens is not None:
         longest = min(longest, -(-tokens // sequences))
         sequences = -(-tokens // longest)
-    shared = LAYOUTS[layout].shares_rows
-    return Shape(sequences, longest, shared, scored_tokens(config), on_cpu)
+    scored, ranks = scored_tokens(config), config.parallel.sequence_parallel
+    if ranks > 1:  # a slice of one row: attention has fewer heads, and as many numbers
+        return Shape(1, -(-sequences * longest // ranks), True, -(-scored // ranks), on_cpu)
+    return Shape(sequences, longest, LAYOUTS[layout].shares_rows, scored, on_cpu)
 
 
 class Uncounted(Exception):

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dpo_fast.data.batch import ScoredBatch
@@ -14,7 +13,7 @@ from dpo_fast.losses import Preference, ScoredGroups
 from dpo_fast.losses.groups import score_spread
 from dpo_fast.modules.metrics import sequence_metrics, token_metrics
 from dpo_fast.training.balance import router_metrics
-from dpo_fast.training.distributed import all_sum
+from dpo_fast.training.data_ranks import data_ranks, sum_once
 from dpo_fast.training.perf import Clock, Work
 
 TIMED = ("perf/head_ms", "perf/reference_ms")
@@ -130,10 +129,10 @@ class MetricSums:
         spent = self.clock.read()
         for name in TIMED if "steps" in self.values else ():
             self._count(name, spent.get(name, 0.0), 0)
-        routers = [all_sum(self.values.pop(name)) for name in ROUTERS if name in self.values]
+        routers = [sum_once(self.values.pop(name)) for name in ROUTERS if name in self.values]
         names = sorted(self.values)
-        stacked = all_sum(torch.stack([self.values[name] for name in names]))
-        world = dist.get_world_size() if dist.is_initialized() else 1
+        stacked = sum_once(torch.stack([self.values[name] for name in names]))
+        world = data_ranks()
         self.values = {}
         sums = dict(zip(names, stacked.tolist()))
         steps = sums.pop("steps", [world, 0])[0] / world

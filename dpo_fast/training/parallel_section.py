@@ -19,6 +19,7 @@ NOT_DEEPSPEEDS = {
     "expert_parallel": "it puts layers of its own in place of the experts, a part on each rank, and "
     "checkpoints, exports and references are by the model's own parameters; parallel.zero_stage=3 spreads "
     "the experts over the ranks",
+    "sequence_parallel_size": "parallel.sequence_parallel is",
 }
 
 ZERO_PLUS_PLUS = ("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients")
@@ -73,6 +74,16 @@ class ParallelSection(BaseModel):
         description="ZeRO++ (qgZ): gradients are reduced as 4-bit integers, within machines and then "
         "between them",
         json_schema_extra={"refused": "below zero_stage=3, on one machine, and without a GPU"},
+    )
+    sequence_parallel: int = Field(
+        1,
+        ge=1,
+        description="ranks that share the tokens of a micro-batch (Ulysses): each has a slice of them, "
+        "and in attention all tokens for some of the heads",
+        json_schema_extra={
+            "refused": "a number that does not divide the ranks and the attention heads; more than 1 for a "
+            "model that mixes tokens otherwise than by attention"
+        },
     )
     timeout_minutes: float = Field(
         30.0,

@@ -19,7 +19,7 @@ from dpo_fast.references.cached import open_reference
 from dpo_fast.references.compute import length_batches, part_table, score_part
 from dpo_fast.references.providers import Scorer
 from dpo_fast.references.store import Place, Request, default_place, find_stored, named_place
-from dpo_fast.training import distributed, signals
+from dpo_fast.training import data_ranks, distributed, signals
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import progress_bar, say
 from dpo_fast.training.engine import release, zero_config
@@ -186,7 +186,7 @@ def _score_parts(
     device,
 ) -> None:
     """Score and write parts. batches: of all ranks, by the part's index; each lists its examples."""
-    rounds = sum(-(-len(each) // distributed.world_size()) for each in batches.values())
+    rounds = sum(-(-len(each) // data_ranks.data_ranks()) for each in batches.values())
     description = f"reference log-probs ({split.name})"
     kept = (
         f"the finished parts of the reference {unfinished.final} are kept: the same command goes on "
@@ -199,7 +199,7 @@ def _score_parts(
                 lengths = split.lengths.take(rows)
                 own = signals.until(asked, _advancing(_rank_batches(split, all_ranks), advance))
                 share_T = score_part(scorer, own, rows, lengths, device)
-                values_T = distributed.all_sum(share_T).cpu()
+                values_T = data_ranks.sum_once(share_T).cpu()
                 part = (values_T, lengths, split.examples, rows, per_token)
                 distributed.from_main(
                     lambda index=index, part=part: unfinished.write(index, part_table(*part))
@@ -218,9 +218,9 @@ def _advancing(batches: Iterator[ScoredBatch], advance: Callable) -> Iterator[Sc
 
 def _rank_batches(split: Split, all_ranks: list[list[int]]) -> Iterator[ScoredBatch]:
     """This rank's batches of a part. Every rank has equally many; its last one may be empty."""
-    world = distributed.world_size()
+    world = data_ranks.data_ranks()
     for first in range(0, len(all_ranks), world):
-        indices = dict(enumerate(all_ranks[first : first + world])).get(distributed.rank(), [])
+        indices = dict(enumerate(all_ranks[first : first + world])).get(data_ranks.data_rank(), [])
         yield split.collate([split.examples[index] for index in indices], indices)
 
 

@@ -14,7 +14,7 @@ from dpo_fast.models import ScoringModel, load_model, load_tokenizer
 from dpo_fast.models.layers import checkpoint_layers
 from dpo_fast.models.separation import check_separation
 from dpo_fast.modules.metrics import METRIC_EXTRAS
-from dpo_fast.training import distributed
+from dpo_fast.training import data_ranks, distributed
 from dpo_fast.training.balance import Routing
 from dpo_fast.training.best import Best
 from dpo_fast.training.config import RunConfig
@@ -172,6 +172,7 @@ def load_policy(
         keep_start=config.reference_spec.needs_adapters and keep_start,
         **config.train.head,
     )
+    model.group = data_ranks.sequence_group()
     check_loaded(model.causal_lm, config.model.path, "model.path")
     check_vocabulary(model, tokenizer)
     check_positions(model, splits)

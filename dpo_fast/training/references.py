@@ -10,7 +10,7 @@ from dpo_fast.models import load_model, load_tokenizer
 from dpo_fast.models.separation import check_separation
 from dpo_fast.references import ReferenceModel
 from dpo_fast.references.table import Materials, alternatives
-from dpo_fast.training import distributed, signals
+from dpo_fast.training import data_ranks, distributed, signals
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.engine import (
     build_reference_engine,
@@ -64,6 +64,7 @@ def load_reference_engine(
         **config.train.head,
     )
     del keep_alive
+    scoring.group = data_ranks.sequence_group()
     check_loaded(scoring.causal_lm, model.path or config.model.path, model.named_by)
     scorer = build_reference_engine(config, scoring.to(device), ds_config)
     vocabulary = scoring.causal_lm.config.get_text_config().vocab_size
@@ -137,7 +138,7 @@ def store_beforehand(config: RunConfig) -> list[StoredReference]:
 
 
 def _store_beforehand(config: RunConfig, choices: Choices) -> list[StoredReference]:
-    distributed.init_distributed(config.parallel.timeout_minutes)
+    data_ranks.join(config.parallel)
     choices.tell()
     config = merged_first(choices.applied(config))
     tokenizer, device = load_tokenizer(config.model), distributed.device()

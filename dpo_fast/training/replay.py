@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_fast.errors import UserError
-from dpo_fast.training import distributed
+from dpo_fast.training import data_ranks, distributed
 from dpo_fast.training.checkpoints import PREFIX, checkpoints
 from dpo_fast.training.config import build_config
 from dpo_fast.training.config_file import apply
@@ -91,7 +91,7 @@ def replay(asked: Asked, overrides: list[str] | tuple[str, ...] = ()) -> list[Ro
         apply(tree, override)
     config = build_config(tree, str(asked.run / RUN_CONFIG))
     check_used(overrides, OF_REPLAY, "a replay")
-    distributed.init_distributed(config.parallel.timeout_minutes)
+    data_ranks.join(config.parallel)
     run = prepare(config, check_run(config))
     sums, step = MetricSums(run.engine.device), 0
     if asked.checkpoint is not None:

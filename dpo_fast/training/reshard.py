@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_fast.errors import UserError
-from dpo_fast.training import distributed
+from dpo_fast.training import data_ranks, distributed
 from dpo_fast.training.checkpoints import Stateful, fitting_state, reading, set_random_state
 from dpo_fast.training.console import say
 from dpo_fast.training.engine_parts import load_engine
@@ -25,12 +25,24 @@ from dpo_fast.training.tensor_files import read_tree
 
 SHARDED = "reference"  # of the stateful parts the one that ZeRO 3 shards
 BY_TOKENS = ("tokens_per_batch", "data", "layout", "seed")  # what micro-batches follow from
-MOVED = ("world_size", "zero_stage")
+MOVED = ("world_size", "zero_stage", "sequence_parallel")
 
 
 def moved(state: Mapping[str, Any], fits: Mapping[str, Any]) -> bool:
     """Whether a checkpoint is of other ranks, or of another ZeRO stage. state: its state.json."""
-    return any(state.get(name, fits[name]) != fits[name] for name in MOVED)
+    if _shared(state) != _shared(fits):
+        return True
+    return any(state.get(name, fits[name]) != fits[name] for name in ("world_size", "zero_stage"))
+
+
+def _shared(state: Mapping[str, Any]) -> int:
+    """Ranks that share a batch; where it says nothing, none do."""
+    return state.get("sequence_parallel", 1)
+
+
+def data_ranks_of(state: Mapping[str, Any]) -> int:
+    """Batches at a time of the run that a checkpoint is of."""
+    return state["world_size"] // _shared(state)
 
 
 def other_groups(engine, folder: Path) -> bool:
@@ -57,19 +69,19 @@ def fits_moved(run: Plan, folder: Path, state: Mapping[str, Any], fits: dict) ->
     Raises:
         UserError: the steps would have other examples than on the checkpoint's ranks.
     """
-    train, sampler, ranks = run.config.train, run.train.sampler, distributed.world_size()
+    train, sampler, ranks = run.config.train, run.train.sampler, data_ranks.data_ranks()
     may = set(MOVED)
     same = all(state.get(name) == fits[name] for name in BY_TOKENS if name in fits)
     if train.tokens_per_batch is not None and same:  # what is not is told by its own name
         may.add("global_batch_size")
         accumulation = read_head(folder / "engine")["ds_config"]["gradient_accumulation_steps"]
-        before, now = accumulation * state["world_size"], sampler.bins_per_step
+        before, now = accumulation * data_ranks_of(state), sampler.bins_per_step
         if before != now:
-            there = _ranks(state["world_size"])
+            there = _ranks(state)
             size = max(round(sampler.examples_per_step / now * before), 1)
             remedy = f"set train.global_batch_size={size}, or " if before % ranks == 0 else ""
             raise UserError(
-                f"{folder} cannot be resumed on {_ranks(ranks)}: train.tokens_per_batch="
+                f"{folder} cannot be resumed on {_ranks(fits)}: train.tokens_per_batch="
                 f"{train.tokens_per_batch} with train.global_batch_size={train.global_batch_size} gives a "
                 f"step {now} micro-batches, and it had {before} on {there}, so its examples would be "
                 f"others; {remedy}resume on {there}"
@@ -81,16 +93,21 @@ def tell_moved(run: Run, state: Mapping[str, Any]) -> None:
     """Say what a resume elsewhere means for the numbers."""
     modules = list(run.engine.module.modules())
     drops = any(isinstance(each, nn.Dropout) and each.p > 0 for each in modules)
+    shared = run.config.parallel.sequence_parallel
+    here = {"world_size": distributed.world_size(), "sequence_parallel": shared}
     drops = drops or any(getattr(each, "attention_dropout", 0) for each in modules)
     say(
-        f"resumed on {_ranks(distributed.world_size())} at ZeRO {run.config.zero_stage}; the checkpoint is "
-        f"of {_ranks(state['world_size'])} at ZeRO {state['zero_stage']}: from here on the run differs by "
-        "rounding" + (", and by what dropout draws" if drops else "")
+        f"resumed on {_ranks(here)} at ZeRO {run.config.zero_stage}; the checkpoint is of "
+        f"{_ranks(state)} at ZeRO {state['zero_stage']}: from here on the run differs by rounding"
+        + (", and by what dropout draws" if drops else "")
     )
 
 
-def _ranks(count: int) -> str:
-    return f"{count} rank{'s' if count > 1 else ''}"
+def _ranks(state: Mapping[str, Any]) -> str:
+    count, shared = state["world_size"], _shared(state)
+    return f"{count} rank{'s' if count > 1 else ''}" + (
+        f" with sequence_parallel={shared}" if shared > 1 else ""
+    )
 
 
 def load_moved(
@@ -114,7 +131,8 @@ def load_moved(
     ranks = range(state["world_size"])
     files = [read_tree(folder / f"rank-{rank}.pt", mmap=True) for rank in ranks]
     with reading(folder / "rank-0.pt"):
-        metrics |= merged_metrics([each["metrics"] for each in files], engine.device)
+        counted = files[:: _shared(state)]  # those of a group have the same metrics
+        metrics |= merged_metrics([each["metrics"] for each in counted], engine.device)
         for name, part in stateful.items():
             parts, sharded = [each["own"][name] for each in files], name == SHARDED
             load_part(part, name, parts, stage, sharded and state["zero_stage"] == 3)
@@ -127,8 +145,8 @@ def load_moved(
 
 
 def merged_metrics(ranks: list[dict[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
-    """The open window of all ranks: the sums go to rank 0, and what every rank counts to every rank."""
-    share = 1.0 if distributed.is_main() else 0.0
+    """The open window of all data ranks: sums go to the first, and what each counts to each."""
+    share = 1.0 if data_ranks.data_rank() == 0 else 0.0
     merged = {}
     for name in {name for each in ranks for name in each}:
         total = sum(each[name] for each in ranks if name in each)

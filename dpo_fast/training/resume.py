@@ -158,6 +158,8 @@ def must_fit(run: Plan) -> dict:
     fits["model.adapter"] = run.config.model.has_adapters
     fits["model.router_aux_loss_coef"] = run.config.model.router_aux_loss_coef or 0.0
     fits |= {f"the hash of {option}'s weights": value for option, value in run.weights.items()}
+    if run.config.parallel.sequence_parallel > 1:
+        fits["sequence_parallel"] = run.config.parallel.sequence_parallel
     if train.tokens_per_batch is not None:  # the tokens of an example depend on the layout
         # Versions that lack the last key counted tokens that answers have in common more than once.
         fits |= {"layout": train.layout, "tokens_counted": "once"}

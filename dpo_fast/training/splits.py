@@ -17,7 +17,7 @@ from dpo_fast.data.packing import Costs
 from dpo_fast.data.sampler import BatchSampler, Sampler, TokenSampler
 from dpo_fast.data.stream import Chunk, ExampleStream
 from dpo_fast.losses import Totals
-from dpo_fast.training import distributed
+from dpo_fast.training import data_ranks
 from dpo_fast.training.console import say
 
 Examples = Dataset | Chunk
@@ -82,7 +82,7 @@ class Split:
 
     def batches(self, step: int) -> Iterator[ScoredBatch]:
         """This rank's micro-batches of a step, tokens on the CPU."""
-        for indices in self.sampler.micro_batches(step, distributed.rank()):
+        for indices in self.sampler.micro_batches(step, data_ranks.data_rank()):
             yield self.collate([self.examples[i] for i in indices], indices, self.columns)
 
     def collate(
@@ -108,10 +108,10 @@ class Split:
             return
         grouped = self.sampler.same_prompt
         prompts = None if grouped is None else grouped.prompts_P[indices].tolist()
-        pairs, world = partners(indices, len(self.examples), prompts), distributed.world_size()
+        pairs, world = partners(indices, len(self.examples), prompts), data_ranks.data_ranks()
         batches = self._mismatched_batches(pairs)
         for first in range(0, len(batches), world):
-            mine = dict(enumerate(batches[first : first + world])).get(distributed.rank(), [])
+            mine = dict(enumerate(batches[first : first + world])).get(data_ranks.data_rank(), [])
             joined = [
                 mismatched(
                     self.examples[index],

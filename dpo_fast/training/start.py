@@ -29,7 +29,7 @@ from dpo_fast.errors import UserError
 from dpo_fast.losses import Totals
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.ops.segments import sum_sequences
-from dpo_fast.training import distributed
+from dpo_fast.training import data_ranks, distributed
 from dpo_fast.training.finite import some
 from dpo_fast.training.loss_pass import LossPass, token_reference
 from dpo_fast.training.splits import Split
@@ -153,7 +153,7 @@ def measure_start(
         compared |= by_example(reference["reference_S"], batch, torch.ones_like(batch.lengths_S))
     check_finite(where, policy=seen, reference=compared)
     evaluate_again(engine, again, seen, squares)
-    losses = distributed.all_sum(losses).tolist()
+    losses = data_ranks.sum_once(losses).tolist()
     if not all(map(math.isfinite, losses)):
         raise UserError(
             f"before the first update the loss is {losses[0]:g}, though all log-probs are finite: numbers "
@@ -181,7 +181,7 @@ def check_finite(where: Callable[[int], str], **logps: dict[int, Tensor]) -> Non
     found = []
     for name, of_example in logps.items():
         odd = [where(i) for i, values in of_example.items() if not values.isfinite().all()]
-        if odd := distributed.joined(odd):
+        if odd := distributed.joined(odd if data_ranks.counts() else []):
             found.append(f"log-probs of the {name} are not finite in {some(odd)}")
     if found:
         raise UserError(f"before the first update {'; '.join(found)}")
@@ -214,7 +214,7 @@ class Squares:
 
     def start(self, loss: float, expected: float, beta: float) -> Start:
         """The result over all ranks. Collective. beta: of the losses, the scale of rewards."""
-        sums = dict(zip(self.NAMES, distributed.all_sum(self.sums).tolist()))
+        sums = dict(zip(self.NAMES, data_ranks.sum_once(self.sums).tolist()))
         square = {name: total / max(count, 1) for name, (total, count) in sums.items()}
         return Start(
             loss,
@@ -256,7 +256,7 @@ def first_batches(split: Split, step: int) -> tuple[int, list[int]]:
 
     As few as hold `EXAMPLES`, or all of the step. Every rank finds the same.
     """
-    ranks = range(distributed.world_size())
+    ranks = range(data_ranks.data_ranks())
     ordered = zip(*(split.sampler.micro_batches(step, rank) for rank in ranks))
     indices: list[int] = []
     count = 0

@@ -16,7 +16,7 @@ from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.losses import Preference, Totals
 from dpo_fast.losses.from_tokens import as_pairs
 from dpo_fast.losses.sums import Tokens, sequence_sums
-from dpo_fast.training import distributed
+from dpo_fast.training import data_ranks
 from dpo_fast.training.balance import Balance, count_choices
 from dpo_fast.training.eval_examples import EvalTable
 from dpo_fast.training.finite import backward_scale
@@ -36,7 +36,7 @@ def train_step(
     """Forward and backward over this rank's micro-batches, then one update.
 
     Returns:
-        This rank's share of the loss of the global batch, [] fp32; the shares of all ranks add up to it.
+        This rank's share of the loss of the global batch, [] fp32; those of all data ranks add up to it.
     """
     share = torch.zeros((), device=engine.device)
     batches, balance = balanced(engine, batches, loss_pass)
@@ -47,7 +47,8 @@ def train_step(
         token_outputs = loss_pass.token_outputs(engine, batch)
         result = loss_pass.loss(token_outputs, reference, batch, totals, statistics.values)
         loss = result.loss if balance is None else result.loss + balance.share(token_outputs)
-        # DeepSpeed averages gradients over ranks; the loss is already divided by the global counts.
+        # DeepSpeed averages gradients over ranks; the loss is already divided by the global counts. Ranks
+        # that share a batch have the same loss, and each a part of its gradient.
         scale = backward_scale(loss, engine.world_size)
         engine.backward(loss * scale, scale_wrt_gas=False)
         engine.step()
@@ -102,7 +103,7 @@ def coupled_step(
     if balance is not None:
         balance.close()
     loss, slopes = table.loss(totals, statistics.values)
-    share = loss.float() / engine.world_size
+    share = loss.float() / data_ranks.data_ranks()
     scale, whole = backward_scale(share, engine.world_size), share
     for batch, reference in zip(batches, references):
         token_outputs = loss_pass.token_outputs(engine, batch)
@@ -157,7 +158,7 @@ class BatchTable:
 
         Collective. Call it once, when all micro-batches are entered.
         """
-        values = distributed.all_sum(self.values)  # one rank's value plus zeros: exact
+        values = data_ranks.sum_once(self.values)  # one rank's value plus zeros: exact
         policy, reference, lengths = (x[self.rows].flatten() for x in values.unbind(0))
         objective = self.loss_pass.objective
         with torch.enable_grad():

@@ -43,6 +43,8 @@ def data_lines(config: RunConfig, splits: Sequence[Split], total_steps: int) -> 
     size = f"{train.global_batch_size} {splits[0].examples.report.kind} a step"
     device = distributed.device().type
     where = f"{world} ranks" if world > 1 else "one rank"
+    if (shared := config.parallel.sequence_parallel) > 1:
+        where += f", {shared} to a micro-batch"
     yield (
         f"{length}, {size}, on {where} ({device}, {config.model.precision}, ZeRO "
         f"{config.zero_stage}); learning rate {config.learning_rate:.3g}, "

@@ -24,7 +24,7 @@ from dpo_fast.models import ScoringModel
 from dpo_fast.rounds.config import RoundsConfig
 from dpo_fast.rounds.iterate import iterate
 from dpo_fast.rounds.judge import judge
-from dpo_fast.training import distributed, evaluation, resume
+from dpo_fast.training import data_ranks, distributed, evaluation, resume
 from dpo_fast.training.config import build, build_config
 from dpo_fast.training.console import quiet
 from dpo_fast.training.evaluate_model import evaluate_model
@@ -37,6 +37,7 @@ from dpo_fast.training.saver import Saver
 from dpo_fast.training.traffic import GATHER, traffic
 from tests.support.aio import plain_files
 from tests.support.engines import Engine
+from tests.support.slices import compare_slices
 
 SCALARS = 16  # bytes of a collective that only agrees on numbers
 
@@ -72,14 +73,16 @@ def resaved(tree: dict, updates: int, file: str, by_parts: bool = False) -> None
 
     by_parts: load it as one of other ranks.
     """
-    run = prepare(build_config(tree, "case"))
+    config = build_config(tree, "case")
+    data_ranks.join(config.parallel)
+    run = prepare(config)
     sums = MetricSums(run.engine.device)
     moved, resume.moved = resume.moved, (lambda *_: True) if by_parts else resume.moved
     step = resume.restore(run, Path(tree["train"]["resume_from_checkpoint"]), sums)["step"]
     resume.moved = moved
     resume.save(run, step, sums)
     shares = [update(run, step + each, sums).item() for each in range(updates)]
-    losses = distributed.all_sum(torch.tensor(shares, dtype=torch.float64)).tolist()
+    losses = data_ranks.sum_once(torch.tensor(shares, dtype=torch.float64)).tolist()
     run.engine.destroy()
     if distributed.is_main():
         Path(file).write_text(json.dumps(losses))
@@ -186,7 +189,9 @@ def first_step(tree: dict) -> tuple[float, dict]:
     """Loss of step 0 over all ranks, and the gradient of every parameter before clipping."""
     from deepspeed.utils import safe_get_full_grad
 
-    run = prepare(build_config(tree, "case"))
+    config = build_config(tree, "case")
+    data_ranks.join(config.parallel)
+    run = prepare(config)
     gradients, step = {}, run.engine.step
 
     def capture():
@@ -198,9 +203,7 @@ def first_step(tree: dict) -> tuple[float, dict]:
         step()
 
     run.engine.step = capture
-    share = update(run, 0, MetricSums(run.engine.device))
-    if distributed.world_size() > 1:
-        torch.distributed.all_reduce(share)
+    share = data_ranks.sum_once(update(run, 0, MetricSums(run.engine.device)))
     run.engine.destroy()
     return share.item(), gradients
 
@@ -415,6 +418,7 @@ JOBS = {
     "held_by_runs": held_by_runs,
     "resaved": resaved,
     "first_steps": first_steps,
+    "compare_slices": compare_slices,
     "evaluate": evaluate_all,
     "in_turn": in_turn,
     "interrupted": interrupted,
