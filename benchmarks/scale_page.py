@@ -50,9 +50,9 @@ RATES = """
 
 | number | value | from |
 |---|---|---|
-| matrix products | {product:.0f} TFLOP/s | `results/kernels_h100.csv`: bare products at D 4096 |
+| matrix products | {product:.0f} TFLOP/s | `benchmarks/results/kernels_h100.csv`: bare products at D 4096 |
 | the trainable head | {head:.0f} TFLOP/s | the same file, `dpo_fast triton` |
-| copies in device memory | {copy:,.0f} GB/s | `results/h100/1.jsonl`, step `machine` |
+| copies in device memory | {copy:,.0f} GB/s | `benchmarks/results/h100/1.jsonl`, step `machine` |
 | peak in bf16, dense | 989 TFLOP/s | NVIDIA, H100 SXM5 data sheet |
 | NVLink, one direction | 450 GB/s | the same: 900 GB/s in both together |
 | network of a machine | 8 x 50 GB/s | NVIDIA, DGX H100 data sheet: eight ConnectX-7 of 400 Gb/s |

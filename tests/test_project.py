@@ -158,6 +158,7 @@ TESTED_THROUGH = {
     "report.answers": "report/test_report.py",
     "training.health_section": "health/test_findings.py",
     "training.parallel_section": "cli/test_config.py",
+    "cli.doctor_traffic": "cli/test_doctor.py",
     "training.opening": "support/workers/jobs.py",
     "report.distributions": "report/test_report.py",
     "report.examples": "report/test_report.py",
