@@ -89,6 +89,21 @@ def test_it_is_that_of_transformers_over_the_global_batch(folder, count):
 
 
 @pytest.mark.processes
+def test_ranks_that_share_a_row_have_parts_of_it(folder):
+    """Slices of one micro-batch: the routers of a rank see the tokens of its slice."""
+    cases = {}
+    for name, options in (
+        ("recomputed", (3, 2, "packed", True)),
+        ("at once", (0, 8, "padded", False)),
+    ):
+        cases[name] = case(folder, *options)
+        cases[name]["parallel"]["sequence_parallel"] = 2
+    truth = plain_step(folder)
+    for name, result in ranks.first_steps(cases, 2).items():
+        assert_same_step(result, truth, 2e-5, name)
+
+
+@pytest.mark.processes
 def test_a_loss_in_two_passes_has_it_too(folder):
     """aot sorts the whole batch: the balancing loss adds the same to it as to any other loss."""
     trees = {}
