@@ -239,8 +239,11 @@ class RunConfig(BaseModel):
 
     @property
     def learning_rate(self) -> float:
-        """Peak learning rate; full models and adapters have different defaults."""
-        return self.train.learning_rate or (5e-6 if self.model.has_adapters else 5e-7)
+        """Peak learning rate; whole models and adapters have different defaults, and so has SFT."""
+        if self.train.learning_rate:
+            return self.train.learning_rate
+        whole, adapters = (2e-5, 2e-4) if self.loss.objective.learns else (5e-7, 5e-6)
+        return adapters if self.model.has_adapters else whole
 
 
 def check_batch_sizes(config: RunConfig, world_size: int) -> None:

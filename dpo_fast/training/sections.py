@@ -122,7 +122,8 @@ class TrainSection(BaseModel):
         None,
         gt=0,
         le=100,
-        description="peak rate; default 5e-7, with LoRA 5e-6. AdamW moves a weight by about the rate",
+        description="peak rate; default 5e-7, with LoRA 5e-6; of sft alone 2e-5 and 2e-4. AdamW moves a "
+        "weight by about the rate",
     )
     lr_scheduler_type: str = Field(
         "cosine",

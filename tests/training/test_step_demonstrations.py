@@ -177,3 +177,20 @@ def test_a_single_format_counts_one_sequence_for_each_example(folder):
     tree["data"]["format"] = "auto"
     with pytest.raises(UserError, match="2 x data.max_length=128 take 254 tokens"):
         build_config(tree, "test")
+
+
+def test_the_default_rate_of_sft_is_not_that_of_preferences(folder):
+    """As in the alignment handbook's files for SFT, whole and with adapters."""
+    rates = {}
+    for loss in ("sft", "sigmoid"):
+        for lora in (None, {"r": 4}):
+            tree = tree_of(folder, "pairs", loss)
+            del tree["train"]["learning_rate"]
+            tree["model"]["lora"] = lora
+            rates[loss, lora is not None] = build_config(tree, "test").learning_rate
+    assert rates == {
+        ("sft", False): 2e-5,
+        ("sft", True): 2e-4,
+        ("sigmoid", False): 5e-7,
+        ("sigmoid", True): 5e-6,
+    }
