@@ -96,6 +96,8 @@ def sdpa(
 
 def _on_cpu(segment: Segment, window: int | None, q, k, v, scale: float) -> Tensor:
     """PyTorch's flash attention for CPUs. It wants one head size for all three: zeros fill them up."""
+    if torch.is_autocast_enabled("cpu"):  # which casts what torch's own function is given
+        q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
     size = v.shape[-1]
     widest = max(q.shape[-1], size)
     q, k, v = (x if x.shape[-1] == widest else pad(x, (0, widest - x.shape[-1])) for x in (q, k, v))

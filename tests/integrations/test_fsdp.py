@@ -12,6 +12,7 @@ JOBS = (
     "mixed_precision_in_fsdp2",
     "trl_in_fsdp2",
     "tensor_parallel",
+    "loaded_sharded",
     "refused",
 )
 
