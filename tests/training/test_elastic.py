@@ -7,6 +7,7 @@ pytest.importorskip("deepspeed")
 from safetensors.torch import load_file
 
 from tests.support import ranks
+from tests.support.faults import SLOW
 from tests.support.metrics import series
 from tests.support.models import (
     changed,
@@ -60,6 +61,9 @@ CASES = {  # sections of the run; the options of `parallel` on 2, 1 and 2 ranks
         [{"zero_stage": 3}, {"zero_stage": 1}, {"zero_stage": 3}],
     ),
 }
+
+if SLOW.args[0]:  # a sample, as long as not all are asked for
+    CASES = {name: CASES[name] for name in ("offload", "kto", "groups, all pairs at once")}
 
 
 def at(folder, value):

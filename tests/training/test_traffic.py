@@ -11,6 +11,7 @@ from dpo_fast.models.skeleton import scoring_skeleton
 from dpo_fast.training.config import build_config
 from dpo_fast.training.traffic import GATHER, REDUCE, SCATTER, Transfer, traffic
 from tests.support import ranks
+from tests.support.faults import SLOW
 from tests.support.models import changed, run_tree, write_model, write_pairs
 
 # DeepSpeed's names of the calls.
@@ -43,6 +44,18 @@ CASES = {  # stage, dtype, options of DeepSpeed, of the model
 }
 
 
+SAMPLE = [
+    "0, bf16",
+    "1, bf16",
+    "2",
+    "3, never released",
+    "3, bf16",
+    "3, some small",
+    "3, a prefetch",
+    "3, lora",
+]
+if SLOW.args[0]:  # a sample, as long as not all are asked for
+    CASES = {name: CASES[name] for name in SAMPLE}
 # How far the log may lie from the count. Modules run in an order that is not quite that of their names, so
 # a prefetch looks past others. What runs again is released in part, by the order that autograd makes.
 NEARLY = {"3, a prefetch": 0.05, "3, lora": 0.03}
