@@ -11,8 +11,11 @@ from collections.abc import Iterator
 from rich.table import Table
 
 from dpo_fast.models.layers import checkpointed_layers
+from dpo_fast.modules.metrics import METRIC_EXTRAS
 from dpo_fast.training.engine import zero_config
+from dpo_fast.training.exchanges import exchanges
 from dpo_fast.training.memory import FP32, in_units
+from dpo_fast.training.memory_plan import shape_of
 from dpo_fast.training.prepare import wants_checkpointing
 from dpo_fast.training.traffic import GATHER, Transfer, traffic
 
@@ -25,8 +28,12 @@ def transfers(outlook, **other: object) -> list[Transfer]:
     again = []
     if wants_checkpointing(config, model):
         again = checkpointed_layers(model.causal_lm, config.model.checkpoint_layers)
-    zero = zero_config(config) | other
-    return traffic(config, zero, model, again, outlook.world, micro_batches(outlook))
+    zero, batches = zero_config(config) | other, micro_batches(outlook)
+    found = traffic(config, zero, model, again, outlook.world, batches)
+    shape = shape_of(config, outlook.choices.layout.name, outlook.device.type == "cpu")
+    tokens, scored = shape.sequences * shape.length, outlook.scored_tokens
+    outputs = 1 + (len(METRIC_EXTRAS) if config.log.token_metrics else 0)
+    return found + exchanges(config, model, again, tokens * batches, scored * batches, outputs)
 
 
 def micro_batches(outlook) -> int:
@@ -43,6 +50,8 @@ def traffic_table(outlook) -> Table:
     steps = "step" if outlook.config.train.micro_batch_size else "micro-batch"
     title = f"Communication of a {steps}, by what DeepSpeed does"
     caption = "Sums of a few numbers (gradient norm, metrics) are left out."
+    if outlook.config.parallel.sequence_parallel > 1:
+        caption += " What a row's ranks exchange is that of the longest."
     table = Table("what", "collective", "ranks", "bytes", "a rank sends", "how", title=title)
     table.caption = caption
     lines = transfers(outlook)

@@ -6,6 +6,8 @@ NCCL and gloo use for large tensors (Patarasuk and Yuan, 2009):
 all-gather, reduce-scatter   B (n - 1) / n
 all-reduce                   2 B (n - 1) / n
 
+Of an all-to-all, where B is what each rank has, it sends B (n - 1) / n. `exchanges.py` counts those.
+
 What DeepSpeed exchanges, by stage of ZeRO (Rajbhandari et al., 2020, section 7; what 0.19 does of it):
 
 0     gradients: an all-reduce a step
@@ -28,8 +30,13 @@ from dpo_fast.training.config import RunConfig
 from dpo_fast.training.gathers import Rules, gathered, order_of
 from dpo_fast.training.memory import FP32, elements
 
-GATHER, SCATTER, REDUCE = "all-gather", "reduce-scatter", "all-reduce"
-SHARE = {GATHER: 1, SCATTER: 1, REDUCE: 2}  # of (n - 1) / n of the tensor, which a rank sends
+GATHER, SCATTER, REDUCE, EXCHANGE = "all-gather", "reduce-scatter", "all-reduce", "all-to-all"
+SHARE = {
+    GATHER: 1,
+    SCATTER: 1,
+    EXCHANGE: 1,
+    REDUCE: 2,
+}  # of (n - 1) / n of the tensor, which a rank sends
 QUANTISED, SCALES = (
     1,
     FP32 / 8000,
@@ -41,9 +48,9 @@ class Transfer:
     """Collectives of one kind in a step.
 
     what: weights, gradients, ...
-    kind: GATHER, SCATTER or REDUCE.
+    kind: GATHER, SCATTER, REDUCE or EXCHANGE.
     ranks: of the group that takes part.
-    payload: bytes of the whole tensors, over the step.
+    payload: bytes of the whole tensors, over the step; of an exchange those of a rank.
     how: how the payload comes about, for people.
     """
 

@@ -9,7 +9,7 @@ pytest.importorskip("deepspeed")
 
 from dpo_fast.models.skeleton import scoring_skeleton
 from dpo_fast.training.config import build_config
-from dpo_fast.training.traffic import GATHER, REDUCE, SCATTER, Transfer, traffic
+from dpo_fast.training.traffic import EXCHANGE, GATHER, REDUCE, SCATTER, Transfer, traffic
 from tests.support import ranks
 from tests.support.faults import SLOW
 from tests.support.models import changed, run_tree, write_model, write_pairs
@@ -19,6 +19,7 @@ CALLS = {
     GATHER: ("all_gather_into_tensor",),
     SCATTER: ("reduce_scatter_tensor", "reduce_scatter"),
     REDUCE: ("all_reduce",),
+    EXCHANGE: ("all_to_all_single",),
 }
 ALL = {"stage3_param_persistence_threshold": 0}  # none is too small to be released
 NEAR = ALL | {"stage3_max_reuse_distance": 5000, "stage3_prefetch_bucket_size": 0}
@@ -40,6 +41,8 @@ CASES = {  # stage, dtype, options of DeepSpeed, of the model
     "3, computed again": (3, "fp32", NEAR, {"checkpoint_layers": [0, 1]}),
     "3, tied": (3, "fp32", NEAR, {"path": "tied"}),
     "3, lora": (3, "fp32", NEAR, LORA),
+    "2, shared rows": (2, "fp32", {"sequence_parallel": 2}, {}),
+    "3, shared rows": (3, "bf16", ALL | {"sequence_parallel": 2}, {"checkpoint_layers": [1]}),
     "3, lora, computed again": (3, "fp32", NEAR, LORA | {"checkpoint_layers": [1]}),
 }
 
@@ -53,6 +56,7 @@ SAMPLE = [
     "3, some small",
     "3, a prefetch",
     "3, lora",
+    "3, shared rows",
 ]
 if SLOW.args[0]:  # a sample, as long as not all are asked for
     CASES = {name: CASES[name] for name in SAMPLE}
@@ -71,7 +75,9 @@ def found(tmp_path_factory):
     write_pairs(folder / "pairs.jsonl", 32)
     base, trees = run_tree(folder, max_steps=5, micro_batch_size=2), {}
     for name, (stage, dtype, zero, model) in CASES.items():
-        parallel = {"zero_stage": stage, "deepspeed": {"zero_optimization": zero}}
+        zero = dict(zero)
+        parallel = {"zero_stage": stage, "sequence_parallel": zero.pop("sequence_parallel", 1)}
+        parallel["deepspeed"] = {"zero_optimization": zero}
         own = {"dtype": dtype} | model
         own["path"] = str(folder / own.get("path", "model"))
         trees[name] = changed(base, folder / name, parallel=parallel, model=own)
@@ -83,7 +89,7 @@ def found(tmp_path_factory):
 @pytest.mark.parametrize("name", CASES)
 def test_the_count_is_what_deepspeed_logs(found, name):
     logged, counted = found[name]["logged"], found[name]["counted"]
-    assert found[name]["micro_batches"] == 2
+    assert found[name]["micro_batches"] == (4 if "shared" in name else 2)
     own = {kind: sum(logged.pop(call, 0) for call in calls) for kind, calls in CALLS.items()}
     assert own == pytest.approx(
         {kind: counted.get(kind, 0) for kind in CALLS}, rel=NEARLY.get(name, 0)

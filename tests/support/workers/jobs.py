@@ -29,6 +29,7 @@ from dpo_fast.training.config import build, build_config
 from dpo_fast.training.console import quiet
 from dpo_fast.training.evaluate_model import evaluate_model
 from dpo_fast.training.evaluate_options import evaluation_of
+from dpo_fast.training.exchanges import exchanges
 from dpo_fast.training.loop import train, update
 from dpo_fast.training.metrics import MetricSums
 from dpo_fast.training.prepare import prepare
@@ -361,7 +362,9 @@ def logged_and_counted(tree: dict) -> dict:
     import deepspeed.comm
     from deepspeed.comm.comm import comms_logger
 
-    run = prepare(build_config(tree, "case"))
+    config = build_config(tree, "case")
+    data_ranks.join(config.parallel)
+    run = prepare(config)
     sums = MetricSums(run.engine.device)
     for step in range(3):  # in which DeepSpeed records the order of modules
         update(run, step, sums)
@@ -377,6 +380,12 @@ def logged_and_counted(tree: dict) -> dict:
     checkpointed = tree["model"].get("checkpoint_layers", [])
     zero = run.engine.config["zero_optimization"]
     lines = traffic(run.config, zero, run.model, checkpointed, ranks, batches)
+    size = run.config.parallel.sequence_parallel
+    micro = list(run.train.batches(3))
+    tokens = sum(-(-each.input_ids.numel() // size) for each in micro)
+    predictions = sum(len(each.targets_U) for each in micro)
+    outputs = 1 + len(run.loss_pass.extras)
+    lines += exchanges(run.config, run.model, checkpointed, tokens, predictions, outputs)
     counted = {}
     for line in lines:
         payload = line.payload / (line.ranks if line.kind == GATHER else 1)
