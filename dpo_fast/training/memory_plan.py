@@ -11,6 +11,8 @@ import torch
 
 from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.models import ScoringModel
+from dpo_fast.models.architecture import architecture_of
+from dpo_fast.models.attention import NAMES
 from dpo_fast.models.config import LoraSection
 from dpo_fast.models.skeleton import scoring_skeleton
 from dpo_fast.models.tiles import why_not_tiles
@@ -161,7 +163,7 @@ def plan(
     """
     layout, fits = choices.layout.name, False
     skeleton = functools.cache(lambda lora: scoring_skeleton(_with_lora(config, lora).model))
-    for options, changed in _ladder(config, skeleton(False)):
+    for options, changed in _ladder(config, skeleton(False), ranks):
         policy = skeleton("model.lora.r" in options)
         activations = activations_of(changed, layout, policy, machine)
         lines = lines_of(changed, policy, second_models, machine, ranks, activations, layout)
@@ -172,13 +174,17 @@ def plan(
             return
 
 
-def _ladder(config: RunConfig, policy: ScoringModel) -> Iterator[tuple[dict[str, Any], RunConfig]]:
+def _ladder(
+    config: RunConfig, policy: ScoringModel, ranks: int
+) -> Iterator[tuple[dict[str, Any], RunConfig]]:
     """(options, the configuration with them), each with all before it; at last adapters instead."""
+    shared = [{"parallel.sequence_parallel": size} for size in _shares(config, policy, ranks)]
     steps: list[tuple[dict[str, Any], Callable[[RunConfig], bool]]] = [
         ({"model.gradient_checkpointing": True}, lambda now: wants_checkpointing(now, policy)),
         ({"model.tiled_mlp": True}, lambda now: not _may_tile(now, policy)),
         ({"parallel.offload_optimizer": True}, lambda now: now.parallel.offload_optimizer),
         ({"model.activation_offloading": True}, lambda now: now.model.activation_offloading),
+        *((share, lambda now: False) for share in shared),
         ({"parallel.offload_parameters": True}, lambda now: now.parallel.offload_parameters),
     ]
     options: dict[str, Any] = {}
@@ -189,9 +195,28 @@ def _ladder(config: RunConfig, policy: ScoringModel) -> Iterator[tuple[dict[str,
         options = options | more | _stage(_with(config, options | more))
         yield options, _with(config, options)
     if not config.model.has_adapters:
-        names = ("gradient_checkpointing", "tiled_mlp", "activation_offloading")
+        names = (
+            "gradient_checkpointing",
+            "tiled_mlp",
+            "activation_offloading",
+            "sequence_parallel",
+        )
         kept = {name: value for name, value in options.items() if name.split(".")[1] in names}
         yield {"model.lora.r": LORA_RANK} | kept, _with_lora(_with(config, kept), True)
+
+
+def _shares(config: RunConfig, policy: ScoringModel, ranks: int) -> Iterator[int]:
+    """How many ranks may share rows, beyond what the configuration has: powers of two."""
+    model = policy.causal_lm
+    heads = getattr(model.config.get_text_config(), "num_attention_heads", 1)
+    others = config.model.attention not in ("auto", *NAMES)
+    if others or architecture_of(model).obstacle is not None:
+        return
+    size = 2
+    while size <= ranks:
+        if size > config.parallel.sequence_parallel and ranks % size == heads % size == 0:
+            yield size
+        size *= 2
 
 
 def _may_tile(config: RunConfig, policy: ScoringModel) -> bool:

@@ -43,10 +43,10 @@ def tree(folder, tokens: int = 1 << 16, **sections) -> dict:
     return tree
 
 
-def rungs(tree: dict, capacity: int) -> list:
+def rungs(tree: dict, capacity: int, ranks: int = 1) -> list:
     outlook = look(build_config(tree, "tree"))
     machine = Machine(capacity, on_cpu=False, head="triton", workspace=MIB)
-    return list(plan(outlook.config, outlook.choices, outlook.second_models, machine, 1))
+    return list(plan(outlook.config, outlook.choices, outlook.second_models, machine, ranks))
 
 
 def test_options_are_added_until_it_fits(folder):
@@ -86,6 +86,18 @@ def test_every_set_of_options_is_one_that_a_run_takes(folder):
                 place = place.setdefault(section, {})
             place[name] = value
         look(build_config(changed, "tree"))
+
+
+def test_ranks_share_rows_where_there_are_some(folder, monkeypatch):
+    """By powers of two that divide ranks and heads, of which the model has 4."""
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    found = rungs(tree(folder), capacity=1, ranks=8)
+    shares = [rung.options.get("parallel.sequence_parallel") for rung in found]
+    assert shares == [None] * 5 + [2, 4, 4, 4]
+    saved = [before.device - after.device for before, after in zip(found[4:], found[5:7])]
+    assert saved[0] == pytest.approx(2 * saved[1], rel=0.1) and saved[1] > 0
+    started = rungs(tree(folder, parallel={"sequence_parallel": 2}), capacity=1, ranks=8)
+    assert [rung.options.get("parallel.sequence_parallel") for rung in started][4:7] == [None, 4, 4]
 
 
 def test_what_cannot_be_had_is_not_offered(folder):
