@@ -114,4 +114,5 @@ def test_a_step_takes_what_the_plan_says(name, tmp_path):
     assert result.returncode == 0, result.stderr
     row = json.loads(result.stdout.splitlines()[-1])
     assert row["tokens"] == 8192
-    assert row["planned"] == pytest.approx(row["measured"], rel=0.1)
+    # Beside the activations a fresh process takes some MiB of its own, which tiles leave in sight.
+    assert row["planned"] == pytest.approx(row["measured"], rel=0.1, abs=16)
