@@ -3,7 +3,8 @@
     python -m benchmarks.ranks --ranks 1,2,4 --answers 64,256 --csv benchmarks/results/ranks_cpu.csv
 
 Every row is a run of `dpo-fast train --nproc N` in processes of its own, one thread to a rank: a small
-Llama on pairs of one length, ZeRO-3, the same global batch for all. Bytes are those that `doctor` counts.
+Llama on pairs of one length, ZeRO-3, the same global batch for all. Several ranks are measured twice: each
+with batches of its own, and all with slices of one. Bytes are those that `doctor` counts.
 """
 
 from __future__ import annotations
@@ -26,15 +27,17 @@ from benchmarks import machine
 from benchmarks.results import Columns
 from benchmarks.train.pairs import train_tokenizer
 from dpo_fast.models.skeleton import scoring_skeleton
+from dpo_fast.modules.metrics import METRIC_EXTRAS
 from dpo_fast.training.config import build_config
 from dpo_fast.training.engine import zero_config
+from dpo_fast.training.exchanges import exchanges
 from dpo_fast.training.traffic import traffic
 
 COLUMNS = Columns.of(
-    "ranks answer tokens_of_a_pair global_batch_size zero_stage tokens_per_s x_of_one_rank "
-    "peak_mib_of_a_rank sent_mib_of_a_rank steps device torch deepspeed commit date",
-    "ranks answer tokens_of_a_pair global_batch_size zero_stage tokens_per_s x_of_one_rank "
-    "peak_mib_of_a_rank sent_mib_of_a_rank steps",
+    "ranks sequence_parallel answer tokens_of_a_pair global_batch_size zero_stage tokens_per_s "
+    "x_of_one_rank peak_mib_of_a_rank sent_mib_of_a_rank steps device torch deepspeed commit date",
+    "ranks sequence_parallel answer tokens_of_a_pair global_batch_size zero_stage tokens_per_s "
+    "x_of_one_rank peak_mib_of_a_rank sent_mib_of_a_rank steps",
 )
 PROMPT, BATCH, WARM_UP = 32, 8, 3
 MODEL = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4}
@@ -42,8 +45,11 @@ LARGE = {"stage3_param_persistence_threshold": 0}  # no matrix is too small to b
 WORDS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def write_task(folder: Path, answer: int, ranks: int, steps: int, stage: int) -> Path:
-    """A model, pairs of one length and a configuration; returns the configuration's file."""
+def write_task(folder: Path, answer: int, shared: int, steps: int, stage: int) -> Path:
+    """A model, pairs of one length and a configuration; returns the configuration's file.
+
+    shared: ranks that have slices of one row.
+    """
     draw = random.Random(0)
 
     def text(count: int) -> str:
@@ -68,7 +74,11 @@ def write_task(folder: Path, answer: int, ranks: int, steps: int, stage: int) ->
             "micro_batch_size": BATCH // 4,
             "max_steps": steps,
         },
-        "parallel": {"zero_stage": stage, "deepspeed": {"zero_optimization": LARGE}},
+        "parallel": {
+            "zero_stage": stage,
+            "sequence_parallel": shared,
+            "deepspeed": {"zero_optimization": LARGE},
+        },
         "log": {"logging_steps": 1},
     }
     file = folder / "run.yaml"
@@ -76,11 +86,11 @@ def write_task(folder: Path, answer: int, ranks: int, steps: int, stage: int) ->
     return file
 
 
-def measure(answer: int, ranks: int, steps: int, stage: int) -> dict:
+def measure(answer: int, ranks: int, shared: int, steps: int, stage: int) -> dict:
     """The row of one run."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        file = write_task(folder, answer, ranks, steps, stage)
+        file = write_task(folder, answer, shared, steps, stage)
         command = [sys.executable, "-m", "dpo_fast", "train", str(file), "--nproc", str(ranks)]
         variables = os.environ | {"OMP_NUM_THREADS": "1", "DPO_FAST_LAUNCHER": ""}
         done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
@@ -88,10 +98,11 @@ def measure(answer: int, ranks: int, steps: int, stage: int) -> dict:
             raise RuntimeError(f"{ranks} ranks, answers of {answer}: {done.stderr[-2000:]}")
         lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
         found = [each for each in map(json.loads, lines) if "perf/tokens_per_second" in each]
-        sent = sent_by_a_rank(file, ranks)
+        sent = sent_by_a_rank(file, ranks, BATCH * (PROMPT + 2 * answer))  # a prompt comes once
     timed = found[WARM_UP:]
     return {
         "ranks": ranks,
+        "sequence_parallel": shared,
         "answer": answer,
         "tokens_of_a_pair": timed[0]["num_tokens"] / BATCH,
         "global_batch_size": BATCH,
@@ -103,12 +114,14 @@ def measure(answer: int, ranks: int, steps: int, stage: int) -> dict:
     }
 
 
-def sent_by_a_rank(file: Path, ranks: int) -> float:
-    """Bytes of a step, as `doctor` counts them."""
+def sent_by_a_rank(file: Path, ranks: int, tokens: int) -> float:
+    """Bytes of a step of so many tokens, as `doctor` counts them."""
     config = build_config(yaml.safe_load(file.read_text()), str(file))
-    batches = BATCH // (config.train.micro_batch_size * ranks)
+    shared = config.parallel.sequence_parallel
+    batches = BATCH // (config.train.micro_batch_size * ranks // shared)
     model = scoring_skeleton(config.model)
     lines = traffic(config, zero_config(config), model, [], ranks, batches)
+    lines += exchanges(config, model, [], tokens // ranks, tokens, 1 + len(METRIC_EXTRAS))
     return sum(line.sent for line in lines)
 
 
@@ -127,12 +140,12 @@ def main(arguments: list[str] | None = None) -> None:
     rows, about = [], machine.environment("cpu")
     for answer in chosen.answers:
         alone = None
-        for ranks in chosen.ranks:
-            row = measure(answer, ranks, chosen.steps, chosen.stage)
+        for ranks, shared in [(n, size) for n in chosen.ranks for size in sorted({1, n})]:
+            row = measure(answer, ranks, shared, chosen.steps, chosen.stage)
             alone = alone or row["tokens_per_s"]
             row |= {"x_of_one_rank": row["tokens_per_s"] / alone} | about
             rows.append(COLUMNS.row({k: v for k, v in row.items() if k in COLUMNS.names}))
-            print(" ".join(f"{name}={rows[-1][name]}" for name in COLUMNS.names[:10]), flush=True)
+            print(" ".join(f"{name}={rows[-1][name]}" for name in COLUMNS.names[:11]), flush=True)
             if chosen.csv:
                 COLUMNS.write(chosen.csv, rows)
 
