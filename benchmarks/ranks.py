@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import machine
 from benchmarks.results import Columns
-from benchmarks.train.pairs import train_tokenizer
+from benchmarks.tokenizer import train_tokenizer
 from dpo_fast.models.skeleton import scoring_skeleton
 from dpo_fast.modules.metrics import METRIC_EXTRAS
 from dpo_fast.training.config import build_config

@@ -11,14 +11,13 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.tokenizer import EOS, VOCABULARY, train_tokenizer, word_tokenizer
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.rows import PairRow, parse_row
 from dpo_fast.data.sources import read_rows, resolve
 from dpo_fast.data.verdicts import BadRow, BadRows, Dropped
 from dpo_fast.errors import UserError
 
-PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
-VOCABULARY = 8192
 # Mean and standard deviation of ln(tokens) over 1,495 pairs of HH harmless, with a vocabulary of 8,192 and
 # the end of turn. The medians are 95, 29 and 37 tokens, the means 123, 42 and 53.
 HH_LENGTHS = {"prompt": (4.37, 1.00), "chosen": (3.37, 0.87), "rejected": (3.56, 0.93)}
@@ -87,39 +86,6 @@ def draw_pairs(
     shape = f"prompts {ratio:g} times the answers" if ratio else "the prompts' of HH harmless too"
     origin = f"{len(kept)} random pairs, answer lengths of HH harmless, {shape}"
     return Pairs(kept, tokenizer, origin)
-
-
-def train_tokenizer(texts: list[str], vocabulary: int):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=min(VOCABULARY, vocabulary),
-        special_tokens=[PAD, EOS],
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return _wrapped(tokenizer)
-
-
-def word_tokenizer(words: list[str]):
-    """A tokenizer with a token for each word. The special tokens replace the first three."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    vocabulary = {word: index for index, word in enumerate([PAD, EOS, UNKNOWN, *words[3:]])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return _wrapped(tokenizer)
-
-
-def _wrapped(tokenizer):
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer.add_special_tokens([PAD, EOS])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS)
 
 
 def _texts(row: PairRow) -> dict[str, str]:
