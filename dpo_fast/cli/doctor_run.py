@@ -80,16 +80,16 @@ class Outlook:
 
     def memory(self, machine: Machine) -> tuple[list[Line], str]:
         """The lines of the table of memory, and what stands below it."""
-        layout, why = self.choices.layout.name, CAPTION
+        why = CAPTION
         try:
-            activations = activations_of(self.config, layout, self.policy, machine)
+            activations = activations_of(self.config, self.choices, self.policy, machine)
         except Uncounted as error:
             activations, why = (
                 None,
                 f"Activations come on top: they could not be counted ({error}).",
             )
         models = self.policy, self.second_models
-        lines = lines_of(self.config, *models, machine, self.world, activations, layout)
+        lines = lines_of(self.config, *models, machine, self.world, activations, self.choices)
         return lines, why
 
 

@@ -215,6 +215,7 @@ def _interface(compute: Callable[..., Tensor]) -> Callable:
                 f"called with, so set train.layout={layouts_with(shares_rows=False)}. Otherwise call "
                 'model.set_attn_implementation("sdpa") before the model is used'
             )
+        query, key, value = _autocast(query, key, value)
         if group is not None:
             query, key, value = group.to_heads(query, key, value)
             s_aux = None if s_aux is None else group.of_own_heads(s_aux)
@@ -233,6 +234,18 @@ def _interface(compute: Callable[..., Tensor]) -> Callable:
         return output.contiguous(), None
 
     return attention
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast all in its dtype, as PyTorch's SDPA has it: rotary embeddings and norms give fp32.
+
+    Kernels that are called directly get what they are given, and want one dtype.
+    """
+    kind = tensors[0].device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def _refuse_unknown_inputs(module, attention_mask, dropout, others, group=None) -> None:

@@ -28,7 +28,7 @@ from dpo_fast.modules.scored_rows import (
     sequence_count,
 )
 from dpo_fast.ops.linear_logp.call import HeadOptions
-from dpo_fast.ops.linear_logp.dtensor import plain_hidden
+from dpo_fast.ops.linear_logp.dtensor import plain_input
 from dpo_fast.ops.linear_logp.op import LinearLogp, linear_logp
 from dpo_fast.ops.segments import sum_sequences
 
@@ -132,6 +132,7 @@ class FusedLinearPreferenceLoss(nn.Module):
         columns, statistics = columns or {}, statistics or {}
         self.objective.check_inputs(columns, statistics)
         check_statistics(statistics)
+        labels = plain_input(labels, "labels")
         if mask is not None:
             labels = masked_labels(labels, mask, self.ignore_index)
         if input_ids is not None:
@@ -218,7 +219,7 @@ class FusedLinearPreferenceLoss(nn.Module):
     def _score(
         self, hidden, weight, bias, labels: Tensor, rows: ScoredRows, extras: tuple = ()
     ) -> LinearLogp:
-        hidden = plain_hidden(hidden)
+        hidden = plain_input(hidden, "hidden")
         if hidden.shape[:-1] != labels.shape:
             raise ValueError(
                 f"hidden is {tuple(hidden.shape)}, labels are {tuple(labels.shape)}; expected a row of "

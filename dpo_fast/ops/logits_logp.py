@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dpo_fast.ops.dispatch import choose_implementation
 from dpo_fast.ops.linear_logp.call import check_targets
+from dpo_fast.ops.linear_logp.dtensor import plain_input
 
 CHUNK_ELEMENTS = 1 << 20  # 4 MiB: the largest fp32 copy of logits that exists at a time
 
@@ -80,6 +81,8 @@ def logits_logp(
         ValueError: shapes, dtypes, temperature or targets that do not fit.
         UnavailableError: the named implementation cannot run on this device.
     """
+    logits_TV = plain_input(logits_TV, "logits")
+    targets_T = plain_input(targets_T, "targets")
     _check(logits_TV, targets_T, temperature)
     name = choose_implementation(
         "logits_logp", logits_TV.device, logits_TV.dtype, implementation

@@ -37,6 +37,7 @@ class Shape:
     in_one_row: they lie along one row; else each has its own, and attention a mask.
     scored: tokens that the head predicts, at most.
     on_cpu: attention is SDPA's for CPUs, rather than a flash kernel.
+    eager: it is the model's own, which writes out the scores of all heads, and makes the mask.
     """
 
     sequences: int
@@ -44,6 +45,7 @@ class Shape:
     in_one_row: bool
     scored: int
     on_cpu: bool
+    eager: bool = False
 
     @property
     def tokens(self) -> int:
@@ -135,7 +137,7 @@ def _count(model: ScoringModel, shape: Shape, plan: HeadPlan, offload: bool) -> 
     causal_lm = model.causal_lm
     model.train()
     own = NAMES["sdpa"] if shape.in_one_row and shape.on_cpu else COUNTED
-    causal_lm.set_attn_implementation(own)
+    causal_lm.set_attn_implementation("eager" if shape.eager else own)
     # It looks for padding in ids that are not there (GPT-2).
     decoder_of(causal_lm).warn_if_padding_and_no_attention_mask = lambda *_: None
     watch = _Watch(model)
@@ -171,7 +173,7 @@ def _batch(shape: Shape) -> dict:
     return {
         "input_ids": numbers(*rows),
         "position_ids": numbers(*rows),
-        "attention_mask": None,
+        "attention_mask": numbers(*rows) if shape.eager else None,
         "spans": spans,
         "rows_U": numbers(shape.scored),
         "targets_U": numbers(shape.scored),
@@ -293,6 +295,6 @@ AttentionInterface.register(COUNTED, _counted)
 
 def mask_bytes(shape: Shape, itemsize: int) -> int:
     """Of the mask of sequences that have rows of their own; on a CPU SDPA copies it to numbers."""
-    if shape.in_one_row:
+    if shape.in_one_row or shape.eager:  # that of eager attention is made and counted with the rest
         return 0
     return shape.sequences * shape.length**2 * (1 + itemsize * shape.on_cpu)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -78,10 +78,12 @@ class Machine:
         )
 
 
-def shape_of(config: RunConfig, layout: str, on_cpu: bool) -> Shape:
+def shape_of(config: RunConfig, layout: str, on_cpu: bool, attention: str = "sdpa") -> Shape:
     """The largest micro-batch: sequences of data.max_length that share nothing, or tokens_per_batch.
 
     The last token of a sequence does not reach the backbone. Ranks that share it have a part each.
+
+    attention: what transformers is given for the policy.
     """
     longest, tokens = config.data.max_length - 1, config.train.tokens_per_batch
     sequences = answers(config) * (config.train.micro_batch_size or 1)
@@ -91,7 +93,8 @@ def shape_of(config: RunConfig, layout: str, on_cpu: bool) -> Shape:
     scored, ranks = scored_tokens(config), config.parallel.sequence_parallel
     if ranks > 1:  # a slice of one row: attention has fewer heads, and as many numbers
         return Shape(1, -(-sequences * longest // ranks), True, -(-scored // ranks), on_cpu)
-    return Shape(sequences, longest, LAYOUTS[layout].shares_rows, scored, on_cpu)
+    in_one_row = LAYOUTS[layout].shares_rows
+    return Shape(sequences, longest, in_one_row, scored, on_cpu, attention == "eager")
 
 
 class Uncounted(Exception):
@@ -99,14 +102,14 @@ class Uncounted(Exception):
 
 
 def activations_of(
-    config: RunConfig, layout: str, policy: ScoringModel, machine: Machine
+    config: RunConfig, choices: Choices, policy: ScoringModel, machine: Machine
 ) -> Activations:
     """The activations of the largest micro-batch. Raises Uncounted."""
     model = config.model
     try:
         return count(
             lambda: scoring_skeleton(model),
-            shape_of(config, layout, machine.on_cpu),
+            shape_of(config, choices.layout.name, machine.on_cpu, choices.attention.name),
             machine.head_plan(config, policy),
             recomputed=wants_checkpointing(config, policy),
             layers=model.checkpoint_layers,
@@ -124,7 +127,7 @@ def lines_of(
     machine: Machine,
     ranks: int,
     activations: Activations | None,
-    layout: str,
+    choices: Choices,
 ) -> list[Line]:
     """Memory of a rank, line by line."""
     zero = deepspeed_config(config, ranks, 1)["zero_optimization"]
@@ -136,7 +139,8 @@ def lines_of(
         bucket=int(zero.get("reduce_bucket_size", BUCKET)),
         on_cpu=machine.on_cpu,
     )
-    shape = shape_of(config, layout, machine.on_cpu)
+    shape = shape_of(config, choices.layout.name, machine.on_cpu, choices.attention.name)
+    shape = replace(shape, eager=shape.eager and activations is not None)
     return [*memory(config, sizes, ranks), *mask_line(config, shape)]
 
 
@@ -161,12 +165,12 @@ def plan(
 
     Ends behind the first that fits. Raises Uncounted.
     """
-    layout, fits = choices.layout.name, False
+    fits = False
     skeleton = functools.cache(lambda lora: scoring_skeleton(_with_lora(config, lora).model))
     for options, changed in _ladder(config, skeleton(False), ranks):
         policy = skeleton("model.lora.r" in options)
-        activations = activations_of(changed, layout, policy, machine)
-        lines = lines_of(changed, policy, second_models, machine, ranks, activations, layout)
+        activations = activations_of(changed, choices, policy, machine)
+        lines = lines_of(changed, policy, second_models, machine, ranks, activations, choices)
         device, host = (sum(column) for column in zip(*((x.device, x.host) for x in lines)))
         fits = device <= machine.capacity * USABLE
         yield Rung(options, device, host, fits)

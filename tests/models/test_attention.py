@@ -48,6 +48,23 @@ def test_trees_score_like_every_sequence_alone(name):
         assert_same(scores, slopes(scores, parameters), expected, true_gradients)
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2, caps and windows", "gpt-oss, sinks"])
+def test_under_autocast_it_is_as_near_as_rows_of_their_own(name):
+    """Rotary embeddings and norms of an fp32 model give fp32 there, and projections bf16."""
+    model = make(name)
+    parameters, expected = list(model.parameters()), alone(model)
+    true = slopes(expected, parameters)
+    errors = []
+    for attention, layout in (("eager", "padded"), (NAMES["sdpa"], "packed")):
+        model.set_attn_implementation(attention)
+        with torch.autocast("cpu", torch.bfloat16):
+            scores = ScoringModel(model)(**forward_arguments(collate_trees(TREES, layout)))["logp"]
+        found = slopes(scores, parameters)
+        distance = sum((a - b).square().sum() for a, b in zip(found, true) if b is not None)
+        errors.append([(scores - expected).norm().item(), distance.sqrt().item()])
+    assert all(packed <= 2 * padded for packed, padded in zip(errors[1], errors[0])), errors
+
+
 LONG = list(range(10, 45))  # more than sequences of different prompts must have in common
 REPEATED = [
     ([1, 5, 6, 7], [[8, 9, 2], [8, 9, 10, 2]]),  # pairs of three answers to one prompt

@@ -8,6 +8,7 @@ from transformers import LlamaForCausalLM
 from dpo_fast.data.batch import collate_trees
 from dpo_fast.errors import UserError
 from dpo_fast.models import ScoringModel
+from dpo_fast.models.decoder import decoder_of
 from dpo_fast.models.scoring import forward_arguments
 from tests.support.architectures import ARCHITECTURES, SIZES, TREES, alone, make
 
@@ -70,6 +71,15 @@ def test_other_keys_are_honoured(name):
     expected = alone(model)
     scores = ScoringModel(model)(**forward_arguments(collate_trees(TREES, "padded")))["logp"]
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_between_the_decoder_and_the_head_are_refused():
+    """ModernBERT's decoder has some there, and its head is what `get_decoder` gives."""
+    config = transformers.ModernBertDecoderConfig(**SIZES, cls_token_id=1, sep_token_id=2)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    assert decoder_of(model) is model.model
+    with pytest.raises(UserError, match="does something to its logits"):
+        ScoringModel(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM
 
-from dpo_fast import FusedHead, FusedLinearPreferenceLoss, VocabShard, linear_logp
+from dpo_fast import FusedHead, FusedLinearPreferenceLoss, VocabShard, linear_logp, logits_logp
 from dpo_fast.data.batch import collate
 from dpo_fast.errors import UserError
 from dpo_fast.integrations import liger
@@ -324,6 +324,11 @@ def vocabulary_shards() -> None:
         rtol=1e-5,
         atol=1e-5,
     )
+    copies = [distribute_tensor(x, mesh, [Replicate()]) for x in (replicated.to_local(), target)]
+    plainly = linear_logp(hidden, weight, target).logp
+    torch.testing.assert_close(linear_logp(copies[0], weight, copies[1]).logp, plainly)
+    logits = distribute_tensor(hidden @ weight.T, mesh, [Replicate()])
+    torch.testing.assert_close(logits_logp(logits, copies[1]), plainly, rtol=1e-5, atol=1e-5)
     _refused(mesh, hidden, weight, target, cut, shard)
 
 
@@ -335,6 +340,15 @@ def _refused(mesh, hidden, weight, target, cut, shard) -> None:
     )
     with pytest.raises(ValueError, match=r"needs Shard\(0\) over one dimension"):
         VocabShard.of(columns)
+    row = distribute_tensor(weight[:1], mesh, [Shard(0)])  # too few for all ranks
+    for each in (row, row.to_local()):
+        with pytest.raises(ValueError, match="ranks have none of the 1 rows"):
+            VocabShard.of(each)
+    with pytest.raises(ValueError, match="logits is a DTensor with placements"):
+        logits_logp(distribute_tensor(hidden @ weight.T, mesh, [Shard(1)]), target)
+    with pytest.raises(ValueError, match="labels is a DTensor with placements"):
+        labels = distribute_tensor(target.view(2, -1), mesh, [Shard(0)])
+        FusedLinearPreferenceLoss("cpo")(hidden.view(2, -1, D), weight, labels)
     with pytest.raises(ValueError, match="leave group out"):
         VocabShard.of(cut[0], dist.new_group())
     with pytest.raises(ValueError, match="both lie alike"):

@@ -99,6 +99,21 @@ def test_the_mask_of_a_padded_batch():
     assert mask_bytes(Shape(2, 100, False, 200, True), 4) == 5 * 2 * 100 * 100
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2, caps and windows", "gpt-oss, sinks"])
+def test_eager_attention_keeps_scores_of_all_heads(name):
+    """Its activations grow with the square of the length: the softmax of each layer, at the least."""
+
+    def kept(length: int) -> int:
+        shape = Shape(2, length, False, 2 * length, True, eager=True)
+        assert mask_bytes(shape, 4) == 0
+        made = model(name, max_position_embeddings=4096)
+        return count(made, shape, head(2 * length), recomputed=False).kept
+
+    short, middle, long = (kept(length) for length in (256, 512, 768))
+    scores = 2 * 4 * 256**2 * 2  # of sequences and heads, in bf16, which experts are counted in
+    assert (long - middle) - (middle - short) >= LAYERS * 2 * scores
+
+
 @pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.parametrize("name", ["recomputed", "recomputed, tiles"])

@@ -9,16 +9,20 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 
-def plain_hidden(hidden: Tensor) -> Tensor:
-    """Hidden states as a plain tensor. Raises ValueError for a DTensor whose rows or columns are spread."""
-    if not isinstance(hidden, DTensor):
-        return hidden
-    if any(not placement.is_replicate() for placement in hidden.placements):
+def plain_input(x: Tensor, name: str) -> Tensor:
+    """What is given for each row, as a plain tensor: hidden states, logits, targets or labels.
+
+    Raises:
+        ValueError: a DTensor whose rows or columns are spread.
+    """
+    if not isinstance(x, DTensor):
+        return x
+    if any(not placement.is_replicate() for placement in x.placements):
         raise ValueError(
-            f"hidden is a DTensor with placements {hidden.placements}: pass the rows that this rank "
-            "scores, with the targets of these rows; hidden.to_local() or hidden.full_tensor() has them"
+            f"{name} is a DTensor with placements {x.placements}: pass the rows that this rank scores, "
+            f"whole, and the same ones of all inputs; {name}.to_local() or {name}.full_tensor() has them"
         )
-    return hidden.to_local()
+    return x.to_local()
 
 
 def plain_weight(x: Tensor | None, hidden: Tensor, kept: tuple[int, ...] = ()) -> Tensor | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from dpo_fast.ops.cpu import product_dtype
 from dpo_fast.ops.dispatch import choose_implementation
 from dpo_fast.ops.linear_logp.call import HeadCall, HeadOptions, check_call, check_targets
-from dpo_fast.ops.linear_logp.dtensor import plain_hidden, plain_weight
+from dpo_fast.ops.linear_logp.dtensor import plain_input, plain_weight
 from dpo_fast.ops.linear_logp.plan import HeadPlan, default_workspace_bytes, plan
 from dpo_fast.ops.linear_logp.vocab_shard import VocabShard, sharded_dim, whole_vocabulary
 
@@ -69,7 +69,8 @@ def linear_logp(
         ValueError: shapes, dtypes, options or targets that do not fit.
         UnavailableError: the named implementation cannot run on this device.
     """
-    hidden_TD, weight_VD, bias = _autocast(plain_hidden(hidden_TD), weight_VD, bias)
+    targets_T = plain_input(targets_T, "targets")
+    hidden_TD, weight_VD, bias = _autocast(plain_input(hidden_TD, "hidden"), weight_VD, bias)
     weight_VD, bias = _plain(hidden_TD, weight_VD, bias, shard)
     extras, needs = tuple(extras), _needs(hidden_TD, weight_VD, bias)
     if torch.compiler.is_compiling() and shard is None:

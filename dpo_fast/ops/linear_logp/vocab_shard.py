@@ -34,7 +34,8 @@ class VocabShard:
 
         Raises:
             RuntimeError: torch.distributed is not initialised.
-            ValueError: a DTensor that is not sharded by rows over one dimension of its mesh.
+            ValueError: a DTensor that is not sharded by rows over one dimension of its mesh; or a rank
+                has no rows. All ranks say so, and none waits for the others.
         """
         if isinstance(weight_VD, DTensor):
             return cls._of_dtensor(weight_VD, group)
@@ -43,6 +44,7 @@ class VocabShard:
         sizes = [None] * dist.get_world_size(group)
         dist.all_gather_object(sizes, weight_VD.shape[0], group=group)
         rank = dist.get_rank(group)
+        _check_rows(min(sizes), sum(sizes), len(sizes))
         return cls(group, sum(sizes[:rank]), sum(sizes), max(sizes))
 
     @classmethod
@@ -54,6 +56,7 @@ class VocabShard:
         largest = -(
             -vocab // mesh.size(dim)
         )  # as DTensor cuts: the last ranks have fewer rows, or none
+        _check_rows(vocab - (mesh.size(dim) - 1) * largest, vocab, mesh.size(dim))
         first = min(mesh.get_local_rank(dim) * largest, vocab)
         rows, expected = len(weight_VD.to_local()), min(largest, vocab - first)
         if rows != expected:
@@ -75,6 +78,14 @@ class VocabShard:
         result = tensor.contiguous().clone()
         dist.all_reduce(result, operation, group=self.group)
         return result
+
+
+def _check_rows(fewest: int, vocab: int, ranks: int) -> None:
+    if fewest < 1:
+        raise ValueError(
+            f"some of the {ranks} ranks have none of the {vocab} rows of the weight: spread it over fewer "
+            "ranks, or pass it whole"
+        )
 
 
 def sharded_dim(weight_VD: DTensor) -> int:
