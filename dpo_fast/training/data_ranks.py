@@ -6,6 +6,8 @@ are sharded over all ranks, as without it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed as dist
 from torch import Tensor
 
@@ -32,6 +34,17 @@ def _of_size(size: int) -> SequenceGroup:
             if first <= dist.get_rank() < first + size:
                 _made[size] = everyone, SequenceGroup(group)
     return _made[size][1]
+
+
+def shared_or_whole(parallel: dict[str, Any] | None, world_size: int) -> dict[str, Any]:
+    """A recorded section `parallel` for so many ranks: where N does not divide them, each has whole rows.
+
+    Log-probs are the same.
+    """
+    parallel = dict(parallel or {})
+    shared = parallel.get("sequence_parallel", 1)
+    whole = isinstance(shared, int) and shared > 1 and world_size % shared
+    return parallel | ({"sequence_parallel": 1} if whole else {})
 
 
 def sequence_group() -> SequenceGroup | None:

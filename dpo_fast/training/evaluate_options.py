@@ -26,6 +26,7 @@ from dpo_fast.training.checkpoint_run import checkpoint_of
 from dpo_fast.training.config import RunConfig, build_config
 from dpo_fast.training.config_file import apply
 from dpo_fast.training.console import say
+from dpo_fast.training.data_ranks import shared_or_whole
 from dpo_fast.training.earlier_run import MODEL
 from dpo_fast.training.overrides import check_used
 from dpo_fast.training.places import check_places
@@ -40,12 +41,17 @@ TRAIN = (
 # DATA stands for some: `_check_overrides`.
 OF_EVALUATION = (
     *("model.path", "model.revision", "model.tokenizer", "model.dtype", "model.attention"),
-    *("model.use_liger_kernel", "model.torch_compile", "model.trust_remote_code"),
+    *(
+        "model.tiled_mlp",
+        "model.use_liger_kernel",
+        "model.torch_compile",
+        "model.trust_remote_code",
+    ),
     *("data", "loss", "reference"),
     *("train.output_dir", "train.micro_batch_size", "train.tokens_per_batch", "train.layout"),
     *("train.implementation", "train.workspace_bytes", "train.seed"),
-    *("parallel.zero_stage", "parallel.offload_parameters", "parallel.timeout_minutes"),
-    *("parallel.deepspeed", "log.token_metrics"),
+    *("parallel.zero_stage", "parallel.offload_parameters", "parallel.sequence_parallel"),
+    *("parallel.timeout_minutes", "parallel.deepspeed", "log.token_metrics"),
 )
 OF_TRAINING = (
     *("data.streaming", "data.stream_buffer", "data.stopping_strategy"),
@@ -154,10 +160,7 @@ def _without_training(tree: dict[str, Any], world_size: int) -> dict[str, Any]:
     train = {name: value for name, value in tree.get("train", {}).items() if name in TRAIN}
     log = {k: v for k, v in tree.get("log", {}).items() if k == "token_metrics"}
     kept = {name: tree[name] for name in ("model", "loss", "reference", "parallel") if name in tree}
-    parallel = dict(kept.get("parallel") or {})
-    shared = parallel.get("sequence_parallel", 1)
-    if isinstance(shared, int) and shared > 1 and world_size % shared:
-        kept["parallel"] = parallel | {"sequence_parallel": 1}  # log-probs are the same
+    kept["parallel"] = shared_or_whole(kept.get("parallel"), world_size)
     return kept | {"data": dict(tree.get("data", {})), "train": train, "log": log}
 
 

@@ -87,12 +87,15 @@ def _step(checkpoint: Path) -> int:
 def replay(asked: Asked, overrides: list[str] | tuple[str, ...] = ()) -> list[Row]:
     """Take the steps up to it, then look at its rows. Returns those of all ranks. Collective."""
     tree = read_recorded(asked.run / RUN_CONFIG)
+    parallel = tree.get("parallel")
+    tree["parallel"] = data_ranks.shared_or_whole(parallel, distributed.world_size())
     for override in overrides:
         apply(tree, override)
     config = build_config(tree, str(asked.run / RUN_CONFIG))
     check_used(overrides, OF_REPLAY, "a replay")
+    choices = check_run(config)
     data_ranks.join(config.parallel)
-    run = prepare(config, check_run(config))
+    run = prepare(config, choices)
     sums, step = MetricSums(run.engine.device), 0
     if asked.checkpoint is not None:
         step = restore(run, asked.checkpoint, sums)["step"]

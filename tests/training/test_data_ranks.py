@@ -252,6 +252,15 @@ def test_what_the_ranks_cannot_share_is_refused(folder, monkeypatch):
         build_config(tree_of(folder, "pairs", parallel=raw), "test")
 
 
+def test_a_recorded_run_has_whole_rows_on_ranks_that_it_does_not_divide():
+    """Evaluations and replays on other ranks, one above all."""
+    recorded = {"sequence_parallel": 4, "zero_stage": 3}
+    for world, shared in ((1, 1), (4, 4), (6, 1), (8, 4)):
+        found = data_ranks.shared_or_whole(recorded, world)
+        assert found == {"sequence_parallel": shared, "zero_stage": 3}
+    assert data_ranks.shared_or_whole(None, 1) == {}
+
+
 def test_a_model_that_mixes_tokens_otherwise_is_refused(folder):
     config = build_config(tree_of(folder, "pairs", 2), "test")
     carries = Architecture("MambaForCausalLM", "it has layers that carry state", False, False)

@@ -100,6 +100,8 @@ def test_an_option_that_a_replay_would_ignore_is_refused(ended):
     for override in ("train.save_steps=2", "log.logging_steps=5", "health.stop_on=[]"):
         with pytest.raises(UserError, match="changes nothing of a replay; model, data, "):
             replay(asked, [override])
+    with pytest.raises(UserError, match="sequence_parallel=2 does not divide the 1 rank"):
+        replay(asked, ["parallel.sequence_parallel=2"])
 
 
 def test_the_step_is_reached_from_the_last_checkpoint_before_it(tmp_path):
