@@ -22,6 +22,7 @@ from dpo_fast.data.layouts import layouts_with
 from dpo_fast.errors import UserError
 from dpo_fast.models.attention_plan import AttentionPlan, Varlen
 from dpo_fast.models.attention_sdpa import sdpa
+from dpo_fast.models.ulysses import cause
 
 # Names for transformers, which takes any with sdpa, flex or flash in it for one of its own.
 NAMES = {
@@ -205,7 +206,8 @@ def _interface(compute: Callable[..., Tensor]) -> Callable:
         s_aux: Tensor | None = None,
         **others,
     ) -> tuple[Tensor, None]:
-        _refuse_unknown_inputs(module, attention_mask, dropout, others)
+        group = None if plan is None else plan.group
+        _refuse_unknown_inputs(module, attention_mask, dropout, others, group)
         if plan is None:
             raise UserError(
                 "this attention serves sequences that share a row, and got no plan of the row. "
@@ -213,7 +215,6 @@ def _interface(compute: Callable[..., Tensor]) -> Callable:
                 f"called with, so set train.layout={layouts_with(shares_rows=False)}. Otherwise call "
                 'model.set_attn_implementation("sdpa") before the model is used'
             )
-        group = plan.group
         if group is not None:
             query, key, value = group.to_heads(query, key, value)
             s_aux = None if s_aux is None else group.of_own_heads(s_aux)
@@ -234,7 +235,7 @@ def _interface(compute: Callable[..., Tensor]) -> Callable:
     return attention
 
 
-def _refuse_unknown_inputs(module, attention_mask, dropout, others) -> None:
+def _refuse_unknown_inputs(module, attention_mask, dropout, others, group=None) -> None:
     """Raises UserError for an input that would change attention beyond the causal plan.
 
     Any tensor of an unknown name is one: sparse attention's `indices`, a `position_bias`, sinks
@@ -243,10 +244,11 @@ def _refuse_unknown_inputs(module, attention_mask, dropout, others) -> None:
     reasons = obstacles(module, attention_mask, others)
     reasons += ["dropout"] if dropout else []
     if reasons:
+        layouts = (layouts_with(shares_rows=True), layouts_with(shares_rows=False))
+        option, remedy = cause(*layouts, group)
         raise UserError(
-            f"train.layout={layouts_with(shares_rows=True)} cannot be honoured: this model's attention "
-            f"({type(module).__name__}) has {' and '.join(reasons)}. "
-            f"Set train.layout={layouts_with(shares_rows=False)}"
+            f"{option} cannot be honoured: this model's attention "
+            f"({type(module).__name__}) has {' and '.join(reasons)}. Set {remedy}"
         )
 
 

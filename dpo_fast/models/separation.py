@@ -11,6 +11,7 @@ from dpo_fast.data.batch import collate_trees
 from dpo_fast.data.layouts import LAYOUTS, layouts_with
 from dpo_fast.errors import UserError
 from dpo_fast.models.scoring import forward_arguments
+from dpo_fast.models.ulysses import cause
 
 # A product gives the same row whatever the other rows are, but experts that get other rows may round
 # differently. A layer that mixes sequences moves log-probs by far more.
@@ -61,10 +62,11 @@ def check_separation(
         )
     moved = (after - before)[4:].abs().max().item()
     if not moved <= TOLERANCE[dtype]:
+        option, remedy = cause(layout, layouts_with(shares_rows=False), group)
         raise UserError(
-            f"train.layout={layout} cannot be honoured: another completion in the row moved the "
+            f"{option} cannot be honoured: another completion in the row moved the "
             f"log-probs of untouched ones by {moved:.2g}, so some layer of this model mixes tokens "
-            f"by other means than its attention. Set train.layout={layouts_with(shares_rows=False)}"
+            f"by other means than its attention. Set {remedy}"
         )
 
 

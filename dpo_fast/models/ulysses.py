@@ -172,6 +172,18 @@ def check_heads(config, size: int) -> None:
         raise UserError(_refusal(size, heads))
 
 
+def cause(layout: str, others: str, group: SequenceGroup | None) -> tuple[str, str]:
+    """What has sequences share a row, and what to set so that they do not, for a message.
+
+    Where ranks share a row, all layouts stand in one.
+
+    layout, others: of train.layout, those that share rows and those that do not.
+    """
+    if group is None:
+        return f"train.layout={layout}", f"train.layout={others}"
+    return f"parallel.sequence_parallel={group.size}", "parallel.sequence_parallel=1"
+
+
 def _refusal(size: int, heads: int) -> str:
     fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
     return (

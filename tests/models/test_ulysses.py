@@ -9,7 +9,9 @@ import transformers
 pytest.importorskip("deepspeed")
 
 from dpo_fast.errors import UserError
-from dpo_fast.models.separation import check_slices
+from dpo_fast.models.attention import NAMES
+from dpo_fast.models.attention_plan import AttentionPlan
+from dpo_fast.models.separation import check_separation, check_slices
 from dpo_fast.models.ulysses import check_heads
 from tests.support import ranks
 from tests.support.architectures import ARCHITECTURES
@@ -57,3 +59,23 @@ def test_slices_that_score_otherwise_are_refused():
     assert scorer.group is before
     scorer.amiss = 1e-6
     check_slices(scorer, scorer.logps, torch.float32)
+
+
+@pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
+def test_a_row_that_ranks_share_is_the_cause_in_every_layout(layout):
+    """A message that asked for the layout that is set already would help nobody."""
+
+    class Mixing:
+        group = SimpleNamespace(size=2)
+
+        def __call__(self, input_ids, predictions_T, **others) -> dict[str, torch.Tensor]:
+            return {"logp": torch.zeros(len(predictions_T)) + input_ids.sum()}
+
+    scorer = Mixing()
+    told = r"sequence_parallel=2 cannot be honoured: .* Set parallel.sequence_parallel=1$"
+    with pytest.raises(UserError, match=told):
+        check_separation(scorer, layout, 97, torch.device("cpu"), torch.float32)
+    plan = AttentionPlan(((2, 0, -1),), torch.device("cpu"), scorer.group)
+    attention = transformers.AttentionInterface()[NAMES["sdpa"]]
+    with pytest.raises(UserError, match=told):
+        attention(torch.nn.Module(), *[torch.zeros(1, 2, 1, 4)] * 3, None, dropout=0.1, plan=plan)
