@@ -24,12 +24,14 @@ DISK = 6e9  # bytes a second of a fast NVMe disk, to read or write
 
 def transfers(outlook, **other: object) -> list[Transfer]:
     """What a rank exchanges in a step. other: options of `zero_optimization` in place of the run's."""
-    config, model = outlook.config, outlook.policy
+    config, model = outlook.choices.applied(outlook.config), outlook.policy
     again = []
     if wants_checkpointing(config, model):
         again = checkpointed_layers(model.causal_lm, config.model.checkpoint_layers)
     zero, batches = zero_config(config) | other, micro_batches(outlook)
-    found = traffic(config, zero, model, again, outlook.world, batches)
+    stored = config.stored_models
+    beside = [each for which, each in outlook.second_models.items() if which not in stored]
+    found = traffic(config, zero, model, again, outlook.world, batches, beside)
     shape = shape_of(config, outlook.choices.layout.name, outlook.device.type == "cpu")
     tokens, scored = shape.sequences * shape.length, outlook.scored_tokens
     outputs = 1 + (len(METRIC_EXTRAS) if config.log.token_metrics else 0)

@@ -67,14 +67,15 @@ def add_lora(scoring: nn.Module, section: LoraSection) -> None:
     everything = targets == "all-linear"
     shared = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     ends = {name.split(".")[-1] for name in whole} & {*HEADS, *EMBEDDINGS}
+    # Lists of its own: peft (0.21) writes the layer that is tied to the head into the one that it is given.
     config = LoraConfig(
         r=section.r,
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,
-        target_modules=targets,
-        target_parameters=parameters or None,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        target_parameters=list(parameters) or None,
         exclude_modules=(linear_routers(model) if everything else []) or None,
-        modules_to_save=whole or None,
+        modules_to_save=list(whole) or None,
         ensure_weight_tying=shared and bool(ends),
         task_type="CAUSAL_LM",
     )

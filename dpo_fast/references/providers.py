@@ -125,6 +125,12 @@ def local(parameter: nn.Parameter) -> Tensor:
 
 
 def _forget_gathered(parameter: nn.Parameter) -> None:
-    """Drop the gathered copy that DeepSpeed may keep of a small parameter after a forward."""
-    if hasattr(parameter, "ds_tensor") and parameter.ds_status.name == "AVAILABLE":
+    """Drop the copies that DeepSpeed may keep: the whole of a small parameter, and hpZ's for a group.
+
+    It renews the latter where its optimiser takes a step, and a reference has none.
+    """
+    if not hasattr(parameter, "ds_tensor"):
+        return
+    if parameter.ds_status.name == "AVAILABLE":
         parameter.partition()
+    parameter.ds_secondary_tensor = None

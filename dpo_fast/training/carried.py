@@ -10,7 +10,7 @@ from dpo_fast.errors import UserError
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import check_whole, is_checkpoint, reading
 from dpo_fast.training.console import say
-from dpo_fast.training.engine_parts import Parts, loading, open_states, put
+from dpo_fast.training.engine_parts import Parts, cut_groups, loading, open_states, put
 from dpo_fast.training.engine_states import States
 
 
@@ -55,7 +55,7 @@ def weights_of(engine) -> list[torch.Tensor]:
     if stage == 3:
         return list(optimizer.state_dict()["fp32_flat_groups"])
     if stage:
-        return list(optimizer.single_partition_of_fp32_groups)
+        return list(cut_groups(optimizer)[1])
     own = optimizer.state_dict()
     groups = own.get(
         "fp32_groups", [group["params"] for group in optimizer.param_groups]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpo_fast.errors import UserError
 from dpo_fast.training import distributed
@@ -181,6 +181,13 @@ class Parts:
         return next(iter(steps.values()))
 
 
+def cut_groups(optimizer) -> tuple[list[list[nn.Parameter]], list[Tensor]]:
+    """Of an optimiser of ZeRO 1 or 2 the parameters of each group, and this rank's part of it in fp32."""
+    if hasattr(optimizer, "bf16_groups"):  # what DeepSpeed takes for bf16 at stage 1
+        return optimizer.bf16_groups, optimizer.fp32_groups_flat_partition
+    return optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups
+
+
 def layout(engine, names: dict[int, str]) -> tuple[dict[str, Place], list[int]]:
     """Where the engine's optimiser has its parts of parameters, by name, and the sizes of its tensors."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
@@ -194,9 +201,10 @@ def layout(engine, names: dict[int, str]) -> tuple[dict[str, Place], list[int]]:
         trained = [p for group in split_trained(engine.module.parameters()) for p in group]
         places = {names[id(p)]: Place(i, 0, p.numel()) for i, p in enumerate(trained)}
         return places, [p.numel() for p in trained]
-    for number, group in enumerate(optimizer.bit16_groups):
+    groups, flats = cut_groups(optimizer)
+    for number, group in enumerate(groups):
         for parameter in group:
             if (part := parameter._hp_mapping) is not None:
                 here, there = part.hp_fragment_address, part.lp_fragment_address
                 places[names[id(parameter)]] = Place(number, here.start, here.numel, there.start)
-    return places, [flat.numel() for flat in optimizer.single_partition_of_fp32_groups]
+    return places, [flat.numel() for flat in flats]

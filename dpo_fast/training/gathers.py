@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from torch import nn
 
@@ -57,8 +58,20 @@ class Use:
     released: bool = True
 
 
-def order_of(model: ScoringModel, checkpointed: Sequence[int]) -> tuple[list[Use], dict[int, int]]:
-    """The modules of a forward and its backward in their order, and the elements of every parameter.
+class Order(NamedTuple):
+    """The modules of a forward and its backward in their order.
+
+    forward: how many of them are of the forward pass.
+    sizes: elements of every parameter, by its id.
+    """
+
+    uses: list[Use]
+    forward: int
+    sizes: dict[int, int]
+
+
+def order_of(model: ScoringModel, checkpointed: Sequence[int]) -> Order:
+    """What runs in a forward of a model and its backward.
 
     model: on the meta device, or loaded.
     checkpointed: numbers of the layers that run again in the backward pass.
@@ -68,7 +81,8 @@ def order_of(model: ScoringModel, checkpointed: Sequence[int]) -> tuple[list[Use
     walk = _Walk({id(layers[index]) for index in checkpointed})
     parts = [walk.of(part) for part in (decoder_of(causal_lm), causal_lm.get_output_embeddings())]
     backward = [use for _, own in reversed(parts) for use in own]
-    return [Use(()), *parts[0][0], *parts[1][0], Use(()), *backward], walk.sizes
+    forward = [Use(()), *parts[0][0], *parts[1][0]]
+    return Order([*forward, Use(()), *backward], len(forward), walk.sizes)
 
 
 class _Walk:
@@ -110,11 +124,17 @@ class _Walk:
 
 
 def gathered(
-    order: Sequence[Use], sizes: dict[int, int], rules: Rules, held: set[int] = frozenset()
+    order: Sequence[Use],
+    sizes: dict[int, int],
+    rules: Rules,
+    held: set[int] = frozenset(),
+    until: int | None = None,
 ) -> tuple[Counter, set[int]]:
     """How often a micro-batch gathers each parameter, by its id, and which it leaves gathered.
 
     held: those that the micro-batch before has left.
+    until: uses that come to pass, of a forward that no backward follows. What the order has behind them
+        is looked ahead to all the same.
     """
     there, counts = set(held), Counter()
     small = {key for key, size in sizes.items() if size <= rules.persistence}
@@ -122,7 +142,7 @@ def gathered(
     queue = deque((key, step) for step, use in enumerate(order) for key in use.own)
     fetched_for = dict.fromkeys(sizes, -1)
     live = 0
-    for step, use in enumerate(order):
+    for step, use in enumerate(order[:until]):
         for key in use.own:
             if key not in there:
                 counts[key] += 1

@@ -16,6 +16,7 @@ from dpo_fast.references import ReferenceModel
 from dpo_fast.training import distributed
 from dpo_fast.training.activations import Activations, Shape, mask_bytes
 from dpo_fast.training.config import RunConfig
+from dpo_fast.training.engine import zero_config
 
 FP32 = 4
 GROUP = 8  # completions of a group, assumed as long as the data are not read
@@ -79,12 +80,26 @@ def memory(config: RunConfig, sizes: Sizes, ranks: int) -> list[Line]:
         name = "reference model" if model == config.reference.model else model.option
         when = ", before training" if model in config.stored_models else ""
         lines.append(line(name + when, elements, size, 3, config.offloads_reference))
+    lines += _group_copies(config, sizes)
     lines += _buckets(config, sizes)
     if sizes.activations is None:
         lines.append(Line("head workspace", sizes.head_bytes, 0.0, "the head's plan above"))
     else:
         lines += _activation_lines(config, sizes.activations)
     return lines
+
+
+def _group_copies(config: RunConfig, sizes: Sizes) -> list[Line]:
+    """With hpZ every group of ranks has all weights of every model once more."""
+    group = int(zero_config(config).get("zero_hpz_partition_size", 1))
+    if config.zero_stage < 3 or group == 1:
+        return []
+    size, places = config.model.torch_dtype.itemsize, {False: 0, True: 0}
+    places[bool(config.parallel.offload_parameters)] += sizes.parameters
+    places[bool(config.offloads_reference)] += sum(sizes.second_models.values())
+    how = f"{sum(places.values()):,} x {size} bytes / {group} ranks (zero_hpz_partition_size)"
+    device, host = (places[offloaded] * size / group for offloaded in (False, True))
+    return [Line("weights of a group", device, host, how)]
 
 
 def _buckets(config: RunConfig, sizes: Sizes) -> list[Line]:

@@ -13,7 +13,8 @@ What DeepSpeed exchanges, by stage of ZeRO (Rajbhandari et al., 2020, section 7;
 0     gradients: an all-reduce a step
 1     gradients: an all-reduce a step; weights: an all-gather a step
 2     gradients: an all-reduce a micro-batch, of which a rank keeps its part; weights: an all-gather a step
-3     parameters: all-gathers in every micro-batch (`gathers.py`); gradients: a reduce-scatter a micro-batch
+3     parameters: all-gathers in every micro-batch (`gathers.py`), and in every forward without a backward,
+      of the policy or of a reference that is sharded beside it; gradients: a reduce-scatter a micro-batch
 
 Sums of a few numbers (gradient norm, metrics) are left out.
 """
@@ -21,13 +22,13 @@ Sums of a few numbers (gradient norm, metrics) are left out.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from dpo_fast.models import ScoringModel
 from dpo_fast.training.config import RunConfig
-from dpo_fast.training.gathers import Rules, gathered, order_of
+from dpo_fast.training.gathers import Order, Rules, gathered, order_of
 from dpo_fast.training.memory import FP32, elements
 
 GATHER, SCATTER, REDUCE, EXCHANGE = "all-gather", "reduce-scatter", "all-reduce", "all-to-all"
@@ -73,21 +74,28 @@ def traffic(
     checkpointed: Sequence[int],
     ranks: int,
     micro_batches: int,
+    references: Iterable[ScoringModel] = (),
 ) -> list[Transfer]:
     """What a rank exchanges in an optimiser step; [] for a single rank.
 
+    config: with the choices that were made in place of `auto`.
     zero: DeepSpeed's section `zero_optimization`.
     model: on the meta device, or loaded.
     checkpointed: numbers of the layers that run again in the backward pass.
     micro_batches: of each rank in a step.
+    references: models beside the policy that score every batch, in the state of `model`.
     """
     if ranks == 1:
         return []
     stage, size = config.zero_stage, config.model.torch_dtype.itemsize
     trained = elements(model, trainable=True)
     if stage == 3:
-        order, sizes = order_of(model, checkpointed)
-        return _stage_3(model, zero, order, sizes, ranks, micro_batches, size)
+        own, beside = passes_of(config, micro_batches)
+        found = _gathers(model, zero, order_of(model, checkpointed), own, ranks, size)
+        for other in references:
+            lines = _gathers(other, zero, order_of(other, []), beside, ranks, size)
+            found += [replace(line, what=f"{line.what} of the reference") for line in lines]
+        return found + _reduced(model, zero, ranks, micro_batches, size)
     # Stage 1 adds micro-batches up and reduces once; stage 2 reduces every one.
     times = micro_batches if stage == 2 else 1
     how = f"{trained:,} x {size} bytes" + (f" x {times} micro-batches" if times > 1 else "")
@@ -111,16 +119,43 @@ def _padded_groups(model: ScoringModel, ranks: int) -> int:
     return total
 
 
-def _stage_3(model, zero, order, sizes, ranks: int, micro_batches: int, size: int):
-    """Parameters and gradients of ZeRO 3, with ZeRO++ where it is asked for."""
-    rules, counts, held = Rules.of(zero), Counter(), set()
-    passes = []
-    for _ in range(micro_batches):
-        once, held = gathered(order, sizes, rules, held)
-        passes.append(once)
-        counts += once
+class Passes(NamedTuple):
+    """Passes of a model over micro-batches in a step.
+
+    apart: forwards before all others. before: forwards with adapters off, each before one of `both`, so
+    that their orders of modules come in turn. both: forwards with their backward.
+    """
+
+    apart: int
+    before: int
+    both: int
+
+
+def passes_of(config: RunConfig, micro_batches: int) -> tuple[Passes, Passes]:
+    """Those of the policy in a step, and those of a reference that scores beside it."""
+    objective, balanced = config.loss.objective, bool(config.model.router_aux_loss_coef)
+    kl = micro_batches if "kl" in objective.statistics else 0
+    first = micro_batches if objective.coupled or (balanced and micro_batches > 1) else 0
+    scored = micro_batches + kl if objective.needs_reference else 0
+    itself = config.reference_provider == "adapter_off"
+    policy = Passes(kl + first, scored if itself else 0, micro_batches)
+    return policy, Passes(scored, 0, 0)
+
+
+def _gathers(model, zero, order: Order, passes: Passes, ranks: int, size: int) -> list[Transfer]:
+    """Parameters of ZeRO 3, with ZeRO++ where it is asked for."""
+    sizes, rules = order.sizes, Rules.of(zero)
+    if passes.before:
+        # Two orders in turn: DeepSpeed has never a whole one to look ahead in, and releases at once.
+        rules = replace(rules, reuse=0, prefetch=0)
+    each_pass, held = [], set()
+    uses = order.uses if passes.both else order.uses[: order.forward]
+    for until in [order.forward] * (passes.apart + passes.before) + [None] * passes.both:
+        once, held = gathered(uses, sizes, rules, held, until)
+        each_pass.append(once)
     padded = {key: -(-sizes[key] // ranks) * ranks for key in sizes}
-    first, later = _split_by_group(passes, zero)
+    trained = {id(p) for p in model.parameters() if p.requires_grad and passes.both}
+    first, later = _split_by_group(each_pass, zero, trained)
     each, name = (size, "") if not zero.get("zero_quantized_weights") else (QUANTISED, ", 8 bits")
     found = []
     for group, share in ((ranks, first), (int(zero.get("zero_hpz_partition_size", 1)), later)):
@@ -132,12 +167,13 @@ def _stage_3(model, zero, order, sizes, ranks: int, micro_batches: int, size: in
             found.append(
                 Transfer(f"parameters{name}{within}", GATHER, group, total * each + scales, how)
             )
+    if not passes.both:  # nothing updates them
+        return found
     all_sizes = map(_numel, model.parameters())  # also of parts that a text does not go through
     small = sum(-(-n // ranks) * ranks for n in all_sizes if n <= rules.persistence)
     if small:
         how = f"{small:,} x {size} bytes, which are small and stay whole"
         found.append(Transfer("small parameters", GATHER, ranks, small * size, how))
-    found += _reduced(model, zero, ranks, micro_batches, size)
     return found
 
 
@@ -145,12 +181,17 @@ def _times(total: int, padded: dict[int, int]) -> str:
     return f"{total / max(sum(padded.values()), 1):.2f} times all parameters"
 
 
-def _split_by_group(passes: list[Counter], zero: dict) -> tuple[Counter, Counter]:
-    """Gathers over all ranks, and those within hpZ's groups: all but the first of a step."""
+def _split_by_group(
+    passes: list[Counter], zero: dict, trained: set[int]
+) -> tuple[Counter, Counter]:
+    """Gathers over all ranks, and those within hpZ's groups: all but the first of a step.
+
+    trained: ids of parameters that an update changes. The copies of others stay good for the whole run.
+    """
     counts = sum(passes, Counter())
     if int(zero.get("zero_hpz_partition_size", 1)) == 1:
         return counts, Counter()
-    first = Counter(dict.fromkeys(counts, 1))
+    first = Counter(dict.fromkeys(trained & counts.keys(), 1))
     return first, counts - first
 
 

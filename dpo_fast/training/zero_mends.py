@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 
 def follow_new_order() -> None:
     """Let ZeRO 3 decide anew what stays gathered when it records another order of modules.
@@ -27,6 +29,34 @@ def follow_new_order() -> None:
 
     forget.forgets = True
     kind._invalidate_trace = forget
+
+
+def record_whole_passes() -> None:
+    """Let ZeRO 3 record the order of a training pass, and not that of a forward without gradients.
+
+    DeepSpeed (0.19) records the first pass after an order was broken. Where a forward and a training pass
+    come in turn, that is always the forward, whose order the other breaks: nothing is ever fetched ahead or
+    kept, and ranks compare their orders in every pass. A forward is the beginning of a training pass, so
+    the order of the latter serves both.
+    """
+    from deepspeed.runtime.zero import partitioned_param_coordinator as place
+
+    kind = place.PartitionedParameterCoordinator
+    reset = kind.reset_step
+    if getattr(reset, "of_whole_passes", False):
+        return
+
+    def reset_to_whole(coordinator) -> None:
+        whole = torch.is_grad_enabled()
+        recorded = not coordinator.is_invalid_trace()
+        if whole and recorded and not getattr(coordinator, "recorded_whole", False):
+            coordinator._invalidate_trace()
+        reset(coordinator)
+        if coordinator.is_record_trace():
+            coordinator.recorded_whole = whole
+
+    reset_to_whole.of_whole_passes = True
+    kind.reset_step = reset_to_whole
 
 
 def share_groups(size: int) -> None:

@@ -208,6 +208,11 @@ SIZES = Sizes(parameters=1000, trainable=800, gathered=100, head_bytes=7, second
             {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True},
             [(0, 500), (200, 0), (0, 800), (0, 2400), (0, 300)],
         ),
+        (  # both models once more in every two ranks
+            "bf16",
+            {"zero_stage": 3, "zero_hpz_partition_size": 2},
+            [(500, 0), (200, 0), (800, 0), (2400, 0), (300, 0), (1600, 0)],
+        ),
     ],
 )
 def test_memory_of_a_rank(folder, dtype, parallel, expected):

@@ -31,7 +31,8 @@ def folder(tmp_path_factory):
         ]
     )
     sharded = changed(base, folder / "sharded", reference=EMA, parallel=shards, train=saving)
-    ranks.train([sharded], 2)
+    copies = {"zero_stage": 3, "zero_hpz_partition_size": 2}
+    ranks.train([sharded, changed(sharded, folder / "copies", parallel=copies)], 2)
     shutil.copytree(folder / "sharded" / "checkpoint-3", folder / "resumed" / "checkpoint-3")
     resume = {"resume_from_checkpoint": True}
     ranks.train([changed(sharded, folder / "resumed", train=resume)], 2)
@@ -50,6 +51,12 @@ def test_the_curve_changes_when_the_reference_has_moved(folder):
 def test_shards_on_two_ranks_follow_like_whole_weights(folder):
     whole, sharded = series(folder / "ema"), series(folder / "sharded")
     assert all(sharded[step] == pytest.approx(whole[step], abs=1e-5) for step in whole)
+
+
+@pytest.mark.processes
+def test_copies_that_groups_of_ranks_keep_follow_too(folder):
+    """hpZ gathers from them, and DeepSpeed renews none of a model that is not trained."""
+    assert series(folder / "copies") == series(folder / "sharded")
 
 
 @pytest.mark.processes

@@ -97,6 +97,17 @@ def load(path, modules, **lora):
     return load_model(ModelSection(path=str(path), dtype="fp32", lora=lora), attention="sdpa")
 
 
+@pytest.mark.parametrize("modules", [["lm_head"], ["norm", "embed_tokens"]])
+def test_the_section_stays_as_it_was_given(folder, modules):
+    """A checkpoint notes it, and is resumed with the same section only."""
+    section = ModelSection(
+        path=str(folder / "tied"), dtype="fp32", lora={"modules_to_save": list(modules)}
+    )
+    before = section.model_dump()
+    load_model(section, attention="sdpa")
+    assert section.model_dump() == before and section.lora.modules_to_save == modules
+
+
 def test_what_cannot_be_trained_whole_is_refused_by_name(folder, tmp_path):
     with pytest.raises(
         UserError, match="modules_to_save=embed: the model has no such module.*lm_head"

@@ -24,7 +24,7 @@ STEPS, SAVED = 5, 3
 ALL = [(1, 0), (2, 3), (1, 1), (2, 0), (1, 3), (2, 2), (1, 2), (2, 1), (1, 0)]
 CHAINS = {
     "fp32": ({}, ALL),
-    "bf16": ({"dtype": "bf16"}, [(2, 1), (1, 0), (2, 3), (1, 2), (2, 0)]),
+    "bf16": ({"dtype": "bf16"}, [(2, 1), (1, 0), (2, 3), (1, 1), (1, 2), (2, 1), (2, 0)]),
     "lora": ({"lora": {"r": 2, "alpha": 4}}, [(2, 3), (1, 0), (2, 2), (1, 3)]),
     "tied": ({"path": "tied"}, [(2, 3), (1, 0)]),
 }
@@ -93,6 +93,18 @@ def test_states_are_the_same_bit_for_bit_and_losses_go_on(folder, name):
         told = json.loads((folder / "losses").read_text())
         expected = [losses[step] for step in range(SAVED + 1, STEPS + 1)]
         assert told == pytest.approx(expected, abs=2e-3 if name == "bf16" else 1e-6), place
+
+
+def test_an_optimiser_in_bf16_is_carried_to_another_run(folder):
+    """At stage 1, which one rank has in bf16."""
+    model, once = {"dtype": "bf16"}, {"max_steps": 1, "save_steps": 1}
+    first = tree_of(folder, "carried from", 1, model=model, train=once)
+    second = tree_of(folder, "carried", 1, model=model, train=once)
+    second["model"]["path"] = str(folder / "carried from" / "final")
+    second["train"]["optimizer_from"] = str(folder / "carried from" / "checkpoint-1")
+    ranks.train([first, second])
+    states = whole_states(folder / "carried" / "checkpoint-1", trained(folder, model))
+    assert {value.item() for name, value in states.items() if name.endswith("step")} == {2}
 
 
 # Runs on so many ranks, which go on on another number of them. Stages are those that follow from the ranks.

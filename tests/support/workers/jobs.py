@@ -379,7 +379,9 @@ def logged_and_counted(tree: dict) -> dict:
     ranks, batches = distributed.world_size(), len(list(run.train.batches(3)))
     checkpointed = tree["model"].get("checkpoint_layers", [])
     zero = run.engine.config["zero_optimization"]
-    lines = traffic(run.config, zero, run.model, checkpointed, ranks, batches)
+    scorer = getattr(run.references["train"], "scorer", run.engine)
+    beside = [] if scorer is run.engine else [scorer.module]
+    lines = traffic(run.config, zero, run.model, checkpointed, ranks, batches, beside)
     size = run.config.parallel.sequence_parallel
     micro = list(run.train.batches(3))
     tokens = sum(-(-each.input_ids.numel() // size) for each in micro)
