@@ -29,6 +29,9 @@ COUNTED = "dpo_fast_counted"
 FEW = 2  # layers that are counted where all are alike; one more says what each of the others adds
 
 
+FROZEN_HEAD = "frozen"  # the schedule of a head that is not trained
+
+
 @dataclass(frozen=True)
 class Shape:
     """What the sizes of activations follow from.
@@ -245,7 +248,7 @@ class _Head(torch.autograd.Function):
         watch.enter("head")
         scratch = _bytes(plan.tile_bytes + plan.sum_bytes)
         kept = _bytes(plan.kept_bytes)
-        frozen = plan.schedule == "frozen"
+        frozen = plan.schedule == FROZEN_HEAD
         ctx.save_for_backward(torch.empty_like(hidden_UD) if frozen else hidden_UD, kept)
         ctx.plan, ctx.watch, ctx.weight = plan, watch, weight_VD
         del scratch

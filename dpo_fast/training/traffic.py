@@ -137,7 +137,7 @@ def passes_of(config: RunConfig, micro_batches: int) -> tuple[Passes, Passes]:
     kl = micro_batches if "kl" in objective.statistics else 0
     first = micro_batches if objective.coupled or (balanced and micro_batches > 1) else 0
     scored = micro_batches + kl if objective.needs_reference else 0
-    itself = config.reference_provider == "adapter_off"
+    itself = config.reference_spec.needs_adapters  # the policy with its adapters off
     policy = Passes(kl + first, scored if itself else 0, micro_batches)
     return policy, Passes(scored, 0, 0)
 

@@ -191,6 +191,7 @@ def test_two_commands_that_merge_at_once_do_it_once(folder, tmp_path, monkeypatc
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["merged_base"]
 
 
+@pytest.mark.processes
 def test_a_merged_adapter_is_where_training_begins(folder, runs):
     start = expected(folder, folder / "sft")
     for name in ("merged", "merged, new"):

@@ -157,6 +157,7 @@ def test_a_checkpoint_is_evaluated_in_the_dtype_that_is_asked_for(found):
     assert rounded["eval_logps/chosen"] == pytest.approx(exact["eval_logps/chosen"], rel=0.02)
 
 
+@pytest.mark.processes
 def test_any_data_are_read_whole(folder, runs, found):
     for name in ("run", "reference", "base", "alone", "adapter of a run"):
         assert found[name]["examples"] == 9, name
