@@ -30,22 +30,23 @@ def demonstration(row: Mapping[str, Any], raw: Mapping[str, Any], config: DataCo
     a text that tells where its prompt ends.
     """
     completion = values.answer(row, raw, "completion")
+    whole = row.get("prompt") is None or (config.prompt_end and row["prompt"] == "")
     if row.get("prompt") is None and not isinstance(completion, str):
         prompt, completion = split_conversation(completion)
-    elif row.get("prompt") is None and (config.prompt_end or is_dialogue(completion)):
+    elif whole and isinstance(completion, str) and (config.prompt_end or is_dialogue(completion)):
         prompt, completion, _ = split_texts(completion, completion, config.prompt_end)
     else:
         values.need(row, raw, "prompt")
         told = read_prompt(row["prompt"])
         prompt, (completion,) = joined(told, [completion])
         if not isinstance(completion, str) and completion[0]["role"] != "assistant":
-            whole, completion = split_conversation(completion)
-            if told and not repeats(told, whole):
+            before, completion = split_conversation(completion)
+            if told and not repeats(told, before):
                 raise BadRow(
                     "the completion does not begin with the prompt",
                     "it is a whole conversation, so its beginning must be the prompt",
                 )
-            prompt = whole
+            prompt = before
     prompt, (completion,) = as_chat(prompt, [completion], row, config)
     prompt = with_system(prompt, row)
     check_texts(prompt, {"completion": completion})

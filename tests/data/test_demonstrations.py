@@ -73,6 +73,15 @@ def test_every_turn_of_a_conversation_is_part_of_the_answer():
     assert learnt({"messages": [A]}) == ([], [A])
 
 
+def test_a_marker_ends_the_prompt_of_a_text():
+    text, split = "### Q: why ### A: so", ("### Q: why ### A:", " so")
+    assert learnt({"text": text}) == ("", text)
+    assert learnt({"text": text}, prompt_end="### A:") == split
+    assert learnt({"completion": text}, prompt_end="### A:") == split
+    with pytest.raises(BadRow, match="no prompt marker"):
+        parse({"text": "none"}, prompt_end="### A:")
+
+
 def test_what_is_wrong_is_named():
     for raw, message in (
         ({"prompt": "a", "response": "b"}, "missing field 'completion'.*did you mean 'response'"),
