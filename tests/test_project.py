@@ -153,7 +153,6 @@ TESTED_THROUGH = {
     "health.history": "health/test_findings.py",
     "health.monitor": "health/test_findings.py",
     "training.generate_section": "training/test_answering.py",
-    "training.held_out_prompts": "support/workers/jobs.py",
     "training.generating": "support/workers/jobs.py",
     "report.answers": "report/test_report.py",
     "training.health_section": "health/test_findings.py",

@@ -37,7 +37,7 @@ def choose_prompts(config: RunConfig, examples: Dataset, count: int, seed: int) 
     """
     wanted, seen = [], set()
     for index in np.random.default_rng(seed).permutation(len(examples)).tolist():
-        ids = tuple(examples[index]["prompt_ids"])
+        ids = _before_answer(examples[index])
         if ids not in seen:
             seen.add(ids)
             wanted.append(examples.where(index))
@@ -50,6 +50,17 @@ def choose_prompts(config: RunConfig, examples: Dataset, count: int, seed: int) 
             "until the run has begun, or leave generate out"
         )
     return [found[where] for where in wanted]
+
+
+def _before_answer(example: Mapping[str, Any]) -> tuple[int, ...]:
+    """What the last answer of an example follows. Of a conversation it is more than the prompt."""
+    flags = example.get("completion_scored")
+    if not flags:
+        return tuple(example["prompt_ids"])
+    start = len(flags)
+    while start and flags[start - 1]:
+        start -= 1
+    return (*example["prompt_ids"], *example["completion_ids"][:start])
 
 
 def _read(config: RunConfig, wanted: set[str]) -> dict[str, HeldOut]:
@@ -67,10 +78,16 @@ def _read(config: RunConfig, wanted: set[str]) -> dict[str, HeldOut]:
 
 def _held_out(where: str, raw: Mapping[str, Any], part: Part) -> HeldOut:
     try:
-        prompt = prompt_of(where, raw, part.config)
-        return HeldOut(prompt, _chosen(parse_row(where, raw, part.config)))
+        row = parse_row(where, raw, part.config)
     except (BadRow, Dropped) as verdict:  # it was none when the split was read
         raise UserError(f"{where}: {verdict}; the data have changed since") from None
+    try:
+        return HeldOut(prompt_of(where, raw, part.config), _chosen(row))
+    except (BadRow, Dropped):
+        raise UserError(
+            f"{where}: nothing comes before its answer, so generate has no prompt to answer: give "
+            "data.eval with prompts, or leave generate out"
+        ) from None
 
 
 def _chosen(row: Row) -> str | None:
