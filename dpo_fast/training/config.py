@@ -323,7 +323,11 @@ def _explain(error: dict, kind: type[BaseModel]) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "model_type":
         keys = ", ".join(_fields_at(error["loc"], kind))
-        return f"{place}={quoted(error['input'])}: expected a section, with any of the keys {keys}"
+        told = f"{place}={quoted(error['input'])}: expected a section, with any of the keys {keys}"
+        short = {"loss": "type", "model": "path", "data": "train"}.get(place)
+        if short and isinstance(error["input"], str):
+            return f"{place}={quoted(error['input'])}: write {place}: {{{short}: {error['input']}}}"
+        return told
     if error["type"] == "value_error":
         return f"{place}: {message}" if any(isinstance(x, int) for x in error["loc"]) else message
     return f"{place}={quoted(error['input'])}: {message[0].lower()}{message[1:]}"

@@ -150,6 +150,11 @@ def check_kind(config: RunConfig, name: str, examples: Examples) -> None:
             "rows with completions and scores, or choose another loss"
         )
     if kind == GROUPS and not objective.grouped:
+        if objective.learns:
+            raise UserError(
+                f"loss.type={names} learns one answer of a row, but {where}; set data.format=sft, which "
+                "takes the best one"
+            )
         groups = " or ".join(spec.name for spec in LOSSES.values() if spec.grouped)
         raise UserError(
             f"loss.type={names} does not go by scores, but {where}; set loss.type to {groups}, set "

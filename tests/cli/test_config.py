@@ -168,3 +168,9 @@ def test_a_data_set_in_a_configuration_is_named_and_not_printed(place):
         f"tree: {place} is a datasets.Dataset; a configuration holds"
     )
     assert "secret" not in str(error.value)
+
+
+def test_a_section_that_is_its_first_key_alone_is_told_how_to_be_written():
+    tree = {"model": {"path": "m"}, "data": {"train": "f"}, "train": {"output_dir": "o"}}
+    with pytest.raises(UserError, match=r"loss='sft': write loss: \{type: sft\}"):
+        build_config(tree | {"loss": "sft"}, "file")

@@ -15,10 +15,10 @@ from dpo_fast.errors import UserError
 from dpo_fast.report import write_report
 from dpo_fast.training.config import build_config
 from dpo_fast.training.evaluate_options import evaluation_of
-from dpo_fast.training.load_data import load_split
+from dpo_fast.training.load_data import check_kind, load_split
 from tests.support import ranks
 from tests.support.metrics import lines_of, series
-from tests.support.models import run_tree, write_completions, write_model, write_pairs
+from tests.support.models import run_tree, write_completions, write_groups, write_model, write_pairs
 from tests.support.plain_torch import assert_same_step, token_logps
 from tests.support.tokenizers import CHATML, byte_tokenizer
 
@@ -194,3 +194,13 @@ def test_the_default_rate_of_sft_is_not_that_of_preferences(folder):
         ("sigmoid", False): 5e-7,
         ("sigmoid", True): 5e-6,
     }
+
+
+def test_groups_are_told_how_sft_takes_them(folder, tmp_path):
+    write_groups(tmp_path / "groups.jsonl", 4)
+    tree = tree_of(folder, "texts", data={"train": str(tmp_path / "groups.jsonl")})
+    config = build_config(tree, "test")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    examples = load_examples(config.data, tokenizer, split="train")
+    with pytest.raises(UserError, match="learns one answer of a row.*set data.format=sft"):
+        check_kind(config, "train", examples)
