@@ -107,6 +107,11 @@ class RowTokeniser:
         if row.is_chat:
             _check_unicode([prompt, *wholes])
         split = self.boundary.split(prompt, *wholes, keep=row.is_chat, starts=starts)
+        begun = self.endings.bos_id is not None and split.answers[0][:1] == [self.endings.bos_id]
+        if (
+            begun and not row.is_chat and not prompt and row.kind == DEMONSTRATIONS
+        ):  # the text brings its BOS
+            split = split.from_first_token()
         prompt_ids, bos_added = self.endings.begin(split.prompt, chat=row.is_chat)
         if not prompt_ids and not prompt and self.endings.bos_id is not None:
             prompt_ids, bos_added = [self.endings.bos_id], True

@@ -188,6 +188,11 @@ def test_a_text_without_prompt_or_bos_is_predicted_from_its_first_token(load):
         load([{"prompt": "", "completion": "abc", "label": True}], tokenizer)
 
 
+def test_a_text_that_brings_its_bos_has_one(load):
+    (one,), (other,) = load([{"text": "<s>abc"}]), load([{"text": "abc"}])
+    assert one["prompt_ids"] == [BOS] and one == other
+
+
 def test_only_what_the_assistant_says_is_scored(load):
     tokenizer = chat_tokenizer()
     rows = [{"messages": [*BEFORE, U, A]}]
