@@ -84,7 +84,7 @@ def init(
     recipe: Annotated[
         str,
         typer.Option(
-            help="dpo, lora, cdpo_sft or grpo for a model and data of your own; or a published run of "
+            help="dpo, lora, cdpo_sft, grpo or sft for a model and data of your own; or a published run of "
             "docs/RECIPES.md: zephyr_dpo, tulu3_8b, smollm3_apo, lora_24gb; in stages zephyr_ddpo, sdpo, "
             "iterated_dpo, dno"
         ),

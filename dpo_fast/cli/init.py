@@ -15,7 +15,7 @@ from dpo_fast.data.parts import parts_of
 from dpo_fast.data.verdicts import BadRows
 from dpo_fast.errors import UserError
 
-OWN = ("dpo", "lora", "cdpo_sft", "grpo")  # configs/: for a model and data of one's own
+OWN = ("dpo", "lora", "cdpo_sft", "grpo", "sft")  # configs/: for a model and data of one's own
 # recipes/: they name both. Those of stages are for `dpo-fast iterate`.
 IN_STAGES = ("zephyr_ddpo", "sdpo", "iterated_dpo", "dno")
 PUBLISHED = ("zephyr_dpo", "tulu3_8b", "smollm3_apo", "lora_24gb", *IN_STAGES)
