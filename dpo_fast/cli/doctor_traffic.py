@@ -33,9 +33,10 @@ def transfers(outlook, **other: object) -> list[Transfer]:
     beside = [each for which, each in outlook.second_models.items() if which not in stored]
     found = traffic(config, zero, model, again, outlook.world, batches, beside)
     shape = shape_of(config, outlook.choices.layout.name, outlook.device.type == "cpu")
-    tokens, scored = shape.sequences * shape.length, outlook.scored_tokens
+    tokens, scored = shape.sequences * shape.length * batches, outlook.scored_tokens * batches
     outputs = 1 + (len(METRIC_EXTRAS) if config.log.token_metrics else 0)
-    return found + exchanges(config, model, again, tokens * batches, scored * batches, outputs)
+    sizes = (tokens, scored, outputs, batches)
+    return found + exchanges(config, model, again, *sizes, references=beside)
 
 
 def micro_batches(outlook) -> int:

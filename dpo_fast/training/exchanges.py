@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from dpo_fast.models import ScoringModel
 from dpo_fast.models.layers import decoder_layers
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.memory import FP32
-from dpo_fast.training.traffic import EXCHANGE, REDUCE, Transfer
+from dpo_fast.training.traffic import EXCHANGE, REDUCE, Transfer, passes_of
 
 
 def exchanges(
@@ -19,33 +20,41 @@ def exchanges(
     tokens: int,
     predictions: int,
     outputs: int,
+    micro_batches: int = 1,
+    references: Iterable[ScoringModel] = (),
 ) -> list[Transfer]:
     """What a rank of a group of `parallel.sequence_parallel` exchanges in a step; [] without groups.
 
     checkpointed: numbers of the layers that run again in the backward pass.
     tokens: of this rank's slices, over the step.
     predictions: of the whole rows, over the step; each has so many `outputs`, the log-prob and extras.
+    micro_batches, references: as in `traffic`.
     """
     ranks = config.parallel.sequence_parallel
     if ranks == 1:
         return []
+    own, beside = passes_of(config, micro_batches)
+    alone = (
+        own.apart + own.before
+    ) // micro_batches  # forwards without a backward, over all tokens
     layers = len(decoder_layers(model.causal_lm))
-    passes = 2 * layers + len(
-        checkpointed
-    )  # forward and backward of each, and again what is recomputed
-    size = config.model.torch_dtype.itemsize
+    found = [_heads(config, model, tokens, (2 + alone) * layers + len(checkpointed))]
+    for other in references:
+        passes = beside.apart // micro_batches * len(decoder_layers(other.causal_lm))
+        line = _heads(config, other, tokens, passes)
+        found.append(replace(line, what=f"{line.what} of the reference"))
+    times = 2 if config.loss.objective.coupled else 1  # others without a backward give one number
+    payload = predictions * outputs * times * FP32
+    how = f"{predictions:,} predictions x {outputs * times} x {FP32} bytes"
+    return [*found, Transfer("log-probs of a row", REDUCE, ranks, payload, how)]
+
+
+def _heads(config: RunConfig, model: ScoringModel, tokens: int, passes: int) -> Transfer:
+    """The exchanges of so many passes of layers, forward or backward."""
+    ranks, size = config.parallel.sequence_parallel, config.model.torch_dtype.itemsize
     width = width_of_a_token(model.causal_lm.config.get_text_config(), ranks)
     how = f"{tokens:,} tokens x {width:,} numbers x {size} bytes x {passes} passes of layers"
-    return [
-        Transfer("heads for tokens", EXCHANGE, ranks, tokens * width * size * passes, how),
-        Transfer(
-            "log-probs of a row",
-            REDUCE,
-            ranks,
-            predictions * outputs * FP32,
-            f"{predictions:,} predictions x {outputs} x {FP32} bytes",
-        ),
-    ]
+    return Transfer("heads for tokens", EXCHANGE, ranks, tokens * width * size * passes, how)
 
 
 def width_of_a_token(config, ranks: int) -> int:

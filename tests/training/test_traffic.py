@@ -9,6 +9,7 @@ pytest.importorskip("deepspeed")
 
 from dpo_fast.models.skeleton import scoring_skeleton
 from dpo_fast.training.config import build_config
+from dpo_fast.training.exchanges import exchanges
 from dpo_fast.training.traffic import EXCHANGE, GATHER, REDUCE, SCATTER, Transfer, traffic
 from tests.support import ranks
 from tests.support.faults import SLOW
@@ -163,3 +164,28 @@ def test_a_frozen_model_sends_only_adapters_gradients(tmp_path, monkeypatch):
     by_name = {x.what: x for x in traffic(config, {"stage": 3} | NEAR, model, [], 2, 1)}
     assert by_name["gradients"].payload == 4 * 1856
     assert by_name["parameters"].payload > 4 * 30_000
+
+
+def test_passes_without_a_backward_exchange_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    write_model(tmp_path / "model")
+
+    def sent(loss: str, **sections) -> dict[str, float]:
+        tree = run_tree(tmp_path) | {"parallel": {"sequence_parallel": 2}, "loss": {"type": loss}}
+        config = build_config(tree | sections, "tree")
+        model = scoring_skeleton(config.model)
+        beside = [model] if sections else []
+        lines = exchanges(config, model, [], 1000, 600, 1, 2, beside)
+        return {line.what: line.payload for line in lines}
+
+    plain = sent("sigmoid")
+    # Of 2 layers there and back, 4 heads and 2 of keys of 8 numbers, each of them twice.
+    assert plain == {
+        "heads for tokens": 2 * 2 * 1000 * (2 * 4 + 2 * 2) * 8 * 4,
+        "log-probs of a row": 4 * 600,
+    }
+    coupled = sent("aot")
+    assert coupled["heads for tokens"] == 1.5 * plain["heads for tokens"]
+    assert coupled["log-probs of a row"] == 2 * plain["log-probs of a row"]
+    frozen = sent("sigmoid", reference={"provider": "frozen"})
+    assert frozen["heads for tokens of the reference"] == plain["heads for tokens"] / 2
