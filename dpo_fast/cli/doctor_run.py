@@ -15,6 +15,7 @@ from rich.table import Table
 from dpo_fast.cli.doctor_traffic import traffic_table, when_they_pay
 from dpo_fast.losses import LOSSES
 from dpo_fast.models import ScoringModel, load_tokenizer
+from dpo_fast.models.layer_kinds import ranges
 from dpo_fast.models.layers import checkpointed_layers, decoder_layers
 from dpo_fast.models.skeleton import scoring_skeleton
 from dpo_fast.ops.dispatch import Choice, choose_implementation
@@ -234,21 +235,10 @@ def _checkpointing_row(outlook: Outlook, layers: int, total: int) -> Decision:
     if wants_checkpointing(outlook.config, outlook.policy):
         chosen = checkpointed_layers(outlook.policy.causal_lm, model.checkpoint_layers)
         every = len(chosen) == layers
-        value = f"all {layers} layers" if every else f"layer {_ranges(chosen)} of {layers}"
+        value = f"all {layers} layers" if every else f"layer {ranges(chosen)} of {layers}"
     options = ("gradient_checkpointing", "checkpoint_layers")
     why = f"{total:,} parameters; by default from 1e9 on"
     return Decision("activation checkpointing", value, origin(model, *options), why)
-
-
-def _ranges(indices: list[int]) -> str:
-    """[0, 1, 2, 5] as 0-2, 5."""
-    parts: list[list[int]] = []
-    for index in indices:
-        if parts and parts[-1][-1] == index - 1:
-            parts[-1].append(index)
-        else:
-            parts.append([index])
-    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
 
 
 def ranks(count: int) -> str:

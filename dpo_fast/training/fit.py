@@ -168,7 +168,7 @@ def check_sequence_parallel(
     size, attention = config.parallel.sequence_parallel, config.model.attention
     for path, skeleton in skeletons.items():
         check_heads(skeleton.config, size)
-        if (obstacle := architectures[path].obstacle) is not None:
+        if (obstacle := architectures[path].alone) is not None:
             raise UserError(
                 f"parallel.sequence_parallel={size} cannot be honoured for {architectures[path].name}: "
                 f"{obstacle}. Set parallel.sequence_parallel=1"
