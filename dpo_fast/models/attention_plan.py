@@ -71,9 +71,10 @@ class AttentionPlan:
 
     def once(self, make: Callable[..., Made], *options) -> Made:
         """What make(spans, device, *options) gives, made once for all layers."""
-        if (make, *options) not in self._made:
-            self._made[make, *options] = make(self.spans, self.device, *options)
-        return self._made[make, *options]
+        key = (make, *options)
+        if key not in self._made:
+            self._made[key] = make(self.spans, self.device, *options)
+        return self._made[key]
 
     @functools.cached_property
     def longest(self) -> int:

@@ -6,10 +6,18 @@ A family that is served is a line of `HYBRIDS`; tests/models/test_recurrent.py t
 from __future__ import annotations
 
 import random
+import sys
+import types
+from pathlib import Path
 
 import torch
 import transformers
 
+from dpo_fast.data.batch import collate_trees
+from dpo_fast.models.attention_plan import AttentionPlan
+from dpo_fast.models.decoder import decoder_of
+
+CPU = torch.device("cpu")
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
@@ -72,5 +80,54 @@ def make(name: str, attention: str = "eager", **sizes):
         if title.endswith(("A_log", "dt_bias")):  # decays of 0.3 to 0.95 a token
             torch.nn.init.uniform_(parameter, -1.5, 0.5)
         elif "norm" not in title:
-            torch.nn.init.normal_(parameter, std=0.3 if parameter.dim() > 1 else 0.1)
+            torch.nn.init.normal_(parameter, std=0.2 if parameter.dim() > 1 else 0.1)
     return model.eval()
+
+
+def in_double(model):
+    """The same model in fp64, of its own code with every fp32 in it made fp64.
+
+    Recurrences are written to compute in fp32. With this what two orders of computing differ by is at
+    rounding's level of fp64, and a small mistake stands out.
+    """
+    module = sys.modules[type(model).__module__]
+    source = Path(module.__file__).read_text()
+    for single, double in (("torch.float32", "torch.float64"), (".float()", ".double()"),
+                           ("dtype=torch.float)", "dtype=torch.float64)"),
+                           ("dtype=torch.float,", "dtype=torch.float64,")):  # fmt: skip
+        source = source.replace(single, double)
+    twin = types.ModuleType(f"{module.__name__}_in_double")
+    twin.__package__, twin.__file__ = module.__package__, module.__file__
+    sys.modules[twin.__name__] = twin
+    exec(compile(source, module.__file__, "exec"), vars(twin))
+    other = vars(twin)[type(model).__name__]._from_config(
+        model.config, attn_implementation="eager", experts_implementation="eager"
+    )
+    other.load_state_dict(model.state_dict())
+    return other.double().eval()
+
+
+def states(model, layout: str | None) -> torch.Tensor:
+    """Hidden states of the rows that predict the completions of `TREES`, [T, D].
+
+    layout: of all sequences in one forward; None: every sequence in a forward of its own.
+    """
+    decoder = decoder_of(model)
+    if layout is None:
+        found = []
+        for prompt, completions in TREES:
+            for completion in completions:
+                ids = torch.tensor([prompt + completion[:-1]])
+                hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
+                found.append(hidden[len(prompt) - 1 :])
+        return torch.cat(found)
+    batch = collate_trees(TREES, layout)
+    places = {} if batch.spans is None else {"plan": AttentionPlan(batch.spans, CPU)}
+    hidden = decoder(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        **places,
+    ).last_hidden_state
+    return hidden.flatten(0, 1)[batch.rows_T]
