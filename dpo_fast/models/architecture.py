@@ -16,6 +16,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from dpo_fast.data.layouts import LAYOUTS, Layout, layouts_with
 from dpo_fast.errors import UserError
+from dpo_fast.models import recurrent
 from dpo_fast.models.attention import NAMES, has_varlen
 from dpo_fast.models.attention_trial import try_attention
 from dpo_fast.models.config import ModelSection
@@ -72,8 +73,10 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
 
 
 def _keeps_apart(model: PreTrainedModel, layer: MixingLayer) -> bool:
-    """Whether a layer that mixes tokens beside attention computes every sequence of a row alone."""
-    return False
+    """Whether a layer that mixes tokens beside attention does so as the plan of a row says."""
+    return bool(layer.name) and any(
+        map(recurrent.served, model.get_submodule(layer.name).modules())
+    )
 
 
 def read_architecture(section: ModelSection, option: str = "model.path") -> Architecture:
@@ -85,12 +88,15 @@ def _obstacle(model: PreTrainedModel, blocking: Sequence[MixingLayer]) -> str | 
     """Why sequences cannot share a row: something beside attention mixes tokens, or may."""
     if blocking:
         return f"it has {described(blocking)}"
+    unseen = None
     if not model._supports_attention_backend:
-        return "it does not take its attention from transformers' AttentionInterface"
+        unseen = "it does not take its attention from transformers' AttentionInterface"
+    tried = _unsharded(model)
+    if found := try_attention(tried, decoder_of(tried), unseen):
+        return found
     if "position_ids" not in inspect.signature(decoder_of(model).forward).parameters:
         return "its forward takes no position_ids, so every sequence would go on from the last"
-    tried = _unsharded(model)
-    return try_attention(tried, decoder_of(tried))
+    return None
 
 
 def _unsharded(model: PreTrainedModel) -> PreTrainedModel:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from dpo_fast.data.tree import Spans
 from dpo_fast.models.ulysses import SequenceGroup
+
+Made = TypeVar("Made")
 
 
 class Segment(NamedTuple):
@@ -65,6 +68,14 @@ class AttentionPlan:
         self._masks: dict[tuple, Tensor] = {}
         self._block_masks: dict[int | None, object] = {}
         self._chunked: dict[int, AttentionPlan] = {}
+        self._made: dict[tuple, object] = {}
+
+    def once(self, make: Callable[..., Made], *options) -> Made:
+        """What make(spans, device, *options) gives, made once for all layers."""
+        key = (make, *options)
+        if key not in self._made:
+            self._made[key] = make(self.spans, self.device, *options)
+        return self._made[key]
 
     @functools.cached_property
     def longest(self) -> int:

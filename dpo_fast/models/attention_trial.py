@@ -26,18 +26,22 @@ class Heard:
     """What a trial has heard of attention. It stands in the place of the plan of a row.
 
     reasons: why sequences cannot share a row.
-    untold: layers have been called without a window.
+    found: attention has been called. untold: it has been called without a window.
     """
 
     def __init__(self) -> None:
         self.reasons: list[str] = []
-        self.untold = False
+        self.found = self.untold = False
 
 
-def try_attention(model: PreTrainedModel, decoder: nn.Module) -> str | None:
+def try_attention(
+    model: PreTrainedModel, decoder: nn.Module, unseen: str | None = None
+) -> str | None:
     """Why the attention of a decoder cannot serve sequences that share a row; None if it can.
 
-    A model on the meta device will do; one that cannot be tried tells nothing.
+    A model on the meta device will do.
+
+    unseen: what to say of a model whose attention is not found by its forward.
     """
     heard = Heard()
     tokens = torch.ones(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
@@ -46,7 +50,9 @@ def try_attention(model: PreTrainedModel, decoder: nn.Module) -> str | None:
     if heard.untold and not heard.reasons:
         with _attention(model, MASKS):
             _run(decoder, heard, tokens, attention_mask=tokens)
-    return heard.reasons[0] if heard.reasons else None
+    if heard.reasons:
+        return heard.reasons[0]
+    return None if heard.found else unseen
 
 
 def _run(decoder: nn.Module, heard: Heard, ids: Tensor, attention_mask: Tensor | None) -> None:
@@ -66,15 +72,21 @@ class _Lost(Exception):
 
 @contextlib.contextmanager
 def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """A context in which a model has another attention, if it can have one."""
-    before = model.config._attn_implementation
+    """A context in which a model has another attention, and experts that need no numbers, if it can."""
+    attention = model.config._attn_implementation
+    experts = getattr(model.config, "_experts_implementation", None)
     with contextlib.suppress(Exception):
         model.set_attn_implementation(name)
+        if experts is not None:
+            model.set_experts_implementation("batched_mm")
     try:
         yield
     finally:
         with contextlib.suppress(ValueError):
-            model.set_attn_implementation(before)
+            model.set_attn_implementation(attention)
+        if experts is not None:
+            with contextlib.suppress(ValueError):
+                model.set_experts_implementation(experts)
 
 
 def _hear_call(module, query, key, value, attention_mask=None, *, plan=None, **others):
@@ -83,6 +95,7 @@ def _hear_call(module, query, key, value, attention_mask=None, *, plan=None, **o
     rest = {name: each for name, each in others.items() if name not in TOLD}
     if reasons := obstacles(module, attention_mask, rest):
         plan.reasons.append(f"{type(module).__name__} has {' and '.join(reasons)}")
+    plan.found = True
     plan.untold |= "sliding_window" not in others
     return _nothing(query, value), None
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.data.tree import Spans
 from dpo_fast.errors import UserError
+from dpo_fast.models import recurrent
 from dpo_fast.models.adapters import as_started
 from dpo_fast.models.attention_plan import AttentionPlan
 from dpo_fast.models.decoder import decoder_of
@@ -58,6 +59,7 @@ class ScoringModel(nn.Module):
         self.head = {"implementation": implementation, "workspace_bytes": workspace_bytes}
         self.group: SequenceGroup | None = None  # ranks that score every batch with this one
         fuse_head(model, **self.head)
+        recurrent.serve(model)
         self.model = model
 
     def set_adapted(self, model: nn.Module) -> None:

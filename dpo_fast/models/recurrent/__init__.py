@@ -1,0 +1,77 @@
+"""Layers that carry a state along the tokens, so that sequences may share a row.
+
+The layers stay transformers' own. They mix tokens by functions of their module, a convolution and a
+recurrence, which get the keywords that the model is called with. `serve` puts a function of ours round
+each. With a `plan` among the keywords it computes the row as trees; without one it passes the call on as
+it is, so models that are called without a plan compute what they did.
+
+To serve another kind of layer, write a function (plan, original, *arguments, **keywords), and enter it
+in `FUNCTIONS` by the name that the original has in transformers. `segments.by_levels` does what
+recurrences have in common, `convolution.convolve` what convolutions have.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from dpo_fast.models.attention_plan import AttentionPlan
+from dpo_fast.models.recurrent.convolution import convolve
+from dpo_fast.models.recurrent.delta_rule import delta_rule
+
+# By name in transformers' modules.
+FUNCTIONS: dict[str, Callable] = {
+    "causal_conv1d_fn": convolve,
+    "torch_chunk_gated_delta_rule": delta_rule,
+    "chunk_kimi_delta_attention": delta_rule,
+}
+# What a layer's forward has to call for it to be served: all of one line.
+KINDS: tuple[frozenset[str], ...] = (
+    frozenset({"causal_conv1d_fn", "torch_chunk_gated_delta_rule"}),
+    frozenset({"causal_conv1d_fn", "chunk_kimi_delta_attention"}),
+)
+
+
+def serve(model: nn.Module) -> None:
+    """Put our functions round those of the modules of transformers that a model's layers are from."""
+    for kind in {type(module) for module in model.modules() if served(module)}:
+        names = vars(sys.modules[_forward(kind).__module__])
+        for name in FUNCTIONS.keys() & names.keys():
+            if not hasattr(names[name], "original"):
+                names[name] = _round(FUNCTIONS[name], names[name])
+
+
+def served(module: nn.Module) -> bool:
+    """Whether this is a layer that carries a state, of a kind that is served."""
+    forward = _forward(type(module))
+    if not inspect.isfunction(forward):
+        return False
+    called = set(forward.__code__.co_names)
+    there = vars(sys.modules.get(forward.__module__, sys)).keys()
+    return any(kind <= called & there for kind in KINDS)
+
+
+def _forward(kind: type[nn.Module]) -> Callable:
+    """A class's forward without what decorators put round it."""
+    return inspect.unwrap(kind.forward)
+
+
+def _round(ours: Callable, original: Callable) -> Callable:
+    """The original for calls without a plan, ours for those with one."""
+    by_plan = torch.compiler.disable(
+        ours
+    )  # indices of the row's shape; what is round it may be compiled
+
+    @functools.wraps(original)
+    def mixing(*arguments, plan=None, **keywords):
+        if not isinstance(plan, AttentionPlan):  # none, or the mark of a trial
+            return original(*arguments, **keywords)
+        return by_plan(plan, original, *arguments, **keywords)
+
+    mixing.original = original
+    return mixing
