@@ -85,7 +85,7 @@ def test_a_layout_that_is_allowed_scores_like_every_sequence_alone(family):
             # Beside padded rows, which are transformers' own: deep sums of some families round a lot.
             padded = padded or found
             for error, as_padded in zip(found, padded):
-                assert error <= max(1e-4, 3 * min(as_padded, 1e-3)), (name, error, as_padded)
+                assert error <= max(3e-4, 3 * min(as_padded, 1e-3)), (name, error, as_padded)
 
 
 def errors(scores, gradients, expected, true) -> list[float]:
