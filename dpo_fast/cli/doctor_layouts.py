@@ -27,8 +27,8 @@ def read_model(path: str) -> Architecture:
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         why = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(
-            f"--model={path}: its configuration cannot be read: {why.rstrip('.')}. Of a model with code of its "
-            "own, name a CONFIG with model.trust_remote_code=true"
+            f"--model={path}: its configuration cannot be read: {why.rstrip('.')}. Of a model with code "
+            "of its own, name a CONFIG with model.trust_remote_code=true"
         ) from error
     return architecture_of(model)
 
