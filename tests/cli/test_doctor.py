@@ -12,6 +12,7 @@ from rich.console import Console, ConsoleDimensions
 from typer.testing import CliRunner
 
 from dpo_fast.cli import app
+from dpo_fast.cli.doctor_layouts import facts, read_model
 from dpo_fast.cli.doctor_run import decisions, look
 from dpo_fast.errors import UserError
 from dpo_fast.references import ReferenceModel
@@ -285,7 +286,7 @@ HYBRID = {
 
 @pytest.fixture(scope="module")
 def blocked(tmp_path_factory):
-    """A model whose layers 0 and 2 choose their keys out of the whole row, and no file of weights."""
+    """A model whose layers choose their keys out of the whole row, and no file of weights."""
     import transformers
 
     folder = tmp_path_factory.mktemp("blocked")
@@ -302,20 +303,19 @@ def test_the_layouts_of_a_model_alone(blocked):
     assert result.exit_code == 0, result.output
     found = json.loads(result.output)
     assert {"software", "hardware", "implementations", "layouts", "layers", "models"} <= set(found)
-    (facts,) = found["models"].values()
-    assert facts["layouts"] == {"padded": True, "packed": False, "shared_prefix": False}
-    assert facts["auto"] == "padded" and facts["beside_attention"] == []
-    assert [layer["index"] for layer in facts["in_the_way"]] == [0, 1, 2, 3]
-    assert facts["in_the_way"][2] == {
+    (told,) = found["models"].values()
+    assert told == facts(read_model(str(blocked)))
+    assert told["layouts"] == {"padded": True, "packed": False, "shared_prefix": False}
+    assert told["auto"] == "padded" and told["beside_attention"] == []
+    assert [layer["index"] for layer in told["in_the_way"]] == [0, 1, 2, 3]
+    assert told["in_the_way"][2] == {
         "index": 2,
         "kind": "indexed_attention",
         "name": "model.layers.2.self_attn",
         "type": "DeepseekV32Attention",
         "does": "choose their keys out of the whole row",
     }
-    assert (
-        found["layouts"][1]["allowed"] == "no" and facts["obstacle"] == found["layouts"][1]["why"]
-    )
+    assert found["layouts"][1]["allowed"] == "no" and told["obstacle"] == found["layouts"][1]["why"]
     result = invoke("doctor", "--model", blocked)
     assert result.exit_code == 0
     for words in ("0-3", "indexed_attention", "model.layers.0.self_attn", "DeepseekV32Attention"):
@@ -327,11 +327,11 @@ def test_the_layouts_of_a_run_are_told_as_train_tells_them(folder, tmp_path, blo
     result = invoke("doctor", write(folder, output_dir=str(tmp_path / "never")), "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.output)
-    facts = found["models"]["model.path"]
-    assert all(facts["layouts"].values()) and facts["obstacle"] is None and not facts["in_the_way"]
+    told = found["models"]["model.path"]
+    assert all(told["layouts"].values()) and told["obstacle"] is None and not told["in_the_way"]
     assert "layers" not in found and {"run", "memory"} <= set(found)
     (layout,) = [line for line in found["run"] if line["choice"] == "layout"]
-    assert layout["value"] == facts["auto"] == "shared_prefix"
+    assert layout["value"] == told["auto"] == "shared_prefix"
 
     write_model(tmp_path / "model", vocab=400)
     for file in blocked.iterdir():
