@@ -15,13 +15,16 @@ from transformers.utils import is_flash_attn_2_available
 
 from dpo_fast.data.layouts import LAYOUTS, Layout, layouts_with
 from dpo_fast.errors import UserError
+from dpo_fast.models import recurrent
 from dpo_fast.models.attention import NAMES, has_varlen, try_attention
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.decoder import decoder_of
+from dpo_fast.models.layers import decoder_layers
 from dpo_fast.models.load import load_skeleton
 from dpo_fast.ops.dispatch import Choice
 
 HALF = (torch.bfloat16, torch.float16)
+ATTENTION = {"full_attention", "sliding_attention"}  # kinds of layers that are told what sees what
 
 
 @dataclass(frozen=True)
@@ -61,14 +64,17 @@ def read_architecture(section: ModelSection, option: str = "model.path") -> Arch
 
 def _obstacle(model: PreTrainedModel) -> str | None:
     """Why sequences cannot share a row: something beside attention mixes tokens, or may."""
-    if state := carried_state(model):
+    if (state := carried_state(model)) and not _served(model):
         return f"it has layers that carry state along the tokens ({state})"
+    unseen = None
     if not model._supports_attention_backend:
-        return "it does not take its attention from transformers' AttentionInterface"
+        unseen = "it does not take its attention from transformers' AttentionInterface"
+    tried = _unsharded(model)
+    if found := try_attention(tried, decoder_of(tried), unseen):
+        return found
     if "position_ids" not in inspect.signature(decoder_of(model).forward).parameters:
         return "its forward takes no position_ids, so every sequence would go on from the last"
-    tried = _unsharded(model)
-    return try_attention(tried, decoder_of(tried))
+    return None
 
 
 def _unsharded(model: PreTrainedModel) -> PreTrainedModel:
@@ -86,8 +92,17 @@ def _unsharded(model: PreTrainedModel) -> PreTrainedModel:
 def carried_state(model: PreTrainedModel) -> str:
     """The kinds of layers that carry state along the tokens, padding too; empty if there are none."""
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    others = kinds - {"full_attention", "sliding_attention"}
+    others = kinds - ATTENTION
     return ", ".join(sorted(others)) or ("recurrent" if model._is_stateful else "")
+
+
+def _served(model: PreTrainedModel) -> bool:
+    """Whether every layer that is no attention mixes tokens as the plan of a row says."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    layers = decoder_layers(model)
+    others = [layer for layer, kind in zip(layers, kinds) if kind not in ATTENTION]
+    served = (any(map(recurrent.served, layer.modules())) for layer in others)
+    return bool(others) and len(layers) == len(kinds) and all(served)
 
 
 def choose_layout(requested: str, architecture: Architecture) -> Choice:

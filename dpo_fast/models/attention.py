@@ -288,26 +288,43 @@ class _Seen(Exception):
         self.obstacle = obstacle
 
 
-def try_attention(model: PreTrainedModel, decoder: nn.Module) -> str | None:
+def try_attention(
+    model: PreTrainedModel, decoder: nn.Module, unseen: str | None = None
+) -> str | None:
     """Why the first attention of a decoder cannot serve sequences that share a row; None if it can.
 
-    The forward ends there. A model on the meta device will do; one that cannot be tried tells nothing.
+    The forward ends there. A model on the meta device will do.
+
+    unseen: what to say of a model whose attention is not found by its forward.
     """
-    before = model.config._attn_implementation
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
     places = {"position_ids": torch.arange(2, device=ids.device)[None], "plan": TRIAL}
     try:
-        model.set_attn_implementation(TRIAL)
-        with torch.no_grad():
+        with _set_for_trial(model), torch.no_grad():
             decoder(input_ids=ids, attention_mask=None, use_cache=False, **places)
     except _Seen as seen:
         return seen.obstacle
     except Exception:  # code of any model, and meta tensors
-        return None
+        return unseen
+    return unseen
+
+
+@contextlib.contextmanager
+def _set_for_trial(model: PreTrainedModel):
+    """Attention that ends a trial, and experts that tensors without values can go through before it."""
+    attention = model.config._attn_implementation
+    experts = getattr(model.config, "_experts_implementation", None)
+    try:
+        model.set_attn_implementation(TRIAL)
+        if experts is not None:
+            model.set_experts_implementation("batched_mm")
+        yield
     finally:
         with contextlib.suppress(ValueError):
-            model.set_attn_implementation(before)
-    return None
+            model.set_attn_implementation(attention)
+        if experts is not None:
+            with contextlib.suppress(ValueError):
+                model.set_experts_implementation(experts)
 
 
 def _trial(module, query, key, value, attention_mask, *, plan=None, **others):
