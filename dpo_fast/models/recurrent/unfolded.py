@@ -65,12 +65,13 @@ def sequences_of(spans: Spans, device: torch.device) -> Sequences:
 
 
 @torch.compiler.disable
-def over_sequences(layer: Callable, sequences: Sequences, *arguments, **options):
+def over_sequences(layer: Callable, plan: AttentionPlan, *arguments, **options):
     """What a causal layer gives, for a row of trees, as if every sequence were alone.
 
     layer: of batches [S, L, ...], the first two dimensions of all that it takes and gives of tokens.
     arguments, options: for it, those of tokens as [1, T, ...]. Masks have to be None.
     """
+    sequences = plan.once(sequences_of)
     size = len(sequences.places)
 
     def unfold(value):
@@ -122,8 +123,7 @@ def _unfolded(module: nn.Module, *arguments, **options):
         _without_plans(arguments),
         dict(zip(options, _without_plans(options.values()))),
     )
-    sequences = plans[0].once(sequences_of)
-    return over_sequences(module.forward_of_batches, sequences, *arguments, **options)
+    return over_sequences(module.forward_of_batches, plans[0], *arguments, **options)
 
 
 def _without_plans(values) -> list:
