@@ -92,8 +92,8 @@ def check_called(model: PreTrainedModel, targets: str | Sequence[str]) -> None:
     never = {name.split(".")[-1] for name in layers_never_called(model)}
     if hit := never & {target.split(".")[-1] for target in named}:
         raise UserError(
-            f"model.lora.target_modules={targets}: the mixers of {type(model).__name__} read the weights of "
-            f"{', '.join(sorted(hit))} and pass by an adapter on them; leave them out, or name all-linear"
+            f"model.lora.target_modules={targets}: the mixers of {type(model).__name__} read the weights "
+            f"of {', '.join(sorted(hit))} and pass by adapters on them; leave them out, or name all-linear"
         )
 
 
