@@ -24,8 +24,9 @@ from dpo_fast.models.scoring import forward_arguments
 from tests.support.hybrids import CPU, make
 
 HEADS, DIM, GROUPS, STATE = 4, 3, 2, 5
-# Forks inside a branch, behind one token, at a branch's end, and a segment of more than two chunks of 64.
-SPANS = ((150, 0, -1), (4, 150, 0), (1, 20, 0), (9, 154, 1), (70, 152, 1), (3, 0, -1))
+# Forks inside a branch and at its end, branches of one token, a segment of more than two chunks of 64, and one
+# that goes on though it is shorter than others of its level.
+SPANS = ((150, 0, -1), (4, 150, 0), (1, 20, 0), (9, 154, 1), (70, 152, 1), (3, 0, -1), (5, 3, 5))
 TREES = [([5, 6], [[8, 9, 2], [8, 3, 2], [2]]), ([1, 90, 4], [[11, 2]])]
 
 
@@ -75,7 +76,7 @@ def test_a_scan_of_trees_is_the_recurrence_of_every_sequence_step_by_step():
         **limit,
     )
     sequences = sequences_of(SPANS, CPU)
-    lengths = [21, 163, 222, 3]
+    lengths = [21, 163, 222, 8]
     assert sequences.tokens.shape == (4, 222) and output.shape == (1, size, HEADS, DIM)
     paths = [tokens[:length] for tokens, length in zip(sequences.tokens, lengths)]
     expected = torch.cat([
@@ -94,11 +95,11 @@ def test_sequences_hold_every_token_once_and_only_whole_ones():
     assert torch.equal(tokens.flatten()[places], torch.arange(len(places)))
     assert tokens[0, :21].tolist() == [*range(20), 154] and not tokens[0, 21:].any()
     assert tokens[1, :163].tolist() == [*range(154), *range(155, 164)]
-    assert tokens[3, :3].tolist() == [234, 235, 236]
+    assert tokens[3, :8].tolist() == [*range(234, 242)]
 
 
 def test_states_from_outside_are_no_matter_of_a_row():
-    plan, rows = AttentionPlan(SPANS, CPU), _rows(237, torch.Generator())
+    plan, rows = AttentionPlan(SPANS, CPU), _rows(242, torch.Generator())
     with pytest.raises(ValueError, match="begins anew"):
         chunk_scan(plan, None, *rows[:2], None, *rows[2:], 16, return_final_states=True)
 
