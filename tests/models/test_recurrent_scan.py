@@ -24,8 +24,8 @@ from dpo_fast.models.scoring import forward_arguments
 from tests.support.hybrids import CPU, make
 
 HEADS, DIM, GROUPS, STATE = 4, 3, 2, 5
-# Forks inside a branch and at its end, branches of one token, a segment of more than two chunks of 64, and one
-# that goes on though it is shorter than others of its level.
+# Forks inside a branch and at its end, branches of one token, a segment of more than two chunks of 64,
+# and one that goes on though it is shorter than others of its level.
 SPANS = ((150, 0, -1), (4, 150, 0), (1, 20, 0), (9, 154, 1), (70, 152, 1), (3, 0, -1), (5, 3, 5))
 TREES = [([5, 6], [[8, 9, 2], [8, 3, 2], [2]]), ([1, 90, 4], [[11, 2]])]
 
