@@ -47,7 +47,7 @@ HYBRIDS = {
         "num_experts": 4, "shared_expert_intermediate_size": 24}),
     "olmo-hybrid": ("OlmoHybridConfig", DELTA),
     "kimi-linear": ("KimiLinearConfig", KDA | EXPERTS),
-    "bailing-hybrid": ("BailingHybridConfig", KDA | EXPERTS),
+    "bailing-hybrid": ("BailingHybridConfig", KDA | EXPERTS | {"kda_lower_bound": -0.5}),
     "nemotron-h": ("NemotronHConfig", EXPERTS | {
         "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention"],
         "head_dim": 8, "ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2,
@@ -119,7 +119,7 @@ def make(name: str, attention: str = "eager", **sizes):
         if title.endswith(("A_log", "dt_bias")):  # decays of 0.3 to 0.95 a token
             torch.nn.init.uniform_(parameter, -1.5, 0.5)
         elif "norm" not in title:
-            torch.nn.init.normal_(parameter, std=0.2 if parameter.dim() > 1 else 0.1)
+            torch.nn.init.normal_(parameter, std=0.15 if parameter.dim() > 1 else 0.1)
     return model.eval()
 
 

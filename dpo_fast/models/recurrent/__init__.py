@@ -16,10 +16,12 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import nn
 
+from dpo_fast.errors import UserError
 from dpo_fast.models.attention_plan import AttentionPlan
 from dpo_fast.models.recurrent.convolution import convolve
 from dpo_fast.models.recurrent.delta_rule import delta_rule
@@ -51,10 +53,10 @@ def serve(model: nn.Module) -> None:
     """
     serve_unfolded(model)
     for kind in {type(module) for module in model.modules() if _by_functions(module)}:
-        names = vars(sys.modules[_forward(kind).__module__])
+        names = vars(module_of(kind))
         for name in FUNCTIONS.keys() & names.keys():
             if not hasattr(names[name], "original"):
-                names[name] = _round(FUNCTIONS[name], names[name])
+                names[name] = put_round(FUNCTIONS[name], names[name])
 
 
 def served(module: nn.Module) -> bool:
@@ -63,30 +65,34 @@ def served(module: nn.Module) -> bool:
 
 
 def _by_functions(module: nn.Module) -> bool:
-    forward = _forward(type(module))
+    forward = inspect.unwrap(type(module).forward)
     if not inspect.isfunction(forward):
         return False
-    called = set(forward.__code__.co_names)
-    there = vars(sys.modules.get(forward.__module__, sys)).keys()
-    alone = type(module).__name__.endswith(CONVOLUTIONS) and "causal_conv1d_fn" in called & there
-    return alone or any(kind <= called & there for kind in KINDS)
+    called = set(forward.__code__.co_names) & vars(module_of(type(module))).keys()
+    alone = type(module).__name__.endswith(CONVOLUTIONS) and "causal_conv1d_fn" in called
+    return alone or any(kind <= called for kind in KINDS)
 
 
-def _forward(kind: type[nn.Module]) -> Callable:
-    """A class's forward without what decorators put round it."""
-    return inspect.unwrap(kind.forward)
+def module_of(kind: type[nn.Module]) -> ModuleType:
+    """The module that the names in a class's forward are from."""
+    return sys.modules[inspect.unwrap(kind.forward).__module__]
 
 
-def _round(ours: Callable, original: Callable) -> Callable:
+def put_round(ours: Callable, original: Callable) -> Callable:
     """The original for calls without a plan, ours for those with one."""
-    by_plan = torch.compiler.disable(
-        ours
-    )  # indices of the row's shape; what is round it may be compiled
+    # It computes with indices of the row. The layer round it may be compiled.
+    by_plan = torch.compiler.disable(ours)
 
     @functools.wraps(original)
     def mixing(*arguments, plan=None, **keywords):
         if not isinstance(plan, AttentionPlan):  # none, or the mark of a trial
             return original(*arguments, **keywords)
+        if plan.group is not None:
+            raise UserError(
+                f"parallel.sequence_parallel={plan.group.size} cannot be honoured: ranks share attention "
+                "alone, and this model has layers that carry a state along the tokens. Set "
+                "parallel.sequence_parallel=1"
+            )
         return by_plan(plan, original, *arguments, **keywords)
 
     mixing.original = original
