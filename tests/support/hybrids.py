@@ -35,6 +35,10 @@ KDA = {
     "num_key_value_heads": 4, "num_experts": 4, "n_group": 1, "topk_group": 1,
     "layer_types": ["linear_attention", "linear_attention", "full_attention"],
 }  # fmt: skip
+MAMBA = {
+    "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_chunk_size": 16,
+}  # fmt: skip
+CONV = {"layer_types": ["conv", "full_attention", "conv"]}
 HYBRIDS = {
     "qwen3-next": ("Qwen3NextConfig", DELTA | EXPERTS | {
         "num_experts": 4, "shared_expert_intermediate_size": 24, "mlp_only_layers": [0]}),
@@ -44,6 +48,41 @@ HYBRIDS = {
     "olmo-hybrid": ("OlmoHybridConfig", DELTA),
     "kimi-linear": ("KimiLinearConfig", KDA | EXPERTS),
     "bailing-hybrid": ("BailingHybridConfig", KDA | EXPERTS | {"kda_lower_bound": -0.5}),
+    "nemotron-h": ("NemotronHConfig", EXPERTS | {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention"],
+        "head_dim": 8, "ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2,
+        "chunk_size": 16, "n_routed_experts": 4, "moe_shared_expert_intermediate_size": 24}),
+    "bamba": ("BambaConfig", MAMBA | {"attn_layer_indices": [1]}),
+    "granite-hybrid": ("GraniteMoeHybridConfig", MAMBA | {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "num_local_experts": 4, "shared_intermediate_size": 24}),
+    "falcon-h1": ("FalconH1Config", MAMBA | {
+        "num_hidden_layers": 2, "mamba_d_ssm": 64, "head_dim": 8, "ssm_out_multiplier": 0.7}),
+    "zamba2": ("Zamba2Config", {
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "num_hidden_layers": 4, "mamba_d_state": 8, "n_mamba_heads": 4, "mamba_headdim": 16,
+        "chunk_size": 16, "use_mem_rope": True, "adapter_rank": 4}),
+    "mamba2": ("Mamba2Config", {
+        "num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 2, "chunk_size": 16}),
+    "lfm2": ("Lfm2Config", CONV),
+    "lfm2-moe": ("Lfm2MoeConfig", CONV | EXPERTS | {"num_experts": 4, "num_dense_layers": 1}),
+    "lfm3": ("Lfm3Config", {
+        "layer_types": ["conv", "full_attention", "conv", "sliding_attention"], "num_hidden_layers": 4,
+        "sliding_window": 4, "head_dim": 8}),
+}  # fmt: skip
+# Those whose layers get every sequence as a row of its own: a state there is a loop of PyTorch's.
+UNFOLDED = {
+    "jamba": ("JambaConfig", {
+        "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 4, "mamba_d_state": 8,
+        "mamba_dt_rank": 4}),
+    "zamba": ("ZambaConfig", {
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        "attention_hidden_size": 64, "attention_head_dim": 16, "num_key_value_heads": 4,
+        "mamba_d_state": 8, "n_mamba_heads": 2, "mamba_dt_rank": 4}),
+    "recurrent-gemma": ("RecurrentGemmaConfig", {
+        "lru_width": 32, "attention_window_size": 4, "head_dim": 8}),
+    "zaya": ("ZayaConfig", {
+        "num_experts": 4, "moe_intermediate_size": 24, "head_dim": 8, "router_hidden_size": 16}),
 }  # fmt: skip
 
 
@@ -72,7 +111,7 @@ TREES = _trees()
 
 def make(name: str, attention: str = "eager", **sizes):
     """A causal LM in fp32 with weights that let far tokens and every layer matter."""
-    config_name, changes = HYBRIDS[name]
+    config_name, changes = (HYBRIDS | UNFOLDED)[name]
     config = getattr(transformers, config_name)(**(SIZES | changes | sizes))
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)

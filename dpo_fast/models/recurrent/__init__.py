@@ -25,23 +25,34 @@ from dpo_fast.errors import UserError
 from dpo_fast.models.attention_plan import AttentionPlan
 from dpo_fast.models.recurrent.convolution import convolve
 from dpo_fast.models.recurrent.delta_rule import delta_rule
+from dpo_fast.models.recurrent.ssd import chunk_scan, not_fused
+from dpo_fast.models.recurrent.unfolded import serve_unfolded, unfoldable
 
 # By name in transformers' modules.
 FUNCTIONS: dict[str, Callable] = {
     "causal_conv1d_fn": convolve,
     "torch_chunk_gated_delta_rule": delta_rule,
     "chunk_kimi_delta_attention": delta_rule,
+    "mamba2_chunk_scan": chunk_scan,
+    "mamba2_split_conv1d_scan_combined": not_fused,
 }
 # What a layer's forward has to call for it to be served: all of one line.
 KINDS: tuple[frozenset[str], ...] = (
     frozenset({"causal_conv1d_fn", "torch_chunk_gated_delta_rule"}),
     frozenset({"causal_conv1d_fn", "chunk_kimi_delta_attention"}),
+    frozenset({"causal_conv1d_fn", "mamba2_chunk_scan"}),
 )
+# Ends of names of layers that have a convolution and nothing else that mixes tokens: LFM2's.
+CONVOLUTIONS = ("ShortConv",)
 
 
 def serve(model: nn.Module) -> None:
-    """Put our functions round those of the modules of transformers that a model's layers are from."""
-    for kind in {type(module) for module in model.modules() if served(module)}:
+    """Put our functions round those of the modules of transformers that a model's layers are from.
+
+    Layers that no such function serves get a forward of their own, in this model alone (`unfolded`).
+    """
+    serve_unfolded(model)
+    for kind in {type(module) for module in model.modules() if _by_functions(module)}:
         names = vars(module_of(kind))
         for name in FUNCTIONS.keys() & names.keys():
             if not hasattr(names[name], "original"):
@@ -50,11 +61,16 @@ def serve(model: nn.Module) -> None:
 
 def served(module: nn.Module) -> bool:
     """Whether this is a layer that carries a state, of a kind that is served."""
+    return unfoldable(module) or _by_functions(module)
+
+
+def _by_functions(module: nn.Module) -> bool:
     forward = inspect.unwrap(type(module).forward)
     if not inspect.isfunction(forward):
         return False
     called = set(forward.__code__.co_names) & vars(module_of(type(module))).keys()
-    return any(kind <= called for kind in KINDS)
+    alone = type(module).__name__.endswith(CONVOLUTIONS) and "causal_conv1d_fn" in called
+    return alone or any(kind <= called for kind in KINDS)
 
 
 def module_of(kind: type[nn.Module]) -> ModuleType:
