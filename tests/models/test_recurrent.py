@@ -24,12 +24,17 @@ from dpo_fast.models.recurrent.convolution import convolve
 from dpo_fast.models.recurrent.segments import by_flat_levels, by_levels, cut
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.models.separation import check_separation
+from tests.support import ranks
 from tests.support.architectures import alone, slopes
 from tests.support.hybrids import CPU, HYBRIDS, TREES, in_double, make, states
+from tests.support.models import run_tree, write_pairs
+from tests.support.plain_torch import assert_same_step
+from tests.support.tokenizers import byte_tokenizer
 
 SHARED = ("packed", "shared_prefix")
 # One of each kind of layer, for what does not depend on the family.
 KINDS = ("qwen3-next", "kimi-linear")
+SHARDED = KINDS
 
 
 def attending(model, layout: str):
@@ -258,3 +263,35 @@ def test_recurrences_and_convolutions_of_trees_are_those_of_each_sequence(sequen
             truth = truth + (own.sin() * (number + 1)).sum()
         for a, b in zip(*(torch.autograd.grad(each, x_ND) for each in (loss, truth))):
             torch.testing.assert_close(a, b, msg=name)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Models of `SHARDED` with a tokenizer, and pairs."""
+    folder = tmp_path_factory.mktemp("hybrids")
+    tokenizer = byte_tokenizer(bos=True)
+    for name in SHARDED:
+        make(name, vocab_size=len(tokenizer)).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    write_pairs(folder / "pairs.jsonl", 8)
+    return folder
+
+
+def case(folder, model: str, stage: int, micro: int, layout: str, **options) -> dict:
+    tree = run_tree(folder, micro_batch_size=micro, max_steps=1, layout=layout)
+    tree["model"] |= {"path": str(folder / model), **options}
+    return tree | {"parallel": {"zero_stage": stage}, "loss": {"type": "simpo"}}
+
+
+@pytest.mark.processes
+def test_two_ranks_with_sharded_weights(folder):
+    """ZeRO-3 with recomputed layers, in rows of trees, against one rank with a row for every sequence.
+
+    A mixer reads the weight of its convolution without calling it, which ZeRO-3 has to gather.
+    """
+    one = ranks.first_steps({name: case(folder, name, 0, 4, "padded") for name in SHARDED})
+    sharded = {
+        name: case(folder, name, 3, 2, "auto", gradient_checkpointing=True) for name in SHARDED
+    }
+    for name, result in ranks.first_steps(sharded, 2).items():
+        assert_same_step(result, one[name], 5e-5, name)
