@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import softplus
 
 pytest.importorskip("transformers")
+from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 
 from dpo_fast.data.batch import collate_trees
@@ -104,11 +105,17 @@ def test_states_from_outside_are_no_matter_of_a_row():
         chunk_scan(plan, None, *rows[:2], None, *rows[2:], 16, return_final_states=True)
 
 
-def test_the_kernel_for_a_whole_layer_computes_no_row_of_trees(monkeypatch):
-    model = make("mamba2", NAMES["sdpa"]).train()
-    fused = "mamba2_split_conv1d_scan_combined"
+@pytest.mark.parametrize(
+    ("name", "module", "fused"),
+    [
+        ("mamba2", modeling_mamba2, "mamba2_split_conv1d_scan_combined"),
+        ("mamba", modeling_mamba, "mamba_inner_fn"),
+    ],
+)
+def test_the_kernel_for_a_whole_layer_computes_no_row_of_trees(name, module, fused, monkeypatch):
+    model = make(name, NAMES["sdpa"]).train()
     called = []
-    monkeypatch.setattr(modeling_mamba2, fused, lambda *a, **k: called.append(1))
+    monkeypatch.setattr(module, fused, lambda *a, **k: called.append(1))
     scoring = ScoringModel(model)  # puts ours round it
     scoring(**forward_arguments(collate_trees(TREES, "shared_prefix")))
     assert not called

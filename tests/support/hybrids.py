@@ -70,8 +70,10 @@ HYBRIDS = {
         "layer_types": ["conv", "full_attention", "conv", "sliding_attention"], "num_hidden_layers": 4,
         "sliding_window": 4, "head_dim": 8}),
 }  # fmt: skip
-# Those whose layers get every sequence as a row of its own: a state there is a loop of PyTorch's.
-UNFOLDED = {
+# Those that are told the plan otherwise. A state there is a loop of PyTorch's, so they get shorter trees.
+TOLD = {
+    "mamba": ("MambaConfig", {"state_size": 8}),
+    "falcon-mamba": ("FalconMambaConfig", {"state_size": 8, "num_hidden_layers": 2}),
     "jamba": ("JambaConfig", {
         "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 4, "mamba_d_state": 8,
         "mamba_dt_rank": 4}),
@@ -111,7 +113,7 @@ TREES = _trees()
 
 def make(name: str, attention: str = "eager", **sizes):
     """A causal LM in fp32 with weights that let far tokens and every layer matter."""
-    config_name, changes = (HYBRIDS | UNFOLDED)[name]
+    config_name, changes = (HYBRIDS | TOLD)[name]
     config = getattr(transformers, config_name)(**(SIZES | changes | sizes))
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)

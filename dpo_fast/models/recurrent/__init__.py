@@ -21,12 +21,11 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from dpo_fast.errors import UserError
 from dpo_fast.models.attention_plan import AttentionPlan
 from dpo_fast.models.recurrent.convolution import convolve
 from dpo_fast.models.recurrent.delta_rule import delta_rule
 from dpo_fast.models.recurrent.ssd import chunk_scan, not_fused
-from dpo_fast.models.recurrent.unfolded import serve_unfolded, unfoldable
+from dpo_fast.models.recurrent.told import check_whole_row, serve_told, told
 
 # By name in transformers' modules.
 FUNCTIONS: dict[str, Callable] = {
@@ -49,9 +48,9 @@ CONVOLUTIONS = ("ShortConv",)
 def serve(model: nn.Module) -> None:
     """Put our functions round those of the modules of transformers that a model's layers are from.
 
-    Layers that no such function serves get a forward of their own, in this model alone (`unfolded`).
+    Layers that are not told by keywords get a forward of their own, in this model alone (`told`).
     """
-    serve_unfolded(model)
+    serve_told(model)
     for kind in {type(module) for module in model.modules() if _by_functions(module)}:
         names = vars(module_of(kind))
         for name in FUNCTIONS.keys() & names.keys():
@@ -61,7 +60,7 @@ def serve(model: nn.Module) -> None:
 
 def served(module: nn.Module) -> bool:
     """Whether this is a layer that carries a state, of a kind that is served."""
-    return unfoldable(module) or _by_functions(module)
+    return told(module) is not None or _by_functions(module)
 
 
 def _by_functions(module: nn.Module) -> bool:
@@ -87,12 +86,7 @@ def put_round(ours: Callable, original: Callable) -> Callable:
     def mixing(*arguments, plan=None, **keywords):
         if not isinstance(plan, AttentionPlan):  # none, or the mark of a trial
             return original(*arguments, **keywords)
-        if plan.group is not None:
-            raise UserError(
-                f"parallel.sequence_parallel={plan.group.size} cannot be honoured: ranks share attention "
-                "alone, and this model has layers that carry a state along the tokens. Set "
-                "parallel.sequence_parallel=1"
-            )
+        check_whole_row(plan)
         return by_plan(plan, original, *arguments, **keywords)
 
     mixing.original = original

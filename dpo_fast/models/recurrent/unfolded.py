@@ -1,33 +1,24 @@
 """A causal layer of any kind over a row of trees: every sequence gets a row of its own inside the layer.
 
 What a trunk is to several branches the layer computes for each of them, as it would in a padded batch. All
-round it stays in the one row. So it serves layers whose state cannot be handed from trunk to branch:
-Mamba-1's kernels start from nothing, and RecurrentGemma's begin anew at position 0.
+round it stays in the one row. So it serves what cannot go on from a state: RecurrentGemma's layers begin
+anew at position 0, and the kernels of Mamba-1's scan start from nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import accumulate
-from types import MethodType
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from dpo_fast.data.tree import Spans
 from dpo_fast.models.attention_plan import AttentionPlan
 from dpo_fast.ops.take import take
-
-# By the name of a layer's class that of the module round it, where that does not hand keywords on.
-LAYERS: dict[str, str | None] = {
-    "ZambaMambaMixer": None,
-    "JambaMambaMixer": "JambaMambaDecoderLayer",
-    "RecurrentGemmaRecurrentBlock": None,
-    "ZayaCCAProjection": "ZayaAttention",
-}
 
 
 class Sequences(NamedTuple):
@@ -64,7 +55,6 @@ def sequences_of(spans: Spans, device: torch.device) -> Sequences:
     return Sequences(torch.from_numpy(tokens).to(device), torch.from_numpy(places).to(device))
 
 
-@torch.compiler.disable
 def over_sequences(layer: Callable, plan: AttentionPlan, *arguments, **options):
     """What a causal layer gives, for a row of trees, as if every sequence were alone.
 
@@ -87,57 +77,40 @@ def over_sequences(layer: Callable, plan: AttentionPlan, *arguments, **options):
     return tree_map(fold, layer(*tree_map(unfold, arguments), **tree_map(unfold, options)))
 
 
+def selective_scan(
+    plan: AttentionPlan,
+    scan: Callable[..., Tensor],
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    return_last_state: bool = False,
+    **options,
+) -> Tensor:
+    """Mamba-1's scan of a row (Gu and Dao 2023, arXiv:2312.00752, section 3), every sequence by itself.
+
+    mamba-ssm's kernel takes no state to begin with, and gives no gradient of the one that it ends with.
+
+    scan: a function of transformers, with the arguments of mamba-ssm's `selective_scan_fn`.
+    hidden_states, dt, z: [1, dim, T]. A: [dim, state]. B, C: [1, state, T]. D: [dim].
+
+    Gives [1, dim, T].
+    """
+    if return_last_state:
+        raise ValueError("a row of trees leaves no state")
+
+    def batch(*rows):
+        x, dt, b, c, *gate = (each.transpose(1, 2).contiguous() for each in rows)
+        output = scan(x, dt, A, b, c, D=D, z=gate[0] if gate else None, **options)
+        return output.transpose(1, 2)
+
+    rows = (hidden_states, dt, B, C) if z is None else (hidden_states, dt, B, C, z)
+    output = over_sequences(batch, plan, *(each.transpose(1, 2) for each in rows))
+    return output.transpose(1, 2)
+
+
 def _of_tokens(value, *shape: int) -> bool:
     return isinstance(value, Tensor) and value.shape[:2] == shape
-
-
-def unfoldable(module: nn.Module) -> bool:
-    """Whether this is a layer that is served sequence by sequence."""
-    return type(module).__name__ in LAYERS
-
-
-def serve_unfolded(model: nn.Module) -> None:
-    """Have the layers of a model that `LAYERS` has compute rows of trees, in place."""
-    tellers = {LAYERS[type(module).__name__] for module in model.modules() if unfoldable(module)}
-    for module in model.modules():
-        if type(module).__name__ in tellers:
-            _replace(module, _telling)
-        if unfoldable(module):
-            _replace(module, _unfolded)
-
-
-def _replace(module: nn.Module, forward: Callable) -> None:
-    """Give a module a forward round its own, a method that copies of the module have, too."""
-    if not hasattr(module, "forward_of_batches"):
-        module.forward_of_batches = module.forward
-        module.forward = MethodType(forward, module)
-
-
-def _unfolded(module: nn.Module, *arguments, **options):
-    """A layer's forward. The plan is among its arguments, where it has a place for one or for a mask."""
-    plans = [each for each in (*arguments, *options.values()) if isinstance(each, AttentionPlan)]
-    options.pop("plan", None)
-    if not plans:
-        return module.forward_of_batches(*arguments, **options)
-    arguments, options = (
-        _without_plans(arguments),
-        dict(zip(options, _without_plans(options.values()))),
-    )
-    return over_sequences(module.forward_of_batches, plans[0], *arguments, **options)
-
-
-def _without_plans(values) -> list:
-    return [None if isinstance(each, AttentionPlan) else each for each in values]
-
-
-def _telling(module: nn.Module, *arguments, attention_mask=None, **options):
-    """The forward of a module that hands masks on, but no keywords: the plan goes in the mask's place.
-
-    Rows of trees have no padding, so that the mask is None. As an argument it is there again when the
-    module is recomputed.
-    """
-    plan = options.get("plan")
-    if isinstance(plan, AttentionPlan):
-        of_many = isinstance(attention_mask, dict)  # of ZAYA's attention
-        attention_mask = {**attention_mask, "conv": plan} if of_many else plan
-    return module.forward_of_batches(*arguments, attention_mask=attention_mask, **options)

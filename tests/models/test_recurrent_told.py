@@ -1,4 +1,4 @@
-"""Layers that get every sequence as a row of its own, inside models that have all of them in one row."""
+"""Layers that are told of a row by other ways than keywords: every sequence scores as if it were alone."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from dpo_fast.models.layers import checkpoint_layers
 from dpo_fast.models.recurrent import served
 from dpo_fast.models.scoring import forward_arguments
 from tests.support.architectures import alone, slopes
-from tests.support.hybrids import UNFOLDED, make
+from tests.support.hybrids import TOLD, make
 
 TREES = [
     ([5], [[8, 9, 2], [10, 2], [2]]),
@@ -25,7 +25,7 @@ def _logps(scoring, layout, trees=TREES):
     return scoring(**forward_arguments(collate_trees(trees, layout)))["logp"]
 
 
-@pytest.mark.parametrize("name", UNFOLDED)
+@pytest.mark.parametrize("name", TOLD)
 def test_every_sequence_scores_as_alone(name):
     model = make(name)
     parameters = list(model.parameters())
@@ -49,7 +49,7 @@ def test_every_sequence_scores_as_alone(name):
                     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5 * max(scale, 1))
 
 
-@pytest.mark.parametrize("name", UNFOLDED)
+@pytest.mark.parametrize("name", TOLD)
 def test_another_sequence_in_the_row_changes_nothing(name):
     scoring = ScoringModel(make(name, NAMES["sdpa"]))
     others = [TREES[0], ([1, 90], [[70, 71, 72, 2], TREES[1][1][1]]), TREES[2]]
