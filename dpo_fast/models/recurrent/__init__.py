@@ -25,8 +25,10 @@ from dpo_fast.errors import UserError
 from dpo_fast.models.attention_plan import AttentionPlan
 from dpo_fast.models.recurrent.convolution import convolve
 from dpo_fast.models.recurrent.delta_rule import delta_rule
+from dpo_fast.models.recurrent.lightning import LAYER as LIGHTNING
+from dpo_fast.models.recurrent.lightning import lightning
 from dpo_fast.models.recurrent.ssd import chunk_scan, not_fused
-from dpo_fast.models.recurrent.unfolded import serve_unfolded, unfoldable
+from dpo_fast.models.recurrent.unfolded import replace_forward, serve_unfolded, unfoldable
 
 # By name in transformers' modules.
 FUNCTIONS: dict[str, Callable] = {
@@ -52,6 +54,9 @@ def serve(model: nn.Module) -> None:
     Layers that no such function serves get a forward of their own, in this model alone (`unfolded`).
     """
     serve_unfolded(model)
+    for module in model.modules():
+        if type(module).__name__ == LIGHTNING:
+            replace_forward(module, lightning)
     for kind in {type(module) for module in model.modules() if _by_functions(module)}:
         names = vars(module_of(kind))
         for name in FUNCTIONS.keys() & names.keys():
@@ -61,7 +66,7 @@ def serve(model: nn.Module) -> None:
 
 def served(module: nn.Module) -> bool:
     """Whether this is a layer that carries a state, of a kind that is served."""
-    return unfoldable(module) or _by_functions(module)
+    return type(module).__name__ == LIGHTNING or unfoldable(module) or _by_functions(module)
 
 
 def _by_functions(module: nn.Module) -> bool:

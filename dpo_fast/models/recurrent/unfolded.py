@@ -101,12 +101,12 @@ def serve_unfolded(model: nn.Module) -> None:
     tellers = {LAYERS[type(module).__name__] for module in model.modules() if unfoldable(module)}
     for module in model.modules():
         if type(module).__name__ in tellers:
-            _replace(module, _telling)
+            replace_forward(module, _telling)
         if unfoldable(module):
-            _replace(module, _unfolded)
+            replace_forward(module, _unfolded)
 
 
-def _replace(module: nn.Module, forward: Callable) -> None:
+def replace_forward(module: nn.Module, forward: Callable) -> None:
     """Give a module a forward round its own, a method that copies of the module have, too."""
     if not hasattr(module, "forward_of_batches"):
         module.forward_of_batches = module.forward
