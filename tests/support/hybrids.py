@@ -88,6 +88,12 @@ UNFOLDED = {
         "num_experts": 4, "moe_intermediate_size": 24, "head_dim": 8, "router_hidden_size": 16}),
 }  # fmt: skip
 
+# Those that the installed transformers has.
+HYBRIDS, UNFOLDED = (
+    {name: each for name, each in table.items() if hasattr(transformers, each[0])}
+    for table in (HYBRIDS, UNFOLDED)
+)
+
 
 def _ids(count: int, draw: random.Random) -> list[int]:
     return [draw.randrange(3, 97) for _ in range(count)]
