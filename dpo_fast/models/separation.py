@@ -82,9 +82,10 @@ def check_states(alone: Tensor, shared: Tensor, layout: str, dtype: torch.dtype)
     Raises:
         UserError: they differ.
     """
-    # A mean: where experts are chosen, rounding may choose another one for some token.
+    # A mean, and five times as much: rows of other lengths are rounded in another way, and where experts
+    # are chosen, rounding may choose another one. A state that is lost moves log-probs by about one.
     moved = (alone - shared).abs().mean().item()
-    if not moved <= TOLERANCE[dtype]:
+    if not moved <= 5 * TOLERANCE[dtype]:
         raise UserError(
             f"train.layout={layout} cannot be honoured: log-probs of a completion in a row with others "
             f"differ by {moved:.2g} from those it has alone, so some layer of this model carries its state "

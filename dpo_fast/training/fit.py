@@ -19,7 +19,6 @@ from dpo_fast.models import ScoringModel
 from dpo_fast.models.architecture import (
     Architecture,
     architecture_of,
-    carried_state,
     choose_attention,
     choose_layout,
 )
@@ -169,10 +168,7 @@ def check_sequence_parallel(
     size, attention = config.parallel.sequence_parallel, config.model.attention
     for path, skeleton in skeletons.items():
         check_heads(skeleton.config, size)
-        obstacle = architectures[path].obstacle
-        if state := carried_state(skeleton):
-            obstacle = f"ranks share attention alone, and it has layers that carry state ({state})"
-        if obstacle is not None:
+        if (obstacle := architectures[path].alone) is not None:
             raise UserError(
                 f"parallel.sequence_parallel={size} cannot be honoured for {architectures[path].name}: "
                 f"{obstacle}. Set parallel.sequence_parallel=1"

@@ -11,7 +11,7 @@ import torch
 
 from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.models import ScoringModel
-from dpo_fast.models.architecture import architecture_of, carried_state
+from dpo_fast.models.architecture import architecture_of
 from dpo_fast.models.attention import NAMES
 from dpo_fast.models.config import LoraSection
 from dpo_fast.models.skeleton import scoring_skeleton
@@ -214,7 +214,7 @@ def _shares(config: RunConfig, policy: ScoringModel, ranks: int) -> Iterator[int
     model = policy.causal_lm
     heads = getattr(model.config.get_text_config(), "num_attention_heads", 1)
     others = config.model.attention not in ("auto", *NAMES)
-    if others or architecture_of(model).obstacle is not None or carried_state(model):
+    if others or architecture_of(model).alone is not None:
         return
     size = 2
     while size <= ranks:

@@ -1,6 +1,10 @@
 """Layers that carry a state along the tokens, in rows of trees: every sequence as if it were alone."""
 
 import copy
+import itertools
+import json
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -24,9 +28,11 @@ from dpo_fast.models.recurrent.convolution import convolve
 from dpo_fast.models.recurrent.segments import by_flat_levels, by_levels, cut
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.models.separation import check_separation
+from dpo_fast.training.fit import check_sequence_parallel
 from tests.support import ranks
 from tests.support.architectures import alone, slopes
 from tests.support.hybrids import CPU, HYBRIDS, TREES, in_double, make, states
+from tests.support.metrics import lines_of
 from tests.support.models import run_tree, write_pairs
 from tests.support.plain_torch import assert_same_step
 from tests.support.tokenizers import byte_tokenizer
@@ -265,6 +271,70 @@ def test_recurrences_and_convolutions_of_trees_are_those_of_each_sequence(sequen
             torch.testing.assert_close(a, b, msg=name)
 
 
+def test_ranks_do_not_share_rows_of_such_a_model():
+    with torch.device("meta"):
+        model = make("qwen3-next")
+    config = types.SimpleNamespace(
+        parallel=types.SimpleNamespace(sequence_parallel=2),
+        model=types.SimpleNamespace(attention="auto"),
+    )
+    architectures = {None: architecture_of(model)}
+    with pytest.raises(UserError, match="sequence_parallel=2 .*linear_attention.*parallel=1"):
+        check_sequence_parallel(config, {None: model}, architectures)
+    scoring = ScoringModel(make("qwen3-next", NAMES["sdpa"]))
+    plan = AttentionPlan(((2, 0, -1),), CPU, types.SimpleNamespace(size=2))
+    with pytest.raises(UserError, match="sequence_parallel=2 cannot be honoured"):
+        scoring.causal_lm.model(input_ids=torch.tensor([[1, 2]]), plan=plan, use_cache=False)
+
+
+def test_a_kernel_gets_segments_side_by_side(monkeypatch):
+    """A kernel in the place of transformers' function, as flash-linear-attention's: it takes cu_seqlens."""
+    from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
+
+    scoring = ScoringModel(make("qwen3-next"))
+    expected = scores(scoring, "shared_prefix")
+    true, calls = gradients(expected, scoring), []
+    functions = vars(recurrent.module_of(type(scoring.causal_lm.model.layers[0])))
+    ours = functions["torch_chunk_gated_delta_rule"]
+    whole = ours.original
+
+    def kernel(
+        q, k, v, g, beta, initial_state=None, output_final_state=False, cu_seqlens=None,
+        use_qk_l2norm_in_kernel=False,
+    ):  # fmt: skip
+        assert q.shape[0] == 1 and cu_seqlens.dtype == torch.int64
+        calls.append(len(cu_seqlens) - 1)
+        parts = [
+            whole(
+                *(x[:, a:b] for x in (q, k, v)),
+                g=g[:, a:b],
+                beta=beta[:, a:b],
+                initial_state=None if initial_state is None else initial_state[[i]],
+                output_final_state=output_final_state,
+                use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+            )
+            for i, (a, b) in enumerate(itertools.pairwise(cu_seqlens.tolist()))
+        ]
+        outputs, ends = zip(*parts)
+        return torch.cat(outputs, 1), torch.cat(ends) if output_final_state else None
+
+    package = types.ModuleType("a_package_with_a_kernel")
+    package.chunk_gated_delta_rule = kernel
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    within = use_kernel_func_from_hub_with_fallback("chunk_gated_delta_rule", package.__name__, "")
+    monkeypatch.setitem(
+        functions,
+        "torch_chunk_gated_delta_rule",
+        recurrent.put_round(
+            recurrent.FUNCTIONS["torch_chunk_gated_delta_rule"], within(whole.__wrapped__)
+        ),
+    )
+    found = scores(scoring, "shared_prefix")
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=3e-5)
+    assert_near(gradients(found, scoring), true, 5e-5)
+    assert len(calls) == 2 * 4 and max(calls) > 4  # layers, levels
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Models of `SHARDED` with a tokenizer, and pairs."""
@@ -274,6 +344,7 @@ def folder(tmp_path_factory):
         make(name, vocab_size=len(tokenizer)).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     write_pairs(folder / "pairs.jsonl", 8)
+    write_pairs(folder / "held-out.jsonl", 6, seed=1)
     return folder
 
 
@@ -295,3 +366,30 @@ def test_two_ranks_with_sharded_weights(folder):
     }
     for name, result in ranks.first_steps(sharded, 2).items():
         assert_same_step(result, one[name], 5e-5, name)
+
+
+@pytest.mark.processes
+def test_a_run_answers_and_evaluates_as_one_of_padded_batches(folder):
+    """Layout auto, a stored reference, held-out prompts answered, and an evaluation of the run."""
+
+    def run(layout: str) -> dict:
+        output = str(folder / layout)
+        tree = run_tree(folder, output_dir=output, max_steps=2, save_steps=2, layout=layout)
+        tree["model"]["path"] = str(folder / KINDS[0])
+        tree["data"]["eval"] = str(folder / "held-out.jsonl")
+        tree["generate"] = {"max_prompts": 3, "steps": 2, "max_new_tokens": 6, "batch_size": 2}
+        return tree
+
+    ranks.train([run("auto"), run("padded")])
+    losses, answers = [], []
+    for name in ("auto", "padded"):
+        found = lines_of(folder / name)
+        losses.append([each[k] for each in found for k in ("loss", "eval_loss") if k in each])
+        lines = (folder / name / "generations.jsonl").read_text().splitlines()
+        answers.append([json.loads(line)["answers"] for line in lines])
+    assert len(losses[0]) >= 4 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert answers[0] == answers[1] and len(answers[0]) == 2
+    saving = [each.get("perf/shared_prefix_saving", 0) for each in lines_of(folder / "auto")]
+    assert max(saving) > 0.1
+    found = ranks.evaluate({"run": {"model": str(folder / "auto"), "data": None}})["run"]
+    assert found["metrics"]["eval_loss"] == pytest.approx(losses[0][-1], rel=1e-4)

@@ -48,6 +48,9 @@ HYBRIDS = {
     "olmo-hybrid": ("OlmoHybridConfig", DELTA),
     "kimi-linear": ("KimiLinearConfig", KDA | EXPERTS),
     "bailing-hybrid": ("BailingHybridConfig", KDA | EXPERTS | {"kda_lower_bound": -0.5}),
+    "minimax": ("MiniMaxConfig", {
+        "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "block_size": 16,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention"]}),
     "nemotron-h": ("NemotronHConfig", EXPERTS | {
         "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention"],
         "head_dim": 8, "ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2,
@@ -86,6 +89,12 @@ TOLD = {
     "zaya": ("ZayaConfig", {
         "num_experts": 4, "moe_intermediate_size": 24, "head_dim": 8, "router_hidden_size": 16}),
 }  # fmt: skip
+
+# Those that the installed transformers has.
+HYBRIDS, TOLD = (
+    {name: each for name, each in table.items() if hasattr(transformers, each[0])}
+    for table in (HYBRIDS, TOLD)
+)
 
 
 def _ids(count: int, draw: random.Random) -> list[int]:
@@ -145,7 +154,13 @@ def in_double(model):
         model.config, attn_implementation="eager", experts_implementation="eager"
     )
     other.load_state_dict(model.state_dict())
-    return other.double().eval()
+    other = other.double()
+    for module in other.modules():
+        if hasattr(module, "decay_factors"):  # MiniMax stores them, rounded to fp32
+            factors = module.decay_factors(module.slope_rate)
+            for name, value in zip(("query_decay", "key_decay", "diagonal_decay"), factors):
+                getattr(module, name).copy_(value)
+    return other.eval()
 
 
 def states(model, layout: str | None) -> torch.Tensor:

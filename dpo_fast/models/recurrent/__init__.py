@@ -24,8 +24,10 @@ from torch import nn
 from dpo_fast.models.attention_plan import AttentionPlan
 from dpo_fast.models.recurrent.convolution import convolve
 from dpo_fast.models.recurrent.delta_rule import delta_rule
+from dpo_fast.models.recurrent.lightning import LAYER as LIGHTNING
+from dpo_fast.models.recurrent.lightning import lightning
 from dpo_fast.models.recurrent.ssd import chunk_scan, not_fused
-from dpo_fast.models.recurrent.told import check_whole_row, serve_told, told
+from dpo_fast.models.recurrent.told import check_whole_row, replace_forward, serve_told, told
 
 # By name in transformers' modules.
 FUNCTIONS: dict[str, Callable] = {
@@ -51,6 +53,9 @@ def serve(model: nn.Module) -> None:
     Layers that are not told by keywords get a forward of their own, in this model alone (`told`).
     """
     serve_told(model)
+    for module in model.modules():
+        if type(module).__name__ == LIGHTNING:
+            replace_forward(module, lightning)
     for kind in {type(module) for module in model.modules() if _by_functions(module)}:
         names = vars(module_of(kind))
         for name in FUNCTIONS.keys() & names.keys():
@@ -60,7 +65,8 @@ def serve(model: nn.Module) -> None:
 
 def served(module: nn.Module) -> bool:
     """Whether this is a layer that carries a state, of a kind that is served."""
-    return told(module) is not None or _by_functions(module)
+    by_name = type(module).__name__ == LIGHTNING or told(module) is not None
+    return by_name or _by_functions(module)
 
 
 def _by_functions(module: nn.Module) -> bool:

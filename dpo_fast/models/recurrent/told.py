@@ -63,12 +63,12 @@ def serve_told(model: nn.Module) -> None:
     tellers = {how.by for module in model.modules() if (how := told(module))}
     for module in model.modules():
         if type(module).__name__ in tellers:
-            _replace(module, _telling)
+            replace_forward(module, _telling)
         if told(module):
-            _replace(module, _mixing)
+            replace_forward(module, _mixing)
 
 
-def _replace(module: nn.Module, forward: Callable) -> None:
+def replace_forward(module: nn.Module, forward: Callable) -> None:
     """Give a module a forward round its own, a method that copies of the module have, too."""
     if not hasattr(module, "forward_of_batches"):
         module.forward_of_batches = module.forward
