@@ -63,7 +63,7 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
     blocking = tuple(layer for layer in mixing if layer not in beside)
     return Architecture(
         type(model).__name__,
-        _obstacle(model, blocking),
+        _obstacle(model, blocking, beside),
         softcap=getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None,
         sinks=any(hasattr(module, "sinks") for module in model.modules()),
         sdpa=model._supports_sdpa,
@@ -84,10 +84,14 @@ def read_architecture(section: ModelSection, option: str = "model.path") -> Arch
     return architecture_of(load_skeleton(section, option))
 
 
-def _obstacle(model: PreTrainedModel, blocking: Sequence[MixingLayer]) -> str | None:
+def _obstacle(
+    model: PreTrainedModel, blocking: Sequence[MixingLayer], beside: Sequence[MixingLayer]
+) -> str | None:
     """Why sequences cannot share a row: something beside attention mixes tokens, or may."""
     if blocking:
         return f"it has {described(blocking)}"
+    if _without_attention(model, beside):
+        return None
     unseen = None
     if not model._supports_attention_backend:
         unseen = "it does not take its attention from transformers' AttentionInterface"
@@ -97,6 +101,12 @@ def _obstacle(model: PreTrainedModel, blocking: Sequence[MixingLayer]) -> str | 
     if "position_ids" not in inspect.signature(decoder_of(model).forward).parameters:
         return "its forward takes no position_ids, so every sequence would go on from the last"
     return None
+
+
+def _without_attention(model: PreTrainedModel, beside: Sequence[MixingLayer]) -> bool:
+    """Whether every layer keeps sequences apart and none is attention, as in Mamba: no more is asked."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    return len(beside) == len(kinds) and set(kinds) == {"linear_attention"}
 
 
 def _unsharded(model: PreTrainedModel) -> PreTrainedModel:

@@ -35,6 +35,10 @@ KDA = {
     "num_key_value_heads": 4, "num_experts": 4, "n_group": 1, "topk_group": 1,
     "layer_types": ["linear_attention", "linear_attention", "full_attention"],
 }  # fmt: skip
+MAMBA = {
+    "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_chunk_size": 16,
+}  # fmt: skip
+CONV = {"layer_types": ["conv", "full_attention", "conv"]}
 HYBRIDS = {
     "qwen3-next": ("Qwen3NextConfig", DELTA | EXPERTS | {
         "num_experts": 4, "shared_expert_intermediate_size": 24, "mlp_only_layers": [0]}),
@@ -43,8 +47,54 @@ HYBRIDS = {
         "num_experts": 4, "shared_expert_intermediate_size": 24}),
     "olmo-hybrid": ("OlmoHybridConfig", DELTA),
     "kimi-linear": ("KimiLinearConfig", KDA | EXPERTS),
-    "bailing-hybrid": ("BailingHybridConfig", KDA | EXPERTS),
+    "bailing-hybrid": ("BailingHybridConfig", KDA | EXPERTS | {"kda_lower_bound": -0.5}),
+    "minimax": ("MiniMaxConfig", {
+        "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "block_size": 16,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention"]}),
+    "nemotron-h": ("NemotronHConfig", EXPERTS | {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention"],
+        "head_dim": 8, "ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2,
+        "chunk_size": 16, "n_routed_experts": 4, "moe_shared_expert_intermediate_size": 24}),
+    "bamba": ("BambaConfig", MAMBA | {"attn_layer_indices": [1]}),
+    "granite-hybrid": ("GraniteMoeHybridConfig", MAMBA | {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "num_local_experts": 4, "shared_intermediate_size": 24}),
+    "falcon-h1": ("FalconH1Config", MAMBA | {
+        "num_hidden_layers": 2, "mamba_d_ssm": 64, "head_dim": 8, "ssm_out_multiplier": 0.7}),
+    "zamba2": ("Zamba2Config", {
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "num_hidden_layers": 4, "mamba_d_state": 8, "n_mamba_heads": 4, "mamba_headdim": 16,
+        "chunk_size": 16, "use_mem_rope": True, "adapter_rank": 4}),
+    "mamba2": ("Mamba2Config", {
+        "num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 2, "chunk_size": 16}),
+    "lfm2": ("Lfm2Config", CONV),
+    "lfm2-moe": ("Lfm2MoeConfig", CONV | EXPERTS | {"num_experts": 4, "num_dense_layers": 1}),
+    "lfm3": ("Lfm3Config", {
+        "layer_types": ["conv", "full_attention", "conv", "sliding_attention"], "num_hidden_layers": 4,
+        "sliding_window": 4, "head_dim": 8}),
 }  # fmt: skip
+# Those that are told the plan otherwise. A state there is a loop of PyTorch's, so they get shorter trees.
+TOLD = {
+    "mamba": ("MambaConfig", {"state_size": 8}),
+    "falcon-mamba": ("FalconMambaConfig", {"state_size": 8, "num_hidden_layers": 2}),
+    "jamba": ("JambaConfig", {
+        "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 4, "mamba_d_state": 8,
+        "mamba_dt_rank": 4}),
+    "zamba": ("ZambaConfig", {
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        "attention_hidden_size": 64, "attention_head_dim": 16, "num_key_value_heads": 4,
+        "mamba_d_state": 8, "n_mamba_heads": 2, "mamba_dt_rank": 4}),
+    "recurrent-gemma": ("RecurrentGemmaConfig", {
+        "lru_width": 32, "attention_window_size": 4, "head_dim": 8}),
+    "zaya": ("ZayaConfig", {
+        "num_experts": 4, "moe_intermediate_size": 24, "head_dim": 8, "router_hidden_size": 16}),
+}  # fmt: skip
+
+# Those that the installed transformers has.
+HYBRIDS, TOLD = (
+    {name: each for name, each in table.items() if hasattr(transformers, each[0])}
+    for table in (HYBRIDS, TOLD)
+)
 
 
 def _ids(count: int, draw: random.Random) -> list[int]:
@@ -72,7 +122,7 @@ TREES = _trees()
 
 def make(name: str, attention: str = "eager", **sizes):
     """A causal LM in fp32 with weights that let far tokens and every layer matter."""
-    config_name, changes = HYBRIDS[name]
+    config_name, changes = (HYBRIDS | TOLD)[name]
     config = getattr(transformers, config_name)(**(SIZES | changes | sizes))
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
@@ -80,7 +130,7 @@ def make(name: str, attention: str = "eager", **sizes):
         if title.endswith(("A_log", "dt_bias")):  # decays of 0.3 to 0.95 a token
             torch.nn.init.uniform_(parameter, -1.5, 0.5)
         elif "norm" not in title:
-            torch.nn.init.normal_(parameter, std=0.2 if parameter.dim() > 1 else 0.1)
+            torch.nn.init.normal_(parameter, std=0.15 if parameter.dim() > 1 else 0.1)
     return model.eval()
 
 
@@ -104,7 +154,13 @@ def in_double(model):
         model.config, attn_implementation="eager", experts_implementation="eager"
     )
     other.load_state_dict(model.state_dict())
-    return other.double().eval()
+    other = other.double()
+    for module in other.modules():
+        if hasattr(module, "decay_factors"):  # MiniMax stores them, rounded to fp32
+            factors = module.decay_factors(module.slope_rate)
+            for name, value in zip(("query_decay", "key_decay", "diagonal_decay"), factors):
+                getattr(module, name).copy_(value)
+    return other.eval()
 
 
 def states(model, layout: str | None) -> torch.Tensor:

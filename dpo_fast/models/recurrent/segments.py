@@ -72,7 +72,7 @@ class Level(NamedTuple):
     batches: their segments stand one batch after the other.
     parents: int64, for every segment its parent's number in the level before; None at the first level.
     flat: int64 [n], the tokens of the row that all segments have, one segment after the other.
-    offsets: int32 [segments + 1], where each begins in that, and the end.
+    offsets: int64 [segments + 1], where each begins in that, and the end.
     last: whether no segment continues one of these, so that nobody asks for their final states.
     """
 
@@ -150,7 +150,7 @@ def levels_of(spans: Spans, device: torch.device) -> Levels:
                 tuple(batches),
                 _on(np.array(parents, dtype=np.int64), device) if depth else None,
                 _on(flat, device),
-                _on(np.cumsum([0, *(segments[i].tokens for i in order)]).astype(np.int32), device),
+                _on(np.cumsum([0, *(segments[i].tokens for i in order)]).astype(np.int64), device),
                 last=depth == max(depths),
             )
         )
@@ -214,7 +214,7 @@ def by_levels(plan: AttentionPlan, compute: Compute, *row: Tensor) -> Tensor:
 def by_flat_levels(plan: AttentionPlan, compute: Flat, *row: Tensor) -> Tensor:
     """As `by_levels`, for kernels that take segments of unequal length one after the other.
 
-    compute(rows, offsets, state, final): rows [1, n, ...], offsets int32 [segments + 1]; gives the
+    compute(rows, offsets, state, final): rows [1, n, ...], offsets int64 [segments + 1]; gives the
         output [1, n, ...] and the states [segments, ...].
     """
     levels = plan.once(levels_of)
