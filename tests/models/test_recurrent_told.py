@@ -6,13 +6,13 @@ import torch
 pytest.importorskip("transformers")
 
 from dpo_fast.data.batch import collate_trees
-from dpo_fast.models import ScoringModel
+from dpo_fast.models import ScoringModel, architecture_of, choose_layout
 from dpo_fast.models.attention import NAMES
 from dpo_fast.models.layers import checkpoint_layers
 from dpo_fast.models.recurrent import served
 from dpo_fast.models.scoring import forward_arguments
 from tests.support.architectures import alone, slopes
-from tests.support.hybrids import TOLD, make
+from tests.support.hybrids import HYBRIDS, TOLD, make
 
 TREES = [
     ([5], [[8, 9, 2], [10, 2], [2]]),
@@ -58,3 +58,12 @@ def test_another_sequence_in_the_row_changes_nothing(name):
     for part in (slice(0, 6), slice(-24, None)):  # what comes before it, and behind it
         torch.testing.assert_close(before[part], after[part], rtol=0, atol=1e-6)
     assert (before[6] - after[6]).abs() > 1e-2
+
+
+@pytest.mark.parametrize("name", HYBRIDS | TOLD)
+def test_auto_chooses_a_layout_that_shares_prompts(name):
+    with torch.device("meta"):
+        architecture = architecture_of(make(name))
+    assert architecture.obstacle is None
+    assert choose_layout("auto", architecture).name == "shared_prefix"
+    assert architecture.alone  # ranks that share rows exchange heads of attention, and no states
