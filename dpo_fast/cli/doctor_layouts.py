@@ -4,20 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from rich.markup import escape
 from rich.table import Table
+from transformers import AutoConfig
 
 from dpo_fast.data.layouts import LAYOUTS
+from dpo_fast.errors import UserError
 from dpo_fast.models.architecture import Architecture, architecture_of, choose_layout
-from dpo_fast.models.config import ModelSection
+from dpo_fast.models.checkpoint import base_of
+from dpo_fast.models.hub import source
 from dpo_fast.models.layer_kinds import MixingLayer, ranges
-from dpo_fast.models.load import load_skeleton
+from dpo_fast.models.load import auto_class
 
 
-def read_model(path: str, trust_remote_code: bool = False) -> Architecture:
-    """The architecture of a folder or of a hub id, without weights. Raises UserError."""
-    section = ModelSection(path=path, trust_remote_code=trust_remote_code)
-    return architecture_of(load_skeleton(section, "--model"))
+def read_model(path: str) -> Architecture:
+    """The architecture of a folder, of an adapter that of its base, or of a hub id. Raises UserError."""
+    try:
+        config = AutoConfig.from_pretrained(**source(base_of(path, "--model")))
+        with torch.device("meta"):
+            model = auto_class(config).from_config(config)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        why = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(
+            f"--model={path}: its configuration cannot be read: {why.rstrip('.')}. Of a model with code "
+            "of its own, name a CONFIG with model.trust_remote_code=true"
+        ) from error
+    return architecture_of(model)
 
 
 def facts(architecture: Architecture) -> dict:
