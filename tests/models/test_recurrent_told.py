@@ -1,5 +1,7 @@
 """Layers that are told of a row by other ways than keywords: every sequence scores as if it were alone."""
 
+import copy
+
 import pytest
 import torch
 
@@ -58,6 +60,31 @@ def test_another_sequence_in_the_row_changes_nothing(name):
     for part in (slice(0, 6), slice(-24, None)):  # what comes before it, and behind it
         torch.testing.assert_close(before[part], after[part], rtol=0, atol=1e-6)
     assert (before[6] - after[6]).abs() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["mamba", "jamba", "granite-hybrid", "lfm2"])
+def test_without_a_row_a_model_generates_the_same(name):
+    ids = torch.tensor([[1, 5, 6, 7, 8]])
+    model = make(name)
+
+    def text():
+        return model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+
+    before = text()
+    scoring = ScoringModel(copy.deepcopy(model))
+    model = scoring.causal_lm
+    assert torch.equal(text(), before)
+
+
+def test_layers_are_known_below_a_class_of_their_own():
+    """FSDP makes an FSDPJambaMambaMixer of a sharded JambaMambaMixer."""
+    scoring = ScoringModel(make("jamba", NAMES["sdpa"]))
+    with torch.no_grad():
+        expected = _logps(scoring, "shared_prefix")
+        for module in list(scoring.modules()):
+            if "Mixer" in (name := type(module).__name__):
+                module.__class__ = type(f"FSDP{name}", (type(module),), {})
+        assert torch.equal(_logps(scoring, "shared_prefix"), expected)
 
 
 @pytest.mark.parametrize("name", HYBRIDS | TOLD)
