@@ -274,27 +274,14 @@ def test_states_in_files_are_in_no_memory(folder, tmp_path, monkeypatch):
     assert (states.device, states.host) == (0, 0) and "in files" in states.how
 
 
-HYBRID = {
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 4,
-    "vocab_size": 400,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-
-
 @pytest.fixture(scope="module")
 def blocked(tmp_path_factory):
-    """A model whose layers choose their keys out of the whole row, and no file of weights."""
+    """A model whose layers carry a state that nothing here serves, and no file of weights."""
     import transformers
 
     folder = tmp_path_factory.mktemp("blocked")
-    experts = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
-    heads = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
-    heads |= {"v_head_dim": 8, "index_n_heads": 2, "index_head_dim": 8, "num_key_value_heads": 4}
-    sizes = {**HYBRID, **experts, **heads, "moe_intermediate_size": 8}
-    transformers.DeepseekV32Config(**sizes).save_pretrained(folder)
+    sizes = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 4}
+    transformers.RwkvConfig(**sizes).save_pretrained(folder)
     return folder
 
 
@@ -310,15 +297,15 @@ def test_the_layouts_of_a_model_alone(blocked):
     assert [layer["index"] for layer in told["in_the_way"]] == [0, 1, 2, 3]
     assert told["in_the_way"][2] == {
         "index": 2,
-        "kind": "indexed_attention",
-        "name": "model.layers.2.self_attn",
-        "type": "DeepseekV32Attention",
-        "does": "choose their keys out of the whole row",
+        "kind": "recurrent",
+        "name": "rwkv.blocks.2.attention",
+        "type": "RwkvSelfAttention",
+        "does": "carry state along the tokens",
     }
     assert found["layouts"][1]["allowed"] == "no" and told["obstacle"] == found["layouts"][1]["why"]
     result = invoke("doctor", "--model", blocked)
     assert result.exit_code == 0
-    for words in ("0-3", "indexed_attention", "model.layers.0.self_attn", "DeepseekV32Attention"):
+    for words in ("0-3", "recurrent", "rwkv.blocks.0.attention", "RwkvSelfAttention"):
         assert words in result.output
     assert "auto takes it" in result.output
 
