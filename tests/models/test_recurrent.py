@@ -40,7 +40,7 @@ from tests.support.tokenizers import byte_tokenizer
 SHARED = ("packed", "shared_prefix")
 # One of each kind of layer, for what does not depend on the family.
 KINDS = ("qwen3-next", "kimi-linear", "lfm2")
-SHARDED = (*KINDS, "granite-hybrid", "jamba")
+SHARDED = (*KINDS, "granite-hybrid", "jamba", "deepseek-v3.2")
 
 
 def attending(model, layout: str):
