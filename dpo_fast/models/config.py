@@ -13,6 +13,7 @@ from pydantic import (
     Field,
     StrictBool,
     StrictInt,
+    field_validator,
     model_validator,
 )
 
@@ -121,6 +122,16 @@ class ModelSection(BaseModel):
         description="compile the blocks of the decoder layers with torch.compile",
         json_schema_extra={"refused": "with use_liger_kernel; with parallel.zero_stage=3"},
     )
+    fp8: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = Field(
+        None,
+        description="compute the products of the decoder's linear layers in 8-bit floats, by this recipe "
+        "of torchao's float8 training; head, log-probs and stored weights stay as they are; true: "
+        "tensorwise",
+        json_schema_extra={
+            "refused": "below compute capability 8.9, rowwise ones below 9.0; without torchao; with "
+            "model.dtype=fp32; with parallel.zero_stage=3 where layers are not recomputed"
+        },
+    )
     router_aux_loss_coef: float | None = Field(
         None,
         ge=0,
@@ -160,6 +171,12 @@ class ModelSection(BaseModel):
         from dpo_fast.models.precision import DTYPES
 
         return DTYPES[self.precision]
+
+    @field_validator("fp8", mode="before")
+    @classmethod
+    def _recipe(cls, value: Any) -> Any:
+        """true and false are torchao's first recipe and none."""
+        return {True: "tensorwise", False: None}[value] if isinstance(value, bool) else value
 
     @model_validator(mode="before")
     @classmethod

@@ -31,6 +31,7 @@ from dpo_fast.models.checkpoint import (
 )
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.decoder import decoder_of
+from dpo_fast.models.fp8 import use_fp8
 from dpo_fast.models.hub import cached_revisions, commit_of, source, split_revision
 from dpo_fast.models.layers import compile_layers, use_liger_kernel
 from dpo_fast.models.save import HEAVY
@@ -143,6 +144,8 @@ def load_model(
     model = _load_causal_lm(section, attention, option)
     if section.use_liger_kernel:
         use_liger_kernel(model)
+    if section.fp8:
+        use_fp8(model, section.fp8)
     if section.torch_compile:
         compile_layers(model)
     if section.tile_tokens:

@@ -203,6 +203,7 @@ def rounding(run: Run) -> dict:
         "model.attention": run.model.causal_lm.config._attn_implementation,
         "model.use_liger_kernel": model.use_liger_kernel,
         "model.torch_compile": model.torch_compile,
+        "model.fp8": model.fp8,
     }
 
 
