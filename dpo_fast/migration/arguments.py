@@ -8,6 +8,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from dpo_fast.migration.counted import put_per_epoch
 from dpo_fast.migration.deepspeed import put_deepspeed, put_fsdp
 from dpo_fast.migration.draft import Draft
 from dpo_fast.migration.files import beside, read_mapping
@@ -20,7 +21,6 @@ OPTIMISER = (
     "the optimiser is AdamW with states in fp32; parallel.offload_optimizer and ZeRO save memory"
 )
 FOUND = "dpo_fast finds it out by itself"
-STEPS = "here it is a number of steps: divide the rows by train.global_batch_size"
 LONGEST_WAIT = 43_200  # minutes, of parallel.timeout_minutes
 
 
@@ -74,16 +74,10 @@ TRAINING: list[Option] = [
     same("greater_is_better", None, "train.greater_is_better", convert=flag),
     same("load_best_model_at_end", False, "train.load_best_model_at_end", convert=flag),
     same("ddp_timeout", 1800, "parallel.timeout_minutes", "seconds there", convert=_minutes),
-    same(
-        "save_total_limit",
-        None,
-        "train.save_total_limit",
-        "where it is left out all checkpoints stay there; here the newest 2 do",
-        convert=int,
-    ),
+    same("save_total_limit", None, "train.save_total_limit", "none: all stay", convert=int),
     joint("per_device_train_batch_size", 8, "train.micro_batch_size, train.global_batch_size"),
     joint("gradient_accumulation_steps", 1, "train.global_batch_size"),
-    joint("warmup_steps", 0, "train.warmup_ratio", "below 1 it is a share of the steps"),
+    joint("warmup_steps", 0, "train.warmup_steps", "below 1 it is a share: train.warmup_ratio"),
     joint("bf16", False, "model.dtype", "weights too; AdamW keeps a copy in fp32"),
     joint("fp16", False, "model.dtype", "bf16 in its place, which needs no loss scaling"),
     joint("logging_strategy", "steps", "log.logging_steps"),
@@ -229,7 +223,9 @@ def finish_training(draft: Draft) -> None:
     _batches(draft)
     _precision(draft)
     _optimiser(draft)
-    warm_up(draft, "warmup_steps")
+    if draft["lr_scheduler_type"] != "constant":
+        warm_up(draft, "warmup_steps")
+    keep_all(draft)
     _steps(draft)
     shards(draft)
     reports(draft, "report_to", _loggers(draft["report_to"]))
@@ -309,30 +305,25 @@ def _optimiser(draft: Draft) -> None:
 
 
 def warm_up(draft: Draft, name: str, default: float = 0.0) -> None:
-    """Steps of warm-up as a share of all; below 1 they are one already.
+    """The warm-up in steps; below 1 they are a share of all.
 
     default: the share where neither steps nor a share are given.
     """
-    if draft.has("warmup_ratio") and not draft.has(name):
+    if draft.has("warmup_ratio") and not float(draft[name] or 0):
         return  # the table has put it
-    if (
-        str(draft["lr_scheduler_type"] if "lr_scheduler_type" in draft.options else "")
-        == "constant"
-    ):
-        return
     steps = float(draft[name] or 0) if draft.has(name) else default
     if steps < 1:
         draft.put("train.warmup_ratio", steps, name)
         return
-    total = above_zero(draft["max_steps"] or -1)
-    if total is None:
-        draft.lose(
-            name,
-            "here it is a share: set train.warmup_ratio to these steps over those of the run, which "
-            "dpo-fast train --dry-run tells; it stays at 0.1",
-        )
-        return
-    draft.put("train.warmup_ratio", min(round(steps / total, 6), 1.0), name, "max_steps")
+    draft.put("train.warmup_steps", int(steps), name)
+    if draft.keys.pop("train.warmup_ratio", None) and "warmup_ratio" in draft.given:
+        draft.spare("warmup_ratio", f"{name} stands in its place, there too")
+
+
+def keep_all(draft: Draft, name: str = "save_total_limit") -> None:
+    """Checkpoints that stay: all, where no number is given."""
+    if not draft[name]:
+        draft.put("train.save_total_limit", None, name)
 
 
 def _steps(draft: Draft) -> None:
@@ -360,16 +351,13 @@ def every(draft: Draft, strategy: str, steps: str, key: str, value: Any = None) 
     how = str(draft[strategy]).lower()
     value = draft[steps] if value is None else value
     if how == "epoch":
-        if float(draft["num_train_epochs"]) > 1 or above_zero(draft["max_steps"] or -1):
-            draft.lose(
-                strategy, f"once an epoch; {STEPS}, and set {key}. Here it is at the end alone"
-            )
-        else:
+        if float(draft["num_train_epochs"]) <= 1 and not above_zero(draft["max_steps"] or -1):
             draft.spare(strategy, "the end of the only epoch is that of the run")
-    elif how in ("no", "false", "best"):
-        if how == "best":
-            draft.spare(strategy, "the best checkpoint is kept where one is sought")
-    elif value is not None:
+        else:
+            put_per_epoch(draft, strategy, key, 1, "once an epoch; here it is at the end alone")
+    elif how == "best":
+        draft.spare(strategy, "the best checkpoint is kept where one is sought")
+    elif how not in ("no", "false") and value is not None:
         fraction(draft, steps, key, value, strategy)
 
 
@@ -381,7 +369,9 @@ def fraction(draft: Draft, name: str, key: str, value: Any, *beside: str) -> Non
         return
     total = above_zero(draft["max_steps"] or -1)
     if total is None:
-        draft.lose(name, f"a share of the steps; {STEPS}, and set {key}")
+        epochs = next(n for n in ("num_train_epochs", "num_epochs") if n in draft.options)
+        times = 1 / (number * float(draft[epochs]))
+        put_per_epoch(draft, name, key, times, "a share of the steps")
     else:
         draft.put(key, max(math.ceil(number * total), 1), name, "max_steps")
 

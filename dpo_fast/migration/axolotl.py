@@ -9,6 +9,7 @@ from dpo_fast.migration.arguments import (
     above_zero,
     batches,
     fraction,
+    keep_all,
     precision,
     reports,
     shards,
@@ -16,6 +17,7 @@ from dpo_fast.migration.arguments import (
 )
 from dpo_fast.migration.axolotl_data import put_data
 from dpo_fast.migration.axolotl_options import FIXED, TABLES
+from dpo_fast.migration.counted import put_per_epoch
 from dpo_fast.migration.draft import Draft
 from dpo_fast.migration.losses import put_losses, put_option
 from dpo_fast.migration.option import flag, listed
@@ -172,7 +174,7 @@ def _lora(draft: Draft) -> None:
         put_lora(draft, values, ("lora_target_linear", "all-linear"))
     else:
         put_lora(draft, values, ("lora_target_modules", draft["lora_target_modules"]))
-    draft._went.setdefault("adapter", []).append("model.lora")
+    draft.went("adapter", "model.lora")
 
 
 def _schedule(draft: Draft) -> None:
@@ -187,10 +189,9 @@ def _schedule(draft: Draft) -> None:
         least = {"min_lr_rate": float(draft["cosine_min_lr_ratio"])}
         draft.put("train.lr_scheduler_kwargs", least, "cosine_min_lr_ratio")
     draft.put("train.lr_scheduler_type", name, "lr_scheduler")
-    draft.given.setdefault("lr_scheduler_type", name)
     if name != "constant":
         warm_up(draft, "warmup_steps", WARM_UP)
-    draft.given.pop("lr_scheduler_type", None)
+    keep_all(draft)
 
 
 def _steps(draft: Draft) -> None:
@@ -205,20 +206,17 @@ def _steps(draft: Draft) -> None:
                 "eval_steps",
                 "there is nothing to evaluate on: set data.eval or data.eval_rows, then it",
             )
-    for name, key in (
-        ("evals_per_epoch", "train.eval_steps"),
-        ("saves_per_epoch", "train.save_steps"),
-    ):
-        if draft.has(name) and int(draft[name]) == 0:
-            draft.spare(name, "none")
+    evaluated = "data.eval" in draft.keys or "data.eval_rows" in draft.keys
+    per_epoch = {"evals_per_epoch": "train.eval_steps", "saves_per_epoch": "train.save_steps"}
+    for name, key in per_epoch.items():
+        times = float(draft[name] or 0)
+        if draft.has(name) and (not times or name == "evals_per_epoch" and not evaluated):
+            draft.spare(name, "none" if not times else "there is nothing to evaluate on")
         elif draft.has(name):
-            draft.lose(
-                name,
-                f"set {key} to the steps of an epoch, which dpo-fast train --dry-run tells, over it",
-            )
-    for name in ("eval_strategy", "save_strategy"):
+            put_per_epoch(draft, name, key, times, "so many times an epoch")
+    for name, key in (("eval_strategy", "train.eval_steps"), ("save_strategy", "train.save_steps")):
         if str(draft[name]) == "epoch" and float(draft["num_epochs"]) > 1:
-            draft.lose(name, "here it is a number of steps; without it, it is done at the end")
+            put_per_epoch(draft, name, key, 1, "once an epoch; here it is at the end alone")
     if flag(draft["save_only_model"]):
         draft.put("train.save_model", True, "save_only_model")
     if draft.has("early_stopping_patience"):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from dpo_fast.migration.counted import put_held_out
 from dpo_fast.migration.draft import Draft
+from dpo_fast.migration.sources import put_sources, short
 
 # The part of a type behind its template -> our form. None: found by the columns.
 FORMS: dict[str, str | None] = {
@@ -52,20 +54,14 @@ BUILT_IN = ("json", "csv", "parquet", "arrow", "text")
 
 def put_data(draft: Draft, method: str) -> None:
     """The sources of training and evaluation."""
-    train = [_source(draft, each, "datasets", method) for each in _list(draft, "datasets")]
-    draft.put("data.train", _short(train), "datasets")
     if draft.has("test_datasets"):
         held = [
             _source(draft, each, "test_datasets", method) for each in _list(draft, "test_datasets")
         ]
-        draft.put("data.eval", _short(held), "test_datasets")
-    size = float(draft["val_set_size"] or 0)
-    if size >= 1:
-        draft.put("data.eval_rows", int(size), "val_set_size")
-    elif size:
-        draft.lose(
-            "val_set_size", f"{size:.0%} of the rows: set data.eval_rows to a number of them"
-        )
+        draft.put("data.eval", short(held), "test_datasets")
+    train = [_source(draft, each, "datasets", method) for each in _list(draft, "datasets")]
+    put_sources(draft, train, "datasets")
+    put_held_out(draft, "val_set_size")
     _template(draft)
 
 
@@ -98,13 +94,6 @@ def _list(draft: Draft, option: str) -> list[dict]:
     if wrong:
         raise draft.fault(option, "expected a list of mappings with a path each")
     return found
-
-
-def _short(sources: list[dict[str, Any]]) -> Any:
-    if all(set(each) == {"path"} for each in sources):
-        paths = [each["path"] for each in sources]
-        return paths[0] if len(paths) == 1 else paths
-    return sources
 
 
 def _source(draft: Draft, about: dict, option: str, method: str) -> dict[str, Any]:

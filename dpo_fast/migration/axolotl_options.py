@@ -188,7 +188,7 @@ TRAINING = [
     joint("lr_scheduler", "cosine", "train.lr_scheduler_type"),
     same("lr_scheduler_kwargs", None, "train.lr_scheduler_kwargs"),
     joint("cosine_min_lr_ratio", None, "train.lr_scheduler_kwargs", "cosine_with_min_lr"),
-    joint("warmup_steps", None, "train.warmup_ratio"),
+    joint("warmup_steps", None, "train.warmup_steps"),
     same("warmup_ratio", None, "train.warmup_ratio", convert=float),
     joint("optimizer", "adamw_torch_fused", "", FIXED),
     same("weight_decay", 0.0, "train.weight_decay", convert=float),

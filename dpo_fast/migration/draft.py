@@ -85,6 +85,14 @@ class Draft:
         """Say that an option needs nothing here."""
         self._set(name, NEEDLESS, why)
 
+    def options_of(self, key: str) -> list[str]:
+        """The options that are given, and that a key follows from alone."""
+        return [name for name in self.given if self._went.get(name) == [key]]
+
+    def went(self, name: str, key: str) -> None:
+        """Say that an option led to a key, beside others that say more of it."""
+        self._went.setdefault(name, []).append(key)
+
     def note(self, text: str) -> None:
         """Say something about the whole."""
         if text not in self.notes:
@@ -106,7 +114,8 @@ class Draft:
             elif not option.here:
                 self.spare(name, option.note if not option.lost else "at its default")
         for name, option in self.options.items():
-            if option.here and not option.joint and not option.lost:
+            read = option.here and not option.joint and not option.lost
+            if read and (name in self.given or not option.older):
                 self._carry(name, option)
 
     @property

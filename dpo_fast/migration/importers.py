@@ -103,7 +103,40 @@ def import_file(
     if launched:
         put_accelerate(draft, launched, accelerate.name)
     importer.finish(draft, chosen)
+    _settle(draft)
     return draft
+
+
+# Keys that need evaluation data, and those that need evaluations while training.
+EVALUATING = ("train.eval_steps",)
+COMPARING = (
+    *("train.load_best_model_at_end", "train.metric_for_best_model", "train.greater_is_better"),
+    *("train.early_stopping_patience", "train.early_stopping_threshold"),
+)
+
+
+def _settle(draft: Draft) -> None:
+    """Take out what other keys that have no counterpart leave without a meaning."""
+    held = {"data.eval", "data.eval_rows"} & set(draft.keys)
+    if not held:
+        _take_out(
+            draft,
+            EVALUATING,
+            "there is nothing to evaluate on: set data.eval or data.eval_rows, then it",
+        )
+    if "train.eval_steps" not in draft.keys:
+        _take_out(
+            draft,
+            COMPARING,
+            "checkpoints are compared by evaluations: set train.eval_steps, then it",
+        )
+
+
+def _take_out(draft: Draft, keys: tuple[str, ...], why: str) -> None:
+    for key in keys:
+        if draft.keys.pop(key, None) is not None:
+            for name in draft.options_of(key):
+                draft.lose(name, why)
 
 
 def check(draft: Draft) -> str | None:

@@ -7,12 +7,14 @@ from typing import Any
 
 from dpo_fast.errors import UserError
 from dpo_fast.migration.arguments import finish_training
+from dpo_fast.migration.counted import put_held_out
 from dpo_fast.migration.draft import Draft
 from dpo_fast.migration.files import beside, read_mapping
 from dpo_fast.migration.llamafactory_options import TABLES
 from dpo_fast.migration.losses import put_losses, put_option
 from dpo_fast.migration.option import flag, listed
 from dpo_fast.migration.sizes import put_lora
+from dpo_fast.migration.sources import put_sources, short
 from dpo_fast.migration.trl_options import QUANTISED
 
 __all__ = ["TABLES", "finish", "stage_of"]
@@ -76,11 +78,11 @@ def _data(draft: Draft) -> None:
         raise UserError(f"{draft.place} names no data: add dataset")
     train = _sources(draft, "dataset")
     _weights(draft, train)
-    draft.put("data.train", _entries(train), "dataset", "dataset_dir", "max_samples")
+    put_sources(draft, train, "dataset", "dataset_dir")
     if draft.has("eval_dataset"):
         held = _sources(draft, "eval_dataset")
-        draft.put("data.eval", _entries(held), "eval_dataset")
-    _held_out(draft)
+        draft.put("data.eval", short(held), "eval_dataset")
+    put_held_out(draft, "val_size")
     if flag(draft["streaming"]):
         draft.put("data.streaming", True, "streaming")
         draft.put("data.stream_buffer", int(draft["buffer_size"]), "buffer_size")
@@ -97,11 +99,6 @@ def _data(draft: Draft) -> None:
             "another one name "
             "a Jinja file in data.chat_template",
         )
-
-
-def _entries(sources: list[dict[str, Any]]) -> Any:
-    short = [each["path"] if set(each) == {"path"} else each for each in sources]
-    return short[0] if len(short) == 1 and isinstance(short[0], str) else short
 
 
 def _sources(draft: Draft, option: str) -> list[dict[str, Any]]:
@@ -207,20 +204,15 @@ def _weights(draft: Draft, sources: list[dict[str, Any]]) -> None:
 
 
 def _most_rows(draft: Draft, sources: list[dict[str, Any]], most: int) -> None:
-    """The first so many rows of every source, which is what data.max_rows is where each is a name alone."""
+    """The first so many rows of every source, which data.max_rows are where there is one source."""
+    if len(sources) == 1 and not draft.has("eval_dataset"):
+        draft.put("data.max_rows", most, "max_samples")
+        return
     draft.lose(
         "max_samples",
         f"at most {most:,} rows of every source: set `rows` in those that have more (data.train[].rows); "
         "fewer than that are an error here, so it is not written",
     )
-
-
-def _held_out(draft: Draft) -> None:
-    size = float(draft["val_size"] or 0)
-    if size >= 1:
-        draft.put("data.eval_rows", int(size), "val_size")
-    elif size:
-        draft.lose("val_size", f"{size:.0%} of the rows: set data.eval_rows to a number of them")
 
 
 def _model(draft: Draft) -> None:
@@ -272,7 +264,7 @@ def _method(draft: Draft) -> None:
         "modules_to_save": ("additional_target", listed(draft["additional_target"]) or None),
     }
     put_lora(draft, values, ("lora_target", draft["lora_target"]), ("all", "all-linear"))
-    draft._went.setdefault("finetuning_type", []).append("model.lora")
+    draft.went("finetuning_type", "model.lora")
 
 
 def _dpo(draft: Draft) -> None:

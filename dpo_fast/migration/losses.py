@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dpo_fast.losses import LOSSES, LossOptions
 from dpo_fast.migration.draft import Draft
+from dpo_fast.migration.option import flag
 
 OURS = LossOptions()
 
@@ -27,5 +28,9 @@ def put_option(draft: Draft, losses: list[str], ours: str, value, name: str) -> 
         if name in draft.given:
             draft.spare(name, f"{', '.join(losses)} do not use it, there either")
         return
+    if isinstance(getattr(OURS, ours), bool):
+        value = flag(value)
+    elif value is not None and not isinstance(value, str):
+        value = float(value)
     if value is not None and (name in draft.given or value != getattr(OURS, ours)):
         draft.put(f"loss.{ours}", value, name)

@@ -19,6 +19,7 @@ DEVICES = re.compile(r"CUDA_VISIBLE_DEVICES=[\"']?([\d,]+)")
 LOCAL = re.compile(r"--include[= ]\S*?localhost:([\d,]+)")
 COUNTED = re.compile(r"--(?:nproc[-_]per[-_]node|num_processes|num-processes|num_gpus)[= ](\d+)")
 ACCELERATE = re.compile(r"accelerate launch\b.*?--config_file[= ](\S+)")
+ENDS = (";", "&&", "||", "|", "&", ">", ">>", "2>&1")  # of a command, as words
 FLAG = re.compile(r"--([A-Za-z][\w.-]*)(?:=(.*))?$", re.S)
 
 
@@ -73,7 +74,8 @@ def read_command(text: str, marks: tuple[str, ...], place: str) -> Command:
 
 
 def _read_words(command: Command, words: list[str]) -> None:
-    index = 0
+    end = next((index for index, word in enumerate(words) if word in ENDS), len(words))
+    words, index = words[:end], 0
     while index < len(words):
         match = FLAG.match(words[index])
         index += 1
@@ -82,8 +84,6 @@ def _read_words(command: Command, words: list[str]) -> None:
             continue
         values = [match[2]] if match[2] is not None else []
         while match[2] is None and index < len(words) and not FLAG.match(words[index]):
-            if words[index] in (";", "&&", "||", "|", "&", ">", "2>&1", ">>"):
-                return
             values.append(words[index])
             index += 1
         _set(command.options, match[1].replace("-", "_"), values)

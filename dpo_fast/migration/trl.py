@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from dpo_fast.errors import UserError
 from dpo_fast.losses import LOSSES
 from dpo_fast.migration.arguments import evaluates, finish_training
+from dpo_fast.migration.counted import put_held_out
 from dpo_fast.migration.draft import Draft
 from dpo_fast.migration.losses import put_losses, put_option
 from dpo_fast.migration.option import Lost, flag, listed
@@ -85,20 +88,13 @@ def _data(draft: Draft) -> None:
         names = ("dataset_test_split", "dataset_name", "dataset_config")
         draft.put("data.eval", _named(draft, draft["dataset_test_split"]), *names)
     elif draft.has("test_split_size"):
-        size = float(draft["test_split_size"])
-        if size >= 1:
-            draft.put("data.eval_rows", int(size), "test_split_size")
-        else:
-            draft.lose(
-                "test_split_size", "a share of the rows: set data.eval_rows to a number of them"
-            )
-            draft.keys.pop("train.eval_steps", None)
-    elif evaluates(draft):
-        draft.lose("eval_strategy", "no evaluation data is named: set data.eval or data.eval_rows")
+        put_held_out(draft, "test_split_size")
 
 
 def _named(draft: Draft, split: str) -> str:
     config = draft["dataset_config"]
+    if Path(draft["dataset_name"]).is_file():
+        return str(draft["dataset_name"])
     return f"{draft['dataset_name']}:{f'{config}/' if config else ''}{split}"
 
 
@@ -180,7 +176,7 @@ def _lora(draft: Draft) -> None:
     put_lora(draft, values, ("lora_target_modules", targets))
     if draft["lora_target_parameters"] and not listed(targets):
         draft.keys.pop("model.lora.target_modules")
-    draft._went.setdefault("use_peft", []).append("model.lora")
+    draft.went("use_peft", "model.lora")
 
 
 def _lengths(draft: Draft) -> None:
@@ -224,6 +220,10 @@ def _dpo(draft: Draft) -> None:
         names.append("rpo_alpha")
     put_losses(draft, shares, *names)
     _put_options(draft, losses)
+    if "loss.ld_alpha" in draft.keys and not flag(draft["sync_ref_model"]):
+        draft.put(
+            "reference.per_token", True, "ld_alpha", comment="ld_alpha weights its tokens, too"
+        )
     smoothing = float(draft["label_smoothing"])
     if set(losses) & set(SMOOTHED):
         put_option(draft, losses, "label_smoothing", smoothing, "label_smoothing")
@@ -266,7 +266,7 @@ def _cpo(draft: Draft) -> None:
 
 
 def _orpo(draft: Draft) -> None:
-    put_losses(draft, {"orpo": 1.0}, "loss_type", comment="ORPOTrainer")
+    put_losses(draft, {"orpo": 1.0}, comment="ORPOTrainer")
     _put_options(draft, ["orpo"])
 
 

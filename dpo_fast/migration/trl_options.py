@@ -85,7 +85,7 @@ SCRIPT = [
     *needless("DeepSpeed takes the place of DDP", ignore_bias_buffers=False),
     joint("datasets", [], "data.train", "fraction is weight here; columns are chosen by name"),
     joint("streaming", False, "data.streaming"),
-    joint("test_split_size", None, "data.eval_rows", "rows, and no share of them"),
+    joint("test_split_size", None, "data.eval_rows", "a share is counted where the rows are here"),
 ]
 REFERENCE = [
     joint(
@@ -104,10 +104,8 @@ REFERENCE = [
 PADDING = needless("layouts other than padded have no padding", pad_to_multiple_of="auto")
 ACTIVATIONS = [same("activation_offloading", False, "model.activation_offloading", convert=flag)]
 ROUTERS = [same("router_aux_loss_coef", None, "model.router_aux_loss_coef", convert=float)]
-LENGTHS = [
-    *older(joint("max_prompt_length", None, "data.max_prompt_length")),
-    *lost("data.max_length bounds prompt and completion together", max_completion_length=None),
-]
+COMPLETIONS = "data.max_length bounds prompt and completion together"
+PROMPTS = older(joint("max_prompt_length", None, "data.max_prompt_length"))
 DPO = [
     joint("loss_type", ["sigmoid"], "loss.type", "the same names, in docs/LOSSES.md"),
     joint("loss_weights", None, "loss.weights"),
@@ -129,6 +127,7 @@ DPO = [
     ),
     *lost("the tokenizer's own pad token counts for nothing: no loss sees padding", pad_token=None),
     *older(
+        *lost(COMPLETIONS, max_completion_length=None),
         joint("rpo_alpha", None, "loss.type", "sigmoid and sft, with this weight"),
         joint("reference_free", False, "loss.reference_free"),
         *needless(
@@ -151,6 +150,7 @@ DPO = [
     ),
 ]
 KTO = [
+    *older(*lost(COMPLETIONS, max_completion_length=None)),
     joint("loss_type", "kto", "loss.type"),
     joint("beta", 0.1, "loss.beta"),
     joint("desirable_weight", 1.0, "loss.desirable_weight"),
@@ -170,17 +170,18 @@ CPO = [
     joint("cpo_alpha", 1.0, "loss.cpo_alpha"),
     joint("simpo_gamma", 0.5, "loss.simpo_gamma"),
     *lost("AlphaPO is not there", alpha=0.0),
+    *lost(COMPLETIONS, max_completion_length=None),
     *lost("held-out prompts are answered by the section generate", generate_during_eval=False),
     *lost("models are decoders", is_encoder_decoder=None),
 ]
 ORPO = [
-    joint("loss_type", "orpo", "loss.type"),
+    *lost(COMPLETIONS, max_completion_length=None),
     joint("beta", 0.1, "loss.beta", "lambda of the paper, on the odds ratio"),
     *needless("padding counts for nothing", padding_value=None),
     *lost("held-out prompts are answered by the section generate", generate_during_eval=False),
     *lost("models are decoders", is_encoder_decoder=None),
 ]
-ALL = (TRAINING, SHARED, MODEL, SCRIPT, LENGTHS)
+ALL = (TRAINING, SHARED, MODEL, SCRIPT, PROMPTS)
 TABLES = {
     "dpo": table(*ALL, REFERENCE, PADDING, ACTIVATIONS, ROUTERS, DPO),
     "kto": table(*ALL, REFERENCE, PADDING, ACTIVATIONS, ROUTERS, KTO),

@@ -40,9 +40,9 @@ SAMPLED = 2000  # steps at which the rates of a long run are tried
 
 @dataclass(frozen=True)
 class Schedule:
-    """`train.lr_scheduler_type`, `train.lr_scheduler_kwargs`, `train.warmup_ratio` and `train.warmup_steps`.
+    """`train.lr_scheduler_type`, `train.lr_scheduler_kwargs`, and how long the warm-up is.
 
-    warmup_steps: in place of the share; None: the share decides.
+    warmup_ratio: a share of the steps. warmup_steps: steps in place of the share; None: the share decides.
     """
 
     name: str
