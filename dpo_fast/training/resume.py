@@ -171,6 +171,8 @@ def must_fit(run: Plan) -> dict:
     }
     fits |= {f"train.{name}": tree["train"][name] for name in SAME_TRAIN}
     fits["train.optim"] = family(train.optim)
+    if train.warmup_steps is not None:  # under the name that older checkpoints know
+        fits["train.warmup_ratio"] = f"{train.warmup_steps} steps"
     fits |= {f"loss.{name}": value for name, value in tree["loss"].items()}
     fits |= {f"reference.{name}": tree["reference"][name] for name in SAME_REFERENCE}
     fits |= {"model.dtype": tree["model"]["dtype"], "model.lora": _lora(tree["model"]["lora"])}
