@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpo_fast.data.image_batch import ImageBatch
 from dpo_fast.data.kinds import GROUPS, PAIRS, Kind
 from dpo_fast.data.layouts import LAYOUTS, Scored
 from dpo_fast.data.tree import Spans
@@ -42,6 +43,7 @@ class ScoredBatch:
     desirable_S: bool, labels of completions (P is S), true for demonstrations; None for other kinds.
     scores_S: fp32, scores of the completions of groups; None for other kinds.
     counts_P: int64, completions of each group; None for other kinds.
+    images: of the prompts; None where no example of the batch has any.
     """
 
     input_ids: Tensor
@@ -61,6 +63,7 @@ class ScoredBatch:
     desirable_S: Tensor | None = None
     scores_S: Tensor | None = None
     counts_P: Tensor | None = None
+    images: ImageBatch | None = None
 
     @property
     def num_examples(self) -> int:
@@ -99,7 +102,8 @@ class ScoredBatch:
         columns = {
             name: column.to(device, non_blocking=True) for name, column in self.columns.items()
         }
-        return replace(self, **tensors, columns=columns)
+        images = self.images and self.images.to(device)
+        return replace(self, **tensors, columns=columns, images=images)
 
 
 def collate(
