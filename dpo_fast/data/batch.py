@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dpo_fast.data.image_batch import ImageBatch
+from dpo_fast.data.images.laid import Distinct, ImageLoader, numbered, with_images
 from dpo_fast.data.kinds import GROUPS, PAIRS, Kind
 from dpo_fast.data.layouts import LAYOUTS, Scored
 from dpo_fast.data.tree import Spans
@@ -114,6 +115,7 @@ def collate(
     indices: Sequence[int] | None = None,
     columns: Sequence[str] = (),
     kind: Kind = PAIRS,
+    images: ImageLoader | None = None,
 ) -> ScoredBatch:
     """Lay out examples of one kind.
 
@@ -129,6 +131,7 @@ def collate(
         pad_id: fills padding; nothing attends to it.
         indices: places of the examples in the data set; by default 0, 1, ...
         columns: names of further keys, floats, that become columns of the batch.
+        images: makes the pixel values of examples with the key `images`.
 
     Raises:
         ValueError: an unknown layout, or a sequence without prompt or completion.
@@ -137,8 +140,11 @@ def collate(
         _check(example, kind)
     indices = range(len(examples)) if indices is None else indices
     flags = [each for example in examples for each in kind.answer_flags(example)]
-    trees = [(example["prompt_ids"], kind.answer_ids(example)) for example in examples]
+    distinct = Distinct()
+    laid = [numbered(example, kind, distinct) for example in examples]
+    trees = [(example["prompt_ids"], kind.answer_ids(example)) for example in laid]
     batch = collate_trees(trees, layout, pad_id=pad_id, indices=indices, flags=flags)
+    batch = with_images(batch, distinct, images)
     values = {name: torch.tensor([each[name] for each in examples]).float() for name in columns}
     return replace(batch, columns=values, **_labels(examples, kind))
 

@@ -21,6 +21,7 @@ from dpo_fast.data.kinds import KINDS
 from dpo_fast.data.verdicts import DEFAULT_ROW_BYTES
 
 CHAT_COLUMNS = ("tools", "chat_template_kwargs")
+IMAGES = "images"
 # Arguments of apply_chat_template that are not the user's to set.
 TEMPLATE_ARGUMENTS = (
     *("messages", "conversation", "chat_template", "tools", "documents", "tokenize"),
@@ -35,6 +36,7 @@ COLUMNS = (
     *(column for kind in KINDS for column in kind.label_columns),
     *dict.fromkeys(number for kind in KINDS for number in kind.numbers),
     *CHAT_COLUMNS,
+    IMAGES,
 )
 ALL_COLUMNS = (*COLUMNS, *(name for name in FORM_COLUMNS if name not in COLUMNS))
 # Names of options elsewhere, as keys of data.columns.
@@ -156,6 +158,17 @@ class DataConfig(BaseModel):
         json_schema_extra={
             "refused": "names that the template does not use; where all rows are text"
         },
+    )
+    image_folder: str | None = Field(
+        None,
+        description="where relative paths of images begin; default: the folder of the data file, then the "
+        "working directory",
+    )
+    images_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="arguments of the model's image processor, such as min_pixels and max_pixels; default: "
+        "as the model has them",
+        json_schema_extra={"refused": "names that the processor does not take"},
     )
     max_rows: int | None = Field(
         None,

@@ -78,7 +78,8 @@ def too_long(limit: int) -> BadRow:
     """The verdict against a row of more bytes than data.max_row_bytes."""
     return BadRow(
         f"more than data.max_row_bytes={limit}",
-        "raise it if rows are meant to be so long; tokenising takes about 300 bytes of memory for each",
+        "raise it if rows are meant to be so long, as with images in base64; tokenising takes about 300 "
+        "bytes of memory for each",
     )
 
 
@@ -95,11 +96,14 @@ def first_byte(path: Path, limit: int) -> bytes:
 
 
 def check_size(row: Any, limit: int) -> None:
-    """Raises BadRow for a row whose texts have more bytes, or as many characters, together."""
+    """Raises BadRow for a row whose texts have more bytes, or as many characters, together.
+
+    Bytes are those of images, which are not tokenised.
+    """
     left, passed = [row], 0
     while left:
         value = left.pop()
-        if isinstance(value, (str, bytes)):
+        if isinstance(value, str):
             passed += len(value)
         elif isinstance(value, dict):
             left += value.values()

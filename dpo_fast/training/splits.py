@@ -96,6 +96,7 @@ class Split:
             indices=indices,
             columns=columns,
             kind=self.examples.kind,
+            images=self.examples.images,
         )
 
     def mismatched(self, indices: list[int]) -> Iterator[ScoredBatch]:
