@@ -28,7 +28,7 @@ from dpo_fast.data.folders import Role
 from dpo_fast.data.gather import gather
 from dpo_fast.data.images.laid import ImageLoader
 from dpo_fast.data.images.model import images_of
-from dpo_fast.data.images.store import IMAGES_FILE, ImageStore
+from dpo_fast.data.images.store import IMAGES_FILE, STATES_FILE, ImageStore, changed_image
 from dpo_fast.data.kinds import (
     COMPLETIONS,
     DEMONSTRATIONS,
@@ -347,8 +347,9 @@ def _prepared(part: Part, tokenizer: Any, eos_ids: list[int]) -> Path:
         with durable.writing(root, ELSEWHERE):
             table, report = build(part, tokenizer, eos_ids, work)
             table.save_to_disk(str(work / "examples"))
-            if (work / IMAGES_FILE).exists():
-                (work / IMAGES_FILE).rename(work / "examples" / IMAGES_FILE)
+            for name in (IMAGES_FILE, STATES_FILE):
+                if (work / name).exists():
+                    (work / name).rename(work / "examples" / name)
             report.measure(_lengths(datasets.load_from_disk(str(work / "examples"))))
             (work / "examples" / DATA_REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
             seal(work / "examples")
@@ -362,9 +363,12 @@ def _removed_if_damaged(folder: Path) -> bool:
     """Whether a stored part was not as it was written, and has been removed. Raises UserError."""
     found = folder.stat().st_ino
     fault = damage(folder)
-    if fault is None:
+    if fault is not None:
+        print(f"{folder}: the stored data is damaged ({fault}); it is made again", file=sys.stderr)
+    elif (path := changed_image(folder)) is not None:
+        print(f"{path}: the image has changed; {folder} is made again", file=sys.stderr)
+    else:
         return False
-    print(f"{folder}: the stored data is damaged ({fault}); it is made again", file=sys.stderr)
     with durable.writing(folder, f"Delete the folder. {ELSEWHERE}"), suppress(FileNotFoundError):
         if folder.stat().st_ino == found:  # else another process has made it again
             aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-damaged-"))

@@ -115,7 +115,7 @@ class RowTokeniser:
         self._untold = config.apply_chat_template == "auto" and self.chat.exists
         self.endings = Endings(tokenizer, eos_ids, config.add_eos, self.chat)
         model = images_of(tokenizer, config.images_kwargs)
-        self.images = RowImages(model, store or ImageStore(), self.chat)
+        self.images = RowImages(model, store or ImageStore(), self.chat, config)
 
     def __call__(self, row: Row) -> Tokenised:
         """Raises BadRow or Dropped for the row, and UserError for what no row can mend."""

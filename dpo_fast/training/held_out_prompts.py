@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dpo_fast.data.config import IMAGES
 from dpo_fast.data.dataset import Dataset
 from dpo_fast.data.kinds import COMPLETIONS, DEMONSTRATIONS, GROUPS
 from dpo_fast.data.parts import Part, parts_of
@@ -81,6 +82,11 @@ def _held_out(where: str, raw: Mapping[str, Any], part: Part) -> HeldOut:
         row = parse_row(where, raw, part.config)
     except (BadRow, Dropped) as verdict:  # it was none when the split was read
         raise UserError(f"{where}: {verdict}; the data have changed since") from None
+    if row.optional.get(IMAGES):
+        raise UserError(
+            f"{where}: generate answers prompts of text alone, and this row has images: give data.eval "
+            "rows without images, or leave generate out"
+        )
     try:
         return HeldOut(prompt_of(where, raw, part.config), _chosen(row))
     except (BadRow, Dropped):

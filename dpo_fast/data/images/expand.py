@@ -13,10 +13,12 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from dpo_fast.data.chat import ChatTemplate
+from dpo_fast.data.config import DataConfig
 from dpo_fast.data.continuation import PROBE, common
 from dpo_fast.data.images.files import open_image
 from dpo_fast.data.images.marks import BEGIN, MARK, mark, marked_in
 from dpo_fast.data.images.model import Expansion, ModelImages
+from dpo_fast.data.images.rows import in_memory, keep_images
 from dpo_fast.data.images.store import ImageStore
 from dpo_fast.data.images.tokens import codes, image_key
 from dpo_fast.data.rows import Row
@@ -29,8 +31,10 @@ CHECKED = 3  # rows for every number of images that are written by the processor
 class RowImages:
     """Writes the images of rows, of one model, with one configuration."""
 
-    def __init__(self, model: ModelImages, store: ImageStore, chat: ChatTemplate) -> None:
-        self.model, self.store, self.chat = model, store, chat
+    def __init__(
+        self, model: ModelImages, store: ImageStore, chat: ChatTemplate, config: DataConfig
+    ) -> None:
+        self.model, self.store, self.chat, self.config = model, store, chat, config
         self._checked: dict[int, int] = {}
 
     @cached_property
@@ -48,6 +52,7 @@ class RowImages:
 
     def of(self, row: Row) -> RowWithImages:
         """The images of a row, decoded. Raises BadRow."""
+        keep_images(row, self.config, in_memory)  # where that has not been done
         found = []
         for place, image in enumerate(row.optional["images"]):
             name = f"images[{place}]" + (f" ({image['path']})" if image.get("path") else "")

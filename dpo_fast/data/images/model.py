@@ -33,6 +33,7 @@ OF_TEXTS = {
 # The image token by its names in configurations.
 TOKEN_NAMES = ("image_token_id", "image_token_index", "image_patch_id")
 NO_DIFFERENCE = ("processor_class", "image_processor_type", "_processor_class")
+BLANK = (56, 56)  # pixels; no processor takes smaller ones as they are
 SOURCE = "image_source"  # attribute of a tokenizer: what `from_pretrained` of its model's processor takes
 
 
@@ -80,7 +81,23 @@ class ModelImages:
             return self.source
         from dpo_fast.data.images.processor import load_processor
 
-        return load_processor(self.source, self.tokenizer, self.named)
+        found = load_processor(self.source, self.tokenizer, self.named)
+        self._check_kwargs(found)
+        return found
+
+    def _check_kwargs(self, processor: Any) -> None:
+        """Raises UserError for options that the image processor passes over."""
+        kind = getattr(processor.image_processor, "valid_kwargs", None)
+        if kind is None:
+            return  # one of another library: it refuses what it does not know, or not
+        known = {*kind.__annotations__, *(getattr(processor, "images_kwargs", None) or ())}
+        known -= {"return_tensors", "device"}
+        for name, value in self.kwargs.items():
+            if name not in known:
+                raise UserError(
+                    f"data.images_kwargs.{name}={value!r}: {type(processor.image_processor).__name__} has "
+                    f"no such option; choose from {', '.join(sorted(known))}"
+                )
 
     @cached_property
     def placeholder(self) -> str:
@@ -150,6 +167,12 @@ class ModelImages:
     def inputs(self, images: Sequence[Image]) -> dict[str, Tensor]:
         """The model's arguments for images, each as if it were alone in its text."""
         return self._process(images)[0]
+
+    def blank(self) -> dict[str, Tensor]:
+        """The model's arguments for one grey image, for ranks whose batch has none."""
+        from PIL import Image
+
+        return self.inputs([Image.new("RGB", BLANK, (127, 127, 127))])
 
     def _process(self, images: Sequence[Image]) -> tuple[dict[str, Tensor], list[str]]:
         return self._call([self.placeholder] * len(images), [[image] for image in images])

@@ -12,9 +12,9 @@ from dpo_fast.data.rows import Row
 
 
 def keep_images(row: Row, config: DataConfig, keep: Callable[[ImageFile], dict[str, Any]]) -> None:
-    """Puts what `keep` returns in place of every image of a row. Raises BadRow."""
+    """Puts what `keep` returns in place of every image of a row that is not kept yet. Raises BadRow."""
     images = row.optional.get(IMAGES)
-    if images:
+    if images and not all(isinstance(each, dict) and "digest" in each for each in images):
         folders = _folders(row.where, config)
         named = ((image, f"images[{place}]") for place, image in enumerate(images))
         row.optional[IMAGES] = [keep(read_image(*each, folders)) for each in named]

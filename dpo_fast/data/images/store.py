@@ -6,7 +6,10 @@ Images in files of their own stay there: their path and digest are enough to fin
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from dpo_fast.data.images.files import ImageFile
 from dpo_fast.errors import UserError
 
 IMAGES_FILE = "images.arrow"
+STATES_FILE = "image_files.json"  # of images in files of their own
 SCHEMA = pyarrow.schema([("digest", pyarrow.binary()), ("content", pyarrow.large_binary())])
 
 
@@ -27,6 +31,7 @@ class ImageWriter:
         self.path = path
         self._file = self._writer = None
         self._known: set[bytes] = set()
+        self._states: dict[str, list[int]] = {}
 
     def __enter__(self) -> ImageWriter:
         return self
@@ -35,10 +40,15 @@ class ImageWriter:
         for each in (self._writer, self._file):
             if each is not None:
                 each.close()
+        if self._states:
+            text = json.dumps(self._states)
+            self.path.with_name(STATES_FILE).write_text(text, encoding="utf-8")
 
     def keep(self, image: ImageFile) -> dict[str, Any]:
         """What finds the image again: digest and path, as JSON holds them."""
-        if image.path is None and image.digest not in self._known:
+        if image.path is not None:
+            self._states[image.path] = _state(image.path)
+        elif image.digest not in self._known:
             if self._writer is None:
                 self._file = pyarrow.OSFile(str(self.path), "wb")
                 self._writer = pyarrow.ipc.new_file(self._file, SCHEMA)
@@ -46,6 +56,30 @@ class ImageWriter:
             self._writer.write_batch(pyarrow.RecordBatch.from_pydict(row, schema=SCHEMA))
             self._known.add(image.digest)
         return {"digest": image.digest.hex(), "path": image.path}
+
+
+def changed_image(folder: Path) -> str | None:
+    """The path of an image that is not as it was when a folder was written; None if all of them are.
+
+    It goes by times and sizes. `ImageStore` goes by the content, when it is read.
+    """
+    try:
+        text = (folder / STATES_FILE).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    states = json.loads(text)
+    with ThreadPoolExecutor(16) as threads:  # of a network's disk each takes a while
+        found = threads.map(_state, states)
+        return next((path for path, now in zip(states, found) if now != states[path]), None)
+
+
+def _state(path: str) -> list[int]:
+    """Size and time of a file, in nanoseconds; empty if it is not there."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return []
+    return [found.st_size, found.st_mtime_ns]
 
 
 class ImageStore:
@@ -76,8 +110,7 @@ class ImageStore:
             ) from None
         if hashlib.sha256(content).digest() != digest:
             raise UserError(
-                f"{path}: the image has changed since the rows were read; name a new data.cache_dir, and "
-                "the rows are read again"
+                f"{path}: the image has changed since the rows were read; run again, and they are read anew"
             )
         return content
 

@@ -48,6 +48,11 @@ def text_and_images(ids: Sequence[int]) -> Iterator[list[int] | int]:
         yield len(run) if image else run
 
 
+def text_ids(ids: Sequence[int]) -> list[int]:
+    """Ids without those of images."""
+    return [index for index in ids if index >= 0]
+
+
 def decoded(tokenizer: Any, ids: Sequence[int]) -> str:
     """The text of ids, with a word for what is an image."""
     return "".join(
