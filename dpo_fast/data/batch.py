@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dpo_fast.data.image_batch import ImageBatch
-from dpo_fast.data.images.laid import Distinct, ImageLoader, numbered, with_images
+from dpo_fast.data.images.laid import Distinct, ImageLoader, lay_images, numbered
 from dpo_fast.data.kinds import GROUPS, PAIRS, Kind
 from dpo_fast.data.layouts import LAYOUTS, Scored
 from dpo_fast.data.tree import Spans
@@ -144,7 +144,8 @@ def collate(
     laid = [numbered(example, kind, distinct) for example in examples]
     trees = [(example["prompt_ids"], kind.answer_ids(example)) for example in laid]
     batch = collate_trees(trees, layout, pad_id=pad_id, indices=indices, flags=flags)
-    batch = with_images(batch, distinct, images)
+    input_ids, seen = lay_images(batch.input_ids, distinct, images)
+    batch = replace(batch, input_ids=input_ids, images=seen)
     values = {name: torch.tensor([each[name] for each in examples]).float() for name in columns}
     return replace(batch, columns=values, **_labels(examples, kind))
 

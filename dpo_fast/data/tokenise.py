@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from dpo_fast.data.boundary import PromptBoundary
 from dpo_fast.data.chat import ChatTemplate
-from dpo_fast.data.config import DataConfig
+from dpo_fast.data.config import IMAGES, DataConfig
 from dpo_fast.data.endings import Endings
 from dpo_fast.data.images.expand import RowImages
 from dpo_fast.data.images.model import images_of
@@ -119,8 +119,8 @@ class RowTokeniser:
 
     def __call__(self, row: Row) -> Tokenised:
         """Raises BadRow or Dropped for the row, and UserError for what no row can mend."""
+        images = self.images.of(row) if row.optional.get(IMAGES) else None
         prompt, texts = self.chat.texts(row) if row.is_chat else (row.prompt, self._texts(row))
-        images = self.images.of(row) if row.optional.get("images") else None
         if images:
             prompt, texts = images.texts(row, prompt, texts)
         starts = [[turn.start for turn in text.turns if turn.start > len(prompt)] for text in texts]

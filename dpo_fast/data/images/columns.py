@@ -11,12 +11,12 @@ After it every form of rows is read as if it had texts alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dpo_fast.data.images.marks import BEGIN, mark
 from dpo_fast.data.json_text import decode
-from dpo_fast.data.messages import messages_in
+from dpo_fast.data.messages import OTHER_ROLES, messages_in
 from dpo_fast.data.verdicts import BadRow
 
 COLUMNS = ("images", "image")
@@ -47,6 +47,7 @@ PROMPTS = (
     *("query", "input"),
 )
 USERS = ("user", "human", "prompter")
+ASSISTANTS = ("assistant", *(other for other, ours in OTHER_ROLES.items() if ours == "assistant"))
 
 
 def take_images(row: dict[str, Any]) -> list[Any]:
@@ -100,9 +101,10 @@ class _Taken:
         given = [part[key] for key in PAYLOADS if part.get(key) is not None]
         if not given:
             return WAITING
-        if isinstance(given[0], Mapping) and given[0].get("type") == "url":  # Anthropic's
-            return mark(self.number(given[0].get("url")))
-        return mark(self.number(given[0]))
+        image = given[0]
+        while isinstance(image, Mapping) and isinstance(image.get("url"), (str, Mapping)):
+            image = image["url"]
+        return mark(self.number(image))
 
 
 WAITING = BEGIN + "image"  # a part that waits for an image of the column
@@ -111,11 +113,11 @@ WAITING = BEGIN + "image"  # a part that waits for an image of the column
 def _given(row: dict[str, Any]) -> list[Any]:
     """The images of the row's columns, which it loses. Raises BadRow."""
     found = {name: _listed(row.pop(name), name) for name in COLUMNS if name in row}
-    found = {name: images for name, images in found.items() if images}
+    found = {name: images for name, images in found.items() if not all(map(_blank, images))}
     if len(found) > 1:
         raise BadRow("two columns of images", "'image' and 'images': leave one of them out")
     images = next(iter(found.values()), [])
-    if None in [None if image is None else 0 for image in images]:
+    if any(map(_blank, images)):
         raise BadRow(f"field {next(iter(found))!r} has a null", f"of {len(images)} images")
     return images
 
@@ -126,15 +128,20 @@ def _listed(value: Any, name: str) -> list[Any]:
             value = decode(value)
         except ValueError as error:
             raise BadRow(f"field {name!r} is not JSON", str(error)) from None
-    if value is None or (isinstance(value, str) and not value.strip()):
+    if _blank(value):
         return []
     if isinstance(value, Mapping) and any(isinstance(each, list) for each in value.values()):
         size = max(len(each) for each in value.values() if isinstance(each, list))
         lists = {key: each for key, each in value.items() if isinstance(each, list)}
         return [{key: each[index] for key, each in lists.items()} for index in range(size)]
-    if isinstance(value, Mapping) and all(each is None for each in value.values()):
-        return []  # what Arrow has for a null
     return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _blank(value: Any) -> bool:
+    """Whether it is nothing, as JSON, CSV or Arrow have it."""
+    if isinstance(value, Mapping):
+        return all(map(_blank, value.values()))
+    return value is None or (isinstance(value, (str, bytes)) and not value.strip())
 
 
 def _is_part(value: Mapping[str, Any]) -> bool:
@@ -155,9 +162,21 @@ def _texts(value: Any) -> list[str]:
     return [text for each in value for text in _texts(each)] if isinstance(value, list) else []
 
 
-def _waiting(value: Any) -> int:
-    """Places in a value that wait for images of the column."""
-    return sum(text.count(WAITING) + text.count(PLACEHOLDER) for text in _texts(value))
+def _waiting(value: Any, said: bool = False) -> int:
+    """Places in a value that wait for images of the column.
+
+    said: by the assistant, whose texts may speak of a placeholder.
+    """
+    if isinstance(value, str):
+        return value.count(WAITING) + (0 if said else value.count(PLACEHOLDER))
+    if isinstance(value, Mapping):
+        said = _role(value) in ASSISTANTS
+        return sum(_waiting(each, said) for each in value.values())
+    return sum(_waiting(each, said) for each in value) if isinstance(value, list) else 0
+
+
+def _role(value: Mapping[str, Any]) -> str:
+    return str(value.get("role", value.get("from", ""))).lower()
 
 
 def _place(row: dict[str, Any], count: int) -> None:
@@ -202,8 +221,9 @@ def _place_in_answers(row: dict[str, Any], count: int, before: int) -> bool:
 
 
 def _in_answer(value: Any, count: int, before: int, name: str) -> tuple[Any, bool]:
-    parts = sum(text.count(WAITING) for text in _texts(value))
-    waiting = parts + sum(text.count(PLACEHOLDER) for text in _texts(value))
+    parts, waiting = sum(text.count(WAITING) for text in _texts(value)), _waiting(value)
+    if isinstance(value, str) and before:
+        return value, False
     if waiting == count:
         return _filled(value, iter(range(count))), True
     if waiting and waiting == count - before:
@@ -221,14 +241,15 @@ def _mismatch(count: int, places: int, name: str) -> BadRow:
     )
 
 
-def _filled(value: Any, numbers: Any) -> Any:
+def _filled(value: Any, numbers: Iterator[int], said: bool = False) -> Any:
     """The value with marks in its places, in their order."""
     if isinstance(value, str):
-        pieces = value.replace(WAITING, PLACEHOLDER).split(PLACEHOLDER)
+        pieces = (value if said else value.replace(PLACEHOLDER, WAITING)).split(WAITING)
         return "".join([pieces[0], *(mark(next(numbers)) + piece for piece in pieces[1:])])
     if isinstance(value, Mapping):
-        return {key: _filled(each, numbers) for key, each in value.items()}
-    return [_filled(each, numbers) for each in value] if isinstance(value, list) else value
+        said = _role(value) in ASSISTANTS
+        return {key: _filled(each, numbers, said) for key, each in value.items()}
+    return [_filled(each, numbers, said) for each in value] if isinstance(value, list) else value
 
 
 def _begin(row: dict[str, Any], count: int) -> None:
@@ -270,8 +291,7 @@ def _begun(value: Any, marks: str, text: bool) -> tuple[Any, bool]:
 
 
 def _begun_in_mapping(value: Mapping[str, Any], marks: str, text: bool) -> tuple[Any, bool]:
-    role = str(value.get("role", value.get("from", ""))).lower()
-    if role in USERS:
+    if _role(value) in USERS:
         key = "content" if "content" in value else "value"
         content = value.get(key)
         if isinstance(content, list):

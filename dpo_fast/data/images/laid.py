@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from dpo_fast.data.image_batch import ImageBatch
 from dpo_fast.data.images.files import open_image
@@ -16,7 +15,6 @@ from dpo_fast.data.images.store import ImageStore
 from dpo_fast.data.images.tokens import codes
 
 if TYPE_CHECKING:
-    from dpo_fast.data.batch import ScoredBatch
     from dpo_fast.data.kinds import Kind
 
 
@@ -26,7 +24,7 @@ class ImageLoader(NamedTuple):
     model: ModelImages
     store: ImageStore
 
-    def __call__(self, images: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, images: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """The model's arguments for images. Raises UserError."""
         pixels = [open_image(self.store.content(image), _name(image)) for image in images]
         return self.model.inputs(pixels)
@@ -43,10 +41,6 @@ class Distinct:
         self.images: list[Mapping[str, Any]] = []
         self._first: dict[bytes, int] = {}  # the first token of each, by key
         self._tokens = 0
-
-    @property
-    def tokens_D(self) -> torch.Tensor:
-        return torch.tensor([each["tokens"] for each in self.images], dtype=torch.int64)
 
     def first_token(self, image: Mapping[str, Any]) -> int:
         """Where the tokens of an image begin among those of all."""
@@ -90,24 +84,24 @@ def _numbered(ids: Sequence[int], known: Mapping[int, tuple], distinct: Distinct
     return ids
 
 
-def with_images(batch: ScoredBatch, distinct: Distinct, load: ImageLoader | None) -> ScoredBatch:
-    """The batch with image tokens in place of numbers below 0, and the pixel values of its images."""
+def lay_images(
+    input_ids: Tensor, distinct: Distinct, load: ImageLoader
+) -> tuple[Tensor, ImageBatch | None]:
+    """The input with image tokens in place of numbers below 0, and its images. Raises UserError."""
     if not distinct.images:
-        return batch
-    token_id = load.model.token_id
-    numbers_N = batch.input_ids.reshape(-1)
+        return input_ids, None
+    token = load.model.token_id
+    numbers_N = input_ids.reshape(-1)
     image_tokens_N = numbers_N < 0
-    rows_V = -1 - numbers_N[image_tokens_N]
-    tokens_D = distinct.tokens_D
+    places = -1 - numbers_N[image_tokens_N]
+    tokens_D = torch.tensor([each["tokens"] for each in distinct.images], dtype=torch.int64)
     firsts_D = tokens_D.cumsum(0) - tokens_D
-    starts = torch.from_numpy(np.flatnonzero(np.isin(rows_V.numpy(), firsts_D.numpy())))
-    order_I = torch.searchsorted(firsts_D, rows_V[starts])
+    begins = torch.isin(places, firsts_D)
     images = ImageBatch(
         inputs=load(distinct.images),
         tokens_D=tokens_D,
-        order_I=order_I,
+        order_I=torch.searchsorted(firsts_D, places[begins]),
         image_tokens_N=image_tokens_N,
-        token_id=token_id,
+        token_id=token,
     )
-    input_ids = batch.input_ids.masked_fill(batch.input_ids < 0, token_id)
-    return replace(batch, input_ids=input_ids, images=images)
+    return input_ids.masked_fill(input_ids < 0, token), images
