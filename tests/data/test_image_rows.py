@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 
 import datasets
 import pytest
@@ -13,6 +14,7 @@ from dpo_fast.data.batch import collate
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.dataset import load_examples
 from dpo_fast.data.grouping import exact_costs
+from dpo_fast.data.images.ahead import Ahead
 from dpo_fast.data.images.files import open_image
 from dpo_fast.data.images.model import images_of
 from dpo_fast.data.images.tokens import codes, image_key, whole_images
@@ -437,3 +439,30 @@ def test_image_folder_is_where_paths_begin(load, folder, tmp_path):
         load_examples(config, tokenizer, split="train")
     config = config.model_copy(update={"image_folder": str(tmp_path / "else")})
     assert len(load_examples(config, tokenizer, split="train")) == 1
+
+
+def test_the_next_batch_is_made_ahead():
+    made, gate = [], threading.Event()
+
+    def make(places):
+        if len(made) == 2:
+            assert gate.wait(10)
+        if places == [9]:
+            raise UserError("a damaged image")
+        made.append((places, threading.current_thread() is threading.main_thread()))
+        return places
+
+    ahead = Ahead(make)
+    first = ahead.batches([[0], [1], [2]], [3])
+    assert next(first) == [0] and next(first) == [1]
+    gate.set()  # the third is on its way, and nobody waits for it
+    assert list(first) == [[2]]
+    assert list(ahead.batches([[3], [4]], None)) == [[3], [4]]
+    assert [places for places, _ in made] == [[0], [1], [2], [3], [4]]
+    assert not any(main for _, main in made)
+    list(ahead.batches([[5]], [6]))
+    assert list(ahead.batches([[7]], None)) == [[7]]  # another than was expected
+    failing = ahead.batches([[8], [9]], None)
+    assert next(failing) == [8]
+    with pytest.raises(UserError, match="a damaged image"):
+        next(failing)

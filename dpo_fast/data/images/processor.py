@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +13,7 @@ from dpo_fast.wording import clipped
 
 
 def load_processor(source: Mapping[str, Any], tokenizer: Any, named: str) -> Any:
-    """The model's own processor, with this tokenizer.
+    """The model's own processor, with a tokenizer of its own: other threads use the other.
 
     transformers reads videos with torchvision alone, and images without it too.
 
@@ -59,7 +60,7 @@ def _without_video(source: Mapping[str, Any], tokenizer: Any) -> Any:
 
     WithoutVideo.__name__ = WithoutVideo.__qualname__ = kind.__name__
     parts = {"image_processor": AutoImageProcessor.from_pretrained(**source)}
-    parts |= {"tokenizer": tokenizer, "chat_template": tokenizer.chat_template}
+    parts |= {"tokenizer": copy.deepcopy(tokenizer), "chat_template": tokenizer.chat_template}
     parts |= dict.fromkeys(set(kind.get_attributes()) - parts.keys())
     others = ("processor_class", "image_processor", "video_processor", "feature_extractor")
     own = {key: value for key, value in told.items() if key not in (*others, *parts)}
