@@ -34,16 +34,23 @@ def choose_prompts(config: RunConfig, examples: Dataset, count: int, seed: int) 
     examples: the evaluation split.
 
     Raises:
-        UserError: the rows are no longer where they were.
+        UserError: the rows are no longer where they were, or all of them have images.
     """
     wanted, seen = [], set()
     for index in np.random.default_rng(seed).permutation(len(examples)).tolist():
+        if examples.images and examples[index].get(IMAGES):
+            continue  # prompts of text alone are answered
         ids = _before_answer(examples[index])
         if ids not in seen:
             seen.add(ids)
             wanted.append(examples.where(index))
         if len(wanted) == count:
             break
+    if not wanted:
+        raise UserError(
+            f"{examples.where(0)}: all rows of the evaluation data have images, and generate answers "
+            "prompts of text alone: give data.eval some of these, or leave generate out"
+        )
     found = _read(config, set(wanted))
     if missing := [where for where in wanted if where not in found]:
         raise UserError(
@@ -82,11 +89,6 @@ def _held_out(where: str, raw: Mapping[str, Any], part: Part) -> HeldOut:
         row = parse_row(where, raw, part.config)
     except (BadRow, Dropped) as verdict:  # it was none when the split was read
         raise UserError(f"{where}: {verdict}; the data have changed since") from None
-    if row.optional.get(IMAGES):
-        raise UserError(
-            f"{where}: generate answers prompts of text alone, and this row has images: give data.eval "
-            "rows without images, or leave generate out"
-        )
     try:
         return HeldOut(prompt_of(where, raw, part.config), _chosen(row))
     except (BadRow, Dropped):

@@ -26,6 +26,8 @@ from dpo_fast.data.stream import ExampleStream
 from dpo_fast.data.tokenise import RowTokeniser
 from dpo_fast.data.verdicts import BadRow, Dropped
 from dpo_fast.errors import UserError
+from dpo_fast.models import load_tokenizer
+from dpo_fast.models.config import ModelSection
 from tests.support.image_rows import GEMMA, QWEN, picture, png, write_gemma, write_qwen
 from tests.support.tokenizers import chat_tokenizer
 
@@ -466,3 +468,24 @@ def test_the_next_batch_is_made_ahead():
     assert next(failing) == [8]
     with pytest.raises(UserError, match="a damaged image"):
         next(failing)
+
+
+def test_the_tokenizer_of_a_model_knows_its_processor(folder, tmp_path, qwen):
+    """Its template may be in a file of the processor's own, which transformers gives to no tokenizer."""
+    tokenizer = write_qwen(tmp_path / "model")
+    template = tokenizer.chat_template
+    (tmp_path / "model" / "model.safetensors").touch()
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template is None
+    (tmp_path / "model" / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    found = load_tokenizer(ModelSection(path=str(tmp_path / "model")))
+    assert found.chat_template == template
+    wanted = tokenised(pair(), qwen, folder).prompt_ids
+    assert tokenised(pair(), found, folder).prompt_ids == wanted
+    shutil.copytree(tmp_path / "model", tmp_path / "other")
+    (tmp_path / "other" / "preprocessor_config.json").unlink()
+    section = ModelSection(path=str(tmp_path / "model"), tokenizer=str(tmp_path / "other"))
+    assert tokenised(pair(), load_tokenizer(section), folder).prompt_ids == wanted
+    plain = ModelSection(path=str(tmp_path / "other"))
+    with pytest.raises(UserError, match="takes none"):
+        tokenised(pair(), load_tokenizer(plain), folder)

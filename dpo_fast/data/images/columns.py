@@ -19,7 +19,7 @@ from dpo_fast.data.json_text import decode
 from dpo_fast.data.messages import OTHER_ROLES, messages_in
 from dpo_fast.data.verdicts import BadRow
 
-COLUMNS = ("images", "image")
+COLUMNS = {"images", "image"}
 PLACEHOLDER = "<image>"
 # Placeholders of models in texts that were rendered before they came here.
 OF_MODELS = (
@@ -55,11 +55,12 @@ def take_images(row: dict[str, Any]) -> list[Any]:
 
     Raises BadRow.
     """
-    given = _given(row)
+    given = _given(row) if row.keys() & COLUMNS else []
     for name, value in row.items():
         if isinstance(value, str) and '"image' in value and (found := messages_in(value)):
             row[name] = found
-    names = [name for name, value in row.items() if _has_parts(value)]
+    nested = ((name, value) for name, value in row.items() if isinstance(value, (dict, list)))
+    names = [name for name, value in nested if _has_parts(value)]
     if not given and not names:
         return []
     for name, value in row.items():
@@ -112,7 +113,7 @@ WAITING = BEGIN + "image"  # a part that waits for an image of the column
 
 def _given(row: dict[str, Any]) -> list[Any]:
     """The images of the row's columns, which it loses. Raises BadRow."""
-    found = {name: _listed(row.pop(name), name) for name in COLUMNS if name in row}
+    found = {name: _listed(row.pop(name), name) for name in sorted(COLUMNS & row.keys())}
     found = {name: images for name, images in found.items() if not all(map(_blank, images))}
     if len(found) > 1:
         raise BadRow("two columns of images", "'image' and 'images': leave one of them out")
@@ -148,10 +149,14 @@ def _is_part(value: Mapping[str, Any]) -> bool:
     return value.get("type") in TYPES and "role" not in value
 
 
-def _has_parts(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return _is_part(value) or any(map(_has_parts, value.values()))
-    return isinstance(value, list) and any(map(_has_parts, value))
+def _has_parts(value: list | dict) -> bool:
+    """Whether parts that are images are in it. Every row is asked, so it is quick about texts."""
+    if isinstance(value, dict) and _is_part(value):
+        return True
+    for each in value.values() if isinstance(value, dict) else value:
+        if isinstance(each, (dict, list)) and _has_parts(each):
+            return True
+    return False
 
 
 def _texts(value: Any) -> list[str]:

@@ -85,11 +85,18 @@ def _numbered(ids: Sequence[int], known: Mapping[int, tuple], distinct: Distinct
 
 
 def lay_images(
-    input_ids: Tensor, distinct: Distinct, load: ImageLoader
+    input_ids: Tensor, distinct: Distinct, load: ImageLoader | None
 ) -> tuple[Tensor, ImageBatch | None]:
-    """The input with image tokens in place of numbers below 0, and its images. Raises UserError."""
+    """The input with image tokens in place of numbers below 0, and its images.
+
+    Raises:
+        UserError: an image that cannot be read any more.
+        ValueError: there are images, and nothing to load them.
+    """
     if not distinct.images:
         return input_ids, None
+    if load is None:
+        raise ValueError("examples have images, and collate has no loader for them")
     token = load.model.token_id
     numbers_N = input_ids.reshape(-1)
     image_tokens_N = numbers_N < 0

@@ -168,6 +168,12 @@ class ModelImages:
         """The model's arguments for images, each as if it were alone in its text."""
         return self._process(images)[0]
 
+    def tokens_of(self, width: int, height: int) -> int:
+        """Image tokens of an image of so many pixels."""
+        from PIL import Image
+
+        return self.expansion(Image.new("RGB", (width, height))).tokens
+
     def blank(self) -> dict[str, Tensor]:
         """The model's arguments for one grey image, for ranks whose batch has none."""
         from PIL import Image
