@@ -1,8 +1,5 @@
 """What the doctor says: of the machine, and of a run before it begins."""
 
-import json
-import shutil
-
 import pytest
 import yaml
 
@@ -18,7 +15,6 @@ from dpo_fast.references import ReferenceModel
 from dpo_fast.training import distributed
 from dpo_fast.training.config import build_config
 from dpo_fast.training.memory import Sizes, in_units, memory
-from tests.support.image_rows import QWEN, write_qwen
 from tests.support.models import run_tree, write_model, write_pairs
 
 
@@ -272,24 +268,3 @@ def test_states_in_files_are_in_no_memory(folder, tmp_path, monkeypatch):
     lines = {x.what: x for x in memory(config, Sizes(10, 10, 10, 0), 1)}
     states = lines["optimiser states"]
     assert (states.device, states.host) == (0, 0) and "in files" in states.how
-
-
-def test_images_are_told_for_models_that_take_them(folder, tmp_path):
-    assert "images" not in table(folder)
-    shutil.copytree(folder / "model", tmp_path / "model")
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    tokenizer = write_qwen(tmp_path / "model")
-    config |= {
-        "vocab_size": len(tokenizer),
-        "image_token_id": tokenizer.convert_tokens_to_ids(QWEN[2]),
-    }
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    told = table(tmp_path)["images"]
-    assert told[:2] == ("Qwen3VLProcessor", "default")
-    assert "rows may have images: 54 tokens for 640x480, " in told[2]
-    options = {"images_kwargs": {"max_pixels": 1024}}
-    told = table(tmp_path, data=options)["images"]
-    assert told[1] == "option" and "12 tokens for 640x480" in told[2]
-    file = tmp_path / "model" / "preprocessor_config.json"
-    file.write_text("{}")
-    assert table(tmp_path)["images"][0] == "none"

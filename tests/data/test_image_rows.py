@@ -1,5 +1,6 @@
 """Rows with images, from files to the pixel values of a batch, by the processors of two models."""
 
+import base64
 import json
 import shutil
 import threading
@@ -249,6 +250,18 @@ def test_large_images_do_not_make_a_row_too_long(tmp_path, qwen):
             tmp_path / "a.parquet"
         )
         load_examples(config, qwen, split="train")
+
+
+def test_large_images_in_lines_of_json_are_no_texts(load):
+    code = base64.b64encode(png(picture(1, 900, 900))).decode()
+    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{code}"}}
+    row = pair([image, {"type": "text", "text": "q"}], [])
+    assert len(json.dumps(row)) > 1 << 20
+    assert laid(load([row, pair()])).images.order_I.tolist() == [0, 1]
+    with pytest.raises(UserError, match="rows.jsonl:2: more than data.max_row_bytes"):
+        load([row, pair([image, {"type": "text", "text": "q" * (2 << 20)}], [])])
+    with pytest.raises(UserError, match="rows.jsonl:1: more than data.max_row_bytes"):
+        load([pair(images=[code])])
 
 
 def test_parts_with_and_without_images_are_one_data_set(load, folder, tmp_path, qwen):
