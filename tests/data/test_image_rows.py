@@ -24,7 +24,7 @@ from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.data.mismatched import mismatched
 from dpo_fast.data.rows import parse_row
 from dpo_fast.data.stream import ExampleStream
-from dpo_fast.data.tokenise import RowTokeniser
+from dpo_fast.data.tokenise import RowTokeniser, fit
 from dpo_fast.data.verdicts import BadRow, Dropped
 from dpo_fast.errors import UserError
 from dpo_fast.models import load_tokenizer
@@ -304,25 +304,26 @@ LONG = "word " * 30
 def test_no_cut_goes_through_an_image(truncation, folder, qwen):
     """Every length is tried: what is kept has the whole image and its marks, or the row is dropped."""
     marks = [qwen.convert_tokens_to_ids(mark) for mark in QWEN[:2]]
-    kept = dropped = 0
     row = pair(f"{LONG}<image>{LONG}", ["0.png"])
     whole = tokenised(row, qwen, folder)
-    size = len(whole.prompt_ids)
-    for length in range(30, size + 7, 5):
-        options = {"max_length": length, "truncation": truncation}
+    answers = {"chosen": whole.chosen_ids, "rejected": whole.rejected_ids}
+    kept = dropped = 0
+    for length in range(10, len(whole.prompt_ids) + 7):
+        config = DataConfig(train="a", max_length=length, truncation=truncation)
         try:
-            found = tokenised(row, qwen, folder, **options)
+            found = fit("a:1", whole.prompt_ids, answers, config).prompt
         except Dropped as verdict:
             assert verdict.fault == "an image does not fit"
             dropped += 1
             continue
         kept += 1
-        images = [place for place, index in enumerate(found.prompt_ids) if index < 0]
+        images = [place for place, index in enumerate(found) if index < 0]
         assert len(images) == 12 and images[-1] - images[0] == 11
-        around = found.prompt_ids[images[0] - 1], found.prompt_ids[images[-1] + 1]
-        assert list(around) == marks
-        assert len(found.images) == 1 and len(found.prompt_ids) < length
-    assert kept > 5 and dropped > 5
+        assert [found[images[0] - 1], found[images[-1] + 1]] == marks
+        assert len(found) < length
+    assert kept > 100 and dropped > 100
+    cut = tokenised(row, qwen, folder, max_length=len(whole.prompt_ids), truncation=truncation)
+    assert cut.prompt_cut and len(cut.images) == 1
     with pytest.raises(Dropped, match="longer than max_length"):
         tokenised(row, qwen, folder, max_length=100, truncation="drop")
     with pytest.raises(UserError, match="do not fit into data.max_length=100; raise it to"):
