@@ -163,9 +163,17 @@ def test_batches_have_every_distinct_image_once(layout, load):
     assert {each.device.type for each in tensors} == {"meta"}
 
 
+def trajectory(begun):
+    """Answers that begin alike, up to an image of the user's and after it."""
+    row = pair(images=["0.png", "0.png"])
+    for name, text in (("chosen", "good"), ("rejected", "bad")):
+        row[name] = [turn("assistant", begun), turn("user", "<image>"), turn("assistant", text)]
+    return row
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_costs_count_the_tokens_of_images(layout, load):
-    data = load(ROWS)
+    data = load([*ROWS, trajectory("yes"), trajectory("nay")])
     alone = [laid(data, layout, [row]).input_ids.numel() for row in range(len(data))]
     assert exact_costs(data, layout).alone_P.tolist() == alone
     lengths = ExampleLengths.of([data[0]], data.kind)
@@ -341,8 +349,10 @@ CONVERSATION = {
         turn("assistant", "one"),
         turn("user", "<image>r"),
         turn("assistant", "two"),
+        turn("user", "and <image> here"),
+        turn("assistant", "three"),
     ],
-    "images": ["0.png", "2.png"],
+    "images": ["0.png", "2.png", "0.png"],
 }
 
 
@@ -351,8 +361,8 @@ def test_images_of_later_turns_are_in_the_answer_and_not_scored(family, folder, 
     tokenizer = request.getfixturevalue(family)
     found = tokenised(CONVERSATION, tokenizer, folder)
     scored = [index for index, flag in zip(found.completion_ids, found.completion_scored) if flag]
-    assert tokenizer.decode(scored) == "one<|im_end|>two<|im_end|>"
-    assert sum(index < 0 for index in found.completion_ids) == (25 if family == "qwen" else 4)
+    assert tokenizer.decode(scored) == "one<|im_end|>two<|im_end|>three<|im_end|>"
+    assert sum(index < 0 for index in found.completion_ids) == (37 if family == "qwen" else 8)
     assert len(found.images) == 2
     with pytest.raises(BadRow, match="an image that would be scored"):
         tokenised(CONVERSATION, tokenizer, folder, scored="all")
@@ -363,7 +373,7 @@ def test_images_of_later_turns_are_in_the_answer_and_not_scored(family, folder, 
 
 
 def test_a_foreign_completion_brings_its_images(load):
-    data = load([CONVERSATION, {**CONVERSATION, "images": ["3.png", "2.png"]}])
+    data = load([CONVERSATION, {**CONVERSATION, "images": ["3.png", "2.png", "2.png"]}])
     first, second = data[0], data[1]
     for room in range(len(first["prompt_ids"]) + 8, data.lengths.prompt_P[0] + 60):
         foreign = mismatched(first, second, data.kind, room)
