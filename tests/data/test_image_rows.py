@@ -219,10 +219,10 @@ def test_an_image_that_changes_makes_its_rows_new(load, folder, capsys):
 @pytest.mark.parametrize("nested", [False, True])
 def test_images_inside_rows_are_kept_beside_the_tokens(nested, load, folder, tmp_path):
     """As `datasets` has them, in Parquet and in a folder of its own; none is decoded on the way."""
-    files = [(folder / f"{seed}.png").read_bytes() for seed in (0, 3, 0)]
-    rows = [pair(images=[]) for _ in files]
+    contents = [(folder / f"{seed}.png").read_bytes() for seed in (0, 3, 0)]
+    rows = [pair(images=[]) for _ in contents]
     column = datasets.List(datasets.Image()) if nested else datasets.Image()
-    for row, content in zip(rows, files):
+    for row, content in zip(rows, contents):
         image = {"bytes": content, "path": None}
         row["images"] = [image] if nested else image
     features = datasets.Dataset.from_list([{**row, "images": None} for row in rows]).features
@@ -230,11 +230,13 @@ def test_images_inside_rows_are_kept_beside_the_tokens(nested, load, folder, tmp
     table = datasets.Dataset.from_list(rows, features=datasets.Features(features))
     table.to_parquet(tmp_path / "rows.parquet")
     table.save_to_disk(tmp_path / "saved")
-    wanted = laid(load([pair(), pair(images=["3.png"]), pair()]))
+    files = load([pair(), pair(images=["3.png"]), pair()])
+    wanted = laid(files)
     for name in ("rows.parquet", "saved"):
         config = DataConfig(train=str(tmp_path / name), cache_dir=str(tmp_path / "cache"))
         data = load_examples(config, load(None).images.model.tokenizer, split="train")
         batch = laid(data)
+        assert data.digests == files.digests
         assert torch.equal(batch.input_ids, wanted.input_ids)
         assert torch.equal(batch.images.order_I, wanted.images.order_I)
         for key, value in wanted.images.inputs.items():
@@ -373,7 +375,7 @@ def test_images_of_later_turns_are_in_the_answer_and_not_scored(family, folder, 
 
 
 def test_a_foreign_completion_brings_its_images(load):
-    data = load([CONVERSATION, {**CONVERSATION, "images": ["3.png", "2.png", "2.png"]}])
+    data = load([CONVERSATION, {**CONVERSATION, "images": ["3.png", "1.png", "1.png"]}])
     first, second = data[0], data[1]
     for room in range(len(first["prompt_ids"]) + 8, data.lengths.prompt_P[0] + 60):
         foreign = mismatched(first, second, data.kind, room)
