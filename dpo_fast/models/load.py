@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -166,18 +167,21 @@ def _load_causal_lm(section: ModelSection, attention: str, option: str) -> PreTr
     _without_dropout(config)
     _without_router_logits(config)
     with _told(section, option):
-        model = auto_class(config).from_pretrained(
+        model, found = auto_class(config).from_pretrained(
             **source(base_of(section.path, option)),
             config=config,
             dtype=section.torch_dtype,
             attn_implementation=attention,
             trust_remote_code=section.trust_remote_code,
+            output_loading_info=True,
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(
             f"{option}={section.path} is an adapter on the hub: download it (hf download {section.path} "
             "--local-dir FOLDER) and name the folder"
         )
+    with _told(section, option):
+        check_found(model, found["missing_keys"], section.path, option)
     resize_for_adapter(model, section.path)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -202,13 +206,30 @@ def auto_class(config: PretrainedConfig) -> type:
     return whole if type(config) in whole._model_mapping and not known else AutoModelForCausalLM
 
 
+def check_found(model: PreTrainedModel, missing: Iterable[str], path: str, option: str) -> None:
+    """Raises UserError if texts reach weights that the checkpoint lacks: they would be random."""
+    reached = reached_by_texts(model)
+    own = model.state_dict(keep_vars=True)
+    # An adapter may bring its own embeddings and head, and nothing else.
+    names = sorted(name for name in missing if id(own.get(name)) in reached)
+    if names and adapter_vocabulary(path) is None:
+        some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise UserError(
+            f"{option}={path}: the files lack {len(names)} of the weights of {type(model).__name__}, "
+            f"{some}, which transformers would fill with random numbers; name the folder of a whole causal "
+            "language model"
+        )
+
+
+def reached_by_texts(model: PreTrainedModel) -> set[int]:
+    """The ids of the parameters that texts alone come by: of the decoder, the head and the embeddings."""
+    parts = (decoder_of(model), model.get_output_embeddings(), model.get_input_embeddings())
+    return {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
+
+
 def freeze_unreached(model: PreTrainedModel) -> None:
     """Freeze what is neither in the decoder nor in the head: weight decay alone would change it."""
-    reached = {
-        id(parameter)
-        for part in (decoder_of(model), model.get_output_embeddings(), model.get_input_embeddings())
-        for parameter in part.parameters()
-    }
+    reached = reached_by_texts(model)
     for parameter in model.parameters():
         if id(parameter) not in reached:
             parameter.requires_grad_(False)
@@ -252,6 +273,8 @@ def _told(section: ModelSection, option: str):
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(
             f"{option}={section.path}: the model cannot be loaded: {_first(error)}{_cached(section.path)}"
         ) from error

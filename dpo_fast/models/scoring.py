@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.data.tree import Spans
 from dpo_fast.errors import UserError
+from dpo_fast.models import recurrent
 from dpo_fast.models.adapters import as_started
 from dpo_fast.models.attention_plan import AttentionPlan
 from dpo_fast.models.decoder import decoder_of
@@ -58,6 +60,7 @@ class ScoringModel(nn.Module):
         self.head = {"implementation": implementation, "workspace_bytes": workspace_bytes}
         self.group: SequenceGroup | None = None  # ranks that score every batch with this one
         fuse_head(model, **self.head)
+        recurrent.serve(model)
         self.model = model
 
     def set_adapted(self, model: nn.Module) -> None:
@@ -175,10 +178,18 @@ def scoring_forward(
         ).last_hidden_state.flatten(0, 1),
         rows_U,
     )
-    outputs = causal_lm.get_output_embeddings()(hidden_UD, targets_U, extras)
+    head = causal_lm.get_output_embeddings()
+    outputs = head(_in_dtype_of(head, hidden_UD), targets_U, extras)
     if group is not None:
         outputs = group.joined(outputs, own_U, count)
     return {name: take(values_U, predictions_T) for name, values_U in outputs.items()}
+
+
+def _in_dtype_of(head: nn.Module, hidden: Tensor) -> Tensor:
+    """Hidden states as a head wants them: Mamba's decoder adds up in fp32, and the model casts them."""
+    if hidden.dtype != torch.float32 or torch.is_autocast_enabled(hidden.device.type):
+        return hidden
+    return hidden.to(next(head.parameters()).dtype)
 
 
 def forward_arguments(batch: ScoredBatch) -> dict:
