@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from rich.markup import escape
 from rich.table import Table
 
+from dpo_fast.cli.doctor_images import image_processing
 from dpo_fast.cli.doctor_layouts import model_tables
 from dpo_fast.cli.doctor_traffic import traffic_table, when_they_pay
 from dpo_fast.losses import LOSSES
@@ -194,6 +195,9 @@ def _batch_rows(outlook: Outlook) -> Iterator[Decision]:
     micro = f"{train.micro_batch_size} {unit}" if tokens is None else f"{tokens} tokens"
     why = f"{train.global_batch_size} {unit} a step over {ranks(outlook.world)}"
     yield Decision("micro-batch", micro, origin(train, "micro_batch_size", "tokens_per_batch"), why)
+    if (images := image_processing(config)) is not None:
+        chosen = origin(config.data, "images_kwargs")
+        yield Decision("images", images.name, chosen, images.reason)
 
 
 def _head_rows(outlook: Outlook) -> Iterator[Decision]:

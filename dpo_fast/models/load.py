@@ -34,6 +34,7 @@ from dpo_fast.models.decoder import decoder_of
 from dpo_fast.models.fp8 import use_fp8
 from dpo_fast.models.hub import cached_revisions, commit_of, source, split_revision
 from dpo_fast.models.layers import compile_layers, use_liger_kernel
+from dpo_fast.models.processor import processor_source, processor_template
 from dpo_fast.models.save import HEAVY
 from dpo_fast.models.scoring import ScoringModel
 from dpo_fast.models.tiles import tile_layers
@@ -82,6 +83,8 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # nothing attends to padding
+    tokenizer.image_source = where = processor_source(section)  # for rows with images
+    tokenizer.chat_template = processor_template(where) or tokenizer.chat_template
     return tokenizer
 
 
