@@ -18,6 +18,7 @@ from pydantic import (
 
 from dpo_fast.models.checkpoint import is_adapter
 from dpo_fast.models.hub import with_revision
+from dpo_fast.models.lora_section import LoraSection
 
 if TYPE_CHECKING:
     import torch
@@ -25,33 +26,6 @@ if TYPE_CHECKING:
 TILE_TOKENS = 4096  # products of so many rows run at a GPU's peak
 
 ModelPath = Annotated[str, AfterValidator(os.path.expanduser)]  # a folder, or a hub id
-
-
-class LoraSection(BaseModel):
-    """Train low-rank adapters (peft) and freeze the rest."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    r: int = Field(16, ge=1, description="rank of the adapters")
-    alpha: int = Field(32, ge=1, description="adapters are scaled by alpha / r")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapters")
-    target_modules: str | list[str] = Field(
-        "all-linear",
-        description="names of modules that get adapters, or all-linear (not the head)",
-        json_schema_extra={"refused": "the head"},
-    )
-    target_parameters: list[str] | None = Field(
-        None,
-        description="names of parameters that get adapters, as peft has them, for experts that lie in one "
-        "tensor: [experts.gate_up_proj, experts.down_proj]",
-        json_schema_extra={"refused": "names of no parameter of a layer; with dropout"},
-    )
-    modules_to_save: list[str] | None = Field(
-        None,
-        description="modules that are trained whole beside the adapters and saved with them, such as norm, "
-        "embed_tokens or lm_head; embeddings and head that share a weight go on sharing it",
-        json_schema_extra={"refused": "modules that no text goes through"},
-    )
 
 
 class ModelSection(BaseModel):

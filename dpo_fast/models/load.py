@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from dpo_fast.errors import UserError
-from dpo_fast.models.adapters import add_lora, check_adapter, load_adapter
+from dpo_fast.models.adapters import check_adapter, load_adapter
 from dpo_fast.models.checkpoint import (
     adapter_vocabulary,
     base_of,
@@ -33,6 +33,7 @@ from dpo_fast.models.config import ModelSection
 from dpo_fast.models.decoder import decoder_of
 from dpo_fast.models.hub import cached_revisions, commit_of, source, split_revision
 from dpo_fast.models.layers import compile_layers, use_liger_kernel
+from dpo_fast.models.lora import add_lora
 from dpo_fast.models.save import HEAVY
 from dpo_fast.models.scoring import ScoringModel
 from dpo_fast.models.tiles import tile_layers
@@ -132,6 +133,7 @@ def load_model(
     workspace_bytes: int | None = None,
     option: str = "model.path",
     keep_start: bool = False,
+    follows: bool = False,
 ) -> ScoringModel:
     """The model of a section as a `ScoringModel`, without dropout.
 
@@ -139,6 +141,7 @@ def load_model(
     alone do not reach, such as a vision tower, is not trained.
 
     keep_start: of an adapter that is trained further, also keep it as it is now.
+    follows: keep a copy of new adapters as well, for a reference that follows them.
     """
     model = _load_causal_lm(section, attention, option)
     if section.use_liger_kernel:
@@ -152,7 +155,7 @@ def load_model(
     if is_adapter(section.path):
         load_adapter(scoring, section.path, option, keep_start)
     elif section.lora is not None:
-        add_lora(scoring, section.lora)
+        add_lora(scoring, section.lora, follows)
         for adapter in scoring.model.peft_config.values():  # what the export's base is
             adapter.revision = split_revision(section.path)[1]
     return scoring
