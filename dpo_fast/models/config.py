@@ -19,6 +19,7 @@ from pydantic import (
 from dpo_fast.models.checkpoint import is_adapter
 from dpo_fast.models.hub import with_revision
 from dpo_fast.models.lora_section import LoraSection
+from dpo_fast.models.quantization_section import QuantizationSection
 
 if TYPE_CHECKING:
     import torch
@@ -110,11 +111,27 @@ class ModelSection(BaseModel):
     )
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
     lora: LoraSection | None = Field(None, description="train adapters instead of the model")
+    quantization: QuantizationSection | None = Field(
+        None,
+        description="load the base, and a reference model, with few bits a weight, for adapters on top "
+        "(QLoRA)",
+        json_schema_extra={
+            "refused": "without adapters; with parallel.zero_stage=3 and parallel.offload_parameters"
+        },
+    )
 
     @property
     def has_adapters(self) -> bool:
         """Whether adapters are trained: new ones, or the one in `path`."""
         return self.lora is not None or (is_adapter(self.path) and self.adapter != "merge")
+
+    @property
+    def whole_weights(self) -> str | None:
+        """The option, if there is one, that needs every weight whole on each rank: ZeRO up to stage 2."""
+        if self.quantization is not None:
+            return "model.quantization"
+        rows = self.lora is not None and self.lora.trainable_token_indices
+        return "model.lora.trainable_token_indices" if rows else None
 
     @property
     def tile_tokens(self) -> int | None:
@@ -188,6 +205,11 @@ class ModelSection(BaseModel):
             )
 
     def _check_adapter(self) -> None:
+        if self.quantization is not None and not self.has_adapters:
+            raise ValueError(
+                f"model.quantization.load_in_{self.quantization.bits}bit=true: quantised weights are not "
+                "trained themselves; set model.lora to train adapters on them"
+            )
         if self.adapter is not None and Path(self.path).is_dir() and not is_adapter(self.path):
             raise ValueError(
                 f"model.adapter={self.adapter}, but model.path={self.path} holds no adapter_config.json; "

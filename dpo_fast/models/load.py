@@ -34,6 +34,7 @@ from dpo_fast.models.decoder import decoder_of
 from dpo_fast.models.hub import cached_revisions, commit_of, source, split_revision
 from dpo_fast.models.layers import compile_layers, use_liger_kernel
 from dpo_fast.models.lora import add_lora
+from dpo_fast.models.quantization import loading_options, settle
 from dpo_fast.models.save import HEAVY
 from dpo_fast.models.scoring import ScoringModel
 from dpo_fast.models.tiles import tile_layers
@@ -174,6 +175,7 @@ def _load_causal_lm(section: ModelSection, attention: str, option: str) -> PreTr
             attn_implementation=attention,
             trust_remote_code=section.trust_remote_code,
             output_loading_info=True,
+            **loading_options(section),
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(
@@ -182,6 +184,7 @@ def _load_causal_lm(section: ModelSection, attention: str, option: str) -> PreTr
         )
     with _told(section, option):
         check_found(model, found["missing_keys"], section.path, option)
+    settle(model)
     resize_for_adapter(model, section.path)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

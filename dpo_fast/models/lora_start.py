@@ -46,8 +46,9 @@ def take_from_base(model: nn.Module, how: str) -> None:
             continue
         first, second = _principal(layer, how)
         for adapter, sign in ((TRAINED, 1), (TAKEN, -1)):
-            layer.lora_A[adapter].weight.data.copy_(first)
-            layer.lora_B[adapter].weight.data.copy_(sign * second)
+            inner, outer = _factors(layer, adapter)
+            inner.data.copy_(first)
+            outer.data.copy_(sign * second)
 
 
 def _principal(layer: nn.Module, how: str) -> tuple[Tensor, Tensor]:
@@ -59,7 +60,7 @@ def _principal(layer: nn.Module, how: str) -> tuple[Tensor, Tensor]:
     rank, alpha = layer.r[TRAINED], layer.lora_alpha[TRAINED]
     base = layer.get_base_layer()
     if base.weight.is_meta:
-        return layer.lora_A[TRAINED].weight, layer.lora_B[TRAINED].weight
+        return _factors(layer, TRAINED)
     with _whole(base.weight):
         weight = dequantize_module_weight(base).detach().to(torch.float32, copy=True)
     weight = weight.T if getattr(layer, "fan_in_fan_out", False) else weight
@@ -69,10 +70,16 @@ def _principal(layer: nn.Module, how: str) -> tuple[Tensor, Tensor]:
         r=rank, lora_alpha=alpha, use_rslora=layer.use_rslora[TRAINED], init_lora_weights=how
     )
     made = Linear(scratch, TRAINED, config=config, r=rank, lora_alpha=alpha)
-    first, second = made.lora_A[TRAINED].weight, made.lora_B[TRAINED].weight
+    first, second = _factors(made, TRAINED)
     if first.shape[0] != rank:
         raise ValueError(f"a rank of {rank} is more than a weight of {tuple(weight.shape)} has")
     return first, second
+
+
+def _factors(layer: nn.Module, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """A and B of an adapter on a layer."""
+    inner, outer = (getattr(layer, f"lora_{part}")[adapter].weight for part in "AB")
+    return inner, outer
 
 
 def _whole(weight: nn.Parameter) -> contextlib.AbstractContextManager:

@@ -119,6 +119,7 @@ class RunConfig(BaseModel):
                 f"train.eval_steps={self.train.eval_steps}, but there is nothing to evaluate on: set "
                 "data.eval or data.eval_rows"
             )
+        self._check_whole_weights()
         objective, tokens = self.loss.objective, self.log.token_metrics
         check_selection(self.train, self.generate, self.data.has_eval, objective, tokens)
         check_schedule(self.train.schedule, self.learning_rate, self.train.max_steps)
@@ -129,6 +130,18 @@ class RunConfig(BaseModel):
             )
         if self.train.merge_lora and not self.model.has_adapters:
             raise ValueError("train.merge_lora=true, but there are no adapters: set model.lora")
+
+    def _check_whole_weights(self) -> None:
+        option, parallel = self.model.whole_weights, self.parallel
+        sharded = parallel.zero_stage == 3 and "parallel.zero_stage=3"
+        sharded = sharded or (parallel.needs_stage_3 and f"parallel.{parallel.needs_stage_3}")
+        if parallel.offload_parameters:
+            sharded = f"parallel.offload_parameters={parallel.offload_parameters}"
+        if option and sharded:
+            raise ValueError(
+                f"{option} cannot be honoured with {sharded}, which shards every weight over the ranks; "
+                "set parallel.zero_stage=2 or less"
+            )
 
     def _check_stream(self) -> None:
         """A stream has no known length, and nothing can be computed over all of it."""

@@ -23,6 +23,8 @@ from dpo_fast.training.checkpoints import saving
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import say
 
+MERGED = "merged"  # the folder of the merged model beside its adapter
+
 
 def export(
     model: ScoringModel, config: RunConfig, folder: Path, state: dict[str, Tensor] | None = None
@@ -61,9 +63,9 @@ def write_export(
         write_model(model.causal_lm, state, local_folder(config.model.path), folder)
         write_tokenizer(config, folder)
     if config.train.merge_lora:
-        dtype = write_merged(config.model, folder, folder / "merged", config.train.merge_dtype)
+        dtype = write_merged(config.model, folder, folder / MERGED, config.train.merge_dtype)
         say(f"merged in {dtype} (train.merge_dtype={config.train.merge_dtype})")
-        write_tokenizer(config, folder / "merged")
+        write_tokenizer(config, folder / MERGED)
 
 
 def gather_trained(model: nn.Module) -> dict[str, Tensor]:

@@ -48,9 +48,9 @@ CASES = {
 }
 TAKES = [name for name in CASES if name.startswith(("pissa", "olora"))]
 # gpt2 has its weights transposed. peft's OLoRA fails there, and ours has no peer.
-TRANSPOSED = ("dora", "pissa", "layers", "excluded by expression", "tokens")
+TRANSPOSED = ("dora", "pissa", "layers", "excluded by expression")
 PLACES = [("qwen2, tied", name) for name in CASES if name != "tokens"]
-PLACES += [("gpt2", name) for name in TRANSPOSED]
+PLACES += [*(("gpt2", name) for name in TRANSPOSED), ("llama", "tokens")]
 
 
 @cache
