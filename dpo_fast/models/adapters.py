@@ -7,6 +7,7 @@ that follows it. New adapters are made in `lora.py`.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,17 @@ ELSEWHERE = {
     "POLY": "it needs a task id with every row",
     "ADAPTION_PROMPT": "it adds tokens to the attention",
     "ADALORA": "its ranks are moved by the trainer of each step",
+    "ADAMSS": "its parts are masked by the trainer of each step",
+    "LILY": "it weighs its experts by the mean over all tokens of a batch",
+    "PVERA": "it draws noise in every forward",
+    "SHADOW": "it keeps a state of its own beside the layers",
+}
+# Options of LoRA with which it does the same.
+VARIANTS = {
+    "alora_invocation_tokens": "turn it on in the middle of a sequence",
+    "monteclora_config": "draws noise in every forward",
+    "arrow_config": "chooses among adapters for each token, and cannot be saved with them",
+    "layer_replication": "repeats layers of the base model",
 }
 
 
@@ -38,8 +50,9 @@ def why_not(config: Any) -> str | None:
         return f"peft_type={kind} adds virtual tokens before every sequence"
     if kind in ELSEWHERE:
         return f"peft_type={kind}: {ELSEWHERE[kind]}"
-    if getattr(config, "alora_invocation_tokens", None):
-        return "alora_invocation_tokens turn it on in the middle of a sequence"
+    for option, what in VARIANTS.items():
+        if getattr(config, option, None):
+            return f"{option} {what}"
     targets = getattr(config, "target_modules", None) or ()
     named = [targets] if isinstance(targets, str) else targets
     if any(name.split(".")[-1] in HEADS for name in named):
@@ -86,20 +99,20 @@ def load_adapter(scoring: nn.Module, path: str, option: str, keep_start: bool) -
     """
     from peft import PeftModel
 
-    check_adapter(path, option)
+    config = check_adapter(path, option)
+    dropout = _without_dropout(config)
+    config.inference_mode = False  # as saved it says that nothing is trained
     try:
         # In the dtype of the model, as DeepSpeed makes it: the reference must round as the policy does.
         model = PeftModel.from_pretrained(
-            scoring.model, path, is_trainable=True, autocast_adapter_dtype=False
+            scoring.model, path, config=config, is_trainable=True, autocast_adapter_dtype=False
         )
     except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
         base = base_of(path, option)
         raise UserError(
             f"{option}={path}: the adapter does not fit its base model {base}: {first_line(error)}"
         ) from error
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and "lora_dropout" in name:
-            module.p = 0.0
+    vars(config).update(dropout)  # for the export
     if keep_start:
         keep_frozen_copy(model)
     scoring.set_adapted(model)
@@ -124,15 +137,23 @@ def keep_frozen_copy(model: nn.Module) -> str:
             "the model without the adapter is not the one that training starts from; give a reference "
             "model of its own"
         )
-    model.add_adapter(START, config)
+    copied_config = copy.deepcopy(config)
+    if isinstance(getattr(config, "init_lora_weights", None), str):
+        copied_config.init_lora_weights = True  # some starts would change the base once more
+    _without_dropout(copied_config)
+    model.add_adapter(START, copied_config)
     for _, copied, parameter in copies_of(model, active):
         copied.data.copy_(parameter.data)
         copied.requires_grad_(False)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and START in name.split("."):
-            module.p = 0.0
     activate(model, active)
     return START
+
+
+def _without_dropout(config: Any) -> dict[str, float]:
+    """Turn off what peft's kinds of adapters have for dropout; gives what it was, by its names."""
+    found = {name: value for name, value in vars(config).items() if "dropout" in name and value}
+    vars(config).update(dict.fromkeys(found, 0.0))
+    return found
 
 
 def copies_of(
