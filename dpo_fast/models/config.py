@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from dpo_fast.models.adapter_path import with_adapter_path
 from dpo_fast.models.checkpoint import is_adapter
 from dpo_fast.models.hub import with_revision
 from dpo_fast.models.lora_section import LoraSection
@@ -50,6 +51,12 @@ class ModelSection(BaseModel):
         "the reference is that adapter frozen; merge: it is merged into its base, and training starts anew "
         "from there, of the whole model or of new adapters (lora)",
         json_schema_extra={"refused": "where path is no adapter; continue with lora"},
+    )
+    adapter_path: ModelPath | None = Field(
+        None,
+        description="an adapter (peft), a folder or a hub id, on the model in path: in place of an adapter "
+        "in path that names its base itself. A run notes the two as path, one folder in the cache",
+        json_schema_extra={"refused": "where path is an adapter; with lora, unless adapter=merge"},
     )
     tokenizer: ModelPath | None = Field(
         None, description="tokenizer folder or hub id, also as org/name@revision; default: path"
@@ -155,7 +162,7 @@ class ModelSection(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _fold_revision(cls, values: Any) -> Any:
-        return with_revision(values)
+        return with_adapter_path(with_revision(values))
 
     @model_validator(mode="after")
     def _check(self) -> ModelSection:

@@ -179,8 +179,8 @@ def _load_causal_lm(section: ModelSection, attention: str, option: str) -> PreTr
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(
-            f"{option}={section.path} is an adapter on the hub: download it (hf download {section.path} "
-            "--local-dir FOLDER) and name the folder"
+            f"{option}={section.path} is an adapter on the hub: set model.adapter_path={section.path}, and "
+            "model.path to its base model"
         )
     with _told(section, option):
         check_found(model, found["missing_keys"], section.path, option)

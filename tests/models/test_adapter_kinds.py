@@ -1,11 +1,14 @@
 """Trained adapters of every kind that peft has: trained as by peft itself, or refused by name."""
 
+import json
+
 import pytest
 import torch
 
 peft = pytest.importorskip("peft")
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from dpo_fast.data.batch import collate_trees
@@ -127,3 +130,38 @@ def test_options_of_lora_that_act_outside_layers_are_refused(base, tmp_path, opt
     section = ModelSection(path=str(tmp_path / "adapter"), dtype="fp32")
     with pytest.raises(UserError, match=told):
         load_model(section, attention="sdpa")
+
+
+def test_an_adapter_on_another_copy_of_its_base(base, tmp_path, monkeypatch):
+    """`adapter_path` on `path`; what they stand for is one folder, and a second start finds it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write(base, tmp_path / "sft", "LORA")
+    expected = alone(peft.PeftModel.from_pretrained(plain(base), tmp_path / "sft").eval())
+    moved = tmp_path / "moved"
+    moved.symlink_to(base)
+    lost = json.loads((tmp_path / "sft" / "adapter_config.json").read_text())
+    lost["base_model_name_or_path"] = "/nowhere/at/all"
+    (tmp_path / "sft" / "adapter_config.json").write_text(json.dumps(lost))
+    section = ModelSection(path=str(moved), adapter_path=str(tmp_path / "sft"), dtype="fp32")
+    assert section.has_adapters and section.adapter_path is None
+    assert section == ModelSection.model_validate(section.model_dump())
+    again = ModelSection(path=str(moved), adapter_path=str(tmp_path / "sft"), dtype="fp32")
+    assert again.path == section.path
+    scoring = load_model(section, attention="sdpa", keep_start=True)
+    torch.testing.assert_close(logps(scoring, "padded"), expected, rtol=0, atol=1e-5)
+
+    def told(**options) -> str:
+        with pytest.raises(ValidationError) as error:
+            ModelSection(**{"path": str(base), "adapter_path": str(tmp_path / "sft")} | options)
+        return str(error.value)
+
+    assert "holds no adapter_config.json" in told(adapter_path=str(base))
+    assert "is an adapter itself" in told(path=section.path)
+    assert "makes new ones" in told(lora={"r": 2})
+    merged = ModelSection(
+        path=str(base), adapter_path=str(tmp_path / "sft"), adapter="merge", lora={"r": 2}
+    )
+    assert merged.adapter == "merge"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "model.adapter_path=org/sft: " in told(adapter_path="org/sft")
