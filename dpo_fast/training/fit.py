@@ -30,6 +30,7 @@ from dpo_fast.models.load import load_skeleton
 from dpo_fast.models.own_losses import balancing_coefficient, check_own_losses
 from dpo_fast.models.precision import choose_dtype
 from dpo_fast.models.quantised import check_whole_weights
+from dpo_fast.models.quantization import check_quantization
 from dpo_fast.models.tiles import check_tiles
 from dpo_fast.models.ulysses import check_heads
 from dpo_fast.ops.dispatch import Choice, choose_implementation
@@ -117,6 +118,7 @@ def check_run(config: RunConfig) -> Choices:
     check_fp8(config.model, skeletons[None], device)
     check_recomputed(config)
     check_own_losses(skeletons[None].config)
+    check_quantization(config.model, device)
     merged = config.train.merge_lora or config.model.adapter == "merge"
     check_whole_weights(skeletons[None].config, config.model, merged)
     for model in config.second_models:
