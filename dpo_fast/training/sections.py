@@ -145,6 +145,12 @@ class TrainSection(BaseModel):
         description="share of the steps for warm-up",
         json_schema_extra={"refused": "with constant, which has none"},
     )
+    warmup_steps: int | None = Field(
+        None,
+        ge=0,
+        description="steps for warm-up, in place of warmup_ratio",
+        json_schema_extra={"refused": "beside warmup_ratio; with constant, which has none"},
+    )
     optim: Literal[tuple(OPTIMISERS)] = Field(
         "auto",
         description="which AdamW, by transformers' names; "
@@ -154,11 +160,6 @@ class TrainSection(BaseModel):
             "refused": "bitsandbytes' where it is not installed, with parallel.offload_optimizer, and with "
             "optimizer_from; paged ones without a GPU"
         },
-    warmup_steps: int | None = Field(
-        None,
-        ge=0,
-        description="steps for warm-up, in place of warmup_ratio",
-        json_schema_extra={"refused": "beside warmup_ratio; with constant, which has none"},
     )
     weight_decay: float = Field(
         0.0, ge=0, description="weight decay of matrices (AdamW); vectors have none"
