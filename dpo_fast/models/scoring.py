@@ -189,7 +189,8 @@ def scoring_forward(
 
 def _in_dtype_of(head: nn.Module, hidden: Tensor) -> Tensor:
     """Hidden states as a head wants them: Mamba's decoder adds up in fp32, and the model casts them."""
-    if hidden.dtype != torch.float32 or torch.is_autocast_enabled(hidden.device.type):
+    kind = hidden.device.type
+    if hidden.dtype != torch.float32 or (kind != "meta" and torch.is_autocast_enabled(kind)):
         return hidden
     return hidden.to(next(head.parameters()).dtype)
 
