@@ -16,12 +16,12 @@ pytest.importorskip("peft")
 from dpo_fast.data.batch import collate_trees
 from dpo_fast.errors import UserError
 from dpo_fast.models import ScoringModel, architecture_of
-from dpo_fast.models.adapters import add_lora
 from dpo_fast.models.attention import NAMES
 from dpo_fast.models.attention_plan import AttentionPlan
 from dpo_fast.models.by_sequence import serve_by_sequence, serves
 from dpo_fast.models.config import LoraSection
 from dpo_fast.models.layers import checkpoint_layers
+from dpo_fast.models.lora import add_lora
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.models.separation import check_separation
 from tests.support.architectures import slopes
