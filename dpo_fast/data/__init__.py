@@ -8,6 +8,7 @@
     files.py       JSON, JSON Lines, CSV, Parquet and Arrow as a stream of (where, row)
     rows.py        a raw row becomes a PairRow, CompletionRow or GroupRow, or a BadRow that says why
     forms/         forms of rows that people bring, as rows by our own columns
+    images/        images of rows, from their columns to the pixel values of a batch
     values.py      single values of a row: texts, numbers, labels, optional columns
     messages.py    chat messages in the forms that people write them
     plain.py       nested values, the same from every container
@@ -32,6 +33,7 @@
     stream_mixture.py  a stream of sources with weights
     report.py      what was read, dropped and cut; the report and a few examples on a terminal
     batch.py       examples to ScoredBatch, the one batch type
+    image_batch.py the images of a batch
     layouts.py     the table of layouts: how the tokens of a batch lie
     packing.py     examples into micro-batches of at most so many tokens
     sampler.py     the examples of every step and rank

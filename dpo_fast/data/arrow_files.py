@@ -64,7 +64,7 @@ def _row_or_verdict(batch: Any, limit: int) -> dict[str, Any] | BadRow:
     for name, column in zip(batch.schema.names, batch.columns):
         try:
             column.validate(full=True)
-            if column.nbytes > limit:
+            if column.nbytes > limit and _text_bytes(column) > limit:
                 return too_long(limit)
             row[name] = _value(column)
         except (pyarrow.ArrowException, *UNREADABLE) as error:
@@ -74,6 +74,20 @@ def _row_or_verdict(batch: Any, limit: int) -> dict[str, Any] | BadRow:
         return _decoded([row], batch.schema)[0]
     except UNREADABLE as error:
         return BadRow("broken JSON", clipped(str(error)))
+
+
+def _text_bytes(column: Any) -> int:
+    """Bytes of a column without those of images, which are not tokenised."""
+    from pyarrow import types
+
+    kind = column.type
+    if types.is_binary(kind) or types.is_large_binary(kind):
+        return 0
+    if types.is_struct(kind):
+        return sum(map(_text_bytes, column.flatten()))
+    if types.is_list(kind) or types.is_large_list(kind):
+        return _text_bytes(column.flatten())
+    return column.nbytes
 
 
 def _value(column: Any) -> Any:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpo_fast.data.image_batch import ImageBatch
+from dpo_fast.data.images.laid import Distinct, ImageLoader, lay_images, numbered
 from dpo_fast.data.kinds import GROUPS, PAIRS, Kind
 from dpo_fast.data.layouts import LAYOUTS, Scored
 from dpo_fast.data.tree import Spans
@@ -42,6 +44,7 @@ class ScoredBatch:
     desirable_S: bool, labels of completions (P is S), true for demonstrations; None for other kinds.
     scores_S: fp32, scores of the completions of groups; None for other kinds.
     counts_P: int64, completions of each group; None for other kinds.
+    images: of the prompts; None where no example of the batch has any.
     """
 
     input_ids: Tensor
@@ -61,6 +64,7 @@ class ScoredBatch:
     desirable_S: Tensor | None = None
     scores_S: Tensor | None = None
     counts_P: Tensor | None = None
+    images: ImageBatch | None = None
 
     @property
     def num_examples(self) -> int:
@@ -99,7 +103,8 @@ class ScoredBatch:
         columns = {
             name: column.to(device, non_blocking=True) for name, column in self.columns.items()
         }
-        return replace(self, **tensors, columns=columns)
+        images = self.images and self.images.to(device)
+        return replace(self, **tensors, columns=columns, images=images)
 
 
 def collate(
@@ -110,6 +115,7 @@ def collate(
     indices: Sequence[int] | None = None,
     columns: Sequence[str] = (),
     kind: Kind = PAIRS,
+    images: ImageLoader | None = None,
 ) -> ScoredBatch:
     """Lay out examples of one kind.
 
@@ -125,6 +131,7 @@ def collate(
         pad_id: fills padding; nothing attends to it.
         indices: places of the examples in the data set; by default 0, 1, ...
         columns: names of further keys, floats, that become columns of the batch.
+        images: makes the pixel values of examples with the key `images`.
 
     Raises:
         ValueError: an unknown layout, or a sequence without prompt or completion.
@@ -133,8 +140,12 @@ def collate(
         _check(example, kind)
     indices = range(len(examples)) if indices is None else indices
     flags = [each for example in examples for each in kind.answer_flags(example)]
-    trees = [(example["prompt_ids"], kind.answer_ids(example)) for example in examples]
+    distinct = Distinct()
+    laid = [numbered(example, kind, distinct) for example in examples]
+    trees = [(example["prompt_ids"], kind.answer_ids(example)) for example in laid]
     batch = collate_trees(trees, layout, pad_id=pad_id, indices=indices, flags=flags)
+    input_ids, seen = lay_images(batch.input_ids, distinct, images)
+    batch = replace(batch, input_ids=input_ids, images=seen)
     values = {name: torch.tensor([each[name] for each in examples]).float() for name in columns}
     return replace(batch, columns=values, **_labels(examples, kind))
 

@@ -23,6 +23,9 @@ import pyarrow
 import pyarrow.compute
 
 from dpo_fast.data.children import bound_to_this_process
+from dpo_fast.data.config import IMAGES
+from dpo_fast.data.images.rows import keep_images
+from dpo_fast.data.images.store import IMAGES_FILE, ImageStore, ImageWriter
 from dpo_fast.data.kinds import Kind, OneKind
 from dpo_fast.data.parts import Part
 from dpo_fast.data.report import DataReport
@@ -38,11 +41,19 @@ BATCH = 1000
 MANY = 20_000  # rows that take more than a few seconds
 COUNTERS = (
     *("merged", "bos_added", "eos_added", "prompt_cut", "answers_cut", "left_out", "trailing"),
-    "bare",
+    *("bare", "image_tokens"),
 )
 CHECKED = pyarrow.schema([("where", pyarrow.string()), ("row", pyarrow.string())])
 VERDICT = ("fault", "kind", "message")
 IDS = datasets.List(datasets.Value("int32"))
+KEPT_IMAGES = datasets.List(
+    {
+        "key": datasets.Value("binary"),
+        "digest": datasets.Value("binary"),
+        "path": datasets.Value("string"),
+        "tokens": datasets.Value("int32"),
+    }
+)
 FLAGS = datasets.List(datasets.Value("bool"))
 LABELS = {"label": datasets.Value("bool"), "scores": datasets.List(datasets.Value("float64"))}
 
@@ -59,7 +70,8 @@ def features(kind: Kind) -> datasets.Features:
     answers |= dict.fromkeys(kind.scored, datasets.List(FLAGS) if kind.many else FLAGS)
     labels = {name: LABELS[name] for name in kind.stored_labels}
     values = {name: datasets.Value(dtype) for name, dtype in types.items()}
-    return datasets.Features(values | labels | {"prompt_ids": IDS} | answers)
+    ids = {"prompt_ids": IDS, IMAGES: KEPT_IMAGES}
+    return datasets.Features(values | labels | ids | answers)
 
 
 def build(
@@ -68,10 +80,10 @@ def build(
     """The examples of a part, and the report on them without lengths. Raises UserError.
 
     The data set is memory-mapped from files in `work`. Its columns are where, the token ids, the
-    stored label column, digest, and the float columns that the data has.
+    stored label column, digest, and the float columns and the images that the data has.
     """
     config = part.config
-    tokeniser = RowTokeniser(tokenizer, config, eos_ids)
+    tokeniser = RowTokeniser(tokenizer, config, eos_ids, ImageStore([work / IMAGES_FILE]))
     bad = BadRows(config.on_bad_row, config.row_bytes)
     report = DataReport(list(map(str, part.sources)), bad=bad)
     checked, kind = _check_rows(part, report, work / "checked.arrow")
@@ -136,9 +148,13 @@ def check_shared_memory(workers: int) -> None:
 def _check_rows(part: Part, report: DataReport, path: Path) -> tuple[datasets.Dataset, Kind]:
     """The checked rows, as JSON text streamed into an Arrow file, and their kind."""
     seen = OneKind()
-    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, CHECKED) as writer:
+    with (
+        pyarrow.OSFile(str(path), "wb") as file,
+        pyarrow.ipc.new_stream(file, CHECKED) as writer,
+        ImageWriter(path.with_name(IMAGES_FILE)) as images,
+    ):
         batch: list[dict[str, str]] = []
-        for row in _checked_rows(part, report, seen):
+        for row in _checked_rows(part, report, seen, images):
             batch.append(row)
             if len(batch) == BATCH:
                 writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema=CHECKED))
@@ -152,7 +168,9 @@ def _check_rows(part: Part, report: DataReport, path: Path) -> tuple[datasets.Da
     return datasets.Dataset.from_file(str(path)), seen.kind
 
 
-def _checked_rows(part: Part, report: DataReport, seen: OneKind) -> Iterator[dict[str, str]]:
+def _checked_rows(
+    part: Part, report: DataReport, seen: OneKind, images: ImageWriter
+) -> Iterator[dict[str, str]]:
     config, bad, checked, unused = part.config, report.bad, 0, set()
     absent = set(config.columns.values())
     with shown("reading rows", None) as advance:
@@ -161,6 +179,7 @@ def _checked_rows(part: Part, report: DataReport, seen: OneKind) -> Iterator[dic
             absent.difference_update(raw)
             try:
                 row = parse_row(where, raw, config, unused)
+                keep_images(row, config, images.keep)
                 text = _to_json(row)
                 seen.see(where, row.kind, row.is_chat)
                 yield {"where": printable(where), "row": text}
@@ -254,7 +273,7 @@ def _count(tokenised: datasets.Dataset, report: DataReport, kind: Kind) -> np.nd
         for row in batch.to_pylist():
             tally = report.bad if row["fault"] == "bad" else report.dropped
             tally.add(row["where"], row["kind"], row["message"])
-    counted = table.select([*COUNTERS, *kind.stored_labels]).filter(kept)
+    counted = table.select([*COUNTERS, IMAGES, *kind.stored_labels]).filter(kept)
     report.keep(kind, {name: _values(counted[name]) for name in counted.column_names})
     return np.flatnonzero(kept.to_numpy())
 
@@ -293,5 +312,9 @@ def _stored_columns(table: datasets.Dataset, kept: np.ndarray, kind: Kind) -> li
                 f"{table[int(kept[missing.argmax()])]['where']}: no {name!r}, which other rows have "
                 f"({missing.sum()} of {len(kept)} rows lack it); give every row a value, or none"
             )
-    flags = [name for name in kind.scored if table.data.column(name).null_count < len(table.data)]
+    flags = [
+        name
+        for name in (*kind.scored, IMAGES)
+        if table.data.column(name).null_count < len(table.data)
+    ]
     return ["where", *kind.ids, *flags, *kind.stored_labels, *numbers, "digest"]

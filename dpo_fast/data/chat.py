@@ -285,9 +285,13 @@ class ChatTemplate:
 
     def after_question(self, generate: bool) -> str:
         """What is rendered after the text of a question, with the generation prompt or without."""
-        messages = Dialect(parts=self.takes_parts).prompt(_messages(("user", PROBE)))
+        return self.question(PROBE, generate).rpartition(PROBE)[2]
+
+    def question(self, text: str, generate: bool) -> str:
+        """A question by itself; empty if the template refuses it."""
+        messages = Dialect(parts=self.takes_parts).prompt(_messages(("user", text)))
         try:
-            return self._probe(messages, generate).rpartition(PROBE)[2]
+            return self._probe(messages, generate)
         except BadRow:
             return ""
 

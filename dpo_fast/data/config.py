@@ -21,6 +21,7 @@ from dpo_fast.data.kinds import KINDS
 from dpo_fast.data.verdicts import DEFAULT_ROW_BYTES
 
 CHAT_COLUMNS = ("tools", "chat_template_kwargs")
+IMAGES = "images"
 # Arguments of apply_chat_template that are not the user's to set.
 TEMPLATE_ARGUMENTS = (
     *("messages", "conversation", "chat_template", "tools", "documents", "tokenize"),
@@ -35,6 +36,7 @@ COLUMNS = (
     *(column for kind in KINDS for column in kind.label_columns),
     *dict.fromkeys(number for kind in KINDS for number in kind.numbers),
     *CHAT_COLUMNS,
+    IMAGES,
 )
 ALL_COLUMNS = (*COLUMNS, *(name for name in FORM_COLUMNS if name not in COLUMNS))
 # Names of options elsewhere, as keys of data.columns.
@@ -127,9 +129,9 @@ class DataConfig(BaseModel):
         None,
         ge=1,
         description="bytes of a row, at most: of its line, or of its texts where the file is Parquet or "
-        "Arrow. A larger one is a bad row, told before it is decoded and tokenised, which takes some 300 "
-        "bytes of memory and 3 microseconds for each byte. Default: 64 for each token of max_length, at "
-        "least 1 MiB",
+        "Arrow, or has images in data URIs. A larger one is a bad row, told before it is decoded and "
+        "tokenised, which takes some 300 bytes of memory and 3 microseconds for each byte. Default: 64 for "
+        "each token of max_length, at least 1 MiB",
     )
     add_eos: bool = Field(True, description="add EOS to completions that have no end of turn")
     scored: Literal["assistant", "last", "all"] = Field(
@@ -156,6 +158,17 @@ class DataConfig(BaseModel):
         json_schema_extra={
             "refused": "names that the template does not use; where all rows are text"
         },
+    )
+    image_folder: str | None = Field(
+        None,
+        description="where relative paths of images begin; default: the folder of the data file, then the "
+        "working directory",
+    )
+    images_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="arguments of the model's image processor, such as min_pixels and max_pixels; default: "
+        "as the model has them",
+        json_schema_extra={"refused": "names that the processor does not take"},
     )
     max_rows: int | None = Field(
         None,

@@ -22,10 +22,13 @@ import pyarrow.compute
 
 from dpo_fast import durable
 from dpo_fast.data.build import build
-from dpo_fast.data.config import DataConfig
+from dpo_fast.data.config import IMAGES, DataConfig
 from dpo_fast.data.entries import SourceOptions
 from dpo_fast.data.folders import Role
 from dpo_fast.data.gather import gather
+from dpo_fast.data.images.laid import ImageLoader
+from dpo_fast.data.images.model import images_of
+from dpo_fast.data.images.store import IMAGES_FILE, STATES_FILE, ImageStore, changed_image
 from dpo_fast.data.kinds import (
     COMPLETIONS,
     DEMONSTRATIONS,
@@ -47,7 +50,7 @@ from dpo_fast.errors import UserError
 DATA_REPORT_FILE = "report.json"
 ELSEWHERE = "Name another folder with data.cache_dir"
 # Raised by one whenever the same input would give other examples or other files.
-FORMAT_VERSION = 10
+FORMAT_VERSION = 11
 # Options that leave what is stored as it is, or are in its key by their content. A new option counts
 # until it stands here: a cache that is made again is slow, a stale one is wrong.
 APART = {
@@ -72,6 +75,7 @@ def cache_key(part: Part, tokenizer: Any, eos_ids: Iterable[int]) -> str:
         "template": read_template(part.config),
         "options": part.config.model_dump(exclude=APART),
         "eos_ids": sorted(set(eos_ids)),
+        "images": images_of(tokenizer, part.config.images_kwargs).identity,
         **part.choice,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
@@ -116,7 +120,7 @@ class Dataset:
 
     table: as `build` makes it. report: about all of it. rows: those of the table that belong to the
     data set, in its order; by default all. mixture: which of them the epochs of training draw; None
-    where an epoch is all of them.
+    where an epoch is all of them. images: makes pixel values; None where no example has images.
     """
 
     kind: ClassVar[Kind]
@@ -127,15 +131,17 @@ class Dataset:
         report: DataReport,
         rows: np.ndarray | None = None,
         mixture: Mixture | None = None,
+        images: ImageLoader | None = None,
     ) -> None:
-        self._table = table
+        self._table, self.images = table, images
         self._rows = np.arange(len(table)) if rows is None else rows
         self.report, self.mixture = report, mixture
 
     def narrowed(self, seed: int, epochs: int) -> Dataset:
         """A data set of those examples alone that a mixture draws in so many epochs."""
         mixture = self.mixture.narrowed(seed, epochs)
-        return type(self)(self._table, self.report, self._rows[mixture.used], mixture)
+        rows = self._rows[mixture.used]
+        return type(self)(self._table, self.report, rows, mixture, self.images)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -274,7 +280,7 @@ def load_examples(
         UserError: data that cannot be read or used.
     """
     folders = prepare_examples(config, tokenizer, split=split, eos_ids=eos_ids)
-    return open_examples(config, split=split, folders=folders)
+    return open_examples(config, tokenizer, split=split, folders=folders)
 
 
 def prepare_examples(
@@ -289,7 +295,9 @@ def prepare_examples(
     return [str(_prepared(part, tokenizer, list(eos_ids))) for part in parts]
 
 
-def open_examples(config: DataConfig, *, split: Role, folders: list[str]) -> Dataset:
+def open_examples(
+    config: DataConfig, tokenizer: Any, *, split: Role, folders: list[str]
+) -> Dataset:
     """The second half of `load_examples`. It reads nothing but the stored parts, memory-mapped."""
     tables, reports = zip(*(_open(Path(folder)) for folder in folders))
     table, report = tables[0], reports[0]
@@ -313,7 +321,11 @@ def open_examples(config: DataConfig, *, split: Role, folders: list[str]) -> Dat
         mixture = plan(sizes, config.weights, seeds, config.stopping_strategy)
     if any(isinstance(entry, SourceOptions) for entry in entries):
         report = replace(report, mixture=source_shares(entries, sizes, config, mixture))
-    return make(table, report, rows, mixture)
+    images = None
+    if IMAGES in table.column_names:
+        store = ImageStore([Path(folder) / IMAGES_FILE for folder in folders])
+        images = ImageLoader(images_of(tokenizer, config.images_kwargs), store)
+    return make(table, report, rows, mixture, images)
 
 
 def _role(config: DataConfig, split: Role) -> Role:
@@ -335,6 +347,9 @@ def _prepared(part: Part, tokenizer: Any, eos_ids: list[int]) -> Path:
         with durable.writing(root, ELSEWHERE):
             table, report = build(part, tokenizer, eos_ids, work)
             table.save_to_disk(str(work / "examples"))
+            for name in (IMAGES_FILE, STATES_FILE):
+                if (work / name).exists():
+                    (work / name).rename(work / "examples" / name)
             report.measure(_lengths(datasets.load_from_disk(str(work / "examples"))))
             (work / "examples" / DATA_REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
             seal(work / "examples")
@@ -348,9 +363,12 @@ def _removed_if_damaged(folder: Path) -> bool:
     """Whether a stored part was not as it was written, and has been removed. Raises UserError."""
     found = folder.stat().st_ino
     fault = damage(folder)
-    if fault is None:
+    if fault is not None:
+        print(f"{folder}: the stored data is damaged ({fault}); it is made again", file=sys.stderr)
+    elif (path := changed_image(folder)) is not None:
+        print(f"{path}: the image has changed; {folder} is made again", file=sys.stderr)
+    else:
         return False
-    print(f"{folder}: the stored data is damaged ({fault}); it is made again", file=sys.stderr)
     with durable.writing(folder, f"Delete the folder. {ELSEWHERE}"), suppress(FileNotFoundError):
         if folder.stat().st_ino == found:  # else another process has made it again
             aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-damaged-"))

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from dpo_fast.data.images.marks import content_parts, images_in
 from dpo_fast.data.json_text import decode
 from dpo_fast.data.messages import WEIGHTS, Messages
 from dpo_fast.data.thinking import KEYS, find_thought, without_thought
@@ -62,8 +63,11 @@ class Dialect:
         if message.get("tool_calls"):
             message["tool_calls"] = [self._call(call) for call in message["tool_calls"]]
             message["content"] = message["content"] or self.blank
-        if self.parts and isinstance(message["content"], str):
-            message["content"] = [{"type": "text", "text": message["content"]}]
+        content = message["content"]
+        if isinstance(content, str) and images_in(content):
+            message["content"] = content_parts(content)
+        elif self.parts and isinstance(content, str):
+            message["content"] = [{"type": "text", "text": content}]
         return message
 
     def _call(self, call: Any) -> Any:

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from dpo_fast.data.config import IMAGES
+from dpo_fast.data.images.tokens import whole_images
 from dpo_fast.data.kinds import ExampleLengths, Kind
 
 
@@ -43,7 +45,18 @@ def mismatched(example: Mapping, other: Mapping, kind: Kind, max_length: int) ->
     room = max_length - len(example["prompt_ids"])
     names = (*kind.ids[1:], *kind.scored)
     own = {name: value for name, value in example.items() if name not in names}
-    return own | {name: other[name] and other[name][:room] for name in names if name in other}
+    images = [*(example.get(IMAGES) or ()), *(other.get(IMAGES) or ())]
+    own |= {IMAGES: images} if images else {}
+    return own | {name: _cut(other, name, room) for name in names if name in other}
+
+
+def _cut(other: Mapping, name: str, room: int) -> list | None:
+    """The ids of a completion, or its flags, without a part of an image at the end."""
+    values = other[name]
+    if not values or isinstance(values[0], list):
+        return values and values[:room]
+    ids = other[name.replace("_scored", "_ids")]
+    return values[: whole_images(ids, room)]
 
 
 def mismatched_lengths(

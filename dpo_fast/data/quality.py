@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from dpo_fast.data.facts import data_facts, text_hashes
+from dpo_fast.data.images.tokens import text_ids
 from dpo_fast.data.kinds import PAIRS
 from dpo_fast.data.near import clusters, signatures
 from dpo_fast.data.traits import NO_SCRIPT, TRAITS, normalised, script, traits
@@ -141,7 +142,7 @@ def _repetitions(quality: Quality, train: Any, evaluation: Any | None, tokenizer
 
 def _opening(examples: Any, index: int, tokenizer: Any) -> str:
     """The last words of a prompt: its beginning is often a template's."""
-    ids = examples[index][examples.kind.ids[0]][-60:]
+    ids = text_ids(examples[index][examples.kind.ids[0]])[-60:]
     return " ".join(tokenizer.decode(ids, skip_special_tokens=True).split())
 
 
@@ -186,7 +187,8 @@ def _decoded(
 def _some(
     examples: Any, some: range, names: tuple[str, ...], tokenizer: Any
 ) -> Iterator[tuple[int, list[str]]]:
-    flat = [example[name] for example in (examples[index] for index in some) for name in names]
+    found = (examples[index] for index in some)
+    flat = [text_ids(example[name]) for example in found for name in names]
     texts = tokenizer.batch_decode(flat, skip_special_tokens=True)
     for place, index in enumerate(some):
         yield index, texts[place * len(names) : (place + 1) * len(names)]

@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dpo_fast.data.config import IMAGES
+from dpo_fast.data.images.tokens import text_and_images
 from dpo_fast.data.kinds import COMPLETIONS, GROUPS, PAIRS, ExampleLengths, Kind
 from dpo_fast.data.verdicts import Tally
 from dpo_fast.wording import printable
@@ -63,6 +65,8 @@ class DataReport:
     even: groups with one score for all their completions.
     answers: answers of all examples together.
     chats: whether any row is a list of messages.
+    with_images: examples that have images. images: in all examples together, with image_tokens tokens,
+        those of a prompt counted once.
     mixture: the sources, where they have options of their own.
     """
 
@@ -88,6 +92,9 @@ class DataReport:
     even: int = 0
     answers: int = 0
     chats: bool = False
+    with_images: int = 0
+    images: int = 0
+    image_tokens: int = 0
     mixture: list[SourceShare] = field(default_factory=list)
 
     @classmethod
@@ -142,6 +149,10 @@ class DataReport:
         self.left_out += int(np.sum(columns["left_out"]))
         self.trailing += int(np.sum(columns["trailing"]))
         self.bare += int(np.sum(columns["bare"]))
+        told = [len(each or ()) for each in columns[IMAGES]]
+        self.with_images += int(np.count_nonzero(told))
+        self.images += sum(told)
+        self.image_tokens += int(np.sum(columns["image_tokens"]))
         if kind.many:
             self.answers += sum(map(len, columns["scores"]))
             self.even += sum(min(scores) == max(scores) for scores in columns["scores"])
@@ -195,6 +206,11 @@ class DataReport:
             (self.held_out, examples, f"{self.kind} are held out for evaluation"),
         )
         notes = [f"{count} of {whole} {text}" for count, whole, text in facts if count]
+        if self.with_images:
+            notes.append(
+                f"{self.with_images:,} of {examples:,} {self.kind} have images: {self.images:,} with "
+                f"{self.image_tokens:,} tokens"
+            )
         if self.left_out:
             notes.append(
                 f"{self.left_out} turns are not scored, because the chat template leaves their thinking "
@@ -328,6 +344,13 @@ def _prompt(ids: list[int], tokenizer: Any) -> Text:
 
 def _pieces(ids: list[int], tokenizer: Any) -> list[str]:
     """Each token's text, or the vocabulary's name for it where it is not whole characters."""
+    found: list[str] = []
+    for run in text_and_images(ids):
+        found += [f"[image: {run} tokens]"] if isinstance(run, int) else _words(run, tokenizer)
+    return found
+
+
+def _words(ids: list[int], tokenizer: Any) -> list[str]:
     texts = [tokenizer.decode([index]) for index in ids]
     names = tokenizer.convert_ids_to_tokens(ids)
     texts = [name if "\ufffd" in text or not text else text for text, name in zip(texts, names)]

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dpo_fast.data import values
-from dpo_fast.data.config import CHAT_COLUMNS, DataConfig
+from dpo_fast.data.config import CHAT_COLUMNS, IMAGES, DataConfig
 from dpo_fast.data.demonstrations import best_of, demonstration, scores_of
 from dpo_fast.data.files import Cell
 from dpo_fast.data.forms.table import find_form
 from dpo_fast.data.forms.unused import check_unused
+from dpo_fast.data.images.columns import take_images
+from dpo_fast.data.images.marks import check_images
 from dpo_fast.data.kinds import COMPLETIONS, DEMONSTRATIONS, GROUPS, PAIRS, Kind
 from dpo_fast.data.messages import Messages
 from dpo_fast.data.prompts import (
@@ -116,7 +118,7 @@ SFT = "sft"  # the format that makes a demonstration of any row
 # Other names of our columns. Those of answers count only together.
 ALIASES = {"kto_tag": "label", "system_prompt": "system"}
 # Columns that a row may lack where others have them: in JSON an empty one is often left out.
-LEFT_OUT = ("system", "history", "input", "query", *CHAT_COLUMNS)
+LEFT_OUT = ("system", "history", "input", "query", *CHAT_COLUMNS, IMAGES)
 RESPONSES = {"chosen_response": "chosen", "rejected_response": "rejected"}
 
 
@@ -132,6 +134,7 @@ def parse_row(
         Dropped: none of its answers is preferred, or one is empty.
     """
     left = _renamed(raw, config)
+    images = take_images(left)
     format_ = "auto" if config.format == SFT else config.format
     form = find_form(left, format_, config.columns)
     row = form.convert(left) if form else {}
@@ -143,6 +146,9 @@ def parse_row(
     parsed = (LEARN if config.format == SFT else PARSE)[kind](where, row, raw, config)
     if "system" in row and not parsed.is_chat:
         left[config.columns.get("system", "system")] = row["system"]
+    if images:
+        check_images(parsed.prompt, parsed.answers, len(images))
+        parsed.optional[IMAGES] = images
     if left:
         has_prompt = form or row.get("prompt") is not None or (parsed.is_chat and parsed.prompt)
         check_unused(left, parsed, bool(has_prompt))

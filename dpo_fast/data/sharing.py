@@ -60,7 +60,8 @@ def _common(
     while len(starts):
         left = sizes > place
         starts, sizes, owner, together = starts[left], sizes[left], owner[left], together[left]
-        keys = together << 32 | ids_T[starts + place].astype(np.int64)
+        tokens = ids_T[starts + place].astype(np.int64) & 0xFFFFFFFF  # those of images are below 0
+        keys = together << 32 | tokens
         _, first, together, counts = np.unique(
             keys, return_index=True, return_inverse=True, return_counts=True
         )

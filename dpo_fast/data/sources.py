@@ -68,7 +68,7 @@ class SavedSource:
             data = datasets.load_from_disk(str(self.path))
             data = data if self.split is None else data[self.split]
             data.data.table.validate(full=True)  # a damaged one can end the process
-            return data.with_format(None)  # it is saved with the data, and may leave columns out
+            return undecoded(data.with_format(None))  # a format may leave columns out
         except Exception as error:  # the loader of a library, which a damaged folder leads anywhere
             reason = clipped(str(error), 500)
             raise UserError(f"{self.path}: not a readable datasets folder: {reason}") from error
@@ -102,8 +102,10 @@ class HubSource:
         import datasets
 
         try:
-            return datasets.load_dataset(
-                self.name, self.config, split=self.split, revision=self.revision
+            return undecoded(
+                datasets.load_dataset(
+                    self.name, self.config, split=self.split, revision=self.revision
+                )
             )
         except (OSError, ValueError, RuntimeError) as error:
             if self.revision is not None:
@@ -208,6 +210,30 @@ def _near(path: Path) -> str:
     names = sorted(child.name for child in path.parent.iterdir())
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def undecoded(data: Any) -> Any:
+    """A data set of `datasets` that gives images as they are stored: bytes or a path."""
+    import datasets
+
+    features = {name: _undecoded(each) for name, each in data.features.items()}
+    if features == dict(data.features):
+        return data
+    info = data.info.copy()
+    info.features = datasets.Features(features)
+    return datasets.Dataset(data.data, info, data.split, data._indices, data._fingerprint)
+
+
+def _undecoded(feature: Any) -> Any:
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, dict):
+        return {name: _undecoded(each) for name, each in feature.items()}
+    if isinstance(feature, (datasets.List, datasets.LargeList)):
+        return type(feature)(_undecoded(feature.feature))
+    return feature
 
 
 def _numbered(name: str, data: Any, bad: BadRows) -> RawRows:

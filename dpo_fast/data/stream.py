@@ -21,8 +21,12 @@ import numpy as np
 import pyarrow
 
 from dpo_fast.data.build import nothing_left, values
-from dpo_fast.data.config import DataConfig
+from dpo_fast.data.config import IMAGES, DataConfig
 from dpo_fast.data.dataset import cache_key
+from dpo_fast.data.images.laid import ImageLoader
+from dpo_fast.data.images.model import images_of
+from dpo_fast.data.images.rows import in_memory, keep_images
+from dpo_fast.data.images.store import ImageStore
 from dpo_fast.data.kinds import PAIRS, ExampleLengths, Kind, OneKind
 from dpo_fast.data.lists import Lists
 from dpo_fast.data.parts import parts_of
@@ -42,6 +46,7 @@ class Chunk:
     row: rows of the pass before it.
     sources: of sources with weights, rows of the pass and examples of each before it.
     report: counts of the stream up to its end, with the lengths of its own examples.
+    images: makes pixel values; None where no example has images.
     """
 
     number: int
@@ -51,6 +56,7 @@ class Chunk:
     report: DataReport
     kind: Kind = PAIRS
     sources: tuple[tuple[int, int], ...] = ()
+    images: ImageLoader | None = None
     mixture: ClassVar[None] = None
 
     def __len__(self) -> int:
@@ -99,6 +105,7 @@ class ExampleStream:
         self.config, self.tokenizer, self.eos_ids = config, tokenizer, list(eos_ids)
         self.parts = parts_of(config, "train")
         self._tokenisers = [RowTokeniser(tokenizer, part.config, eos_ids) for part in self.parts]
+        self._images = ImageLoader(images_of(tokenizer, config.images_kwargs), ImageStore())
         self._seen, self._numbers = OneKind(), None
         self._absent = [set(part.config.columns.values()) for part in self.parts]
         self.seek(0, 0)
@@ -154,7 +161,8 @@ class ExampleStream:
     ) -> Chunk:
         self._number += 1
         report, kind = self._snapshot(), self._seen.kind
-        chunk = Chunk(self._number - 1, row, examples, places, report, kind, sources)
+        images = self._images if any(IMAGES in each for each in examples) else None
+        chunk = Chunk(self._number - 1, row, examples, places, report, kind, sources, images)
         chunk.report.measure(chunk.lengths)
         return chunk
 
@@ -178,6 +186,7 @@ class ExampleStream:
         self._absent[index].difference_update(raw)
         try:
             row = parse_row(where, raw, part.config, unused)
+            keep_images(row, part.config, in_memory)
             self._see(row)
             tokenised = self._tokenisers[index](row)
         except Dropped as verdict:
@@ -191,7 +200,8 @@ class ExampleStream:
             ids = {name: _as_arrays(getattr(tokenised, name)) for name in row.kind.ids}
             flags = {name: getattr(tokenised, name) for name in row.kind.scored}
             told = {name: _as_arrays(each, np.bool_) for name, each in flags.items() if each}
-            return ids | told | values(row)
+            images = {IMAGES: tokenised.images} if tokenised.images else {}
+            return ids | told | images | values(row)
         return None
 
     def _check_used(self) -> None:

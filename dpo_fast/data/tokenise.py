@@ -9,8 +9,12 @@ from typing import Any, NamedTuple
 
 from dpo_fast.data.boundary import PromptBoundary
 from dpo_fast.data.chat import ChatTemplate
-from dpo_fast.data.config import DataConfig
+from dpo_fast.data.config import IMAGES, DataConfig
 from dpo_fast.data.endings import Endings
+from dpo_fast.data.images.expand import RowImages
+from dpo_fast.data.images.model import images_of
+from dpo_fast.data.images.store import ImageStore
+from dpo_fast.data.images.tokens import count_image_tokens, whole_images
 from dpo_fast.data.kinds import COMPLETIONS, DEMONSTRATIONS, GROUPS, PAIRS, Kind
 from dpo_fast.data.messages import Messages
 from dpo_fast.data.rows import Row
@@ -32,6 +36,9 @@ class Tokenised:
     bos_added, eos_added: special tokens that the text did not have; at most one EOS for each answer.
     prompt_cut: prompt tokens removed.
     answers_cut: answers shortened.
+    images: what is stored of its images; None without any. Their tokens are below 0
+        (`images/tokens.py`).
+    image_tokens: of the prompt once, and of all answers.
     """
 
     prompt_ids: list[int]
@@ -43,6 +50,8 @@ class Tokenised:
     left_out: int
     trailing: int
     bare: int
+    images: list[dict[str, Any]] | None = None
+    image_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +93,16 @@ class RowTokeniser:
 
     tokenizer: a transformers tokenizer. It is not changed; data.chat_template is only used here.
     eos_ids: end-of-turn ids beside the tokenizer's EOS, as in the model's generation config.
+    store: where images are that came inside rows.
     """
 
-    def __init__(self, tokenizer: Any, config: DataConfig, eos_ids: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        config: DataConfig,
+        eos_ids: Iterable[int] = (),
+        store: ImageStore | None = None,
+    ) -> None:
         if type(tokenizer).__name__ == "MistralCommonBackend":
             raise UserError(
                 "the tokenizer is that of the package mistral-common, which renders no chat as text; "
@@ -98,10 +114,15 @@ class RowTokeniser:
         self.boundary = PromptBoundary(tokenizer)
         self._untold = config.apply_chat_template == "auto" and self.chat.exists
         self.endings = Endings(tokenizer, eos_ids, config.add_eos, self.chat)
+        model = images_of(tokenizer, config.images_kwargs)
+        self.images = RowImages(model, store or ImageStore(), self.chat, config)
 
     def __call__(self, row: Row) -> Tokenised:
         """Raises BadRow or Dropped for the row, and UserError for what no row can mend."""
+        images = self.images.of(row) if row.optional.get(IMAGES) else None
         prompt, texts = self.chat.texts(row) if row.is_chat else (row.prompt, self._texts(row))
+        if images:
+            prompt, texts = images.texts(row, prompt, texts)
         starts = [[turn.start for turn in text.turns if turn.start > len(prompt)] for text in texts]
         wholes = [text.whole for text in texts]
         if row.is_chat:
@@ -127,17 +148,22 @@ class RowTokeniser:
             )
         answers, eos_added = {}, 0
         parts = zip(row.answers, texts, split.answers, starts, row.unfinished)
-        for name, text, ids, cuts, cut in parts:
+        for place, (name, text, ids, cuts, cut) in enumerate(parts):
             self.endings.check_bos(ids, name)
             flags = self._flags(text, split.prompt, ids, [len(prompt), *cuts])
             calls = row.is_chat and bool(text.answer[-1].get("tool_calls"))
             ids, added = self.endings.end(ids, chat=row.is_chat, calls=calls)
             if cut:
                 ids, added = self.endings.without_end(ids, chat=row.is_chat), False
+            if images:
+                ids = images.ids(ids, images.orders[place])
             answers[name] = Answer.ended(ids, flags, name)
             eos_added += added
+        lead = self.endings.lead(prompt_ids)
+        if images:
+            prompt_ids = images.ids(prompt_ids, images.order)
         ids = {name: answer.ids for name, answer in answers.items()}
-        fitted = fit(row.where, prompt_ids, ids, self.config, self.endings.lead(prompt_ids))
+        fitted = fit(row.where, prompt_ids, ids, self.config, lead)
         kept = [each.cut(len(ids)) for each, ids in zip(answers.values(), fitted.answers)]
         if _alike([answer.ids for answer in kept]):
             raise Dropped(
@@ -145,8 +171,9 @@ class RowTokeniser:
             )
         if fitted.prompt_cut:  # the room of tokens that were cut off behind the last scored one
             ids = {name: answer.ids for name, answer in zip(answers, kept)}
-            again = fit(row.where, prompt_ids, ids, self.config, self.endings.lead(prompt_ids))
+            again = fit(row.where, prompt_ids, ids, self.config, lead)
             fitted = replace(fitted, prompt=again.prompt, prompt_cut=again.prompt_cut)
+        final = [fitted.prompt, *(answer.ids for answer in kept)]
         return TOKENISED[row.kind](
             prompt_ids=fitted.prompt,
             **_columns(kept, row.kind),
@@ -158,6 +185,8 @@ class RowTokeniser:
             left_out=sum(text.left_out for text in texts),
             trailing=sum(map(_trails, row.answers.values())),
             bare=int(self._untold and not row.is_chat),
+            images=images.stored(final) if images else None,
+            image_tokens=sum(map(count_image_tokens, final)) if images else 0,
         )
 
     def _flags(
@@ -261,11 +290,11 @@ def fit(
         prompt 1, chosen 9, rejected 2    chosen cut to 7, prompt stays 1
 
     A cut answer gets no end of turn, so that the model does not learn to stop in mid-sentence.
-    `drop` and `error` never cut.
+    `drop` and `error` never cut. No cut goes through an image, or between it and what is next to it.
 
     Raises:
         Dropped: too long under `drop`; an answer without tokens; answers that are the same tokens,
-            or become so by the cut.
+            or become so by the cut; a prompt whose images do not fit.
         UserError: too long under `error`.
     """
     parts = list(answers.values())
@@ -302,14 +331,26 @@ def _too_long(
 def _cut(prompt: list[int], answers: list[list[int]], config: DataConfig, lead: int) -> Fitted:
     room = config.max_length - min(len(prompt), config.prompt_reserve)
     answers_cut = sum(len(answer) > room for answer in answers)
-    answers = [answer[:room] for answer in answers]
+    answers = [answer[: whole_images(answer, room)] for answer in answers]
+    if not all(answers):
+        raise Dropped("an image does not fit", f"{room} tokens of an answer fit")
     if _alike(answers):
         raise Dropped("the answers are the same once cut", f"all keep {room} tokens")
     length = min(len(prompt), config.max_length - max(map(len, answers)))
     prompt_cut = len(prompt) - length
     if config.truncation == "keep_start":
         kept = prompt[:length]
+        edge = kept[-1:]
     else:
         lead = min(lead, length) if prompt_cut else 0
         kept = [*prompt[:lead], *prompt[len(prompt) - length + lead :]]
+        edge = kept[lead : lead + 1]
+    if prompt_cut and (
+        count_image_tokens(kept) < count_image_tokens(prompt) or min(edge, default=0) < 0
+    ):
+        raise Dropped(
+            "an image does not fit",
+            f"{length} tokens of the prompt fit, of {len(prompt)} with "
+            f"{count_image_tokens(prompt)} of images; raise data.max_length",
+        )
     return Fitted(kept, answers, prompt_cut, answers_cut)

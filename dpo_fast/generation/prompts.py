@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dpo_fast.data import values
-from dpo_fast.data.config import DataConfig
+from dpo_fast.data.config import IMAGES, DataConfig
 from dpo_fast.data.forms.conversations import CONVERSATIONS
 from dpo_fast.data.kinds import DEMONSTRATIONS
 from dpo_fast.data.messages import Messages, are_messages, check_messages, messages_in, say
@@ -141,6 +141,8 @@ def prompt_of(where: str, raw: Mapping[str, Any], config: DataConfig) -> Prompt:
     ours = {theirs: name for name, theirs in config.columns.items()}
     names = {ours.get(name, name): name for name, value in raw.items() if value is not None}
     parsed = _parsed(where, raw, names, config)
+    if parsed.optional.get(IMAGES):
+        raise BadRow("a prompt with images", "completions are sampled of prompts of text alone")
     kept = {name: value for name, value in parsed.optional.items() if name in PROMPT_COLUMNS}
     beside = {name: raw[name] for name in raw if ours.get(name, name) not in PROMPT_COLUMNS}
     return Prompt(where, parsed.prompt, kept, _plain(beside, parsed.prompt))

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from dpo_fast.data.build import values
-from dpo_fast.data.config import DataConfig
+from dpo_fast.data.config import IMAGES, DataConfig
 from dpo_fast.data.kinds import PAIRS
 from dpo_fast.data.rows import parse_row
 from dpo_fast.data.tokenise import RowTokeniser
@@ -214,6 +214,8 @@ def _tokenised(row: Mapping, where: str, config: DataConfig, tokeniser: RowToken
         raise UserError(
             f"{where} is {parsed.kind.one}; this trainer takes pairs: use dpo-fast train. {WANTED}"
         )
+    if parsed.optional.get(IMAGES):
+        raise UserError(f"{where} has images: this trainer takes text alone; use dpo-fast train")
     ids = vars(tokeniser(parsed))
     flags = {name: ids[name] for name in PAIRS.scored if ids[name] is not None}
     return {name: ids[name] for name in PAIRS.ids} | flags | values(parsed)

@@ -25,6 +25,27 @@ def source(path: str) -> dict[str, str]:
     return {"pretrained_model_name_or_path": name} | ({"revision": revision} if revision else {})
 
 
+def file_of(where: Mapping[str, Any], name: str) -> Path | None:
+    """A file of a folder or a hub id; None if it has none of that name. where: as `source` gives it."""
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        where["pretrained_model_name_or_path"],
+        name,
+        revision=where.get("revision"),
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
+
+
+def has_processor(where: Mapping[str, Any]) -> bool:
+    """Whether a model has the files of a processor. where: as `source` gives it."""
+    names = ("preprocessor_config.json", "processor_config.json")
+    return any(file_of(where, name) is not None for name in names)
+
+
 def with_revision(values: Any, path: str = "path", option: str = "model") -> Any:
     """The values of a section with its `revision` written behind the hub id: `org/name@revision`.
 

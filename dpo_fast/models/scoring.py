@@ -17,6 +17,7 @@ from dpo_fast.errors import UserError
 from dpo_fast.models import recurrent
 from dpo_fast.models.adapters import as_started
 from dpo_fast.models.attention_plan import AttentionPlan
+from dpo_fast.models.by_sequence import serve_by_sequence
 from dpo_fast.models.decoder import decoder_of
 from dpo_fast.models.own_logits import check_own_logits
 from dpo_fast.models.routers import Routers
@@ -61,6 +62,7 @@ class ScoringModel(nn.Module):
         self.group: SequenceGroup | None = None  # ranks that score every batch with this one
         fuse_head(model, **self.head)
         recurrent.serve(model)
+        serve_by_sequence(model)
         self.model = model
 
     def set_adapted(self, model: nn.Module) -> None:

@@ -10,6 +10,7 @@ The letters of shapes, as suffixes of names (`hidden_TD`) and in docstrings, eve
     B  rows of a model's input          L  their length
     D  hidden size                      V  vocabulary; a slice of it too
     E  experts of a layer               K  those of them that compute a token
+    I  images of a batch, each as often as it occurs
 """
 
 from dpo_fast.ops import compiled  # noqa: F401 registers torch.ops.dpo_fast

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dpo_fast.data.batch import ScoredBatch
+from dpo_fast.data.images.tokens import decoded
 from dpo_fast.data.kinds import GROUPS
 from dpo_fast.durable import write_file
 from dpo_fast.losses import Preference, ScoredGroups
@@ -130,7 +131,7 @@ def _texts(split: Split, tokenizer: PreTrainedTokenizerBase, index: int) -> dict
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     """Decoded; of a long text the beginning and, twice as long, the end."""
-    text = tokenizer.decode(ids)
+    text = decoded(tokenizer, ids)
     if len(text) <= MOST_CHARACTERS:
         return text
     head = MOST_CHARACTERS // 3

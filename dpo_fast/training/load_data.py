@@ -39,7 +39,7 @@ def load_split(
     folders = distributed.main_first(
         f"data/{name}", lambda: prepare_examples(config.data, tokenizer, split=name, eos_ids=ends)
     )
-    examples = open_examples(config.data, split=name, folders=folders)
+    examples = open_examples(config.data, tokenizer, split=name, folders=folders)
     if examples.mixture is not None:
         tell_shares(examples.report)
         examples = examples.narrowed(config.train.seed, planned_epochs(config, examples))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from dpo_fast.data.batch import ScoredBatch, collate
 from dpo_fast.data.dataset import Dataset
 from dpo_fast.data.grouping import SamePrompt
+from dpo_fast.data.images.ahead import Ahead
 from dpo_fast.data.kinds import COMPLETIONS, GROUPS, ExampleLengths
 from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.data.mismatched import mismatched, mismatched_lengths, partners
@@ -82,8 +83,21 @@ class Split:
 
     def batches(self, step: int) -> Iterator[ScoredBatch]:
         """This rank's micro-batches of a step, tokens on the CPU."""
-        for indices in self.sampler.micro_batches(step, data_ranks.data_rank()):
-            yield self.collate([self.examples[i] for i in indices], indices, self.columns)
+        rank = data_ranks.data_rank()
+        places = self.sampler.micro_batches(step, rank)
+        if self.examples.images is None:
+            yield from map(self._batch, places)
+            return
+        last = (step + 1) % self.sampler.steps_per_epoch == 0
+        after = None if last else self.sampler.micro_batches(step + 1, rank)[0]
+        yield from self._ahead.batches(places, after)
+
+    @functools.cached_property
+    def _ahead(self) -> Ahead[ScoredBatch]:
+        return Ahead(self._batch)
+
+    def _batch(self, indices: list[int]) -> ScoredBatch:
+        return self.collate([self.examples[i] for i in indices], indices, self.columns)
 
     def collate(
         self, examples: list[dict], indices: list[int], columns: tuple[str, ...] = ()
@@ -96,6 +110,7 @@ class Split:
             indices=indices,
             columns=columns,
             kind=self.examples.kind,
+            images=self.examples.images,
         )
 
     def mismatched(self, indices: list[int]) -> Iterator[ScoredBatch]:

@@ -259,7 +259,7 @@ def test_damaged_cache_names_the_folder(load, capsys):
     (key,) = stored(load)
     (load.cache / key / "report.json").write_text("{")
     with pytest.raises(UserError, match=f"{key}: the stored data is damaged.*delete the folder"):
-        open_examples(DataConfig(train="a"), split="train", folders=[str(load.cache / key)])
+        open_examples(DataConfig(train="a"), None, split="train", folders=[str(load.cache / key)])
     assert len(load()) == 1
     assert f"{key}: the stored data is damaged (report.json is altered)" in capsys.readouterr().err
 

@@ -87,7 +87,7 @@ def test_what_is_wrong_is_named():
         ({"prompt": "a", "response": "b"}, "missing field 'completion'.*did you mean 'response'"),
         ({"completion": "b"}, "missing field 'prompt'"),
         ({"prompt": "other", "completion": [SYSTEM, U, A]}, "does not begin with the prompt"),
-        ({"messages": [U, B], "system": "x", "images": ["y"]}, "column 'images' is not used"),
+        ({"messages": [U, B], "system": "x", "audios": ["y"]}, "column 'audios' is not used"),
         ({"instruction": "q", "context": "some words", "output": "a"}, "'context' is not used"),
         (TEXT | {"tools": [{}]}, "tools without messages"),
     ):

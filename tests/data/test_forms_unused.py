@@ -35,8 +35,7 @@ WORDS = {
     "messages": [say("user", "the sky")],
     "conversations": [talk("human", "the sky")],
     "documents": [{"title": "the sky", "text": "is blue"}],
-    "images": ["a.png"],
-    "image": {"bytes": "00", "path": None},
+    "video": {"bytes": "00", "path": None},
     "videos": ["a.mp4"],
     "audio": "a.wav",
 }
@@ -48,7 +47,7 @@ def test_words_that_nothing_uses_are_an_error(name):
         BadRow, match=f"column {name!r} is not used: .*data.ignore_columns"
     ) as found:
         parse(TEXT | {name: WORDS[name]})
-    assert name in ("image", "images", "videos", "audio") or "data.columns" in str(found.value)
+    assert name in ("video", "videos", "audio") or "data.columns" in str(found.value)
     row, unused = parse(TEXT | {name: WORDS[name], "id": 1}, ignore_columns=[name])
     assert (row, unused) == (parse(TEXT)[0], {"id"})
     if name != "system":  # which a chat begins with
@@ -58,7 +57,7 @@ def test_words_that_nothing_uses_are_an_error(name):
 
 @pytest.mark.parametrize("value", [None, "", " \n", [], {}, [None], [""], {"bytes": None}])
 def test_empty_columns_are_no_words(value):
-    for name in WORDS:
+    for name in (*WORDS, "images", "image"):
         assert parse(TEXT | {name: value})[0] == parse(TEXT)[0]
 
 

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from dpo_fast.data.config import DataConfig
+from dpo_fast.data.verdicts import BadRow
 from dpo_fast.errors import UserError
 from dpo_fast.generation.config import SampleSection
 from dpo_fast.generation.prompts import prompt_of, read_prompts
@@ -93,6 +94,15 @@ def test_judges_get_the_rest_of_the_row_and_templates_their_columns(tmp_path):
     assert found.optional == {"tools": TOOLS, "chat_template_kwargs": {"deep": True}}
     assert found.row == {"gold": 4, "id": 7}
     assert found.where.endswith("rows.jsonl:1")
+
+
+def test_prompts_with_images_are_refused_by_name():
+    raw = {"prompt": [{"role": "user", "content": "q"}], "images": ["a.png"]}
+    with pytest.raises(
+        BadRow, match="a prompt with images: completions are sampled of prompts of text"
+    ):
+        prompt_of("rows:1", raw, DataConfig(train="rows"))
+    assert prompt_of("rows:1", raw | {"images": []}, DataConfig(train="rows")).prompt
 
 
 def test_numbers_that_json_has_not_are_null_for_judges(tmp_path):

@@ -339,3 +339,10 @@ def test_arguments_of_others_are_told(place, texts, tmp_path):
         PreferenceTrainer(
             model, DPOConfig(output_dir=str(tmp_path), use_cpu=True), train_dataset=texts
         )
+
+
+def test_rows_with_images_are_refused_by_name(tokenizer):
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "images": ["a.png"]}
+    with pytest.raises(UserError, match=r"train_dataset\[0\] has images: .*dpo-fast train"):
+        token_rows([row], "train_dataset", tokenizer, {}, [])
+    assert len(token_rows([row | {"images": []}], "train_dataset", tokenizer, {}, [])) == 1

@@ -8,10 +8,11 @@ from dpo_fast.data.dataset import load_examples
 from dpo_fast.errors import UserError
 from dpo_fast.training.config import build_config
 from dpo_fast.training.held_out_prompts import choose_prompts
+from tests.support.image_rows import picture, write_qwen
 from tests.support.tokenizers import chat_tokenizer
 
 
-def chosen(folder, rows):
+def chosen(folder, rows, tokenizer=None):
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     other = folder / "other.jsonl"
@@ -20,7 +21,7 @@ def chosen(folder, rows):
     tree = {"model": {"path": "m"}, "data": data, "loss": {"type": "sft"}}
     config = build_config(tree | {"train": {"output_dir": str(folder)}}, "test")
     read = config.data.model_copy(update={"train": str(file), "eval": None})
-    examples = load_examples(read, chat_tokenizer(), split="train")
+    examples = load_examples(read, tokenizer or chat_tokenizer(), split="train")
     return choose_prompts(config, examples, 10, 0)
 
 
@@ -44,3 +45,20 @@ def test_conversations_that_begin_alike_are_several_prompts(tmp_path):
 def test_a_row_without_a_prompt_is_told_as_such(tmp_path, row):
     with pytest.raises(UserError, match="rows.jsonl:1: nothing comes before its answer.*generate"):
         chosen(tmp_path, [row])
+
+
+def test_prompts_with_images_are_not_chosen(tmp_path):
+    tokenizer = write_qwen(tmp_path / "model")
+    picture(0).save(tmp_path / "a.png")
+
+    def row(number, images):
+        said = [{"role": "user", "content": f"q{number}"}, {"role": "assistant", "content": "yes"}]
+        return {"messages": said, "images": images}
+
+    rows = [row(0, ["a.png"]), row(1, []), row(2, ["a.png"])]
+    (found,) = chosen(tmp_path, rows, tokenizer)
+    assert found.prompt.prompt[0]["content"] == "q1"
+    with pytest.raises(
+        UserError, match="rows.jsonl:1: all rows .* have images, and generate answers"
+    ):
+        chosen(tmp_path, [rows[0]], tokenizer)
