@@ -19,11 +19,11 @@ from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.data.tree import grow
 from dpo_fast.errors import UserError
 from dpo_fast.models import ScoringModel, architecture_of, choose_layout, recurrent
-from dpo_fast.models.adapters import add_lora
 from dpo_fast.models.attention import NAMES
 from dpo_fast.models.attention_plan import AttentionPlan
 from dpo_fast.models.config import LoraSection
 from dpo_fast.models.layers import checkpoint_layers
+from dpo_fast.models.lora import add_lora
 from dpo_fast.models.recurrent.convolution import convolve
 from dpo_fast.models.recurrent.segments import by_flat_levels, by_levels, cut
 from dpo_fast.models.scoring import forward_arguments
