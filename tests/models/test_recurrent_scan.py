@@ -14,10 +14,10 @@ from dpo_fast.data.batch import collate_trees
 from dpo_fast.errors import UserError
 from dpo_fast.models import ScoringModel
 from dpo_fast.models.adapter_targets import layers_never_called
-from dpo_fast.models.adapters import add_lora
 from dpo_fast.models.attention import NAMES
 from dpo_fast.models.attention_plan import AttentionPlan
 from dpo_fast.models.config import LoraSection
+from dpo_fast.models.lora import add_lora
 from dpo_fast.models.recurrent import serve, served
 from dpo_fast.models.recurrent.ssd import chunk_scan
 from dpo_fast.models.recurrent.unfolded import sequences_of
