@@ -282,6 +282,18 @@ def test_recurrences_and_convolutions_of_trees_are_those_of_each_sequence(sequen
             torch.testing.assert_close(a, b, msg=name)
 
 
+def test_layers_whose_functions_get_no_keywords_are_not_served():
+    """As LFM2's until transformers 5.22: the plan would not reach the convolution."""
+    with torch.device("meta"):
+        layer = make("qwen3-next").model.layers[0].linear_attn
+    assert recurrent.served(layer)
+    code = "class {0}:\n def forward(self, x{1}): torch_chunk_gated_delta_rule(causal_conv1d_fn(x))"
+    names = dict(vars(recurrent.module_of(type(layer))))
+    for name, keywords in (("Told", ", **kwargs"), ("Silent", "")):
+        exec(code.format(f"{name}(nn.Module)", keywords), names)
+        assert recurrent.served(names[name]()) == bool(keywords)
+
+
 def test_ranks_do_not_share_rows_of_such_a_model():
     with torch.device("meta"):
         model = make("qwen3-next")
