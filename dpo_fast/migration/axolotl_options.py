@@ -50,7 +50,7 @@ MODEL = [
     joint("bfloat16", None, "model.dtype"),
     joint("float32", None, "model.dtype"),
     *lost("fp16 is not there: bf16", float16=None),
-    *lost("weights and products are bf16 or fp32", fp8=None),
+    same("fp8", None, "model.fp8", "torchao's first recipe", convert=flag),
     joint("gradient_checkpointing", False, "model.gradient_checkpointing"),
     joint(
         "flash_attention",
