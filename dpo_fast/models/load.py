@@ -36,6 +36,7 @@ from dpo_fast.models.processor import processor_source, processor_template
 from dpo_fast.models.save import HEAVY
 from dpo_fast.models.scoring import ScoringModel
 from dpo_fast.models.tiles import tile_layers
+from dpo_fast.models.vision import Vision
 
 
 def local_folder(path: str) -> Path:
@@ -138,7 +139,8 @@ def load_model(
     """The model of a section as a `ScoringModel`, without dropout.
 
     Under DeepSpeed's `HfDeepSpeedConfig` at stage 3 the weights are sharded while they load. What texts
-    alone do not reach, such as a vision tower, is not trained.
+    alone do not reach, such as a vision tower, is not trained, unless `images` and the options of its
+    parts say so.
 
     keep_start: of an adapter that is trained further, also keep it as it is now.
     """
@@ -150,7 +152,7 @@ def load_model(
     if section.tile_tokens:
         tile_layers(model, section.tile_tokens)
     scoring = ScoringModel(model, implementation=implementation, workspace_bytes=workspace_bytes)
-    freeze_unreached(model)
+    settle_parts(scoring, section)
     if is_adapter(section.path):
         load_adapter(scoring, section.path, option, keep_start)
     elif section.lora is not None:
@@ -166,11 +168,13 @@ def _load_causal_lm(section: ModelSection, attention: str, option: str) -> PreTr
     _without_dropout(config)
     _without_router_logits(config)
     with _told(section, option):
-        model = auto_class(config).from_pretrained(
+        model = auto_class(config, section.images).from_pretrained(
             **source(base_of(section.path, option)),
             config=config,
             dtype=section.torch_dtype,
-            attn_implementation=attention,
+            attn_implementation=attention_of_parts(config, attention)
+            if section.images
+            else attention,
             trust_remote_code=section.trust_remote_code,
         )
     if getattr(model, "_hf_peft_config_loaded", False):
@@ -192,14 +196,42 @@ def resize_for_adapter(model: PreTrainedModel, path: str) -> None:
         model.resize_token_embeddings(rows, mean_resizing=False)
 
 
-def auto_class(config: PretrainedConfig) -> type:
+def auto_class(config: PretrainedConfig, images: bool | None = False) -> type:
     """The class of transformers that loads a model with its language-model head.
 
     Some image-text models have no text-only class: their whole class scores texts as well.
+
+    images: whether the model must see images.
     """
     whole = AutoModelForImageTextToText
-    known = type(config) in AutoModelForCausalLM._model_mapping
+    known = type(config) in AutoModelForCausalLM._model_mapping and not images
     return whole if type(config) in whole._model_mapping and not known else AutoModelForCausalLM
+
+
+def attention_of_parts(config: PretrainedConfig, attention: str) -> str | dict:
+    """The attention of the text model, and in a vision tower what transformers would take by itself.
+
+    A tower has sequences of its own, which no plan of a row tells of.
+    """
+    text = config.get_text_config()
+    names = [name for name in config.sub_configs if getattr(config, name, None) is text]
+    return {"": attention, names[0]: attention} if names else attention
+
+
+def settle_parts(scoring: ScoringModel, section: ModelSection) -> None:
+    """Freeze what nothing reaches, and of the parts that see images those that the section says.
+
+    Raises:
+        UserError: the model must see images and cannot.
+    """
+    freeze_unreached(scoring.causal_lm)
+    if not section.images:
+        return
+    try:
+        scoring.vision = Vision(scoring.causal_lm)
+    except UserError as error:
+        raise UserError(f"model.path={section.path}: {error}") from error
+    scoring.vision.freeze(section.freeze_vision_tower, section.freeze_multi_modal_projector)
 
 
 def freeze_unreached(model: PreTrainedModel) -> None:
@@ -241,7 +273,7 @@ def load_skeleton(section: ModelSection, option: str = "model.path") -> PreTrain
     text = config.get_text_config()
     text.vocab_size = adapter_vocabulary(section.path) or text.vocab_size
     with _told(section, option), torch.device("meta"):
-        return auto_class(config).from_config(
+        return auto_class(config, section.images).from_config(
             config, dtype=section.torch_dtype, trust_remote_code=section.trust_remote_code
         )
 

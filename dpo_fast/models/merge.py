@@ -31,7 +31,7 @@ def write_merged(section: ModelSection, adapter: Path, target: Path, dtype: str 
     from peft import PeftModel
 
     base = base_of(section.path)
-    model = auto_class(load_model_config(section)).from_pretrained(
+    model = auto_class(load_model_config(section), section.images).from_pretrained(
         **source(base), dtype=MERGED[dtype], trust_remote_code=section.trust_remote_code
     )
     found = model.dtype
