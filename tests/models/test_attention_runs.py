@@ -7,7 +7,7 @@ from dpo_fast.models import attention_sdpa
 from dpo_fast.models.attention import BACKENDS, pytorch_kernel, varlen
 from dpo_fast.models.attention_plan import AttentionPlan
 from dpo_fast.models.attention_sdpa import MASK_ELEMENTS, sdpa
-from tests.models.test_attention_sdpa import RULES, Largest, definition, inputs, results
+from tests.support.attention import RULES, Largest, definition, inputs, results
 
 CPU = torch.device("cpu")
 SPANS = ((300, 0, -1), (170, 280, 0), (50, 450, 1), (33, 100, 0), (290, 0, -1))

@@ -19,8 +19,7 @@ from dpo_fast.models.layers import checkpoint_layers
 from dpo_fast.models.load import attention_of_parts, auto_class, settle_parts
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.models.vision import Vision, why_no_images
-from tests.models.test_attention import assert_same
-from tests.support.architectures import slopes
+from tests.support.architectures import assert_same, slopes
 from tests.support.image_models import FAMILIES, START, TREES, alone, batch_of
 
 MAIN = ("qwen3-vl", "gemma3")
@@ -142,30 +141,28 @@ def test_adapters_are_on_the_text_model_alone(name, layout):
     batch = batch_of(family, layout)
     scores = logps(scoring, batch)
     with torch.no_grad(), scoring.as_started():
-        assert_close_to_base = logps(scoring, batch)
-    torch.testing.assert_close(assert_close_to_base, truth(name)[0], rtol=1e-5, atol=1e-5)
-    other = ScoringModelOfPeft(family, section, adapters)
-    expected = alone(family, other.model)
+        base = logps(scoring, batch)
+    torch.testing.assert_close(base, truth(name)[0], rtol=1e-5, atol=1e-5)
+    other, parameters = with_adapters(family, section, adapters)
+    expected = alone(family, other)
     assert (expected - truth(name)[0]).abs().max() > 1e-2
-    true = slopes(expected, [other.parameters[each] for each in adapters])
+    true = slopes(expected, [parameters[each] for each in adapters])
     assert_same(scores, slopes(scores, adapters.values()), expected, true)
 
 
-class ScoringModelOfPeft:
-    """transformers' own model with the same adapters."""
-
-    def __init__(self, family, section, adapters) -> None:
-        scoring = ScoringModel(family.make())
-        settle_parts(scoring, ModelSection(path="model", images=True))
-        add_lora(scoring, section)
-        self.parameters = dict(scoring.named_parameters())
-        for name, value in adapters.items():
-            self.parameters[name].data.copy_(value.data)
-        self.model = scoring.causal_lm
-        head = self.model.get_output_embeddings()
-        plain = torch.nn.Linear(*reversed(head.weight.shape), bias=False)
-        plain.weight = head.weight
-        self.model.set_output_embeddings(plain)
+def with_adapters(family, section, adapters):
+    """transformers' own model with the same adapters, and its parameters by name."""
+    scoring = ScoringModel(family.make())
+    settle_parts(scoring, ModelSection(path="model", images=True))
+    add_lora(scoring, section)
+    parameters = dict(scoring.named_parameters())
+    for name, value in adapters.items():
+        parameters[name].data.copy_(value.data)
+    model, weight = scoring.causal_lm, scoring.causal_lm.get_output_embeddings().weight
+    plain = torch.nn.Linear(*reversed(weight.shape), bias=False)
+    plain.weight = weight
+    model.set_output_embeddings(plain)
+    return model, parameters
 
 
 @pytest.mark.parametrize("name", FAMILIES)

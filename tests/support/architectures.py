@@ -81,3 +81,14 @@ def alone(model, trees=TREES) -> torch.Tensor:
 def slopes(scores: torch.Tensor, parameters) -> list[torch.Tensor | None]:
     """Gradients of a sum in which every token has another weight."""
     return torch.autograd.grad(scores.sin().sum(), list(parameters), allow_unused=True)
+
+
+def assert_same(scores, gradients, expected, true_gradients):
+    """Scores, and a gradient of every parameter, equal to 1e-5; a small one to that of the largest."""
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
+    largest = max(g.abs().max() for g in true_gradients if g is not None)
+    for gradient, true in zip(gradients, true_gradients):
+        assert (gradient is None) == (true is None)
+        if true is not None:
+            size = torch.maximum(true.abs().max(), largest * 1e-2)
+            assert (gradient - true).abs().max() <= 1e-5 * size
