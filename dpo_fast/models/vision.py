@@ -103,10 +103,16 @@ class Vision:
                 if parameter.is_floating_point():
                     parameter.requires_grad_(not frozen)
 
+    @property
+    def trained(self) -> bool:
+        """Whether anything of the parts that see images is trained, adapters on them included."""
+        own = self.model.named_parameters(recurse=False)
+        inside = (p for part in self.parts.values() for p in part.parameters())
+        return any(p.requires_grad for p in (*(p for _, p in own), *inside))
+
     def still(self) -> None:
         """Put what is frozen in evaluation: its norms keep no statistics, and it drops nothing."""
-        frozen = not any(p.requires_grad for p in (*self.tower.values(), *self.projector.values()))
-        for part in self.parts.values() if frozen else ():
+        for part in () if self.trained else self.parts.values():
             part.eval()
 
     def _inputs(self, images: ImageBatch) -> dict[str, Tensor]:

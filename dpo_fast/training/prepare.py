@@ -22,6 +22,7 @@ from dpo_fast.training.engine import build_engine, deepspeed_config, shard_while
 from dpo_fast.training.finite import Guard, check_loaded
 from dpo_fast.training.first_batches import check_before_pass
 from dpo_fast.training.fit import Choices, check_positions, check_vocabulary, choose
+from dpo_fast.training.images import share_tower, with_images
 from dpo_fast.training.load_data import load_split
 from dpo_fast.training.loss_pass import LossPass, Statistics
 from dpo_fast.training.merge import merged_first
@@ -100,7 +101,7 @@ def prepare(
     splits = [load_split(config, tokenizer, "train", shuffle=True)]
     if config.data.has_eval:
         splits.append(load_split(config, tokenizer, "eval", shuffle=False))
-    train = splits[0]
+    train, config = splits[0], with_images(config, splits)
     check_kind_of_findings(config, train.examples.kind)
     total_steps = config.train.max_steps or train.sampler.steps(config.train.num_train_epochs)
     check_total(config, total_steps)
@@ -176,6 +177,7 @@ def load_policy(
     check_loaded(model.causal_lm, config.model.path, "model.path")
     check_vocabulary(model, tokenizer)
     check_positions(model, splits)
+    share_tower(config, model)
     if wants_checkpointing(config, model):
         checkpoint_layers(
             model.causal_lm, config.model.checkpoint_layers, config.model.activation_offloading

@@ -54,8 +54,9 @@ class Family:
     picture: Callable[[int], Picture]
     types: str | None = None
 
-    def make(self, **changes) -> transformers.PreTrainedModel:
-        text = getattr(transformers, self.text)(**(TEXT | self.text_changes))
+    def make(self, sizes: dict | None = None, **changes) -> transformers.PreTrainedModel:
+        """A model in fp32 with weights large enough for sharp logits. sizes: changes of its text part."""
+        text = getattr(transformers, self.text)(**(TEXT | self.text_changes | (sizes or {})))
         tower = getattr(transformers, self.tower)(**(TOWER | self.tower_changes))
         config = getattr(transformers, self.config)(
             text_config=text.to_dict(), vision_config=tower.to_dict(), **(self.changes | changes)
