@@ -1,9 +1,21 @@
 """Whole runs on rows with images."""
 
+import json
+
 import pytest
+import torch
 
 pytest.importorskip("deepspeed")
 
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+from dpo_fast.data.images.processor import load_processor
+from dpo_fast.models.scoring import forward_arguments
+from dpo_fast.training.config import build_config
+from dpo_fast.training.engine import release
+from dpo_fast.training.loop import train
+from dpo_fast.training.prepare import prepare
 from tests.support import ranks
 from tests.support.image_runs import write_image_model, write_image_pairs
 from tests.support.models import run_tree
@@ -51,3 +63,69 @@ def test_ranks_with_and_without_images_at_a_time_give_the_step_of_one(folder):
     of_tower = {kind: [n for n in truths[kind][1] if ".visual." in n] for kind in kinds}
     assert not of_tower["frozen"] and all("lora_" in name for name in of_tower["adapters"])
     assert max(truths["trained"][1][name].abs().max() for name in of_tower["trained"]) > 1e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_its_export_and_transformers_score_alike(folder, tmp_path, name):
+    """A file of conversations with images; adapters, a stored reference, the layout that auto takes.
+
+    The merged export, loaded by transformers, scores what its own processor makes of each conversation as
+    we score the rows.
+    """
+    tree = case(folder, name, "auto", 0, 4, lora={"r": 4})
+    tree["train"] |= {"output_dir": str(tmp_path / "run"), "merge_lora": True, "max_steps": 3}
+    tree["train"]["learning_rate"] = 0.05
+    final = train(build_config(tree | {"loss": {"type": "sigmoid"}}, "run"))
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < losses[0]
+    merged = final / "merged"
+    tree["model"] = {"path": str(merged), "dtype": "fp32"}
+    del tree["train"]["merge_lora"]
+    run = prepare(build_config(tree | {"loss": {"type": "simpo"}}, "merged"))
+    assert run.config.train.layout == "shared_prefix"
+    ours = {}
+    for batch in run.train.batches(0):
+        with torch.no_grad():
+            logps = run.engine(**forward_arguments(batch))["logp"].split(batch.lengths_S.tolist())
+        ours |= {
+            (int(index), side): logps[2 * place + side].sum().item()
+            for place, index in enumerate(batch.indices_P)
+            for side in (0, 1)
+        }
+    release(run.engine)
+    theirs = Transformers(merged, folder)
+    assert len(ours) == 16 and any(theirs.images(index) for index, _ in ours)
+    for (index, side), logp in ours.items():
+        assert abs(theirs.logp(index, side) - logp) < 1e-3, (index, side)
+
+
+class Transformers:
+    """transformers' own model and processor, on the rows of a file."""
+
+    def __init__(self, model, folder) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        source = {"pretrained_model_name_or_path": str(model)}
+        self.model = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32)
+        self.processor = load_processor(source, tokenizer, "the model")
+        self.rows = [json.loads(line) for line in (folder / "pairs.jsonl").open()]
+        self.folder = folder
+
+    def images(self, index: int) -> list[Image.Image]:
+        return [Image.open(self.folder / name) for name in self.rows[index]["images"]]
+
+    @torch.no_grad()
+    def logp(self, index: int, side: int) -> float:
+        row, images = self.rows[index], self.images(index)
+        text = row["prompt"][0]["content"].replace("<image>", "")
+        parts = [{"type": "image"} for _ in images] + [{"type": "text", "text": text}]
+        user = [{"role": "user", "content": parts}]
+        answer = row[("chosen", "rejected")[side]]
+        template = self.processor.tokenizer.apply_chat_template
+        prompt = template(user, tokenize=False, add_generation_prompt=True)
+        texts = [prompt, template(user + answer, tokenize=False).removesuffix("\n")]
+        given = {"images": images} if images else {}
+        start, whole = (self.processor(text=[t], return_tensors="pt", **given) for t in texts)
+        start = start["input_ids"].shape[1]
+        logits = self.model(**whole).logits[0].log_softmax(-1)[start - 1 : -1]
+        return logits.gather(1, whole["input_ids"][0, start:, None]).sum().item()
