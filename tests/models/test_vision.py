@@ -12,6 +12,7 @@ from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.errors import UserError
 from dpo_fast.models import ScoringModel
 from dpo_fast.models.adapters import add_lora
+from dpo_fast.models.architecture import architecture_of
 from dpo_fast.models.attention import NAMES
 from dpo_fast.models.config import LoraSection, ModelSection
 from dpo_fast.models.decoder import decoder_of
@@ -53,10 +54,14 @@ def logps(scoring: ScoringModel, batch) -> torch.Tensor:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_batch_scores_like_every_sequence_alone(name, layout):
     """Prompts with none, one and two images, an image in two prompts: log-probs and every gradient."""
+    architecture = architecture_of(FAMILIES[name].make())
+    if not architecture.allows(LAYOUTS[layout]):
+        pytest.skip(architecture.obstacle)
     scoring, (expected, slopes_of) = scoring_of(name, layout), truth(name)
     batch = batch_of(FAMILIES[name], layout)
     scores = logps(scoring, batch)
-    assert_same(scores, slopes(scores, scoring.parameters()), expected, slopes_of)
+    error = 1e-4 if name == "qwen3.5" else 1e-5  # its recurrence rounds by more, alone too
+    assert_same(scores, slopes(scores, scoring.parameters()), expected, slopes_of, error)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -83,12 +83,12 @@ def slopes(scores: torch.Tensor, parameters) -> list[torch.Tensor | None]:
     return torch.autograd.grad(scores.sin().sum(), list(parameters), allow_unused=True)
 
 
-def assert_same(scores, gradients, expected, true_gradients):
-    """Scores, and a gradient of every parameter, equal to 1e-5; a small one to that of the largest."""
-    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
+def assert_same(scores, gradients, expected, true_gradients, error: float = 1e-5):
+    """Scores, and a gradient of every parameter, are equal; a small one to the error of the largest."""
+    torch.testing.assert_close(scores, expected, rtol=error, atol=error)
     largest = max(g.abs().max() for g in true_gradients if g is not None)
     for gradient, true in zip(gradients, true_gradients):
         assert (gradient is None) == (true is None)
         if true is not None:
             size = torch.maximum(true.abs().max(), largest * 1e-2)
-            assert (gradient - true).abs().max() <= 1e-5 * size
+            assert (gradient - true).abs().max() <= error * size

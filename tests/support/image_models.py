@@ -113,10 +113,50 @@ def _split(number: int) -> Picture:
     return Picture({"pixel_values": values, "pixel_attention_mask": mask}, 4 * frames)
 
 
+def _strips(number: int) -> Picture:
+    """LLaVA's later kind: the whole image, and tiles of it, here two, with a token behind each row."""
+    high, wide = (32, 16) if number % 2 else (16, 32)
+    inputs = {"pixel_values": _drawn(number, 1, 3, 3, 16, 16)}
+    rows, columns = high // 4, wide // 4
+    return Picture(
+        inputs | {"image_sizes": torch.tensor([[high, wide]])}, 16 + rows * (columns + 1)
+    )
+
+
+def _grid(number: int) -> tuple[int, int]:
+    return 2 * (1 + number % 2), 2 * (1 + number % 3)
+
+
+def _placed(number: int) -> Picture:
+    """Gemma 4's kind: patches with their places, filled up to the most that there are."""
+    high, wide = _grid(number)
+    count, values, places = high * wide, torch.zeros(1, 24, 48), torch.full((1, 24, 2), -1)
+    values[:, :count] = _drawn(number, 1, count, 48).sigmoid()
+    places[0, :count] = torch.tensor([[x, y] for y in range(high) for x in range(wide)])
+    return Picture({"pixel_values": values, "image_position_ids": places}, count // 4)
+
+
+def _masked(number: int) -> Picture:
+    """LFM2's kind: patches with a mask, and how many there are each way."""
+    high, wide = _grid(number)
+    count, values, mask = high * wide, torch.zeros(1, 24, 48), torch.zeros(1, 24, dtype=torch.int64)
+    values[:, :count], mask[:, :count] = _drawn(number, 1, count, 48), 1
+    inputs = {"pixel_values": values, "pixel_attention_mask": mask}
+    return Picture(inputs | {"spatial_shapes": torch.tensor([[high, wide]])}, count // 4)
+
+
 QWEN_TOWER = {"depth": 2, "num_heads": 2, "out_hidden_size": 32, "spatial_merge_size": 2,
               "temporal_patch_size": 2, "in_channels": 3}  # fmt: skip
 QWEN = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START,
         "vision_end_token_id": END}  # fmt: skip
+GEMMA4 = {"image_token_id": IMAGE, "video_token_id": VIDEO, "audio_token_id": 94,
+          "boi_token_id": START, "eoi_token_id": END, "audio_config": None}  # fmt: skip
+GEMMA4_TEXT = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2,
+               "num_hidden_layers": 4, "hidden_size_per_layer_input": 8,
+               "vocab_size_per_layer_input": 99, "global_head_dim": 16}  # fmt: skip
+GEMMA4_TOWER = {"head_dim": 8, "num_key_value_heads": 2, "pooling_kernel_size": 2,
+                "position_embedding_size": 16}  # fmt: skip
+TILES = {"image_token_index": IMAGE, "image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]]}
 FAMILIES = {
     "qwen3-vl": Family(
         "Qwen3VLConfig", "Qwen3VLTextConfig", {"rope_parameters": MROPE},
@@ -164,6 +204,55 @@ FAMILIES = {
     "mistral3": Family(
         "Mistral3Config", "MistralConfig", {}, "PixtralVisionConfig", {"head_dim": 8},
         {"image_token_id": IMAGE, "image_token_index": IMAGE, "spatial_merge_size": 2}, _sized,
+    ),
+    "gemma4": Family(
+        "Gemma4Config", "Gemma4TextConfig", GEMMA4_TEXT | {"use_bidirectional_attention": "vision"},
+        "Gemma4VisionConfig", GEMMA4_TOWER, GEMMA4, _placed, "mm_token_type_ids",
+    ),
+    "gemma4, shared keys": Family(
+        "Gemma4Config", "Gemma4TextConfig", GEMMA4_TEXT | {"num_kv_shared_layers": 2},
+        "Gemma4VisionConfig", GEMMA4_TOWER, GEMMA4, _placed, "mm_token_type_ids",
+    ),
+    "qwen3-vl-moe": Family(
+        "Qwen3VLMoeConfig", "Qwen3VLMoeTextConfig",
+        {"rope_parameters": MROPE, "num_experts": 4, "num_experts_per_tok": 2,
+         "moe_intermediate_size": 16},
+        "Qwen3VLMoeVisionConfig",
+        QWEN_TOWER | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+        QWEN, _patches(4, 2), "mm_token_type_ids",
+    ),
+    "qwen3.5": Family(
+        "Qwen3_5Config", "Qwen3_5TextConfig",
+        {"rope_parameters": MROPE | {"partial_rotary_factor": 1.0, "mrope_interleaved": True},
+         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+         "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
+         "linear_value_head_dim": 8},
+        "Qwen3_5VisionConfig", QWEN_TOWER | {"num_position_embeddings": 16},
+        QWEN, _patches(4, 2), "mm_token_type_ids",
+    ),
+    "glm4v": Family(
+        "Glm4vConfig", "Glm4vTextConfig",
+        {"rope_parameters": MROPE | {"partial_rotary_factor": 1.0}},
+        "Glm4vVisionConfig", QWEN_TOWER,
+        {"image_token_id": IMAGE, "video_token_id": VIDEO, "image_start_token_id": START,
+         "image_end_token_id": END, "video_start_token_id": 93, "video_end_token_id": 92},
+        _patches(4, 2), "mm_token_type_ids",
+    ),
+    "llava-next": Family(
+        "LlavaNextConfig", "LlamaConfig", {}, "CLIPVisionConfig", {}, TILES, _strips,
+    ),
+    "llava-onevision": Family(
+        "LlavaOnevisionConfig", "Qwen2Config", {}, "SiglipVisionConfig", {"vision_use_head": False},
+        TILES, _strips,
+    ),
+    "vipllava": Family(
+        "VipLlavaConfig", "LlamaConfig", {}, "CLIPVisionConfig", {},
+        {"image_token_index": IMAGE, "vision_feature_layers": [-2, -1]}, _square(16),
+    ),
+    "lfm2-vl": Family(
+        "Lfm2VlConfig", "Lfm2Config", {"layer_types": ["conv", "full_attention", "conv"]},
+        "Siglip2VisionConfig", {"num_patches": 16, "vision_use_head": False},
+        {"image_token_id": IMAGE, "downsample_factor": 2, "projector_hidden_size": 16}, _masked,
     ),
 }  # fmt: skip
 
