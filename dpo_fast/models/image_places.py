@@ -18,6 +18,9 @@ from dpo_fast.data.image_batch import ImageBatch
 from dpo_fast.data.tree import Spans
 from dpo_fast.errors import UserError
 
+# Inputs that are of each image, whatever the size of its pixels: positions go by them.
+GRIDS = {"image_grid_thw", "grid_thw"}
+
 
 class Path(NamedTuple):
     """A sequence of a row, or up to the end of a branch of a row of trees.
@@ -83,9 +86,7 @@ class ImagePlaces:
                 continue
             which = self.images.order_I[seen]
             grids = {
-                name: value[which]
-                for name, value in self.images.inputs.items()
-                if name in ("image_grid_thw", "grid_thw")
+                name: value[which] for name, value in self.images.inputs.items() if name in GRIDS
             }
             found, _ = model.get_rope_index(
                 self.ids[path][None],

@@ -29,7 +29,7 @@ from dpo_fast.models.checkpoint import (
     is_folder,
 )
 from dpo_fast.models.config import ModelSection
-from dpo_fast.models.decoder import decoder_of
+from dpo_fast.models.decoder import attention_of_parts, decoder_of
 from dpo_fast.models.hub import cached_revisions, commit_of, source, split_revision
 from dpo_fast.models.layers import compile_layers, use_liger_kernel
 from dpo_fast.models.processor import processor_source, processor_template
@@ -206,16 +206,6 @@ def auto_class(config: PretrainedConfig, images: bool | None = False) -> type:
     whole = AutoModelForImageTextToText
     known = type(config) in AutoModelForCausalLM._model_mapping and not images
     return whole if type(config) in whole._model_mapping and not known else AutoModelForCausalLM
-
-
-def attention_of_parts(config: PretrainedConfig, attention: str) -> str | dict:
-    """The attention of the text model, and in a vision tower what transformers would take by itself.
-
-    A tower has sequences of its own, which no plan of a row tells of.
-    """
-    text = config.get_text_config()
-    names = [name for name in config.sub_configs if getattr(config, name, None) is text]
-    return {"": attention, names[0]: attention} if names else attention
 
 
 def settle_parts(scoring: ScoringModel, section: ModelSection) -> None:

@@ -167,6 +167,7 @@ def scoring_forward(
     group: SequenceGroup | None = None,
     images: ImageBatch | None = None,
     vision: Vision | None = None,
+    own: bool = False,
 ) -> dict[str, Tensor]:
     """Token outputs, {"logp": fp32 [T], **extras}, of a model with a `FusedHead`.
 
@@ -174,6 +175,7 @@ def scoring_forward(
     the fields of a `ScoredBatch`; with a group of ranks, of the same one on each.
 
     vision: of the model, where there are images.
+    own: of images in rows of their own, have transformers find positions and masks for itself.
 
     Raises:
         UserError: a batch with images, and a model that sees none or ranks that share its rows.
@@ -186,7 +188,9 @@ def scoring_forward(
         )
         attention_mask, targets_U = None, targets_U[own_U]
     batch = {"input_ids": input_ids, "attention_mask": attention_mask}
-    if images is not None:
+    if images is not None and own:
+        forward, places = vision.own, {"images": images}
+    elif images is not None:
         forward, places = vision.hidden, {"images": images, "spans": spans}
         places["position_ids"] = position_ids
     else:

@@ -22,7 +22,7 @@ from dpo_fast.data.tree import Spans
 from dpo_fast.errors import UserError
 from dpo_fast.models.attention_plan import AttentionPlan
 from dpo_fast.models.decoder import decoder_of
-from dpo_fast.models.image_places import ImagePlaces
+from dpo_fast.models.image_places import GRIDS, ImagePlaces
 
 # Models whose image tokens see all of their image, whatever comes first: the argument that tells them which
 # tokens those are, and whether it holds in every layer, or where there is a sliding window.
@@ -30,6 +30,7 @@ BOTH_WAYS = {
     "gemma3": ("token_type_ids", "everywhere"),
     "gemma4": ("mm_token_type_ids", "in windows"),
 }
+TYPES = ("token_type_ids", "mm_token_type_ids")  # arguments for which tokens are of images
 # Parts of a vision tower that lead to the text model, where others have a projector beside the tower.
 MERGERS = ("merger", "deepstack_merger_list")
 
@@ -86,6 +87,19 @@ class Vision:
                 position_ids=position_ids,
                 use_cache=False,
                 **arguments,
+            ).last_hidden_state
+
+    def own(self, images: ImageBatch, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """As `hidden`, of rows of their own, with positions and masks as transformers itself has them."""
+        taken = inspect.signature(self.model.forward).parameters
+        arguments = {name: each for name, each in self._inputs(images).items() if name in taken}
+        for name in GRIDS & arguments.keys():
+            arguments[name] = arguments[name][images.order_I]
+        flags = images.image_tokens_N.view(input_ids.shape).long()
+        arguments |= {name: flags for name in TYPES if name in taken}
+        with self._seeing(images):
+            return self.model(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **arguments
             ).last_hidden_state
 
     def no_images(self, input_ids: Tensor) -> ImageBatch | None:
@@ -187,6 +201,8 @@ def why_no_images(causal_lm: PreTrainedModel) -> str | None:
     model, kind = multimodal_of(causal_lm), causal_lm.config.model_type
     if model is None:
         return "it has no vision tower that gives its decoder features in the place of image tokens"
+    if causal_lm.config.is_encoder_decoder:
+        return "its images and prompts go to an encoder"
     taken = inspect.signature(model.forward).parameters
     if "pixel_values" not in taken or "input_ids" not in taken:
         return "its forward takes no pixel_values beside input_ids"

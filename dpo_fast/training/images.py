@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
+from dpo_fast.data.config import IMAGES
 from dpo_fast.data.images.model import images_of
 from dpo_fast.errors import UserError
 from dpo_fast.models import ScoringModel, load_tokenizer
+from dpo_fast.models.architecture import architecture_of, choose_attention
+from dpo_fast.models.attention import NAMES
 from dpo_fast.models.config import ModelSection
+from dpo_fast.models.decoder import attention_of_parts, kept_attention
 from dpo_fast.models.load import load_skeleton
+from dpo_fast.models.scoring import forward_arguments
+from dpo_fast.models.separation import TOLERANCE
 from dpo_fast.models.vision import why_no_images
 from dpo_fast.training import distributed
 from dpo_fast.training.config import RunConfig
-from dpo_fast.training.splits import Split
+from dpo_fast.training.splits import Split, StreamSplit
 
 
 def with_images(config: RunConfig, splits: Iterable[Split]) -> RunConfig:
@@ -49,8 +58,9 @@ def _check_options(config: RunConfig, seen: list[str]) -> None:
         )
     if config.generate.max_prompts and "eval" in seen:
         raise UserError(
-            f"generate.max_prompts={config.generate.max_prompts} cannot be honoured: {where}, and prompts "
-            "are answered as texts alone. Leave generate out, or give data.eval without images"
+            f"generate.max_prompts={config.generate.max_prompts} cannot be honoured: the evaluation data "
+            "has rows with images, and prompts are answered as texts alone. Leave generate out, or give "
+            "data.eval without images"
         )
 
 
@@ -60,9 +70,63 @@ def check_sees(section: ModelSection, option: str, seen: list[str]) -> None:
     if obstacle is not None:
         asked = f"data.{seen[0]} has rows with images" if seen else "model.images=true"
         raise UserError(
-            f"{option}={section.path} cannot be honoured: {asked}, and the model cannot be trained on "
-            f"them: {obstacle}. Name a model that sees images, or leave the images out"
+            f"{option}={section.path} cannot be honoured: {asked}, and this model cannot take them: "
+            f"{obstacle}. Name a model that sees images, or leave the images out"
         )
+
+
+@torch.no_grad()
+def check_images(scorer, splits: Iterable[Split], dtype: torch.dtype) -> None:
+    """Score the first example with images as the run does, and as transformers does by itself. Collective.
+
+    What no configuration tells shows in it: positions, masks or features that go by other rules.
+
+    scorer: a `ScoringModel`, or an engine round one. dtype: of the model.
+
+    Raises:
+        UserError: the two differ.
+    """
+    model = getattr(scorer, "module", scorer)
+    found = next(filter(None, map(_first_with_images, splits)), None)
+    if model.vision is None or found is None:
+        return
+    split, index = found
+    device = next(model.parameters()).device
+    ours = scorer(**forward_arguments(split.collate([split.examples[index]], [index]).to(device)))
+    alone = replace(split, layout="padded").collate([split.examples[index]], [index]).to(device)
+    with own_attention(model, device, dtype):
+        theirs = scorer(**forward_arguments(alone), own=True)
+    # A mean: where experts are chosen, rounding may choose another one for some token.
+    moved = (ours["logp"] - theirs["logp"]).abs().mean().item()
+    if not moved <= TOLERANCE[dtype]:
+        raise UserError(
+            f"{split.examples.where(index)}: the log-probs of its answers after its images differ by "
+            f"{moved:.2g} a token from those that transformers gives for {type(model.causal_lm).__name__} "
+            "alone: this model treats images by rules that are not known here, and cannot be trained on "
+            "them. Name another model, or leave the images out"
+        )
+
+
+def _first_with_images(split: Split | StreamSplit) -> tuple[Split, int] | None:
+    split = split.part if isinstance(split, StreamSplit) else split
+    if split.examples.images is None:
+        return None
+    numbers = range(len(split.examples))
+    return next(((split, n) for n in numbers if split.examples[n].get(IMAGES)), None)
+
+
+@contextlib.contextmanager
+def own_attention(model: ScoringModel, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """A context in which the text model has attention for rows of their own, as transformers has it."""
+    causal_lm = model.causal_lm
+    name = causal_lm.config.get_text_config()._attn_implementation
+    if name in NAMES.values():
+        with kept_attention(causal_lm):
+            architecture = architecture_of(causal_lm)
+        name = choose_attention("auto", "padded", device, dtype, architecture).name
+    with kept_attention(causal_lm):
+        causal_lm.set_attn_implementation(attention_of_parts(causal_lm.config, name))
+        yield
 
 
 def share_tower(config: RunConfig, model: ScoringModel) -> None:

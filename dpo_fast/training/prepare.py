@@ -22,7 +22,7 @@ from dpo_fast.training.engine import build_engine, deepspeed_config, shard_while
 from dpo_fast.training.finite import Guard, check_loaded
 from dpo_fast.training.first_batches import check_before_pass
 from dpo_fast.training.fit import Choices, check_positions, check_vocabulary, choose
-from dpo_fast.training.images import share_tower, with_images
+from dpo_fast.training.images import check_images, share_tower, with_images
 from dpo_fast.training.load_data import load_split
 from dpo_fast.training.loss_pass import LossPass, Statistics
 from dpo_fast.training.merge import merged_first
@@ -119,6 +119,7 @@ def prepare(
     engine = build_engine(config, model, ds_config, total_steps)
     dtype = config.model.torch_dtype
     check_separation(engine, config.train.layout, len(tokenizer), engine.device, dtype)
+    check_images(engine, splits, dtype)
     load = partial(load_second_model, config, choices, ds_config, engine.device, splits)
     extras = METRIC_EXTRAS if config.log.token_metrics else ()
     routing = Routing(config.model.router_aux_loss_coef or 0.0) if model.routers.count else None

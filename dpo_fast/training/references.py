@@ -21,7 +21,7 @@ from dpo_fast.training.engine import (
 from dpo_fast.training.finite import check_loaded
 from dpo_fast.training.first_batches import check_twice
 from dpo_fast.training.fit import Choices, check_positions, check_run, check_vocabulary
-from dpo_fast.training.images import share_tower, with_images
+from dpo_fast.training.images import check_images, share_tower, with_images
 from dpo_fast.training.load_data import load_split
 from dpo_fast.training.merge import merged_first
 from dpo_fast.training.precompute import (
@@ -49,6 +49,7 @@ def load_second_model(
     scoring = getattr(scorer, "module", scorer)
     check_vocabulary(scoring, load_tokenizer(config.model), model.named_by)
     check_positions(scoring, splits)
+    check_images(scorer, splits, config.model.torch_dtype)
     return scorer
 
 

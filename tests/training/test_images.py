@@ -11,6 +11,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from dpo_fast.data.images.processor import load_processor
+from dpo_fast.errors import UserError
+from dpo_fast.models.image_places import ImagePlaces
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.training.config import build_config
 from dpo_fast.training.engine import release
@@ -18,7 +20,7 @@ from dpo_fast.training.loop import train
 from dpo_fast.training.prepare import prepare
 from tests.support import ranks
 from tests.support.image_runs import write_image_model, write_image_pairs
-from tests.support.models import run_tree
+from tests.support.models import run_tree, write_model
 from tests.support.plain_torch import assert_same_step
 
 NAMES = ("qwen3-vl", "gemma3")
@@ -30,6 +32,7 @@ def folder(tmp_path_factory):
     for name in NAMES:
         write_image_model(folder / name, name)
     write_image_pairs(folder)
+    write_model(folder / "llama")
     return folder
 
 
@@ -98,6 +101,60 @@ def test_a_run_its_export_and_transformers_score_alike(folder, tmp_path, name):
     assert len(ours) == 16 and any(theirs.images(index) for index, _ in ours)
     for (index, side), logp in ours.items():
         assert abs(theirs.logp(index, side) - logp) < 1e-3, (index, side)
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        (
+            "qwen3-vl",
+            ("positions", lambda self, model, position_ids: position_ids.expand(3, -1, -1)),
+        ),
+        ("gemma3", ("runs", lambda self: ())),
+    ],
+)
+def test_a_model_that_goes_by_other_rules_is_refused_before_the_first_step(
+    folder, monkeypatch, name, fault
+):
+    """As if its positions, or what its image tokens see, were not known."""
+    config = build_config(case(folder, name, "auto", 0, 4), "case")
+    release(prepare(config).engine)
+    monkeypatch.setattr(ImagePlaces, *fault)
+    with pytest.raises(
+        UserError, match=r"pairs.jsonl:2: .* differ by .* by rules that are not known"
+    ):
+        prepare(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model.images": False},
+            "model.images=false cannot be honoured: data.train has rows with images",
+        ),
+        ({"reference.path": "llama", "loss.type": "sigmoid"}, "reference.path=.*no vision tower"),
+        (
+            {"data.eval_rows": 6, "generate.max_prompts": 2, "generate.max_new_tokens": 8},
+            "generate.max_prompts=2 cannot be honoured: the evaluation data has rows with images",
+        ),
+    ],
+)
+def test_what_images_cannot_go_with_is_refused_by_name(folder, changes, message):
+    tree = case(folder, "qwen3-vl", "auto", 0, 4)
+    for key, value in changes.items():
+        section, name = key.split(".")
+        value = str(folder / value) if name == "path" else value
+        tree[section] = tree.get(section, {}) | {name: value}
+    with pytest.raises(UserError, match=message):
+        prepare(build_config(tree, "case"))
+
+
+@pytest.mark.processes
+def test_ranks_that_share_a_row_and_images_are_refused(folder):
+    tree = case(folder, "qwen3-vl", "auto", 0, 4)
+    tree["parallel"]["sequence_parallel"] = 2
+    assert "parallel.sequence_parallel=2 cannot be honoured" in ranks.refusal(tree, 2)
 
 
 class Transformers:
