@@ -91,7 +91,7 @@ def evaluate_model(asked: Evaluation) -> dict[str, Any]:
         scorer = _scorer(config, model, dtypes, ds_config, device)
         dtype = config.model.torch_dtype
         check_separation(scorer, config.train.layout, len(tokenizer), device, dtype)
-        check_images(scorer, [split], dtype)
+        check_images(scorer, [split])
         load = partial(load_second_model, config, choices, ds_config, device, [split])
         references = build_references(config, scorer, model, [split], load)
         old = build_old(config, scorer, references, [split], load)

@@ -76,22 +76,23 @@ def check_sees(section: ModelSection, option: str, seen: list[str]) -> None:
 
 
 @torch.no_grad()
-def check_images(scorer, splits: Iterable[Split], dtype: torch.dtype) -> None:
+def check_images(scorer, splits: Iterable[Split]) -> None:
     """Score the first example with images as the run does, and as transformers does by itself. Collective.
 
     What no configuration tells shows in it: positions, masks or features that go by other rules.
 
-    scorer: a `ScoringModel`, or an engine round one. dtype: of the model.
+    scorer: a `ScoringModel`, or an engine round one.
 
     Raises:
         UserError: the two differ.
     """
     model = getattr(scorer, "module", scorer)
-    found = next(filter(None, map(_first_with_images, splits)), None)
-    if model.vision is None or found is None:
+    seen = () if getattr(model, "vision", None) is None else map(_first_with_images, splits)
+    found = next(filter(None, seen), None)
+    if found is None:
         return
     split, index = found
-    device = next(model.parameters()).device
+    device, dtype = model.causal_lm.device, model.causal_lm.dtype
     ours = scorer(**forward_arguments(split.collate([split.examples[index]], [index]).to(device)))
     alone = replace(split, layout="padded").collate([split.examples[index]], [index]).to(device)
     with own_attention(model, device, dtype):

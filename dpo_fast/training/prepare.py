@@ -119,7 +119,7 @@ def prepare(
     engine = build_engine(config, model, ds_config, total_steps)
     dtype = config.model.torch_dtype
     check_separation(engine, config.train.layout, len(tokenizer), engine.device, dtype)
-    check_images(engine, splits, dtype)
+    check_images(engine, splits)
     load = partial(load_second_model, config, choices, ds_config, engine.device, splits)
     extras = METRIC_EXTRAS if config.log.token_metrics else ()
     routing = Routing(config.model.router_aux_loss_coef or 0.0) if model.routers.count else None

@@ -49,7 +49,7 @@ def load_second_model(
     scoring = getattr(scorer, "module", scorer)
     check_vocabulary(scoring, load_tokenizer(config.model), model.named_by)
     check_positions(scoring, splits)
-    check_images(scorer, splits, config.model.torch_dtype)
+    check_images(scorer, splits)
     return scorer
 
 
