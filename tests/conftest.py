@@ -16,6 +16,10 @@ import signal
 import subprocess
 import sys
 
+# A folder with bitsandbytes, unpacked, where it is not installed. transformers looks once.
+if os.environ.get("BITSANDBYTES"):
+    sys.path.append(os.environ["BITSANDBYTES"])
+
 import hypothesis
 import pytest
 import torch

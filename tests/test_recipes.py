@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from dpo_fast.cli.app import _prepare_data, app
 from dpo_fast.cli.doctor_run import look
-from dpo_fast.cli.doctor_stages import render_stages
+from dpo_fast.cli.doctor_show import Shown
 from dpo_fast.cli.init import IN_STAGES, PUBLISHED
 from dpo_fast.data.kinds import DEMONSTRATIONS
 from dpo_fast.errors import UserError
@@ -212,7 +212,7 @@ def test_the_doctor_accepts_every_stage_of_a_recipe_and_its_rows(recipe, hub, mo
     monkeypatch.setenv("WORLD_SIZE", "8")
     config = build(RoundsConfig, hub(tree_of(recipe)), recipe)
     console = Console(file=io.StringIO(), width=200)
-    render_stages(console, config, recipe)
+    Shown(console, as_json=False).stages(config, recipe)
     plan = Plan(config, recipe)
     for step in plan.steps:
         assert step.name in console.file.getvalue()

@@ -30,6 +30,11 @@ QWEN = {
     "tie_word_embeddings": True,
 }
 LLAMA = {"model_type": "llama", "tie_word_embeddings": False, "max_position_embeddings": 4096}
+HYBRID = {"model_type": "qwen3_next", "mlp_only_layers": list(range(8)), "num_experts": 0}
+# TRL adds a balancing loss wherever there is a coefficient for one; then the first loss is not ln 2.
+PLAIN = {"tie_word_embeddings": False, "max_position_embeddings": 4096, "router_aux_loss_coef": 0.0}
+HYBRID |= PLAIN
+MIXTURE = {"model_type": "qwen3_moe"} | PLAIN
 MODELS = {
     "tiny": LLAMA | {  # 8.9 million parameters, 4.2 of them embedding and head
         "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6,
@@ -43,15 +48,38 @@ MODELS = {
         "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
         "num_attention_heads": 12,
     },
+    "tiny-hybrid": HYBRID | {  # three layers with a state to one of attention
+        "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+    },
+    "tiny-mixture": MIXTURE | {
+        "vocab_size": 8192, "hidden_size": 256, "num_hidden_layers": 6, "moe_intermediate_size": 256,
+        "num_experts": 8, "num_experts_per_tok": 2, "head_dim": 64, "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
     "quick": LLAMA | {
         "vocab_size": 1024, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 2,
+    },
+    "quick-hybrid": HYBRID | {
+        "vocab_size": 1024, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+        "head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 2,
+    },
+    "quick-mixture": MIXTURE | {
+        "vocab_size": 1024, "hidden_size": 32, "num_hidden_layers": 2, "moe_intermediate_size": 32,
+        "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "num_attention_heads": 2,
+        "num_key_value_heads": 2,
     },
 }  # fmt: skip
 
 # Large for DPO, so that the losses of a few steps tell one contender from another. The larger a model, the
 # more a step of AdamW moves its loss, and what rounding in bf16 makes of it.
-LEARNING_RATE = {"tiny": 1e-4, "qwen2.5-0.5b": 2e-5, "qwen2.5-1.5b": 1e-5, "quick": 1e-2}
+LEARNING_RATE = {"qwen2.5-0.5b": 2e-5, "qwen2.5-1.5b": 1e-5}
+LEARNING_RATE |= {name: 1e-4 for name in MODELS if name.startswith("tiny")}
+LEARNING_RATE |= {name: 1e-2 for name in MODELS if name.startswith("quick")}
 PRODUCT = {"cpu": 1024, "cuda": 8192}  # rows and columns of the square product
 REPEATS = {"cpu": 12, "cuda": 30}
 

@@ -315,45 +315,43 @@ def doctor(
             min=1, help="GiB of the GPU that memory is counted for; default: this machine"
         ),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="a model to look at, a folder or hub id: which layouts it gets, and why"),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print all of it as JSON, for programs")
+    ] = False,
 ) -> None:
     """What this machine can run and why; with CONFIG also what that run would use, and its memory.
 
-    Of a file of stages what each of them would use.
+    Of a file of stages what each of them would use. No weights are read.
     """
     for option, given in (("--plan", plan), ("--memory", memory)):
         if given and config is None:
             raise UserError(f"doctor {option} is about a run: name its CONFIG too")
+    if plan and as_json:
+        raise UserError("doctor --plan prints a table as it is found: leave out --json, or --plan")
+    if model is not None and config is not None:
+        raise UserError(f"doctor --model is for a model alone: leave it out, or CONFIG={config}")
     stages = config is not None and "stages" in read_tree(config, overrides or ())
+    if stages and (plan or memory):
+        raise UserError("doctor --plan and --memory are for one run, and this is a file of stages")
     run = None if config is None or stages else load(config, overrides, places=False)
     rounds = load_rounds(config, overrides) if stages else None
-    from dpo_fast.cli.doctor import render
+    from dpo_fast.cli import doctor_show
 
-    console = Console()
-    render(console)
-    if config is None:
-        return
-    from dpo_fast.training.console import quiet
-
-    if nproc is not None:
+    if nproc is not None and config is not None:
         os.environ["WORLD_SIZE"] = str(nproc)
-    quiet()
-    from dpo_fast.cli.doctor_run import render_run
-
-    if rounds is None:
-        from dpo_fast.training.memory_plan import Machine
-
-        machine = Machine.gpu(int(memory * (1 << 30))) if memory else Machine.here(run)
-        outlook = render_run(console, run, machine)
-        if plan:
-            from dpo_fast.cli.doctor_plan import render_plan
-
-            render_plan(console, outlook, machine)
-        return
-    if plan or memory:
-        raise UserError("doctor --plan and --memory are for one run, and this is a file of stages")
-    from dpo_fast.cli.doctor_stages import render_stages
-
-    render_stages(console, rounds, config)
+    show = doctor_show.Shown(Console(), as_json)
+    show.machine()
+    if model is not None:
+        show.model(model)
+    elif rounds is not None:
+        show.stages(rounds, config)
+    elif run is not None:
+        show.run(run, memory, plan)
+    show.end()
 
 
 @app.command()

@@ -8,7 +8,6 @@ import platform
 import shutil
 
 import torch
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -33,11 +32,9 @@ PACKAGES = (
 OPERATIONS = ("linear_logp", "logits_logp", "preference")
 
 
-def render(console: Console) -> None:
-    """Print three tables: versions, devices, choices."""
-    console.print(_versions())
-    console.print(_devices())
-    console.print(_choices())
+def tables() -> dict[str, Table]:
+    """Versions, devices and choices, by the names that `--json` has for them."""
+    return {"software": _versions(), "hardware": _devices(), "implementations": _choices()}
 
 
 def _versions() -> Table:

@@ -8,14 +8,16 @@ from typing import NamedTuple
 
 import torch
 from pydantic import BaseModel
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from dpo_fast.cli.doctor_images import image_processing
+from dpo_fast.cli.doctor_layouts import model_tables
 from dpo_fast.cli.doctor_traffic import traffic_table, when_they_pay
 from dpo_fast.losses import LOSSES
 from dpo_fast.models import ScoringModel, load_tokenizer
+from dpo_fast.models.architecture import Architecture, architecture_of
+from dpo_fast.models.layer_kinds import ranges
 from dpo_fast.models.layers import checkpointed_layers, decoder_layers
 from dpo_fast.models.skeleton import scoring_skeleton
 from dpo_fast.ops.dispatch import Choice, choose_implementation
@@ -94,28 +96,35 @@ class Outlook:
         return lines, why
 
 
-def render_run(console: Console, config: RunConfig, machine: Machine | None = None) -> Outlook:
-    """Print tables: choices, memory of a rank, and what several ranks exchange.
+def tables_of(outlook: Outlook, machine: Machine | None = None) -> dict[str, Table]:
+    """Choices, layouts, memory of a rank and what several ranks exchange, by the names of `--json`.
 
     machine: what memory is counted for; by default this one.
+    """
+    machine = machine or Machine.here(outlook.config)
+    table = Table("choice", "value", "from", "why", title="This run would use")
+    for decision in decisions(outlook):
+        table.add_row(*map(escape, decision))
+    tables = {"run": table} | model_tables(models_of(outlook))
+    tables["memory"] = memory_table(*outlook.memory(machine), machine)
+    if outlook.world > 1:
+        tables["communication"] = traffic_table(outlook)
+    return tables
+
+
+def models_of(outlook: Outlook) -> dict[str, Architecture]:
+    """The architecture of each model, by the option that names it."""
+    seconds = {each.named_by: model for each, model in outlook.second_models.items()}
+    models = {"model.path": outlook.policy} | seconds
+    return {option: architecture_of(model.causal_lm) for option, model in models.items()}
+
+
+def look(config: RunConfig) -> Outlook:
+    """Everything that follows from the configuration. Reads no data, joins no group, writes nothing.
 
     Raises:
         UserError: what `train` would say of this configuration before it loads a weight or the data.
     """
-    outlook = look(config)
-    machine = machine or Machine.here(config)
-    table = Table("choice", "value", "from", "why", title="This run would use")
-    for decision in decisions(outlook):
-        table.add_row(*map(escape, decision))
-    console.print(table)
-    console.print(memory_table(*outlook.memory(machine), machine))
-    if outlook.world > 1:
-        console.print(traffic_table(outlook))
-    return outlook
-
-
-def look(config: RunConfig) -> Outlook:
-    """Everything that follows from the configuration. Reads no data, joins no group, writes nothing."""
     choices = check_run(config)
     train, world, device = config.train, distributed.world_size(), distributed.device()
     each = train.micro_batch_size
@@ -238,21 +247,10 @@ def _checkpointing_row(outlook: Outlook, layers: int, total: int) -> Decision:
     if wants_checkpointing(outlook.config, outlook.policy):
         chosen = checkpointed_layers(outlook.policy.causal_lm, model.checkpoint_layers)
         every = len(chosen) == layers
-        value = f"all {layers} layers" if every else f"layer {_ranges(chosen)} of {layers}"
+        value = f"all {layers} layers" if every else f"layer {ranges(chosen)} of {layers}"
     options = ("gradient_checkpointing", "checkpoint_layers")
     why = f"{total:,} parameters; by default from 1e9 on"
     return Decision("activation checkpointing", value, origin(model, *options), why)
-
-
-def _ranges(indices: list[int]) -> str:
-    """[0, 1, 2, 5] as 0-2, 5."""
-    parts: list[list[int]] = []
-    for index in indices:
-        if parts and parts[-1][-1] == index - 1:
-            parts[-1].append(index)
-        else:
-            parts.append([index])
-    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
 
 
 def ranks(count: int) -> str:

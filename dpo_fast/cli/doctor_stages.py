@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from rich.console import Console
+from collections.abc import Iterator
 
-from dpo_fast.cli.doctor_run import render_run
+from dpo_fast.cli.doctor_run import Outlook, look
 from dpo_fast.rounds.config import RoundsConfig
 from dpo_fast.rounds.plan import Plan
 
 
-def render_stages(console: Console, config: RoundsConfig, where: str) -> None:
-    """Print the tables of each stage's run; a model that is yet to be made is taken to be as the start.
+def outlooks_of(config: RoundsConfig, where: str) -> Iterator[tuple[str, Outlook]]:
+    """Name and outlook of each stage's run. A model that is yet to be made is taken to be as the start.
 
     where: the file, for errors.
 
@@ -20,5 +20,4 @@ def render_stages(console: Console, config: RoundsConfig, where: str) -> None:
     plan = Plan(config, where)
     for step in plan.steps:
         if step.round < 2:  # other rounds are as the first
-            console.rule(step.name)
-            render_run(console, plan.rehearsal(step))
+            yield step.name, look(plan.rehearsal(step))

@@ -5,6 +5,9 @@ Nor what is beside the text model and frozen.
 
 from __future__ import annotations
 
+import dis
+import functools
+import inspect
 from collections.abc import Sequence
 
 from torch import nn
@@ -13,6 +16,8 @@ from transformers import PreTrainedModel
 from dpo_fast.errors import UserError
 from dpo_fast.models.decoder import decoder_of
 from dpo_fast.models.routers import routers_of
+
+LAYERS = (nn.Linear, nn.Conv1d)  # what peft's LoRA is put on
 
 
 def check_parameters(model: PreTrainedModel, names: Sequence[str], dropout: float) -> None:
@@ -86,6 +91,46 @@ def check_no_router(model: PreTrainedModel, targets: str | Sequence[str]) -> Non
             f"({', '.join(hit)}) return more than the product of a linear layer, and cannot carry an "
             "adapter; leave them out"
         )
+
+
+def layers_never_called(model: PreTrainedModel) -> list[str]:
+    """Names of layers inside mixers with a convolution that read their weight, and do not call them.
+
+    An adapter would be passed by: of Jamba's dt_proj always, of Mamba-2's out_proj where mamba-ssm's kernel
+    computes the whole layer in training. peft refuses this for some model types.
+    """
+    found = []
+    for name, module in model.named_modules():
+        children = dict(module.named_children())
+        if not any(isinstance(child, nn.Conv1d) for child in children.values()):
+            continue
+        read = _weights_read(type(module)) & children.keys()
+        found += [f"{name}.{each}" for each in sorted(read) if isinstance(children[each], LAYERS)]
+    return found
+
+
+def check_called(model: PreTrainedModel, targets: str | Sequence[str]) -> None:
+    """Raises UserError if targets by name mean a layer that is never called."""
+    named = {targets} if isinstance(targets, str) else {*targets}
+    never = {name.split(".")[-1] for name in layers_never_called(model)}
+    if hit := never & {target.split(".")[-1] for target in named}:
+        raise UserError(
+            f"model.lora.target_modules={targets}: the mixers of {type(model).__name__} read the weights "
+            f"of {', '.join(sorted(hit))} and pass by adapters on them; leave them out, or name all-linear"
+        )
+
+
+@functools.cache
+def _weights_read(kind: type[nn.Module]) -> frozenset[str]:
+    """Parts whose weight the forward of a class takes for itself: `self.part.weight`, not its dtype."""
+    code = list(dis.get_instructions(inspect.unwrap(kind.forward)))
+    steps = [each.argval for each in code]
+    about = {"dtype", "device", "shape"}
+    return frozenset(
+        part
+        for owner, part, value, then in zip(steps, steps[1:], steps[2:], steps[3:])
+        if owner == "self" and value == "weight" and then not in about
+    )
 
 
 def _dimensions(parameter: nn.Parameter) -> int:

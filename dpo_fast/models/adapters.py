@@ -14,9 +14,11 @@ from torch import nn
 
 from dpo_fast.errors import UserError
 from dpo_fast.models.adapter_targets import (
+    check_called,
     check_no_router,
     check_parameters,
     frozen_beside,
+    layers_never_called,
     linear_routers,
 )
 from dpo_fast.models.checkpoint import EMBEDDINGS, HEADS, adapter_file, base_of
@@ -69,8 +71,10 @@ def add_lora(scoring: nn.Module, section: LoraSection) -> None:
     parameters = section.target_parameters or []
     check_parameters(model, parameters, section.dropout)
     check_no_router(model, targets)
+    check_called(model, targets)
     everything = targets == "all-linear"
-    left_out = [*(linear_routers(model) if everything else []), *frozen_beside(model, targets)]
+    excluded = linear_routers(model) + layers_never_called(model) if everything else []
+    excluded += [name for name in frozen_beside(model, targets) if name not in excluded]
     shared = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     ends = {name.split(".")[-1] for name in whole} & {*HEADS, *EMBEDDINGS}
     # Lists of its own: peft (0.21) writes the layer that is tied to the head into the one that it is given.
@@ -80,7 +84,7 @@ def add_lora(scoring: nn.Module, section: LoraSection) -> None:
         lora_dropout=section.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         target_parameters=list(parameters) or None,
-        exclude_modules=left_out or None,
+        exclude_modules=excluded or None,
         modules_to_save=list(whole) or None,
         ensure_weight_tying=shared and bool(ends),
         task_type="CAUSAL_LM",

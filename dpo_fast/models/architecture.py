@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +16,12 @@ from transformers.utils import is_flash_attn_2_available
 
 from dpo_fast.data.layouts import LAYOUTS, Layout, layouts_with
 from dpo_fast.errors import UserError
-from dpo_fast.models.attention import NAMES, has_varlen, try_attention
+from dpo_fast.models import recurrent
+from dpo_fast.models.attention import NAMES, has_varlen
+from dpo_fast.models.attention_trial import try_attention
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.decoder import decoder_of
+from dpo_fast.models.layer_kinds import MixingLayer, described, mixing_layers
 from dpo_fast.models.load import load_skeleton
 from dpo_fast.ops.dispatch import Choice
 
@@ -31,6 +35,8 @@ class Architecture:
     obstacle: why sequences cannot share a row; None where they can.
     softcap, sinks: whether its attention has them.
     sdpa: whether transformers' sdpa serves it.
+    blocking: the layers that stand in the way of sequences that share a row.
+    beside: layers that mix tokens beside attention and can keep sequences of a row apart.
     """
 
     name: str
@@ -38,6 +44,13 @@ class Architecture:
     softcap: bool
     sinks: bool
     sdpa: bool = True
+    blocking: tuple[MixingLayer, ...] = ()
+    beside: tuple[MixingLayer, ...] = ()
+
+    @property
+    def alone(self) -> str | None:
+        """Why ranks cannot share a row: exchanging heads serves attention alone. None where they can."""
+        return self.obstacle or (f"it has {described(self.beside)}" if self.beside else None)
 
     def allows(self, layout: Layout) -> bool:
         return self.obstacle is None or not layout.shares_rows
@@ -45,12 +58,24 @@ class Architecture:
 
 def architecture_of(model: PreTrainedModel) -> Architecture:
     """The architecture of a model, loaded or on the meta device."""
+    mixing = mixing_layers(model)
+    beside = tuple(layer for layer in mixing if _keeps_apart(model, layer))
+    blocking = tuple(layer for layer in mixing if layer not in beside)
     return Architecture(
         type(model).__name__,
-        _obstacle(model),
+        _obstacle(model, blocking, beside),
         softcap=getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None,
         sinks=any(hasattr(module, "sinks") for module in model.modules()),
         sdpa=model._supports_sdpa,
+        blocking=blocking,
+        beside=beside,
+    )
+
+
+def _keeps_apart(model: PreTrainedModel, layer: MixingLayer) -> bool:
+    """Whether a layer that mixes tokens beside attention does so as the plan of a row says."""
+    return bool(layer.name) and any(
+        map(recurrent.served, model.get_submodule(layer.name).modules())
     )
 
 
@@ -59,16 +84,29 @@ def read_architecture(section: ModelSection, option: str = "model.path") -> Arch
     return architecture_of(load_skeleton(section, option))
 
 
-def _obstacle(model: PreTrainedModel) -> str | None:
+def _obstacle(
+    model: PreTrainedModel, blocking: Sequence[MixingLayer], beside: Sequence[MixingLayer]
+) -> str | None:
     """Why sequences cannot share a row: something beside attention mixes tokens, or may."""
-    if state := carried_state(model):
-        return f"it has layers that carry state along the tokens ({state})"
+    if blocking:
+        return f"it has {described(blocking)}"
+    if _without_attention(model, beside):
+        return None
+    unseen = None
     if not model._supports_attention_backend:
-        return "it does not take its attention from transformers' AttentionInterface"
+        unseen = "it does not take its attention from transformers' AttentionInterface"
+    tried = _unsharded(model)
+    if found := try_attention(tried, decoder_of(tried), unseen):
+        return found
     if "position_ids" not in inspect.signature(decoder_of(model).forward).parameters:
         return "its forward takes no position_ids, so every sequence would go on from the last"
-    tried = _unsharded(model)
-    return try_attention(tried, decoder_of(tried))
+    return None
+
+
+def _without_attention(model: PreTrainedModel, beside: Sequence[MixingLayer]) -> bool:
+    """Whether every layer keeps sequences apart and none is attention, as in Mamba: no more is asked."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    return len(beside) == len(kinds) and set(kinds) == {"linear_attention"}
 
 
 def _unsharded(model: PreTrainedModel) -> PreTrainedModel:
@@ -81,13 +119,6 @@ def _unsharded(model: PreTrainedModel) -> PreTrainedModel:
     own = type(model).__mro__[2]  # fully_shard puts FSDPLlama and FSDPModule before Llama
     with torch.device("meta"):
         return own(model.config)
-
-
-def carried_state(model: PreTrainedModel) -> str:
-    """The kinds of layers that carry state along the tokens, padding too; empty if there are none."""
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    others = kinds - {"full_attention", "sliding_attention"}
-    return ", ".join(sorted(others)) or ("recurrent" if model._is_stateful else "")
 
 
 def choose_layout(requested: str, architecture: Architecture) -> Choice:

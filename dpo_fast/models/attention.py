@@ -7,21 +7,22 @@ cap and sinks, or refuses them by name.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 from collections.abc import Callable
 from functools import partial
+from types import EllipsisType
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface
 
 from dpo_fast.data.layouts import layouts_with
 from dpo_fast.errors import UserError
 from dpo_fast.models.attention_plan import AttentionPlan, Varlen
 from dpo_fast.models.attention_sdpa import sdpa
+from dpo_fast.models.attention_untold import Local, local_of, with_temperature
 from dpo_fast.models.ulysses import cause
 
 # Names for transformers, which takes any with sdpa, flex or flash in it for one of its own.
@@ -208,7 +209,7 @@ def _interface(compute: Callable[..., Tensor]) -> Callable:
         scaling: float | None = None,
         dropout: float = 0.0,
         plan: AttentionPlan | None = None,
-        sliding_window: int | None = None,
+        sliding_window: int | None | EllipsisType = ...,
         softcap: float | None = None,
         s_aux: Tensor | None = None,
         **others,
@@ -222,17 +223,18 @@ def _interface(compute: Callable[..., Tensor]) -> Callable:
                 f"called with, so set train.layout={layouts_with(shares_rows=False)}. Otherwise call "
                 'model.set_attn_implementation("sdpa") before the model is used'
             )
-        query, key, value = _autocast(query, key, value)
+        local = local_of(module) if sliding_window is ... else Local(sliding_window)
+        query, key, value = _autocast(with_temperature(module, query, plan), key, value)
         if group is not None:
             query, key, value = group.to_heads(query, key, value)
             s_aux = None if s_aux is None else group.of_own_heads(s_aux)
         output = compute(
-            plan.of_layer(sliding_window),
+            plan.of_layer(local.window) if local.chunk is None else plan.chunked(local.chunk),
             query,
             key,
             value,
             scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            window=sliding_window,
+            window=local.window,
             softcap=softcap,
             sinks=s_aux,
         )
@@ -286,48 +288,6 @@ def obstacles(module: nn.Module, attention_mask: Tensor | None, others: dict) ->
         "layers that look ahead": ahead,
     }
     return [reason for reason, there in found.items() if there]
-
-
-class _Seen(Exception):
-    """Ends a trial in its first attention. obstacle: what it found."""
-
-    def __init__(self, obstacle: str | None) -> None:
-        self.obstacle = obstacle
-
-
-def try_attention(model: PreTrainedModel, decoder: nn.Module) -> str | None:
-    """Why the first attention of a decoder cannot serve sequences that share a row; None if it can.
-
-    The forward ends there. A model on the meta device will do; one that cannot be tried tells nothing.
-    """
-    before = model.config._attn_implementation
-    ids = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
-    places = {"position_ids": torch.arange(2, device=ids.device)[None], "plan": TRIAL}
-    try:
-        model.set_attn_implementation(TRIAL)
-        with torch.no_grad():
-            decoder(input_ids=ids, attention_mask=None, use_cache=False, **places)
-    except _Seen as seen:
-        return seen.obstacle
-    except Exception:  # code of any model, and meta tensors
-        return None
-    finally:
-        with contextlib.suppress(ValueError):
-            model.set_attn_implementation(before)
-    return None
-
-
-def _trial(module, query, key, value, attention_mask, *, plan=None, **others):
-    if plan is None:
-        raise _Seen(f"{type(module).__name__} does not get the keywords of the model's forward")
-    known = ("scaling", "dropout", "sliding_window", "softcap", "s_aux")
-    rest = {name: each for name, each in others.items() if name not in known}
-    reasons = obstacles(module, attention_mask, rest)
-    raise _Seen(f"{type(module).__name__} has {' and '.join(reasons)}" if reasons else None)
-
-
-TRIAL = "dpo_fast_trial"
-AttentionInterface.register(TRIAL, _trial)
 
 
 # No maker of masks is registered beside them: the plan says which tokens see which. With one, even if it

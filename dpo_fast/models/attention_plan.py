@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from dpo_fast.data.tree import Spans
 from dpo_fast.models.ulysses import SequenceGroup
+
+Made = TypeVar("Made")
 
 
 class Segment(NamedTuple):
@@ -81,6 +84,15 @@ class AttentionPlan:
         self.runs_in_windows = runs_in_windows
         self._masks: dict[tuple, Tensor] = {}
         self._block_masks: dict[int | None, object] = {}
+        self._chunked: dict[int, AttentionPlan] = {}
+        self._made: dict[tuple, object] = {}
+
+    def once(self, make: Callable[..., Made], *options) -> Made:
+        """What make(spans, device, *options) gives, made once for all layers."""
+        key = (make, *options)
+        if key not in self._made:
+            self._made[key] = make(self.spans, self.device, *options)
+        return self._made[key]
 
     @functools.cached_property
     def longest(self) -> int:
@@ -210,13 +222,22 @@ class AttentionPlan:
         pieces = [np.arange(prefix, prefix + own, dtype=np.int32) for own, prefix, _ in self.spans]
         return torch.from_numpy(np.concatenate(pieces)).to(self.device)
 
+    def chunked(self, size: int) -> AttentionPlan:
+        """The plan of a layer in which a token sees only its own one of the chunks of its sequence.
+
+        Chunks have `size` tokens, counted from the beginning of every sequence (Llama 4).
+        """
+        if self.longest <= size:
+            return self
+        if size not in self._chunked:
+            self._chunked[size] = ChunkedPlan(self, size)
+        return self._chunked[size]
+
     def block_mask(self, window: int | None):
         """FlexAttention's BlockMask of the row."""
         if window not in self._block_masks:
-            from torch.nn.attention.flex_attention import create_block_mask
-
             ends, positions = self.ends, self.positions
-            size, run_of = len(ends), self.run_of if self.runs else None
+            run_of = self.run_of if self.runs else None
 
             def sees(batch, head, query, key):
                 allowed = (key <= query) & (query < ends[key])
@@ -226,7 +247,58 @@ class AttentionPlan:
                     return allowed
                 return allowed & (positions[query] - positions[key] < window)
 
-            self._block_masks[window] = create_block_mask(
-                sees, None, None, size, size, device=self.device
-            )
+            self._block_masks[window] = _block_mask(sees, len(ends), self.device)
         return self._block_masks[window]
+
+
+class ChunkedPlan(AttentionPlan):
+    """The plan of a row whose sequences are cut into chunks, so that each chunk is a sequence of its own.
+
+    A branch that forks within a chunk continues what that chunk has before the fork.
+
+    whole: the plan of the uncut row.
+    """
+
+    def __init__(self, whole: AttentionPlan, size: int) -> None:
+        super().__init__(cut_at_chunks(whole.spans, size), whole.device, whole.group)
+        self.whole, self.size = whole, size
+
+    def block_mask(self, window: int | None):
+        """As the whole row's: what continues a token does not lie directly behind its chunk."""
+        if window is not None:
+            raise ValueError(f"a layer has chunks or a window; got window={window} with chunks")
+        if window not in self._block_masks:
+            ends, chunks = self.whole.ends, self.whole.positions // self.size
+
+            def sees(batch, head, query, key):
+                return (key <= query) & (query < ends[key]) & (chunks[query] == chunks[key])
+
+            self._block_masks[window] = _block_mask(sees, len(ends), self.device)
+        return self._block_masks[window]
+
+
+def _block_mask(sees, size: int, device: torch.device):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return create_block_mask(sees, None, None, size, size, device=device)
+
+
+def cut_at_chunks(spans: Spans, size: int) -> Spans:
+    """Spans of a row in which every chunk of `size` tokens of a sequence is a sequence of its own."""
+    pieces: list[tuple[int, int, int]] = []
+    places: list[
+        dict[int, int]
+    ] = []  # by branch, the piece that has the end of each chunk of its sequence
+    for own, prefix, parent in spans:
+        behind = prefix % size  # of the prefix, what lies in the chunk of the fork
+        found = dict(places[parent]) if prefix else {}
+        begin = prefix
+        while begin < prefix + own:
+            end = min((begin // size + 1) * size, prefix + own)
+            chunk = begin // size
+            inside = behind if begin == prefix else 0
+            pieces.append((end - begin, inside, found[chunk] if inside else -1))
+            found[chunk] = len(pieces) - 1
+            begin = end
+        places.append(found)
+    return tuple(pieces)

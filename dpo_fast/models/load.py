@@ -29,14 +29,14 @@ from dpo_fast.models.checkpoint import (
     is_folder,
 )
 from dpo_fast.models.config import ModelSection
-from dpo_fast.models.decoder import attention_of_parts, decoder_of
+from dpo_fast.models.decoder import attention_of_parts
 from dpo_fast.models.hub import cached_revisions, commit_of, source, split_revision
 from dpo_fast.models.layers import compile_layers, use_liger_kernel
+from dpo_fast.models.parts import check_found, settle_parts
 from dpo_fast.models.processor import processor_source, processor_template
 from dpo_fast.models.save import HEAVY
 from dpo_fast.models.scoring import ScoringModel
 from dpo_fast.models.tiles import tile_layers
-from dpo_fast.models.vision import Vision
 
 
 def local_folder(path: str) -> Path:
@@ -168,7 +168,7 @@ def _load_causal_lm(section: ModelSection, attention: str, option: str) -> PreTr
     _without_dropout(config)
     _without_router_logits(config)
     with _told(section, option):
-        model = auto_class(config, section.images).from_pretrained(
+        model, found = auto_class(config, section.images).from_pretrained(
             **source(base_of(section.path, option)),
             config=config,
             dtype=section.torch_dtype,
@@ -176,12 +176,15 @@ def _load_causal_lm(section: ModelSection, attention: str, option: str) -> PreTr
             if section.images
             else attention,
             trust_remote_code=section.trust_remote_code,
+            output_loading_info=True,
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(
             f"{option}={section.path} is an adapter on the hub: download it (hf download {section.path} "
             "--local-dir FOLDER) and name the folder"
         )
+    with _told(section, option):
+        check_found(model, found["missing_keys"], section.path, option, section.images)
     resize_for_adapter(model, section.path)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -206,34 +209,6 @@ def auto_class(config: PretrainedConfig, images: bool | None = False) -> type:
     whole = AutoModelForImageTextToText
     known = type(config) in AutoModelForCausalLM._model_mapping and not images
     return whole if type(config) in whole._model_mapping and not known else AutoModelForCausalLM
-
-
-def settle_parts(scoring: ScoringModel, section: ModelSection) -> None:
-    """Freeze what nothing reaches, and of the parts that see images those that the section says.
-
-    Raises:
-        UserError: the model must see images and cannot.
-    """
-    freeze_unreached(scoring.causal_lm)
-    if not section.images:
-        return
-    try:
-        scoring.vision = Vision(scoring.causal_lm)
-    except UserError as error:
-        raise UserError(f"model.path={section.path}: {error}") from error
-    scoring.vision.freeze(section.freeze_vision_tower, section.freeze_multi_modal_projector)
-
-
-def freeze_unreached(model: PreTrainedModel) -> None:
-    """Freeze what is neither in the decoder nor in the head: weight decay alone would change it."""
-    reached = {
-        id(parameter)
-        for part in (decoder_of(model), model.get_output_embeddings(), model.get_input_embeddings())
-        for parameter in part.parameters()
-    }
-    for parameter in model.parameters():
-        if id(parameter) not in reached:
-            parameter.requires_grad_(False)
 
 
 def load_model_config(section: ModelSection, option: str = "model.path") -> PretrainedConfig:
@@ -274,6 +249,8 @@ def _told(section: ModelSection, option: str):
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(
             f"{option}={section.path}: the model cannot be loaded: {_first(error)}{_cached(section.path)}"
         ) from error

@@ -10,23 +10,17 @@ from __future__ import annotations
 import json
 import shutil
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    rename_source_key,
-    revert_weight_conversion,
-)
 
 from dpo_fast.models.checkpoint import weight_files
+from dpo_fast.models.stored_names import as_stored
+from dpo_fast.models.tensor_writer import Stored, stored_tensors, write_tensors
 
 # Weights in any format, and what a trainer leaves beside them.
 HEAVY = (
@@ -96,11 +90,9 @@ def write_model(
     if len(dtypes) == 1:
         _note_dtype(target / "config.json", str(dtypes.pop()).removeprefix("torch."))
     _note_vocabulary(target / "config.json", model.config.get_text_config().vocab_size)
-    files = weight_files(source)
-    names = {file: tensor_names(file) for file in files}
-    loaded = _loaded_from(model, [name for each in names.values() for name in each], state)
-    trained = revert_weight_conversion(model, dict(state))
-    _write_shards(names, loaded, _without_copies(trained, loaded), target)
+    names = {file: tensor_names(file) for file in weight_files(source)}
+    loaded, trained = as_stored(model, [name for each in names.values() for name in each], state)
+    _write_shards(names, loaded, trained, target)
 
 
 def tensor_names(file: Path) -> list[str]:
@@ -116,41 +108,6 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
     return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
 
 
-def _loaded_from(
-    model: PreTrainedModel, names: Iterable[str], state: Mapping[str, Tensor]
-) -> set[str]:
-    """The names of a checkpoint whose tensors were loaded into those of `state`.
-
-    It also leaves in the model the conversions that these names need: the ones that `from_pretrained`
-    leaves there at ZeRO stage 3 may be of other forms of the checkpoint.
-    """
-    conversions = get_model_conversion_mapping(model)
-    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
-    converters = [each for each in conversions if isinstance(each, WeightConverter)]
-    own = dict.fromkeys(model.state_dict(keep_vars=True), True)
-    loaded = set()
-    for name in names:
-        prefix = {"base_model_prefix": model.base_model_prefix, "meta_state_dict": own}
-        found, _ = rename_source_key(name, renamings, converters, **prefix)
-        if found not in own and name in own:
-            found, _ = rename_source_key(name, [], [], **prefix)
-        if found in state:
-            loaded.add(name)
-    model._weight_conversions = [each for each in conversions if each.was_used()]
-    return loaded
-
-
-def _without_copies(trained: dict[str, Tensor], loaded: set[str]) -> dict[str, Tensor]:
-    """One name for each tensor: of tied ones all those that the checkpoint has."""
-    present = {tensor.data_ptr() for name, tensor in trained.items() if name in loaded}
-    kept = {}
-    for name, tensor in trained.items():
-        if name in loaded or tensor.data_ptr() not in present:
-            kept[name] = tensor
-            present.add(tensor.data_ptr())
-    return kept
-
-
 def _write_shards(
     names: Mapping[Path, list[str]], loaded: set[str], trained: dict[str, Tensor], target: Path
 ) -> None:
@@ -159,19 +116,27 @@ def _write_shards(
     shards, size = {}, 0
     last = list(names)[-1]
     for number, (file, own) in enumerate(names.items(), 1):
-        tensors = {name: trained[name] for name in own if name in trained}
-        kept = [name for name in own if name not in trained and name not in loaded]
-        tensors |= read_tensors(file, kept)
+        tensors: dict[str, Tensor | Stored] = {
+            name: trained[name] for name in own if name in trained
+        }
+        tensors |= _kept(file, [name for name in own if name not in trained and name not in loaded])
         tensors |= {name: trained[name] for name in new} if file == last else {}
         place = "model.safetensors"
         if len(names) > 1:
             place = f"model-{number:05d}-of-{len(names):05d}.safetensors"
         shards |= dict.fromkeys(tensors, place)
-        size += sum(tensor.nbytes for tensor in tensors.values())
-        save_file(_apart(tensors), target / place, {"format": "pt"})
+        size += write_tensors(tensors, target / place)
     if len(names) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(shards.items()))}
         (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def _kept(file: Path, names: list[str]) -> dict[str, Tensor | Stored]:
+    """Tensors of a file that stay as they are; of a safetensors file they are not read."""
+    if file.suffix != ".safetensors":
+        return read_tensors(file, names)
+    stored = stored_tensors(file)
+    return {name: stored[name] for name in names}
 
 
 def read_tensors(file: Path, names: list[str]) -> dict[str, Tensor]:
@@ -181,18 +146,6 @@ def read_tensors(file: Path, names: list[str]) -> dict[str, Tensor]:
             return {name: tensors.get_tensor(name) for name in names}
     tensors = _unpickled(file) if names else {}
     return {name: tensors[name] for name in names}
-
-
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors that share no memory, as safetensors wants them."""
-    seen, result = set(), {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach()
-        whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-        fresh = whole and tensor.data_ptr() not in seen
-        seen.add(tensor.data_ptr())
-        result[name] = tensor if fresh else tensor.clone(memory_format=torch.contiguous_format)
-    return result
 
 
 def _note_dtype(file: Path, dtype: str) -> None:

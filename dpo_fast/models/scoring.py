@@ -6,6 +6,7 @@ import contextlib
 import inspect
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
@@ -15,6 +16,7 @@ from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.data.image_batch import ImageBatch
 from dpo_fast.data.tree import Spans
 from dpo_fast.errors import UserError
+from dpo_fast.models import recurrent
 from dpo_fast.models.adapters import as_started
 from dpo_fast.models.attention_plan import AttentionPlan
 from dpo_fast.models.decoder import decoder_of
@@ -62,6 +64,7 @@ class ScoringModel(nn.Module):
         self.group: SequenceGroup | None = None  # ranks that score every batch with this one
         self.vision: Vision | None = None  # what sees images; None: texts alone are scored
         fuse_head(model, **self.head)
+        recurrent.serve(model)
         self.model = model
 
     def set_adapted(self, model: nn.Module) -> None:
@@ -201,7 +204,8 @@ def scoring_forward(
             places["position_ids"] = position_ids
     # Nothing holds on to the hidden states of all tokens while the head works.
     hidden_UD = take(forward(**batch, **places).flatten(0, 1), rows_U)
-    outputs = causal_lm.get_output_embeddings()(hidden_UD, targets_U, extras)
+    head = causal_lm.get_output_embeddings()
+    outputs = head(_in_dtype_of(head, hidden_UD), targets_U, extras)
     if group is not None:
         outputs = group.joined(outputs, own_U, count)
     return {name: take(values_U, predictions_T) for name, values_U in outputs.items()}
@@ -226,6 +230,13 @@ def _images(
             f"parallel.sequence_parallel={group.size} cannot be honoured for rows with images; set it to 1"
         )
     return images
+
+
+def _in_dtype_of(head: nn.Module, hidden: Tensor) -> Tensor:
+    """Hidden states as a head wants them: Mamba's decoder adds up in fp32, and the model casts them."""
+    if hidden.dtype != torch.float32 or torch.is_autocast_enabled(hidden.device.type):
+        return hidden
+    return hidden.to(next(head.parameters()).dtype)
 
 
 def forward_arguments(batch: ScoredBatch) -> dict:

@@ -10,6 +10,7 @@ from torch import Tensor
 from dpo_fast.data.batch import collate_trees
 from dpo_fast.data.layouts import LAYOUTS, layouts_with
 from dpo_fast.errors import UserError
+from dpo_fast.models import recurrent
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.models.ulysses import cause
 
@@ -29,8 +30,8 @@ def check_separation(
     """Score two trees, then again with other tokens in one completion; the rest must stay the same.
 
     The trial finds layers that no configuration tells of: recurrence, convolution, attention of
-    their own. It is collective where weights are sharded. A layout with a row for every sequence
-    needs no trial.
+    their own. Where layers carry a state, one sequence is scored alone as well. It is collective where
+    weights are sharded. A layout with a row for every sequence needs no trial.
 
     scorer: a `ScoringModel`, or an engine round one.
 
@@ -67,6 +68,28 @@ def check_separation(
             f"{option} cannot be honoured: another completion in the row moved the "
             f"log-probs of untouched ones by {moved:.2g}, so some layer of this model mixes tokens "
             f"by other means than its attention. Set {remedy}"
+        )
+    if any(map(recurrent.served, getattr(scorer, "module", scorer).modules())):
+        last = collate_trees([(tokens[10:13], [tokens[15:]])], layout).to(device)
+        check_states(scorer(**forward_arguments(last))["logp"], before[-3:], layout, dtype)
+
+
+def check_states(alone: Tensor, shared: Tensor, layout: str, dtype: torch.dtype) -> None:
+    """Check that a layer's state goes from a prompt to its completions as in a sequence alone.
+
+    alone, shared: log-probs of a completion by itself, and of the same in a row with others.
+
+    Raises:
+        UserError: they differ.
+    """
+    # A mean, and five times as much: rows of other lengths are rounded in another way, and where experts
+    # are chosen, rounding may choose another one. A state that is lost moves log-probs by about one.
+    moved = (alone - shared).abs().mean().item()
+    if not moved <= 5 * TOLERANCE[dtype]:
+        raise UserError(
+            f"train.layout={layout} cannot be honoured: log-probs of a completion in a row with others "
+            f"differ by {moved:.2g} from those it has alone, so some layer of this model carries its state "
+            f"along the row in another way. Set train.layout={layouts_with(shares_rows=False)}"
         )
 
 

@@ -19,8 +19,9 @@ from dpo_fast.generation.with_server import ServerEngine
 from dpo_fast.generation.with_transformers import TransformersEngine, positions_of
 from dpo_fast.generation.with_vllm import VllmEngine
 from dpo_fast.models import end_of_turn_ids, load_model, load_tokenizer
-from dpo_fast.models.architecture import architecture_of, carried_state, choose_attention
+from dpo_fast.models.architecture import architecture_of, choose_attention
 from dpo_fast.models.config import ModelSection
+from dpo_fast.models.layer_kinds import carried_state
 from dpo_fast.models.load import load_skeleton
 from dpo_fast.models.scoring import ScoringModel
 from dpo_fast.training import distributed

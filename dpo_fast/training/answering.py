@@ -26,7 +26,7 @@ from dpo_fast.judging.samples import SampleRow
 from dpo_fast.judging.table import JUDGES, Materials
 from dpo_fast.judging.verdict import FAILED, UNPARSABLE
 from dpo_fast.models import end_of_turn_ids
-from dpo_fast.models.architecture import carried_state
+from dpo_fast.models.layer_kinds import carried_state
 from dpo_fast.training import distributed, signals
 from dpo_fast.training.answer_metrics import distinct, mean, win_rate
 from dpo_fast.training.checkpoints import saving

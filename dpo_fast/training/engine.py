@@ -16,8 +16,8 @@ from dpo_fast.models.experts import join_experts
 from dpo_fast.models.load import load_skeleton
 from dpo_fast.training import distributed
 from dpo_fast.training.config import RunConfig
-from dpo_fast.training.finite import FiniteAdamW
 from dpo_fast.training.nvme import remove_files, save_as_others, swaps
+from dpo_fast.training.optimisers import OPTIMISERS, make
 from dpo_fast.training.parallel_section import ZERO_PLUS_PLUS
 from dpo_fast.training.schedule import build_schedule
 from dpo_fast.training.zero_mends import follow_new_order, record_whole_passes, share_groups
@@ -53,6 +53,8 @@ def deepspeed_config(config: RunConfig, world_size: int, accumulation: int) -> d
         # It would wait for the GPU before and after every micro-batch, for a rate that nobody prints.
         "timers": {"throughput": {"enabled": False}},
     }
+    if OPTIMISERS[config.train.optim].theirs:
+        derived["zero_allow_untested_optimizer"] = True
     if bf16 and config.zero_stage:  # DeepSpeed's stage 0 sums bf16 gradients in bf16 only
         derived["data_types"] = {"grad_accum_dtype": "fp32"}
     derived |= {name: {"enabled": False} for name in MONITORS}
@@ -178,26 +180,16 @@ def split_trained(
 
 
 def build_optimizer(config: RunConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """AdamW, with weight decay on matrices only; on a GPU as one kernel.
+    """AdamW (`train.optim`), with weight decay on matrices only.
 
     DeepSpeed gives it a few flat tensors. One operation after the other would move three times the bytes.
     """
-    train, parallel = config.train, config.parallel
     matrices, vectors = split_trained(model.parameters())
     groups = [
-        {"params": matrices, "weight_decay": train.weight_decay},
+        {"params": matrices, "weight_decay": config.train.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    alone = (
-        config.zero_stage == 0 and config.model.precision == "fp32"
-    )  # DeepSpeed does not wrap it
-    return (FiniteAdamW if alone else torch.optim.AdamW)(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(train.adam_beta1, train.adam_beta2),
-        eps=train.adam_epsilon,
-        fused=True if torch.cuda.is_available() and not parallel.offload_optimizer else None,
-    )
+    return make(config, [group for group in groups if group["params"]])
 
 
 def build_engine(config: RunConfig, model: ScoringModel, ds_config: dict, total_steps: int):

@@ -5,7 +5,7 @@ they are. The schedule of the learning rate moves on: the rate of a step follows
 
 A loss that is not finite makes the gradient NaN (`backward_scale`), so the gradient alone decides. Where
 DeepSpeed wraps the optimiser, it looks at the norm and leaves the step out. At ZeRO 0 in fp32 it does not
-look, and `FiniteAdamW` does.
+look, and `FiniteStep` does.
 """
 
 from __future__ import annotations
@@ -24,49 +24,13 @@ from dpo_fast.errors import UserError
 from dpo_fast.models.checkpoint import base_of, read_header, weight_files
 from dpo_fast.training import distributed
 from dpo_fast.training.console import say
+from dpo_fast.training.finite_step import FiniteStep
 from dpo_fast.training.splits import Split
 
 
 def backward_scale(loss: Tensor, scale: float) -> Tensor:
     """What the loss is multiplied with before its backward pass: `scale`, or NaN if it is not finite."""
     return torch.where(loss.detach().isfinite(), scale, math.nan)
-
-
-class FiniteAdamW(torch.optim.AdamW):
-    """AdamW that leaves out a step whose gradient is not finite. Where it is fused, the GPU decides alone.
-
-    For ZeRO 0 in fp32, where all ranks have the whole gradient.
-
-    clipped: whether DeepSpeed clips, and leaves the norm before it in `norm`.
-    norm: of the last gradient, [] fp32.
-    limit: after so many such steps in a row it takes none any more.
-    skipped: whether the last step was left out, [] bool.
-    """
-
-    clipped: bool = False
-    norm: Tensor | None = None
-    limit: int = 1
-    skipped: Tensor | None = None
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        if not self.clipped:
-            parameters = [p for group in self.param_groups for p in group["params"]]
-            self.norm = torch.nn.utils.get_total_norm(
-                [p.grad for p in parameters if p.grad is not None]
-            )
-        found = ~self.norm.isfinite()
-        if self.skipped is None:
-            self._in_a_row = torch.zeros((), device=found.device)
-            self._ended = torch.zeros_like(found)
-        self._in_a_row = (self._in_a_row + 1) * found
-        self.skipped = found | self._ended
-        self._ended = self._ended | (self._in_a_row >= self.limit)
-        if self.defaults["fused"]:
-            self.found_inf = self.skipped.float()
-            super().step()
-        elif not self.skipped:
-            super().step()
 
 
 def watch_clipping(engine) -> None:
@@ -124,7 +88,7 @@ class Guard:
     def __init__(self, engine, limit: int) -> None:
         self.engine, self.limit, self.in_a_row = engine, limit, 0
         self._unseen: deque[tuple[Place, Flag | bool]] = deque()
-        if isinstance(engine.optimizer, FiniteAdamW):
+        if isinstance(engine.optimizer, FiniteStep):
             engine.optimizer.limit = limit
             watch_clipping(engine)
 
@@ -135,7 +99,7 @@ class Guard:
     def after(self, place: Place) -> Tensor:
         """Enter the step that the engine has done. Returns whether it was left out, [] bool."""
         engine = self.engine
-        if isinstance(engine.optimizer, FiniteAdamW):
+        if isinstance(engine.optimizer, FiniteStep):
             skipped = engine.optimizer.skipped
             engine._global_grad_norm = engine.optimizer.norm
             self._unseen.append((place, Flag(skipped) if skipped.is_cuda else bool(skipped)))

@@ -38,6 +38,7 @@ from dpo_fast.training.checkpoints import find_checkpoint
 from dpo_fast.training.config import RunConfig, check_batch_sizes
 from dpo_fast.training.console import say
 from dpo_fast.training.loggers import check_loggers
+from dpo_fast.training.optimisers import check_optim
 from dpo_fast.training.splits import Split
 from dpo_fast.training.zero_checks import check_zero
 
@@ -121,6 +122,7 @@ def check_run(config: RunConfig) -> Choices:
     dtype = config.model.torch_dtype
     choose_implementation("linear_logp", device, dtype, config.train.implementation)
     check_loggers(config)
+    check_optim(config, device)
     check_zero(config)
     find_checkpoint(config.train.resume_from_checkpoint, config.train.output_dir)
     return choices
@@ -168,7 +170,7 @@ def check_sequence_parallel(
     size, attention = config.parallel.sequence_parallel, config.model.attention
     for path, skeleton in skeletons.items():
         check_heads(skeleton.config, size)
-        if (obstacle := architectures[path].obstacle) is not None:
+        if (obstacle := architectures[path].alone) is not None:
             raise UserError(
                 f"parallel.sequence_parallel={size} cannot be honoured for {architectures[path].name}: "
                 f"{obstacle}. Set parallel.sequence_parallel=1"

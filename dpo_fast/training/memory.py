@@ -17,6 +17,7 @@ from dpo_fast.training import distributed
 from dpo_fast.training.activations import Activations, Shape, mask_bytes
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.engine import zero_config
+from dpo_fast.training.optimisers import OPTIMISERS
 
 FP32 = 4
 GROUP = 8  # completions of a group, assumed as long as the data are not read
@@ -60,10 +61,12 @@ def memory(config: RunConfig, sizes: Sizes, ranks: int) -> list[Line]:
     parallel, size = config.parallel, config.model.torch_dtype.itemsize
     stage = config.zero_stage
 
-    def line(what: str, elements: int, each: int, sharded_from: int, offloaded: bool | str) -> Line:
+    def line(
+        what: str, elements: int, each: float, sharded_from: int, offloaded: bool | str
+    ) -> Line:
         sharded = stage >= sharded_from and ranks > 1
         total = elements * each / (ranks if sharded else 1)
-        how = f"{elements:,} x {each} bytes" + (f" / {ranks} ranks" if sharded else "")
+        how = f"{elements:,} x {each:g} bytes" + (f" / {ranks} ranks" if sharded else "")
         if offloaded == "nvme":
             return Line(what, 0.0, 0.0, f"{how} = {in_units(total)} in files")
         return Line(what, 0.0 if offloaded else total, total if offloaded else 0.0, how)
@@ -74,7 +77,7 @@ def memory(config: RunConfig, sizes: Sizes, ranks: int) -> list[Line]:
     summed = FP32 if stage else size  # DeepSpeed's stages add micro-batches up in fp32
     lines.append(line("gradients", sizes.trainable, summed, 2, parallel.offload_optimizer))
     # Two moments, and the fp32 weights that DeepSpeed updates; plain fp32 weights are their own.
-    states = (3 if stage or size < FP32 else 2) * FP32
+    states = OPTIMISERS[config.train.optim].state_bytes + (FP32 if stage or size < FP32 else 0)
     lines.append(line("optimiser states", sizes.trainable, states, 1, parallel.offload_optimizer))
     for model, elements in sizes.second_models.items():
         name = "reference model" if model == config.reference.model else model.option

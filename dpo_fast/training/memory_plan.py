@@ -214,7 +214,7 @@ def _shares(config: RunConfig, policy: ScoringModel, ranks: int) -> Iterator[int
     model = policy.causal_lm
     heads = getattr(model.config.get_text_config(), "num_attention_heads", 1)
     others = config.model.attention not in ("auto", *NAMES)
-    if others or architecture_of(model).obstacle is not None:
+    if others or architecture_of(model).alone is not None:
         return
     size = 2
     while size <= ranks:

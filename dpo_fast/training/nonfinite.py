@@ -15,6 +15,8 @@ from dpo_fast.training.finite import Place, not_finite, some, weights_of
 from dpo_fast.training.prepare import Run
 
 NAME = "nonfinite-step-"
+# Of torch's AdamW, and of bitsandbytes': in 8 bits their scales tell.
+AVERAGES = ("exp_avg", "exp_avg_sq", "state1", "state2", "absmax1", "absmax2")
 TOLD = 4  # rows of a message
 
 
@@ -57,7 +59,7 @@ def averages_of(optimizer):
     """What this rank holds of AdamW's averages; DeepSpeed may wrap the optimiser."""
     optimizer = getattr(optimizer, "optimizer", optimizer)
     for state in optimizer.state.values():
-        for name in ("exp_avg", "exp_avg_sq"):
+        for name in AVERAGES:
             if name in state:
                 yield f"AdamW's {name}", state[name]
 

@@ -11,8 +11,8 @@ from dpo_fast.training.sections import FORBID
 
 # Sections of a DeepSpeed configuration that it would ignore here, or that would change the numbers.
 NOT_DEEPSPEEDS = {
-    "optimizer": "the optimiser is AdamW with train.learning_rate, weight_decay, adam_beta1, adam_beta2 "
-    "and adam_epsilon",
+    "optimizer": "train.optim is the optimiser, with train.learning_rate, weight_decay, adam_beta1, "
+    "adam_beta2 and adam_epsilon",
     "scheduler": "train.lr_scheduler_type and train.lr_scheduler_kwargs are the schedule",
     "fp16": "model.dtype is bf16 or fp32",
     "amp": "model.dtype is bf16 or fp32",

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dpo_fast.errors import UserError
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoint_run import write_beside
 from dpo_fast.training.checkpoints import (
@@ -19,6 +20,7 @@ from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import say
 from dpo_fast.training.longer import fits_longer, follow_schedule, goes_on
 from dpo_fast.training.metrics import MetricSums
+from dpo_fast.training.optimisers import TORCH, family
 from dpo_fast.training.prepare import Plan, Run
 from dpo_fast.training.reshard import fits_moved, load_moved, moved, other_groups, tell_moved
 from dpo_fast.training.run_log import RunLog
@@ -92,6 +94,8 @@ def restore(run: Run, checkpoint: Path, sums: MetricSums) -> dict[str, Any]:
     known = read_state(checkpoint)
     elsewhere = moved(known, must_fit(run))
     by_parts = elsewhere or other_groups(run.engine, checkpoint)
+    if by_parts:
+        check_by_parts(run.config, checkpoint)
     load = partial(load_moved, stage=run.config.zero_stage) if by_parts else load_checkpoint
     fits = must_be_same(run, checkpoint, known)
     state = load(run.engine, checkpoint, fits, sums.values, run.stateful)
@@ -119,12 +123,26 @@ def must_be_same(plan: Plan, checkpoint: Path, known: dict[str, Any]) -> dict[st
     for name in ("group_prompts", "model.router_aux_loss_coef"):
         if name not in known and not fits[name]:
             del fits[name]  # the checkpoint is older than the option
+    if "train.optim" not in known and fits["train.optim"] == TORCH:
+        del fits["train.optim"]
     if moved(known, fits):
+        check_by_parts(plan.config, checkpoint)
         fits = fits_moved(plan, checkpoint, known, fits)
     if goes_on(plan, known, checkpoint):
         fits = fits_longer(plan, known, fits)
     changed = {f"train.{name}" for name in plan.config.train.change_on_resume}
     return {name: value for name, value in fits.items() if name not in changed}
+
+
+def check_by_parts(config: RunConfig, checkpoint: Path) -> None:
+    """Raises UserError if the optimiser's states cannot be taken apart and go to other ranks."""
+    if family(config.train.optim) != TORCH:
+        raise UserError(
+            f"{checkpoint} is of other ranks, another ZeRO stage or another sub_group_size, and the states "
+            f"of train.optim={config.train.optim} do not go to others: they lie in blocks that several "
+            "parameters share. Resume as it was written, or start a new run from its weights (dpo-fast "
+            "export)"
+        )
 
 
 def change_rate(run: Run) -> None:
@@ -152,6 +170,7 @@ def must_fit(run: Plan) -> dict:
         "zero_stage": run.config.zero_stage,
     }
     fits |= {f"train.{name}": tree["train"][name] for name in SAME_TRAIN}
+    fits["train.optim"] = family(train.optim)
     fits |= {f"loss.{name}": value for name, value in tree["loss"].items()}
     fits |= {f"reference.{name}": tree["reference"][name] for name in SAME_REFERENCE}
     fits |= {"model.dtype": tree["model"]["dtype"], "model.lora": _lora(tree["model"]["lora"])}

@@ -20,6 +20,7 @@ from pydantic import (
 
 from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.losses import LOSSES, LossOptions, Objective
+from dpo_fast.training.optimisers import ALIASES, OPTIMISERS
 from dpo_fast.training.schedule import (
     FOLLOW_A_METRIC,
     WITHOUT_WARM_UP,
@@ -143,6 +144,16 @@ class TrainSection(BaseModel):
         le=1,
         description="share of the steps for warm-up",
         json_schema_extra={"refused": "with constant, which has none"},
+    )
+    optim: Literal[tuple(OPTIMISERS)] = Field(
+        "auto",
+        description="which AdamW, by transformers' names; "
+        + "; ".join(f"{name}: {each.meaning}" for name, each in OPTIMISERS.items())
+        + "; adamw_8bit is adamw_bnb_8bit",
+        json_schema_extra={
+            "refused": "bitsandbytes' where it is not installed, with parallel.offload_optimizer, and with "
+            "optimizer_from; paged ones without a GPU"
+        },
     )
     weight_decay: float = Field(
         0.0, ge=0, description="weight decay of matrices (AdamW); vectors have none"
@@ -288,6 +299,11 @@ class TrainSection(BaseModel):
     def head(self) -> dict[str, Any]:
         """Options of the scoring head of every model of the run."""
         return {"implementation": self.implementation, "workspace_bytes": self.workspace_bytes}
+
+    @field_validator("optim", mode="before")
+    @classmethod
+    def _optim(cls, value: Any) -> Any:
+        return ALIASES.get(value, value) if isinstance(value, str) else value
 
     @field_validator("lr_scheduler_kwargs")
     @classmethod

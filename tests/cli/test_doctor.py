@@ -1,6 +1,7 @@
 """What the doctor says: of the machine, and of a run before it begins."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -293,3 +294,88 @@ def test_images_are_told_for_models_that_take_them(folder, tmp_path):
     file = tmp_path / "model" / "preprocessor_config.json"
     file.write_text("{}")
     assert table(tmp_path)["images"][0] == "none"
+
+
+HYBRID = {
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "vocab_size": 400,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def blocked(tmp_path_factory):
+    """A model whose layers 0 and 2 choose their keys out of the whole row, and no file of weights."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("blocked")
+    experts = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
+    heads = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+    heads |= {"v_head_dim": 8, "index_n_heads": 2, "index_head_dim": 8, "num_key_value_heads": 4}
+    sizes = {**HYBRID, **experts, **heads, "moe_intermediate_size": 8}
+    transformers.DeepseekV32Config(**sizes).save_pretrained(folder)
+    return folder
+
+
+def test_the_layouts_of_a_model_alone(blocked):
+    result = invoke("doctor", "--model", blocked, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.output)
+    assert {"software", "hardware", "implementations", "layouts", "layers", "models"} <= set(found)
+    (facts,) = found["models"].values()
+    assert facts["layouts"] == {"padded": True, "packed": False, "shared_prefix": False}
+    assert facts["auto"] == "padded" and facts["beside_attention"] == []
+    assert [layer["index"] for layer in facts["in_the_way"]] == [0, 1, 2, 3]
+    assert facts["in_the_way"][2] == {
+        "index": 2,
+        "kind": "indexed_attention",
+        "name": "model.layers.2.self_attn",
+        "type": "DeepseekV32Attention",
+        "does": "choose their keys out of the whole row",
+    }
+    assert (
+        found["layouts"][1]["allowed"] == "no" and facts["obstacle"] == found["layouts"][1]["why"]
+    )
+    result = invoke("doctor", "--model", blocked)
+    assert result.exit_code == 0
+    for words in ("0-3", "indexed_attention", "model.layers.0.self_attn", "DeepseekV32Attention"):
+        assert words in result.output
+    assert "auto takes it" in result.output
+
+
+def test_the_layouts_of_a_run_are_told_as_train_tells_them(folder, tmp_path, blocked):
+    result = invoke("doctor", write(folder, output_dir=str(tmp_path / "never")), "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.output)
+    facts = found["models"]["model.path"]
+    assert all(facts["layouts"].values()) and facts["obstacle"] is None and not facts["in_the_way"]
+    assert "layers" not in found and {"run", "memory"} <= set(found)
+    (layout,) = [line for line in found["run"] if line["choice"] == "layout"]
+    assert layout["value"] == facts["auto"] == "shared_prefix"
+
+    write_model(tmp_path / "model", vocab=400)
+    for file in blocked.iterdir():
+        (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+    result = invoke("doctor", write(tmp_path), "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.output)
+    (layout,) = [line for line in found["run"] if line["choice"] == "layout"]
+    obstacle = found["models"]["model.path"]["obstacle"]
+    assert layout["value"] == "padded" and layout["why"].endswith(obstacle)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["CONFIG", "--plan", "--json"], "--plan prints a table .* leave out --json"),
+        (["CONFIG", "--model", "MODEL"], "--model is for a model alone"),
+        (["--model", "nowhere/at/all"], "--model=nowhere/at/all"),
+    ],
+)
+def test_what_does_not_go_together(folder, arguments, told):
+    places = {"CONFIG": write(folder), "MODEL": folder / "model"}
+    result = invoke("doctor", *(places.get(each, each) for each in arguments))
+    assert isinstance(result.exception, UserError) and re.search(told, str(result.exception))

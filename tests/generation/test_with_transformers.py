@@ -17,7 +17,7 @@ from dpo_fast.generation.engine import Request, cut_at_stop
 from dpo_fast.generation.prompts import Prompt
 from dpo_fast.generation.with_transformers import TransformersEngine
 from dpo_fast.models import ScoringModel
-from dpo_fast.models.architecture import carried_state
+from dpo_fast.models.layer_kinds import carried_state
 from tests.support.architectures import ARCHITECTURES, make
 from tests.support.tokenizers import EOS, IM_START, PAD, byte_tokenizer
 

@@ -181,6 +181,31 @@ SEQUENCES = st.lists(
 
 
 @settings(deadline=None, max_examples=100)
+@given(SEQUENCES, st.sampled_from([1, 2, 3, 5]))
+def test_every_form_of_a_chunked_plan_says_the_same(sequences, size):
+    """A token sees what it sees in its tree and in its chunk of its sequence."""
+    row = row_of(*sequences)
+    whole = AttentionPlan(row.spans, torch.device("cpu"))
+    plan = whole.chunked(size)
+    chunks = whole.positions // size
+    expected = visible(row) & (chunks[:, None] == chunks)
+    layout, seen = plan.varlen, torch.zeros_like(expected)
+    keys = torch.arange(len(expected)) if layout.keys is None else layout.keys
+    starts = zip(plan.segments, layout.cu_seq_q.tolist(), layout.cu_seq_k.tolist())
+    for segment, q, k in starts:
+        rows = torch.arange(q, q + segment.queries)
+        seen[rows[:, None], keys[k : k + segment.prefix + segment.queries]] = plan.mask(
+            segment, None
+        )
+    assert torch.equal(seen, expected)
+    assert plan.longest == min(size, whole.longest) and plan is whole.chunked(size)
+    assert (plan is whole) == (whole.longest <= size)
+    mask = plan.block_mask(None).mask_mod
+    place = torch.arange(len(expected))
+    none = torch.zeros((), dtype=torch.long)
+    assert torch.equal(mask(none, none, place[:, None], place), expected)
+
+
 @given(SEQUENCES, st.sampled_from([None, 1, 2, 3, 7]))
 def test_every_form_of_the_plan_says_the_same(sequences, window):
     """Segments with their masks, gathered keys, and ends, against the definition."""

@@ -5,12 +5,12 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.tokenise import RowTokeniser
 from dpo_fast.errors import UserError
-from dpo_fast.models import end_of_turn_ids, load, load_tokenizer
+from dpo_fast.models import end_of_turn_ids, load, load_model, load_tokenizer
 from dpo_fast.models.checkpoint import check_weights
 from dpo_fast.models.config import ModelSection
 from tests.support.damage import Planted
@@ -141,3 +141,23 @@ def test_damaged_weights_are_told(tmp_path, damage, said):
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(UserError, match=said):
         load.load_skeleton(ModelSection(path=str(file.parent)))
+
+
+def test_a_checkpoint_without_some_weights_is_no_model(tmp_path):
+    """transformers would fill them with random numbers, and say so in a table that nobody reads."""
+    folder = write_model(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    section = ModelSection(path=str(folder), dtype="fp32")
+    for kept, told in (
+        ({k: v for k, v in tensors.items() if k != "lm_head.weight"}, "1 of .*lm_head.weight,"),
+        ({f"policy.{k}": v for k, v in tensors.items()}, "21 of .*lm_head.weight, model.embed"),
+    ):
+        save_file(kept, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UserError, match=f"model.path={folder}: the files lack {told}"):
+            load_model(section, attention="eager")
+
+
+def test_a_tied_head_need_not_be_stored(tmp_path):
+    folder = write_model(tmp_path / "model", tied=True)
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    load_model(ModelSection(path=str(folder), dtype="fp32"), attention="eager")

@@ -17,7 +17,8 @@ from dpo_fast.models.attention import NAMES
 from dpo_fast.models.config import LoraSection, ModelSection
 from dpo_fast.models.decoder import attention_of_parts, decoder_of
 from dpo_fast.models.layers import checkpoint_layers
-from dpo_fast.models.load import auto_class, settle_parts
+from dpo_fast.models.load import auto_class
+from dpo_fast.models.parts import settle_parts
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.models.vision import Vision, why_no_images
 from tests.support.architectures import assert_same, slopes

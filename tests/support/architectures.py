@@ -40,6 +40,19 @@ ARCHITECTURES = {
                    "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
                    "v_head_dim": 12, "num_key_value_heads": 4, "first_k_dense_replace": 1},
     ),
+    "llama4, chunks, temperatures, experts": (
+        "Llama4TextConfig",
+        {"num_local_experts": 2, "intermediate_size_mlp": 40, "head_dim": 8, "attention_chunk_size": 3,
+         "no_rope_layers": [1, 0], "attn_temperature_tuning": True, "floor_scale": 2},
+    ),
+    "phimoe, experts, a window in its mask alone": (
+        "PhimoeConfig", {"num_local_experts": 4, "sliding_window": 4},
+    ),
+    "qwen2-moe, experts, a window in the mask of one layer": (
+        "Qwen2MoeConfig",
+        EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 24, "sliding_window": 4,
+                   "use_sliding_window": True, "max_window_layers": 1},
+    ),
     "cohere, logit scale": ("CohereConfig", {"logit_scale": 0.3}),
     "granite, logits scaling": ("GraniteConfig", {"logits_scaling": 3.0}),
     "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4}),

@@ -18,7 +18,8 @@ from dpo_fast.errors import UserError
 from dpo_fast.report.read import read_run
 from dpo_fast.training import finite, nonfinite
 from dpo_fast.training.engine import build_optimizer
-from dpo_fast.training.finite import FiniteAdamW, Guard
+from dpo_fast.training.finite import Guard
+from dpo_fast.training.finite_step import FiniteAdamW
 from dpo_fast.training.loss_pass import Statistics
 from dpo_fast.training.metrics import MetricSums
 from dpo_fast.training.run_log import finite_line, step_of_line

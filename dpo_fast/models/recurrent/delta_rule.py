@@ -1,0 +1,67 @@
+"""Gated delta rules along a row of trees: Gated DeltaNet (arXiv 2412.06464), Kimi's KDA (arXiv 2510.26692).
+
+The rule itself is transformers' function, or the kernel that transformers has in its place.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+from torch import Tensor
+
+from dpo_fast.models.attention_plan import AttentionPlan
+from dpo_fast.models.recurrent.segments import by_flat_levels, by_levels
+
+
+def delta_rule(
+    plan: AttentionPlan,
+    rule: Callable[..., tuple[Tensor, Tensor | None]],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: None = None,
+    output_final_state: bool = False,
+    cu_seqlens: None = None,
+    **options,
+) -> tuple[Tensor, None]:
+    """A gated delta rule over a row, every sequence by itself.
+
+    With g, beta and the key zero a token leaves the state as it is.
+
+    rule: a function of transformers, with the arguments of flash-linear-attention's.
+    query, key, value: [1, N, heads, dim]. g, beta: [1, N, heads]; g of KDA [1, N, heads, dim].
+    """
+    if initial_state is not None or output_final_state or cu_seqlens is not None:
+        raise ValueError(
+            "a row of trees begins anew, leaves no state, and its plan tells its sequences"
+        )
+
+    def states(state: Tensor | None, final: bool) -> dict:
+        return {"initial_state": state, "output_final_state": final, **options}
+
+    if takes_offsets(rule):
+
+        def flat(rows, offsets, state, final):
+            *qkv, decay, rate = rows
+            return rule(*qkv, g=decay, beta=rate, cu_seqlens=offsets, **states(state, final))
+
+        return by_flat_levels(plan, flat, query, key, value, g, beta), None
+
+    def batch(rows, state, final):
+        *qkv, decay, rate = rows
+        return rule(*qkv, g=decay, beta=rate, **states(state, final))
+
+    return by_levels(plan, batch, query, key, value, g, beta), None
+
+
+def takes_offsets(rule: Callable) -> bool:
+    """Whether transformers has a kernel for segments of unequal length in the place of its function.
+
+    Its wrapper keeps the function that it calls in its closure.
+    """
+    inner = inspect.getclosurevars(rule).nonlocals.get("implementation", rule)
+    return "cu_seqlens" in inspect.signature(inner).parameters

@@ -1,0 +1,133 @@
+"""Layers that get no keywords, or whose functions get none, and how they are told the plan of a row.
+
+Such a layer gets a forward of its own, in this model alone. Where no keyword reaches it, the plan comes in
+the place of the padding mask, which a row of trees has not got: as an argument it is there again when the
+layer is recomputed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from types import FunctionType, MethodType
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from dpo_fast.errors import UserError
+from dpo_fast.models.attention_plan import AttentionPlan
+from dpo_fast.models.recurrent.convolution import convolve
+from dpo_fast.models.recurrent.ssd import not_fused
+from dpo_fast.models.recurrent.unfolded import over_sequences, selective_scan
+
+# What Mamba-1's forward calls. It hands no keywords on to them.
+FUNCTIONS: dict[str, Callable] = {
+    "causal_conv1d_fn": convolve,
+    "mamba_selective_scan": selective_scan,
+    "mamba_inner_fn": not_fused,
+}
+SCAN = {"causal_conv1d_fn", "mamba_selective_scan"}
+
+
+class Told(NamedTuple):
+    """How a kind of layer is served.
+
+    by: the class of the module round it that puts the plan in the mask's place; None if keywords come.
+    whole: all of the layer runs sequence by sequence. Else its projections run along the row, if its
+        forward calls the functions that it calls in transformers 5.23.
+    """
+
+    by: str | None
+    whole: bool = False
+
+
+LAYERS = {
+    "MambaMixer": Told("MambaModel"),
+    "FalconMambaMixer": Told("FalconMambaModel"),
+    "JambaMambaMixer": Told("JambaMambaDecoderLayer"),
+    "ZambaMambaMixer": Told(None),
+    "RecurrentGemmaRecurrentBlock": Told(None, whole=True),
+    "ZayaCCAProjection": Told("ZayaAttention", whole=True),
+}
+
+
+def told(module: nn.Module) -> Told | None:
+    """How this layer is served, if it is one of these."""
+    return LAYERS.get(type(module).__name__)
+
+
+def serve_told(model: nn.Module) -> None:
+    """Have those of a model's layers that `LAYERS` has compute rows of trees, in place."""
+    tellers = {how.by for module in model.modules() if (how := told(module))}
+    for module in model.modules():
+        if type(module).__name__ in tellers:
+            replace_forward(module, _telling)
+        if told(module):
+            replace_forward(module, _mixing)
+
+
+def replace_forward(module: nn.Module, forward: Callable) -> None:
+    """Give a module a forward round its own, a method that copies of the module have, too."""
+    if not hasattr(module, "forward_of_batches"):
+        module.forward_of_batches = module.forward
+        module.forward = MethodType(forward, module)
+
+
+def _telling(module: nn.Module, *arguments, attention_mask=None, **options):
+    """The forward of a module that hands masks on, but no keywords."""
+    plan = options.get("plan")
+    if isinstance(plan, AttentionPlan):
+        of_many = isinstance(attention_mask, dict)  # of ZAYA's attention
+        attention_mask = {**attention_mask, "conv": plan} if of_many else plan
+    return module.forward_of_batches(*arguments, attention_mask=attention_mask, **options)
+
+
+def _mixing(module: nn.Module, *arguments, **options):
+    """A layer's forward. The plan is among its arguments, where it has a place for one or for a mask."""
+    plans = [each for each in (*arguments, *options.values()) if isinstance(each, AttentionPlan)]
+    options.pop("plan", None)
+    if not plans:
+        return module.forward_of_batches(*arguments, **options)
+    check_whole_row(plans[0])
+    options = dict(zip(options, _without_plans(options.values())))
+    return _by_plan(module, plans[0], *_without_plans(arguments), **options)
+
+
+def _without_plans(values) -> list:
+    return [None if isinstance(each, AttentionPlan) else each for each in values]
+
+
+@torch.compiler.disable  # it computes with indices of the row
+def _by_plan(module: nn.Module, plan: AttentionPlan, *arguments, **options):
+    if told(module).whole:
+        return over_sequences(module.forward_of_batches, plan, *arguments, **options)
+    return _with_functions(inspect.unwrap(type(module).forward), plan)(
+        module, *arguments, **options
+    )
+
+
+def _with_functions(forward: FunctionType, plan: AttentionPlan) -> FunctionType:
+    """The same code, which finds our functions under the names that it calls, bound to a plan."""
+    names = forward.__globals__
+    ours = {
+        name: partial(function, plan, names[name])
+        for name, function in FUNCTIONS.items()
+        if name in names
+    }
+    changed = FunctionType(
+        forward.__code__, names | ours, None, forward.__defaults__, forward.__closure__
+    )
+    changed.__kwdefaults__ = forward.__kwdefaults__
+    return changed
+
+
+def check_whole_row(plan: AttentionPlan) -> None:
+    """Raises UserError if ranks have slices of a row: they exchange what attention needs, no states."""
+    if plan.group is not None:
+        raise UserError(
+            f"parallel.sequence_parallel={plan.group.size} cannot be honoured: ranks share attention "
+            "alone, and this model has layers that carry a state along the tokens. Set "
+            "parallel.sequence_parallel=1"
+        )

@@ -1,0 +1,60 @@
+"""Layers that are told of a row by other ways than keywords: every sequence scores as if it were alone."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from dpo_fast.data.batch import collate_trees
+from dpo_fast.models import ScoringModel
+from dpo_fast.models.attention import NAMES
+from dpo_fast.models.layers import checkpoint_layers
+from dpo_fast.models.recurrent import served
+from dpo_fast.models.scoring import forward_arguments
+from tests.support.architectures import alone, slopes
+from tests.support.hybrids import TOLD, make
+
+TREES = [
+    ([5], [[8, 9, 2], [10, 2], [2]]),
+    ([1, 90], [[11, 2], [12, 13, 14, 15, 44, 2]]),
+    ([4, 4, 3], [[6, 7, 8, 9, 10, 2], [6, 7, 8, 2], [6, 7, 8, 9, 11, 2], [50, 2]]),
+]
+
+
+def _logps(scoring, layout, trees=TREES):
+    return scoring(**forward_arguments(collate_trees(trees, layout)))["logp"]
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_every_sequence_scores_as_alone(name):
+    model = make(name)
+    parameters = list(model.parameters())
+    expected = alone(model, TREES)
+    gradients = slopes(expected, parameters)
+    model.set_attn_implementation(NAMES["sdpa"])
+    scoring = ScoringModel(model)
+    mixers = [each for each in model.modules() if served(each)]
+    assert mixers
+    for checkpointed in (False, True):
+        if checkpointed:
+            checkpoint_layers(model)
+            model.train()
+        for layout in ("packed", "shared_prefix"):
+            scores = _logps(scoring, layout)
+            torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
+            for ours, theirs in zip(slopes(scores, parameters), gradients):
+                assert (ours is None) == (theirs is None)
+                if ours is not None:
+                    scale = theirs.abs().max().item()
+                    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5 * max(scale, 1))
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_another_sequence_in_the_row_changes_nothing(name):
+    scoring = ScoringModel(make(name, NAMES["sdpa"]))
+    others = [TREES[0], ([1, 90], [[70, 71, 72, 2], TREES[1][1][1]]), TREES[2]]
+    with torch.no_grad():
+        before, after = (_logps(scoring, "shared_prefix", trees) for trees in (TREES, others))
+    for part in (slice(0, 6), slice(-24, None)):  # what comes before it, and behind it
+        torch.testing.assert_close(before[part], after[part], rtol=0, atol=1e-6)
+    assert (before[6] - after[6]).abs() > 1e-2
