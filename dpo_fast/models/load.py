@@ -27,6 +27,7 @@ from dpo_fast.models.checkpoint import (
     check_weights,
     is_adapter,
     is_folder,
+    of_image_text_model,
 )
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.decoder import attention_of_parts
@@ -168,12 +169,12 @@ def _load_causal_lm(section: ModelSection, attention: str, option: str) -> PreTr
     _without_dropout(config)
     _without_router_logits(config)
     with _told(section, option):
-        model, found = auto_class(config, section.images).from_pretrained(
+        model, found = auto_class(config, takes_whole(section)).from_pretrained(
             **source(base_of(section.path, option)),
             config=config,
             dtype=section.torch_dtype,
             attn_implementation=attention_of_parts(config, attention)
-            if section.images
+            if takes_whole(section)
             else attention,
             trust_remote_code=section.trust_remote_code,
             output_loading_info=True,
@@ -199,12 +200,17 @@ def resize_for_adapter(model: PreTrainedModel, path: str) -> None:
         model.resize_token_embeddings(rows, mean_resizing=False)
 
 
+def takes_whole(section: ModelSection) -> bool:
+    """Whether a model is loaded with what sees images, of which there may be a class without."""
+    return bool(section.images) or of_image_text_model(section.path)
+
+
 def auto_class(config: PretrainedConfig, images: bool | None = False) -> type:
     """The class of transformers that loads a model with its language-model head.
 
     Some image-text models have no text-only class: their whole class scores texts as well.
 
-    images: whether the model must see images.
+    images: whether it is to be the whole class.
     """
     whole = AutoModelForImageTextToText
     known = type(config) in AutoModelForCausalLM._model_mapping and not images
@@ -238,7 +244,7 @@ def load_skeleton(section: ModelSection, option: str = "model.path") -> PreTrain
     text = config.get_text_config()
     text.vocab_size = adapter_vocabulary(section.path) or text.vocab_size
     with _told(section, option), torch.device("meta"):
-        return auto_class(config, section.images).from_config(
+        return auto_class(config, takes_whole(section)).from_config(
             config, dtype=section.torch_dtype, trust_remote_code=section.trust_remote_code
         )
 

@@ -7,10 +7,16 @@ from pathlib import Path
 import torch
 
 from dpo_fast.errors import UserError
-from dpo_fast.models.checkpoint import base_of
+from dpo_fast.models.checkpoint import base_of, of_image_text_model
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.hub import source
-from dpo_fast.models.load import auto_class, load_model_config, local_folder, resize_for_adapter
+from dpo_fast.models.load import (
+    auto_class,
+    load_model_config,
+    local_folder,
+    resize_for_adapter,
+    takes_whole,
+)
 from dpo_fast.models.save import copy_input_files, write_model
 
 # What train.merge_dtype may say, as transformers takes it.
@@ -31,7 +37,8 @@ def write_merged(section: ModelSection, adapter: Path, target: Path, dtype: str 
     from peft import PeftModel
 
     base = base_of(section.path)
-    model = auto_class(load_model_config(section), section.images).from_pretrained(
+    whole = takes_whole(section) or of_image_text_model(str(adapter))
+    model = auto_class(load_model_config(section), whole).from_pretrained(
         **source(base), dtype=MERGED[dtype], trust_remote_code=section.trust_remote_code
     )
     found = model.dtype

@@ -21,18 +21,20 @@ TEMPLATE = """\
 {% endfor %}{% endif %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-KINDS: dict[str, dict[str, Any]] = {
-    "qwen3-vl": {
-        "tokens": {
-            "image_token": "<|image_pad|>", "video_token": "<|video_pad|>",
-            "vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>",
-        },
-        "placeholder": "<|vision_start|><|image_pad|><|vision_end|>",
-        "processor": "Qwen3VLProcessor",
-        "image_processor": "Qwen2VLImageProcessor",
-        "options": {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2,
-                    "size": {"shortest_edge": 64, "longest_edge": 512}},
+QWEN: dict[str, Any] = {
+    "tokens": {
+        "image_token": "<|image_pad|>", "video_token": "<|video_pad|>",
+        "vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>",
     },
+    "placeholder": "<|vision_start|><|image_pad|><|vision_end|>",
+    "processor": "Qwen3VLProcessor",
+    "image_processor": "Qwen2VLImageProcessor",
+    "options": {"patch_size": 4, "temporal_patch_size": 2, "merge_size": 2,
+                "size": {"shortest_edge": 64, "longest_edge": 512}},
+}  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {
+    "qwen3-vl": QWEN,
+    "qwen3.5": QWEN,
     "gemma3": {
         "tokens": {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>",
                    "eoi_token": "<end_of_image>"},
@@ -54,7 +56,8 @@ def write_image_model(folder: Path, name: str) -> Path:
     ids = {each: tokenizer.convert_tokens_to_ids(token) for each, token in kind["tokens"].items()}
     changes = {f"{each}_id": number for each, number in ids.items()}
     changes |= {f"{each}_index": number for each, number in ids.items()}
-    text = {"vocab_size": len(tokenizer), "max_position_embeddings": 1024}
+    # Some rows to spare: transformers adds tokens of its own to those of some families.
+    text = {"vocab_size": len(tokenizer) + 8, "max_position_embeddings": 1024}
     text |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     FAMILIES[name].make(text, **changes).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

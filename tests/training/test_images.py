@@ -1,6 +1,7 @@
 """Whole runs on rows with images."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,11 +9,14 @@ import torch
 pytest.importorskip("deepspeed")
 
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from dpo_fast.data.images.processor import load_processor
 from dpo_fast.errors import UserError
+from dpo_fast.models.config import ModelSection
 from dpo_fast.models.image_places import ImagePlaces
+from dpo_fast.models.load import load_model, load_skeleton
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.training.config import build_config
 from dpo_fast.training.engine import release
@@ -23,7 +27,7 @@ from tests.support.image_runs import write_image_model, write_image_pairs
 from tests.support.models import run_tree, write_model
 from tests.support.plain_torch import assert_same_step
 
-NAMES = ("qwen3-vl", "gemma3")
+NAMES = ("qwen3-vl", "gemma3", "qwen3.5")  # of the last there is a class for texts alone, too
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +86,8 @@ def test_a_run_its_export_and_transformers_score_alike(folder, tmp_path, name):
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[-1] < losses[0]
+    goes_on = load_skeleton(ModelSection(path=str(final)))
+    assert type(goes_on).__name__.endswith("ForConditionalGeneration")
     merged = final / "merged"
     tree["model"] = {"path": str(merged), "dtype": "fp32"}
     del tree["train"]["merge_lora"]
@@ -148,6 +154,17 @@ def test_what_images_cannot_go_with_is_refused_by_name(folder, changes, message)
         tree[section] = tree.get(section, {}) | {name: value}
     with pytest.raises(UserError, match=message):
         prepare(build_config(tree, "case"))
+
+
+def test_a_tower_that_the_files_lack_is_not_made_up(folder, tmp_path):
+    shutil.copytree(folder / "gemma3", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    kept = {name: value for name, value in load_file(file).items() if "projector" not in name}
+    save_file(kept, file, {"format": "pt"})
+    section = {"path": str(tmp_path / "model"), "dtype": "fp32"}
+    load_model(ModelSection(**section), attention="sdpa")  # for texts alone it serves
+    with pytest.raises(UserError, match="the files lack 2 of the weights .*multi_modal_projector"):
+        load_model(ModelSection(**section, images=True), attention="sdpa")
 
 
 @pytest.mark.processes
