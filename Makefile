@@ -61,6 +61,7 @@ docs: $(STAMP)
 	$(BIN)/python -m dpo_fast.training.config_docs > docs/CONFIG.md
 	$(BIN)/python -m dpo_fast.rounds.config_docs > docs/ROUNDS_CONFIG.md
 	$(BIN)/dpo-fast config schema --out configs/schema.json
+	$(BIN)/python -m dpo_fast.migration.docs docs
 	$(BIN)/python -m benchmarks.scale_page > docs/SCALE.md
 
 $(STAMP): pyproject.toml constraints.txt

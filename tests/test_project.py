@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "dpo_fast"
 FLOORS = [  # each may import from those below it
     {"cli", "demo", "integrations", "report", "__main__"},
-    {"rounds"},
+    {"rounds", "migration"},
     {"training"},
     {"health", "generation", "judging"},
     {"data", "models", "references"},
@@ -113,6 +113,9 @@ def test_imports_make_no_circle():
 TESTS = ROOT / "tests"
 # Modules of some size that no test imports, and the test, or its process, that runs them through others.
 TESTED_THROUGH = {
+    "models.adapters": "training/test_adapters.py",
+    "models.lora_section": "models/test_lora.py",
+    "models.lora_start": "models/test_lora.py",
     "data.forms.conversations": "data/test_forms.py",
     "data.forms.fields": "data/test_forms.py",
     "data.forms.instructions": "data/test_forms.py",
@@ -181,6 +184,17 @@ TESTED_THROUGH = {
     "training.export": "support/workers/jobs.py",
     "cli.replay": "cli/test_app.py",
     "training.earlier_run": "training/test_loop.py",
+    "migration.arguments": "migration/test_importers.py",
+    "migration.axolotl": "migration/test_peers.py",
+    "migration.axolotl_data": "migration/test_peers.py",
+    "migration.axolotl_options": "migration/test_importers.py",
+    "migration.counted": "migration/test_trl.py",
+    "migration.deepspeed": "migration/test_importers.py",
+    "migration.llamafactory": "migration/test_peers.py",
+    "migration.llamafactory_options": "migration/test_importers.py",
+    "migration.openrlhf": "migration/test_peers.py",
+    "migration.openrlhf_options": "migration/test_importers.py",
+    "migration.sizes": "migration/test_peers.py",
     "training.loggers": "training/test_loop.py",
     "training.run_log": "support/workers/jobs.py",
 }
@@ -577,6 +591,13 @@ def test_the_page_of_the_configuration_is_made_of_the_code():
     from dpo_fast.training.config_docs import page
 
     assert (ROOT / "docs/CONFIG.md").read_text() == page(), "run make docs"
+
+
+def test_the_pages_of_other_trainers_are_made_of_the_code():
+    from dpo_fast.migration.docs import NAMES, page
+
+    for kind, name in NAMES.items():
+        assert (ROOT / f"docs/{name}.md").read_text() == page(kind), "run make docs"
 
 
 def test_every_environment_variable_is_in_the_table():

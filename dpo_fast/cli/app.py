@@ -22,6 +22,7 @@ from dpo_fast.cli.config import Config, Overrides, load
 from dpo_fast.cli.config import app as config_app
 from dpo_fast.cli.evaluate import evaluate
 from dpo_fast.cli.export import export
+from dpo_fast.cli.import_file import import_file
 from dpo_fast.cli.iterate import iterate, load_rounds
 from dpo_fast.cli.judge import judge
 from dpo_fast.cli.sample import sample
@@ -48,6 +49,7 @@ app = typer.Typer(
 app.add_typer(bench.app, name="bench")
 app.add_typer(config_app, name="config")
 app.command()(export)
+app.command("import")(import_file)
 app.command()(evaluate)
 app.command()(sample)
 app.command()(judge)

@@ -17,6 +17,7 @@ from dpo_fast.cli.doctor_traffic import traffic_table, when_they_pay
 from dpo_fast.losses import LOSSES
 from dpo_fast.models import ScoringModel, load_tokenizer
 from dpo_fast.models.architecture import Architecture, architecture_of
+from dpo_fast.models.fp8 import fp8_layers
 from dpo_fast.models.layer_kinds import ranges
 from dpo_fast.models.layers import checkpointed_layers, decoder_layers
 from dpo_fast.models.skeleton import scoring_skeleton
@@ -38,6 +39,7 @@ from dpo_fast.training.memory import (
     sizes_of,
 )
 from dpo_fast.training.memory_plan import Machine, Uncounted, activations_of, lines_of
+from dpo_fast.training.optimisers import OPTIMISERS
 from dpo_fast.training.prepare import wants_checkpointing
 from dpo_fast.training.zero import choose_stage
 
@@ -231,6 +233,12 @@ def _layer_rows(outlook: Outlook) -> Iterator[Decision]:
     )
     why = f"blocks of {layers} layers" if model.torch_compile else "layers run as they are"
     yield Decision("torch.compile", on(model.torch_compile), origin(model, "torch_compile"), why)
+    if model.fp8:
+        count = len(fp8_layers(policy.causal_lm))
+        why = f"products of {count} linear layers of the decoder; head and log-probs as they are"
+        yield Decision("fp8", model.fp8, origin(model, "fp8"), why)
+    if (optim := outlook.config.train.optim) != "auto":
+        yield Decision("optimiser", optim, "option", OPTIMISERS[optim].meaning)
     why = f"{elements(policy, trainable=True):,} of {total:,} are trained"
     if model.lora is not None:
         yield Decision("LoRA", f"r {model.lora.r}", "option", why)

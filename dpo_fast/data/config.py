@@ -129,9 +129,9 @@ class DataConfig(BaseModel):
         None,
         ge=1,
         description="bytes of a row, at most: of its line, or of its texts where the file is Parquet or "
-        "Arrow. A larger one is a bad row, told before it is decoded and tokenised, which takes some 300 "
-        "bytes of memory and 3 microseconds for each byte. Default: 64 for each token of max_length, at "
-        "least 1 MiB",
+        "Arrow, or has images in data URIs. A larger one is a bad row, told before it is decoded and "
+        "tokenised, which takes some 300 bytes of memory and 3 microseconds for each byte. Default: 64 for "
+        "each token of max_length, at least 1 MiB",
     )
     add_eos: bool = Field(True, description="add EOS to completions that have no end of turn")
     scored: Literal["assistant", "last", "all"] = Field(

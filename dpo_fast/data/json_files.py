@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_fast.data.json_text import NotFinite, Refused, decode, decode_at
-from dpo_fast.data.lines import BYTE_ORDER_MARK, PIECE, opened, read_lines, too_long
+from dpo_fast.data.lines import BYTE_ORDER_MARK, PIECE, check_size, opened, read_lines, too_long
 from dpo_fast.data.verdicts import BadRow, BadRows
 from dpo_fast.errors import UserError
 from dpo_fast.wording import printable
@@ -26,6 +26,8 @@ def json_lines(path: Path, bad: BadRows) -> RawRows:
             if line is None:
                 raise too_long(bad.max_row_bytes)
             row = _parse_line(line, bad.ignored)
+            if len(line) > bad.max_row_bytes:
+                check_size(row, bad.max_row_bytes)
         except BadRow as verdict:
             bad.reject(where, verdict)
         else:

@@ -17,6 +17,8 @@ PIECE = 1 << 20
 # What is passed over in search of the next row: so many times the bytes of one, and so many lines.
 # What goes on is no data.
 PATIENCE, BLANK_LINES = 256, 1_000_000
+DATA_URI = b";base64,"  # before an image in a line
+LARGEST_IMAGES = 256 << 20  # bytes of a line with images
 Line = tuple[int, bytes | None]  # its number from 1; its bytes, None if they are too many
 
 
@@ -38,7 +40,7 @@ def opened(path: Path, place: list[int]) -> Iterator[BinaryIO]:
 def read_lines(path: Path, limit: int, blank: bool = False) -> Iterator[Line]:
     """Each line, or only those that are not blank.
 
-    limit: bytes of a line, at most. What is longer comes as None.
+    limit: bytes of a line, at most. What is longer comes as None, but for one that holds images.
 
     Raises:
         UserError: the file cannot be read to its end, or goes on for long without a line of that length.
@@ -50,7 +52,11 @@ def read_lines(path: Path, limit: int, blank: bool = False) -> Iterator[Line]:
             number = place[0]
             if number == 1:
                 line = line.removeprefix(BYTE_ORDER_MARK)
-            if len(line) > limit:
+            most = limit
+            if len(line) > limit and DATA_URI in line:
+                most = LARGEST_IMAGES
+                line += file.readline(most + 1 - len(line))
+            if len(line) > most:
                 for rest in iter(lambda: file.readline(PIECE), b""):
                     passed += len(rest)
                     _check_patience(path, number, passed > PATIENCE * limit)
@@ -98,13 +104,13 @@ def first_byte(path: Path, limit: int) -> bytes:
 def check_size(row: Any, limit: int) -> None:
     """Raises BadRow for a row whose texts have more bytes, or as many characters, together.
 
-    Bytes are those of images, which are not tokenised.
+    Images, which are not tokenised, do not count: bytes, and data URIs.
     """
     left, passed = [row], 0
     while left:
         value = left.pop()
         if isinstance(value, str):
-            passed += len(value)
+            passed += 0 if value.startswith("data:image/") else len(value)
         elif isinstance(value, dict):
             left += value.values()
         elif isinstance(value, (list, tuple)):

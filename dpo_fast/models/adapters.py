@@ -1,11 +1,13 @@
-"""Adapters (peft) on a model: new ones, and a trained one that goes on.
+"""Adapters (peft) on a model: a trained one that goes on, and which of a model's adapters are on.
 
-Where the policy goes on with a trained adapter, a frozen copy of it may be the reference.
+Where the policy goes on with a trained adapter, a frozen copy of it may be the reference. So may a copy
+that follows it. New adapters are made in `lora.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,19 +15,10 @@ import torch
 from torch import nn
 
 from dpo_fast.errors import UserError
-from dpo_fast.models.adapter_targets import (
-    check_called,
-    check_no_router,
-    check_parameters,
-    frozen_beside,
-    layers_never_called,
-    linear_routers,
-)
-from dpo_fast.models.checkpoint import EMBEDDINGS, HEADS, adapter_file, base_of
-from dpo_fast.models.config import LoraSection
-from dpo_fast.models.decoder import decoder_of
+from dpo_fast.models.checkpoint import HEADS, adapter_file, base_of
+from dpo_fast.models.lora_start import TAKEN, TRAINED
 
-ADAPTER = "default"  # the name that peft gives the trained adapter
+ADAPTER = TRAINED  # the name that peft gives the trained adapter
 START = "ref"  # a frozen copy of it as it started; TRL's name
 # Kinds of adapters that act outside the layers, where the scoring forward does not come by.
 ELSEWHERE = {
@@ -33,6 +26,17 @@ ELSEWHERE = {
     "POLY": "it needs a task id with every row",
     "ADAPTION_PROMPT": "it adds tokens to the attention",
     "ADALORA": "its ranks are moved by the trainer of each step",
+    "ADAMSS": "its parts are masked by the trainer of each step",
+    "LILY": "it weighs its experts by the mean over all tokens of a batch",
+    "PVERA": "it draws noise in every forward",
+    "SHADOW": "it keeps a state of its own beside the layers",
+}
+# Options of LoRA with which it does the same.
+VARIANTS = {
+    "alora_invocation_tokens": "turn it on in the middle of a sequence",
+    "monteclora_config": "draws noise in every forward",
+    "arrow_config": "chooses among adapters for each token, and cannot be saved with them",
+    "layer_replication": "repeats layers of the base model",
 }
 
 
@@ -46,83 +50,14 @@ def why_not(config: Any) -> str | None:
         return f"peft_type={kind} adds virtual tokens before every sequence"
     if kind in ELSEWHERE:
         return f"peft_type={kind}: {ELSEWHERE[kind]}"
-    if getattr(config, "alora_invocation_tokens", None):
-        return "alora_invocation_tokens turn it on in the middle of a sequence"
+    for option, what in VARIANTS.items():
+        if getattr(config, option, None):
+            return f"{option} {what}"
     targets = getattr(config, "target_modules", None) or ()
     named = [targets] if isinstance(targets, str) else targets
     if any(name.split(".")[-1] in HEADS for name in named):
         return "target_modules has the head, which never makes logits that an adapter could change"
     return None
-
-
-def add_lora(scoring: nn.Module, section: LoraSection) -> None:
-    """Wrap the backbone's layers with new adapters and freeze everything else but `modules_to_save`.
-
-    Where embeddings and head share a weight, they share the trained copy of it, too.
-
-    Raises:
-        UserError: modules that cannot have them, such as the head, or that are not there.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    model = scoring.causal_lm
-    targets, whole = section.target_modules, section.modules_to_save or []
-    _check_whole(model, whole)
-    parameters = section.target_parameters or []
-    check_parameters(model, parameters, section.dropout)
-    check_no_router(model, targets)
-    check_called(model, targets)
-    everything = targets == "all-linear"
-    excluded = linear_routers(model) + layers_never_called(model) if everything else []
-    excluded += [name for name in frozen_beside(model, targets) if name not in excluded]
-    shared = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    ends = {name.split(".")[-1] for name in whole} & {*HEADS, *EMBEDDINGS}
-    # Lists of its own: peft (0.21) writes the layer that is tied to the head into the one that it is given.
-    config = LoraConfig(
-        r=section.r,
-        lora_alpha=section.alpha,
-        lora_dropout=section.dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        target_parameters=list(parameters) or None,
-        exclude_modules=excluded or None,
-        modules_to_save=list(whole) or None,
-        ensure_weight_tying=shared and bool(ends),
-        task_type="CAUSAL_LM",
-    )
-    if why_not(config):
-        raise UserError(
-            f"model.lora.target_modules={targets}: the head cannot carry an adapter, because it "
-            "never makes logits; name layers of the backbone, or all-linear. To train the head itself "
-            "name it in model.lora.modules_to_save"
-        )
-    try:
-        scoring.set_adapted(get_peft_model(scoring.model, config))
-    except (ValueError, TypeError) as error:
-        options = f"model.lora.target_modules={targets}, modules_to_save={whole}"
-        options += f", target_parameters={parameters}" if parameters else ""
-        raise UserError(f"{options}: {_first(error)}") from error
-
-
-def _check_whole(model: nn.Module, names: list[str]) -> None:
-    """Raises UserError if a name of `modules_to_save` is no module that texts go through."""
-    parts = (decoder_of(model), model.get_output_embeddings(), model.get_input_embeddings())
-    reached = {id(module) for part in parts for module in part.modules()}
-    modules = dict(model.named_modules())
-    for name in names:
-        found = [module for key, module in modules.items() if key.endswith(name)]
-        if not any(list(module.parameters()) for module in found):
-            known = sorted(
-                {key.split(".")[-1] for key in modules if key.split(".")[-1].isidentifier()}
-            )
-            raise UserError(
-                f"model.lora.modules_to_save={name}: the model has no such module with weights; it has "
-                f"{', '.join(known)}"
-            )
-        if not all(id(module) in reached for module in found):
-            raise UserError(
-                f"model.lora.modules_to_save={name}: no text goes through it, so that it would not be "
-                "trained; leave it out"
-            )
 
 
 def check_adapter(path: str, option: str) -> Any:
@@ -134,7 +69,7 @@ def check_adapter(path: str, option: str) -> Any:
         config = PeftConfig.from_pretrained(path)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(
-            f"{option}={path}: peft does not know this adapter: {_first(error)}"
+            f"{option}={path}: peft does not know this adapter: {first_line(error)}"
         ) from error
     obstacle = why_not(config)
     if obstacle:
@@ -164,20 +99,20 @@ def load_adapter(scoring: nn.Module, path: str, option: str, keep_start: bool) -
     """
     from peft import PeftModel
 
-    check_adapter(path, option)
+    config = check_adapter(path, option)
+    dropout = _without_dropout(config)
+    config.inference_mode = False  # as saved it says that nothing is trained
     try:
         # In the dtype of the model, as DeepSpeed makes it: the reference must round as the policy does.
         model = PeftModel.from_pretrained(
-            scoring.model, path, is_trainable=True, autocast_adapter_dtype=False
+            scoring.model, path, config=config, is_trainable=True, autocast_adapter_dtype=False
         )
     except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
         base = base_of(path, option)
         raise UserError(
-            f"{option}={path}: the adapter does not fit its base model {base}: {_first(error)}"
+            f"{option}={path}: the adapter does not fit its base model {base}: {first_line(error)}"
         ) from error
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and "lora_dropout" in name:
-            module.p = 0.0
+    vars(config).update(dropout)  # for the export
     if keep_start:
         keep_frozen_copy(model)
     scoring.set_adapted(model)
@@ -202,39 +137,77 @@ def keep_frozen_copy(model: nn.Module) -> str:
             "the model without the adapter is not the one that training starts from; give a reference "
             "model of its own"
         )
-    model.add_adapter(START, config)
-    known = dict(model.named_parameters(remove_duplicate=False))
-    for name, parameter in known.items():
-        head, found, tail = f"{name}.".rpartition(f".{active}.")
-        # An adapter may be called as a module of the model is, `model` for one.
-        copied = known.get(f"{head}.{START}.{tail}".rstrip(".")) if found else None
-        if copied is not None:
-            copied.data.copy_(parameter.data)
-            copied.requires_grad_(False)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and START in name.split("."):
-            module.p = 0.0
-    model.set_adapter(active)
+    copied_config = copy.deepcopy(config)
+    if isinstance(getattr(config, "init_lora_weights", None), str):
+        copied_config.init_lora_weights = True  # some starts would change the base once more
+    _without_dropout(copied_config)
+    model.add_adapter(START, copied_config)
+    for _, copied, parameter in copies_of(model, active):
+        copied.data.copy_(parameter.data)
+        copied.requires_grad_(False)
+    activate(model, active)
     return START
+
+
+def _without_dropout(config: Any) -> dict[str, float]:
+    """Turn off what peft's kinds of adapters have for dropout; gives what it was, by its names."""
+    found = {name: value for name, value in vars(config).items() if "dropout" in name and value}
+    vars(config).update(dict.fromkeys(found, 0.0))
+    return found
+
+
+def copies_of(
+    model: nn.Module, adapter: str = ADAPTER
+) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+    """Every parameter of the copy of an adapter once: its name, itself, and the one that it is of."""
+    known, seen = dict(model.named_parameters(remove_duplicate=False)), set()
+    for name, parameter in known.items():
+        # An adapter may be called as a module of the model is, `model` for one.
+        head, found, tail = f"{name}.".rpartition(f".{adapter}.")
+        other = f"{head}.{START}.{tail}".rstrip(".")
+        copied = known.get(other) if found else None
+        if copied is not None and id(copied) not in seen:
+            seen.add(id(copied))
+            yield other, copied, parameter
+
+
+def activate(model: nn.Module, name: str, trained: bool = True) -> None:
+    """Have a PeftModel compute with this adapter, and train it or not."""
+    if TAKEN not in model.peft_config:
+        model.set_adapter(name, inference_mode=not trained)
+        return
+    model.base_model.set_adapter([name, TAKEN], inference_mode=not trained)
+    _freeze(model, TAKEN)
 
 
 @contextlib.contextmanager
 def as_started(model: nn.Module) -> Iterator[None]:
-    """A context in which a PeftModel computes as before its first update.
+    """A context in which a PeftModel computes as its reference: as before its first update, say.
 
-    Its adapters are off; or, where there is a frozen copy of one, the copy is on.
+    Its adapters are off; or, where there is a copy of one that is not trained, the copy is on.
     """
     if START not in model.peft_config:
-        with model.disable_adapter():
-            yield
+        try:
+            with model.disable_adapter():
+                yield
+        finally:
+            _freeze(model, TAKEN)
         return
     active = model.active_adapter
-    model.set_adapter(START, inference_mode=True)
+    activate(model, START, trained=False)
     try:
         yield
     finally:
-        model.set_adapter(active)
+        activate(model, active)
 
 
-def _first(error: Exception) -> str:
+def _freeze(model: nn.Module, name: str) -> None:
+    """Have an adapter not be trained: peft turns on the gradients of each that it activates."""
+    if name in model.peft_config:
+        for key, parameter in model.named_parameters():
+            if f".{name}." in key:
+                parameter.requires_grad_(False)
+
+
+def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__

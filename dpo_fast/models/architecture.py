@@ -19,9 +19,10 @@ from dpo_fast.errors import UserError
 from dpo_fast.models import recurrent
 from dpo_fast.models.attention import NAMES, has_varlen
 from dpo_fast.models.attention_trial import try_attention
+from dpo_fast.models.by_sequence import serves as serves_attention
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.decoder import decoder_of
-from dpo_fast.models.layer_kinds import MixingLayer, described, mixing_layers
+from dpo_fast.models.layer_kinds import MixingLayer, described, has_plain_attention, mixing_layers
 from dpo_fast.models.load import load_skeleton
 from dpo_fast.ops.dispatch import Choice
 
@@ -74,9 +75,10 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
 
 def _keeps_apart(model: PreTrainedModel, layer: MixingLayer) -> bool:
     """Whether a layer that mixes tokens beside attention does so as the plan of a row says."""
-    return bool(layer.name) and any(
-        map(recurrent.served, model.get_submodule(layer.name).modules())
-    )
+    mixer = model.get_submodule(layer.name) if layer.name else None
+    if mixer is None:
+        return False
+    return serves_attention(mixer) or any(map(recurrent.served, mixer.modules()))
 
 
 def read_architecture(section: ModelSection, option: str = "model.path") -> Architecture:
@@ -93,10 +95,11 @@ def _obstacle(
     if _without_attention(model, beside):
         return None
     unseen = None
-    if not model._supports_attention_backend:
+    if not model._supports_attention_backend and has_plain_attention(model):
         unseen = "it does not take its attention from transformers' AttentionInterface"
     tried = _unsharded(model)
-    if found := try_attention(tried, decoder_of(tried), unseen):
+    apart = [tried.get_submodule(layer.name) for layer in beside]
+    if found := try_attention(tried, decoder_of(tried), unseen, apart):
         return found
     if "position_ids" not in inspect.signature(decoder_of(model).forward).parameters:
         return "its forward takes no position_ids, so every sequence would go on from the last"

@@ -8,7 +8,7 @@ where a model needs numbers, as some experts do.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -25,25 +25,31 @@ TOLD = ("scaling", "dropout", "sliding_window", "softcap", "s_aux")
 class Heard:
     """What a trial has heard of attention. It stands in the place of the plan of a row.
 
+    apart: modules whose attention needs no plan.
     reasons: why sequences cannot share a row.
     found: attention has been called. untold: it has been called without a window.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, apart: Iterable[nn.Module] = ()) -> None:
+        self.apart = {id(module) for module in apart}
         self.reasons: list[str] = []
         self.found = self.untold = False
 
 
 def try_attention(
-    model: PreTrainedModel, decoder: nn.Module, unseen: str | None = None
+    model: PreTrainedModel,
+    decoder: nn.Module,
+    unseen: str | None = None,
+    apart: Iterable[nn.Module] = (),
 ) -> str | None:
     """Why the attention of a decoder cannot serve sequences that share a row; None if it can.
 
     A model on the meta device will do.
 
     unseen: what to say of a model whose attention is not found by its forward.
+    apart: layers that keep sequences apart whatever their attention is called with.
     """
-    heard = Heard()
+    heard = Heard(apart)
     tokens = torch.ones(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
     with _attention(model, CALLS):
         _run(decoder, heard, tokens, attention_mask=None)
@@ -92,6 +98,8 @@ def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
 def _hear_call(module, query, key, value, attention_mask=None, *, plan=None, **others):
     if plan is None:
         raise _Lost(type(module).__name__)
+    if id(module) in plan.apart:
+        return _nothing(query, value), None
     rest = {name: each for name, each in others.items() if name not in TOLD}
     if reasons := obstacles(module, attention_mask, rest):
         plan.reasons.append(f"{type(module).__name__} has {' and '.join(reasons)}")
@@ -102,7 +110,8 @@ def _hear_call(module, query, key, value, attention_mask=None, *, plan=None, **o
 
 def _hear_mask(module, query, key, value, attention_mask=None, *, plan=None, **others):
     made, ruled = getattr(attention_mask, "dpo_fast_local", None), local_of(module)
-    if "sliding_window" not in others and made is not None and made != ruled:
+    told = "sliding_window" in others or id(module) in plan.apart
+    if not told and made is not None and made != ruled:
         plan.reasons.append(
             f"the mask of {type(module).__name__} has {made}, and neither its call nor the "
             f"configuration tells of it ({ruled})"

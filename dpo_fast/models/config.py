@@ -13,11 +13,15 @@ from pydantic import (
     Field,
     StrictBool,
     StrictInt,
+    field_validator,
     model_validator,
 )
 
+from dpo_fast.models.adapter_path import with_adapter_path
 from dpo_fast.models.checkpoint import is_adapter
 from dpo_fast.models.hub import with_revision
+from dpo_fast.models.lora_section import LoraSection
+from dpo_fast.models.quantization_section import QuantizationSection
 
 if TYPE_CHECKING:
     import torch
@@ -25,33 +29,6 @@ if TYPE_CHECKING:
 TILE_TOKENS = 4096  # products of so many rows run at a GPU's peak
 
 ModelPath = Annotated[str, AfterValidator(os.path.expanduser)]  # a folder, or a hub id
-
-
-class LoraSection(BaseModel):
-    """Train low-rank adapters (peft) and freeze the rest."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    r: int = Field(16, ge=1, description="rank of the adapters")
-    alpha: int = Field(32, ge=1, description="adapters are scaled by alpha / r")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapters")
-    target_modules: str | list[str] = Field(
-        "all-linear",
-        description="names of modules that get adapters, or all-linear (not the head)",
-        json_schema_extra={"refused": "the head"},
-    )
-    target_parameters: list[str] | None = Field(
-        None,
-        description="names of parameters that get adapters, as peft has them, for experts that lie in one "
-        "tensor: [experts.gate_up_proj, experts.down_proj]",
-        json_schema_extra={"refused": "names of no parameter of a layer; with dropout"},
-    )
-    modules_to_save: list[str] | None = Field(
-        None,
-        description="modules that are trained whole beside the adapters and saved with them, such as norm, "
-        "embed_tokens or lm_head; embeddings and head that share a weight go on sharing it",
-        json_schema_extra={"refused": "modules that no text goes through"},
-    )
 
 
 class ModelSection(BaseModel):
@@ -75,6 +52,12 @@ class ModelSection(BaseModel):
         "the reference is that adapter frozen; merge: it is merged into its base, and training starts anew "
         "from there, of the whole model or of new adapters (lora)",
         json_schema_extra={"refused": "where path is no adapter; continue with lora"},
+    )
+    adapter_path: ModelPath | None = Field(
+        None,
+        description="an adapter (peft), a folder or a hub id, on the model in path: in place of an adapter "
+        "in path that names its base itself. A run notes the two as path, one folder in the cache",
+        json_schema_extra={"refused": "where path is an adapter; with lora, unless adapter=merge"},
     )
     tokenizer: ModelPath | None = Field(
         None, description="tokenizer folder or hub id, also as org/name@revision; default: path"
@@ -121,6 +104,16 @@ class ModelSection(BaseModel):
         description="compile the blocks of the decoder layers with torch.compile",
         json_schema_extra={"refused": "with use_liger_kernel; with parallel.zero_stage=3"},
     )
+    fp8: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = Field(
+        None,
+        description="compute the products of the decoder's linear layers in 8-bit floats, by this recipe "
+        "of torchao's float8 training; head, log-probs and stored weights stay as they are; true: "
+        "tensorwise",
+        json_schema_extra={
+            "refused": "below compute capability 8.9, rowwise ones below 9.0; without torchao; with "
+            "model.dtype=fp32; with parallel.zero_stage=3 where layers are not recomputed"
+        },
+    )
     router_aux_loss_coef: float | None = Field(
         None,
         ge=0,
@@ -151,11 +144,27 @@ class ModelSection(BaseModel):
         True, description="do not train what leads from the vision tower to the text model"
     )
     lora: LoraSection | None = Field(None, description="train adapters instead of the model")
+    quantization: QuantizationSection | None = Field(
+        None,
+        description="load the base, and a reference model, with few bits a weight, for adapters on top "
+        "(QLoRA)",
+        json_schema_extra={
+            "refused": "without adapters; with parallel.zero_stage=3 and parallel.offload_parameters"
+        },
+    )
 
     @property
     def has_adapters(self) -> bool:
         """Whether adapters are trained: new ones, or the one in `path`."""
         return self.lora is not None or (is_adapter(self.path) and self.adapter != "merge")
+
+    @property
+    def whole_weights(self) -> str | None:
+        """The option, if there is one, that needs every weight whole on each rank: ZeRO up to stage 2."""
+        if self.quantization is not None:
+            return "model.quantization"
+        rows = self.lora is not None and self.lora.trainable_token_indices
+        return "model.lora.trainable_token_indices" if rows else None
 
     @property
     def tile_tokens(self) -> int | None:
@@ -176,10 +185,16 @@ class ModelSection(BaseModel):
 
         return DTYPES[self.precision]
 
+    @field_validator("fp8", mode="before")
+    @classmethod
+    def _recipe(cls, value: Any) -> Any:
+        """true and false are torchao's first recipe and none."""
+        return {True: "tensorwise", False: None}[value] if isinstance(value, bool) else value
+
     @model_validator(mode="before")
     @classmethod
     def _fold_revision(cls, values: Any) -> Any:
-        return with_revision(values)
+        return with_adapter_path(with_revision(values))
 
     @model_validator(mode="after")
     def _check(self) -> ModelSection:
@@ -229,6 +244,11 @@ class ModelSection(BaseModel):
             )
 
     def _check_adapter(self) -> None:
+        if self.quantization is not None and not self.has_adapters:
+            raise ValueError(
+                f"model.quantization.load_in_{self.quantization.bits}bit=true: quantised weights are not "
+                "trained themselves; set model.lora to train adapters on them"
+            )
         if self.adapter is not None and Path(self.path).is_dir() and not is_adapter(self.path):
             raise ValueError(
                 f"model.adapter={self.adapter}, but model.path={self.path} holds no adapter_config.json; "

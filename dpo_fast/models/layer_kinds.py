@@ -75,6 +75,12 @@ def carried_state(model: PreTrainedModel) -> str:
     return ", ".join(sorted(set(_kinds(model)) - TOLD - TOKENWISE))
 
 
+def has_plain_attention(model: PreTrainedModel) -> bool:
+    """Whether there is a layer with attention that has to be told which tokens see which."""
+    kinds = _kinds(model)
+    return not kinds or bool(set(kinds) & (TOLD | {"hybrid", "hybrid_sliding"}))
+
+
 def _kinds(model: PreTrainedModel) -> list[str]:
     kinds = list(getattr(model.config.get_text_config(), "layer_types", None) or ())
     if model._is_stateful and set(kinds) <= TOLD | TOKENWISE:  # RWKV and xLSTM name no kinds

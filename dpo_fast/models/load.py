@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from dpo_fast.errors import UserError
-from dpo_fast.models.adapters import add_lora, check_adapter, load_adapter
+from dpo_fast.models.adapters import check_adapter, load_adapter
 from dpo_fast.models.checkpoint import (
     adapter_vocabulary,
     base_of,
@@ -31,10 +31,13 @@ from dpo_fast.models.checkpoint import (
 )
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.decoder import attention_of_parts
+from dpo_fast.models.fp8 import use_fp8
 from dpo_fast.models.hub import cached_revisions, commit_of, source, split_revision
 from dpo_fast.models.layers import compile_layers, use_liger_kernel
+from dpo_fast.models.lora import add_lora
 from dpo_fast.models.parts import check_found, settle_parts
 from dpo_fast.models.processor import processor_source, processor_template
+from dpo_fast.models.quantization import loading_options, settle
 from dpo_fast.models.save import HEAVY
 from dpo_fast.models.scoring import ScoringModel
 from dpo_fast.models.tiles import tile_layers
@@ -136,6 +139,7 @@ def load_model(
     workspace_bytes: int | None = None,
     option: str = "model.path",
     keep_start: bool = False,
+    follows: bool = False,
 ) -> ScoringModel:
     """The model of a section as a `ScoringModel`, without dropout.
 
@@ -144,10 +148,13 @@ def load_model(
     parts say so.
 
     keep_start: of an adapter that is trained further, also keep it as it is now.
+    follows: keep a copy of new adapters as well, for a reference that follows them.
     """
     model = _load_causal_lm(section, attention, option)
     if section.use_liger_kernel:
         use_liger_kernel(model)
+    if section.fp8:
+        use_fp8(model, section.fp8)
     if section.torch_compile:
         compile_layers(model)
     if section.tile_tokens:
@@ -157,7 +164,7 @@ def load_model(
     if is_adapter(section.path):
         load_adapter(scoring, section.path, option, keep_start)
     elif section.lora is not None:
-        add_lora(scoring, section.lora)
+        add_lora(scoring, section.lora, follows)
         for adapter in scoring.model.peft_config.values():  # what the export's base is
             adapter.revision = split_revision(section.path)[1]
     return scoring
@@ -178,14 +185,16 @@ def _load_causal_lm(section: ModelSection, attention: str, option: str) -> PreTr
             else attention,
             trust_remote_code=section.trust_remote_code,
             output_loading_info=True,
+            **loading_options(section),
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(
-            f"{option}={section.path} is an adapter on the hub: download it (hf download {section.path} "
-            "--local-dir FOLDER) and name the folder"
+            f"{option}={section.path} is an adapter on the hub: set model.adapter_path={section.path}, and "
+            "model.path to its base model"
         )
     with _told(section, option):
         check_found(model, found["missing_keys"], section.path, option, section.images)
+    settle(model)
     resize_for_adapter(model, section.path)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

@@ -19,6 +19,7 @@ from dpo_fast.errors import UserError
 from dpo_fast.models import recurrent
 from dpo_fast.models.adapters import as_started
 from dpo_fast.models.attention_plan import AttentionPlan
+from dpo_fast.models.by_sequence import serve_by_sequence
 from dpo_fast.models.decoder import decoder_of
 from dpo_fast.models.own_logits import check_own_logits
 from dpo_fast.models.routers import Routers
@@ -65,6 +66,7 @@ class ScoringModel(nn.Module):
         self.vision: Vision | None = None  # what sees images; None: texts alone are scored
         fuse_head(model, **self.head)
         recurrent.serve(model)
+        serve_by_sequence(model)
         self.model = model
 
     def set_adapted(self, model: nn.Module) -> None:
@@ -234,7 +236,8 @@ def _images(
 
 def _in_dtype_of(head: nn.Module, hidden: Tensor) -> Tensor:
     """Hidden states as a head wants them: Mamba's decoder adds up in fp32, and the model casts them."""
-    if hidden.dtype != torch.float32 or torch.is_autocast_enabled(hidden.device.type):
+    kind = hidden.device.type
+    if hidden.dtype != torch.float32 or (kind != "meta" and torch.is_autocast_enabled(kind)):
         return hidden
     return hidden.to(next(head.parameters()).dtype)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from dpo_fast.models.adapters import add_lora, add_untrained
+from dpo_fast.models.adapters import add_untrained
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.load import load_skeleton
+from dpo_fast.models.lora import add_lora
 from dpo_fast.models.parts import settle_parts
 from dpo_fast.models.scoring import ScoringModel
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dpo_fast.references.providers import (
         AdapterOffReference,
         ColumnReference,
+        EmaAdapterReference,
         EmaReference,
         FrozenReference,
         NoReference,
@@ -37,6 +38,7 @@ __all__ = [
     "AdapterOffReference",
     "CachedReference",
     "ColumnReference",
+    "EmaAdapterReference",
     "EmaReference",
     "FrozenReference",
     "NoReference",

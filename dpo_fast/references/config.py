@@ -160,11 +160,6 @@ def check_reference(
             f"reference.provider={spec.name} needs adapters: set model.lora, or choose "
             f"{alternatives(lambda other: other.compares and not other.needs_adapters)}"
         )
-    if spec.no_adapters and adapters:
-        raise ValueError(
-            f"reference.provider={spec.name} does not work with model.lora: {spec.no_adapters}; choose "
-            f"{alternatives(lambda other: other.compares and not other.no_adapters)}"
-        )
     _check_options(section, spec, objective)
     _check_scores(section, spec, objective)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.data.kinds import PAIRS, Kind
+from dpo_fast.models.adapters import copies_of
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.ops.segments import sum_sequences
 
@@ -97,26 +98,49 @@ class EmaReference(FrozenReference):
         """Update, if one is due. step: the optimiser step that is over, counted from 1."""
         if step % self.sync_steps:
             return
-        policy = dict(self.policy.named_parameters())
-        for name, parameter in self._model.named_parameters():
+        for _, parameter, followed in self._pairs():
             own = local(parameter)
-            own.lerp_(local(policy[name]).to(own), self.alpha)
+            own.lerp_(local(followed).to(own), self.alpha)
             _forget_gathered(parameter)
 
     def state_dict(self) -> dict[str, Tensor]:
         """This rank's part of the reference, on the CPU."""
-        return {name: local(p).detach().cpu() for name, p in self._model.named_parameters()}
+        return {name: local(own).detach().cpu() for name, own, _ in self._pairs()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from what `state_dict` gave on this rank."""
-        for name, parameter in self._model.named_parameters():
+        for name, parameter, _ in self._pairs():
             local(parameter).copy_(state[name])
             _forget_gathered(parameter)
 
-    @property
-    def _model(self) -> nn.Module:
-        return getattr(self.scorer, "module", self.scorer)
+    def _pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+        """Every parameter of the reference: its name, itself, and the policy's that it follows."""
+        policy = dict(self.policy.named_parameters())
+        model = getattr(self.scorer, "module", self.scorer)
+        return ((name, own, policy[name]) for name, own in model.named_parameters())
+
+
+class EmaAdapterReference(EmaReference):
+    """TR-DPO on adapters: a copy of them that follows them, on the weights of the policy itself."""
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        policy: nn.Module,
+        alpha: float,
+        sync_steps: int,
+        as_started: Callable[[], AbstractContextManager],
+    ) -> None:
+        super().__init__(scorer, policy, alpha, sync_steps)
+        self.as_started = as_started
+
+    def token_logps(self, batch: ScoredBatch) -> Tensor:
+        with self.as_started():
+            return score_tokens(self.scorer, batch)
+
+    def _pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+        return copies_of(self.policy)
 
 
 def local(parameter: nn.Parameter) -> Tensor:

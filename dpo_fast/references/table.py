@@ -56,8 +56,7 @@ class ProviderSpec:
     columns: it reads columns of the data.
     compares: it gives something to compare with.
     follows: it changes with the policy, so that checkpoints hold its state.
-    needs_adapters: it works with model.lora only.
-    no_adapters: why it does not work with model.lora; empty if it does.
+    needs_adapters: it is the policy with other adapters, or none, so that there is no second model.
     """
 
     name: str
@@ -72,7 +71,6 @@ class ProviderSpec:
     compares: bool = True
     follows: bool = False
     needs_adapters: bool = False
-    no_adapters: str = ""
 
     @property
     def scores(self) -> bool:
@@ -123,6 +121,16 @@ def _ema(materials: Materials) -> dict[str, Provider]:
     return materials.for_every_split(reference)
 
 
+def _ema_adapters(materials: Materials) -> dict[str, Provider]:
+    from dpo_fast.references.providers import EmaAdapterReference
+
+    section, policy = materials.section, materials.policy
+    reference = EmaAdapterReference(
+        materials.engine, policy, section.mixup_alpha, section.sync_steps, policy.as_started
+    )
+    return materials.for_every_split(reference)
+
+
 _SPECS = (  # the first is the default
     ProviderSpec(
         "cached",
@@ -153,14 +161,13 @@ _SPECS = (  # the first is the default
     ),
     ProviderSpec(
         "ema",
-        "a second model that follows the policy (TR-DPO)",
+        "a second model that follows the policy (TR-DPO); with adapters a copy of these alone",
         _ema,
         options=("path", "mixup_alpha", "sync_steps"),
         second_model="always",
         tokens="always",
         any_sequence=True,
         follows=True,
-        no_adapters="it mixes the weights of two models, and adapters are no weights of the reference",
     ),
     ProviderSpec(
         "columns",
@@ -174,7 +181,22 @@ _SPECS = (  # the first is the default
     ),
 )
 PROVIDERS = {spec.name: spec for spec in _SPECS}
+EMA_ADAPTERS = ProviderSpec(
+    "ema",
+    "a copy of the adapters that follows them (TR-DPO)",
+    _ema_adapters,
+    options=("mixup_alpha", "sync_steps"),
+    tokens="always",
+    any_sequence=True,
+    follows=True,
+    needs_adapters=True,
+)
 DEFAULT = _SPECS[0].name
+
+
+def spec_of(name: str, adapters: bool) -> ProviderSpec:
+    """The entry of a provider. adapters: whether the policy has some."""
+    return EMA_ADAPTERS if adapters and name == EMA_ADAPTERS.name else PROVIDERS[name]
 
 
 def default_provider(compares: bool, any_sequence: bool, adapters: bool) -> str:
@@ -206,7 +228,6 @@ def refusals() -> str:
     reasons: dict[str, Callable[[ProviderSpec], object]] = {
         "with a loss that compares with a reference": lambda spec: not spec.compares,
         "without model.lora": lambda spec: spec.needs_adapters,
-        "with model.lora": lambda spec: spec.no_adapters,
         "with data.streaming": lambda spec: spec.stores,
         "with a loss that estimates kl": lambda spec: spec.compares and not spec.any_sequence,
         "with groups": lambda spec: spec.columns,

@@ -31,7 +31,13 @@ from dpo_fast.training.fit import check_vocabulary
 from dpo_fast.training.weights import identity_of
 
 # Options of the section model that are for training, and change nothing that is sampled.
-TRAINING_ONLY = ("lora", "gradient_checkpointing", "checkpoint_layers", "activation_offloading")
+TRAINING_ONLY = (
+    "lora",
+    "gradient_checkpointing",
+    "checkpoint_layers",
+    "activation_offloading",
+    "fp8",
+)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from dpo_fast import durable
 from dpo_fast.errors import UserError
 from dpo_fast.models.checkpoint import check_model_path
 from dpo_fast.models.hub import commit_of
+from dpo_fast.models.merge import write_merged
+from dpo_fast.models.quantization import check_quantization
 from dpo_fast.models.skeleton import scoring_skeleton
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoint_weights import read_trained
@@ -23,7 +25,7 @@ from dpo_fast.training.checkpoints import (
 )
 from dpo_fast.training.config import RunConfig, build_config
 from dpo_fast.training.config_file import apply
-from dpo_fast.training.export import gather_trained, write_export
+from dpo_fast.training.export import MERGED, gather_trained, write_export
 from dpo_fast.training.overrides import check_used
 from dpo_fast.training.recorded import CONFIG, RUN_CONFIG, read_recorded, written
 from dpo_fast.training.weights import identity_on_this_rank
@@ -32,6 +34,7 @@ OF_EXPORT = (
     *("model.path", "model.tokenizer", "model.dtype", "model.trust_remote_code"),
     *("data.chat_template", "data.cache_dir", "train.merge_lora", "train.merge_dtype"),
 )
+OF_MERGE = ("model.dtype", "model.trust_remote_code", "model.quantization")
 WEIGHTS = "the hash of model.path's weights"  # in state.json
 
 
@@ -67,8 +70,12 @@ def config_of(checkpoint: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
-def export_checkpoint(checkpoint: Path, out: Path, overrides: Sequence[str] = ()) -> None:
+def export_checkpoint(
+    checkpoint: Path, out: Path, overrides: Sequence[str] = (), merged: bool = False
+) -> None:
     """Write the model of a checkpoint to `out`, as the run itself would have exported it then.
+
+    merged: only the model with its adapter merged, which `train.merge_lora` asks for.
 
     Raises:
         UserError: `out` is there, the checkpoint is damaged, or the model it began with is another one.
@@ -88,6 +95,37 @@ def export_checkpoint(checkpoint: Path, out: Path, overrides: Sequence[str] = ()
     with durable.writing(aside, "The checkpoint is as it was: make room, or name another folder"):
         aside.mkdir(parents=True)
         write_export(model, tensors, run, aside)
+        durable.publish(aside / MERGED if merged else aside, out, replace=out.exists())
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def merge_adapter(
+    adapter: Path, out: Path, dtype: str = "auto", overrides: Sequence[str] = ()
+) -> None:
+    """Write an adapter's folder merged into its base, which is quantised as in the adapter's run.
+
+    overrides: of `model`: dtype, trust_remote_code and quantization.
+
+    Raises:
+        UserError: `out` is there, the base is not, or the adapter does not fit it.
+    """
+    check_target(adapter, out)
+    beside, tree = adapter.absolute().parent / RUN_CONFIG, {"model": {"path": str(adapter)}}
+    if beside.is_file():
+        known = read_recorded(beside).get("model", {})
+        tree["model"] |= {name: known[name] for name in ("quantization", "dtype") if name in known}
+    for override in overrides:
+        if not override.startswith(OF_MERGE):
+            raise UserError(f"{override} changes nothing here; options are {', '.join(OF_MERGE)}")
+        apply(tree, override)
+    needed = {"data": {"train": "none"}, "train": {"output_dir": str(out)}}
+    section = build_config(tree | needed, str(adapter)).model
+    check_model_path(section.path)
+    check_quantization(section, distributed.device())
+    aside = durable.aside(out)
+    shutil.rmtree(aside, ignore_errors=True)
+    with durable.writing(aside, "The adapter is as it was: make room, or name another folder"):
+        write_merged(section, adapter, aside, dtype)
         durable.publish(aside, out, replace=out.exists())
 
 

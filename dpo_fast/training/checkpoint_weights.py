@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from dpo_fast.errors import UserError
+from dpo_fast.models.lora_start import is_taken
 from dpo_fast.training import distributed
 from dpo_fast.training.tensor_files import read_tree
 
 WHOLE = "mp_rank_00_model_states.pt"
 MODEL_PARTS = "*zero_pp_rank_*_mp_rank_00_model_states.pt"
+MODEL_PART = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_model_states\.pt")
 OPTIMISER_PART = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 PREFIX = "model."  # of the transformers model, or peft's, in a ScoringModel
 
@@ -37,7 +39,7 @@ def read_trained(folder: Path, model: nn.Module) -> dict[str, Tensor]:
     found = dict(_tensors(folder / "engine"))
     own = model.state_dict(keep_vars=True)
     known = {id(own[name]): found[PREFIX + name] for name in own if PREFIX + name in found}
-    trained = {name: value for name, value in own.items() if value.requires_grad}
+    trained = {n: value for n, value in own.items() if value.requires_grad or is_taken(n)}
     missing = [name for name, value in trained.items() if id(value) not in known]
     wrong = [
         name
@@ -67,7 +69,8 @@ def read_on_main(folder: Path, model: nn.Module) -> dict[str, Tensor]:
 def trained_names(model: nn.Module) -> list[str]:
     """The names of what is trained, one of each Parameter."""
     own = model.state_dict(keep_vars=True).items()
-    first = {id(value): name for name, value in reversed(own) if value.requires_grad}
+    carried = ((name, value) for name, value in own if value.requires_grad or is_taken(name))
+    first = {id(value): name for name, value in reversed(list(carried))}
     return list(first.values())
 
 
@@ -111,6 +114,20 @@ def _tensors(engine: Path) -> Iterator[tuple[str, Tensor]]:
             name,
             value.to(head["module"][name].dtype),
         )  # an empty tensor there, of the run's dtype
+    yield from _taken(engine, head.get("frozen_param_shapes") or {})
+
+
+def _taken(engine: Path, shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
+    """What belongs to trained adapters though it is not trained. Every rank has a part of each."""
+    names = [name for name in shapes if is_taken(name)]
+    if not names:
+        return
+    found = ((MODEL_PART.fullmatch(file.name), file) for file in engine.iterdir())
+    files = [file for _, file in sorted((int(match[1]), file) for match, file in found if match)]
+    parts = [read_tree(file, mmap=True)["frozen_param_fragments"] for file in files]
+    for name in names:
+        whole = torch.cat([part[name].flatten() for part in parts])
+        yield name, whole[: math.prod(shapes[name])].view(shapes[name])
 
 
 def _joined(shapes: Mapping[str, torch.Size], flat: list[Tensor]) -> Iterator[tuple[str, Tensor]]:

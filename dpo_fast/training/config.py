@@ -12,7 +12,7 @@ from dpo_fast.data.config import DataConfig
 from dpo_fast.errors import UserError
 from dpo_fast.models.config import ModelSection
 from dpo_fast.references.config import ReferenceModel, ReferenceSection, check_reference
-from dpo_fast.references.table import PROVIDERS, ProviderSpec, alternatives, default_provider
+from dpo_fast.references.table import ProviderSpec, alternatives, default_provider, spec_of
 from dpo_fast.training.config_file import read_tree
 from dpo_fast.training.config_types import check_types
 from dpo_fast.training.generate_section import GenerateSection, check_generate
@@ -51,6 +51,7 @@ class RunConfig(BaseModel):
     def _check(self) -> RunConfig:
         adapters = self.model.has_adapters
         check_reference(self.reference, self.reference_spec, self.loss.objective, adapters)
+        self._check_biases()
         self._check_kl()
         self._check_offload()
         self._check_training()
@@ -63,6 +64,19 @@ class RunConfig(BaseModel):
         if self.generate.max_prompts:
             check_generate(self.generate, self)
         return self
+
+    def _check_biases(self) -> None:
+        """Biases lie in the base model, so that the reference has those that are trained."""
+        bias = "none" if self.model.lora is None else self.model.lora.bias
+        if bias != "none" and self.reference_spec.needs_adapters:
+            others = alternatives(
+                lambda spec: spec.compares and not spec.needs_adapters and not spec.follows
+            )
+            raise ValueError(
+                f"model.lora.bias={bias} trains biases of the base model, which the model with its "
+                f"adapters off (reference.provider={self.reference_provider}) would have as well; set "
+                f"model.lora.bias=none, or choose {others}"
+            )
 
     def _check_kl(self) -> None:
         """The kl of KTO needs completions of other rows."""
@@ -105,6 +119,7 @@ class RunConfig(BaseModel):
                 f"train.eval_steps={self.train.eval_steps}, but there is nothing to evaluate on: set "
                 "data.eval or data.eval_rows"
             )
+        self._check_whole_weights()
         objective, tokens = self.loss.objective, self.log.token_metrics
         check_selection(self.train, self.generate, self.data.has_eval, objective, tokens)
         check_schedule(self.train.schedule, self.learning_rate, self.train.max_steps)
@@ -115,6 +130,18 @@ class RunConfig(BaseModel):
             )
         if self.train.merge_lora and not self.model.has_adapters:
             raise ValueError("train.merge_lora=true, but there are no adapters: set model.lora")
+
+    def _check_whole_weights(self) -> None:
+        option, parallel = self.model.whole_weights, self.parallel
+        sharded = parallel.zero_stage == 3 and "parallel.zero_stage=3"
+        sharded = sharded or (parallel.needs_stage_3 and f"parallel.{parallel.needs_stage_3}")
+        if parallel.offload_parameters:
+            sharded = f"parallel.offload_parameters={parallel.offload_parameters}"
+        if option and sharded:
+            raise ValueError(
+                f"{option} cannot be honoured with {sharded}, which shards every weight over the ranks; "
+                "set parallel.zero_stage=2 or less"
+            )
 
     def _check_stream(self) -> None:
         """A stream has no known length, and nothing can be computed over all of it."""
@@ -198,7 +225,7 @@ class RunConfig(BaseModel):
     @property
     def reference_spec(self) -> ProviderSpec:
         """The entry of the provider in the table."""
-        return PROVIDERS[self.reference_provider]
+        return spec_of(self.reference_provider, self.model.has_adapters)
 
     @property
     def old_model(self) -> ReferenceModel | None:

@@ -45,6 +45,7 @@ OF_EVALUATION = (
         "model.tiled_mlp",
         "model.use_liger_kernel",
         "model.torch_compile",
+        "model.fp8",
         "model.trust_remote_code",
     ),
     *("data", "loss", "reference"),

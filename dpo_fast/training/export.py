@@ -15,12 +15,15 @@ from dpo_fast.models import ScoringModel
 from dpo_fast.models.adapters import ADAPTER
 from dpo_fast.models.checkpoint import adapter_file, adapter_vocabulary, base_of
 from dpo_fast.models.load import local_folder, tokenizer_path, transformers_tokenizer
+from dpo_fast.models.lora_start import TAKEN, is_taken, plain_adapter
 from dpo_fast.models.merge import write_merged
 from dpo_fast.models.save import copy_input_files, remove_input_files, write_model
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import saving
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import say
+
+MERGED = "merged"  # the folder of the merged model beside its adapter
 
 
 def export(
@@ -60,20 +63,21 @@ def write_export(
         write_model(model.causal_lm, state, local_folder(config.model.path), folder)
         write_tokenizer(config, folder)
     if config.train.merge_lora:
-        dtype = write_merged(config.model, folder, folder / "merged", config.train.merge_dtype)
+        dtype = write_merged(config.model, folder, folder / MERGED, config.train.merge_dtype)
         say(f"merged in {dtype} (train.merge_dtype={config.train.merge_dtype})")
-        write_tokenizer(config, folder / "merged")
+        write_tokenizer(config, folder / MERGED)
 
 
 def gather_trained(model: nn.Module) -> dict[str, Tensor]:
     """Trained tensors, whole, on the CPU of rank 0; {} on other ranks. Collective, one after the other.
 
-    A Parameter with two names (tied embeddings) becomes one tensor with two names.
+    A Parameter with two names (tied embeddings) becomes one tensor with two names. With them what belongs
+    to trained adapters (`lora_start.TAKEN`).
     """
     state: dict[str, Tensor] = {}
     copies: dict[int, Tensor] = {}
     for name, value in model.state_dict(keep_vars=True).items():
-        if not value.requires_grad:
+        if not (value.requires_grad or is_taken(name)):
             continue
         if id(value) not in copies:
             copies[id(value)] = _whole(value)
@@ -116,11 +120,21 @@ def untrained_embeddings(path: str, state: dict[str, Tensor]) -> dict[str, Tenso
     return found
 
 
+def save_adapter(model: ScoringModel, state: dict[str, Tensor], folder: Path) -> None:
+    """Write the trained adapter as peft does: on the base as it came. state: as of `write_export`."""
+    configs, own = model.model.peft_config, model.model.peft_config[ADAPTER]
+    if TAKEN in configs:
+        state, configs[ADAPTER] = plain_adapter(state, own)
+    try:
+        model.model.save_pretrained(folder, state_dict=state, selected_adapters=[ADAPTER])
+    finally:
+        configs[ADAPTER] = own
+
+
 def _save_adapter(
     model: ScoringModel, state: dict[str, Tensor], config: RunConfig, folder: Path
 ) -> None:
-    whole = untrained_embeddings(config.model.path, state) | state
-    model.model.save_pretrained(folder, state_dict=whole, selected_adapters=[ADAPTER])
+    save_adapter(model, untrained_embeddings(config.model.path, state) | state, folder)
     for path in dict.fromkeys((base_of(config.model.path), config.model.path)):
         copy_input_files(local_folder(path), folder)
     write_tokenizer(config, folder)

@@ -24,11 +24,13 @@ from dpo_fast.models.architecture import (
 )
 from dpo_fast.models.attention import NAMES
 from dpo_fast.models.checkpoint import is_folder
+from dpo_fast.models.fp8 import check_fp8
 from dpo_fast.models.layers import check_layers
 from dpo_fast.models.load import load_skeleton
 from dpo_fast.models.own_losses import balancing_coefficient, check_own_losses
 from dpo_fast.models.precision import choose_dtype
 from dpo_fast.models.quantised import check_whole_weights
+from dpo_fast.models.quantization import check_quantization
 from dpo_fast.models.tiles import check_tiles
 from dpo_fast.models.ulysses import check_heads
 from dpo_fast.ops.dispatch import Choice, choose_implementation
@@ -113,12 +115,16 @@ def check_run(config: RunConfig) -> Choices:
     choices, device = choose(config, skeletons), distributed.device()
     check_layers(config.model, skeletons[None], device)
     check_tiles(config.model, skeletons[None])
+    check_fp8(config.model, skeletons[None], device)
+    check_recomputed(config)
     check_own_losses(skeletons[None].config)
+    check_quantization(config.model, device)
     merged = config.train.merge_lora or config.model.adapter == "merge"
     check_whole_weights(skeletons[None].config, config.model, merged)
     for model in config.second_models:
         check_layers(model.section(config.model), skeletons[model.path], device)
         check_tiles(model.section(config.model), skeletons[model.path])
+        check_fp8(model.section(config.model), skeletons[model.path], device)
     dtype = config.model.torch_dtype
     choose_implementation("linear_logp", device, dtype, config.train.implementation)
     check_loggers(config)
@@ -126,6 +132,25 @@ def check_run(config: RunConfig) -> Choices:
     check_zero(config)
     find_checkpoint(config.train.resume_from_checkpoint, config.train.output_dir)
     return choices
+
+
+def check_recomputed(config: RunConfig) -> None:
+    """Raises UserError if products in fp8 would keep weights that ZeRO 3 lets go of.
+
+    Theirs keep the weights that they have gathered until the backward pass. Where layers are recomputed
+    these are those of one layer.
+    """
+    model = config.model
+    if model.fp8 is None or config.zero_stage < 3:
+        return
+    named = {"gradient_checkpointing": False, "checkpoint_layers": model.checkpoint_layers}
+    for option, value in named.items():
+        if getattr(model, option) == value and value is not None:
+            raise UserError(
+                f"model.fp8={model.fp8} with parallel.zero_stage=3 keeps the weights that a layer has "
+                f"gathered until its backward pass, unless it is recomputed, and model.{option}="
+                f"{str(value).lower()} says that not all are: remove that, or set parallel.zero_stage=2"
+            )
 
 
 def load_skeletons(config: RunConfig) -> Skeletons:

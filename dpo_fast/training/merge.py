@@ -61,7 +61,9 @@ def _write(config: RunConfig, folder: Path, origin: dict) -> None:
     path, aside = config.model.path, durable.aside(folder)
     shutil.rmtree(aside, ignore_errors=True)
     with saving(aside):
-        write_merged(config.model, Path(path), aside, config.model.precision)
+        # What is quantised is the merged model, when it is loaded.
+        plain = config.model.model_copy(update={"quantization": None})
+        write_merged(plain, Path(path), aside, config.model.precision)
         (aside / ORIGIN).write_text(json.dumps(origin), encoding="utf-8")
         durable.publish(aside, folder, replace=True)
     say(f"merged the adapter {path} into its base: {folder}")

@@ -237,6 +237,7 @@ def _information(config: RunConfig, split: Split, path: str) -> dict:
 
 
 def weights_dtype(config: RunConfig) -> str:
-    """The dtype of the weights that score, and how they are rounded on their way from rank to rank."""
+    """The dtype of the weights that score, and how they are rounded on their way and in products."""
     rounded = zero_config(config).get("zero_quantized_weights") and distributed.world_size() > 1
-    return config.model.precision + (", gathered in 8 bits" if rounded else "")
+    products = f", products in fp8 ({config.model.fp8})" if config.model.fp8 else ""
+    return config.model.precision + (", gathered in 8 bits" if rounded else "") + products

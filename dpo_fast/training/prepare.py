@@ -168,10 +168,12 @@ def load_policy(
 
     keep_start: an adapter that goes on is compared with what it was, if it is with the policy's own.
     """
+    spec = config.reference_spec
     model = load_model(
         config.model,
         attention=choices.attention.name,
-        keep_start=config.reference_spec.needs_adapters and keep_start,
+        keep_start=spec.needs_adapters and keep_start,
+        follows=spec.needs_adapters and spec.follows,
         **config.train.head,
     )
     model.group = data_ranks.sequence_group()

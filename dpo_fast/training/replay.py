@@ -31,6 +31,7 @@ OF_REPLAY = (
     *("model", "data", "loss", "reference", "parallel", "train.output_dir", "train.seed"),
     *("train.global_batch_size", "train.micro_batch_size", "train.tokens_per_batch"),
     *("train.num_train_epochs", "train.max_steps", "train.learning_rate", "train.warmup_ratio"),
+    "train.warmup_steps",
     *("train.lr_scheduler_type", "train.lr_scheduler_kwargs", "train.weight_decay"),
     *("train.adam_beta1", "train.adam_beta2", "train.adam_epsilon", "train.max_grad_norm"),
     *("train.layout", "train.implementation", "train.workspace_bytes", "train.nonfinite"),

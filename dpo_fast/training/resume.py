@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_fast.errors import UserError
+from dpo_fast.models.lora_section import LoraSection
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoint_run import write_beside
 from dpo_fast.training.checkpoints import (
@@ -171,6 +172,8 @@ def must_fit(run: Plan) -> dict:
     }
     fits |= {f"train.{name}": tree["train"][name] for name in SAME_TRAIN}
     fits["train.optim"] = family(train.optim)
+    if train.warmup_steps is not None:  # under the name that older checkpoints know
+        fits["train.warmup_ratio"] = f"{train.warmup_steps} steps"
     fits |= {f"loss.{name}": value for name, value in tree["loss"].items()}
     fits |= {f"reference.{name}": tree["reference"][name] for name in SAME_REFERENCE}
     fits |= {"model.dtype": tree["model"]["dtype"], "model.lora": _lora(tree["model"]["lora"])}
@@ -187,9 +190,11 @@ def must_fit(run: Plan) -> dict:
 
 def _lora(options: dict | None) -> dict | None:
     """Options of adapters, as versions that lack the newest of them noted it where it is not used."""
-    if options is None or options["target_parameters"]:
-        return options
-    return {name: value for name, value in options.items() if name != "target_parameters"}
+    if options is None:
+        return None
+    first = ("r", "alpha", "dropout", "target_modules", "modules_to_save")
+    unused = LoraSection().model_dump(mode="json")
+    return {n: value for n, value in options.items() if n in first or value != unused.get(n)}
 
 
 def rounding(run: Run) -> dict:
@@ -203,6 +208,7 @@ def rounding(run: Run) -> dict:
         "model.attention": run.model.causal_lm.config._attn_implementation,
         "model.use_liger_kernel": model.use_liger_kernel,
         "model.torch_compile": model.torch_compile,
+        "model.fp8": model.fp8,
     }
 
 

@@ -41,7 +41,7 @@ class Saver:
     """Writes the checkpoints of a run. Every rank has one, and all call the same methods in turn.
 
     output_dir: their folder.
-    keep: so many stay, the newest and `best`, the name of one, if there is.
+    keep: so many stay (None: all), the newest and `best`, the name of one, if there is.
     beside: write while the run goes on. It takes as much host memory as a rank writes.
     timeout: how long ranks wait for each other's files if they are written beside the run.
     run: identity of the run; one that goes on keeps that of its checkpoint.
@@ -50,7 +50,7 @@ class Saver:
     def __init__(
         self,
         output_dir: str,
-        keep: int,
+        keep: int | None,
         beside: bool = False,
         timeout: timedelta = timedelta(minutes=30),
     ) -> None:
@@ -184,7 +184,8 @@ class Saver:
         named()
         others = [p for p in by_age(checkpoints(self.root), final)[:-1] if p.name != self.best]
         both = self.best not in (None, final.name)  # then the best is one of those that stay
-        for old in others[: max(len(others) - self.keep + 1 + both, 0)]:
+        too_many = 0 if self.keep is None else max(len(others) - self.keep + 1 + both, 0)
+        for old in others[:too_many]:
             durable.remove(old)
 
 

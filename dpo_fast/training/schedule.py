@@ -30,7 +30,7 @@ NAMES = (
 SAFE = ("linear", "cosine", "constant", "constant_with_warmup")
 OURS = {  # arguments of transformers' functions that other options decide
     "optimizer": "the optimiser is AdamW",
-    "num_warmup_steps": "train.warmup_ratio says how long the warm-up is",
+    "num_warmup_steps": "train.warmup_ratio says how long the warm-up is, or train.warmup_steps",
     "num_training_steps": "train.max_steps or train.num_train_epochs says how long the run is",
     "last_epoch": "train.resume_from_checkpoint goes on where a run ended",
 }
@@ -40,19 +40,32 @@ SAMPLED = 2000  # steps at which the rates of a long run are tried
 
 @dataclass(frozen=True)
 class Schedule:
-    """`train.lr_scheduler_type`, `train.lr_scheduler_kwargs` and `train.warmup_ratio`."""
+    """`train.lr_scheduler_type`, `train.lr_scheduler_kwargs`, and how long the warm-up is.
+
+    warmup_ratio: a share of the steps. warmup_steps: steps in place of the share; None: the share decides.
+    """
 
     name: str
     numbers: Mapping[str, Any]
     warmup_ratio: float
+    warmup_steps: int | None = None
 
     def __str__(self) -> str:
         given = ", ".join(f"{name}: {value}" for name, value in self.numbers.items())
         text = f"train.lr_scheduler_type={self.name}"
         return f"{text} with train.lr_scheduler_kwargs={{{given}}}" if given else text
 
+    @property
+    def asked(self) -> str:
+        """The option that says how long the warm-up is, and its value."""
+        if self.warmup_steps is not None:
+            return f"train.warmup_steps={self.warmup_steps}"
+        return f"train.warmup_ratio={self.warmup_ratio}"
+
     def warm_up(self, total_steps: int) -> int:
         """Steps of the warm-up."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
         return math.ceil(self.warmup_ratio * total_steps)
 
 
@@ -105,8 +118,7 @@ def check_schedule(schedule: Schedule, learning_rate: float, total_steps: int | 
             rates.append(rate(step))
     except (ValueError, TypeError, ArithmeticError) as error:
         raise ValueError(
-            f"{schedule} and train.warmup_ratio={schedule.warmup_ratio} give no rate after {step} steps: "
-            f"{error}"
+            f"{schedule} and {schedule.asked} give no rate after {step} steps: {error}"
         ) from None
     _check_rates(schedule, learning_rate, rates, stride)
 
@@ -168,7 +180,7 @@ def _check_stages(schedule: Schedule, total_steps: int) -> None:
     """Raises ValueError unless warm-up, stable rate and decay fill the run."""
     given, rising = schedule.numbers, schedule.warm_up(total_steps)
     decay, stable = given["num_decay_steps"], given.get("num_stable_steps")
-    warm = f"{rising} steps of warm-up (train.warmup_ratio={schedule.warmup_ratio})"
+    warm = f"{rising} steps of warm-up ({schedule.asked})"
     if stable is None and rising + decay > total_steps:
         raise ValueError(
             f"train.lr_scheduler_kwargs.num_decay_steps={decay} and {warm} are more than the "

@@ -145,6 +145,12 @@ class TrainSection(BaseModel):
         description="share of the steps for warm-up",
         json_schema_extra={"refused": "with constant, which has none"},
     )
+    warmup_steps: int | None = Field(
+        None,
+        ge=0,
+        description="steps for warm-up, in place of warmup_ratio",
+        json_schema_extra={"refused": "beside warmup_ratio; with constant, which has none"},
+    )
     optim: Literal[tuple(OPTIMISERS)] = Field(
         "auto",
         description="which AdamW, by transformers' names; "
@@ -206,7 +212,9 @@ class TrainSection(BaseModel):
         "the best is sought",
         json_schema_extra={"refused": "unless a multiple of eval_steps where the best is sought"},
     )
-    save_total_limit: int = Field(2, ge=1, description="checkpoints kept; older ones are removed")
+    save_total_limit: int | None = Field(
+        2, ge=1, description="checkpoints kept; older ones are removed. null: all are kept"
+    )
     save_model: bool = Field(
         False,
         description="every checkpoint is also a folder that from_pretrained loads, or PEFT for an adapter; "
@@ -288,7 +296,8 @@ class TrainSection(BaseModel):
     @property
     def schedule(self) -> Schedule:
         """The schedule of the learning rate."""
-        return Schedule(self.lr_scheduler_type, self.lr_scheduler_kwargs, self.warmup_ratio)
+        name, numbers = self.lr_scheduler_type, self.lr_scheduler_kwargs
+        return Schedule(name, numbers, self.warmup_ratio, self.warmup_steps)
 
     @property
     def nonfinite_limit(self) -> int:
@@ -357,12 +366,20 @@ class TrainSection(BaseModel):
         return self
 
     def _check_warm_up(self) -> None:
-        """A schedule without a warm-up has none, and none may be asked for."""
+        """One of two options says how long it is; a schedule without a warm-up has none."""
+        usual = (
+            type(self).model_fields["warmup_ratio"].default
+        )  # a resolved run has it beside the steps
+        if self.warmup_steps is not None and self.warmup_ratio != usual:
+            raise ValueError(
+                f"train.warmup_steps={self.warmup_steps} and train.warmup_ratio={self.warmup_ratio} both "
+                "say how long the warm-up is; remove one of them"
+            )
         if self.lr_scheduler_type not in WITHOUT_WARM_UP:
             return
-        if "warmup_ratio" in self.model_fields_set and self.warmup_ratio:
+        if self.warmup_steps or "warmup_ratio" in self.model_fields_set and self.warmup_ratio:
             raise ValueError(
-                f"train.warmup_ratio={self.warmup_ratio} is not used by train.lr_scheduler_type="
+                f"{self.schedule.asked} is not used by train.lr_scheduler_type="
                 f"{self.lr_scheduler_type}; choose constant_with_warmup, or remove it"
             )
         self.warmup_ratio = 0.0

@@ -9,6 +9,7 @@ from functools import partial
 
 from dpo_fast.data.dataset import cache_root
 from dpo_fast.models.identity import Advance, Watch, model_identity
+from dpo_fast.models.quantization import quantised_identity
 from dpo_fast.training import distributed
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import progress_bar, say
@@ -40,7 +41,8 @@ def identity_on_this_rank(config: RunConfig, path: str) -> str:
     """As `identity_of`, for work that one rank does."""
     cache = cache_root(config.data) / "weights"
     with _told(path) as watch:
-        return model_identity(path, cache, watch)
+        found = model_identity(path, cache, watch)
+    return quantised_identity(found, config.model.quantization)
 
 
 @contextmanager

@@ -29,6 +29,8 @@ def choose_stage(config: Any, world_size: int) -> Choice:
     if world_size > 1:
         if config.model.torch_compile:
             return Choice("2", "several ranks, and torch_compile goes up to stage 2")
+        if option := config.model.whole_weights:
+            return Choice("2", f"several ranks, and {option} goes up to stage 2")
         return Choice("3", "several ranks shard states, gradients and parameters")
     if parallel.offload_optimizer:
         return Choice("2", "the optimiser is offloaded")

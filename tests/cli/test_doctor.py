@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 
 import pytest
 import yaml
@@ -13,13 +12,13 @@ from rich.console import Console, ConsoleDimensions
 from typer.testing import CliRunner
 
 from dpo_fast.cli import app
+from dpo_fast.cli.doctor_layouts import facts, read_model
 from dpo_fast.cli.doctor_run import decisions, look
 from dpo_fast.errors import UserError
 from dpo_fast.references import ReferenceModel
 from dpo_fast.training import distributed
 from dpo_fast.training.config import build_config
 from dpo_fast.training.memory import Sizes, in_units, memory
-from tests.support.image_rows import QWEN, write_qwen
 from tests.support.models import run_tree, write_model, write_pairs
 
 
@@ -275,48 +274,14 @@ def test_states_in_files_are_in_no_memory(folder, tmp_path, monkeypatch):
     assert (states.device, states.host) == (0, 0) and "in files" in states.how
 
 
-def test_images_are_told_for_models_that_take_them(folder, tmp_path):
-    assert "images" not in table(folder)
-    shutil.copytree(folder / "model", tmp_path / "model")
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    tokenizer = write_qwen(tmp_path / "model")
-    config |= {
-        "vocab_size": len(tokenizer),
-        "image_token_id": tokenizer.convert_tokens_to_ids(QWEN[2]),
-    }
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    told = table(tmp_path)["images"]
-    assert told[:2] == ("Qwen3VLProcessor", "default")
-    assert "rows may have images: 54 tokens for 640x480, " in told[2]
-    options = {"images_kwargs": {"max_pixels": 1024}}
-    told = table(tmp_path, data=options)["images"]
-    assert told[1] == "option" and "12 tokens for 640x480" in told[2]
-    file = tmp_path / "model" / "preprocessor_config.json"
-    file.write_text("{}")
-    assert table(tmp_path)["images"][0] == "none"
-
-
-HYBRID = {
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 4,
-    "vocab_size": 400,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-
-
 @pytest.fixture(scope="module")
 def blocked(tmp_path_factory):
-    """A model whose layers 0 and 2 choose their keys out of the whole row, and no file of weights."""
+    """A model whose layers carry a state that nothing here serves, and no file of weights."""
     import transformers
 
     folder = tmp_path_factory.mktemp("blocked")
-    experts = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
-    heads = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
-    heads |= {"v_head_dim": 8, "index_n_heads": 2, "index_head_dim": 8, "num_key_value_heads": 4}
-    sizes = {**HYBRID, **experts, **heads, "moe_intermediate_size": 8}
-    transformers.DeepseekV32Config(**sizes).save_pretrained(folder)
+    sizes = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 4}
+    transformers.RwkvConfig(**sizes).save_pretrained(folder)
     return folder
 
 
@@ -325,23 +290,22 @@ def test_the_layouts_of_a_model_alone(blocked):
     assert result.exit_code == 0, result.output
     found = json.loads(result.output)
     assert {"software", "hardware", "implementations", "layouts", "layers", "models"} <= set(found)
-    (facts,) = found["models"].values()
-    assert facts["layouts"] == {"padded": True, "packed": False, "shared_prefix": False}
-    assert facts["auto"] == "padded" and facts["beside_attention"] == []
-    assert [layer["index"] for layer in facts["in_the_way"]] == [0, 1, 2, 3]
-    assert facts["in_the_way"][2] == {
+    (told,) = found["models"].values()
+    assert told == facts(read_model(str(blocked)))
+    assert told["layouts"] == {"padded": True, "packed": False, "shared_prefix": False}
+    assert told["auto"] == "padded" and told["beside_attention"] == []
+    assert [layer["index"] for layer in told["in_the_way"]] == [0, 1, 2, 3]
+    assert told["in_the_way"][2] == {
         "index": 2,
-        "kind": "indexed_attention",
-        "name": "model.layers.2.self_attn",
-        "type": "DeepseekV32Attention",
-        "does": "choose their keys out of the whole row",
+        "kind": "recurrent",
+        "name": "rwkv.blocks.2.attention",
+        "type": "RwkvSelfAttention",
+        "does": "carry state along the tokens",
     }
-    assert (
-        found["layouts"][1]["allowed"] == "no" and facts["obstacle"] == found["layouts"][1]["why"]
-    )
+    assert found["layouts"][1]["allowed"] == "no" and told["obstacle"] == found["layouts"][1]["why"]
     result = invoke("doctor", "--model", blocked)
     assert result.exit_code == 0
-    for words in ("0-3", "indexed_attention", "model.layers.0.self_attn", "DeepseekV32Attention"):
+    for words in ("0-3", "recurrent", "rwkv.blocks.0.attention", "RwkvSelfAttention"):
         assert words in result.output
     assert "auto takes it" in result.output
 
@@ -350,11 +314,11 @@ def test_the_layouts_of_a_run_are_told_as_train_tells_them(folder, tmp_path, blo
     result = invoke("doctor", write(folder, output_dir=str(tmp_path / "never")), "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.output)
-    facts = found["models"]["model.path"]
-    assert all(facts["layouts"].values()) and facts["obstacle"] is None and not facts["in_the_way"]
+    told = found["models"]["model.path"]
+    assert all(told["layouts"].values()) and told["obstacle"] is None and not told["in_the_way"]
     assert "layers" not in found and {"run", "memory"} <= set(found)
     (layout,) = [line for line in found["run"] if line["choice"] == "layout"]
-    assert layout["value"] == facts["auto"] == "shared_prefix"
+    assert layout["value"] == told["auto"] == "shared_prefix"
 
     write_model(tmp_path / "model", vocab=400)
     for file in blocked.iterdir():

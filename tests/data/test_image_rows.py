@@ -1,5 +1,6 @@
 """Rows with images, from files to the pixel values of a batch, by the processors of two models."""
 
+import base64
 import json
 import shutil
 import threading
@@ -23,7 +24,7 @@ from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.data.mismatched import mismatched
 from dpo_fast.data.rows import parse_row
 from dpo_fast.data.stream import ExampleStream
-from dpo_fast.data.tokenise import RowTokeniser
+from dpo_fast.data.tokenise import RowTokeniser, fit
 from dpo_fast.data.verdicts import BadRow, Dropped
 from dpo_fast.errors import UserError
 from dpo_fast.models import load_tokenizer
@@ -162,9 +163,17 @@ def test_batches_have_every_distinct_image_once(layout, load):
     assert {each.device.type for each in tensors} == {"meta"}
 
 
+def trajectory(begun):
+    """Answers that begin alike, up to an image of the user's and after it."""
+    row = pair(images=["0.png", "0.png"])
+    for name, text in (("chosen", "good"), ("rejected", "bad")):
+        row[name] = [turn("assistant", begun), turn("user", "<image>"), turn("assistant", text)]
+    return row
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_costs_count_the_tokens_of_images(layout, load):
-    data = load(ROWS)
+    data = load([*ROWS, trajectory("yes"), trajectory("nay")])
     alone = [laid(data, layout, [row]).input_ids.numel() for row in range(len(data))]
     assert exact_costs(data, layout).alone_P.tolist() == alone
     lengths = ExampleLengths.of([data[0]], data.kind)
@@ -210,10 +219,10 @@ def test_an_image_that_changes_makes_its_rows_new(load, folder, capsys):
 @pytest.mark.parametrize("nested", [False, True])
 def test_images_inside_rows_are_kept_beside_the_tokens(nested, load, folder, tmp_path):
     """As `datasets` has them, in Parquet and in a folder of its own; none is decoded on the way."""
-    files = [(folder / f"{seed}.png").read_bytes() for seed in (0, 3, 0)]
-    rows = [pair(images=[]) for _ in files]
+    contents = [(folder / f"{seed}.png").read_bytes() for seed in (0, 3, 0)]
+    rows = [pair(images=[]) for _ in contents]
     column = datasets.List(datasets.Image()) if nested else datasets.Image()
-    for row, content in zip(rows, files):
+    for row, content in zip(rows, contents):
         image = {"bytes": content, "path": None}
         row["images"] = [image] if nested else image
     features = datasets.Dataset.from_list([{**row, "images": None} for row in rows]).features
@@ -221,11 +230,13 @@ def test_images_inside_rows_are_kept_beside_the_tokens(nested, load, folder, tmp
     table = datasets.Dataset.from_list(rows, features=datasets.Features(features))
     table.to_parquet(tmp_path / "rows.parquet")
     table.save_to_disk(tmp_path / "saved")
-    wanted = laid(load([pair(), pair(images=["3.png"]), pair()]))
+    files = load([pair(), pair(images=["3.png"]), pair()])
+    wanted = laid(files)
     for name in ("rows.parquet", "saved"):
         config = DataConfig(train=str(tmp_path / name), cache_dir=str(tmp_path / "cache"))
         data = load_examples(config, load(None).images.model.tokenizer, split="train")
         batch = laid(data)
+        assert data.digests == files.digests
         assert torch.equal(batch.input_ids, wanted.input_ids)
         assert torch.equal(batch.images.order_I, wanted.images.order_I)
         for key, value in wanted.images.inputs.items():
@@ -249,6 +260,18 @@ def test_large_images_do_not_make_a_row_too_long(tmp_path, qwen):
             tmp_path / "a.parquet"
         )
         load_examples(config, qwen, split="train")
+
+
+def test_large_images_in_lines_of_json_are_no_texts(load):
+    code = base64.b64encode(png(picture(1, 900, 900))).decode()
+    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{code}"}}
+    row = pair([image, {"type": "text", "text": "q"}], [])
+    assert len(json.dumps(row)) > 1 << 20
+    assert laid(load([row, pair()])).images.order_I.tolist() == [0, 1]
+    with pytest.raises(UserError, match="rows.jsonl:2: more than data.max_row_bytes"):
+        load([row, pair([image, {"type": "text", "text": "q" * (2 << 20)}], [])])
+    with pytest.raises(UserError, match="rows.jsonl:1: more than data.max_row_bytes"):
+        load([pair(images=[code])])
 
 
 def test_parts_with_and_without_images_are_one_data_set(load, folder, tmp_path, qwen):
@@ -291,25 +314,26 @@ LONG = "word " * 30
 def test_no_cut_goes_through_an_image(truncation, folder, qwen):
     """Every length is tried: what is kept has the whole image and its marks, or the row is dropped."""
     marks = [qwen.convert_tokens_to_ids(mark) for mark in QWEN[:2]]
-    kept = dropped = 0
     row = pair(f"{LONG}<image>{LONG}", ["0.png"])
     whole = tokenised(row, qwen, folder)
-    size = len(whole.prompt_ids)
-    for length in range(30, size + 7, 5):
-        options = {"max_length": length, "truncation": truncation}
+    answers = {"chosen": whole.chosen_ids, "rejected": whole.rejected_ids}
+    kept = dropped = 0
+    for length in range(10, len(whole.prompt_ids) + 7):
+        config = DataConfig(train="a", max_length=length, truncation=truncation)
         try:
-            found = tokenised(row, qwen, folder, **options)
+            found = fit("a:1", whole.prompt_ids, answers, config).prompt
         except Dropped as verdict:
             assert verdict.fault == "an image does not fit"
             dropped += 1
             continue
         kept += 1
-        images = [place for place, index in enumerate(found.prompt_ids) if index < 0]
+        images = [place for place, index in enumerate(found) if index < 0]
         assert len(images) == 12 and images[-1] - images[0] == 11
-        around = found.prompt_ids[images[0] - 1], found.prompt_ids[images[-1] + 1]
-        assert list(around) == marks
-        assert len(found.images) == 1 and len(found.prompt_ids) < length
-    assert kept > 5 and dropped > 5
+        assert [found[images[0] - 1], found[images[-1] + 1]] == marks
+        assert len(found) < length
+    assert kept > 100 and dropped > 100
+    cut = tokenised(row, qwen, folder, max_length=len(whole.prompt_ids), truncation=truncation)
+    assert cut.prompt_cut and len(cut.images) == 1
     with pytest.raises(Dropped, match="longer than max_length"):
         tokenised(row, qwen, folder, max_length=100, truncation="drop")
     with pytest.raises(UserError, match="do not fit into data.max_length=100; raise it to"):
@@ -327,8 +351,10 @@ CONVERSATION = {
         turn("assistant", "one"),
         turn("user", "<image>r"),
         turn("assistant", "two"),
+        turn("user", "and <image> here"),
+        turn("assistant", "three"),
     ],
-    "images": ["0.png", "2.png"],
+    "images": ["0.png", "2.png", "0.png"],
 }
 
 
@@ -337,8 +363,8 @@ def test_images_of_later_turns_are_in_the_answer_and_not_scored(family, folder, 
     tokenizer = request.getfixturevalue(family)
     found = tokenised(CONVERSATION, tokenizer, folder)
     scored = [index for index, flag in zip(found.completion_ids, found.completion_scored) if flag]
-    assert tokenizer.decode(scored) == "one<|im_end|>two<|im_end|>"
-    assert sum(index < 0 for index in found.completion_ids) == (25 if family == "qwen" else 4)
+    assert tokenizer.decode(scored) == "one<|im_end|>two<|im_end|>three<|im_end|>"
+    assert sum(index < 0 for index in found.completion_ids) == (37 if family == "qwen" else 8)
     assert len(found.images) == 2
     with pytest.raises(BadRow, match="an image that would be scored"):
         tokenised(CONVERSATION, tokenizer, folder, scored="all")
@@ -349,7 +375,7 @@ def test_images_of_later_turns_are_in_the_answer_and_not_scored(family, folder, 
 
 
 def test_a_foreign_completion_brings_its_images(load):
-    data = load([CONVERSATION, {**CONVERSATION, "images": ["3.png", "2.png"]}])
+    data = load([CONVERSATION, {**CONVERSATION, "images": ["3.png", "1.png", "1.png"]}])
     first, second = data[0], data[1]
     for room in range(len(first["prompt_ids"]) + 8, data.lengths.prompt_P[0] + 60):
         foreign = mismatched(first, second, data.kind, room)

@@ -8,8 +8,8 @@ pytest.importorskip("peft")
 from dpo_fast.data.batch import collate_trees
 from dpo_fast.errors import UserError
 from dpo_fast.models.adapter_targets import expert_tensors, linear_routers
-from dpo_fast.models.adapters import add_lora
 from dpo_fast.models.config import LoraSection
+from dpo_fast.models.lora import add_lora
 from dpo_fast.models.scoring import ScoringModel, forward_arguments
 from tests.support.architectures import TREES
 from tests.support.mixtures import mixture

@@ -19,10 +19,18 @@ from tests.support.architectures import alone, slopes
 from tests.support.families import IMAGES, TEXT, family_on_meta, tiny
 from tests.support.faults import SLOW
 
-# Windows shared by layers, keys of other layers, compressed keys and values, chunks, no positions at all.
+# Keys of other layers, compressed keys and values, chunks, indices, n-grams, three places for a token.
 SAMPLE = (
     *("gemma3n_text", "gemma4_text", "mimo_v2_flash", "longcat_flash", "llama4_text", "laguna"),
-    *("kolibri1", "step3p7", "qwen2_5_vl", "deepseek_v4", "glm_moe_dsa", "minimax_m3_vl_text"),
+    *(
+        "kolibri1",
+        "step3p7",
+        "qwen2_5_vl",
+        "deepseek_v4",
+        "hy_v4",
+        "minimax_m3_vl_text",
+        "qwen4_exp_text",
+    ),
 )
 # Not built here: they want a package that is not there, have no configuration that is whole by itself, or
 # are no language models (DiffusionGemma, PP-FormulaNet).

@@ -16,9 +16,9 @@ from dpo_fast.cli.launch import launch_command
 from dpo_fast.data.batch import collate
 from dpo_fast.errors import UserError
 from dpo_fast.models import ScoringModel, layers, load_model
-from dpo_fast.models.adapters import add_lora
 from dpo_fast.models.attention import NAMES
 from dpo_fast.models.config import LoraSection, ModelSection
+from dpo_fast.models.lora import add_lora
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.training.config import build_config
 from tests.support.liger import interpret_liger

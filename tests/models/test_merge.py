@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.merge import write_merged
+from tests.support.adapters import write_adapter
 from tests.support.models import write_model
 
 IDS = torch.arange(5, 25)[None]
@@ -64,3 +65,28 @@ def test_the_dtype_that_is_asked_for(base, adapter, tmp_path, name):
     tensors = load_file(tmp_path / "merged" / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {dtype}
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").dtype == dtype
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}], ids=str)
+def test_weights_are_rounded_once(base, tmp_path, options):
+    """Against the formulas in fp64: no further from them than the nearest number in bf16."""
+    write_adapter(tmp_path / "adapter", base, lora_dropout=0, **options)
+    write_merged(ModelSection(path=str(base)), tmp_path / "adapter", tmp_path / "merged", "bf16")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    plain = load_file(base / "model.safetensors")
+    factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    scaling = 8 / (2 if options.get("use_rslora") else 4)  # alpha / sqrt(r), alpha / r
+    layers = {name.split(".lora_")[0] for name in factors}
+    assert len(layers) == 6
+    for layer in layers:
+        name = layer.removeprefix("base_model.model.") + ".weight"
+        first, second = (factors[f"{layer}.lora_{part}.weight"].double() for part in "AB")
+        # The base is loaded in bf16, as the result is written.
+        weight = plain[name].bfloat16().double() + scaling * second @ first
+        if options.get("use_dora"):
+            lengths = factors[f"{layer}.lora_magnitude_vector"].double()
+            weight = lengths[:, None] * weight / weight.norm(dim=1, keepdim=True)
+        error = (merged[name].double() - weight).abs()
+        assert (error <= 2**-8 * weight.abs() + 1e-7).all(), name
+        nearest = (weight.bfloat16().double() - weight).abs()
+        assert error.sum() <= 1.001 * nearest.sum(), "rounded once"

@@ -1,18 +1,20 @@
 """Layers that are told of a row by other ways than keywords: every sequence scores as if it were alone."""
 
+import copy
+
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
 from dpo_fast.data.batch import collate_trees
-from dpo_fast.models import ScoringModel
+from dpo_fast.models import ScoringModel, architecture_of, choose_layout
 from dpo_fast.models.attention import NAMES
 from dpo_fast.models.layers import checkpoint_layers
 from dpo_fast.models.recurrent import served
 from dpo_fast.models.scoring import forward_arguments
 from tests.support.architectures import alone, slopes
-from tests.support.hybrids import TOLD, make
+from tests.support.hybrids import HYBRIDS, TOLD, make
 
 TREES = [
     ([5], [[8, 9, 2], [10, 2], [2]]),
@@ -58,3 +60,37 @@ def test_another_sequence_in_the_row_changes_nothing(name):
     for part in (slice(0, 6), slice(-24, None)):  # what comes before it, and behind it
         torch.testing.assert_close(before[part], after[part], rtol=0, atol=1e-6)
     assert (before[6] - after[6]).abs() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["mamba", "jamba", "granite-hybrid", "lfm2"])
+def test_without_a_row_a_model_generates_the_same(name):
+    ids = torch.tensor([[1, 5, 6, 7, 8]])
+    model = make(name)
+
+    def text():
+        return model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+
+    before = text()
+    scoring = ScoringModel(copy.deepcopy(model))
+    model = scoring.causal_lm
+    assert torch.equal(text(), before)
+
+
+def test_layers_are_known_below_a_class_of_their_own():
+    """FSDP makes an FSDPJambaMambaMixer of a sharded JambaMambaMixer."""
+    scoring = ScoringModel(make("jamba", NAMES["sdpa"]))
+    with torch.no_grad():
+        expected = _logps(scoring, "shared_prefix")
+        for module in list(scoring.modules()):
+            if "Mixer" in (name := type(module).__name__):
+                module.__class__ = type(f"FSDP{name}", (type(module),), {})
+        assert torch.equal(_logps(scoring, "shared_prefix"), expected)
+
+
+@pytest.mark.parametrize("name", HYBRIDS | TOLD)
+def test_auto_chooses_a_layout_that_shares_prompts(name):
+    with torch.device("meta"):
+        architecture = architecture_of(make(name))
+    assert architecture.obstacle is None
+    assert choose_layout("auto", architecture).name == "shared_prefix"
+    assert architecture.alone  # ranks that share rows exchange heads of attention, and no states

@@ -49,9 +49,7 @@ def test_padded_scores_are_those_of_the_models_own_logits(name):
 @pytest.mark.parametrize(
     ("config_name", "reason"),
     [
-        ("MambaConfig", "carry state"),
-        ("JambaConfig", "carry state"),
-        ("Lfm2Config", "carry state"),
+        ("xLSTMConfig", "carry state"),
         ("BloomConfig", "AttentionInterface"),
         ("FalconConfig", "AttentionInterface"),
         ("StableLmConfig", "does not get the keywords"),
@@ -65,8 +63,8 @@ def test_architectures_that_cannot_be_packed_are_refused(config_name, reason, tm
         changes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "vocab_size": 97}
     if config_name == "FalconConfig":
         changes["num_attention_heads"] = 4
-    if config_name == "Lfm2Config":
-        changes["layer_types"] = ["conv", "full_attention"]
+    if config_name == "xLSTMConfig":
+        changes |= {"num_heads": 4}
     config = getattr(transformers, config_name)(**changes)
     config.save_pretrained(tmp_path)
     save_file({"any": torch.zeros(1)}, tmp_path / "model.safetensors")  # no weight is read
@@ -149,7 +147,7 @@ def test_by_default_they_load_and_score_as_their_own_logits(name, tmp_path):
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
     trained = {name for name, p in scoring.named_parameters() if p.requires_grad}
     assert trained == {name for name, _ in scoring.named_parameters()}
-    if not architecture.sdpa:
+    if not architecture.sdpa and layout == "padded":
         with pytest.raises(UserError, match="attention=sdpa does not serve .* set .*eager"):
             choose_attention("sdpa", layout, CPU, torch.float32, architecture)
 

@@ -14,10 +14,10 @@ from dpo_fast.data.batch import collate_trees
 from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.errors import UserError
 from dpo_fast.models import ScoringModel
-from dpo_fast.models.adapters import add_lora
 from dpo_fast.models.attention import NAMES
 from dpo_fast.models.config import LoraSection, ModelSection
 from dpo_fast.models.layers import checkpoint_layers, decoder_layers
+from dpo_fast.models.lora import add_lora
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.models.tiles import _tile, check_tiles, tile_layers
 from tests.support.architectures import ARCHITECTURES, TREES, make

@@ -11,13 +11,14 @@ transformers = pytest.importorskip("transformers")
 from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.errors import UserError
 from dpo_fast.models import ScoringModel
-from dpo_fast.models.adapters import add_lora
 from dpo_fast.models.architecture import architecture_of
 from dpo_fast.models.attention import NAMES
-from dpo_fast.models.config import LoraSection, ModelSection
+from dpo_fast.models.config import ModelSection
 from dpo_fast.models.decoder import attention_of_parts, decoder_of
 from dpo_fast.models.layers import checkpoint_layers
 from dpo_fast.models.load import auto_class
+from dpo_fast.models.lora import add_lora
+from dpo_fast.models.lora_section import LoraSection
 from dpo_fast.models.parts import settle_parts
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.models.vision import Vision, why_no_images
@@ -154,6 +155,20 @@ def test_adapters_are_on_the_text_model_alone(name, layout):
     assert (expected - truth(name)[0]).abs().max() > 1e-2
     true = slopes(expected, [parameters[each] for each in adapters])
     assert_same(scores, slopes(scores, adapters.values()), expected, true)
+
+
+def test_a_projector_is_saved_whole_beside_adapters_where_it_is_trained():
+    section = LoraSection(r=2, modules_to_save=["multi_modal_projector"])
+    with pytest.raises(UserError, match="model.freeze_multi_modal_projector=false"):
+        add_lora(scoring_of("gemma3", "padded", freeze_multi_modal_projector=True), section)
+    scoring = scoring_of("gemma3", "padded", freeze_vision_tower=True)
+    add_lora(scoring, section)
+    beside = [name for name, each in scoring.named_parameters() if each.requires_grad]
+    beside = [name for name in beside if ".language_model." not in name]
+    assert beside and all(".modules_to_save." in name for name in beside)
+    scores = logps(scoring, batch_of(FAMILIES["gemma3"], "padded"))
+    found = slopes(scores, [p for n, p in scoring.named_parameters() if n in beside])
+    assert all(each is not None and each.any() for each in found)
 
 
 def with_adapters(family, section, adapters):

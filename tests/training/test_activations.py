@@ -11,8 +11,8 @@ import torch
 pytest.importorskip("transformers")
 
 from dpo_fast.models import ScoringModel
-from dpo_fast.models.adapters import add_lora
 from dpo_fast.models.config import LoraSection
+from dpo_fast.models.lora import add_lora
 from dpo_fast.ops.linear_logp.plan import plan
 from dpo_fast.training import activations
 from dpo_fast.training.activations import Shape, count, mask_bytes

@@ -366,8 +366,9 @@ def test_options_that_contradict_an_adapter_are_refused(folder, tmp_path):
     assert "set model.adapter=merge to merge it and start new ones" in case(lora={"r": 2})
     plain = case(path=str(folder / "model"), adapter="continue")
     assert "model.adapter=continue, but model.path=" in plain and "no adapter_config.json" in plain
-    with pytest.raises(UserError, match="ema does not work with"):
-        build_config(tree_of(folder, tmp_path, 0, reference={"provider": "ema"}), "tree")
+    ema = {"provider": "ema", "path": str(folder / "model")}
+    with pytest.raises(UserError, match="reference.path=.* is not used by reference.provider=ema"):
+        build_config(tree_of(folder, tmp_path, 0, reference=ema), "tree")
 
 
 def test_an_adapter_of_another_base_is_told(folder, tmp_path):

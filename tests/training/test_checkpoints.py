@@ -42,6 +42,11 @@ def test_the_best_checkpoint_is_one_of_those_that_stay(tmp_path, keep, kept):
     assert saved(tmp_path, 5, saver=saver) == last
 
 
+def test_without_a_limit_all_checkpoints_stay(tmp_path):
+    names = saved(tmp_path, *range(1, 6), saver=Saver(str(tmp_path), keep=None))
+    assert names == [f"checkpoint-{step}" for step in range(1, 6)]
+
+
 @pytest.mark.parametrize("file", ["state.json", "trainer_state.json"])
 def test_a_folder_of_the_users_own_is_no_checkpoint(tmp_path, file):
     """Nor is one of transformers' Trainer, which has the same name."""

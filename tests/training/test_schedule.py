@@ -81,6 +81,15 @@ def test_every_name_is_honoured_or_refused():
             config(name)
 
 
+@pytest.mark.parametrize("steps", [0, 7, STEPS])
+def test_warm_up_by_steps_is_that_of_transformers(steps):
+    run = config("cosine", warmup_steps=steps, max_steps=STEPS)
+    ours = rates(lambda optimizer: build_schedule(run.train.schedule, optimizer, STEPS))
+    assert ours == rates(lambda optimizer: get_scheduler("cosine", optimizer, steps, STEPS))
+    again = build_config(run.resolved(), "resolved")
+    assert again.train.schedule == run.train.schedule
+
+
 REFUSED = {  # name, numbers, other options: what is said
     "none of two": ("cosine_with_min_lr", {}, {}, "One of min_lr or min_lr_rate"),
     "both of two": (
@@ -155,6 +164,13 @@ REFUSED = {  # name, numbers, other options: what is said
         "are not the 40 steps of the run; leave num_stable_steps out",
     ),
     "warm-up of none": ("constant", None, {"warmup_ratio": 0.2}, "warmup_ratio=0.2 is not used by"),
+    "steps of none": ("constant", None, {"warmup_steps": 3}, "warmup_steps=3 is not used by"),
+    "steps and a share": (
+        "cosine",
+        None,
+        {"warmup_steps": 3, "warmup_ratio": 0.2},
+        "warmup_steps=3 and train.warmup_ratio=0.2 both say",
+    ),
     "all warm-up": (
         "polynomial",
         None,

@@ -11,9 +11,9 @@ transformers = pytest.importorskip("transformers")
 
 from dpo_fast.errors import UserError
 from dpo_fast.losses import LossOptions, Objective
-from dpo_fast.models.adapters import add_lora
 from dpo_fast.models.attention import NAMES
 from dpo_fast.models.config import LoraSection
+from dpo_fast.models.lora import add_lora
 from dpo_fast.models.precision import DTYPES
 from dpo_fast.models.scoring import ScoringModel
 from dpo_fast.references import FrozenReference

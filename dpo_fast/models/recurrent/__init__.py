@@ -23,7 +23,7 @@ from torch import nn
 
 from dpo_fast.models.attention_plan import AttentionPlan
 from dpo_fast.models.recurrent.convolution import convolve
-from dpo_fast.models.recurrent.delta_rule import delta_rule
+from dpo_fast.models.recurrent.delta_rule import delta_rule, kimi_delta_rule
 from dpo_fast.models.recurrent.lightning import LAYER as LIGHTNING
 from dpo_fast.models.recurrent.lightning import lightning
 from dpo_fast.models.recurrent.ssd import chunk_scan, not_fused
@@ -33,7 +33,7 @@ from dpo_fast.models.recurrent.told import check_whole_row, replace_forward, ser
 FUNCTIONS: dict[str, Callable] = {
     "causal_conv1d_fn": convolve,
     "torch_chunk_gated_delta_rule": delta_rule,
-    "chunk_kimi_delta_attention": delta_rule,
+    "chunk_kimi_delta_attention": kimi_delta_rule,
     "mamba2_chunk_scan": chunk_scan,
     "mamba2_split_conv1d_scan_combined": not_fused,
 }

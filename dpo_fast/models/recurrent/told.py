@@ -54,8 +54,9 @@ LAYERS = {
 
 
 def told(module: nn.Module) -> Told | None:
-    """How this layer is served, if it is one of these."""
-    return LAYERS.get(type(module).__name__)
+    """How this layer is served, if it is one of these. FSDP gives modules a class below their own."""
+    names = [kind.__name__ for kind in type(module).__mro__]
+    return next((LAYERS[name] for name in names if name in LAYERS), None)
 
 
 def serve_told(model: nn.Module) -> None:

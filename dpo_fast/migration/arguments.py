@@ -1,0 +1,403 @@
+"""transformers' TrainingArguments, which TRL and LLaMA-Factory share, and what they are here."""
+
+from __future__ import annotations
+
+import json
+import math
+import typing
+from pathlib import Path
+from typing import Any
+
+from dpo_fast.migration.counted import put_per_epoch
+from dpo_fast.migration.deepspeed import put_deepspeed, put_fsdp
+from dpo_fast.migration.draft import Draft
+from dpo_fast.migration.files import beside, read_mapping
+from dpo_fast.migration.option import Lost, Option, flag, joint, listed, lost, needless, older, same
+from dpo_fast.training.sections import LogSection
+
+# Names of the same AdamW, which differ in the code that computes it.
+ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adamw_torch_xla")
+OPTIMISER = (
+    "the optimiser is AdamW with states in fp32; parallel.offload_optimizer and ZeRO save memory"
+)
+FOUND = "dpo_fast finds it out by itself"
+LONGEST_WAIT = 43_200  # minutes, of parallel.timeout_minutes
+
+
+def above_zero(value: Any) -> int | None:
+    """A number that means nothing where it is not above 0."""
+    number = int(value)
+    return number if number > 0 else None
+
+
+def optimiser(value: str) -> None:
+    """Raises Lost unless it is AdamW as ours is."""
+    if value not in ADAMW:
+        raise Lost(OPTIMISER)
+
+
+def _resume(value: Any) -> bool | str:
+    text = str(value).lower()
+    return text == "true" if text in ("true", "false") else str(value)
+
+
+def _minutes(seconds: Any) -> float:
+    return min(float(seconds) / 60, LONGEST_WAIT)
+
+
+TRAINING: list[Option] = [
+    same("output_dir", "trainer_output", "train.output_dir", "the model goes to its folder final/"),
+    same("num_train_epochs", 3.0, "train.num_train_epochs", convert=float),
+    same("max_steps", -1, "train.max_steps", convert=above_zero),
+    same("learning_rate", 5e-5, "train.learning_rate", convert=float),
+    same("lr_scheduler_type", "linear", "train.lr_scheduler_type"),
+    same("lr_scheduler_kwargs", None, "train.lr_scheduler_kwargs"),
+    Option("optim", "adamw_torch_fused", note="AdamW, as torch has it; others have no counterpart"),
+    same("weight_decay", 0.0, "train.weight_decay", convert=float),
+    same("adam_beta1", 0.9, "train.adam_beta1", convert=float),
+    same("adam_beta2", 0.999, "train.adam_beta2", convert=float),
+    same("adam_epsilon", 1e-8, "train.adam_epsilon", convert=float),
+    same("max_grad_norm", 1.0, "train.max_grad_norm", convert=float),
+    same("seed", 42, "train.seed", "the order of the rows is another all the same"),
+    same("run_name", None, "log.run_name"),
+    same("resume_from_checkpoint", None, "train.resume_from_checkpoint", convert=_resume),
+    same("torch_compile", False, "model.torch_compile", convert=flag),
+    same(
+        "use_liger_kernel",
+        False,
+        "model.use_liger_kernel",
+        "layers of the model alone: the head and the losses are ours",
+        convert=flag,
+    ),
+    same("gradient_checkpointing", False, "model.gradient_checkpointing", convert=flag),
+    same("metric_for_best_model", None, "train.metric_for_best_model"),
+    same("greater_is_better", None, "train.greater_is_better", convert=flag),
+    same("load_best_model_at_end", False, "train.load_best_model_at_end", convert=flag),
+    same("ddp_timeout", 1800, "parallel.timeout_minutes", "seconds there", convert=_minutes),
+    same("save_total_limit", None, "train.save_total_limit", "none: all stay", convert=int),
+    joint("per_device_train_batch_size", 8, "train.micro_batch_size, train.global_batch_size"),
+    joint("gradient_accumulation_steps", 1, "train.global_batch_size"),
+    joint("warmup_steps", 0, "train.warmup_steps", "below 1 it is a share: train.warmup_ratio"),
+    joint("bf16", False, "model.dtype", "weights too; AdamW keeps a copy in fp32"),
+    joint("fp16", False, "model.dtype", "bf16 in its place, which needs no loss scaling"),
+    joint("logging_strategy", "steps", "log.logging_steps"),
+    joint("logging_steps", 500, "log.logging_steps"),
+    joint("eval_strategy", "no", "data.eval, train.eval_steps", "no: the start and the end"),
+    joint("eval_steps", None, "train.eval_steps"),
+    joint("save_strategy", "steps", "train.save_steps"),
+    joint("save_steps", 500, "train.save_steps"),
+    joint("save_only_model", False, "train.save_model", "a checkpoint has AdamW's states as well"),
+    joint("report_to", "none", "log.report_to"),
+    joint("deepspeed", None, "parallel", "its ZeRO stage, offloads and tuned sizes"),
+    joint("fsdp", None, "parallel.zero_stage", "ZeRO stage 3, which shards the same things"),
+    joint("fsdp_config", None, "parallel.zero_stage"),
+    *lost(
+        "steps are of rows that train.seed shuffles; there is no seed for it alone", data_seed=None
+    ),
+    *lost("noise on embeddings is not there", neftune_noise_alpha=None),
+    *lost("it smooths over the vocabulary, which no loss here does", label_smoothing_factor=0.0),
+    *lost("AdamW has no further arguments", optim_args=None, optim_target_modules=None),
+    *lost(
+        "layers are compiled with torch.compile's defaults",
+        torch_compile_backend=None,
+        torch_compile_mode=None,
+    ),
+    *lost("its kernels are chosen by liger-kernel itself", liger_kernel_config=None),
+    *lost(
+        "the batch size stays as it is; dpo-fast doctor reckons memory", auto_find_batch_size=False
+    ),
+    *lost("evaluations begin at the start", eval_delay=0),
+    *lost(
+        "models stay in train.output_dir; upload the folder final/ with `hf upload`",
+        push_to_hub=False,
+        hub_model_id=None,
+        hub_private_repo=None,
+        hub_always_push=False,
+        hub_revision=None,
+    ),
+    Option("hub_strategy", "every_save", note="of push_to_hub"),
+    Option("hub_token", None, note="of push_to_hub", secret=True),
+    *lost("runs here are exact without it, but for kernels of CUDA", full_determinism=False),
+    *lost("a machine without a GPU trains on its CPU", use_cpu=False),
+    *lost("accelerate is not used", accelerator_config=None, parallelism_config=None),
+    *lost("the last, smaller batch of an epoch is trained as well", dataloader_drop_last=False),
+    *lost("a resumed run goes on exactly where it ended", ignore_data_skip=False),
+    *lost("batches are drawn at random, by train.seed", train_sampling_strategy="random"),
+    *lost("the project of W&B is its variable WANDB_PROJECT", project="huggingface"),
+    *lost(
+        "trackio's places are its own settings",
+        trackio_space_id=None,
+        trackio_bucket_id=None,
+        trackio_static_space_id=None,
+    ),
+    *needless(
+        "evaluations take batches of train.micro_batch_size, which changes no value",
+        per_device_eval_batch_size=8,
+        eval_accumulation_steps=None,
+        batch_eval_metrics=False,
+        eval_do_concat_batches=True,
+        eval_use_gather_object=False,
+        prediction_loss_only=False,
+        include_for_metrics=[],
+    ),
+    *needless(
+        "a run evaluates before its first step wherever it has evaluation data", eval_on_start=False
+    ),
+    *needless("the first step is always logged", logging_first_step=False),
+    *needless(
+        "the loss of the whole global batch is divided once, by its rows or tokens",
+        average_tokens_across_devices=True,
+    ),
+    *needless(
+        "no loader stands between data and training: rows are tokenised once, by data.workers",
+        dataloader_num_workers=0,
+        dataloader_pin_memory=True,
+        dataloader_persistent_workers=False,
+        dataloader_prefetch_factor=None,
+        dataloader_multiprocessing_context=None,
+        dataloader_in_order=True,
+        remove_unused_columns=True,
+        label_names=None,
+        length_column_name="length",
+    ),
+    *needless(
+        "DeepSpeed takes the place of DDP",
+        ddp_find_unused_parameters=None,
+        ddp_bucket_cap_mb=None,
+        ddp_broadcast_buffers=None,
+        ddp_static_graph=None,
+        ddp_backend=None,
+        local_rank=-1,
+    ),
+    *needless(
+        "recomputation is always by torch's non-reentrant checkpoints, which change no value",
+        gradient_checkpointing_kwargs=None,
+        activation_checkpointing=None,
+        activation_checkpointing_kwargs=None,
+    ),
+    *needless(
+        "it changes how fast products of fp32 are, and PyTorch's own setting holds",
+        tf32=None,
+        bf16_full_eval=False,
+        fp16_full_eval=False,
+    ),
+    *needless("no key-value cache is kept in training", use_cache=False),
+    *needless("memory is not fragmented by logits", torch_empty_cache_steps=None),
+    *needless(
+        "what a run prints is `--quiet` or not; a loss that is not finite ends it (train.nonfinite)",
+        log_on_each_node=True,
+        logging_nan_inf_filter=True,
+        include_num_input_tokens_seen="no",
+        log_level="passive",
+        log_level_replica="warning",
+        disable_tqdm=None,
+        debug="",
+        skip_memory_metrics=True,
+    ),
+    *needless(
+        "checkpoints are whole for every rank; signals end a run with one",
+        save_on_each_node=False,
+        enable_jit_checkpoint=False,
+        restore_callback_states_from_checkpoint=False,
+    ),
+    *needless("the command says what is done", do_train=False, do_eval=False, do_predict=False),
+    *older(
+        same("warmup_ratio", 0.0, "train.warmup_ratio"),
+        joint(
+            "evaluation_strategy",
+            None,
+            "data.eval, train.eval_steps",
+            "eval_strategy, as it was called",
+        ),
+        *needless("micro-batches are filled with rows of like lengths", group_by_length=False),
+        *needless("the report and metrics.jsonl lie in train.output_dir", logging_dir=None),
+        *needless("models are always safetensors", save_safetensors=True),
+        *needless(FOUND, no_cuda=False, fp16_opt_level="O1", half_precision_backend="auto"),
+        joint("overwrite_output_dir", False, "train.overwrite_output_dir"),
+    ),
+]
+
+
+def finish_training(draft: Draft) -> None:
+    """The options of `TRAINING` that are read together."""
+    _batches(draft)
+    _precision(draft)
+    _optimiser(draft)
+    if draft["lr_scheduler_type"] != "constant":
+        warm_up(draft, "warmup_steps")
+    keep_all(draft)
+    _steps(draft)
+    shards(draft)
+    reports(draft, "report_to", _loggers(draft["report_to"]))
+    if flag(draft["overwrite_output_dir"]):
+        draft.put("train.overwrite_output_dir", True, "overwrite_output_dir")
+    if flag(draft["save_only_model"]):
+        draft.put("train.save_model", True, "save_only_model")
+
+
+def shards(draft: Draft) -> None:
+    """A DeepSpeed configuration that is named or written out, or FSDP."""
+    config = draft["deepspeed"]
+    if isinstance(config, str) and config.strip().startswith("{"):
+        try:
+            config = json.loads(config)
+        except json.JSONDecodeError as error:
+            raise draft.fault("deepspeed", f"not JSON: {error.msg}") from None
+    if isinstance(config, str):
+        file = beside(config, Path(draft.place), "DeepSpeed configuration", "deepspeed")
+        config = read_mapping(file)
+    if isinstance(config, dict) and config:
+        put_deepspeed(draft, config, "deepspeed")
+    if draft["fsdp"] or draft["fsdp_config"]:
+        own = draft["fsdp_config"]
+        put_fsdp(
+            draft, own if isinstance(own, dict) else {}, "fsdp" if draft["fsdp"] else "fsdp_config"
+        )
+
+
+def batches(draft: Draft, micro: str, accumulation: str) -> None:
+    """The sizes of batches: those of a rank, times the steps that are accumulated, times the ranks."""
+    own, steps = int(draft[micro]), int(draft[accumulation])
+    ranks = draft.ranks or 1
+    whole = own * steps * ranks
+    draft.put("train.micro_batch_size", own, micro)
+    draft.put(
+        "train.global_batch_size",
+        whole,
+        micro,
+        accumulation,
+        comment=f"{own} x {steps} steps x {ranks} rank{'s' if ranks > 1 else ''}",
+    )
+    if draft.ranks is None:
+        draft.note(
+            "The number of GPUs is not told, and train.global_batch_size is that of one: import with "
+            "--nproc N for N."
+        )
+
+
+def _batches(draft: Draft) -> None:
+    batches(draft, "per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+def _precision(draft: Draft) -> None:
+    if draft.has("fp16") and flag(draft["fp16"]):
+        draft.lose("fp16", "bf16 stands in its place: as fast, and it needs no loss scaling")
+        draft.put("model.dtype", "bf16", "fp16", comment="in place of fp16")
+    elif draft.has("bf16"):
+        precision(draft, "bf16", "bf16" if flag(draft["bf16"]) else "fp32")
+    elif draft["bf16"] is False:
+        draft.put(
+            "model.dtype", "fp32", "bf16", comment=f"{draft.trainer} trains in fp32 by default"
+        )
+
+
+def precision(draft: Draft, name: str, dtype: str) -> None:
+    """The dtype of weights and activations."""
+    draft.put("model.dtype", dtype, name)
+
+
+def _optimiser(draft: Draft) -> None:
+    if draft.has("optim"):
+        try:
+            optimiser(draft["optim"])
+        except Lost as error:
+            draft.lose("optim", str(error))
+
+
+def warm_up(draft: Draft, name: str, default: float = 0.0) -> None:
+    """The warm-up in steps; below 1 they are a share of all.
+
+    default: the share where neither steps nor a share are given.
+    """
+    if draft.has("warmup_ratio") and not float(draft[name] or 0):
+        return  # the table has put it
+    steps = float(draft[name] or 0) if draft.has(name) else default
+    if steps < 1:
+        draft.put("train.warmup_ratio", steps, name)
+        return
+    draft.put("train.warmup_steps", int(steps), name)
+    if draft.keys.pop("train.warmup_ratio", None) and "warmup_ratio" in draft.given:
+        draft.spare("warmup_ratio", f"{name} stands in its place, there too")
+
+
+def keep_all(draft: Draft, name: str = "save_total_limit") -> None:
+    """Checkpoints that stay: all, where no number is given."""
+    if not draft[name]:
+        draft.put("train.save_total_limit", None, name)
+
+
+def _steps(draft: Draft) -> None:
+    every(draft, "logging_strategy", "logging_steps", "log.logging_steps")
+    every(draft, "save_strategy", "save_steps", "train.save_steps")
+    if draft.has("evaluation_strategy") and not draft.has("eval_strategy"):
+        draft.given["eval_strategy"] = draft["evaluation_strategy"]
+        draft.spare("evaluation_strategy", "read as eval_strategy")
+    if not evaluates(draft):
+        return
+    steps = draft["eval_steps"] or draft["logging_steps"]
+    every(draft, "eval_strategy", "eval_steps", "train.eval_steps", steps)
+
+
+def evaluates(draft: Draft) -> bool:
+    """Whether it is evaluated while training."""
+    strategy = (
+        draft["eval_strategy"] if draft.has("eval_strategy") else draft["evaluation_strategy"]
+    )
+    return str(strategy or "no").lower() not in ("no", "false", "none")
+
+
+def every(draft: Draft, strategy: str, steps: str, key: str, value: Any = None) -> None:
+    """Something that is done every so many steps, or at the end of every epoch, or never."""
+    how = str(draft[strategy]).lower()
+    value = draft[steps] if value is None else value
+    if how == "epoch":
+        if float(draft["num_train_epochs"]) <= 1 and not above_zero(draft["max_steps"] or -1):
+            draft.spare(strategy, "the end of the only epoch is that of the run")
+        else:
+            put_per_epoch(draft, strategy, key, 1, "once an epoch; here it is at the end alone")
+    elif how == "best":
+        draft.spare(strategy, "the best checkpoint is kept where one is sought")
+    elif how not in ("no", "false") and value is not None:
+        fraction(draft, steps, key, value, strategy)
+
+
+def fraction(draft: Draft, name: str, key: str, value: Any, *beside: str) -> None:
+    """A number of steps; below 1 it is a share of all of them."""
+    number = float(value)
+    if number >= 1:
+        draft.put(key, int(number), name, *beside)
+        return
+    total = above_zero(draft["max_steps"] or -1)
+    if total is None:
+        epochs = next(n for n in ("num_train_epochs", "num_epochs") if n in draft.options)
+        times = 1 / (number * float(draft[epochs]))
+        put_per_epoch(draft, name, key, times, "a share of the steps")
+    else:
+        draft.put(key, max(math.ceil(number * total), 1), name, "max_steps")
+
+
+def _loggers(value: Any) -> list[str]:
+    names = [str(each).lower() for each in listed(value)]
+    return [name for name in names if name not in ("none", "all")]
+
+
+def reports(draft: Draft, name: str, loggers: list[str]) -> None:
+    """The loggers that we have, and a word about the others."""
+    known = known_loggers()
+    if missing := [each for each in loggers if each not in known]:
+        draft.lose(
+            name, f"{', '.join(missing)}: a run reports to {', '.join(known)} and metrics.jsonl"
+        )
+    if here := [each for each in loggers if each in known]:
+        draft.put("log.report_to", here, name)
+
+
+def known_loggers() -> list[str]:
+    """Names that log.report_to takes."""
+    names, waiting = [], [LogSection.model_fields["report_to"].annotation]
+    while waiting:
+        kind = waiting.pop()
+        inner = typing.get_args(kind)
+        names += [each for each in inner if isinstance(each, str)]
+        waiting += [each for each in inner if not isinstance(each, str)]
+    return names

@@ -1,0 +1,326 @@
+"""Axolotl: its YAML with `rl: dpo`, ipo, orpo, simpo or kto."""
+
+from __future__ import annotations
+
+from dpo_fast.errors import UserError
+from dpo_fast.losses import LOSSES
+from dpo_fast.migration.arguments import (
+    ADAMW,
+    above_zero,
+    batches,
+    fraction,
+    keep_all,
+    precision,
+    reports,
+    shards,
+    warm_up,
+)
+from dpo_fast.migration.axolotl_data import put_data
+from dpo_fast.migration.axolotl_options import FIXED, TABLES
+from dpo_fast.migration.counted import put_per_epoch
+from dpo_fast.migration.draft import Draft
+from dpo_fast.migration.losses import put_losses, put_option
+from dpo_fast.migration.option import flag, listed
+from dpo_fast.migration.sizes import put_lengths, put_lora
+from dpo_fast.migration.trl import SMOOTHED
+from dpo_fast.migration.trl_options import ATTENTION, QUANTISED
+from dpo_fast.training.schedule import NAMES
+
+__all__ = ["TABLES", "finish", "method_of"]
+ELSEWHERE = {
+    "grpo": "it samples while it trains; here rounds sample between runs (docs/ROUNDS.md)",
+    "gdpo": "it samples while it trains; here rounds sample between runs (docs/ROUNDS.md)",
+    "ebft": "it has no counterpart here",
+}
+WARM_UP = 0.03  # of the steps, where nothing is said
+LIGER = ("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_swiglu")
+
+
+def method_of(given: dict, asked: str | None, place: str) -> str:
+    """`rl` of a file, whose section trl is laid open. Raises UserError for one that is not done here."""
+    inner = given.pop("trl", None)
+    if isinstance(inner, dict):
+        given |= {f"trl.{name}": value for name, value in inner.items()}
+    found = asked or given.get("rl")
+    if found is None:
+        raise UserError(
+            f"{place} has no `rl`: it is for SFT, and preference training is what is read here. Begin with "
+            "`dpo-fast init --recipe sft`"
+        )
+    found = "dpo" if found is True else str(found)
+    if found in ELSEWHERE:
+        raise UserError(f"{place}: rl={found}: {ELSEWHERE[found]}")
+    if found not in TABLES:
+        raise UserError(f"{place}: rl={found}: choose from {', '.join(TABLES)}")
+    return found
+
+
+def finish(draft: Draft, method: str) -> None:
+    """All that is read together with something else."""
+    for name, what in {
+        "base_model": "model",
+        "datasets": "data",
+        "learning_rate": "learning rate",
+    }.items():
+        if not draft.has(name):
+            raise UserError(f"{draft.place} names no {what}: add {name}")
+    put_data(draft, method)
+    put_lengths(draft, "sequence_len", int(draft["sequence_len"]), "max_prompt_len")
+    draft.put("data.truncation", "keep_start", "sequence_len")
+    _batches(draft)
+    _model(draft)
+    _lora(draft)
+    _schedule(draft)
+    _steps(draft)
+    shards(draft)
+    degree = draft["context_parallel_size"] or draft["sequence_parallel_degree"]
+    if degree and int(degree) > 1:
+        draft.put(
+            "parallel.sequence_parallel",
+            int(degree),
+            "context_parallel_size",
+            "sequence_parallel_degree",
+        )
+    _logs(draft)
+    _loss(draft, method)
+    if method in ("dpo", "ipo", "kto"):
+        draft.note(
+            "The reference is stored once before training (KTO: scored in every step): the same numbers."
+        )
+
+
+def _batches(draft: Draft) -> None:
+    if draft.has("batch_size") and not draft.has("gradient_accumulation_steps"):
+        draft.put("train.micro_batch_size", int(draft["micro_batch_size"]), "micro_batch_size")
+        draft.put("train.global_batch_size", int(draft["batch_size"]), "batch_size")
+        return
+    batches(draft, "micro_batch_size", "gradient_accumulation_steps")
+
+
+def _model(draft: Draft) -> None:
+    if flag(draft["fp16"]) or flag(draft["float16"]):
+        draft.put("model.dtype", "bf16", "fp16", comment="in place of fp16")
+        if draft.has("fp16"):
+            draft.lose("fp16", "bf16 stands in its place: as fast, and it needs no loss scaling")
+    elif flag(draft["bf16"]) and str(draft["bf16"]) not in ("auto", "full"):
+        precision(draft, "bf16", "bf16")
+    elif draft.has("bfloat16", "float32"):
+        precision(draft, "bfloat16", "bf16" if flag(draft["bfloat16"]) else "fp32")
+    elif str(draft["bf16"]) == "full":
+        precision(draft, "bf16", "bf16")
+    elif not flag(draft["bf16"]):
+        precision(draft, "bf16", "fp32")
+    _checkpointing(draft)
+    for name in ("sdp", "eager", "flex"):
+        if flag(draft[f"{name}_attention"]):
+            found = {"sdp": "sdpa", "eager": "eager", "flex": "flex_attention"}[name]
+            draft.put("model.attention", found, f"{name}_attention")
+    if draft.has("attn_implementation"):
+        if draft["attn_implementation"] in ATTENTION:
+            draft.put("model.attention", draft["attn_implementation"], "attn_implementation")
+        else:
+            draft.lose("attn_implementation", f"auto chooses one of {', '.join(ATTENTION)}")
+    if draft.has("flash_attention"):
+        draft.spare("flash_attention", "auto takes a varlen kernel where sequences share a row")
+    if flag(draft["torch_compile"]) and draft["torch_compile"] != "auto":
+        draft.put("model.torch_compile", True, "torch_compile")
+    on = [name for name in LIGER if flag(draft[name])]
+    if on:
+        draft.put("model.use_liger_kernel", True, *on)
+    optimizer = str(draft["optimizer"])
+    if optimizer not in ADAMW:
+        draft.lose("optimizer", FIXED)
+    elif draft.has("optimizer"):
+        draft.spare("optimizer", "AdamW, as torch has it")
+
+
+def _checkpointing(draft: Draft) -> None:
+    value = draft["gradient_checkpointing"]
+    if str(value) in ("offload", "offload_disk", "unsloth"):
+        draft.put("model.gradient_checkpointing", True, "gradient_checkpointing")
+        draft.put(
+            "model.activation_offloading", True, "gradient_checkpointing", comment=f"{value} there"
+        )
+    else:
+        draft.put("model.gradient_checkpointing", flag(value), "gradient_checkpointing")
+
+
+def _lora(draft: Draft) -> None:
+    if draft.has("lora_model_dir"):
+        draft.put(
+            "model.path",
+            draft["lora_model_dir"],
+            "lora_model_dir",
+            comment="an adapter; it names its base",
+        )
+        draft.spare("base_model", "adapter_config.json of the adapter names its base")
+        return
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if flag(draft[name]):
+            draft.lose(name, QUANTISED)
+    kind = draft["adapter"]
+    if not kind:
+        return
+    if kind not in ("lora", "qlora"):
+        raise draft.fault("adapter", "choose lora; others are not there")
+    if kind == "qlora":
+        draft.lose("adapter", f"lora stands in its place: {QUANTISED}")
+    values = {key: (f"lora_{key}", draft[f"lora_{key}"]) for key in ("r", "alpha", "dropout")}
+    values |= {
+        key: (f"lora_{key}", draft[f"lora_{key}"])
+        for key in ("target_parameters", "modules_to_save")
+    }
+    if flag(draft["lora_target_linear"]):
+        put_lora(draft, values, ("lora_target_linear", "all-linear"))
+    else:
+        put_lora(draft, values, ("lora_target_modules", draft["lora_target_modules"]))
+    draft.went("adapter", "model.lora")
+
+
+def _schedule(draft: Draft) -> None:
+    if steps := above_zero(draft["max_steps"] or -1):
+        draft.put("train.max_steps", steps, "max_steps")
+    name = str(draft["lr_scheduler"])
+    if name not in NAMES:
+        draft.lose("lr_scheduler", "cosine stands in its place; transformers' schedules are there")
+        name = "cosine"
+    if draft.has("cosine_min_lr_ratio"):
+        name = "cosine_with_min_lr"
+        least = {"min_lr_rate": float(draft["cosine_min_lr_ratio"])}
+        draft.put("train.lr_scheduler_kwargs", least, "cosine_min_lr_ratio")
+    draft.put("train.lr_scheduler_type", name, "lr_scheduler")
+    if name != "constant":
+        warm_up(draft, "warmup_steps", WARM_UP)
+    keep_all(draft)
+
+
+def _steps(draft: Draft) -> None:
+    for name, key in (("save_steps", "train.save_steps"), ("logging_steps", "log.logging_steps")):
+        if draft.has(name):
+            fraction(draft, name, key, draft[name])
+    if draft.has("eval_steps"):
+        if "data.eval" in draft.keys or "data.eval_rows" in draft.keys:
+            fraction(draft, "eval_steps", "train.eval_steps", draft["eval_steps"])
+        else:
+            draft.lose(
+                "eval_steps",
+                "there is nothing to evaluate on: set data.eval or data.eval_rows, then it",
+            )
+    evaluated = "data.eval" in draft.keys or "data.eval_rows" in draft.keys
+    per_epoch = {"evals_per_epoch": "train.eval_steps", "saves_per_epoch": "train.save_steps"}
+    for name, key in per_epoch.items():
+        times = float(draft[name] or 0)
+        if draft.has(name) and (not times or name == "evals_per_epoch" and not evaluated):
+            draft.spare(name, "none" if not times else "there is nothing to evaluate on")
+        elif draft.has(name):
+            put_per_epoch(draft, name, key, times, "so many times an epoch")
+    for name, key in (("eval_strategy", "train.eval_steps"), ("save_strategy", "train.save_steps")):
+        if str(draft[name]) == "epoch" and float(draft["num_epochs"]) > 1:
+            put_per_epoch(draft, name, key, 1, "once an epoch; here it is at the end alone")
+    if flag(draft["save_only_model"]):
+        draft.put("train.save_model", True, "save_only_model")
+    if draft.has("early_stopping_patience"):
+        if "train.eval_steps" in draft.keys:
+            draft.put(
+                "train.early_stopping_patience",
+                int(draft["early_stopping_patience"]),
+                "early_stopping_patience",
+            )
+        else:
+            draft.lose("early_stopping_patience", "it needs train.eval_steps: set both")
+    if draft.has("resume_from_checkpoint"):
+        draft.put(
+            "train.resume_from_checkpoint",
+            str(draft["resume_from_checkpoint"]),
+            "resume_from_checkpoint",
+        )
+    elif flag(draft["auto_resume_from_checkpoints"]):
+        draft.put("train.resume_from_checkpoint", True, "auto_resume_from_checkpoints")
+
+
+def _logs(draft: Draft) -> None:
+    found = {"wandb": draft.has("wandb_project") or flag(draft["use_wandb"])}
+    found |= {name: flag(draft[f"use_{name}"]) for name in ("tensorboard", "mlflow", "comet")}
+    for name in (name for name, on in found.items() if on):
+        option = (
+            "wandb_project" if name == "wandb" and draft.has("wandb_project") else f"use_{name}"
+        )
+        before = draft.keys.get("log.report_to")
+        reports(draft, option, [name])
+        if before and "log.report_to" in draft.keys and draft.keys["log.report_to"] is not before:
+            draft.put("log.report_to", [*before.value, name], option)
+    if draft.has("wandb_project"):
+        draft.note(f"The project of W&B is its variable: WANDB_PROJECT={draft['wandb_project']}")
+
+
+def _loss(draft: Draft, method: str) -> None:
+    names = ["rl"]
+    if method == "dpo":
+        shares = _dpo_losses(draft, names)
+    else:
+        shares = {method: 1.0}
+    if draft.has("rpo_alpha") and method in ("dpo", "ipo"):
+        shares["sft"] = float(draft["rpo_alpha"])
+        names.append("rpo_alpha")
+    if method == "simpo":
+        alpha = float(draft["cpo_alpha"]) if draft.has("cpo_alpha") else 1.0
+        if alpha:
+            shares["sft"] = alpha
+            draft.put(
+                "loss.weights", [1.0, alpha], "cpo_alpha", comment="cpo_alpha, 1 by default there"
+            )
+            names.append("cpo_alpha")
+    put_losses(draft, shares, *names, comment=f"rl: {method}")
+    own = [name for name in shares if name != "sft"] or ["sft"]
+    option = next(
+        (n for n in ("trl.beta", "rl_beta", "dpo_beta", "orpo_alpha") if draft.has(n)), "rl_beta"
+    )
+    put_option(draft, own, "beta", float(draft[option]) if draft.has(option) else 0.1, option)
+    for ours, theirs in (
+        ("simpo_gamma", "simpo_gamma"),
+        ("desirable_weight", "kto_desirable_weight"),
+        ("undesirable_weight", "kto_undesirable_weight"),
+        ("use_weighting", "dpo_use_weighting"),
+    ):
+        if draft.has(theirs):
+            value = flag(draft[theirs]) if ours == "use_weighting" else float(draft[theirs])
+            put_option(draft, own, ours, value, theirs)
+    if draft.has("dpo_label_smoothing"):
+        _smoothing(draft, own)
+    if draft.has("precompute_ref_log_probs"):
+        draft.spare(
+            "precompute_ref_log_probs", "the reference is stored by default: the same numbers, once"
+        )
+
+
+def _dpo_losses(draft: Draft, names: list[str]) -> dict[str, float]:
+    losses = [str(each) for each in listed(draft["dpo_loss_type"])] or ["sigmoid"]
+    if flag(draft["dpo_norm_loss"]):
+        losses = ["sigmoid_norm"]
+        names.append("dpo_norm_loss")
+    if unknown := [each for each in losses if each not in LOSSES]:
+        raise draft.fault(
+            "dpo_loss_type", f"{', '.join(unknown)} is no loss here; docs/LOSSES.md has them"
+        )
+    weights = listed(draft["dpo_loss_weights"]) or [1.0] * len(losses)
+    if len(weights) != len(losses):
+        raise draft.fault("dpo_loss_weights", f"{len(losses)} losses need as many weights")
+    names += ["dpo_loss_type", "dpo_loss_weights"]
+    return dict(zip(losses, map(float, weights), strict=True))
+
+
+def _smoothing(draft: Draft, losses: list[str]) -> None:
+    if set(losses) & set(SMOOTHED):
+        put_option(
+            draft,
+            losses,
+            "label_smoothing",
+            float(draft["dpo_label_smoothing"]),
+            "dpo_label_smoothing",
+        )
+    else:
+        draft.lose(
+            "dpo_label_smoothing",
+            "TRL 1.16, which Axolotl trains with, smooths no labels of these losses; for cDPO set "
+            "loss.label_smoothing",
+        )

@@ -1,0 +1,161 @@
+"""docs/FROM_*.md, made of the tables: `python -m dpo_fast.migration.docs docs`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from dpo_fast.migration.importers import IMPORTERS
+from dpo_fast.migration.option import Option, Table
+
+NAMES = {
+    "trl": "FROM_TRL",
+    "llamafactory": "FROM_LLAMAFACTORY",
+    "openrlhf": "FROM_OPENRLHF",
+    "axolotl": "FROM_AXOLOTL",
+}
+HEAD = """# Coming from {trainer}
+
+Made of the tables of `dpo-fast import` by `make docs`; a test holds it to the code.
+
+{commands}
+Every option of the file is carried over, needs nothing here, or is listed as without a counterpart;
+`--strict` fails where there is one. Defaults of theirs that differ from ours are written out.
+{words}"""
+COMMANDS = {
+    "trl": """    dpo-fast import trl dpo.yaml --out run.yaml --nproc 8  # DPOConfig, ..., YAML or JSON
+    dpo-fast import trl train.sh --out run.yaml            # a script with `trl dpo --...`, or dpo.py
+    dpo-fast import trl dpo.yaml --accelerate zero3.yaml   # and the file of `accelerate launch`
+    dpo-fast import trl kto.yaml --method kto              # where the options do not tell the trainer
+""",
+    "llamafactory": """    dpo-fast import llamafactory llama3_lora_dpo.yaml --out run.yaml --nproc 8
+    dpo-fast import llamafactory train.sh --out run.yaml        # a script with llamafactory-cli train
+""",
+    "openrlhf": """    dpo-fast import openrlhf train_dpo.sh --out run.yaml  # with openrlhf.cli.train_dpo
+""",
+    "axolotl": """    dpo-fast import axolotl dpo.yml --out run.yaml --nproc 8  # rl: dpo, ipo, ...
+""",
+}
+WORDS = {
+    "trl": """
+| in code | |
+|---|---|
+| `trl.DPOTrainer` | that of `dpo_fast.integrations.trl` ([DROPINS.md](DROPINS.md)) |
+| `DPOConfig(...)` | `dpo-fast import trl`, or by hand with the table below |
+| `trl dpo --config dpo.yaml` | `dpo-fast train run.yaml` |
+| `accelerate launch --num_processes 8` | `--nproc 8`, torchrun, srun ([OPERATIONS.md](OPERATIONS.md)) |
+| `trainer.train(resume_from_checkpoint=True)` | `train.resume_from_checkpoint=true` |
+
+Rows are those that TRL takes, and more ([FORMATS.md](FORMATS.md)). What differs without an option
+for it:
+
+- The reference is scored once and stored; TRL scores it in every step, or once with
+  `precompute_ref_log_probs`.
+- The loss is a mean over the rows of the global batch. TRL takes the mean of means of
+  micro-batches, which are the same where all are of one size.
+- A row that is too long keeps its prompt, and a completion loses its end, as with TRL's
+  `keep_start`. Only a prompt of `max_length` tokens and more is another: TRL leaves it without a
+  completion, and here a token of it stays.
+""",
+    "llamafactory": """
+Data sets go by `dataset_info.json`: file or hub id, `formatting`, `columns` and `tags` are read,
+from `dataset_dir` as it
+stands or from a folder above the YAML file. What differs without an option for it:
+
+- Chats are written by the tokenizer's chat template, where LLaMA-Factory has templates of its own
+  (`template`). For the model's own they are alike. `dpo-fast data run.yaml` shows what is written.
+- The reference is scored once and stored; there it is scored in every step.
+- `pref_ftx` weighs a mean over tokens, where it is a mean of the rows' means there.
+- A row that is too long: `data.truncation` keeps the end of the prompt, and LLaMA-Factory cuts
+  prompt and answer in proportion.
+""",
+    "openrlhf": """
+The command is read with its variables, from a here-document as well. What differs without an option
+for it:
+
+- The reference is scored once and stored; there it is scored in every step.
+- Rows whose prompt fills `max_len` are left out there; here they keep a token of the answer, and
+  are counted.
+- A key of W&B in `--use_wandb` is written nowhere.
+""",
+    "axolotl": """
+A data set's `type` becomes `data.format` and `data.columns`. What differs without an option for it:
+
+- Types such as `chatml.intel` and `llama3.ultra` write a template by themselves; here the
+  tokenizer's chat template does, or a Jinja file in `data.chat_template`. `dpo-fast data run.yaml`
+  shows what is written.
+- The reference is scored once and stored.
+- `rl: simpo` is TRL's CPOTrainer with `cpo_alpha: 1.0`, an SFT term that the paper's SimPO has not:
+  it is written out.
+""",
+}
+GROUPS = {  # title: whether an option stands below it
+    "Options that are carried over": lambda option: option.here,
+    "Options without a counterpart": lambda option: option.lost,
+    "Options that need nothing here": lambda option: not option.here and not option.lost,
+}
+EXPLAINED = {
+    "Options that are carried over": "",
+    "Options without a counterpart": "\nAt its default nothing is lost. Else the import "
+    "names it, in the file and on the terminal.\n",
+    "Options that need nothing here": "",
+}
+
+
+def page(kind: str) -> str:
+    """The page of one trainer, as markdown."""
+    importer = IMPORTERS[kind]
+    head = HEAD.format(trainer=importer.title, commands=COMMANDS[kind], words=WORDS[kind])
+    options = _options(importer.tables)
+    return head + "".join(_group(title, options) for title in GROUPS)
+
+
+def _options(tables: dict[str, Table]) -> dict[str, tuple[Option, list[str]]]:
+    """Options by name, with the methods that have them; nothing where all have."""
+    found: dict[str, tuple[Option, list[str]]] = {}
+    for method, options in tables.items():
+        for name, option in options.items():
+            key = name if name not in found or found[name][0] == option else f"{name} {method}"
+            found.setdefault(key, (option, []))[1].append(method)
+    return {
+        key: (option, [] if len(methods) == len(tables) else methods)
+        for key, (option, methods) in found.items()
+    }
+
+
+def _group(title: str, options: dict[str, tuple[Option, list[str]]]) -> str:
+    own = [each for each in options.values() if GROUPS[title](each[0])]
+    lines = [f"\n## {title}\n{EXPLAINED[title]}\n"]
+    if title == "Options that need nothing here":
+        notes: dict[str, list[str]] = {}
+        for option, _ in own:
+            notes.setdefault(option.note, []).append(f"`{option.name}`")
+        lines.append("| options | why |\n|---|---|\n")
+        lines += [
+            f"| {', '.join(dict.fromkeys(names))} | {note} |\n" for note, names in notes.items()
+        ]
+        return "".join(lines)
+    where = "here" if own and own[0][0].here else "why"
+    lines.append(f"| option | its default | {where} | |\n|---|---|---|---|\n")
+    lines += [_row(option, methods) for option, methods in own]
+    return "".join(lines)
+
+
+def _row(option: Option, methods: list[str]) -> str:
+    name = f"`{option.name}`" + (f" ({', '.join(methods)})" if methods else "")
+    name += ", of older versions" if option.older else ""
+    keys = ", ".join(f"`{key}`" for key in option.here.split(", ")) if option.here else option.note
+    note = option.note if option.here else ""
+    default = "" if option.default is None else f"`{json.dumps(option.default)}`"
+    return f"| {name} | {default} | {keys} | {note} |\n"
+
+
+def write(folder: Path) -> None:
+    """All pages."""
+    for kind, name in NAMES.items():
+        (folder / f"{name}.md").write_text(page(kind), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

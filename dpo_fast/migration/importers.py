@@ -1,0 +1,176 @@
+"""The trainers whose files we read, and the way from such a file to a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_fast.errors import UserError
+from dpo_fast.migration import axolotl, llamafactory, openrlhf, trl
+from dpo_fast.migration.deepspeed import put_accelerate, ranks_of
+from dpo_fast.migration.draft import LOST, Draft
+from dpo_fast.migration.files import beside, read_mapping, read_text
+from dpo_fast.migration.option import Table
+from dpo_fast.migration.shell import Command, is_command, read_command
+from dpo_fast.training.config import build_config
+
+
+@dataclass(frozen=True)
+class Importer:
+    """One trainer.
+
+    title: its name. tables: its options, by the name of one of its methods.
+    method: which of them a file is for, from the options, the one that is asked for and the file's name.
+    finish: puts what is read together.
+    marks: what starts it on a command line, as regular expressions.
+    config: option that names a YAML file on a command line; empty where it is the first word.
+    """
+
+    title: str
+    tables: dict[str, Table]
+    method: Callable[[dict[str, Any], str | None, str], str]
+    finish: Callable[[Draft, str], None]
+    marks: tuple[str, ...]
+    config: str = ""
+
+
+IMPORTERS = {
+    "trl": Importer(
+        "TRL",
+        trl.TABLES,
+        trl.trainer_of,
+        trl.finish,
+        (r"\btrl (?=\w+)", r"\b\w*(?:dpo|kto|cpo|orpo)\w*\.py\b"),
+        "config",
+    ),
+    "llamafactory": Importer(
+        "LLaMA-Factory",
+        llamafactory.TABLES,
+        llamafactory.stage_of,
+        llamafactory.finish,
+        (r"\bllamafactory-cli train\b", r"\blmf train\b", r"\bsrc/train(?:_bash)?\.py\b"),
+    ),
+    "openrlhf": Importer(
+        "OpenRLHF",
+        openrlhf.TABLES,
+        openrlhf.method_of,
+        openrlhf.finish,
+        (r"\bopenrlhf\.cli\.train_\w+", r"\bopenrlhf/cli/train_\w+\.py", r"\btrain_dpo\.py\b"),
+        "config",
+    ),
+    "axolotl": Importer(
+        "Axolotl",
+        axolotl.TABLES,
+        axolotl.method_of,
+        axolotl.finish,
+        (r"\baxolotl train\b", r"\baxolotl\.cli\.train\b"),
+    ),
+}
+
+
+def import_file(
+    kind: str,
+    file: Path,
+    method: str | None = None,
+    accelerate: Path | None = None,
+    ranks: int | None = None,
+) -> Draft:
+    """Our configuration of another trainer's file, as a draft.
+
+    kind: a key of `IMPORTERS`. method: one of its tables; None: what the file says.
+    accelerate: a configuration of accelerate that it is started with.
+    ranks: processes that it is started with, where the file does not say so.
+
+    Raises:
+        UserError: the file cannot be read, or is for something that is not done here.
+    """
+    if kind not in IMPORTERS:
+        raise UserError(f"{kind}: choose from {', '.join(IMPORTERS)}")
+    importer = IMPORTERS[kind]
+    command = _read(importer, file)
+    if accelerate is None and command.accelerate:
+        accelerate = beside(
+            command.accelerate, file, "configuration of accelerate", "--config_file"
+        )
+    launched = read_mapping(accelerate) if accelerate else {}
+    asked = method or next((word for word in command.words if word in importer.tables), None)
+    chosen = importer.method(command.options, asked, str(file))
+    ranks = ranks or command.ranks or ranks_of(launched)
+    draft = Draft(importer.title, importer.tables[chosen], command.options, str(file), ranks)
+    draft.read_table()
+    if launched:
+        put_accelerate(draft, launched, accelerate.name)
+    importer.finish(draft, chosen)
+    _settle(draft)
+    return draft
+
+
+# Keys that need evaluation data, and those that need evaluations while training.
+EVALUATING = ("train.eval_steps",)
+COMPARING = (
+    *("train.load_best_model_at_end", "train.metric_for_best_model", "train.greater_is_better"),
+    *("train.early_stopping_patience", "train.early_stopping_threshold"),
+)
+
+
+def _settle(draft: Draft) -> None:
+    """Take out what other keys that have no counterpart leave without a meaning."""
+    held = {"data.eval", "data.eval_rows"} & set(draft.keys)
+    if not held:
+        _take_out(
+            draft,
+            EVALUATING,
+            "there is nothing to evaluate on: set data.eval or data.eval_rows, then it",
+        )
+    if "train.eval_steps" not in draft.keys:
+        _take_out(
+            draft,
+            COMPARING,
+            "checkpoints are compared by evaluations: set train.eval_steps, then it",
+        )
+
+
+def _take_out(draft: Draft, keys: tuple[str, ...], why: str) -> None:
+    for key in keys:
+        if draft.keys.pop(key, None) is not None:
+            for name in draft.options_of(key):
+                draft.lose(name, why)
+
+
+def check(draft: Draft) -> str | None:
+    """Why our configuration would be refused; None if it would not."""
+    try:
+        build_config(draft.tree(), "the configuration")
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def lost(draft: Draft) -> list[str]:
+    """Names of the options that have no counterpart."""
+    return [fate.name for fate in draft.fates if fate.what == LOST]
+
+
+def _read(importer: Importer, file: Path) -> Command:
+    """The options of a file: of a YAML or JSON file, or of the command in a shell script."""
+    if file.suffix.lower() in (".yaml", ".yml", ".json"):
+        return Command(read_mapping(file))
+    text = read_text(file)
+    if not is_command(text, importer.marks):
+        if file.suffix.lower() in (".sh", ".bash", ".slurm", ".sbatch", ".txt"):
+            raise UserError(
+                f"{file}: no line starts {importer.title}; name the file with its options, YAML or JSON"
+            )
+        return Command(read_mapping(file))
+    command = read_command(text, importer.marks, str(file))
+    name = command.options.pop(importer.config, None) if importer.config else None
+    if name is None:
+        yamls = [word for word in command.words if word.endswith((".yaml", ".yml", ".json"))]
+        name = yamls[0] if yamls else None
+    if name is not None:
+        named = beside(str(name), file, "configuration", importer.config or "its file")
+        overrides = dict(word.split("=", 1) for word in command.words if "=" in word)
+        command.options = read_mapping(named) | overrides | command.options
+    return command

@@ -1,0 +1,112 @@
+"""The options of OpenRLHF's `openrlhf.cli.train_dpo`."""
+
+from __future__ import annotations
+
+from dpo_fast.migration.arguments import above_zero
+from dpo_fast.migration.option import Option, flag, joint, lost, needless, older, same, table
+from dpo_fast.migration.trl_options import QUANTISED
+
+DPO = [
+    same("pretrain", None, "model.path"),
+    joint("ref_pretrain", None, "reference.path"),
+    same("save_path", "./ckpt", "train.output_dir", "the model goes to its folder final/"),
+    same("save_steps", -1, "train.save_steps", convert=above_zero),
+    same("logging_steps", 1, "log.logging_steps", convert=int),
+    joint("eval_steps", -1, "train.eval_steps"),
+    same("max_ckpt_num", 3, "train.save_total_limit", convert=int),
+    same("save_hf_ckpt", False, "train.save_model", convert=flag),
+    same("micro_train_batch_size", 8, "train.micro_batch_size", convert=int),
+    same("train_batch_size", 128, "train.global_batch_size", convert=int),
+    same("load_checkpoint", False, "train.resume_from_checkpoint", convert=flag),
+    same("max_norm", 1.0, "train.max_grad_norm", convert=float),
+    same("gradient_checkpointing", False, "model.gradient_checkpointing", convert=flag),
+    same("seed", 42, "train.seed"),
+    same("zero_stage", 2, "parallel.zero_stage", convert=int),
+    joint("bf16", False, "model.dtype"),
+    same("learning_rate", 1e-5, "train.learning_rate", convert=float),
+    same("lr_warmup_ratio", 0.03, "train.warmup_ratio", convert=float),
+    joint("lr_scheduler", "cosine_with_min_lr", "train.lr_scheduler_type"),
+    joint("min_lr_ratio", 0.1, "train.lr_scheduler_kwargs", "min_lr_rate"),
+    joint("zpg", 1, "parallel.zero_hpz_partition_size"),
+    joint("adam_offload", False, "parallel.offload_optimizer"),
+    same("use_liger_kernel", False, "model.use_liger_kernel", convert=flag),
+    same("max_epochs", 1, "train.num_train_epochs", convert=float),
+    same("l2", 0.0, "train.weight_decay", "of matrices alone", convert=float),
+    joint("beta", 0.1, "loss.beta"),
+    joint("ipo", False, "loss.type", "ipo on sums: loss.length_average=false"),
+    joint("label_smoothing", 0.0, "loss.label_smoothing"),
+    joint("aux_loss_coef", 0, "model.router_aux_loss_coef"),
+    joint("nll_loss_coef", 0, "loss.type", "sft with this weight, over tokens in place of rows"),
+    joint("adam_betas", (0.9, 0.95), "train.adam_beta1, train.adam_beta2"),
+    joint(
+        "ring_attn_size",
+        1,
+        "parallel.sequence_parallel",
+        "Ulysses, which splits heads, in place of a ring",
+    ),
+    joint("lora_rank", 0, "model.lora.r"),
+    joint("lora_alpha", 16, "model.lora.alpha"),
+    joint("lora_dropout", 0, "model.lora.dropout"),
+    joint("target_modules", "all-linear", "model.lora.target_modules"),
+    joint("dataset", None, "data.train"),
+    joint("dataset_probs", None, "data.train", "weights of the sources"),
+    joint("dataset_split", "train", "data.train"),
+    joint("eval_dataset", None, "data.eval"),
+    joint("eval_split", "test", "data.eval"),
+    joint("max_samples", 1000000, "data.max_rows"),
+    joint("prompt_key", None, "data.columns"),
+    joint("chosen_key", "chosen", "data.columns"),
+    joint("rejected_key", "rejected", "data.columns"),
+    joint(
+        "apply_chat_template", False, "data.apply_chat_template", "messages always go through it"
+    ),
+    joint("max_len", 512, "data.max_length"),
+    Option(
+        "use_wandb",
+        None,
+        "log.report_to",
+        "the key itself belongs to WANDB_API_KEY",
+        joint=True,
+        secret=True,
+    ),
+    same("wandb_run_name", None, "log.run_name"),
+    joint("use_tensorboard", None, "log.report_to"),
+    *lost(
+        "W&B's own variables hold: WANDB_PROJECT, WANDB_ENTITY, WANDB_RUN_GROUP",
+        wandb_org=None,
+        wandb_group=None,
+        wandb_project="openrlhf_train_dpo",
+    ),
+    *lost(
+        "texts go to the model as they stand: write the template into the rows, or use a chat template",
+        input_template=None,
+    ),
+    *lost(QUANTISED, load_in_4bit=False),
+    *lost(
+        "tensors are not split over ranks; ZeRO 3 and parallel.sequence_parallel are",
+        ds_tensor_parallel_size=1,
+    ),
+    *lost("DeepSpeed compiles nothing here; model.torch_compile does", deepcompile=False),
+    *lost("runs here are exact without it, but for kernels of CUDA", full_determinism=False),
+    *lost("models and data come from the Hugging Face hub", use_ms=False),
+    *needless("the policy's reference is stored, and no second model is held", ref_offload=False),
+    *needless("auto takes a varlen kernel where sequences share a row", flash_attn=False),
+    *needless("rows are packed by train.layout", packing_samples=False),
+    *needless("gradients are summed in fp32", grad_accum_dtype=None),
+    *needless(
+        "ZeRO overlaps its exchanges on a GPU", overlap_comm=False, disable_trace_cache=False
+    ),
+    *needless("recomputation is never reentrant", gradient_checkpointing_use_reentrant=False),
+    *needless("of ring attention", ring_head_stride=1),
+    *needless(
+        "checkpoints lie in train.output_dir, and train.save_total_limit counts them",
+        ckpt_path="./ckpt/checkpoints_dpo",
+        max_ckpt_mem=1e8,
+        use_ds_universal_ckpt=False,
+    ),
+    *lost("checkpoints always hold the states that a run goes on from", disable_ds_ckpt=False),
+    *needless("the tokenizer is the model's own", disable_fast_tokenizer=False),
+    *needless("launchers set it", local_rank=-1),
+    *older(joint("train_split", "train", "data.train", "dataset_split, as it was called")),
+]
+TABLES = {"dpo": table(DPO)}

@@ -1,0 +1,190 @@
+"""The options of TRL's configurations and of its command line."""
+
+from __future__ import annotations
+
+from dpo_fast.migration.arguments import TRAINING
+from dpo_fast.migration.option import Lost, Option, flag, joint, lost, needless, older, same, table
+
+QUANTISED = (
+    "weights are not quantised while training; model.lora alone trains adapters on bf16 weights"
+)
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+
+
+def attention(name: str) -> str:
+    """transformers' name of an attention. Raises Lost."""
+    if name not in ATTENTION:
+        raise Lost(f"not an attention that runs here; auto chooses one of {', '.join(ATTENTION)}")
+    return name
+
+
+def _revision(name: str) -> str | None:
+    return None if name == "main" else name
+
+
+def _workers(number) -> int:
+    return max(int(number), 1)
+
+
+# What all of TRL's configurations change in TrainingArguments.
+SHARED = [
+    same("learning_rate", 1e-6, "train.learning_rate", convert=float),
+    same("gradient_checkpointing", True, "model.gradient_checkpointing", convert=flag),
+    joint(
+        "bf16", None, "model.dtype", "where it is left out: bf16 where the machine is fast with it"
+    ),
+    joint("logging_steps", 10, "log.logging_steps"),
+    joint(
+        "model_init_kwargs",
+        None,
+        "model",
+        "attn_implementation, dtype, revision, trust_remote_code",
+    ),
+    same("trust_remote_code", False, "model.trust_remote_code", convert=flag),
+    *lost("no dropout runs in training but that of adapters", disable_dropout=True),
+    same("dataset_num_proc", None, "data.workers", convert=_workers),
+    joint("max_length", 1024, "data.max_length, data.max_prompt_length"),
+]
+MODEL = [
+    same("model_name_or_path", None, "model.path"),
+    same("model_revision", "main", "model.revision", convert=_revision),
+    joint(
+        "dtype",
+        "float32",
+        "model.dtype",
+        "beside bf16 the dtype of the weights that AdamW keeps: fp32",
+    ),
+    same("attn_implementation", None, "model.attention", convert=attention),
+    joint("use_peft", False, "model.lora"),
+    joint("lora_r", 16, "model.lora.r"),
+    joint("lora_alpha", 32, "model.lora.alpha"),
+    joint("lora_dropout", 0.05, "model.lora.dropout"),
+    joint(
+        "lora_target_modules", None, "model.lora.target_modules", "none: those that peft chooses"
+    ),
+    joint("lora_target_parameters", None, "model.lora.target_parameters"),
+    joint("lora_modules_to_save", None, "model.lora.modules_to_save"),
+    *needless("the task is always CAUSAL_LM", lora_task_type="CAUSAL_LM"),
+    *lost("adapters are scaled by alpha / r", use_rslora=False),
+    *lost("adapters are LoRA", use_dora=False),
+    *lost(QUANTISED, load_in_8bit=False, load_in_4bit=False),
+    *needless(
+        "of quantised weights",
+        bnb_4bit_quant_type="nf4",
+        use_bnb_nested_quant=False,
+        bnb_4bit_quant_storage=None,
+    ),
+    *older(joint("torch_dtype", None, "model.dtype", "dtype, as it was called")),
+]
+SCRIPT = [
+    joint("dataset_name", None, "data.train"),
+    joint("dataset_config", None, "data.train", "as name:config/split"),
+    joint("dataset_train_split", "train", "data.train", "as name:split"),
+    joint("dataset_test_split", "test", "data.eval", "with eval_strategy alone"),
+    joint("dataset_streaming", False, "data.streaming"),
+    *needless("DeepSpeed takes the place of DDP", ignore_bias_buffers=False),
+    joint("datasets", [], "data.train", "fraction is weight here; columns are chosen by name"),
+    joint("streaming", False, "data.streaming"),
+    joint("test_split_size", None, "data.eval_rows", "a share is counted where the rows are here"),
+]
+REFERENCE = [
+    joint(
+        "precompute_ref_log_probs",
+        False,
+        "reference.provider",
+        "always, and stored: the same numbers",
+    ),
+    *needless(
+        "the reference takes batches of train.micro_batch_size", precompute_ref_batch_size=None
+    ),
+    joint("sync_ref_model", False, "reference.provider", "ema"),
+    joint("ref_model_mixup_alpha", 0.6, "reference.mixup_alpha"),
+    joint("ref_model_sync_steps", 512, "reference.sync_steps"),
+]
+PADDING = needless("layouts other than padded have no padding", pad_to_multiple_of="auto")
+ACTIVATIONS = [same("activation_offloading", False, "model.activation_offloading", convert=flag)]
+ROUTERS = [same("router_aux_loss_coef", None, "model.router_aux_loss_coef", convert=float)]
+COMPLETIONS = "data.max_length bounds prompt and completion together"
+PROMPTS = older(joint("max_prompt_length", None, "data.max_prompt_length"))
+DPO = [
+    joint("loss_type", ["sigmoid"], "loss.type", "the same names, in docs/LOSSES.md"),
+    joint("loss_weights", None, "loss.weights"),
+    joint("beta", 0.1, "loss.beta"),
+    joint(
+        "label_smoothing",
+        0.0,
+        "loss.label_smoothing",
+        "TRL's sigmoid has none: cDPO is sigmoid with it here",
+    ),
+    joint("ld_alpha", None, "loss.ld_alpha"),
+    joint("f_divergence_type", "reverse_kl", "loss.f_divergence_type"),
+    joint("f_alpha_divergence_coef", 0.5, "loss.f_alpha_divergence_coef"),
+    joint("use_weighting", False, "loss.use_weighting"),
+    joint("discopop_tau", 0.05, "loss.discopop_tau"),
+    joint("truncation_mode", "keep_start", "data.truncation"),
+    *needless(
+        "packed and shared_prefix, the layouts by default, have no padding", padding_free=False
+    ),
+    *lost("the tokenizer's own pad token counts for nothing: no loss sees padding", pad_token=None),
+    *older(
+        *lost(COMPLETIONS, max_completion_length=None),
+        joint("rpo_alpha", None, "loss.type", "sigmoid and sft, with this weight"),
+        joint("reference_free", False, "loss.reference_free"),
+        *needless(
+            "no logits are made, and padding counts for nothing",
+            use_logits_to_keep=False,
+            label_pad_token_id=-100,
+            padding_value=None,
+        ),
+        *needless(
+            "adapter_off is what peft's models have as a reference", force_use_ref_model=False
+        ),
+        *lost(
+            "the adapter of model.path is the policy",
+            model_adapter_name=None,
+            ref_adapter_name=None,
+        ),
+        *lost("held-out prompts are answered by the section generate", generate_during_eval=False),
+        *lost("tools come with the rows, in the column tools", tools=None),
+        *needless("the head is ours, and makes no logits", use_liger_loss=False),
+    ),
+]
+KTO = [
+    *older(*lost(COMPLETIONS, max_completion_length=None)),
+    joint("loss_type", "kto", "loss.type"),
+    joint("beta", 0.1, "loss.beta"),
+    joint("desirable_weight", 1.0, "loss.desirable_weight"),
+    joint("undesirable_weight", 1.0, "loss.undesirable_weight"),
+    Option(
+        "train_sampling_strategy",
+        "sequential",
+        note="the kl is of completions of other rows of the batch, whatever their order",
+    ),
+]
+CPO = [
+    joint(
+        "loss_type", "sigmoid", "loss.type", "sigmoid is cpo; simpo is simpo and sft, by cpo_alpha"
+    ),
+    joint("beta", 0.1, "loss.beta"),
+    joint("label_smoothing", 0.0, "loss.label_smoothing"),
+    joint("cpo_alpha", 1.0, "loss.cpo_alpha"),
+    joint("simpo_gamma", 0.5, "loss.simpo_gamma"),
+    *lost("AlphaPO is not there", alpha=0.0),
+    *lost(COMPLETIONS, max_completion_length=None),
+    *lost("held-out prompts are answered by the section generate", generate_during_eval=False),
+    *lost("models are decoders", is_encoder_decoder=None),
+]
+ORPO = [
+    *lost(COMPLETIONS, max_completion_length=None),
+    joint("beta", 0.1, "loss.beta", "lambda of the paper, on the odds ratio"),
+    *needless("padding counts for nothing", padding_value=None),
+    *lost("held-out prompts are answered by the section generate", generate_during_eval=False),
+    *lost("models are decoders", is_encoder_decoder=None),
+]
+ALL = (TRAINING, SHARED, MODEL, SCRIPT, PROMPTS)
+TABLES = {
+    "dpo": table(*ALL, REFERENCE, PADDING, ACTIVATIONS, ROUTERS, DPO),
+    "kto": table(*ALL, REFERENCE, PADDING, ACTIVATIONS, ROUTERS, KTO),
+    "cpo": table(*ALL, CPO),
+    "orpo": table(*ALL, ORPO),
+}

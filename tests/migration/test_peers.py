@@ -1,0 +1,359 @@
+"""Files of LLaMA-Factory, OpenRLHF and Axolotl as people have them, in words of our own."""
+
+import json
+
+import pytest
+import yaml
+
+pytest.importorskip("pydantic")
+
+from dpo_fast.errors import UserError
+from dpo_fast.migration.draft import LOST
+from dpo_fast.migration.importers import check, import_file, lost
+from dpo_fast.migration.yaml_file import text_of
+from dpo_fast.training.config import build_config
+
+INFO = {
+    "chats": {
+        "file_name": "chats.json",
+        "formatting": "sharegpt",
+        "ranking": True,
+        "columns": {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"},
+    },
+    "asks": {
+        "hf_hub_url": "org/asks",
+        "subset": "en",
+        "ranking": True,
+        "columns": {"prompt": "ask", "query": "about", "chosen": "good", "rejected": "bad"},
+    },
+    "tagged": {
+        "file_name": "tagged.json",
+        "formatting": "sharegpt",
+        "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "person"},
+    },
+    "elsewhere": {"script_url": "loader"},
+}
+FACTORY = {
+    "model_name_or_path": "org/model",
+    "stage": "dpo",
+    "do_train": True,
+    "finetuning_type": "lora",
+    "lora_target": "all",
+    "pref_beta": 0.2,
+    "pref_loss": "sigmoid",
+    "dataset": "chats",
+    "dataset_dir": "data",
+    "template": "llama3",
+    "cutoff_len": 4096,
+    "max_samples": 1000,
+    "preprocessing_num_workers": 4,
+    "output_dir": "saves/dpo",
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 8,
+    "learning_rate": "5.0e-6",
+    "num_train_epochs": 3.0,
+    "lr_scheduler_type": "cosine",
+    "warmup_ratio": 0.1,
+    "bf16": True,
+    "plot_loss": True,
+    "ddp_timeout": 180000000,
+}
+
+
+@pytest.fixture
+def factory(tmp_path):
+    (tmp_path / "examples" / "train_lora").mkdir(parents=True)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(INFO))
+
+    def make(**options):
+        file = tmp_path / "examples" / "train_lora" / "dpo.yaml"
+        file.write_text(yaml.safe_dump(FACTORY | options))
+        draft = import_file("llamafactory", file, ranks=2)
+        assert check(draft) is None, check(draft)
+        return draft, build_config(draft.tree(), "test")
+
+    make.folder = tmp_path
+    return make
+
+
+def test_llamafactory_with_its_dataset_info(factory):
+    draft, run = factory()
+    assert run.data.train == str(factory.folder / "data" / "chats.json")
+    assert (run.data.format, run.data.max_rows, run.data.workers) == ("sharegpt", 1000, 4)
+    assert (run.model.lora.r, run.model.lora.alpha) == (8, 16), "lora_alpha is twice the rank there"
+    assert run.model.lora.target_modules == "all-linear"
+    assert run.train.global_batch_size == 16 and run.learning_rate == 5e-6
+    assert run.parallel.timeout_minutes == 43_200
+    assert run.model.gradient_checkpointing is True
+    assert run.log.logging_steps == 500 and run.train.save_steps == 500, "transformers' defaults"
+    assert lost(draft) == ["template"]
+
+
+def test_llamafactory_of_several_sources(factory):
+    draft, run = factory(
+        dataset="chats,asks", mix_strategy="interleave_over", interleave_probs="0.3,0.7"
+    )
+    first, second = run.data.train
+    assert (first.weight, second.weight, run.data.stopping_strategy) == (0.3, 0.7, "all_exhausted")
+    assert second.path == "org/asks:en/train" and second.format == "alpaca"
+    assert second.columns == {
+        "prompt": "ask",
+        "query": "about",
+        "chosen": "good",
+        "rejected": "bad",
+    }
+    assert "max_samples" in lost(draft)
+    draft, _ = factory(dataset="tagged", max_samples=None)
+    assert lost(draft) == ["dataset_info.json: tagged: user_tag", "template"] or set(
+        lost(draft)
+    ) == {*("dataset_info.json: tagged: user_tag", "template")}
+
+
+LOSSES = {  # options: names, weights
+    "with sft": ({"pref_ftx": 0.5}, ("sigmoid", "sft"), [1.0, 0.5]),
+    "with bco": ({"pref_bco_weight": 1.0}, ("sigmoid", "bco_pair"), [0.5, 0.5]),
+    "orpo": ({"pref_loss": "orpo"}, ("orpo",), None),
+    "kto": ({"stage": "kto", "kto_chosen_weight": 2.0}, ("kto",), None),
+    "sft": ({"stage": "sft"}, ("sft",), None),
+}
+
+
+@pytest.mark.parametrize("case", LOSSES)
+def test_llamafactory_losses(factory, case):
+    options, names, weights = LOSSES[case]
+    _, run = factory(**options)
+    assert run.loss.names == names
+    assert weights is None or list(run.loss.weights) == weights
+    if case == "kto":
+        assert run.loss.desirable_weight == 2.0 and run.loss.beta == 0.2
+    if case == "sft":
+        assert not run.loss.objective.needs_reference
+
+
+WRONG = {
+    "a stage": ({"stage": "ppo"}, "stage=ppo: there is no PPO"),
+    "a method": ({"finetuning_type": "freeze"}, "choose full or lora"),
+    "a loss": ({"pref_loss": "kto_pair"}, "pref_loss='kto_pair': choose from"),
+    "a name": ({"dataset": "nothing"}, "nothing is not in .*dataset_info.json"),
+    "a script": ({"dataset": "elsewhere"}, "loading scripts are not read"),
+    "probabilities": (
+        {"mix_strategy": "interleave_under", "interleave_probs": "1,2"},
+        "1 sources need",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_llamafactory_that_cannot_be(factory, case):
+    options, said = WRONG[case]
+    with pytest.raises(UserError, match=said):
+        factory(**options)
+
+
+def test_llamafactory_from_its_command(factory):
+    factory()
+    script = factory.folder / "run.sh"
+    script.write_text(
+        "export CUDA_VISIBLE_DEVICES=0,1,2,3\n"
+        "FORCE_TORCHRUN=1 llamafactory-cli train examples/train_lora/dpo.yaml learning_rate=1e-6\n"
+    )
+    draft = import_file("llamafactory", script)
+    run = build_config(draft.tree(), "test")
+    assert run.train.global_batch_size == 32 and run.learning_rate == 1e-6
+
+
+SCRIPT = r"""
+set -x
+MODEL=org/sft
+read -r -d '' training_commands <<EOF
+openrlhf.cli.train_dpo \
+   --save_path ./ckpt/dpo \
+   --save_steps -1 \
+   --train_batch_size 256 \
+   --micro_train_batch_size 2 \
+   --pretrain ${MODEL} \
+   --bf16 \
+   --max_len 8192 \
+   --zero_stage 3 \
+   --learning_rate 5e-7 \
+   --adam_betas 0.9 0.98 \
+   --beta 0.2 \
+   --dataset org/pairs,mine.jsonl \
+   --dataset_probs 0.5,0.5 \
+   --apply_chat_template \
+   --chosen_key good \
+   --rejected_key rejected \
+   --flash_attn \
+   --packing_samples \
+   --nll_loss_coef 0.2 \
+   --input_template "Q: {}" \
+   --use_wandb abcdef0123 \
+   --gradient_checkpointing
+EOF
+# --ipo [for IPO]
+if [[ ${1} != "slurm" ]]; then
+    deepspeed --include localhost:0,1 --module $training_commands
+fi
+"""
+
+
+def test_openrlhf_from_its_script(tmp_path):
+    file = tmp_path / "train_dpo.sh"
+    file.write_text(SCRIPT)
+    draft = import_file("openrlhf", file)
+    assert check(draft) is None
+    run = build_config(draft.tree(), "test")
+    assert run.model.path == "org/sft" and run.model.dtype == "bf16"
+    assert (run.train.global_batch_size, run.train.micro_batch_size) == (256, 2)
+    assert (run.train.adam_beta1, run.train.adam_beta2) == (0.9, 0.98)
+    assert run.train.lr_scheduler_type == "cosine_with_min_lr" and run.train.warmup_ratio == 0.03
+    assert [(s.path, s.weight) for s in run.data.train] == [
+        ("org/pairs:train", 0.5),
+        ("mine.jsonl", 0.5),
+    ]
+    assert run.data.columns == {"chosen": "good"} and run.data.apply_chat_template is True
+    assert run.loss.names == ("sigmoid", "sft") and list(run.loss.weights) == [1.0, 0.2]
+    assert run.train.save_steps is None and run.log.report_to == ["wandb"]
+    assert lost(draft) == ["input_template"]
+    shown = text_of(draft, "run.yaml") + str(draft.fates)
+    assert "abcdef0123" not in shown, "a key is shown nowhere"
+
+
+def test_openrlhf_ipo_sums(tmp_path):
+    file = tmp_path / "a.sh"
+    file.write_text(
+        "python -m openrlhf.cli.train_dpo --pretrain m --dataset d --ipo --lora_rank 16\n"
+    )
+    run = build_config(import_file("openrlhf", file).tree(), "test")
+    assert run.loss.names == ("ipo",) and run.loss.length_average is False
+    assert (run.model.lora.r, run.model.lora.alpha) == (16, 16)
+    file.write_text("python -m openrlhf.cli.train_dpo --pretrain $UNSET --dataset d\n")
+    with pytest.raises(UserError, match=r"--pretrain .* holds the variable \$UNSET"):
+        import_file("openrlhf", file)
+
+
+AXOLOTL = {
+    "base_model": "org/base",
+    "rl": "dpo",
+    "rl_beta": 0.2,
+    "datasets": [
+        {
+            "path": "org/pairs",
+            "type": "chat_template.default",
+            "split": "train",
+            "field_messages": "conversation",
+            "field_chosen": "better",
+            "message_property_mappings": {"role": "role", "content": "content"},
+            "roles": {"user": ["user"], "assistant": ["assistant"]},
+        }
+    ],
+    "val_set_size": 0.05,
+    "output_dir": "./out",
+    "sequence_len": 4096,
+    "sample_packing": False,
+    "adapter": "lora",
+    "lora_r": 32,
+    "lora_alpha": 16,
+    "lora_target_linear": True,
+    "gradient_accumulation_steps": 4,
+    "micro_batch_size": 2,
+    "num_epochs": 2,
+    "optimizer": "adamw_torch",
+    "learning_rate": 0.0002,
+    "bf16": "auto",
+    "gradient_checkpointing": True,
+    "warmup_steps": 10,
+    "evals_per_epoch": 4,
+    "saves_per_epoch": 1,
+    "wandb_project": None,
+}
+
+
+def axolotl(tmp_path, **options):
+    file = tmp_path / "axolotl.yml"
+    file.write_text(yaml.safe_dump(AXOLOTL | options))
+    draft = import_file("axolotl", file, ranks=2)
+    assert check(draft) is None, check(draft)
+    return draft, build_config(draft.tree(), "test")
+
+
+def test_axolotl(tmp_path):
+    draft, run = axolotl(tmp_path)
+    assert run.data.train == "org/pairs:train"
+    assert run.data.columns == {"messages": "conversation", "chosen": "better"}
+    assert (run.model.lora.r, run.model.lora.target_modules) == (32, "all-linear")
+    assert run.train.global_batch_size == 16 and run.train.warmup_steps == 10
+    assert run.loss.beta == 0.2 and run.train.lr_scheduler_type == "cosine"
+    assert set(lost(draft)) == {"val_set_size", "saves_per_epoch"}
+
+
+def test_axolotl_with_rows_that_are_here(tmp_path):
+    data = tmp_path / "pairs.jsonl"
+    data.write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n' * 1000)
+    source = {"path": "json", "data_files": [str(data)], "type": "chatml.prompt_pairs"}
+    draft, run = axolotl(tmp_path, datasets=[source])
+    assert (run.data.train, run.data.format, run.data.eval_rows) == (str(data), "alpaca", 50)
+    assert (run.train.eval_steps, run.train.save_steps) == (15, 60), "950 rows in batches of 16"
+    assert lost(draft) == ["datasets.type=chatml.prompt_pairs"]
+
+
+METHODS = {  # rl and its options: losses
+    "ipo": ({"rl": "ipo"}, ("ipo",), 0.2),
+    "orpo": ({"rl": "orpo", "rl_beta": None, "orpo_alpha": 0.3}, ("orpo",), 0.3),
+    "simpo": ({"rl": "simpo", "simpo_gamma": 0.7}, ("simpo", "sft"), 0.2),
+    "kto": ({"rl": "kto", "kto_desirable_weight": 0.5}, ("kto",), 0.2),
+    "several": (
+        {"dpo_loss_type": ["sigmoid", "sft"], "dpo_loss_weights": [1, 0.5]},
+        ("sigmoid", "sft"),
+        0.2,
+    ),
+    "by trl": ({"trl": {"beta": 0.4}}, ("sigmoid",), 0.4),
+}
+
+
+@pytest.mark.parametrize("case", METHODS)
+def test_axolotl_methods(tmp_path, case):
+    options, names, beta = METHODS[case]
+    _, run = axolotl(tmp_path, **options)
+    assert run.loss.names == names and run.loss.beta == beta
+    if case == "simpo":
+        assert list(run.loss.weights) == [1.0, 1.0] and run.loss.simpo_gamma == 0.7
+
+
+def test_axolotl_says_what_has_no_counterpart(tmp_path):
+    draft, _ = axolotl(
+        tmp_path,
+        adapter="qlora",
+        load_in_4bit=True,
+        optimizer="paged_adamw_8bit",
+        chat_template="llama3",
+        special_tokens={"pad_token": "x"},
+        plugins=["a.b"],
+        nonsense=1,
+    )
+    told = {fate.name: fate.why for fate in draft.fates if fate.what == LOST}
+    assert {
+        "adapter",
+        "load_in_4bit",
+        "optimizer",
+        "chat_template",
+        "special_tokens",
+        "plugins",
+    } <= set(told)
+    assert "no such option" in told["nonsense"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rl": None}, "it is for SFT"),
+        ({"rl": "grpo"}, "samples while it trains"),
+        ({"datasets": [{"type": "x"}]}, "expected a list of mappings with a path"),
+        ({"adapter": "llama-adapter"}, "choose lora"),
+        ({"learning_rate": None}, "add learning_rate"),
+    ],
+)
+def test_axolotl_that_cannot_be(tmp_path, change, said):
+    with pytest.raises(UserError, match=said):
+        axolotl(tmp_path, **change)

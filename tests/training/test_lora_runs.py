@@ -1,0 +1,137 @@
+"""Runs with every kind of adapter: on one rank, and on two at ZeRO stage 3; TR-DPO on adapters."""
+
+import json
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("deepspeed")
+
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from dpo_fast.training.checkpoint_run import export_checkpoint
+from dpo_fast.training.config import build_config
+from dpo_fast.training.zero import choose_stage
+from tests.support import ranks
+from tests.support.adapters import write_adapter
+from tests.support.architectures import alone
+from tests.support.metrics import series
+from tests.support.models import changed, run_tree, write_model, write_pairs
+
+OFF = {"reference": {"provider": "adapter_off"}}
+EMA = {"reference": {"provider": "ema", "mixup_alpha": 0.5, "sync_steps": 2}}
+CASES = {
+    "dora": ({"use_dora": True}, OFF),
+    "pissa": ({"init_lora_weights": "pissa", "modules_to_save": ["norm"]}, OFF),
+    "pissa, stored": ({"init_lora_weights": "pissa", "modules_to_save": ["norm"]}, {}),
+    "tokens": ({"trainable_token_indices": [40, 41]}, OFF),
+    "bias": ({"bias": "all", "layers_to_transform": [1]}, {}),
+    "ema, pissa": ({"init_lora_weights": "pissa"}, EMA),
+    "ema, dora, whole": ({"use_dora": True, "modules_to_save": ["embed_tokens"]}, EMA),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lora")
+    write_model(folder / "model")
+    write_pairs(folder / "pairs.jsonl", 8)
+    write_adapter(folder / "sft", folder / "model")
+    return folder
+
+
+def tree_of(folder, output, stage, lora: dict | None, **sections) -> dict:
+    tree = run_tree(folder, max_steps=4, num_train_epochs=4, micro_batch_size=2, save_steps=2)
+    tree |= {"parallel": {"zero_stage": stage}}
+    if lora is not None:
+        tree["model"]["lora"] = {"r": 2, "alpha": 4} | lora
+    return changed(tree, output, **sections)
+
+
+@pytest.fixture(scope="module", params=[(1, 0), (2, 3)], ids=["one rank", "two ranks, stage 3"])
+def runs(request, folder):
+    count, stage = request.param
+    root = folder / f"runs-{count}"
+    trees = {}
+    for name, (lora, more) in CASES.items():
+        at = min(stage, 2) if name == "tokens" else stage
+        trees[name] = tree_of(folder, root / name, at, lora, **more)
+    sft = tree_of(folder, root / "ema, sft", stage, None, **EMA)
+    sft["model"]["path"] = str(folder / "sft")
+    trees["ema, sft"] = sft
+    ranks.train(list(trees.values()), count)
+    resumed = []
+    for name in ("pissa", "ema, pissa", "ema, dora, whole"):
+        tree = changed(trees[name], root / f"{name}, resumed")
+        tree["train"]["resume_from_checkpoint"] = str(root / name / "checkpoint-2")
+        resumed.append(tree)
+    ranks.train(resumed, count)
+    return root
+
+
+def base_of(folder):
+    return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+
+
+@torch.no_grad()
+def exported(folder, final):
+    return alone(PeftModel.from_pretrained(base_of(folder), final).eval())
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*CASES, "ema, sft"])
+def test_every_kind_of_adapter_trains_and_is_exported(folder, runs, name):
+    curve = series(runs / name)
+    assert curve[1] == pytest.approx(math.log(2), abs=1e-6)
+    assert curve[2] < 0.692 or "ema" in name
+    if runs.name == "runs-2":
+        assert curve == pytest.approx(series(folder / "runs-1" / name), abs=1e-5), "as on one rank"
+    with torch.no_grad():
+        start = alone(base_of(folder).eval())
+    end = exported(folder, runs / name / "final")
+    assert (end - start).abs().max() > 1e-3
+    if runs.name == "runs-2":
+        one = exported(folder, folder / "runs-1" / name / "final")
+        torch.testing.assert_close(end, one, rtol=0, atol=1e-3)
+    # What a checkpoint holds is enough, also of what is not trained.
+    out = runs / name / "out"
+    export_checkpoint(runs / name / "checkpoint-4", out)
+    torch.testing.assert_close(exported(folder, out), end, rtol=0, atol=1e-5)
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_a_reference_that_follows_adapters_moves(runs):
+    curve = series(runs / "ema, pissa")
+    # Two steps against the start, and then against a reference half way to the policy.
+    assert curve[2] < curve[1] and curve[3] > curve[2]
+    for name in ("ema, pissa", "ema, dora, whole", "ema, sft"):
+        assert not (runs / name / "final" / "ref").exists()
+        assert json.loads((runs / name / "final" / "adapter_config.json").read_text())
+    stored = series(runs / "pissa, stored")
+    assert series(runs / "pissa") == pytest.approx(stored, abs=1e-5)
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pissa", "ema, pissa", "ema, dora, whole"])
+def test_a_resumed_run_is_the_same_bit_for_bit(runs, name):
+    whole, resumed = series(runs / name), series(runs / f"{name}, resumed")
+    assert resumed == {step: whole[step] for step in (3, 4)}
+
+
+def test_biases_need_a_reference_of_their_own(folder, tmp_path):
+    tree = tree_of(folder, tmp_path, 0, {"bias": "all"}, **OFF)
+    told = ranks.refusal(tree)
+    assert "model.lora.bias=all" in told and "choose cached" in told
+
+
+def test_what_needs_whole_weights_goes_up_to_stage_2(folder, tmp_path):
+    tree = tree_of(folder, tmp_path, 3, {"trainable_token_indices": [40]})
+    told = ranks.refusal(tree)
+    assert "trainable_token_indices cannot be honoured with parallel.zero_stage=3" in told
+    config = build_config(changed(tree, tmp_path, parallel={"zero_stage": "auto"}), "tree")
+    assert choose_stage(config, 2).name == "2" and choose_stage(config, 1).name == "0"
