@@ -49,7 +49,7 @@ class Vision:
         if (obstacle := why_no_images(causal_lm)) is not None:
             raise UserError(f"{type(causal_lm).__name__} cannot be trained on images: {obstacle}")
         self.model = multimodal_of(causal_lm)
-        self.parts = parts_of(self.model, decoder_of(causal_lm))
+        self.decoder = decoder_of(causal_lm)
         self.tower, self.projector = parameters_of(self.model, self.parts)
         self.blank: dict[str, Tensor] | None = None
         config = causal_lm.config
@@ -109,6 +109,11 @@ class Vision:
         nothing = torch.zeros(0, dtype=torch.int64)
         flags = torch.zeros(input_ids.numel(), dtype=torch.bool)
         return ImageBatch(self.blank, nothing, nothing, flags, -1).to(input_ids.device)
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The modules beside the decoder that images go through; peft may have replaced some."""
+        return parts_of(self.model, self.decoder)
 
     def freeze(self, tower: bool, projector: bool) -> None:
         """Freeze parts or train them; what else there is stays as it is."""

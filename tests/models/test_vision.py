@@ -163,6 +163,7 @@ def test_a_projector_is_saved_whole_beside_adapters_where_it_is_trained():
         add_lora(scoring_of("gemma3", "padded", freeze_multi_modal_projector=True), section)
     scoring = scoring_of("gemma3", "padded", freeze_vision_tower=True)
     add_lora(scoring, section)
+    assert scoring.vision.trained
     beside = [name for name, each in scoring.named_parameters() if each.requires_grad]
     beside = [name for name in beside if ".language_model." not in name]
     assert beside and all(".modules_to_save." in name for name in beside)
