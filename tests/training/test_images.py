@@ -18,6 +18,7 @@ from dpo_fast.models.config import ModelSection
 from dpo_fast.models.image_places import ImagePlaces
 from dpo_fast.models.load import load_model, load_skeleton
 from dpo_fast.models.scoring import forward_arguments
+from dpo_fast.training import data_ranks
 from dpo_fast.training.config import build_config
 from dpo_fast.training.engine import release
 from dpo_fast.training.loop import train
@@ -124,6 +125,7 @@ def test_a_model_that_goes_by_other_rules_is_refused_before_the_first_step(
 ):
     """As if its positions, or what its image tokens see, were not known."""
     config = build_config(case(folder, name, "auto", 0, 4), "case")
+    data_ranks.join(config.parallel)
     release(prepare(config).engine)
     monkeypatch.setattr(ImagePlaces, *fault)
     with pytest.raises(
