@@ -127,6 +127,7 @@ TESTED_THROUGH = {
     "data.images.store": "data/test_image_rows.py",
     "data.images.tokens": "data/test_image_rows.py",
     "data.entries": "data/test_mixture.py",
+    "models.image_places": "models/test_vision.py",
     "data.parts": "data/test_mixture.py",
     "data.several": "data/test_mixture.py",
     "data.boundary": "data/test_tokenise.py",
