@@ -178,6 +178,7 @@ def tiny(family: str, **changes) -> PreTrainedModel | None:
     if sum(p.numel() for p in family_on_meta(family).parameters()) > LARGEST:
         return None
     config = config_of(family, **changes)
+    torch.manual_seed(0)
     model = auto_class(config).from_config(config, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
