@@ -1,4 +1,7 @@
-"""Which parts of a model adapters may be put on: tensors of experts yes, some routers not."""
+"""Which parts of a model adapters may be put on: tensors of experts yes, some routers not.
+
+Nor what is beside the text model and frozen.
+"""
 
 from __future__ import annotations
 
@@ -56,6 +59,26 @@ def linear_routers(model: PreTrainedModel) -> list[str]:
     """
     found = {id(router) for router, _ in routers_of(model) if isinstance(router, nn.Linear)}
     return [name for name, module in model.named_modules() if id(module) in found]
+
+
+def frozen_beside(model: PreTrainedModel, targets: str | Sequence[str]) -> list[str]:
+    """Names of layers beside the decoder, of a vision tower say, that targets mean and that are frozen.
+
+    A regular expression means what it says.
+    """
+    everything = targets == "all-linear"
+    if isinstance(targets, str) and not everything:
+        return []
+    ends = tuple(f".{target}" for target in targets)
+    inside = {id(module) for module in decoder_of(model).modules()}
+    inside.add(id(model.get_output_embeddings()))
+    return [
+        name
+        for name, module in model.named_modules()
+        if id(module) not in inside
+        and (isinstance(module, nn.Linear) if everything else f".{name}".endswith(ends))
+        and not any(parameter.requires_grad for parameter in module.parameters())
+    ]
 
 
 def check_no_router(model: PreTrainedModel, targets: str | Sequence[str]) -> None:

@@ -99,12 +99,19 @@ def varlen(
     kernel(q, k, v, arguments, **options) takes q [N, heads, dim], and k and v
     [gathered keys, key heads, dim].
     """
-    arguments = plan.varlen
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    if arguments.keys is not None:
-        k, v = (x.index_select(0, arguments.keys) for x in (k, v))
     short = q.shape[-1] - v.shape[-1]  # these kernels want one head size for all three
-    output = kernel(q, k, pad(v, (0, short)) if short else v, arguments, **options)
+    v = pad(v, (0, short)) if short else v
+    outputs, calls = [], plan.varlen_calls
+    for arguments in calls:
+        own = [q, k, v]
+        for place, rows in enumerate((arguments.rows, arguments.keys, arguments.keys)):
+            own[place] = own[place] if rows is None else own[place].index_select(0, rows)
+        outputs.append(kernel(*own, arguments, **options))
+    output = outputs[0]
+    if calls[0].rows is not None:
+        places = torch.cat([each.rows for each in calls]).argsort()
+        output = torch.cat(outputs).index_select(0, places)
     return output[None, ..., : output.shape[-1] - short]
 
 
@@ -125,7 +132,7 @@ def pytorch_kernel(q, k, v, arguments: Varlen, *, scale, window, softcap, sinks)
         arguments.max_q,
         arguments.max_k,
         scale=scale,
-        window_size=(-1 if window is None else window - 1, 0),
+        window_size=(-1 if window is None else window - 1, -1 if arguments.both_ways else 0),
         **grouped,
     )
 
@@ -142,8 +149,8 @@ def flash_kernel(name: str, q, k, v, arguments: Varlen, *, scale, window, softca
         max_seqlen_q=arguments.max_q,
         max_seqlen_k=arguments.max_k,
         softmax_scale=scale,
-        causal=True,
-        window_size=(-1, -1) if window is None else (window - 1, 0),
+        causal=not arguments.both_ways,
+        window_size=(-1, -1) if window is None else (window - 1, -1 if arguments.both_ways else 0),
         softcap=softcap or 0.0,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
@@ -222,7 +229,7 @@ def _interface(compute: Callable[..., Tensor]) -> Callable:
             query, key, value = group.to_heads(query, key, value)
             s_aux = None if s_aux is None else group.of_own_heads(s_aux)
         output = compute(
-            plan if local.chunk is None else plan.chunked(local.chunk),
+            plan.of_layer(local.window) if local.chunk is None else plan.chunked(local.chunk),
             query,
             key,
             value,

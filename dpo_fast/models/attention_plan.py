@@ -23,16 +23,20 @@ class Segment(NamedTuple):
     queries: how many.
     prefix: keys before the queries' own, the first ones of all the keys of another segment.
     parent: the place of that segment, which comes before; -1 for none.
+    runs: (first, end) of queries that also see all of their run, as tokens of an image do.
     """
 
     queries: int
     prefix: int
     parent: int
+    runs: tuple[tuple[int, int], ...] = ()
 
 
 class Varlen(NamedTuple):
-    """Arguments of a varlen kernel.
+    """Arguments of a varlen kernel, for all queries or for some.
 
+    rows: the queries; None for all.
+    both_ways: whether they see all of their segment's keys, or only those up to themselves.
     keys: index that brings the keys and values of each segment together; None where they already are.
     cu_seq_q, cu_seq_k: int32, where each segment's queries and keys begin, and the end.
     max_q, max_k: of the longest segment.
@@ -43,6 +47,8 @@ class Varlen(NamedTuple):
     cu_seq_k: Tensor
     max_q: int
     max_k: int
+    rows: Tensor | None = None
+    both_ways: bool = False
 
 
 class AttentionPlan:
@@ -50,21 +56,32 @@ class AttentionPlan:
 
     A sequence continues the first tokens of another one; what it has of its own is a branch. A token sees
     the tokens before it in its sequence, and no others. So every branch is one segment, which sees the
-    keys before its fork and its own, and only the causal triangle is masked away.
+    keys before its fork and its own, and only the causal triangle is masked away. Tokens of one image may
+    see each other both ways.
 
     One plan serves every layer of a forward pass, and each derived value is made once. It is an
     object rather than a tuple, so torch.compile does not specialise on the lengths.
 
     spans: of a `ScoredBatch`.
     group: the ranks that each have a slice of the row; None if this one has all of it.
+    runs: (first, end) places of tokens in one branch that all see each other, in order.
+    runs_in_windows: they do so only where a layer has a sliding window.
     """
 
     def __init__(
-        self, spans: Spans, device: torch.device, group: SequenceGroup | None = None
+        self,
+        spans: Spans,
+        device: torch.device,
+        group: SequenceGroup | None = None,
+        *,
+        runs: tuple[tuple[int, int], ...] = (),
+        runs_in_windows: bool = False,
     ) -> None:
         self.spans = spans
         self.device = device
         self.group = group
+        self.runs = runs
+        self.runs_in_windows = runs_in_windows
         self._masks: dict[tuple, Tensor] = {}
         self._block_masks: dict[int | None, object] = {}
         self._chunked: dict[int, AttentionPlan] = {}
@@ -85,7 +102,21 @@ class AttentionPlan:
     @functools.cached_property
     def segments(self) -> tuple[Segment, ...]:
         """In the order of the row."""
-        return tuple(Segment(*span) for span in self.spans)
+        found, start, runs = [], 0, list(self.runs)
+        for span in self.spans:
+            end = start + span[0]
+            own = tuple((a - start, b - start) for a, b in runs if start <= a < end)
+            found.append(Segment(*span, own))
+            start = end
+        return tuple(found)
+
+    def of_layer(self, window: int | None) -> AttentionPlan:
+        """The plan of a layer with this window: without runs, if they are for others only."""
+        return self._without_runs if self.runs_in_windows and window is None else self
+
+    @functools.cached_property
+    def _without_runs(self) -> AttentionPlan:
+        return AttentionPlan(self.spans, self.device, self.group) if self.runs else self
 
     @functools.cached_property
     def continued(self) -> frozenset[int]:
@@ -94,12 +125,14 @@ class AttentionPlan:
 
     def mask(self, segment: Segment, window: int | None) -> Tensor:
         """Bool [queries, prefix + queries], true where the query sees the key."""
-        size = (segment.queries, segment.prefix, window)
+        size = (segment.queries, segment.prefix, segment.runs, window)
         if size not in self._masks:
-            queries, prefix, _ = size
+            queries, prefix, runs, _ = size
             key = torch.arange(prefix + queries, device=self.device)
             behind = key[prefix:, None] - key
             sees = behind >= 0
+            for first, end in runs:
+                sees[first:end, prefix + first : prefix + end] = True
             self._masks[size] = sees if window is None else sees & (behind < window)
         return self._masks[size]
 
@@ -121,6 +154,48 @@ class AttentionPlan:
             for values in (starts, [0, *accumulate(keys)])
         )
         return Varlen(gather, *offsets, max(s.queries for s in self.segments), max(keys))
+
+    @functools.cached_property
+    def varlen_calls(self) -> tuple[Varlen, ...]:
+        """The calls of a kernel that together give every query: one, or with runs two.
+
+        A run sees all keys up to its end, what lies between runs is causal. Each of these pieces is a
+        sequence to the kernel.
+        """
+        if not self.runs:
+            return (self.varlen,)
+        pieces: dict[bool, list[tuple[int, int, Tensor]]] = {True: [], False: []}
+        start, paths = 0, []
+        for segment in self.segments:
+            before = paths[segment.parent][: segment.prefix] if segment.prefix else None
+            own = torch.arange(start, start + segment.queries)
+            paths.append(own if before is None else torch.cat([before, own]))
+            edges = sorted({0, segment.queries, *(edge for run in segment.runs for edge in run)})
+            for first, end in zip(edges, edges[1:]):
+                keys = paths[-1][: segment.prefix + end]
+                pieces[(first, end) in segment.runs].append((start + first, start + end, keys))
+            start += segment.queries
+        return tuple(self._call(each, both) for both, each in pieces.items() if each)
+
+    def _call(self, pieces: list[tuple[int, int, Tensor]], both_ways: bool) -> Varlen:
+        queries = [end - first for first, end, _ in pieces]
+        keys = [len(each) for *_, each in pieces]
+        tensors = (
+            torch.cat([each for *_, each in pieces]),
+            torch.tensor([0, *accumulate(queries)], dtype=torch.int32),
+            torch.tensor([0, *accumulate(keys)], dtype=torch.int32),
+            torch.cat([torch.arange(first, end) for first, end, _ in pieces]),
+        )
+        gather, cu_q, cu_k, rows = (x.to(self.device, non_blocking=True) for x in tensors)
+        return Varlen(gather, cu_q, cu_k, max(queries), max(keys), rows, both_ways)
+
+    @functools.cached_property
+    def run_of(self) -> Tensor:
+        """For every token the number of its run, -1 outside, int32 [N]."""
+        numbers = np.full(sum(own for own, *_ in self.spans), -1, dtype=np.int32)
+        for number, (first, end) in enumerate(self.runs):
+            numbers[first:end] = number
+        return torch.from_numpy(numbers).to(self.device)
 
     @functools.cached_property
     def ends(self) -> Tensor:
@@ -162,9 +237,12 @@ class AttentionPlan:
         """FlexAttention's BlockMask of the row."""
         if window not in self._block_masks:
             ends, positions = self.ends, self.positions
+            run_of = self.run_of if self.runs else None
 
             def sees(batch, head, query, key):
                 allowed = (key <= query) & (query < ends[key])
+                if run_of is not None:
+                    allowed = allowed | ((run_of[query] == run_of[key]) & (run_of[query] >= 0))
                 if window is None:
                     return allowed
                 return allowed & (positions[query] - positions[key] < window)

@@ -7,6 +7,7 @@ queries see a prefix too, or with a window, a soft cap or sinks, is computed oth
                 joined by their log-sum-exps. Backward is the two calls' own with the joined result, as in
                 ring attention (Liu et al. 2023, arXiv:2310.01889).
     window      blocks of queries, each with the keys that it may see and a mask of that size
+    runs        the same: tokens of an image that see each other
     cap, sinks  blocks of queries with their scores written out, recomputed in backward
 """
 
@@ -36,6 +37,7 @@ class Block(NamedTuple):
     low, high: the keys, counted from the first of the prefix.
     ahead: keys before the segment's first query.
     window: as the layer has it; None for all.
+    runs: those of the segment.
     """
 
     first: int
@@ -44,12 +46,17 @@ class Block(NamedTuple):
     high: int
     ahead: int
     window: int | None
+    runs: tuple[tuple[int, int], ...] = ()
 
     def mask(self, device: torch.device) -> Tensor:
         """Bool [queries, keys], true where the query sees the key."""
         query = torch.arange(self.first, self.end, device=device) + self.ahead
         behind = query[:, None] - torch.arange(self.low, self.high, device=device)
         sees = behind >= 0
+        for first, end in self.runs:
+            rows = slice(max(first - self.first, 0), max(end - self.first, 0))
+            keys = (max(each + self.ahead - self.low, 0) for each in (first, end))
+            sees[rows, slice(*keys)] = True
         return sees if self.window is None else sees & (behind < self.window)
 
 
@@ -59,7 +66,8 @@ def blocks_of(segment: Segment, window: int | None, size: int) -> Iterator[Block
     for first in range(0, segment.queries, size):
         end = min(first + size, segment.queries)
         low = 0 if window is None else max(0, ahead + first - window + 1)
-        yield Block(first, end, low, ahead + end, ahead, window)
+        last = max((last for start, last in segment.runs if start < end), default=end)
+        yield Block(first, end, low, ahead + max(last, end), ahead, window, segment.runs)
 
 
 def sdpa(
@@ -184,12 +192,12 @@ class _Part(NamedTuple):
 def _parts(segment: Segment, window: int | None) -> Iterator[_Part]:
     """The calls that a segment takes. Without a window all of them have all its queries."""
     whole, ahead = slice(0, segment.queries), segment.prefix
-    if window is None:
+    if window is None and not segment.runs:
         if ahead:
             yield _Part(whole, slice(0, ahead), causal=False)
         yield _Part(whole, slice(ahead, ahead + segment.queries), causal=True)
         return
-    for block in blocks_of(segment, window, max(window, BLOCK)):
+    for block in blocks_of(segment, window, max(window or 0, BLOCK)):
         yield _Part(
             slice(block.first, block.end), slice(block.low, block.high), causal=False, block=block
         )
@@ -223,7 +231,7 @@ def _of_key_heads(slope: Tensor, x: Tensor) -> Tensor:
 def _masked(segment: Segment, window: int | None, q, k, v, scale: float) -> Tensor:
     """SDPA of another device. Its mask is whole if it is small; else blocks of it are made twice."""
     grouped = q.shape[1] != k.shape[1]
-    if not segment.prefix and window is None:
+    if not segment.prefix and window is None and not segment.runs:
         return scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale, enable_gqa=grouped
         )

@@ -205,6 +205,13 @@ def adapter_vocabulary(path: str) -> int | None:
     return max(rows, default=None)
 
 
+def of_image_text_model(path: str) -> bool:
+    """Whether an adapter is of a whole image-text model, whose text model is a part, by its names."""
+    if not is_adapter(path) or adapter_file(path).suffix != ".safetensors":
+        return False
+    return any(".language_model." in name for name in read_header(adapter_file(path))[1])
+
+
 def check_model_path(path: str, option: str = "model.path") -> None:
     """Check that a folder holds a model, or an adapter with its base. Other names are left to the hub.
 

@@ -128,6 +128,21 @@ class ModelSection(BaseModel):
         json_schema_extra={"refused": "true without experts"},
     )
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
+    images: bool | None = Field(
+        None,
+        description="load what sees images, the vision tower, beside the text model; default: where the "
+        "data has images",
+        json_schema_extra={
+            "refused": "false for data with images; true for a model that sees none"
+        },
+    )
+    freeze_vision_tower: bool = Field(
+        True,
+        description="do not train the vision tower; new adapters leave it and its projector out, too",
+    )
+    freeze_multi_modal_projector: bool = Field(
+        True, description="do not train what leads from the vision tower to the text model"
+    )
     lora: LoraSection | None = Field(None, description="train adapters instead of the model")
     quantization: QuantizationSection | None = Field(
         None,

@@ -1,9 +1,12 @@
-"""The decoder of a model: what gives the states that its head is put on."""
+"""The decoder of a model: what gives the states that its head is put on. And its attention."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
@@ -20,3 +23,25 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
             break
         decoder = inner
     return decoder
+
+
+def attention_of_parts(config: PretrainedConfig, attention: str) -> str | dict[str, str]:
+    """Attention of the text model, as transformers takes it; that of a vision tower stays its own.
+
+    A tower has sequences of its own, which no plan of a row tells of.
+    """
+    text = config.get_text_config()
+    names = [name for name in config.sub_configs if getattr(config, name, None) is text]
+    return {"": attention, names[0]: attention} if names else attention
+
+
+@contextlib.contextmanager
+def kept_attention(model: PreTrainedModel) -> Iterator[None]:
+    """A context at whose end every part of a model has the attention that it has now."""
+    parts = [each.config for each in model.modules() if isinstance(each, PreTrainedModel)]
+    before = [(config, config._attn_implementation) for config in parts]
+    try:
+        yield
+    finally:
+        for config, attention in before:  # a part comes after what it is a part of
+            config._attn_implementation = attention

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -28,13 +27,15 @@ from dpo_fast.models.checkpoint import (
     check_weights,
     is_adapter,
     is_folder,
+    of_image_text_model,
 )
 from dpo_fast.models.config import ModelSection
-from dpo_fast.models.decoder import decoder_of
+from dpo_fast.models.decoder import attention_of_parts
 from dpo_fast.models.fp8 import use_fp8
 from dpo_fast.models.hub import cached_revisions, commit_of, source, split_revision
 from dpo_fast.models.layers import compile_layers, use_liger_kernel
 from dpo_fast.models.lora import add_lora
+from dpo_fast.models.parts import check_found, settle_parts
 from dpo_fast.models.processor import processor_source, processor_template
 from dpo_fast.models.quantization import loading_options, settle
 from dpo_fast.models.save import HEAVY
@@ -143,7 +144,8 @@ def load_model(
     """The model of a section as a `ScoringModel`, without dropout.
 
     Under DeepSpeed's `HfDeepSpeedConfig` at stage 3 the weights are sharded while they load. What texts
-    alone do not reach, such as a vision tower, is not trained.
+    alone do not reach, such as a vision tower, is not trained, unless `images` and the options of its
+    parts say so.
 
     keep_start: of an adapter that is trained further, also keep it as it is now.
     follows: keep a copy of new adapters as well, for a reference that follows them.
@@ -158,7 +160,7 @@ def load_model(
     if section.tile_tokens:
         tile_layers(model, section.tile_tokens)
     scoring = ScoringModel(model, implementation=implementation, workspace_bytes=workspace_bytes)
-    freeze_unreached(model)
+    settle_parts(scoring, section)
     if is_adapter(section.path):
         load_adapter(scoring, section.path, option, keep_start)
     elif section.lora is not None:
@@ -174,11 +176,13 @@ def _load_causal_lm(section: ModelSection, attention: str, option: str) -> PreTr
     _without_dropout(config)
     _without_router_logits(config)
     with _told(section, option):
-        model, found = auto_class(config).from_pretrained(
+        model, found = auto_class(config, takes_whole(section)).from_pretrained(
             **source(base_of(section.path, option)),
             config=config,
             dtype=section.torch_dtype,
-            attn_implementation=attention,
+            attn_implementation=attention_of_parts(config, attention)
+            if takes_whole(section)
+            else attention,
             trust_remote_code=section.trust_remote_code,
             output_loading_info=True,
             **loading_options(section),
@@ -189,7 +193,7 @@ def _load_causal_lm(section: ModelSection, attention: str, option: str) -> PreTr
             "model.path to its base model"
         )
     with _told(section, option):
-        check_found(model, found["missing_keys"], section.path, option)
+        check_found(model, found["missing_keys"], section.path, option, section.images)
     settle(model)
     resize_for_adapter(model, section.path)
     for module in model.modules():
@@ -205,43 +209,21 @@ def resize_for_adapter(model: PreTrainedModel, path: str) -> None:
         model.resize_token_embeddings(rows, mean_resizing=False)
 
 
-def auto_class(config: PretrainedConfig) -> type:
+def takes_whole(section: ModelSection) -> bool:
+    """Whether a model is loaded with what sees images, of which there may be a class without."""
+    return bool(section.images) or of_image_text_model(section.path)
+
+
+def auto_class(config: PretrainedConfig, images: bool | None = False) -> type:
     """The class of transformers that loads a model with its language-model head.
 
     Some image-text models have no text-only class: their whole class scores texts as well.
+
+    images: whether it is to be the whole class.
     """
     whole = AutoModelForImageTextToText
-    known = type(config) in AutoModelForCausalLM._model_mapping
+    known = type(config) in AutoModelForCausalLM._model_mapping and not images
     return whole if type(config) in whole._model_mapping and not known else AutoModelForCausalLM
-
-
-def check_found(model: PreTrainedModel, missing: Iterable[str], path: str, option: str) -> None:
-    """Raises UserError if texts reach weights that the checkpoint lacks: they would be random."""
-    reached = reached_by_texts(model)
-    own = model.state_dict(keep_vars=True)
-    # An adapter may bring its own embeddings and head, and nothing else.
-    names = sorted(name for name in missing if id(own.get(name)) in reached)
-    if names and adapter_vocabulary(path) is None:
-        some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        raise UserError(
-            f"{option}={path}: the files lack {len(names)} of the weights of {type(model).__name__}, "
-            f"{some}, which transformers would fill with random numbers; name the folder of a whole causal "
-            "language model"
-        )
-
-
-def reached_by_texts(model: PreTrainedModel) -> set[int]:
-    """The ids of the parameters that texts alone come by: of the decoder, the head and the embeddings."""
-    parts = (decoder_of(model), model.get_output_embeddings(), model.get_input_embeddings())
-    return {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
-
-
-def freeze_unreached(model: PreTrainedModel) -> None:
-    """Freeze what is neither in the decoder nor in the head: weight decay alone would change it."""
-    reached = reached_by_texts(model)
-    for parameter in model.parameters():
-        if id(parameter) not in reached:
-            parameter.requires_grad_(False)
 
 
 def load_model_config(section: ModelSection, option: str = "model.path") -> PretrainedConfig:
@@ -271,7 +253,7 @@ def load_skeleton(section: ModelSection, option: str = "model.path") -> PreTrain
     text = config.get_text_config()
     text.vocab_size = adapter_vocabulary(section.path) or text.vocab_size
     with _told(section, option), torch.device("meta"):
-        return auto_class(config).from_config(
+        return auto_class(config, takes_whole(section)).from_config(
             config, dtype=section.torch_dtype, trust_remote_code=section.trust_remote_code
         )
 

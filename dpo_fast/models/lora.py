@@ -14,6 +14,7 @@ from dpo_fast.models.adapter_targets import (
     check_called,
     check_no_router,
     check_parameters,
+    frozen_beside,
     layers_never_called,
     linear_routers,
 )
@@ -74,6 +75,7 @@ def _peft_config(model: PreTrainedModel, section: LoraSection):
     _check_layers(model, section)
     everything = targets == "all-linear"
     silent = linear_routers(model) + layers_never_called(model) if everything else []
+    silent += [name for name in frozen_beside(model, targets) if name not in silent]
     excluded = _excluded(model, section, silent)
     if everything and section.layers_to_transform is not None:
         targets = _linear_names(model)
@@ -176,6 +178,8 @@ def _check_whole(model: PreTrainedModel, names: Iterable[str]) -> None:
     parts = (decoder_of(model), model.get_output_embeddings(), model.get_input_embeddings())
     reached = {id(module) for part in parts for module in part.modules()}
     modules = dict(model.named_modules())
+    # Parts that see images, where they are trained.
+    reached |= {id(each) for each in modules.values() if _all_trained(each)}
     for name in names:
         found = [module for key, module in modules.items() if key.endswith(name)]
         if not any(list(module.parameters()) for module in found):
@@ -189,5 +193,11 @@ def _check_whole(model: PreTrainedModel, names: Iterable[str]) -> None:
         if not all(id(module) in reached for module in found):
             raise UserError(
                 f"model.lora.modules_to_save={name}: no text goes through it, so that it would not be "
-                "trained; leave it out"
+                "trained; leave it out. What images go through is trained with "
+                "model.freeze_vision_tower=false or model.freeze_multi_modal_projector=false"
             )
+
+
+def _all_trained(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    return bool(parameters) and all(each.requires_grad for each in parameters)

@@ -8,10 +8,16 @@ import torch
 from torch import nn
 
 from dpo_fast.errors import UserError
-from dpo_fast.models.checkpoint import base_of
+from dpo_fast.models.checkpoint import base_of, of_image_text_model
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.hub import source
-from dpo_fast.models.load import auto_class, load_model_config, local_folder, resize_for_adapter
+from dpo_fast.models.load import (
+    auto_class,
+    load_model_config,
+    local_folder,
+    resize_for_adapter,
+    takes_whole,
+)
 from dpo_fast.models.quantization import loading_options
 from dpo_fast.models.save import copy_input_files, write_model
 
@@ -35,12 +41,13 @@ def write_merged(section: ModelSection, adapter: Path, target: Path, dtype: str 
     from peft import PeftModel
 
     base = base_of(section.path)
-    model = auto_class(load_model_config(section)).from_pretrained(
+    whole = takes_whole(section) or of_image_text_model(str(adapter))
+    model = auto_class(load_model_config(section), whole).from_pretrained(
         **source(base), dtype=MERGED[dtype], trust_remote_code=section.trust_remote_code
     )
     found = model.dtype
     if section.quantization is not None:
-        _take_quantised(model, section, base)
+        _take_quantised(model, section, base, whole)
     resize_for_adapter(model, str(adapter))
     try:
         merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
@@ -52,11 +59,11 @@ def write_merged(section: ModelSection, adapter: Path, target: Path, dtype: str 
 
 
 @torch.no_grad()
-def _take_quantised(model: nn.Module, section: ModelSection, base: str) -> None:
+def _take_quantised(model: nn.Module, section: ModelSection, base: str, whole: bool) -> None:
     """Give a model the weights that its layers have where it is quantised as the section says."""
     from peft.utils.integrations import dequantize_module_weight
 
-    quantised = auto_class(load_model_config(section)).from_pretrained(
+    quantised = auto_class(load_model_config(section), whole).from_pretrained(
         **source(base),
         dtype=section.torch_dtype,
         trust_remote_code=section.trust_remote_code,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
 from dpo_fast.data.batch import ScoredBatch
+from dpo_fast.data.image_batch import ImageBatch
 from dpo_fast.data.tree import Spans
 from dpo_fast.errors import UserError
 from dpo_fast.models import recurrent
@@ -22,6 +24,7 @@ from dpo_fast.models.decoder import decoder_of
 from dpo_fast.models.own_logits import check_own_logits
 from dpo_fast.models.routers import Routers
 from dpo_fast.models.ulysses import SequenceGroup
+from dpo_fast.models.vision import Vision
 from dpo_fast.modules.head import FusedHead, check_policy
 from dpo_fast.ops.linear_logp.call import HeadOptions
 from dpo_fast.ops.take import take
@@ -60,6 +63,7 @@ class ScoringModel(nn.Module):
         self.routers = Routers(model)
         self.head = {"implementation": implementation, "workspace_bytes": workspace_bytes}
         self.group: SequenceGroup | None = None  # ranks that score every batch with this one
+        self.vision: Vision | None = None  # what sees images; None: texts alone are scored
         fuse_head(model, **self.head)
         recurrent.serve(model)
         serve_by_sequence(model)
@@ -94,11 +98,19 @@ class ScoringModel(nn.Module):
         if copies_N is not None and self.group is not None:
             copies_N = self.group.slice_of(copies_N)
         with self.routers.listening(copies_N, balanced) as heard:
-            outputs = scoring_forward(self.causal_lm, *arguments, group=self.group, **options)
+            options |= {"group": self.group, "vision": self.vision}
+            outputs = scoring_forward(self.causal_lm, *arguments, **options)
         if heard is None:
             return outputs
         of_routers = heard.outputs()
         return outputs | (of_routers if self.group is None else self.group.summed(of_routers))
+
+    def train(self, mode: bool = True) -> ScoringModel:
+        """As a module's; a vision tower that is frozen goes on as in evaluation."""
+        super().train(mode)
+        if getattr(self, "vision", None) is not None:
+            self.vision.still()
+        return self
 
 
 def fuse_head(
@@ -158,33 +170,68 @@ def scoring_forward(
     predictions_T: Tensor,
     extras: tuple[str, ...] = (),
     group: SequenceGroup | None = None,
+    images: ImageBatch | None = None,
+    vision: Vision | None = None,
+    own: bool = False,
 ) -> dict[str, Tensor]:
     """Token outputs, {"logp": fp32 [T], **extras}, of a model with a `FusedHead`.
 
     The head makes every prediction once, however many scored tokens are of it. The other arguments are
     the fields of a `ScoredBatch`; with a group of ranks, of the same one on each.
+
+    vision: of the model, where there are images.
+    own: of images in rows of their own, have transformers find positions and masks for itself.
+
+    Raises:
+        UserError: a batch with images, and a model that sees none or ranks that share its rows.
     """
     decoder, count, own_U = decoder_of(causal_lm), len(rows_U), None
+    images = _images(images, input_ids, group, vision)
     if group is not None:
         input_ids, position_ids, spans, own_U, rows_U = group.cut(
             input_ids, position_ids, spans, rows_U
         )
         attention_mask, targets_U = None, targets_U[own_U]
-    places = {} if spans is None else {"plan": AttentionPlan(spans, input_ids.device, group)}
-    if "position_ids" in inspect.signature(decoder.forward).parameters:
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if images is not None and own:
+        forward, places = vision.own, {"images": images}
+    elif images is not None:
+        forward, places = vision.hidden, {"images": images, "spans": spans}
         places["position_ids"] = position_ids
-    hidden_UD = take(
-        # Nothing holds on to the hidden states of all tokens while the head works.
-        decoder(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **places
-        ).last_hidden_state.flatten(0, 1),
-        rows_U,
-    )
+    else:
+        forward, places = partial(_decoded, decoder), {}
+        if spans is not None:
+            places["plan"] = AttentionPlan(spans, input_ids.device, group)
+        if "position_ids" in inspect.signature(decoder.forward).parameters:
+            places["position_ids"] = position_ids
+    # Nothing holds on to the hidden states of all tokens while the head works.
+    hidden_UD = take(forward(**batch, **places).flatten(0, 1), rows_U)
     head = causal_lm.get_output_embeddings()
     outputs = head(_in_dtype_of(head, hidden_UD), targets_U, extras)
     if group is not None:
         outputs = group.joined(outputs, own_U, count)
     return {name: take(values_U, predictions_T) for name, values_U in outputs.items()}
+
+
+def _decoded(decoder: nn.Module, **arguments) -> Tensor:
+    return decoder(use_cache=False, **arguments).last_hidden_state
+
+
+def _images(
+    images: ImageBatch | None, input_ids: Tensor, group: SequenceGroup | None, vision: Vision | None
+) -> ImageBatch | None:
+    """The images that the model sees: where it must see some on every rank, none of a blank one."""
+    if images is None:
+        return None if vision is None else vision.no_images(input_ids)
+    if vision is None:
+        raise UserError(
+            "a batch has images, and the model is loaded without what sees them: set model.images=true"
+        )
+    if group is not None:
+        raise UserError(
+            f"parallel.sequence_parallel={group.size} cannot be honoured for rows with images; set it to 1"
+        )
+    return images
 
 
 def _in_dtype_of(head: nn.Module, hidden: Tensor) -> Tensor:
@@ -199,6 +246,7 @@ def forward_arguments(batch: ScoredBatch) -> dict:
     """The arguments of `ScoringModel.forward` for a batch."""
     names = ("input_ids", "position_ids", "attention_mask", "spans")
     names += ("rows_U", "targets_U", "predictions_T")
+    names += () if batch.images is None else ("images",)
     return {name: getattr(batch, name) for name in names}
 
 

@@ -6,15 +6,16 @@ import torch
 
 from dpo_fast.models.adapters import add_untrained
 from dpo_fast.models.config import ModelSection
-from dpo_fast.models.load import freeze_unreached, load_skeleton
+from dpo_fast.models.load import load_skeleton
 from dpo_fast.models.lora import add_lora
+from dpo_fast.models.parts import settle_parts
 from dpo_fast.models.scoring import ScoringModel
 
 
 def scoring_skeleton(section: ModelSection, option: str = "model.path") -> ScoringModel:
     """A model on the meta device, with its adapters. option: the configuration key that names it."""
     scoring = ScoringModel(load_skeleton(section, option))
-    freeze_unreached(scoring.model)
+    settle_parts(scoring, section)
     with torch.device("meta"):
         if section.lora is not None:
             add_lora(scoring, section.lora)

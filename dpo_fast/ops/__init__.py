@@ -9,6 +9,7 @@ The letters of shapes, as suffixes of names (`hidden_TD`) and in docstrings, eve
     N  rows of hidden states: tokens that go through the backbone
     B  rows of a model's input          L  their length
     D  hidden size                      V  vocabulary; a slice of it too
+    I  occurrences of images in the tokens of a batch
     E  experts of a layer               K  those of them that compute a token
     I  images of a batch, each as often as it occurs
 """

@@ -24,6 +24,7 @@ from dpo_fast.training.console import say, track
 from dpo_fast.training.engine import build_reference_engine, deepspeed_config, shard_while_loading
 from dpo_fast.training.evaluate_options import Evaluation
 from dpo_fast.training.fit import check_run
+from dpo_fast.training.images import check_images, with_images
 from dpo_fast.training.load_data import load_split
 from dpo_fast.training.loss_pass import LossPass, Statistics
 from dpo_fast.training.merge import merged_first
@@ -75,6 +76,7 @@ def evaluate_model(asked: Evaluation) -> dict[str, Any]:
         config = merged_first(choices.applied(config))
         tokenizer, device = load_tokenizer(config.model), distributed.device()
         split = load_split(config, tokenizer, "eval", shuffle=False)
+        config = with_images(config, [split])
         say(f"evaluating on {len(split.examples):,} {split.examples.kind.name}")
         ds_config = deepspeed_config(config, distributed.world_size(), accumulation=1)
         torch.manual_seed(config.train.seed)
@@ -89,6 +91,7 @@ def evaluate_model(asked: Evaluation) -> dict[str, Any]:
         scorer = _scorer(config, model, dtypes, ds_config, device)
         dtype = config.model.torch_dtype
         check_separation(scorer, config.train.layout, len(tokenizer), device, dtype)
+        check_images(scorer, [split])
         load = partial(load_second_model, config, choices, ds_config, device, [split])
         references = build_references(config, scorer, model, [split], load)
         old = build_old(config, scorer, references, [split], load)

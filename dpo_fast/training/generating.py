@@ -9,6 +9,7 @@ import torch
 
 from dpo_fast.models import ScoringModel, load_model
 from dpo_fast.models.architecture import architecture_of, choose_attention
+from dpo_fast.models.decoder import attention_of_parts, kept_attention
 from dpo_fast.training.prepare import Run
 
 
@@ -24,17 +25,15 @@ def generating(run: Run) -> Iterator[ScoringModel]:
     device = run.engine.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         causal_lm, dtype = run.model.causal_lm, run.config.model.torch_dtype
-        trained_with = causal_lm.config._attn_implementation
-        architecture = architecture_of(causal_lm)
+        with kept_attention(causal_lm):
+            architecture = architecture_of(causal_lm)
         attention = choose_attention("auto", "padded", device, dtype, architecture).name
         if run.config.zero_stage == 3:
             yield _copy(run, attention)
         else:
-            causal_lm.set_attn_implementation(attention)
-            try:
+            with kept_attention(causal_lm):
+                causal_lm.set_attn_implementation(attention_of_parts(causal_lm.config, attention))
                 yield run.model
-            finally:
-                causal_lm.set_attn_implementation(trained_with)
 
 
 def _copy(run: Run, attention: str) -> ScoringModel:

@@ -22,6 +22,7 @@ from dpo_fast.training.engine import build_engine, deepspeed_config, shard_while
 from dpo_fast.training.finite import Guard, check_loaded
 from dpo_fast.training.first_batches import check_before_pass
 from dpo_fast.training.fit import Choices, check_positions, check_vocabulary, choose
+from dpo_fast.training.images import check_images, share_tower, with_images
 from dpo_fast.training.load_data import load_split
 from dpo_fast.training.loss_pass import LossPass, Statistics
 from dpo_fast.training.merge import merged_first
@@ -100,7 +101,7 @@ def prepare(
     splits = [load_split(config, tokenizer, "train", shuffle=True)]
     if config.data.has_eval:
         splits.append(load_split(config, tokenizer, "eval", shuffle=False))
-    train = splits[0]
+    train, config = splits[0], with_images(config, splits)
     check_kind_of_findings(config, train.examples.kind)
     total_steps = config.train.max_steps or train.sampler.steps(config.train.num_train_epochs)
     check_total(config, total_steps)
@@ -118,6 +119,7 @@ def prepare(
     engine = build_engine(config, model, ds_config, total_steps)
     dtype = config.model.torch_dtype
     check_separation(engine, config.train.layout, len(tokenizer), engine.device, dtype)
+    check_images(engine, splits)
     load = partial(load_second_model, config, choices, ds_config, engine.device, splits)
     extras = METRIC_EXTRAS if config.log.token_metrics else ()
     routing = Routing(config.model.router_aux_loss_coef or 0.0) if model.routers.count else None
@@ -178,6 +180,7 @@ def load_policy(
     check_loaded(model.causal_lm, config.model.path, "model.path")
     check_vocabulary(model, tokenizer)
     check_positions(model, splits)
+    share_tower(config, model)
     if wants_checkpointing(config, model):
         checkpoint_layers(
             model.causal_lm, config.model.checkpoint_layers, config.model.activation_offloading

@@ -21,6 +21,7 @@ from dpo_fast.training.engine import (
 from dpo_fast.training.finite import check_loaded
 from dpo_fast.training.first_batches import check_twice
 from dpo_fast.training.fit import Choices, check_positions, check_run, check_vocabulary
+from dpo_fast.training.images import check_images, share_tower, with_images
 from dpo_fast.training.load_data import load_split
 from dpo_fast.training.merge import merged_first
 from dpo_fast.training.precompute import (
@@ -48,6 +49,7 @@ def load_second_model(
     scoring = getattr(scorer, "module", scorer)
     check_vocabulary(scoring, load_tokenizer(config.model), model.named_by)
     check_positions(scoring, splits)
+    check_images(scorer, splits)
     return scorer
 
 
@@ -66,6 +68,8 @@ def load_reference_engine(
     del keep_alive
     scoring.group = data_ranks.sequence_group()
     check_loaded(scoring.causal_lm, model.path or config.model.path, model.named_by)
+    scoring.requires_grad_(False)
+    share_tower(config, scoring)
     scorer = build_reference_engine(config, scoring.to(device), ds_config)
     vocabulary = scoring.causal_lm.config.get_text_config().vocab_size
     dtype = config.model.torch_dtype
@@ -144,6 +148,7 @@ def _store_beforehand(config: RunConfig, choices: Choices) -> list[StoredReferen
     tokenizer, device = load_tokenizer(config.model), distributed.device()
     names = ("train", "eval") if config.data.has_eval else ("train",)
     splits = [load_split(config, tokenizer, name, shuffle=False) for name in names]
+    config = with_images(config, splits)
     ds_config = deepspeed_config(config, distributed.world_size(), accumulation=1)
     load = partial(load_second_model, config, choices, ds_config, device, splits)
     return [

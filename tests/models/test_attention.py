@@ -19,19 +19,9 @@ from dpo_fast.models.attention import BACKENDS, NAMES, varlen
 from dpo_fast.models.attention_plan import AttentionPlan
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.models.separation import check_separation
-from tests.support.architectures import ARCHITECTURES, TREES, alone, make, slopes
+from tests.support.architectures import ARCHITECTURES, TREES, alone, assert_same, make, slopes
 
 PACKED = ("packed", "shared_prefix")
-
-
-def assert_same(scores, gradients, expected, true_gradients):
-    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
-    largest = max(g.abs().max() for g in true_gradients if g is not None)
-    for gradient, true in zip(gradients, true_gradients):
-        assert (gradient is None) == (true is None)
-        if true is not None:
-            size = torch.maximum(true.abs().max(), largest * 1e-2)
-            assert (gradient - true).abs().max() <= 1e-5 * size
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -94,3 +94,14 @@ def alone(model, trees=TREES) -> torch.Tensor:
 def slopes(scores: torch.Tensor, parameters) -> list[torch.Tensor | None]:
     """Gradients of a sum in which every token has another weight."""
     return torch.autograd.grad(scores.sin().sum(), list(parameters), allow_unused=True)
+
+
+def assert_same(scores, gradients, expected, true_gradients, error: float = 1e-5):
+    """Scores, and a gradient of every parameter, are equal; a small one to the error of the largest."""
+    torch.testing.assert_close(scores, expected, rtol=error, atol=error)
+    largest = max(g.abs().max() for g in true_gradients if g is not None)
+    for gradient, true in zip(gradients, true_gradients):
+        assert (gradient is None) == (true is None)
+        if true is not None:
+            size = torch.maximum(true.abs().max(), largest * 1e-2)
+            assert (gradient - true).abs().max() <= error * size
