@@ -16,14 +16,14 @@ from dpo_fast.migration.arguments import (
     warm_up,
 )
 from dpo_fast.migration.axolotl_data import put_data
-from dpo_fast.migration.axolotl_options import TABLES
+from dpo_fast.migration.axolotl_options import OF_PEFT, TABLES
 from dpo_fast.migration.counted import put_per_epoch
 from dpo_fast.migration.draft import Draft
 from dpo_fast.migration.losses import put_losses, put_option
 from dpo_fast.migration.option import flag, listed
-from dpo_fast.migration.sizes import put_lengths, put_lora
+from dpo_fast.migration.sizes import put_lengths, put_lora, put_quantised
 from dpo_fast.migration.trl import SMOOTHED
-from dpo_fast.migration.trl_options import ATTENTION, QUANTISED
+from dpo_fast.migration.trl_options import ATTENTION
 from dpo_fast.training.schedule import NAMES
 
 __all__ = ["TABLES", "finish", "method_of"]
@@ -150,27 +150,33 @@ def _lora(draft: Draft) -> None:
             comment="an adapter; it names its base",
         )
         draft.spare("base_model", "adapter_config.json of the adapter names its base")
+        _quantised(draft)
         return
-    for name in ("load_in_4bit", "load_in_8bit"):
-        if flag(draft[name]):
-            draft.lose(name, QUANTISED)
     kind = draft["adapter"]
     if not kind:
         return
     if kind not in ("lora", "qlora"):
-        raise draft.fault("adapter", "choose lora; others are not there")
-    if kind == "qlora":
-        draft.lose("adapter", f"lora stands in its place: {QUANTISED}")
+        raise draft.fault("adapter", "choose lora or qlora; others are not there")
     values = {key: (f"lora_{key}", draft[f"lora_{key}"]) for key in ("r", "alpha", "dropout")}
     values |= {
         key: (f"lora_{key}", draft[f"lora_{key}"])
         for key in ("target_parameters", "modules_to_save")
     }
+    values |= {name: (f"peft_{name}", draft[f"peft_{name}"]) for name in OF_PEFT}
     if flag(draft["lora_target_linear"]):
         put_lora(draft, values, ("lora_target_linear", "all-linear"))
     else:
         put_lora(draft, values, ("lora_target_modules", draft["lora_target_modules"]))
     draft.went("adapter", "model.lora")
+    _quantised(draft)
+
+
+def _quantised(draft: Draft) -> None:
+    """QLoRA: 4 bits, or 8, with scales that are quantised as well."""
+    for bits in (4, 8):
+        name = f"load_in_{bits}bit"
+        if flag(draft[name]):
+            put_quantised(draft, bits, (name, "nf4"), (name, True), name)
 
 
 def _schedule(draft: Draft) -> None:

@@ -13,9 +13,8 @@ from dpo_fast.migration.files import beside, read_mapping
 from dpo_fast.migration.llamafactory_options import TABLES
 from dpo_fast.migration.losses import put_losses, put_option
 from dpo_fast.migration.option import flag, listed
-from dpo_fast.migration.sizes import put_lora
+from dpo_fast.migration.sizes import put_lora, put_quantised
 from dpo_fast.migration.sources import put_sources, short
-from dpo_fast.migration.trl_options import QUANTISED
 
 __all__ = ["TABLES", "finish", "stage_of"]
 INFO = "dataset_info.json"
@@ -68,6 +67,10 @@ def finish(draft: Draft, stage: str) -> None:
     finish_training(draft)
     _model(draft)
     _method(draft)
+    if draft.has("quantization_bit"):
+        kind = ("quantization_type", str(draft["quantization_type"]))
+        double = ("double_quantization", flag(draft["double_quantization"]))
+        put_quantised(draft, int(draft["quantization_bit"]), kind, double, "quantization_bit")
     {"dpo": _dpo, "kto": _kto, "sft": _sft}[stage](draft)
     if stage != "sft":
         _reference(draft, stage)
@@ -87,6 +90,10 @@ def _data(draft: Draft) -> None:
         draft.put("data.streaming", True, "streaming")
         draft.put("data.stream_buffer", int(draft["buffer_size"]), "buffer_size")
     draft.put("data.max_length", int(draft["cutoff_len"]), "cutoff_len")
+    pixels = {f"{end}_pixels": f"image_{end}_pixels" for end in ("min", "max")}
+    bounds = {ours: int(draft[name]) for ours, name in pixels.items() if draft.has(name)}
+    if bounds:
+        draft.put("data.images_kwargs", bounds, *pixels.values())
     if flag(draft["mask_history"]):
         draft.put("data.scored", "last", "mask_history")
     if draft.has("template"):
@@ -236,8 +243,6 @@ def _model(draft: Draft) -> None:
         draft.put("model.attention", ATTENTION[name], "flash_attn")
     recompute = not flag(draft["disable_gradient_checkpointing"])
     draft.put("model.gradient_checkpointing", recompute, "disable_gradient_checkpointing")
-    if draft.has("quantization_bit"):
-        draft.lose("quantization_bit", QUANTISED)
     if flag(draft["pure_bf16"]):
         draft.put("model.dtype", "bf16", "pure_bf16")
 
@@ -261,10 +266,20 @@ def _method(draft: Draft) -> None:
         "r": ("lora_rank", rank),
         "alpha": ("lora_alpha", int(draft["lora_alpha"] or 2 * rank)),
         "dropout": ("lora_dropout", float(draft["lora_dropout"])),
+        "use_rslora": ("use_rslora", flag(draft["use_rslora"]) or None),
+        "use_dora": ("use_dora", flag(draft["use_dora"]) or None),
+        "init_lora_weights": ("pissa_init", _pissa(draft)),
         "modules_to_save": ("additional_target", listed(draft["additional_target"]) or None),
     }
     put_lora(draft, values, ("lora_target", draft["lora_target"]), ("all", "all-linear"))
     draft.went("finetuning_type", "model.lora")
+
+
+def _pissa(draft: Draft) -> str | None:
+    if not flag(draft["pissa_init"]):
+        return None
+    number = int(draft["pissa_iter"])
+    return "pissa" if number < 1 else f"pissa_niter_{number}"
 
 
 def _dpo(draft: Draft) -> None:

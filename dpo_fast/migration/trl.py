@@ -12,7 +12,7 @@ from dpo_fast.migration.counted import put_held_out
 from dpo_fast.migration.draft import Draft
 from dpo_fast.migration.losses import put_losses, put_option
 from dpo_fast.migration.option import Lost, flag, listed
-from dpo_fast.migration.sizes import put_lengths, put_lora
+from dpo_fast.migration.sizes import put_lengths, put_lora, put_quantised
 from dpo_fast.migration.trl_options import TABLES, attention
 
 ELSEWHERE = {
@@ -66,6 +66,11 @@ def finish(draft: Draft, trainer: str) -> None:
     finish_training(draft)
     _model(draft)
     _lora(draft)
+    for bits in (4, 8):
+        if flag(draft[f"load_in_{bits}bit"]):
+            kind = ("bnb_4bit_quant_type", str(draft["bnb_4bit_quant_type"]))
+            double = ("use_bnb_nested_quant", flag(draft["use_bnb_nested_quant"]))
+            put_quantised(draft, bits, kind, double, f"load_in_{bits}bit")
     _lengths(draft)
     {"dpo": _dpo, "kto": _kto, "cpo": _cpo, "orpo": _orpo}[trainer](draft)
     if trainer in ("dpo", "kto"):
@@ -173,6 +178,7 @@ def _lora(draft: Draft) -> None:
         "modules_to_save": "lora_modules_to_save",
     }
     values = {key: (name, draft[name]) for key, name in names.items()}
+    values |= {key: (key, flag(draft[key]) or None) for key in ("use_rslora", "use_dora")}
     targets = draft["lora_target_modules"]
     put_lora(draft, values, ("lora_target_modules", targets))
     if draft["lora_target_parameters"] and not listed(targets):

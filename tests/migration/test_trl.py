@@ -133,6 +133,7 @@ OPTIONS = {  # theirs: ours
     "fp32": ({"bf16": False}, {"model.dtype": "fp32"}),
     "an AdamW": ({"optim": "adamw_8bit"}, {"train.optim": "adamw_bnb_8bit"}),
     "seconds": ({"ddp_timeout": 7200}, {"parallel.timeout_minutes": 120.0}),
+    "a name of digits": ({"run_name": 2026}, {"log.run_name": "2026"}),
     "attention": ({"attn_implementation": "sdpa"}, {"model.attention": "sdpa"}),
     "model_init_kwargs": (
         {"model_init_kwargs": {"revision": "v1", "attn_implementation": "eager"}},
@@ -199,7 +200,7 @@ LEFT = {  # theirs: what is said of it
     "smoothed there by nothing": ({"label_smoothing": 0.1}, "TRL's sigmoid ignore it"),
     "an optimiser": ({"optim": "adafactor"}, "AdamW stands in its place"),
     "a schedule of epochs": ({"save_strategy": "epoch"}, "once an epoch"),
-    "quantised": ({"load_in_4bit": True}, "not quantised"),
+    "quantised": ({"load_in_4bit": True}, "a base for adapters: set model.lora"),
     "misspelt": ({"learnin_rate": 1}, "did you mean learning_rate?"),
     "evaluation without data": (
         {
