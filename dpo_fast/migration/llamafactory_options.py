@@ -206,11 +206,8 @@ METHOD = [
         badam_mask_mode="adjacent",
         badam_verbose=0,
     ),
-    *needless(
-        "a text model is trained; the vision tower stays as it is",
-        freeze_vision_tower=True,
-        freeze_multi_modal_projector=True,
-    ),
+    same("freeze_vision_tower", True, "model.freeze_vision_tower", convert=flag),
+    same("freeze_multi_modal_projector", True, "model.freeze_multi_modal_projector", convert=flag),
     *lost("the text model is what is trained", freeze_language_model=False),
     *lost("batches are drawn at random", disable_shuffling=False),
     joint("early_stopping_steps", None, "train.early_stopping_patience"),

@@ -18,7 +18,7 @@ from dpo_fast.migration.trl_options import TABLES, attention
 ELSEWHERE = {
     "grpo": "TRL's GRPOTrainer samples while it trains. Here a run trains on stored groups, "
     "and rounds sample "
-    "between runs: begin with `dpo-fast init --recipe grpo` and docs/ROUNDS.md",
+    "between runs: begin with `dpo-fast init --recipe grpo`, docs/ROUNDS.md and docs/FROM_TRL.md",
     "reward": "reward models are not trained here; dpo-fast judge scores with one (docs/ROUNDS.md)",
     "sft": "for SFT begin with `dpo-fast init --recipe sft`",
 }
