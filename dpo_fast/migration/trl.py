@@ -82,6 +82,9 @@ def _data(draft: Draft) -> None:
         draft.put("data.train", [_source(draft, each) for each in sources], "datasets")
         if draft.has("dataset_name"):
             draft.spare("dataset_name", "datasets stands in its place, there too")
+    elif draft.has("dataset_mixer"):
+        _mixer(draft)
+        return
     elif draft.has("dataset_name"):
         draft.put(
             "data.train",
@@ -95,6 +98,36 @@ def _data(draft: Draft) -> None:
         draft.put("data.eval", _named(draft, draft["dataset_test_split"]), *names)
     elif draft.has("test_split_size"):
         put_held_out(draft, "test_split_size")
+
+
+def _mixer(draft: Draft) -> None:
+    """The alignment handbook's data: names with the share of their rows that is taken, and "
+    "splits for all."""
+    mixer, names = draft["dataset_mixer"], ("dataset_mixer", "dataset_splits", "dataset_configs")
+    if not isinstance(mixer, dict):
+        raise draft.fault("dataset_mixer", "expected names of data sets, with a share each")
+    splits = [str(each) for each in listed(draft["dataset_splits"])] or ["train", "test"]
+    configs = listed(draft["dataset_configs"]) or [None] * len(mixer)
+    if len(configs) != len(mixer):
+        raise draft.fault("dataset_configs", f"{len(mixer)} data sets need as many")
+    for name, share in mixer.items():
+        if float(share) != 1:
+            draft.lose(
+                f"dataset_mixer.{name}", f"{share:g} of its rows: set `rows` (data.train[].rows)"
+            )
+    for word, key in (("train", "data.train"), ("test", "data.eval")):
+        if key == "data.eval" and not evaluates(draft):
+            continue
+        made = [
+            f"{name}:{f'{config}/' if config else ''}{split}"
+            for name, config in zip(mixer, configs, strict=True)
+            for split in splits
+            if word in split
+        ]
+        if made:
+            draft.put(key, made if len(made) > 1 else made[0], *names)
+    if "data.train" not in draft.keys:
+        raise draft.fault("dataset_splits", "none of them has train in its name")
 
 
 def _named(draft: Draft, split: str) -> str:

@@ -82,6 +82,19 @@ SCRIPT = [
     joint("streaming", False, "data.streaming"),
     joint("test_split_size", None, "data.eval_rows", "a share is counted where the rows are here"),
 ]
+HANDBOOK = older(  # of the alignment handbook's scripts, which many recipes are written for
+    joint("dataset_mixer", None, "data.train", "of the alignment handbook"),
+    joint("dataset_splits", None, "data.train, data.eval", "of the alignment handbook"),
+    joint("dataset_configs", None, "data.train", "of the alignment handbook"),
+    same("preprocessing_num_workers", None, "data.workers", convert=_workers),
+    Option(
+        "use_flash_attention_2",
+        note="model.attention: auto takes a varlen kernel where sequences share a row",
+    ),
+    *lost(
+        "the chat template of the tokenizer", chat_template=None, auto_insert_empty_system_msg=True
+    ),
+)
 REFERENCE = [
     joint(
         "precompute_ref_log_probs",
@@ -176,7 +189,7 @@ ORPO = [
     *lost("held-out prompts are answered by the section generate", generate_during_eval=False),
     *lost("models are decoders", is_encoder_decoder=None),
 ]
-ALL = (TRAINING, SHARED, MODEL, SCRIPT, PROMPTS)
+ALL = (TRAINING, SHARED, MODEL, SCRIPT, HANDBOOK, PROMPTS)
 TABLES = {
     "dpo": table(*ALL, REFERENCE, PADDING, ACTIVATIONS, ROUTERS, DPO),
     "kto": table(*ALL, REFERENCE, PADDING, ACTIVATIONS, ROUTERS, KTO),
