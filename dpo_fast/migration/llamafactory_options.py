@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dpo_fast.migration.arguments import TRAINING
+from dpo_fast.migration.arguments_table import TRAINING
 from dpo_fast.migration.option import flag, joint, lost, needless, same, table
 
 MODEL = [

@@ -6,7 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 from dpo_fast.errors import UserError
-from dpo_fast.migration.arguments import above_zero, precision, reports
+from dpo_fast.migration.arguments import precision, reports
+from dpo_fast.migration.arguments_table import above_zero
 from dpo_fast.migration.draft import Draft
 from dpo_fast.migration.losses import put_losses, put_option
 from dpo_fast.migration.openrlhf_options import TABLES

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dpo_fast.migration.arguments import above_zero
+from dpo_fast.migration.arguments_table import above_zero
 from dpo_fast.migration.option import Option, flag, joint, lost, needless, older, same, table
 
 DPO = [

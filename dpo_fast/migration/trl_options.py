@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dpo_fast.migration.arguments import TRAINING
+from dpo_fast.migration.arguments_table import TRAINING
 from dpo_fast.migration.option import Lost, Option, flag, joint, lost, needless, older, same, table
 
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
