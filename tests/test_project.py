@@ -3,11 +3,9 @@
 import ast
 import csv
 import json
-import os
 import re
 import subprocess
 import sys
-import zipfile
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
@@ -114,6 +112,7 @@ TESTS = ROOT / "tests"
 # Modules of some size that no test imports, and the test, or its process, that runs them through others.
 TESTED_THROUGH = {
     "models.adapters": "training/test_adapters.py",
+    "models.adapter_path": "models/test_adapter_kinds.py",
     "models.lora_section": "models/test_lora.py",
     "models.lora_start": "models/test_lora.py",
     "data.forms.conversations": "data/test_forms.py",
@@ -322,36 +321,6 @@ def test_the_root_is_not_taken_for_hugging_faces_kernels():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
     for name in ("kernels", "tests", "benchmarks"):
         assert not (ROOT / name / "__init__.py").exists()
-
-
-@pytest.mark.processes
-def test_the_wheel_holds_every_package(tmp_path):
-    pytest.importorskip("build")
-    # A folder of its own: setuptools packs what an earlier build left in build/, deleted modules too.
-    settings = tmp_path / "settings.cfg"
-    settings.write_text(f"[build]\nbuild_base = {tmp_path / 'build'}\n")
-    subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", tmp_path, ROOT],
-        env=os.environ | {"DIST_EXTRA_CONFIG": str(settings)},
-        check=True,
-        capture_output=True,
-        timeout=120,
-    )
-    wheel = zipfile.ZipFile(next(tmp_path.glob("*.whl")))
-    names = set(wheel.namelist())
-    expected = {
-        f"dpo_fast/{path.relative_to(PACKAGE)}"
-        for path in PACKAGE.rglob("*.py")
-        if "kernels" not in path.relative_to(PACKAGE).parts
-    }
-    expected |= {f"dpo_fast/kernels/{path.name}" for path in (ROOT / "kernels/ops").glob("*.py")}
-    assert {name for name in names if name.endswith(".py")} == expected
-    recipes = {f"dpo_fast/configs/{path.name}" for path in (ROOT / "configs").iterdir()}
-    recipes |= {f"dpo_fast/recipes/{path.name}" for path in (ROOT / "recipes").iterdir()}
-    assert recipes <= names  # `dpo-fast init` begins with one
-    about = next(name.removesuffix("METADATA") for name in names if name.endswith("/METADATA"))
-    assert b"License-Expression: Apache-2.0" in wheel.read(f"{about}METADATA")
-    assert wheel.read(f"{about}licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
 
 
 def documents() -> list[Path]:

@@ -81,7 +81,8 @@ class Outlook:
     @property
     def sizes(self) -> Sizes:
         """What the models and the head take."""
-        return sizes_of(self.policy, self.second_models, self.head_plan.bytes)
+        quantised = self.config.model.quantization
+        return sizes_of(self.policy, self.second_models, self.head_plan.bytes, quantised)
 
     def memory(self, machine: Machine) -> tuple[list[Line], str]:
         """The lines of the table of memory, and what stands below it."""
@@ -248,6 +249,12 @@ def _layer_rows(outlook: Outlook) -> Iterator[Decision]:
         )
     else:
         yield Decision("LoRA", "off", "default", "all parameters are trained")
+    if model.quantization is not None:
+        bits, why = (
+            model.quantization.bits,
+            "layers of the decoder; not the head, embeddings, experts",
+        )
+        yield Decision("quantisation", f"{bits} bits", "option", why)
 
 
 def _checkpointing_row(outlook: Outlook, layers: int, total: int) -> Decision:

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpo_fast.data.config import DataConfig
+from dpo_fast.data.config import IMAGES, DataConfig
 from dpo_fast.data.rows import parse_row
 from dpo_fast.data.tokenise import RowTokeniser
+from dpo_fast.data.verdicts import BadRow
 from dpo_fast.data.verdicts import Verdict as RowVerdict
 from dpo_fast.errors import UserError
 from dpo_fast.generation.encode import Tokens
@@ -89,12 +90,15 @@ class ImplicitJudge:
 
     def _tokens(self, row: SampleRow, index: int) -> Tokens:
         """Raises BadRow or Dropped for what `train` would not take, either."""
-        wanted = ("system", "tools", "chat_template_kwargs")
+        wanted = ("system", "tools", "chat_template_kwargs", "image", IMAGES)
         columns = {name: row.content[name] for name in wanted if name in row.content}
         (answer,) = as_read(row.prompt, [row.completions[index]])
         columns |= {"finish_reason": LENGTH} if row.unfinished(index) else {}
         raw = {"prompt": row.prompt, "completion": answer, "label": True, **columns}
-        found = self.tokenise(parse_row(row.where, raw, self.data))
+        parsed = parse_row(row.where, raw, self.data)
+        if parsed.optional.get(IMAGES):
+            raise BadRow("a prompt with images", "log-probs are compared of texts alone")
+        found = self.tokenise(parsed)
         return Tokens(found.prompt_ids, found.completion_ids, found.completion_scored)
 
     def _rewards(self, texts: list[Tokens]) -> list[float]:

@@ -12,14 +12,12 @@ from dpo_fast.migration.counted import put_per_epoch
 from dpo_fast.migration.deepspeed import put_deepspeed, put_fsdp
 from dpo_fast.migration.draft import Draft
 from dpo_fast.migration.files import beside, read_mapping
-from dpo_fast.migration.option import Lost, Option, flag, joint, listed, lost, needless, older, same
+from dpo_fast.migration.option import Option, flag, joint, listed, lost, needless, older, same
+from dpo_fast.training.optimisers import ALIASES, OPTIMISERS
 from dpo_fast.training.sections import LogSection
 
-# Names of the same AdamW, which differ in the code that computes it.
-ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adamw_torch_xla")
-OPTIMISER = (
-    "the optimiser is AdamW with states in fp32; parallel.offload_optimizer and ZeRO save memory"
-)
+# Names of AdamW that differ in the code that computes it, and are nothing that one chooses here.
+SAME_ADAMW = ("adamw_hf", "adamw_apex_fused", "adamw_torch_xla", "adamw_torch_npu_fused")
 FOUND = "dpo_fast finds it out by itself"
 LONGEST_WAIT = 43_200  # minutes, of parallel.timeout_minutes
 
@@ -28,12 +26,6 @@ def above_zero(value: Any) -> int | None:
     """A number that means nothing where it is not above 0."""
     number = int(value)
     return number if number > 0 else None
-
-
-def optimiser(value: str) -> None:
-    """Raises Lost unless it is AdamW as ours is."""
-    if value not in ADAMW:
-        raise Lost(OPTIMISER)
 
 
 def _resume(value: Any) -> bool | str:
@@ -52,7 +44,12 @@ TRAINING: list[Option] = [
     same("learning_rate", 5e-5, "train.learning_rate", convert=float),
     same("lr_scheduler_type", "linear", "train.lr_scheduler_type"),
     same("lr_scheduler_kwargs", None, "train.lr_scheduler_kwargs"),
-    Option("optim", "adamw_torch_fused", note="AdamW, as torch has it; others have no counterpart"),
+    joint(
+        "optim",
+        "adamw_torch_fused",
+        "train.optim",
+        "AdamW alone, in torch's forms and bitsandbytes'",
+    ),
     same("weight_decay", 0.0, "train.weight_decay", convert=float),
     same("adam_beta1", 0.9, "train.adam_beta1", convert=float),
     same("adam_beta2", 0.999, "train.adam_beta2", convert=float),
@@ -222,7 +219,7 @@ def finish_training(draft: Draft) -> None:
     """The options of `TRAINING` that are read together."""
     _batches(draft)
     _precision(draft)
-    _optimiser(draft)
+    put_optimiser(draft, "optim")
     if draft["lr_scheduler_type"] != "constant":
         warm_up(draft, "warmup_steps")
     keep_all(draft)
@@ -296,12 +293,18 @@ def precision(draft: Draft, name: str, dtype: str) -> None:
     draft.put("model.dtype", dtype, name)
 
 
-def _optimiser(draft: Draft) -> None:
-    if draft.has("optim"):
-        try:
-            optimiser(draft["optim"])
-        except Lost as error:
-            draft.lose("optim", str(error))
+def put_optimiser(draft: Draft, option: str) -> None:
+    """An AdamW by the same name, or a word about another optimiser. option: that names it."""
+    if not draft.has(option):
+        return  # theirs is AdamW as well, and auto is as fast
+    name = str(draft[option])
+    name = ALIASES.get(name, name)
+    if name in OPTIMISERS:
+        draft.put("train.optim", name, option)
+    elif name in SAME_ADAMW:
+        draft.spare(option, "AdamW: auto computes the same")
+    else:
+        draft.lose(option, f"AdamW stands in its place; train.optim has {', '.join(OPTIMISERS)}")
 
 
 def warm_up(draft: Draft, name: str, default: float = 0.0) -> None:

@@ -5,18 +5,18 @@ from __future__ import annotations
 from dpo_fast.errors import UserError
 from dpo_fast.losses import LOSSES
 from dpo_fast.migration.arguments import (
-    ADAMW,
     above_zero,
     batches,
     fraction,
     keep_all,
     precision,
+    put_optimiser,
     reports,
     shards,
     warm_up,
 )
 from dpo_fast.migration.axolotl_data import put_data
-from dpo_fast.migration.axolotl_options import FIXED, TABLES
+from dpo_fast.migration.axolotl_options import TABLES
 from dpo_fast.migration.counted import put_per_epoch
 from dpo_fast.migration.draft import Draft
 from dpo_fast.migration.losses import put_losses, put_option
@@ -127,11 +127,7 @@ def _model(draft: Draft) -> None:
     on = [name for name in LIGER if flag(draft[name])]
     if on:
         draft.put("model.use_liger_kernel", True, *on)
-    optimizer = str(draft["optimizer"])
-    if optimizer not in ADAMW:
-        draft.lose("optimizer", FIXED)
-    elif draft.has("optimizer"):
-        draft.spare("optimizer", "AdamW, as torch has it")
+    put_optimiser(draft, "optimizer")
 
 
 def _checkpointing(draft: Draft) -> None:

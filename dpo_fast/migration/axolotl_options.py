@@ -5,7 +5,6 @@ from __future__ import annotations
 from dpo_fast.migration.option import flag, joint, lost, needless, older, same, table
 from dpo_fast.migration.trl_options import QUANTISED
 
-FIXED = "AdamW's states are in fp32; parallel.offload_optimizer and ZeRO save memory"
 MODEL = [
     same("base_model", None, "model.path"),
     same("revision_of_model", None, "model.revision"),
@@ -50,7 +49,7 @@ MODEL = [
     joint("bfloat16", None, "model.dtype"),
     joint("float32", None, "model.dtype"),
     *lost("fp16 is not there: bf16", float16=None),
-    *lost("weights and products are bf16 or fp32", fp8=None),
+    same("fp8", None, "model.fp8", "torchao's first recipe", convert=flag),
     joint("gradient_checkpointing", False, "model.gradient_checkpointing"),
     joint(
         "flash_attention",
@@ -190,7 +189,12 @@ TRAINING = [
     joint("cosine_min_lr_ratio", None, "train.lr_scheduler_kwargs", "cosine_with_min_lr"),
     joint("warmup_steps", None, "train.warmup_steps"),
     same("warmup_ratio", None, "train.warmup_ratio", convert=float),
-    joint("optimizer", "adamw_torch_fused", "", FIXED),
+    joint(
+        "optimizer",
+        "adamw_torch_fused",
+        "train.optim",
+        "AdamW alone, in torch's forms and bitsandbytes'",
+    ),
     same("weight_decay", 0.0, "train.weight_decay", convert=float),
     same("adam_beta1", None, "train.adam_beta1", convert=float),
     same("adam_beta2", None, "train.adam_beta2", convert=float),

@@ -177,12 +177,11 @@ class Draft:
 
 def our_default(key: str) -> Any:
     """The default of one of our keys, such as `train.seed`. Raises KeyError for one that we do not have."""
+    *sections, last = key.split(".")
     model: Any = RunConfig
-    field = None
-    for name in key.split("."):
-        field = model.model_fields[name]
-        model = _section(field.annotation)
-    default = field.get_default(call_default_factory=True)
+    for name in sections:
+        model = _section(model.model_fields[name].annotation)
+    default = model.model_fields[last].get_default(call_default_factory=True)
     return None if default is PydanticUndefined else default
 
 

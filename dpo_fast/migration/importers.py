@@ -100,7 +100,7 @@ def import_file(
     ranks = ranks or command.ranks or ranks_of(launched)
     draft = Draft(importer.title, importer.tables[chosen], command.options, str(file), ranks)
     draft.read_table()
-    if launched:
+    if accelerate is not None:
         put_accelerate(draft, launched, accelerate.name)
     importer.finish(draft, chosen)
     _settle(draft)

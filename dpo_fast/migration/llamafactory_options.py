@@ -36,7 +36,6 @@ MODEL = [
         split_special_tokens=False,
         upcast_layernorm=False,
         use_v1_kernels=False,
-        fp8=False,
     ),
     *needless(
         "the head's products are summed in fp32, and recomputation is never reentrant",
@@ -50,6 +49,7 @@ MODEL = [
         double_quantization=True,
         quantization_device_map=None,
     ),
+    same("fp8", False, "model.fp8", "torchao's first recipe", convert=flag),
     *needless("of fp8", fp8_backend="auto", fp8_enable_fsdp_float8_all_gather=False),
     *needless("of new tokens", init_special_tokens="noise_init"),
     *needless(

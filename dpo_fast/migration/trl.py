@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from dpo_fast.errors import UserError
 from dpo_fast.losses import LOSSES
@@ -107,7 +108,7 @@ def _source(draft: Draft, source: dict) -> dict:
     for key in set(source) - set(known):
         draft.lose(f"datasets.{key}", "no key of TRL's DatasetConfig")
     if isinstance(files, str) and source["path"] in ("json", "csv", "parquet", "arrow", "text"):
-        made = {"path": files}
+        made: dict[str, Any] = {"path": files}
     else:
         config = f"{source['name']}/" if source.get("name") else ""
         made = {"path": f"{source['path']}:{config}{source.get('split', 'train')}"}

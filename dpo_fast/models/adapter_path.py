@@ -67,6 +67,8 @@ def _folder(adapter: str, option: str) -> Path:
 
 def _linked(adapter: Path, base: str) -> Path:
     """A folder of links to an adapter's files, whose configuration names this base. It is made once."""
+    from huggingface_hub import constants
+
     name, revision = split_revision(base)
     there = Path(os.path.expanduser(base))
     name = str(there.resolve()) if there.exists() else name
@@ -74,10 +76,8 @@ def _linked(adapter: Path, base: str) -> Path:
     config |= {"base_model_name_or_path": name, "revision": revision}
     content = json.dumps(config, indent=2, sort_keys=True)
     known = "\0".join([str(adapter), content, *sorted(file.name for file in adapter.iterdir())])
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dpo_fast"
-    target = (
-        cache / "adapters" / f"{adapter.name}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
-    )
+    key = hashlib.sha256(known.encode()).hexdigest()[:12]
+    target = Path(constants.HF_HOME) / "dpo_fast" / "adapters" / f"{adapter.name}-{key}"
     if target.is_dir():
         return target
     aside = target.with_name(f".{target.name}-{os.getpid()}")

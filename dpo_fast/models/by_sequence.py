@@ -57,18 +57,19 @@ def serve_by_sequence(model: PreTrainedModel) -> None:
             replace_forward(module.ple, _ngrams)
 
 
-def _tell_ngrams(module: nn.Module, *arguments, **options):
-    """A layer's forward. Here the plan is left where its part finds it, also when it is recomputed."""
-    module.ple.plan = options.get("plan")
-    return module.forward_of_batches(*arguments, **options)
+def _tell_ngrams(module: nn.Module, *arguments, ple_input_ids=None, **options):
+    """A layer's forward. Its part gets the plan with its ids: as an argument it is recomputed, too."""
+    if isinstance(plan := options.get("plan"), AttentionPlan):
+        ple_input_ids = plan, ple_input_ids
+    return module.forward_of_batches(*arguments, ple_input_ids=ple_input_ids, **options)
 
 
-def _ngrams(module: nn.Module, *arguments, **options):
-    plan, module.plan = module.plan, None
-    if not isinstance(plan, AttentionPlan):
-        return module.forward_of_batches(*arguments, **options)
+def _ngrams(module: nn.Module, hidden_states: Tensor, input_ids, *arguments, **options):
+    if isinstance(input_ids, Tensor):
+        return module.forward_of_batches(hidden_states, input_ids, *arguments, **options)
+    plan, ids = input_ids
     check_whole_row(plan)
-    return _over(module, plan, *arguments, **options)
+    return _over(module, plan, hidden_states, ids, *arguments, **options)
 
 
 @torch.compiler.disable  # it computes with indices of the row

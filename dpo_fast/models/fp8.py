@@ -44,6 +44,8 @@ def check_fp8(section: ModelSection, model: PreTrainedModel, device: torch.devic
 
 
 def _why_not(section: ModelSection, model: PreTrainedModel, device: torch.device) -> str | None:
+    if section.quantization is not None or getattr(model.config, "quantization_config", None):
+        return "the weights of this model are quantised, and their layers compute otherwise: leave it out"
     if importlib.util.find_spec("torchao") is None:
         return "torchao is not installed: pip install torchao, or leave the option out"
     if not emulating():

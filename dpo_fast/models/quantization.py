@@ -77,6 +77,32 @@ def loading_options(section: ModelSection) -> dict[str, Any]:
     }
 
 
+def quantised_elements(
+    model: torch.nn.Module, options: QuantizationSection | None
+) -> tuple[int, int]:
+    """Weights that are quantised while a model loads, and the elements of the parameters they are in.
+
+    model: loaded, or on the meta device, where the two are the same number.
+    """
+    weights = held = 0
+    if options is None:
+        return weights, held
+    kept = (*(options.llm_int8_skip_modules or []), *HEADS)
+    for name, module in model.named_modules():
+        skipped = ".lora_" in name or any(f".{each}." in f".{name}." for each in kept)
+        if isinstance(module, torch.nn.Linear) and not skipped:
+            weights += module.in_features * module.out_features
+            held += module.weight.numel()
+    return weights, held
+
+
+def bytes_of_weight(options: QuantizationSection) -> float:
+    """Bytes of a quantised weight, with its share of the scales: one fp32 for 64, or 8 bits for 64."""
+    if options.load_in_8bit:
+        return 1.0
+    return 0.5 + (1 / 64 + 4 / 64 / 256 if options.bnb_4bit_use_double_quant else 4 / 64)
+
+
 def quantised_identity(identity: str, options: QuantizationSection | None) -> str:
     """The identity of a model as it is loaded: quantised weights give other log-probs."""
     if options is None:

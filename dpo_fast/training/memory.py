@@ -10,6 +10,8 @@ import torch
 
 from dpo_fast.models import ScoringModel
 from dpo_fast.models.layers import decoder_layers
+from dpo_fast.models.quantization import bytes_of_weight, quantised_elements
+from dpo_fast.models.quantization_section import QuantizationSection
 from dpo_fast.ops.cpu import product_dtype
 from dpo_fast.ops.linear_logp.plan import HeadPlan, default_workspace_bytes, plan
 from dpo_fast.references import ReferenceModel
@@ -32,6 +34,7 @@ class Sizes:
     gathered: of the largest part that stage 3 gathers at a time.
     head_bytes: what the head keeps between forward and backward, and its tiles.
     second_models: parameters of each model beside the policy.
+    quantised: weights of the policy that are quantised, which are not among `parameters`.
     activations: of a micro-batch, where they are counted.
     bucket: what DeepSpeed gathers gradients in; None: not counted.
     on_cpu: the device is a CPU, which takes of a buffer what is written to.
@@ -42,6 +45,7 @@ class Sizes:
     gathered: int
     head_bytes: int
     second_models: Mapping[ReferenceModel, int] = field(default_factory=dict)
+    quantised: int = 0
     activations: Activations | None = None
     bucket: int | None = None
     on_cpu: bool = False
@@ -72,6 +76,9 @@ def memory(config: RunConfig, sizes: Sizes, ranks: int) -> list[Line]:
         return Line(what, 0.0 if offloaded else total, total if offloaded else 0.0, how)
 
     lines = [line("weights", sizes.parameters, size, 3, parallel.offload_parameters)]
+    if sizes.quantised:
+        each = bytes_of_weight(config.model.quantization)
+        lines.append(line("quantised weights", sizes.quantised, each, 4, False))
     if stage == 3:
         lines.append(line("weights in use", sizes.gathered, size, 4, False))
     summed = FP32 if stage else size  # DeepSpeed's stages add micro-batches up in fp32
@@ -149,13 +156,16 @@ def sizes_of(
     policy: ScoringModel,
     second_models: Mapping[ReferenceModel, ScoringModel],
     head_bytes: int,
+    quantization: QuantizationSection | None = None,
     **more,
 ) -> Sizes:
     """Sizes of models, on the meta device or loaded. more: other fields of `Sizes`."""
     model = policy.causal_lm
+    quantised, held = quantised_elements(model, quantization)
     parts = [*decoder_layers(model), model.get_output_embeddings(), model.get_input_embeddings()]
     return Sizes(
-        parameters=elements(policy),
+        parameters=elements(policy) - held,
+        quantised=quantised,
         trainable=elements(policy, trainable=True),
         gathered=max(map(elements, parts)),
         head_bytes=head_bytes,

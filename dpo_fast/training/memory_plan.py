@@ -135,6 +135,7 @@ def lines_of(
         policy,
         second_models,
         machine.head_plan(config, policy).bytes,
+        config.model.quantization,
         activations=activations,
         bucket=int(zero.get("reduce_bucket_size", BUCKET)),
         on_cpu=machine.on_cpu,
@@ -189,7 +190,10 @@ def _ladder(
         ({"parallel.offload_optimizer": True}, lambda now: now.parallel.offload_optimizer),
         ({"model.activation_offloading": True}, lambda now: now.model.activation_offloading),
         *((share, lambda now: False) for share in shared),
-        ({"parallel.offload_parameters": True}, lambda now: now.parallel.offload_parameters),
+        (
+            {"parallel.offload_parameters": True},
+            lambda now: now.parallel.offload_parameters or now.model.whole_weights,
+        ),
     ]
     options: dict[str, Any] = {}
     yield options, config

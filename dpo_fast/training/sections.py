@@ -367,9 +367,8 @@ class TrainSection(BaseModel):
 
     def _check_warm_up(self) -> None:
         """One of two options says how long it is; a schedule without a warm-up has none."""
-        usual = (
-            type(self).model_fields["warmup_ratio"].default
-        )  # a resolved run has it beside the steps
+        # A resolved run has the usual share beside the steps.
+        usual = type(self).model_fields["warmup_ratio"].default
         if self.warmup_steps is not None and self.warmup_ratio != usual:
             raise ValueError(
                 f"train.warmup_steps={self.warmup_steps} and train.warmup_ratio={self.warmup_ratio} both "

@@ -97,7 +97,11 @@ def tell_memory(config: RunConfig, policy: ScoringModel, beside: dict) -> None:
     )
     say(f"head {choice.name}: {choice.reason}")
     workspace = head_plan(config, policy, choice.name, device).bytes
-    say(memory_line(config, sizes_of(policy, beside, workspace), world, device))
+    say(
+        memory_line(
+            config, sizes_of(policy, beside, workspace, config.model.quantization), world, device
+        )
+    )
 
 
 def _count(number: int) -> str:

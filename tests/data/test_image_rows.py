@@ -9,7 +9,7 @@ import datasets
 import pytest
 import torch
 from pyarrow import ipc
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlavaOnevisionImageProcessorPil, LlavaOnevisionProcessor
 
 from dpo_fast.data.batch import collate
 from dpo_fast.data.config import DataConfig
@@ -29,7 +29,15 @@ from dpo_fast.data.verdicts import BadRow, Dropped
 from dpo_fast.errors import UserError
 from dpo_fast.models import load_tokenizer
 from dpo_fast.models.config import ModelSection
-from tests.support.image_rows import GEMMA, QWEN, picture, png, write_gemma, write_qwen
+from tests.support.image_rows import (
+    GEMMA,
+    QWEN,
+    image_tokenizer,
+    picture,
+    png,
+    write_gemma,
+    write_qwen,
+)
 from tests.support.tokenizers import chat_tokenizer
 
 SIZES = [(32, 24), (24, 32), (40, 40), (32, 24)]
@@ -515,3 +523,20 @@ def test_the_tokenizer_of_a_model_knows_its_processor(folder, tmp_path, qwen):
     plain = ModelSection(path=str(tmp_path / "other"))
     with pytest.raises(UserError, match="takes none"):
         tokenised(pair(), load_tokenizer(plain), folder)
+
+
+def test_a_processor_that_treats_several_images_otherwise_is_told(folder):
+    """LLaVA-OneVision cuts one image into tiles, and several into none."""
+
+    class Processor(LlavaOnevisionProcessor):
+        def check_argument_for_proper_class(self, *_):
+            """Without torchvision there is no video processor."""
+
+    tokenizer = image_tokenizer(("<image>", "<video>"), "<image>")
+    tokenizer.image_token, tokenizer.video_token = "<image>", "<video>"
+    pictures = LlavaOnevisionImageProcessorPil(size={"height": 28, "width": 28})
+    tokenizer.image_source = Processor(pictures, tokenizer, None, num_image_tokens=4)
+    one = tokenised(pair(), tokenizer, folder)
+    assert len(one.images) == 1 and one.images[0]["tokens"] > 4
+    with pytest.raises(BadRow, match="2 images in one text are not what they are by themselves"):
+        tokenised(pair("<image><image>", ["0.png", "1.png"]), tokenizer, folder)

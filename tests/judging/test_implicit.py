@@ -77,3 +77,15 @@ def test_a_reference_with_a_smaller_vocabulary_is_refused(models, tmp_path):
     small = write_model(tmp_path / "small", vocab=100)
     with pytest.raises(UserError, match=r"judge\.reference=.* do not share a tokenizer"):
         scores(judge([models[0], str(small)]), *ROWS)
+
+
+def test_rows_with_images_fail_by_name(models):
+    parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "q"}]
+    rows = [
+        row("no", prompt=[{"role": "user", "content": parts}]),
+        row("no", prompt="is ", images=["a.png"]),
+        row("no", prompt="is "),
+    ]
+    (found,) = judge(models)([rows])
+    assert [each.verdicts[0].word == FAILED for each in found] == [True, True, False]
+    assert all("a prompt with images" in each.verdicts[0].why for each in found[:2])

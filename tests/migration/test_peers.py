@@ -326,7 +326,7 @@ def test_axolotl_says_what_has_no_counterpart(tmp_path):
         tmp_path,
         adapter="qlora",
         load_in_4bit=True,
-        optimizer="paged_adamw_8bit",
+        optimizer="lion_8bit",
         chat_template="llama3",
         special_tokens={"pad_token": "x"},
         plugins=["a.b"],

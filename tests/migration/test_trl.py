@@ -131,6 +131,7 @@ OPTIONS = {  # theirs: ours
     "no checkpoints": ({"save_strategy": "no"}, {"train.save_steps": None}),
     "fp16": ({"fp16": True}, {"model.dtype": "bf16"}),
     "fp32": ({"bf16": False}, {"model.dtype": "fp32"}),
+    "an AdamW": ({"optim": "adamw_8bit"}, {"train.optim": "adamw_bnb_8bit"}),
     "seconds": ({"ddp_timeout": 7200}, {"parallel.timeout_minutes": 120.0}),
     "attention": ({"attn_implementation": "sdpa"}, {"model.attention": "sdpa"}),
     "model_init_kwargs": (
@@ -196,7 +197,7 @@ def test_options_go_where_they_belong(tmp_path, case):
 
 LEFT = {  # theirs: what is said of it
     "smoothed there by nothing": ({"label_smoothing": 0.1}, "TRL's sigmoid ignore it"),
-    "an optimiser": ({"optim": "paged_adamw_8bit"}, "AdamW"),
+    "an optimiser": ({"optim": "adafactor"}, "AdamW stands in its place"),
     "a schedule of epochs": ({"save_strategy": "epoch"}, "once an epoch"),
     "quantised": ({"load_in_4bit": True}, "not quantised"),
     "misspelt": ({"learnin_rate": 1}, "did you mean learning_rate?"),

@@ -134,7 +134,7 @@ def test_options_of_lora_that_act_outside_layers_are_refused(base, tmp_path, opt
 
 def test_an_adapter_on_another_copy_of_its_base(base, tmp_path, monkeypatch):
     """`adapter_path` on `path`; what they stand for is one folder, and a second start finds it."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
     write(base, tmp_path / "sft", "LORA")
     expected = alone(peft.PeftModel.from_pretrained(plain(base), tmp_path / "sft").eval())
     moved = tmp_path / "moved"

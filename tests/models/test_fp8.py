@@ -99,6 +99,8 @@ def test_where_it_cannot_be_honoured_it_is_refused_by_name(monkeypatch):
     )
     odd = make("llama", hidden_size=24, num_attention_heads=3, num_key_value_heads=3, head_dim=8)
     assert "no linear layer whose sides" in told(odd, (9, 0), monkeypatch)
+    four = {"quantization": {"load_in_4bit": True}, "lora": {"r": 2}}
+    assert "weights of this model are quantised" in told(model, (9, 0), monkeypatch, **four)
     check_fp8(section_of(fp8=None), model, CPU)
     for recipe in RECIPES:
         check_fp8(section_of(fp8=recipe), model, GPU)

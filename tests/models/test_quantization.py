@@ -1,6 +1,8 @@
 """QLoRA: 4 bits a weight on a CPU, against the same layers with the weights that they stand for."""
 
 import importlib.util
+from dataclasses import replace
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -17,9 +19,16 @@ from dpo_fast.models import load_model, quantization
 from dpo_fast.models.config import LoraSection, ModelSection
 from dpo_fast.models.lora import add_lora
 from dpo_fast.models.merge import write_merged
-from dpo_fast.models.quantization import check_quantization, quantised_identity
+from dpo_fast.models.quantization import (
+    bytes_of_weight,
+    check_quantization,
+    quantised_elements,
+    quantised_identity,
+)
 from dpo_fast.models.quantization_section import QuantizationSection
 from dpo_fast.models.scoring import ScoringModel, forward_arguments
+from dpo_fast.models.skeleton import scoring_skeleton
+from dpo_fast.training.memory import sizes_of
 from tests.support.adapters import write_adapter
 from tests.support.architectures import TREES, alone, slopes
 from tests.support.models import write_model
@@ -169,3 +178,23 @@ def test_a_quantised_model_is_another_model():
     known = {quantised_identity("abc", each) for each in (None, four, eight)}
     assert len(known) == 3 and quantised_identity("abc", None) == "abc"
     assert quantised_identity("abc", four) == quantised_identity("abc", same)
+
+
+def test_what_quantised_weights_take(folder):
+    """As many elements on the meta device; fewer bytes."""
+    quantised = scoring_skeleton(section(folder))
+    weights, held = quantised_elements(quantised.causal_lm, QuantizationSection(**FOUR))
+    kept = QuantizationSection(load_in_4bit=True, llm_int8_skip_modules=["mlp"])
+    layer = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 48
+    assert weights == held == 2 * layer
+    assert quantised_elements(quantised.causal_lm, kept)[0] == 2 * (layer - 3 * 32 * 48)
+    assert quantised_elements(quantised.causal_lm, None) == (0, 0)
+    assert bytes_of_weight(QuantizationSection(**FOUR)) == pytest.approx(0.5 + 1 / 64, abs=1e-3)
+    assert sizes_of(quantised, {}, 0, kept).quantised == 2 * (layer - 3 * 32 * 48)
+
+
+@has_bitsandbytes
+def test_a_loaded_model_has_as_many(folder):
+    loaded, options = load_model(section(folder), attention="sdpa"), QuantizationSection(**FOUR)
+    skeleton = sizes_of(scoring_skeleton(section(folder)), {}, 0, options)
+    assert sizes_of(loaded, {}, 0, options) == replace(skeleton, gathered=ANY)

@@ -19,11 +19,11 @@ from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.data.tree import grow
 from dpo_fast.errors import UserError
 from dpo_fast.models import ScoringModel, architecture_of, choose_layout, recurrent
-from dpo_fast.models.adapters import add_lora
 from dpo_fast.models.attention import NAMES
 from dpo_fast.models.attention_plan import AttentionPlan
 from dpo_fast.models.config import LoraSection
-from dpo_fast.models.layers import checkpoint_layers
+from dpo_fast.models.layers import checkpoint_layers, compile_layers
+from dpo_fast.models.lora import add_lora
 from dpo_fast.models.recurrent.convolution import convolve
 from dpo_fast.models.recurrent.segments import by_flat_levels, by_levels, cut
 from dpo_fast.models.scoring import forward_arguments
@@ -185,6 +185,17 @@ def test_layers_are_recomputed_and_adapted(name):
             assert_near(gradients(found, scoring), true, 5e-5)
 
 
+@pytest.mark.slow
+def test_compiled_layers_break_their_graph_there_and_compute_the_same():
+    scoring = ScoringModel(make("qwen3-next"))
+    expected = scores(scoring, "shared_prefix")
+    true = gradients(expected, scoring)
+    compile_layers(scoring.causal_lm, backend="eager")
+    found = scores(scoring, "shared_prefix")
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert_near(gradients(found, scoring), true, 1e-5)
+
+
 def test_what_is_not_served_is_refused_by_name():
     with torch.device("meta"):
         model = make("qwen3-next")
@@ -271,6 +282,18 @@ def test_recurrences_and_convolutions_of_trees_are_those_of_each_sequence(sequen
             torch.testing.assert_close(a, b, msg=name)
 
 
+def test_layers_whose_functions_get_no_keywords_are_not_served():
+    """As LFM2's until transformers 5.22: the plan would not reach the convolution."""
+    with torch.device("meta"):
+        layer = make("qwen3-next").model.layers[0].linear_attn
+    assert recurrent.served(layer)
+    code = "class {0}:\n def forward(self, x{1}): torch_chunk_gated_delta_rule(causal_conv1d_fn(x))"
+    names = dict(vars(recurrent.module_of(type(layer))))
+    for name, keywords in (("Told", ", **kwargs"), ("Silent", "")):
+        exec(code.format(f"{name}(nn.Module)", keywords), names)
+        assert recurrent.served(names[name]()) == bool(keywords)
+
+
 def test_ranks_do_not_share_rows_of_such_a_model():
     with torch.device("meta"):
         model = make("qwen3-next")
@@ -354,6 +377,7 @@ def case(folder, model: str, stage: int, micro: int, layout: str, **options) -> 
     return tree | {"parallel": {"zero_stage": stage}, "loss": {"type": "simpo"}}
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_two_ranks_with_sharded_weights(folder):
     """ZeRO-3 with recomputed layers, in rows of trees, against one rank with a row for every sequence.
@@ -368,6 +392,7 @@ def test_two_ranks_with_sharded_weights(folder):
         assert_same_step(result, one[name], 5e-5, name)
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_a_run_answers_and_evaluates_as_one_of_padded_batches(folder):
     """Layout auto, a stored reference, held-out prompts answered, and an evaluation of the run."""

@@ -1,5 +1,6 @@
 """Mamba-2's scan along a row of trees, against the recurrence step by step, and what kernels may not do."""
 
+import inspect
 import sys
 
 import pytest
@@ -12,14 +13,15 @@ from transformers.models.mamba2 import modeling_mamba2
 
 from dpo_fast.data.batch import collate_trees
 from dpo_fast.errors import UserError
-from dpo_fast.models import ScoringModel
+from dpo_fast.models import ScoringModel, recurrent
 from dpo_fast.models.adapter_targets import layers_never_called
-from dpo_fast.models.adapters import add_lora
 from dpo_fast.models.attention import NAMES
 from dpo_fast.models.attention_plan import AttentionPlan
 from dpo_fast.models.config import LoraSection
+from dpo_fast.models.lora import add_lora
 from dpo_fast.models.recurrent import serve, served
 from dpo_fast.models.recurrent.ssd import chunk_scan
+from dpo_fast.models.recurrent.told import FUNCTIONS as TOLD_FUNCTIONS
 from dpo_fast.models.recurrent.unfolded import sequences_of
 from dpo_fast.models.scoring import forward_arguments
 from tests.support.hybrids import CPU, make
@@ -131,6 +133,33 @@ def test_serving_twice_is_serving_once():
     assert vars(sys.modules[type(model).__module__])["causal_conv1d_fn"] is once
     mixers = [type(each).__name__ for each in model.modules() if served(each)]
     assert mixers == ["Lfm2ShortConv"] * 2
+
+
+def _as_kernels_has_it(func):
+    """The module that the package kernels makes of a function of transformers, where it is installed."""
+
+    class Func(torch.nn.Module):
+        def forward(self, *arguments, **options):
+            return func(*arguments, **options)
+
+    Func.forward.__signature__ = inspect.signature(func)
+    return Func()
+
+
+@pytest.mark.parametrize("name", ["qwen3-next", "granite-hybrid", "lfm2", "jamba"])
+def test_functions_that_are_modules_are_served(name, monkeypatch):
+    model = make(name)
+    mixer = next(each for each in model.modules() if served(each))
+    functions = vars(recurrent.module_of(type(mixer)))
+    for each in (recurrent.FUNCTIONS | TOLD_FUNCTIONS).keys() & functions.keys():
+        plain = getattr(functions[each], "original", functions[each])
+        monkeypatch.setitem(functions, each, _as_kernels_has_it(plain))
+    scoring = ScoringModel(model)
+    with torch.no_grad():
+        expected = scoring(**forward_arguments(collate_trees(TREES, "padded")))["logp"]
+        model.set_attn_implementation(NAMES["sdpa"])
+        found = scoring(**forward_arguments(collate_trees(TREES, "shared_prefix")))["logp"]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

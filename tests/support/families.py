@@ -139,8 +139,8 @@ DECODERS = (
 LARGEST = 60_000_000  # parameters: a larger one has something that is not tiny
 
 
-def config_of(family: str) -> PretrainedConfig:
-    """A tiny configuration. Raises what the family's own checks raise."""
+def config_of(family: str, **changes) -> PretrainedConfig:
+    """A tiny configuration, changed. Raises what the family's own checks raise."""
     kind = CONFIG_MAPPING[family]
     parts = getattr(kind, "sub_configs", {}) or {}
     options = {} if "text_config" in parts else _options(kind)
@@ -148,7 +148,7 @@ def config_of(family: str) -> PretrainedConfig:
         given = part if inspect.isclass(part) and part.__name__ != "AutoConfig" else None
         default = given or type(getattr(kind(), name, None))
         options[name] = {"model_type": default.model_type, **_options(default)}
-    return kind(**options)
+    return kind(**(options | changes))
 
 
 def _options(kind: type) -> dict:
@@ -173,11 +173,11 @@ def family_on_meta(family: str) -> PreTrainedModel:
         return auto_class(config).from_config(config)
 
 
-def tiny(family: str) -> PreTrainedModel | None:
+def tiny(family: str, **changes) -> PreTrainedModel | None:
     """A model in fp32 with random weights, on eager attention; None where it would not be small."""
     if sum(p.numel() for p in family_on_meta(family).parameters()) > LARGEST:
         return None
-    config = config_of(family)
+    config = config_of(family, **changes)
     model = auto_class(config).from_config(config, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -120,9 +120,18 @@ def _trees() -> list[tuple[list[int], list[list[int]]]]:
 TREES = _trees()
 
 
+# Attention that chooses its keys (tests/models/test_by_sequence.py).
+SPARSE = {
+    "deepseek-v3.2": ("DeepseekV32Config", EXPERTS | {
+        "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_key_value_heads": 4, "q_lora_rank": 16,
+        "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+        "index_n_heads": 8, "index_head_dim": 8, "index_topk": 4}),
+}  # fmt: skip
+
+
 def make(name: str, attention: str = "eager", **sizes):
     """A causal LM in fp32 with weights that let far tokens and every layer matter."""
-    config_name, changes = (HYBRIDS | TOLD)[name]
+    config_name, changes = (HYBRIDS | TOLD | SPARSE)[name]
     config = getattr(transformers, config_name)(**(SIZES | changes | sizes))
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)

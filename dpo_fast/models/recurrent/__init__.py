@@ -71,8 +71,8 @@ def served(module: nn.Module) -> bool:
 
 def _by_functions(module: nn.Module) -> bool:
     forward = inspect.unwrap(type(module).forward)
-    if not inspect.isfunction(forward):
-        return False
+    if not inspect.isfunction(forward) or not forward.__code__.co_flags & inspect.CO_VARKEYWORDS:
+        return False  # the plan would not reach its functions
     called = set(forward.__code__.co_names) & vars(module_of(type(module))).keys()
     alone = type(module).__name__.endswith(CONVOLUTIONS) and "causal_conv1d_fn" in called
     return alone or any(kind <= called for kind in KINDS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpo_fast.models.attention_plan import AttentionPlan
 from dpo_fast.models.recurrent.segments import by_flat_levels, by_levels
@@ -70,7 +70,10 @@ def kimi_delta_rule(plan: AttentionPlan, rule: Callable, *arguments, **options):
 def takes_offsets(rule: Callable) -> bool:
     """Whether transformers has a kernel for segments of unequal length in the place of its function.
 
-    Its wrapper keeps the function that it calls in its closure.
+    Its wrapper keeps the function that it calls in its closure. With the package kernels the wrapper is
+    in the closure of a module's forward.
     """
-    inner = inspect.getclosurevars(rule).nonlocals.get("implementation", rule)
-    return "cu_seqlens" in inspect.signature(inner).parameters
+    if isinstance(rule, nn.Module):
+        rule = inspect.getclosurevars(type(rule).forward).nonlocals.get("func", rule)
+    names = inspect.getclosurevars(rule).nonlocals if inspect.isfunction(rule) else {}
+    return "cu_seqlens" in inspect.signature(names.get("implementation", rule)).parameters

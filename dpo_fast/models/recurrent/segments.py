@@ -221,7 +221,7 @@ def by_flat_levels(plan: AttentionPlan, compute: Flat, *row: Tensor) -> Tensor:
     outputs, finals = [], None
     for level in levels.levels:
         states = None if level.parents is None else take(finals, level.parents)
-        rows = tuple(values[:, level.flat] for values in row)
+        rows = tuple(values.index_select(1, level.flat) for values in row)
         output, finals = compute(rows, level.offsets, states, not level.last)
         outputs.append(output[0])
     return torch.cat(outputs).index_select(0, levels.back_flat)[None]
