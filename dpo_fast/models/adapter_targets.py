@@ -18,6 +18,7 @@ from dpo_fast.models.decoder import decoder_of
 from dpo_fast.models.routers import routers_of
 
 LAYERS = (nn.Linear, nn.Conv1d)  # what peft's LoRA is put on
+GROUPED = ("GroupedLinear",)  # ends of names of layers with a product for each group of features
 
 
 def check_parameters(model: PreTrainedModel, names: Sequence[str], dropout: float) -> None:
@@ -53,11 +54,13 @@ def expert_tensors(model: PreTrainedModel) -> list[str]:
 
 
 def linear_routers(model: PreTrainedModel) -> list[str]:
-    """Names of routers that are a kind of linear layer and return more than its product, as Llama 4's.
+    """Names of linear layers of a kind that returns another thing than its product.
 
-    peft takes them for plain layers, and an adapter cannot be added to what they return.
+    These are routers, as Llama 4's, and layers that multiply groups of features, as DeepSeek-V4's. peft
+    takes them for plain layers, and an adapter cannot be added to what they return.
     """
     found = {id(router) for router, _ in routers_of(model) if isinstance(router, nn.Linear)}
+    found |= {id(each) for each in model.modules() if type(each).__name__.endswith(GROUPED)}
     return [name for name, module in model.named_modules() if id(module) in found]
 
 
@@ -87,7 +90,7 @@ def check_no_router(model: PreTrainedModel, targets: str | Sequence[str]) -> Non
     routers = {name.split(".")[-1] for name in linear_routers(model)}
     if hit := routers & {target.split(".")[-1] for target in named}:
         raise UserError(
-            f"model.lora.target_modules={targets}: the routers of {type(model).__name__} "
+            f"model.lora.target_modules={targets}: routers or layers of groups of {type(model).__name__} "
             f"({', '.join(hit)}) return more than the product of a linear layer, and cannot carry an "
             "adapter; leave them out"
         )

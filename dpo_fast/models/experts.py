@@ -8,10 +8,29 @@ in one tensor, which needs nothing. Models with code of their own have a module 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+DRAWING = ("PhimoeTopKRouter",)  # in training they draw experts at random: SparseMixer
+
+
+def keep_from_drawing(model: nn.Module) -> None:
+    """Have routers that draw experts in training choose the best ones, as they do in evaluation.
+
+    A preference loss compares two passes over the same tokens. Only experts whose scores are as good as
+    alike (`router_jitter_noise`) give such a router a gradient then; else it stays as it is.
+    """
+    for module in model.modules():
+        if type(module).__name__ in DRAWING:
+            module.train = MethodType(_in_evaluation, module)
+            module.train()
+
+
+def _in_evaluation(module: nn.Module, mode: bool = True) -> nn.Module:
+    return nn.Module.train(module, False)
 
 
 def experts_together(model: nn.Module) -> Iterator[nn.Module]:

@@ -31,6 +31,7 @@ from dpo_fast.models.checkpoint import (
 )
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.decoder import attention_of_parts
+from dpo_fast.models.experts import keep_from_drawing
 from dpo_fast.models.fp8 import use_fp8
 from dpo_fast.models.hub import cached_revisions, commit_of, source, split_revision
 from dpo_fast.models.layers import compile_layers, use_liger_kernel
@@ -199,6 +200,7 @@ def _load_causal_lm(section: ModelSection, attention: str, option: str) -> PreTr
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+    keep_from_drawing(model)
     return model
 
 

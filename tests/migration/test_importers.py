@@ -144,6 +144,9 @@ VALUES = {  # for the test above, where 1 or the default is none
     **dict.fromkeys(("logging_dir",), "x"),
     **dict.fromkeys(("additional_target",), "embed_tokens"),
     **dict.fromkeys(("batch_size",), 4),
+    **dict.fromkeys(("dataset_mixer",), {"org/mixed": 1.0}),
+    **dict.fromkeys(("dataset_splits",), ["train", "test"]),
+    **dict.fromkeys(("dataset_configs",), ["c"]),
 }
 
 

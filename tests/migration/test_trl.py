@@ -133,6 +133,7 @@ OPTIONS = {  # theirs: ours
     "fp32": ({"bf16": False}, {"model.dtype": "fp32"}),
     "an AdamW": ({"optim": "adamw_8bit"}, {"train.optim": "adamw_bnb_8bit"}),
     "seconds": ({"ddp_timeout": 7200}, {"parallel.timeout_minutes": 120.0}),
+    "a name of digits": ({"run_name": 2026}, {"log.run_name": "2026"}),
     "attention": ({"attn_implementation": "sdpa"}, {"model.attention": "sdpa"}),
     "model_init_kwargs": (
         {"model_init_kwargs": {"revision": "v1", "attn_implementation": "eager"}},
@@ -195,11 +196,52 @@ def test_options_go_where_they_belong(tmp_path, case):
     assert not {fate.name for fate in draft.fates} - set(draft.given) - {"model_init_kwargs"}
 
 
+def test_the_alignment_handbooks_recipes(tmp_path):
+    draft = made_of(
+        tmp_path,
+        dataset_name=None,
+        torch_dtype="bfloat16",
+        use_flash_attention_2=True,
+        dataset_mixer={"org/pairs": 1.0, "org/more": 0.5},
+        dataset_splits=["train_prefs", "test_prefs"],
+        preprocessing_num_workers=12,
+        bf16=True,
+        do_eval=True,
+        evaluation_strategy="steps",
+        eval_steps=100,
+        max_prompt_length=512,
+        warmup_ratio=0.1,
+        optim="adamw_torch",
+        hub_model_id="zephyr",
+        log_level="info",
+    )
+    run = run_of(draft)
+    assert run.data.train == ["org/pairs:train_prefs", "org/more:train_prefs"]
+    assert run.data.eval == ["org/pairs:test_prefs", "org/more:test_prefs"]
+    assert (run.data.workers, run.data.max_prompt_length, run.train.eval_steps) == (12, 512, 100)
+    assert run.train.warmup_ratio == 0.1 and run.model.dtype == "bf16"
+    assert set(lost(draft)) == {"torch_dtype", "hub_model_id", "dataset_mixer.org/more"}
+
+
+def test_a_script_of_the_handbook_names_its_file(tmp_path):
+    (tmp_path / "conf.yaml").write_text(yaml.safe_dump(LEAST))
+    (tmp_path / "acc.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 4\n")
+    script = tmp_path / "run.sh"
+    script.write_text(
+        "ACCELERATE_LOG_LEVEL=info accelerate launch --config_file acc.yaml \\\n"
+        " scripts/run_dpo.py conf.yaml --learning_rate=1e-5 --beta=0.3\n"
+    )
+    draft = import_file("trl", script)
+    run = run_of(draft)
+    assert run.learning_rate == 1e-5 and run.loss.beta == 0.3
+    assert run.train.global_batch_size == 32 and run.parallel.zero_stage == 0
+
+
 LEFT = {  # theirs: what is said of it
     "smoothed there by nothing": ({"label_smoothing": 0.1}, "TRL's sigmoid ignore it"),
     "an optimiser": ({"optim": "adafactor"}, "AdamW stands in its place"),
     "a schedule of epochs": ({"save_strategy": "epoch"}, "once an epoch"),
-    "quantised": ({"load_in_4bit": True}, "not quantised"),
+    "quantised": ({"load_in_4bit": True}, "a base for adapters: set model.lora"),
     "misspelt": ({"learnin_rate": 1}, "did you mean learning_rate?"),
     "evaluation without data": (
         {

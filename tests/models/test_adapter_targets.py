@@ -12,6 +12,7 @@ from dpo_fast.models.config import LoraSection
 from dpo_fast.models.lora import add_lora
 from dpo_fast.models.scoring import ScoringModel, forward_arguments
 from tests.support.architectures import TREES
+from tests.support.families import tiny
 from tests.support.mixtures import mixture
 
 STACKS = ["experts.down_proj", "experts.gate_up_proj"]
@@ -62,3 +63,22 @@ def test_routers_that_are_linear_layers_get_none(family):
     assert not any("lora" in n and r in n for n, _ in scoring.named_modules() for r in routers)
     torch.testing.assert_close(scored(scoring), before, rtol=1e-5, atol=1e-5)
     assert scoring.routers.count == 2
+
+
+def test_layers_of_groups_of_features_carry_no_adapters():
+    """DeepSeek-V4 multiplies each group of heads by a matrix of its own, in a kind of linear layer."""
+    model = tiny("deepseek_v4")
+    grouped = linear_routers(model)
+    assert grouped and all(name.endswith("self_attn.o_a_proj") for name in grouped)
+    with pytest.raises(
+        UserError, match=r"target_modules=\['o_a_proj'\]: .* cannot carry an adapter"
+    ):
+        add_lora(ScoringModel(model), LoraSection(r=2, target_modules=["o_a_proj"]))
+    scoring = ScoringModel(model)
+    add_lora(scoring, LoraSection(r=2, target_modules="all-linear"))
+    adapted = {
+        name.split(".lora_A")[0] for name, _ in scoring.named_parameters() if "lora_A" in name
+    }
+    assert adapted and not any(name.endswith("o_a_proj") for name in adapted)
+    scores = scoring(**forward_arguments(collate_trees(TREES, "padded")))["logp"]
+    scores.sum().backward()

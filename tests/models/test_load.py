@@ -1,19 +1,25 @@
 """What is read beside the weights."""
 
 import base64
+import copy
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dpo_fast.data.batch import collate_trees
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.tokenise import RowTokeniser
 from dpo_fast.errors import UserError
 from dpo_fast.models import end_of_turn_ids, load, load_model, load_tokenizer
 from dpo_fast.models.checkpoint import check_weights
 from dpo_fast.models.config import ModelSection
+from dpo_fast.models.experts import DRAWING
+from dpo_fast.models.scoring import forward_arguments
+from tests.support.architectures import TREES
 from tests.support.damage import Planted
+from tests.support.mixtures import mixture
 from tests.support.models import write_model
 from tests.support.tokenizers import EOS, IM_END
 
@@ -161,3 +167,16 @@ def test_a_tied_head_need_not_be_stored(tmp_path):
     folder = write_model(tmp_path / "model", tied=True)
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
     load_model(ModelSection(path=str(folder), dtype="fp32"), attention="eager")
+
+
+def test_experts_are_not_drawn_in_training(tmp_path):
+    """PhiMoE's routers draw experts at random in training: two passes over the same tokens would differ."""
+    mixture("phimoe").save_pretrained(tmp_path)
+    scoring = load_model(ModelSection(path=str(tmp_path), dtype="fp32"), attention="eager")
+    batch = forward_arguments(collate_trees(TREES, "padded"))
+    evaluated = scoring.eval()(**batch)["logp"]
+    for model in (scoring.train(), copy.deepcopy(scoring).train()):
+        assert torch.equal(model(**batch)["logp"], evaluated)
+        assert model.training and model.causal_lm.model.layers[0].training
+    routers = [module for module in scoring.modules() if type(module).__name__ in DRAWING]
+    assert len(routers) == 2 and not any(each.training for each in routers)
