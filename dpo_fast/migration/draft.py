@@ -173,8 +173,9 @@ class Draft:
 
     def _secret(self, name: str) -> bool:
         known = self.options.get(name)
-        words = name.lower().split("_")
-        return known is not None and known.secret or {"token", "secret", "password"} <= set(words)
+        words = set(name.lower().replace(".", "_").split("_"))
+        by_name = words & {"token", "secret", "password"} or {"api", "key"} <= words
+        return known is not None and known.secret or bool(by_name)
 
 
 def our_default(key: str) -> Any:

@@ -72,6 +72,12 @@ MODEL = [
     *older(joint("torch_dtype", None, "model.dtype", "dtype, as it was called")),
 ]
 SCRIPT = [
+    Option(
+        "env",
+        note="variables of the environment: set them where the run is started",
+        lost=True,
+        secret=True,
+    ),
     joint("dataset_name", None, "data.train"),
     joint("dataset_config", None, "data.train", "as name:config/split"),
     joint("dataset_train_split", "train", "data.train", "as name:split"),

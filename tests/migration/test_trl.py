@@ -14,6 +14,7 @@ from dpo_fast.errors import UserError
 from dpo_fast.migration.draft import CARRIED, LOST, NEEDLESS, our_default
 from dpo_fast.migration.importers import check, import_file, lost
 from dpo_fast.migration.trl_options import TABLES
+from dpo_fast.migration.yaml_file import text_of
 from dpo_fast.training.config import build_config
 
 LEAST = {"model_name_or_path": "org/model", "dataset_name": "org/data", "output_dir": "out"}
@@ -55,7 +56,7 @@ def test_every_option_of_trl_is_in_the_table_with_its_default(name):
     kinds = (configuration(name), trl.ModelConfig, trl.ScriptArguments, trl.DatasetMixtureConfig)
     theirs = {field.name: field for kind in kinds for field in dataclasses.fields(kind)}
     known = {option: each for option, each in TABLES[name].items() if not each.older}
-    assert known.keys() == theirs.keys()
+    assert known.keys() == theirs.keys() | {"env"}, "env is a key of the file alone"
     for option, field in theirs.items():
         if option not in MACHINE:
             assert known[option].default == default_of(field), option
@@ -108,6 +109,8 @@ def test_a_file_as_people_have_them(tmp_path):
         gradient_checkpointing_kwargs={"use_reentrant": False},
         push_to_hub=True,
         hub_token="hf_secret",
+        env={"HF_TOKEN": "hf_secret"},
+        my_api_key="hf_secret",
         remove_unused_columns=False,
     )
     run = run_of(draft)
@@ -116,12 +119,12 @@ def test_a_file_as_people_have_them(tmp_path):
     assert (run.data.train, run.data.eval) == ("org/data:pairs/train", "org/data:pairs/test")
     assert run.train.eval_steps == 50 and run.model.dtype == "bf16"
     assert run.loss.names == ("sigmoid", "sft") and list(run.loss.weights) == [1.0, 0.2]
-    assert lost(draft) == ["ranks", "push_to_hub"]
+    assert lost(draft) == ["ranks", "push_to_hub", "env", "my_api_key"]
     fates = {fate.name: fate for fate in draft.fates}
     assert set(draft.given) == set(fates), "every option is accounted for"
     assert fates["eval_steps"].what == CARRIED and "train.eval_steps" in fates["eval_steps"].why
     assert fates["remove_unused_columns"].what == NEEDLESS
-    assert "hf_secret" not in str(draft.fates)
+    assert "hf_secret" not in str(draft.fates) + text_of(draft, "run.yaml")
 
 
 OPTIONS = {  # theirs: ours
