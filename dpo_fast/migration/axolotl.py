@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dpo_fast.errors import UserError
-from dpo_fast.losses import LOSSES
 from dpo_fast.migration.arguments import (
-    above_zero,
     batches,
     fraction,
     keep_all,
@@ -15,24 +13,29 @@ from dpo_fast.migration.arguments import (
     shards,
     warm_up,
 )
+from dpo_fast.migration.arguments_table import above_zero
 from dpo_fast.migration.axolotl_data import put_data
-from dpo_fast.migration.axolotl_options import TABLES
+from dpo_fast.migration.axolotl_options import OF_PEFT, TABLES
 from dpo_fast.migration.counted import put_per_epoch
 from dpo_fast.migration.draft import Draft
-from dpo_fast.migration.losses import put_losses, put_option
-from dpo_fast.migration.option import flag, listed
-from dpo_fast.migration.sizes import put_lengths, put_lora
-from dpo_fast.migration.trl import SMOOTHED
-from dpo_fast.migration.trl_options import ATTENTION, QUANTISED
+from dpo_fast.migration.option import flag
+from dpo_fast.migration.sizes import put_lengths, put_lora, put_quantised
+from dpo_fast.migration.trl_options import ATTENTION
 from dpo_fast.training.schedule import NAMES
 
 __all__ = ["TABLES", "finish", "method_of"]
+from dpo_fast.migration.axolotl_losses import put_loss
+
 ELSEWHERE = {
     "grpo": "it samples while it trains; here rounds sample between runs (docs/ROUNDS.md)",
     "gdpo": "it samples while it trains; here rounds sample between runs (docs/ROUNDS.md)",
     "ebft": "it has no counterpart here",
 }
+
+
 WARM_UP = 0.03  # of the steps, where nothing is said
+
+
 LIGER = ("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_swiglu")
 
 
@@ -82,7 +85,7 @@ def finish(draft: Draft, method: str) -> None:
             "sequence_parallel_degree",
         )
     _logs(draft)
-    _loss(draft, method)
+    put_loss(draft, method)
     if method in ("dpo", "ipo", "kto"):
         draft.note(
             "The reference is stored once before training (KTO: scored in every step): the same numbers."
@@ -150,27 +153,33 @@ def _lora(draft: Draft) -> None:
             comment="an adapter; it names its base",
         )
         draft.spare("base_model", "adapter_config.json of the adapter names its base")
+        _quantised(draft)
         return
-    for name in ("load_in_4bit", "load_in_8bit"):
-        if flag(draft[name]):
-            draft.lose(name, QUANTISED)
     kind = draft["adapter"]
     if not kind:
         return
     if kind not in ("lora", "qlora"):
-        raise draft.fault("adapter", "choose lora; others are not there")
-    if kind == "qlora":
-        draft.lose("adapter", f"lora stands in its place: {QUANTISED}")
+        raise draft.fault("adapter", "choose lora or qlora; others are not there")
     values = {key: (f"lora_{key}", draft[f"lora_{key}"]) for key in ("r", "alpha", "dropout")}
     values |= {
         key: (f"lora_{key}", draft[f"lora_{key}"])
         for key in ("target_parameters", "modules_to_save")
     }
+    values |= {name: (f"peft_{name}", draft[f"peft_{name}"]) for name in OF_PEFT}
     if flag(draft["lora_target_linear"]):
         put_lora(draft, values, ("lora_target_linear", "all-linear"))
     else:
         put_lora(draft, values, ("lora_target_modules", draft["lora_target_modules"]))
     draft.went("adapter", "model.lora")
+    _quantised(draft)
+
+
+def _quantised(draft: Draft) -> None:
+    """QLoRA: 4 bits, or 8, with scales that are quantised as well."""
+    for bits in (4, 8):
+        name = f"load_in_{bits}bit"
+        if flag(draft[name]):
+            put_quantised(draft, bits, (name, "nf4"), (name, True), name)
 
 
 def _schedule(draft: Draft) -> None:
@@ -247,76 +256,3 @@ def _logs(draft: Draft) -> None:
             draft.put("log.report_to", [*before.value, name], option)
     if draft.has("wandb_project"):
         draft.note(f"The project of W&B is its variable: WANDB_PROJECT={draft['wandb_project']}")
-
-
-def _loss(draft: Draft, method: str) -> None:
-    names = ["rl"]
-    if method == "dpo":
-        shares = _dpo_losses(draft, names)
-    else:
-        shares = {method: 1.0}
-    if draft.has("rpo_alpha") and method in ("dpo", "ipo"):
-        shares["sft"] = float(draft["rpo_alpha"])
-        names.append("rpo_alpha")
-    if method == "simpo":
-        alpha = float(draft["cpo_alpha"]) if draft.has("cpo_alpha") else 1.0
-        if alpha:
-            shares["sft"] = alpha
-            draft.put(
-                "loss.weights", [1.0, alpha], "cpo_alpha", comment="cpo_alpha, 1 by default there"
-            )
-            names.append("cpo_alpha")
-    put_losses(draft, shares, *names, comment=f"rl: {method}")
-    own = [name for name in shares if name != "sft"] or ["sft"]
-    option = next(
-        (n for n in ("trl.beta", "rl_beta", "dpo_beta", "orpo_alpha") if draft.has(n)), "rl_beta"
-    )
-    put_option(draft, own, "beta", float(draft[option]) if draft.has(option) else 0.1, option)
-    for ours, theirs in (
-        ("simpo_gamma", "simpo_gamma"),
-        ("desirable_weight", "kto_desirable_weight"),
-        ("undesirable_weight", "kto_undesirable_weight"),
-        ("use_weighting", "dpo_use_weighting"),
-    ):
-        if draft.has(theirs):
-            value = flag(draft[theirs]) if ours == "use_weighting" else float(draft[theirs])
-            put_option(draft, own, ours, value, theirs)
-    if draft.has("dpo_label_smoothing"):
-        _smoothing(draft, own)
-    if draft.has("precompute_ref_log_probs"):
-        draft.spare(
-            "precompute_ref_log_probs", "the reference is stored by default: the same numbers, once"
-        )
-
-
-def _dpo_losses(draft: Draft, names: list[str]) -> dict[str, float]:
-    losses = [str(each) for each in listed(draft["dpo_loss_type"])] or ["sigmoid"]
-    if flag(draft["dpo_norm_loss"]):
-        losses = ["sigmoid_norm"]
-        names.append("dpo_norm_loss")
-    if unknown := [each for each in losses if each not in LOSSES]:
-        raise draft.fault(
-            "dpo_loss_type", f"{', '.join(unknown)} is no loss here; docs/LOSSES.md has them"
-        )
-    weights = listed(draft["dpo_loss_weights"]) or [1.0] * len(losses)
-    if len(weights) != len(losses):
-        raise draft.fault("dpo_loss_weights", f"{len(losses)} losses need as many weights")
-    names += ["dpo_loss_type", "dpo_loss_weights"]
-    return dict(zip(losses, map(float, weights), strict=True))
-
-
-def _smoothing(draft: Draft, losses: list[str]) -> None:
-    if set(losses) & set(SMOOTHED):
-        put_option(
-            draft,
-            losses,
-            "label_smoothing",
-            float(draft["dpo_label_smoothing"]),
-            "dpo_label_smoothing",
-        )
-    else:
-        draft.lose(
-            "dpo_label_smoothing",
-            "TRL 1.16, which Axolotl trains with, smooths no labels of these losses; for cDPO set "
-            "loss.label_smoothing",
-        )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dpo_fast.migration.option import flag, joint, lost, needless, older, same, table
-from dpo_fast.migration.trl_options import QUANTISED
 
+OF_PEFT = (  # options of model.lora that are called so behind `peft_`
+    *("use_dora", "use_rslora", "layers_to_transform", "layers_pattern", "init_lora_weights"),
+    "trainable_token_indices",
+)
 MODEL = [
     same("base_model", None, "model.path"),
     same("revision_of_model", None, "model.revision"),
@@ -19,16 +22,11 @@ MODEL = [
     joint("lora_target_linear", None, "model.lora.target_modules", "all-linear"),
     joint("lora_target_parameters", None, "model.lora.target_parameters"),
     joint("lora_modules_to_save", None, "model.lora.modules_to_save"),
-    joint("load_in_4bit", False, "", QUANTISED),
-    joint("load_in_8bit", False, "", QUANTISED),
+    joint("load_in_4bit", False, "model.quantization.load_in_4bit"),
+    joint("load_in_8bit", False, "model.quantization.load_in_8bit"),
+    *(joint(f"peft_{name}", None, f"model.lora.{name}") for name in OF_PEFT),
     *lost(
-        "adapters are LoRA, scaled by alpha / r, on all layers",
-        peft_use_dora=None,
-        peft_use_rslora=None,
-        peft_layers_to_transform=None,
-        peft_layers_pattern=None,
-        peft_init_lora_weights=None,
-        peft_trainable_token_indices=None,
+        "adapters are LoRA with one learning rate, on quantised weights of bitsandbytes",
         peft_layer_replication=None,
         loftq_config=None,
         loraplus_lr_ratio=None,

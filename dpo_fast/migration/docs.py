@@ -57,6 +57,20 @@ for it:
 - A row that is too long keeps its prompt, and a completion loses its end, as with TRL's
   `keep_start`. Only a prompt of `max_length` tokens and more is another: TRL leaves it without a
   completion, and here a token of it stays.
+
+GRPOTrainer samples while it trains; here rounds sample between runs ([ROUNDS.md](ROUNDS.md)), so its
+file is not imported. By hand, beginning with `dpo-fast init --recipe grpo`:
+
+| GRPOConfig | here |
+|---|---|
+| `loss_type`: `grpo`, `dapo` | `loss.type` |
+| `loss_type: dr_grpo` | `dapo` with `loss.scale_rewards: none`, but for a constant |
+| `epsilon`, `epsilon_high`, `importance_sampling_level` | the same names in `loss` |
+| `scale_rewards` | `loss.scale_rewards`, `group` or `none` |
+| `beta` | `loss.grpo_beta` |
+| `num_generations`, `temperature`, `top_p` | the same names in `sample` |
+| `max_completion_length` | `sample.max_new_tokens` |
+| `reward_funcs` | section `judge`: functions of TRL's form are taken as they are |
 """,
     "llamafactory": """
 Data sets go by `dataset_info.json`: file or hub id, `formatting`, `columns` and `tags` are read,

@@ -69,6 +69,8 @@ class Draft:
 
         names: of the options that the value follows from.
         """
+        if type(value) in (int, float) and wants_text(key):
+            value = str(value)  # a name of digits, which YAML takes for a number
         for name in names:
             self._went.setdefault(name, []).append(key)
         told = ", ".join(name for name in names if name in self.given)
@@ -171,18 +173,21 @@ class Draft:
 
     def _secret(self, name: str) -> bool:
         known = self.options.get(name)
-        words = name.lower().split("_")
-        return known is not None and known.secret or {"token", "secret", "password"} <= set(words)
+        words = set(name.lower().replace(".", "_").split("_"))
+        by_name = words & {"token", "secret", "password"} or {"api", "key"} <= words
+        return known is not None and known.secret or bool(by_name)
 
 
 def our_default(key: str) -> Any:
     """The default of one of our keys, such as `train.seed`. Raises KeyError for one that we do not have."""
-    *sections, last = key.split(".")
-    model: Any = RunConfig
-    for name in sections:
-        model = _section(model.model_fields[name].annotation)
-    default = model.model_fields[last].get_default(call_default_factory=True)
+    default = _field(key).get_default(call_default_factory=True)
     return None if default is PydanticUndefined else default
+
+
+def wants_text(key: str) -> bool:
+    """Whether one of our keys takes text alone."""
+    kind = _field(key).annotation
+    return {each for each in (typing.get_args(kind) or (kind,)) if each is not type(None)} == {str}
 
 
 def place(key: str) -> tuple[bool, list[int]]:
@@ -193,6 +198,14 @@ def place(key: str) -> tuple[bool, list[int]]:
         indices.append(list(model.model_fields).index(name))
         model = _section(model.model_fields[name].annotation)
     return len(indices) > 2, indices
+
+
+def _field(key: str) -> Any:
+    *sections, last = key.split(".")
+    model: Any = RunConfig
+    for name in sections:
+        model = _section(model.model_fields[name].annotation)
+    return model.model_fields[last]
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:

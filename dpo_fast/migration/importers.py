@@ -42,7 +42,7 @@ IMPORTERS = {
         trl.TABLES,
         trl.trainer_of,
         trl.finish,
-        (r"\btrl (?=\w+)", r"\b\w*(?:dpo|kto|cpo|orpo)\w*\.py\b"),
+        (r"\btrl (?=\w+)", r"\b\w*(?:dpo|kto|cpo|orpo)\w*\.py\b", r"-m [\w.]*(?:dpo|kto)\b"),
         "config",
     ),
     "llamafactory": Importer(

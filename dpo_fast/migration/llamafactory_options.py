@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dpo_fast.migration.arguments import TRAINING
+from dpo_fast.migration.arguments_table import TRAINING
 from dpo_fast.migration.option import flag, joint, lost, needless, same, table
-from dpo_fast.migration.trl_options import QUANTISED
 
-OTHER = "adapters are LoRA; other methods are not there"
 MODEL = [
     same("model_name_or_path", None, "model.path"),
     joint("model_revision", "main", "model.revision"),
@@ -17,7 +15,7 @@ MODEL = [
     same("enable_liger_kernel", False, "model.use_liger_kernel", convert=flag),
     same("moe_aux_loss_coef", None, "model.router_aux_loss_coef", convert=float),
     joint("disable_gradient_checkpointing", False, "model.gradient_checkpointing"),
-    joint("quantization_bit", None, "", QUANTISED),
+    joint("quantization_bit", None, "model.quantization"),
     *lost("positions are those of the model's configuration: set them there", rope_scaling=None),
     *lost(
         "the vocabulary is that of model.path: add tokens and resize it there first",
@@ -42,14 +40,14 @@ MODEL = [
         upcast_lmhead_output=False,
         use_reentrant_gc=True,
     ),
-    *needless(
-        "of quantised weights",
+    *lost(
+        "bitsandbytes quantises while a model is loaded; others do before",
         quantization_method="bnb",
-        quantization_type="nf4",
-        double_quantization=True,
-        quantization_device_map=None,
     ),
     same("fp8", False, "model.fp8", "torchao's first recipe", convert=flag),
+    joint("quantization_type", "nf4", "model.quantization.bnb_4bit_quant_type"),
+    joint("double_quantization", True, "model.quantization.bnb_4bit_use_double_quant"),
+    *needless("every rank has its own GPU", quantization_device_map=None),
     *needless("of fp8", fp8_backend="auto", fp8_enable_fsdp_float8_all_gather=False),
     *needless("of new tokens", init_special_tokens="noise_init"),
     *needless(
@@ -67,10 +65,10 @@ MODEL = [
         ms_hub_token=None,
         om_hub_token=None,
     ),
+    joint("image_max_pixels", 589824, "data.images_kwargs", "max_pixels"),
+    joint("image_min_pixels", 1024, "data.images_kwargs", "min_pixels"),
     *needless(
-        "images are handled by the model's own processor",
-        image_max_pixels=589824,
-        image_min_pixels=1024,
+        "images are handled by the model's own processor, and there are no videos and sounds",
         image_do_pan_and_scan=False,
         crop_to_patches=False,
         video_max_pixels=65536,
@@ -127,7 +125,7 @@ DATA = [
     ),
     *needless("padding counts for nothing", ignore_pad_token_for_loss=True),
     *needless("of generation", eval_num_beams=None, predict_with_generate=False),
-    *lost("data.image_folder, where images are read", media_dir=None),
+    same("media_dir", None, "data.image_folder"),
 ]
 METHOD = [
     joint("stage", "sft", "loss.type"),
@@ -145,7 +143,7 @@ METHOD = [
     ),
     joint("ref_model", None, "reference.path"),
     *lost("the reference is a model of its own: merge them first", ref_model_adapters=None),
-    *lost(QUANTISED, ref_model_quantization_bit=None),
+    *lost("the reference has the bits of the model", ref_model_quantization_bit=None),
     joint("lora_rank", 8, "model.lora.r"),
     joint("lora_alpha", None, "model.lora.alpha", "twice lora_rank where it is left out"),
     joint("lora_dropout", 0.0, "model.lora.dropout"),
@@ -154,9 +152,11 @@ METHOD = [
     joint("pure_bf16", False, "model.dtype", "weights are bf16, with a copy in fp32 for AdamW"),
     *lost("all parts of an adapter have one rate", loraplus_lr_ratio=None),
     *needless("of LoRA+", loraplus_lr_embedding=1e-6),
-    *lost("adapters are scaled by alpha / r", use_rslora=False),
-    *lost(OTHER, use_dora=False, pissa_init=False),
-    *needless("of PiSSA", pissa_iter=16, pissa_convert=False),
+    joint("use_rslora", False, "model.lora.use_rslora"),
+    joint("use_dora", False, "model.lora.use_dora"),
+    joint("pissa_init", False, "model.lora.init_lora_weights"),
+    joint("pissa_iter", 16, "model.lora.init_lora_weights"),
+    *needless("an adapter is exported for the model as it was", pissa_convert=False),
     *needless(
         "of finetuning_type: freeze",
         freeze_trainable_layers=2,
@@ -206,11 +206,8 @@ METHOD = [
         badam_mask_mode="adjacent",
         badam_verbose=0,
     ),
-    *needless(
-        "a text model is trained; the vision tower stays as it is",
-        freeze_vision_tower=True,
-        freeze_multi_modal_projector=True,
-    ),
+    same("freeze_vision_tower", True, "model.freeze_vision_tower", convert=flag),
+    same("freeze_multi_modal_projector", True, "model.freeze_multi_modal_projector", convert=flag),
     *lost("the text model is what is trained", freeze_language_model=False),
     *lost("batches are drawn at random", disable_shuffling=False),
     joint("early_stopping_steps", None, "train.early_stopping_patience"),

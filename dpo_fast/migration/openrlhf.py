@@ -6,12 +6,13 @@ from __future__ import annotations
 from typing import Any
 
 from dpo_fast.errors import UserError
-from dpo_fast.migration.arguments import above_zero, precision, reports
+from dpo_fast.migration.arguments import precision, reports
+from dpo_fast.migration.arguments_table import above_zero
 from dpo_fast.migration.draft import Draft
 from dpo_fast.migration.losses import put_losses, put_option
 from dpo_fast.migration.openrlhf_options import TABLES
 from dpo_fast.migration.option import flag, listed
-from dpo_fast.migration.sizes import put_lengths, put_lora
+from dpo_fast.migration.sizes import put_lengths, put_lora, put_quantised
 
 __all__ = ["TABLES", "finish", "method_of"]
 
@@ -39,6 +40,9 @@ def finish(draft: Draft, method: str) -> None:
     _parallel(draft)
     _loss(draft)
     _lora(draft)
+    if flag(draft["load_in_4bit"]):
+        name = "load_in_4bit"
+        put_quantised(draft, 4, (name, "nf4"), (name, True), name)
     if draft.has("ref_pretrain") and draft["ref_pretrain"] != draft["pretrain"]:
         draft.put("reference.path", draft["ref_pretrain"], "ref_pretrain")
     elif draft.has("ref_pretrain"):

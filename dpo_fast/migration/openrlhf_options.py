@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dpo_fast.migration.arguments import above_zero
+from dpo_fast.migration.arguments_table import above_zero
 from dpo_fast.migration.option import Option, flag, joint, lost, needless, older, same, table
-from dpo_fast.migration.trl_options import QUANTISED
 
 DPO = [
     same("pretrain", None, "model.path"),
@@ -81,7 +80,7 @@ DPO = [
         "texts go to the model as they stand: write the template into the rows, or use a chat template",
         input_template=None,
     ),
-    *lost(QUANTISED, load_in_4bit=False),
+    joint("load_in_4bit", False, "model.quantization.load_in_4bit"),
     *lost(
         "tensors are not split over ranks; ZeRO 3 and parallel.sequence_parallel are",
         ds_tensor_parallel_size=1,

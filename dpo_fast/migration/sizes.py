@@ -36,6 +36,32 @@ def put_lengths(draft: Draft, name: str, length: int | None, prompt: str | None 
     )
 
 
+def put_quantised(
+    draft: Draft, bits: int, kind: tuple[str, str], double: tuple[str, bool], *names: str
+) -> None:
+    """The section model.quantization, where there are adapters.
+
+    kind: the option of the values of 4 bits, and its value. double: that of quantised scales.
+    names: of the options that ask for it.
+    """
+    if not {key for key in draft.keys if key.startswith("model.lora.")} and not _on_adapter(draft):
+        for name in names:
+            draft.lose(name, "weights of few bits are a base for adapters: set model.lora")
+        return
+    if bits not in (4, 8):
+        for name in names:
+            draft.lose(name, "4 and 8 bits a weight are there, of bitsandbytes")
+        return
+    draft.put(f"model.quantization.load_in_{bits}bit", True, *names)
+    if bits == 4:
+        draft.put("model.quantization.bnb_4bit_quant_type", kind[1], kind[0])
+        draft.put("model.quantization.bnb_4bit_use_double_quant", double[1], double[0])
+
+
+def _on_adapter(draft: Draft) -> bool:
+    return draft.has("adapter_name_or_path") or draft.has("lora_model_dir")
+
+
 def put_lora(
     draft: Draft,
     values: dict[str, tuple[str, Any]],

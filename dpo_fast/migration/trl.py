@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 from dpo_fast.errors import UserError
 from dpo_fast.losses import LOSSES
-from dpo_fast.migration.arguments import evaluates, finish_training
-from dpo_fast.migration.counted import put_held_out
+from dpo_fast.migration.arguments import finish_training
 from dpo_fast.migration.draft import Draft
 from dpo_fast.migration.losses import put_losses, put_option
 from dpo_fast.migration.option import Lost, flag, listed
-from dpo_fast.migration.sizes import put_lengths, put_lora
+from dpo_fast.migration.sizes import put_lengths, put_lora, put_quantised
+from dpo_fast.migration.trl_data import put_data
 from dpo_fast.migration.trl_options import TABLES, attention
 
 ELSEWHERE = {
     "grpo": "TRL's GRPOTrainer samples while it trains. Here a run trains on stored groups, "
     "and rounds sample "
-    "between runs: begin with `dpo-fast init --recipe grpo` and docs/ROUNDS.md",
+    "between runs: begin with `dpo-fast init --recipe grpo`, docs/ROUNDS.md and docs/FROM_TRL.md",
     "reward": "reward models are not trained here; dpo-fast judge scores with one (docs/ROUNDS.md)",
     "sft": "for SFT begin with `dpo-fast init --recipe sft`",
 }
+
+
 SIGNS = {  # options that one trainer alone has
     "grpo": (
         "num_generations",
@@ -35,12 +34,18 @@ SIGNS = {  # options that one trainer alone has
     "cpo": ("cpo_alpha", "simpo_gamma"),
     "sft": ("assistant_only_loss", "completion_only_loss", "packing", "dataset_text_field"),
 }
+
+
 OF_LOSS = (  # the same names there and here
     *("beta", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting"),
     *("discopop_tau", "desirable_weight", "undesirable_weight", "cpo_alpha", "simpo_gamma"),
     *("label_smoothing", "reference_free"),
 )
+
+
 SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")  # TRL's losses on pairs that smooth labels
+
+
 OF_CPO = {"sigmoid": "cpo", "simpo": "simpo"}
 
 
@@ -62,67 +67,19 @@ def finish(draft: Draft, trainer: str) -> None:
         raise UserError(f"{draft.place} names no model: add model_name_or_path")
     if flag(draft["dataset_streaming"]) or flag(draft["streaming"]):
         draft.put("data.streaming", True, "dataset_streaming", "streaming")
-    _data(draft)
+    put_data(draft)
     finish_training(draft)
     _model(draft)
     _lora(draft)
+    for bits in (4, 8):
+        if flag(draft[f"load_in_{bits}bit"]):
+            kind = ("bnb_4bit_quant_type", str(draft["bnb_4bit_quant_type"]))
+            double = ("use_bnb_nested_quant", flag(draft["use_bnb_nested_quant"]))
+            put_quantised(draft, bits, kind, double, f"load_in_{bits}bit")
     _lengths(draft)
     {"dpo": _dpo, "kto": _kto, "cpo": _cpo, "orpo": _orpo}[trainer](draft)
     if trainer in ("dpo", "kto"):
         _reference(draft)
-
-
-def _data(draft: Draft) -> None:
-    if sources := draft["datasets"]:
-        draft.put("data.train", [_source(draft, each) for each in sources], "datasets")
-        if draft.has("dataset_name"):
-            draft.spare("dataset_name", "datasets stands in its place, there too")
-    elif draft.has("dataset_name"):
-        draft.put(
-            "data.train",
-            _named(draft, draft["dataset_train_split"]),
-            *("dataset_name", "dataset_config", "dataset_train_split"),
-        )
-    else:
-        raise UserError(f"{draft.place} names no data: add dataset_name, or datasets")
-    if evaluates(draft) and draft.has("dataset_name") and not sources:
-        names = ("dataset_test_split", "dataset_name", "dataset_config")
-        draft.put("data.eval", _named(draft, draft["dataset_test_split"]), *names)
-    elif draft.has("test_split_size"):
-        put_held_out(draft, "test_split_size")
-
-
-def _named(draft: Draft, split: str) -> str:
-    config = draft["dataset_config"]
-    if Path(draft["dataset_name"]).is_file():
-        return str(draft["dataset_name"])
-    return f"{draft['dataset_name']}:{f'{config}/' if config else ''}{split}"
-
-
-def _source(draft: Draft, source: dict) -> dict:
-    """An entry of datasets, TRL's DatasetConfig."""
-    if not isinstance(source, dict) or not source.get("path"):
-        raise draft.fault("datasets", f"{source!r} has no path")
-    files = source.get("data_files")
-    known = ("path", "name", "split", "fraction", "data_files", "data_dir", "columns")
-    for key in set(source) - set(known):
-        draft.lose(f"datasets.{key}", "no key of TRL's DatasetConfig")
-    if isinstance(files, str) and source["path"] in ("json", "csv", "parquet", "arrow", "text"):
-        made: dict[str, Any] = {"path": files}
-    else:
-        config = f"{source['name']}/" if source.get("name") else ""
-        made = {"path": f"{source['path']}:{config}{source.get('split', 'train')}"}
-        for key in ("data_files", "data_dir"):
-            if source.get(key):
-                draft.lose(f"datasets.{key}", "name the files themselves in data.train")
-    if source.get("columns"):
-        draft.spare(
-            "datasets.columns",
-            "columns of words that nothing uses are told; see data.ignore_columns",
-        )
-    if source.get("fraction") is not None:
-        made["weight"] = float(source["fraction"])
-    return made
 
 
 def _model(draft: Draft) -> None:
@@ -173,6 +130,7 @@ def _lora(draft: Draft) -> None:
         "modules_to_save": "lora_modules_to_save",
     }
     values = {key: (name, draft[name]) for key, name in names.items()}
+    values |= {key: (key, flag(draft[key]) or None) for key in ("use_rslora", "use_dora")}
     targets = draft["lora_target_modules"]
     put_lora(draft, values, ("lora_target_modules", targets))
     if draft["lora_target_parameters"] and not listed(targets):

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from dpo_fast.migration.arguments import TRAINING
+from dpo_fast.migration.arguments_table import TRAINING
 from dpo_fast.migration.option import Lost, Option, flag, joint, lost, needless, older, same, table
 
-QUANTISED = (
-    "weights are not quantised while training; model.lora alone trains adapters on bf16 weights"
-)
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
@@ -65,18 +62,22 @@ MODEL = [
     joint("lora_target_parameters", None, "model.lora.target_parameters"),
     joint("lora_modules_to_save", None, "model.lora.modules_to_save"),
     *needless("the task is always CAUSAL_LM", lora_task_type="CAUSAL_LM"),
-    *lost("adapters are scaled by alpha / r", use_rslora=False),
-    *lost("adapters are LoRA", use_dora=False),
-    *lost(QUANTISED, load_in_8bit=False, load_in_4bit=False),
-    *needless(
-        "of quantised weights",
-        bnb_4bit_quant_type="nf4",
-        use_bnb_nested_quant=False,
-        bnb_4bit_quant_storage=None,
-    ),
+    joint("use_rslora", False, "model.lora.use_rslora"),
+    joint("use_dora", False, "model.lora.use_dora"),
+    joint("load_in_8bit", False, "model.quantization.load_in_8bit"),
+    joint("load_in_4bit", False, "model.quantization.load_in_4bit"),
+    joint("bnb_4bit_quant_type", "nf4", "model.quantization.bnb_4bit_quant_type"),
+    joint("use_bnb_nested_quant", False, "model.quantization.bnb_4bit_use_double_quant"),
+    *lost("4 bits are stored as bytes", bnb_4bit_quant_storage=None),
     *older(joint("torch_dtype", None, "model.dtype", "dtype, as it was called")),
 ]
 SCRIPT = [
+    Option(
+        "env",
+        note="variables of the environment: set them where the run is started",
+        lost=True,
+        secret=True,
+    ),
     joint("dataset_name", None, "data.train"),
     joint("dataset_config", None, "data.train", "as name:config/split"),
     joint("dataset_train_split", "train", "data.train", "as name:split"),
@@ -87,6 +88,19 @@ SCRIPT = [
     joint("streaming", False, "data.streaming"),
     joint("test_split_size", None, "data.eval_rows", "a share is counted where the rows are here"),
 ]
+HANDBOOK = older(  # of the alignment handbook's scripts, which many recipes are written for
+    joint("dataset_mixer", None, "data.train", "of the alignment handbook"),
+    joint("dataset_splits", None, "data.train, data.eval", "of the alignment handbook"),
+    joint("dataset_configs", None, "data.train", "of the alignment handbook"),
+    same("preprocessing_num_workers", None, "data.workers", convert=_workers),
+    Option(
+        "use_flash_attention_2",
+        note="model.attention: auto takes a varlen kernel where sequences share a row",
+    ),
+    *lost(
+        "the chat template of the tokenizer", chat_template=None, auto_insert_empty_system_msg=True
+    ),
+)
 REFERENCE = [
     joint(
         "precompute_ref_log_probs",
@@ -181,7 +195,7 @@ ORPO = [
     *lost("held-out prompts are answered by the section generate", generate_during_eval=False),
     *lost("models are decoders", is_encoder_decoder=None),
 ]
-ALL = (TRAINING, SHARED, MODEL, SCRIPT, PROMPTS)
+ALL = (TRAINING, SHARED, MODEL, SCRIPT, HANDBOOK, PROMPTS)
 TABLES = {
     "dpo": table(*ALL, REFERENCE, PADDING, ACTIVATIONS, ROUTERS, DPO),
     "kto": table(*ALL, REFERENCE, PADDING, ACTIVATIONS, ROUTERS, KTO),

@@ -86,6 +86,7 @@ def add_untrained(scoring: nn.Module, path: str, option: str) -> None:
 
     config = check_adapter(path, option)
     config.inference_mode = False  # as saved it says that nothing is trained
+    _start_plainly(config)
     scoring.set_adapted(get_peft_model(scoring.model, config))
 
 
@@ -138,8 +139,7 @@ def keep_frozen_copy(model: nn.Module) -> str:
             "model of its own"
         )
     copied_config = copy.deepcopy(config)
-    if isinstance(getattr(config, "init_lora_weights", None), str):
-        copied_config.init_lora_weights = True  # some starts would change the base once more
+    _start_plainly(copied_config)
     _without_dropout(copied_config)
     model.add_adapter(START, copied_config)
     for _, copied, parameter in copies_of(model, active):
@@ -147,6 +147,12 @@ def keep_frozen_copy(model: nn.Module) -> str:
         copied.requires_grad_(False)
     activate(model, active)
     return START
+
+
+def _start_plainly(config: Any) -> None:
+    """Have an adapter that gets other values begin as LoRA does: some starts change the base."""
+    if isinstance(getattr(config, "init_lora_weights", None), str):
+        config.init_lora_weights = True
 
 
 def _without_dropout(config: Any) -> dict[str, float]:

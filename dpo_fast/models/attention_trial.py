@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from dpo_fast.models.attention import obstacles
 from dpo_fast.models.attention_untold import Local, local_of
+from dpo_fast.models.decoder import kept_attention
 
 CALLS = "dpo_fast_trial"
 MASKS = "dpo_fast_trial_of_masks"
@@ -51,10 +52,10 @@ def try_attention(
     """
     heard = Heard(apart)
     tokens = torch.ones(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
-    with _attention(model, CALLS):
+    with kept_attention(model), _attention(model, CALLS):
         _run(decoder, heard, tokens, attention_mask=None)
     if heard.untold and not heard.reasons:
-        with _attention(model, MASKS):
+        with kept_attention(model), _attention(model, MASKS):
             _run(decoder, heard, tokens, attention_mask=tokens)
     if heard.reasons:
         return heard.reasons[0]
@@ -78,8 +79,7 @@ class _Lost(Exception):
 
 @contextlib.contextmanager
 def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """A context in which a model has another attention, and experts that need no numbers, if it can."""
-    attention = model.config._attn_implementation
+    """Within `kept_attention`: another attention, and experts that need no numbers, if there can be."""
     experts = getattr(model.config, "_experts_implementation", None)
     with contextlib.suppress(Exception):
         model.set_attn_implementation(name)
@@ -88,8 +88,6 @@ def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(ValueError):
-            model.set_attn_implementation(attention)
         if experts is not None:
             with contextlib.suppress(ValueError):
                 model.set_experts_implementation(experts)

@@ -5,7 +5,7 @@ All of it is worked out on the host, sequence by sequence, as transformers has i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
@@ -39,7 +39,7 @@ class Path(NamedTuple):
 class ImagePlaces:
     """The images of a batch, its tokens and its sequences, on the host.
 
-    ids: int64 [B * L].
+    images: with the inputs of `GRIDS` alone. ids: int64 [B * L].
     """
 
     images: ImageBatch
@@ -59,7 +59,9 @@ class ImagePlaces:
             paths = _paths_of_rows(input_ids, attention_mask)
         else:
             paths = _paths_of_branches(spans)
-        return cls(images.to("cpu"), input_ids.flatten().cpu(), paths)
+        few = {name: each for name, each in images.inputs.items() if name in GRIDS}
+        # Pixels stay where they are.
+        return cls(replace(images, inputs=few).to("cpu"), input_ids.flatten().cpu(), paths)
 
     @cached_property
     def first_N(self) -> Tensor:

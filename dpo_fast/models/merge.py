@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dpo_fast.errors import UserError
-from dpo_fast.models.checkpoint import base_of, of_image_text_model
+from dpo_fast.models.checkpoint import (
+    adapter_file,
+    adapter_vocabulary,
+    base_of,
+    of_image_text_model,
+)
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.hub import source
 from dpo_fast.models.load import (
@@ -19,7 +25,7 @@ from dpo_fast.models.load import (
     takes_whole,
 )
 from dpo_fast.models.quantization import loading_options
-from dpo_fast.models.save import copy_input_files, write_model
+from dpo_fast.models.save import copy_input_files, tensor_names, write_model
 
 # What train.merge_dtype may say, as transformers takes it.
 MERGED = {"auto": "auto", "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -32,8 +38,9 @@ def write_merged(section: ModelSection, adapter: Path, target: Path, dtype: str 
     once. A base that is quantised is what was trained on: its weights are those that it computes with, no
     longer quantised.
 
-    dtype: a name of `MERGED`; auto: that of the base checkpoint. A base in fp32 that is rounded to bf16 may
-        move logits by more than the adapter does.
+    dtype: a name of `MERGED`; auto: that of the base checkpoint, in which what the adapter does not change
+        stays as it is, whatever its dtype. A base in fp32 that is rounded to bf16 may move logits by more
+        than the adapter does.
 
     Raises:
         UserError: the adapter does not fit, or is of a kind that cannot be merged.
@@ -50,12 +57,46 @@ def write_merged(section: ModelSection, adapter: Path, target: Path, dtype: str 
         _take_quantised(model, section, base, whole)
     resize_for_adapter(model, str(adapter))
     try:
-        merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        adapted = PeftModel.from_pretrained(model, adapter)
+        changed = _changed_by(adapted, adapter)
+        merged = adapted.merge_and_unload()
     except (AttributeError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"the adapter {adapter} cannot be merged into {base}: {error}") from error
-    write_model(merged, merged.state_dict(keep_vars=True), local_folder(base), target)
+    state = merged.state_dict(keep_vars=True)
+    as_it_was = dtype == "auto" and section.quantization is None
+    untouched = _untouched(state, changed) if as_it_was else set()
+    write_model(merged, state, local_folder(base), target, untouched)
     copy_input_files(adapter, target)
     return str(found).removeprefix("torch.")
+
+
+def _changed_by(model: nn.Module, adapter: Path) -> set[str]:
+    """Names of the modules and parameters of a base model that its adapter changes."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    base, kinds = model.get_base_model(), (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    # Biases and embeddings may lie in the file as they are, and both ends are resized together.
+    names = tensor_names(adapter_file(str(adapter)))
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    resized = ends if adapter_vocabulary(str(adapter)) is not None else ()
+    return {name.removeprefix("base_model.model.") for name in names} | {
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, kinds) or any(module is end for end in resized)
+    }
+
+
+def _untouched(state: Mapping[str, Tensor], changed: set[str]) -> set[str]:
+    """Names of the tensors that are those of the base; what is tied is changed together."""
+    parts = {key: key.split(".") for key in state}
+    hit = {
+        key
+        for key, names in parts.items()
+        if any(".".join(names[:end]) in changed for end in range(1, len(names) + 1))
+    }
+    places = {state[key].data_ptr() for key in hit}
+    return {key for key, tensor in state.items() if tensor.data_ptr() not in places} - hit
 
 
 @torch.no_grad()

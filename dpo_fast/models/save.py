@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -77,12 +77,17 @@ def _copy(source: Path, inner: Path, target: Path) -> None:
 
 
 def write_model(
-    model: PreTrainedModel, state: Mapping[str, Tensor], source: Path, target: Path
+    model: PreTrainedModel,
+    state: Mapping[str, Tensor],
+    source: Path,
+    target: Path,
+    untouched: Collection[str] = (),
 ) -> None:
     """Write a folder that `from_pretrained` loads as it loaded `source`.
 
     model: gives the names of its parameters; its weights are not read.
     state: the trained tensors by their names in the model, whole. Others stay as they are in `source`.
+    untouched: names among them whose tensors nothing has changed.
     """
     target.mkdir(parents=True, exist_ok=True)
     copy_files(source, target)
@@ -91,7 +96,9 @@ def write_model(
         _note_dtype(target / "config.json", str(dtypes.pop()).removeprefix("torch."))
     _note_vocabulary(target / "config.json", model.config.get_text_config().vocab_size)
     names = {file: tensor_names(file) for file in weight_files(source)}
-    loaded, trained = as_stored(model, [name for each in names.values() for name in each], state)
+    loaded, trained = as_stored(
+        model, [name for each in names.values() for name in each], state, untouched
+    )
     _write_shards(names, loaded, trained, target)
 
 

@@ -65,7 +65,8 @@ def check_separation(
             "model.dtype and at how the checkpoint was made"
         )
     moved = (after - before)[4:].abs().max().item()
-    modules = getattr(scorer, "module", scorer).modules()
+    model = getattr(scorer, "func", scorer)  # it may be a call of a model with some arguments
+    modules = list(getattr(model, "module", model).modules())
     tolerance = TOLERANCE_IN_FP8 if any(map(in_fp8, modules)) else TOLERANCE[dtype]
     if not moved <= tolerance:
         option, remedy = cause(layout, layouts_with(shares_rows=False), group)
@@ -74,7 +75,7 @@ def check_separation(
             f"log-probs of untouched ones by {moved:.2g}, so some layer of this model mixes tokens "
             f"by other means than its attention. Set {remedy}"
         )
-    if any(map(recurrent.served, getattr(scorer, "module", scorer).modules())):
+    if any(map(recurrent.served, modules)):
         last = collate_trees([(tokens[10:13], [tokens[15:]])], layout).to(device)
         check_states(scorer(**forward_arguments(last))["logp"], before[-3:], layout, dtype)
 

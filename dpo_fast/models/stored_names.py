@@ -8,7 +8,7 @@ has the names that were found there.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -28,13 +28,18 @@ Places = dict[str, list[str]]
 
 
 def as_stored(
-    model: PreTrainedModel, names: Iterable[str], state: Mapping[str, Tensor]
+    model: PreTrainedModel,
+    names: Iterable[str],
+    state: Mapping[str, Tensor],
+    untouched: Collection[str] = (),
 ) -> tuple[set[str], dict[str, Tensor]]:
     """Trained tensors under the names of a checkpoint.
 
     model: gives the names of its parameters; its weights are not read.
     names: of all tensors of the checkpoint.
     state: the trained tensors by their names in the model, whole.
+    untouched: names of those that nothing has changed: what the checkpoint has of them stays, in its dtype.
+        Where it is joined with others, all of them are needed to split it again.
 
     Returns:
         The names of the checkpoint that these tensors take the place of, and the tensors by name. What
@@ -45,6 +50,8 @@ def as_stored(
     """
     names = list(names)
     renamed, converted = _places(model, names)
+    as_they_are = {state[name].data_ptr() for name in untouched if name in renamed}
+    state = {k: v for k, v in state.items() if v.data_ptr() not in as_they_are}
     own = {source: state[name] for name in state for source in renamed.get(name, ())}
     rest = {name: tensor for name, tensor in state.items() if name not in renamed}
     sources = {source for name in rest for source in converted.get(name, ())}

@@ -170,6 +170,8 @@ def _put_policy(tree: dict[str, Any], model: str) -> None:
     section, reference = tree.get("model", {}), dict(tree.get("reference") or {})
     began = section.get("path")
     tree["model"] = section | {"path": model, "lora": None, "adapter": None}
+    if not is_adapter(model):
+        tree["model"]["quantization"] = None  # the base of adapters is quantised, and this is none
     spec = PROVIDERS.get(reference.get("provider"), PROVIDERS[DEFAULT])
     if spec.follows:
         raise UserError(

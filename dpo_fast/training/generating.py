@@ -25,8 +25,7 @@ def generating(run: Run) -> Iterator[ScoringModel]:
     device = run.engine.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         causal_lm, dtype = run.model.causal_lm, run.config.model.torch_dtype
-        with kept_attention(causal_lm):
-            architecture = architecture_of(causal_lm)
+        architecture = architecture_of(causal_lm)
         attention = choose_attention("auto", "padded", device, dtype, architecture).name
         if run.config.zero_stage == 3:
             yield _copy(run, attention)

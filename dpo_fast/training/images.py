@@ -122,8 +122,7 @@ def own_attention(model: ScoringModel, device: torch.device, dtype: torch.dtype)
     causal_lm = model.causal_lm
     name = causal_lm.config.get_text_config()._attn_implementation
     if name in NAMES.values():
-        with kept_attention(causal_lm):
-            architecture = architecture_of(causal_lm)
+        architecture = architecture_of(causal_lm)
         name = choose_attention("auto", "padded", device, dtype, architecture).name
     with kept_attention(causal_lm):
         causal_lm.set_attn_implementation(attention_of_parts(causal_lm.config, name))

@@ -115,7 +115,7 @@ LOSSES = {  # options: names, weights
     "with bco": ({"pref_bco_weight": 1.0}, ("sigmoid", "bco_pair"), [0.5, 0.5]),
     "orpo": ({"pref_loss": "orpo"}, ("orpo",), None),
     "kto": ({"stage": "kto", "kto_chosen_weight": 2.0}, ("kto",), None),
-    "sft": ({"stage": "sft"}, ("sft",), None),
+    "sft": ({"stage": "sft", "pissa_init": True, "quantization_bit": 4}, ("sft",), None),
 }
 
 
@@ -128,6 +128,8 @@ def test_llamafactory_losses(factory, case):
     if case == "kto":
         assert run.loss.desirable_weight == 2.0 and run.loss.beta == 0.2
     if case == "sft":
+        assert run.model.quantization.load_in_4bit
+        assert run.model.lora.init_lora_weights == "pissa_niter_16"
         assert not run.loss.objective.needs_reference
 
 
@@ -322,10 +324,12 @@ def test_axolotl_methods(tmp_path, case):
 
 
 def test_axolotl_says_what_has_no_counterpart(tmp_path):
-    draft, _ = axolotl(
+    draft, run = axolotl(
         tmp_path,
         adapter="qlora",
         load_in_4bit=True,
+        peft_use_dora=True,
+        loraplus_lr_ratio=16,
         optimizer="lion_8bit",
         chat_template="llama3",
         special_tokens={"pad_token": "x"},
@@ -333,14 +337,9 @@ def test_axolotl_says_what_has_no_counterpart(tmp_path):
         nonsense=1,
     )
     told = {fate.name: fate.why for fate in draft.fates if fate.what == LOST}
-    assert {
-        "adapter",
-        "load_in_4bit",
-        "optimizer",
-        "chat_template",
-        "special_tokens",
-        "plugins",
-    } <= set(told)
+    wanted = {"loraplus_lr_ratio", "optimizer", "chat_template", "special_tokens", "plugins"}
+    assert wanted <= set(told) and "load_in_4bit" not in told
+    assert run.model.quantization.load_in_4bit and run.model.lora.use_dora
     assert "no such option" in told["nonsense"]
 
 

@@ -14,6 +14,7 @@ from dpo_fast.errors import UserError
 from dpo_fast.migration.draft import CARRIED, LOST, NEEDLESS, our_default
 from dpo_fast.migration.importers import check, import_file, lost
 from dpo_fast.migration.trl_options import TABLES
+from dpo_fast.migration.yaml_file import text_of
 from dpo_fast.training.config import build_config
 
 LEAST = {"model_name_or_path": "org/model", "dataset_name": "org/data", "output_dir": "out"}
@@ -55,7 +56,7 @@ def test_every_option_of_trl_is_in_the_table_with_its_default(name):
     kinds = (configuration(name), trl.ModelConfig, trl.ScriptArguments, trl.DatasetMixtureConfig)
     theirs = {field.name: field for kind in kinds for field in dataclasses.fields(kind)}
     known = {option: each for option, each in TABLES[name].items() if not each.older}
-    assert known.keys() == theirs.keys()
+    assert known.keys() == theirs.keys() | {"env"}, "env is a key of the file alone"
     for option, field in theirs.items():
         if option not in MACHINE:
             assert known[option].default == default_of(field), option
@@ -108,6 +109,8 @@ def test_a_file_as_people_have_them(tmp_path):
         gradient_checkpointing_kwargs={"use_reentrant": False},
         push_to_hub=True,
         hub_token="hf_secret",
+        env={"HF_TOKEN": "hf_secret"},
+        my_api_key="hf_secret",
         remove_unused_columns=False,
     )
     run = run_of(draft)
@@ -116,12 +119,12 @@ def test_a_file_as_people_have_them(tmp_path):
     assert (run.data.train, run.data.eval) == ("org/data:pairs/train", "org/data:pairs/test")
     assert run.train.eval_steps == 50 and run.model.dtype == "bf16"
     assert run.loss.names == ("sigmoid", "sft") and list(run.loss.weights) == [1.0, 0.2]
-    assert lost(draft) == ["ranks", "push_to_hub"]
+    assert lost(draft) == ["ranks", "push_to_hub", "env", "my_api_key"]
     fates = {fate.name: fate for fate in draft.fates}
     assert set(draft.given) == set(fates), "every option is accounted for"
     assert fates["eval_steps"].what == CARRIED and "train.eval_steps" in fates["eval_steps"].why
     assert fates["remove_unused_columns"].what == NEEDLESS
-    assert "hf_secret" not in str(draft.fates)
+    assert "hf_secret" not in str(draft.fates) + text_of(draft, "run.yaml")
 
 
 OPTIONS = {  # theirs: ours
@@ -133,6 +136,7 @@ OPTIONS = {  # theirs: ours
     "fp32": ({"bf16": False}, {"model.dtype": "fp32"}),
     "an AdamW": ({"optim": "adamw_8bit"}, {"train.optim": "adamw_bnb_8bit"}),
     "seconds": ({"ddp_timeout": 7200}, {"parallel.timeout_minutes": 120.0}),
+    "a name of digits": ({"run_name": 2026}, {"log.run_name": "2026"}),
     "attention": ({"attn_implementation": "sdpa"}, {"model.attention": "sdpa"}),
     "model_init_kwargs": (
         {"model_init_kwargs": {"revision": "v1", "attn_implementation": "eager"}},
@@ -195,11 +199,52 @@ def test_options_go_where_they_belong(tmp_path, case):
     assert not {fate.name for fate in draft.fates} - set(draft.given) - {"model_init_kwargs"}
 
 
+def test_the_alignment_handbooks_recipes(tmp_path):
+    draft = made_of(
+        tmp_path,
+        dataset_name=None,
+        torch_dtype="bfloat16",
+        use_flash_attention_2=True,
+        dataset_mixer={"org/pairs": 1.0, "org/more": 0.5},
+        dataset_splits=["train_prefs", "test_prefs"],
+        preprocessing_num_workers=12,
+        bf16=True,
+        do_eval=True,
+        evaluation_strategy="steps",
+        eval_steps=100,
+        max_prompt_length=512,
+        warmup_ratio=0.1,
+        optim="adamw_torch",
+        hub_model_id="zephyr",
+        log_level="info",
+    )
+    run = run_of(draft)
+    assert run.data.train == ["org/pairs:train_prefs", "org/more:train_prefs"]
+    assert run.data.eval == ["org/pairs:test_prefs", "org/more:test_prefs"]
+    assert (run.data.workers, run.data.max_prompt_length, run.train.eval_steps) == (12, 512, 100)
+    assert run.train.warmup_ratio == 0.1 and run.model.dtype == "bf16"
+    assert set(lost(draft)) == {"torch_dtype", "hub_model_id", "dataset_mixer.org/more"}
+
+
+def test_a_script_of_the_handbook_names_its_file(tmp_path):
+    (tmp_path / "conf.yaml").write_text(yaml.safe_dump(LEAST))
+    (tmp_path / "acc.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 4\n")
+    script = tmp_path / "run.sh"
+    script.write_text(
+        "ACCELERATE_LOG_LEVEL=info accelerate launch --config_file acc.yaml \\\n"
+        " scripts/run_dpo.py conf.yaml --learning_rate=1e-5 --beta=0.3\n"
+    )
+    draft = import_file("trl", script)
+    run = run_of(draft)
+    assert run.learning_rate == 1e-5 and run.loss.beta == 0.3
+    assert run.train.global_batch_size == 32 and run.parallel.zero_stage == 0
+
+
 LEFT = {  # theirs: what is said of it
     "smoothed there by nothing": ({"label_smoothing": 0.1}, "TRL's sigmoid ignore it"),
     "an optimiser": ({"optim": "adafactor"}, "AdamW stands in its place"),
     "a schedule of epochs": ({"save_strategy": "epoch"}, "once an epoch"),
-    "quantised": ({"load_in_4bit": True}, "not quantised"),
+    "quantised": ({"load_in_4bit": True}, "a base for adapters: set model.lora"),
     "misspelt": ({"learnin_rate": 1}, "did you mean learning_rate?"),
     "evaluation without data": (
         {

@@ -17,6 +17,7 @@ from dpo_fast.models import load_model
 from dpo_fast.models.attention import NAMES
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.scoring import forward_arguments
+from dpo_fast.models.skeleton import scoring_skeleton
 from tests.support.architectures import TREES, alone, slopes
 from tests.support.faults import SLOW
 from tests.support.models import write_model
@@ -115,6 +116,7 @@ def test_an_adapter_that_peft_has_taken_from_its_base(base, tmp_path, start):
     """Its copy must not take from the base once more."""
     write(base, tmp_path / "adapter", "LORA", init_lora_weights=start)
     section = ModelSection(path=str(tmp_path / "adapter"), dtype="fp32")
+    scoring_skeleton(section)  # nothing to take from, on the meta device
     alike(base, tmp_path / "adapter", load_model(section, attention="sdpa", keep_start=True))
 
 

@@ -20,13 +20,14 @@ from dpo_fast.errors import UserError
 from dpo_fast.models import fp8, load_model
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.fp8 import check_fp8, fp8_layers
-from dpo_fast.models.layers import checkpoint_layers
+from dpo_fast.models.layers import checkpoint_layers, compile_layers
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.training.config import build_config
 from dpo_fast.training.fit import check_recomputed
 from dpo_fast.training.precompute import weights_dtype
 from tests.support import tiny
 from tests.support.architectures import TREES, make
+from tests.support.faults import SLOW
 from tests.support.models import run_tree, write_model, write_pairs
 from tests.support.paths import ENVIRONMENT, ROOT
 
@@ -216,6 +217,55 @@ def test_adapters_stand_on_products_in_fp8(folder):
 
 
 @has_torchao
+@pytest.mark.usefixtures("torchao")
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_shapes_are_those_that_a_gpu_takes(recipe, monkeypatch):
+    """PyTorch checks them without numbers: sides of 16, also along 37 tokens, for each of the products."""
+    monkeypatch.setenv(fp8.EMULATE, "0")
+    model = make("llama", intermediate_size=48).to(torch.bfloat16).to("meta")
+    assert len(fp8.use_fp8(model, recipe)) == 14
+
+    def try_layers() -> None:
+        for module in filter(fp8.in_fp8, model.modules()):
+            rows = torch.empty(1, 37, module.in_features, dtype=torch.bfloat16, device="meta")
+            out = module(rows.requires_grad_())
+            out.backward(torch.empty_like(out))
+            assert module.weight.grad.shape == module.weight.shape
+            assert rows.grad.shape == rows.shape
+
+    try_layers()
+    if recipe == "rowwise_with_gw_hp":  # the one along the tokens is in bf16
+        return
+    for module in filter(fp8.in_fp8, model.modules()):
+        along = module.linear_mm_config.grad_weight._replace(pad_inner_dim=False)
+        module.linear_mm_config = module.linear_mm_config._replace(grad_weight=along)
+    with pytest.raises(RuntimeError, match="divisible by 16"):
+        try_layers()
+
+
+@has_torchao
+@pytest.mark.slow
+@pytest.mark.usefixtures("torchao")
+def test_compiled_products_are_the_same():
+    model = make("llama", num_hidden_layers=1).to(torch.bfloat16)
+    fp8.use_fp8(model, "tensorwise")
+
+    def run(tokens: int) -> list[torch.Tensor]:
+        ids = torch.arange(tokens)[None]
+        logits = model(input_ids=ids, use_cache=False).logits.float()
+        return [
+            logits.detach(),
+            *torch.autograd.grad(logits.sin().sum(), model.model.layers.parameters()),
+        ]
+
+    plain = [run(tokens) for tokens in (37, 21)]
+    compile_layers(model, backend="aot_eager")
+    for tokens, expected in zip((37, 21), plain):
+        assert all(map(torch.equal, run(tokens), expected))
+
+
+@has_torchao
+@SLOW
 @pytest.mark.processes
 @pytest.mark.slow
 def test_two_ranks_train_sharded_and_export_plain_weights(folder):

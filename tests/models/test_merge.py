@@ -1,8 +1,10 @@
 """An adapter merged into its base, in the dtype that was asked for."""
 
+import json
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 peft = pytest.importorskip("peft")
 from transformers import AutoModelForCausalLM
@@ -90,3 +92,28 @@ def test_weights_are_rounded_once(base, tmp_path, options):
         assert (error <= 2**-8 * weight.abs() + 1e-7).all(), name
         nearest = (weight.bfloat16().double() - weight).abs()
         assert error.sum() <= 1.001 * nearest.sum(), "rounded once"
+
+
+def test_what_an_adapter_does_not_change_keeps_its_bytes(base, adapter, tmp_path):
+    """A checkpoint in bf16 with some tensors in fp32, as recurrent layers have them."""
+    folder = write_model(tmp_path / "mixed")
+    tensors = load_file(folder / "model.safetensors")
+    exact = ("norm.weight", "o_proj.weight")
+    mixed = {
+        name: (each + torch.rand_like(each) / 3 if name.endswith(exact) else each.bfloat16())
+        for name, each in tensors.items()
+    }
+    save_file(mixed, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    section = ModelSection(path=str(folder), dtype="fp32")
+    assert write_merged(section, adapter, tmp_path / "merged") == "bfloat16"
+    out = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {name: each.dtype for name, each in out.items()} == {
+        name: each.dtype for name, each in mixed.items()
+    }
+    changed = {name for name in out if not torch.equal(out[name], mixed[name])}
+    assert changed and all("q_proj" in name for name in changed)
+    write_merged(section, adapter, tmp_path / "in fp32", "fp32")
+    found = load_file(tmp_path / "in fp32" / "model.safetensors").values()
+    assert {each.dtype for each in found} == {torch.float32}

@@ -132,6 +132,8 @@ def test_the_trial_of_the_loaded_model_passes(family, layout):
 def test_the_trial_finds_states_that_leak_and_states_that_are_lost(name, monkeypatch):
     scoring = ScoringModel(make(name, NAMES["sdpa"]))
     functions = vars(recurrent.module_of(type(scoring.causal_lm.model.layers[0])))
+    if not hasattr(functions["causal_conv1d_fn"], "original"):
+        pytest.skip("this version of transformers hands these layers no keywords")
     for each in recurrent.FUNCTIONS.keys() & functions.keys():
         with monkeypatch.context() as patch:
             whole = functions[each].original

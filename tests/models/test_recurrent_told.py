@@ -1,11 +1,13 @@
 """Layers that are told of a row by other ways than keywords: every sequence scores as if it were alone."""
 
 import copy
+from types import FunctionType
 
 import pytest
 import torch
 
 pytest.importorskip("transformers")
+from transformers.models.lfm2 import modeling_lfm2
 
 from dpo_fast.data.batch import collate_trees
 from dpo_fast.models import ScoringModel, architecture_of, choose_layout
@@ -76,6 +78,29 @@ def test_without_a_row_a_model_generates_the_same(name):
     assert torch.equal(text(), before)
 
 
+def _without_keywords(self, hidden_states, past_key_values=None, attention_mask=None, **others):
+    """The forward of LFM2's convolutions in transformers 5.19, without what serves a cache."""
+    hidden_states = apply_mask_to_padding_states(hidden_states, attention_mask)  # noqa: F821
+    b, c, x = self.in_proj(hidden_states).transpose(-1, -2).chunk(3, dim=-2)
+    mixed = causal_conv1d_fn(b * x, self.conv.weight.squeeze(1), self.conv.bias)  # noqa: F821
+    return self.out_proj((c * mixed).transpose(-1, -2).contiguous())
+
+
+def test_convolutions_that_hand_no_keywords_on(monkeypatch):
+    """As in older transformers: the plan comes in the mask's place, but not to layers of attention."""
+    code, defaults = _without_keywords.__code__, _without_keywords.__defaults__
+    forward = FunctionType(code, vars(modeling_lfm2), "forward", defaults)
+    monkeypatch.setattr(modeling_lfm2.Lfm2ShortConv, "forward", forward)
+    model = make("lfm2")
+    expected = alone(model, TREES)
+    model.set_attn_implementation(NAMES["sdpa"])
+    scoring = ScoringModel(model)
+    told_layers = [hasattr(each, "forward_of_batches") for each in model.model.layers]
+    assert told_layers == [True, False, True]
+    for layout in ("packed", "shared_prefix"):
+        torch.testing.assert_close(_logps(scoring, layout), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_layers_are_known_below_a_class_of_their_own():
     """FSDP makes an FSDPJambaMambaMixer of a sharded JambaMambaMixer."""
     scoring = ScoringModel(make("jamba", NAMES["sdpa"]))
@@ -90,7 +115,10 @@ def test_layers_are_known_below_a_class_of_their_own():
 @pytest.mark.parametrize("name", HYBRIDS | TOLD)
 def test_auto_chooses_a_layout_that_shares_prompts(name):
     with torch.device("meta"):
-        architecture = architecture_of(make(name))
+        model = make(name)
+    if "recurrent" in (getattr(model.config, "layer_types", None) or ("recurrent",)):
+        pytest.skip("this version of transformers does not tell which layers are attention")
+    architecture = architecture_of(model)
     assert architecture.obstacle is None
     assert choose_layout("auto", architecture).name == "shared_prefix"
     assert architecture.alone  # ranks that share rows exchange heads of attention, and no states

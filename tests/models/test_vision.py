@@ -108,6 +108,15 @@ def test_another_image_moves_its_own_sequences_and_no_others(name, layout):
 
 
 @pytest.mark.parametrize("name", MAIN)
+def test_a_trial_of_attention_leaves_each_part_its_own(name):
+    scoring = scoring_of(name, "packed")
+    batch = batch_of(FAMILIES[name], "packed")
+    before = logps(scoring, batch)
+    assert architecture_of(scoring.causal_lm).obstacle is None
+    assert torch.equal(logps(scoring, batch), before)
+
+
+@pytest.mark.parametrize("name", MAIN)
 def test_texts_alone_do_not_reach_the_tower(name):
     trees, family = [TREES[1]], FAMILIES[name]
     scoring = scoring_of(name, "padded")

@@ -101,13 +101,13 @@ def test_every_model_is_read_once_and_one_layout_serves_all(monkeypatch, tmp_pat
     def load_skeleton(section, *option):
         read.append(section.path)
         model = load(section, *option)
-        model._supports_attention_backend = not section.path.endswith("far")
+        model._is_stateful = section.path.endswith("far")  # as RWKV
         return model
 
     monkeypatch.setattr(fit, "load_skeleton", load_skeleton)
     choices = fit.check_run(config)
     assert read == [str(tmp_path / name) for name in ("model", "near", "far")]
-    assert choices.layout.name == "padded" and "AttentionInterface" in choices.layout.reason
+    assert choices.layout.name == "padded" and "carry state" in choices.layout.reason
     assert [choices.attention_of(model).name for model in config.second_models] == ["sdpa"] * 2
     train = config.train.model_copy(update={"layout": "packed"})
     with pytest.raises(UserError, match="train.layout=packed cannot be honoured"):

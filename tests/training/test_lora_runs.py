@@ -25,7 +25,6 @@ EMA = {"reference": {"provider": "ema", "mixup_alpha": 0.5, "sync_steps": 2}}
 CASES = {
     "dora": ({"use_dora": True}, OFF),
     "pissa": ({"init_lora_weights": "pissa", "modules_to_save": ["norm"]}, OFF),
-    "pissa, stored": ({"init_lora_weights": "pissa", "modules_to_save": ["norm"]}, {}),
     "tokens": ({"trainable_token_indices": [40, 41]}, OFF),
     "bias": ({"bias": "all", "layers_to_transform": [1]}, {}),
     "ema, pissa": ({"init_lora_weights": "pissa"}, EMA),
@@ -63,7 +62,7 @@ def runs(request, folder):
     trees["ema, sft"] = sft
     ranks.train(list(trees.values()), count)
     resumed = []
-    for name in ("pissa", "ema, pissa", "ema, dora, whole"):
+    for name in ("pissa", "ema, pissa"):
         tree = changed(trees[name], root / f"{name}, resumed")
         tree["train"]["resume_from_checkpoint"] = str(root / name / "checkpoint-2")
         resumed.append(tree)
@@ -111,13 +110,11 @@ def test_a_reference_that_follows_adapters_moves(runs):
     for name in ("ema, pissa", "ema, dora, whole", "ema, sft"):
         assert not (runs / name / "final" / "ref").exists()
         assert json.loads((runs / name / "final" / "adapter_config.json").read_text())
-    stored = series(runs / "pissa, stored")
-    assert series(runs / "pissa") == pytest.approx(stored, abs=1e-5)
 
 
 @pytest.mark.processes
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["pissa", "ema, pissa", "ema, dora, whole"])
+@pytest.mark.parametrize("name", ["pissa", "ema, pissa"])
 def test_a_resumed_run_is_the_same_bit_for_bit(runs, name):
     whole, resumed = series(runs / name), series(runs / f"{name}, resumed")
     assert resumed == {step: whole[step] for step in (3, 4)}

@@ -27,7 +27,13 @@ from dpo_fast.models.recurrent.delta_rule import delta_rule, kimi_delta_rule
 from dpo_fast.models.recurrent.lightning import LAYER as LIGHTNING
 from dpo_fast.models.recurrent.lightning import lightning
 from dpo_fast.models.recurrent.ssd import chunk_scan, not_fused
-from dpo_fast.models.recurrent.told import check_whole_row, replace_forward, serve_told, told
+from dpo_fast.models.recurrent.told import (
+    check_whole_row,
+    hands_on,
+    replace_forward,
+    serve_told,
+    told,
+)
 
 # By name in transformers' modules.
 FUNCTIONS: dict[str, Callable] = {
@@ -75,6 +81,7 @@ def _by_functions(module: nn.Module) -> bool:
         return False  # the plan would not reach its functions
     called = set(forward.__code__.co_names) & vars(module_of(type(module))).keys()
     alone = type(module).__name__.endswith(CONVOLUTIONS) and "causal_conv1d_fn" in called
+    alone = alone and hands_on(module)
     return alone or any(kind <= called for kind in KINDS)
 
 

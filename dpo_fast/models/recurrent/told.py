@@ -7,6 +7,7 @@ layer is recomputed.
 
 from __future__ import annotations
 
+import dis
 import inspect
 from collections.abc import Callable
 from functools import partial
@@ -22,48 +23,59 @@ from dpo_fast.models.recurrent.convolution import convolve
 from dpo_fast.models.recurrent.ssd import not_fused
 from dpo_fast.models.recurrent.unfolded import over_sequences, selective_scan
 
-# What Mamba-1's forward calls. It hands no keywords on to them.
+# What the forwards of such layers call, without keywords.
 FUNCTIONS: dict[str, Callable] = {
     "causal_conv1d_fn": convolve,
     "mamba_selective_scan": selective_scan,
     "mamba_inner_fn": not_fused,
 }
-SCAN = {"causal_conv1d_fn", "mamba_selective_scan"}
+SCAN = frozenset({"causal_conv1d_fn", "mamba_selective_scan"})
+CONVOLUTION = frozenset({"causal_conv1d_fn"})
 
 
 class Told(NamedTuple):
     """How a kind of layer is served.
 
     by: the class of the module round it that puts the plan in the mask's place; None if keywords come.
-    whole: all of the layer runs sequence by sequence. Else its projections run along the row, if its
-        forward calls the functions that it calls in transformers 5.23.
+    calls: functions for which its forward gets ours. If it calls others, in another version of
+        transformers, or if none is named, all of the layer runs sequence by sequence.
     """
 
     by: str | None
-    whole: bool = False
+    calls: frozenset[str] = frozenset()
 
 
 LAYERS = {
-    "MambaMixer": Told("MambaModel"),
-    "FalconMambaMixer": Told("FalconMambaModel"),
-    "JambaMambaMixer": Told("JambaMambaDecoderLayer"),
-    "ZambaMambaMixer": Told(None),
-    "RecurrentGemmaRecurrentBlock": Told(None, whole=True),
-    "ZayaCCAProjection": Told("ZayaAttention", whole=True),
+    "MambaMixer": Told("MambaModel", SCAN),
+    "FalconMambaMixer": Told("FalconMambaModel", SCAN),
+    "JambaMambaMixer": Told("JambaMambaDecoderLayer", SCAN),
+    "ZambaMambaMixer": Told(None, SCAN),
+    "RecurrentGemmaRecurrentBlock": Told(None),
+    "ZayaCCAProjection": Told("ZayaAttention"),
+    # Until transformers 5.20 or later they hand no keywords on.
+    "Lfm2ShortConv": Told("Lfm2DecoderLayer", CONVOLUTION),
+    "Lfm2MoeShortConv": Told("Lfm2MoeDecoderLayer", CONVOLUTION),
 }
 
 
 def told(module: nn.Module) -> Told | None:
     """How this layer is served, if it is one of these. FSDP gives modules a class below their own."""
     names = [kind.__name__ for kind in type(module).__mro__]
-    return next((LAYERS[name] for name in names if name in LAYERS), None)
+    how = next((LAYERS[name] for name in names if name in LAYERS), None)
+    return None if how and how.calls == CONVOLUTION and hands_on(module) else how
+
+
+def hands_on(module: nn.Module) -> bool:
+    """Whether a module's forward calls something with the keywords that it gets itself."""
+    code = dis.get_instructions(inspect.unwrap(type(module).forward))
+    return any(each.opname == "CALL_FUNCTION_EX" for each in code)
 
 
 def serve_told(model: nn.Module) -> None:
     """Have those of a model's layers that `LAYERS` has compute rows of trees, in place."""
-    tellers = {how.by for module in model.modules() if (how := told(module))}
     for module in model.modules():
-        if type(module).__name__ in tellers:
+        inside = [how for each in module.modules() if (how := told(each))]
+        if type(module).__name__ in {how.by for how in inside}:
             replace_forward(module, _telling)
         if told(module):
             replace_forward(module, _mixing)
@@ -102,11 +114,10 @@ def _without_plans(values) -> list:
 
 @torch.compiler.disable  # it computes with indices of the row
 def _by_plan(module: nn.Module, plan: AttentionPlan, *arguments, **options):
-    if told(module).whole:
+    forward, calls = inspect.unwrap(type(module).forward), told(module).calls
+    if not calls or not calls <= set(forward.__code__.co_names):
         return over_sequences(module.forward_of_batches, plan, *arguments, **options)
-    return _with_functions(inspect.unwrap(type(module).forward), plan)(
-        module, *arguments, **options
-    )
+    return _with_functions(forward, plan)(module, *arguments, **options)
 
 
 def _with_functions(forward: FunctionType, plan: AttentionPlan) -> FunctionType:
