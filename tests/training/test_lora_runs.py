@@ -120,12 +120,14 @@ def test_a_resumed_run_is_the_same_bit_for_bit(runs, name):
     assert resumed == {step: whole[step] for step in (3, 4)}
 
 
+@pytest.mark.processes
 def test_biases_need_a_reference_of_their_own(folder, tmp_path):
     tree = tree_of(folder, tmp_path, 0, {"bias": "all"}, **OFF)
     told = ranks.refusal(tree)
     assert "model.lora.bias=all" in told and "choose cached" in told
 
 
+@pytest.mark.processes
 def test_what_needs_whole_weights_goes_up_to_stage_2(folder, tmp_path):
     tree = tree_of(folder, tmp_path, 3, {"trainable_token_indices": [40]})
     told = ranks.refusal(tree)
