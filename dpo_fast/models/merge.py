@@ -58,6 +58,7 @@ def write_merged(section: ModelSection, adapter: Path, target: Path, dtype: str 
     resize_for_adapter(model, str(adapter))
     try:
         adapted = PeftModel.from_pretrained(model, adapter)
+        check_merges(adapted, f"the adapter {adapter} cannot be merged into {base}")
         changed = _changed_by(adapted, adapter)
         merged = adapted.merge_and_unload()
     except (AttributeError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -68,6 +69,43 @@ def write_merged(section: ModelSection, adapter: Path, target: Path, dtype: str 
     write_model(merged, state, local_folder(base), target, untouched)
     copy_input_files(adapter, target)
     return str(found).removeprefix("torch.")
+
+
+def check_merges(adapted: nn.Module, what: str) -> None:
+    """Check that no layer with an adapter shares its weight with another layer, as Zamba's blocks do.
+
+    Each such layer has an adapter of its own, and the weight that they share can hold one sum alone.
+    Embeddings and a head that shares their weight are written apart.
+
+    what: what cannot be done, for the message.
+
+    Raises:
+        UserError: naming such layers and the remedy.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = adapted.get_base_model()
+    owners: dict[int, list[str]] = {}
+    with_adapters = set()
+    for name, module in base.named_modules():
+        if name.endswith(".base_layer"):
+            continue
+        inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        weight = getattr(inner, "weight", None)
+        if not isinstance(weight, nn.Parameter):
+            continue
+        owners.setdefault(id(weight), []).append(name)
+        if isinstance(module, BaseTunerLayer):
+            with_adapters.add(id(weight))
+    ends = {id(base.get_input_embeddings().weight)}
+    shared = [owners[key] for key in with_adapters - ends if len(owners[key]) > 1]
+    if shared:
+        names = min(shared)
+        raise UserError(
+            f"{what}: {', '.join(names)} have one weight, and adapters of their own ({len(shared)} such "
+            f"weights in {type(base).__name__}). Keep the adapter as it is (train.merge_lora=false), or "
+            "train without adapters there (model.lora.exclude_modules)"
+        )
 
 
 def _changed_by(model: nn.Module, adapter: Path) -> set[str]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_fast.errors import UserError
 from dpo_fast.models import ScoringModel, load_model, load_tokenizer
 from dpo_fast.models.layers import checkpoint_layers
+from dpo_fast.models.merge import check_merges
 from dpo_fast.models.separation import check_separation
 from dpo_fast.modules.metrics import METRIC_EXTRAS
 from dpo_fast.training import data_ranks, distributed
@@ -114,6 +115,8 @@ def prepare(
     beside = skeletons_beside(config)
     keep_alive = shard_while_loading(config, ds_config)
     model = load_policy(config, choices, tokenizer, splits)
+    if config.train.merge_lora:
+        check_merges(model.model, "train.merge_lora=true cannot be honoured")
     tell_model(model)
     tell_memory(config, model, beside)
     engine = build_engine(config, model, ds_config, total_steps)

@@ -9,9 +9,13 @@ from safetensors.torch import load_file, save_file
 peft = pytest.importorskip("peft")
 from transformers import AutoModelForCausalLM
 
-from dpo_fast.models.config import ModelSection
-from dpo_fast.models.merge import write_merged
+from dpo_fast.errors import UserError
+from dpo_fast.models import ScoringModel
+from dpo_fast.models.config import LoraSection, ModelSection
+from dpo_fast.models.lora import add_lora
+from dpo_fast.models.merge import check_merges, write_merged
 from tests.support.adapters import write_adapter
+from tests.support.hybrids import make
 from tests.support.models import write_model
 
 IDS = torch.arange(5, 25)[None]
@@ -117,3 +121,21 @@ def test_what_an_adapter_does_not_change_keeps_its_bytes(base, adapter, tmp_path
     write_merged(section, adapter, tmp_path / "in fp32", "fp32")
     found = load_file(tmp_path / "in fp32" / "model.safetensors").values()
     assert {each.dtype for each in found} == {torch.float32}
+
+
+def test_layers_that_share_a_weight_keep_their_adapters_apart(tmp_path):
+    """Zamba's blocks have one weight and an adapter each: a merged weight would hold the sum of all."""
+    make("zamba").save_pretrained(tmp_path / "base")
+    section = ModelSection(path=str(tmp_path / "base"), dtype="fp32")
+    shared = r".*shared_transf.*"
+    for excluded in (None, shared):
+        model = AutoModelForCausalLM.from_pretrained(section.path, dtype=torch.float32)
+        scoring = ScoringModel(model)
+        add_lora(scoring, LoraSection(r=2, exclude_modules=excluded))
+        scoring.model.save_pretrained(tmp_path / str(bool(excluded)))
+        if excluded:
+            check_merges(scoring.model, "train.merge_lora=true")
+    with pytest.raises(UserError, match="shared_transf.* have one weight.*exclude_modules"):
+        write_merged(section, tmp_path / "False", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    write_merged(section, tmp_path / "True", tmp_path / "merged")
