@@ -87,6 +87,7 @@ CHATS = {
         {"prompt": asked([{"type": "image", "source": {"type": "url", "url": A}}, text("q")])},
         ["[a.png]q"],
     ),
+    "a part's path": ({"prompt": asked([PART | {"image_path": A}, text("q")])}, ["[a.png]q"]),
     "placeholders": (
         {"images": [A, B], "prompt": asked("one <image> two <image>?")},
         ["one [a.png] two [b.png]?"],
@@ -120,6 +121,7 @@ def test_images_have_a_place_in_the_prompt(name):
 
 
 FORMS = {
+    "of RLHF-V, JSON in a text": {"image": A, "text": json.dumps({"question": "q", **ANSWERS})},
     "whole conversations": {
         "images": [A],
         **{name: [*asked("q"), turn("assistant", each)] for name, each in ANSWERS.items()},
