@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.images.files import open_image, read_image
@@ -268,6 +269,7 @@ def test_an_ignored_column_of_images_is_left_out():
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / A).write_bytes(png(picture(1)))
+    (tmp_path / "empty.png").touch()
     return tmp_path
 
 
@@ -304,12 +306,19 @@ def test_pixels_are_rgb_and_upright(folder):
     image.save(folder / "side.png", exif=exif)
     found = open_image((folder / "side.png").read_bytes(), "a")
     assert (found.size, found.mode) == ((4, 8), "RGB")
+    lying = Image.open(folder / "side.png")  # PNG that is made of it would lose which way it lies
+    kept = open_image(read_image(lying, "a", []).content, "a")
+    assert kept.tobytes() == found.tobytes() and kept.size == found.size
+    wide = Image.new("I", (4, 4), 70)  # a mode that PNG does not have in every version of Pillow
+    kept = open_image(read_image(wide, "a", []).content, "a")
+    assert kept.tobytes() == wide.convert("RGB").tobytes()
     assert open_image(png(image.convert("RGBA")), "a").mode == "RGB"
     assert open_image(png(image.convert("L")), "a").mode == "RGB"
 
 
 UNREADABLE = {
     "missing": ("gone.png", r"images\[0\] is not there: no file 'gone.png' in .*data.image_folder"),
+    "an empty file": ("empty.png", r"^images\[0\] is empty: .*empty.png has no bytes"),
     "empty": (b"", r"images\[0\] is empty"),
     "no keys": ({"width": 3}, r"images\[0\] is empty: it has 'width'"),
     "a number": (3, r"images\[0\] is no image: got int"),

@@ -97,14 +97,16 @@ def _from_text(text: str, name: str, folders: list[Path]) -> ImageFile:
     places = [folder / os.path.expanduser(text) for folder in folders]
     for path in places:
         try:
-            if path.is_file():
-                content = path.read_bytes()
-                return _kept(content, name)._replace(path=str(path.resolve()))
+            if not path.is_file():
+                continue
+            content = path.read_bytes()
         except (OSError, ValueError) as error:
             if getattr(error, "errno", None) != 36 and "null" not in str(
                 error
             ):  # no name of a file
                 raise BadRow(f"{name} cannot be read", f"{path}: {error}") from None
+            continue
+        return _kept(content, name, str(path.resolve()))
     if len(text) >= LEAST_BASE64 and (content := _base64(text)) is not None:
         return _kept(content, name)
     looked = ", ".join(dict.fromkeys(str(folder) for folder in folders)) or "."
@@ -144,16 +146,17 @@ def _fetched(url: str, name: str) -> bytes:
 
 
 def _png(image: Any) -> bytes:
-    """A PIL image as PNG, which loses nothing of what a processor looks at."""
+    """A PIL image as PNG, upright, which loses nothing else of what a processor looks at."""
+    from PIL import ImageOps
+
     content = io.BytesIO()
-    kept = (
-        image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I") else image.convert("RGB")
-    )
+    kept = ImageOps.exif_transpose(image)
+    kept = kept if kept.mode in ("1", "L", "LA", "P", "RGB", "RGBA") else kept.convert("RGB")
     kept.save(content, "PNG", compress_level=1)
     return content.getvalue()
 
 
-def _kept(content: bytes, name: str) -> ImageFile:
+def _kept(content: bytes, name: str, path: str | None = None) -> ImageFile:
     if not content:
-        raise BadRow(f"{name} is empty", "it has no bytes")
-    return ImageFile(content, hashlib.sha256(content).digest(), None)
+        raise BadRow(f"{name} is empty", f"{path or 'it'} has no bytes")
+    return ImageFile(content, hashlib.sha256(content).digest(), path)
