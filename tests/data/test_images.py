@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from transformers.image_transforms import convert_to_rgb
 
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.images.files import open_image, read_image
@@ -313,6 +314,11 @@ def test_pixels_are_rgb_and_upright(folder):
     kept = open_image(read_image(wide, "a", []).content, "a")
     assert kept.tobytes() == wide.convert("RGB").tobytes()
     assert open_image(png(image.convert("RGBA")), "a").mode == "RGB"
+    clear = Image.new(
+        "RGBA", (4, 4), (9, 9, 9, 0)
+    )  # as TRL gives it, through the model's processor
+    theirs = convert_to_rgb(clear, return_numpy=True)
+    assert open_image(png(clear), "a").tobytes() == theirs.tobytes() == b"\xff" * 48
     assert open_image(png(image.convert("L")), "a").mode == "RGB"
 
 

@@ -64,16 +64,28 @@ def read_image(value: Any, name: str, folders: list[Path]) -> ImageFile:
 
 
 def open_image(content: bytes, name: str) -> Image:
-    """The pixels as RGB, upright, as transformers' `load_image` has them. Raises BadRow."""
+    """The pixels as RGB, upright, and what is transparent on white. Raises BadRow.
+
+    So processors of transformers have PIL images, and vLLM all; `load_image` alone shows what lies below.
+    """
     from PIL import Image, ImageOps
 
     try:
         with Image.open(io.BytesIO(content)) as image:
             image.load()
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return _on_white(ImageOps.exif_transpose(image)).convert("RGB")
     except Exception as error:  # decoders raise anything at what is not an image
         reason = str(error).partition("<_io")[0].strip() or type(error).__name__
         raise BadRow(f"{name} cannot be decoded", f"{reason} ({len(content)} bytes)") from None
+
+
+def _on_white(image: Image) -> Image:
+    from PIL import Image as images
+
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image
+    white = images.new("RGBA", image.size, (255, 255, 255, 255))
+    return images.alpha_composite(white, image.convert("RGBA"))
 
 
 def _innermost(value: Any, name: str) -> Any:
