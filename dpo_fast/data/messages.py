@@ -205,10 +205,11 @@ def _text(part: Any, name: str) -> str:
     if kind not in TEXT_PARTS:
         raise BadRow(
             f"content has a part of type {kind!r}",
-            f"{name}: expected text; others are not trained on",
+            f"{name}: expected text, or an image; others are not trained on",
         )
     if not isinstance(part.get("text"), str):
-        raise BadRow("a part without text", f"{name} has {', '.join(map(repr, part))}")
+        hint = "; one that is an image has type 'image'" if "image" in part else ""
+        raise BadRow("a part without text", f"{name} has {', '.join(map(repr, part))}{hint}")
     return part["text"]
 
 

@@ -11,6 +11,7 @@ from dpo_fast.data import values
 from dpo_fast.data.config import CHAT_COLUMNS, IMAGES, DataConfig
 from dpo_fast.data.demonstrations import best_of, demonstration, scores_of
 from dpo_fast.data.files import Cell
+from dpo_fast.data.forms.instructions import opened
 from dpo_fast.data.forms.table import find_form
 from dpo_fast.data.forms.unused import check_unused
 from dpo_fast.data.images.columns import take_images
@@ -133,7 +134,7 @@ def parse_row(
         BadRow: a mistake in the row, or a column of words that nothing uses.
         Dropped: none of its answers is preferred, or one is empty.
     """
-    left = _renamed(raw, config)
+    left = opened(_renamed(raw, config))
     images = take_images(left)
     format_ = "auto" if config.format == SFT else config.format
     form = find_form(left, format_, config.columns)
@@ -151,7 +152,7 @@ def parse_row(
         parsed.optional[IMAGES] = images
     if left:
         has_prompt = form or row.get("prompt") is not None or (parsed.is_chat and parsed.prompt)
-        check_unused(left, parsed, bool(has_prompt))
+        check_unused(left, parsed, bool(has_prompt), bool(images))
     return parsed
 
 

@@ -157,11 +157,15 @@ class RowTokeniser:
                 ids, added = self.endings.without_end(ids, chat=row.is_chat), False
             if images:
                 ids = images.ids(ids, images.orders[place])
+            else:
+                self.images.check_none(name, ids)
             answers[name] = Answer.ended(ids, flags, name)
             eos_added += added
         lead = self.endings.lead(prompt_ids)
         if images:
             prompt_ids = images.ids(prompt_ids, images.order)
+        else:
+            self.images.check_none("the prompt", prompt_ids)
         ids = {name: answer.ids for name, answer in answers.items()}
         fitted = fit(row.where, prompt_ids, ids, self.config, lead)
         kept = [each.cut(len(ids)) for each, ids in zip(answers.values(), fitted.answers)]

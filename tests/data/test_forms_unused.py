@@ -55,6 +55,28 @@ def test_words_that_nothing_uses_are_an_error(name):
             parse(PAIR | {name: WORDS[name]})
 
 
+PNG, URI = b"\x89PNG\r\n", "data:image/png;base64,iVBO"
+PICTURES = {
+    "img": {"bytes": PNG, "path": None},
+    "pictures": [{"bytes": None, "path": "a.JPG"}],
+    "image_path": "cats/1.jpeg",
+    "image_url": "https://cats.org/1.png",
+    "shown": URI,
+    "seen": b"\xff\xd8\xff\xe0",
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_images_under_another_name_are_an_error(name):
+    """A run on the texts alone would not be told from one that sees them."""
+    with pytest.raises(BadRow, match=f"{name!r} holds images, .*data.columns=.images: {name}.*ign"):
+        parse(TEXT | {name: PICTURES[name]})
+    assert parse(TEXT | {name: PICTURES[name]}, columns={"images": name})[0].optional["images"]
+    assert parse(TEXT | {name: PICTURES[name], "image": "b.png"})[1] == {name}
+    others = {"logo": "a.png", "sound": {"bytes": b"RIFF0000WAVE", "path": None}, "image_id": "17"}
+    assert parse(TEXT | others)[1] == others.keys()
+
+
 @pytest.mark.parametrize("value", [None, "", " \n", [], {}, [None], [""], {"bytes": None}])
 def test_empty_columns_are_no_words(value):
     for name in (*WORDS, "images", "image"):

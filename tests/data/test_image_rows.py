@@ -18,6 +18,7 @@ from dpo_fast.data.grouping import exact_costs
 from dpo_fast.data.images.ahead import Ahead
 from dpo_fast.data.images.files import open_image
 from dpo_fast.data.images.model import images_of
+from dpo_fast.data.images.processor import load_processor
 from dpo_fast.data.images.tokens import codes, image_key, whole_images
 from dpo_fast.data.kinds import ExampleLengths
 from dpo_fast.data.layouts import LAYOUTS
@@ -540,3 +541,29 @@ def test_a_processor_that_treats_several_images_otherwise_is_told(folder):
     assert len(one.images) == 1 and one.images[0]["tokens"] > 4
     with pytest.raises(BadRow, match="2 images in one text are not what they are by themselves"):
         tokenised(pair("<image><image>", ["0.png", "1.png"]), tokenizer, folder)
+
+
+@pytest.mark.parametrize("place", ["prompt", "chosen"])
+def test_an_image_token_without_an_image_is_told(place, folder, qwen):
+    """In a batch with images the model would look for its features."""
+    row = pair("Why?", []) | {place: [turn({"prompt": "user"}.get(place, "assistant"), QWEN[2])]}
+    with pytest.raises(
+        BadRow, match="(prompt|chosen) has 1 times '<.image_pad.>', the model's image"
+    ):
+        tokenised(row, qwen, folder)
+    assert tokenised(row | {place: pair("Why?", [])[place]}, qwen, folder).images is None
+    without = chat_tokenizer()  # a model without a processor has no such token
+    assert tokenised(row, without, folder).images is None
+
+
+def test_a_part_that_images_need_is_named_before_one_that_videos_need(monkeypatch):
+    def missing(name):
+        def load(*_, **__):
+            raise ImportError(f"{name} was not found")
+
+        return load
+
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", missing("torchvision"))
+    monkeypatch.setattr("dpo_fast.data.images.processor._without_video", missing("num2words"))
+    with pytest.raises(UserError, match="the data has images: num2words was not found"):
+        load_processor({}, None, "the model")

@@ -7,6 +7,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from transformers.image_transforms import convert_to_rgb
 
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.images.files import open_image, read_image
@@ -87,6 +89,7 @@ CHATS = {
         {"prompt": asked([{"type": "image", "source": {"type": "url", "url": A}}, text("q")])},
         ["[a.png]q"],
     ),
+    "a part's path": ({"prompt": asked([PART | {"image_path": A}, text("q")])}, ["[a.png]q"]),
     "placeholders": (
         {"images": [A, B], "prompt": asked("one <image> two <image>?")},
         ["one [a.png] two [b.png]?"],
@@ -120,6 +123,7 @@ def test_images_have_a_place_in_the_prompt(name):
 
 
 FORMS = {
+    "of RLHF-V, JSON in a text": {"image": A, "text": json.dumps({"question": "q", **ANSWERS})},
     "whole conversations": {
         "images": [A],
         **{name: [*asked("q"), turn("assistant", each)] for name, each in ANSWERS.items()},
@@ -266,6 +270,7 @@ def test_an_ignored_column_of_images_is_left_out():
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / A).write_bytes(png(picture(1)))
+    (tmp_path / "empty.png").touch()
     return tmp_path
 
 
@@ -302,12 +307,24 @@ def test_pixels_are_rgb_and_upright(folder):
     image.save(folder / "side.png", exif=exif)
     found = open_image((folder / "side.png").read_bytes(), "a")
     assert (found.size, found.mode) == ((4, 8), "RGB")
+    lying = Image.open(folder / "side.png")  # PNG that is made of it would lose which way it lies
+    kept = open_image(read_image(lying, "a", []).content, "a")
+    assert kept.tobytes() == found.tobytes() and kept.size == found.size
+    wide = Image.new("I", (4, 4), 70)  # a mode that PNG does not have in every version of Pillow
+    kept = open_image(read_image(wide, "a", []).content, "a")
+    assert kept.tobytes() == wide.convert("RGB").tobytes()
     assert open_image(png(image.convert("RGBA")), "a").mode == "RGB"
+    clear = Image.new(
+        "RGBA", (4, 4), (9, 9, 9, 0)
+    )  # as TRL gives it, through the model's processor
+    theirs = convert_to_rgb(clear, return_numpy=True)
+    assert open_image(png(clear), "a").tobytes() == theirs.tobytes() == b"\xff" * 48
     assert open_image(png(image.convert("L")), "a").mode == "RGB"
 
 
 UNREADABLE = {
     "missing": ("gone.png", r"images\[0\] is not there: no file 'gone.png' in .*data.image_folder"),
+    "an empty file": ("empty.png", r"^images\[0\] is empty: .*empty.png has no bytes"),
     "empty": (b"", r"images\[0\] is empty"),
     "no keys": ({"width": 3}, r"images\[0\] is empty: it has 'width'"),
     "a number": (3, r"images\[0\] is no image: got int"),

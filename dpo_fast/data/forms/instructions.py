@@ -21,6 +21,16 @@ from dpo_fast.data.messages import (
 from dpo_fast.data.verdicts import BadRow
 
 
+def opened(row: Raw) -> Raw:
+    """A row whose `text` is JSON of question, chosen and rejected, as RLHF-V's, with those as columns."""
+    told = row.get("text")
+    if isinstance(told, str) and '"rejected"' in told and "rejected" not in row:
+        found = from_text(told)
+        if isinstance(found, dict) and {"question", "chosen", "rejected"} <= found.keys():
+            return {**found, **{name: value for name, value in row.items() if name != "text"}}
+    return row
+
+
 def alpaca(row: Raw) -> Raw:
     """instruction, input, output or chosen and rejected, system, history; also LLaMA-Factory's names."""
     said = [text(row, "instruction", "prompt"), text(row, "input", "query")]

@@ -20,20 +20,33 @@ CONTENT = (
     *("messages", "conversations", "documents", "prompt"),
 )
 KNOWN = {*MEDIA, *CONTENT}
+# Names of columns with paths of images, what such paths end in, and what images begin with.
+WORDS = ("image", "img", "picture", "photo")
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+BEGINNINGS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8")  # and WebP, a kind of RIFF
 REMEDY = "list it in data.ignore_columns to leave it out"
 
 
-def check_unused(left: Mapping[str, Any], row: Any, has_prompt: bool) -> None:
+def check_unused(left: Mapping[str, Any], row: Any, has_prompt: bool, images: bool = False) -> None:
     """Raises BadRow for columns that may not be passed over.
 
     left: columns that the row's form did not take. has_prompt: whether a column holds the prompt.
+    images: whether the row has images; other columns of them may then be anything.
     """
+    for name, value in left.items() if not images else ():
+        if holds_images(name, value):
+            raise BadRow(
+                f"column {name!r} holds images, and is not used",
+                f"name it with data.columns={{images: {name}}}, or {REMEDY}",
+            )
     if has_prompt and not KNOWN & left.keys():
         return
     filled = {name: value for name, value in left.items() if not _empty(value)}
     for name in MEDIA:
         if name in filled:
-            raise BadRow(f"column {name!r} is not used", f"only text is trained on; {REMEDY}")
+            raise BadRow(
+                f"column {name!r} is not used", f"texts and images are trained on; {REMEDY}"
+            )
     suspects = [name for name in CONTENT if name in filled]
     if not has_prompt:
         suspects += [name for name, value in filled.items() if _is_prose(value)]
@@ -67,6 +80,22 @@ def _remedy(name: str, value: Any, row: Any, has_prompt: bool) -> str:
             ", set data.apply_chat_template=true or data.format=alpaca, which make a chat of texts,"
         )
     return ", set data.format=alpaca, which makes a chat of texts,"
+
+
+def holds_images(name: str, value: Any) -> bool:
+    """Whether a column has images, by what it holds; of paths its name must say so, too."""
+    if isinstance(value, str):
+        if value.startswith("data:image/"):
+            return True
+        return value.lower().endswith(ENDINGS) and any(word in name.lower() for word in WORDS)
+    if isinstance(value, (bytes, bytearray)):
+        return value.startswith(BEGINNINGS) or value[8:12] == b"WEBP"
+    if isinstance(value, Mapping):
+        inner = value.get("bytes") or value.get("path") or value.get("url")
+        return isinstance(inner, (str, bytes)) and holds_images(f"{name} image", inner)
+    if isinstance(value, (list, tuple)):
+        return bool(value) and holds_images(name, value[0])
+    return hasattr(value, "save") and hasattr(value, "convert")  # of PIL
 
 
 def texts_of(value: Any) -> Iterator[str]:

@@ -34,7 +34,8 @@ OF_MODELS = (
     *("<|image_soft_token|>", "<|IMAGE|>", "<image_pad>"),
 )
 TYPES = ("image", "image_url", "input_image")
-PAYLOADS = ("image", "image_url", "url", "path", "base64", "bytes", "source")
+PAYLOADS = ("image", "image_url", "url", "path", "image_path", "base64")
+PAYLOADS += ("bytes", "source")
 # Columns whose texts follow the prompt.
 ANSWERS = (
     *("chosen", "rejected", "completion", "completions", "chosen_response", "rejected_response"),

@@ -61,6 +61,20 @@ class RowImages:
             found.append(_Image(image, pixels, expansion))
         return RowWithImages(self, found)
 
+    def check_none(self, name: str, ids: Sequence[int]) -> None:
+        """Raises BadRow for the model's image token in a text of a row without images.
+
+        The model would look for an image there, in every batch that has some.
+        """
+        token = self.model.told_token_id
+        if token is not None and token in ids:
+            raise BadRow(
+                "an image token without an image",
+                f"{name} has {ids.count(token)} times {self.model.tokenizer.decode([token])!r}, the "
+                "model's image token, and the row has no images: give it them, or take the token out of "
+                "its text",
+            )
+
     def check(self, before: str, after: str, images: list[Any]) -> None:
         """Raises BadRow where the processor writes several images of a text in another way than one."""
         count = len(images)

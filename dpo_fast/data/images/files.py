@@ -64,16 +64,28 @@ def read_image(value: Any, name: str, folders: list[Path]) -> ImageFile:
 
 
 def open_image(content: bytes, name: str) -> Image:
-    """The pixels as RGB, upright, as transformers' `load_image` has them. Raises BadRow."""
+    """The pixels as RGB, upright, and what is transparent on white. Raises BadRow.
+
+    So processors of transformers have PIL images, and vLLM all; `load_image` alone shows what lies below.
+    """
     from PIL import Image, ImageOps
 
     try:
         with Image.open(io.BytesIO(content)) as image:
             image.load()
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return _on_white(ImageOps.exif_transpose(image)).convert("RGB")
     except Exception as error:  # decoders raise anything at what is not an image
         reason = str(error).partition("<_io")[0].strip() or type(error).__name__
         raise BadRow(f"{name} cannot be decoded", f"{reason} ({len(content)} bytes)") from None
+
+
+def _on_white(image: Image) -> Image:
+    from PIL import Image as images
+
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image
+    white = images.new("RGBA", image.size, (255, 255, 255, 255))
+    return images.alpha_composite(white, image.convert("RGBA"))
 
 
 def _innermost(value: Any, name: str) -> Any:
@@ -97,14 +109,16 @@ def _from_text(text: str, name: str, folders: list[Path]) -> ImageFile:
     places = [folder / os.path.expanduser(text) for folder in folders]
     for path in places:
         try:
-            if path.is_file():
-                content = path.read_bytes()
-                return _kept(content, name)._replace(path=str(path.resolve()))
+            if not path.is_file():
+                continue
+            content = path.read_bytes()
         except (OSError, ValueError) as error:
             if getattr(error, "errno", None) != 36 and "null" not in str(
                 error
             ):  # no name of a file
                 raise BadRow(f"{name} cannot be read", f"{path}: {error}") from None
+            continue
+        return _kept(content, name, str(path.resolve()))
     if len(text) >= LEAST_BASE64 and (content := _base64(text)) is not None:
         return _kept(content, name)
     looked = ", ".join(dict.fromkeys(str(folder) for folder in folders)) or "."
@@ -144,16 +158,17 @@ def _fetched(url: str, name: str) -> bytes:
 
 
 def _png(image: Any) -> bytes:
-    """A PIL image as PNG, which loses nothing of what a processor looks at."""
+    """A PIL image as PNG, upright, which loses nothing else of what a processor looks at."""
+    from PIL import ImageOps
+
     content = io.BytesIO()
-    kept = (
-        image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I") else image.convert("RGB")
-    )
+    kept = ImageOps.exif_transpose(image)
+    kept = kept if kept.mode in ("1", "L", "LA", "P", "RGB", "RGBA") else kept.convert("RGB")
     kept.save(content, "PNG", compress_level=1)
     return content.getvalue()
 
 
-def _kept(content: bytes, name: str) -> ImageFile:
+def _kept(content: bytes, name: str, path: str | None = None) -> ImageFile:
     if not content:
-        raise BadRow(f"{name} is empty", "it has no bytes")
-    return ImageFile(content, hashlib.sha256(content).digest(), None)
+        raise BadRow(f"{name} is empty", f"{path or 'it'} has no bytes")
+    return ImageFile(content, hashlib.sha256(content).digest(), path)

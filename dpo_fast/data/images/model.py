@@ -107,11 +107,15 @@ class ModelImages:
     @cached_property
     def token_id(self) -> int:
         """The token that the model replaces with features of an image."""
-        for owner in (self._config, self.tokenizer, self.processor):
-            for name in TOKEN_NAMES:
-                if isinstance(found := getattr(owner, name, None), int):
-                    return found
-        return self.tokenizer.convert_tokens_to_ids(self.placeholder)
+        if (told := self.told_token_id) is not None:
+            return told
+        found = _token_id([self.processor])
+        return self.tokenizer.convert_tokens_to_ids(self.placeholder) if found is None else found
+
+    @cached_property
+    def told_token_id(self) -> int | None:
+        """The same, as the configuration or the tokenizer has it, without the processor; or None."""
+        return None if self.source is None else _token_id([self._config, self.tokenizer])
 
     @cached_property
     def _config(self) -> Any:
@@ -119,7 +123,7 @@ class ModelImages:
 
         try:
             return AutoConfig.from_pretrained(**self.source)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, ImportError):
             return None
 
     @cached_property
@@ -201,6 +205,11 @@ class ModelImages:
             ) from error
         tensors = {name: _tensor(value) for name, value in found.items() if name not in OF_TEXTS}
         return {k: v for k, v in tensors.items() if v is not None}, recorder.texts
+
+
+def _token_id(owners: Sequence[Any]) -> int | None:
+    found = (getattr(owner, name, None) for owner in owners for name in TOKEN_NAMES)
+    return next((each for each in found if isinstance(each, int)), None)
 
 
 class _Recorder:

@@ -26,10 +26,10 @@ def load_processor(source: Mapping[str, Any], tokenizer: Any, named: str) -> Any
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
         try:
             found = _without_video(source, tokenizer)
-        except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError):
-            found = None
-        if found is None:
-            reason = clipped(" ".join(str(error).split()) or type(error).__name__, 300)
+        except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as without:
+            # What images need is missing, and not what videos need.
+            told = without if isinstance(without, ImportError) else error
+            reason = clipped(" ".join(str(told).split()) or type(told).__name__, 300)
             raise UserError(
                 f"{named}: its processor cannot be loaded, and the data has images: {reason}"
             ) from error
