@@ -25,6 +25,7 @@ from dpo_fast.cli.export import export
 from dpo_fast.cli.import_file import import_file
 from dpo_fast.cli.iterate import iterate, load_rounds
 from dpo_fast.cli.judge import judge
+from dpo_fast.cli.push import push
 from dpo_fast.cli.sample import sample
 from dpo_fast.cli.streams import own_arguments
 from dpo_fast.cli.system_errors import explained
@@ -49,6 +50,7 @@ app = typer.Typer(
 app.add_typer(bench.app, name="bench")
 app.add_typer(config_app, name="config")
 app.command()(export)
+app.command()(push)
 app.command("import")(import_file)
 app.command()(evaluate)
 app.command()(sample)
@@ -148,9 +150,11 @@ def _calm(quietly: bool) -> None:
 def _report(folder: Path) -> None:
     """The report of a run that is over. The run has done its work even where there is no room for it."""
     from dpo_fast.report import write_report
+    from dpo_fast.report.card import illustrate
 
     try:
         typer.echo(f"report: {write_report(folder)}")
+        illustrate(folder)
     except UserError as error:
         print(f"dpo-fast: the run is complete, its report is not: {error}", file=sys.stderr)
 

@@ -65,7 +65,8 @@ class RunLog:
         if distributed.is_main():
             self._write_files(resumed)
             self._forget_after(step)
-            record_start(self.file.parent, step, self.run.train.examples.lengths)
+            lengths = self.run.train.examples.lengths
+            record_start(self.file.parent, step, lengths, made_of(self.run))
             if self.file.is_file():
                 self.watch.resume(self.file)
             self.loggers = open_loggers(self.run.config, step, resumed)
@@ -172,6 +173,16 @@ class RunLog:
         values = named({n: v for n, v in line.items() if n not in ("step", NONFINITE)})
         for logger in self.loggers:
             logger.log(step, values)
+
+
+def made_of(run: Run) -> dict[str, Any]:
+    """Hashes of what a run is made of: rows of each split, weights by the option that names them."""
+    splits = {"train": run.train} | ({} if run.eval is None else {"eval": run.eval})
+    rows = {
+        name: {"rows": len(split.examples), "sha256": split.must_fit().get("data")}
+        for name, split in splits.items()
+    }
+    return {"data": rows, "weights": dict(run.weights)}
 
 
 def step_of_line(line: str) -> float | None:
