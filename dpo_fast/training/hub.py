@@ -11,6 +11,7 @@ from pathlib import Path
 from dpo_fast import durable
 from dpo_fast.errors import UserError
 from dpo_fast.models.hub import REVISED
+from dpo_fast.training.config import RunConfig
 
 # What a run needs and a model does not; and what is half written.
 LEFT = ("engine/*", "rng*", "state.json", "manifest.json", "dpo_fast.yaml", ".*", "*.partial")
@@ -37,6 +38,37 @@ def check_repo(repo: str, option: str) -> None:
         raise UserError(f"{option}={repo}: {durable.first_line(error)}") from None
     if REVISED.fullmatch(repo):
         raise UserError(f"{option}={repo}: name the revision by itself")
+
+
+def check_hub(config: RunConfig) -> None:
+    """Raises UserError if the end of a run could not push its model: it is told before the first step."""
+    train = config.train
+    if not train.push_to_hub:
+        return
+    from huggingface_hub import constants, get_token
+
+    check_repo(repo_of(config), "train.hub_model_id")
+    if constants.is_offline_mode():
+        raise UserError(
+            "train.push_to_hub=true, but HF_HUB_OFFLINE=1 keeps the hub's client from the network: unset "
+            "it, or leave the option out and push later with `dpo-fast push`"
+        )
+    if get_token() is None:
+        raise UserError(
+            "train.push_to_hub=true needs a token that may write: set HF_TOKEN, or log in with `hf auth "
+            "login`; or leave it out and push later with `dpo-fast push`"
+        )
+
+
+def repo_of(config: RunConfig) -> str:
+    """The repository of a run's model."""
+    return config.train.hub_model_id or Path(config.train.output_dir).resolve().name
+
+
+def push_run(config: RunConfig, model: Path) -> str:
+    """Push the trained model of a run, as `push` does. Raises UserError."""
+    train = config.train
+    return push(model, repo_of(config), train.hub_private_repo, train.hub_revision)
 
 
 def check_pushable(folder: Path) -> None:

@@ -76,6 +76,9 @@ LossSection = create_model(
 )
 
 
+OF_PUSH = {"refused": "without train.push_to_hub"}
+
+
 class TrainSection(BaseModel):
     """The training itself. Names follow transformers' TrainingArguments where they can."""
 
@@ -276,6 +279,27 @@ class TrainSection(BaseModel):
         description="rows of data.train that no batch holds, named by file and line as messages name them; "
         "the steps of all other rows stay as they are",
     )
+    push_to_hub: bool = Field(
+        False,
+        description="upload the trained model and its card to the Hugging Face hub at the end; the token "
+        "is HF_TOKEN or that of `hf auth login`",
+    )
+    hub_model_id: str | None = Field(
+        None,
+        description="repository, `name` or `owner/name`; default: the name of output_dir",
+        json_schema_extra=OF_PUSH,
+    )
+    hub_private_repo: bool | None = Field(
+        None,
+        description="whether a new repository is private; default: as its owner's settings say",
+        json_schema_extra=OF_PUSH,
+    )
+    hub_revision: str | None = Field(
+        None,
+        min_length=1,
+        description="branch, made if there is none; default: the main one",
+        json_schema_extra=OF_PUSH,
+    )
     overwrite_output_dir: bool = Field(
         False,
         description="begin again in a folder that holds a run: its checkpoints are removed, its metrics "
@@ -337,6 +361,13 @@ class TrainSection(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> TrainSection:
+        hub = ("hub_model_id", "hub_private_repo", "hub_revision")
+        unused = next((name for name in hub if getattr(self, name) is not None), None)
+        if unused and not self.push_to_hub:
+            raise ValueError(
+                f"train.{unused}={getattr(self, unused)} is not used: set train.push_to_hub=true, or "
+                "remove it"
+            )
         if self.overwrite_output_dir and self.resume_from_checkpoint:
             raise ValueError(
                 "train.overwrite_output_dir=true removes what "

@@ -5,10 +5,12 @@ import importlib
 import pytest
 from typer.testing import CliRunner
 
-from dpo_fast.cli.app import app
+from dpo_fast.cli.app import _push, app
 from dpo_fast.errors import UserError
 from dpo_fast.training import hub
+from dpo_fast.training.config import build_config
 from tests.support.fake_hub import FakeHub
+from tests.support.models import run_tree
 
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
 
@@ -95,3 +97,48 @@ def test_a_run_folder_means_its_model(server, model):
     shown = CliRunner().invoke(app, ["push", str(folder.parent)])
     assert shown.exit_code == 0, shown.output
     assert server.files["me/my-run", "main"] == contents
+
+
+def config_of(folder, **train):
+    tree = run_tree(folder, output_dir=str(folder / "my-run"))
+    tree["train"] |= train
+    return build_config(tree, "run")
+
+
+def test_the_end_of_a_run_pushes_as_its_options_say(server, model, tmp_path, capsys):
+    folder, contents = model
+    run = config_of(tmp_path, push_to_hub=True, hub_private_repo=True, hub_revision="v3")
+    hub.check_hub(run)
+    _push(run, folder)
+    assert server.repos == {"me/my-run": True}
+    assert server.files == {("me/my-run", "v3"): contents}
+    assert capsys.readouterr().out.startswith(f"pushed: {server.address}/me/my-run")
+    server.fails = "/commit/"
+    _push(run, folder)  # the run is over, and no error of it
+    told = " ".join(capsys.readouterr().err.split())
+    assert "the run is complete, its model is not pushed" in told
+    assert f"dpo-fast push {folder} my-run --private --revision v3" in told
+    server.tokens.clear()
+    _push(config_of(tmp_path), folder)
+    assert not server.tokens  # without push_to_hub nobody is asked
+
+
+def test_what_could_not_be_pushed_is_told_before_the_first_step(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    constants = importlib.import_module("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    run = config_of(tmp_path, push_to_hub=True)
+    with pytest.raises(UserError, match="push_to_hub=true needs a token .* HF_TOKEN"):
+        hub.check_hub(run)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: TOKEN)
+    hub.check_hub(run)
+    with pytest.raises(UserError, match="train.hub_model_id=a/b/c"):
+        hub.check_hub(config_of(tmp_path, push_to_hub=True, hub_model_id="a/b/c"))
+    monkeypatch.setattr(constants, "is_offline_mode", lambda: True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE=1"):
+        hub.check_hub(run)
+    for option in ({"hub_model_id": "a/b"}, {"hub_private_repo": False}, {"hub_revision": "x"}):
+        with pytest.raises(UserError, match=r"hub_\w+=.* is not used: set train.push_to_hub"):
+            config_of(tmp_path, **option)

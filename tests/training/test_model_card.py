@@ -1,5 +1,6 @@
 """The card beside an exported model: true, readable by the hub's client, and silent about folders."""
 
+import importlib
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -99,7 +100,9 @@ def test_the_client_of_the_hub_reads_a_card(config, tmp_path):
     assert {"dpo_fast", "ipo", "sft"} <= set(data["tags"])
 
 
-def test_an_adapter_names_its_base_and_how_to_put_it_on(config):
+def test_an_adapter_names_its_base_and_how_to_put_it_on(config, monkeypatch):
+    constants = importlib.import_module("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # nothing of it is here
     section = config.model.model_copy(update={"path": "org/chat@v2"})
     hub = config.model_copy(update={"model": section})
     text, meta = card(hub, None, True), metadata(hub, True)
