@@ -8,6 +8,7 @@ later.py           PyTorch, imported when it is first used
 init.py            `init`: a configuration to begin with
 evaluate.py        `evaluate`: metrics of a model on any data
 export.py          `export`: the model out of a checkpoint
+push.py            `push`: a model to the Hugging Face hub
 doctor.py          what this machine can run
 doctor_run.py      what one run would use, and its memory
 launch.py          --nproc: local ranks without torchrun

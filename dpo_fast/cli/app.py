@@ -25,6 +25,7 @@ from dpo_fast.cli.export import export
 from dpo_fast.cli.import_file import import_file
 from dpo_fast.cli.iterate import iterate, load_rounds
 from dpo_fast.cli.judge import judge
+from dpo_fast.cli.push import push
 from dpo_fast.cli.sample import sample
 from dpo_fast.cli.streams import own_arguments
 from dpo_fast.cli.system_errors import explained
@@ -49,6 +50,7 @@ app = typer.Typer(
 app.add_typer(bench.app, name="bench")
 app.add_typer(config_app, name="config")
 app.command()(export)
+app.command()(push)
 app.command("import")(import_file)
 app.command()(evaluate)
 app.command()(sample)
@@ -133,6 +135,7 @@ def train(
     if model is not None and distributed.is_main():
         typer.echo(f"model: {model}")
         _report(Path(run.train.output_dir))
+        _push(run, model)
     distributed.leave_distributed()
 
 
@@ -148,11 +151,25 @@ def _calm(quietly: bool) -> None:
 def _report(folder: Path) -> None:
     """The report of a run that is over. The run has done its work even where there is no room for it."""
     from dpo_fast.report import write_report
+    from dpo_fast.report.card import illustrate
 
     try:
         typer.echo(f"report: {write_report(folder)}")
+        illustrate(folder)
     except UserError as error:
         print(f"dpo-fast: the run is complete, its report is not: {error}", file=sys.stderr)
+
+
+def _push(run, model: Path) -> None:
+    """The model of a run that is over to the hub. The run has done its work even where that fails."""
+    from dpo_fast.training.hub import push_run
+
+    if not run.train.push_to_hub:
+        return
+    try:
+        typer.echo(f"pushed: {push_run(run, model)}")
+    except UserError as error:
+        print(f"dpo-fast: the run is complete, its model is not pushed: {error}", file=sys.stderr)
 
 
 def _launch(nproc: int, run, arguments: list[str]) -> None:

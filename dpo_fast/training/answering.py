@@ -129,7 +129,7 @@ class Answering:
         answers = self._answers(asked)
         metrics = distributed.main_waits("answers", lambda: self._judged(step, answers))
         metrics = {f"{PREFIX}{name}": value for name, value in metrics.items()}
-        log.generated(step, self.run.best.note(step, metrics, answers=True))
+        log.generated(step, self.run.best.note(step, metrics, answers=True), answers)
 
     def _answers(self, asked: Callable[[], bool] | None) -> list[Answers]:
         """Every kind of answer to every prompt, on every rank."""

@@ -85,7 +85,8 @@ def export_checkpoint(
         check_whole(checkpoint)
         run = config_of(checkpoint, overrides)
         check_base(run.model.path)
-        check_start(checkpoint, run, read_state(checkpoint))
+        state = read_state(checkpoint)
+        check_start(checkpoint, run, state)
         model = scoring_skeleton(run.model)
         tensors = read_trained(checkpoint, model.model)
     if any(override.startswith("model.dtype=") for override in overrides):
@@ -94,7 +95,7 @@ def export_checkpoint(
     shutil.rmtree(aside, ignore_errors=True)
     with durable.writing(aside, "The checkpoint is as it was: make room, or name another folder"):
         aside.mkdir(parents=True)
-        write_export(model, tensors, run, aside)
+        write_export(model, tensors, run, aside, state.get("step"))
         durable.publish(aside / MERGED if merged else aside, out, replace=out.exists())
         shutil.rmtree(aside, ignore_errors=True)
 

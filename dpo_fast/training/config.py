@@ -120,6 +120,11 @@ class RunConfig(BaseModel):
                 "data.eval or data.eval_rows"
             )
         self._check_whole_weights()
+        if self.log.log_completions and not self.generate.max_prompts:
+            raise ValueError(
+                "log.log_completions=true, but no answers are written: set generate.max_prompts, or "
+                "remove it"
+            )
         objective, tokens = self.loss.objective, self.log.token_metrics
         check_selection(self.train, self.generate, self.data.has_eval, objective, tokens)
         check_schedule(self.train.schedule, self.learning_rate, self.train.max_steps)

@@ -22,6 +22,7 @@ from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import saving
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import say
+from dpo_fast.training.model_card import write_card
 
 MERGED = "merged"  # the folder of the merged model beside its adapter
 
@@ -49,12 +50,17 @@ def export(
 
 
 def write_export(
-    model: ScoringModel, state: dict[str, Tensor], config: RunConfig, folder: Path
+    model: ScoringModel,
+    state: dict[str, Tensor],
+    config: RunConfig,
+    folder: Path,
+    step: int | None = None,
 ) -> None:
     """Write the files of an export into a folder, on one rank.
 
     model: gives names and shapes; its weights are not read.
     state: the trained tensors, whole, by their names in the model.
+    step: whose model it is, for the card; None: the last that the run has logged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if model.has_adapter:
@@ -66,6 +72,8 @@ def write_export(
         dtype = write_merged(config.model, folder, folder / MERGED, config.train.merge_dtype)
         say(f"merged in {dtype} (train.merge_dtype={config.train.merge_dtype})")
         write_tokenizer(config, folder / MERGED)
+        write_card(config, folder / MERGED, step)
+    write_card(config, folder, step, adapter=model.has_adapter)
 
 
 def gather_trained(model: nn.Module) -> dict[str, Tensor]:

@@ -39,6 +39,7 @@ from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import find_checkpoint
 from dpo_fast.training.config import RunConfig, check_batch_sizes
 from dpo_fast.training.console import say
+from dpo_fast.training.hub import check_hub
 from dpo_fast.training.loggers import check_loggers
 from dpo_fast.training.optimisers import check_optim
 from dpo_fast.training.splits import Split
@@ -128,6 +129,7 @@ def check_run(config: RunConfig) -> Choices:
     dtype = config.model.torch_dtype
     choose_implementation("linear_logp", device, dtype, config.train.implementation)
     check_loggers(config)
+    check_hub(config)
     check_optim(config, device)
     check_zero(config)
     find_checkpoint(config.train.resume_from_checkpoint, config.train.output_dir)

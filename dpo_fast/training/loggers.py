@@ -2,109 +2,183 @@
 
 Metrics have the names that the Trainer of transformers gives them: `train/loss`, `eval/loss`. DeepSpeed's
 monitors stay off. They log a series of their own at other steps, after which W&B drops ours.
+
+A service that fails or hangs never holds the run up: every logger works in a thread of its own, and one
+that fails is told once and left out. `logger_clients.py` has the loggers themselves.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import os
-from collections.abc import Mapping
+import json
+import queue
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from dpo_fast import durable
 from dpo_fast.errors import UserError
+from dpo_fast.training.checkpoints import saving
 from dpo_fast.training.config import RunConfig
+from dpo_fast.training.console import say
+from dpo_fast.training.logger_clients import CLIENTS, FINISHED, Answers, Logger, Opening
 
 EVALUATION = "eval_"
-STEP = "train/global_step"
+IDENTITIES = "loggers.json"  # by which the services know the run
+PATIENCE = {FINISHED: 120.0}  # seconds to send what is left; a run that is stopped has less
+HURRY = 15.0
+MOST_CHARACTERS = 4000  # of a prompt or an answer in a table
 
 
-class Logger(Protocol):
-    """What receives metrics."""
+class Guarded:
+    """A logger in a thread of its own. Calls return at once; the first failure is told and is the last."""
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def __init__(self, name: str, logger: Logger) -> None:
+        self.name, self.logger = name, logger
+        self._left: queue.SimpleQueue = queue.SimpleQueue()
+        self._failure: Exception | None = None
+        self._told = self._closed = False
+        self._thread = threading.Thread(target=self._work, name=f"log to {name}", daemon=True)
+        self._thread.start()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Metrics of a step."""
+        self._ask("log", step, dict(metrics))
 
     def tell(self, step: int, name: str, text: str) -> None:
         """A finding, in words."""
+        self._ask("tell", step, name, text)
 
-    def close(self) -> None: ...
+    def answers(self, step: int, answers: Answers) -> None:
+        """Sample answers as a table."""
+        self._ask("answers", step, answers)
 
+    def close(self, status: str = FINISHED) -> None:
+        """Send what is left, and say how the run ended. The second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self._ask("close", status)
+        self._left.put(None)
+        self._thread.join(PATIENCE.get(status, HURRY))
+        if self._thread.is_alive():
+            self._warn("does not answer")
+        self._tell_failure()
 
-class TensorBoard:
-    """Event files in output_dir/tensorboard."""
+    def _ask(self, *call: Any) -> None:
+        self._tell_failure()
+        self._left.put(call)
 
-    def __init__(self, config: RunConfig, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    def _work(self) -> None:
+        while (call := self._left.get()) is not None:
+            # After a failure only `close` is still tried: it ends the client's own threads.
+            if self._failure is not None and call[0] != "close":
+                continue
+            try:
+                getattr(self.logger, call[0])(*call[1:])
+            except Exception as error:
+                self._failure = self._failure or error
 
-        # A resumed run takes the steps after its checkpoint again, and a run that begins anew all of them.
-        parts = [part for part in config.run_name.split("/") if part not in ("", ".", "..")]
-        folder = Path(config.train.output_dir, "tensorboard", *parts)
-        self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
+    def _tell_failure(self) -> None:
+        if self._failure is not None:
+            kind, why = type(self._failure).__name__, durable.first_line(self._failure)
+            self._warn(f"failed ({kind}: {why})")
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)
-        self.writer.flush()
-
-    def tell(self, step: int, name: str, text: str) -> None:
-        self.writer.add_text(f"health/{name}", text, step)
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-class WandB:
-    """A run of Weights & Biases.
-
-    Its project is `WANDB_PROJECT`, by default `dpo_fast`; other variables of its client hold as well. A
-    resumed run is a new one of the same name.
-    """
-
-    def __init__(self, config: RunConfig, step: int) -> None:
-        import wandb
-
-        try:
-            self.run = wandb.init(
-                project=os.environ.get("WANDB_PROJECT", "dpo_fast"),
-                name=config.run_name,
-                dir=config.train.output_dir,
-                config=config.resolved(),
+    def _warn(self, what: str) -> None:
+        if not self._told:
+            self._told = True
+            say(
+                f"log.report_to={self.name} {what} and gets nothing more; the run goes on, and "
+                "metrics.jsonl has everything",
+                matters=True,
             )
-        except wandb.Error as error:
-            raise UserError(
-                f"log.report_to=wandb: {durable.first_line(error)} Or set WANDB_MODE=offline, and "
-                "`wandb sync` sends the run later; or leave wandb out (metrics.jsonl is always written)"
-            ) from error
-        self.run.define_metric(STEP)
-        self.run.define_metric("*", step_metric=STEP, step_sync=True)
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.run.log({**metrics, STEP: step})
-
-    def tell(self, step: int, name: str, text: str) -> None:
-        self.run.alert(title=f"{name} at step {step}", text=text)
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-LOGGERS: dict[str, type[Logger]] = {"tensorboard": TensorBoard, "wandb": WandB}
 
 
 def check_loggers(config: RunConfig) -> None:
     """Raises UserError if the package of a logger is missing."""
-    for package in config.log.report_to:
-        if importlib.util.find_spec(package) is None:
+    for name in config.log.report_to:
+        package = CLIENTS[name].package
+        if package is not None and importlib.util.find_spec(package) is None:
             raise UserError(
-                f"log.report_to={package}: the package is not installed; pip install {package}, or "
-                "leave it out (metrics.jsonl is always written)"
+                f"log.report_to={name}: the package is not installed; pip install "
+                f"{CLIENTS[name].install}, or leave it out (metrics.jsonl is always written)"
             )
 
 
-def open_loggers(config: RunConfig, step: int) -> list[Logger]:
-    """The loggers of log.report_to. step: after which the run goes on."""
-    return [LOGGERS[name](config, step) for name in config.log.report_to]
+def open_loggers(config: RunConfig, step: int, resumed: bool = False) -> list[Guarded]:
+    """The loggers of log.report_to, on rank 0.
+
+    step: after which the run goes on. resumed: it is an earlier run that goes on, with the same loggers.
+
+    Raises:
+        UserError: one cannot begin. Of a resumed run it is left out, and told.
+    """
+    if not config.log.report_to:
+        return []
+    file = Path(config.train.output_dir) / IDENTITIES
+    known = _identities(file) if resumed else {}
+    with saving(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    found = []
+    for name in config.log.report_to:
+        opening = Opening(config, step, known.get(name))
+        try:
+            logger = CLIENTS[name](opening)
+        except Exception as error:
+            problem = f"log.report_to={name}: {_why(error)}"
+            advice = CLIENTS[name].advice
+            if not resumed:
+                raise UserError(f"{problem}{advice}") from error
+            say(
+                f"{problem}; the run goes on without it (metrics.jsonl has everything)",
+                matters=True,
+            )
+            continue
+        known[name] = logger.identity
+        found.append(Guarded(name, logger))
+    _remember(file, {name: value for name, value in known.items() if value})
+    return found
+
+
+def _why(error: Exception) -> str:
+    told = durable.first_line(error) or type(error).__name__
+    return told if told.endswith((".", "!")) else f"{told}."
+
+
+def _identities(file: Path) -> dict[str, str]:
+    """Those that the file has. Without it the services begin new runs: nothing else depends on it."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return {name: value for name, value in found.items() if isinstance(value, str)}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def _remember(file: Path, identities: dict[str, str]) -> None:
+    with saving(file):
+        durable.write_file(file, json.dumps(identities, indent=1))
+
+
+def answers_table(answers: Sequence[dict[str, Any]]) -> Answers:
+    """The table of a step's answers: a row for each prompt, as generations.jsonl has them."""
+    scored = any("scores" in each for each in answers)
+    drawn = [name for name in ("greedy", "sampled") if any(name in each for each in answers)]
+    columns = ["where", "prompt", *drawn, *(["score"] if scored else []), "chosen"]
+    rows = []
+    for each in answers:
+        row = [str(each.get("where", "")), _text(each.get("prompt"))]
+        row += [_text((each.get(name) or {}).get("text")) for name in drawn]
+        row += [(each.get("scores") or {}).get("greedy")] if scored else []
+        rows.append([*row, _text(each.get("chosen"))])
+    return Answers(columns, rows)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):  # messages
+        parts = (f"{each.get('role')}: {each.get('content')}" for each in value)
+        value = "\n\n".join(parts)
+    return "" if value is None else str(value)[:MOST_CHARACTERS]
 
 
 def named(metrics: Mapping[str, Any]) -> dict[str, float]:

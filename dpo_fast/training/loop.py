@@ -64,12 +64,12 @@ def sole_train(config: RunConfig, choices: Choices, dry_run: bool) -> Path | Non
         return rehearse(run, checkpoint)
     sums = MetricSums(run.engine.device, work_of(run.model))
     watch_head(run.model.causal_lm.get_output_embeddings(), sums.clock)
-    log = open_log(run)
-    with log.clock_stopped():
-        position = resume(run, checkpoint, sums, log) if checkpoint else start(run, log)
-        answering = begin_answering(run, position[0], log)
-    with signals.stop_signals(RESUME) as asked, run.saver:
-        step = steps(run, *position, sums, log, asked, answering)
+    with open_log(run) as log:
+        with log.clock_stopped():
+            position = resume(run, checkpoint, sums, log) if checkpoint else start(run, log)
+            answering = begin_answering(run, position[0], log)
+        with signals.stop_signals(RESUME) as asked, run.saver:
+            step = steps(run, *position, sums, log, asked, answering)
     model = Path(config.train.output_dir) / MODEL
     export(run.model, run.config, model, run.best.weights(run.model.model, step))
     release(run.engine, *run.references.values())
@@ -121,7 +121,6 @@ def steps(
                     check_weights(run, step)
                     folder = save(run, step, sums, to_evaluate)
             advance(log.loss)
-    log.close()
     if stopped:
         log.watch.raise_unhealthy(folder)
         raise Interrupted(f"interrupted; resume with train.resume_from_checkpoint={folder}")

@@ -1,4 +1,4 @@
-"""run.json: when and where a run began and went on, with which versions; lengths of its examples."""
+"""run.json: when and where a run began and went on, with which versions, and what it is made of."""
 
 from __future__ import annotations
 
@@ -25,8 +25,12 @@ MOST_STARTS = 100  # kept: a run that is preempted all the time has more
 BINS = 40
 
 
-def record_start(folder: Path, step: int, lengths: ExampleLengths) -> None:
+def record_start(
+    folder: Path, step: int, lengths: ExampleLengths, made_of: dict[str, Any] | None = None
+) -> None:
     """Note that the run begins, or goes on, after `step`. Rank 0 writes.
+
+    made_of: hashes of the data and the weights, for the model card.
 
     Raises:
         UserError: it cannot be written.
@@ -36,6 +40,7 @@ def record_start(folder: Path, step: int, lengths: ExampleLengths) -> None:
     file = folder / RUN_FACTS
     earlier = _starts(file) if step else []
     content = {"starts": [*earlier, start(step)][-MOST_STARTS:], "lengths": histograms(lengths)}
+    content |= {"made_of": made_of} if made_of else {}
     with saving(file):
         write_file(file, json.dumps(content, indent=1))
 

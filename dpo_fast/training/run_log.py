@@ -6,19 +6,21 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from dpo_fast.data.facts import data_facts
 from dpo_fast.durable import write_file
+from dpo_fast.errors import Interrupted
 from dpo_fast.health.history import NONFINITE
 from dpo_fast.progress import duration
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import saving
 from dpo_fast.training.console import say
 from dpo_fast.training.earlier_run import METRICS, make_room
-from dpo_fast.training.loggers import Logger, named, open_loggers
+from dpo_fast.training.logger_clients import FAILED, FINISHED, KILLED
+from dpo_fast.training.loggers import Guarded, answers_table, named, open_loggers
 from dpo_fast.training.perf import peak_memory_gib, product_rate
 from dpo_fast.training.prepare import Run
 from dpo_fast.training.recorded import RUN_CONFIG, written
@@ -45,7 +47,7 @@ class RunLog:
     def __init__(self, run: Run, file: Path, rate: float) -> None:
         self.run, self.file, self.rate = run, file, rate
         self.loss = ""
-        self.loggers: list[Logger] = []
+        self.loggers: list[Guarded] = []
         self.watch = Watch(run.config)
         self._since = time.monotonic()  # when the window of the rates began
         self._logged = 0  # the step after which it began
@@ -63,10 +65,11 @@ class RunLog:
         if distributed.is_main():
             self._write_files(resumed)
             self._forget_after(step)
-            record_start(self.file.parent, step, self.run.train.examples.lengths)
+            lengths = self.run.train.examples.lengths
+            record_start(self.file.parent, step, lengths, made_of(self.run))
             if self.file.is_file():
                 self.watch.resume(self.file)
-            self.loggers = open_loggers(self.run.config, step)
+            self.loggers = open_loggers(self.run.config, step, resumed)
 
     def _write_files(self, resumed: bool) -> None:
         """The resolved configuration and the data report."""
@@ -78,10 +81,17 @@ class RunLog:
             if not resumed:
                 make_room(folder)
 
-    def close(self) -> None:
-        """After the last line."""
+    def close(self, status: str = FINISHED) -> None:
+        """After the last line. The second call does nothing."""
         for logger in self.loggers:
-            logger.close()
+            logger.close(status)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        stopped = kind is not None and issubclass(kind, (Interrupted, KeyboardInterrupt))
+        self.close(FINISHED if kind is None else KILLED if stopped else FAILED)
 
     def training(self, step: int, metrics: dict[str, float], learning_rate: float) -> None:
         """Log training metrics, with rates and the learning rate of the step. Collective."""
@@ -112,9 +122,17 @@ class RunLog:
         self._write(step, metrics)
         say(f"eval step {step}  {_shown(metrics, 'eval_')}")
 
-    def generated(self, step: int, metrics: dict[str, float]) -> None:
-        """Log metrics of answers to held-out prompts, whose names begin with `eval_generate/`."""
+    def generated(
+        self, step: int, metrics: dict[str, float], answers: Sequence[dict[str, Any]] = ()
+    ) -> None:
+        """Log metrics of answers to held-out prompts, whose names begin with `eval_generate/`.
+
+        answers: as generations.jsonl has them; with log.log_completions the loggers get them.
+        """
         self._write(step, metrics)
+        if self.run.config.log.log_completions:
+            for logger in self.loggers:
+                logger.answers(step, answers_table(answers))
         say(f"answers step {step}  {told_answers(metrics)}")
 
     def opening(self, evaluated: dict[str, float] | None, found: Start | None) -> None:
@@ -155,6 +173,16 @@ class RunLog:
         values = named({n: v for n, v in line.items() if n not in ("step", NONFINITE)})
         for logger in self.loggers:
             logger.log(step, values)
+
+
+def made_of(run: Run) -> dict[str, Any]:
+    """Hashes of what a run is made of: rows of each split, weights by the option that names them."""
+    splits = {"train": run.train} | ({} if run.eval is None else {"eval": run.eval})
+    rows = {
+        name: {"rows": len(split.examples), "sha256": split.must_fit().get("data")}
+        for name, split in splits.items()
+    }
+    return {"data": rows, "weights": dict(run.weights)}
 
 
 def step_of_line(line: str) -> float | None:

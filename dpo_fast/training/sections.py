@@ -76,6 +76,9 @@ LossSection = create_model(
 )
 
 
+OF_PUSH = {"refused": "without train.push_to_hub"}
+
+
 class TrainSection(BaseModel):
     """The training itself. Names follow transformers' TrainingArguments where they can."""
 
@@ -276,6 +279,27 @@ class TrainSection(BaseModel):
         description="rows of data.train that no batch holds, named by file and line as messages name them; "
         "the steps of all other rows stay as they are",
     )
+    push_to_hub: bool = Field(
+        False,
+        description="upload the trained model and its card to the Hugging Face hub at the end; the token "
+        "is HF_TOKEN or that of `hf auth login`",
+    )
+    hub_model_id: str | None = Field(
+        None,
+        description="repository, `name` or `owner/name`; default: the name of output_dir",
+        json_schema_extra=OF_PUSH,
+    )
+    hub_private_repo: bool | None = Field(
+        None,
+        description="whether a new repository is private; default: as its owner's settings say",
+        json_schema_extra=OF_PUSH,
+    )
+    hub_revision: str | None = Field(
+        None,
+        min_length=1,
+        description="branch, made if there is none; default: the main one",
+        json_schema_extra=OF_PUSH,
+    )
     overwrite_output_dir: bool = Field(
         False,
         description="begin again in a folder that holds a run: its checkpoints are removed, its metrics "
@@ -337,6 +361,13 @@ class TrainSection(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> TrainSection:
+        hub = ("hub_model_id", "hub_private_repo", "hub_revision")
+        unused = next((name for name in hub if getattr(self, name) is not None), None)
+        if unused and not self.push_to_hub:
+            raise ValueError(
+                f"train.{unused}={getattr(self, unused)} is not used: set train.push_to_hub=true, or "
+                "remove it"
+            )
         if self.overwrite_output_dir and self.resume_from_checkpoint:
             raise ValueError(
                 "train.overwrite_output_dir=true removes what "
@@ -386,6 +417,8 @@ class TrainSection(BaseModel):
 
 
 NO_LOGGER = "none"
+OTHER_NAMES = {"comet": "comet_ml"}
+OF_LOGGERS = {"refused": "without log.report_to"}
 
 
 class LogSection(BaseModel):
@@ -397,8 +430,11 @@ class LogSection(BaseModel):
     token_metrics: bool = Field(
         True, description="entropy, mean logits and token accuracy, from the head's own pass"
     )
-    report_to: list[Literal["tensorboard", "wandb"]] = Field(
-        default_factory=list, description="loggers that also receive the metrics"
+    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "csv"]] = (
+        Field(
+            default_factory=list,
+            description="loggers that also receive the metrics, the configuration and the findings",
+        )
     )
     eval_texts: int = Field(
         8,
@@ -410,11 +446,50 @@ class LogSection(BaseModel):
     run_name: str | None = Field(
         None, description="name of the run for loggers and the report; default: that of output_dir"
     )
+    project: str | None = Field(
+        None,
+        min_length=1,
+        description="project or experiment that holds the run in loggers; default: the variable of the "
+        "client (WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME, COMET_PROJECT_NAME, TRACKIO_PROJECT), or dpo_fast",
+        json_schema_extra=OF_LOGGERS,
+    )
+    tags: list[str] = Field(
+        default_factory=list, description="tags of the run in loggers", json_schema_extra=OF_LOGGERS
+    )
+    notes: str | None = Field(
+        None, description="what the run is about, for loggers", json_schema_extra=OF_LOGGERS
+    )
+    group: str | None = Field(
+        None, description="runs that belong together in loggers", json_schema_extra=OF_LOGGERS
+    )
+    log_completions: bool = Field(
+        False,
+        description="send the answers of generate to the loggers, too, as tables; they are texts of "
+        "held-out prompts",
+        json_schema_extra={"refused": "without log.report_to or generate.max_prompts"},
+    )
 
     @field_validator("report_to", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
         """One name is a list of it, and `none` an empty one, as in transformers' TrainingArguments."""
-        if isinstance(value, str):
-            return [] if value == NO_LOGGER else [value]
-        return value
+        names = [] if value in (NO_LOGGER, [NO_LOGGER], None) else value
+        names = [names] if isinstance(names, str) else names
+        if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            return value
+        return list(dict.fromkeys(OTHER_NAMES.get(name, name) for name in names))
+
+    @field_validator("tags", mode="before")
+    @classmethod
+    def _one_tag(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _used(self) -> LogSection:
+        named = ("project", "tags", "notes", "group", "log_completions")
+        if not self.report_to and (unused := next((n for n in named if getattr(self, n)), None)):
+            raise ValueError(
+                f"log.{unused}={getattr(self, unused)} is not used: name a logger in log.report_to, or "
+                "remove it"
+            )
+        return self

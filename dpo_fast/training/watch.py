@@ -13,7 +13,7 @@ from dpo_fast.health import TOLD, Monitor
 from dpo_fast.training import distributed
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import say
-from dpo_fast.training.loggers import Logger
+from dpo_fast.training.loggers import Guarded
 
 OF_PAIRS = ("length_drift", "length_shortcut", "contradictory", "nearly_equal")
 OF_SEVERAL = ("always_chosen", "always_rejected")  # answers of one prompt, which are compared
@@ -36,7 +36,7 @@ class Watch:
         lines = (json.loads(line) for line in file.read_text().splitlines())
         self.monitor = Monitor(self.config.resolved(), lines)
 
-    def look(self, line: dict[str, Any], loggers: Iterable[Logger] = ()) -> dict[str, Any]:
+    def look(self, line: dict[str, Any], loggers: Iterable[Guarded] = ()) -> dict[str, Any]:
         """What a line gets beside its metrics: how many findings stand, and the words of new ones."""
         found = self.monitor.look(line)
         for name, text in found.items():

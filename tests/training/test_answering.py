@@ -73,7 +73,7 @@ def runs(folder):
     silent = tree_of(folder, "silent", model=DROPOUT)
     del silent["generate"]
     trees = [
-        tree_of(folder, "full"),
+        tree_of(folder, "full", log={"report_to": ["tensorboard"], "log_completions": True}),
         tree_of(folder, "lora", model=DROPOUT),
         silent,
         tree_of(folder, "padded", train={"layout": "padded"}, generate={"temperature": 0}),
@@ -119,6 +119,20 @@ def test_answers_are_those_of_the_model_of_that_step(runs, name):
     changed = [each["greedy"]["text"] for each in middle["answers"]]
     assert changed != [each["greedy"]["text"] for each in first["answers"]]  # training shows
     assert ("sampled" in first["answers"][0]) == (name != "padded")
+
+
+@pytest.mark.processes
+def test_loggers_get_the_answers_as_tables(runs):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    reader = events.EventAccumulator(str(runs / "full/tensorboard/full"))
+    reader.Reload()
+    tables = reader.Tensors("answers/text_summary")
+    assert [table.step for table in tables] == [0, 2, STEPS]
+    for table, line in zip(tables, generations(runs / "full")):
+        text = table.tensor_proto.string_val[0].decode()
+        assert text.startswith("| where | prompt | greedy | sampled | score | chosen |")
+        assert len(text.splitlines()) == 2 + PROMPTS == 2 + len(line["answers"])
+        assert all(each["where"] in text for each in line["answers"])
 
 
 @pytest.mark.processes

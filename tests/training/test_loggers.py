@@ -1,24 +1,218 @@
-"""Loggers that cannot begin, and one that begins again in the same folder."""
+"""Every logger with its own client, offline; loggers that cannot begin, that fail, and that go on."""
+
+import csv
+import importlib.util
+import json
+import threading
+import zipfile
 
 import pytest
 
 from dpo_fast.errors import UserError
+from dpo_fast.training import loggers
 from dpo_fast.training.config import build_config
-from dpo_fast.training.loggers import TensorBoard, open_loggers
+from dpo_fast.training.logger_clients import CLIENTS, FAILED, FINISHED, STEP, Answers, Opening
+from dpo_fast.training.logger_clients import TensorBoard as Board
+from dpo_fast.training.loggers import Guarded, answers_table, check_loggers, open_loggers
+from tests.support import wandb_file
 from tests.support.models import run_tree
 
+SECRET = "hf_abcdefghijklmnopqrstuvwxyz"
+LABELS = {"project": "project-1", "tags": ["alpha", "beta"], "group": "sweep"}
+ANSWERS = Answers(["prompt", "greedy", "score"], [["2 | 3?", "5\nfive", 0.5], ["why", "so", None]])
+CURVE = {0: 1.0, 1: 0.5, 2: 0.25}
 
-def config(folder, report_to):
+
+def config(folder, report_to, **log):
     tree = run_tree(folder)
-    tree["log"] |= {"report_to": report_to}
+    tree["log"] |= {"report_to": report_to, **log}
     return build_config(tree, "run")
 
 
-def test_one_name_is_a_list_of_it(tmp_path):
+def record(run, first: int, resumed: bool = False, status: str = FINISHED) -> None:
+    """Log the curve from a step on, with a finding at step 1 and answers at step 2."""
+    (logger,) = open_loggers(run, first, resumed)
+    for step in range(first, 3):
+        if step == 1:
+            logger.tell(1, "overfit", "the held-out loss rises")
+        logger.log(step, {"train/loss": CURVE[step], "eval/rewards/accuracies": 0.5})
+    logger.answers(2, ANSWERS)
+    logger.close(status)
+    assert logger._failure is None
+
+
+@pytest.fixture(params=[name for name in CLIENTS if name != "csv"])
+def recorded(request, tmp_path, monkeypatch):
+    """A run that was stopped behind step 2 and went on behind step 1, in each of the services."""
+    name, package = request.param, CLIENTS[request.param].package
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    for variable, value in (
+        ("WANDB_MODE", "offline"),
+        ("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri()),
+        ("MLFLOW_ALLOW_FILE_STORE", "true"),
+        ("COMET_START_ONLINE", "0"),
+    ):
+        monkeypatch.setenv(variable, value)
+    monkeypatch.delenv("COMET_OFFLINE_DIRECTORY", raising=False)
+    if name == "trackio":
+        import trackio.sqlite_storage
+        import trackio.utils
+
+        for module in (trackio, trackio.utils, trackio.sqlite_storage):
+            if hasattr(module, "TRACKIO_DIR"):
+                monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
+    run = config(tmp_path, name, notes=f"first try {SECRET}", **LABELS)
+    record(run, 0, status=FAILED)
+    record(run, 1, resumed=True)
+    return name, tmp_path
+
+
+def read_tensorboard(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(str(folder / "run/tensorboard/run"))
+    reader.Reload()
+    texts = {
+        name: b"".join(e.tensor_proto.string_val[0] for e in reader.Tensors(name)).decode()
+        for name in reader.Tags()["tensors"]
+    }
+    curve = {event.step: event.value for event in reader.Scalars("train/loss")}
+    return curve, json.dumps(texts, ensure_ascii=False)
+
+
+def read_wandb(folder):
+    from wandb.proto import wandb_internal_pb2
+
+    curve, said, names = {}, [], set()
+    files = sorted(folder.glob("run/wandb/offline-run-*/*.wandb"))
+    assert len(files) == 2 and len({file.name for file in files}) == 1  # one run, twice begun
+    for file in files:
+        for data in wandb_file.records(file.read_bytes()):
+            entry = wandb_internal_pb2.Record()
+            entry.ParseFromString(data)
+            kind = entry.WhichOneof("record_type")
+            if kind == "history":
+                line = {i.key or "/".join(i.nested_key): i.value_json for i in entry.history.item}
+                if "train/loss" in line:
+                    curve[int(line[STEP])] = float(line["train/loss"])
+            elif kind in ("run", "alert", "summary"):
+                said.append(str(entry))
+            names |= {entry.run.run_id} if kind == "run" else set()
+    assert len(names) == 1
+    tables = [file.read_text() for file in folder.glob("run/wandb/*/files/media/table/*.json")]
+    return curve, "".join([*said, *tables])
+
+
+def read_mlflow(folder):
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name(LABELS["project"])
+    (found,) = client.search_runs([experiment.experiment_id])  # it went on in the same run
+    assert found.info.status == "FINISHED" and found.info.run_name == "run"
+    assert found.data.params["loss.beta"] == "0.1"
+    history = client.get_metric_history(found.info.run_id, "train/loss")
+    curve = {each.step: each.value for each in history}
+    artifacts = [file.read_text() for file in folder.rglob("mlruns/*/*/artifacts/**/*.json")]
+    return curve, str(found.data.tags) + str(found.data.params) + "".join(artifacts)
+
+
+def read_trackio(folder):
+    from trackio.sqlite_storage import SQLiteStorage
+
+    assert SQLiteStorage.get_runs(LABELS["project"]) == ["run"]
+    lines = SQLiteStorage.get_logs(LABELS["project"], "run")
+    curve = {line[STEP]: line["train/loss"] for line in lines if "train/loss" in line}
+    alerts = SQLiteStorage.get_alerts(LABELS["project"])
+    options = SQLiteStorage.get_run_config(LABELS["project"], "run")
+    return curve, f"{lines}{alerts}{options}"
+
+
+def read_comet(folder):
+    files = sorted((folder / "run/comet").glob("*.zip"), key=lambda file: len(file.name))
+    key = json.loads((folder / "run/loggers.json").read_text())["comet_ml"]
+    assert len(files) == 2 and all(file.name.startswith(key) for file in files)
+    curve, said = {}, []
+    for file in files:
+        with zipfile.ZipFile(file) as archive:
+            for name in archive.namelist():
+                said.append(archive.read(name).decode(errors="replace"))
+            for line in archive.read("messages.json").decode().splitlines():
+                payload = json.loads(line)["payload"]
+                metric = payload.get("metric") or {}
+                if metric.get("metricName") == "train/loss":
+                    curve[metric["step"]] = float(metric["metricValue"])
+    return curve, "".join(said)
+
+
+READERS = {
+    "tensorboard": read_tensorboard,
+    "wandb": read_wandb,
+    "mlflow": read_mlflow,
+    "trackio": read_trackio,
+    "comet_ml": read_comet,
+}
+
+
+def test_a_service_has_curves_options_labels_findings_and_answers(recorded):
+    name, folder = recorded
+    curve, said = READERS[name](folder)
+    assert curve == CURVE
+    for words in ("alpha", "beta", "sweep", "first try", "held-out loss rises", "five", "2 "):
+        assert words in said, words
+    assert "micro_batch_size" in said  # the configuration
+    written = (file for file in folder.rglob("*") if file.is_file())
+    assert SECRET not in said
+    assert not any(SECRET.encode() in file.read_bytes() for file in written)
+
+
+def test_csv_has_a_line_for_each_step_and_goes_on_behind_its_checkpoint(tmp_path):
+    run = config(tmp_path, "csv")
+    record(run, 0)
+    (logger,) = open_loggers(run, 1, resumed=True)
+    logger.log(2, {"train/loss": 7.0})
+    logger.log(2, {"eval/new": 3.0})  # an evaluation belongs to the line of its step
+    logger.log(3, {"train/loss": 8.0})
+    logger.close()
+    with (tmp_path / "run/metrics.csv").open(newline="") as stream:
+        lines = list(csv.DictReader(stream))
+    assert [line[STEP] for line in lines] == ["0", "1", "2", "3"]
+    assert [line["train/loss"] for line in lines] == ["1.0", "0.5", "7.0", "8.0"]
+    assert [line["eval/new"] for line in lines] == ["", "", "3.0", ""]
+    assert lines[1]["health"] == "overfit: the held-out loss rises"
+
+
+def test_names_of_loggers(tmp_path):
     assert config(tmp_path, "wandb").log.report_to == ["wandb"]
     assert config(tmp_path, "none").log.report_to == []
-    with pytest.raises(UserError, match="report_to.*mlflow"):
-        config(tmp_path, "mlflow")
+    assert config(tmp_path, ["comet", "csv", "comet_ml"]).log.report_to == ["comet_ml", "csv"]
+    with pytest.raises(UserError, match="report_to.*neptune"):
+        config(tmp_path, "neptune")
+
+
+@pytest.mark.parametrize(
+    "option", [{"tags": "one"}, {"project": "p"}, {"notes": "n"}, {"group": "g"}]
+)
+def test_labels_without_a_logger_are_refused(tmp_path, option):
+    (name,) = option
+    with pytest.raises(UserError, match=rf"log.{name}=.* is not used: name a logger"):
+        config(tmp_path, "none", **option)
+
+
+def test_answers_of_a_run_without_any_are_refused(tmp_path):
+    with pytest.raises(
+        UserError, match="log_completions=true, but no answers.*generate.max_prompts"
+    ):
+        config(tmp_path, "csv", log_completions=True)
+
+
+def test_a_missing_package_is_named_as_pip_calls_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)
+    for name in ("comet_ml", "mlflow", "trackio"):
+        with pytest.raises(UserError, match=f"log.report_to={name}: .* pip install {name}"):
+            check_loggers(config(tmp_path, name))
+    check_loggers(config(tmp_path, "csv"))
 
 
 def test_wandb_without_a_key_is_told_and_no_traceback(tmp_path, monkeypatch):
@@ -32,14 +226,96 @@ def test_wandb_without_a_key_is_told_and_no_traceback(tmp_path, monkeypatch):
         open_loggers(config(tmp_path, ["wandb"]), 0)
 
 
+class Broken:
+    """A service that fails when it is asked for what `fails` names."""
+
+    package, install, advice, identity = None, "", " Call somebody", "known"
+    fails: str = ""
+
+    def __init__(self, opening):
+        self.calls = []
+        if self.fails == "open":
+            raise ConnectionError("no route to host")
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            if name == self.fails:
+                raise ConnectionError("the service is away")
+            self.calls.append(name)
+
+        return call
+
+
+@pytest.fixture
+def said(monkeypatch):
+    lines = []
+    monkeypatch.setattr(loggers, "say", lambda text, matters=False: lines.append(text))
+    return lines
+
+
+@pytest.mark.parametrize("fails", ["log", "tell", "answers", "close"])
+def test_a_service_that_fails_is_told_once_and_ends_nothing(tmp_path, monkeypatch, said, fails):
+    monkeypatch.setitem(CLIENTS, "csv", type("Failing", (Broken,), {"fails": fails}))
+    (logger,) = open_loggers(config(tmp_path, ["csv"]), 0)
+    for step in range(20):
+        logger.tell(step, "finding", "words")
+        logger.answers(step, ANSWERS)
+        logger.log(step, {"train/loss": 1.0})
+    logger.close()
+    logger.close()
+    (line,) = said
+    assert "log.report_to=csv failed (ConnectionError: the service is away)" in line
+    # What works before the failure was done; behind it the client is only ended.
+    assert ("close" in logger.logger.calls) == (fails != "close")
+
+
+def test_a_service_that_hangs_holds_nothing_up(tmp_path, monkeypatch, said):
+    gate = threading.Event()
+    monkeypatch.setattr(Broken, "log", lambda self, *_: gate.wait(60), raising=False)
+    monkeypatch.setattr(loggers, "PATIENCE", {FINISHED: 0.2})
+    logger = Guarded("csv", Broken(None))
+    for step in range(1000):
+        logger.log(step, {})
+    logger.close()
+    gate.set()
+    assert said == [
+        "log.report_to=csv does not answer and gets nothing more; the run goes on, and "
+        "metrics.jsonl has everything"
+    ]
+
+
+def test_a_service_that_is_away_stops_a_new_run_and_not_one_that_goes_on(
+    tmp_path, monkeypatch, said
+):
+    monkeypatch.setitem(CLIENTS, "csv", type("Away", (Broken,), {"fails": "open"}))
+    run = config(tmp_path, ["csv"])
+    with pytest.raises(UserError, match="log.report_to=csv: no route to host. Call somebody"):
+        open_loggers(run, 0)
+    assert open_loggers(run, 5, resumed=True) == []
+    assert "the run goes on without it" in said[0]
+
+
+def test_a_table_of_answers():
+    answers = [
+        {"where": "a:1", "prompt": [{"role": "user", "content": "2 + 3?"}], "chosen": "5"}
+        | {"greedy": {"text": "five"}, "sampled": {"text": "six"}, "scores": {"greedy": 1.0}},
+        {"where": "a:2", "prompt": "why", "chosen": None, "greedy": {"text": "x" * 9000}},
+    ]
+    table = answers_table(answers)
+    assert table.columns == ["where", "prompt", "greedy", "sampled", "score", "chosen"]
+    assert table.rows[0] == ["a:1", "user: 2 + 3?", "five", "six", 1.0, "5"]
+    assert len(table.rows[1][2]) == loggers.MOST_CHARACTERS
+    assert Answers(["a|b"], [["x\ny"]]).markdown == "| a\\|b |\n| --- |\n| x<br>y |"
+
+
 def test_a_run_that_begins_again_hides_the_earlier_curve(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run = config(tmp_path, ["tensorboard"])
     for steps, first in ((3, 1.0), (2, 5.0)):
-        logger = TensorBoard(run, 0)
+        logger = Board(Opening(run, 0))
         for step in range(steps):
             logger.log(step, {"train/loss": first + step})
-        logger.close()
+        logger.close(FINISHED)
     reader = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard" / "run"))
     reader.Reload()
     found = [(event.step, event.value) for event in reader.Scalars("train/loss")]
@@ -50,10 +326,9 @@ def test_a_run_name_does_not_lead_out_of_the_folder(tmp_path):
     pytest.importorskip("tensorboard")
     run = config(tmp_path, ["tensorboard"])
     for name in ("../../../elsewhere", "/elsewhere", "team/run"):
-        logger = TensorBoard(
-            run.model_copy(update={"log": run.log.model_copy(update={"run_name": name})}), 0
-        )
+        log = run.log.model_copy(update={"run_name": name})
+        logger = Board(Opening(run.model_copy(update={"log": log}), 0))
         logger.log(0, {"train/loss": 1.0})
-        logger.close()
+        logger.close(FINISHED)
     found = {each.name for each in (tmp_path / "run" / "tensorboard").iterdir()}
     assert found == {"elsewhere", "team"} and not (tmp_path / "elsewhere").exists()

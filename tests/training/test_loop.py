@@ -1,5 +1,6 @@
 """Whole runs: the same curve on two ranks, exact resume, references, adapters, exports."""
 
+import csv
 import json
 import math
 import shutil
@@ -66,7 +67,7 @@ def variants(folder: Path) -> dict[str, dict]:
         "adapter-off": {"model": lora, "reference": {"provider": "adapter_off"}},
         "adapter-cached": {"model": lora, "parallel": zero3, "train": {"merge_lora": True}},
         "bf16": {"model": {"dtype": "bf16"}, "parallel": zero3},
-        "monitored": {"log": {"report_to": ["tensorboard", "wandb"], "logging_steps": 2}},
+        "monitored": {"log": {"report_to": ["tensorboard", "wandb", "csv"], "logging_steps": 2}},
         "sft-only": {"loss": {"type": "sft"}},
     }
     return {name: changed(base, folder / name, **options) for name, options in sections.items()}
@@ -281,6 +282,18 @@ def test_wandb_receives_the_metrics(folder, runs):
         for name, value in line.items():
             if not name.startswith("_") and name != "train/global_step":
                 found.setdefault(name, {})[line["train/global_step"]] = value
+    assert found == in_loggers(folder / "monitored")
+
+
+@pytest.mark.processes
+def test_csv_receives_the_metrics(folder, runs):
+    found: dict[str, dict[int, float]] = {}
+    with (folder / "monitored/metrics.csv").open(newline="") as stream:
+        for line in csv.DictReader(stream):
+            step = int(line.pop("train/global_step"))
+            for name, value in line.items():
+                if value and name != "health":
+                    found.setdefault(name, {})[step] = float(value)
     assert found == in_loggers(folder / "monitored")
 
 

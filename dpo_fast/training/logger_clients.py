@@ -1,0 +1,417 @@
+"""The loggers of log.report_to: files of our own and the clients of W&B, MLflow, trackio and Comet.
+
+A class for each. It opens a run, or the one that it is given the identity of, and takes metrics, findings
+and tables of answers. Errors are the client's own: `loggers.py` catches them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import yaml
+
+from dpo_fast import durable
+from dpo_fast.training.config import RunConfig
+from dpo_fast.training.public import flat, public
+
+FINISHED, KILLED, FAILED = "finished", "killed", "failed"  # how a run ends
+STEP = "train/global_step"
+PROJECT = "dpo_fast"
+LOCAL = "; or leave it out (metrics.jsonl is always written)"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A table of sample answers."""
+
+    columns: list[str]
+    rows: list[list[Any]]
+
+    @property
+    def markdown(self) -> str:
+        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
+        return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    told = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return told.replace("|", "\\|").replace("\r", "").replace("\n", "<br>")
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a logger begins with.
+
+    step: after which the run goes on. identity: of the run that goes on; None of a new one.
+    """
+
+    config: RunConfig
+    step: int
+    identity: str | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The resolved configuration without secrets."""
+        return public(self.config.resolved())
+
+    @property
+    def name(self) -> str:
+        return self.config.run_name
+
+    @property
+    def notes(self) -> str | None:
+        """log.notes, without secrets too."""
+        return public(self.config.log.notes)
+
+    def project(self, variable: str) -> str:
+        """log.project, or what the client's own variable says."""
+        return self.config.log.project or os.environ.get(variable) or PROJECT
+
+
+class Logger(Protocol):
+    """What receives metrics.
+
+    package: that must be there; install: what pip calls it. advice: behind an error of its beginning.
+    identity: by which the service finds the run again.
+    """
+
+    package: ClassVar[str | None]
+    install: ClassVar[str]
+    advice: ClassVar[str]
+    identity: str | None
+
+    def __init__(self, opening: Opening) -> None: ...
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def tell(self, step: int, name: str, text: str) -> None: ...
+
+    def answers(self, step: int, answers: Answers) -> None: ...
+
+    def close(self, status: str) -> None: ...
+
+
+class TensorBoard:
+    """Event files in output_dir/tensorboard."""
+
+    package, install, advice = "tensorboard", "tensorboard", LOCAL
+
+    def __init__(self, opening: Opening) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # A resumed run takes the steps after its checkpoint again, and a run that begins anew all of them.
+        parts = [part for part in opening.name.split("/") if part not in ("", ".", "..")]
+        folder = Path(opening.config.train.output_dir, "tensorboard", *parts)
+        step, log = opening.step, opening.config.log
+        self.identity = None
+        self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
+        if not step:
+            told = {"project": log.project, "group": log.group, "tags": ", ".join(log.tags)}
+            told = {
+                name: value for name, value in (told | {"notes": opening.notes}).items() if value
+            }
+            for name, value in told.items():
+                self.writer.add_text(f"run/{name}", value, 0)
+            text = yaml.safe_dump(opening.options, sort_keys=False)
+            self.writer.add_text("run/config", "```yaml\n" + text + "```", 0)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def tell(self, step: int, name: str, text: str) -> None:
+        self.writer.add_text(f"health/{name}", text, step)
+
+    def answers(self, step: int, answers: Answers) -> None:
+        self.writer.add_text("answers", answers.markdown, step)
+
+    def close(self, status: str) -> None:
+        self.writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases; variables of its client hold as well."""
+
+    package, install = "wandb", "wandb"
+    advice = (
+        " Or set WANDB_MODE=offline, and `wandb sync` sends the run later; or leave wandb out "
+        "(metrics.jsonl is always written)"
+    )
+
+    def __init__(self, opening: Opening) -> None:
+        import wandb
+
+        log = opening.config.log
+        self.wandb = wandb
+        self.run = wandb.init(
+            project=opening.project("WANDB_PROJECT"),
+            name=opening.name,
+            dir=opening.config.train.output_dir,
+            config=opening.options,
+            tags=list(log.tags) or None,
+            notes=opening.notes,
+            group=log.group,
+            **({"id": opening.identity, "resume": "allow"} if opening.identity else {}),
+        )
+        self.identity = self.run.id
+        self.run.define_metric(STEP)
+        self.run.define_metric("*", step_metric=STEP, step_sync=True)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.run.log({**metrics, STEP: step})
+
+    def tell(self, step: int, name: str, text: str) -> None:
+        self.run.alert(title=f"{name} at step {step}", text=text)
+        self.run.summary[f"health/{name}"] = f"step {step}: {text}"
+
+    def answers(self, step: int, answers: Answers) -> None:
+        table = self.wandb.Table(columns=answers.columns, data=answers.rows)
+        self.run.log({"answers": table, STEP: step})
+
+    def close(self, status: str) -> None:
+        self.run.finish(exit_code=0 if status == FINISHED else 1)
+
+
+class MLflow:
+    """A run of MLflow, in the store that its own variables name (MLFLOW_TRACKING_URI)."""
+
+    package, install = "mlflow", "mlflow"
+    advice = " Look at MLFLOW_TRACKING_URI, or leave mlflow out (metrics.jsonl is always written)"
+    STATUS: ClassVar = {FINISHED: "FINISHED", KILLED: "KILLED", FAILED: "FAILED"}
+    ODD = re.compile(r"[^\w\-./ ]")  # in the name of a metric
+    MOST_METRICS, MOST_PARAMETERS, MOST_CHARACTERS = 500, 100, 500
+
+    def __init__(self, opening: Opening) -> None:
+        from mlflow import MlflowClient, entities, exceptions
+
+        self.entities = entities
+        self.client = MlflowClient()
+        if opening.identity is not None:
+            try:
+                self.client.update_run(opening.identity, status="RUNNING")
+                self.identity = opening.identity
+                return
+            except exceptions.MlflowException:
+                pass  # it was deleted, or the store is another one now: a new run begins
+        name, log = opening.project("MLFLOW_EXPERIMENT_NAME"), opening.config.log
+        experiment = self.client.get_experiment_by_name(name)
+        number = experiment.experiment_id if experiment else self.client.create_experiment(name)
+        tags = {
+            "tags": ", ".join(log.tags),
+            "group": log.group,
+            "mlflow.note.content": opening.notes,
+        }
+        tags = {key: value for key, value in tags.items() if value}
+        run = self.client.create_run(number, run_name=opening.name, tags=tags)
+        self.identity = run.info.run_id
+        options = [
+            (key, str(value)[: self.MOST_CHARACTERS]) for key, value in flat(opening.options)
+        ]
+        given = [entities.Param(self.ODD.sub("_", key), value) for key, value in options]
+        for first in range(0, len(given), self.MOST_PARAMETERS):
+            part = given[first : first + self.MOST_PARAMETERS]
+            self.client.log_batch(self.identity, params=part)
+        self.client.log_dict(self.identity, opening.options, "config.yaml")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        now = int(time.time() * 1000)
+        found = [
+            self.entities.Metric(self.ODD.sub("_", name), float(value), now, step)
+            for name, value in metrics.items()
+        ]
+        for first in range(0, len(found), self.MOST_METRICS):
+            self.client.log_batch(self.identity, metrics=found[first : first + self.MOST_METRICS])
+
+    def tell(self, step: int, name: str, text: str) -> None:
+        self.client.set_tag(self.identity, f"health/{name}", f"step {step}: {text}")
+
+    def answers(self, step: int, answers: Answers) -> None:
+        columns = {name: [row[i] for row in answers.rows] for i, name in enumerate(answers.columns)}
+        data = {"step": [step] * len(answers.rows), **columns}
+        # One file for each step: appending to one would read it back from the store every time.
+        self.client.log_dict(
+            self.identity,
+            {"columns": list(data), "data": [list(row) for row in zip(*data.values())]},
+            f"answers/step-{step}.json",
+        )
+
+    def close(self, status: str) -> None:
+        self.client.set_terminated(self.identity, self.STATUS[status])
+
+
+class Trackio:
+    """A run of trackio: on this machine, or in the Space that TRACKIO_SPACE_ID names."""
+
+    package, install, advice = "trackio", "trackio", LOCAL
+
+    def __init__(self, opening: Opening) -> None:
+        import trackio
+
+        log = opening.config.log
+        self.trackio = trackio
+        # Standard output is for what the command gives.
+        with contextlib.redirect_stdout(sys.stderr):
+            # trackio resumes by name, the newest run that has it.
+            self.run = trackio.init(
+                project=opening.project("TRACKIO_PROJECT"),
+                name=opening.identity or opening.name,
+                group=log.group,
+                config=opening.options | {"tags": list(log.tags), "notes": opening.notes},
+                resume="allow" if opening.identity else "never",
+                embed=False,
+            )
+        # Its own end of the process would finish the run that `close` has finished.
+        trackio.context_vars.current_run.set(None)
+        self.identity = self.run.name
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.run.log({**metrics, STEP: step}, step=step)
+
+    def tell(self, step: int, name: str, text: str) -> None:
+        self.run.alert(title=name, text=text, step=step)
+
+    def answers(self, step: int, answers: Answers) -> None:
+        table = self.trackio.Table(columns=answers.columns, data=answers.rows)
+        self.run.log({"answers": table}, step=step)
+
+    def close(self, status: str) -> None:
+        with contextlib.redirect_stdout(sys.stderr):
+            self.run.finish()
+
+
+class Comet:
+    """An experiment of Comet. COMET_START_ONLINE=0 keeps it on this machine, for `comet upload`."""
+
+    package, install = "comet_ml", "comet_ml"
+    advice = (
+        " Or set COMET_START_ONLINE=0, and `comet upload` sends the experiment later; or leave comet_ml "
+        "out (metrics.jsonl is always written)"
+    )
+
+    def __init__(self, opening: Opening) -> None:
+        import comet_ml
+
+        log, folder = opening.config.log, os.environ.get("COMET_OFFLINE_DIRECTORY")
+        online = os.environ.get("COMET_START_ONLINE", "1").lower() not in ("0", "false", "no")
+        if not online and folder is None:
+            folder = str(Path(opening.config.train.output_dir, "comet").absolute())
+            os.makedirs(folder, exist_ok=True)
+        config = comet_ml.ExperimentConfig(
+            name=opening.name,
+            tags=[*log.tags, *([log.group] if log.group else [])] or None,
+            offline_directory=folder,
+            log_code=False,
+            parse_args=False,  # the command line may hold what `public` takes out
+            auto_param_logging=False,
+            auto_metric_logging=False,
+            auto_output_logging=False,
+            display_summary_level=0,
+        )
+        self.experiment = comet_ml.start(
+            project_name=opening.project("COMET_PROJECT_NAME"),
+            online=online,
+            experiment_key=opening.identity,
+            mode="get" if opening.identity else "create",
+            experiment_config=config,
+        )
+        self.identity = self.experiment.get_key()
+        if opening.identity is None:
+            self.experiment.log_parameters(dict(flat(opening.options)))
+            told = {"group": log.group, "notes": opening.notes}
+            self.experiment.log_others({name: value for name, value in told.items() if value})
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.experiment.log_metrics(dict(metrics), step=step)
+
+    def tell(self, step: int, name: str, text: str) -> None:
+        self.experiment.log_other(f"health/{name}", f"step {step}: {text}")
+
+    def answers(self, step: int, answers: Answers) -> None:
+        content = io.StringIO()
+        csv.writer(content).writerows([answers.columns, *answers.rows])
+        self.experiment.log_asset_data(content.getvalue(), f"answers-step-{step}.csv", step=step)
+
+    def close(self, status: str) -> None:
+        self.experiment.log_other("status", status)
+        self.experiment.end()
+
+
+class Csv:
+    """output_dir/metrics.csv, a line for each step that was logged, for spreadsheets."""
+
+    package, install, advice = None, "", ""
+    FILE, FINDINGS = "metrics.csv", "health"
+
+    def __init__(self, opening: Opening) -> None:
+        self.identity = None
+        self.file = Path(opening.config.train.output_dir) / self.FILE
+        self.columns, self.rows = [STEP], []
+        self.told: list[str] = []
+        if opening.step and self.file.is_file():  # a killed run logged later steps, too
+            with self.file.open(encoding="utf-8", newline="") as stream:
+                reader = csv.DictReader(stream, restval="")
+                self.columns = [*(reader.fieldnames or [STEP])]
+                self.rows = [row for row in reader if _number(row.get(STEP)) <= opening.step]
+        self._write()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        row = {STEP: step, **metrics}
+        if self.told:
+            row[self.FINDINGS] = "; ".join(self.told)
+            self.told = []
+        new = [name for name in row if name not in self.columns]
+        self.columns += new
+        if self.rows and str(self.rows[-1][STEP]) == str(step):  # an evaluation belongs to its step
+            self.rows[-1] = {**self.rows[-1], **row}
+            self._write()
+            return
+        self.rows.append(row)
+        if new:
+            self._write()
+            return
+        with self.file.open("a", encoding="utf-8", newline="") as stream:
+            csv.DictWriter(stream, self.columns, restval="", lineterminator="\n").writerow(row)
+
+    def tell(self, step: int, name: str, text: str) -> None:
+        self.told.append(f"{name}: {text}")
+
+    def answers(self, step: int, answers: Answers) -> None:
+        """generations.jsonl has them; a table in a cell helps nobody."""
+
+    def close(self, status: str) -> None:
+        self._write()
+
+    def _write(self) -> None:
+        content = io.StringIO()
+        writer = csv.DictWriter(content, self.columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        durable.write_file(self.file, content.getvalue())
+
+
+def _number(text: str | None) -> float:
+    try:
+        return float(text or "inf")
+    except ValueError:
+        return float("inf")
+
+
+CLIENTS: dict[str, type[Logger]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+    "mlflow": MLflow,
+    "trackio": Trackio,
+    "comet_ml": Comet,
+    "csv": Csv,
+}
