@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dpo_fast.errors import UserError
 from dpo_fast.models.adapters import check_adapter, load_adapter
@@ -151,7 +152,11 @@ def load_model(
     keep_start: of an adapter that is trained further, also keep it as it is now.
     follows: keep a copy of new adapters as well, for a reference that follows them.
     """
+    state = torch.get_rng_state()
     model = _load_causal_lm(section, attention, option)
+    torch.set_rng_state(
+        state
+    )  # sharded loading draws numbers: new adapters begin alike at every stage
     if section.use_liger_kernel:
         use_liger_kernel(model)
     if section.fp8:
@@ -265,11 +270,14 @@ def _told(section: ModelSection, option: str):
     """Turns an error in loading into one that names the option and its value."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, IndexError) as error:
         if isinstance(error, UserError):
             raise
+        # RWKV and xLSTM draw numbers for their first weights by shapes that sharded ones do not have.
+        stage = ". It may load with parallel.zero_stage=2" if is_deepspeed_zero3_enabled() else ""
         raise UserError(
-            f"{option}={section.path}: the model cannot be loaded: {_first(error)}{_cached(section.path)}"
+            f"{option}={section.path}: the model cannot be loaded: {_first(error)}{stage}"
+            f"{_cached(section.path)}"
         ) from error
 
 

@@ -25,6 +25,8 @@ STATES = 4
 SPREAD = 20.0  # of the logits before scale and cap, so that either shows
 # Of the largest log-prob. bf16 keeps eight bits; a scale or cap that is left out moves far more.
 TOLERANCE = 0.03
+# Their logits are of states that the decoder gives beside those of `last_hidden_state`.
+OTHER_STATES = frozenset(("ProphetNetForCausalLM",))
 
 
 class _States(BaseModelOutputWithPast):
@@ -46,6 +48,11 @@ def check_own_logits(model: PreTrainedModel, options: HeadOptions) -> None:
     Raises:
         UserError: they differ, so that the model does something between its head and its logits.
     """
+    if type(model).__name__ in OTHER_STATES:
+        raise UserError(
+            f"{type(model).__name__} cannot be scored: its logits are of other states than its decoder's "
+            "last ones; name another model in model.path"
+        )
     head = model.get_output_embeddings()
     if head.weight.is_meta:
         return
@@ -70,9 +77,9 @@ def check_own_logits(model: PreTrainedModel, options: HeadOptions) -> None:
     raise UserError(
         f"{type(model).__name__} does something to its logits that is not known here (a scale, a soft "
         "cap, or a cut of the vocabulary), so that its log-probs would be scored wrongly. Known are "
-        "logit_scale, lm_head_multiplier, output_multiplier, logits_scaling, final_logit_softcapping, "
-        "logits_soft_cap and output_logit_soft_cap of a configuration; fold another scale into the weight "
-        "of the head"
+        "logit_scale, lm_head_multiplier, output_multiplier, logits_mup_width_multiplier, logits_scaling, "
+        "final_logit_softcapping, logits_soft_cap and output_logit_soft_cap of a configuration, where the "
+        "model's own code names them; fold another scale into the weight of the head"
     )
 
 

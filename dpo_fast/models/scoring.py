@@ -31,6 +31,7 @@ from dpo_fast.ops.take import take
 
 # Keys of configurations for what a model does to its logits.
 SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+DIVISORS = ("logits_mup_width_multiplier",)
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
@@ -134,7 +135,7 @@ def fuse_head(
                 "trainable_token_indices (modules_to_save may have it), and out of quantisation"
             )
         settings = {
-            "options": head_options_of(model.config),
+            "options": head_options_of(model),
             "implementation": implementation,
             "workspace_bytes": workspace_bytes,
         }
@@ -152,7 +153,7 @@ def fuse_head(
     copies = getattr(head, "_modules", {}).get("modules_to_save")
     if copies is None:
         model.set_output_embeddings(fused(head))
-        check_own_logits(model, head_options_of(model.config))
+        check_own_logits(model, head_options_of(model))
         return
     head.original_module = fused(head.original_module)
     for name, copied in copies.items():
@@ -180,10 +181,11 @@ def scoring_forward(
     the fields of a `ScoredBatch`; with a group of ranks, of the same one on each.
 
     vision: of the model, where there are images.
-    own: of images in rows of their own, have transformers find positions and masks for itself.
+    own: of rows of their own, have transformers find positions (and with images masks) for itself.
 
     Raises:
-        UserError: a batch with images, and a model that sees none or ranks that share its rows.
+        UserError: a batch with images, and a model that sees none or ranks that share its rows. Or states
+            of another size than the head's.
     """
     decoder, count, own_U = decoder_of(causal_lm), len(rows_U), None
     images = _images(images, input_ids, group, vision)
@@ -202,11 +204,18 @@ def scoring_forward(
         forward, places = partial(_decoded, decoder), {}
         if spans is not None:
             places["plan"] = AttentionPlan(spans, input_ids.device, group)
-        if "position_ids" in inspect.signature(decoder.forward).parameters:
+        if not own and "position_ids" in inspect.signature(decoder.forward).parameters:
             places["position_ids"] = position_ids
     # Nothing holds on to the hidden states of all tokens while the head works.
     hidden_UD = take(forward(**batch, **places).flatten(0, 1), rows_U)
     head = causal_lm.get_output_embeddings()
+    width = getattr(head.weight, "ds_shape", head.weight.shape)[-1]
+    if width != hidden_UD.shape[-1]:
+        raise UserError(
+            f"{type(causal_lm).__name__} cannot be scored: its decoder gives states of size "
+            f"{hidden_UD.shape[-1]}, and its head takes {width}, so that other layers stand between them; "
+            "name another model in model.path"
+        )
     outputs = head(_in_dtype_of(head, hidden_UD), targets_U, extras)
     if group is not None:
         outputs = group.joined(outputs, own_U, count)
@@ -250,22 +259,46 @@ def forward_arguments(batch: ScoredBatch) -> dict:
     return {name: getattr(batch, name) for name in names}
 
 
-def head_options_of(config) -> HeadOptions:
+def head_options_of(model: PreTrainedModel) -> HeadOptions:
     """What a model's own forward does to its logits, read from its configuration.
 
     Gemma 2 and 3 cap them (`final_logit_softcapping`; RecurrentGemma and xLSTM have other names for it).
-    Cohere, Falcon-H1 and Muse multiply them (`SCALES`). By `logits_scaling` Granite divides them and
-    HyperCLOVA X multiplies them.
+    Cohere, Falcon-H1 and Muse multiply them (`SCALES`). Inkling divides them (`DIVISORS`). By
+    `logits_scaling` Granite divides them and HyperCLOVA X multiplies them.
+
+    A key counts where the model's own code names it: whole image-text models may leave out what the class
+    of their text model does.
     """
-    text = config.get_text_config()
-    scale = _first_of(text, SCALES) or 1.0
-    scaling = getattr(text, "logits_scaling", None) or 1.0
+    text, named = model.config.get_text_config(), _named_by(model)
+    scale = _first_of(text, SCALES, named) or 1.0
+    scale /= _first_of(text, DIVISORS, named) or 1.0
+    scaling = _first_of(text, ("logits_scaling",), named) or 1.0
     return HeadOptions(
         logit_scale=scale * scaling if text.model_type == "hyperclovax" else scale / scaling,
-        softcap=_first_of(text, CAPS),
+        softcap=_first_of(text, CAPS, named),
     )
 
 
-def _first_of(config, names: tuple[str, ...]) -> float | None:
-    """The first of these keys that a configuration has a value for."""
-    return next((value for name in names if (value := getattr(config, name, None))), None)
+def _first_of(config, names: tuple[str, ...], named: set[str]) -> float | None:
+    """The first of these keys that a configuration has a value for, and a model's code names."""
+    known = (name for name in names if name in named)
+    return next((value for name in known if (value := getattr(config, name, None))), None)
+
+
+def _named_by(model: PreTrainedModel) -> set[str]:
+    """Names and strings in the methods of a model, and of the part of it that holds the head."""
+    head = model.get_output_embeddings()
+    holders = (part for part in model.modules() if any(each is head for each in part.children()))
+    kinds = {kind for part in (model, *holders) for kind in type(part).__mro__}
+    kinds -= set(PreTrainedModel.__mro__)
+    codes = [
+        code
+        for kind in kinds
+        for method in vars(kind).values()
+        if (code := getattr(inspect.unwrap(method), "__code__", None)) is not None
+    ]
+    named: set[str] = set()
+    for code in codes:  # functions inside of others are among their constants
+        codes += [each for each in code.co_consts if inspect.iscode(each)]
+        named.update(code.co_names, (each for each in code.co_consts if isinstance(each, str)))
+    return named

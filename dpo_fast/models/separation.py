@@ -1,4 +1,4 @@
-"""A trial of the loaded model: no sequence may change the log-probs of others in its row."""
+"""A trial of the loaded model: no sequence may change the log-probs of others in its row or its batch."""
 
 from __future__ import annotations
 
@@ -34,15 +34,16 @@ def check_separation(
 
     The trial finds layers that no configuration tells of: recurrence, convolution, attention of
     their own. Where layers carry a state, one sequence is scored alone as well. It is collective where
-    weights are sharded. A layout with a row for every sequence needs no trial.
+    weights are sharded. Where every sequence has a row of its own, padding and later tokens are tried.
 
     scorer: a `ScoringModel`, or an engine round one.
 
     Raises:
-        UserError: a log-prob of an untouched sequence moved.
+        UserError: a log-prob of an untouched sequence moved, or one by padding or a later token.
     """
     group = getattr(getattr(scorer, "module", scorer), "group", None)
     if not LAYOUTS[layout].shares_rows and group is None:
+        check_padding(scorer, layout, vocabulary, device, dtype)
         return
     layout = layout if LAYOUTS[layout].shares_rows else "packed"
     tokens = torch.randint(vocabulary, (18,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -78,6 +79,51 @@ def check_separation(
     if any(map(recurrent.served, modules)):
         last = collate_trees([(tokens[10:13], [tokens[15:]])], layout).to(device)
         check_states(scorer(**forward_arguments(last))["logp"], before[-3:], layout, dtype)
+
+
+def check_padding(
+    scorer: Callable[..., Mapping[str, Tensor]],
+    layout: str,
+    vocabulary: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Score a sequence alone, beside a longer one, with more tokens behind it, and by the model's places.
+
+    Its log-probs must stay the same. Models that look ahead, or count places from a row's end or from
+    what is no padding, have others.
+
+    Raises:
+        UserError: they moved.
+    """
+    tokens = torch.randint(vocabulary, (16,), generator=torch.Generator().manual_seed(0)).tolist()
+    short = (tokens[:3], [tokens[3:8]])
+
+    def logps(*trees, **options) -> Tensor:
+        batch = collate_trees(list(trees), layout).to(device)
+        return scorer(**forward_arguments(batch), **options)["logp"][:5]
+
+    alone = logps(short)
+    if not alone.isfinite().all():
+        return  # the numbers of a run have checks of their own
+    model = getattr(scorer, "func", scorer)
+    in_8_bits = any(map(in_fp8, getattr(model, "module", model).modules()))
+    # A mean, and more than for untouched rows, as of states.
+    tolerance = 5 * (TOLERANCE_IN_FP8 if in_8_bits else TOLERANCE[dtype])
+    longer = (tokens[:3], [tokens[3:8] + tokens[10:]])
+    for what, trees, options in (
+        ("beside a longer sequence", [short, (tokens[:2], [tokens[4:]])], {}),
+        ("with more tokens behind it", [longer], {}),
+        ("by places that the model finds for itself", [short], {"own": True}),
+    ):
+        moved = (logps(*trees, **options) - alone).abs().mean().item()
+        if not moved <= tolerance:
+            causal_lm = getattr(getattr(model, "module", model), "causal_lm", model)
+            raise UserError(
+                f"{type(causal_lm).__name__} cannot be trained here: log-probs of a completion {what} "
+                f"differ by {moved:.2g} from those it has alone, so some layer of this model looks at "
+                "padding, ahead or at other places; name a causal language model in model.path"
+            )
 
 
 def check_states(alone: Tensor, shared: Tensor, layout: str, dtype: torch.dtype) -> None:

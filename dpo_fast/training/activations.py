@@ -6,6 +6,7 @@ until it is let go. Attention and head are stood for by functions that keep and 
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -154,7 +155,7 @@ def _count(model: ScoringModel, shape: Shape, plan: HeadPlan, offload: bool) -> 
     for parameter in model.parameters():  # gradients are counted with the states
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_drop)
-    with watch:
+    with watch, _experts_in_any_dtype():
         model(**_batch(shape))["logp"].sum().backward()
     return Activations(
         kept=watch.kept,
@@ -162,6 +163,24 @@ def _count(model: ScoringModel, shape: Shape, plan: HeadPlan, offload: bool) -> 
         head=watch.peaks["head"] - watch.kept,
         host=watch.host,
     )
+
+
+@contextlib.contextmanager
+def _experts_in_any_dtype():
+    """PyTorch's product of groups is bf16's alone without numbers; transformers' own keeps as much."""
+    from transformers.integrations import moe
+
+    known = getattr(moe, "_can_use_grouped_mm", None)
+    if known is None:
+        yield
+        return
+    moe._can_use_grouped_mm = lambda input, weight, offs: (
+        weight.dtype == torch.bfloat16 and known(input, weight, offs)
+    )
+    try:
+        yield
+    finally:
+        moe._can_use_grouped_mm = known
 
 
 def _drop(parameter: nn.Parameter) -> None:

@@ -20,7 +20,12 @@ from dpo_fast.training.nvme import remove_files, save_as_others, swaps
 from dpo_fast.training.optimisers import OPTIMISERS, make
 from dpo_fast.training.parallel_section import ZERO_PLUS_PLUS
 from dpo_fast.training.schedule import build_schedule
-from dpo_fast.training.zero_mends import follow_new_order, record_whole_passes, share_groups
+from dpo_fast.training.zero_mends import (
+    follow_new_order,
+    keep_names_of_the_model,
+    record_whole_passes,
+    share_groups,
+)
 
 # DeepSpeed's monitors, which log.report_to stands for.
 MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
@@ -153,6 +158,7 @@ def shard_while_loading(config: RunConfig, ds_config: dict[str, Any]):
         return None
     zero = ds_config["zero_optimization"]
     follow_new_order()
+    keep_names_of_the_model()
     record_whole_passes()
     share_groups(zero.get("zero_hpz_partition_size", 1))
     if zero.get("offload_param", {}).get("device") == "nvme":

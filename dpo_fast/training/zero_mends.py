@@ -31,6 +31,34 @@ def follow_new_order() -> None:
     kind._invalidate_trace = forget
 
 
+def keep_names_of_the_model() -> None:
+    """Let a tensor keep its name at stage 3 if the model has that name, and not what it is renamed to.
+
+    So transformers (5.23) does without ZeRO. DeepSeek-V4's `model.norm.weight`, for one, would else become
+    a norm of its compressed keys, which there is none of.
+    """
+    from transformers import core_model_loading as place
+
+    rename = getattr(place, "rename_source_key", None)
+    if rename is None or getattr(rename, "keeps", False):
+        return
+
+    def rename_or_keep(key, renamings, converters, prefix=None, model=None, **options):
+        renamed, pattern = rename(key, renamings, converters, prefix, model, **options)
+        if not model or renamed in model or key not in model:
+            return renamed, pattern
+        return rename(key, [], [], prefix, model, **options)
+
+    def by_any_name(source_key, weight_renamings, weight_converters, *rest, **options):
+        names = ("base_model_prefix", "meta_state_dict")
+        options = dict(zip(names, rest)) | options
+        rest = (options.pop(name, None) for name in names)
+        return rename_or_keep(source_key, weight_renamings, weight_converters, *rest, **options)
+
+    by_any_name.keeps = True
+    place.rename_source_key = by_any_name
+
+
 def record_whole_passes() -> None:
     """Let ZeRO 3 record the order of a training pass, and not that of a forward without gradients.
 

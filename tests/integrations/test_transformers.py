@@ -12,8 +12,6 @@ from transformers import (
     AutoTokenizer,
     BloomConfig,
     BloomForCausalLM,
-    FalconH1Config,
-    HyperCLOVAXConfig,
     TrainingArguments,
 )
 
@@ -21,7 +19,7 @@ from dpo_fast.errors import UserError
 from dpo_fast.integrations.transformers import PreferenceCollator, PreferenceTrainer
 from dpo_fast.losses import LossOptions, Objective, PairLogps, Totals, preference
 from dpo_fast.models import ScoringModel
-from dpo_fast.models.scoring import forward_arguments, head_options_of
+from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.ops.segments import sum_sequences
 from tests.support.adapters import write_adapter
 from tests.support.models import LIKE_SGD, write_model, write_pairs
@@ -494,11 +492,3 @@ def test_data_sets_that_do_not_fit_are_refused_before_the_run(place, rows, tmp_p
     model = model_of(place)
     with pytest.raises(UserError, match="reference is the model that is trained"):
         build(place, rows, tmp_path, model=model, reference=model)
-
-
-@pytest.mark.parametrize("kind", [FalconH1Config, HyperCLOVAXConfig])
-def test_the_scale_of_logits_is_read(kind):
-    config = kind()
-    value = {"falcon_h1": "lm_head_multiplier", "hyperclovax": "logits_scaling"}[config.model_type]
-    setattr(config, value, 0.25)
-    assert head_options_of(config).logit_scale == 0.25

@@ -21,7 +21,15 @@ from tests.support.faults import SLOW
 
 # Keys of other layers, compressed keys and values, chunks, indices, n-grams, three places for a token.
 SAMPLE = (
-    *("gemma3n_text", "gemma4_text", "mimo_v2_flash", "longcat_flash", "llama4_text", "laguna"),
+    *(
+        "dots3_note_text",
+        "gemma3n_text",
+        "gemma4_text",
+        "mimo_v2_flash",
+        "longcat_flash",
+        "llama4_text",
+        "laguna",
+    ),
     *(
         "kolibri1",
         "step3p7",

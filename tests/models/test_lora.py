@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from dpo_fast.data.batch import collate_trees
 from dpo_fast.errors import UserError
 from dpo_fast.models.attention import NAMES
-from dpo_fast.models.config import LoraSection
+from dpo_fast.models.config import LoraSection, ModelSection
 from dpo_fast.models.lora import add_lora
 from dpo_fast.models.scoring import ScoringModel, forward_arguments
 from dpo_fast.training.export import gather_trained, save_adapter
@@ -220,3 +220,24 @@ def test_the_export_is_the_adapter_on_the_base(architecture, name, tmp_path):
             assert config.lora_alpha == pytest.approx(6 * math.sqrt(2))
         merged = again.merge_and_unload()
         torch.testing.assert_close(alone(merged), logps(scoring), rtol=0, atol=2e-5)
+
+
+def test_new_adapters_begin_alike_however_many_numbers_loading_draws(tmp_path, monkeypatch):
+    """As where ZeRO-3 makes a model whole before it reads it."""
+    from dpo_fast.models import load
+    from tests.support.models import write_model
+
+    section = ModelSection(path=str(write_model(tmp_path / "model")), lora={"r": 2})
+    plain, found = load._load_causal_lm, []
+
+    def drawing(*arguments):
+        model = plain(*arguments)
+        torch.rand(7)
+        return model
+
+    for loads in (plain, drawing):
+        monkeypatch.setattr(load, "_load_causal_lm", loads)
+        torch.manual_seed(3)
+        weights = load.load_model(section, attention="eager").named_parameters()
+        found.append(next(weight for name, weight in weights if "lora_A" in name))
+    assert torch.equal(*found)

@@ -1,5 +1,7 @@
 """The head scores what the model's own forward would make of its logits, or the model is refused."""
 
+import contextlib
+
 import pytest
 import torch
 import transformers
@@ -9,8 +11,11 @@ from dpo_fast.data.batch import collate_trees
 from dpo_fast.errors import UserError
 from dpo_fast.models import ScoringModel
 from dpo_fast.models.decoder import decoder_of
-from dpo_fast.models.scoring import forward_arguments
+from dpo_fast.models.load import auto_class
+from dpo_fast.models.scoring import forward_arguments, head_options_of
+from dpo_fast.models.separation import check_separation
 from tests.support.architectures import ARCHITECTURES, SIZES, TREES, alone, make
+from tests.support.families import config_of, tiny
 
 # Models whose keys for it are their own.
 OTHERS = {
@@ -73,6 +78,29 @@ def test_other_keys_are_honoured(name):
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
 
 
+WHOLE = {
+    "aya_vision": ({"logit_scale": 0.25}, 1.0),
+    "cohere2_vision": ({"logit_scale": 0.25}, 1.0),
+    "inkling_text": ({"logits_mup_width_multiplier": 4.0}, 0.25),
+    "cohere2": ({"logit_scale": 0.25}, 0.25),
+    "hyperclovax": ({"logits_scaling": 0.25}, 0.25),
+    "falcon_h1": ({"lm_head_multiplier": 0.25}, 0.25),
+}
+
+
+@pytest.mark.parametrize("family", WHOLE)
+def test_the_code_of_the_model_decides_whether_a_key_counts(family):
+    """Whole image-text models may leave out what the class of their text model does."""
+    changes, scale = WHOLE[family]
+    config = config_of(family)
+    for key, value in changes.items():
+        setattr(config.get_text_config(), key, value)
+    torch.manual_seed(0)
+    model = auto_class(config).from_config(config)
+    assert head_options_of(model).logit_scale == scale
+    ScoringModel(model)
+
+
 def test_layers_between_the_decoder_and_the_head_are_refused():
     """ModernBERT's decoder has some there, and its head is what `get_decoder` gives."""
     config = transformers.ModernBertDecoderConfig(**SIZES, cls_token_id=1, sep_token_id=2)
@@ -80,6 +108,27 @@ def test_layers_between_the_decoder_and_the_head_are_refused():
     assert decoder_of(model) is model.model
     with pytest.raises(UserError, match="does something to its logits"):
         ScoringModel(model)
+
+
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [
+        ("cpmant", "beside a longer sequence"),
+        ("xlm", "more tokens behind it"),
+        ("xlnet", "more tokens behind it"),
+        ("kosmos-2.5", "places that the model finds for itself"),
+        ("prophetnet", "other states than its decoder's"),
+        ("rembert", "states of size 32, and its head takes"),
+        ("llama", None),
+        ("bloom", None),
+    ],
+)
+def test_what_is_no_causal_model_is_refused_before_it_is_trained(family, said):
+    """In padded rows, where no other sequence is in the row."""
+    refused = pytest.raises(UserError, match=said) if said else contextlib.nullcontext()
+    with refused:
+        scoring = ScoringModel(tiny(family))
+        check_separation(scoring, "padded", 97, torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -25,6 +25,7 @@ from dpo_fast.models.config import LoraSection
 from dpo_fast.models.layers import checkpoint_layers, compile_layers
 from dpo_fast.models.lora import add_lora
 from dpo_fast.models.recurrent.convolution import convolve
+from dpo_fast.models.recurrent.lightning import LAYER
 from dpo_fast.models.recurrent.segments import by_flat_levels, by_levels, cut
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.models.separation import check_separation
@@ -310,6 +311,14 @@ def test_ranks_do_not_share_rows_of_such_a_model():
     plan = AttentionPlan(((2, 0, -1),), CPU, types.SimpleNamespace(size=2))
     with pytest.raises(UserError, match="sequence_parallel=2 cannot be honoured"):
         scoring.causal_lm.model(input_ids=torch.tensor([[1, 2]]), plan=plan, use_cache=False)
+
+
+def test_nor_does_lightning_attention():
+    scoring = ScoringModel(make("minimax", NAMES["sdpa"]))
+    layer = next(m for m in scoring.causal_lm.modules() if type(m).__name__ == LAYER)
+    plan = AttentionPlan(((2, 0, -1),), CPU, types.SimpleNamespace(size=2))
+    with pytest.raises(UserError, match="sequence_parallel=2 cannot be honoured"):
+        layer(torch.zeros(1, 2, 32), plan=plan)
 
 
 def test_a_kernel_gets_segments_side_by_side(monkeypatch):

@@ -72,6 +72,17 @@ CHANGES = THREE | {
     "cohere_compass_text": WINDOWS
     | {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "dots1": WINDOWS,
+    "dots3_note_text": {
+        "layer_types": ["indexed_attention", "sliding_attention"] * 2,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 16,
+        "swa_kv_lora_rank": 16,
+        "swa_head_dim": 16,
+        "swa_qk_nope_head_dim": 8,
+        "swa_v_head_dim": 8,
+        "shared_experts_intermediate_size": 24,
+    },
     "gemma3_text": WINDOWS,
     "gemma3n_text": WINDOWS
     | {"num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]},

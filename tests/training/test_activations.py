@@ -22,14 +22,10 @@ from tests.support.paths import ROOT
 D, LAYERS = 32, 2  # of tests/support/architectures.py
 
 
-def model(name: str = "llama", lora: bool = False, **sizes):
-    """Experts in bf16: without numbers their products have no other dtype."""
-
+def model(name: str = "llama", lora: bool = False, dtype=torch.float32, **sizes):
     def made() -> ScoringModel:
         with torch.device("meta"):
-            scoring = ScoringModel(make(name, **sizes))
-            if any("expert" in key for key, _ in scoring.named_modules()):
-                scoring.to(torch.bfloat16)
+            scoring = ScoringModel(make(name, **sizes)).to(dtype)
             if lora:
                 add_lora(scoring, LoraSection(r=2))
         return scoring
@@ -54,6 +50,14 @@ def test_every_architecture_is_counted(name, on_cpu):
     again = counted(64, name, on_cpu)
     assert kept.kept > again.kept > 64 * D * 2 and kept.host == again.host == 0
     assert min(again.layer, again.head) > 0
+
+
+def test_experts_are_counted_in_every_dtype():
+    """A half of the bytes in bf16, routers aside, which compute in fp32."""
+    shape = Shape(2, 256, True, 512, True)
+    made = [model("mixtral, experts", dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    whole, half = (count(each, shape, head(512), recomputed=False).kept for each in made)
+    assert 0.45 < half / whole < 0.6
 
 
 def test_what_is_kept_is_the_input_of_every_layer():

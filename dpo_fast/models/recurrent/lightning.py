@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dpo_fast.models.attention_plan import AttentionPlan
 from dpo_fast.models.recurrent.segments import CHUNK, by_levels
+from dpo_fast.models.recurrent.told import check_whole_row
 
 LAYER = "MiniMaxLightningAttention"
 
@@ -25,6 +26,7 @@ def lightning(
     """
     if not isinstance(plan, AttentionPlan):
         return module.forward_of_batches(hidden_states, *arguments, **options)
+    check_whole_row(plan)
     heads = module.num_attention_heads
     mixed = module.act_fn(module.qkv_proj(hidden_states)).unflatten(-1, (heads, -1))
     query, key, value = mixed.split(module.head_dim, dim=-1)
