@@ -94,6 +94,11 @@ class LoraSection(BaseModel):
     )
 
     @property
+    def trains_biases(self) -> bool:
+        """Whether biases of the base model are trained."""
+        return self.bias != "none"
+
+    @property
     def takes_from_base(self) -> bool:
         """Whether adapters start with a part of the weight that they are on."""
         how = self.init_lora_weights

@@ -18,7 +18,6 @@ from contextlib import closing
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from dpo_fast import durable
@@ -320,11 +319,11 @@ def _entry(judged: Judged) -> dict[str, Any]:
 def _identity(config: RoundsConfig, path: str, option: str) -> str:
     """The hash of a model's weights. Raises UserError, which names the option."""
     from dpo_fast.models.checkpoint import check_model_path
-    from dpo_fast.training.weights import identity_on_this_rank
+    from dpo_fast.training.weights import identity_of_weights
 
     check_model_path(path, option)
     try:
-        return identity_on_this_rank(SimpleNamespace(data=data_config(config)), path)
+        return identity_of_weights(data_config(config), path)
     except (OSError, KeyError) as error:
         reason = durable.first_line(error)
         raise UserError(f"{option}={path}: the model cannot be loaded: {reason}") from error

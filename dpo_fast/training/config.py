@@ -67,13 +67,13 @@ class RunConfig(BaseModel):
 
     def _check_biases(self) -> None:
         """Biases lie in the base model, so that the reference has those that are trained."""
-        bias = "none" if self.model.lora is None else self.model.lora.bias
-        if bias != "none" and self.reference_spec.needs_adapters:
+        lora = self.model.lora
+        if lora is not None and lora.trains_biases and self.reference_spec.needs_adapters:
             others = alternatives(
                 lambda spec: spec.compares and not spec.needs_adapters and not spec.follows
             )
             raise ValueError(
-                f"model.lora.bias={bias} trains biases of the base model, which the model with its "
+                f"model.lora.bias={lora.bias} trains biases of the base model, which the model with its "
                 f"adapters off (reference.provider={self.reference_provider}) would have as well; set "
                 f"model.lora.bias=none, or choose {others}"
             )

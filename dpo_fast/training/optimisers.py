@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from dpo_fast.errors import UserError
-from dpo_fast.training.finite_step import FiniteAdamW, FiniteStep
 
 TORCH = "adamw"  # the states of every one of torch's, which may go on with each other's
 
@@ -102,6 +101,9 @@ def check_optim(config: Any, device: torch.device) -> None:
 
 def make(config: Any, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """The optimiser of a run. groups: of parameters, with their weight decay."""
+    # Classes of torch; the names above are read before torch is there.
+    from dpo_fast.training.finite_step import FiniteAdamW, FiniteStep
+
     train = config.train
     chosen = OPTIMISERS[train.optim]
     common = {

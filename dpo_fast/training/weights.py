@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
+from dpo_fast.data.config import DataConfig
 from dpo_fast.data.dataset import cache_root
 from dpo_fast.models.identity import Advance, Watch, model_identity
 from dpo_fast.models.quantization import quantised_identity
@@ -39,10 +40,13 @@ def identities(config: RunConfig) -> dict[str, str]:
 
 def identity_on_this_rank(config: RunConfig, path: str) -> str:
     """As `identity_of`, for work that one rank does."""
-    cache = cache_root(config.data) / "weights"
+    return quantised_identity(identity_of_weights(config.data, path), config.model.quantization)
+
+
+def identity_of_weights(data: DataConfig, path: str) -> str:
+    """The identity of a model that is loaded as its files have it. data: says where hashes are kept."""
     with _told(path) as watch:
-        found = model_identity(path, cache, watch)
-    return quantised_identity(found, config.model.quantization)
+        return model_identity(path, cache_root(data) / "weights", watch)
 
 
 @contextmanager

@@ -65,10 +65,10 @@ def test_slices_that_score_otherwise_are_refused():
 def test_a_row_that_ranks_share_is_the_cause_in_every_layout(layout):
     """A message that asked for the layout that is set already would help nobody."""
 
-    class Mixing:
+    class Mixing(torch.nn.Module):
         group = SimpleNamespace(size=2)
 
-        def __call__(self, input_ids, predictions_T, **others) -> dict[str, torch.Tensor]:
+        def forward(self, input_ids, predictions_T, **others) -> dict[str, torch.Tensor]:
             return {"logp": torch.zeros(len(predictions_T)) + input_ids.sum()}
 
     scorer = Mixing()

@@ -101,7 +101,6 @@ def test_the_option_takes_what_the_table_has():
         ({}, {"reference": {"offload": True}}, "provider=constant there is no second model"),
         ({"compares": False}, {}, "provider=constant, but loss.type=sigmoid compares"),
         ({"needs_adapters": True}, {}, "provider=constant needs adapters: set model.lora"),
-        ({"no_adapters": "why"}, {"model": {"lora": {"r": 2}}}, "not work with model.lora: why"),
         (
             {"stores": True},
             {"data": {"streaming": True}, "train": {"max_steps": 3}},
