@@ -20,9 +20,12 @@ from dpo_fast.integrations.collator import IDS, NUMBERS, PreferenceCollator
 from dpo_fast.integrations.forward import add_forward
 from dpo_fast.integrations.fsdp import prepare_fsdp, shard_frozen
 from dpo_fast.integrations.rows import token_rows, token_sets
+from dpo_fast.integrations.saving import WholeFolders
 from dpo_fast.losses import Objective, Totals
+from dpo_fast.models import recurrent
 from dpo_fast.models.adapters import as_started, keep_frozen_copy, why_not
 from dpo_fast.models.architecture import architecture_of, choose_attention, choose_layout
+from dpo_fast.models.by_sequence import serve_by_sequence
 from dpo_fast.models.own_losses import check_no_balance, check_own_losses
 from dpo_fast.models.scoring import fuse_head, scoring_forward
 from dpo_fast.models.separation import check_separation
@@ -39,12 +42,13 @@ from dpo_fast.training.metrics import MetricSums
 __all__ = ["PreferenceCollator", "PreferenceTrainer"]
 
 
-class PreferenceTrainer(transformers.Trainer):
+class PreferenceTrainer(WholeFolders, transformers.Trainer):
     """`transformers.Trainer` for pairs of completions.
 
     The loss is divided by the counts of the whole global batch, over micro-batches and ranks, so it
     does not depend on `gradient_accumulation_steps`. `Trainer` writes the checkpoints: plain Hugging
-    Face folders, or the adapter alone for a `PeftModel`. Dropout stays as the model has it.
+    Face folders, or the adapter alone for a `PeftModel`. `save_model` also writes what the checkpoint
+    holds beside this model (`saving.py`). Dropout stays as the model has it.
 
     Args:
         model: causal LM, or a `PeftModel` round one. Its `lm_head` becomes a `FusedHead` over the
@@ -315,6 +319,8 @@ def _prepare(model: PreTrainedModel, layout: str, device: torch.device, dtype: t
     if LAYOUTS[layout].shares_rows:
         attention = choose_attention("auto", layout, device, dtype, architecture_of(model))
         model.set_attn_implementation(attention.name)
+        recurrent.serve(model)
+        serve_by_sequence(model)
     fuse_head(model)
     add_forward(model, "scored", _score)
 

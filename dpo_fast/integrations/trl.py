@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dpo_fast.errors import UnavailableError, UserError
 from dpo_fast.integrations.fsdp import prepare_fsdp
+from dpo_fast.integrations.saving import WholeFolders
 from dpo_fast.integrations.trl_forward import add_linear_logp
 from dpo_fast.integrations.trl_losses import our_loss, share_losses
 
@@ -38,7 +39,7 @@ def check_version(version: str) -> None:
 check_version(trl.__version__)
 
 
-class FastHeadMixin:
+class FastHeadMixin(WholeFolders):
     """Goes before a TRL trainer that scores with a fused head: `DPOTrainer`, `KTOTrainer`."""
 
     def __init__(self, *args, **kwargs) -> None:

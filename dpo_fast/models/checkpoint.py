@@ -25,6 +25,7 @@ FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+NAMED_WEIGHTS = "transformers_weights"  # of a configuration
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -39,7 +40,7 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         UserError: there are none, or the index is damaged or names one that is missing.
     """
-    for name in FILES:
+    for name in (*_named_weights(folder), *FILES):
         file = folder / name
         if not file.is_file():
             continue
@@ -50,11 +51,19 @@ def weight_files(folder: Path) -> list[Path]:
             if not shard.is_file():
                 raise UserError(f"{file} names {shard.name}, which is not there")
         return shards
-    # A configuration may name a file of its own (transformers_weights).
     found = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
     if not found:
         raise UserError(f"{folder} holds no weights: expected one of {', '.join(FILES)}")
     return found
+
+
+def _named_weights(folder: Path) -> tuple[str, ...]:
+    """The file that a configuration names, which transformers loads before any other, if it does."""
+    try:
+        name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(NAMED_WEIGHTS)
+    except (OSError, ValueError, AttributeError):  # an adapter, or what `check_model_path` tells
+        return ()
+    return (name,) if isinstance(name, str) else ()
 
 
 def read_index(file: Path) -> dict[str, str]:

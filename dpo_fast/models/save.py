@@ -10,15 +10,16 @@ from __future__ import annotations
 import json
 import shutil
 import zipfile
+from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from dpo_fast.models.checkpoint import weight_files
+from dpo_fast.models.checkpoint import NAMED_WEIGHTS, weight_files
 from dpo_fast.models.stored_names import as_stored
 from dpo_fast.models.tensor_writer import Stored, stored_tensors, write_tensors
 
@@ -91,10 +92,15 @@ def write_model(
     """
     target.mkdir(parents=True, exist_ok=True)
     copy_files(source, target)
-    dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
-    if len(dtypes) == 1:
-        _note_dtype(target / "config.json", str(dtypes.pop()).removeprefix("torch."))
-    _note_vocabulary(target / "config.json", model.config.get_text_config().vocab_size)
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in state.values():
+        sizes[tensor.dtype] += tensor.numel() if tensor.is_floating_point() else 0
+    tree = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    tree.pop(NAMED_WEIGHTS, None)  # the files have their usual names now
+    if sizes.total():  # some architectures keep a few tensors in fp32
+        _note_dtype(tree, str(sizes.most_common(1)[0][0]).removeprefix("torch."))
+    note_vocabulary(tree, model.config.get_text_config())
+    (target / "config.json").write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
     names = {file: tensor_names(file) for file in weight_files(source)}
     loaded, trained = as_stored(
         model, [name for each in names.values() for name in each], state, untouched
@@ -112,7 +118,10 @@ def tensor_names(file: Path) -> list[str]:
 
 def _unpickled(file: Path) -> dict[str, Tensor]:
     # Files of before PyTorch 1.6 are no archives, and cannot be mapped.
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    archive = zipfile.is_zipfile(file)
+    found = torch.load(file, map_location="cpu", weights_only=True, mmap=archive)
+    # Beside tensors some have a number, say of a version, which safetensors cannot hold.
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
 def _write_shards(
@@ -155,9 +164,8 @@ def read_tensors(file: Path, names: list[str]) -> dict[str, Tensor]:
     return {name: tensors[name] for name in names}
 
 
-def _note_dtype(file: Path, dtype: str) -> None:
+def _note_dtype(config: dict, dtype: str) -> None:
     """The dtype of the weights, for those who load the model with dtype='auto'. The rest stays."""
-    config = json.loads(file.read_text(encoding="utf-8"))
     text = config.get("text_config")
     for tree in (config, *([text] if isinstance(text, dict) else [])):
         for name in ("dtype", "torch_dtype"):
@@ -165,15 +173,20 @@ def _note_dtype(file: Path, dtype: str) -> None:
                 tree[name] = dtype
     if "dtype" not in config and "torch_dtype" not in config:
         config["dtype"] = dtype
-    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _note_vocabulary(file: Path, rows: int) -> None:
-    """The rows of the embeddings, where an adapter had more than its base."""
-    config = json.loads(file.read_text(encoding="utf-8"))
-    trees = [tree for tree in (config, config.get("text_config")) if isinstance(tree, dict)]
-    stale = [tree for tree in trees if tree.get("vocab_size", rows) != rows]
-    for tree in stale:
-        tree["vocab_size"] = rows
-    if stale:
-        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+def note_vocabulary(config: dict, text: PretrainedConfig) -> None:
+    """The rows of the embeddings, where an adapter had more than its base.
+
+    A part of a configuration may leave out what is the default of its class, as Gemma 3's does.
+    """
+    rows, kind = text.vocab_size, text.model_type
+    parts = [each for each in config.values() if isinstance(each, dict)]
+    own = next(
+        (each for each in parts if each.get("model_type") == kind), config.get("text_config")
+    )
+    own = own if isinstance(own, dict) else config
+    if own.get("vocab_size", getattr(type(text)(), "vocab_size", rows)) != rows:
+        own["vocab_size"] = rows
+    if config.get("vocab_size", rows) != rows:
+        config["vocab_size"] = rows

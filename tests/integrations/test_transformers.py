@@ -21,6 +21,7 @@ from dpo_fast.losses import LossOptions, Objective, PairLogps, Totals, preferenc
 from dpo_fast.models import ScoringModel
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.ops.segments import sum_sequences
+from tests.support import hybrids
 from tests.support.adapters import write_adapter
 from tests.support.models import LIKE_SGD, write_model, write_pairs
 from tests.support.paths import ROOT
@@ -128,6 +129,21 @@ def test_the_loss_of_plain_logits_however_it_is_split(layout, micro, place, rows
     assert trainer.layout == layout
     assert log[0]["loss"] == pytest.approx(expected, abs=1e-5)
     assert log[0]["examples"] == 8
+
+
+@pytest.mark.parametrize("family", ["qwen3-next", "lfm2", "mamba2", "jamba"])
+def test_layers_with_a_state_share_rows(family, tmp_path):
+    """The step in a row of trees is the one in padded rows."""
+    ids = {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9, 2], "rejected_ids": [10, 2]}
+    rows, slopes = [ids, {name: each[::-1] for name, each in ids.items()}], []
+    for layout in ("padded", "shared_prefix"):
+        model = hybrids.make(family)
+        options = {"layout": layout, "objective": "simpo", "per_device_train_batch_size": 2}
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        build(None, rows, tmp_path / layout, model=model, **options).train()
+        slopes.append([b - a.detach() for a, b in zip(model.parameters(), before)])
+    for one, other in zip(*slopes, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_the_same_steps_as_an_engine_of_our_own(place, rows, tmp_path):

@@ -8,14 +8,17 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, Gemma3TextConfig
 
 from dpo_fast.models import load_model
+from dpo_fast.models.checkpoint import weight_files
+from dpo_fast.models.config import ModelSection
 from dpo_fast.models.load import auto_class
-from dpo_fast.models.save import copy_files
+from dpo_fast.models.save import copy_files, note_vocabulary
+from dpo_fast.models.save import write_model as write_over
 from dpo_fast.training.config import build_config
-from dpo_fast.training.export import export
-from tests.support import ranks
+from dpo_fast.training.export import export, gather_trained
+from tests.support import ranks, tiny
 from tests.support.checkpoints import BESIDE, MODELS, shard, tensors_of, write_checkpoint
 from tests.support.models import run_tree, write_model, write_pairs
 
@@ -153,6 +156,55 @@ def test_pickled_weights_become_safetensors(tmp_path):
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert not (tmp_path / "out" / "pytorch_model.bin").exists()
     assert torch.equal(logits(tmp_path / "out"), expected)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_file_that_the_configuration_names_is_the_one(beside, tmp_path):
+    """transformers loads it before any other; the export has the usual name."""
+    source = write_checkpoint(tmp_path / "model", "llama")
+    named = source / "mine.safetensors"
+    (source / "model.safetensors").rename(named)
+    if beside:
+        other = {name: -tensor for name, tensor in load_file(named).items()}
+        save_file(other, source / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"transformers_weights": named.name}))
+    assert weight_files(source) == [named]
+    expected = exported(source, tmp_path / "out")
+    assert tensors_of(tmp_path / "out").keys() == load_file(named).keys()
+    assert torch.equal(logits(tmp_path / "out"), expected)
+
+
+def test_numbers_in_a_pickle_are_no_tensors(tmp_path):
+    source = write_checkpoint(tmp_path / "model", "llama")
+    tensors = tensors_of(source)
+    (source / "model.safetensors").unlink()
+    torch.save(tensors | {"version": 3}, source / "pytorch_model.bin")
+    expected = exported(source, tmp_path / "out")
+    assert tensors_of(tmp_path / "out").keys() == tensors.keys()
+    assert torch.equal(logits(tmp_path / "out"), expected)
+
+
+def test_more_rows_are_noted_where_the_configuration_leaves_the_default_out():
+    """As Gemma 3's does on the hub: its text part has no vocab_size."""
+    text = Gemma3TextConfig(vocab_size=262_212)
+    part = {"model_type": "gemma3_text", "hidden_size": 32}
+    for tree in ({"text_config": dict(part)}, dict(part)):
+        note_vocabulary(tree, text)
+        assert tree.get("text_config", tree)["vocab_size"] == 262_212
+    tree = {"text_config": dict(part)}
+    note_vocabulary(tree, Gemma3TextConfig())
+    assert tree == {"text_config": part}
+
+
+def test_a_few_tensors_in_fp32_do_not_hide_the_dtype(tmp_path):
+    """OLMo-Hybrid keeps A_log in fp32, whatever the rest is in."""
+    tiny.write_tiny(tmp_path / "in", "olmo_hybrid", {})
+    loaded = load_model(ModelSection(path=str(tmp_path / "in"), dtype="bf16"), attention="eager")
+    state = gather_trained(loaded.model)
+    assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16, torch.float32}
+    write_over(loaded.causal_lm, state, tmp_path / "in", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_a_tied_head_that_is_stored_twice_is_trained_twice(tmp_path):
