@@ -197,6 +197,14 @@ def _check_whole(model: PreTrainedModel, names: Iterable[str]) -> None:
                 "trained; leave it out. What images go through is trained with "
                 "model.freeze_vision_tower=false or model.freeze_multi_modal_projector=false"
             )
+        held = {key for each in found for key in each.state_dict()}
+        parameters = (each.named_parameters(remove_duplicate=False) for each in found)
+        if more := held - {key for those in parameters for key, _ in those}:
+            kept = ", ".join(sorted(more))
+            raise UserError(
+                f"model.lora.modules_to_save={name}: such modules hold {kept} beside what "
+                "is trained, which has no place in an adapter; name parts of them, or train adapters there"
+            )
 
 
 def _check_apart(modules: Mapping[str, nn.Module], names: Iterable[str]) -> None:

@@ -211,6 +211,13 @@ def test_a_module_inside_another_is_not_trained_whole_twice():
     assert "mlp.up_proj inside model.layers.0.mlp too" in refused(both, made("llama"))
 
 
+def test_modules_with_stored_buffers_are_not_trained_whole():
+    """peft wants them in the adapter, which has trained tensors alone: a KeyError after the run."""
+    whole = {"modules_to_save": ["self_attn"], "target_modules": ["up_proj"]}
+    told = refused(whole, hybrids.make("minimax"))
+    assert "modules_to_save=self_attn: such modules hold" in told and "slope_rate" in told
+
+
 @pytest.mark.parametrize(("architecture", "name"), PLACES)
 def test_the_export_is_the_adapter_on_the_base(architecture, name, tmp_path):
     """As plain peft loads it; of PiSSA on the base as it was."""
