@@ -32,6 +32,8 @@ def with_adapter_path(values: Any) -> Any:
     if not isinstance(values, Mapping) or values.get("adapter_path") is None:
         return values
     adapter, base = str(values["adapter_path"]), values.get("path")
+    from huggingface_hub import constants
+
     option = f"model.adapter_path={adapter}"
     if not isinstance(base, str):
         raise ValueError(f"{option} is an adapter on model.path, which is not set")
@@ -40,7 +42,17 @@ def with_adapter_path(values: Any) -> Any:
             f"{option}: model.path={base} is an adapter itself; name the base model, or leave "
             "model.adapter_path out to train that one further"
         )
-    return {**values, "path": str(_linked(_folder(adapter, option), base)), "adapter_path": None}
+    folder = _folder(adapter, option)
+    try:
+        linked = _linked(folder, base)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{option}: {ADAPTER_CONFIG} is no JSON: {error}") from None
+    except OSError as error:
+        raise ValueError(
+            f"{option}: its folder is linked into the cache of the hub, {constants.HF_HOME}, and that "
+            f"failed: {error}; set HF_HOME to a folder that can be written"
+        ) from None
+    return {**values, "path": str(linked), "adapter_path": None}
 
 
 def _folder(adapter: str, option: str) -> Path:

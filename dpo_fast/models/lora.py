@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -178,6 +178,7 @@ def _check_whole(model: PreTrainedModel, names: Iterable[str]) -> None:
     parts = (decoder_of(model), model.get_output_embeddings(), model.get_input_embeddings())
     reached = {id(module) for part in parts for module in part.modules()}
     modules = dict(model.named_modules())
+    _check_apart(modules, names)
     # Parts that see images, where they are trained.
     reached |= {id(each) for each in modules.values() if _all_trained(each)}
     for name in names:
@@ -196,6 +197,30 @@ def _check_whole(model: PreTrainedModel, names: Iterable[str]) -> None:
                 "trained; leave it out. What images go through is trained with "
                 "model.freeze_vision_tower=false or model.freeze_multi_modal_projector=false"
             )
+        held = {key for each in found for key in each.state_dict()}
+        parameters = (each.named_parameters(remove_duplicate=False) for each in found)
+        if more := held - {key for those in parameters for key, _ in those}:
+            kept = ", ".join(sorted(more))
+            raise UserError(
+                f"model.lora.modules_to_save={name}: such modules hold {kept} beside what "
+                "is trained, which has no place in an adapter; name parts of them, or train adapters there"
+            )
+
+
+def _check_apart(modules: Mapping[str, nn.Module], names: Iterable[str]) -> None:
+    """Raises UserError if `modules_to_save` means a module inside another: peft cannot save that."""
+    ends = tuple(names)
+    outer: list[str] = []
+    for key in modules if ends else ():  # a module comes before those inside it
+        if not key.endswith(ends):
+            continue
+        if inside := next((each for each in outer if key.startswith(f"{each}.")), None):
+            raise UserError(
+                f"model.lora.modules_to_save={list(ends)}: names mean every module that ends so, {key} "
+                f"inside {inside} too, and such an adapter cannot be saved; give one of the two alone, "
+                f"with more of its name, as {inside} or {key}"
+            )
+        outer.append(key)
 
 
 def _all_trained(module: nn.Module) -> bool:

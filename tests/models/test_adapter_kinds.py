@@ -164,6 +164,12 @@ def test_an_adapter_on_another_copy_of_its_base(base, tmp_path, monkeypatch):
         path=str(base), adapter_path=str(tmp_path / "sft"), adapter="merge", lora={"r": 2}
     )
     assert merged.adapter == "merge"
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "file" / "cache"))
+    assert "set HF_HOME to a folder that can be written" in told()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "adapter_config.json").write_text("{r: 2}")
+    assert "adapter_config.json is no JSON" in told(adapter_path=str(tmp_path / "broken"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "model.adapter_path=org/sft: " in told(adapter_path="org/sft")

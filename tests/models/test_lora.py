@@ -20,6 +20,7 @@ from dpo_fast.models.config import LoraSection, ModelSection
 from dpo_fast.models.lora import add_lora
 from dpo_fast.models.scoring import ScoringModel, forward_arguments
 from dpo_fast.training.export import gather_trained, save_adapter
+from tests.support import hybrids
 from tests.support.architectures import TREES, alone, make, slopes
 
 RENAMED = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
@@ -198,6 +199,23 @@ def test_what_cannot_be_honoured_is_refused_by_name(base):
     name = next(n for n, m in base.named_modules() if m is embeddings).split(".")[-1]
     told = refused({"init_lora_weights": "olora", "target_modules": [name]}, base)
     assert "is for linear layers" in told
+
+
+def test_a_module_inside_another_is_not_trained_whole_twice():
+    """peft makes such an adapter and fails to save it, after the run. LFM2 has a conv inside a conv."""
+    base = hybrids.make("lfm2")
+    told = refused({"modules_to_save": ["conv"]}, base)
+    assert "model.layers.0.conv.conv inside model.layers.0.conv too" in told
+    adapted(base, {"modules_to_save": ["layers.0.conv"], "target_modules": ["q_proj"]})
+    both = {"modules_to_save": ["mlp", "up_proj"], "target_modules": ["q_proj"]}
+    assert "mlp.up_proj inside model.layers.0.mlp too" in refused(both, made("llama"))
+
+
+def test_modules_with_stored_buffers_are_not_trained_whole():
+    """peft wants them in the adapter, which has trained tensors alone: a KeyError after the run."""
+    whole = {"modules_to_save": ["self_attn"], "target_modules": ["up_proj"]}
+    told = refused(whole, hybrids.make("minimax"))
+    assert "modules_to_save=self_attn: such modules hold" in told and "slope_rate" in told
 
 
 @pytest.mark.parametrize(("architecture", "name"), PLACES)
