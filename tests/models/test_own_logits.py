@@ -116,6 +116,7 @@ def test_layers_between_the_decoder_and_the_head_are_refused():
         ("cpmant", "beside a longer sequence"),
         ("xlm", "more tokens behind it"),
         ("xlnet", "more tokens behind it"),
+        ("kosmos-2", "places that the model finds for itself"),
         ("kosmos-2.5", "places that the model finds for itself"),
         ("prophetnet", "other states than its decoder's"),
         ("rembert", "states of size 32, and its head takes"),
