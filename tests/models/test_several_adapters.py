@@ -184,7 +184,7 @@ def test_what_cannot_be_under_another_is_refused_by_name(folder, tmp_path):
     assert "adapter_config.json" in refusal(path=folder / "model")
     whole = write_adapter(tmp_path / "whole", folder / "model", modules_to_save=["lm_head"])
     assert "modules_to_save=['lm_head']" in refusal(path=whole)
-    other = write_model(tmp_path / "wide", hidden_size=64)
-    assert "model.adapters.sft" in refusal(path=write_adapter(tmp_path / "wider", other))
-    config = folder / "sft" / "adapter_config.json"
-    assert json.loads(config.read_text())["peft_type"] == "LORA"
+    other = write_adapter(tmp_path / "other", folder / "model")
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(config | {"r": 5}))
+    assert "the adapter cannot be under the one that is trained" in refusal(path=other)
