@@ -12,7 +12,7 @@ from dpo_fast.generation.batches import Batch, seed_of
 from dpo_fast.generation.config import SampleSection
 from dpo_fast.generation.encode import PromptCodec
 from dpo_fast.generation.engine import LENGTH, Completion, Request, cut_at_stop
-from dpo_fast.models.checkpoint import base_of, is_adapter, read_adapter_config
+from dpo_fast.models.checkpoint import adapters_under, base_of, is_adapter, read_adapter_config
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.hub import split_revision
 from dpo_fast.models.load import tokenizer_path
@@ -33,6 +33,7 @@ class VllmEngine:
 
     def __init__(self, model: ModelSection, codec: PromptCodec, section: SampleSection) -> None:
         self.codec, self.section = codec, section
+        _check(model)
         self.vllm = _import_vllm()
         name, revision = split_revision(base_of(model.path))
         self.lora = self._lora(model.path)
@@ -103,6 +104,24 @@ class VllmEngine:
             return None
         request = importlib.import_module("vllm.lora.request").LoRARequest
         return request(ADAPTER, 1, path)
+
+
+def _check(model: ModelSection) -> None:
+    """Raises UserError for a model that would answer as another one here."""
+    if model.quantization is not None:
+        bits = model.quantization.bits
+        raise UserError(
+            f"sample.engine.type=vllm does not read model.quantization.load_in_{bits}bit=true: its answers "
+            "would be those of the model as it is stored. Set type=transformers, remove "
+            "model.quantization, or name a base that is stored quantised"
+        )
+    under = adapters_under(model.path)
+    if under:
+        raise UserError(
+            f"sample.engine.type=vllm: model.path={model.path} has the adapters {', '.join(under)} under "
+            "another one, and vLLM adds one alone to a base. Set type=transformers, or merge them: "
+            "dpo-fast export --merge"
+        )
 
 
 def _rank_of(path: str) -> int:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from dpo_fast.errors import UserError
-from dpo_fast.models.checkpoint import HEADS, adapter_file, base_of
+from dpo_fast.models.checkpoint import HEADS, adapter_file, adapter_vocabulary, base_of
 from dpo_fast.models.lora_start import TAKEN, TRAINED
 
 ADAPTER = TRAINED  # the name that peft gives the trained adapter
@@ -88,6 +89,76 @@ def add_untrained(scoring: nn.Module, path: str, option: str) -> None:
     config.inference_mode = False  # as saved it says that nothing is trained
     _start_plainly(config)
     scoring.set_adapted(get_peft_model(scoring.model, config))
+
+
+def put_under(
+    scoring: nn.Module, adapters: Mapping[str, str], option: str, weights: bool = True
+) -> None:
+    """Have a model compute with the adapters of these folders as well. They are not trained.
+
+    weights: False for one on the meta device: names and shapes alone.
+
+    Raises:
+        UserError: one does not fit the model, or changes more than the layers that it is on.
+    """
+    from peft import PeftModel, get_peft_model
+
+    for name, path in adapters.items():
+        option = f"model.adapters.{name}"
+        config = _check_under(name, path, option, scoring.causal_lm)
+        _without_dropout(config)
+        _start_plainly(config)
+        model, first = scoring.model, not scoring.has_adapter
+        options = {"config": config, "autocast_adapter_dtype": False}
+        try:
+            if first and weights:
+                model = PeftModel.from_pretrained(model, path, adapter_name=name, **options)
+            elif first:
+                model = get_peft_model(model, config, adapter_name=name)
+            elif weights:
+                model.load_adapter(path, name, is_trainable=False, **options)
+            else:
+                model.add_adapter(name, config)
+        except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
+            raise UserError(
+                f"{option}={path}: the adapter cannot be under the one that is trained: "
+                f"{first_line(error)}; merge it into the base (dpo-fast export --merge) and name that"
+            ) from error
+        if first:
+            scoring.set_adapted(model)
+        model.names_under = (*names_under(model), name)
+    if adapters and ADAPTER in scoring.model.peft_config:
+        activate(scoring.model, ADAPTER)
+    elif adapters:
+        _only_under(scoring.model)
+
+
+def _check_under(name: str, path: str, option: str, model: nn.Module) -> Any:
+    config = check_adapter(path, option)
+    parts = {part for each, _ in model.named_parameters() for part in each.split(".")}
+    if name in parts:
+        raise UserError(f"{option}: the model has parts of that name; choose another one")
+    whole = [
+        f"{key}={getattr(config, key)}"
+        for key in ("modules_to_save", "trainable_token_indices", "bias")
+        if getattr(config, key, None) not in (None, "none", [], {})
+    ]
+    start = getattr(config, "init_lora_weights", None)
+    if isinstance(start, str) and re.match("pissa|olora|corda|loftq|lora_ga", start.lower()):
+        whole.append(f"init_lora_weights={start}, on a base that is not as it came")
+    if adapter_vocabulary(path) is not None and not whole:
+        whole.append("embeddings of its own")
+    if whole:
+        raise UserError(
+            f"{option}={path} has {whole[0]}: only adapters beside layers can be active under another "
+            "one. Merge it into the base (dpo-fast export --merge), and name that as model.path"
+        )
+    return config
+
+
+def names_under(model: nn.Module) -> tuple[str, ...]:
+    """Names of the adapters that are active and frozen under the one that is trained."""
+    return getattr(model, "names_under", ())
 
 
 def load_adapter(scoring: nn.Module, path: str, option: str, keep_start: bool) -> None:
@@ -178,41 +249,53 @@ def copies_of(
 
 
 def activate(model: nn.Module, name: str, trained: bool = True) -> None:
-    """Have a PeftModel compute with this adapter, and train it or not."""
-    if TAKEN not in model.peft_config:
+    """Have a PeftModel compute with this adapter, and train it or not. Those that stay are on as well."""
+    staying = (*((TAKEN,) if TAKEN in model.peft_config else ()), *names_under(model))
+    if not staying:
         model.set_adapter(name, inference_mode=not trained)
         return
-    model.base_model.set_adapter([name, TAKEN], inference_mode=not trained)
-    _freeze(model, TAKEN)
+    model.base_model.set_adapter([name, *staying], inference_mode=not trained)
+    _freeze(model, staying)
+
+
+def _only_under(model: nn.Module) -> None:
+    model.base_model.set_adapter(list(names_under(model)), inference_mode=True)
 
 
 @contextlib.contextmanager
 def as_started(model: nn.Module) -> Iterator[None]:
     """A context in which a PeftModel computes as its reference: as before its first update, say.
 
-    Its adapters are off; or, where there is a copy of one that is not trained, the copy is on.
+    Its trained adapter is off, and with it all that are not to stay; or, where there is a copy of one that
+    is not trained, the copy is on.
     """
-    if START not in model.peft_config:
+    if START not in model.peft_config and not names_under(model):
         try:
             with model.disable_adapter():
                 yield
         finally:
-            _freeze(model, TAKEN)
+            _freeze(model, (TAKEN,))
         return
     active = model.active_adapter
-    activate(model, START, trained=False)
+    if START in model.peft_config:
+        activate(model, START, trained=False)
+    else:
+        _only_under(model)
     try:
         yield
     finally:
-        activate(model, active)
+        if active in names_under(model):
+            _only_under(model)
+        else:
+            activate(model, active)
 
 
-def _freeze(model: nn.Module, name: str) -> None:
-    """Have an adapter not be trained: peft turns on the gradients of each that it activates."""
-    if name in model.peft_config:
-        for key, parameter in model.named_parameters():
-            if f".{name}." in key:
-                parameter.requires_grad_(False)
+def _freeze(model: nn.Module, names: Iterable[str]) -> None:
+    """Have adapters not be trained: peft turns on the gradients of each that it activates."""
+    parts = [f".{name}." for name in names if name in model.peft_config]
+    for key, parameter in model.named_parameters() if parts else ():
+        if any(part in f"{key}." for part in parts):
+            parameter.requires_grad_(False)
 
 
 def first_line(error: Exception) -> str:

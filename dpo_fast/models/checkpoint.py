@@ -1,7 +1,8 @@
 """The files of a model folder: which of them `from_pretrained` reads weights from, and what they hold.
 
 A folder with adapter_config.json is an adapter (peft). It names its base model, and the two together are
-the model.
+the model. A folder with adapters.json names adapters that stay active and frozen, under the one that the
+folder holds or on the base that the file names.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ FILES = (
 )
 NAMED_WEIGHTS = "transformers_weights"  # of a configuration
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTERS = (
+    "adapters.json"  # {"adapters": {name: folder}}, and "base" where there is no adapter beside
+)
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 HEADS = ("lm_head", "embed_out")
@@ -98,6 +102,24 @@ def read_header(file: Path) -> tuple[int, dict[str, dict]]:
     return 8 + size, header
 
 
+def adapters_under(path: str) -> dict[str, str]:
+    """Folders of the adapters that stay active and frozen in the model of a path, by their names."""
+    found = _read_adapters(path).get("adapters", {})
+    return {name: str(Path(os.path.expanduser(path)) / folder) for name, folder in found.items()}
+
+
+def _read_adapters(path: str) -> dict[str, Any]:
+    file = Path(os.path.expanduser(path)) / ADAPTERS
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        dict(found.get("adapters", {})).items()
+        return found
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is no list of adapters: {error}") from None
+
+
 def check_weights(path: str, option: str = "model.path") -> None:
     """Check the files of weights of a folder, of an adapter those of its base too. Hub ids pass.
 
@@ -105,8 +127,11 @@ def check_weights(path: str, option: str = "model.path") -> None:
         UserError: as `check_readable`.
     """
     folder = Path(os.path.expanduser(path))
-    if is_adapter(path):
-        check_readable(adapter_file(path, option))
+    for name, under in adapters_under(path).items():
+        check_readable(adapter_file(under, f"model.adapters.{name}"))
+    if base_of(path, option) != path:
+        if is_adapter(path):
+            check_readable(adapter_file(path, option))
         check_weights(base_of(path, option), "base_model_name_or_path")
     elif folder.is_dir():
         for file in weight_files(folder):
@@ -175,7 +200,7 @@ def base_of(path: str, option: str = "model.path") -> str:
     A relative one begins in this folder, or else in one above the adapter: the trainer was started there.
     """
     if not is_adapter(path):
-        return path
+        return _read_adapters(path).get("base", path)
     config = read_adapter_config(path, option)
     base, revision = config["base_model_name_or_path"], config.get("revision")
     if Path(os.path.expanduser(base)).exists():
@@ -217,7 +242,7 @@ def adapter_vocabulary(path: str) -> int | None:
 def of_image_text_model(path: str) -> bool:
     """Whether an adapter is of a whole image-text model, whose text model is a part, by its names."""
     if not is_adapter(path) or adapter_file(path).suffix != ".safetensors":
-        return False
+        return any(of_image_text_model(under) for under in adapters_under(path).values())
     return any(".language_model." in name for name in read_header(adapter_file(path))[1])
 
 
@@ -244,6 +269,10 @@ def check_model_path(path: str, option: str = "model.path") -> None:
                 f"{option}={path} is an adapter, and its base model cannot be found: {error}. Correct "
                 f"base_model_name_or_path in {folder / ADAPTER_CONFIG}"
             ) from None
+        return
+    base = base_of(path, option)
+    if base != path:  # with adapters under what is trained
+        check_model_path(base, option)
         return
     config = folder / "config.json"
     if not config.is_file() and (folder / "state.json").is_file() and (folder / "engine").is_dir():

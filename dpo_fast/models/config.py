@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from dpo_fast.models.adapter_path import with_adapter_path
+from dpo_fast.models.adapter_path import with_adapter_path, with_adapters
 from dpo_fast.models.checkpoint import is_adapter
 from dpo_fast.models.hub import with_revision
 from dpo_fast.models.lora_section import LoraSection
@@ -58,6 +58,13 @@ class ModelSection(BaseModel):
         description="an adapter (peft), a folder or a hub id, on the model in path: in place of an adapter "
         "in path that names its base itself. A run notes the two as path, one folder in the cache",
         json_schema_extra={"refused": "where path is an adapter; with lora, unless adapter=merge"},
+    )
+    adapters: dict[str, ModelPath] | None = Field(
+        None,
+        description="adapters (peft) that stay active and frozen under the one that is trained, {name: a "
+        "folder or a hub id}; the reference has them, too, and each is exported by its name. A run notes "
+        "them in path, a folder in the cache",
+        json_schema_extra={"refused": "without an adapter to train; with adapter=merge"},
     )
     tokenizer: ModelPath | None = Field(
         None, description="tokenizer folder or hub id, also as org/name@revision; default: path"
@@ -194,7 +201,7 @@ class ModelSection(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _fold_revision(cls, values: Any) -> Any:
-        return with_adapter_path(with_revision(values))
+        return with_adapters(with_adapter_path(with_revision(values)))
 
     @model_validator(mode="after")
     def _check(self) -> ModelSection:

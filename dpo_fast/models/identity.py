@@ -25,6 +25,7 @@ from dpo_fast import durable
 from dpo_fast.errors import UserError
 from dpo_fast.models.checkpoint import (
     adapter_file,
+    adapters_under,
     base_of,
     code_files,
     is_adapter,
@@ -82,7 +83,7 @@ def model_identity(path: str, cache: Path | None = None, watch: Watch = unwatche
     folder = Path(os.path.expanduser(path))
     if not folder.is_dir():
         return _hub_identity(path)
-    if is_adapter(path):
+    if is_adapter(path) or base_of(path) != path:
         return _adapter_identity(path, cache, watch)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     parts = {
@@ -94,14 +95,19 @@ def model_identity(path: str, cache: Path | None = None, watch: Watch = unwatche
 
 
 def _adapter_identity(path: str, cache: Path | None, watch: Watch) -> str:
-    config = read_adapter_config(path, "model.path")
-    return _hash(
-        {
-            "base": model_identity(base_of(path), cache, watch),
+    """Of a base with an adapter, with others under it, or with these alone."""
+
+    def of_adapter(folder: str) -> dict:
+        config = read_adapter_config(folder, "model.path")
+        return {
             "adapter": {name: config[name] for name in config if name not in IDLE_ADAPTER_KEYS},
-            "tensors": sorted(hash_tensors([adapter_file(path)], cache, watch)),
+            "tensors": sorted(hash_tensors([adapter_file(folder)], cache, watch)),
         }
-    )
+
+    parts = {"base": model_identity(base_of(path), cache, watch)}
+    parts |= of_adapter(path) if is_adapter(path) else {}
+    under = sorted(_hash(of_adapter(each)) for each in adapters_under(path).values())
+    return _hash(parts | ({"under": under} if under else {}))
 
 
 def _hash(parts: dict) -> str:

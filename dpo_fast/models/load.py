@@ -20,9 +20,10 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dpo_fast.errors import UserError
-from dpo_fast.models.adapters import check_adapter, load_adapter
+from dpo_fast.models.adapters import check_adapter, load_adapter, put_under
 from dpo_fast.models.checkpoint import (
     adapter_vocabulary,
+    adapters_under,
     base_of,
     check_model_path,
     check_weights,
@@ -172,7 +173,8 @@ def load_model(
     elif section.lora is not None:
         add_lora(scoring, section.lora, follows)
         for adapter in scoring.model.peft_config.values():  # what the export's base is
-            adapter.revision = split_revision(section.path)[1]
+            adapter.revision = split_revision(base_of(section.path))[1]
+    put_under(scoring, adapters_under(section.path), option)
     return scoring
 
 

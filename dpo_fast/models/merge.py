@@ -12,6 +12,7 @@ from dpo_fast.errors import UserError
 from dpo_fast.models.checkpoint import (
     adapter_file,
     adapter_vocabulary,
+    adapters_under,
     base_of,
     of_image_text_model,
 )
@@ -58,9 +59,12 @@ def write_merged(section: ModelSection, adapter: Path, target: Path, dtype: str 
     resize_for_adapter(model, str(adapter))
     try:
         adapted = PeftModel.from_pretrained(model, adapter)
+        names = {"default": str(adapter)} | adapters_under(str(adapter))
+        for name, folder in list(names.items())[1:]:
+            adapted.load_adapter(folder, name)
         check_merges(adapted, f"the adapter {adapter} cannot be merged into {base}")
-        changed = _changed_by(adapted, adapter)
-        merged = adapted.merge_and_unload()
+        changed = set().union(*(_changed_by(adapted, Path(each)) for each in names.values()))
+        merged = adapted.merge_and_unload(adapter_names=_in_turn(adapted, list(names)))
     except (AttributeError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"the adapter {adapter} cannot be merged into {base}: {error}") from error
     state = merged.state_dict(keep_vars=True)
@@ -106,6 +110,16 @@ def check_merges(adapted: nn.Module, what: str) -> None:
             f"weights in {type(base).__name__}). Keep the adapter as it is (train.merge_lora=false), or "
             "train without adapters there (model.lora.exclude_modules)"
         )
+
+
+def _in_turn(model: nn.Module, names: list[str]) -> list[str]:
+    """Adapters in the order in which they can be merged: DoRA scales the base as it came."""
+    scaling = [name for name in names if getattr(model.peft_config[name], "use_dora", False)]
+    if len(scaling) > 1:
+        raise ValueError(
+            f"{' and '.join(scaling)} are both DoRA, and each scales the base as it came"
+        )
+    return sorted(names, key=lambda name: name not in scaling)
 
 
 def _changed_by(model: nn.Module, adapter: Path) -> set[str]:

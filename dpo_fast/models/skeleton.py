@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from dpo_fast.models.adapters import add_untrained
+from dpo_fast.models.adapters import add_untrained, put_under
+from dpo_fast.models.checkpoint import adapters_under
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.load import load_skeleton
 from dpo_fast.models.lora import add_lora
@@ -21,4 +22,5 @@ def scoring_skeleton(section: ModelSection, option: str = "model.path") -> Scori
             add_lora(scoring, section.lora)
         elif section.has_adapters:
             add_untrained(scoring, section.path, option)
+        put_under(scoring, adapters_under(section.path), option, weights=False)
     return scoring

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,7 +15,14 @@ from dpo_fast import durable
 from dpo_fast.data.template_file import with_template
 from dpo_fast.models import ScoringModel
 from dpo_fast.models.adapters import ADAPTER
-from dpo_fast.models.checkpoint import adapter_file, adapter_vocabulary, base_of
+from dpo_fast.models.checkpoint import (
+    ADAPTER_CONFIG,
+    ADAPTERS,
+    adapter_file,
+    adapter_vocabulary,
+    adapters_under,
+    base_of,
+)
 from dpo_fast.models.load import local_folder, tokenizer_path, transformers_tokenizer
 from dpo_fast.models.lora_start import TAKEN, is_taken, plain_adapter
 from dpo_fast.models.merge import write_merged
@@ -143,6 +152,18 @@ def _save_adapter(
     model: ScoringModel, state: dict[str, Tensor], config: RunConfig, folder: Path
 ) -> None:
     save_adapter(model, untrained_embeddings(config.model.path, state) | state, folder)
+    _copy_adapters(adapters_under(config.model.path), folder)
     for path in dict.fromkeys((base_of(config.model.path), config.model.path)):
         copy_input_files(local_folder(path), folder)
     write_tokenizer(config, folder)
+
+
+def _copy_adapters(adapters: Mapping[str, str], folder: Path) -> None:
+    """Put the adapters under the trained one into folders of their names, as peft does, and list them."""
+    for name, source in adapters.items():
+        (folder / name).mkdir()
+        for file in (adapter_file(source), Path(source) / ADAPTER_CONFIG):
+            shutil.copyfile(file, folder / name / file.name)
+    if adapters:
+        content = json.dumps({"adapters": {name: name for name in adapters}}, indent=2)
+        (folder / ADAPTERS).write_text(content, encoding="utf-8")

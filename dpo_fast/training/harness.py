@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_fast.errors import UserError
-from dpo_fast.models.checkpoint import base_of, check_model_path, is_adapter
+from dpo_fast.models.checkpoint import adapters_under, base_of, check_model_path, is_adapter
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.hub import split_revision
 from dpo_fast.models.load import load_tokenizer
@@ -65,6 +65,12 @@ def _model(model: str) -> str:
 
 def _arguments(path: str) -> dict[str, str]:
     """What lm-eval's class `hf` is told of a model."""
+    under = adapters_under(path)
+    if under:
+        raise UserError(
+            f"{path} has the adapters {', '.join(under)} under another one, and lm-eval takes one alone: "
+            f"merge them with dpo-fast export --merge {path}, and name that folder"
+        )
     if is_adapter(path):
         return _located(base_of(path)) | {"peft": path}
     return _located(path)

@@ -106,6 +106,15 @@ def test_an_adapter_is_added_to_its_base(vllm, tmp_path):
     assert made.llm.asked[0][2][2] == str(tmp_path / "adapter")
 
 
+def test_models_that_would_answer_as_others_are_refused(vllm, tmp_path):
+    four = ModelSection(path="org/name", lora={}, quantization={"load_in_4bit": True}, dtype="fp32")
+    with pytest.raises(UserError, match="does not read model.quantization.load_in_4bit=true"):
+        engine(four)
+    (tmp_path / "adapters.json").write_text('{"adapters": {"sft": "sft"}, "base": "org/name"}')
+    with pytest.raises(UserError, match="has the adapters sft under another one"):
+        engine(ModelSection(path=str(tmp_path), dtype="fp32"))
+
+
 def test_what_vllm_says_is_told(vllm):
     def refuse(**_):
         raise RuntimeError("no GPU here\nat all")
