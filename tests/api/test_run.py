@@ -80,6 +80,7 @@ def process() -> dict:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_objects_train_as_the_command_line_bit_for_bit_and_the_process_is_as_it_was(folder, rows):
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
