@@ -11,8 +11,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from dpo_fast.version import __version__
+
 if TYPE_CHECKING:
+    from dpo_fast.api import PreferenceRun, Result
     from dpo_fast.errors import UnavailableError, UserError
+    from dpo_fast.losses import register_loss
     from dpo_fast.modules import (
         FusedHead,
         FusedLinearPreferenceLoss,
@@ -20,31 +24,40 @@ if TYPE_CHECKING:
         UnpairedPreferenceLoss,
     )
     from dpo_fast.ops import LinearLogp, VocabShard, linear_logp, logits_logp
+    from dpo_fast.training.config import RunConfig
 
-__version__ = "0.1.0"
 _HOMES = {
     "FusedHead": "modules",
     "FusedLinearPreferenceLoss": "modules",
     "LinearLogp": "ops",
     "PreferenceLoss": "modules",
+    "PreferenceRun": "api",
+    "Result": "api",
+    "RunConfig": "training.config",
     "UnavailableError": "errors",
     "UnpairedPreferenceLoss": "modules",
     "UserError": "errors",
     "VocabShard": "ops",
     "linear_logp": "ops",
     "logits_logp": "ops",
+    "register_loss": "losses",
 }
 __all__ = [
     "FusedHead",
     "FusedLinearPreferenceLoss",
     "LinearLogp",
     "PreferenceLoss",
+    "PreferenceRun",
+    "Result",
+    "RunConfig",
     "UnavailableError",
     "UnpairedPreferenceLoss",
     "UserError",
     "VocabShard",
+    "__version__",
     "linear_logp",
     "logits_logp",
+    "register_loss",
 ]
 
 

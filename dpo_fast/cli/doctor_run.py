@@ -14,7 +14,6 @@ from rich.table import Table
 from dpo_fast.cli.doctor_images import image_processing
 from dpo_fast.cli.doctor_layouts import model_tables
 from dpo_fast.cli.doctor_traffic import traffic_table, when_they_pay
-from dpo_fast.losses import LOSSES
 from dpo_fast.models import ScoringModel, load_tokenizer
 from dpo_fast.models.architecture import Architecture, architecture_of
 from dpo_fast.models.fp8 import fp8_layers
@@ -215,7 +214,7 @@ def _head_rows(outlook: Outlook) -> Iterator[Decision]:
 
 def _preference(outlook: Outlook) -> Choice:
     """What computes the loss: the kernel if there is one for all losses, else torch operations."""
-    missing = [name for name in outlook.config.loss.names if not LOSSES[name].kernel]
+    missing = [spec.name for spec in outlook.config.loss.objective.specs if not spec.kernel]
     if missing:
         return Choice("torch", f"the kernel does not compute {', '.join(missing)}")
     requested = outlook.config.train.implementation

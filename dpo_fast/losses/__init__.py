@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dpo_fast.losses.custom import register_loss
 from dpo_fast.losses.logps import GroupLogps, PairLogps, SequenceLogps
 from dpo_fast.losses.objective import Objective, Totals
 from dpo_fast.losses.options import LossOptions
@@ -27,6 +28,7 @@ __all__ = [
     "SequenceLogps",
     "Totals",
     "preference",
+    "register_loss",
 ]
 
 

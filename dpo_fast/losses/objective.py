@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dpo_fast.losses.custom import all_specs, known_names, spec_of
 from dpo_fast.losses.logps import GroupLogps, Logps, PairLogps, spread
 from dpo_fast.losses.options import LossOptions
 from dpo_fast.losses.spec import SHARED, LossSpec
@@ -55,9 +56,9 @@ class Objective:
     options: LossOptions = LossOptions()
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.names if name not in LOSSES]
+        unknown = [name for name in self.names if spec_of(name) is None]
         if unknown or not self.names:
-            raise ValueError(f"loss {unknown} is not known; choose from {', '.join(LOSSES)}")
+            raise ValueError(f"loss {unknown} is not known; choose from {', '.join(known_names())}")
         if len(self.weights) != len(self.names):
             raise ValueError(
                 f"weights={list(self.weights)}: expected one for each of the {len(self.names)} losses "
@@ -119,7 +120,7 @@ class Objective:
 
     @property
     def specs(self) -> tuple[LossSpec, ...]:
-        return tuple(LOSSES[name] for name in self.names)
+        return all_specs(self.names)
 
     @property
     def needs_reference(self) -> bool:

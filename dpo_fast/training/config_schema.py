@@ -74,7 +74,8 @@ def _first_paragraph(section: type) -> str:
 
 def _add_losses(properties: dict[str, Any]) -> None:
     """Names of the losses, choices of their options, and which losses take an option."""
-    one = {"type": "string", "enum": list(LOSSES)}
+    named = {"type": "string", "pattern": r"^.+:\w+$"}
+    one = {"anyOf": [{"type": "string", "enum": list(LOSSES)}, named]}
     properties["type"]["anyOf"] = [one, {"type": "array", "items": one}]
     for option, choices in CHOICES.items():
         properties[option]["enum"] = list(choices)

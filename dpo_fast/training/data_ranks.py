@@ -26,6 +26,13 @@ def join(parallel: ParallelSection) -> None:
     _group = _of_size(parallel.sequence_parallel) if parallel.sequence_parallel > 1 else None
 
 
+def forget() -> None:
+    """After the process group has been left: what was made of its ranks is gone with it."""
+    global _group
+    _group = None
+    _made.clear()
+
+
 def _of_size(size: int) -> SequenceGroup:
     everyone = dist.group.WORLD
     if size not in _made or _made[size][0] is not everyone:

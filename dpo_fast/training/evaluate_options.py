@@ -18,7 +18,7 @@ from dpo_fast.data.rows import parse_row
 from dpo_fast.data.verdicts import BadRows, Verdict
 from dpo_fast.durable import existing
 from dpo_fast.errors import UserError
-from dpo_fast.losses import LOSSES
+from dpo_fast.losses.custom import spec_of
 from dpo_fast.models.checkpoint import base_of, is_adapter, trains_biases
 from dpo_fast.references.table import DEFAULT, PROVIDERS
 from dpo_fast.training import distributed
@@ -183,8 +183,8 @@ def _put_policy(tree: dict[str, Any], model: str) -> None:
     if (spec.needs_adapters or "path" in spec.options) and reference.get("path") is None:
         reference["path"] = began
     named = (tree.get("loss") or {}).get("type", [])
-    by_token = [name for name in ([named] if isinstance(named, str) else named) if name in LOSSES]
-    if any(LOSSES[name].by_token for name in by_token) and reference.get("old_path") is None:
+    specs = [spec_of(name) for name in ([named] if isinstance(named, str) else named)]
+    if any(spec.by_token for spec in specs if spec) and reference.get("old_path") is None:
         reference["old_path"] = began  # it wrote the completions
     tree["reference"] = reference
 

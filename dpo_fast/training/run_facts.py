@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpo_fast import __version__
 from dpo_fast.data.kinds import PAIRS, ExampleLengths
 from dpo_fast.durable import write_file
 from dpo_fast.ops.cpu import cpuinfo
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import saving
+from dpo_fast.version import __version__
 
 RUN_FACTS = "run.json"
 PACKAGES = ("torch", "transformers", "deepspeed", "triton", "peft", "datasets", "tokenizers")

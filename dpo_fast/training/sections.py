@@ -19,7 +19,8 @@ from pydantic import (
 )
 
 from dpo_fast.data.layouts import LAYOUTS
-from dpo_fast.losses import LOSSES, LossOptions, Objective
+from dpo_fast.losses import LossOptions, Objective
+from dpo_fast.losses.custom import known_names, spec_of
 from dpo_fast.training.optimisers import ALIASES, OPTIMISERS
 from dpo_fast.training.schedule import (
     FOLLOW_A_METRIC,
@@ -38,7 +39,11 @@ class _Losses(BaseModel):
 
     model_config = FORBID
 
-    type: str | list[str] = Field("sigmoid", description="a name of the loss table, or several")
+    type: str | list[str] = Field(
+        "sigmoid",
+        description="a name of the loss table, or several; or a function of your own, as "
+        "module:function or FILE.py:function",
+    )
     weights: list[float] | None = Field(None, description="one per loss; default: all 1")
 
     @property
@@ -55,9 +60,10 @@ class _Losses(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> _Losses:
         for name in self.names:
-            if name not in LOSSES:
-                near = difflib.get_close_matches(name, LOSSES, 1)
-                hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(LOSSES)}"
+            if spec_of(name) is None:
+                known = known_names()
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
                 if name.lower() == "dpo":
                     hint = "the loss of DPO is called sigmoid"
                 raise ValueError(f"loss.type={name}: {hint}")

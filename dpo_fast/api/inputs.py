@@ -1,0 +1,199 @@
+"""Objects as files: a run is of files, which it can be resumed, evaluated and told from.
+
+What is handed over in memory is written once to the folder `inputs` of the run, under a name that ends in
+a hash of its content: the same objects are the same files in another process, and on every rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dpo_fast import durable
+from dpo_fast.errors import UserError
+
+FOLDER = "inputs"
+HASH = 12  # characters
+
+
+def stage(root: Path, name: str, write: Callable[[Path], None], suffix: str = "") -> Path:
+    """A file or folder that `write` makes, as `name-<hash><suffix>` in a folder.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    aside = root / f".{name}-{os.getpid()}{suffix}"
+    with durable.writing(aside, "Make room, or name another train.output_dir"):
+        root.mkdir(parents=True, exist_ok=True)
+        _remove(aside)
+        try:
+            write(aside)
+            target = root / f"{name}-{content_hash(aside)}{suffix}"
+            try:
+                durable.publish(aside, target)
+            except OSError:
+                if not target.exists():  # another rank or run was not faster
+                    raise
+        finally:
+            _remove(aside)
+    return target
+
+
+def content_hash(path: Path) -> str:
+    """Of a file, or of the files of a folder with their names."""
+    found = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    for file in files:
+        found.update(b"" if file == path else str(file.relative_to(path)).encode() + b"\0")
+        with file.open("rb") as stream:
+            while part := stream.read(1 << 22):
+                found.update(part)
+    return found.hexdigest()[:HASH]
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def rows_file(rows: Any, root: Path, name: str) -> Path:
+    """Rows in memory as a file that `data.train` reads.
+
+    rows: a Dataset of `datasets`, also a stream that ends, a pandas DataFrame, a list of dicts, or anything
+        with a length and rows.
+    name: of the argument, for errors.
+
+    Raises:
+        UserError: it is nothing of these, or a row is none.
+    """
+    kind = type(rows).__name__
+    if kind in ("DatasetDict", "IterableDatasetDict") or isinstance(rows, Mapping):
+        raise UserError(f"{name} is a {kind} of {', '.join(map(str, rows))}: hand over one split")
+    if hasattr(rows, "to_parquet"):
+        kept = {} if hasattr(rows, "column_names") else {"index": False}  # of a DataFrame
+        return stage(root, name, lambda file: _parquet(rows, file, kept), ".parquet")
+    if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+        raise UserError(
+            f"{name} is a {kind}, which cannot be read twice: hand over a list, as "
+            "list(itertools.islice(rows, 10000)) makes one, or name a file, which "
+            "data.streaming=true reads in parts"
+        )
+    listed = [rows[index] for index in range(len(rows))]
+    for index, row in enumerate(listed):
+        if not isinstance(row, Mapping):
+            raise UserError(f"{name}[{index}] is a {type(row).__name__}: expected a dict")
+    if any(map(_has_image, listed)):
+        return rows_file(_dataset_of(listed, name), root, name)
+    text = "".join(_line(row, f"{name}[{index}]") for index, row in enumerate(listed))
+    return stage(root, name, lambda file: durable.write_file(file, text), ".jsonl")
+
+
+def _parquet(rows: Any, file: Path, options: dict[str, Any]) -> None:
+    rows.to_parquet(str(file), **options)
+
+
+def _dataset_of(rows: list[Mapping], name: str) -> Any:
+    import datasets
+
+    try:
+        return datasets.Dataset.from_list([dict(row) for row in rows])
+    except (ValueError, TypeError) as error:  # pyarrow's are among them
+        raise UserError(f"{name}: {durable.first_line(error)}") from None
+
+
+def _has_image(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_has_image, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_has_image, value))
+    return hasattr(value, "getbands")  # an image of Pillow's
+
+
+def _line(row: Mapping, where: str) -> str:
+    """A row as a line of JSON. Raises UserError naming the row and the field."""
+    for key, value in row.items():
+        try:
+            json.dumps(value, default=_number)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UserError(f"{where}, field {key!r}: {durable.first_line(error)}") from None
+    return json.dumps(dict(row), ensure_ascii=False, default=_number) + "\n"
+
+
+def _number(value: Any) -> Any:
+    """A number or an array of NumPy's or torch's as Python's."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"a {type(value).__name__} is neither text, number, list nor dict")
+
+
+def model_folder(model: Any, root: Path, name: str, processing: Any = None) -> Path:
+    """A model of transformers, or an adapter of peft, as a folder that `from_pretrained` loads.
+
+    processing: a tokenizer or processor that is saved with it.
+
+    Raises:
+        UserError: it is no such model, or one whose weights cannot be had whole.
+    """
+    if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
+        raise UserError(
+            f"{name} is a {type(model).__name__}: expected a model of transformers or peft, a folder, or a "
+            "hub id"
+        )
+    adapter = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+    if adapter:
+        _check_base(model, name)
+    elif getattr(model, "is_quantized", False):
+        raise UserError(
+            f"{name} has quantised weights: name the model by its path, and have it quantised by "
+            "quantization, as docs/TRAINING.md says"
+        )
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(str(folder))
+        if processing is not None:
+            processing.save_pretrained(str(folder))
+        (folder / "README.md").unlink(missing_ok=True)  # peft's, which says nothing
+
+    return stage(root, name, write)
+
+
+def _check_base(model: Any, name: str) -> None:
+    """Raises UserError unless an adapter says where its base is."""
+    for config in model.peft_config.values():
+        if not config.base_model_name_or_path:
+            raise UserError(
+                f"{name} is an adapter on a model that has no path: save the base with save_pretrained and "
+                "load it from there, or hand over the base and peft_config"
+            )
+
+
+def tokenizer_folder(tokenizer: Any, root: Path) -> Path:
+    """A tokenizer as a folder; of a processor its tokenizer. Raises UserError."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    if not hasattr(tokenizer, "save_pretrained"):
+        raise UserError(
+            f"processing_class is a {type(tokenizer).__name__}: expected a tokenizer or a processor of "
+            "transformers, a folder, or a hub id"
+        )
+    return stage(root, "tokenizer", lambda folder: _saved(tokenizer, folder))
+
+
+def _saved(tokenizer: Any, folder: Path) -> None:
+    tokenizer.save_pretrained(str(folder))
+
+
+def is_name(value: Any) -> bool:
+    """Whether it is a path, a hub id, or a list of them, which the configuration takes as they are."""
+    if isinstance(value, (str, os.PathLike)):
+        return True
+    return _is_list(value) and bool(value) and all(map(is_name, value))
+
+
+def _is_list(value: Iterable) -> bool:
+    return isinstance(value, (list, tuple))

@@ -1,0 +1,330 @@
+"""One object for a run: its inputs, `train`, `evaluate`, `save`, and the metrics as data."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from dpo_fast import durable
+from dpo_fast.api import inputs
+from dpo_fast.api.options import HERE, lora_section, plain, tree_of
+from dpo_fast.api.process import as_found
+from dpo_fast.errors import UserError
+from dpo_fast.training.config import RunConfig, build_config
+
+if TYPE_CHECKING:
+    import os
+
+    import pandas
+    from datasets import Dataset
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+    Model = str | os.PathLike | PreTrainedModel | PeftModel
+    Rows = str | os.PathLike | list | Dataset | pandas.DataFrame
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run has made.
+
+    model: the folder of the trained model; None after a dry run.
+    metrics: the lines of metrics.jsonl, each with its `step`.
+    """
+
+    model: Path | None
+    metrics: list[dict[str, Any]]
+
+    def dataframe(self) -> pandas.DataFrame:
+        """The metrics as a table, a row for every line. Needs pandas."""
+        import pandas
+
+        return pandas.DataFrame(self.metrics)
+
+
+class PreferenceRun:
+    """Preference optimisation of a model on data: the run of `dpo-fast train`, bit for bit.
+
+        run = PreferenceRun("my-model", train_dataset=rows, output_dir="runs/mine", beta=0.1)
+        result = run.train()
+        run.evaluate(held_out)
+
+    Under torchrun every rank makes the same object and calls the same methods.
+
+    model: a folder or hub id, or a model of transformers or peft. What is in memory is written to
+        `output_dir/inputs` once (`api/inputs.py`). A whole model that is trained has the trained weights
+        afterwards; one that adapters were put on stays as it was.
+    config: a RunConfig, the path of a YAML file, or its sections as a dict. Options that stand in it and
+        in the other arguments are taken from those.
+    train_dataset, eval_dataset: rows as docs/DATA.md describes them: a Dataset, a DataFrame, a list of
+        dicts, or paths and hub ids.
+    processing_class: a tokenizer or processor, or where one lies; default: the model's.
+    ref_model: the reference, if it is not the model as it starts.
+    peft_config: peft's LoraConfig; adapters are trained then.
+    options: sections, as in `train={"max_steps": 9}`; dotted keys; or keys that one section alone has.
+
+    Raises:
+        UserError: from the method that needs it, naming option, value and remedy.
+    """
+
+    def __init__(
+        self,
+        model: Model | None = None,
+        config: RunConfig | Mapping[str, Any] | str | os.PathLike | None = None,
+        *,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | str | None = None,
+        ref_model: Model | None = None,
+        peft_config: LoraConfig | Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        self._tree = tree_of(config, options)
+        self._model = model
+        self._given = {"ref_model": ref_model, "processing_class": processing_class}
+        self._rows = {"train": train_dataset, "eval": eval_dataset}
+        self._peft = peft_config
+        self._config: RunConfig | None = None
+        output_dir = self._tree.get("train")
+        output_dir = output_dir.get("output_dir") if isinstance(output_dir, dict) else None
+        if not isinstance(output_dir, str):
+            raise UserError(f'{HERE}: train.output_dir is missing; say output_dir="runs/mine"')
+        self.output_dir = Path(output_dir)
+
+    @property
+    def config(self) -> RunConfig:
+        """The whole configuration. Inputs in memory are files by then. Collective."""
+        if self._config is None:
+            with as_found():
+                self._settle()
+        return self._config
+
+    def train(
+        self, resume_from_checkpoint: bool | str | None = None, dry_run: bool = False
+    ) -> Result:
+        """Train, and export the model to `output_dir/final`. Collective.
+
+        resume_from_checkpoint: True for the newest of output_dir, or a checkpoint; default: the option.
+        dry_run: do all that comes before the first step.
+
+        Raises:
+            UserError: something does not fit, or numbers are not finite.
+            Interrupted: Ctrl-C or another signal; the step is finished, and a checkpoint saved.
+            Unhealthy: a finding that health.stop_on names.
+        """
+        with self._engine() as config:
+            from dpo_fast.training.loop import train
+
+            if resume_from_checkpoint is not None:
+                asked = {"resume_from_checkpoint": plain(resume_from_checkpoint)}
+                tree = config.model_dump(mode="json", exclude_unset=True)
+                tree["train"] |= asked
+                config = build_config(tree, HERE)
+            folder = train(config, dry_run)
+            if folder is not None:
+                self._give_back(folder)
+        return Result(folder, self.metrics)
+
+    def evaluate(self, dataset: Rows | None = None) -> dict[str, float]:
+        """Metrics of the trained model, of the newest checkpoint without one, or of the model itself.
+
+        dataset: other rows than those of the run's evaluation. Collective.
+        """
+        with self._engine() as config:
+            from dpo_fast.training import distributed
+            from dpo_fast.training.evaluate_model import evaluate_model
+            from dpo_fast.training.evaluate_options import evaluation_of
+
+            rows = None if dataset is None else self._path_of("eval_dataset", dataset)
+            if isinstance(rows, list):
+                raise UserError(f"{HERE}.evaluate: dataset={rows}: name one file, folder or hub id")
+            world = distributed.world_size()
+            with self._subject(config) as (model, file):
+                asked = evaluation_of(model, rows, None, file, [], world)
+            return evaluate_model(asked)["metrics"]
+
+    def save(self, folder: str | os.PathLike) -> Path:
+        """Write the trained model, or that of the newest checkpoint, to a folder. Collective.
+
+        Raises:
+            UserError: nothing is trained yet, or the folder is there.
+        """
+        with self._engine() as config:
+            from dpo_fast.training import distributed
+
+            target = Path(folder)
+            distributed.from_main(partial(self._write, config, target))
+        return target
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl so far, each with its `step`."""
+        from dpo_fast.training.earlier_run import METRICS
+        from dpo_fast.training.run_log import step_of_line
+
+        file = self.output_dir / METRICS
+        lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
+        return [json.loads(line) for line in lines if step_of_line(line) is not None]
+
+    @contextlib.contextmanager
+    def _engine(self) -> Iterator[RunConfig]:
+        """Inside, libraries are quiet and the inputs files; afterwards the process is as it was."""
+        with as_found():
+            from dpo_fast.training.console import quiet
+
+            quiet()
+            yield self._settle()
+
+    def _settle(self) -> RunConfig:
+        """The configuration with paths in place of objects. Collective."""
+        if self._config is None:
+            from dpo_fast.training.places import check_places, check_writable
+
+            check_writable(str(self.output_dir))
+            tree = {name: dict(value) if isinstance(value, dict) else value
+                    for name, value in self._tree.items()}  # fmt: skip
+            for name, options in self._inputs().items():
+                tree[name] = {**(tree.get(name) or {}), **options}
+            config = build_config(tree, HERE)
+            check_places(config)
+            self._config = config
+        return self._config
+
+    def _inputs(self) -> dict[str, dict[str, Any]]:
+        """What the arguments say of the sections model, data and reference."""
+        found: dict[str, dict[str, Any]] = {"model": self._policy(), "data": {}}
+        for split, rows in self._rows.items():
+            if rows is not None:
+                found["data"][split] = self._path_of(f"{split}_dataset", rows)
+        reference = self._given["ref_model"]
+        if reference is not None:
+            found["reference"] = {"path": self._path_of("ref_model", reference)}
+        return found
+
+    def _policy(self) -> dict[str, Any]:
+        model, given = self._model, self._given["processing_class"]
+        section: dict[str, Any] = {}
+        if model is None or inputs.is_name(model):
+            section |= {} if model is None else {"path": plain_path(model)}
+            if given is not None:
+                section["tokenizer"] = self._path_of("processing_class", given)
+        else:
+            section["path"] = self._path_of("model", model)
+            dtype = {"torch.bfloat16": "bf16", "torch.float32": "fp32"}.get(str(model.dtype))
+            if dtype and "dtype" not in (self._tree.get("model") or {}):
+                section["dtype"] = dtype
+        if self._peft is not None:
+            lora = self._peft
+            if not isinstance(lora, Mapping):
+                lora = lora_section(lora, self._model_type(section))
+            section["lora"] = dict(lora)
+        return section
+
+    def _model_type(self, section: dict[str, Any]) -> str | None:
+        """Of the base model, from its configuration."""
+        if getattr(self._peft, "target_modules", None) is not None:
+            return None  # nobody asks
+        path = section.get("path") or (self._tree.get("model") or {}).get("path")
+        from dpo_fast.models.config import ModelSection
+        from dpo_fast.models.load import load_model_config
+
+        return load_model_config(ModelSection(path=path)).model_type if path else None
+
+    def _path_of(self, name: str, value: Any) -> Any:
+        """Where an argument lies; what is in memory is written by the first rank of each machine."""
+        if inputs.is_name(value):
+            return plain_path(value)
+        root = (self.output_dir / inputs.FOLDER).absolute()
+        if name.endswith("_dataset"):
+            write = partial(inputs.rows_file, value, root, name)
+        elif name == "processing_class":
+            write = partial(inputs.tokenizer_folder, value, root)
+        else:
+            processing = self._processing(value) if name == "model" else None
+            write = partial(inputs.model_folder, value, root, name, processing)
+        from dpo_fast.training import distributed
+
+        if distributed.world_size() > 1:
+            distributed.init_distributed()
+        return distributed.main_first(f"inputs/{name}", lambda: str(write()))
+
+    def _processing(self, model: Any) -> Any:
+        """The tokenizer or processor that is saved with a model. Raises UserError if none is known."""
+        given = self._given["processing_class"]
+        where = given if given is not None else getattr(model.config, "_name_or_path", "")
+        if not inputs.is_name(where):
+            return where
+        if not where:
+            raise UserError(
+                f"{HERE}: the model does not say where its tokenizer is; hand it over as processing_class"
+            )
+        from transformers import AutoProcessor
+
+        try:
+            return AutoProcessor.from_pretrained(where)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{HERE}: no tokenizer can be loaded from {where} ({durable.first_line(error)}); hand it "
+                "over as processing_class"
+            ) from None
+
+    def _give_back(self, folder: Path) -> None:
+        """Put the trained weights into a whole model that was handed over, as other trainers do."""
+        from dpo_fast.models.checkpoint import is_adapter
+
+        model = self._model
+        if model is None or inputs.is_name(model) or is_adapter(str(folder)):
+            return
+        trained = type(model).from_pretrained(folder, dtype=model.dtype)
+        model.load_state_dict(trained.state_dict())
+
+    @contextlib.contextmanager
+    def _subject(self, config: RunConfig) -> Iterator[tuple[str, str | None]]:
+        """What is evaluated, and a file that says how where nothing beside it does."""
+        from dpo_fast.training.checkpoint_run import checkpoint_of
+        from dpo_fast.training.earlier_run import MODEL
+
+        trained = self.output_dir / MODEL
+        if trained.exists() and not config.reference_spec.follows:
+            yield str(trained), None
+        elif checkpoint_of(str(self.output_dir)) is not None:
+            yield str(self.output_dir), None
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / "run.yaml"
+                file.write_text(yaml.safe_dump(config.resolved(), sort_keys=False))
+                yield config.model.path, str(file)
+
+    def _write(self, config: RunConfig, target: Path) -> None:
+        from dpo_fast.training.checkpoint_run import check_target, checkpoint_of, export_checkpoint
+        from dpo_fast.training.earlier_run import MODEL
+
+        trained = self.output_dir / MODEL
+        if not trained.exists():
+            if (found := checkpoint_of(str(self.output_dir))) is None:
+                raise UserError(
+                    f"{HERE}.save: nothing is trained in {self.output_dir}: train first"
+                )
+            export_checkpoint(found, target)
+            return
+        check_target(trained, target)
+        aside = durable.aside(target)
+        with durable.writing(
+            aside, f"The model is in {trained}: make room, or name another folder"
+        ):
+            shutil.copytree(trained, aside, dirs_exist_ok=True)
+            durable.publish(aside, target, replace=target.exists())
+
+
+def plain_path(value: Any) -> Any:
+    """A path, or a list of them, as text."""
+    return [plain_path(each) for each in value] if isinstance(value, (list, tuple)) else str(value)
