@@ -15,6 +15,7 @@ from dpo_fast.models.load import auto_class
 from dpo_fast.models.save import copy_files
 from dpo_fast.training.config import build_config
 from dpo_fast.training.export import export
+from dpo_fast.training.model_card import CARD
 from tests.support import ranks
 from tests.support.checkpoints import BESIDE, MODELS, shard, tensors_of, write_checkpoint
 from tests.support.models import run_tree, write_model, write_pairs
@@ -57,10 +58,12 @@ def files_of(folder: Path) -> set[str]:
 
 
 def assert_kept(source: Path, target: Path, weights: bool = True) -> None:
-    """All but the weights is as it was, byte for byte."""
+    """All but the weights is as it was, byte for byte; the card is that of the new model."""
     assert files_of(target) == files_of(source) if weights else files_of(target) >= files_of(source)
     for name in files_of(source):
-        if not name.endswith((".safetensors", ".index.json")):
+        if name == CARD:
+            assert "library_name: transformers" in (target / name).read_text()
+        elif not name.endswith((".safetensors", ".index.json")):
             assert (target / name).read_bytes() == (source / name).read_bytes(), name
 
 
