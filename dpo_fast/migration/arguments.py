@@ -15,7 +15,7 @@ from dpo_fast.migration.draft import Draft
 from dpo_fast.migration.files import beside, read_mapping
 from dpo_fast.migration.option import flag, listed
 from dpo_fast.training.optimisers import ALIASES, OPTIMISERS
-from dpo_fast.training.sections import LogSection
+from dpo_fast.training.sections import OTHER_NAMES, LogSection
 
 
 def finish_training(draft: Draft) -> None:
@@ -189,7 +189,7 @@ def _loggers(value: Any) -> list[str]:
 
 def reports(draft: Draft, name: str, loggers: list[str]) -> None:
     """The loggers that we have, and a word about the others."""
-    known = known_loggers()
+    known, loggers = known_loggers(), [OTHER_NAMES.get(each, each) for each in loggers]
     if missing := [each for each in loggers if each not in known]:
         draft.lose(
             name, f"{', '.join(missing)}: a run reports to {', '.join(known)} and metrics.jsonl"

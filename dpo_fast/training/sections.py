@@ -292,7 +292,7 @@ class TrainSection(BaseModel):
     )
     hub_model_id: str | None = Field(
         None,
-        description="repository, `name` or `owner/name`; default: the name of output_dir",
+        description="repository, a name or OWNER/NAME; default: the name of output_dir",
         json_schema_extra=OF_PUSH,
     )
     hub_private_repo: bool | None = Field(

@@ -18,6 +18,7 @@ from dpo_fast.models.save import copy_files, note_vocabulary
 from dpo_fast.models.save import write_model as write_over
 from dpo_fast.training.config import build_config
 from dpo_fast.training.export import export, gather_trained
+from dpo_fast.training.model_card import CARD
 from tests.support import ranks, tiny
 from tests.support.checkpoints import BESIDE, MODELS, shard, tensors_of, write_checkpoint
 from tests.support.models import run_tree, write_model, write_pairs
@@ -60,10 +61,12 @@ def files_of(folder: Path) -> set[str]:
 
 
 def assert_kept(source: Path, target: Path, weights: bool = True) -> None:
-    """All but the weights is as it was, byte for byte."""
+    """All but the weights is as it was, byte for byte; the card is that of the new model."""
     assert files_of(target) == files_of(source) if weights else files_of(target) >= files_of(source)
     for name in files_of(source):
-        if not name.endswith((".safetensors", ".index.json")):
+        if name == CARD:
+            assert "library_name: transformers" in (target / name).read_text()
+        elif not name.endswith((".safetensors", ".index.json")):
             assert (target / name).read_bytes() == (source / name).read_bytes(), name
 
 
