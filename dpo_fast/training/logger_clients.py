@@ -237,14 +237,10 @@ class MLflow:
         self.client.set_tag(self.identity, f"health/{name}", f"step {step}: {text}")
 
     def answers(self, step: int, answers: Answers) -> None:
-        columns = {name: [row[i] for row in answers.rows] for i, name in enumerate(answers.columns)}
-        data = {"step": [step] * len(answers.rows), **columns}
-        # One file for each step: appending to one would read it back from the store every time.
-        self.client.log_dict(
-            self.identity,
-            {"columns": list(data), "data": [list(row) for row in zip(*data.values())]},
-            f"answers/step-{step}.json",
-        )
+        # MLflow's table as JSON. One file for each step: appending to one would read it back every time.
+        rows = [[step, *row] for row in answers.rows]
+        table = dict(zip(("columns", "data"), (["step", *answers.columns], rows)))
+        self.client.log_dict(self.identity, table, f"answers/step-{step}.json")
 
     def close(self, status: str) -> None:
         self.client.set_terminated(self.identity, self.STATUS[status])
