@@ -124,6 +124,9 @@ def put_under(
                 f"{option}={path}: the adapter cannot be under the one that is trained: "
                 f"{first_line(error)}; merge it into the base (dpo-fast export --merge) and name that"
             ) from error
+        for key, module in model.named_modules():  # peft reads the folder's configuration again
+            if isinstance(module, nn.Dropout) and key.endswith(f".{name}"):
+                module.p = 0.0
         if first:
             scoring.set_adapted(model)
         model.names_under = (*names_under(model), name)

@@ -90,6 +90,7 @@ def test_it_is_what_peft_computes_with_all_of_them(folder, name, tmp_path):
     scoring = load_model(model, attention="sdpa")
     with torch.no_grad():
         start = logps(scoring)
+        assert torch.equal(logps(scoring.train()), start), "the adapters under it have no dropout"
         under = {name: str(folder / name) for name in ("sft", "more")}
         expected = alone(of_peft(folder / "model", under))
         torch.testing.assert_close(start, expected, rtol=0, atol=1e-5)
