@@ -183,6 +183,9 @@ def _load_causal_lm(section: ModelSection, attention: str, option: str) -> PreTr
     config = load_model_config(section, option)
     _without_dropout(config)
     _without_router_logits(config)
+    quantised = {}
+    if section.quantization is not None:
+        quantised = loading_options(section, load_skeleton(section, option))
     with _told(section, option):
         model, found = auto_class(config, takes_whole(section)).from_pretrained(
             **source(base_of(section.path, option)),
@@ -193,7 +196,7 @@ def _load_causal_lm(section: ModelSection, attention: str, option: str) -> PreTr
             else attention,
             trust_remote_code=section.trust_remote_code,
             output_loading_info=True,
-            **loading_options(section),
+            **quantised,
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(

@@ -160,7 +160,7 @@ def _take_quantised(model: nn.Module, section: ModelSection, base: str, whole: b
         **source(base),
         dtype=section.torch_dtype,
         trust_remote_code=section.trust_remote_code,
-        **loading_options(section),
+        **loading_options(section, model),
     )
     for name, module in quantised.named_modules():
         if type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params"):

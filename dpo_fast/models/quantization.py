@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dpo_fast.errors import UserError
+from dpo_fast.models.adapter_targets import layers_never_called
 from dpo_fast.models.checkpoint import HEADS
 from dpo_fast.models.precision import DTYPES
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from dpo_fast.models.config import ModelSection
     from dpo_fast.models.quantization_section import QuantizationSection
 
@@ -51,16 +54,18 @@ def check_quantization(section: ModelSection, device: torch.device) -> None:
         )
 
 
-def loading_options(section: ModelSection) -> dict[str, Any]:
-    """Arguments of `from_pretrained` that quantise a model while it loads; {} for one that is not."""
+def loading_options(section: ModelSection, model: PreTrainedModel) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that quantise a model while it loads; {} for one that is not.
+
+    model: the same one without quantisation; on the meta device it will do.
+    """
     options = section.quantization
     if options is None:
         return {}
     from transformers import BitsAndBytesConfig
 
     check_quantization(section, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    skipped = options.llm_int8_skip_modules
-    common = {"llm_int8_skip_modules": None if skipped is None else [*skipped, *HEADS]}
+    common = {"llm_int8_skip_modules": kept_whole(model, options)}
     if options.load_in_8bit:
         threshold = options.llm_int8_threshold
         known = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=threshold, **common)
@@ -77,6 +82,16 @@ def loading_options(section: ModelSection) -> dict[str, Any]:
     }
 
 
+def kept_whole(model: torch.nn.Module, options: QuantizationSection) -> list[str]:
+    """Ends of names of the linear layers that are not quantised.
+
+    They are those that the options name, heads, and layers whose weight a mixer reads without calling
+    them, such as Mamba's dt_proj: it would multiply by the packed numbers.
+    """
+    read = sorted({name.split(".")[-1] for name in layers_never_called(model)})
+    return list(dict.fromkeys([*(options.llm_int8_skip_modules or []), *HEADS, *read]))
+
+
 def quantised_elements(
     model: torch.nn.Module, options: QuantizationSection | None
 ) -> tuple[int, int]:
@@ -87,7 +102,7 @@ def quantised_elements(
     weights = held = 0
     if options is None:
         return weights, held
-    kept = (*(options.llm_int8_skip_modules or []), *HEADS)
+    kept = kept_whole(model, options)
     for name, module in model.named_modules():
         skipped = ".lora_" in name or any(f".{each}." in f".{name}." for each in kept)
         if isinstance(module, torch.nn.Linear) and not skipped:

@@ -29,6 +29,7 @@ from dpo_fast.models.quantization_section import QuantizationSection
 from dpo_fast.models.scoring import ScoringModel, forward_arguments
 from dpo_fast.models.skeleton import scoring_skeleton
 from dpo_fast.training.memory import sizes_of
+from tests.support import hybrids
 from tests.support.adapters import write_adapter
 from tests.support.architectures import TREES, alone, slopes
 from tests.support.models import write_model
@@ -122,6 +123,17 @@ def test_what_is_not_quantised(folder):
     small = {name.split(".")[-3] for name, p in names if p.dtype == torch.uint8}
     assert small == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}
     scoring.load_state_dict(scoring.state_dict())
+
+
+@has_bitsandbytes
+def test_layers_whose_weight_a_mixer_reads_are_not_quantised(tmp_path):
+    """Mamba multiplies by the weight of dt_proj itself, which would be packed."""
+    hybrids.make("mamba").save_pretrained(tmp_path / "model")
+    scoring = load_model(section(tmp_path), attention="eager")
+    names = scoring.causal_lm.named_parameters()
+    packed = {part for name, p in names if p.dtype == torch.uint8 for part in name.split(".")}
+    assert "in_proj" in packed and "dt_proj" not in packed
+    assert logps(scoring, "shared_prefix").isfinite().all()
 
 
 @has_bitsandbytes
