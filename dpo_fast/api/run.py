@@ -65,7 +65,7 @@ class PreferenceRun:
         afterwards; one that adapters were put on stays as it was.
     config: a RunConfig, the path of a YAML file, or its sections as a dict. Options that stand in it and
         in the other arguments are taken from those.
-    train_dataset, eval_dataset: rows as docs/DATA.md describes them: a Dataset, a DataFrame, a list of
+    train_dataset, eval_dataset: rows as docs/FORMATS.md describes them: a Dataset, a DataFrame, a list of
         dicts, or paths and hub ids.
     processing_class: a tokenizer or processor, or where one lies; default: the model's.
     ref_model: the reference, if it is not the model as it starts.
@@ -190,8 +190,7 @@ class PreferenceRun:
             from dpo_fast.training.places import check_places, check_writable
 
             check_writable(str(self.output_dir))
-            tree = {name: dict(value) if isinstance(value, dict) else value
-                    for name, value in self._tree.items()}  # fmt: skip
+            tree = dict(self._tree)
             for name, options in self._inputs().items():
                 tree[name] = {**(tree.get(name) or {}), **options}
             config = build_config(tree, HERE)
