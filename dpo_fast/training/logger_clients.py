@@ -45,7 +45,7 @@ class Answers:
 
 def _cell(value: Any) -> str:
     told = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-    return told.replace("|", "\\|").replace("\r", "").replace("\n", "<br>")
+    return "<br>".join(told.replace("|", "\\|").splitlines())  # at every character that ends a line
 
 
 @dataclass(frozen=True)

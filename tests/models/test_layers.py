@@ -401,6 +401,7 @@ def test_a_reference_is_loaded_to_where_it_waits(monkeypatch, tmp_path):
 
     monkeypatch.setattr(references, "load_model", load)
     monkeypatch.setattr(references, "build_reference_engine", lambda *_: None)
+    monkeypatch.setattr(references, "check_separation", lambda *_: None)
     for policy, reference in ((False, True), (True, False), (True, None), (False, None)):
         tree = run_tree(tmp_path, layout="padded")
         tree["parallel"] = {"zero_stage": 3, "offload_parameters": policy}

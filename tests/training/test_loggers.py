@@ -305,7 +305,7 @@ def test_a_table_of_answers():
     assert table.columns == ["where", "prompt", "greedy", "sampled", "score", "chosen"]
     assert table.rows[0] == ["a:1", "user: 2 + 3?", "five", "six", 1.0, "5"]
     assert len(table.rows[1][2]) == loggers.MOST_CHARACTERS
-    assert Answers(["a|b"], [["x\ny"]]).markdown == "| a\\|b |\n| --- |\n| x<br>y |"
+    assert Answers(["a|b"], [["x\x85y"]]).markdown == "| a\\|b |\n| --- |\n| x<br>y |"
 
 
 def test_a_run_that_begins_again_hides_the_earlier_curve(tmp_path):
