@@ -14,8 +14,8 @@ from dpo_fast.migration.deepspeed import put_deepspeed, put_fsdp
 from dpo_fast.migration.draft import Draft
 from dpo_fast.migration.files import beside, read_mapping
 from dpo_fast.migration.option import flag, listed
+from dpo_fast.training.log_section import OTHER_NAMES, LogSection
 from dpo_fast.training.optimisers import ALIASES, OPTIMISERS
-from dpo_fast.training.sections import OTHER_NAMES, LogSection
 
 
 def finish_training(draft: Draft) -> None:
