@@ -83,6 +83,7 @@ LossSection = create_model(
 
 
 OF_PUSH = {"refused": "without train.push_to_hub"}
+AT_THE_END = "end"
 
 
 class TrainSection(BaseModel):
@@ -306,6 +307,15 @@ class TrainSection(BaseModel):
         description="branch, made if there is none; default: the main one",
         json_schema_extra=OF_PUSH,
     )
+    hub_strategy: Literal["end", "every_save", "checkpoint", "all_checkpoints"] = Field(
+        AT_THE_END,
+        description="what is uploaded while the run goes on; end: nothing; every_save: the model of every "
+        "checkpoint; checkpoint: and the newest checkpoint, to the folder last-checkpoint; "
+        "all_checkpoints: and each checkpoint, to a folder of its name. All but end set save_model",
+        json_schema_extra={
+            "refused": "without train.push_to_hub; all but end with save_model=false"
+        },
+    )
     overwrite_output_dir: bool = Field(
         False,
         description="begin again in a folder that holds a run: its checkpoints are removed, its metrics "
@@ -367,13 +377,7 @@ class TrainSection(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> TrainSection:
-        hub = ("hub_model_id", "hub_private_repo", "hub_revision")
-        unused = next((name for name in hub if getattr(self, name) is not None), None)
-        if unused and not self.push_to_hub:
-            raise ValueError(
-                f"train.{unused}={getattr(self, unused)} is not used: set train.push_to_hub=true, or "
-                "remove it"
-            )
+        self._check_hub()
         if self.overwrite_output_dir and self.resume_from_checkpoint:
             raise ValueError(
                 "train.overwrite_output_dir=true removes what "
@@ -401,6 +405,25 @@ class TrainSection(BaseModel):
             self.micro_batch_size = 4
             self.model_fields_set.discard("micro_batch_size")  # filled in, not chosen
         return self
+
+    def _check_hub(self) -> None:
+        """Options of a push need one, and a model that is pushed while the run goes on is saved first."""
+        hub = ("hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy")
+        unused = next((name for name in hub if getattr(self, name) not in (None, AT_THE_END)), None)
+        if unused and not self.push_to_hub:
+            raise ValueError(
+                f"train.{unused}={getattr(self, unused)} is not used: set train.push_to_hub=true, or "
+                "remove it"
+            )
+        if self.hub_strategy == AT_THE_END or self.save_model:
+            return
+        if "save_model" in self.model_fields_set:
+            raise ValueError(
+                f"train.hub_strategy={self.hub_strategy} uploads the model of every checkpoint, and "
+                "train.save_model=false leaves it out: remove save_model, or set hub_strategy=end"
+            )
+        self.save_model = True
+        self.model_fields_set.discard("save_model")  # filled in, not chosen
 
     def _check_warm_up(self) -> None:
         """One of two options says how long it is; a schedule without a warm-up has none."""
