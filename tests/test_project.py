@@ -198,8 +198,10 @@ TESTED_THROUGH = {
     "migration.llamafactory_options": "migration/test_importers.py",
     "migration.openrlhf": "migration/test_peers.py",
     "migration.openrlhf_options": "migration/test_importers.py",
+    "migration.reporting": "migration/test_trl.py",
     "migration.sizes": "migration/test_peers.py",
     "training.loggers": "training/test_loop.py",
+    "training.log_section": "training/test_loggers.py",
     "training.run_log": "support/workers/jobs.py",
 }
 

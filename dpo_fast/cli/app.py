@@ -25,7 +25,7 @@ from dpo_fast.cli.export import export
 from dpo_fast.cli.import_file import import_file
 from dpo_fast.cli.iterate import iterate, load_rounds
 from dpo_fast.cli.judge import judge
-from dpo_fast.cli.push import push
+from dpo_fast.cli.push import push, push_the_end
 from dpo_fast.cli.sample import sample
 from dpo_fast.cli.streams import own_arguments
 from dpo_fast.cli.system_errors import explained
@@ -135,7 +135,7 @@ def train(
     if model is not None and distributed.is_main():
         typer.echo(f"model: {model}")
         _report(Path(run.train.output_dir))
-        _push(run, model)
+        push_the_end(run, model)
     distributed.leave_distributed()
 
 
@@ -158,18 +158,6 @@ def _report(folder: Path) -> None:
         illustrate(folder)
     except UserError as error:
         print(f"dpo-fast: the run is complete, its report is not: {error}", file=sys.stderr)
-
-
-def _push(run, model: Path) -> None:
-    """The model of a run that is over to the hub. The run has done its work even where that fails."""
-    from dpo_fast.training.hub import push_run
-
-    if not run.train.push_to_hub:
-        return
-    try:
-        typer.echo(f"pushed: {push_run(run, model)}")
-    except UserError as error:
-        print(f"dpo-fast: the run is complete, its model is not pushed: {error}", file=sys.stderr)
 
 
 def _launch(nproc: int, run, arguments: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -73,6 +74,7 @@ def iterate(
         show_steps(plan)
         typer.echo(f"model: {plan.steps[-1].model}")
         _report(plan)
+        _push(plan)
     distributed.leave_distributed()
 
 
@@ -100,6 +102,17 @@ def _launch(nproc: int, arguments: list[str]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _push(plan) -> None:
+    """The last model to the hub, if the section train asks for it."""
+    from dpo_fast.cli.push import push_the_end
+    from dpo_fast.report.card import illustrate
+
+    last = plan.steps[-1]
+    with contextlib.suppress(UserError):  # the report has told it
+        illustrate(last.run)
+    push_the_end(plan.run(last), last.model)
 
 
 def _report(plan) -> None:

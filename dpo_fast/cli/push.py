@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from dpo_fast.errors import UserError
 
 
 def push(
@@ -41,3 +44,18 @@ def push(
     if folder.name == MODEL and (folder.parent / METRICS).is_file():
         illustrate(folder.parent)
     typer.echo(push_folder(folder, repo, private, revision))
+
+
+def push_the_end(run, model: Path) -> None:
+    """The model of a run that is over to the hub. The run has done its work even where that fails.
+
+    run: its RunConfig.
+    """
+    from dpo_fast.training.hub import push_run
+
+    if not run.train.push_to_hub:
+        return
+    try:
+        typer.echo(f"pushed: {push_run(run, model)}")
+    except UserError as error:
+        print(f"dpo-fast: the run is complete, its model is not pushed: {error}", file=sys.stderr)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import typing
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ from dpo_fast.migration.counted import put_per_epoch
 from dpo_fast.migration.deepspeed import put_deepspeed, put_fsdp
 from dpo_fast.migration.draft import Draft
 from dpo_fast.migration.files import beside, read_mapping
-from dpo_fast.migration.option import flag, listed
+from dpo_fast.migration.option import flag
+from dpo_fast.migration.reporting import put_hub, put_loggers
 from dpo_fast.training.optimisers import ALIASES, OPTIMISERS
-from dpo_fast.training.sections import OTHER_NAMES, LogSection
 
 
 def finish_training(draft: Draft) -> None:
@@ -28,7 +27,8 @@ def finish_training(draft: Draft) -> None:
     keep_all(draft)
     _steps(draft)
     shards(draft)
-    reports(draft, "report_to", _loggers(draft["report_to"]))
+    put_loggers(draft)
+    put_hub(draft)
     if flag(draft["overwrite_output_dir"]):
         draft.put("train.overwrite_output_dir", True, "overwrite_output_dir")
     if flag(draft["save_only_model"]):
@@ -180,30 +180,3 @@ def fraction(draft: Draft, name: str, key: str, value: Any, *beside: str) -> Non
         put_per_epoch(draft, name, key, times, "a share of the steps")
     else:
         draft.put(key, max(math.ceil(number * total), 1), name, "max_steps")
-
-
-def _loggers(value: Any) -> list[str]:
-    names = [str(each).lower() for each in listed(value)]
-    return [name for name in names if name not in ("none", "all")]
-
-
-def reports(draft: Draft, name: str, loggers: list[str]) -> None:
-    """The loggers that we have, and a word about the others."""
-    known, loggers = known_loggers(), [OTHER_NAMES.get(each, each) for each in loggers]
-    if missing := [each for each in loggers if each not in known]:
-        draft.lose(
-            name, f"{', '.join(missing)}: a run reports to {', '.join(known)} and metrics.jsonl"
-        )
-    if here := [each for each in loggers if each in known]:
-        draft.put("log.report_to", here, name)
-
-
-def known_loggers() -> list[str]:
-    """Names that log.report_to takes."""
-    names, waiting = [], [LogSection.model_fields["report_to"].annotation]
-    while waiting:
-        kind = waiting.pop()
-        inner = typing.get_args(kind)
-        names += [each for each in inner if isinstance(each, str)]
-        waiting += [each for each in inner if not isinstance(each, str)]
-    return names

@@ -9,7 +9,6 @@ from dpo_fast.migration.arguments import (
     keep_all,
     precision,
     put_optimiser,
-    reports,
     shards,
     warm_up,
 )
@@ -19,8 +18,10 @@ from dpo_fast.migration.axolotl_options import OF_PEFT, TABLES
 from dpo_fast.migration.counted import put_per_epoch
 from dpo_fast.migration.draft import Draft
 from dpo_fast.migration.option import flag
+from dpo_fast.migration.reporting import EVERY_SAVE, put_of_loggers
 from dpo_fast.migration.sizes import put_lengths, put_lora, put_quantised
 from dpo_fast.migration.trl_options import ATTENTION
+from dpo_fast.training.log_section import OTHER_NAMES
 from dpo_fast.training.schedule import NAMES
 
 __all__ = ["TABLES", "finish", "method_of"]
@@ -34,6 +35,21 @@ ELSEWHERE = {
 
 
 WARM_UP = 0.03  # of the steps, where nothing is said
+
+
+# Options that name a project or a run, and the logger that each is of.
+PROJECTS = {
+    "wandb_project": "wandb",
+    "mlflow_experiment_name": "mlflow",
+    "comet_project_name": "comet_ml",
+    "trackio_project_name": "trackio",
+}
+RUNS = {
+    "wandb_name": "wandb",
+    "wandb_run_id": "wandb",
+    "mlflow_run_name": "mlflow",
+    "trackio_run_name": "trackio",
+}
 
 
 LIGER = ("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_swiglu")
@@ -244,15 +260,26 @@ def _steps(draft: Draft) -> None:
 
 
 def _logs(draft: Draft) -> None:
-    found = {"wandb": draft.has("wandb_project") or flag(draft["use_wandb"])}
-    found |= {name: flag(draft[f"use_{name}"]) for name in ("tensorboard", "mlflow", "comet")}
-    for name in (name for name, on in found.items() if on):
-        option = (
-            "wandb_project" if name == "wandb" and draft.has("wandb_project") else f"use_{name}"
-        )
-        before = draft.keys.get("log.report_to")
-        reports(draft, option, [name])
-        if before and "log.report_to" in draft.keys and draft.keys["log.report_to"] is not before:
-            draft.put("log.report_to", [*before.value, name], option)
-    if draft.has("wandb_project"):
-        draft.note(f"The project of W&B is its variable: WANDB_PROJECT={draft['wandb_project']}")
+    """The loggers that are on, their projects and runs; and the hub, where hub_model_id turns it on."""
+    on = {"wandb": "wandb_project" if draft.has("wandb_project") else "use_wandb"}
+    on |= {name: f"use_{name}" for name in ("tensorboard", "mlflow", "comet", "trackio")}
+    used = {
+        OTHER_NAMES.get(name, name): option
+        for name, option in on.items()
+        if option == "wandb_project" or flag(draft[option])
+    }
+    if used:
+        draft.put("log.report_to", list(used), *used.values())
+    put_of_loggers(draft, "log.project", PROJECTS)
+    put_of_loggers(draft, "log.run_name", RUNS)
+    if not draft.has("hub_model_id"):
+        for name in ("hub_strategy", "hub_revision"):
+            if draft.has(name):
+                draft.spare(name, "hub_model_id is not set")
+        return
+    draft.put("train.push_to_hub", True, "hub_model_id")
+    draft.put("train.hub_model_id", str(draft["hub_model_id"]), "hub_model_id")
+    draft.put("train.hub_private_repo", True, "hub_model_id", comment="as there")
+    draft.put("train.hub_strategy", str(draft["hub_strategy"] or EVERY_SAVE), "hub_strategy")
+    if draft.has("hub_revision"):
+        draft.put("train.hub_revision", str(draft["hub_revision"]), "hub_revision")

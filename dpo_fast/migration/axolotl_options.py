@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dpo_fast.migration.option import flag, joint, lost, needless, older, same, table
+from dpo_fast.migration.option import Option, flag, joint, lost, needless, older, same, table
 
 OF_PEFT = (  # options of model.lora that are called so behind `peft_`
     *("use_dora", "use_rslora", "layers_to_transform", "layers_pattern", "init_lora_weights"),
@@ -280,33 +280,40 @@ TRAINING = [
         dpo_generate_during_eval=None,
     ),
     joint("use_wandb", None, "log.report_to"),
-    joint("wandb_project", None, "log.report_to", "the project is WANDB_PROJECT"),
-    same("wandb_name", None, "log.run_name"),
-    *needless(
-        "W&B's own variables hold",
-        wandb_entity=None,
-        wandb_watch=None,
-        wandb_run_id=None,
-        wandb_log_model=None,
-        wandb_mode=None,
-    ),
     joint("use_tensorboard", None, "log.report_to"),
     joint("use_mlflow", None, "log.report_to"),
     joint("use_comet", None, "log.report_to"),
-    *needless(
-        "of loggers",
-        mlflow_tracking_uri=None,
-        mlflow_experiment_name=None,
-        mlflow_run_name=None,
-        comet_api_key=None,
-        comet_workspace=None,
-        comet_project_name=None,
-    ),
+    joint("use_trackio", None, "log.report_to"),
+    joint("wandb_project", None, "log.report_to, log.project"),
+    joint("mlflow_experiment_name", None, "log.project"),
+    joint("comet_project_name", None, "log.project"),
+    joint("trackio_project_name", None, "log.project"),
+    joint("wandb_name", None, "log.run_name"),
+    joint("wandb_run_id", None, "log.run_name", "where no wandb_name is given, as there"),
+    joint("mlflow_run_name", None, "log.run_name"),
+    joint("trackio_run_name", None, "log.run_name"),
+    *lost("set W&B's own variable WANDB_ENTITY", wandb_entity=None),
+    *lost("set W&B's own variable WANDB_MODE", wandb_mode=None),
     *lost(
-        "models stay in train.output_dir; upload the folder final/ with `hf upload`",
-        hub_model_id=None,
+        "models go to the hub by train.push_to_hub",
+        wandb_log_model=None,
+        hf_mlflow_log_artifacts=None,
     ),
-    *needless("of the upload", hub_strategy=None, hub_revision=None),
+    *needless("gradients are not logged", wandb_watch=None),
+    *lost("set MLflow's own variable MLFLOW_TRACKING_URI", mlflow_tracking_uri=None),
+    *lost("set Comet's own variable COMET_WORKSPACE", comet_workspace=None),
+    Option("comet_api_key", note="set COMET_API_KEY: no key has it", secret=True),
+    *lost("set trackio's own variable TRACKIO_SPACE_ID", trackio_space_id=None),
+    *lost(
+        "Comet's own variables hold",
+        comet_mode=None,
+        comet_online=None,
+        comet_experiment_key=None,
+        comet_experiment_config=None,
+    ),
+    joint("hub_model_id", None, "train.push_to_hub, train.hub_model_id", "private, as there"),
+    joint("hub_strategy", None, "train.hub_strategy", "every_save, where it is not given"),
+    joint("hub_revision", None, "train.hub_revision"),
 ]
 LOSSES = [
     joint("rl", None, "loss.type"),

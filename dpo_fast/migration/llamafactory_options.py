@@ -218,7 +218,7 @@ METHOD = [
         include_effective_tokens_per_second=False,
         include_num_input_tokens_seen=False,
     ),
-    *lost("a run reports to W&B, TensorBoard and metrics.jsonl", use_swanlab=False),
+    *lost("SwanLab is no logger of log.report_to", use_swanlab=False),
     *needless(
         "of SwanLab",
         **{

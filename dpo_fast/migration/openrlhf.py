@@ -6,12 +6,13 @@ from __future__ import annotations
 from typing import Any
 
 from dpo_fast.errors import UserError
-from dpo_fast.migration.arguments import precision, reports
+from dpo_fast.migration.arguments import precision
 from dpo_fast.migration.arguments_table import above_zero
 from dpo_fast.migration.draft import Draft
 from dpo_fast.migration.losses import put_losses, put_option
 from dpo_fast.migration.openrlhf_options import TABLES
 from dpo_fast.migration.option import flag, listed
+from dpo_fast.migration.reporting import put_of_loggers
 from dpo_fast.migration.sizes import put_lengths, put_lora, put_quantised
 
 __all__ = ["TABLES", "finish", "method_of"]
@@ -51,10 +52,13 @@ def finish(draft: Draft, method: str) -> None:
     loggers += ["tensorboard"] if draft.has("use_tensorboard") else []
     names = [name for name in ("use_wandb", "use_tensorboard") if draft.has(name)]
     if loggers:
-        reports(draft, names[0], loggers)
         draft.put("log.report_to", loggers, *names)
     if draft.has("use_wandb"):
         draft.note("use_wandb holds a key of W&B. It is not written here: set WANDB_API_KEY.")
+        draft.put("log.project", str(draft["wandb_project"]), "wandb_project")
+    else:
+        put_of_loggers(draft, "log.project", {"wandb_project": "wandb"})
+    put_of_loggers(draft, "log.group", {"wandb_group": "wandb"})
 
 
 def _data(draft: Draft) -> None:

@@ -70,12 +70,9 @@ DPO = [
     ),
     same("wandb_run_name", None, "log.run_name"),
     joint("use_tensorboard", None, "log.report_to"),
-    *lost(
-        "W&B's own variables hold: WANDB_PROJECT, WANDB_ENTITY, WANDB_RUN_GROUP",
-        wandb_org=None,
-        wandb_group=None,
-        wandb_project="openrlhf_train_dpo",
-    ),
+    joint("wandb_project", "openrlhf_train_dpo", "log.project", "with use_wandb"),
+    joint("wandb_group", None, "log.group", "with use_wandb"),
+    *lost("set W&B's own variable WANDB_ENTITY", wandb_org=None),
     *lost(
         "texts go to the model as they stand: write the template into the rows, or use a chat template",
         input_template=None,

@@ -16,6 +16,7 @@ from dpo_fast.training import distributed, signals
 from dpo_fast.training.checkpoints import checkpoints
 from dpo_fast.training.console import say
 from dpo_fast.training.fit import check_run, choose
+from dpo_fast.training.hub import check_hub
 from dpo_fast.training.load_data import load_split
 from dpo_fast.training.lock import sole_run
 from dpo_fast.training.places import check_places, check_writable
@@ -56,6 +57,7 @@ def check_stages(plan: Plan) -> None:
         UserError: what a stage's run would say when it came to it.
     """
     check_writable(plan.config.output_dir, "output_dir")
+    check_hub(plan.rehearsal(plan.steps[-1]))
     for step in plan.steps:
         if step.round > 1 or records.is_complete(step):
             continue

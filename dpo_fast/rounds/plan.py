@@ -18,6 +18,8 @@ from dpo_fast.training.answering import GENERATIONS
 from dpo_fast.training.checkpoints import checkpoints
 from dpo_fast.training.config import RunConfig, build
 from dpo_fast.training.earlier_run import MODEL
+from dpo_fast.training.hub import OPTIONS as HUB
+from dpo_fast.training.log_section import NO_LOGGER
 from dpo_fast.training.merge import FOLDER as MERGED_BASE
 
 TRAIN, PAIRS, SCORES, AVERAGE = "train", "pairs.jsonl", "scores.jsonl", "reference-model"
@@ -215,6 +217,7 @@ class Plan:
         if stage.learning_rate is not None:
             tree["train"]["learning_rate"] = stage.learning_rate
         self._check_decided(step, tree)
+        tree["train"] = self._pushed(step, tree["train"])
         tree["data"].setdefault("train", str(step.folder / PAIRS))
         tree["train"] |= {
             "output_dir": str(step.run),
@@ -224,7 +227,24 @@ class Plan:
             tree["train"]["optimizer_from"] = self._checkpoint(step)
         name = tree["log"].get("run_name")
         tree["log"]["run_name"] = f"{name}-{step.name}" if name else step.name
+        if tree["log"].get("report_to") not in (None, [], NO_LOGGER, [NO_LOGGER]):
+            tree["log"].setdefault("group", name or Path(config.output_dir).absolute().name)
         return tree
+
+    def _pushed(self, step: Step, train: dict[str, Any]) -> dict[str, Any]:
+        """The options of a step's training, by which the last step alone is pushed to the hub."""
+        own = next((name for name in HUB if name in step.stage.train), None)
+        if own is not None:
+            raise UserError(
+                f"{self.where}: {step.option}.train.{own} is not for a stage: the model of the last one is "
+                "pushed; put it into the section train, or call `dpo-fast push` for another"
+            )
+        if step is not self.steps[-1]:
+            return {name: value for name, value in train.items() if name not in HUB}
+        if train.get("push_to_hub"):
+            folder = Path(self.config.output_dir).absolute().name
+            train = {**train, "hub_model_id": train.get("hub_model_id") or folder}
+        return train
 
     def _check_decided(self, step: Step, tree: dict[str, Any]) -> None:
         """Raises UserError for an option of a run that the stages decide."""

@@ -22,6 +22,7 @@ from dpo_fast.rounds.plan import Plan, Step
 from dpo_fast.rounds.rows import judge_of
 from dpo_fast.rounds.sample import data_of
 from dpo_fast.training.config import RunConfig
+from dpo_fast.training.hub import OPTIONS as OF_THE_HUB
 from dpo_fast.training.manifest import hash_file
 from dpo_fast.training.weights import identity_on_this_rank
 
@@ -39,6 +40,7 @@ FREE = {
     *("train.skip_rows", "train.micro_batch_size", "train.layout", "train.implementation"),
     *("train.workspace_bytes", "train.eval_steps", "train.save_steps", "train.save_total_limit"),
     *("train.save_model", "train.async_save", "train.nonfinite", "train.max_nonfinite_steps"),
+    *(f"train.{name}" for name in OF_THE_HUB),
 }
 OTHERWISE = {"model.path", "reference.path", "data.train"}  # told by what they hold
 

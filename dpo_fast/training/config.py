@@ -17,9 +17,10 @@ from dpo_fast.training.config_file import read_tree
 from dpo_fast.training.config_types import check_types
 from dpo_fast.training.generate_section import GenerateSection, check_generate
 from dpo_fast.training.health_section import HealthSection, check_stop_on
+from dpo_fast.training.log_section import LogSection
 from dpo_fast.training.parallel_section import ParallelSection
 from dpo_fast.training.schedule import check_schedule
-from dpo_fast.training.sections import FORBID, LogSection, LossSection, TrainSection
+from dpo_fast.training.sections import FORBID, LossSection, TrainSection
 from dpo_fast.training.selection import check_selection
 from dpo_fast.wording import clipped, quoted
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 from dpo_fast import durable
 from dpo_fast.errors import UserError
@@ -14,7 +15,12 @@ from dpo_fast.models.hub import REVISED
 from dpo_fast.training.config import RunConfig
 
 # What a run needs and a model does not; and what is half written.
-LEFT = ("engine/*", "rng*", "state.json", "manifest.json", "dpo_fast.yaml", ".*", "*.partial")
+HALF = (".*", "*.partial")
+LEFT = (
+    *("engine/*", "rank-*.pt", "zero_to_*.py", "state.json", "manifest.json", "dpo_fast.yaml"),
+    *HALF,
+)
+OPTIONS = ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy")
 MODEL_FILES = ("config.json", "adapter_config.json")
 
 
@@ -100,30 +106,54 @@ def push(
     check_pushable(folder)
     repo = repo or default_name(folder)
     check_repo(repo, "repository")
+    try:
+        return _upload(folder, repo, private, revision, message, ignore_patterns=list(LEFT))
+    except Exception as error:  # of the network, the hub or its client
+        raise _not_pushed(folder, repo, error, again(folder, repo, private, revision)) from error
+
+
+def push_checkpoint(
+    folder: Path,
+    inside: str,
+    repo: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    message: str = "A checkpoint by dpo_fast",
+) -> str:
+    """Upload a whole checkpoint to a folder of a repository, in place of what is there; as `push`.
+
+    inside: the folder's name in the repository.
+    """
+    told = {"ignore_patterns": list(HALF), "path_in_repo": inside, "delete_patterns": "*"}
+    try:
+        return _upload(folder, repo, private, revision, message, **told)
+    except Exception as error:
+        words = ["hf", "upload", repo, str(folder), inside]
+        words += ["--revision", revision] if revision else []
+        raise _not_pushed(folder, repo, error, shlex.join(words)) from error
+
+
+def _upload(
+    folder: Path, repo: str, private: bool | None, revision: str | None, message: str, **what: Any
+) -> str:
     from huggingface_hub import HfApi
 
     api = HfApi(library_name="dpo_fast")
-    try:
-        made = api.create_repo(repo, private=private, exist_ok=True)
-        if revision is not None:
-            api.create_branch(made.repo_id, branch=revision, exist_ok=True)
-        api.upload_folder(
-            repo_id=made.repo_id,
-            folder_path=folder,
-            revision=revision,
-            commit_message=message,
-            ignore_patterns=list(LEFT),
-        )
-    except (
-        Exception
-    ) as error:  # of the network, the hub or its client: all leave the folder as it is
-        told = durable.first_line(error) or type(error).__name__
-        raise UserError(
-            f"{folder} was not pushed to {repo}: {told.rstrip('.')}. It is as it was; log in with `hf auth "
-            f"login` or set HF_TOKEN if that is missing, and try again with `"
-            f"{again(folder, repo, private, revision)}`"
-        ) from error
+    made = api.create_repo(repo, private=private, exist_ok=True)
+    if revision is not None:
+        api.create_branch(made.repo_id, branch=revision, exist_ok=True)
+    api.upload_folder(
+        repo_id=made.repo_id, folder_path=folder, revision=revision, commit_message=message, **what
+    )
     return str(made) + (f"/tree/{revision}" if revision else "")
+
+
+def _not_pushed(folder: Path, repo: str, error: Exception, command: str) -> UserError:
+    told = durable.first_line(error) or type(error).__name__
+    return UserError(
+        f"{folder} was not pushed to {repo}: {told.rstrip('.')}. It is as it was; log in with `hf auth "
+        f"login` or set HF_TOKEN if that is missing, and try again with `{command}`"
+    )
 
 
 def default_name(folder: Path) -> str:

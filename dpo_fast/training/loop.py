@@ -21,6 +21,7 @@ from dpo_fast.training.export import export
 from dpo_fast.training.finite import Place
 from dpo_fast.training.first_batches import compare_at_start
 from dpo_fast.training.fit import Choices, check_run
+from dpo_fast.training.hub_saves import pushing
 from dpo_fast.training.lock import check_free, sole_run
 from dpo_fast.training.metrics import MetricSums
 from dpo_fast.training.nonfinite import check_weights, settle
@@ -64,15 +65,16 @@ def sole_train(config: RunConfig, choices: Choices, dry_run: bool) -> Path | Non
         return rehearse(run, checkpoint)
     sums = MetricSums(run.engine.device, work_of(run.model))
     watch_head(run.model.causal_lm.get_output_embeddings(), sums.clock)
-    with open_log(run) as log:
-        with log.clock_stopped():
-            position = resume(run, checkpoint, sums, log) if checkpoint else start(run, log)
-            answering = begin_answering(run, position[0], log)
-        with signals.stop_signals(RESUME) as asked, run.saver:
-            step = steps(run, *position, sums, log, asked, answering)
-    model = Path(config.train.output_dir) / MODEL
-    export(run.model, run.config, model, run.best.weights(run.model.model, step))
-    release(run.engine, *run.references.values())
+    with pushing(run.config, run.saver):
+        with open_log(run) as log:
+            with log.clock_stopped():
+                position = resume(run, checkpoint, sums, log) if checkpoint else start(run, log)
+                answering = begin_answering(run, position[0], log)
+            with signals.stop_signals(RESUME) as asked, run.saver:
+                step = steps(run, *position, sums, log, asked, answering)
+        model = Path(config.train.output_dir) / MODEL
+        export(run.model, run.config, model, run.best.weights(run.model.model, step))
+        release(run.engine, *run.references.values())
     say(f"the trained model is in {model}")
     return model
 

@@ -11,7 +11,7 @@ import json
 import shutil
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
@@ -44,6 +44,8 @@ class Saver:
     keep: so many stay (None: all), the newest and `best`, the name of one, if there is.
     beside: write while the run goes on. It takes as much host memory as a rank writes.
     timeout: how long ranks wait for each other's files if they are written beside the run.
+    published: is called on rank 0 with every checkpoint that has its name.
+    held: names of checkpoints that somebody reads, which are not removed yet.
     run: identity of the run; one that goes on keeps that of its checkpoint.
     """
 
@@ -56,6 +58,9 @@ class Saver:
     ) -> None:
         self.root, self.keep = Path(output_dir), keep
         self.best: str | None = None
+        self._newest: Path | None = None
+        self.published: Callable[[Path], None] = lambda checkpoint: None
+        self.held: Callable[[], Collection[str]] = tuple
         self.run = distributed.from_main(lambda: uuid.uuid4().hex)
         self._copies = HostCopies() if beside else None
         self._pending: Background | None = None
@@ -182,11 +187,22 @@ class Saver:
         durable.publish(aside, final, replace=True)
         durable.write_file(self.root / LATEST, final.name)
         named()
-        others = [p for p in by_age(checkpoints(self.root), final)[:-1] if p.name != self.best]
-        both = self.best not in (None, final.name)  # then the best is one of those that stay
+        self._newest = final
+        self.published(final)
+        self.remove_old()
+
+    def remove_old(self) -> None:
+        """Remove what is beyond `keep`, but for what is held. Rank 0 calls."""
+        newest = self._newest
+        if newest is None:
+            return
+        others = [p for p in by_age(checkpoints(self.root), newest)[:-1] if p.name != self.best]
+        both = self.best not in (None, newest.name)  # then the best is one of those that stay
         too_many = 0 if self.keep is None else max(len(others) - self.keep + 1 + both, 0)
+        held = self.held()
         for old in others[:too_many]:
-            durable.remove(old)
+            if old.name not in held:
+                durable.remove(old)
 
 
 class Background:

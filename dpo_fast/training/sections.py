@@ -1,4 +1,4 @@
-"""The sections of a configuration that belong to training: loss, train, log."""
+"""The sections of a configuration that belong to training: loss and train."""
 
 from __future__ import annotations
 
@@ -83,6 +83,7 @@ LossSection = create_model(
 
 
 OF_PUSH = {"refused": "without train.push_to_hub"}
+AT_THE_END = "end"
 
 
 class TrainSection(BaseModel):
@@ -306,6 +307,15 @@ class TrainSection(BaseModel):
         description="branch, made if there is none; default: the main one",
         json_schema_extra=OF_PUSH,
     )
+    hub_strategy: Literal["end", "every_save", "checkpoint", "all_checkpoints"] = Field(
+        AT_THE_END,
+        description="what is uploaded while the run goes on; end: nothing; every_save: the model of every "
+        "checkpoint; checkpoint: and the newest checkpoint, to the folder last-checkpoint; "
+        "all_checkpoints: and each checkpoint, to a folder of its name. All but end set save_model",
+        json_schema_extra={
+            "refused": "without train.push_to_hub; all but end with save_model=false"
+        },
+    )
     overwrite_output_dir: bool = Field(
         False,
         description="begin again in a folder that holds a run: its checkpoints are removed, its metrics "
@@ -367,13 +377,7 @@ class TrainSection(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> TrainSection:
-        hub = ("hub_model_id", "hub_private_repo", "hub_revision")
-        unused = next((name for name in hub if getattr(self, name) is not None), None)
-        if unused and not self.push_to_hub:
-            raise ValueError(
-                f"train.{unused}={getattr(self, unused)} is not used: set train.push_to_hub=true, or "
-                "remove it"
-            )
+        self._check_hub()
         if self.overwrite_output_dir and self.resume_from_checkpoint:
             raise ValueError(
                 "train.overwrite_output_dir=true removes what "
@@ -402,6 +406,25 @@ class TrainSection(BaseModel):
             self.model_fields_set.discard("micro_batch_size")  # filled in, not chosen
         return self
 
+    def _check_hub(self) -> None:
+        """Options of a push need one, and a model that is pushed while the run goes on is saved first."""
+        hub = ("hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy")
+        unused = next((name for name in hub if getattr(self, name) not in (None, AT_THE_END)), None)
+        if unused and not self.push_to_hub:
+            raise ValueError(
+                f"train.{unused}={getattr(self, unused)} is not used: set train.push_to_hub=true, or "
+                "remove it"
+            )
+        if self.hub_strategy == AT_THE_END or self.save_model:
+            return
+        if "save_model" in self.model_fields_set:
+            raise ValueError(
+                f"train.hub_strategy={self.hub_strategy} uploads the model of every checkpoint, and "
+                "train.save_model=false leaves it out: remove save_model, or set hub_strategy=end"
+            )
+        self.save_model = True
+        self.model_fields_set.discard("save_model")  # filled in, not chosen
+
     def _check_warm_up(self) -> None:
         """One of two options says how long it is; a schedule without a warm-up has none."""
         # A resolved run has the usual share beside the steps.
@@ -420,82 +443,3 @@ class TrainSection(BaseModel):
             )
         self.warmup_ratio = 0.0
         self.model_fields_set.discard("warmup_ratio")
-
-
-NO_LOGGER = "none"
-OTHER_NAMES = {"comet": "comet_ml"}
-OF_LOGGERS = {"refused": "without log.report_to"}
-
-
-class LogSection(BaseModel):
-    """What is written while training."""
-
-    model_config = FORBID
-
-    logging_steps: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
-    token_metrics: bool = Field(
-        True, description="entropy, mean logits and token accuracy, from the head's own pass"
-    )
-    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "csv"]] = (
-        Field(
-            default_factory=list,
-            description="loggers that also receive the metrics, the configuration and the findings",
-        )
-    )
-    eval_texts: int = Field(
-        8,
-        ge=0,
-        le=100,
-        description="texts of so many evaluation examples with the least margin, and as many with the "
-        "greatest, are kept in eval-examples.json for the report; 0: none, if they are private",
-    )
-    run_name: str | None = Field(
-        None, description="name of the run for loggers and the report; default: that of output_dir"
-    )
-    project: str | None = Field(
-        None,
-        min_length=1,
-        description="project or experiment that holds the run in loggers; default: the variable of the "
-        "client (WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME, COMET_PROJECT_NAME, TRACKIO_PROJECT), or dpo_fast",
-        json_schema_extra=OF_LOGGERS,
-    )
-    tags: list[str] = Field(
-        default_factory=list, description="tags of the run in loggers", json_schema_extra=OF_LOGGERS
-    )
-    notes: str | None = Field(
-        None, description="what the run is about, for loggers", json_schema_extra=OF_LOGGERS
-    )
-    group: str | None = Field(
-        None, description="runs that belong together in loggers", json_schema_extra=OF_LOGGERS
-    )
-    log_completions: bool = Field(
-        False,
-        description="send the answers of generate to the loggers, too, as tables; they are texts of "
-        "held-out prompts",
-        json_schema_extra={"refused": "without log.report_to or generate.max_prompts"},
-    )
-
-    @field_validator("report_to", mode="before")
-    @classmethod
-    def _listed(cls, value: Any) -> Any:
-        """One name is a list of it, and `none` an empty one, as in transformers' TrainingArguments."""
-        names = [] if value in (NO_LOGGER, [NO_LOGGER], None) else value
-        names = [names] if isinstance(names, str) else names
-        if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-            return value
-        return list(dict.fromkeys(OTHER_NAMES.get(name, name) for name in names))
-
-    @field_validator("tags", mode="before")
-    @classmethod
-    def _one_tag(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _used(self) -> LogSection:
-        named = ("project", "tags", "notes", "group", "log_completions")
-        if not self.report_to and (unused := next((n for n in named if getattr(self, n)), None)):
-            raise ValueError(
-                f"log.{unused}={getattr(self, unused)} is not used: name a logger in log.report_to, or "
-                "remove it"
-            )
-        return self

@@ -90,6 +90,12 @@ def test_llamafactory_with_its_dataset_info(factory):
     assert lost(draft) == ["template"]
 
 
+def test_llamafactory_pushes_and_reports(factory):
+    draft, run = factory(push_to_hub=True, hub_model_id="me/x", report_to="wandb,swanlab")
+    assert (run.train.hub_model_id, run.train.hub_strategy) == ("me/x", "every_save")
+    assert run.log.report_to == ["wandb"] and "report_to" in lost(draft)
+
+
 def test_llamafactory_of_several_sources(factory):
     draft, run = factory(
         dataset="chats,asks", mix_strategy="interleave_over", interleave_probs="0.3,0.7"
@@ -217,6 +223,7 @@ def test_openrlhf_from_its_script(tmp_path):
     assert run.data.columns == {"chosen": "good"} and run.data.apply_chat_template is True
     assert run.loss.names == ("sigmoid", "sft") and list(run.loss.weights) == [1.0, 0.2]
     assert run.train.save_steps is None and run.log.report_to == ["wandb"]
+    assert run.log.project == "openrlhf_train_dpo", "as it is called there"
     assert lost(draft) == ["input_template"]
     shown = text_of(draft, "run.yaml") + str(draft.fates)
     assert "abcdef0123" not in shown, "a key is shown nowhere"
@@ -298,6 +305,49 @@ def test_axolotl_with_rows_that_are_here(tmp_path):
     assert (run.data.train, run.data.format, run.data.eval_rows) == (str(data), "alpaca", 50)
     assert (run.train.eval_steps, run.train.save_steps) == (15, 60), "950 rows in batches of 16"
     assert lost(draft) == ["datasets.type=chatml.prompt_pairs"]
+
+
+LOGS = {  # options: ours
+    "wandb": (
+        {"wandb_project": "p", "wandb_name": "n"},
+        {"log.report_to": ["wandb"], "log.project": "p", "log.run_name": "n"},
+    ),
+    "mlflow": (
+        {"use_mlflow": True, "mlflow_experiment_name": "p", "mlflow_run_name": "n"},
+        {"log.report_to": ["mlflow"], "log.project": "p", "log.run_name": "n"},
+    ),
+    "comet and trackio": (
+        {"use_comet": True, "use_trackio": True}
+        | {"comet_project_name": "p", "trackio_project_name": "p"},
+        {"log.report_to": ["comet_ml", "trackio"], "log.project": "p"},
+    ),
+    "the hub": (
+        {"hub_model_id": "me/x", "hub_strategy": "end", "hub_revision": "v2"},
+        {"train.push_to_hub": True, "train.hub_model_id": "me/x", "train.hub_private_repo": True}
+        | {"train.hub_revision": "v2"},
+    ),
+    "the hub as it is there": ({"hub_model_id": "me/x"}, {"train.hub_strategy": "every_save"}),
+}
+
+
+@pytest.mark.parametrize("case", LOGS)
+def test_axolotl_loggers_and_the_hub(tmp_path, case):
+    given, wanted = LOGS[case]
+    draft, _ = axolotl(tmp_path, **given)
+    assert {key: draft.keys[key].value for key in wanted} == wanted
+    assert not set(lost(draft)) & set(given)
+
+
+def test_axolotl_names_of_loggers_that_do_not_agree_or_are_not_there(tmp_path):
+    two = {"wandb_project": "p", "use_mlflow": True, "mlflow_experiment_name": "q"}
+    draft, run = axolotl(tmp_path, **two, trackio_run_name="n", comet_api_key="hidden-key")
+    assert run.log.project == "p" and "mlflow_experiment_name" in lost(draft)
+    fates = {fate.name: fate.why for fate in draft.fates}
+    assert "wandb_project has set it" in fates["mlflow_experiment_name"]
+    assert "nothing is reported to trackio" in fates["trackio_run_name"]
+    assert "hidden-key" not in text_of(draft, "run.yaml") + str(draft.fates)
+    draft, run = axolotl(tmp_path, hub_strategy="end")
+    assert not run.train.push_to_hub and "hub_strategy" not in lost(draft)
 
 
 METHODS = {  # rl and its options: losses

@@ -392,6 +392,11 @@ REFUSED = {
         {},
         "train.resume_from_checkpoint is not for a file of stages: the same command, which goes on",
     ),
+    "a push of its own": (
+        [{"data": "a", "train": {"push_to_hub": True}}],
+        {},
+        "stages.0.train.push_to_hub is not for a stage: the model of the last one is pushed",
+    ),
     "samples": (
         [{"prompts": "a"}],
         {"judge": {"type": "rule", "function": "r.py:f", "samples": "s"}},
@@ -434,6 +439,42 @@ def test_steps_policies_and_references(tmp_path):
     assert plan.averages(plan.steps[4]) == ("m", models[4])
     assert plan.run(plan.steps[2]).data.train == str(tmp_path / names[2] / "pairs.jsonl")
     assert plan.run(plan.steps[2]).log.run_name == names[2]
+
+
+def test_the_last_model_is_pushed_and_runs_share_a_group(tmp_path):
+    tree = {"output_dir": str(tmp_path / "mine"), "model": {"path": "m"}}
+    tree["stages"] = [{"data": "a"}, {"data": "b"}]
+    tree["train"] = {"push_to_hub": True, "hub_private_repo": True, "hub_strategy": "every_save"}
+    tree["log"] = {"report_to": ["csv"]}
+
+    def runs(**log):
+        changed = tree | {"log": tree["log"] | log}
+        plan = Plan(build(RoundsConfig, changed, "case"), "case")
+        return [plan.run(step) for step in plan.steps]
+
+    first, last = runs()
+    assert not first.train.push_to_hub and not first.train.save_model
+    assert last.train.push_to_hub and last.train.hub_private_repo
+    assert (last.train.hub_model_id, last.train.hub_strategy) == ("mine", "every_save")
+    assert [run.log.group for run in (first, last)] == ["mine", "mine"]
+    assert [run.log.group for run in runs(run_name="try")] == ["try", "try"]
+    assert [run.log.group for run in runs(group="own")] == ["own", "own"]
+    for none in ([], "none"):
+        assert [run.log.group for run in runs(report_to=none)] == [None, None]
+
+
+def test_a_push_without_a_token_is_told_before_the_first_stage(folder, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    from dpo_fast.rounds.iterate import check_stages
+
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: False)
+    tree = {"output_dir": str(tmp_path / "mine"), "model": {"path": str(folder / "model")}}
+    stage = {"prompts": "p", "rounds": 2}
+    tree |= {"stages": [stage], "train": {"push_to_hub": True}}
+    with pytest.raises(UserError, match="push_to_hub=true needs a token"):
+        check_stages(Plan(build(RoundsConfig, tree, "case"), "case"))
 
 
 def test_a_loss_of_another_type_takes_none_of_the_sections_options():

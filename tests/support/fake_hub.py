@@ -1,16 +1,37 @@
 """A server that speaks as much of the hub's API as huggingface_hub calls to push a folder."""
 
 import base64
+import contextlib
 import hashlib
+import importlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
+
+
+@contextlib.contextmanager
+def fake_hub(monkeypatch):
+    """Yields a server that the client of the hub sends to."""
+    server = FakeHub()
+    constants = importlib.import_module("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "ENDPOINT", server.address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 class FakeHub(ThreadingHTTPServer):
     """repos: by id, whether it is private. branches: by id. files: by id and branch, their contents.
 
-    tokens: that requests came with. fails: part of a path that is answered with an error of the server.
+    tokens: that requests came with. messages: of the commits. fails: part of a path that is answered with
+    an error of the server.
     """
 
     daemon_threads = True
@@ -83,7 +104,9 @@ class Handler(BaseHTTPRequestHandler):
             modes = [
                 {
                     "path": each["path"],
-                    "uploadMode": "lfs" if each["path"].endswith(".safetensors") else "regular",
+                    "uploadMode": "lfs"
+                    if each["path"].endswith((".safetensors", ".pt"))
+                    else "regular",
                     "shouldIgnore": False,
                     "oid": None,
                 }
@@ -99,7 +122,11 @@ class Handler(BaseHTTPRequestHandler):
             self.answer({"transfer": "basic", "objects": places})
         elif rest[:1] == ["commit"]:
             self.commit(name, "/".join(rest[1:]), body)
-        elif not rest or rest[0] in ("revision", "tree"):
+        elif rest[:1] == ["tree"]:
+            known = hub.files.get((name, "/".join(rest[1:])), {})
+            entries = ({"path": path, "size": len(known[path])} for path in known)
+            self.answer([{"type": "file", "oid": "2" * 40, **each} for each in entries])
+        elif not rest or rest[0] == "revision":
             self.answer({"id": name, "sha": "0" * 40, "siblings": [], "private": False})
         else:
             self.answer({"error": f"no {path}"}, 404)
@@ -114,6 +141,8 @@ class Handler(BaseHTTPRequestHandler):
                 hub.messages.append(value["summary"])
             elif entry["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
+            elif entry["key"] == "deletedFile":
+                del files[value["path"]]
             elif entry["key"] == "lfsFile":
                 content = hub.objects[value["oid"]]
                 assert hashlib.sha256(content).hexdigest() == value["oid"]

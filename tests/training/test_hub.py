@@ -5,28 +5,20 @@ import importlib
 import pytest
 from typer.testing import CliRunner
 
-from dpo_fast.cli.app import _push, app
+from dpo_fast.cli.app import app
+from dpo_fast.cli.push import push_the_end
 from dpo_fast.errors import UserError
 from dpo_fast.training import hub
 from dpo_fast.training.config import build_config
-from tests.support.fake_hub import FakeHub
+from tests.support.fake_hub import TOKEN, fake_hub
 from tests.support.models import run_tree
-
-TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
 
 
 @pytest.fixture
 def server(monkeypatch):
     """The client sends to a server of ours."""
-    server = FakeHub()
-    constants = importlib.import_module("huggingface_hub.constants")
-    monkeypatch.setattr(constants, "ENDPOINT", server.address)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    yield server
-    server.shutdown()
-    server.server_close()
+    with fake_hub(monkeypatch) as server:
+        yield server
 
 
 @pytest.fixture
@@ -43,7 +35,7 @@ def model(tmp_path):
     }
     for name, content in contents.items():
         (folder / name).write_bytes(content)
-    for name in ("engine/zero.pt", "state.json", ".hidden"):
+    for name in ("engine/zero.pt", "rank-0.pt", "zero_to_fp32.py", "state.json", ".hidden"):
         (folder / name).write_bytes(b"private")
     return folder, contents
 
@@ -109,17 +101,17 @@ def test_the_end_of_a_run_pushes_as_its_options_say(server, model, tmp_path, cap
     folder, contents = model
     run = config_of(tmp_path, push_to_hub=True, hub_private_repo=True, hub_revision="v3")
     hub.check_hub(run)
-    _push(run, folder)
+    push_the_end(run, folder)
     assert server.repos == {"me/my-run": True}
     assert server.files == {("me/my-run", "v3"): contents}
     assert capsys.readouterr().out.startswith(f"pushed: {server.address}/me/my-run")
     server.fails = "/commit/"
-    _push(run, folder)  # the run is over, and no error of it
+    push_the_end(run, folder)  # the run is over, and no error of it
     told = " ".join(capsys.readouterr().err.split())
     assert "the run is complete, its model is not pushed" in told
     assert f"dpo-fast push {folder} my-run --private --revision v3" in told
     server.tokens.clear()
-    _push(config_of(tmp_path), folder)
+    push_the_end(config_of(tmp_path), folder)
     assert not server.tokens  # without push_to_hub nobody is asked
 
 

@@ -62,6 +62,7 @@ def recorded(request, tmp_path, monkeypatch):
         for module in (trackio, trackio.utils, trackio.sqlite_storage):
             if hasattr(module, "TRACKIO_DIR"):
                 monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
+    monkeypatch.setattr(loggers, "HURRY", 120.0)  # wandb's process starts slowly on busy cores
     run = config(tmp_path, name, notes=f"first try {SECRET}", **LABELS)
     record(run, 0, status=FAILED)
     record(run, 1, resumed=True)
