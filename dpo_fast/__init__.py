@@ -24,9 +24,12 @@ if TYPE_CHECKING:
         UnpairedPreferenceLoss,
     )
     from dpo_fast.ops import LinearLogp, VocabShard, linear_logp, logits_logp
+    from dpo_fast.training.callbacks import Callback, Control, RunState
     from dpo_fast.training.config import RunConfig
 
 _HOMES = {
+    "Callback": "training.callbacks",
+    "Control": "training.callbacks",
     "FusedHead": "modules",
     "FusedLinearPreferenceLoss": "modules",
     "LinearLogp": "ops",
@@ -34,6 +37,7 @@ _HOMES = {
     "PreferenceRun": "api",
     "Result": "api",
     "RunConfig": "training.config",
+    "RunState": "training.callbacks",
     "UnavailableError": "errors",
     "UnpairedPreferenceLoss": "modules",
     "UserError": "errors",
@@ -43,6 +47,8 @@ _HOMES = {
     "register_loss": "losses",
 }
 __all__ = [
+    "Callback",
+    "Control",
     "FusedHead",
     "FusedLinearPreferenceLoss",
     "LinearLogp",
@@ -50,6 +56,7 @@ __all__ = [
     "PreferenceRun",
     "Result",
     "RunConfig",
+    "RunState",
     "UnavailableError",
     "UnpairedPreferenceLoss",
     "UserError",

@@ -16,6 +16,7 @@ import torch
 
 from dpo_fast.data.grouping import SamePrompt
 from dpo_fast.data.mixture import Mixture
+from dpo_fast.data.own_order import OwnOrder
 from dpo_fast.data.packing import Costs
 
 
@@ -55,6 +56,7 @@ class Sampler:
 
     size: examples of an epoch. first_epoch: the epoch of step 0.
     same_prompt: puts the examples of one prompt of an epoch one after the other.
+    own: a user's own order of the examples of an epoch, in place of all that.
     left_out: places in the data that no batch holds. The steps of all other examples stay as they are.
     """
 
@@ -68,6 +70,7 @@ class Sampler:
     mixture: Mixture | None = None
     left_out: frozenset[int] = frozenset()
     same_prompt: SamePrompt | None = None
+    own: OwnOrder | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -95,6 +98,8 @@ class Sampler:
         return [batch[start : start + size] for start in starts]
 
     def _order(self, epoch: int) -> np.ndarray:
+        if self.own is not None:
+            return self.own.order(epoch)
         if self.same_prompt is not None:
             return _together(replace(self, first_epoch=0), epoch)
         if self.mixture is not None:

@@ -155,6 +155,11 @@ class RunConfig(BaseModel):
             raise ValueError(
                 "data.streaming=true, but the length of a stream is not known: set train.max_steps"
             )
+        if self.train.sampler is not None:
+            raise ValueError(
+                f"data.streaming=true, but train.sampler={self.train.sampler} orders all of the data: set "
+                "data.streaming=false, or remove the sampler"
+            )
         if self.reference_spec.stores:
             others = alternatives(lambda spec: spec.compares and not spec.stores)
             nothing = alternatives(lambda spec: not spec.compares)

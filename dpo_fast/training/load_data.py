@@ -21,6 +21,7 @@ from dpo_fast.references.table import alternatives
 from dpo_fast.training import data_ranks, distributed
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import say
+from dpo_fast.training.own_sampler import own_sampler
 from dpo_fast.training.splits import Examples, Split, StreamSplit
 
 REFERENCE_COLUMNS = {name for kind in KINDS for name in kind.reference_columns}
@@ -106,6 +107,8 @@ def _make_sampler(
     config: RunConfig, examples: Examples, shuffle: bool, first_epoch: int, accumulation: int | None
 ) -> BatchSampler:
     train = config.train
+    if shuffle and train.sampler is not None:
+        return own_sampler(config, examples, left_out(config, examples))
     order = {"seed": train.seed, "shuffle": shuffle, "first_epoch": first_epoch}
     order["world_size"] = world = data_ranks.data_ranks()
     order["mixture"] = mixture = examples.mixture if shuffle else None

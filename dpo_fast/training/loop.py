@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +11,8 @@ from torch import Tensor
 from dpo_fast.errors import Interrupted
 from dpo_fast.training import data_ranks, distributed, signals
 from dpo_fast.training.answering import Answering, answered, begin_answering
+from dpo_fast.training.callbacks import Callback
+from dpo_fast.training.calling import open_callbacks
 from dpo_fast.training.carried import carry_optimizer
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import progress_bar, say
@@ -26,6 +28,7 @@ from dpo_fast.training.lock import check_free, sole_run
 from dpo_fast.training.metrics import MetricSums
 from dpo_fast.training.nonfinite import check_weights, settle
 from dpo_fast.training.opening import rehearse
+from dpo_fast.training.own_sampler import open_sampler
 from dpo_fast.training.perf import watch_head, work_of
 from dpo_fast.training.places import check_writable
 from dpo_fast.training.prepare import Run, prepare
@@ -46,17 +49,20 @@ def train(config: RunConfig, dry_run: bool = False) -> Path | None:
         Interrupted: after a signal (`signals.py`), once the step is finished and a checkpoint saved.
         Unhealthy: the same after a finding that health.stop_on names.
     """
-    choices = check_run(config)
+    choices, callbacks = check_run(config), open_callbacks(config)
+    open_sampler(config)
     check_free(config.train.output_dir)
     check_earlier_run(config)
     check_writable(config.train.output_dir)
     with signals.stop_at_once(f"nothing is lost; {RESUME}, or begin again"):
         data_ranks.join(config.parallel)
         with sole_run(config.train.output_dir):
-            return sole_train(config, choices, dry_run)
+            return sole_train(config, choices, dry_run, callbacks)
 
 
-def sole_train(config: RunConfig, choices: Choices, dry_run: bool) -> Path | None:
+def sole_train(
+    config: RunConfig, choices: Choices, dry_run: bool, callbacks: Mapping[str, Callback]
+) -> Path | None:
     """`train` in a folder that no other run uses."""
     distributed.from_main(lambda: check_earlier_run(config))  # it may just have ended
     checkpoint = checkpoint_of(config)
@@ -66,14 +72,16 @@ def sole_train(config: RunConfig, choices: Choices, dry_run: bool) -> Path | Non
     sums = MetricSums(run.engine.device, work_of(run.model))
     watch_head(run.model.causal_lm.get_output_embeddings(), sums.clock)
     with pushing(run.config, run.saver):
-        with open_log(run) as log:
+        with open_log(run, callbacks) as log:
             with log.clock_stopped():
                 position = resume(run, checkpoint, sums, log) if checkpoint else start(run, log)
                 answering = begin_answering(run, position[0], log)
+                log.calls.raise_error()
             with signals.stop_signals(RESUME) as asked, run.saver:
                 step = steps(run, *position, sums, log, asked, answering)
         model = Path(config.train.output_dir) / MODEL
         export(run.model, run.config, model, run.best.weights(run.model.model, step))
+        log.calls.end(model)
         release(run.engine, *run.references.values())
     say(f"the trained model is in {model}")
     return model
@@ -95,35 +103,41 @@ def steps(
 
     Raises:
         Interrupted: a signal came, and a checkpoint is saved.
+        UserError: the same after an error of a callback.
     """
-    train, stopped = run.config.train, False
+    train, calls, stopped, ended = run.config.train, log.calls, False, False
     if to_evaluate and not evaluated(run, step, log, asked):
         raise Interrupted(f"interrupted; {RESUME}")
     if to_evaluate:
         run.best.keep(step)
         run.best.write()
     with progress_bar("training", run.total_steps, step) as advance:
-        while step < run.total_steps and not (stopped or run.best.exhausted):
+        while step < run.total_steps and not (stopped or ended or calls.error):
             rate = run.engine.get_lr()[0]  # the step moves the schedule on
             update(run, step, sums)
-            step, stopped = step + 1, asked()
+            calls.step_end(step + 1, run.train.examples_of(step))
+            step, stopped = step + 1, asked() or bool(calls.error)
             run.saver.check()
-            last = step == run.total_steps
-            settle(run, step, stopped or last)
-            if due(run.config.log.logging_steps, step, last):
+            last = step == run.total_steps or calls.stopped
+            settle(run, step, stopped or last or calls.asks)
+            if calls.take("log") or due(run.config.log.logging_steps, step, last):
                 log.training(step, sums.read(), rate)
             with log.clock_stopped():
-                to_evaluate = run.eval is not None and due(train.eval_steps, step, last)
+                last = last or calls.stopped
+                to_evaluate = calls.take("evaluate") or due(train.eval_steps, step, last)
+                to_evaluate = run.eval is not None and to_evaluate
                 if to_evaluate and not stopped:
                     stopped = to_evaluate = not evaluated(run, step, log, asked)
-                ending = last or run.best.exhausted
-                stopped = stopped or not answered(answering, step, ending, log, asked)
-                stopped = stopped or (not last and log.watch.stops())
-                if due(train.save_steps, step, last or stopped or run.best.exhausted):
+                ended = last or calls.stopped or run.best.exhausted
+                stopped = stopped or not answered(answering, step, ended, log, asked)
+                stopped = stopped or bool(calls.error) or (not last and log.watch.stops())
+                if calls.take("save") or due(train.save_steps, step, ended or stopped):
                     check_weights(run, step)
-                    folder = save(run, step, sums, to_evaluate)
+                    folder = save(run, step, sums, to_evaluate, calls.state())
+                    calls.saved(folder)
             advance(log.loss)
-    if stopped:
+    if stopped or calls.error:
+        calls.raise_error()
         log.watch.raise_unhealthy(folder)
         raise Interrupted(f"interrupted; resume with train.resume_from_checkpoint={folder}")
     return step

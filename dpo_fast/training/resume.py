@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from dpo_fast.errors import UserError
@@ -57,17 +59,24 @@ def checkpoint_of(config: RunConfig) -> Path | None:
     return folder
 
 
-def save(run: Run, step: int, sums: MetricSums, to_evaluate: bool = False) -> Path:
+def save(
+    run: Run,
+    step: int,
+    sums: MetricSums,
+    to_evaluate: bool = False,
+    more_state: Mapping[str, Any] = MappingProxyType({}),
+) -> Path:
     """Write a checkpoint after `step` steps; returns its folder. Collective.
 
     to_evaluate: whether an evaluation is due that a signal kept from ending.
+    more_state: what state.json has beside.
     """
     ended = step == run.total_steps or run.best.exhausted
     state = {"step": step, "to_evaluate": to_evaluate, "ended": ended, **run.train.position(step)}
     run.saver.wait()  # the one before it may still need the best so far
     run.best.keep(step)
     run.saver.best = run.best.kept_name
-    state |= {**must_fit(run), "rounding": rounding(run), **run.best.state()}
+    state |= {**must_fit(run), "rounding": rounding(run), **run.best.state(), **more_state}
     more = partial(write_beside, run.config, run.model)
     return run.saver.save(
         run.engine, state, sums.values, run.stateful, more, named=run.best.writing()
@@ -83,6 +92,7 @@ def resume(run: Run, checkpoint: Path, sums: MetricSums, log: RunLog) -> tuple[i
     state = restore(run, checkpoint, sums)
     run.saver.goes_on_from(checkpoint, state)
     run.best.load(state, checkpoint, goes_on(run, state, checkpoint))
+    log.calls.goes_on_from(checkpoint, state)
     log.begin(state["step"], resumed=True)
     say(f"resumed {checkpoint} at step {state['step']}")
     if "rounding" in state:
@@ -121,7 +131,7 @@ def must_be_same(plan: Plan, checkpoint: Path, known: dict[str, Any]) -> dict[st
     known: the content of the checkpoint's state.json.
     """
     fits = must_fit(plan)
-    for name in ("group_prompts", "model.router_aux_loss_coef"):
+    for name in ("group_prompts", "model.router_aux_loss_coef", "train.sampler"):
         if name not in known and not fits[name]:
             del fits[name]  # the checkpoint is older than the option
     if "train.optim" not in known and fits["train.optim"] == TORCH:
@@ -170,6 +180,8 @@ def must_fit(run: Plan) -> dict:
         "seed": train.seed,
         "zero_stage": run.config.zero_stage,
     }
+    own = getattr(run.train.sampler, "own", None)
+    fits["train.sampler"] = None if own is None else own.identity
     fits |= {f"train.{name}": tree["train"][name] for name in SAME_TRAIN}
     fits["train.optim"] = family(train.optim)
     if train.warmup_steps is not None:  # under the name that older checkpoints know

@@ -6,8 +6,9 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from dpo_fast.data.facts import data_facts
@@ -16,6 +17,8 @@ from dpo_fast.errors import Interrupted
 from dpo_fast.health.history import NONFINITE
 from dpo_fast.progress import duration
 from dpo_fast.training import distributed
+from dpo_fast.training.callbacks import Callback
+from dpo_fast.training.calling import Calls
 from dpo_fast.training.checkpoints import saving
 from dpo_fast.training.console import say
 from dpo_fast.training.earlier_run import METRICS, make_room
@@ -31,21 +34,23 @@ from dpo_fast.training.watch import Watch
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
 
 
-def open_log(run: Run) -> RunLog:
+def open_log(run: Run, callbacks: Mapping[str, Callback] = MappingProxyType({})) -> RunLog:
     """Measure the device for perf/mfu. Nothing is written before `RunLog.begin`."""
     rate = product_rate(run.engine.device, run.config.model.torch_dtype)
-    return RunLog(run, Path(run.config.train.output_dir) / METRICS, rate)
+    file = Path(run.config.train.output_dir) / METRICS
+    return RunLog(run, file, rate, Calls(run, callbacks))
 
 
 class RunLog:
     """metrics.jsonl, the loggers, and a line on the terminal. Rank 0 writes; every rank must call.
 
     rate: operations in a second that one device can do.
+    calls: the callbacks, which are told of every line.
     loss: the latest in words, for the progress bar.
     """
 
-    def __init__(self, run: Run, file: Path, rate: float) -> None:
-        self.run, self.file, self.rate = run, file, rate
+    def __init__(self, run: Run, file: Path, rate: float, calls: Calls) -> None:
+        self.run, self.file, self.rate, self.calls = run, file, rate, calls
         self.loss = ""
         self.loggers: list[Guarded] = []
         self.watch = Watch(run.config)
@@ -70,6 +75,7 @@ class RunLog:
             if self.file.is_file():
                 self.watch.resume(self.file)
             self.loggers = open_loggers(self.run.config, step, resumed)
+        self.calls.begin(step)
 
     def _write_files(self, resumed: bool) -> None:
         """The resolved configuration and the data report."""
@@ -121,6 +127,7 @@ class RunLog:
         """Log metrics of the evaluation split, whose names begin with `eval_`."""
         self._write(step, metrics)
         say(f"eval step {step}  {_shown(metrics, 'eval_')}")
+        self.calls.evaluated()
 
     def generated(
         self, step: int, metrics: dict[str, float], answers: Sequence[dict[str, Any]] = ()
@@ -142,9 +149,11 @@ class RunLog:
             run = self.run
             facts = data_facts(run.train.examples, None if run.eval is None else run.eval.examples)
             metrics |= {f"data/{name}": value for name, value in facts.items()}
-            self._write(0, metrics | {"total_steps": run.total_steps})
+            metrics |= {"total_steps": run.total_steps}
+        self._write(0, metrics)
         if evaluated is not None:
             say(f"eval step 0  {_shown(evaluated, 'eval_')}")
+            self.calls.evaluated()
 
     @contextlib.contextmanager
     def clock_stopped(self) -> Iterator[None]:
@@ -162,8 +171,11 @@ class RunLog:
                 write_file(self.file, "".join(f"{line}\n" for line in kept))
 
     def _write(self, step: int, metrics: dict[str, Any]) -> None:
-        if not distributed.is_main():
-            return
+        """Write a line and tell the callbacks of it. Collective."""
+        self.calls.logged(step, self._line(step, metrics) if distributed.is_main() else {})
+
+    def _line(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Write a line of metrics.jsonl, and give it to the loggers; returns it."""
         epochs = self.run.train.epochs(step)
         place = {"step": step} if epochs is None else {"step": step, "epoch": round(epochs, 6)}
         metrics = metrics | self.watch.look(place | metrics, self.loggers)
@@ -173,6 +185,7 @@ class RunLog:
         values = named({n: v for n, v in line.items() if n not in ("step", NONFINITE)})
         for logger in self.loggers:
             logger.log(step, values)
+        return line
 
 
 def made_of(run: Run) -> dict[str, Any]:

@@ -281,6 +281,23 @@ class TrainSection(BaseModel):
         "goes on at the same step",
         json_schema_extra={"refused": "without resume_from_checkpoint"},
     )
+    sampler: str | None = Field(
+        None,
+        min_length=1,
+        description="code of your own that orders the examples of every epoch (docs/PYTHON.md): the name "
+        "of a plugin, module:function or FILE.py:function; default: a seeded permutation",
+        json_schema_extra={
+            "refused": "with tokens_per_batch, group_prompts, data.streaming and mixtures, which order "
+            "examples themselves"
+        },
+    )
+    callbacks: list[str | dict[str, dict[str, Any]]] = Field(
+        default_factory=list,
+        description="code of your own that sees the run and may end it (docs/PYTHON.md): the name of a "
+        "plugin, module:Class or FILE.py:Class; or one of these with options, as in "
+        "{FILE.py:Class: {after: 5}}",
+        json_schema_extra={"refused": "code that cannot be loaded, or is no callback"},
+    )
     skip_rows: list[str] = Field(
         default_factory=list,
         description="rows of data.train that no batch holds, named by file and line as messages name them; "
@@ -354,6 +371,19 @@ class TrainSection(BaseModel):
     def _optim(cls, value: Any) -> Any:
         return ALIASES.get(value, value) if isinstance(value, str) else value
 
+    @field_validator("callbacks", mode="before")
+    @classmethod
+    def _callbacks(cls, value: Any) -> Any:
+        """One is a list of it."""
+        listed = [value] if isinstance(value, (str, dict)) else value
+        for each in listed if isinstance(listed, list) else ():
+            if isinstance(each, dict) and len(each) != 1:
+                raise ValueError(
+                    f"train.callbacks={each}: expected one name with its options, as in "
+                    "{my_code.py:StopAt: {loss: 0.1}}"
+                )
+        return listed
+
     @field_validator("lr_scheduler_kwargs")
     @classmethod
     def _numbers(cls, given: dict[str, Any]) -> dict[str, Any]:
@@ -401,6 +431,12 @@ class TrainSection(BaseModel):
                 f"train.tokens_per_batch={self.tokens_per_batch} and train.micro_batch_size="
                 f"{self.micro_batch_size} both say how large a micro-batch is; remove one of them"
             )
+        for name in ("tokens_per_batch", "group_prompts"):
+            if self.sampler and (value := getattr(self, name)):
+                raise ValueError(
+                    f"train.sampler={self.sampler} orders the examples, and train.{name}={value} brings "
+                    "them into another order; remove one of them"
+                )
         if self.tokens_per_batch is None and self.micro_batch_size is None:
             self.micro_batch_size = 4
             self.model_fields_set.discard("micro_batch_size")  # filled in, not chosen

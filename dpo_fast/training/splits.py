@@ -161,6 +161,10 @@ class Split:
         """The split that a step belongs to, and the step's number in it: a stream has several."""
         return self, step
 
+    def examples_of(self, step: int) -> int:
+        """How many examples a step has, on all ranks together."""
+        return len(self.sampler.global_batch(step))
+
     def epochs(self, step: int) -> float:
         """Passes over the data after so many steps."""
         return step / self.sampler.steps_per_epoch
@@ -226,6 +230,10 @@ class StreamSplit:
         if self.coming is None and self._end < self.last:
             self.coming = self.reader.submit(self.stream.read)
         return self.part, step - self.begin
+
+    def examples_of(self, step: int) -> int:
+        """As of a `Split`. The step is the latest that was asked for."""
+        return self.part.examples_of(step - self.begin)
 
     def epochs(self, step: int) -> float | None:
         """None: a stream does not know how long a pass is."""
