@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,10 +16,13 @@ import yaml
 
 from dpo_fast import durable
 from dpo_fast.api import inputs
+from dpo_fast.api.ending import Ending, finish
 from dpo_fast.api.options import HERE, lora_section, plain, tree_of
+from dpo_fast.api.own import named_callbacks, named_sampler
 from dpo_fast.api.process import as_found
 from dpo_fast.errors import UserError
 from dpo_fast.training.config import RunConfig, build_config
+from dpo_fast.training.own_code import given
 
 if TYPE_CHECKING:
     import os
@@ -29,6 +32,11 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+    from dpo_fast.data.own_order import Rows as RowsToOrder
+    from dpo_fast.training.callbacks import Callback
+
+    Callbacks = Callback | type[Callback] | str | Sequence[Callback | type[Callback] | str | dict]
+    Sampler = Callable[[RowsToOrder, int], Iterable[int]] | Iterable[int] | str
     Model = str | os.PathLike | PreTrainedModel | PeftModel
     Rows = str | os.PathLike | list | Dataset | pandas.DataFrame
 
@@ -39,10 +47,15 @@ class Result:
 
     model: the folder of the trained model; None after a dry run.
     metrics: the lines of metrics.jsonl, each with its `step`.
+    report: the page about the run; None after a dry run, if it could not be written, and on other ranks
+        than the first.
+    pushed: the address of the model on the hub, with train.push_to_hub on the first rank.
     """
 
     model: Path | None
     metrics: list[dict[str, Any]]
+    report: Path | None = None
+    pushed: str | None = None
 
     def dataframe(self) -> pandas.DataFrame:
         """The metrics as a table, a row for every line. Needs pandas."""
@@ -70,6 +83,9 @@ class PreferenceRun:
     processing_class: a tokenizer or processor, or where one lies; default: the model's.
     ref_model: the reference, if it is not the model as it starts.
     peft_config: peft's LoraConfig; adapters are trained then.
+    callbacks: objects or classes of `Callback`, or what train.callbacks takes, in place of those of config.
+    sampler: orders the examples of every epoch: a function of rows and epoch, a sampler of torch, or a
+        name (`data/own_order.py`).
     options: sections, as in `train={"max_steps": 9}`; dotted keys; or keys that one section alone has.
 
     Raises:
@@ -86,9 +102,12 @@ class PreferenceRun:
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | str | None = None,
         ref_model: Model | None = None,
         peft_config: LoraConfig | Mapping[str, Any] | None = None,
+        callbacks: Callbacks | None = None,
+        sampler: Sampler | None = None,
         **options: Any,
     ) -> None:
-        self._tree = tree_of(config, options)
+        self._own: dict[str, Any] = {}
+        self._tree = tree_of(config, options | self._named(callbacks, sampler))
         self._model = model
         self._given = {"ref_model": ref_model, "processing_class": processing_class}
         self._rows = {"train": train_dataset, "eval": eval_dataset}
@@ -129,10 +148,11 @@ class PreferenceRun:
                 tree = config.model_dump(mode="json", exclude_unset=True)
                 tree["train"] |= asked
                 config = build_config(tree, HERE)
-            folder = train(config, dry_run)
+            folder, ending = train(config, dry_run), Ending()
             if folder is not None:
                 self._give_back(folder)
-        return Result(folder, self.metrics)
+                ending = self._finish(config, folder)
+        return Result(folder, self.metrics, ending.report, ending.pushed)
 
     def evaluate(self, dataset: Rows | None = None) -> dict[str, float]:
         """Metrics of the trained model, of the newest checkpoint without one, or of the model itself.
@@ -178,7 +198,7 @@ class PreferenceRun:
     @contextlib.contextmanager
     def _engine(self) -> Iterator[RunConfig]:
         """Inside, libraries are quiet and the inputs files; afterwards the process is as it was."""
-        with as_found():
+        with as_found(), given(self._own):
             from dpo_fast.training.console import quiet
 
             quiet()
@@ -275,6 +295,25 @@ class PreferenceRun:
                 f"{HERE}: no tokenizer can be loaded from {where} ({durable.first_line(error)}); hand it "
                 "over as processing_class"
             ) from None
+
+    def _named(self, callbacks: Any, sampler: Any) -> dict[str, Any]:
+        """Callbacks and sampler as options, which have their names. The objects are kept."""
+        found: dict[str, Any] = {}
+        if callbacks is not None:
+            found["train.callbacks"], objects = named_callbacks(callbacks)
+            self._own |= objects
+        if sampler is not None:
+            found["train.sampler"], objects = named_sampler(sampler)
+            self._own |= objects
+        return found
+
+    def _finish(self, config: RunConfig, folder: Path) -> Ending:
+        from dpo_fast.training import distributed
+        from dpo_fast.training.console import say
+
+        if not distributed.is_main():
+            return Ending()
+        return finish(config, folder, say, partial(say, matters=True))
 
     def _give_back(self, folder: Path) -> None:
         """Put the trained weights into a whole model that was handed over, as other trainers do."""

@@ -25,7 +25,7 @@ from dpo_fast.cli.export import export
 from dpo_fast.cli.import_file import import_file
 from dpo_fast.cli.iterate import iterate, load_rounds
 from dpo_fast.cli.judge import judge
-from dpo_fast.cli.push import push, push_the_end
+from dpo_fast.cli.push import fail, push
 from dpo_fast.cli.sample import sample
 from dpo_fast.cli.streams import own_arguments
 from dpo_fast.cli.system_errors import explained
@@ -129,13 +129,13 @@ def train(
         check_batch_sizes(run, nproc)
         flags = ["--dry-run"] * dry_run + ["--quiet"] * quiet
         _launch(nproc, run, ["train", config, *(overrides or ()), *flags])
+    from dpo_fast.api.ending import finish
     from dpo_fast.training.loop import train as train_run
 
     model = train_run(run, dry_run)
     if model is not None and distributed.is_main():
         typer.echo(f"model: {model}")
-        _report(Path(run.train.output_dir))
-        push_the_end(run, model)
+        finish(run, model, typer.echo, fail)
     distributed.leave_distributed()
 
 
@@ -146,18 +146,6 @@ def _calm(quietly: bool) -> None:
 
     quiet()
     hush(quietly)
-
-
-def _report(folder: Path) -> None:
-    """The report of a run that is over. The run has done its work even where there is no room for it."""
-    from dpo_fast.report import write_report
-    from dpo_fast.report.card import illustrate
-
-    try:
-        typer.echo(f"report: {write_report(folder)}")
-        illustrate(folder)
-    except UserError as error:
-        print(f"dpo-fast: the run is complete, its report is not: {error}", file=sys.stderr)
 
 
 def _launch(nproc: int, run, arguments: list[str]) -> None:

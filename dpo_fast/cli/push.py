@@ -51,11 +51,11 @@ def push_the_end(run, model: Path) -> None:
 
     run: its RunConfig.
     """
-    from dpo_fast.training.hub import push_run
+    from dpo_fast.api.ending import push_the_end as push_model
 
-    if not run.train.push_to_hub:
-        return
-    try:
-        typer.echo(f"pushed: {push_run(run, model)}")
-    except UserError as error:
-        print(f"dpo-fast: the run is complete, its model is not pushed: {error}", file=sys.stderr)
+    push_model(run, model, typer.echo, fail)
+
+
+def fail(reason: str) -> None:
+    """What did not go well after a run that is complete."""
+    print(f"dpo-fast: {reason}", file=sys.stderr)
