@@ -21,6 +21,7 @@ from dpo_fast.api.options import HERE, lora_section, plain, tree_of
 from dpo_fast.api.own import named_callbacks, named_sampler
 from dpo_fast.api.process import as_found
 from dpo_fast.errors import UserError
+from dpo_fast.losses.custom import refresh
 from dpo_fast.training.config import RunConfig, build_config
 from dpo_fast.training.own_code import given
 
@@ -202,6 +203,7 @@ class PreferenceRun:
             from dpo_fast.training.console import quiet
 
             quiet()
+            refresh()  # of a notebook that has changed its file
             yield self._settle()
 
     def _settle(self) -> RunConfig:

@@ -8,8 +8,6 @@ from typing import Annotated
 
 import typer
 
-from dpo_fast.errors import UserError
-
 
 def push(
     folder: Annotated[

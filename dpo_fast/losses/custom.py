@@ -5,7 +5,9 @@ They stand beside the table and not in it, so that documents and schemas are of 
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import importlib
 import importlib.util
 import os
@@ -30,6 +32,7 @@ HOME, SITE = str(Path(__file__).parents[1]), "site-packages"
 GROUP = "dpo_fast.losses"  # of entry points
 CUSTOM: dict[str, LossSpec] = {}
 _specs: dict[Loss, LossSpec] = {}  # of decorated functions
+_digests: dict[Path, str] = {}  # of files that were loaded
 
 
 def register_loss(function: Loss | None = None, /, *, name: str | None = None, **facts: Any):
@@ -160,7 +163,9 @@ def _of_file(file: Path, where: str) -> Any:
     file = file.absolute()
     if not file.is_file():
         raise UserError(f"{where}: no such file {file}")
-    name = f"dpo_fast_custom_{file.stem}_{abs(hash(str(file)))}"
+    # A file that was changed, as in a notebook, is another module.
+    digest = _digests[file] = _digest(file)
+    name = f"dpo_fast_custom_{file.stem}_{digest[:16]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, file)
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
@@ -170,6 +175,20 @@ def _of_file(file: Path, where: str) -> Any:
             del sys.modules[name]
             raise
     return sys.modules[name]
+
+
+def refresh() -> None:
+    """Forget losses of files that were changed: the next use loads them anew. Between runs of a process."""
+    for name in list(CUSTOM):
+        module = name.rpartition(":")[0]
+        file = Path(os.path.expanduser(module)).absolute()
+        with contextlib.suppress(OSError):  # a file that is gone is kept as it was
+            if module.endswith(".py") and _digest(file) != _digests.get(file):
+                del CUSTOM[name]
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(str(file).encode() + b"\0" + file.read_bytes()).hexdigest()
 
 
 def _of_module(module: str, where: str) -> Any:

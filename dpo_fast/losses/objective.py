@@ -6,6 +6,7 @@ import math
 import numbers
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -118,8 +119,9 @@ class Objective:
                 "needs them as they are; leave out one of the two"
             )
 
-    @property
+    @cached_property
     def specs(self) -> tuple[LossSpec, ...]:
+        """Those of the names at first use: a file that is changed later changes no objective."""
         return all_specs(self.names)
 
     @property

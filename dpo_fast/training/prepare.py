@@ -18,6 +18,7 @@ from dpo_fast.modules.metrics import METRIC_EXTRAS
 from dpo_fast.training import data_ranks, distributed
 from dpo_fast.training.balance import Routing
 from dpo_fast.training.best import Best
+from dpo_fast.training.code_sources import sources_of
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.engine import build_engine, deepspeed_config, shard_while_loading
 from dpo_fast.training.finite import Guard, check_loaded
@@ -57,6 +58,7 @@ class Run(Plan):
     old: for each split log-probs under the model that wrote its completions; None if no loss asks.
     saver: writes the checkpoints.
     best: which checkpoint is the best, and whether the run ends early.
+    code: where the losses and the sampler are from that are not ours (`code_sources.py`).
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -70,6 +72,7 @@ class Run(Plan):
     guard: Guard
     saver: Saver
     best: Best
+    code: dict[str, dict[str, str]]
 
     def loss_and_reference(self, split: str) -> tuple[LossPass, object]:
         """The loss pass of a split's batches, and the provider of their reference."""
@@ -149,6 +152,7 @@ def prepare(
         weights=weights,
         saver=Saver.of(config),
         best=Best(config),
+        code=sources_of(config),
     )
 
 

@@ -19,6 +19,8 @@ from dpo_fast.training.checkpoints import (
     load_checkpoint,
     read_state,
 )
+from dpo_fast.training.code_sources import STATE as CODE
+from dpo_fast.training.code_sources import tell_changed
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import say
 from dpo_fast.training.longer import fits_longer, follow_schedule, goes_on
@@ -77,6 +79,7 @@ def save(
     run.best.keep(step)
     run.saver.best = run.best.kept_name
     state |= {**must_fit(run), "rounding": rounding(run), **run.best.state(), **more_state}
+    state |= {CODE: run.code} if run.code else {}
     more = partial(write_beside, run.config, run.model)
     return run.saver.save(
         run.engine, state, sums.values, run.stateful, more, named=run.best.writing()
@@ -95,6 +98,7 @@ def resume(run: Run, checkpoint: Path, sums: MetricSums, log: RunLog) -> tuple[i
     log.calls.goes_on_from(checkpoint, state)
     log.begin(state["step"], resumed=True)
     say(f"resumed {checkpoint} at step {state['step']}")
+    tell_changed(state.get(CODE, {}), run.code)
     if "rounding" in state:
         tell_rounding(state["rounding"], rounding(run))
     return state["step"], state.get("to_evaluate", False)

@@ -122,6 +122,23 @@ def test_a_module_of_the_folder_is_found_and_the_path_stays_as_it_was(file, monk
     sys.modules.pop("mine")
 
 
+def test_a_file_that_was_changed_is_loaded_anew_where_that_is_asked_for(tmp_path):
+    file = tmp_path / "mine.py"
+    text = "def scaled(logps, options):\n    return {} * logps.chosen\n"
+    file.write_text(text.format(1))
+    name = f"{file}:scaled"
+    first, objective = value(name).item(), Objective((name,))
+    assert objective.specs[0].function(pairs(), objective.options).shape == (3,)
+    file.write_text(text.format(2))
+    assert value(name).item() == first  # in the middle of a run nothing changes
+    custom.refresh()
+    assert value(name).item() == pytest.approx(2 * first)
+    assert objective(pairs(), Totals(3, 9)).item() == first
+    file.unlink()
+    custom.refresh()
+    assert value(name).item() == pytest.approx(2 * first)
+
+
 def test_a_plugin_brings_losses_by_its_entry_points(file, monkeypatch):
     monkeypatch.chdir(file.parent)
     monkeypatch.syspath_prepend(str(file.parent))
