@@ -12,6 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from dpo_fast.data.layouts import LAYOUTS
+from dpo_fast.errors import UserError
+from dpo_fast.losses.custom import loaded
 from dpo_fast.ops.dispatch import Choice, choose_implementation
 from dpo_fast.ops.linear_logp.plan import MIB, default_workspace_bytes
 from dpo_fast.training.distributed import capacity, cores
@@ -30,11 +32,18 @@ PACKAGES = (
     "wandb",
 )
 OPERATIONS = ("linear_logp", "logits_logp", "preference")
+PLUGINS = {
+    "loss.type": "dpo_fast.losses",
+    "train.callbacks": "dpo_fast.callbacks",
+    "train.sampler": "dpo_fast.samplers",
+}
 
 
 def tables() -> dict[str, Table]:
     """Versions, devices and choices, by the names that `--json` has for them."""
-    return {"software": _versions(), "hardware": _devices(), "implementations": _choices()}
+    found = {"software": _versions(), "hardware": _devices(), "implementations": _choices()}
+    plugins = plugin_table()
+    return found | ({"plugins": plugins} if plugins.row_count else {})
 
 
 def _versions() -> Table:
@@ -46,6 +55,22 @@ def _versions() -> Table:
         except importlib.metadata.PackageNotFoundError:
             table.add_row(name, "not installed")
     table.add_row("nvcc", shutil.which("nvcc") or "not found (only csrc needs it)")
+    return table
+
+
+def plugin_table() -> Table:
+    """What installed packages bring by their entry points, and whether it can be loaded."""
+    table = Table("for", "name", "is", "of", "state", title="Plugins")
+    for option, group in PLUGINS.items():
+        for point in importlib.metadata.entry_points(group=group):
+            package = "-" if point.dist is None else f"{point.dist.name} {point.dist.version}"
+            try:
+                loaded(f"{option}={point.name}", point.load)
+                state = "loads"
+            except UserError as error:
+                state = str(error)
+            cells = (option, point.name, point.value, package, state)
+            table.add_row(*map(escape, cells))
     return table
 
 

@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Loss = Callable[[Logps, LossOptions], "Tensor"]
-HOME, SITE = str(Path(__file__).parents[1]), "site-packages"
+NOT_THEIRS = (str(Path(__file__).parents[1]), sysconfig.get_path("stdlib"), "<")
+SITE = "site-packages"
 GROUP = "dpo_fast.losses"  # of entry points
 CUSTOM: dict[str, LossSpec] = {}
 _specs: dict[Loss, LossSpec] = {}  # of decorated functions
@@ -224,7 +226,7 @@ def told(error: Exception) -> str:
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}: {error.msg}"
     # What a library says is told where their code called it.
-    own = [f for f in frames if not f.filename.startswith((HOME, "<")) and SITE not in f.filename]
+    own = [f for f in frames if not f.filename.startswith(NOT_THEIRS) and SITE not in f.filename]
     place = f"{own[-1].filename}, line {own[-1].lineno}: " if own else ""
     return f"{place}{type(error).__name__}: {error}"
 

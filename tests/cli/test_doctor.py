@@ -68,6 +68,27 @@ def test_the_machine():
     assert "This run would use" not in result.output
 
 
+def test_plugins_of_installed_packages_are_listed(tmp_path, monkeypatch):
+    assert "Plugins" not in invoke("doctor").output
+    info = tmp_path / "theirs-1.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.2\n")
+    (info / "entry_points.txt").write_text(
+        "[dpo_fast.losses]\nwide = theirs:wide\n"
+        "[dpo_fast.callbacks]\nstop = theirs:Stop\n[dpo_fast.samplers]\ngone = theirs:gone\n"
+    )
+    source = "from dpo_fast import Callback\nwide = lambda logps, options: logps.chosen\n"
+    (tmp_path / "theirs.py").write_text(source + "class Stop(Callback):\n    pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = json.loads(invoke("doctor", "--json").output)["plugins"]
+    assert [list(each.values()) for each in found[:2]] == [
+        ["loss.type", "wide", "theirs:wide", "theirs 1.2", "loads"],
+        ["train.callbacks", "stop", "theirs:Stop", "theirs 1.2", "loads"],
+    ]
+    assert found[2]["state"].startswith("train.sampler=gone cannot be loaded: AttributeError")
+    assert "theirs:Stop" in invoke("doctor").output
+
+
 def test_a_run_needs_no_weight_no_data_and_no_folder(folder):
     output = folder / "never"
     result = invoke("doctor", write(folder, output_dir=str(output)), "--nproc", "2")
