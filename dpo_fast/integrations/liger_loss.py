@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dpo_fast.losses import LossOptions, Objective, PairLogps, SequenceLogps
+from dpo_fast.losses import PairLogps, SequenceLogps
+from dpo_fast.modules.objective import ObjectiveModule
 from dpo_fast.modules.scored_rows import scored_rows
 from dpo_fast.ops.linear_logp.dtensor import plain_weight
 from dpo_fast.ops.linear_logp.op import linear_logp
@@ -50,22 +51,20 @@ class ScoredSequences(NamedTuple):
     nll: Tensor
 
 
-class LigerLoss(nn.Module):
-    """A loss of the table, by name, on sequences that are scored from hidden states."""
+class LigerLoss(ObjectiveModule):
+    """A loss of the table, by name, on sequences that are scored from hidden states.
+
+    Its attributes are those of Liger's class, and may be set (`ObjectiveModule`).
+    """
 
     use_ref_model = False
 
-    def __init__(self, name: str, options: LossOptions, settings: Settings) -> None:
-        super().__init__()
-        self.objective = Objective((name,), (1.0,), options)  # it refuses options not used
+    def __init__(self, name: str, options: dict, settings: Settings) -> None:
+        super().__init__(name, options=options)
         self.ignore_index, self.average_log_prob = settings.ignore_index, settings.average_log_prob
         self.compiled, self.chunk_size = settings.compiled, settings.chunk_size
         self.implementation = settings.implementation
         self.workspace_bytes = settings.workspace_bytes
-
-    @property
-    def beta(self) -> float:
-        return self.objective.options.beta
 
     def losses(self, logps: PairLogps | SequenceLogps) -> Tensor:
         """[P] of pairs, else [S]."""
@@ -145,13 +144,7 @@ class LigerPairLoss(LigerLoss):
     """A loss on pairs, and alpha * nll."""
 
     def __init__(
-        self,
-        name: str,
-        options: LossOptions,
-        settings: Settings,
-        *,
-        alpha: float,
-        compute_nll_loss: bool,
+        self, name: str, options: dict, settings: Settings, *, alpha: float, compute_nll_loss: bool
     ) -> None:
         super().__init__(name, options, settings)
         self.alpha, self.compute_nll_loss = alpha, compute_nll_loss
