@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpo_fast.integrations.liger_grpo import LigerFusedLinearGRPOLoss
 from dpo_fast.integrations.liger_loss import LigerLoss, LigerPairLoss, Settings, mean_logit
 from dpo_fast.losses import LOSSES, Objective, SequenceLogps
 from dpo_fast.losses.reference_free import log_odds
@@ -28,6 +29,14 @@ from dpo_fast.modules.losses import check_desirable
 from dpo_fast.modules.objective import setting
 from dpo_fast.ops.linear_logp.dtensor import plain_weight
 
+__all__ = [
+    "LigerFusedLinearCPOLoss",
+    "LigerFusedLinearDPOLoss",
+    "LigerFusedLinearGRPOLoss",
+    "LigerFusedLinearKTOLoss",
+    "LigerFusedLinearORPOLoss",
+    "LigerFusedLinearSimPOLoss",
+]
 DPO_LOSSES = tuple(
     name
     for name, spec in LOSSES.items()

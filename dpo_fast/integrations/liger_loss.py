@@ -127,13 +127,7 @@ class LigerLoss(ObjectiveModule):
     @torch.no_grad()
     def reference(self, target, hidden, weight, bias) -> Tensor | None:
         """The reference's log-probabilities, [S]; None where it is not used."""
-        wanted = [x is not None for x in (hidden, weight)]
-        if not all(wanted) if self.use_ref_model else any([*wanted, bias is not None]):
-            raise ValueError(
-                f"use_ref_model={self.use_ref_model}, ref_input is {given(hidden)}, ref_weight is "
-                f"{given(weight)}, ref_bias is {given(bias)}: a reference needs ref_input and "
-                "ref_weight, and without use_ref_model=True none is used"
-            )
+        check_reference(self.use_ref_model, hidden, weight, bias)
         return self.score(hidden, weight, target, bias).logps_S if self.use_ref_model else None
 
     def extra_repr(self) -> str:
@@ -189,6 +183,17 @@ def mean_logit(hidden: Tensor, weight: Tensor, bias: Tensor | None, total: bool 
     if bias is not None:
         mean = mean + bias.mean(dtype=torch.float32)
     return mean * (len(rows) * V) if total else mean
+
+
+def check_reference(use_ref_model: bool, hidden, weight, bias) -> None:
+    """Raises ValueError unless a reference's head is given exactly if it is used."""
+    wanted = [x is not None for x in (hidden, weight)]
+    if not all(wanted) if use_ref_model else any([*wanted, bias is not None]):
+        raise ValueError(
+            f"use_ref_model={use_ref_model}, ref_input is {given(hidden)}, ref_weight is "
+            f"{given(weight)}, ref_bias is {given(bias)}: a reference needs ref_input and "
+            "ref_weight, and without use_ref_model=True none is used"
+        )
 
 
 def given(value: Tensor | None) -> str:
