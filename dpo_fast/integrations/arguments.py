@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.errors import UnavailableError, UserError
 from dpo_fast.losses import Objective
-from dpo_fast.modules.losses import make_objective
+from dpo_fast.modules.objective import make_objective
 
 # Arguments of TRL's DPOTrainer and DPOConfig, and what they are here.
 OF_TRL = {

@@ -11,6 +11,7 @@ rounding. What differs:
   use_ref_model asks for one.
 - `chunk_size` and `compiled` change nothing here. `implementation` and `workspace_bytes` are ours, as in
   `dpo_fast.linear_logp`.
+- Attributes have Liger's names. What is set later is checked by the next call, as in the constructor.
 - kl of KTO may be one number, or one for each sequence.
 """
 
@@ -20,12 +21,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpo_fast.integrations.liger_grpo import LigerFusedLinearGRPOLoss
 from dpo_fast.integrations.liger_loss import LigerLoss, LigerPairLoss, Settings, mean_logit
-from dpo_fast.losses import LOSSES, LossOptions, SequenceLogps
+from dpo_fast.losses import LOSSES, Objective, SequenceLogps
 from dpo_fast.losses.reference_free import log_odds
 from dpo_fast.modules.losses import check_desirable
+from dpo_fast.modules.objective import setting
 from dpo_fast.ops.linear_logp.dtensor import plain_weight
 
+__all__ = [
+    "LigerFusedLinearCPOLoss",
+    "LigerFusedLinearDPOLoss",
+    "LigerFusedLinearGRPOLoss",
+    "LigerFusedLinearKTOLoss",
+    "LigerFusedLinearORPOLoss",
+    "LigerFusedLinearSimPOLoss",
+]
 DPO_LOSSES = tuple(
     name
     for name, spec in LOSSES.items()
@@ -60,13 +71,9 @@ class LigerFusedLinearDPOLoss(LigerPairLoss):
         implementation: str = "auto",
         workspace_bytes: int | None = None,
     ) -> None:
-        if loss_type not in DPO_LOSSES:
-            raise ValueError(f"loss_type={loss_type!r}: choose from {', '.join(DPO_LOSSES)}")
-        if loss_type == "exo_pair" and label_smoothing == 0:
-            raise ValueError("label_smoothing=0.0: exo_pair takes its logarithm; set it to 1e-3")
         super().__init__(
             loss_type,
-            LossOptions(beta, label_smoothing, discopop_tau=discopop_tau),
+            {"beta": beta, "label_smoothing": label_smoothing, "discopop_tau": discopop_tau},
             Settings(
                 ignore_index,
                 average_log_prob,
@@ -79,6 +86,11 @@ class LigerFusedLinearDPOLoss(LigerPairLoss):
             compute_nll_loss=compute_nll_loss,
         )
         self.use_ref_model = use_ref_model
+
+    def check_objective(self, objective: Objective) -> None:
+        (name,) = objective.names
+        if name not in DPO_LOSSES:
+            raise ValueError(f"loss_type={name!r}: choose from {', '.join(DPO_LOSSES)}")
 
     def forward(
         self,
@@ -120,7 +132,7 @@ class LigerFusedLinearORPOLoss(LigerPairLoss):
     ) -> None:
         super().__init__(
             "orpo",
-            LossOptions(beta),
+            {"beta": beta},
             Settings(ignore_index, True, compiled, chunk_size, implementation, workspace_bytes),
             alpha=1.0,
             compute_nll_loss=compute_nll_loss,
@@ -166,7 +178,7 @@ class LigerFusedLinearCPOLoss(LigerPairLoss):
     ) -> None:
         super().__init__(
             "cpo",
-            LossOptions(beta, label_smoothing),
+            {"beta": beta, "label_smoothing": label_smoothing},
             Settings(
                 ignore_index,
                 average_log_prob,
@@ -189,6 +201,8 @@ class LigerFusedLinearCPOLoss(LigerPairLoss):
 class LigerFusedLinearSimPOLoss(LigerPairLoss):
     """SimPO: sigmoid loss of beta times the margin of mean log-probabilities, less gamma; + alpha * nll."""
 
+    gamma = setting("simpo_gamma")
+
     def __init__(
         self,
         ignore_index: int = -100,
@@ -205,7 +219,7 @@ class LigerFusedLinearSimPOLoss(LigerPairLoss):
     ) -> None:
         super().__init__(
             "simpo",
-            LossOptions(beta, label_smoothing, simpo_gamma=gamma),
+            {"beta": beta, "label_smoothing": label_smoothing, "simpo_gamma": gamma},
             Settings(ignore_index, True, compiled, chunk_size, implementation, workspace_bytes),
             alpha=alpha,
             compute_nll_loss=compute_nll_loss,
@@ -235,7 +249,7 @@ class LigerFusedLinearKTOLoss(LigerLoss):
     ) -> None:
         super().__init__(
             "kto",
-            LossOptions(beta),
+            {"beta": beta},
             Settings(
                 ignore_index,
                 average_log_prob,

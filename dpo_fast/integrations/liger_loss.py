@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dpo_fast.losses import LossOptions, Objective, PairLogps, SequenceLogps
+from dpo_fast.losses import PairLogps, SequenceLogps
+from dpo_fast.modules.objective import ObjectiveModule
 from dpo_fast.modules.scored_rows import scored_rows
 from dpo_fast.ops.linear_logp.dtensor import plain_weight
 from dpo_fast.ops.linear_logp.op import linear_logp
@@ -50,22 +51,20 @@ class ScoredSequences(NamedTuple):
     nll: Tensor
 
 
-class LigerLoss(nn.Module):
-    """A loss of the table, by name, on sequences that are scored from hidden states."""
+class LigerLoss(ObjectiveModule):
+    """A loss of the table, by name, on sequences that are scored from hidden states.
+
+    Its attributes are those of Liger's class, and may be set (`ObjectiveModule`).
+    """
 
     use_ref_model = False
 
-    def __init__(self, name: str, options: LossOptions, settings: Settings) -> None:
-        super().__init__()
-        self.objective = Objective((name,), (1.0,), options)  # it refuses options not used
+    def __init__(self, name: str, options: dict, settings: Settings) -> None:
+        super().__init__(name, options=options)
         self.ignore_index, self.average_log_prob = settings.ignore_index, settings.average_log_prob
         self.compiled, self.chunk_size = settings.compiled, settings.chunk_size
         self.implementation = settings.implementation
         self.workspace_bytes = settings.workspace_bytes
-
-    @property
-    def beta(self) -> float:
-        return self.objective.options.beta
 
     def losses(self, logps: PairLogps | SequenceLogps) -> Tensor:
         """[P] of pairs, else [S]."""
@@ -128,13 +127,7 @@ class LigerLoss(nn.Module):
     @torch.no_grad()
     def reference(self, target, hidden, weight, bias) -> Tensor | None:
         """The reference's log-probabilities, [S]; None where it is not used."""
-        wanted = [x is not None for x in (hidden, weight)]
-        if not all(wanted) if self.use_ref_model else any([*wanted, bias is not None]):
-            raise ValueError(
-                f"use_ref_model={self.use_ref_model}, ref_input is {given(hidden)}, ref_weight is "
-                f"{given(weight)}, ref_bias is {given(bias)}: a reference needs ref_input and "
-                "ref_weight, and without use_ref_model=True none is used"
-            )
+        check_reference(self.use_ref_model, hidden, weight, bias)
         return self.score(hidden, weight, target, bias).logps_S if self.use_ref_model else None
 
     def extra_repr(self) -> str:
@@ -145,13 +138,7 @@ class LigerPairLoss(LigerLoss):
     """A loss on pairs, and alpha * nll."""
 
     def __init__(
-        self,
-        name: str,
-        options: LossOptions,
-        settings: Settings,
-        *,
-        alpha: float,
-        compute_nll_loss: bool,
+        self, name: str, options: dict, settings: Settings, *, alpha: float, compute_nll_loss: bool
     ) -> None:
         super().__init__(name, options, settings)
         self.alpha, self.compute_nll_loss = alpha, compute_nll_loss
@@ -196,6 +183,17 @@ def mean_logit(hidden: Tensor, weight: Tensor, bias: Tensor | None, total: bool 
     if bias is not None:
         mean = mean + bias.mean(dtype=torch.float32)
     return mean * (len(rows) * V) if total else mean
+
+
+def check_reference(use_ref_model: bool, hidden, weight, bias) -> None:
+    """Raises ValueError unless a reference's head is given exactly if it is used."""
+    wanted = [x is not None for x in (hidden, weight)]
+    if not all(wanted) if use_ref_model else any([*wanted, bias is not None]):
+        raise ValueError(
+            f"use_ref_model={use_ref_model}, ref_input is {given(hidden)}, ref_weight is "
+            f"{given(weight)}, ref_bias is {given(bias)}: a reference needs ref_input and "
+            "ref_weight, and without use_ref_model=True none is used"
+        )
 
 
 def given(value: Tensor | None) -> str:

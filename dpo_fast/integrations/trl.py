@@ -1,5 +1,7 @@
 """TRL's trainers with our head: import `DPOTrainer` from here, and nothing else changes.
 
+The same goes for KTO, SFT, GRPO and RLOO, all trainers of TRL that score with a fused head.
+
 Configuration, data, reference models, metrics, checkpoints and TRL's own losses stay TRL's code. So every
 option of a DPOConfig works as it does there, and a loss is a mean over the micro-batch. One thing changes:
 where TRL calls `add_fused_lm_head` on the policy and the reference, `add_linear_logp` runs.
@@ -40,21 +42,21 @@ check_version(trl.__version__)
 
 
 class FastHeadMixin(WholeFolders):
-    """Goes before a TRL trainer that scores with a fused head: `DPOTrainer`, `KTOTrainer`."""
+    """Goes before a TRL trainer that scores with a fused head."""
 
     def __init__(self, *args, **kwargs) -> None:
         # Within __init__: a stored reference is computed there, and wrappers come after it.
         with _replaced(self._trl_module(), HEAD, self.add_head):
             super().__init__(*args, **kwargs)
 
-    def add_head(self, model: nn.Module, outputs: tuple[str, ...] = ("log_probs",)) -> None:
+    def add_head(self, model: nn.Module, *args, **kwargs) -> None:
         """As `add_linear_logp`. TRL calls it on the policy and on the reference, before wrapping them.
 
         Raises:
             UserError: FSDP1, FSDP on a CPU, or a head that cannot score.
         """
         prepare_fsdp(self)
-        add_linear_logp(model, outputs)
+        add_linear_logp(model, *args, **kwargs)
 
     def _precompute_ref_logps(self, dataset, name: str, batch_size: int):
         # TRL names its table by data and model. Our head has other last bits, and ld_alpha gives other
@@ -74,7 +76,7 @@ class FastHeadMixin(WholeFolders):
                 return module
         raise UserError(
             f"{cls.__name__} has no base among TRL's trainers with a fused head: derive it from "
-            "FastHeadMixin and trl.DPOTrainer or trl.KTOTrainer"
+            "FastHeadMixin and trl.DPOTrainer, KTOTrainer, SFTTrainer, GRPOTrainer or RLOOTrainer"
         )
 
 
@@ -138,6 +140,22 @@ class DPOTrainer(FastHeadMixin, trl.DPOTrainer):
 
 class KTOTrainer(FastHeadMixin, trl.KTOTrainer):
     """`trl.KTOTrainer` whose log-probabilities come from `linear_logp`. Arguments are TRL's."""
+
+
+class SFTTrainer(FastHeadMixin, trl.SFTTrainer):
+    """`trl.SFTTrainer` whose log-probabilities come from `linear_logp`. Arguments are TRL's.
+
+    With label smoothing or a `compute_loss_func` the loss wants logits, as it does there, and our head
+    gives the metrics.
+    """
+
+
+class GRPOTrainer(FastHeadMixin, trl.GRPOTrainer):
+    """`trl.GRPOTrainer` whose log-probabilities come from `linear_logp`. Arguments are TRL's."""
+
+
+class RLOOTrainer(FastHeadMixin, trl.RLOOTrainer):
+    """`trl.RLOOTrainer` whose log-probabilities come from `linear_logp`. Arguments are TRL's."""
 
 
 def _check_arguments(args: trl.DPOConfig) -> None:

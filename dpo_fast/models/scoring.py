@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -115,9 +116,14 @@ class ScoringModel(nn.Module):
 
 
 def fuse_head(
-    model: PreTrainedModel, implementation: str = "auto", workspace_bytes: int | None = None
+    model: PreTrainedModel,
+    implementation: str = "auto",
+    workspace_bytes: int | None = None,
+    temperature: float = 1.0,
 ) -> None:
     """Put a `FusedHead` over the weights of a model's `lm_head`; where peft trains a copy, over both.
+
+    temperature: of the log-probabilities; logits stay as they are.
 
     Raises:
         UserError: a head that is not a plain linear layer: an adapter on it, or quantised. Or the model
@@ -135,7 +141,7 @@ def fuse_head(
                 "trainable_token_indices (modules_to_save may have it), and out of quantisation"
             )
         settings = {
-            "options": head_options_of(model),
+            "options": replace(head_options_of(model), temperature=temperature),
             "implementation": implementation,
             "workspace_bytes": workspace_bytes,
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpo_fast.losses import Preference, ScoredGroups, Totals, preference
 from dpo_fast.modules.losses import (
@@ -15,9 +15,9 @@ from dpo_fast.modules.losses import (
     check_statistics,
     check_unpaired,
     check_whole,
-    make_objective,
 )
 from dpo_fast.modules.metrics import METRIC_EXTRAS, means, sequence_metrics, token_metrics
+from dpo_fast.modules.objective import ObjectiveModule
 from dpo_fast.modules.scored_rows import (
     BATCH_ORDERS,
     ScoredRows,
@@ -33,7 +33,7 @@ from dpo_fast.ops.linear_logp.op import LinearLogp, linear_logp
 from dpo_fast.ops.segments import sum_sequences
 
 
-class FusedLinearPreferenceLoss(nn.Module):
+class FusedLinearPreferenceLoss(ObjectiveModule):
     """Any loss of the table, from hidden states and the weight of a language-model head.
 
     The weight is an argument of `forward`, so no hook gathers it. DTensors, as FSDP2 makes of weights, are
@@ -49,6 +49,8 @@ class FusedLinearPreferenceLoss(nn.Module):
         extras: of the head, for metrics: `entropy`, `mean_logit`, `is_top1`.
         logit_scale, softcap, temperature, implementation, workspace_bytes: as in `linear_logp`.
         options: fields of `LossOptions`, under TRL's names: beta, label_smoothing, ...
+
+    Every argument is an attribute that may be set as well (`ObjectiveModule`).
 
     Raises:
         ValueError: naming the option, its value and what it must be.
@@ -70,15 +72,15 @@ class FusedLinearPreferenceLoss(nn.Module):
         workspace_bytes: int | None = None,
         **options,
     ) -> None:
-        super().__init__()
-        self.objective = make_objective(loss_type, loss_weights, options)
+        super().__init__(loss_type, loss_weights, options)
         if batch_order not in BATCH_ORDERS:
             raise ValueError(f"batch_order={batch_order!r}: choose from {', '.join(BATCH_ORDERS)}")
         if unknown := [name for name in extras if name not in METRIC_EXTRAS]:
             raise ValueError(f"extras={unknown}: choose from {', '.join(METRIC_EXTRAS)}")
         self.batch_order, self.ignore_index, self.shift = batch_order, ignore_index, shift
         self.extras = tuple(extras)
-        self.head_options = HeadOptions(logit_scale, softcap, temperature)
+        HeadOptions(logit_scale, softcap, temperature)  # it refuses what cannot be
+        self.logit_scale, self.softcap, self.temperature = logit_scale, softcap, temperature
         self.implementation, self.workspace_bytes = implementation, workspace_bytes
 
     def forward(
@@ -230,9 +232,9 @@ class FusedLinearPreferenceLoss(nn.Module):
             weight,
             rows.targets_T,
             bias=bias,
-            logit_scale=self.head_options.logit_scale,
-            softcap=self.head_options.softcap,
-            temperature=self.head_options.temperature,
+            logit_scale=self.logit_scale,
+            softcap=self.softcap,
+            temperature=self.temperature,
             extras=extras,
             implementation=self.implementation,
             workspace_bytes=self.workspace_bytes,
@@ -292,5 +294,6 @@ class FusedLinearPreferenceLoss(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.objective.names}, weights={self.objective.weights}, "
-            f"batch_order={self.batch_order!r}, {self.head_options}"
+            f"batch_order={self.batch_order!r}, logit_scale={self.logit_scale}, "
+            f"softcap={self.softcap}, temperature={self.temperature}"
         )

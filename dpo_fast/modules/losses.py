@@ -5,24 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dpo_fast.losses import LossOptions, Objective, PairLogps, SequenceLogps, Totals
+from dpo_fast.losses import Objective, PairLogps, SequenceLogps, Totals
 from dpo_fast.modules.metrics import means, sequence_metrics
+from dpo_fast.modules.objective import ObjectiveModule
 
 TOKEN_OPTIONS = ("ld_alpha", "token_clamp", "use_weighting")
 
 
-def make_objective(
-    loss_type: str | Sequence[str], loss_weights: Sequence[float] | None, options: dict
-) -> Objective:
-    """Names, weights (1 each by default) and options, under TRL's names, as one `Objective`."""
-    names = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
-    weights = (1.0,) * len(names) if loss_weights is None else tuple(loss_weights)
-    return Objective(names, weights, LossOptions(**options))
-
-
-class _SequenceLoss(nn.Module):
+class _SequenceLoss(ObjectiveModule):
     """An objective on sums of log-probabilities, without their tokens."""
 
     def __init__(
@@ -31,17 +23,18 @@ class _SequenceLoss(nn.Module):
         loss_weights: Sequence[float] | None = None,
         **options,
     ) -> None:
-        super().__init__()
-        self.objective = make_objective(loss_type, loss_weights, options)
-        if self.objective.grouped:
+        super().__init__(loss_type, loss_weights, options)
+
+    def check_objective(self, objective: Objective) -> None:
+        if objective.grouped:
             raise ValueError(
-                f"losses {self.objective.names} take groups of scored completions: use "
+                f"losses {objective.names} take groups of scored completions: use "
                 "FusedLinearPreferenceLoss, or dpo_fast.losses.preference"
             )
         for name in TOKEN_OPTIONS:
-            if name in self.objective.options.changed:
+            if name in objective.options.changed:
                 raise ValueError(
-                    f"{name}={getattr(self.objective.options, name)} acts on tokens, and here are "
+                    f"{name}={getattr(objective.options, name)} acts on tokens, and here are "
                     "only their sums: use FusedLinearPreferenceLoss"
                 )
 
@@ -156,7 +149,10 @@ class UnpairedPreferenceLoss(_SequenceLoss):
         **options,
     ) -> None:
         super().__init__(loss_type, loss_weights, **options)
-        check_unpaired(self.objective)
+
+    def check_objective(self, objective: Objective) -> None:
+        super().check_objective(objective)
+        check_unpaired(objective)
 
     def forward(
         self,

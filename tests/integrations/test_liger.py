@@ -62,6 +62,59 @@ def agree(name, leaves, target, inputs=None, **arguments):
         )
 
 
+ATTRIBUTES = {
+    "DPO": {"loss_type": "robust", "label_smoothing": 0.2, "beta": 0.3, "alpha": 0.7}
+    | {"compute_nll_loss": True, "average_log_prob": True},
+    "ORPO": {"beta": 0.4, "compute_nll_loss": False},
+    "CPO": {"beta": 0.4, "alpha": 0.7, "label_smoothing": 0.2, "average_log_prob": True},
+    "SimPO": {"beta": 2.0, "gamma": 1.5, "alpha": 0.7, "label_smoothing": 0.2},
+    "KTO": {"beta": 0.4, "average_log_prob": True, "use_ref_model": True},
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_attributes_are_ligers_and_can_be_set(name):
+    """In every order: what does not go together in between is no error until it is called."""
+    leaves, target, reference = make(ignore_index=-7)
+    inputs = {} if name in ("ORPO", "CPO", "SimPO") else referring(reference)
+    if name == "KTO":
+        inputs["preference_labels"] = torch.arange(B) % 3 == 0
+    order = ("input", "weight") if name == "KTO" else ("weight", "input")
+    values = []
+    for library in (ours, theirs):
+        module = getattr(library, f"LigerFusedLinear{name}Loss")()
+        values.append({n: x for n, x in vars(module).items() if not n.startswith("_")})
+        changed = ATTRIBUTES[name] | {"ignore_index": -7, "chunk_size": 2, "compiled": False}
+        for attribute, value in reversed(changed.items()):
+            setattr(module, attribute, value)
+        if library is ours:
+            assert {n: getattr(module, n) for n in changed} == changed
+        values.append(run(module, leaves, target, order, **inputs)[0])
+    fresh = getattr(ours, f"LigerFusedLinear{name}Loss")()
+    assert {n: getattr(fresh, n) for n in values[2] if n != "training"} == {
+        n: x for n, x in values[2].items() if n != "training"
+    }
+    for mine, liger in zip(values[1], values[3], strict=True):
+        torch.testing.assert_close(mine, liger, rtol=1e-5, atol=1e-5)
+
+
+def test_attributes_that_cannot_be_honoured():
+    inputs = make()
+    module = ours.LigerFusedLinearDPOLoss()
+    arguments = inputs[0]["weight"], inputs[0]["input"], inputs[1], inputs[0]["bias"], *inputs[2]
+    module.beta = -1.0
+    with pytest.raises(ValueError, match="beta=-1.0 must be greater than 0"):
+        module(*arguments)
+    module.beta, module.loss_type = 0.1, "kto"
+    with pytest.raises(ValueError, match="loss_type='kto': choose from"):
+        module(*arguments)
+    module.loss_type, module.label_smoothing = "hinge", 0.1
+    with pytest.raises(ValueError, match="label_smoothing=0.1 is not used by hinge"):
+        module(*arguments)
+    module.loss_type = "sigmoid"
+    assert module(*arguments)[0] == dpo(*inputs, label_smoothing=0.1)[0]
+
+
 def referring(reference):
     return dict(zip(("ref_input", "ref_weight", "ref_bias"), reference))
 
@@ -200,7 +253,7 @@ def test_without_gradients():
             "label_smoothing=0.1 is not used by hinge",
         ),
         ({"discopop_tau": 0.2}, "discopop_tau=0.2 is not used by sigmoid"),
-        ({"loss_type": "exo_pair"}, "label_smoothing=0.0: exo_pair"),
+        ({"loss_type": "exo_pair"}, "label_smoothing=0.0 cannot be used by exo_pair"),
         ({"label_smoothing": 0.5}, "label_smoothing=0.5 must be"),
         ({"beta": 0.0}, "beta=0.0 must be greater than 0"),
     ],

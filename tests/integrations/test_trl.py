@@ -253,7 +253,7 @@ def test_what_a_model_does_to_its_logits_is_done(name):
     labels = ids.masked_fill(torch.arange(9) < 4, -100)
     labels[2] = -100  # a row of nothing
     logp_BLV = model(ids).logits[:, :-1].log_softmax(-1)
-    add_linear_logp(model, ("log_probs", "is_top1", "entropy"))
+    add_linear_logp(model, outputs=("log_probs", "is_top1", "entropy"))
     output = model(input_ids=ids, labels=labels, fused_lm_head=True)
     expected = logp_BLV.gather(2, ids[:, 1:, None])[..., 0]
     expected = expected.where(labels[:, 1:] != -100, 0.0)

@@ -16,5 +16,6 @@ assert_type(linear_logp(hidden, weight, labels).logp, Tensor)
 assert_type(dpo_fast.__version__, str)
 loss = FusedLinearPreferenceLoss(beta=0.1)
 plain = PreferenceLoss("sigmoid", beta=0.1)
+plain.beta, plain.loss_type = 0.2, ["sigmoid", "sft"]
 head: type[torch.nn.Module] = FusedHead
 error: ValueError = UserError("a message")
