@@ -1,34 +1,31 @@
 """`make gpu`, rehearsed: every step is reached, and a fault costs its own item alone."""
 
+import contextlib
+import io
 import json
-import subprocess
-import sys
 
 import pytest
 
 from benchmarks.gpu import summary
-from benchmarks.gpu.run import Lines
+from benchmarks.gpu.run import Lines, main
 from benchmarks.gpu.steps import STEPS
 from benchmarks.jsonl import read
-from tests.support.paths import ENVIRONMENT, ROOT
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 
-def rehearse(folder, *options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "benchmarks.gpu.run", "--rehearse", "--out", str(folder)]
-    return subprocess.run(
-        [*command, *options], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
-    )
+def rehearse(folder, *options: str) -> int:
+    """In this process, which only starts the others. Returns the exit code."""
+    return main(["--rehearse", "--out", str(folder), *options])
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A rehearsal of everything: its lines by step and item, and what it printed."""
-    folder = tmp_path_factory.mktemp("rehearsal")
-    done = rehearse(folder, "--minutes", "20")
-    assert done.returncode == 0, done.stderr[-2000:]
-    return {(x["step"], x["item"]): x for x in read(folder / "lines.jsonl")}, done.stdout
+    folder, printed = tmp_path_factory.mktemp("rehearsal"), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert rehearse(folder, "--minutes", "20") == 0
+    return {(x["step"], x["item"]): x for x in read(folder / "lines.jsonl")}, printed.getvalue()
 
 
 def test_every_step_is_reached_and_right(whole):
@@ -63,22 +60,22 @@ def test_the_table_has_ours_and_the_peers(whole):
 
 
 def test_time_that_runs_out_leaves_lines_and_the_next_run_goes_on_behind_them(tmp_path):
-    spent = rehearse(tmp_path, "--only", "machine", "--minutes", "0")
-    assert spent.returncode == 0, spent.stderr
+    assert rehearse(tmp_path, "--only", "machine", "--minutes", "0") == 0
     assert [x["not_reached"] for x in read(tmp_path / "lines.jsonl")] == [True]
     with (tmp_path / "lines.jsonl").open("a") as file:
         file.write(json.dumps({"step": "machine", "item": "copy", "gbps": 1.0}) + "\n")
         file.write('{"step": "machine", "it')  # cut off in the writing
-    done = rehearse(tmp_path, "--only", "machine", "--resume")
-    assert done.returncode == 0, done.stderr
+    assert rehearse(tmp_path, "--only", "machine", "--resume") == 0
     found = [x for x in read(tmp_path / "lines.jsonl") if "not_reached" not in x]
     assert [x["gbps"] for x in found if x["item"] == "copy"] == [1.0]
     assert {"versions", "copy"} < {x["item"] for x in found}
 
 
-def test_a_step_that_is_not_there_is_named(tmp_path):
-    done = rehearse(tmp_path, "--only", "smoke,rowz")
-    assert done.returncode == 2 and "rowz" in done.stderr and "rows" in done.stderr
+def test_a_step_that_is_not_there_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        rehearse(tmp_path, "--only", "smoke,rowz")
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and "rowz" in told and "rows" in told
 
 
 def test_a_line_stays_when_the_next_is_cut_off(tmp_path):

@@ -14,7 +14,12 @@ from dpo_fast.training.config import load_config
 from tests.support import ranks
 from tests.support.models import write_model, write_pairs
 
-THEIRS = {"model_name_or_path": "m", "dataset_name": "org/data", "push_to_hub": True, "seed": 7}
+THEIRS = {
+    "model_name_or_path": "m",
+    "dataset_name": "org/data",
+    "full_determinism": True,
+    "seed": 7,
+}
 
 
 def run(*words):
@@ -32,11 +37,11 @@ def test_it_writes_a_run_and_says_what_is_missing(tmp_path, file):
     out = tmp_path / "run.yaml"
     result = run("trl", file, "--out", out, "--nproc", 2)
     assert result.exit_code == 0
-    assert "no counterpart: push_to_hub=True" in result.stderr
+    assert "no counterpart: full_determinism=True" in result.stderr
     assert "made of 4 options (3 carried, 1 no counterpart)" in result.stdout
     config = load_config(str(out))
     assert config.train.seed == 7 and config.train.global_batch_size == 16
-    assert "push_to_hub=True" in out.read_text(), "the file says it as well"
+    assert "full_determinism=True" in out.read_text(), "the file says it as well"
     assert isinstance(run("trl", file, "--out", out).exception, UserError), "it overwrites nothing"
 
 
@@ -47,8 +52,8 @@ def test_without_out_the_configuration_is_all_of_standard_output(file):
 
 def test_strict_fails_where_something_is_missing(tmp_path, file):
     result = run("trl", file, "--strict")
-    assert "--strict: 1 without a counterpart: push_to_hub" in str(result.exception)
-    file.write_text(json.dumps(THEIRS | {"push_to_hub": False}))
+    assert "--strict: 1 without a counterpart: full_determinism" in str(result.exception)
+    file.write_text(json.dumps(THEIRS | {"full_determinism": False}))
     assert run("trl", file, "--strict").exit_code == 0
 
 

@@ -1,9 +1,6 @@
 """`PreferenceTrainer`: the loss of our own step, however it is split, and plain folders out."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -21,10 +18,9 @@ from dpo_fast.losses import LossOptions, Objective, PairLogps, Totals, preferenc
 from dpo_fast.models import ScoringModel
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.ops.segments import sum_sequences
-from tests.support import hybrids
+from tests.support import hybrids, ranks
 from tests.support.adapters import write_adapter
 from tests.support.models import LIKE_SGD, write_model, write_pairs
-from tests.support.paths import ROOT
 
 SIDES = ("chosen", "rejected")
 
@@ -402,34 +398,25 @@ def test_evaluation_is_the_mean_over_pairs(place, rows, other, tmp_path):
     assert entry["eval_examples"] == 10 and "eval_rewards/accuracies" in entry
 
 
-def on_ranks(case: dict, ranks: int, folder) -> list[float]:
-    """The losses of two steps of a process group of its own."""
-    (folder / "case.json").write_text(json.dumps(case))
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={ranks}",
-    ]
-    worker = [str(ROOT / "tests/support/workers/preference_trainer.py"), str(folder)]
-    environment = dict(os.environ, PYTHONPATH=str(ROOT))
-    subprocess.run([*launch, *worker], env=environment, check=True, timeout=200)
-    return json.loads((folder / "losses.json").read_text())
+def on_ranks(case: dict, count: int, folder) -> list[float]:
+    """The losses of two steps."""
+    file = folder / "losses.json"
+    ranks.group(count).do("preference_losses", {"case": case}, str(file))
+    return json.loads(file.read_text())["case"]
 
 
 @pytest.mark.processes
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks, stage", [(2, None), (2, 3)])
+@pytest.mark.parametrize("count, stage", [(2, None), (2, 3)])
 @pytest.mark.parametrize("whole", [["norm"], ["lm_head", "embed_tokens"]])
 def test_ranks_and_shards_do_not_change_what_an_adapter_is_compared_with(
-    whole, ranks, stage, place, rows, tmp_path
+    whole, count, stage, place, rows, tmp_path
 ):
     from peft import PeftModel
 
     sft = write_adapter(tmp_path / "sft", place / "model", lora_dropout=0.0, modules_to_save=whole)
     case = {"model": str(place / "model"), "adapter": str(sft), "rows": rows, "stage": stage}
-    losses = on_ranks(case, ranks, tmp_path)
+    losses = on_ranks(case, count, tmp_path)
     model = PeftModel.from_pretrained(model_of(place), sft, is_trainable=True)
     options = {"max_steps": 2, "num_train_epochs": 2, "objective": OBJECTIVE}
     _, log = train(place, rows[:8], tmp_path, model=model, **options)
@@ -437,12 +424,12 @@ def test_ranks_and_shards_do_not_change_what_an_adapter_is_compared_with(
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("ranks, stage", [(2, None), (1, 3)])
-def test_ranks_and_shards_do_not_change_the_loss(ranks, stage, place, rows, other, tmp_path):
+@pytest.mark.parametrize("count, stage", [(2, None), (1, 3)])
+def test_ranks_and_shards_do_not_change_the_loss(count, stage, place, rows, other, tmp_path):
     """Two ranks by DDP; one whose policy and reference ZeRO-3 has sharded."""
     whole = expected_loss(place, rows[:8], OBJECTIVE, AutoModelForCausalLM.from_pretrained(other))
     case = {"model": str(place / "model"), "reference": str(other), "rows": rows, "stage": stage}
-    losses = on_ranks(case, ranks, tmp_path)
+    losses = on_ranks(case, count, tmp_path)
     assert losses[0] == pytest.approx(whole, abs=1e-5)
     reference = AutoModelForCausalLM.from_pretrained(other)
     _, log = train(

@@ -4,8 +4,6 @@ import copy
 import json
 import math
 import shutil
-import subprocess
-import sys
 
 import pytest
 
@@ -21,10 +19,10 @@ from dpo_fast.integrations import trl as fast
 from dpo_fast.integrations.trl_forward import add_linear_logp
 from dpo_fast.losses import LossOptions, Objective, Totals, preference
 from dpo_fast.ops.linear_logp import op
+from tests.support import ranks
 from tests.support.adapters import write_adapter
 from tests.support.architectures import make
 from tests.support.models import LIKE_SGD, write_architecture, write_model, write_pairs
-from tests.support.paths import ENVIRONMENT, ROOT
 
 pytestmark = pytest.mark.peers
 
@@ -215,11 +213,7 @@ def test_a_table_of_another_model_is_not_taken_under_zero_3(place, tmp_path):
         str(write_model(tmp_path / "other", seed=1)),
         str(place / "model"),
     ]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    worker = [str(ROOT / "tests/support/workers/trl_stored.py"), str(tmp_path), *models]
-    subprocess.run(
-        [*launch, "--nproc_per_node=1", *worker], env=ENVIRONMENT, check=True, timeout=300
-    )
+    ranks.group(1).do("trl_stored", str(tmp_path), models)
     losses = json.loads((tmp_path / "losses.json").read_text())
     assert losses == pytest.approx([0.693147] * 3, abs=1e-5)
 

@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("deepspeed")
 
+from dpo_fast.api.process import as_found
 from dpo_fast.errors import UserError
 from dpo_fast.training.checkpoints import check_whole, checkpoints, read_state
 from dpo_fast.training.config import build_config
@@ -36,7 +37,8 @@ def pushed(tmp_path_factory):
     write_pairs(folder / "pairs.jsonl")
     config = config_of(folder, hub_strategy="checkpoint")
     with pytest.MonkeyPatch.context() as patch, fake_hub(patch) as server:
-        train(config)
+        with as_found():
+            train(config)
         yield folder, config, server
 
 
@@ -74,7 +76,8 @@ def test_a_run_goes_on_from_what_the_hub_has(pushed, tmp_path):
     again = {"resume_from_checkpoint": str(tmp_path / LAST), "push_to_hub": False}
     again |= {"hub_model_id": None, "hub_strategy": "end", "output_dir": str(tmp_path / "run")}
     tree = config.resolved()
-    model = train(build_config(tree | {"train": tree["train"] | again}, "test"))
+    with as_found():
+        model = train(build_config(tree | {"train": tree["train"] | again}, "test"))
     weights = folder / "run" / MODEL / "model.safetensors"
     assert (model / "model.safetensors").read_bytes() == weights.read_bytes()
     assert series(folder / "run", "loss")

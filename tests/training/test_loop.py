@@ -94,23 +94,20 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.processes
 def test_two_ranks_with_zero_3_give_the_curve_of_one_without_and_resume_bitwise(folder):
+    """The resumed run is the command's, in processes of its own that know nothing of the first."""
     tree = run_tree(folder, max_steps=10, micro_batch_size=2, save_steps=5)
+    cases = {
+        name: changed(tree, folder / name, parallel={"zero_stage": stage})
+        for name, stage in (("one", 0), ("two", 3), ("two-resumed", 3))
+    }
+    ranks.train([cases["one"]])
+    ranks.train([cases["two"]], 2)
+    shutil.copytree(folder / "two" / "checkpoint-5", folder / "two-resumed" / "checkpoint-5")
+    cases["two-resumed"]["train"]["resume_from_checkpoint"] = True
     file = folder / "run.yaml"
-    curves = {}
-    for name, stage, count in (("one", 0, 1), ("two", 3, 2), ("two-resumed", 3, 2)):
-        case = changed(tree, folder / name, parallel={"zero_stage": stage})
-        if count == 1:
-            ranks.train([case])
-            curves[name] = series(folder / name)
-            continue
-        if name == "two-resumed":
-            shutil.copytree(folder / "two" / "checkpoint-5", folder / name / "checkpoint-5")
-            case["train"]["resume_from_checkpoint"] = True
-        file.write_text(yaml.safe_dump(case))
-        subprocess.run(
-            command("train", file, "--nproc", count), env=ENVIRONMENT, check=True, timeout=300
-        )
-        curves[name] = series(folder / name)
+    file.write_text(yaml.safe_dump(cases["two-resumed"]))
+    subprocess.run(command("train", file, "--nproc", 2), env=ENVIRONMENT, check=True, timeout=300)
+    curves = {name: series(folder / name) for name in cases}
     norms = {name: series(folder / name, "grad_norm") for name in ("two", "two-resumed")}
     assert all(norms["two-resumed"][step] == norms["two"][step] > 0 for step in range(6, 11))
     assert curves["two-resumed"] == {step: curves["two"][step] for step in range(6, 11)}

@@ -38,6 +38,7 @@ from dpo_fast.training.saver import Saver
 from dpo_fast.training.traffic import GATHER, traffic
 from tests.support.aio import plain_files
 from tests.support.engines import Engine
+from tests.support.shards import compare_shards
 from tests.support.slices import compare_slices
 
 SCALARS = 16  # bytes of a collective that only agrees on numbers
@@ -413,8 +414,25 @@ def in_trainers(name: str, *arguments) -> None:
         forget()
 
 
+def trl_stored(folder: str, models: list[str]) -> None:
+    """Steps of TRL's trainer with our head, as tests/support/trl_stored.py takes them."""
+    from tests.support.trl_stored import write_first_losses
+
+    write_first_losses(folder, models)
+
+
+def preference_losses(cases: dict[str, dict], file: str) -> None:
+    """What `PreferenceTrainer` loses in cases of tests/support/preference_cases.py."""
+    from tests.support.preference_cases import write_losses
+
+    write_losses(cases, file)
+
+
 JOBS = {
     "traffic": traffic_of,
+    "preference_losses": preference_losses,
+    "trl_stored": trl_stored,
+    "compare_shards": compare_shards,
     "sharded": sharded,
     "in_trainers": in_trainers,
     "with_noise": with_noise,

@@ -1,21 +1,14 @@
-"""A step of our TRL trainer under ZeRO-3 for one model after the other, with stored references.
-
-    trl_stored.py FOLDER [MODEL ...]
-
-They share one data set and one cache. Writes the first losses to FOLDER/losses.json."""
+"""A job of one rank: our TRL trainer under ZeRO-3 for one model after the other, with stored references."""
 
 import json
-import os
-import sys
 from pathlib import Path
 
-import torch
 import trl
 from datasets import Dataset
 from transformers import AutoTokenizer
 
 from dpo_fast.integrations.trl import DPOTrainer
-from dpo_fast.training.distributed import leave_out_shm_comm
+from tests.support.preference_cases import forget
 
 ADAM = {"lr": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True}
 ZERO = {
@@ -54,15 +47,13 @@ def first_loss(folder: Path, model: str) -> float:
     return trainer.state.log_history[0]["loss"]
 
 
-def main() -> None:
-    leave_out_shm_comm()
-    folder = Path(sys.argv[1])
-    losses = [first_loss(folder, model) for model in sys.argv[2:]]
-    if int(os.environ["RANK"]) == 0:
-        (folder / "losses.json").write_text(json.dumps(losses))
-    torch.distributed.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads may still hold tensors, and then tearing down aborts
-
-
-main()
+def write_first_losses(folder: str, models: list[str]) -> None:
+    """The losses of the first steps, to `losses.json`. The models share one data set and one cache."""
+    losses = []
+    try:
+        for model in models:
+            forget()
+            losses.append(first_loss(Path(folder), model))
+    finally:
+        forget()
+    (Path(folder) / "losses.json").write_text(json.dumps(losses))
