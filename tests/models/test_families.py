@@ -39,7 +39,7 @@ SAMPLE = (
         "minimax_m3_vl_text",
         "qwen4_exp_text",
     ),
-    *("bloom", "falcon", "stablelm"),
+    *("bloom", "falcon", "stablelm", "inkling2_text"),
 )
 # Not built here: they want a package that is not there, have no configuration that is whole by itself, or
 # are no language models (DiffusionGemma, PP-FormulaNet).
