@@ -22,6 +22,7 @@ from dpo_fast.models.attention_trial import try_attention
 from dpo_fast.models.by_sequence import serves as serves_attention
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.decoder import decoder_of
+from dpo_fast.models.handed import counts_places, own_attention, serve_handed
 from dpo_fast.models.layer_kinds import MixingLayer, described, has_plain_attention, mixing_layers
 from dpo_fast.models.load import load_skeleton
 from dpo_fast.ops.dispatch import Choice
@@ -38,6 +39,7 @@ class Architecture:
     sdpa: whether transformers' sdpa serves it.
     blocking: the layers that stand in the way of sequences that share a row.
     beside: layers that mix tokens beside attention and can keep sequences of a row apart.
+    own: its attention is code of its own, which runs over the sequences of a row.
     """
 
     name: str
@@ -47,10 +49,13 @@ class Architecture:
     sdpa: bool = True
     blocking: tuple[MixingLayer, ...] = ()
     beside: tuple[MixingLayer, ...] = ()
+    own: bool = False
 
     @property
     def alone(self) -> str | None:
         """Why ranks cannot share a row: exchanging heads serves attention alone. None where they can."""
+        if self.own and self.obstacle is None:
+            return "its attention is code of its own"
         return self.obstacle or (f"it has {described(self.beside)}" if self.beside else None)
 
     def allows(self, layout: Layout) -> bool:
@@ -70,6 +75,7 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
         sdpa=model._supports_sdpa,
         blocking=blocking,
         beside=beside,
+        own=own_attention(model),
     )
 
 
@@ -94,14 +100,16 @@ def _obstacle(
         return f"it has {described(blocking)}"
     if _without_attention(model, beside):
         return None
-    unseen = None
-    if not model._supports_attention_backend and has_plain_attention(model):
+    unseen, own = None, own_attention(model)
+    if not model._supports_attention_backend and has_plain_attention(model) and not own:
         unseen = "it does not take its attention from transformers' AttentionInterface"
     tried = _unsharded(model)
+    serve_handed(tried)
     apart = [tried.get_submodule(layer.name) for layer in beside]
     if found := try_attention(tried, decoder_of(tried), unseen, apart):
         return found
-    if "position_ids" not in inspect.signature(decoder_of(model).forward).parameters:
+    known = inspect.signature(type(decoder_of(model)).forward).parameters
+    if "position_ids" not in known and not counts_places(model):
         return "its forward takes no position_ids, so every sequence would go on from the last"
     return None
 
@@ -157,12 +165,26 @@ def choose_attention(
         UserError: the named implementation cannot do it on this device, dtype, layout or model.
     """
     shared = LAYOUTS[layout].shares_rows
+    if shared and architecture.own:
+        return _own(requested, architecture)
     if requested == "auto":
         return _automatic(shared, device, dtype, architecture)
     refusal = _refusal(requested, shared, device, dtype, architecture)
     if refusal:
         raise UserError(f"model.attention={requested} {refusal}")
     return Choice(NAMES[requested] if shared else requested, "model.attention says so")
+
+
+def _own(requested: str, architecture: Architecture) -> Choice:
+    """For sequences of a row, of a model whose attention is code of its own."""
+    names = ("sdpa", "eager") if architecture.sdpa else ("eager",)
+    if requested not in ("auto", *names):
+        raise UserError(
+            f"model.attention={requested} does not serve {architecture.name}, whose attention is code of "
+            f"its own: set model.attention=auto or {' or '.join(names)}"
+        )
+    name = names[0] if requested == "auto" else requested
+    return Choice(name, "attention of the model's own code, over each sequence of the row")
 
 
 def _automatic(

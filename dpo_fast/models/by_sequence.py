@@ -1,9 +1,9 @@
 """Layers of rows of trees that compute every sequence by itself: sparse attention, and n-grams of tokens.
 
-An index that chooses keys, keys that are made of several tokens, and n-grams count along what they are
-given. So inside such a layer every sequence gets a row of its own, as in a padded batch; attention has a
-causal mask there, and is transformers' own. All round it tokens stay in the one row. What a trunk is to
-several branches the layer computes for each of them.
+An index that chooses keys, keys that are made of several tokens, biases by distance, and n-grams count
+along what they are given. So inside such a layer every sequence gets a row of its own, as in a padded
+batch; attention has a causal mask there, and is transformers' own. All round it tokens stay in the one
+row. What a trunk is to several branches the layer computes for each of them.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ ATTENTION = frozenset(
         *("DeepseekV32Attention", "GlmMoeDsaAttention", "AXK2Attention", "HYV4Attention"),
         *("MistralLarge4TextAttention", "Dots3NoteTextAttention", "Qwen4ExpTextAttention"),
         *("MiniMaxM3VLAttention", "DeepseekV4Attention"),
+        # Biases by the distance of keys, and convolutions of keys and values.
+        *("InklingAttention", "Inkling2SlidingAttention", "Inkling2FullAttention"),
     )
 )
 # Layers that add features of n-grams in a part `ple`, which gets no keywords.
@@ -89,6 +91,8 @@ def _by_plan(module: nn.Module, plan: AttentionPlan, *arguments, attention_mask=
     """The layer over sequences. In a row of trees there is no mask to be given."""
     hidden = options.get("hidden_states", arguments[0] if arguments else None)
     config, module.config = module.config, module.config_of_batches
+    if "conv_mask" in options:
+        options["conv_mask"] = None
     try:
         options["attention_mask"] = _mask(module, plan, hidden)
         return _over(module, plan, *arguments, **options)
@@ -99,7 +103,8 @@ def _by_plan(module: nn.Module, plan: AttentionPlan, *arguments, attention_mask=
 def _mask(module: nn.Module, plan: AttentionPlan, like: Tensor) -> Tensor:
     """[S, 1, L, L], as the layer's attention takes it: bool, or 0 and the least number of the dtype."""
     count, length = plan.once(sequences_of).tokens.shape
-    window = module.config.sliding_window if _is_one_of(module, WINDOWED) else None
+    windowed = module.config if _is_one_of(module, WINDOWED) else module
+    window = getattr(windowed, "sliding_window", None)
     place = torch.arange(length, device=like.device)
     behind = place[:, None] - place
     sees = (behind >= 0) if window is None else (behind >= 0) & (behind < window)

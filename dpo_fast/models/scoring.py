@@ -22,6 +22,7 @@ from dpo_fast.models.adapters import as_started
 from dpo_fast.models.attention_plan import AttentionPlan
 from dpo_fast.models.by_sequence import serve_by_sequence
 from dpo_fast.models.decoder import decoder_of
+from dpo_fast.models.handed import serve_handed
 from dpo_fast.models.own_logits import check_own_logits
 from dpo_fast.models.routers import Routers
 from dpo_fast.models.ulysses import SequenceGroup
@@ -69,6 +70,7 @@ class ScoringModel(nn.Module):
         fuse_head(model, **self.head)
         recurrent.serve(model)
         serve_by_sequence(model)
+        serve_handed(model)
         self.model = model
 
     def set_adapted(self, model: nn.Module) -> None:
@@ -210,7 +212,7 @@ def scoring_forward(
         forward, places = partial(_decoded, decoder), {}
         if spans is not None:
             places["plan"] = AttentionPlan(spans, input_ids.device, group)
-        if not own and "position_ids" in inspect.signature(decoder.forward).parameters:
+        if not own and _takes_places(decoder):
             places["position_ids"] = position_ids
     # Nothing holds on to the hidden states of all tokens while the head works.
     hidden_UD = take(forward(**batch, **places).flatten(0, 1), rows_U)
@@ -226,6 +228,11 @@ def scoring_forward(
     if group is not None:
         outputs = group.joined(outputs, own_U, count)
     return {name: take(values_U, predictions_T) for name, values_U in outputs.items()}
+
+
+def _takes_places(decoder: nn.Module) -> bool:
+    """Whether a decoder's own forward takes position_ids; another may stand round it (`handed`)."""
+    return "position_ids" in inspect.signature(type(decoder).forward).parameters
 
 
 def _decoded(decoder: nn.Module, **arguments) -> Tensor:

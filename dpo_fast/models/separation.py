@@ -10,7 +10,7 @@ from torch import Tensor
 from dpo_fast.data.batch import collate_trees
 from dpo_fast.data.layouts import LAYOUTS, layouts_with
 from dpo_fast.errors import UserError
-from dpo_fast.models import recurrent
+from dpo_fast.models import handed, recurrent
 from dpo_fast.models.fp8 import in_fp8
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.models.ulysses import cause
@@ -33,8 +33,9 @@ def check_separation(
     """Score two trees, then again with other tokens in one completion; the rest must stay the same.
 
     The trial finds layers that no configuration tells of: recurrence, convolution, attention of
-    their own. Where layers carry a state, one sequence is scored alone as well. It is collective where
-    weights are sharded. Where every sequence has a row of its own, padding and later tokens are tried.
+    their own. Where layers carry a state, or get the plan in a mask's place, one sequence is scored alone
+    as well. It is collective where weights are sharded. Where every sequence has a row of its own, padding
+    and later tokens are tried.
 
     scorer: a `ScoringModel`, or an engine round one.
 
@@ -76,7 +77,7 @@ def check_separation(
             f"log-probs of untouched ones by {moved:.2g}, so some layer of this model mixes tokens "
             f"by other means than its attention. Set {remedy}"
         )
-    if any(map(recurrent.served, modules)):
+    if any(recurrent.served(each) or handed.served(each) for each in modules):
         last = collate_trees([(tokens[10:13], [tokens[15:]])], layout).to(device)
         check_states(scorer(**forward_arguments(last))["logp"], before[-3:], layout, dtype)
 

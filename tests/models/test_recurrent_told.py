@@ -54,6 +54,21 @@ def test_every_sequence_scores_as_alone(name):
 
 
 @pytest.mark.parametrize("name", TOLD)
+def test_no_weight_of_a_tried_model_is_without_effect(name):
+    """A weight that is multiplied by zeros has no gradient, and a mistake there would not be found."""
+    model = make(name)
+    named = dict(model.named_parameters())
+    found = slopes(alone(model, TREES), list(named.values()))
+    largest = max(each.abs().max() for each in found if each is not None)
+    idle = [
+        name
+        for name, each in zip(named, found)
+        if each is not None and not each.abs().max() > 1e-6 * largest
+    ]
+    assert not idle
+
+
+@pytest.mark.parametrize("name", TOLD)
 def test_another_sequence_in_the_row_changes_nothing(name):
     scoring = ScoringModel(make(name, NAMES["sdpa"]))
     others = [TREES[0], ([1, 90], [[70, 71, 72, 2], TREES[1][1][1]]), TREES[2]]

@@ -105,3 +105,15 @@ def assert_same(scores, gradients, expected, true_gradients, error: float = 1e-5
         if true is not None:
             size = torch.maximum(true.abs().max(), largest * 1e-2)
             assert (gradient - true).abs().max() <= error * size
+
+
+def errors(scores, gradients, expected, true) -> list[float]:
+    """Of the log-probs and of each gradient, as a part of its largest element."""
+    found = [(scores - expected).abs().max().item() / expected.abs().max().item()]
+    largest = max(each.abs().max() for each in true if each is not None)
+    for gradient, right in zip(gradients, true):
+        assert (gradient is None) == (right is None)
+        if right is not None:
+            size = torch.maximum(right.abs().max(), largest * 1e-2)
+            found.append(((gradient - right).abs().max() / size).item())
+    return found

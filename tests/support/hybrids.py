@@ -138,6 +138,8 @@ def make(name: str, attention: str = "eager", **sizes):
     for title, parameter in model.named_parameters():
         if title.endswith(("A_log", "dt_bias")):  # decays of 0.3 to 0.95 a token
             torch.nn.init.uniform_(parameter, -1.5, 0.5)
+        elif title.endswith("temp"):  # ZAYA's factor of keys, which begins as zero
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
         elif "norm" not in title:
             torch.nn.init.normal_(parameter, std=0.15 if parameter.dim() > 1 else 0.1)
     return model.eval()

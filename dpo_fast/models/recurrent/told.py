@@ -36,25 +36,28 @@ CONVOLUTION = frozenset({"causal_conv1d_fn"})
 class Told(NamedTuple):
     """How a kind of layer is served.
 
-    by: the class of the module round it that puts the plan in the mask's place; None if keywords come.
+    by: classes of modules round it that put the plan in the mask's place; none if keywords come.
     calls: functions for which its forward gets ours. If it calls others, in another version of
         transformers, or if none is named, all of the layer runs sequence by sequence.
     """
 
-    by: str | None
+    by: tuple[str, ...] = ()
     calls: frozenset[str] = frozenset()
 
 
 LAYERS = {
-    "MambaMixer": Told("MambaModel", SCAN),
-    "FalconMambaMixer": Told("FalconMambaModel", SCAN),
-    "JambaMambaMixer": Told("JambaMambaDecoderLayer", SCAN),
-    "ZambaMambaMixer": Told(None, SCAN),
-    "RecurrentGemmaRecurrentBlock": Told(None),
-    "ZayaCCAProjection": Told("ZayaAttention"),
+    "MambaMixer": Told(("MambaModel",), SCAN),
+    "FalconMambaMixer": Told(("FalconMambaModel",), SCAN),
+    "JambaMambaMixer": Told(("JambaMambaDecoderLayer",), SCAN),
+    "ZambaMambaMixer": Told(calls=SCAN),
+    "RecurrentGemmaRecurrentBlock": Told(),
+    "ZayaCCAProjection": Told(("ZayaAttention",)),
+    # Two in every layer, beside those inside its attention (`by_sequence`).
+    "InklingShortConvolution": Told(("InklingDecoderLayer",)),
+    "Inkling2ShortConvolution": Told(("Inkling2SlidingDecoderLayer", "Inkling2FullDecoderLayer")),
     # Until transformers 5.20 or later they hand no keywords on.
-    "Lfm2ShortConv": Told("Lfm2DecoderLayer", CONVOLUTION),
-    "Lfm2MoeShortConv": Told("Lfm2MoeDecoderLayer", CONVOLUTION),
+    "Lfm2ShortConv": Told(("Lfm2DecoderLayer",), CONVOLUTION),
+    "Lfm2MoeShortConv": Told(("Lfm2MoeDecoderLayer",), CONVOLUTION),
 }
 
 
@@ -75,7 +78,7 @@ def serve_told(model: nn.Module) -> None:
     """Have those of a model's layers that `LAYERS` has compute rows of trees, in place."""
     for module in model.modules():
         inside = [how for each in module.modules() if (how := told(each))]
-        if type(module).__name__ in {how.by for how in inside}:
+        if any(type(module).__name__ in how.by for how in inside):
             replace_forward(module, _telling)
         if told(module):
             replace_forward(module, _mixing)
@@ -92,6 +95,10 @@ def _telling(module: nn.Module, *arguments, attention_mask=None, **options):
     """The forward of a module that hands masks on, but no keywords."""
     plan = options.get("plan")
     if isinstance(plan, AttentionPlan):
+        if "conv_mask" in options:  # of Inkling's convolutions
+            return module.forward_of_batches(
+                *arguments, attention_mask=attention_mask, **(options | {"conv_mask": plan})
+            )
         of_many = isinstance(attention_mask, dict)  # of ZAYA's attention
         attention_mask = {**attention_mask, "conv": plan} if of_many else plan
     return module.forward_of_batches(*arguments, attention_mask=attention_mask, **options)
