@@ -12,5 +12,7 @@ processor.py   loads a processor, without its video part where that cannot be lo
 expand.py      the images of a row in its texts and token ids
 tokens.py      an image in token ids: negative numbers, which tell one image from another
 laid.py        the images of a micro-batch, every distinct one once
+known.py       the images of prompts that are completed
+written.py     images as JSON has them, in rows and in requests
 ahead.py       the next batch is made while one is trained on
 """

@@ -67,6 +67,11 @@ def options_of(value: Any, name: str) -> str:
     return json.dumps(found) if found else ""
 
 
+def told(options: str | None) -> dict[str, int]:
+    """The options of an image by name. options: as `options_of` gives them."""
+    return json.loads(options) if options else {}
+
+
 def resized(image: Image, options: str, factor: int, bounds: Mapping[str, Any]) -> Image:
     """An image in the size that its options ask for, as qwen_vl_utils (`fetch_image`) has it.
 
@@ -75,12 +80,12 @@ def resized(image: Image, options: str, factor: int, bounds: Mapping[str, Any]) 
 
     Raises BadRow.
     """
-    told = json.loads(options)
-    least = told.get("min_pixels", bounds.get("min_pixels") or LEAST * factor**2)
-    most = told.get("max_pixels", bounds.get("max_pixels") or MOST * factor**2)
+    own = told(options)
+    least = own.get("min_pixels", bounds.get("min_pixels") or LEAST * factor**2)
+    most = own.get("max_pixels", bounds.get("max_pixels") or MOST * factor**2)
     width, height = image.size
-    if "resized_height" in told:
-        width, height = told["resized_width"], told["resized_height"]
+    if "resized_height" in own:
+        width, height = own["resized_width"], own["resized_height"]
         least, most = LEAST * factor**2, MOST * factor**2
     if max(width, height) > RATIO * min(width, height):
         raise BadRow(
