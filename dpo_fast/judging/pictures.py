@@ -8,7 +8,7 @@ from typing import Any
 
 from dpo_fast.data.images.columns import COLUMNS, take_images
 from dpo_fast.data.images.files import read_image
-from dpo_fast.data.images.marks import MARK, images_in
+from dpo_fast.data.images.marks import named
 from dpo_fast.data.images.written import data_uri
 from dpo_fast.errors import UserError
 from dpo_fast.judging.samples import SampleRow
@@ -26,7 +26,7 @@ def as_text(row: SampleRow) -> tuple[SampleRow, list[Any]]:
         return row, []
     prompt = told["prompt"]
     if isinstance(prompt, str):
-        return replace(row, prompt=_named(prompt)), images
+        return replace(row, prompt=named(prompt)), images
     prompt = [{**each, "content": _said(each.get("content"))} for each in prompt]
     return replace(row, prompt=prompt), images
 
@@ -52,8 +52,4 @@ def _said(content: Any) -> Any:
     if isinstance(content, list):
         texts = (each.get("text") if isinstance(each, dict) else each for each in content)
         content = "".join(each for each in texts if isinstance(each, str))
-    return _named(content) if isinstance(content, str) else content
-
-
-def _named(text: str) -> str:
-    return MARK.sub(lambda found: f"[image {images_in(found[0])[0] + 1}]", text)
+    return named(content) if isinstance(content, str) else content

@@ -41,6 +41,13 @@ def content_parts(
     return found
 
 
+def named(told: str | Messages) -> str | Messages:
+    """A text, or messages, for people and models that read texts: `[image 1]` in the place of marks."""
+    if isinstance(told, str):
+        return MARK.sub(lambda found: f"[image {_number(found[1]) + 1}]", told)
+    return [{**message, "content": named(message["content"])} for message in told]
+
+
 def marked_in(told: str | Messages) -> list[int]:
     """The numbers of the images in a text or in messages, in their order."""
     if isinstance(told, str):
