@@ -123,6 +123,7 @@ TESTED_THROUGH = {
     "data.images.columns": "data/test_images.py",
     "data.images.expand": "data/test_image_rows.py",
     "data.images.laid": "data/test_image_rows.py",
+    "data.images.options": "data/test_image_options.py",
     "data.images.processor": "data/test_image_rows.py",
     "data.images.rows": "data/test_image_rows.py",
     "data.images.store": "data/test_image_rows.py",

@@ -52,6 +52,7 @@ KEPT_IMAGES = datasets.List(
         "digest": datasets.Value("binary"),
         "path": datasets.Value("string"),
         "tokens": datasets.Value("int32"),
+        "options": datasets.Value("string"),
     }
 )
 FLAGS = datasets.List(datasets.Value("bool"))

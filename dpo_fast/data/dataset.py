@@ -50,7 +50,7 @@ from dpo_fast.errors import UserError
 DATA_REPORT_FILE = "report.json"
 ELSEWHERE = "Name another folder with data.cache_dir"
 # Raised by one whenever the same input would give other examples or other files.
-FORMAT_VERSION = 11
+FORMAT_VERSION = 12
 # Options that leave what is stored as it is, or are in its key by their content. A new option counts
 # until it stands here: a cache that is made again is slow, a stale one is wrong.
 APART = {

@@ -9,6 +9,8 @@ from typing import Any
 
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.generation_prompt import generation_prompt
+from dpo_fast.data.images.known import KnownImages
+from dpo_fast.data.images.tokens import text_ids
 from dpo_fast.data.template_file import check_template_used
 from dpo_fast.data.thinking import MARKS, find_opening
 from dpo_fast.data.tokenise import RowTokeniser
@@ -40,11 +42,18 @@ class PromptCodec:
     def __init__(self, tokenizer: Any, config: DataConfig, eos_ids: Iterable[int] = ()) -> None:
         self.tokenizer = tokenizer
         self.rows = RowTokeniser(tokenizer, config, eos_ids)
+        self.images = KnownImages(self.rows.images.model, self.rows.images.store)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """The ids that a completion follows. Raises BadRow, and UserError for what no row can mend."""
+        """The ids that a completion follows; those of images are below 0 (`data/images/tokens.py`).
+
+        Raises BadRow, and UserError for what no row can mend.
+        """
         row = prompt.answered("")
         text = generation_prompt(self.rows.chat, row) if prompt.is_chat else prompt.prompt
+        images = self.rows.images.of(row) if prompt.images else None
+        if images:
+            text, _ = images.texts(row, text, [])
         ids = self._ids(text)
         ids, _ = self.rows.endings.begin(ids, chat=prompt.is_chat)
         if not ids and self.rows.endings.bos_id is not None:
@@ -54,6 +63,11 @@ class PromptCodec:
                 "no prompt token",
                 "the prompt is empty, and the tokenizer has no BOS to predict the first token from",
             )
+        if images is None:
+            self.rows.images.check_none("the prompt", ids)
+            return ids
+        ids = images.ids(ids, images.order)
+        self.images.note(images.stored([ids]))
         return ids
 
     def stop_ids(self, prompt: Prompt) -> list[int]:
@@ -149,7 +163,7 @@ class PromptCodec:
 
     def _text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(
-            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+            text_ids(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
 
     def _ids(self, text: str) -> list[int]:

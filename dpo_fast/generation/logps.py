@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 from dpo_fast.data.batch import collate
+from dpo_fast.data.config import IMAGES
+from dpo_fast.data.images.known import KnownImages
 from dpo_fast.data.kinds import COMPLETIONS
 from dpo_fast.errors import UserError
 from dpo_fast.generation.encode import Tokens
@@ -29,14 +31,22 @@ def batches_by_length(lengths: Sequence[int], positions: int = POSITIONS) -> lis
 
 
 @torch.no_grad()
-def score(scoring: ScoringModel, sequences: Sequence[Tokens], pad_id: int) -> list[np.ndarray]:
+def score(
+    scoring: ScoringModel,
+    sequences: Sequence[Tokens],
+    pad_id: int,
+    images: KnownImages | None = None,
+) -> list[np.ndarray]:
     """Log-probs of the scored tokens of each sequence: temperature 1, the whole vocabulary, fp32.
+
+    images: those of the prompts.
 
     Raises:
         UserError: one is not finite.
     """
     # Those of one prompt become neighbours in the batch; `indices_P` says where they went.
-    batch = collate(list(map(_example, sequences)), LAYOUT, pad_id=pad_id, kind=COMPLETIONS)
+    examples, load = [_example(each, images) for each in sequences], images and images.loader
+    batch = collate(examples, LAYOUT, pad_id=pad_id, kind=COMPLETIONS, images=load)
     places = batch.indices_P.tolist()
     logp_T = scoring(**forward_arguments(batch.to(scoring.causal_lm.device)))["logp"].float().cpu()
     if not logp_T.isfinite().all():
@@ -51,8 +61,10 @@ def score(scoring: ScoringModel, sequences: Sequence[Tokens], pad_id: int) -> li
     return found
 
 
-def _example(sequence: Tokens) -> Mapping[str, Any]:
+def _example(sequence: Tokens, images: KnownImages | None) -> Mapping[str, Any]:
+    among = images.among([*sequence.prompt_ids, *sequence.answer_ids]) if images else []
     return {
+        IMAGES: among,
         "prompt_ids": sequence.prompt_ids,
         "completion_ids": sequence.answer_ids,
         "completion_scored": sequence.scored,

@@ -14,6 +14,8 @@ import numpy as np
 from dpo_fast.data import values
 from dpo_fast.data.config import IMAGES, DataConfig
 from dpo_fast.data.forms.conversations import CONVERSATIONS
+from dpo_fast.data.images.columns import COLUMNS as IMAGE_COLUMNS
+from dpo_fast.data.images.rows import in_memory, keep_images
 from dpo_fast.data.kinds import DEMONSTRATIONS
 from dpo_fast.data.messages import Messages, are_messages, check_messages, messages_in, say
 from dpo_fast.data.parts import parts_of
@@ -58,12 +60,14 @@ class Prompt:
 
     where: file and line. prompt: text, or messages. optional: `tools` and `chat_template_kwargs`.
     row: the other columns of its row, for judges.
+    images: as `keep_images` leaves them; the prompt has their marks.
     """
 
     where: str
     prompt: str | Messages
     optional: dict[str, Any] = field(default_factory=dict)
     row: dict[str, Any] = field(default_factory=dict)
+    images: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def is_chat(self) -> bool:
@@ -72,12 +76,24 @@ class Prompt:
     @property
     def key(self) -> str:
         """The same for prompts that a model cannot tell apart."""
-        return json.dumps([self.prompt, self.optional], sort_keys=True)
+        images = [self._shown_images] if self.images else []
+        return json.dumps([self.prompt, self.optional, *images], sort_keys=True)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All of it, as JSON has it."""
+        shown = {name: value for name, value in vars(self).items() if name != "images"}
+        return shown | ({"images": self._shown_images} if self.images else {})
+
+    @property
+    def _shown_images(self) -> list[list[str]]:
+        return [[each["digest"].hex(), each["options"]] for each in self.images]
 
     def answered(self, completion: str, unfinished: bool = False) -> CompletionRow:
         """A row with a completion, as `train` would tokenise it."""
         answer = [say("assistant", completion)] if self.is_chat else completion
         optional = self.optional | ({"unfinished": [True]} if unfinished else {})
+        optional |= {IMAGES: self.images} if self.images else {}
         return CompletionRow(self.where, self.prompt, answer, True, optional)
 
 
@@ -96,7 +112,7 @@ class Prompts:
     @property
     def digest(self) -> str:
         """sha256 hex of all of them in order, with where they came from and their rows."""
-        lines = (json.dumps(vars(each), sort_keys=True) for each in self.items)
+        lines = (json.dumps(each.facts, sort_keys=True) for each in self.items)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -141,11 +157,12 @@ def prompt_of(where: str, raw: Mapping[str, Any], config: DataConfig) -> Prompt:
     ours = {theirs: name for name, theirs in config.columns.items()}
     names = {ours.get(name, name): name for name, value in raw.items() if value is not None}
     parsed = _parsed(where, raw, names, config)
-    if parsed.optional.get(IMAGES):
-        raise BadRow("a prompt with images", "completions are sampled of prompts of text alone")
+    keep_images(parsed, config, in_memory)
+    images = parsed.optional.get(IMAGES) or []
     kept = {name: value for name, value in parsed.optional.items() if name in PROMPT_COLUMNS}
-    beside = {name: raw[name] for name in raw if ours.get(name, name) not in PROMPT_COLUMNS}
-    return Prompt(where, parsed.prompt, kept, _plain(beside, parsed.prompt))
+    apart = {*PROMPT_COLUMNS, *(IMAGE_COLUMNS if images else ())}
+    beside = {name: raw[name] for name in raw if ours.get(name, name) not in apart}
+    return Prompt(where, parsed.prompt, kept, _plain(beside, parsed.prompt), images)
 
 
 def _parsed(where: str, raw: Mapping[str, Any], names: dict[str, str], config: DataConfig) -> Row:

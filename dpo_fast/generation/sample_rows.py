@@ -12,6 +12,8 @@ import pyarrow
 import pyarrow.parquet
 
 from dpo_fast import durable
+from dpo_fast.data.config import IMAGES
+from dpo_fast.data.images.written import in_rows, part_of, with_parts
 from dpo_fast.generation.engine import Completion
 from dpo_fast.generation.prompts import Prompt
 
@@ -19,20 +21,30 @@ FORMATS = {"jsonl": "samples.jsonl", "parquet": "samples.parquet"}
 NAMES = ("id", "prompt_id", "uuid")  # what rows call their identity
 LARGEST_ID = 2**63
 # Columns that Arrow would give one type for all rows.
-AS_TEXT = ("tools", "chat_template_kwargs", "row")
+AS_TEXT = ("tools", "chat_template_kwargs", "row", IMAGES)
 
 
 def sample_row(
     prompt: Prompt, completions: list[Completion], logps: list[float | None] | None
 ) -> dict[str, Any]:
     """The row of a prompt. logps: sums of its completions; None if they were not scored."""
-    row: dict[str, Any] = {"prompt": prompt.prompt, **prompt.optional}
+    row: dict[str, Any] = {"prompt": prompt.prompt, **prompt.optional} | _with_images(prompt)
     row["completions"] = [each.text for each in completions]
     row["finish_reasons"] = [each.finish_reason for each in completions]
     if logps is not None:
         row["logps"] = logps
     row["where"] = prompt.where
     return row | _named(prompt.row) | ({"row": prompt.row} if prompt.row else {})
+
+
+def _with_images(prompt: Prompt) -> dict[str, Any]:
+    """What a row has of a prompt with images: parts that bring them, or the column of a text's."""
+    images = prompt.images
+    if not images:
+        return {}
+    if prompt.is_chat:
+        return {"prompt": with_parts(prompt.prompt, lambda number: part_of(images[number]))}
+    return dict(zip(("prompt", IMAGES), in_rows(prompt.prompt, images)))
 
 
 def _named(row: Mapping[str, Any]) -> dict[str, Any]:

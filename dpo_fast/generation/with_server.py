@@ -8,12 +8,15 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any
 
+from dpo_fast.data.images.options import told
+from dpo_fast.data.images.written import url_part, with_parts
 from dpo_fast.durable import first_line
 from dpo_fast.errors import UserError
 from dpo_fast.generation.batches import Batch
 from dpo_fast.generation.config import EngineSection, SampleSection
 from dpo_fast.generation.encode import PromptCodec
 from dpo_fast.generation.engine import LENGTH, STOP, Completion, Request, TooLong
+from dpo_fast.generation.prompts import Prompt
 from dpo_fast.wording import quoted
 
 KEPT = "What is done is kept: the same command goes on after it"
@@ -53,6 +56,7 @@ class ServerEngine:
         """As `Engine.complete`; each batch is one completion. They come as they are done."""
         if self.engine.api == "chat":
             _check_chats(requests)
+        check_images(self.engine, [each.prompt for each in requests])
         left, asked = iter(batches), {}
         pool = ThreadPoolExecutor(self.engine.concurrency)
         try:
@@ -147,7 +151,9 @@ class ServerEngine:
         if prompt.prompt and prompt.prompt[-1]["role"] == "assistant":  # vLLM's names
             body |= {"add_generation_prompt": False, "continue_final_message": True}
         tools = {"tools": prompt.optional["tools"]} if prompt.optional.get("tools") else {}
-        return options | {"messages": prompt.prompt, "extra_body": body, **tools}
+        images = prompt.images
+        messages = with_parts(prompt.prompt, lambda number: url_part(images[number]))
+        return options | {"messages": messages, "extra_body": body, **tools}
 
     def _read(self, found: Any, request: Request) -> Completion:
         """What a server answered. Raises UserError for what is no completion."""
@@ -239,6 +245,23 @@ def _check_chats(requests: Sequence[Request]) -> None:
             f"{where}: the prompt is text, and sample.engine.api=chat sends messages; set "
             "data.apply_chat_template=true to make it the user's message, or api=completions"
         )
+
+
+def check_images(engine: EngineSection, prompts: Sequence[Prompt]) -> None:
+    """Raises UserError for prompts with images that a server cannot be sent."""
+    for prompt in (each for each in prompts if each.images):
+        if engine.api != "chat":
+            raise UserError(
+                f"{prompt.where}: the prompt has images, and sample.engine.api=completions sends token ids "
+                "or text alone; set api=chat, which sends them in the messages"
+            )
+        for image in prompt.images:
+            for name, value in told(image["options"]).items():
+                raise UserError(
+                    f"{prompt.where}: an image has {name}={value}, and a server is sent images as they "
+                    "are: leave it out and start the server with it (of vLLM, --mm-processor-kwargs), or "
+                    "set sample.engine.type=transformers"
+                )
 
 
 def connect(engine: EngineSection) -> Any:

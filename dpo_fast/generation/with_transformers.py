@@ -60,8 +60,11 @@ class TransformersEngine:
     @torch.no_grad()
     def _generate(self, requests: list[Request]) -> Tensor:
         """Prompts with what follows them, int64 [B, L]."""
-        longest = max(len(each.ids) for each in requests)
-        rows = [[self.pad_id] * (longest - len(each.ids)) + list(each.ids) for each in requests]
+        longest, images = max(len(each.ids) for each in requests), self.codec.images
+        rows = [
+            [self.pad_id] * (longest - len(each.ids)) + images.as_read(each.ids)
+            for each in requests
+        ]
         masks = [[0] * (longest - len(each.ids)) + [1] * len(each.ids) for each in requests]
         try:
             return self.scoring.model.generate(
@@ -69,6 +72,7 @@ class TransformersEngine:
                 attention_mask=torch.tensor(masks, device=self._device),
                 generation_config=self._generation_config(requests),
                 stopping_criteria=self._stopping(longest),
+                **self._images(requests, longest),
             )
         except torch.OutOfMemoryError:
             raise UserError(
@@ -84,6 +88,19 @@ class TransformersEngine:
                 f"the model gives no probabilities, but nan or inf, for a batch with {where}; look at the "
                 "model and at model.dtype"
             ) from None
+
+    def _images(self, requests: list[Request], longest: int) -> dict[str, Tensor]:
+        """The arguments of `generate` for the images of the prompts; none without any."""
+        inputs = self.codec.images.inputs(each.ids for each in requests)
+        if not inputs:
+            return {}
+        flags = [
+            [False] * (longest - len(each.ids)) + [index < 0 for index in each.ids]
+            for each in requests
+        ]
+        return self.scoring.vision.of_generate(
+            self.scoring.causal_lm, inputs, torch.tensor(flags), self._device
+        )
 
     def _generation_config(self, requests: list[Request]) -> GenerationConfig:
         section, drawn = self.section, {"do_sample": False}

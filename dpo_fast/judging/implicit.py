@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from dpo_fast.data.config import IMAGES, DataConfig
+from dpo_fast.data.images.known import KnownImages
 from dpo_fast.data.rows import parse_row
 from dpo_fast.data.tokenise import RowTokeniser
-from dpo_fast.data.verdicts import BadRow
 from dpo_fast.data.verdicts import Verdict as RowVerdict
 from dpo_fast.errors import UserError
 from dpo_fast.generation.encode import Tokens
@@ -25,6 +25,7 @@ from dpo_fast.models import ScoringModel, end_of_turn_ids, load_model, load_toke
 from dpo_fast.models.architecture import architecture_of, choose_attention
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.load import load_skeleton
+from dpo_fast.models.vision import why_no_images
 
 
 class ImplicitJudge:
@@ -47,14 +48,17 @@ class ImplicitJudge:
         self.tokenizer = load_tokenizer(self.policy_section)
         ends = end_of_turn_ids(self.policy_section)
         self.tokenise = RowTokeniser(self.tokenizer, data, ends)
+        self.images = KnownImages(self.tokenise.images.model, self.tokenise.images.store)
+        self.sees = False
 
     @cached_property
     def models(self) -> tuple[ScoringModel, ScoringModel]:
         """The policy and the reference."""
-        options = _shared(self.section)
+        options = _shared(self.section) | {"images": self.sees or None}
         options["trust_remote_code"] = self.section.trust_remote_code
         reference = ModelSection(path=self.section.reference, **options)
-        policy = self._loaded(self.policy_section, "model.path")
+        policy = self.policy_section.model_copy(update={"images": self.sees or None})
+        policy = self._loaded(policy, "model.path")
         return policy, self._loaded(reference, "judge.reference")
 
     def __call__(self, chunks: Iterable[list[SampleRow]]) -> Iterator[list[Judged]]:
@@ -95,15 +99,16 @@ class ImplicitJudge:
         (answer,) = as_read(row.prompt, [row.completions[index]])
         columns |= {"finish_reason": LENGTH} if row.unfinished(index) else {}
         raw = {"prompt": row.prompt, "completion": answer, "label": True, **columns}
-        parsed = parse_row(row.where, raw, self.data)
-        if parsed.optional.get(IMAGES):
-            raise BadRow("a prompt with images", "log-probs are compared of texts alone")
-        found = self.tokenise(parsed)
+        found = self.tokenise(parse_row(row.where, raw, self.data))
+        if found.images and not self.sees:  # the models were loaded for texts, if they were
+            self.close()
+            self.sees = True
+        self.images.note(found.images or ())
         return Tokens(found.prompt_ids, found.completion_ids, found.completion_scored)
 
     def _rewards(self, texts: list[Tokens]) -> list[float]:
         pad_id = self.tokenizer.pad_token_id
-        policy, reference = (score(model, texts, pad_id) for model in self.models)
+        policy, reference = (score(model, texts, pad_id, self.images) for model in self.models)
         rewards = []
         for ours, theirs in zip(policy, reference):
             difference = float(ours.sum(dtype=np.float64) - theirs.sum(dtype=np.float64))
@@ -113,7 +118,13 @@ class ImplicitJudge:
         return rewards
 
     def _loaded(self, section: ModelSection, option: str) -> ScoringModel:
-        architecture = architecture_of(load_skeleton(section, option))
+        skeleton = load_skeleton(section, option)
+        if self.sees and (obstacle := why_no_images(skeleton)) is not None:
+            raise UserError(
+                f"{option}={section.path} cannot be honoured: the samples have prompts with images, and "
+                f"this model cannot take them: {obstacle}. Name a model that sees images"
+            )
+        architecture = architecture_of(skeleton)
         attention = choose_attention(
             "auto", LAYOUT, self.device, section.torch_dtype, architecture
         ).name

@@ -17,7 +17,7 @@ from dpo_fast.judging.config import PairsSection
 from dpo_fast.judging.samples import LENGTH, STOP, SampleRow
 
 # What train reads of a prompt's row beside the prompt, and what tells where it came from.
-KEPT = ("system", "tools", "chat_template_kwargs", "weight", "id", "source", "where")
+KEPT = ("system", "tools", "chat_template_kwargs", "weight", "id", "source", "where", "images")
 # Why a prompt gives no pair, or a pair is refused.
 FEW, EMPTY, ALIKE = "fewer than two scores", "empty completions", "completions that say the same"
 TIED, WITHIN = "all scores equal", "scores within pairs.margin"

@@ -13,6 +13,7 @@ from dpo_fast.durable import first_line
 from dpo_fast.errors import UserError
 from dpo_fast.judging.classifier import classifier_tokenizer, label_of, load_classifier
 from dpo_fast.judging.config import JudgeSection
+from dpo_fast.judging.pictures import refuse_images
 from dpo_fast.judging.rubric import conversation
 from dpo_fast.judging.samples import SampleRow
 from dpo_fast.judging.verdict import FAILED, Failures, Judged, Verdict, verdict_of
@@ -64,6 +65,7 @@ class RewardModelJudge:
         facts = [Counter() for _ in rows]
         texts: list[tuple[int, int, Encoded]] = []
         for number, row in enumerate(rows):
+            refuse_images(row, "reward_model")
             for index, completion in enumerate(row.completions):
                 try:
                     encoded = self.encoded(row, completion)

@@ -16,7 +16,12 @@ from dpo_fast.errors import UserError
 from dpo_fast.wording import quoted
 
 MOST_BYTES = 1 << 28  # of a row
-AS_TEXT = ("tools", "chat_template_kwargs", "row")  # objects, which Parquet has as JSON text
+AS_TEXT = (
+    "tools",
+    "chat_template_kwargs",
+    "row",
+    "images",
+)  # objects, which Parquet has as JSON text
 # Finish reasons of a completion that was cut off, and of others.
 LENGTH, STOP = "length", "stop"
 

@@ -8,11 +8,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from dpo_fast.data.verdicts import BadRow
 from dpo_fast.durable import first_line
 from dpo_fast.errors import UserError
 from dpo_fast.judging.answers import Answers
 from dpo_fast.judging.config import JudgeSection
 from dpo_fast.judging.in_order import in_order
+from dpo_fast.judging.pictures import as_text, uris
 from dpo_fast.judging.rubric import TIE, Rubric, after_thinking, winner_of
 from dpo_fast.judging.samples import SampleRow
 from dpo_fast.judging.verdict import (
@@ -67,9 +69,8 @@ class ServerJudge:
         remedy = f"Look at the server. {MORE_TIME}"
         reading = "Look at judge.rubric, which says what the judge shall answer, and at the model."
         failures = Failures(self.section.max_failures, name, remedy, reading)
-        judge = self._compared if self.section.compare == "pairwise" else self._rated
         rows = (row for chunk in chunks for row in chunk)
-        work = lambda row: (row, judge(row))  # noqa: E731
+        work = lambda row: (row, self._judged(row))  # noqa: E731
         for row, judged in in_order(work, rows, self.section.parallel):
             failures.note(row, judged)
             yield [judged]
@@ -78,12 +79,19 @@ class ServerJudge:
         self.client.close()
         self.answers.close()
 
-    def _rated(self, row: SampleRow) -> Judged:
-        return Judged([self._rating(row, completion) for completion in row.completions])
-
-    def _rating(self, row: SampleRow, completion: str) -> Verdict:
+    def _judged(self, row: SampleRow) -> Judged:
         try:
-            answer = self._ask(self.rubric.filled(row, completion=completion))
+            row, images = as_text(row)
+            images = uris(row, images)
+        except BadRow as verdict:
+            return Judged([Verdict.without(FAILED, str(verdict)) for _ in row.completions])
+        if self.section.compare == "pairwise":
+            return self._compared(row, images)
+        return Judged([self._rating(row, completion, images) for completion in row.completions])
+
+    def _rating(self, row: SampleRow, completion: str, images: list[str]) -> Verdict:
+        try:
+            answer = self._ask(self.rubric.filled(row, completion=completion), images)
         except NoVerdict as reason:
             return Verdict.without(reason.word, str(reason))
         try:
@@ -91,13 +99,13 @@ class ServerJudge:
         except ValueError as error:
             return Verdict.without(UNPARSABLE, str(error))
 
-    def _compared(self, row: SampleRow) -> Judged:
+    def _compared(self, row: SampleRow, images: list[str]) -> Judged:
         """Scores are shares of comparisons won, of which a tie is half a one."""
         count, facts = len(row.completions), Counter()
         won: list[list[float]] = [[] for _ in range(count)]
         reason = Verdict.without(REFUSED, "there is no other completion to compare it with")
         for one, other in itertools.combinations(range(count), 2):
-            share, lost = self._share(row, one, other, facts)
+            share, lost = self._share(row, one, other, facts, images)
             if share is None:
                 reason = lost
                 continue
@@ -106,7 +114,7 @@ class ServerJudge:
         return Judged([Verdict(sum(w) / len(w)) if w else reason for w in won], facts)
 
     def _share(
-        self, row: SampleRow, one: int, other: int, facts: Counter
+        self, row: SampleRow, one: int, other: int, facts: Counter, images: list[str]
     ) -> tuple[float | None, Verdict | None]:
         """What `one` wins of its comparison with `other`: 1, 0.5 or 0. Or None, and why."""
         first, second = row.completions[one], row.completions[other]
@@ -117,7 +125,7 @@ class ServerJudge:
         for swapped in (False, True) if self.section.both_orders else (False,):
             texts = (second, first) if swapped else (first, second)
             try:
-                winner = self._winner(row, *texts)
+                winner = self._winner(row, *texts, images)
             except NoVerdict as reason:
                 lost = Verdict.without(reason.word, str(reason))
                 facts[f"comparisons {reason.word}"] += 1
@@ -131,16 +139,16 @@ class ServerJudge:
             facts["contradicted in the other order"] += 1
         return sum({"A": 1.0, "B": 0.0, TIE: 0.5}[each] for each in winners) / len(winners), None
 
-    def _winner(self, row: SampleRow, first: str, second: str) -> str:
-        answer = self._ask(self.rubric.filled(row, first=first, second=second))
+    def _winner(self, row: SampleRow, first: str, second: str, images: list[str]) -> str:
+        answer = self._ask(self.rubric.filled(row, first=first, second=second), images)
         try:
             return winner_of(answer)
         except ValueError as error:
             raise NoVerdict(UNPARSABLE, str(error)) from None
 
-    def _ask(self, text: str) -> str:
+    def _ask(self, text: str, images: list[str]) -> str:
         """The answer's text. Raises NoVerdict, and UserError for what no other row would mend."""
-        request = self._request(text)
+        request = self._request(text, images)
         known = self.answers.find(request)
         if known is None:
             known = self._answer(request)
@@ -154,12 +162,17 @@ class ServerJudge:
             raise NoVerdict(REFUSED, reason or "the answer is empty")
         return said
 
-    def _request(self, text: str) -> dict[str, Any]:
+    def _request(self, text: str, images: list[str]) -> dict[str, Any]:
+        """images: data: URIs, which follow the text in their order."""
+        content: Any = text
+        if images:
+            content = [{"type": "text", "text": text}]
+            content += [{"type": "image_url", "image_url": {"url": uri}} for uri in images]
         section = self.section
         system = section.system_prompt
         messages = [{"role": "system", "content": system}] if system else []
         request = {"model": section.model}
-        request["messages"] = [*messages, {"role": "user", "content": text}]
+        request["messages"] = [*messages, {"role": "user", "content": content}]
         for name in ("temperature", "max_tokens", "seed"):
             if (value := getattr(section, name)) is not None:
                 request[name] = value

@@ -69,7 +69,9 @@ class Vision:
         """The decoder's last hidden states, [B, L, D]. The arguments are fields of a `ScoredBatch`."""
         taken = inspect.signature(self.model.forward).parameters
         places = ImagePlaces.of(images, input_ids, attention_mask, spans)
-        arguments = {name: each for name, each in self._inputs(images).items() if name in taken}
+        arguments = {
+            name: each for name, each in self._cast(images.inputs).items() if name in taken
+        }
         if spans is not None:
             runs = places.runs() if self.argument else ()
             narrow = self.where == "in windows"
@@ -92,7 +94,9 @@ class Vision:
     def own(self, images: ImageBatch, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """As `hidden`, of rows of their own, with positions and masks as transformers itself has them."""
         taken = inspect.signature(self.model.forward).parameters
-        arguments = {name: each for name, each in self._inputs(images).items() if name in taken}
+        arguments = {
+            name: each for name, each in self._cast(images.inputs).items() if name in taken
+        }
         for name in GRIDS & arguments.keys():
             arguments[name] = arguments[name][images.order_I]
         flags = images.image_tokens_N.view(input_ids.shape).long()
@@ -101,6 +105,24 @@ class Vision:
             return self.model(
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **arguments
             ).last_hidden_state
+
+    def of_generate(
+        self,
+        causal_lm: PreTrainedModel,
+        inputs: dict[str, Tensor],
+        image_tokens_BL: Tensor,
+        device: torch.device,
+    ) -> dict[str, Tensor]:
+        """The arguments of transformers' `generate` for prompts with images.
+
+        inputs: of every image, as often as it is there. image_tokens_BL: bool, the tokens that they fill.
+        """
+        taken = inspect.signature(causal_lm.forward).parameters
+        found = {
+            name: each.to(device) for name, each in self._cast(inputs).items() if name in taken
+        }
+        flags = image_tokens_BL.long().to(device)
+        return found | {name: flags for name in TYPES if name in taken}
 
     def no_images(self, input_ids: Tensor) -> ImageBatch | None:
         """For a batch without images: none of `blank`, where the tower must run all the same."""
@@ -134,11 +156,11 @@ class Vision:
         for part in () if self.trained else self.parts.values():
             part.eval()
 
-    def _inputs(self, images: ImageBatch) -> dict[str, Tensor]:
+    def _cast(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         dtype = self.model.dtype
         return {
             name: each.to(dtype) if each.is_floating_point() else each
-            for name, each in images.inputs.items()
+            for name, each in inputs.items()
         }
 
     @contextlib.contextmanager
@@ -149,7 +171,7 @@ class Vision:
         """
         own = self.model.get_image_features
         known = inspect.signature(own).parameters
-        inputs = {name: each for name, each in self._inputs(images).items() if name in known}
+        inputs = {name: each for name, each in self._cast(images.inputs).items() if name in known}
 
         def get_image_features(*ignored: Any, **too: Any):
             return repeated(own(**inputs, return_dict=True), images)

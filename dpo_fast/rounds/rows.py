@@ -73,7 +73,9 @@ def check_prompts(config: RoundsConfig) -> None:
     """Read the prompts and the judge, as sampling and judging will. Collective. Raises UserError."""
     section, data = section_of(config), data_of(config)
     prompts = distributed.from_main(lambda: read_prompts(data, section))
-    Sampler(config.model, section, data).encode(prompts.items)
+    sampler = Sampler(config.model, section, data)
+    sampler.see(prompts.items)
+    sampler.encode(prompts.items)
     distributed.from_main(lambda: judge_identity(config))
 
 

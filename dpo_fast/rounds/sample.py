@@ -97,6 +97,7 @@ def sole_sample(config: RoundsConfig) -> Path:
     section, data = section_of(config), data_of(config)
     sampler = Sampler(config.model, section, data)
     prompts = distributed.from_main(lambda: read_prompts(data, section))
+    sampler.see(prompts.items)
     manifest = manifest_of(section, data, sampler.facts(), prompts.digest)
     folder = SampleFolder(Path(config.output_dir), section.output, manifest)
     if distributed.from_main(folder.is_complete):

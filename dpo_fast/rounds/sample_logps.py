@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from dpo_fast.errors import UserError
-from dpo_fast.generation.encode import Tokens
+from dpo_fast.generation.encode import PromptCodec, Tokens
 from dpo_fast.generation.logps import batches_by_length, score
 from dpo_fast.models.scoring import ScoringModel
 from dpo_fast.rounds.sample_folder import SampleFolder, pack_logps
@@ -30,10 +30,10 @@ def score_completions(folder: SampleFolder, sampler: Sampler) -> None:
     own = left[distributed.rank() :: distributed.world_size()]
     distributed.barrier()  # nobody appends before all have read
     if own:
-        scoring, pad_id = sampler.scoring, sampler.codec.tokenizer.pad_token_id
+        scoring, codec = sampler.scoring, sampler.codec
         with progress_bar("log-probs", len(own)) as advance:
             for number in own:
-                values = _scored(scoring, [sequences[place] for place in batches[number]], pad_id)
+                values = _scored(scoring, [sequences[place] for place in batches[number]], codec)
                 named = zip((digests[place] for place in batches[number]), values)
                 journal.append(number, [[key.hex(), pack_logps(each)] for key, each in named])
                 advance()
@@ -41,9 +41,9 @@ def score_completions(folder: SampleFolder, sampler: Sampler) -> None:
     distributed.await_all("scored")
 
 
-def _scored(scoring: ScoringModel, sequences: list[Tokens], pad_id: int) -> list[np.ndarray]:
+def _scored(scoring: ScoringModel, sequences: list[Tokens], codec: PromptCodec) -> list[np.ndarray]:
     try:
-        return score(scoring, sequences, pad_id)
+        return score(scoring, sequences, codec.tokenizer.pad_token_id, codec.images)
     except torch.OutOfMemoryError:
         longest = max(len(each.prompt_ids) + len(each.answer_ids) for each in sequences)
         raise UserError(

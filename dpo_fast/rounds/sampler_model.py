@@ -15,7 +15,7 @@ from dpo_fast.generation.config import SampleSection
 from dpo_fast.generation.encode import Encoded, PromptCodec, encode_all
 from dpo_fast.generation.engine import Engine
 from dpo_fast.generation.prompts import Prompt
-from dpo_fast.generation.with_server import ServerEngine
+from dpo_fast.generation.with_server import ServerEngine, check_images
 from dpo_fast.generation.with_transformers import TransformersEngine, positions_of
 from dpo_fast.generation.with_vllm import VllmEngine
 from dpo_fast.models import end_of_turn_ids, load_model, load_tokenizer
@@ -24,6 +24,7 @@ from dpo_fast.models.config import ModelSection
 from dpo_fast.models.layer_kinds import carried_state
 from dpo_fast.models.load import load_skeleton
 from dpo_fast.models.scoring import ScoringModel
+from dpo_fast.models.vision import why_no_images
 from dpo_fast.training import distributed
 from dpo_fast.training.console import say
 from dpo_fast.training.finite import check_loaded
@@ -59,6 +60,30 @@ class Sampler:
         self.model = model.model_copy(update=unused)
         self.section, self.data = section, data
         self.engine_type = section.engine.type
+
+    def see(self, prompts: Sequence[Prompt]) -> None:
+        """Have the model see images, if prompts have some. Raises UserError where they cannot be."""
+        first = next((each for each in prompts if each.images), None)
+        if first is None:
+            return
+        where, engine = f"{first.where}: the prompt has images", self.section.engine
+        if self.engine_type == "vllm":
+            raise UserError(
+                f"{where}, which sample.engine.type=vllm is not given: set type=transformers, or start "
+                "vLLM as a server and set type=openai with api=chat"
+            )
+        if self.engine_type == "openai":
+            check_images(engine, prompts)
+        if self.model.images is False:
+            raise UserError(f"{where}: model.images=false cannot be honoured; leave it out")
+        if not self.is_here:
+            return
+        self.model = self.model.model_copy(update={"images": True})
+        if (obstacle := why_no_images(self._skeleton)) is not None:
+            raise UserError(
+                f"{where}, and model.path={self.model.path} cannot take them: {obstacle}. Name a model "
+                "that sees images, or leave the images out: data.ignore_columns=[images]"
+            )
 
     def facts(self) -> dict[str, Any]:
         """What identifies it, for a manifest. Collective."""

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dpo_fast.data.images.marks import named
 from dpo_fast.durable import write_file
 from dpo_fast.errors import UserError
 from dpo_fast.generation.batches import batches_of
@@ -135,7 +136,7 @@ class Answering:
         """Every kind of answer to every prompt, on every rank."""
         held_out = self.held_out
         answers: list[Answers] = [
-            {"where": each.prompt.where, "prompt": each.prompt.prompt, "chosen": each.chosen}
+            {"where": each.prompt.where, "prompt": named(each.prompt.prompt), "chosen": each.chosen}
             for each in held_out
         ]
         alike = bool(carried_state(self.run.model.causal_lm))
@@ -295,7 +296,7 @@ def _row(place: int, held_out: HeldOut, texts: list[str]) -> SampleRow:
     completions = [Completion(text, STOP) for text in texts]
     content = sample_row(held_out.prompt, completions, None)
     content.pop("finish_reasons")
-    return SampleRow(place, held_out.prompt.where, held_out.prompt.prompt, texts, [], content)
+    return SampleRow(place, held_out.prompt.where, content["prompt"], texts, [], content)
 
 
 def begin_answering(run: Run, step: int, log: RunLog) -> Answering | None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from dpo_fast.data.config import IMAGES
 from dpo_fast.data.dataset import Dataset
 from dpo_fast.data.kinds import COMPLETIONS, DEMONSTRATIONS, GROUPS
 from dpo_fast.data.parts import Part, parts_of
@@ -34,23 +33,16 @@ def choose_prompts(config: RunConfig, examples: Dataset, count: int, seed: int) 
     examples: the evaluation split.
 
     Raises:
-        UserError: the rows are no longer where they were, or all of them have images.
+        UserError: the rows are no longer where they were.
     """
     wanted, seen = [], set()
     for index in np.random.default_rng(seed).permutation(len(examples)).tolist():
-        if examples.images and examples[index].get(IMAGES):
-            continue  # prompts of text alone are answered
         ids = _before_answer(examples[index])
         if ids not in seen:
             seen.add(ids)
             wanted.append(examples.where(index))
         if len(wanted) == count:
             break
-    if not wanted:
-        raise UserError(
-            f"{examples.where(0)}: all rows of the evaluation data have images, and generate answers "
-            "prompts of text alone: give data.eval some of these, or leave generate out"
-        )
     found = _read(config, set(wanted))
     if missing := [where for where in wanted if where not in found]:
         raise UserError(

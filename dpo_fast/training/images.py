@@ -56,12 +56,6 @@ def _check_options(config: RunConfig, seen: list[str]) -> None:
             f"parallel.sequence_parallel={size} cannot be honoured: {where}, and ranks that share a row "
             "cannot share what sees them. Set parallel.sequence_parallel=1"
         )
-    if config.generate.max_prompts and "eval" in seen:
-        raise UserError(
-            f"generate.max_prompts={config.generate.max_prompts} cannot be honoured: the evaluation data "
-            "has rows with images, and prompts are answered as texts alone. Leave generate out, or give "
-            "data.eval without images"
-        )
 
 
 def check_sees(section: ModelSection, option: str, seen: list[str]) -> None:

@@ -5,15 +5,19 @@ that the processor hands to its tokenizer for a whole prompt, and ours.
 """
 
 import inspect
+import json
 from collections import Counter
 
 import pytest
+import torch
 import transformers
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from dpo_fast.data.images.model import ModelImages
+from dpo_fast.data.images.processor_options import token_side
+from dpo_fast.data.verdicts import BadRow
 from tests.support.faults import SLOW
 from tests.support.image_rows import image_tokenizer, picture
 
@@ -113,3 +117,32 @@ def test_every_processor_that_can_be_made_is_tried():
     for family, error in unmade.items():
         print(f"{family}: {error}")
     assert told <= OTHERWISE and len(found) > 30
+
+
+@SLOW
+def test_every_processor_takes_the_size_of_one_image_or_says_that_it_does_not():
+    honoured, refused = [], []
+    for family in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        try:
+            model = images(family)
+        except Exception:  # noqa: S112 - told by the test above
+            continue
+        side = token_side(model.processor.image_processor)
+        asked = json.dumps({"resized_height": 4 * (side or 28), "resized_width": 6 * (side or 28)})
+        try:
+            expansion = model.expansion(PICTURES[2], asked)
+        except BadRow as verdict:
+            assert side is None and "has no such option" in str(verdict)
+            refused.append(family)
+            continue
+        pixels = model.inputs([PICTURES[2], PICTURES[0]], [asked, ""])
+        alone = [model.inputs([PICTURES[2]], [asked]), model.inputs([PICTURES[0]])]
+        for name, value in pixels.items():
+            assert torch.equal(value, torch.cat([each[name] for each in alone])), (family, name)
+        grid = next(value for name, value in pixels.items() if name.endswith("grid_thw"))
+        merge = model.processor.image_processor.merge_size
+        assert grid[0, 1:].tolist() == [4 * merge, 6 * merge], family
+        assert expansion.tokens >= 24, family
+        honoured.append(family)
+    print(f"honoured: {', '.join(honoured)}; refused: {', '.join(refused)}")
+    assert len(honoured) > 5 and len(refused) > 10

@@ -10,7 +10,10 @@ from dpo_fast.data.config import DataConfig
 from dpo_fast.data.verdicts import BadRow
 from dpo_fast.errors import UserError
 from dpo_fast.generation.config import SampleSection
+from dpo_fast.generation.engine import STOP, Completion
 from dpo_fast.generation.prompts import prompt_of, read_prompts
+from dpo_fast.generation.sample_rows import sample_row
+from tests.support.image_rows import picture
 
 
 def user(content: str) -> dict:
@@ -96,13 +99,24 @@ def test_judges_get_the_rest_of_the_row_and_templates_their_columns(tmp_path):
     assert found.where.endswith("rows.jsonl:1")
 
 
-def test_prompts_with_images_are_refused_by_name():
-    raw = {"prompt": [{"role": "user", "content": "q"}], "images": ["a.png"]}
-    with pytest.raises(
-        BadRow, match="a prompt with images: completions are sampled of prompts of text"
-    ):
-        prompt_of("rows:1", raw, DataConfig(train="rows"))
-    assert prompt_of("rows:1", raw | {"images": []}, DataConfig(train="rows")).prompt
+def test_prompts_differ_by_their_images(tmp_path):
+    for seed, name in enumerate(("a.png", "b.png")):
+        picture(seed).save(tmp_path / name)
+    raw = {"prompt": [user("q")], "gold": "g"}
+    rows = [raw | {"images": [name]} for name in ("a.png", "b.png", "a.png")]
+    rows += [raw | {"images": []}, raw | {"images": [{"path": "a.png", "max_pixels": 64}]}]
+    found = prompts(tmp_path, rows)
+    assert len(found.items) == 4 and found.repeated == 1
+    assert [len(each.images) for each in found.items] == [1, 1, 0, 1]
+    assert all(each.row == {"gold": "g"} for each in found.items if each.images)
+    shown = sample_row(found.items[0], [Completion("yes", STOP)], None)
+    path = str(tmp_path / "a.png")
+    assert shown["prompt"][0]["content"] == [
+        {"type": "image", "image": path},
+        {"type": "text", "text": "q"},
+    ]
+    with pytest.raises(BadRow, match=r"images\[0\] is not there"):
+        prompt_of("rows:1", raw | {"images": ["c.png"]}, DataConfig(train="rows"))
 
 
 def test_numbers_that_json_has_not_are_null_for_judges(tmp_path):

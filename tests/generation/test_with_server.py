@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import threading
 import time
 
 import pytest
 
 from dpo_fast.data.config import DataConfig
+from dpo_fast.data.images.marks import mark
 from dpo_fast.errors import UserError
 from dpo_fast.generation.batches import batches_of
 from dpo_fast.generation.config import SampleSection
@@ -15,6 +17,7 @@ from dpo_fast.generation.encode import PromptCodec
 from dpo_fast.generation.engine import Request, TooLong
 from dpo_fast.generation.prompts import Prompt
 from dpo_fast.generation.with_server import ServerEngine
+from tests.support.image_rows import picture, png
 from tests.support.server import MODEL, Reply, Server, refusal, serving, slowly
 from tests.support.templates import TOOLS, user
 from tests.support.tokenizers import byte_tokenizer, chat_tokenizer
@@ -27,6 +30,35 @@ FAST = {"max_retries": 0, "timeout_seconds": 5.0}
 def server():
     with serving() as found:
         yield found
+
+
+def with_image(options="") -> Prompt:
+    """A prompt about an image that came inside its row."""
+    content = png(picture(0))
+    image = {"digest": b"d", "content": content, "path": None, "options": options}
+    return Prompt("row:0", [user(f"see {mark(0)}?")], images=[image])
+
+
+def test_images_are_sent_in_the_messages(server):
+    found = complete(engine(server, api="chat"), [with_image()], 1)
+    assert len(found) == 1
+    first, image, last = server.asked[0]["messages"][0]["content"]
+    assert [first, last] == [{"type": "text", "text": "see "}, {"type": "text", "text": "?"}]
+    kind, _, content = image["image_url"]["url"].partition(",")
+    assert kind == "data:image/png;base64" and base64.b64decode(content) == png(picture(0))
+
+
+@pytest.mark.parametrize(
+    ("made", "options", "message"),
+    [
+        ({}, "", "row:0: the prompt has images, and sample.engine.api=completions sends"),
+        ({"api": "chat"}, '{"max_pixels": 64}', "row:0: an image has max_pixels=64, and a server"),
+    ],
+)
+def test_images_that_a_server_is_not_sent_are_named(server, made, options, message):
+    request = Request(with_image(options), [1], [])
+    with pytest.raises(UserError, match=message):
+        next(engine(server, **made).complete(batches_of([1], 1, 1, 0), [request]))
 
 
 def engine(server: Server, chat=False, sample=None, **options) -> ServerEngine:

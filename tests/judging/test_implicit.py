@@ -10,6 +10,7 @@ from dpo_fast.errors import UserError
 from dpo_fast.judging.implicit import ImplicitJudge
 from dpo_fast.judging.verdict import FAILED
 from dpo_fast.models.config import ModelSection
+from tests.support.image_rows import picture
 from tests.support.judging import row, section
 from tests.support.models import write_model
 
@@ -79,13 +80,10 @@ def test_a_reference_with_a_smaller_vocabulary_is_refused(models, tmp_path):
         scores(judge([models[0], str(small)]), *ROWS)
 
 
-def test_rows_with_images_fail_by_name(models):
-    parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "q"}]
-    rows = [
-        row("no", prompt=[{"role": "user", "content": parts}]),
-        row("no", prompt="is ", images=["a.png"]),
-        row("no", prompt="is "),
-    ]
-    (found,) = judge(models)([rows])
-    assert [each.verdicts[0].word == FAILED for each in found] == [True, True, False]
-    assert all("a prompt with images" in each.verdicts[0].why for each in found[:2])
+def test_a_model_that_sees_no_images_says_so(models, tmp_path):
+    (found,) = judge(models)([[row("no", prompt="is ", images=["a.png"]), row("no", prompt="is ")]])
+    assert [each.verdicts[0].word == FAILED for each in found] == [True, False]
+    assert "is not there" in found[0].verdicts[0].why
+    picture(0).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"the data has images, and model\.path=.* takes none"):
+        scores(judge(models), row("no", prompt="is ", images=[str(tmp_path / "a.png")]))

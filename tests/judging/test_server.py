@@ -12,9 +12,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from dpo_fast.data.images.written import data_uri
 from dpo_fast.errors import UserError
 from dpo_fast.judging.answers import Answers
 from dpo_fast.judging.server import ServerJudge, server_identity
+from tests.support.image_rows import picture
 from tests.support.judging import row, section
 
 pytest.importorskip("openai")
@@ -121,6 +123,28 @@ def test_every_completion_gets_a_number(monkeypatch):
         "seed": 3,
         "top_k": 4,
     }
+
+
+def test_a_judge_is_sent_the_images_behind_the_text(tmp_path):
+    picture(0).save(tmp_path / "a.png")
+    parts = [{"type": "image", "image": str(tmp_path / "a.png")}, {"type": "text", "text": "what?"}]
+    rows = [
+        row("yes", prompt=[{"role": "user", "content": parts}]),
+        row("yes", prompt="see <image>", images=[str(tmp_path / "a.png")]),
+        row("yes", prompt=[{"role": "user", "content": [{"type": "image", "image": "none.png"}]}]),
+        row("yes", "no", prompt=[{"role": "user", "content": parts}]),
+    ]
+    with serving(lambda asked: "[[5]]") as server:
+        found = judged(server.url, *rows[:3], rubric="{prompt} {completion}")
+        judged(server.url, rows[3], compare="pairwise", rubric="{prompt} {first} {second}")
+    assert [each.verdicts[0].score for each in found] == [5, 5, None]
+    assert "images[0] is not there" in found[2].verdicts[0].why
+    contents = [asked_of(each) for each in server.requests]
+    texts = [each[0]["text"] for each in contents]
+    assert texts[:2] == ["[image 1]what? yes", "see [image 1] yes"]
+    assert texts[2:] == ["[image 1]what? yes no", "[image 1]what? no yes"]
+    uri = data_uri((tmp_path / "a.png").read_bytes())
+    assert all(each[1:] == [{"type": "image_url", "image_url": {"url": uri}}] for each in contents)
 
 
 def test_fields_that_a_model_refuses_are_left_out():

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from dpo_fast.data.dataset import load_examples
+from dpo_fast.data.images.marks import named
 from dpo_fast.errors import UserError
 from dpo_fast.training.config import build_config
 from dpo_fast.training.held_out_prompts import choose_prompts
@@ -47,7 +48,7 @@ def test_a_row_without_a_prompt_is_told_as_such(tmp_path, row):
         chosen(tmp_path, [row])
 
 
-def test_prompts_with_images_are_not_chosen(tmp_path):
+def test_prompts_bring_their_images(tmp_path):
     tokenizer = write_qwen(tmp_path / "model")
     picture(0).save(tmp_path / "a.png")
 
@@ -56,9 +57,8 @@ def test_prompts_with_images_are_not_chosen(tmp_path):
         return {"messages": said, "images": images}
 
     rows = [row(0, ["a.png"]), row(1, []), row(2, ["a.png"])]
-    (found,) = chosen(tmp_path, rows, tokenizer)
-    assert found.prompt.prompt[0]["content"] == "q1"
-    with pytest.raises(
-        UserError, match="rows.jsonl:1: all rows .* have images, and generate answers"
-    ):
-        chosen(tmp_path, [rows[0]], tokenizer)
+    found = {
+        named(each.prompt.prompt)[0]["content"]: each for each in chosen(tmp_path, rows, tokenizer)
+    }
+    assert found.keys() == {"[image 1]q0", "q1", "[image 1]q2"}
+    assert found["[image 1]q0"].prompt.images[0]["path"] == str(tmp_path / "a.png")

@@ -142,10 +142,6 @@ def test_a_model_that_goes_by_other_rules_is_refused_before_the_first_step(
             "model.images=false cannot be honoured: data.train has rows with images",
         ),
         ({"reference.path": "llama", "loss.type": "sigmoid"}, "reference.path=.*no vision tower"),
-        (
-            {"data.eval_rows": 6, "generate.max_prompts": 2, "generate.max_new_tokens": 8},
-            "generate.max_prompts=2 cannot be honoured: the evaluation data has rows with images",
-        ),
     ],
 )
 def test_what_images_cannot_go_with_is_refused_by_name(folder, changes, message):
@@ -156,6 +152,23 @@ def test_what_images_cannot_go_with_is_refused_by_name(folder, changes, message)
         tree[section] = tree.get(section, {}) | {name: value}
     with pytest.raises(UserError, match=message):
         prepare(build_config(tree, "case"))
+
+
+def test_held_out_prompts_with_images_are_answered(folder, tmp_path):
+    """Before the first step as transformers answers them with its own processor."""
+    tree = case(folder, "gemma3", "auto", 0, 4)
+    tree["data"]["eval_rows"] = 6
+    tree["generate"] = {"max_prompts": 6, "max_new_tokens": 5}
+    tree["train"] |= {"output_dir": str(tmp_path), "global_batch_size": 4}
+    train(build_config(tree, "case"))
+    first, last = (json.loads(line) for line in (tmp_path / "generations.jsonl").open())
+    theirs = Transformers(folder / "gemma3", folder)
+    asked = [each["prompt"][0]["content"] for each in first["answers"]]
+    assert {each.count("[image ") for each in asked} == {0, 1, 2}
+    for each in first["answers"]:
+        index = int(each["where"].rpartition(":")[2]) - 1
+        assert each["greedy"]["text"] == theirs.answer(index)
+    assert last["step"] == 1 and len(last["answers"]) == 6
 
 
 def test_a_tower_that_the_files_lack_is_not_made_up(folder, tmp_path):
@@ -190,12 +203,28 @@ class Transformers:
     def images(self, index: int) -> list[Image.Image]:
         return [Image.open(self.folder / name) for name in self.rows[index]["images"]]
 
+    def user(self, index: int) -> list[dict]:
+        text = self.rows[index]["prompt"][0]["content"].replace("<image>", "")
+        parts = [{"type": "image"} for _ in self.images(index)] + [{"type": "text", "text": text}]
+        return [{"role": "user", "content": parts}]
+
+    @torch.no_grad()
+    def answer(self, index: int) -> str:
+        tokenizer, images = self.processor.tokenizer, self.images(index)
+        prompt = tokenizer.apply_chat_template(
+            self.user(index), tokenize=False, add_generation_prompt=True
+        )
+        given = {"images": images} if images else {}
+        inputs = self.processor(text=[prompt], return_tensors="pt", **given)
+        end = tokenizer.eos_token_id
+        options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": end}
+        ids = self.model.generate(**inputs, **options, pad_token_id=end)
+        size = inputs["input_ids"].shape[1]
+        return tokenizer.decode(ids[0, size:], skip_special_tokens=True)
+
     @torch.no_grad()
     def logp(self, index: int, side: int) -> float:
-        row, images = self.rows[index], self.images(index)
-        text = row["prompt"][0]["content"].replace("<image>", "")
-        parts = [{"type": "image"} for _ in images] + [{"type": "text", "text": text}]
-        user = [{"role": "user", "content": parts}]
+        row, images, user = self.rows[index], self.images(index), self.user(index)
         answer = row[("chosen", "rejected")[side]]
         template = self.processor.tokenizer.apply_chat_template
         prompt = template(user, tokenize=False, add_generation_prompt=True)

@@ -3,6 +3,7 @@
     images: [a, b]                                          a column, also `image` with one
     {"type": "image"}, {"type": "image_url"}                parts of messages that wait for the column's
     {"type": "image", "image": a}, {"type": "image_url", "image_url": {"url": a}}     parts that bring one
+    {"image": a}                                            the same, in the content of a message
     "<image>What is it?"                                    a placeholder in a text, one for each image
     no part and no placeholder                              the images begin the first message of the user
 
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dpo_fast.data.images.marks import BEGIN, mark
+from dpo_fast.data.images.options import stated
 from dpo_fast.data.json_text import decode
 from dpo_fast.data.messages import OTHER_ROLES, messages_in
 from dpo_fast.data.verdicts import BadRow
@@ -36,6 +38,7 @@ OF_MODELS = (
 TYPES = ("image", "image_url", "input_image")
 PAYLOADS = ("image", "image_url", "url", "path", "image_path", "base64")
 PAYLOADS += ("bytes", "source")
+TYPELESS = ("image", "image_url")  # what tells an image in a part without a type
 # Columns whose texts follow the prompt.
 ANSWERS = (
     *("chosen", "rejected", "completion", "completions", "chosen_response", "rejected_response"),
@@ -89,24 +92,39 @@ class _Taken:
         self.images.append(value)
         return len(self.images) - 1
 
-    def without_parts(self, value: Any, name: str) -> Any:
-        """A value whose parts that are images are texts: marks, or placeholders for the column's."""
+    def without_parts(self, value: Any, name: str, said: bool = False) -> Any:
+        """A value whose parts that are images are texts: marks, or placeholders for the column's.
+
+        said: it is what a message says. Raises BadRow.
+        """
         if isinstance(value, Mapping):
-            if _is_part(value):
+            if _is_part(value, said):
                 return {"type": "text", "text": self._part(value, name)}
-            return {key: self.without_parts(each, f"{name}.{key}") for key, each in value.items()}
+            return {
+                key: self.without_parts(each, f"{name}.{key}", _says(value, key))
+                for key, each in value.items()
+            }
         if isinstance(value, list):
-            return [self.without_parts(each, f"{name}[{i}]") for i, each in enumerate(value)]
+            return [self.without_parts(each, f"{name}[{i}]", said) for i, each in enumerate(value)]
         return value
 
     def _part(self, part: Mapping[str, Any], name: str) -> str:
         given = [part[key] for key in PAYLOADS if part.get(key) is not None]
+        if part.get("text") and (given or part.get("type") in TYPES):
+            raise BadRow("a part with a text and an image", f"{name}: make two parts of it")
         if not given:
+            if options := stated(part):
+                raise BadRow(
+                    "an option of an image that is elsewhere",
+                    f"{name} has {', '.join(options)}: give it beside the image, in the column, as in "
+                    "{path: a.png, max_pixels: 50176}",
+                )
             return WAITING
         image = given[0]
         while isinstance(image, Mapping) and isinstance(image.get("url"), (str, Mapping)):
             image = image["url"]
-        return mark(self.number(image))
+        options = stated(part)
+        return mark(self.number({"image": image, **options} if options else image))
 
 
 WAITING = BEGIN + "image"  # a part that waits for an image of the column
@@ -146,18 +164,29 @@ def _blank(value: Any) -> bool:
     return value is None or (isinstance(value, (str, bytes)) and not value.strip())
 
 
-def _is_part(value: Mapping[str, Any]) -> bool:
-    return value.get("type") in TYPES and "role" not in value
+def _is_part(value: Mapping[str, Any], said: bool) -> bool:
+    """said: it is of what a message says, where a part needs no type: templates look for its key."""
+    if value.get("type") in TYPES:
+        return "role" not in value
+    told = said and value.get("type") in (None, "text", "input_text")
+    return told and any(value.get(key) is not None for key in TYPELESS)
 
 
-def _has_parts(value: list | dict) -> bool:
+def _says(message: Mapping[str, Any], key: str) -> bool:
+    return key in ("content", "value") and ("role" in message or "from" in message)
+
+
+def _has_parts(value: list | dict, said: bool = False) -> bool:
     """Whether parts that are images are in it. Every row is asked, so it is quick about texts."""
-    if isinstance(value, dict) and _is_part(value):
-        return True
-    for each in value.values() if isinstance(value, dict) else value:
-        if isinstance(each, (dict, list)) and _has_parts(each):
+    if isinstance(value, dict):
+        if _is_part(value, said):
             return True
-    return False
+        return any(
+            _has_parts(each, _says(value, key))
+            for key, each in value.items()
+            if isinstance(each, (dict, list))
+        )
+    return any(_has_parts(each, said) for each in value if isinstance(each, (dict, list)))
 
 
 def _texts(value: Any) -> list[str]:

@@ -57,7 +57,7 @@ class RowImages:
         for place, image in enumerate(row.optional["images"]):
             name = f"images[{place}]" + (f" ({image['path']})" if image.get("path") else "")
             pixels = open_image(self.store.content(image), name)
-            expansion = self.model.expansion(pixels)
+            expansion = self.model.expansion(pixels, image.get("options") or "", name)
             found.append(_Image(image, pixels, expansion))
         return RowWithImages(self, found)
 
@@ -95,6 +95,10 @@ class _Image(NamedTuple):
     pixels: Any
     expansion: Expansion
 
+    @property
+    def options(self) -> str:
+        return self.stored.get("options") or ""
+
 
 class RowWithImages:
     """One row's images."""
@@ -110,7 +114,8 @@ class RowWithImages:
         before = self._with_placeholders(prompt)
         written = self._written(before, self.order, "the prompt")
         pixels = [self.images[each].pixels for each in self.order]
-        if pixels:
+        # Those with options of their own go to the processor one by one.
+        if pixels and not any(self.images[each].options for each in self.order):
             self.rows.check(before, written, pixels)
         found = []
         for name, order, text in zip(row.answers, self.orders, texts):
@@ -142,7 +147,9 @@ class RowWithImages:
         for place, image in enumerate(self.images):
             if self.codes(place)[0] in there:
                 content = {
-                    k: image.stored[k] for k in ("digest", "path", "content") if k in image.stored
+                    k: image.stored[k]
+                    for k in ("digest", "path", "content", "options")
+                    if k in image.stored
                 }
                 digest = content["digest"]
                 content["digest"] = bytes.fromhex(digest) if isinstance(digest, str) else digest
@@ -155,7 +162,7 @@ class RowWithImages:
     def _key(self, image: int) -> bytes:
         digest = self.images[image].stored["digest"]
         digest = bytes.fromhex(digest) if isinstance(digest, str) else digest
-        return image_key(digest, self.rows.model.processing)
+        return image_key(digest, self.rows.model.processing + self.images[image].options.encode())
 
     def _order(self, row: Row, prompt: str) -> list[int]:
         """The images of the prompt, in their order. A text may have the model's own placeholders."""

@@ -27,7 +27,7 @@ class ImageLoader(NamedTuple):
     def __call__(self, images: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """The model's arguments for images. Raises UserError."""
         pixels = [open_image(self.store.content(image), _name(image)) for image in images]
-        return self.model.inputs(pixels)
+        return self.model.inputs(pixels, [image.get("options") or "" for image in images])
 
 
 def _name(image: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ A mark is made of code points that Unicode never assigns, so it is no word, no w
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dpo_fast.data.messages import Messages
@@ -28,15 +28,24 @@ def images_in(text: str) -> list[int]:
     return [_number(each) for each in MARK.findall(text)]
 
 
-def content_parts(text: str) -> list[dict[str, Any]]:
-    """A message's content as the parts that chat templates take."""
+def content_parts(
+    text: str, part: Callable[[int], dict[str, Any]] = lambda _: {"type": "image"}
+) -> list[dict[str, Any]]:
+    """A message's content as the parts that chat templates take. part: of the image with a number."""
     found: list[dict[str, Any]] = []
     for place, piece in enumerate(MARK.split(text)):
         if place % 2:
-            found.append({"type": "image"})
+            found.append(part(_number(piece)))
         elif piece:
             found.append({"type": "text", "text": piece})
     return found
+
+
+def named(told: str | Messages) -> str | Messages:
+    """A text, or messages, for people and models that read texts: `[image 1]` in the place of marks."""
+    if isinstance(told, str):
+        return MARK.sub(lambda found: f"[image {_number(found[1]) + 1}]", told)
+    return [{**message, "content": named(message["content"])} for message in told]
 
 
 def marked_in(told: str | Messages) -> list[int]:

@@ -17,6 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpo_fast.data.images.options import resized
+from dpo_fast.data.images.processor_options import (
+    call_kwargs,
+    check_kwargs,
+    pixel_bounds,
+    token_side,
+)
 from dpo_fast.data.verdicts import BadRow
 from dpo_fast.errors import UserError
 from dpo_fast.models.hub import file_of, has_processor
@@ -61,7 +68,7 @@ class ModelImages:
     ) -> None:
         self.source, self.tokenizer, self.named = source, tokenizer, named
         self.kwargs = dict(kwargs or {})
-        self._expansions: dict[tuple[int, int], Expansion] = {}
+        self._expansions: dict[tuple[tuple[int, int], str], Expansion] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is loaded again: other processes get the folder's name."""
@@ -82,22 +89,8 @@ class ModelImages:
         from dpo_fast.data.images.processor import load_processor
 
         found = load_processor(self.source, self.tokenizer, self.named)
-        self._check_kwargs(found)
+        check_kwargs(found, self.kwargs)
         return found
-
-    def _check_kwargs(self, processor: Any) -> None:
-        """Raises UserError for options that the image processor passes over."""
-        kind = getattr(processor.image_processor, "valid_kwargs", None)
-        if kind is None:
-            return  # one of another library: it refuses what it does not know, or not
-        known = {*kind.__annotations__, *(getattr(processor, "images_kwargs", None) or ())}
-        known -= {"return_tensors", "device"}
-        for name, value in self.kwargs.items():
-            if name not in known:
-                raise UserError(
-                    f"data.images_kwargs.{name}={value!r}: {type(processor.image_processor).__name__} has "
-                    f"no such option; choose from {', '.join(sorted(known))}"
-                )
 
     @cached_property
     def placeholder(self) -> str:
@@ -147,13 +140,17 @@ class ModelImages:
             found.update(b"" if path is None else path.read_bytes())
         return found.hexdigest()
 
-    def expansion(self, image: Image) -> Expansion:
+    def expansion(self, image: Image, options: str = "", name: str = "an image") -> Expansion:
         """What stands for an image in a text. Of images of one size it is the same.
 
-        Raises BadRow where the processor refuses the image.
+        options: of this image, as `options_of` has them.
+
+        Raises BadRow where the processor refuses the image, or its options.
         """
-        if image.size not in self._expansions:
-            _, (text,) = self._process([image])
+        case = image.size, options
+        if case not in self._expansions:
+            self._check_options(options, name)
+            _, (text,) = self._process([image], [options])
             ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             count = ids.count(self.token_id)
             if not count:
@@ -161,16 +158,19 @@ class ModelImages:
                     f"{self.named}: its processor writes {quoted(text)} for an image, which has no token "
                     f"{self.token_id}, the model's image token: images of this model cannot be trained on"
                 )
-            self._expansions[image.size] = Expansion(text, count)
-        return self._expansions[image.size]
+            self._expansions[case] = Expansion(text, count)
+        return self._expansions[case]
 
     def written(self, text: str, images: Sequence[Image]) -> str:
         """A text as the processor itself writes it, with placeholders for these images."""
         return self._call([text], [list(images)])[1][0]
 
-    def inputs(self, images: Sequence[Image]) -> dict[str, Tensor]:
-        """The model's arguments for images, each as if it were alone in its text."""
-        return self._process(images)[0]
+    def inputs(self, images: Sequence[Image], options: Sequence[str] = ()) -> dict[str, Tensor]:
+        """The model's arguments for images, each as if it were alone in its text.
+
+        options: of each image; none without any.
+        """
+        return self._process(images, options)[0]
 
     def tokens_of(self, width: int, height: int) -> int:
         """Image tokens of an image of so many pixels."""
@@ -184,20 +184,50 @@ class ModelImages:
 
         return self.inputs([Image.new("RGB", BLANK, (127, 127, 127))])
 
-    def _process(self, images: Sequence[Image]) -> tuple[dict[str, Tensor], list[str]]:
-        return self._call([self.placeholder] * len(images), [[image] for image in images])
+    def _process(
+        self, images: Sequence[Image], options: Sequence[str] = ()
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        if not any(options):
+            return self._call([self.placeholder] * len(images), [[image] for image in images])
+        bounds = pixel_bounds(self.kwargs.get("size")) | self.kwargs
+        calls = [
+            self._call([self.placeholder], [[resized(image, own, self._side, bounds)]], asis=True)
+            if own
+            else self._call([self.placeholder], [[image]])
+            for image, own in zip(images, options, strict=True)
+        ]
+        tensors = {name: torch.cat([found[name] for found, _ in calls]) for name in calls[0][0]}
+        return tensors, [text for _, (text,) in calls]
+
+    @cached_property
+    def _side(self) -> int | None:
+        return token_side(self.processor.image_processor)
+
+    def _check_options(self, options: str, name: str) -> None:
+        """Raises BadRow for options of an image that its processor has not."""
+        if options and self._side is None:
+            told = ", ".join(f"{key}={value}" for key, value in json.loads(options).items())
+            kind = type(self.processor.image_processor).__name__
+            raise BadRow(
+                "an option of an image that cannot be honoured",
+                f"{name} has {told}, and {kind} has no such option for an image: leave it out; "
+                "data.images_kwargs has the options of this processor, for all images",
+            )
 
     def _call(
-        self, texts: list[str], images: list[list[Image]]
+        self, texts: list[str], images: list[list[Image]], asis: bool = False
     ) -> tuple[dict[str, Tensor], list[str]]:
-        """The processor's tensors of images, and the texts that it tokenises. Raises BadRow."""
+        """The processor's tensors of images, and the texts that it tokenises. Raises BadRow.
+
+        asis: images keep their sizes.
+        """
+        options = {"return_tensors": "pt"} | call_kwargs(self.processor, self.kwargs)
+        options |= {"do_resize": False} if asis else {}
         recorder = _Recorder(self.processor.tokenizer)
         processor = copy.copy(self.processor)
         processor.tokenizer = recorder
         try:
-            found = processor(
-                text=texts, images=images, images_kwargs={"return_tensors": "pt", **self.kwargs}
-            )
+            found = processor(text=texts, images=images, images_kwargs=options)
         except Exception as error:  # a processor raises anything at an image that it cannot take
             raise BadRow(
                 "the processor refuses an image",

@@ -8,6 +8,7 @@ from typing import Any
 
 from dpo_fast.data.config import IMAGES, DataConfig
 from dpo_fast.data.images.files import ImageFile, read_image
+from dpo_fast.data.images.options import options_of
 from dpo_fast.data.rows import Row
 
 
@@ -16,8 +17,10 @@ def keep_images(row: Row, config: DataConfig, keep: Callable[[ImageFile], dict[s
     images = row.optional.get(IMAGES)
     if images and not all(isinstance(each, dict) and "digest" in each for each in images):
         folders = _folders(row.where, config)
-        named = ((image, f"images[{place}]") for place, image in enumerate(images))
-        row.optional[IMAGES] = [keep(read_image(*each, folders)) for each in named]
+        named = [(image, f"images[{place}]") for place, image in enumerate(images)]
+        row.optional[IMAGES] = [
+            keep(read_image(*each, folders)) | {"options": options_of(*each)} for each in named
+        ]
 
 
 def in_memory(image: ImageFile) -> dict[str, Any]:
