@@ -112,6 +112,7 @@ TESTS = ROOT / "tests"
 # Modules of some size that no test imports, and the test, or its process, that runs them through others.
 TESTED_THROUGH = {
     "api.process": "api/test_run.py",
+    "generation.logps": "judging/test_implicit.py",
     "models.adapters": "training/test_adapters.py",
     "models.adapter_path": "models/test_adapter_kinds.py",
     "models.lora_section": "models/test_lora.py",
