@@ -29,6 +29,7 @@ class SpokenProgress:
     done: how many were done before.
     say: takes a line.
     heard: when somebody else last said a line, by the clock; the half minute counts from then.
+    every: seconds between lines; default: half a minute.
     """
 
     def __init__(
@@ -40,19 +41,28 @@ class SpokenProgress:
         done: int = 0,
         clock: Callable[[], float] = time.monotonic,
         heard: Callable[[], float] = lambda: -math.inf,
+        every: float | None = None,
     ) -> None:
         self.description, self.total, self.say = description, total, say
         self.clock, self.heard = clock, heard
+        self.every = EVERY if every is None else every
         self.done, self._first = done, done
         self._began = self._spoke = clock()
+        self.text = ""
 
     def advance(self, count: int = 1, text: str = "") -> None:
         """`count` more parts are done. text: said with the next line."""
         self.done += count
         now = self.clock()
-        if now - max(self._spoke, self.heard()) >= EVERY:
+        self.text = text
+        if now - max(self._spoke, self.heard()) >= self.every:
             self._spoke = now
-            self.say(self._line((self.done - self._first) / (now - self._began), text))
+            self.tell()
+
+    def tell(self) -> None:
+        """Say where it stands, due or not."""
+        seconds = max(self.clock() - self._began, 1e-9)
+        self.say(self._line((self.done - self._first) / seconds, self.text))
 
     def _line(self, rate: float, text: str) -> str:
         parts = [f"{self.description}: {self.done:,}"]

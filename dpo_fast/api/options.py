@@ -18,8 +18,10 @@ from dpo_fast.training.config_file import SECTIONS, read_tree
 HERE = "PreferenceRun"  # what errors begin with
 # TRL's names for options that are called otherwise here, or stand in several sections.
 OTHER_NAMES = {"loss_type": "loss.type", "loss_weights": "loss.weights", "seed": "train.seed"}
-NOT_OF_A_RUN = ("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path")
-NOT_OF_A_RUN += ("revision", "inference_mode", "runtime_config")
+NOT_OF_A_RUN = (
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
+    *("revision", "inference_mode", "runtime_config"),
+)
 RENAMED = {"lora_alpha": "alpha", "lora_dropout": "dropout"}
 
 
@@ -96,7 +98,7 @@ def _keys() -> dict[str, list[str]]:
     """Full names of options by their last part, of all sections."""
     found: dict[str, list[str]] = {}
     for section, field in RunConfig.model_fields.items():
-        for name in field.annotation.model_fields:
+        for name in getattr(field.annotation, "model_fields", ()):
             found.setdefault(name, []).append(f"{section}.{name}")
     return found
 

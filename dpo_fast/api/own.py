@@ -19,7 +19,8 @@ def named_callbacks(given: Any) -> tuple[list[Any], dict[str, Any]]:
         UserError: a name that another object has is given, too.
     """
     one = isinstance(given, (str, Mapping, type)) or not isinstance(given, Iterable)
-    entries, objects = [], {}
+    entries: list[Any] = []
+    objects: dict[str, Any] = {}
     for each in [given] if one else given:
         if isinstance(each, (str, Mapping)):
             entries.append(dict(each) if isinstance(each, Mapping) else each)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import yaml
 
@@ -36,10 +36,12 @@ if TYPE_CHECKING:
     from dpo_fast.data.own_order import Rows as RowsToOrder
     from dpo_fast.training.callbacks import Callback
 
-    Callbacks = Callback | type[Callback] | str | Sequence[Callback | type[Callback] | str | dict]
-    Sampler = Callable[[RowsToOrder, int], Iterable[int]] | Iterable[int] | str
-    Model = str | os.PathLike | PreTrainedModel | PeftModel
-    Rows = str | os.PathLike | list | Dataset | pandas.DataFrame
+    Callbacks: TypeAlias = (
+        Callback | type[Callback] | str | Sequence[Callback | type[Callback] | str | dict]
+    )
+    Sampler: TypeAlias = Callable[[RowsToOrder, int], Iterable[int]] | Iterable[int] | str
+    Model: TypeAlias = str | os.PathLike | PreTrainedModel | PeftModel
+    Rows: TypeAlias = str | os.PathLike | list | Dataset | pandas.DataFrame
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class PreferenceRun:
     ) -> None:
         self._own: dict[str, Any] = {}
         self._tree = tree_of(config, options | self._named(callbacks, sampler))
-        self._model = model
+        self._model: Any = model
         self._given = {"ref_model": ref_model, "processing_class": processing_class}
         self._rows = {"train": train_dataset, "eval": eval_dataset}
         self._peft = peft_config
@@ -125,7 +127,7 @@ class PreferenceRun:
         """The whole configuration. Inputs in memory are files by then. Collective."""
         if self._config is None:
             with as_found():
-                self._settle()
+                return self._settle()
         return self._config
 
     def train(

@@ -19,6 +19,7 @@ from dpo_fast.losses.custom import told
 
 if TYPE_CHECKING:
     from dpo_fast.data.dataset import Dataset
+    from dpo_fast.data.stream import Chunk
 
 OPTION = "train.sampler"
 
@@ -30,7 +31,7 @@ class Rows:
     seed: train.seed.
     """
 
-    examples: Dataset
+    examples: Dataset | Chunk
     seed: int
 
     def __len__(self) -> int:
@@ -141,8 +142,9 @@ class OwnOrder:
         return order
 
     def _check_kl(self, order: np.ndarray, where: str) -> None:
-        for start in range(0, len(order), self.kl) if self.kl else ():
-            batch = order[start : start + self.kl]
+        size = self.kl or len(order)
+        for start in range(0, len(order), size) if self.kl else ():
+            batch = order[start : start + size]
             if len(np.unique(batch)) < len(batch):
                 raise UserError(
                     f"{where} gave an example twice in the global batch from place {start} on, and the "

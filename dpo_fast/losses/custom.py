@@ -106,7 +106,7 @@ def known_names() -> list[str]:
 
 def all_specs(names: Iterable[str]) -> tuple[LossSpec, ...]:
     """The losses of names that are known by now."""
-    return tuple(spec_of(name) for name in names)
+    return tuple(spec for name in names if (spec := spec_of(name)) is not None)
 
 
 def _plugins() -> Iterable[Any]:
@@ -170,6 +170,7 @@ def _of_file(file: Path, where: str) -> Any:
     name = f"dpo_fast_custom_{file.stem}_{digest[:16]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None and spec.loader is not None  # a file that ends in .py has one
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)

@@ -6,6 +6,7 @@ import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ class Calls:
         for name in kept.keys() & self.callbacks.keys():
             if kept[name]:
                 where = f"{OPTION}={name}, load_state_dict"
-                loaded(where, lambda name=name: self.callbacks[name].load_state_dict(kept[name]))
+                loaded(where, partial(self.callbacks[name].load_state_dict, kept[name]))
 
     def begin(self, step: int) -> None:
         """on_train_begin, after `step` steps. Collective. Raises UserError."""

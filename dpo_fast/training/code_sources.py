@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from dpo_fast.losses import LOSSES
-from dpo_fast.losses.custom import spec_of
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import say
 from dpo_fast.training.own_sampler import open_sampler
@@ -19,9 +18,9 @@ STATE = "code"  # in state.json
 def sources_of(config: RunConfig) -> dict[str, dict[str, str]]:
     """Module, file and hash of the losses and the sampler that are not ours, by option and name."""
     found = {
-        f"loss.type={name}": source(spec_of(name).function)
-        for name in config.loss.names
-        if name not in LOSSES
+        f"loss.type={spec.name}": source(spec.function)
+        for spec in config.loss.objective.specs
+        if spec.name not in LOSSES
     }
     if config.train.sampler is not None:
         found[f"train.sampler={config.train.sampler}"] = source(open_sampler(config))

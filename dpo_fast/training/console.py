@@ -18,6 +18,7 @@ from rich.table import Column
 
 from dpo_fast.progress import SpokenProgress, hushed
 from dpo_fast.training import distributed
+from dpo_fast.training.notebook import notebook_progress
 from dpo_fast.wording import printable
 
 T = TypeVar("T")
@@ -29,10 +30,15 @@ NARROW = 10  # so that the numbers beside the bar fit into 80 columns
 def progress_bar(description: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
     """Yields advance(text=""), which moves the bar by one and shows `text` beside it. Rank 0 has a bar.
 
-    Without a terminal it says a line when nothing else was said for half a minute.
+    Without a terminal it says a line when nothing else was said for half a minute. In a notebook the line
+    is written over.
     """
     if not distributed.is_main() or hushed():
         yield lambda text="": None
+        return
+    if console.is_jupyter:
+        with notebook_progress(description, total, done) as advance:
+            yield lambda text="": advance(text=text)
         return
     if not sys.stderr.isatty():
         spoken = SpokenProgress(description, total, say, done=done, heard=_heard)

@@ -35,6 +35,7 @@ def own_sampler(config: RunConfig, examples: Examples, left_out: frozenset[int])
         UserError: it gives what are no places, or another order on another rank or the second time.
     """
     train, name = config.train, config.train.sampler
+    assert name is not None and train.micro_batch_size is not None  # who calls has looked
     if examples.mixture is not None:
         raise UserError(
             f"{OPTION}={name}, but data.train is a mixture, which draws its rows itself: give one source, "
@@ -49,6 +50,12 @@ def own_sampler(config: RunConfig, examples: Examples, left_out: frozenset[int])
         raise UserError(
             f"{OPTION}={name} gave another order on another rank: it must follow from rows and epoch alone"
         )
-    order = {"seed": train.seed, "left_out": left_out, "own": own}
-    world = data_ranks.data_ranks()
-    return Sampler(len(first), size, train.micro_batch_size, world, **order)
+    return Sampler(
+        len(first),
+        size,
+        train.micro_batch_size,
+        data_ranks.data_ranks(),
+        seed=train.seed,
+        left_out=left_out,
+        own=own,
+    )
