@@ -200,14 +200,18 @@ def vespo_losses(log_ratio: Tensor, batch: Completions, options: GrpoOptions):
     into W.
     """
     lowest = math.log(SMALLEST_RATIO)
-    log_W = (log_ratio.detach().clamp(-LARGEST_LOG, LARGEST_LOG) * batch.mask).sum(1, keepdim=True)
+    log_weight = (log_ratio.detach().clamp(-LARGEST_LOG, LARGEST_LOG) * batch.mask).sum(
+        1, keepdim=True
+    )
     if batch.sampler_ratio is not None:
-        log_W = log_W + batch.sampler_ratio.log().clamp(lowest, LARGEST_LOG).sum(1, keepdim=True)
-    log_W = log_W.clamp(lowest, LARGEST_LOG)
+        log_weight = log_weight + batch.sampler_ratio.log().clamp(lowest, LARGEST_LOG).sum(
+            1, keepdim=True
+        )
+    log_weight = log_weight.clamp(lowest, LARGEST_LOG)
     good = batch.gains >= 0
     k = torch.where(good, options.vespo_k_pos, options.vespo_k_neg)
     rate = torch.where(good, options.vespo_lambda_pos, options.vespo_lambda_neg).clamp_min(1e-4)
-    phi = (rate + k * log_W - rate * log_W.exp()).exp().nan_to_num(0.0, 0.0, 0.0)
+    phi = (rate + k * log_weight - rate * log_weight.exp()).exp().nan_to_num(0.0, 0.0, 0.0)
     return -phi * batch.gains * batch.logps, torch.zeros_like(batch.logps, dtype=torch.bool)
 
 
