@@ -23,9 +23,9 @@ def put_hub(draft: Draft) -> None:
             draft.spare(name, "push_to_hub is not set")
         return
     draft.put("train.push_to_hub", True, "push_to_hub")
-    name, names = _repository(draft)
-    if name is not None:
-        draft.put("train.hub_model_id", name, *names)
+    repository, names = _repository(draft)
+    if repository is not None:
+        draft.put("train.hub_model_id", repository, *names)
     if draft["hub_private_repo"] is not None:
         draft.put("train.hub_private_repo", flag(draft["hub_private_repo"]), "hub_private_repo")
     if draft["hub_revision"] is not None:
