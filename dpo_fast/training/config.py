@@ -20,7 +20,7 @@ from dpo_fast.training.health_section import HealthSection, check_stop_on
 from dpo_fast.training.log_section import LogSection
 from dpo_fast.training.parallel_section import ParallelSection
 from dpo_fast.training.schedule import check_schedule
-from dpo_fast.training.sections import FORBID, LossSection, TrainSection
+from dpo_fast.training.sections import FORBID, MICRO_BATCH, LossSection, TrainSection
 from dpo_fast.training.selection import check_selection
 from dpo_fast.wording import clipped, quoted
 
@@ -285,7 +285,10 @@ class RunConfig(BaseModel):
 
 
 def check_batch_sizes(config: RunConfig, world_size: int) -> None:
-    """Raises UserError unless the global batch divides into whole micro-batches on every data rank."""
+    """Raises UserError unless the global batch divides into whole micro-batches on every data rank.
+
+    A micro-batch that nobody chose is made to: the largest of at most `MICRO_BATCH` that does.
+    """
     shared = config.parallel.sequence_parallel
     if world_size % shared:
         raise UserError(
@@ -293,18 +296,28 @@ def check_batch_sizes(config: RunConfig, world_size: int) -> None:
             f"rank{'s' if world_size > 1 else ''} of this run: start a multiple of {shared} ranks "
             f"(--nproc), or set it to {'a divisor of ' if world_size > 1 else ''}{world_size}"
         )
-    if config.train.micro_batch_size is None:  # tokens decide
+    train = config.train
+    if train.micro_batch_size is None:  # tokens decide
         return
-    micro = config.train.micro_batch_size
-    unit, world = micro * (world_size // shared), f"world_size = {micro} * {world_size}"
+    ranks = world_size // shared
+    if "micro_batch_size" not in train.model_fields_set:
+        train.micro_batch_size = _largest_part(train.global_batch_size // ranks)
+        train.model_fields_set.discard("micro_batch_size")
+    micro = train.micro_batch_size
+    unit, world = micro * ranks, f"world_size = {micro} * {world_size}"
     if shared > 1:
         world = f"world_size / sequence_parallel = {micro} * {world_size} / {shared}"
-    if config.train.global_batch_size % unit:
-        multiple = max(round(config.train.global_batch_size / unit), 1) * unit
+    if train.global_batch_size % unit:
+        multiple = max(round(train.global_batch_size / unit), 1) * unit
         raise UserError(
-            f"train.global_batch_size={config.train.global_batch_size} must be a multiple of "
+            f"train.global_batch_size={train.global_batch_size} must be a multiple of "
             f"micro_batch_size * {world} = {unit}; try {multiple}"
         )
+
+
+def _largest_part(examples: int) -> int:
+    """The largest divisor of the examples of a rank that a micro-batch holds by default; 1 of none."""
+    return max(n for n in range(1, MICRO_BATCH + 1) if examples % n == 0 or n == 1)
 
 
 def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:

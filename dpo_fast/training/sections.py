@@ -84,6 +84,7 @@ LossSection = create_model(
 
 OF_PUSH = {"refused": "without train.push_to_hub"}
 AT_THE_END = "end"
+MICRO_BATCH = 4  # at most, where nobody says how large it is
 
 
 class TrainSection(BaseModel):
@@ -112,7 +113,8 @@ class TrainSection(BaseModel):
     micro_batch_size: int | None = Field(
         None,
         ge=1,
-        description="examples of one forward on one rank; default: 4, or what tokens_per_batch holds",
+        description="examples of one forward on one rank; default: the most, up to 4, that divide a rank's "
+        "share of global_batch_size, or what tokens_per_batch holds",
         json_schema_extra={"refused": "beside tokens_per_batch"},
     )
     tokens_per_batch: int | None = Field(
@@ -438,7 +440,7 @@ class TrainSection(BaseModel):
                     "them into another order; remove one of them"
                 )
         if self.tokens_per_batch is None and self.micro_batch_size is None:
-            self.micro_batch_size = 4
+            self.micro_batch_size = MICRO_BATCH
             self.model_fields_set.discard("micro_batch_size")  # filled in, not chosen
         return self
 
