@@ -11,6 +11,7 @@ from trl import DPOConfig
 
 from dpo_fast.errors import UserError
 from dpo_fast.losses import LOSSES, LossOptions, Objective, Totals, preference
+from dpo_fast.losses.custom import known_names, spec_of
 from dpo_fast.ops.segments import sum_sequences
 
 TRL_LOSSES = (
@@ -79,9 +80,10 @@ def share_losses(args: DPOConfig, loss_options: Mapping[str, object]) -> Shares:
 
 def _check_names(names: Iterable[str]) -> None:
     for name in names:
-        spec = LOSSES.get(name)
+        spec = spec_of(name)
         if spec is None:
-            others = (n for n in LOSSES if n not in TRL_LOSSES and not LOSSES[n].grouped)
+            grouped = [n for n in LOSSES if LOSSES[n].grouped]
+            others = (n for n in known_names() if n not in (*TRL_LOSSES, *grouped))
             known = ", ".join([*TRL_LOSSES, *others])
             raise UserError(f"loss_type={name} is not known; choose from {known}")
         scores = ["the scores of groups"] if spec.grouped else []
@@ -95,7 +97,8 @@ def _check_names(names: Iterable[str]) -> None:
 def _check_readers(args: DPOConfig, names: list[str]) -> None:
     for option, readers in READERS.items():
         value, default = getattr(args, option), DPOConfig.__dataclass_fields__[option].default
-        takers = {*readers, *(n for n in LOSSES if n not in TRL_LOSSES and _reads(n, option))}
+        known = dict.fromkeys([*LOSSES, *names])
+        takers = {*readers, *(n for n in known if n not in TRL_LOSSES and _reads(n, option))}
         if value != default and not takers & set(names):
             raise UserError(
                 f"{option}={value} is not read by loss_type={names}; set it to {default}, or choose "
@@ -111,7 +114,7 @@ def _check_readers(args: DPOConfig, names: list[str]) -> None:
 
 
 def _reads(name: str, option: str) -> bool:
-    return option in LOSSES[name].options
+    return option in spec_of(name).options
 
 
 def _objective(

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpo_fast.errors import UnavailableError, UserError
 from dpo_fast.integrations import trl as fast
 from dpo_fast.integrations.trl_forward import add_linear_logp
-from dpo_fast.losses import LossOptions, Objective, Totals, preference
+from dpo_fast.losses import LossOptions, Objective, Totals, custom, preference, register_loss
 from dpo_fast.ops.linear_logp import op
 from tests.support import ranks
 from tests.support.adapters import write_adapter
@@ -303,6 +303,26 @@ def test_losses_that_trl_does_not_have(stored, place, tmp_path):
     )
     assert both[0]["loss"] == pytest.approx(plain[0]["loss"] + 0.5 * alone[0]["loss"], abs=1e-6)
     assert alone[0]["loss"] == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-6)
+
+
+def test_a_loss_of_ones_own_trains_in_trls_trainer(place, tmp_path, monkeypatch):
+    """sigmoid written by hand and registered: TRL's own sigmoid, metrics and steps."""
+    monkeypatch.setattr(custom, "CUSTOM", {})
+
+    @register_loss(options=("beta", "label_smoothing"))
+    def by_hand(logps, options):
+        margin = options.beta * (logps.chosen_ratio - logps.rejected_ratio)
+        return torch.nn.functional.softplus(-margin) + options.label_smoothing * margin
+
+    _, theirs = trained(fast.DPOTrainer, place, tmp_path / "theirs")
+    _, own = trained(fast.DPOTrainer, place, tmp_path / "own", loss_type="by_hand")
+    assert [line["loss"] for line in own] == pytest.approx([line["loss"] for line in theirs], 1e-5)
+    # Its options are its own: label_smoothing is read, discopop_tau is not.
+    build(fast.DPOTrainer, place, tmp_path / "read", loss_type="by_hand", label_smoothing=0.1)
+    with pytest.raises(UserError, match="discopop_tau"):
+        build(fast.DPOTrainer, place, tmp_path, loss_type="by_hand", discopop_tau=0.1)
+    with pytest.raises(UserError, match="loss_type=nobodys is not known; .*by_hand"):
+        build(fast.DPOTrainer, place, tmp_path, loss_type="nobodys")
 
 
 def test_simpo_is_the_loss_of_the_table(place, tmp_path):
