@@ -7,7 +7,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -56,7 +56,7 @@ class Result:
     """
 
     model: Path | None
-    metrics: list[dict[str, Any]]
+    metrics: list[dict[str, Any]] = field(repr=False)  # a notebook shows what a cell ends with
     report: Path | None = None
     pushed: str | None = None
 
@@ -126,8 +126,8 @@ class PreferenceRun:
     def config(self) -> RunConfig:
         """The whole configuration. Inputs in memory are files by then. Collective."""
         if self._config is None:
-            with as_found():
-                return self._settle()
+            with self._engine() as config:
+                return config
         return self._config
 
     def train(

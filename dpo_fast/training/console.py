@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
@@ -22,7 +23,9 @@ from dpo_fast.training.notebook import notebook_progress
 from dpo_fast.wording import printable
 
 T = TypeVar("T")
-console = Console(stderr=True)
+NOTEBOOK = Console().is_jupyter
+# A notebook marks standard error as a fault, and rich would show every line there as a box of its own.
+console = Console(stderr=not NOTEBOOK, force_jupyter=False)
 NARROW = 10  # so that the numbers beside the bar fit into 80 columns
 
 
@@ -87,6 +90,8 @@ def quiet() -> None:
         return
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that there is no GPU
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
     import datasets
