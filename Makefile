@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo real rounds check test faults lint bench bench-train aot csrc docs gpu clean
+.PHONY: demo real rounds check test faults lint bench bench-train aot csrc docs notebooks gpu clean
 
 demo: $(STAMP)
 	$(BIN)/dpo-fast demo
@@ -64,6 +64,10 @@ docs: $(STAMP)
 	$(BIN)/dpo-fast config schema --out configs/schema.json
 	$(BIN)/python -m dpo_fast.migration.docs docs
 	$(BIN)/python -m benchmarks.scale_page > docs/SCALE.md
+
+# Runs the notebooks, and stores what they show. It needs nbclient and ipykernel, or NBCLIENT, a folder with them.
+notebooks: $(STAMP)
+	$(BIN)/python -m tests.support.notebooks
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
