@@ -101,7 +101,10 @@ class History:
     def starts_at_ln2(self) -> bool:
         """The objective is one sigmoid loss of weight 1, and the reference is the starting policy."""
         weights = self.setting("loss", "weights", default=[1.0])
-        own = self.setting("reference", "path") in (None, self.setting("model", "path"))
+        first = self.setting("model", "path")
+        if self.setting("model", "adapter_path") or self.setting("model", "adapters"):
+            first = None  # the policy is more than that
+        own = self.setting("reference", "path") in (None, first)
         scores = self.provider is not None and self.provider.scores
         return self.loss_names == ["sigmoid"] and weights == [1.0] and own and scores
 

@@ -2,8 +2,9 @@
 and `model.adapters`: others that stay active and frozen under the one that is trained.
 
 The adapter's folder is linked into the cache with the base that the configuration names, and that folder
-is `model.path` from there on: an adapter's folder is a model everywhere. So is a folder with a list of
-adapters (`checkpoint.ADAPTERS`): its base with them.
+is `model.path` while a process runs: an adapter's folder is a model everywhere. So is a folder with a list
+of adapters (`checkpoint.ADAPTERS`): its base with them. Files have what was given, and the folder is made
+again from it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_fast import durable
+from dpo_fast.errors import UserError
 from dpo_fast.models.checkpoint import ADAPTER_CONFIG, ADAPTERS, adapters_under, base_of, is_adapter
 from dpo_fast.models.hub import split_revision
 
@@ -27,6 +29,28 @@ HUB_FILES = (
     *("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json"),
 )
 HUB_FILES += ("vocab*", "merges.txt", "*.model", "chat_template*", "*processor*.json")
+
+
+GIVEN = ("path", "adapter_path", "adapters")  # what such a folder is made of
+
+
+def linked(values: Any) -> Any:
+    """The values of a section with one folder for `path`, `adapter_path` and `adapters`.
+
+    Without the latter two they are given back as they are.
+
+    Raises:
+        ValueError: as `with_adapter_path` and `with_adapters`.
+    """
+    return with_adapters(with_adapter_path(values))
+
+
+def path_of(values: Mapping[str, Any]) -> Any:
+    """The path of a section's model as it is given: one folder. Raises UserError as `linked` does."""
+    try:
+        return linked(values).get("path")
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def with_adapter_path(values: Any) -> Any:
@@ -135,6 +159,8 @@ def _folder(adapter: str, option: str) -> Path:
     """The adapter's folder here. Raises ValueError."""
     folder = Path(os.path.expanduser(adapter))
     if folder.exists() or adapter.startswith((".", "/", "~")):
+        if not folder.exists():
+            raise ValueError(f"{option}: no such folder; if it lies elsewhere now, name that one")
         if not is_adapter(adapter):
             raise ValueError(
                 f"{option} holds no {ADAPTER_CONFIG}: expected a folder that peft's save_pretrained wrote, "

@@ -14,11 +14,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dpo_fast.errors import UserError
-from dpo_fast.models.decoder import decoder_of
+from dpo_fast.models.decoder import decoder_of, other_senses
 from dpo_fast.models.routers import routers_of
 
 LAYERS = (nn.Linear, nn.Conv1d)  # what peft's LoRA is put on
 GROUPED = ("GroupedLinear",)  # ends of names of layers with a product for each group of features
+# Layers whose weight is read in training, and which are called otherwise.
+PASSED_BY = {"Gemma3nTextAltUp": frozenset({"correction_coefs"})}
 
 
 def check_parameters(model: PreTrainedModel, names: Sequence[str], dropout: float) -> None:
@@ -97,19 +99,45 @@ def check_no_router(model: PreTrainedModel, targets: str | Sequence[str]) -> Non
 
 
 def layers_never_called(model: PreTrainedModel) -> list[str]:
-    """Names of layers inside mixers with a convolution that read their weight, and do not call them.
+    """Names of layers whose weight is read by the module that they are in, which does not call them.
 
     An adapter would be passed by: of Jamba's dt_proj always, of Mamba-2's out_proj where mamba-ssm's kernel
-    computes the whole layer in training. peft refuses this for some model types.
+    computes the whole layer in training, of LongCat's router. peft refuses this for some model types.
     """
     found = []
     for name, module in model.named_modules():
         children = dict(module.named_children())
-        if not any(isinstance(child, nn.Conv1d) for child in children.values()):
+        layers = {each for each, child in children.items() if isinstance(child, LAYERS)}
+        if not layers:
             continue
-        read = _weights_read(type(module)) & children.keys()
-        found += [f"{name}.{each}" for each in sorted(read) if isinstance(children[each], LAYERS)]
+        read, used = _weights_read(type(module))
+        # A mixer with a convolution calls a layer in one of its ways, and passes by it in another.
+        if not any(isinstance(child, nn.Conv1d) for child in children.values()):
+            read = (read - used) | PASSED_BY.get(type(module).__name__, frozenset())
+        found += [f"{name}.{each}" for each in sorted(read & layers)]
     return found
+
+
+def without_gradient(model: PreTrainedModel, images: bool = False) -> list[str]:
+    """Names of modules of the decoder that choose keys, or that texts alone do not come by.
+
+    images: whether images are trained on.
+    """
+    decoder = decoder_of(model)
+    beside = [] if images else [*other_senses(decoder), *_layers_for_images(model)]
+    dead = {id(part) for module in beside for part in module.modules()}
+    names = {id(module): name for name, module in model.named_modules()}
+    for module in decoder.modules():
+        if type(module).__name__.endswith("Indexer"):
+            dead |= {id(part) for part in module.modules()}
+    return [name for key, name in names.items() if key in dead]
+
+
+def _layers_for_images(model: PreTrainedModel) -> list[nn.Module]:
+    """Decoder layers that are passed over where there is no image: those of Llama 3.2."""
+    among = getattr(model.config.get_text_config(), "cross_attention_layers", None) or []
+    layers = getattr(decoder_of(model), "layers", None)
+    return [layer for index, layer in enumerate(layers or ()) if index in among]
 
 
 def check_called(model: PreTrainedModel, targets: str | Sequence[str]) -> None:
@@ -124,16 +152,19 @@ def check_called(model: PreTrainedModel, targets: str | Sequence[str]) -> None:
 
 
 @functools.cache
-def _weights_read(kind: type[nn.Module]) -> frozenset[str]:
-    """Parts whose weight the forward of a class takes for itself: `self.part.weight`, not its dtype."""
+def _weights_read(kind: type[nn.Module]) -> tuple[frozenset[str], frozenset[str]]:
+    """Parts whose weight the forward of a class takes for itself, and those that it takes otherwise.
+
+    `self.part.weight` is the first, but for its dtype; `self.part(x)` the second.
+    """
     code = list(dis.get_instructions(inspect.unwrap(kind.forward)))
-    steps = [each.argval for each in code]
+    steps = [each.argval for each in code] + [None, None]
     about = {"dtype", "device", "shape"}
-    return frozenset(
-        part
-        for owner, part, value, then in zip(steps, steps[1:], steps[2:], steps[3:])
-        if owner == "self" and value == "weight" and then not in about
-    )
+    read, used = set(), set()
+    for owner, part, value, then in zip(steps, steps[1:], steps[2:], steps[3:]):
+        if owner == "self" and isinstance(part, str):
+            (read if value == "weight" and then not in about else used).add(part)
+    return frozenset(read), frozenset(used)
 
 
 def _dimensions(parameter: nn.Parameter) -> int:

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from dpo_fast.errors import UserError
-from dpo_fast.models.checkpoint import HEADS, adapter_file, adapter_vocabulary, base_of
-from dpo_fast.models.lora_start import TAKEN, TRAINED
+from dpo_fast.models.checkpoint import HEADS, adapter_file, base_of
+from dpo_fast.models.lora_start import TAKEN, TRAINED, cancel_first
 
 ADAPTER = TRAINED  # the name that peft gives the trained adapter
 START = "ref"  # a frozen copy of it as it started; TRL's name
@@ -86,77 +85,10 @@ def add_untrained(scoring: nn.Module, path: str, option: str) -> None:
     from peft import get_peft_model
 
     config = check_adapter(path, option)
+    _check_rows(config, scoring.causal_lm, path, option)
     config.inference_mode = False  # as saved it says that nothing is trained
-    _start_plainly(config)
+    start_plainly(config)
     scoring.set_adapted(get_peft_model(scoring.model, config))
-
-
-def put_under(
-    scoring: nn.Module, adapters: Mapping[str, str], option: str, weights: bool = True
-) -> None:
-    """Have a model compute with the adapters of these folders as well. They are not trained.
-
-    weights: False for one on the meta device: names and shapes alone.
-
-    Raises:
-        UserError: one does not fit the model, or changes more than the layers that it is on.
-    """
-    from peft import PeftModel, get_peft_model
-
-    for name, path in adapters.items():
-        option = f"model.adapters.{name}"
-        config = _check_under(name, path, option, scoring.causal_lm)
-        _without_dropout(config)
-        _start_plainly(config)
-        model, first = scoring.model, not scoring.has_adapter
-        options = {"config": config, "autocast_adapter_dtype": False}
-        try:
-            if first and weights:
-                model = PeftModel.from_pretrained(model, path, adapter_name=name, **options)
-            elif first:
-                model = get_peft_model(model, config, adapter_name=name)
-            elif weights:
-                model.load_adapter(path, name, is_trainable=False, **options)
-            else:
-                model.add_adapter(name, config)
-        except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
-            raise UserError(
-                f"{option}={path}: the adapter cannot be under the one that is trained: "
-                f"{first_line(error)}; merge it into the base (dpo-fast export --merge) and name that"
-            ) from error
-        for key, module in model.named_modules():  # peft reads the folder's configuration again
-            if isinstance(module, nn.Dropout) and key.endswith(f".{name}"):
-                module.p = 0.0
-        if first:
-            scoring.set_adapted(model)
-        model.names_under = (*names_under(model), name)
-    if adapters and ADAPTER in scoring.model.peft_config:
-        activate(scoring.model, ADAPTER)
-    elif adapters:
-        _only_under(scoring.model)
-
-
-def _check_under(name: str, path: str, option: str, model: nn.Module) -> Any:
-    config = check_adapter(path, option)
-    parts = {part for each, _ in model.named_parameters() for part in each.split(".")}
-    if name in parts:
-        raise UserError(f"{option}: the model has parts of that name; choose another one")
-    whole = [
-        f"{key}={getattr(config, key)}"
-        for key in ("modules_to_save", "trainable_token_indices", "bias")
-        if getattr(config, key, None) not in (None, "none", [], {})
-    ]
-    start = getattr(config, "init_lora_weights", None)
-    if isinstance(start, str) and re.match("pissa|olora|corda|loftq|lora_ga", start.lower()):
-        whole.append(f"init_lora_weights={start}, on a base that is not as it came")
-    if adapter_vocabulary(path) is not None and not whole:
-        whole.append("embeddings of its own")
-    if whole:
-        raise UserError(
-            f"{option}={path} has {whole[0]}: only adapters beside layers can be active under another "
-            "one. Merge it into the base (dpo-fast export --merge), and name that as model.path"
-        )
-    return config
 
 
 def names_under(model: nn.Module) -> tuple[str, ...]:
@@ -175,7 +107,8 @@ def load_adapter(scoring: nn.Module, path: str, option: str, keep_start: bool) -
     from peft import PeftModel
 
     config = check_adapter(path, option)
-    dropout = _without_dropout(config)
+    _check_rows(config, scoring.causal_lm, path, option)
+    dropout = without_dropout(config)
     config.inference_mode = False  # as saved it says that nothing is trained
     try:
         # In the dtype of the model, as DeepSpeed makes it: the reference must round as the policy does.
@@ -191,6 +124,17 @@ def load_adapter(scoring: nn.Module, path: str, option: str, keep_start: bool) -
     if keep_start:
         keep_frozen_copy(model)
     scoring.set_adapted(model)
+
+
+def _check_rows(config: Any, model: nn.Module, path: str, option: str) -> None:
+    """Raises UserError if an adapter changes rows of embeddings that the head shares."""
+    rows = getattr(config, "trainable_token_indices", None)
+    if rows and model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+        raise UserError(
+            f"{option}={path} has trainable_token_indices={rows}: rows of embeddings whose weight the head "
+            "shares, and the head makes no logits that they could change. Set model.adapter=merge, with "
+            "model.lora for new adapters: the rows are then the base's"
+        )
 
 
 @torch.no_grad()
@@ -213,23 +157,24 @@ def keep_frozen_copy(model: nn.Module) -> str:
             "model of its own"
         )
     copied_config = copy.deepcopy(config)
-    _start_plainly(copied_config)
-    _without_dropout(copied_config)
-    model.add_adapter(START, copied_config)
+    start_plainly(copied_config)
+    without_dropout(copied_config)
+    model.add_adapter(START, copied_config, autocast_adapter_dtype=False)  # it rounds as the policy
     for _, copied, parameter in copies_of(model, active):
         copied.data.copy_(parameter.data)
         copied.requires_grad_(False)
+    cancel_first(model, START)
     activate(model, active)
     return START
 
 
-def _start_plainly(config: Any) -> None:
+def start_plainly(config: Any) -> None:
     """Have an adapter that gets other values begin as LoRA does: some starts change the base."""
     if isinstance(getattr(config, "init_lora_weights", None), str):
         config.init_lora_weights = True
 
 
-def _without_dropout(config: Any) -> dict[str, float]:
+def without_dropout(config: Any) -> dict[str, float]:
     """Turn off what peft's kinds of adapters have for dropout; gives what it was, by its names."""
     found = {name: value for name, value in vars(config).items() if "dropout" in name and value}
     vars(config).update(dict.fromkeys(found, 0.0))
@@ -261,7 +206,7 @@ def activate(model: nn.Module, name: str, trained: bool = True) -> None:
     _freeze(model, staying)
 
 
-def _only_under(model: nn.Module) -> None:
+def only_under(model: nn.Module) -> None:
     model.base_model.set_adapter(list(names_under(model)), inference_mode=True)
 
 
@@ -283,12 +228,12 @@ def as_started(model: nn.Module) -> Iterator[None]:
     if START in model.peft_config:
         activate(model, START, trained=False)
     else:
-        _only_under(model)
+        only_under(model)
     try:
         yield
     finally:
         if active in names_under(model):
-            _only_under(model)
+            only_under(model)
         else:
             activate(model, active)
 

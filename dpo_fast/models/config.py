@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,13 +12,15 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PrivateAttr,
     StrictBool,
     StrictInt,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
-from dpo_fast.models.adapter_path import with_adapter_path, with_adapters
+from dpo_fast.models.adapter_path import GIVEN, linked
 from dpo_fast.models.checkpoint import is_adapter
 from dpo_fast.models.hub import with_revision
 from dpo_fast.models.lora_section import LoraSection
@@ -56,14 +59,13 @@ class ModelSection(BaseModel):
     adapter_path: ModelPath | None = Field(
         None,
         description="an adapter (peft), a folder or a hub id, on the model in path: in place of an adapter "
-        "in path that names its base itself. A run notes the two as path, one folder in the cache",
+        "in path that names its base itself",
         json_schema_extra={"refused": "where path is an adapter; with lora, unless adapter=merge"},
     )
     adapters: dict[str, ModelPath] | None = Field(
         None,
         description="adapters (peft) that stay active and frozen under the one that is trained, {name: a "
-        "folder or a hub id}; the reference has them, too, and each is exported by its name. A run notes "
-        "them in path, a folder in the cache",
+        "folder or a hub id}; the reference has them, too, and each is exported by its name",
         json_schema_extra={"refused": "without an adapter to train; with adapter=merge"},
     )
     tokenizer: ModelPath | None = Field(
@@ -198,10 +200,26 @@ class ModelSection(BaseModel):
         """true and false are torchao's first recipe and none."""
         return {True: "tensorwise", False: None}[value] if isinstance(value, bool) else value
 
-    @model_validator(mode="before")
+    # What was given for the options of `GIVEN`, and the folder that `path` is for it.
+    _given: tuple[dict[str, Any], str] | None = PrivateAttr(None)
+
+    @model_validator(mode="wrap")
     @classmethod
-    def _fold_revision(cls, values: Any) -> Any:
-        return with_adapters(with_adapter_path(with_revision(values)))
+    def _resolve(cls, values: Any, build: Callable[[Any], ModelSection]) -> ModelSection:
+        """`path` is the folder of the cache that base and adapters are linked into."""
+        given = with_revision(values)
+        section = build(found := linked(given))
+        if found is not given:
+            section._given = {name: given.get(name) for name in GIVEN}, section.path
+        return section
+
+    @model_serializer(mode="wrap")
+    def _as_given(self, dump: Callable[[ModelSection], dict[str, Any]]) -> dict[str, Any]:
+        """What was given stands in a file: the cache may be another one, or empty, where it is read."""
+        tree = dump(self)
+        if self._given is None or tree.get("path") != self._given[1]:
+            return tree
+        return tree | {n: v for n, v in self._given[0].items() if n in tree or v is not None}
 
     @model_validator(mode="after")
     def _check(self) -> ModelSection:

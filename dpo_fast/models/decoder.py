@@ -25,6 +25,22 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
     return decoder
 
 
+def other_senses(decoder: nn.Module) -> list[nn.Module]:
+    """Parts of a decoder with a model of images or sounds inside: texts do not come by them (Phi-4)."""
+    return [
+        part
+        for part in decoder.children()
+        if any(
+            isinstance(inner, PreTrainedModel) and "text" not in _takes(inner)
+            for inner in part.modules()
+        )
+    ]
+
+
+def _takes(model: PreTrainedModel) -> str | tuple[str, ...]:
+    return getattr(model, "input_modalities", None) or "text"
+
+
 def attention_of_parts(config: PretrainedConfig, attention: str) -> str | dict[str, str]:
     """Attention of the text model, as transformers takes it; that of a vision tower stays its own.
 

@@ -20,7 +20,8 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dpo_fast.errors import UserError
-from dpo_fast.models.adapters import check_adapter, load_adapter, put_under
+from dpo_fast.models.adapters import check_adapter, load_adapter
+from dpo_fast.models.adapters_under import put_under
 from dpo_fast.models.checkpoint import (
     adapter_vocabulary,
     adapters_under,

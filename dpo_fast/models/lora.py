@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from dpo_fast.errors import UserError
 from dpo_fast.models.adapter_targets import (
@@ -17,8 +17,10 @@ from dpo_fast.models.adapter_targets import (
     frozen_beside,
     layers_never_called,
     linear_routers,
+    without_gradient,
 )
 from dpo_fast.models.adapters import ADAPTER, activate, first_line, keep_frozen_copy, why_not
+from dpo_fast.models.all_linear import Targets, all_linear, check_named
 from dpo_fast.models.checkpoint import EMBEDDINGS, HEADS
 from dpo_fast.models.decoder import decoder_of
 from dpo_fast.models.lora_section import LoraSection
@@ -38,7 +40,7 @@ def add_lora(scoring: nn.Module, section: LoraSection, keep_copy: bool = False) 
     from peft import get_peft_model
 
     model = scoring.causal_lm
-    config = _peft_config(model, section)
+    config = _peft_config(model, section, scoring.vision is not None)
     if why_not(config):
         raise UserError(
             f"model.lora.target_modules={section.target_modules}: the head cannot carry an adapter, "
@@ -46,7 +48,9 @@ def add_lora(scoring: nn.Module, section: LoraSection, keep_copy: bool = False) 
             "itself name it in model.lora.modules_to_save"
         )
     try:
-        adapted = get_peft_model(model, config)
+        # In the dtype of the model, as DeepSpeed makes them below stage 3. There it keeps what each tensor
+        # has, and trains no two dtypes; and DoRA would compare lengths in bf16 with lengths in fp32.
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
         if section.takes_from_base:
             take_from_base(adapted, section.init_lora_weights)
     except (ValueError, TypeError) as error:
@@ -62,23 +66,13 @@ def add_lora(scoring: nn.Module, section: LoraSection, keep_copy: bool = False) 
     scoring.set_adapted(adapted)
 
 
-def _peft_config(model: PreTrainedModel, section: LoraSection):
+def _peft_config(model: PreTrainedModel, section: LoraSection, images: bool):
     """peft's LoraConfig of the options. Raises UserError for names that the model lacks."""
     from peft import LoraConfig
 
-    targets, whole = section.target_modules, section.modules_to_save or []
-    parameters = section.target_parameters or []
+    whole = section.modules_to_save or []
     _check_whole(model, whole)
-    check_parameters(model, parameters, section.dropout)
-    check_no_router(model, targets)
-    check_called(model, targets)
-    _check_layers(model, section)
-    everything = targets == "all-linear"
-    silent = linear_routers(model) + layers_never_called(model) if everything else []
-    silent += [name for name in frozen_beside(model, targets) if name not in silent]
-    excluded = _excluded(model, section, silent)
-    if everything and section.layers_to_transform is not None:
-        targets = _linear_names(model)
+    named, excluded, layers = _targets(model, section, images)
     shared = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     tokens = section.trainable_token_indices
     if shared and tokens:
@@ -88,19 +82,18 @@ def _peft_config(model: PreTrainedModel, section: LoraSection):
             "whole with model.lora.modules_to_save=[embed_tokens]"
         )
     ends = {name.split(".")[-1] for name in whole} & {*HEADS, *EMBEDDINGS}
-    layers = section.layers_to_transform
     # Lists of its own: peft (0.21) writes the layer that is tied to the head into the one that it is given.
     return LoraConfig(
         r=section.r,
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        target_parameters=list(parameters) or None,
+        target_modules=named.modules if isinstance(named.modules, str) else list(named.modules),
+        target_parameters=list(named.parameters) or None,
         exclude_modules=excluded,
         layers_to_transform=list(layers) if isinstance(layers, list) else layers,
-        layers_pattern=section.layers_pattern,
-        rank_pattern=dict(section.rank_pattern),
-        alpha_pattern=dict(section.alpha_pattern),
+        layers_pattern=None if layers is None else section.layers_pattern,
+        rank_pattern=named.rank_pattern | section.rank_pattern,
+        alpha_pattern=named.alpha_pattern | section.alpha_pattern,
         use_rslora=section.use_rslora,
         use_dora=section.use_dora,
         init_lora_weights=True if section.takes_from_base else section.init_lora_weights,
@@ -110,6 +103,35 @@ def _peft_config(model: PreTrainedModel, section: LoraSection):
         ensure_weight_tying=shared and bool(ends),
         task_type="CAUSAL_LM",
     )
+
+
+def _targets(
+    model: PreTrainedModel, section: LoraSection, images: bool
+) -> tuple[Targets, list[str] | str | None, int | list[int] | None]:
+    """What gets adapters, what does not though it is named, and the layers that names are of.
+
+    Raises:
+        UserError: adapters cannot be there, or names are of nothing.
+    """
+    targets, parameters = section.target_modules, section.target_parameters or []
+    check_parameters(model, parameters, section.dropout)
+    check_no_router(model, targets)
+    check_called(model, targets)
+    _check_layers(model, section)
+    silent = frozen_beside(model, targets)
+    if targets != "all-linear":
+        check_named(model, section)
+        excluded = _excluded(model, section, silent)
+        return Targets(targets, parameters), excluded, section.layers_to_transform
+    silent += linear_routers(model) + layers_never_called(model)
+    named = all_linear(model, section, silent + without_gradient(model, images))
+    more = [each for each in parameters if not _any_ends(named.parameters, each)]
+    named = replace(named, parameters=named.parameters + more)
+    return named, _excluded(model, section, []), None
+
+
+def _any_ends(names: Iterable[str], end: str) -> bool:
+    return any(f".{name}".endswith(f".{end}") for name in names)
 
 
 def _excluded(
@@ -125,7 +147,7 @@ def _excluded(
             )
         return "|".join([f"(?:{named})", *map(re.escape, silent)])
     for each in named or []:
-        if not any(f".{name}".endswith(f".{each}") for name in names):
+        if not _any_ends(names, each):
             raise UserError(
                 f"model.lora.exclude_modules={each}: the model has no such module; leave it out"
             )
@@ -151,18 +173,11 @@ def _check_layers(model: PreTrainedModel, section: LoraSection) -> None:
         )
 
 
-def _linear_names(model: PreTrainedModel) -> list[str]:
-    """The last names of linear layers inside numbered layers of the decoder."""
-    modules = decoder_of(model).named_modules()
-    linear = (name for name, module in modules if isinstance(module, (nn.Linear, Conv1D)))
-    return sorted({name.split(".")[-1] for name in linear if re.search(r"\.\d+\.", f".{name}")})
-
-
 def _check_patterns(adapted: nn.Module, section: LoraSection) -> None:
     """Raises UserError for a pattern that means no adapter: peft passes it over."""
-    layers = [
-        name for name, module in adapted.named_modules() if ADAPTER in getattr(module, "r", {})
-    ]
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [name for name, each in adapted.named_modules() if isinstance(each, BaseTunerLayer)]
     for option in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(section, option):
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in layers):

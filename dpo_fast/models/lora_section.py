@@ -24,7 +24,8 @@ class LoraSection(BaseModel):
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapters")
     target_modules: str | list[str] = Field(
         "all-linear",
-        description="names of modules that get adapters, or all-linear (not the head)",
+        description="names of modules that get adapters, or all-linear: layers that learn from texts, not "
+        "the head",
         json_schema_extra={"refused": "the head"},
     )
     target_parameters: list[str] | None = Field(
@@ -37,7 +38,10 @@ class LoraSection(BaseModel):
         None,
         description="modules that are trained whole beside the adapters and saved with them, such as norm, "
         "embed_tokens or lm_head; embeddings and head that share a weight go on sharing it",
-        json_schema_extra={"refused": "modules that no text goes through"},
+        json_schema_extra={
+            "refused": "modules that no text goes through, or with buffers that are stored; one inside "
+            "another; with target_modules that name the same"
+        },
     )
     exclude_modules: str | list[str] | None = Field(
         None,
@@ -69,7 +73,9 @@ class LoraSection(BaseModel):
     use_dora: bool = Field(
         False,
         description="train the length of each row of a weight beside its direction (DoRA)",
-        json_schema_extra={"refused": "with target_parameters; with pissa or olora"},
+        json_schema_extra={
+            "refused": "with target_parameters, or target_modules that name experts; with pissa or olora"
+        },
     )
     init_lora_weights: StrictBool | str = Field(
         True,

@@ -3,7 +3,8 @@
 Both train s B A on the residue W - s B0 A0, where B0 A0 is the principal part of W. peft writes the residue
 over W. Here W stays, and a second adapter that is not trained subtracts s B0 A0: the same function, with
 the same gradients. With adapters off the model is the one that it was, bit for bit, also where W is
-quantised or sharded; and the export is a plain adapter of twice the rank, [B | -B0] [A ; A0].
+quantised or sharded; and the export is a plain adapter of twice the rank, [B | -B0] [A ; A0]. What the two
+add is summed before it is added to W x: in bf16 (W x + d) - d is not W x.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def take_from_base(model: nn.Module, how: str) -> None:
         copy.deepcopy(model.peft_config[TRAINED]), modules_to_save=None, lora_dropout=0.0
     )
     plain.ensure_weight_tying, plain.trainable_token_indices, plain.bias = False, None, "none"
-    model.add_adapter(TAKEN, plain)
+    model.add_adapter(TAKEN, plain, autocast_adapter_dtype=False)
+    cancel_first(model, TRAINED)
     for name, layer in model.named_modules():
         if TRAINED not in getattr(layer, "lora_A", {}):
             if TRAINED in getattr(layer, "lora_embedding_A", {}):
@@ -49,6 +51,34 @@ def take_from_base(model: nn.Module, how: str) -> None:
             inner, outer = _factors(layer, adapter)
             inner.data.copy_(first)
             outer.data.copy_(sign * second)
+
+
+def cancel_first(model: nn.Module, adapter: str) -> None:
+    """Have an adapter and `TAKEN` be summed before they are added, where both are on a layer."""
+    for layer in model.modules():
+        if {adapter, TAKEN} <= getattr(layer, "lora_A", nn.ModuleDict()).keys():
+            layer.lora_variant |= {adapter: _Difference, TAKEN: _Difference}
+
+
+class _Difference:
+    """What peft's layers call in place of their own sum (a `LoraVariant`); weights are never merged so."""
+
+    @staticmethod
+    def forward(
+        module: nn.Module, active_adapter: str, x: Tensor, result: Tensor, **_: Any
+    ) -> Tensor:
+        """x [..., in], result [..., out]: the product of the layer and of adapters before."""
+        if active_adapter == TAKEN:  # it was added with the other one
+            return result
+        added = _added(module, active_adapter, x)
+        if TAKEN in module.active_adapters:
+            added = added + _added(module, TAKEN, x)
+        return result + added
+
+
+def _added(layer: nn.Module, adapter: str, x: Tensor) -> Tensor:
+    inner, outer = layer.lora_A[adapter], layer.lora_B[adapter]
+    return outer(inner(layer.lora_dropout[adapter](x))) * layer.scaling[adapter]
 
 
 def _principal(layer: nn.Module, how: str) -> tuple[Tensor, Tensor]:

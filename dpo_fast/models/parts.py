@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from dpo_fast.errors import UserError
 from dpo_fast.models.checkpoint import adapter_vocabulary
 from dpo_fast.models.config import ModelSection
-from dpo_fast.models.decoder import decoder_of
+from dpo_fast.models.decoder import decoder_of, other_senses
 from dpo_fast.models.scoring import ScoringModel
 from dpo_fast.models.vision import Vision, multimodal_of, parts_of
 
@@ -53,8 +53,10 @@ def check_found(
 
 def reached_by_texts(model: PreTrainedModel) -> set[int]:
     """The ids of the parameters that texts alone come by: of the decoder, the head and the embeddings."""
-    parts = (decoder_of(model), model.get_output_embeddings(), model.get_input_embeddings())
-    return {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
+    decoder = decoder_of(model)
+    parts = (decoder, model.get_output_embeddings(), model.get_input_embeddings())
+    beside = {id(p) for part in other_senses(decoder) for p in part.parameters()}
+    return {id(p) for part in parts if part is not None for p in part.parameters()} - beside
 
 
 def reached_by_images(model: PreTrainedModel) -> set[int]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from dpo_fast.models.adapters import add_untrained, put_under
+from dpo_fast.models.adapters import add_untrained
+from dpo_fast.models.adapters_under import put_under
 from dpo_fast.models.checkpoint import adapters_under
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.load import load_skeleton

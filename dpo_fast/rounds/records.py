@@ -42,7 +42,8 @@ FREE = {
     *("train.save_model", "train.async_save", "train.nonfinite", "train.max_nonfinite_steps"),
     *(f"train.{name}" for name in OF_THE_HUB),
 }
-OTHERWISE = {"model.path", "reference.path", "data.train"}  # told by what they hold
+# Told by what they hold.
+OTHERWISE = {"model.path", "model.adapter_path", "model.adapters", "reference.path", "data.train"}
 
 
 def made_with(plan: Plan, step: Step) -> dict[str, Any]:

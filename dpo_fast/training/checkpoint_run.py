@@ -31,7 +31,8 @@ from dpo_fast.training.recorded import CONFIG, RUN_CONFIG, read_recorded, writte
 from dpo_fast.training.weights import identity_on_this_rank
 
 OF_EXPORT = (
-    *("model.path", "model.tokenizer", "model.dtype", "model.trust_remote_code"),
+    *("model.path", "model.adapter_path", "model.adapters", "model.tokenizer"),
+    *("model.dtype", "model.trust_remote_code"),
     *("data.chat_template", "data.cache_dir", "train.merge_lora", "train.merge_dtype"),
 )
 OF_MERGE = ("model.dtype", "model.trust_remote_code", "model.quantization")

@@ -21,7 +21,7 @@ LONGEST_NAME, LONGEST_PATH = 240, 3800
 # Keys that name files and folders.
 PATHS = {
     *("path", "old_path", "tokenizer", "chat_template", "cache_dir", "output_dir", "train", "eval"),
-    *("resume_from_checkpoint", "nvme_path"),
+    *("resume_from_checkpoint", "nvme_path", "adapter_path"),
 }
 DEEPEST = 50
 

@@ -19,6 +19,7 @@ from dpo_fast.data.verdicts import BadRows, Verdict
 from dpo_fast.durable import existing
 from dpo_fast.errors import UserError
 from dpo_fast.losses.custom import spec_of
+from dpo_fast.models.adapter_path import GIVEN, path_of
 from dpo_fast.models.checkpoint import base_of, is_adapter, trains_biases
 from dpo_fast.references.table import DEFAULT, PROVIDERS
 from dpo_fast.training import distributed
@@ -42,6 +43,8 @@ TRAIN = (
 OF_EVALUATION = (
     *("model.path", "model.revision", "model.tokenizer", "model.dtype", "model.attention"),
     *(
+        "model.adapter_path",
+        "model.adapters",
         "model.tiled_mlp",
         "model.use_liger_kernel",
         "model.torch_compile",
@@ -168,8 +171,8 @@ def _without_training(tree: dict[str, Any], world_size: int) -> dict[str, Any]:
 def _put_policy(tree: dict[str, Any], model: str) -> None:
     """Another policy for that of a run, which is compared with what the run was compared with."""
     section, reference = tree.get("model", {}), dict(tree.get("reference") or {})
-    began = section.get("path")
-    tree["model"] = section | {"path": model, "lora": None, "adapter": None}
+    began = path_of(section)
+    tree["model"] = section | dict.fromkeys((*GIVEN, "lora", "adapter")) | {"path": model}
     if not is_adapter(model):
         tree["model"]["quantization"] = None  # the base of adapters is quantised, and this is none
     spec = PROVIDERS.get(reference.get("provider"), PROVIDERS[DEFAULT])

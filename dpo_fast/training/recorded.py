@@ -19,7 +19,7 @@ from dpo_fast.training.config_file import read_tree
 CONFIG, RUN_CONFIG = "dpo_fast.yaml", "config.yaml"  # in a checkpoint; in the folder of a run
 BEGIN = "# Relative paths begin at "
 PATHS = {
-    "model": ("path", "tokenizer"),
+    "model": ("path", "tokenizer", "adapter_path"),
     "reference": ("path", "old_path", "cache_dir"),
     "data": ("train", "eval", "chat_template", "cache_dir"),
 }
@@ -53,8 +53,11 @@ def read_recorded(file: Path) -> dict[str, Any]:
         return _found(value, begin, before, run) if isinstance(value, str) else value
 
     for section, names in PATHS.items():
-        if isinstance(tree.get(section), dict):
-            tree[section] |= {name: found(tree[section].get(name)) for name in names}
+        if isinstance(own := tree.get(section), dict):
+            own |= {name: found(own.get(name)) for name in names if name in own}
+    model = tree.get("model")
+    if isinstance(model, dict) and isinstance(under := model.get("adapters"), dict):
+        model["adapters"] = {name: found(folder) for name, folder in under.items()}
     train["output_dir"] = found(output_dir) if run is None else str(run)
     return tree
 

@@ -1,5 +1,7 @@
 """Adapters on tensors of experts, and routers that cannot have any."""
 
+import re
+
 import pytest
 import torch
 
@@ -10,9 +12,11 @@ from dpo_fast.errors import UserError
 from dpo_fast.models.adapter_targets import expert_tensors, linear_routers
 from dpo_fast.models.config import LoraSection
 from dpo_fast.models.lora import add_lora
+from dpo_fast.models.parts import freeze_unreached
 from dpo_fast.models.scoring import ScoringModel, forward_arguments
 from tests.support.architectures import TREES
-from tests.support.families import tiny
+from tests.support.families import IMAGES, TEXT, family_on_meta, tiny
+from tests.support.faults import SLOW
 from tests.support.mixtures import mixture
 
 STACKS = ["experts.down_proj", "experts.gate_up_proj"]
@@ -63,6 +67,93 @@ def test_routers_that_are_linear_layers_get_none(family):
     assert not any("lora" in n and r in n for n, _ in scoring.named_modules() for r in routers)
     torch.testing.assert_close(scored(scoring), before, rtol=1e-5, atol=1e-5)
     assert scoring.routers.count == 2
+
+
+def targets(family: str, **options) -> set[str]:
+    """Names of what gets adapters in a tiny model without numbers, from the last numbered part on."""
+    scoring = ScoringModel(family_on_meta(family))
+    freeze_unreached(scoring.causal_lm)
+    add_lora(scoring, LoraSection(r=2, **options))
+    layers = (name for name, _ in scoring.named_parameters() if ".lora_A." in name)
+    return {re.sub(r".*?layers\.\d+\.", "", name.split(".lora_A.")[0]) for name in layers}
+
+
+ATTENTION = {f"self_attn.{each}_proj" for each in "qkvo"}
+LAYERS_ALONE = [{"use_dora": True}, {"dropout": 0.1}, {"init_lora_weights": "pissa"}]
+
+
+@pytest.mark.parametrize("options", LAYERS_ALONE, ids=lambda each: next(iter(each)))
+def test_options_for_layers_leave_tensors_of_experts_out(options):
+    with torch.device("meta"):
+        assert targets("mixtral") > ATTENTION  # with experts and routers, as peft has it
+        assert targets("mixtral", **options) == ATTENTION
+        if "init_lora_weights" not in options:
+            option = next(f"{n}={str(v).lower()}" for n, v in options.items())
+            with pytest.raises(
+                UserError, match=f"means .*gate_up_proj.*model.lora.{option} is for"
+            ):
+                targets("qwen3_moe", target_modules=["gate_proj", "up_proj"], **options)
+
+
+def test_what_is_trained_whole_gets_no_adapters():
+    with torch.device("meta"):
+        whole = targets("qwen3_moe", modules_to_save=["gate"])
+        assert not any(each.endswith("gate") for each in whole) and "mlp.experts" in whole
+        assert targets("mixtral", modules_to_save=["experts"]) == ATTENTION | {"mlp.gate"}
+        assert targets("llama", modules_to_save=["mlp"]) == ATTENTION
+        with pytest.raises(
+            UserError, match="modules_to_save=.*trains .*mlp.gate whole; name it in"
+        ):
+            targets("mixtral", target_modules=["q_proj", "gate"], modules_to_save=["gate"])
+        with pytest.raises(UserError, match="Cannot convert.*name both, or all-linear"):
+            targets("mixtral", target_modules=["w1"])
+        layers = targets("mixtral", layers_to_transform=[1])
+        assert layers == targets("mixtral")
+
+
+# Families, and layers that texts do not come by, or that give no gradient.
+DEAD = {
+    "deepseek_v32": "indexer",
+    "minimax_m3_vl": "indexer",
+    "longcat_flash": "router.classifier",
+    "phi4_multimodal": "embed_tokens_extend",
+    "qwen3_omni_moe_thinker": "audio_tower",
+    "gemma3n_text": "correction_coefs",
+}
+
+
+@pytest.mark.parametrize("family", DEAD)
+def test_layers_that_would_learn_nothing_get_none(family):
+    with torch.device("meta"):
+        model = family_on_meta(family)
+        assert any(DEAD[family] in name for name, _ in model.named_modules())
+        found = targets(family)
+    assert found and not any(DEAD[family] in name for name in found)
+
+
+@SLOW
+@pytest.mark.parametrize("family", [*TEXT, *IMAGES])
+def test_every_adapter_of_every_family_has_a_gradient(family):
+    """But for layers that attend to an encoder, and of DeepSeek-V4 what makes keys of longer texts."""
+    try:
+        scoring = ScoringModel(tiny(family))
+        freeze_unreached(scoring.causal_lm)
+        with torch.no_grad():
+            scored(scoring)
+    except Exception as error:  # transformers' checks, and models that cannot be scored
+        pytest.skip(str(error)[:80])
+    add_lora(scoring, LoraSection(r=2))
+    for parameter in scoring.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    scored(scoring.train()).sum().backward()
+    allowed = ("encoder_attn", "EncDecAttention", "compressor", "adapter_list", "visual_projection")
+    dead = [
+        name
+        for name, p in scoring.named_parameters()
+        if p.requires_grad and (p.grad is None or not p.grad.any())
+    ]
+    assert not [name for name in dead if not any(each in name for each in allowed)]
 
 
 def test_layers_of_groups_of_features_carry_no_adapters():

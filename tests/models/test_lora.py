@@ -169,6 +169,27 @@ def test_the_default_targets_go_with_layers(base):
     assert all(".1." in name for name in layers)
 
 
+STARTS = {
+    "plain": {},
+    "dora": {"use_dora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora, followed": {"init_lora_weights": "olora"},
+    "whole": {"modules_to_save": ["norm"], "use_dora": True},
+}
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_a_model_in_bf16_starts_as_its_reference_bit_for_bit(name):
+    """And what is trained has one dtype: DeepSpeed's stage 3 takes no two."""
+    scoring = ScoringModel(make("llama", attention="sdpa").to(torch.bfloat16))
+    before = logps(scoring)
+    add_lora(scoring, LoraSection(r=4, **STARTS[name]), keep_copy="followed" in name)
+    assert torch.equal(logps(scoring), before)
+    with scoring.as_started():
+        assert torch.equal(logps(scoring), before)
+    assert {p.dtype for p in trained_of(scoring).values()} == {torch.bfloat16}
+
+
 def refused(options: dict, base) -> str:
     with pytest.raises((UserError, ValidationError)) as error:
         adapted(base, options)

@@ -5,20 +5,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+import yaml
+from peft import LoHaConfig, LoKrConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from dpo_fast.data.batch import collate_trees
 from dpo_fast.errors import UserError
 from dpo_fast.models import load_model
 from dpo_fast.models.adapter_path import TAKEN_NAMES
-from dpo_fast.models.checkpoint import adapters_under, base_of
+from dpo_fast.models.adapters import load_adapter
+from dpo_fast.models.adapters_under import put_under
+from dpo_fast.models.checkpoint import adapters_under, base_of, is_adapter
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.identity import model_identity
 from dpo_fast.models.merge import write_merged
-from dpo_fast.models.scoring import forward_arguments
+from dpo_fast.models.scoring import ScoringModel, forward_arguments
 from dpo_fast.training.config import build_config
 from dpo_fast.training.export import gather_trained, write_export
+from dpo_fast.training.recorded import CONFIG, read_recorded, written
 from tests.support.adapters import write_adapter
 from tests.support.architectures import TREES, alone
 from tests.support.models import run_tree, write_model
@@ -165,6 +169,49 @@ def test_a_path_is_the_base_with_its_adapters(folder, tmp_path):
     assert not any(p.requires_grad for n, p in reference.named_parameters() if "lora_" in n)
     expected = alone(of_peft(folder / "model", {n: folder / n for n in ("sft", "more")}))
     torch.testing.assert_close(logps(reference), expected, rtol=0, atol=1e-5)
+
+
+def test_files_have_what_was_given(folder, tmp_path, monkeypatch):
+    """The folder of the cache is made anew where it is gone, and no path of it is in a file."""
+    monkeypatch.chdir(folder)
+    model = {"path": "model", "dtype": "fp32", "adapter_path": "sft", "adapters": {"more": "more"}}
+    tree = run_tree(folder) | {"model": model, "loss": {"type": "sigmoid"}}
+    config = build_config(tree, "tree")
+    assert is_adapter(config.model.path) and adapters_under(config.model.path)
+    (tmp_path / CONFIG).write_text(written(config))
+    kept = yaml.safe_load((tmp_path / CONFIG).read_text())["model"]
+    assert {name: kept[name] for name in model} == model
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "other"))
+    again = build_config(read_recorded(tmp_path / CONFIG), "tree").model
+    assert again.path.startswith(str(tmp_path / "other"))
+    assert model_identity(again.path) == model_identity(config.model.path)
+    here = again.model_copy(update={"path": str(folder / "sft")})
+    assert here.model_dump()["path"] == str(folder / "sft")
+    assert here.model_dump()["adapter_path"] is None
+    lost = read_recorded(tmp_path / CONFIG)
+    lost["model"]["adapters"]["more"] = str(tmp_path / "nowhere")
+    with pytest.raises(
+        UserError, match="model.adapters.more=.*nowhere: no such folder; if it lies"
+    ):
+        build_config(lost, "tree")
+
+
+@pytest.mark.parametrize("kind", [LoHaConfig, LoKrConfig])
+def test_kinds_that_drop_by_numbers_drop_nothing(folder, kind, tmp_path):
+    options = {"r": 2, "target_modules": ["q_proj"], "rank_dropout": 0.5, "module_dropout": 0.5}
+    for index, name in enumerate(("under", "trained")):
+        torch.manual_seed(index)
+        base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+        made = get_peft_model(base, kind(**options, init_weights=False, task_type="CAUSAL_LM"))
+        made.save_pretrained(tmp_path / name)
+    scoring = ScoringModel(
+        AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    )
+    load_adapter(scoring, str(tmp_path / "trained"), "model.path", keep_start=False)
+    put_under(scoring, {"under": str(tmp_path / "under")}, "model.path")
+    with torch.no_grad():
+        assert torch.equal(logps(scoring.train()), logps(scoring.eval()))
 
 
 def test_what_cannot_be_under_another_is_refused_by_name(folder, tmp_path):

@@ -8,15 +8,20 @@ import torch
 
 pytest.importorskip("deepspeed")
 
+import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from dpo_fast.data.batch import collate_trees
+from dpo_fast.models import load_model
+from dpo_fast.models.config import ModelSection
+from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.training.checkpoint_run import export_checkpoint
 from dpo_fast.training.config import build_config
 from dpo_fast.training.zero import choose_stage
 from tests.support import ranks
 from tests.support.adapters import write_adapter
-from tests.support.architectures import alone
+from tests.support.architectures import TREES, alone
 from tests.support.metrics import series
 from tests.support.models import changed, run_tree, write_model, write_pairs
 
@@ -30,6 +35,11 @@ CASES = {
     "ema, pissa": ({"init_lora_weights": "pissa"}, EMA),
     "ema, dora, whole": ({"use_dora": True, "modules_to_save": ["embed_tokens"]}, EMA),
 }
+
+
+# What starts off its reference where two of its tensors round otherwise; None: an adapter goes on.
+BF16 = {"dora": {"use_dora": True}, "whole": {"modules_to_save": ["norm"]}, "sft": None}
+BF16 |= {"pissa": {"init_lora_weights": "pissa"}}
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +70,17 @@ def runs(request, folder):
     sft = tree_of(folder, root / "ema, sft", stage, None, **EMA)
     sft["model"]["path"] = str(folder / "sft")
     trees["ema, sft"] = sft
+    under = {"adapters": {"sft": str(folder / "sft")}}
+    trees["under"] = tree_of(folder, root / "under", stage, {}, model=under, **OFF)
+    trees["under, cached"] = tree_of(folder, root / "under, cached", stage, {}, model=under)
+    for name, options in BF16.items():
+        tree = tree_of(folder, root / f"bf16, {name}", stage, options, **OFF)
+        tree["model"] |= {"dtype": "bf16"} | ({"path": str(folder / "sft")} if not options else {})
+        tree["train"] |= {"max_steps": 1, "save_steps": 1000}
+        trees[f"bf16, {name}"] = tree
     ranks.train(list(trees.values()), count)
     resumed = []
-    for name in ("pissa", "ema, pissa"):
+    for name in ("pissa", "ema, pissa", "under"):
         tree = changed(trees[name], root / f"{name}, resumed")
         tree["train"]["resume_from_checkpoint"] = str(root / name / "checkpoint-2")
         resumed.append(tree)
@@ -114,10 +132,38 @@ def test_a_reference_that_follows_adapters_moves(runs):
 
 @pytest.mark.processes
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["pissa", "ema, pissa"])
+@pytest.mark.parametrize("name", ["pissa", "ema, pissa", "under"])
 def test_a_resumed_run_is_the_same_bit_for_bit(runs, name):
     whole, resumed = series(runs / name), series(runs / f"{name}, resumed")
     assert resumed == {step: whole[step] for step in (3, 4)}
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_adapters_under_the_trained_one_train_alike_everywhere(folder, runs):
+    """Stored references and those of the policy with its own adapter off, on one rank and on two."""
+    curve = series(runs / "under")
+    assert curve[1] == pytest.approx(math.log(2), abs=1e-6) and curve[2] < 0.692
+    assert curve == pytest.approx(series(runs / "under, cached"), abs=1e-5)
+    final = ModelSection(path=str(runs / "under" / "final"), dtype="fp32")
+    noted = yaml.safe_load((runs / "under" / "config.yaml").read_text())["model"]
+    assert noted["path"] == str(folder / "model")
+    assert noted["adapters"] == {"sft": str(folder / "sft")}
+    with torch.no_grad():
+        ends = [
+            load_model(each, attention="sdpa")(**forward_arguments(collate_trees(TREES, "padded")))
+            for each in (final, final.model_copy(update={"path": str(folder / "sft")}))
+        ]
+    assert (ends[0]["logp"] - ends[1]["logp"]).abs().max() > 1e-3
+    if runs.name == "runs-2":
+        assert curve == pytest.approx(series(folder / "runs-1" / "under"), abs=1e-5)
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BF16)
+def test_runs_in_bf16_start_as_their_reference(runs, name):
+    assert series(runs / f"bf16, {name}")[1] == pytest.approx(math.log(2), abs=1e-6)
 
 
 @pytest.mark.processes
