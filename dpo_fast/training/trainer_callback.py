@@ -15,8 +15,10 @@ from dpo_fast.errors import UserError
 from dpo_fast.training.callbacks import Callback, Control, RunState
 from dpo_fast.training.config import RunConfig
 
-NEVER = ("on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_optimizer_step")
-NEVER += ("on_prediction_step",)
+NEVER = (
+    *("on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_optimizer_step"),
+    "on_prediction_step",
+)
 SHOWN = ("ProgressCallback", "PrinterCallback", "NotebookProgressCallback", "DefaultFlowCallback")
 
 
