@@ -204,6 +204,7 @@ TESTED_THROUGH = {
     "migration.sizes": "migration/test_peers.py",
     "training.loggers": "training/test_loop.py",
     "training.log_section": "training/test_loggers.py",
+    "training.own_sampler": "api/test_own.py",
     "training.run_log": "support/workers/jobs.py",
 }
 

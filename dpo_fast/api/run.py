@@ -31,14 +31,20 @@ if TYPE_CHECKING:
     import pandas
     from datasets import Dataset
     from peft import LoraConfig, PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+    from transformers import (
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        ProcessorMixin,
+        TrainerCallback,
+    )
 
     from dpo_fast.data.own_order import Rows as RowsToOrder
     from dpo_fast.training.callbacks import Callback
 
-    Callbacks: TypeAlias = (
-        Callback | type[Callback] | str | Sequence[Callback | type[Callback] | str | dict]
+    OneCallback: TypeAlias = (
+        Callback | TrainerCallback | type[Callback] | type[TrainerCallback] | str
     )
+    Callbacks: TypeAlias = OneCallback | Sequence[OneCallback | dict[str, dict[str, Any]]]
     Sampler: TypeAlias = Callable[[RowsToOrder, int], Iterable[int]] | Iterable[int] | str
     Model: TypeAlias = str | os.PathLike | PreTrainedModel | PeftModel
     Rows: TypeAlias = str | os.PathLike | list | Dataset | pandas.DataFrame
@@ -86,7 +92,8 @@ class PreferenceRun:
     processing_class: a tokenizer or processor, or where one lies; default: the model's.
     ref_model: the reference, if it is not the model as it starts.
     peft_config: peft's LoraConfig; adapters are trained then.
-    callbacks: objects or classes of `Callback`, or what train.callbacks takes, in place of those of config.
+    callbacks: objects or classes of `Callback` or of transformers' TrainerCallback, or what train.callbacks
+        takes; in place of those of config.
     sampler: orders the examples of every epoch: a function of rows and epoch, a sampler of torch, or a
         name (`data/own_order.py`).
     options: sections, as in `train={"max_steps": 9}`; dotted keys; or keys that one section alone has.

@@ -82,7 +82,7 @@ class OwnOrder:
         return self._latest[1]
 
     def __call__(self, epoch: int) -> np.ndarray:
-        """Places in the data in the order of an epoch, int64 [E]. Raises UserError."""
+        """Places in the data in the order of an epoch, int64. Raises UserError."""
         if epoch and 0 not in self._seen:
             self(0)  # which says how long an epoch is
         order = self._checked(self._given(epoch), epoch)
@@ -122,7 +122,7 @@ class OwnOrder:
             raise UserError(f"{self._where}, epoch {epoch}: {told(error)}") from error
 
     def _checked(self, found: Any, epoch: int) -> np.ndarray:
-        """int64 [E]. Raises UserError for what are no places of the data."""
+        """int64. Raises UserError for what are no places of the data."""
         where, size = f"{self._where} for epoch {epoch}", len(self.rows)
         try:
             order = np.asarray(found)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
 EVENTS = ("on_train_begin", "on_step_end", "on_log", "on_evaluate", "on_save", "on_train_end")
 
@@ -29,6 +30,7 @@ class RunState:
     checkpoint: the newest that this process has saved or gone on from; None before the first.
     final: folder of the trained model, in `on_train_end`; None before.
     model: the model of transformers that is trained. Under ZeRO-3 a rank holds parts of its parameters.
+    tokenizer: the tokenizer of the run.
     """
 
     step: int
@@ -41,6 +43,7 @@ class RunState:
     checkpoint: Path | None
     final: Path | None
     model: nn.Module = field(repr=False)
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
     rank: int = 0
     world_size: int = 1
 

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback
+
 from dpo_fast.errors import UserError
 from dpo_fast.losses.custom import loaded, told
 from dpo_fast.training import distributed
@@ -18,6 +20,7 @@ from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import say
 from dpo_fast.training.own_code import CALLBACKS, find
 from dpo_fast.training.prepare import Run
+from dpo_fast.training.trainer_callback import OfTransformers, check_callback
 
 OPTION = "train.callbacks"
 RESUME = "train.resume_from_checkpoint"
@@ -35,20 +38,24 @@ def open_callbacks(config: RunConfig) -> dict[str, Callback]:
         name, options = (entry, {}) if isinstance(entry, str) else next(iter(entry.items()))
         if name in found:
             raise UserError(f"{OPTION} names {name} twice; name it once")
-        found[name] = _made(name, options)
+        found[name] = _made(name, options, config)
     return found
 
 
-def _made(name: str, options: Mapping[str, Any]) -> Callback:
+def _made(name: str, options: Mapping[str, Any], config: RunConfig) -> Callback:
     where, found = f"{OPTION}={name}", find(name, OPTION, CALLBACKS)
     if isinstance(found, type):
         kind = found
         found = loaded(where, lambda: kind(**options))
     elif options:
         raise UserError(f"{where} is an object that is made already: it takes no options")
+    if isinstance(found, TrainerCallback):
+        check_callback(found, where)
+        return OfTransformers(found, config)
     if not isinstance(found, Callback):
         raise UserError(
-            f"{where} is a {type(found).__name__}: expected a subclass of dpo_fast.Callback"
+            f"{where} is a {type(found).__name__}: expected a subclass of dpo_fast.Callback, or "
+            "of transformers' TrainerCallback"
         )
     for own in dir(found):
         if own.startswith("on_") and own not in EVENTS and callable(getattr(found, own)):
@@ -80,6 +87,7 @@ class Calls:
             checkpoint=None,
             final=None,
             model=run.model.causal_lm,
+            tokenizer=run.tokenizer,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
         )

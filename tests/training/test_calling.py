@@ -86,7 +86,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("callbacks")
     write_model(folder / "model")
     write_pairs(folder / "pairs.jsonl", 20)
-    (folder / "mine.py").write_text(SOURCE)
+    (folder / "told_callbacks.py").write_text(SOURCE)
     return folder
 
 
@@ -218,7 +218,7 @@ class NoCallback:
 @pytest.mark.parametrize(
     "callbacks, message",
     [
-        (["{file}:Gone"], "train.callbacks=.*mine.py:Gone: .*mine.py has no Gone; it has .*Told"),
+        (["{file}:Gone"], "callbacks.py:Gone: .*told_callbacks.py has no Gone; it has .*Told"),
         (["nobody"], "train.callbacks=nobody: no plugin has this name.*FILE.py:NAME"),
         (["thiers"], "did you mean theirs?"),
         (["misspelt"], "train.callbacks=misspelt has on_step_ends.*did you mean on_step_end?"),
@@ -226,23 +226,26 @@ class NoCallback:
             ["other"],
             "train.callbacks=other is a NoCallback: expected a subclass of dpo_fast.Callback",
         ),
-        ([{"{file}:Told": {"stp": 3}}], r"mine.py:Told cannot be loaded: .*TypeError.*'stp'"),
+        (
+            [{"{file}:Told": {"stp": 3}}],
+            r"told_callbacks.py:Told cannot be loaded: .*TypeError.*'stp'",
+        ),
         ([{"made": {"a": 1}}], "train.callbacks=made is an object that is made already"),
-        (["{file}:Told", "{file}:Told"], "names .*mine.py:Told twice"),
+        (["{file}:Told", "{file}:Told"], "names .*told_callbacks.py:Told twice"),
         ([{"a": {}, "b": {}}], "expected one name with its options"),
     ],
 )
 def test_what_is_no_callback_is_refused(folder, monkeypatch, callbacks, message):
-    plugin = EntryPoint("theirs", "mine:Told", own_code.CALLBACKS)
+    plugin = EntryPoint("theirs", "told_callbacks:Told", own_code.CALLBACKS)
     monkeypatch.setattr(own_code, "entry_points", lambda group: [plugin])
-    text = json.dumps(callbacks).replace("{file}", str(folder / "mine.py"))
+    text = json.dumps(callbacks).replace("{file}", str(folder / "told_callbacks.py"))
     objects = {"misspelt": Misspelt(), "other": NoCallback(), "made": Recorder()}
     with given(objects), pytest.raises(UserError, match=message):
         open_callbacks(build_config(tree(folder, "refused", json.loads(text)), "case"))
 
 
 def test_a_plugin_brings_callbacks_by_its_entry_points(folder, monkeypatch):
-    plugin = EntryPoint("theirs", "mine:Told", own_code.CALLBACKS)
+    plugin = EntryPoint("theirs", "told_callbacks:Told", own_code.CALLBACKS)
     monkeypatch.setattr(
         own_code, "entry_points", lambda group: [plugin] if group == own_code.CALLBACKS else []
     )
@@ -255,7 +258,7 @@ def test_a_plugin_brings_callbacks_by_its_entry_points(folder, monkeypatch):
 
 @pytest.mark.processes
 def test_two_ranks_see_the_same_and_one_that_asks_or_fails_is_enough(folder):
-    name = str(folder / "mine.py:Told")
+    name = str(folder / "told_callbacks.py:Told")
     base = changed(tree(folder, "two"), folder / "two", train={"micro_batch_size": 2})
     base["train"]["callbacks"] = [{name: {"stop": 3}}]
     ranks.train([base], ranks=2)
