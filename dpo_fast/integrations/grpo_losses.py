@@ -88,11 +88,6 @@ class GrpoOptions:
                 f"beta={self.beta} weighs the divergence from a reference, and use_ref_model=False has "
                 "none: set beta=0.0, or use_ref_model=True"
             )
-        if self.use_bias_correction_kl and not self.compares:
-            raise ValueError(
-                "use_bias_correction_kl=True corrects the divergence from a reference, which "
-                f"beta={self.beta} and use_ref_model={self.use_ref_model} leave out: set it to False"
-            )
 
     @property
     def compares(self) -> bool:

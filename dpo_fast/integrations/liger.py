@@ -1,4 +1,4 @@
-"""The interface of liger-kernel 0.8.5's fused linear preference losses, with ours behind it:
+"""The interface of liger-kernel 0.8.5's fused linear losses, with ours behind it:
 
     from dpo_fast.integrations.liger import LigerFusedLinearDPOLoss
 
@@ -9,8 +9,8 @@ rounding. What differs:
 - Options that Liger ignores are honoured, or an error. label_smoothing with loss_type="sigmoid" is cDPO;
   with a loss that has none, such as "hinge", it is a ValueError. A reference must be given exactly if
   use_ref_model asks for one.
-- `chunk_size` and `compiled` change nothing here. `implementation` and `workspace_bytes` are ours, as in
-  `dpo_fast.linear_logp`.
+- `compiled` changes nothing, nor does `chunk_size` in losses of preferences. `implementation` and
+  `workspace_bytes` are ours, as in `dpo_fast.linear_logp`.
 - Attributes have Liger's names. What is set later is checked by the next call, as in the constructor.
 - kl of KTO may be one number, or one for each sequence.
 """
@@ -21,18 +21,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpo_fast.integrations.liger_distillation import (
+    LigerFusedLinearCosineSimilarityLoss,
+    LigerFusedLinearJSDLoss,
+)
 from dpo_fast.integrations.liger_grpo import LigerFusedLinearGRPOLoss
-from dpo_fast.integrations.liger_loss import LigerLoss, LigerPairLoss, Settings, mean_logit
-from dpo_fast.losses import LOSSES, Objective, SequenceLogps
+from dpo_fast.integrations.liger_kto import LigerFusedLinearKTOLoss
+from dpo_fast.integrations.liger_loss import LigerPairLoss, Settings
+from dpo_fast.losses import LOSSES, Objective
 from dpo_fast.losses.reference_free import log_odds
-from dpo_fast.modules.losses import check_desirable
 from dpo_fast.modules.objective import setting
-from dpo_fast.ops.linear_logp.dtensor import plain_weight
 
 __all__ = [
     "LigerFusedLinearCPOLoss",
+    "LigerFusedLinearCosineSimilarityLoss",
     "LigerFusedLinearDPOLoss",
     "LigerFusedLinearGRPOLoss",
+    "LigerFusedLinearJSDLoss",
     "LigerFusedLinearKTOLoss",
     "LigerFusedLinearORPOLoss",
     "LigerFusedLinearSimPOLoss",
@@ -230,75 +235,3 @@ class LigerFusedLinearSimPOLoss(LigerPairLoss):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """As `LigerFusedLinearDPOLoss`, without a reference."""
         return self.pair_loss(lin_weight, _input, target, bias)[:2]
-
-
-class LigerFusedLinearKTOLoss(LigerLoss):
-    """KTO: completions that are desirable or undesirable by themselves, in any order."""
-
-    def __init__(
-        self,
-        ignore_index: int = -100,
-        beta: float = 0.1,
-        compiled: bool = True,
-        use_ref_model: bool = False,
-        average_log_prob: bool = False,
-        chunk_size: int = 1,
-        *,
-        implementation: str = "auto",
-        workspace_bytes: int | None = None,
-    ) -> None:
-        super().__init__(
-            "kto",
-            {"beta": beta},
-            Settings(
-                ignore_index,
-                average_log_prob,
-                compiled,
-                chunk_size,
-                implementation,
-                workspace_bytes,
-            ),
-        )
-        self.use_ref_model = use_ref_model
-
-    def forward(
-        self,
-        _input: Tensor,
-        lin_weight: Tensor,
-        target: Tensor,
-        bias: Tensor | None = None,
-        preference_labels: Tensor | None = None,
-        ref_input: Tensor | None = None,
-        ref_weight: Tensor | None = None,
-        ref_bias: Tensor | None = None,
-        kl: Tensor | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Loss, and (chosen_logps_sum, rejected_logps_sum, chosen_logits_sum, rejected_logits_sum,
-        chosen_rewards_sum, rejected_rewards_sum), [] each, detached.
-
-        Args:
-            _input, lin_weight, target, bias and the reference's: as for `LigerFusedLinearDPOLoss`.
-            preference_labels: bool [S], true for desirable completions.
-            kl: of the policy from the reference, one number or [S]; None is 0.
-        """
-        desirable_S = preference_labels
-        if desirable_S is None:
-            raise ValueError("preference_labels=None; expected a bool for each sequence")
-        check_desirable(desirable_S, len(target), "preference_labels")
-        if kl is not None and kl.numel() != 1 and kl.shape != desirable_S.shape:
-            raise ValueError(f"kl is {tuple(kl.shape)}; expected one number, or ({len(target)},)")
-        reference_S = self.reference(target, ref_input, ref_weight, ref_bias)
-        lin_weight, bias = (plain_weight(x, _input) for x in (lin_weight, bias))
-        scored = self.score(_input, lin_weight, target, bias)
-        logps = SequenceLogps(scored.logps_S, scored.lengths_S, desirable_S, reference_S, kl)
-        rewards_S = self.beta * logps.ratio.detach()
-        sums = [
-            torch.where(mask_S, values_S, 0).sum()
-            for values_S in (logps.logps.detach(), rewards_S)
-            for mask_S in (desirable_S, ~desirable_S)
-        ]
-        logits = [
-            mean_logit(_input[mask_S], lin_weight, bias, total=True)
-            for mask_S in (desirable_S, ~desirable_S)
-        ]
-        return self.losses(logps).mean(), (*sums[:2], *logits, *sums[2:])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -25,16 +26,21 @@ from dpo_fast.integrations.saving import WholeFolders
 from dpo_fast.integrations.trl_forward import add_linear_logp
 from dpo_fast.integrations.trl_losses import our_loss, share_losses
 
-WRITTEN_FOR = "1.16"
+WRITTEN_FOR = ("1.15", "1.16")  # the oldest and the newest
 HEAD = "add_fused_lm_head"
 
 
 def check_version(version: str) -> None:
     """Raises UnavailableError for another TRL: its trainers may ask other things of their model."""
-    if not version.startswith(f"{WRITTEN_FOR}."):
+    found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    oldest, newest = (tuple(map(int, known.split("."))) for known in WRITTEN_FOR)
+    if not oldest <= found <= newest:
+        major, minor = newest
         raise UnavailableError(
             f"trl {version} is installed, and dpo_fast.integrations.trl is written for trl "
-            f"{WRITTEN_FOR}: pip install 'trl=={WRITTEN_FOR}.*'"
+            f"{WRITTEN_FOR[0]} to {WRITTEN_FOR[1]}: pip install "
+            f"'trl>={WRITTEN_FOR[0]},<{major}.{minor + 1}'. Trainers of TRL up to 1.12 take the classes of "
+            "dpo_fast.integrations.liger (docs/DROPINS.md)"
         )
 
 

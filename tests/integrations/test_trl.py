@@ -460,7 +460,12 @@ def test_a_head_that_peft_changes_is_refused(option, place, tmp_path):
     assert trl.trainer.dpo_trainer.add_fused_lm_head is trl.trainer.utils.add_fused_lm_head
 
 
-def test_another_trl_is_refused():
-    with pytest.raises(UnavailableError, match="trl 1.17.2"):
-        fast.check_version("1.17.2")
-    fast.check_version("1.16.9")
+@pytest.mark.parametrize("version", ["1.17.2", "1.14.2", "2.0.0.dev0", "0.29.1"])
+def test_another_trl_is_refused(version):
+    with pytest.raises(UnavailableError, match=f"trl {version}.*'trl>=1.15,<1.17'"):
+        fast.check_version(version)
+
+
+@pytest.mark.parametrize("version", ["1.15.0", "1.16.0", "1.16.9", "1.16.0.dev0"])
+def test_this_trl_is_taken(version):
+    fast.check_version(version)

@@ -261,14 +261,45 @@ def of_liger(name: str, model: Head, rank: int) -> torch.Tensor:
     return loss(*both, target, model.head.bias, **more)[0]
 
 
+def of_liger_grpo(model: Head, rank: int, longer: int = 0, **counts) -> torch.Tensor:
+    """longer: tokens that are scored beside those of the batch."""
+    x, target, states = data_of(rank)
+    target[1, 3 : 3 + longer] = 0
+    weight, bias = model.head.weight, model.head.bias
+    gains = torch.tensor([1.0, -0.5, 0.3, -0.8]) + rank
+    return liger.LigerFusedLinearGRPOLoss()(
+        model(x),
+        weight,
+        target.clamp(min=0),
+        target != -100,
+        gains,
+        bias,
+        ref_input=states,
+        ref_weight=weight,
+        ref_bias=bias,
+        **counts,
+    )[0]
+
+
+def counts_of_ranks() -> None:
+    """Ranks that score unequal numbers of tokens divide by their mean, however they get to know it."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    model, scored = Head(), (data_of(rank)[1] != -100).sum().item()
+    items = ranks * scored + sum(range(ranks))
+    told = of_liger_grpo(model, rank, rank, num_items_in_batch=items)
+    torch.testing.assert_close(of_liger_grpo(model, rank, rank), told)
+
+
 def passed_weights() -> None:
     """Each loss takes the DTensors of FSDP2, over one dimension and over two, and gives them gradients."""
     names = ("DPO", "ORPO", "CPO", "SimPO", "KTO")
     losses = [plain, fused, with_head, *(functools.partial(of_liger, name) for name in names)]
+    losses.append(of_liger_grpo)
     count = dist.get_world_size()
     meshes = [None, init_device_mesh("cpu", (count, 1), mesh_dim_names=("replicate", "shard"))]
     for loss, mesh in [*itertools.product(losses, meshes[:1]), (fused, meshes[1])]:
         _passed(loss, mesh)
+    counts_of_ranks()
     _passed(fused, None, steps=2)
     _passed(fused, None, dtype=torch.bfloat16)
     for reshard in (True, False):
