@@ -84,7 +84,7 @@ def _step(
             ],
             lambda item, result: lines.add(step.name, item, result),
             folder=folder,
-            processes=step.processes,
+            processes=1 if rehearse else step.processes,
             seconds=step.seconds,
             deadline=deadline,
             rehearse=rehearse,

@@ -90,6 +90,6 @@ def _tell(draft, out: Path) -> None:
         counts[fate.what] = counts.get(fate.what, 0) + 1
     told = ", ".join(f"{number} {what}" for what, number in counts.items())
     typer.echo(f"{out}: {len(draft.keys)} keys, made of {len(draft.given)} options ({told})")
-    typer.echo(
-        f"Look at the data with `dpo-fast data {out}`, then `dpo-fast train {out} --dry-run`."
-    )
+    data = f"Look at the data with `dpo-fast data {out}`, then `dpo-fast train {out} --dry-run`."
+    rounds = f"Look at the rounds with `dpo-fast iterate {out} --dry-run`."
+    typer.echo(rounds if draft.rounds else data)

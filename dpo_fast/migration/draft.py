@@ -12,6 +12,7 @@ from pydantic_core import PydanticUndefined
 
 from dpo_fast.errors import UserError
 from dpo_fast.migration.option import Lost, Option, Table, plain
+from dpo_fast.rounds.config import RoundsConfig
 from dpo_fast.training.config import RunConfig
 from dpo_fast.wording import quoted
 
@@ -44,6 +45,7 @@ class Draft:
     options: all that it has.
     given: those of the file, by name. place: the file, for messages.
     ranks: processes that it is started with; None where nothing says so.
+    rounds: whether the configuration is one of rounds (`dpo-fast iterate`).
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Draft:
         self.trainer, self.options, self.place, self.ranks = trainer, options, place, ranks
         self.given = {name: plain(value) for name, value in given.items()}
         self.keys: dict[str, Entry] = {}
+        self.rounds = False
         self.notes: list[str] = []
         self._fates: dict[str, Fate] = {}
         self._went: dict[str, list[str]] = {}  # options, and the keys that follow from them
@@ -90,6 +93,13 @@ class Draft:
     def options_of(self, key: str) -> list[str]:
         """The options that are given, and that a key follows from alone."""
         return [name for name in self.given if self._went.get(name) == [key]]
+
+    def moved(self, key: str, other: str) -> list[str]:
+        """Say that what led to a key leads to another; returns the options."""
+        names = [name for name, keys in self._went.items() if key in keys]
+        for name in names:
+            self._went[name] = [other if each == key else each for each in self._went[name]]
+        return names
 
     def went(self, name: str, key: str) -> None:
         """Say that an option led to a key, beside others that say more of it."""
@@ -192,7 +202,7 @@ def wants_text(key: str) -> bool:
 
 def place(key: str) -> tuple[bool, list[int]]:
     """Where one of our keys stands in its section; sections within a section come last."""
-    model: Any = RunConfig
+    model = _root(key)
     indices = []
     for name in key.split("."):
         indices.append(list(model.model_fields).index(name))
@@ -202,10 +212,15 @@ def place(key: str) -> tuple[bool, list[int]]:
 
 def _field(key: str) -> Any:
     *sections, last = key.split(".")
-    model: Any = RunConfig
+    model = _root(key)
     for name in sections:
         model = _section(model.model_fields[name].annotation)
     return model.model_fields[last]
+
+
+def _root(key: str) -> Any:
+    """The configuration that a key stands in: that of a run, or of rounds."""
+    return RunConfig if key.split(".")[0] in RunConfig.model_fields else RoundsConfig
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:

@@ -14,7 +14,9 @@ from dpo_fast.migration.draft import LOST, Draft
 from dpo_fast.migration.files import beside, read_mapping, read_text
 from dpo_fast.migration.option import Table
 from dpo_fast.migration.shell import Command, is_command, read_command
-from dpo_fast.training.config import build_config
+from dpo_fast.rounds.config import RoundsConfig
+from dpo_fast.rounds.plan import Plan
+from dpo_fast.training.config import build, build_config
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,11 @@ IMPORTERS = {
         trl.TABLES,
         trl.trainer_of,
         trl.finish,
-        (r"\btrl (?=\w+)", r"\b\w*(?:dpo|kto|cpo|orpo)\w*\.py\b", r"-m [\w.]*(?:dpo|kto)\b"),
+        (
+            r"\btrl (?=\w+)",
+            r"\b\w*(?:dpo|kto|cpo|orpo|grpo)\w*\.py\b",
+            r"-m [\w.]*(?:dpo|kto|grpo)\b",
+        ),
         "config",
     ),
     "llamafactory": Importer(
@@ -142,7 +148,10 @@ def _take_out(draft: Draft, keys: tuple[str, ...], why: str) -> None:
 def check(draft: Draft) -> str | None:
     """Why our configuration would be refused; None if it would not."""
     try:
-        build_config(draft.tree(), "the configuration")
+        if draft.rounds:
+            Plan(build(RoundsConfig, draft.tree(), "the configuration"), "the configuration")
+        else:
+            build_config(draft.tree(), "the configuration")
     except UserError as error:
         return str(error)
     return None

@@ -10,12 +10,10 @@ from dpo_fast.migration.losses import put_losses, put_option
 from dpo_fast.migration.option import Lost, flag, listed
 from dpo_fast.migration.sizes import put_lengths, put_lora, put_quantised
 from dpo_fast.migration.trl_data import put_data
+from dpo_fast.migration.trl_grpo import finish_grpo, put_prompts
 from dpo_fast.migration.trl_options import TABLES, attention
 
 ELSEWHERE = {
-    "grpo": "TRL's GRPOTrainer samples while it trains. Here a run trains on stored groups, "
-    "and rounds sample "
-    "between runs: begin with `dpo-fast init --recipe grpo`, docs/ROUNDS.md and docs/FROM_TRL.md",
     "reward": "reward models are not trained here; dpo-fast judge scores with one (docs/ROUNDS.md)",
     "sft": "for SFT begin with `dpo-fast init --recipe sft`",
 }
@@ -67,7 +65,7 @@ def finish(draft: Draft, trainer: str) -> None:
         raise UserError(f"{draft.place} names no model: add model_name_or_path")
     if flag(draft["dataset_streaming"]) or flag(draft["streaming"]):
         draft.put("data.streaming", True, "dataset_streaming", "streaming")
-    put_data(draft)
+    put_prompts(draft) if trainer == "grpo" else put_data(draft)
     finish_training(draft)
     _model(draft)
     _lora(draft)
@@ -76,6 +74,9 @@ def finish(draft: Draft, trainer: str) -> None:
             kind = ("bnb_4bit_quant_type", str(draft["bnb_4bit_quant_type"]))
             double = ("use_bnb_nested_quant", flag(draft["use_bnb_nested_quant"]))
             put_quantised(draft, bits, kind, double, f"load_in_{bits}bit")
+    if trainer == "grpo":
+        finish_grpo(draft)
+        return
     _lengths(draft)
     {"dpo": _dpo, "kto": _kto, "cpo": _cpo, "orpo": _orpo}[trainer](draft)
     if trainer in ("dpo", "kto"):

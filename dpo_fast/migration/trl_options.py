@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dpo_fast.migration.arguments_table import TRAINING
 from dpo_fast.migration.option import Lost, Option, flag, joint, lost, needless, older, same, table
+from dpo_fast.migration.trl_grpo_options import GRPO
 
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
@@ -39,6 +40,8 @@ SHARED = [
     ),
     same("trust_remote_code", False, "model.trust_remote_code", convert=flag),
     *lost("no dropout runs in training but that of adapters", disable_dropout=True),
+]
+ROWS = [
     same("dataset_num_proc", None, "data.workers", convert=_workers),
     joint("max_length", 1024, "data.max_length, data.max_prompt_length"),
 ]
@@ -195,10 +198,12 @@ ORPO = [
     *lost("held-out prompts are answered by the section generate", generate_during_eval=False),
     *lost("models are decoders", is_encoder_decoder=None),
 ]
-ALL = (TRAINING, SHARED, MODEL, SCRIPT, HANDBOOK, PROMPTS)
+COMMON = (TRAINING, SHARED, MODEL, SCRIPT)
+ALL = (*COMMON, ROWS, HANDBOOK, PROMPTS)
 TABLES = {
     "dpo": table(*ALL, REFERENCE, PADDING, ACTIVATIONS, ROUTERS, DPO),
     "kto": table(*ALL, REFERENCE, PADDING, ACTIVATIONS, ROUTERS, KTO),
     "cpo": table(*ALL, CPO),
     "orpo": table(*ALL, ORPO),
+    "grpo": table(*COMMON, PADDING, ROUTERS, GRPO),
 }

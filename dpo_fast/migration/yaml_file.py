@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from dpo_fast.migration.draft import LOST, Draft, Entry, place
+from dpo_fast.rounds.config import RoundsConfig
 from dpo_fast.training.config_file import SECTIONS
 from dpo_fast.wording import printable, quoted
 
@@ -18,9 +19,11 @@ WIDTH = 100
 def text_of(draft: Draft, out: str) -> str:
     """The file. out: its name, for the commands in its head."""
     lines = _head(draft, out)
-    for section in SECTIONS:
+    for section in RoundsConfig.model_fields if draft.rounds else SECTIONS:
         own = {k: entry for k, entry in draft.keys.items() if k.split(".")[0] == section}
-        if own:
+        if section in own:
+            lines += _line(section, own[section], "")
+        elif own:
             lines += [f"{section}:", *_keys(own)]
     return "\n".join(lines) + "\n"
 
@@ -30,8 +33,7 @@ def _head(draft: Draft, out: str) -> list[str]:
         f"Made by `dpo-fast import` of {draft.place}, a file of {draft.trainer}. A comment "
         f"names the option "
         "that a value comes from, or says that it is a default there.",
-        f"  dpo-fast data {out}              shows the examples, what is cut and what is left out",
-        f"  dpo-fast train {out} --dry-run   does all that comes before the first step",
+        *(f"  {line}" for line in _commands(draft, out)),
     ]
     lost = [fate for fate in draft.fates if fate.what == LOST]
     lines += ["Without a counterpart:"] if lost else []
@@ -39,6 +41,18 @@ def _head(draft: Draft, out: str) -> list[str]:
     lines += ["To know:"] if draft.notes else []
     lines += [f"- {note}" for note in draft.notes]
     return [each for line in lines for each in _comment(line)]
+
+
+def _commands(draft: Draft, out: str) -> list[str]:
+    if draft.rounds:
+        return [
+            f"dpo-fast iterate {out} --dry-run   checks all rounds and their data",
+            f"dpo-fast iterate {out} --status    shows the rounds, and what is done",
+        ]
+    return [
+        f"dpo-fast data {out}              shows the examples, what is cut and what is left out",
+        f"dpo-fast train {out} --dry-run   does all that comes before the first step",
+    ]
 
 
 def _comment(text: str) -> list[str]:
