@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dpo_fast import durable
@@ -17,6 +17,7 @@ from dpo_fast.models.skeleton import scoring_skeleton
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoint_weights import read_trained
 from dpo_fast.training.checkpoints import (
+    PREFIX,
     check_whole,
     find_checkpoint,
     is_checkpoint,
@@ -28,7 +29,7 @@ from dpo_fast.training.config_file import apply
 from dpo_fast.training.export import MERGED, gather_trained, write_export
 from dpo_fast.training.overrides import check_used
 from dpo_fast.training.recorded import CONFIG, RUN_CONFIG, read_recorded, written
-from dpo_fast.training.weights import identity_on_this_rank
+from dpo_fast.training.weights import identity_on_this_rank, path_as_it_began
 
 OF_EXPORT = (
     *("model.path", "model.adapter_path", "model.adapters", "model.tokenizer"),
@@ -85,8 +86,9 @@ def export_checkpoint(
     with still_there(checkpoint):
         check_whole(checkpoint)
         run = config_of(checkpoint, overrides)
-        check_base(run.model.path)
         state = read_state(checkpoint)
+        # The identity of a quantised model does not tell a folder from a hub id.
+        check_base(run.model.path, None if run.model.quantization else state.get(WEIGHTS))
         check_start(checkpoint, run, state)
         model = scoring_skeleton(run.model)
         tensors = read_trained(checkpoint, model.model)
@@ -131,6 +133,30 @@ def merge_adapter(
         durable.publish(aside, out, replace=out.exists())
 
 
+def before_export(config: RunConfig, weights: Mapping[str, str], step: int) -> RunConfig:
+    """The configuration for the export at a run's end, after its last checkpoint. Collective.
+
+    What was not trained comes from model.path, so it has to hold what it held at the start.
+
+    weights: the identities of the run's models, by the options that name them.
+
+    Raises:
+        UserError: it does not, and the last checkpoint has all that was trained.
+    """
+    known = weights["model.path"]
+    try:
+        path = distributed.from_main(lambda: path_as_it_began(config, known))
+    except UserError as error:
+        folder = Path(config.train.output_dir) / f"{PREFIX}{step}"
+        raise UserError(
+            f"{error}, and what was not trained is taken from there. Nothing is lost: {folder} has what "
+            f"the run trained. With the weights of the start in a folder, dpo-fast export {folder} "
+            "model.path=FOLDER writes the model"
+        ) from None
+    model = config.model.model_copy(update={"path": path})
+    return config.model_copy(update={"model": model})
+
+
 def check_target(checkpoint: Path, out: Path) -> None:
     """Raises UserError unless a folder can get the name `out`, with the checkpoint as it was."""
     if checkpoint.resolve() in (out.resolve(), *out.resolve().parents):
@@ -144,10 +170,15 @@ def check_target(checkpoint: Path, out: Path) -> None:
         raise UserError(f"{out} is there already; name another folder, or remove it")
 
 
-def check_base(path: str) -> None:
-    """Raises UserError unless the model that a run began with is where it was."""
+def check_base(path: str, known: str | None = None) -> None:
+    """Raises UserError unless the model that a run began with is where it was.
+
+    known: the identity that it had. That of a folder is a hash, and the hub is not asked for a folder.
+    """
     try:
         check_model_path(path)
+        if known is not None and len(known) == 64 and not Path(path).expanduser().is_dir():
+            raise UserError("it was a folder, and there is none of that name here")
         if not Path(path).exists():
             commit_of(path)
     except (UserError, OSError, ValueError) as error:

@@ -14,6 +14,7 @@ from dpo_fast.training.answering import Answering, answered, begin_answering
 from dpo_fast.training.callbacks import Callback
 from dpo_fast.training.calling import open_callbacks
 from dpo_fast.training.carried import carry_optimizer
+from dpo_fast.training.checkpoint_run import before_export
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import progress_bar, say
 from dpo_fast.training.earlier_run import MODEL, check_earlier_run
@@ -80,7 +81,8 @@ def sole_train(
             with signals.stop_signals(RESUME) as asked, run.saver:
                 step = steps(run, *position, sums, log, asked, answering)
         model = Path(config.train.output_dir) / MODEL
-        export(run.model, run.config, model, run.best.weights(run.model.model, step))
+        as_begun = before_export(run.config, run.weights, step)
+        export(run.model, as_begun, model, run.best.weights(run.model.model, step))
         log.calls.end(model)
         release(run.engine, *run.references.values())
     say(f"the trained model is in {model}")

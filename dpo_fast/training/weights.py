@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,6 +10,8 @@ from functools import partial
 
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.dataset import cache_root
+from dpo_fast.errors import UserError
+from dpo_fast.models.hub import commit_of, split_revision
 from dpo_fast.models.identity import Advance, Watch, model_identity
 from dpo_fast.models.quantization import quantised_identity
 from dpo_fast.training import distributed
@@ -36,6 +39,26 @@ def identities(config: RunConfig) -> dict[str, str]:
         models["reference.old_path"] = config.old_model.path or config.model.path
     known = {path: identity_of(config, path) for path in dict.fromkeys(models.values())}
     return {option: known[path] for option, path in models.items()}
+
+
+def path_as_it_began(config: RunConfig, known: str) -> str:
+    """model.path; of a hub id that has moved on since the start, with the commit of then.
+
+    known: the identity that it had. A folder's weights have to be those still. On one rank.
+
+    Raises:
+        UserError: it is gone, or holds others.
+    """
+    path = config.model.path
+    if not os.path.isdir(os.path.expanduser(path)):
+        name, commit = split_revision(known)
+        if commit is not None and split_revision(path)[0] == name:
+            return path if commit_of(path) == commit else known
+        if config.model.quantization is None:  # else the identity does not tell a hub id
+            raise UserError(f"model.path={path} is no folder any more")
+    elif identity_on_this_rank(config, path) != known:
+        raise UserError(f"model.path={path} holds other weights than those that the run began with")
+    return path
 
 
 def identity_on_this_rank(config: RunConfig, path: str) -> str:

@@ -16,9 +16,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpo_fast.cli.export import export
 from dpo_fast.errors import UserError
 from dpo_fast.models.skeleton import scoring_skeleton
-from dpo_fast.training.checkpoint_run import CONFIG, checkpoint_of, export_checkpoint
+from dpo_fast.training.checkpoint_run import (
+    CONFIG,
+    before_export,
+    check_base,
+    checkpoint_of,
+    export_checkpoint,
+)
 from dpo_fast.training.checkpoint_weights import read_trained
-from dpo_fast.training.config import load_config
+from dpo_fast.training.config import build_config, load_config
+from dpo_fast.training.weights import identity_on_this_rank
 from tests.support import ranks
 from tests.support.adapters import write_adapter
 from tests.support.checkpoints import write_checkpoint
@@ -214,6 +221,34 @@ def test_a_base_model_that_is_gone_is_told(folder, runs, tmp_path):
         UserError, match="began with model.path=.*gone, which cannot be found: .*FOLD"
     ):
         export_checkpoint(checkpoint, tmp_path / "out", [f"model.path={tmp_path / 'gone'}"])
+
+
+def test_a_run_exports_onto_the_weights_that_it_began_with(tmp_path, monkeypatch):
+    """Of a folder that holds others, or is gone, a run is told at its end; a hub id has its old commit."""
+    write_model(tmp_path / "model")
+    config = build_config(run_tree(tmp_path), "case")
+    known = {"model.path": identity_on_this_rank(config, config.model.path)}
+    assert before_export(config, known, 2) == config
+    write_model(tmp_path / "model", seed=1)
+    said = "model holds other weights .* Nothing is lost: .*run/checkpoint-2 .*dpo-fast export .*=FOLDER"
+    with pytest.raises(UserError, match=said):
+        before_export(config, known, 2)
+    shutil.rmtree(tmp_path / "model")
+    with pytest.raises(UserError, match="model is no folder any more"):
+        before_export(config, known, 2)
+    tree = run_tree(tmp_path)
+    tree["model"]["path"] = "org/name"
+    config = build_config(tree, "case")
+    for commit, path in (("a" * 40, "org/name"), ("b" * 40, f"org/name@{'a' * 40}")):
+        monkeypatch.setattr("dpo_fast.training.weights.commit_of", lambda _, commit=commit: commit)
+        found = before_export(config, {"model.path": f"org/name@{'a' * 40}"}, 2)
+        assert found.model.path == path
+
+
+def test_a_folder_that_is_gone_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="model.path=models/base, .*it was a folder"):
+        check_base("models/base", "0" * 64)
 
 
 @pytest.mark.processes
