@@ -66,13 +66,14 @@ class TransformersEngine:
             for each in requests
         ]
         masks = [[0] * (longest - len(each.ids)) + [1] * len(each.ids) for each in requests]
+        input_ids = torch.tensor(rows, device=self._device)
         try:
             return self.scoring.model.generate(
-                input_ids=torch.tensor(rows, device=self._device),
+                input_ids=input_ids,
                 attention_mask=torch.tensor(masks, device=self._device),
                 generation_config=self._generation_config(requests),
                 stopping_criteria=self._stopping(longest),
-                **self._images(requests, longest),
+                **self._images(requests, input_ids),
             )
         except torch.OutOfMemoryError:
             raise UserError(
@@ -89,17 +90,17 @@ class TransformersEngine:
                 "model and at model.dtype"
             ) from None
 
-    def _images(self, requests: list[Request], longest: int) -> dict[str, Tensor]:
+    def _images(self, requests: list[Request], input_ids: Tensor) -> dict[str, Tensor]:
         """The arguments of `generate` for the images of the prompts; none without any."""
         inputs = self.codec.images.inputs(each.ids for each in requests)
         if not inputs:
             return {}
         flags = [
-            [False] * (longest - len(each.ids)) + [index < 0 for index in each.ids]
+            [False] * (input_ids.shape[1] - len(each.ids)) + [index < 0 for index in each.ids]
             for each in requests
         ]
         return self.scoring.vision.of_generate(
-            self.scoring.causal_lm, inputs, torch.tensor(flags), self._device
+            self.scoring.causal_lm, inputs, torch.tensor(flags), input_ids
         )
 
     def _generation_config(self, requests: list[Request]) -> GenerationConfig:

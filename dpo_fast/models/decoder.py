@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+
+IDS = ("input_ids", "input", "inputs")
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
@@ -39,6 +42,23 @@ def other_senses(decoder: nn.Module) -> list[nn.Module]:
 
 def _takes(model: PreTrainedModel) -> str | tuple[str, ...]:
     return getattr(model, "input_modalities", None) or "text"
+
+
+def wants_beside_ids(decoder: nn.Module) -> str | None:
+    """What a decoder cannot do without beside token ids, in words; None if they are enough."""
+    taken = inspect.signature(decoder.forward).parameters.values()
+    needed = [
+        each.name
+        for each in taken
+        if each.default is each.empty
+        and each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)
+    ]
+    others = [name for name in needed if name not in IDS]
+    if others:
+        return f"its decoder takes {others[0]} beside the tokens before an answer"
+    if "perceiver_embeddings" in {each.name for each in taken}:  # Idefics, the first
+        return "its layers attend to images, without which it runs on no row"
+    return None
 
 
 def attention_of_parts(config: PretrainedConfig, attention: str) -> str | dict[str, str]:

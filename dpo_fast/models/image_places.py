@@ -80,7 +80,8 @@ class ImagePlaces:
 
         model: has `get_rope_index`. position_ids: those of text alone, [B, L].
         """
-        rows = position_ids.flatten().cpu().expand(3, -1).clone()
+        axes = _axes(model)
+        rows = position_ids.flatten().cpu().expand(axes, -1).clone()
         for path, own, _ in self.paths:
             first = self.first_N[path]
             seen = first[first >= 0]
@@ -96,7 +97,7 @@ class ImagePlaces:
                 **grids,
             )
             rows[:, path[-own:]] = found[:, 0, -own:]
-        return rows.view(3, *position_ids.shape).to(position_ids.device)
+        return rows.view(axes, *position_ids.shape).to(position_ids.device)
 
     def runs(self) -> tuple[tuple[int, int], ...]:
         """(first, end) places of neighbouring image tokens of one branch of a row, in order.
@@ -117,6 +118,12 @@ class ImagePlaces:
                     )
             found += _runs(flags[start:], int(path[start]))
         return tuple(found)
+
+
+def _axes(model: nn.Module) -> int:
+    """Axes of a model's positions: time, height and width, and in some models more."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    return max(3, len(rope.get("mrope_section") or ()))
 
 
 def _runs(flags: Tensor, offset: int) -> list[tuple[int, int]]:

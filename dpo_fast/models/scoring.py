@@ -21,7 +21,7 @@ from dpo_fast.models import recurrent
 from dpo_fast.models.adapters import as_started
 from dpo_fast.models.attention_plan import AttentionPlan
 from dpo_fast.models.by_sequence import serve_by_sequence
-from dpo_fast.models.decoder import decoder_of
+from dpo_fast.models.decoder import decoder_of, wants_beside_ids
 from dpo_fast.models.handed import serve_handed
 from dpo_fast.models.own_logits import check_own_logits
 from dpo_fast.models.routers import Routers
@@ -62,6 +62,10 @@ class ScoringModel(nn.Module):
             raise UserError(
                 f"{type(model).__name__} has no linear lm_head to score with; expected a "
                 "decoder-only causal language model"
+            )
+        if (wanted := wants_beside_ids(decoder_of(model))) is not None:
+            raise UserError(
+                f"{type(model).__name__} cannot be scored: {wanted}; name another model"
             )
         self.routers = Routers(model)
         self.head = {"implementation": implementation, "workspace_bytes": workspace_bytes}

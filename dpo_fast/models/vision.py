@@ -31,8 +31,11 @@ BOTH_WAYS = {
     "gemma4": ("mm_token_type_ids", "in windows"),
 }
 TYPES = ("token_type_ids", "mm_token_type_ids")  # arguments for which tokens are of images
+# The same with the tokens before and behind an image, which experts of its own read, too (Ernie 4.5 VL).
+FRAMED = "moe_mm_token_type_ids"
+FRAMES = ("image_start_token_id", "image_end_token_id")
 # Parts of a vision tower that lead to the text model, where others have a projector beside the tower.
-MERGERS = ("merger", "deepstack_merger_list")
+MERGERS = ("merger", "patch_merger", "deepstack_merger_list")
 
 
 class Vision:
@@ -80,6 +83,8 @@ class Vision:
             )
         elif self.argument:
             arguments[self.argument] = images.image_tokens_N.view(input_ids.shape).long()
+        if FRAMED in taken:
+            arguments[FRAMED] = self._framed(images.image_tokens_N.view(input_ids.shape), input_ids)
         if hasattr(self.model, "get_rope_index"):
             position_ids = places.positions(self.model, position_ids)
         with self._seeing(images):
@@ -101,6 +106,8 @@ class Vision:
             arguments[name] = arguments[name][images.order_I]
         flags = images.image_tokens_N.view(input_ids.shape).long()
         arguments |= {name: flags for name in TYPES if name in taken}
+        if FRAMED in taken:
+            arguments[FRAMED] = self._framed(flags.bool(), input_ids)
         with self._seeing(images):
             return self.model(
                 input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **arguments
@@ -111,18 +118,19 @@ class Vision:
         causal_lm: PreTrainedModel,
         inputs: dict[str, Tensor],
         image_tokens_BL: Tensor,
-        device: torch.device,
+        input_ids: Tensor,
     ) -> dict[str, Tensor]:
         """The arguments of transformers' `generate` for prompts with images.
 
         inputs: of every image, as often as it is there. image_tokens_BL: bool, the tokens that they fill.
         """
-        taken = inspect.signature(causal_lm.forward).parameters
+        taken, device = inspect.signature(causal_lm.forward).parameters, input_ids.device
         found = {
             name: each.to(device) for name, each in self._cast(inputs).items() if name in taken
         }
         flags = image_tokens_BL.long().to(device)
-        return found | {name: flags for name in TYPES if name in taken}
+        found |= {name: flags for name in TYPES if name in taken}
+        return found | ({FRAMED: self._framed(flags.bool(), input_ids)} if FRAMED in taken else {})
 
     def no_images(self, input_ids: Tensor) -> ImageBatch | None:
         """For a batch without images: none of `blank`, where the tower must run all the same."""
@@ -155,6 +163,11 @@ class Vision:
         """Put what is frozen in evaluation: its norms keep no statistics, and it drops nothing."""
         for part in () if self.trained else self.parts.values():
             part.eval()
+
+    def _framed(self, image_tokens_BL: Tensor, input_ids: Tensor) -> Tensor:
+        """1 for tokens of images and those that begin and end them, int64 [B, L]."""
+        ids = [getattr(self.model.config, name) for name in FRAMES]
+        return (image_tokens_BL | torch.isin(input_ids, input_ids.new_tensor(ids))).long()
 
     def _cast(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         dtype = self.model.dtype
@@ -233,6 +246,9 @@ def why_no_images(causal_lm: PreTrainedModel) -> str | None:
     taken = inspect.signature(model.forward).parameters
     if "pixel_values" not in taken or "input_ids" not in taken:
         return "its forward takes no pixel_values beside input_ids"
+    types = [name for name in taken if name.endswith("token_type_ids")]
+    if unknown := set(types) - {*TYPES, FRAMED}:
+        return f"it tells tokens apart by {unknown.pop()}, in a way that is not known here"
     if kind in BOTH_WAYS:
         return None
     if "token_type_ids" in taken:

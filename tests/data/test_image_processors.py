@@ -86,8 +86,11 @@ def images(family):
 
 def same(model, pictures):
     words = [f"word {place}\n" for place in range(len(pictures))]
-    before = "".join(word + model.placeholder for word in words)
-    ours = "".join(word + model.expansion(each).text for word, each in zip(words, pictures))
+    begin, end = model._frame
+    before = "".join(word + begin + model.placeholder + end for word in words)
+    ours = "".join(
+        word + begin + model.expansion(each).text + end for word, each in zip(words, pictures)
+    )
     return model.written(f"{before} end", pictures) == f"{ours} end"
 
 

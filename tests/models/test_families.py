@@ -105,3 +105,15 @@ def test_a_layout_that_is_allowed_scores_like_every_sequence_alone(family):
             padded = padded or found
             for error, as_padded in zip(found, padded):
                 assert error <= max(3e-4, 3 * min(as_padded, 1e-3)), (name, error, as_padded)
+
+
+@pytest.mark.parametrize(
+    ("family", "wanted"),
+    [
+        ("idefics", "attend to images"),
+        ("diffusion_gemma", "takes decoder_input_ids beside the tokens"),
+    ],
+)
+def test_a_model_that_ids_do_not_run_is_refused_by_name(family, wanted):
+    with pytest.raises(UserError, match=f"cannot be scored: .*{wanted}.*; name another model"):
+        ScoringModel(family_on_meta(family))

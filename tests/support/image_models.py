@@ -23,6 +23,7 @@ TOWER = {
     "patch_size": 4, "image_size": 16, "num_channels": 3,
 }  # fmt: skip
 IMAGE, VIDEO, START, END = 97, 98, 95, 96  # ids of special tokens
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 
 
@@ -53,6 +54,7 @@ class Family:
     changes: dict
     picture: Callable[[int], Picture]
     types: str | None = None
+    framed: str | None = None  # the same with the tokens that begin and end an image
 
     def make(self, sizes: dict | None = None, **changes) -> transformers.PreTrainedModel:
         """A model in fp32 with weights large enough for sharp logits. sizes: changes of its text part."""
@@ -125,6 +127,13 @@ def _strips(number: int) -> Picture:
 
 def _grid(number: int) -> tuple[int, int]:
     return 2 * (1 + number % 2), 2 * (1 + number % 3)
+
+
+def _rows(number: int) -> Picture:
+    """HunYuan's kind: a token behind each row of an image, and one at either end."""
+    picture = _patches(4, 1)(number)
+    _, high, wide = picture.inputs["image_grid_thw"][0].tolist()
+    return picture._replace(tokens=high // 2 * (wide // 2 + 1) + 2)
 
 
 def _placed(number: int) -> Picture:
@@ -249,6 +258,37 @@ FAMILIES = {
         "VipLlavaConfig", "LlamaConfig", {}, "CLIPVisionConfig", {},
         {"image_token_index": IMAGE, "vision_feature_layers": [-2, -1]}, _square(16),
     ),
+    "ernie4.5-vl": Family(
+        "Ernie4_5_VLMoeConfig", "Ernie4_5_VLMoeTextConfig",
+        {"rope_parameters": ROPE | {"mrope_section": [1, 1, 2]}, "moe_num_experts": 4, "moe_k": 2,
+         "moe_intermediate_size": [16, 12], "moe_num_shared_experts": 1,
+         "mlp_layer_types": ["dense", "sparse", "sparse"]},
+        "Ernie4_5_VLMoeVisionConfig",
+        {"depth": 2, "num_heads": 2, "spatial_merge_size": 2, "temporal_merge_size": 2,
+         "in_channels": 3},
+        QWEN | {"image_start_token_id": START, "image_end_token_id": END,
+                "video_start_token_id": 93, "video_end_token_id": 92},
+        _patches(4, 1), "mm_token_type_ids", "moe_mm_token_type_ids",
+    ),
+    "cosmos3-edge": Family(
+        "Cosmos3EdgeConfig", "Cosmos3EdgeTextConfig", {"rope_parameters": MROPE},
+        "Cosmos3EdgeVisionConfig", {"num_patches": 16, "spatial_merge_size": 2},
+        QWEN | {"projector_hidden_size": 24}, _patches(4, 1), "mm_token_type_ids",
+    ),
+    "hunyuan-vl": Family(
+        "HunYuanVLConfig", "HunYuanVLTextConfig",
+        {"rope_parameters": ROPE | {"mrope_section": [1, 1, 1, 1]}},
+        "HunYuanVLVisionConfig",
+        {"spatial_merge_size": 2, "temporal_patch_size": 1, "out_hidden_size": 32,
+         "text_hidden_size": 32, "max_image_size": 32},
+        {"image_token_id": IMAGE}, _rows, "mm_token_type_ids",
+    ),
+    "got-ocr2": Family(
+        "GotOcr2Config", "Qwen2Config", {}, "GotOcr2VisionConfig",
+        {"output_channels": 8, "image_size": 32, "window_size": 2, "global_attn_indexes": [1],
+         "mlp_dim": 24},
+        {"image_token_index": IMAGE, "image_seq_length": 1}, _square(4, 32),
+    ),
     "lfm2-vl": Family(
         "Lfm2VlConfig", "Lfm2Config", {"layer_types": ["conv", "full_attention", "conv"]},
         "Siglip2VisionConfig", {"num_patches": 16, "vision_use_head": False},
@@ -326,6 +366,8 @@ def alone(
             inputs = joined(pictures) if pictures else {}
             if family.types and pictures:
                 inputs[family.types] = (row == IMAGE).long()
+            if family.framed and pictures:
+                inputs[family.framed] = torch.isin(row, torch.tensor([IMAGE, START, END])).long()
             logits = model(
                 row, attention_mask=torch.ones_like(row), use_cache=False, **inputs
             ).logits

@@ -180,24 +180,44 @@ class ModelImages:
 
     def blank(self) -> dict[str, Tensor]:
         """The model's arguments for one grey image, for ranks whose batch has none."""
-        from PIL import Image
-
-        return self.inputs([Image.new("RGB", BLANK, (127, 127, 127))])
+        return self.inputs([_grey()])
 
     def _process(
         self, images: Sequence[Image], options: Sequence[str] = ()
     ) -> tuple[dict[str, Tensor], list[str]]:
         if not any(options):
-            return self._call([self.placeholder] * len(images), [[image] for image in images])
+            return self._called(images)
         bounds = pixel_bounds(self.kwargs.get("size")) | self.kwargs
         calls = [
-            self._call([self.placeholder], [[resized(image, own, self._side, bounds)]], asis=True)
+            self._called([resized(image, own, self._side, bounds)], asis=True)
             if own
-            else self._call([self.placeholder], [[image]])
+            else self._called([image])
             for image, own in zip(images, options, strict=True)
         ]
         tensors = {name: torch.cat([found[name] for found, _ in calls]) for name in calls[0][0]}
         return tensors, [text for _, (text,) in calls]
+
+    def _called(
+        self, images: Sequence[Image], asis: bool = False
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """Each image in a text of its own, and what is written for it."""
+        before, after = self._frame
+        text = f"{before}{self.placeholder}{after}"
+        tensors, texts = self._call([text] * len(images), [[each] for each in images], asis)
+        return tensors, [each.removeprefix(before).removesuffix(after) for each in texts]
+
+    @cached_property
+    def _frame(self) -> tuple[str, str]:
+        """What must stand before and behind a placeholder; most processors ask for nothing."""
+        names = ("image_start_token", "image_end_token")
+        found = tuple(getattr(self.processor, name, None) for name in names)
+        if not all(isinstance(each, str) for each in found):
+            return "", ""
+        try:
+            self._call([self.placeholder], [[_grey()]])
+        except BadRow:
+            return found
+        return "", ""
 
     @cached_property
     def _side(self) -> int | None:
@@ -233,8 +253,18 @@ class ModelImages:
                 "the processor refuses an image",
                 f"{clipped(str(error) or type(error).__name__, 300)} ({self.named})",
             ) from error
-        tensors = {name: _tensor(value) for name, value in found.items() if name not in OF_TEXTS}
+        tensors = {name: _tensor(value) for name, value in found.items() if not _of_texts(name)}
         return {k: v for k, v in tensors.items() if v is not None}, recorder.texts
+
+
+def _grey() -> Image:
+    from PIL import Image
+
+    return Image.new("RGB", BLANK, (127, 127, 127))
+
+
+def _of_texts(name: str) -> bool:
+    return name in OF_TEXTS or name.endswith("token_type_ids")
 
 
 def _token_id(owners: Sequence[Any]) -> int | None:
