@@ -32,7 +32,7 @@ def layout_picture(layout: Layout) -> str:
     placement = layout.place(sequences, -1)
     kinds = _kinds(placement, sequences)
     cells, high = _rows(placement, kinds, words)
-    matrix_top = high + 42
+    matrix_top = high + 34
     matrix, matrix_high = _matrix(placement, kinds, matrix_top)
     total = placement.input_ids.numel()
     title = f"{layout.name}: {total} positions, {placement.attended_pairs} pairs in attention"

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo_fast.errors import UserError
 from dpo_fast.losses import LOSSES, LossOptions
+from dpo_fast.losses.custom import known_names, spec_of
 from dpo_fast.losses.logps import GroupLogps, PairLogps, SequenceLogps
 from dpo_fast.losses.spec import LossSpec
 from dpo_fast.report.still import Line, picture
@@ -82,8 +84,18 @@ ACROSS = {
 }
 
 
-def loss_picture(spec: LossSpec, plot: Plot | None = None) -> str:
-    """The SVG of one loss: its value and its slope over the margin."""
+def loss_picture(loss: str | LossSpec, plot: Plot | None = None) -> str:
+    """The SVG of one loss: its value and its slope over the margin.
+
+    loss: an entry of the table, or what `loss.type` takes: the name of a loss, of one that was registered,
+        or `my_losses.py:my_loss`.
+
+    Raises:
+        UserError: there is no such loss.
+    """
+    spec = spec_of(loss) if isinstance(loss, str) else loss
+    if spec is None:
+        raise UserError(f"there is no loss {loss!r}: choose from {', '.join(known_names())}")
     plot = PLOTS.get(spec.name, Plot()) if plot is None else plot
     across = "log of the probability ratio" if spec.by_token else ACROSS[spec.kind]
     return picture(spec.name, plot.note, across, curves(spec, plot), plot.top)
@@ -206,20 +218,20 @@ def _token(spec: LossSpec, options: LossOptions, place: int) -> Function:
 _KINDS = {"pairs": _pairs, "completions": _completions, "groups": _groups}
 
 
-def slopes_picture() -> str:
-    """How strongly losses on pairs push, over one another: minus the slope of each."""
+def compared_picture() -> str:
+    """Losses on pairs over one another."""
     lines = []
-    for name in ("sigmoid", "hinge", "ipo", "apo_zero", "discopop"):
+    for name in ("sigmoid", "hinge", "apo_zero", "discopop"):
         (line, *_) = curves(LOSSES[name], Plot(reach=(-3, 3)))
         lines.append(replace(line, label=name))
-    return picture("five losses", "beta 0.1, both answers move apart", ACROSS["pairs"], lines, 4.0)
+    return picture("four losses", "beta 0.1, both answers move apart", ACROSS["pairs"], lines)
 
 
 def write(folder: Path) -> list[Path]:
     """Write the picture of every loss of the table into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {name: loss_picture(spec) for name, spec in LOSSES.items()}
-    pictures["compared"] = slopes_picture()
+    pictures["compared"] = compared_picture()
     for name, content in pictures.items():
         (folder / f"{name}.svg").write_text(content, encoding="utf-8")
     return [folder / f"{name}.svg" for name in pictures]

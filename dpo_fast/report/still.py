@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dpo_fast.report.frame import BOTTOM, HEIGHT, LEFT, TOP, WIDE, WIDTH, Frame, write
+from dpo_fast.report.markup import text
 
 TONES = ("#2f86d0", "#d9722b", "#2a9d6f", "#a854a0")
 DASHES = ("", "7 3", "2 3", "9 3 2 3")  # lines that lie upon one another are told apart
@@ -98,6 +99,6 @@ def standalone(title: str, width: float, height: float, content: str) -> str:
     """A whole SVG file."""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" '
-        f'width="{width:g}" height="{height:g}" role="img" aria-label="{title}">'
+        f'width="{width:g}" height="{height:g}" role="img" aria-label="{text(title)}">'
         f"<style>{STYLE}</style>{content}</svg>\n"
     )
