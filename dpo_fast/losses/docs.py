@@ -11,8 +11,8 @@ from dpo_fast.losses.table import LOSSES, LossSpec
 
 HEAD = """# Losses
 
-Made from the table in `dpo_fast/losses/` by `make docs`; a test holds it to the code. [Choosing a loss](CHOOSING_A_LOSS.md) says how
-to read the pictures.
+Made from the table in `dpo_fast/losses/` by `make docs`; a test holds it to the code.
+[Choosing a loss](CHOOSING_A_LOSS.md) says which to take, and how to read the pictures.
 
 ```yaml
 loss:

@@ -15,7 +15,7 @@ from dpo_fast.data.layouts import LAYOUTS, Layout, Placement, Scored
 from dpo_fast.report.frame import write as text_at
 from dpo_fast.report.still import standalone
 
-# The prompt, the chosen answer, the rejected one; the last token of an answer predicts nothing and is left out.
+# Prompt, chosen answer, rejected answer. The last token of an answer predicts nothing and is left out.
 PAIRS = (
     ("What is 2 + 2 ?", "It is 4 .", "It is five , I think ."),
     ("Name a fruit", "An apple .", "A car ."),
@@ -33,9 +33,10 @@ def layout_picture(layout: Layout) -> str:
     kinds = _kinds(placement, sequences)
     cells, high = _rows(placement, kinds, words)
     matrix_top = high + 34
-    matrix, matrix_high = _matrix(placement, kinds, matrix_top)
-    total = placement.input_ids.numel()
-    title = f"{layout.name}: {total} positions, {placement.attended_pairs} pairs in attention"
+    seen = _seen(placement)
+    matrix, matrix_high = _matrix(seen, kinds, matrix_top)
+    total = len(kinds)
+    title = f"{layout.name}: {total} positions, {seen.sum()} pairs of them in attention"
     content = text_at(8, 16, title, "title") + cells + matrix + _legend(matrix_top, total)
     return standalone(layout.name, WIDTH, matrix_top + max(matrix_high, 90) + 8, content)
 
@@ -68,24 +69,33 @@ def _rows(placement: Placement, kinds: Sequence[str], words: Sequence[str]) -> t
         for column, token in enumerate(ids):
             line, place = divmod(column, across)
             x, y = 8 + place * CELL_WIDE, top + line * (CELL_HIGH + 2)
-            parts.append(_cell(x, y, kinds[row * width + column], words[token] if token >= 0 else ""))
+            parts.append(
+                _cell(x, y, kinds[row * width + column], words[token] if token >= 0 else "")
+            )
         top += ((width - 1) // across + 1) * (CELL_HIGH + 2) + 4
     return "".join(parts), top
 
 
 def _cell(x: float, y: float, kind: str, word: str) -> str:
-    look = f'fill="{TONES[kind]}" fill-opacity="0.3"' if kind else 'fill="none" stroke-dasharray="2 2"'
+    look = (
+        f'fill="{TONES[kind]}" fill-opacity="0.3"' if kind else 'fill="none" stroke-dasharray="2 2"'
+    )
     box = f'width="{CELL_WIDE - 2}" height="{CELL_HIGH}"'
     square = f'<rect x="{x}" y="{y:g}" {box} rx="3" stroke="{TONES[kind or "prompt"]}" {look}/>'
     return square + text_at(x + CELL_WIDE / 2 - 1, y + 15, word, "word", "middle")
 
 
-def _matrix(placement: Placement, kinds: Sequence[str], top: float) -> tuple[str, float]:
-    """Which position (down) attends to which (across), and its height."""
-    seen = np.zeros((len(kinds), len(kinds)), dtype=bool)
+def _seen(placement: Placement) -> np.ndarray:
+    """bool [N, N]: the first position attends to the second: both are of one sequence, in this order."""
+    seen = np.zeros((placement.input_ids.numel(),) * 2, dtype=bool)
     for path in placement.paths:
         for place, position in enumerate(path):
             seen[position, path[: place + 1]] = True
+    return seen
+
+
+def _matrix(seen: np.ndarray, kinds: Sequence[str], top: float) -> tuple[str, float]:
+    """Which position (down) attends to which (across), and the height of it."""
     size = len(kinds) * DOT
     frame = (
         f'<rect x="8" y="{top:g}" width="{size}" height="{size}" fill="none" stroke="#8a919c" '
@@ -112,7 +122,11 @@ def _legend(top: float, positions: int) -> str:
     parts = []
     for number, (kind, label) in enumerate(names.items()):
         y = top + number * (CELL_HIGH - 3)
-        look = f'fill="{TONES[kind]}" fill-opacity="0.3"' if kind else 'fill="none" stroke-dasharray="2 2"'
+        look = (
+            f'fill="{TONES[kind]}" fill-opacity="0.3"'
+            if kind
+            else 'fill="none" stroke-dasharray="2 2"'
+        )
         parts.append(
             f'<rect x="{x}" y="{y:g}" width="14" height="14" rx="3" '
             f'stroke="{TONES[kind or "prompt"]}" {look}/>' + text_at(x + 22, y + 11, label, "key")

@@ -75,7 +75,9 @@ PLOTS: dict[str, Plot] = {
     "orpo": Plot(reach=(-0.15, 0.15), note="per token"),
     "slic": Plot(reach=(-0.5, 0.5), note="slic_delta 1, slic_lambda 0.1"),
     "grpo": Plot(reach=(-0.8, 0.8), note="one token; epsilon 0.2"),
-    "dapo": Plot({"epsilon_high": 0.28}, (-0.8, 0.8), note="one token; epsilon 0.2, epsilon_high 0.28"),
+    "dapo": Plot(
+        {"epsilon_high": 0.28}, (-0.8, 0.8), note="one token; epsilon 0.2, epsilon_high 0.28"
+    ),
 }
 ACROSS = {
     "pairs": "reward margin (rewards/margins)",
@@ -117,9 +119,7 @@ def curves(spec: LossSpec, plot: Plot) -> list[Line]:
 def _distinct(lines: list[Line]) -> list[Line]:
     """One line without a label where all are the same: the loss sees the margin alone."""
     first = lines[0]
-    same = all(
-        max(abs(a - b) for a, b in zip(first.values, line.values)) < 1e-9 for line in lines
-    )
+    same = all(max(abs(a - b) for a, b in zip(first.values, line.values)) < 1e-9 for line in lines)
     return [replace(first, label="")] if same else lines
 
 
@@ -172,7 +172,10 @@ def _completions(spec: LossSpec, options: LossOptions, plot: Plot) -> dict[str, 
     def function(desirable: bool) -> Function:
         def value(x: Tensor) -> Tensor:
             start = torch.full_like(x, NATS * TOKENS)
-            tokens, kind = torch.full_like(x, TOKENS), torch.full_like(x, desirable, dtype=torch.bool)
+            tokens, kind = (
+                torch.full_like(x, TOKENS),
+                torch.full_like(x, desirable, dtype=torch.bool),
+            )
             answers = SequenceLogps(start + x / options.beta, tokens, kind, start)
             return spec.function(answers, options)
 

@@ -76,7 +76,9 @@ def _plot(
         f'viewBox="0 {TOP} {WIDTH} {BOTTOM - TOP}">',
     ]
     for number, (places, curve) in enumerate(curves):
-        inside = [(x, min(max(value, low - 9 * pad), high + 9 * pad)) for x, value in zip(places, curve)]
+        inside = [
+            (x, min(max(value, low - 9 * pad), high + 9 * pad)) for x, value in zip(places, curve)
+        ]
         parts.append(f'<polyline {_look(number)} points="{frame.place(inside)}"/>')
     return "".join([*parts, "</svg>"])
 
@@ -89,7 +91,9 @@ def _look(number: int) -> str:
 def _legend(labels: Sequence[str], y: float) -> str:
     parts, x = [], float(LEFT)
     for number, label in enumerate(labels):
-        parts.append(f'<polyline {_look(number)} points="{x:.0f},{y - 4:.0f} {x + 30:.0f},{y - 4:.0f}"/>')
+        parts.append(
+            f'<polyline {_look(number)} points="{x:.0f},{y - 4:.0f} {x + 30:.0f},{y - 4:.0f}"/>'
+        )
         parts.append(write(x + 36, y, label, "key"))
         x += 36 + 6.2 * len(label) + 24
     return "".join(parts)
