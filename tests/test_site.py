@@ -84,6 +84,8 @@ def test_the_search_has_every_page_of_the_menu(site):
     for place in menu():
         page = place.replace(".md", ".html")
         assert {page, page.replace("README", "index")} & found, place
+    for notebook in DOCS.glob("notebooks/*.ipynb"):
+        assert f"notebooks/{notebook.stem}.html" in found
     texts = {each["location"]: each["text"] for each in index["docs"]}
     assert "SimPO" in texts["LOSSES.html#simpo"]
     # Pages open as files too: then the index is a script.
@@ -116,7 +118,6 @@ def test_the_menu_has_every_page():
     places = menu()
     assert len(places) == len(set(places))
     own = {file.relative_to(DOCS).as_posix() for file in DOCS.rglob("*.md")}
-    own |= {f"{file.relative_to(DOCS).with_suffix('.md')}" for file in DOCS.rglob("*.ipynb")}
     assert own == {place for place in places if not place.startswith(("repository/", "index.md"))}
     for place in places:
         outside = place.removeprefix("repository/")

@@ -18,7 +18,14 @@ from mkdocs.structure.files import File, InclusionLevel
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?(\))")
-NOTEBOOKS = DOCS / "notebooks"
+
+
+def on_config(config):
+    """Notebooks that there are stand in the menu behind the first pages."""
+    pages = [{title_of(each): page_of(each)} for each in notebooks()]
+    if pages:
+        config.nav.insert(2, {"Notebooks": pages})
+    return config
 
 
 def on_files(files, config):
@@ -30,9 +37,8 @@ def on_files(files, config):
         wanted += [target for target in links_of(page) if not target.is_relative_to(DOCS)]
     for target in dict.fromkeys(wanted):
         files.append(file_of(target, config))
-    for notebook in sorted(NOTEBOOKS.glob("*.ipynb")):
-        place = notebook.relative_to(DOCS).with_suffix(".md").as_posix()
-        files.append(File.generated(config, place, content=page_of_notebook(notebook)))
+    for notebook in notebooks():
+        files.append(File.generated(config, page_of(notebook), content=markdown_of(notebook)))
     return files
 
 
@@ -92,7 +98,20 @@ def file_of(target: Path, config) -> File:
     return File.generated(config, place, content=content, inclusion=apart)
 
 
-def page_of_notebook(notebook: Path) -> str:
+def notebooks() -> list[Path]:
+    return sorted((DOCS / "notebooks").glob("*.ipynb"))
+
+
+def page_of(notebook: Path) -> str:
+    return notebook.relative_to(DOCS).with_suffix(".md").as_posix()
+
+
+def title_of(notebook: Path) -> str:
+    """The first heading of its text."""
+    return re.search(r"^# (.+)$", markdown_of(notebook), re.M)[1]
+
+
+def markdown_of(notebook: Path) -> str:
     """Markdown of a notebook: its texts, its code, and what the code showed where that is stored."""
     parts = []
     for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
