@@ -339,7 +339,18 @@ def documents() -> list[Path]:
 
 
 # What stands with a slash in documents and is no file: folders of users, hub ids, names of metrics.
-NO_PATHS = ("runs/", "http", "my-", "org/", "rewards/", "logps/", "perf/", "eval_", "router/", "generate/")
+NO_PATHS = (
+    "runs/",
+    "http",
+    "my-",
+    "org/",
+    "rewards/",
+    "logps/",
+    "perf/",
+    "eval_",
+    "router/",
+    "generate/",
+)
 
 
 def test_paths_in_the_documents_exist():
