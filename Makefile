@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo real rounds check test faults lint bench bench-train aot csrc docs notebooks gpu clean
+.PHONY: demo real rounds check test faults lint bench bench-train aot csrc docs site notebooks gpu clean
 
 demo: $(STAMP)
 	$(BIN)/dpo-fast demo
@@ -64,6 +64,18 @@ docs: $(STAMP)
 	$(BIN)/dpo-fast config schema --out configs/schema.json
 	$(BIN)/python -m dpo_fast.migration.docs docs
 	$(BIN)/python -m benchmarks.scale_page > docs/SCALE.md
+	$(BIN)/python -m dpo_fast.report.loss_curves docs/pictures/losses
+	$(BIN)/python -m dpo_fast.report.layout_pictures docs/pictures/layouts
+
+# The documentation as a site in build/site, by an environment of its own: pages are read without importing the code.
+SITE ?= build/site-env
+site: $(SITE)/.installed
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/python -m mkdocs build --strict --quiet
+
+$(SITE)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/python -m pip install --quiet --constraint constraints.txt mkdocs-material "mkdocstrings[python]"
+	touch $@
 
 # Runs the notebooks, and stores what they show. It needs nbclient and ipykernel, or NBCLIENT, a folder with them.
 notebooks: $(STAMP)

@@ -12,6 +12,7 @@ from dpo_fast.losses.table import LOSSES, LossSpec
 HEAD = """# Losses
 
 Made from the table in `dpo_fast/losses/` by `make docs`; a test holds it to the code.
+[Choosing a loss](CHOOSING_A_LOSS.md) says which to take, and how to read the pictures.
 
 ```yaml
 loss:
@@ -116,7 +117,8 @@ def section(spec: LossSpec) -> str:
         "Takes": SINGLE if spec.single else "",
     }
     told = "".join(f"- {what}: {text}\n" for what, text in lines.items() if text)
-    return f"\n### `{spec.name}`\n\n    {spec.formula}\n\n{told}"
+    picture = f"![{spec.name}: loss and slope](pictures/losses/{spec.name}.svg)"
+    return f"\n### `{spec.name}`\n\n    {spec.formula}\n\n{told}\n{picture}\n"
 
 
 def needs(spec: LossSpec) -> list[str]:
