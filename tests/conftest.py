@@ -84,6 +84,18 @@ def pytest_runtest_protocol(item):
         Popen.test = None
 
 
+@pytest.fixture(scope="module", autouse=True)
+def leaves_no_ranks():
+    """A run in a test's own process leaves neither a group nor the variables of a rank to other files."""
+    yield
+    group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    left = [name for name in ("RANK", "MASTER_PORT") if name in os.environ]
+    assert not group and not left, (
+        f"process group: {group}, variables: {left}. train by tests.support.here or "
+        "tests.support.ranks"
+    )
+
+
 def pytest_sessionfinish():
     for group in ranks.GROUPS.values():
         group.end()

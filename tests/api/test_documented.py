@@ -37,9 +37,9 @@ def test_the_run_of_the_readme(rows, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "my-aligned-model")
 
 
-def test_the_run_of_the_training_page(rows):
-    text = (ROOT / "docs/TRAINING.md").read_text()
-    (block,) = re.findall(r"## From Python\n\n```python\n(.*?)```", text, re.S)
+def test_the_first_run_of_the_page_on_python(rows):
+    text = (ROOT / "docs/PYTHON.md").read_text()
+    block = re.findall(r"```python\n(.*?)```", text, re.S)[0]
     steps = '"train.max_steps": 500'
     assert steps in block
     names = {
@@ -48,7 +48,7 @@ def test_the_run_of_the_training_page(rows):
         "tokenizer": AutoTokenizer.from_pretrained("my-model"),
     }
     block = block.replace(steps, '"train.max_steps": 1')
-    exec(compile(block, "TRAINING.md", "exec"), names)
+    exec(compile(block, "PYTHON.md", "exec"), names)
     result = names["result"]
     assert (result.model / "adapter_model.safetensors").is_file()
     # A notebook shows what a cell ends with: not every metric of the run.

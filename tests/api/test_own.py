@@ -16,8 +16,8 @@ from dpo_fast.api.own import named_callbacks, named_sampler
 from dpo_fast.data.sampler import _permutation
 from dpo_fast.errors import UserError
 from dpo_fast.training.config import build_config
-from dpo_fast.training.loop import train
 from tests.support import ranks
+from tests.support.here import train
 from tests.support.metrics import lines_of
 from tests.support.models import changed, run_tree, write_model, write_pairs
 from tests.support.paths import ENVIRONMENT

@@ -339,7 +339,7 @@ def test_a_changed_budget_or_layout_is_not_resumed(folder):
 
     def fits(**train) -> dict:
         tree = run_tree(folder, micro_batch_size=None, **train)
-        split = SimpleNamespace(must_fit=lambda: {"data": "x"})
+        split = SimpleNamespace(must_fit=lambda: {"data": "x"}, sampler=None)
         return must_fit(
             SimpleNamespace(
                 config=build_config(tree, "tree"), train=split, total_steps=1, weights={}

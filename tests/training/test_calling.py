@@ -13,9 +13,9 @@ from dpo_fast.errors import UserError
 from dpo_fast.training import own_code
 from dpo_fast.training.calling import open_callbacks
 from dpo_fast.training.config import build_config
-from dpo_fast.training.loop import train
 from dpo_fast.training.own_code import given
 from tests.support import ranks
+from tests.support.here import train
 from tests.support.metrics import lines_of
 from tests.support.models import changed, run_tree, write_model, write_pairs
 

@@ -488,7 +488,7 @@ def test_an_option_that_resuming_would_ignore_is_not_resumed(folder, change):
 
     def fits(**sections) -> dict:
         tree = changed(run_tree(folder), folder / "never", **sections)
-        split = SimpleNamespace(must_fit=dict)
+        split = SimpleNamespace(must_fit=dict, sampler=None)
         return must_fit(
             SimpleNamespace(config=load_tree(tree), train=split, total_steps=1, weights={})
         )
@@ -504,7 +504,7 @@ def test_a_checkpoint_older_than_group_prompts_goes_on_without_it(folder):
 
     def plan(**train):
         tree = changed(run_tree(folder), folder / "never", train=train)
-        split = SimpleNamespace(must_fit=dict)
+        split = SimpleNamespace(must_fit=dict, sampler=None)
         return SimpleNamespace(config=load_tree(tree), train=split, total_steps=1, weights={})
 
     known = {name: value for name, value in must_fit(plan()).items() if name != "group_prompts"}

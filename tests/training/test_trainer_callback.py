@@ -10,8 +10,8 @@ from transformers.trainer_callback import ExportableState
 from dpo_fast.errors import UserError
 from dpo_fast.training.calling import open_callbacks
 from dpo_fast.training.config import build_config
-from dpo_fast.training.loop import train
 from dpo_fast.training.own_code import given
+from tests.support.here import train
 from tests.support.metrics import lines_of
 from tests.support.models import changed, run_tree, write_model, write_pairs
 
