@@ -119,6 +119,10 @@ class Objective:
                 "needs them as they are; leave out one of the two"
             )
 
+    def __getstate__(self) -> dict:
+        """Names and options alone: specs hold functions that pickle cannot name."""
+        return {name: value for name, value in vars(self).items() if name != "specs"}
+
     @cached_property
     def specs(self) -> tuple[LossSpec, ...]:
         """Those of the names at first use: a file that is changed later changes no objective."""

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from transformers.distributed import DistributedConfig
-from trl import DPOConfig, KTOConfig
+from trl import DPOConfig, KTOConfig, SFTConfig
 
 from dpo_fast.errors import UserError
 from dpo_fast.integrations import trl as ours
@@ -183,15 +183,16 @@ def trl_in_fsdp2(folder: str) -> None:
         (ours.DPOTrainer, DPOConfig, pairs, {"loss_type": ["sigmoid", "simpo"]}),
         (ours.DPOTrainer, DPOConfig, pairs, {"precompute_ref_log_probs": True}),
         (ours.KTOTrainer, KTOConfig, single, {}),
+        (ours.SFTTrainer, SFTConfig, single.remove_columns("label"), {}),
     ]
     for kind, config, data, options in cases:
         results = []
         for fsdp in (None, {}):
             args = arguments(config, f"{folder}/run", fsdp, gradient_checkpointing=False, **options)
-            models = [model_of(folder), model_of(folder, "other")]
-            results.append(
-                result(kind(*models, args, train_dataset=data, processing_class=tokenizer))
-            )
+            given = {"train_dataset": data, "processing_class": tokenizer, "args": args}
+            if kind is not ours.SFTTrainer:
+                given["ref_model"] = model_of(folder, "other")
+            results.append(result(kind(model_of(folder), **given)))
         same(results[1], results[0])
 
 
