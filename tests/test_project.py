@@ -205,6 +205,7 @@ TESTED_THROUGH = {
     "migration.openrlhf": "migration/test_peers.py",
     "migration.openrlhf_options": "migration/test_importers.py",
     "migration.reporting": "migration/test_trl.py",
+    "migration.trl_grpo_options": "migration/test_trl_grpo.py",
     "migration.sizes": "migration/test_peers.py",
     "training.loggers": "training/test_loop.py",
     "training.log_section": "training/test_loggers.py",

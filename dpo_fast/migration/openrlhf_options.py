@@ -87,6 +87,10 @@ DPO = [
     *lost("models and data come from the Hugging Face hub", use_ms=False),
     *needless("the policy's reference is stored, and no second model is held", ref_offload=False),
     *needless("auto takes a varlen kernel where sequences share a row", flash_attn=False),
+    *lost(
+        "auto chooses the attention; model.attention names one",
+        attn_implementation="flash_attention_2",
+    ),
     *needless("rows are packed by train.layout", packing_samples=False),
     *needless("gradients are summed in fp32", grad_accum_dtype=None),
     *needless(

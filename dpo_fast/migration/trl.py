@@ -231,6 +231,12 @@ def _orpo(draft: Draft) -> None:
 
 
 def _reference(draft: Draft) -> None:
+    streamed = "data.streaming" in draft.keys
+    if streamed and not flag(draft["sync_ref_model"]) and not flag(draft["reference_free"]):
+        # A table of a stream cannot be stored beforehand; the numbers are the same.
+        provider = "adapter_off" if flag(draft["use_peft"]) else "frozen"
+        draft.put("reference.provider", provider, "dataset_streaming", "streaming")
+        return
     if flag(draft["sync_ref_model"]):
         draft.put("reference.provider", "ema", "sync_ref_model")
         draft.put(

@@ -13,6 +13,7 @@ from dpo_fast.migration.option import listed
 
 
 def put_data(draft: Draft) -> None:
+    _mixture(draft)
     if sources := draft["datasets"]:
         draft.put("data.train", [_source(draft, each) for each in sources], "datasets")
         if draft.has("dataset_name"):
@@ -33,6 +34,28 @@ def put_data(draft: Draft) -> None:
         draft.put("data.eval", _named(draft, draft["dataset_test_split"]), *names)
     elif draft.has("test_split_size"):
         put_held_out(draft, "test_split_size")
+
+
+def _mixture(draft: Draft) -> None:
+    """The alignment handbook's mapping of sources, as TRL's own options."""
+    mixture = draft["dataset_mixture"] if "dataset_mixture" in draft.options else None
+    if mixture is None:
+        return
+    sources = mixture.get("datasets") if isinstance(mixture, dict) else None
+    if not isinstance(sources, list) or not all(isinstance(each, dict) for each in sources):
+        raise draft.fault("dataset_mixture", "expected a list `datasets` of mappings with an id")
+    made = []
+    for source in sources:
+        names = {"id": "path", "config": "name", "weight": "fraction"}
+        made.append({names.get(key, key): value for key, value in source.items()})
+    if len(made) == 1:  # its weight is a share of its rows
+        share = made[0].pop("fraction", None)
+        if share not in (None, 1, 1.0):
+            draft.lose("dataset_mixture.weight", f"{share:g} of the rows: set `rows` of its source")
+    draft.went("dataset_mixture", "data.train")
+    draft.given["datasets"] = made
+    if mixture.get("test_split_size") is not None:
+        draft.given.setdefault("test_split_size", mixture["test_split_size"])
 
 
 def _mixer(draft: Draft) -> None:

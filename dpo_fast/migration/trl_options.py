@@ -92,7 +92,8 @@ SCRIPT = [
     joint("test_split_size", None, "data.eval_rows", "a share is counted where the rows are here"),
 ]
 HANDBOOK = older(  # of the alignment handbook's scripts, which many recipes are written for
-    joint("dataset_mixer", None, "data.train", "of the alignment handbook"),
+    joint("dataset_mixture", None, "data.train, data.eval_rows", "of the alignment handbook"),
+    joint("dataset_mixer", None, "data.train", "of the alignment handbook, as it was called"),
     joint("dataset_splits", None, "data.train, data.eval", "of the alignment handbook"),
     joint("dataset_configs", None, "data.train", "of the alignment handbook"),
     same("preprocessing_num_workers", None, "data.workers", convert=_workers),

@@ -73,7 +73,7 @@ def test_what_would_be_refused_is_written_and_told(tmp_path, file):
     ("words", "said"),
     [
         (["other", "{file}"], "other: choose from trl, llamafactory, openrlhf, axolotl"),
-        (["trl", "{file}", "--method", "grpo"], "GRPOTrainer samples while it trains"),
+        (["trl", "{file}", "--method", "grpo"], "names no reward: add reward_funcs"),
         (["trl", "{file}", "--method", "x"], "choose from dpo, kto, cpo, orpo"),
         (["trl", "none.yaml"], "none.yaml: no such configuration file"),
     ],

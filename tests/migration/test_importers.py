@@ -154,6 +154,7 @@ VALUES = {  # for the test above, where 1 or the default is none
     **dict.fromkeys(("additional_target",), "embed_tokens"),
     **dict.fromkeys(("batch_size",), 4),
     **dict.fromkeys(("dataset_mixer",), {"org/mixed": 1.0}),
+    **dict.fromkeys(("dataset_mixture",), {"datasets": [{"id": "org/mixed"}]}),
     **dict.fromkeys(("dataset_splits",), ["train", "test"]),
     **dict.fromkeys(("dataset_configs",), ["c"]),
 }

@@ -250,6 +250,25 @@ def test_the_alignment_handbooks_recipes(tmp_path):
     assert run.train.hub_model_id is None, "without push_to_hub nothing is pushed"
 
 
+def test_the_alignment_handbooks_mixture(tmp_path):
+    mixture = {"id": "org/pairs", "config": "en", "split": "part", "weight": 1.0}
+    mixture = {"datasets": [mixture], "test_split_size": 0.01}
+    draft = made_of(tmp_path, dataset_name=None, dataset_mixture=mixture)
+    run = run_of(draft)
+    assert [source.path for source in run.data.train] == ["org/pairs:en/part"]
+    assert lost(draft) == ["test_split_size"], "a share is counted where the rows are here"
+    with pytest.raises(UserError, match="dataset_mixture=.*expected a list `datasets`"):
+        made_of(tmp_path, dataset_mixture={"org/pairs": 1.0})
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_stream_has_a_reference_that_needs_no_table(tmp_path, adapters):
+    peft = {"use_peft": True, "lora_target_modules": ["q_proj"]} if adapters else {}
+    run = run_of(made_of(tmp_path, dataset_streaming=True, max_steps=10, **peft))
+    assert run.data.streaming
+    assert run.reference.provider == ("adapter_off" if adapters else "frozen")
+
+
 def test_a_script_of_the_handbook_names_its_file(tmp_path):
     (tmp_path / "conf.yaml").write_text(yaml.safe_dump(LEAST))
     (tmp_path / "acc.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 4\n")
