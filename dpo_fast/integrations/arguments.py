@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import transformers
 from torch import nn
@@ -42,6 +43,17 @@ def stop_ids(model: PreTrainedModel) -> list[int]:
     """The ids at which the model stops generating."""
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [ids]
+
+
+@contextlib.contextmanager
+def in_words_of_trainers() -> Iterator[None]:
+    """A context in which errors name a trainer's arguments, and no options of configuration files."""
+    try:
+        yield
+    except UserError as error:
+        if "train.layout" not in str(error):
+            raise
+        raise type(error)(str(error).replace("train.layout", "layout")) from error
 
 
 def check_arguments(model, args, objective: Objective, layout: str, others: dict) -> None:

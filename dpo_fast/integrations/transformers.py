@@ -15,7 +15,12 @@ from dpo_fast.data.batch import ScoredBatch
 from dpo_fast.data.kinds import PAIRS
 from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.errors import UserError
-from dpo_fast.integrations.arguments import check_arguments, objective_of, stop_ids
+from dpo_fast.integrations.arguments import (
+    check_arguments,
+    in_words_of_trainers,
+    objective_of,
+    stop_ids,
+)
 from dpo_fast.integrations.collator import IDS, NUMBERS, PreferenceCollator
 from dpo_fast.integrations.forward import add_forward
 from dpo_fast.integrations.fsdp import prepare_fsdp, shard_frozen
@@ -26,6 +31,7 @@ from dpo_fast.models import recurrent
 from dpo_fast.models.adapters import as_started, keep_frozen_copy, why_not
 from dpo_fast.models.architecture import architecture_of, choose_attention, choose_layout
 from dpo_fast.models.by_sequence import serve_by_sequence
+from dpo_fast.models.handed import serve_handed
 from dpo_fast.models.own_losses import check_no_balance, check_own_losses
 from dpo_fast.models.scoring import fuse_head, scoring_forward
 from dpo_fast.models.separation import check_separation
@@ -104,7 +110,8 @@ class PreferenceTrainer(WholeFolders, transformers.Trainer):
         check_own_losses(causal_lm.config)
         remedy = "set model.config.output_router_logits = False, or train with dpo-fast train"
         check_no_balance(causal_lm.config, remedy)
-        self.layout = choose_layout(layout, architecture_of(causal_lm)).name
+        with in_words_of_trainers():
+            self.layout = choose_layout(layout, architecture_of(causal_lm)).name
         dtype = torch.bfloat16 if args.bf16 else causal_lm.dtype
         columns = _shared_columns(train_dataset, eval_dataset, objective)
         _check_reference(model, objective, reference, columns)
@@ -183,7 +190,8 @@ class PreferenceTrainer(WholeFolders, transformers.Trainer):
         model.eval()
         vocabulary = _causal_lm(self.model).config.get_text_config().vocab_size
         scorer = functools.partial(model, scored=True)
-        check_separation(scorer, self.layout, vocabulary, self.args.device, self._unproven)
+        with in_words_of_trainers():
+            check_separation(scorer, self.layout, vocabulary, self.args.device, self._unproven)
         model.train(training)
         self._unproven = None
 
@@ -321,6 +329,7 @@ def _prepare(model: PreTrainedModel, layout: str, device: torch.device, dtype: t
         model.set_attn_implementation(attention.name)
         recurrent.serve(model)
         serve_by_sequence(model)
+        serve_handed(model)
     fuse_head(model)
     add_forward(model, "scored", _score)
 

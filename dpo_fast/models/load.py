@@ -22,6 +22,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from dpo_fast.errors import UserError
 from dpo_fast.models.adapters import check_adapter, load_adapter
 from dpo_fast.models.adapters_under import put_under
+from dpo_fast.models.buffers import narrow_buffers, unsharded
 from dpo_fast.models.checkpoint import (
     adapter_vocabulary,
     adapters_under,
@@ -206,6 +207,9 @@ def _load_causal_lm(section: ModelSection, attention: str, option: str) -> PreTr
         )
     with _told(section, option):
         check_found(model, found["missing_keys"], section.path, option, section.images)
+    if is_deepspeed_zero3_enabled():
+        with unsharded():
+            narrow_buffers(model, load_skeleton(section, option))
     settle(model)
     resize_for_adapter(model, section.path)
     for module in model.modules():

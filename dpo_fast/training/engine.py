@@ -12,6 +12,7 @@ from torch import nn
 
 from dpo_fast.errors import UserError
 from dpo_fast.models import ScoringModel
+from dpo_fast.models.buffers import kept_in_fp32
 from dpo_fast.models.experts import join_experts
 from dpo_fast.models.load import load_skeleton
 from dpo_fast.training import distributed
@@ -163,9 +164,17 @@ def shard_while_loading(config: RunConfig, ds_config: dict[str, Any]):
     share_groups(zero.get("zero_hpz_partition_size", 1))
     if zero.get("offload_param", {}).get("device") == "nvme":
         zero["offload_param"].setdefault("buffer_size", largest_part(config))
+    if ds_config["bf16"]["enabled"]:
+        ds_config = keeping_buffers(config, ds_config)
     from transformers.integrations import HfDeepSpeedConfig
 
     return HfDeepSpeedConfig(ds_config)
+
+
+def keeping_buffers(config: RunConfig, ds_config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with the buffers that stay in fp32 while a model is loaded in bf16."""
+    types = {"keep_in_fp32_modules": kept_in_fp32(load_skeleton(config.model))}
+    return ds_config | {"data_types": types | ds_config.get("data_types", {})}
 
 
 def largest_part(config: RunConfig) -> int:

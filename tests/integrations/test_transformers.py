@@ -7,8 +7,8 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    BloomConfig,
-    BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
     TrainingArguments,
 )
 
@@ -20,6 +20,7 @@ from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.ops.segments import sum_sequences
 from tests.support import hybrids, ranks
 from tests.support.adapters import write_adapter
+from tests.support.families import tiny
 from tests.support.models import LIKE_SGD, write_model, write_pairs
 
 SIDES = ("chosen", "rejected")
@@ -127,13 +128,13 @@ def test_the_loss_of_plain_logits_however_it_is_split(layout, micro, place, rows
     assert log[0]["examples"] == 8
 
 
-@pytest.mark.parametrize("family", ["qwen3-next", "lfm2", "mamba2", "jamba"])
+@pytest.mark.parametrize("family", ["qwen3-next", "lfm2", "mamba2", "jamba", "falcon", "stablelm"])
 def test_layers_with_a_state_share_rows(family, tmp_path):
     """The step in a row of trees is the one in padded rows."""
     ids = {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9, 2], "rejected_ids": [10, 2]}
     rows, slopes = [ids, {name: each[::-1] for name, each in ids.items()}], []
     for layout in ("padded", "shared_prefix"):
-        model = hybrids.make(family)
+        model = tiny(family) if family in ("falcon", "stablelm") else hybrids.make(family)
         options = {"layout": layout, "objective": "simpo", "per_device_train_batch_size": 2}
         before = [parameter.detach().clone() for parameter in model.parameters()]
         build(None, rows, tmp_path / layout, model=model, **options).train()
@@ -462,12 +463,13 @@ def test_what_cannot_be_honoured_is_refused_by_name(place, rows, tmp_path):
     for message, options in cases.items():
         with pytest.raises(ValueError, match=message):
             build(place, rows, tmp_path, **options)
-    with pytest.raises(UserError, match="shared_prefix cannot be honoured"):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    with pytest.raises(UserError, match="^layout=shared_prefix cannot be .* Set layout=padded"):
         build(
             place,
             rows,
             tmp_path,
-            model=BloomForCausalLM(BloomConfig(hidden_size=8, n_layer=1, n_head=1)),
+            model=FalconForCausalLM(FalconConfig(alibi=True, vocab_size=97, **sizes)),
             layout="shared_prefix",
             reference=model_of(place),
         )
