@@ -168,6 +168,13 @@ class ModelSection(BaseModel):
         return self.lora is not None or (is_adapter(self.path) and self.adapter != "merge")
 
     @property
+    def told(self) -> str:
+        """`path` for people: what was given, where it is a folder of the cache."""
+        if self._given is None or self.path != self._given[1]:
+            return self.path
+        return str(self._given[0]["adapter_path"] or self._given[0]["path"])
+
+    @property
     def whole_weights(self) -> str | None:
         """The option, if there is one, that needs every weight whole on each rank: ZeRO up to stage 2."""
         if self.quantization is not None:

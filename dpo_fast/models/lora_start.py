@@ -77,7 +77,7 @@ class _Difference:
 
 
 def _added(layer: nn.Module, adapter: str, x: Tensor) -> Tensor:
-    inner, outer = layer.lora_A[adapter], layer.lora_B[adapter]
+    inner, outer = _parts(layer, adapter)
     return outer(inner(layer.lora_dropout[adapter](x))) * layer.scaling[adapter]
 
 
@@ -108,8 +108,12 @@ def _principal(layer: nn.Module, how: str) -> tuple[Tensor, Tensor]:
 
 def _factors(layer: nn.Module, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
     """A and B of an adapter on a layer."""
-    inner, outer = (getattr(layer, f"lora_{part}")[adapter].weight for part in "AB")
+    inner, outer = (part.weight for part in _parts(layer, adapter))
     return inner, outer
+
+
+def _parts(layer: nn.Module, adapter: str) -> list[nn.Module]:
+    return [getattr(layer, f"lora_{part}")[adapter] for part in "AB"]
 
 
 def _whole(weight: nn.Parameter) -> contextlib.AbstractContextManager:

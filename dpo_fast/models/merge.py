@@ -44,7 +44,7 @@ def write_merged(section: ModelSection, adapter: Path, target: Path, dtype: str 
         than the adapter does.
 
     Raises:
-        UserError: the adapter does not fit, or is of a kind that cannot be merged.
+        UserError: the adapter does not fit, is of a kind that cannot be merged, or fp16 holds too little.
     """
     from peft import PeftModel
 
@@ -68,11 +68,23 @@ def write_merged(section: ModelSection, adapter: Path, target: Path, dtype: str 
     except (AttributeError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"the adapter {adapter} cannot be merged into {base}: {error}") from error
     state = merged.state_dict(keep_vars=True)
+    if dtype == "fp16":
+        _check_held(state)
     as_it_was = dtype == "auto" and section.quantization is None
     untouched = _untouched(state, changed) if as_it_was else set()
     write_model(merged, state, local_folder(base), target, untouched)
     copy_input_files(adapter, target)
     return str(found).removeprefix("torch.")
+
+
+def _check_held(state: Mapping[str, Tensor]) -> None:
+    """Raises UserError for a weight that the narrow range of fp16 makes infinite."""
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(
+                f"the merged model cannot be written in dtype fp16: {name} is beyond 65504, the largest "
+                "number of fp16; write it in bf16 or fp32 (train.merge_dtype, or --dtype)"
+            )
 
 
 def check_merges(adapted: nn.Module, what: str) -> None:

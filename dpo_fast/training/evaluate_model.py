@@ -168,7 +168,7 @@ def _facts(config: RunConfig, checkpoint: Path | None, step: int | None, split: 
     entries = config.data.model_dump(mode="json")
     held_out = {} if config.data.eval_rows == 0 else {"rows_held_out": config.data.eval_rows}
     return {
-        "model": str(checkpoint or config.model.path),
+        "model": str(checkpoint or config.model.told),
         "step": step,
         "data": entries["eval"] or entries["train"],
         **held_out,
@@ -177,6 +177,6 @@ def _facts(config: RunConfig, checkpoint: Path | None, step: int | None, split: 
         "loss": list(config.loss.names),
         "reference": {
             "provider": spec.name,
-            "path": path or (config.model.path if spec.scores else None),
+            "path": path or (config.model.told if spec.scores else None),
         },
     }

@@ -149,7 +149,7 @@ def _sources(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 def _summary(config: RunConfig, lines: list[dict[str, Any]], adapter: bool) -> str:
     base, what = (
-        _shown_name(config.model.path),
+        _shown_name(config.model.told),
         "An adapter of" if adapter else "A model trained from",
     )
     link = f"[{base}](https://huggingface.co/{split_revision(base)[0]})"
@@ -221,7 +221,7 @@ def _reference(config: RunConfig, facts: dict[str, Any]) -> str:
     weights = (facts.get("made_of") or {}).get("weights") or {}
     told = [f"- model before training: {_hash(weights.get('model.path'))}"] if weights else []
     if config.loss.objective.needs_reference:
-        path = config.reference.path or config.model.path
+        path = config.reference.path or config.model.told
         found = weights.get("reference.path") or (
             weights.get("model.path") if config.reference.path is None else None
         )

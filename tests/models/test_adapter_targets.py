@@ -10,6 +10,7 @@ pytest.importorskip("peft")
 from dpo_fast.data.batch import collate_trees
 from dpo_fast.errors import UserError
 from dpo_fast.models.adapter_targets import expert_tensors, linear_routers
+from dpo_fast.models.all_linear import layers_alone
 from dpo_fast.models.config import LoraSection
 from dpo_fast.models.lora import add_lora
 from dpo_fast.models.parts import freeze_unreached
@@ -88,7 +89,7 @@ def test_options_for_layers_leave_tensors_of_experts_out(options):
         assert targets("mixtral") > ATTENTION  # with experts and routers, as peft has it
         assert targets("mixtral", **options) == ATTENTION
         if "init_lora_weights" not in options:
-            option = next(f"{n}={str(v).lower()}" for n, v in options.items())
+            option = layers_alone(LoraSection(**options))
             with pytest.raises(
                 UserError, match=f"means .*gate_up_proj.*model.lora.{option} is for"
             ):

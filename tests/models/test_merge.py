@@ -73,11 +73,16 @@ def test_the_dtype_that_is_asked_for(base, adapter, tmp_path, name):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").dtype == dtype
 
 
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}], ids=str)
-def test_weights_are_rounded_once(base, tmp_path, options):
-    """Against the formulas in fp64: no further from them than the nearest number in bf16."""
+ROUNDED = [("bf16", {}), ("bf16", {"use_rslora": True}), ("bf16", {"use_dora": True})]
+ROUNDED += [("fp16", {}), ("fp16", {"use_dora": True}), ("fp32", {}), ("fp32", {"use_dora": True})]
+
+
+@pytest.mark.parametrize(("name", "options"), ROUNDED, ids=str)
+def test_weights_are_rounded_once(base, tmp_path, name, options):
+    """Against the formulas in fp64: no further from them than the nearest number of the dtype."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
     write_adapter(tmp_path / "adapter", base, lora_dropout=0, **options)
-    write_merged(ModelSection(path=str(base)), tmp_path / "adapter", tmp_path / "merged", "bf16")
+    write_merged(ModelSection(path=str(base)), tmp_path / "adapter", tmp_path / "merged", name)
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     plain = load_file(base / "model.safetensors")
     factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -86,16 +91,29 @@ def test_weights_are_rounded_once(base, tmp_path, options):
     assert len(layers) == 6
     for layer in layers:
         name = layer.removeprefix("base_model.model.") + ".weight"
+        assert merged[name].dtype == dtype
         first, second = (factors[f"{layer}.lora_{part}.weight"].double() for part in "AB")
-        # The base is loaded in bf16, as the result is written.
-        weight = plain[name].bfloat16().double() + scaling * second @ first
+        # The base is loaded in the dtype that the result is written in.
+        weight = plain[name].to(dtype).double() + scaling * second @ first
         if options.get("use_dora"):
             lengths = factors[f"{layer}.lora_magnitude_vector"].double()
             weight = lengths[:, None] * weight / weight.norm(dim=1, keepdim=True)
         error = (merged[name].double() - weight).abs()
-        assert (error <= 2**-8 * weight.abs() + 1e-7).all(), name
-        nearest = (weight.bfloat16().double() - weight).abs()
-        assert error.sum() <= 1.001 * nearest.sum(), "rounded once"
+        assert (error <= torch.finfo(dtype).eps * weight.abs() + 1e-7).all(), name
+        nearest = (weight.to(dtype).double() - weight).abs()
+        # Products in fp32 are rounded themselves.
+        allowed = 1.001 if dtype == torch.bfloat16 else 1.01 if dtype == torch.float16 else 4
+        assert error.sum() <= allowed * nearest.sum(), "rounded once"
+
+
+def test_what_fp16_cannot_hold_is_told(base, adapter, tmp_path):
+    folder = write_model(tmp_path / "large")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = 1e5
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="dtype fp16: .*model.norm.weight is beyond.*bf16 or fp32"):
+        write_merged(ModelSection(path=str(folder)), adapter, tmp_path / "merged", "fp16")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_what_an_adapter_does_not_change_keeps_its_bytes(base, adapter, tmp_path):

@@ -181,6 +181,7 @@ def test_files_have_what_was_given(folder, tmp_path, monkeypatch):
     (tmp_path / CONFIG).write_text(written(config))
     kept = yaml.safe_load((tmp_path / CONFIG).read_text())["model"]
     assert {name: kept[name] for name in model} == model
+    assert config.model.told == "sft" and section(folder, lora={}).told == str(folder / "model")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "other"))
     again = build_config(read_recorded(tmp_path / CONFIG), "tree").model

@@ -1,7 +1,9 @@
 """Runs with every kind of adapter: on one rank, and on two at ZeRO stage 3; TR-DPO on adapters."""
 
+import importlib.util
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ pytest.importorskip("deepspeed")
 
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from dpo_fast.data.batch import collate_trees
@@ -79,13 +82,16 @@ def runs(request, folder):
         tree["train"] |= {"max_steps": 1, "save_steps": 1000}
         trees[f"bf16, {name}"] = tree
     ranks.train(list(trees.values()), count)
+    linked = ModelSection(**trees["under"]["model"]).path
+    shutil.rmtree(linked)  # the cache may be another one when a run goes on
     resumed = []
     for name in ("pissa", "ema, pissa", "under"):
         tree = changed(trees[name], root / f"{name}, resumed")
         tree["train"]["resume_from_checkpoint"] = str(root / name / "checkpoint-2")
         resumed.append(tree)
     ranks.train(resumed, count)
-    return root
+    yield root
+    shutil.rmtree(linked, ignore_errors=True)
 
 
 def base_of(folder):
@@ -164,6 +170,29 @@ def test_adapters_under_the_trained_one_train_alike_everywhere(folder, runs):
 @pytest.mark.parametrize("name", BF16)
 def test_runs_in_bf16_start_as_their_reference(runs, name):
     assert series(runs / f"bf16, {name}")[1] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None,
+    reason="bitsandbytes is not installed, and BITSANDBYTES names no folder with it",
+)
+def test_a_run_on_a_quantised_base_goes_on_bit_for_bit(folder):
+    tree = tree_of(folder, folder / "qlora", 2, {}, **OFF)
+    tree["model"]["quantization"] = {"load_in_4bit": True}
+    again = changed(tree, folder / "qlora, resumed")
+    again["train"]["resume_from_checkpoint"] = str(folder / "qlora" / "checkpoint-2")
+    ranks.train([tree, again], 1)
+    whole = series(folder / "qlora")
+    assert whole[1] == pytest.approx(math.log(2), abs=1e-6) and whole[2] < 0.692
+    assert series(folder / "qlora, resumed") == {step: whole[step] for step in (3, 4)}
+    ends = [
+        load_file(folder / name / "final" / "adapter_model.safetensors")
+        for name in ("qlora", "qlora, resumed")
+    ]
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
 @pytest.mark.processes
