@@ -21,6 +21,9 @@ def image_processing(config: RunConfig) -> Choice | None:
         counts = [
             f"{images.tokens_of(*size)} tokens for {'x'.join(map(str, size))}" for size in SIZES
         ]
-        return Choice(type(images.processor).__name__, f"rows may have images: {', '.join(counts)}")
+        told = f"rows may have images: {', '.join(counts)}"
+        if config.model.images is None:
+            told += "; model.images=true counts their memory"
+        return Choice(type(images.processor).__name__, told)
     except (UserError, BadRow) as error:
         return Choice("none", str(error))

@@ -23,6 +23,7 @@ from dpo_fast.training.activations import Activations, Shape, count
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.engine import deepspeed_config
 from dpo_fast.training.fit import Choices
+from dpo_fast.training.image_memory import image_lines
 from dpo_fast.training.memory import (
     Line,
     answers,
@@ -142,7 +143,8 @@ def lines_of(
     )
     shape = shape_of(config, choices.layout.name, machine.on_cpu, choices.attention.name)
     shape = replace(shape, eager=shape.eager and activations is not None)
-    return [*memory(config, sizes, ranks), *mask_line(config, shape)]
+    images = image_lines(config, policy, wants_checkpointing(config, policy))
+    return [*memory(config, sizes, ranks), *mask_line(config, shape), *images]
 
 
 class Rung(NamedTuple):

@@ -23,9 +23,12 @@ from dpo_fast.models.parts import settle_parts
 from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.models.vision import Vision, why_no_images
 from tests.support.architectures import assert_same, slopes
+from tests.support.faults import SLOW
 from tests.support.image_models import FAMILIES, START, TREES, alone, batch_of
 
 MAIN = ("qwen3-vl", "gemma3")
+RARE = ("cosmos3-edge", "got-ocr2", "hunyuan-vl")
+ALL = [pytest.param(name, marks=SLOW if name in RARE else ()) for name in FAMILIES]
 
 
 @functools.cache
@@ -58,7 +61,7 @@ def logps(scoring: ScoringModel, batch) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL)
 def test_a_batch_scores_like_every_sequence_alone(name, layout):
     """Prompts with none, one and two images, an image in two prompts: log-probs and every gradient."""
     architecture = architecture_of(FAMILIES[name].make())
@@ -201,7 +204,7 @@ def with_adapters(family, section, adapters):
     return model, parameters
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ALL)
 def test_options_freeze_the_tower_and_what_leads_from_it(name):
     scoring = scoring_of(
         name, "padded", freeze_vision_tower=True, freeze_multi_modal_projector=True
