@@ -27,10 +27,10 @@ UNASKED = ("https://unpkg.com/resize-observer-polyfill", "https://unpkg.com/merm
 FIRST_FOUND = """(async () => {
   for (let tries = 0; tries < 300; tries++) {
     const link = document.querySelector(".md-search-result__item a");
-    if (link) return link.href;
+    if (link && link.href.includes("h=simpo")) return link.href;
     await new Promise((done) => setTimeout(done, 100));
   }
-})()"""  # the address of the first result, once there is one
+})()"""  # the address of the first result for the whole word
 
 
 @pytest.fixture(scope="module")
