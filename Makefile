@@ -70,7 +70,7 @@ docs: $(STAMP)
 # The documentation as a site in build/site, by an environment of its own: pages are read without importing the code.
 SITE ?= build/site-env
 site: $(SITE)/.installed
-	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/python -m mkdocs build --strict
 
 $(SITE)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(SITE)

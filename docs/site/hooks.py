@@ -68,6 +68,8 @@ def place_of(target: Path) -> str:
     """Where a file of the repository stands in the site's sources."""
     if target == ROOT / "README.md":
         return "index.md"
+    if target in notebooks():
+        return page_of(target)
     if target.is_relative_to(DOCS):
         return target.relative_to(DOCS).as_posix()
     place = f"repository/{target.relative_to(ROOT).as_posix()}"
