@@ -173,14 +173,20 @@ def as_pairs(
 ) -> PairLogps:
     """Pairs from sequences that are chosen and rejected in turn."""
     columns, statistics = columns or {}, statistics or {}
-    sides: list[Any] = [
-        (None, None) if x is None else x.view(-1, 2).unbind(1)
-        for x in (logps_S, lengths_S, reference_S)
-    ]
+
+    def sides(values: Any) -> Any:
+        return (None, None) if values is None else values.view(-1, 2).unbind(1)
+
+    chosen, rejected = sides(logps_S)
+    chosen_lengths, rejected_lengths = sides(lengths_S)
+    reference_chosen, reference_rejected = sides(reference_S)
     return PairLogps(
-        *sides[0],
-        *sides[1],
-        *sides[2],
+        chosen,
+        rejected,
+        chosen_lengths,
+        rejected_lengths,
+        reference_chosen,
+        reference_rejected,
         margin=columns.get("margin"),
         soft_label=columns.get("soft_label"),
         delta=statistics.get("delta"),
