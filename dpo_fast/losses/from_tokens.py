@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,8 +101,8 @@ def preference(
     _check_groups(objective, groups, logp_T, lengths_S, reference_T)
     pairs = len(lengths_S) // 2 if paired else 0 if groups is None else len(groups.counts_P)
     # A compiler does not know how many tokens are scored: some, then.
-    tokens = 1 if torch.compiler.is_compiling() else len(logp_T)
-    objective.check_totals(totals, pairs=pairs, sequences=len(lengths_S), tokens=tokens)
+    scored = 1 if torch.compiler.is_compiling() else len(logp_T)
+    objective.check_totals(totals, pairs=pairs, sequences=len(lengths_S), tokens=scored)
     columns = {name: values.float() for name, values in columns.items()}
     extra = (*columns, *(() if paired else (UNPAIRED,)))
     # A compiler would trace through the cache, and warn.
@@ -123,6 +123,7 @@ def preference(
 def _composed(tokens: Tokens, objective, totals, columns, desirable_S, statistics) -> Preference:
     options, weight = objective.options, columns.get("weight")
     logps_S, reference_S = sequence_sums(tokens, options, paired=desirable_S is None)
+    logps: PairLogps | SequenceLogps
     if desirable_S is None:
         logps = as_pairs(logps_S, tokens.lengths_S, reference_S, columns, statistics)
         if options.changes_sums:
@@ -172,18 +173,24 @@ def as_pairs(
 ) -> PairLogps:
     """Pairs from sequences that are chosen and rejected in turn."""
     columns, statistics = columns or {}, statistics or {}
-    sides = [
-        (None, None) if x is None else x.view(-1, 2).unbind(1)
-        for x in (logps_S, lengths_S, reference_S)
-    ]
+
+    def sides(values: Any) -> Any:
+        return (None, None) if values is None else values.view(-1, 2).unbind(1)
+
+    chosen, rejected = sides(logps_S)
+    chosen_lengths, rejected_lengths = sides(lengths_S)
+    reference_chosen, reference_rejected = sides(reference_S)
     return PairLogps(
-        *sides[0],
-        *sides[1],
-        *sides[2],
-        columns.get("margin"),
-        columns.get("soft_label"),
-        statistics.get("delta"),
-        statistics.get("kl"),
+        chosen,
+        rejected,
+        chosen_lengths,
+        rejected_lengths,
+        reference_chosen,
+        reference_rejected,
+        margin=columns.get("margin"),
+        soft_label=columns.get("soft_label"),
+        delta=statistics.get("delta"),
+        kl=statistics.get("kl"),
     )
 
 

@@ -139,6 +139,7 @@ def above_mean(scores_S: Tensor, counts_P: Tensor) -> Tensor:
 
 def log_weights(groups: GroupLogps, options: LossOptions) -> Tensor:
     """log R of every token, [T]: its own, or its completion's mean."""
+    assert groups.tokens is not None and groups.old_tokens is not None  # the loss asks for them
     log_T = groups.tokens - groups.old_tokens
     if options.importance_sampling_level == "token":
         return log_T
@@ -156,6 +157,7 @@ def clipped(groups: GroupLogps, options: LossOptions) -> Tensor:
 
 def kl_estimate(groups: GroupLogps) -> Tensor:
     """k, [T]: an estimate of the KL divergence from the reference, never below 0."""
+    assert groups.tokens is not None and groups.reference_tokens is not None  # beta asks for them
     log_T = groups.reference_tokens - groups.tokens
     return log_T.clamp(max=LARGEST_EXPONENT).exp() - log_T - 1
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -56,7 +56,7 @@ class PairLogps:
     def sequences(self) -> SequenceLogps:
         """The same completions one by one: chosen ones desirable, rejected ones undesirable."""
 
-        def interleaved(chosen: Tensor | None, rejected: Tensor | None) -> Tensor | None:
+        def interleaved(chosen: Any, rejected: Any) -> Any:  # of what is None: None
             return None if chosen is None else torch.stack([chosen, rejected], 1).flatten()
 
         desirable = torch.ones_like(self.chosen, dtype=torch.bool)
@@ -72,6 +72,9 @@ class PairLogps:
 
 class _WithRatio:
     """What has `logps` and perhaps a `reference`, [S]."""
+
+    logps: Tensor
+    reference: Tensor | None
 
     @property
     def ratio(self) -> Tensor:
@@ -127,6 +130,7 @@ class GroupLogps(_WithRatio):
 
     def to_tokens(self, values_S: Tensor) -> Tensor:
         """Each token its completion's value, [T]."""
+        assert self.tokens is not None  # who asks for tokens has them
         return spread(values_S, self.lengths, len(self.tokens))
 
 

@@ -244,15 +244,18 @@ class Objective:
 
         weight: of each example, [P], or [S] of completions; multiplies its losses and its sft term.
         """
-        loss = self._sft(logps, totals, weight)
+        loss: Tensor | float = self._sft(logps, totals, weight)
         if isinstance(logps, GroupLogps) and weight is not None:
             weight = spread(weight, logps.counts, len(logps.logps))
         for spec, coefficient in zip(self.specs, self.coefficients(totals)):
-            split = isinstance(logps, PairLogps) and not spec.paired
-            values = spec.function(logps.sequences if split else logps, self.options)
-            if weight is not None:
-                values = values * (weight.repeat_interleave(2) if split else weight)
+            seen: Logps = logps
+            own = weight
+            if isinstance(logps, PairLogps) and not spec.paired:
+                seen, own = logps.sequences, None if weight is None else weight.repeat_interleave(2)
+            values = spec.function(seen, self.options)
+            values = values if own is None else values * own
             loss = loss + coefficient * values.sum()
+        assert isinstance(loss, torch.Tensor)  # there is a loss at least
         return loss
 
     def _sft(self, logps: Logps, totals: Totals, weight: Tensor | None) -> Tensor | float:
@@ -260,12 +263,13 @@ class Objective:
         coefficient = self.sft_coefficient(totals)
         if coefficient == 0:
             return 0.0
+        assert not isinstance(logps, GroupLogps)  # their losses bring none
         likelihood = logps.likelihood if weight is None else logps.likelihood * weight
         return -coefficient * likelihood.sum()
 
     def watched(self, logps: Logps) -> dict[str, Tensor]:
         """Values whose means are plotted beside the loss, by name. Without gradients."""
-        found = {}
+        found: dict[str, Tensor] = {}
         with torch.no_grad():
             for spec in self.specs:
                 found |= spec.watch(logps, self.options) if spec.watch else {}

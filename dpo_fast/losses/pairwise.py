@@ -139,8 +139,9 @@ def sppo_hard(pairs: PairLogps, options: LossOptions) -> Tensor:
 )
 def aot(pairs: PairLogps, options: LossOptions) -> Tensor:
     policy = (pairs.chosen - pairs.rejected).sort().values
-    if pairs.reference_chosen is not None:
-        policy = policy - (pairs.reference_chosen - pairs.reference_rejected).sort().values
+    chosen, rejected = pairs.reference_chosen, pairs.reference_rejected
+    if chosen is not None and rejected is not None:
+        policy = policy - (chosen - rejected).sort().values
     return smoothed(options.beta * policy, options.label_smoothing)
 
 

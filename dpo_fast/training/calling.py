@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from dpo_fast.errors import UserError
@@ -186,13 +188,24 @@ class Calls:
         if not self.callbacks or self.error:
             return
         control, error = Control(), ""
-        for name, callback in self.callbacks.items():
-            try:
-                getattr(callback, event)(self._state, control)
-            except Exception as raised:
-                error = f"{OPTION}={name}, {event}: {told(raised)}"
-                break
+        with self._as_it_was():
+            for name, callback in self.callbacks.items():
+                try:
+                    getattr(callback, event)(self._state, control)
+                except Exception as raised:
+                    error = f"{OPTION}={name}, {event}: {told(raised)}"
+                    break
         self._agree(event, control, error)
+
+    @contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        """What a callback draws or sets does not change the run: it may sample, or call model.eval()."""
+        model, device = self._state.model, distributed.device()
+        training = model.training
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+        if model.training != training:
+            model.train(training)
 
     def _agree(self, event: str, control: Control, error: str) -> None:
         found = distributed.gathered((asdict(control), error))

@@ -36,7 +36,7 @@ class Saves(Callback):
 SCRIPT = """
 import json, os, sys
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpo_fast import PreferenceRun
 sys.path.insert(0, sys.argv[1])
@@ -44,16 +44,16 @@ from mine import Saves, longest_first
 folder, tree = sys.argv[1], json.loads(sys.argv[2])
 of = AutoModelForCausalLM.from_pretrained
 rows = [json.loads(line) for line in open(f"{folder}/pairs.jsonl")]
-adapters = {}
 for name in tree.pop("runs"):
     tree["train"]["output_dir"] = f"{folder}/{name}"
+    model, reference = of(f"{folder}/model"), of(f"{folder}/other")
     if name == "adapters":
-        adapters["peft_config"] = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=True)
+        options = LoraConfig(r=2, target_modules=["q_proj"])
+        model, reference = get_peft_model(model, options), None
     run = PreferenceRun(
-        of(f"{folder}/model"), tree, train_dataset=Dataset.from_list(rows),
+        model, tree, train_dataset=Dataset.from_list(rows), ref_model=reference,
         processing_class=AutoTokenizer.from_pretrained(f"{folder}/model"),
-        ref_model=None if adapters else of(f"{folder}/other"),
-        callbacks=[Saves()], sampler=longest_first, **adapters)
+        callbacks=[Saves()], sampler=longest_first)
     result = run.train()
     found = run.evaluate()
     with open(f"{folder}/told-{name}-{os.environ['RANK']}.json", "w") as file:

@@ -5,6 +5,7 @@ from dataclasses import FrozenInstanceError
 from importlib.metadata import EntryPoint
 
 import pytest
+import torch
 
 pytest.importorskip("deepspeed")
 
@@ -50,6 +51,8 @@ class Recorder(Callback):
         self.kept = {}
 
     def _note(self, name: str, state: RunState, control: Control) -> None:
+        torch.rand(3)  # neither this nor the next line may change the run
+        state.model.eval()
         self.calls.append((name, state.step))
         self.states.append(state)
         for what in self.asks.get((name, state.step), ()):
@@ -94,6 +97,7 @@ def tree(folder, name: str, callbacks=(), **options) -> dict:
     found = changed(run_tree(folder, max_steps=4), folder / name, data={"eval_rows": 4})
     found["train"] |= {"callbacks": list(callbacks), **options}
     found["log"] = {"logging_steps": 2}
+    found["model"]["lora"] = {"r": 4, "dropout": 0.2}  # draws in training, and in no evaluation
     return found
 
 
@@ -134,7 +138,7 @@ def test_they_are_called_in_order_may_ask_and_change_nothing(folder):
         without_times(lines_of(folder / "plain"))[-1]
         == without_times(lines_of(folder / "asked"))[-1]
     )
-    model = "final/model.safetensors"
+    model = "final/adapter_model.safetensors"
     assert (folder / "plain" / model).read_bytes() == (folder / "asked" / model).read_bytes()
 
 
@@ -154,7 +158,7 @@ def test_one_may_end_the_run_and_what_it_keeps_comes_back(folder, capfd):
     assert again.calls[-1] == ("end", 4) and again.states[-1].examples == 32
     assert capfd.readouterr().err.count("a callback ends the run after step 2") == 1
     # As if it had never been stopped.
-    model = "final/model.safetensors"
+    model = "final/adapter_model.safetensors"
     train(build_config(tree(folder, "stopped", resume_from_checkpoint=True), "case"))
     assert "with the callbacks one, which this one lacks" in capfd.readouterr().err
     train(build_config(tree(folder, "whole"), "case"))
