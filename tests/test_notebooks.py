@@ -49,3 +49,5 @@ def test_what_is_stored_is_of_a_run_and_names_no_machine():
         assert not any(o.get("name") == "stderr" for cell in cells for o in cell["outputs"])
         assert not re.search(r"/(tmp|root|home|work)/", file.read_text()), name
         assert len(file.read_bytes()) < 300_000
+        links = re.findall(r"\]\(([^):#]+)\)", file.read_text())
+        assert all((file.parent / link).exists() for link in links), name
