@@ -77,7 +77,6 @@ def sole_train(
             with log.clock_stopped():
                 position = resume(run, checkpoint, sums, log) if checkpoint else start(run, log)
                 answering = begin_answering(run, position[0], log)
-                log.calls.raise_error()
             with signals.stop_signals(RESUME) as asked, run.saver:
                 step = steps(run, *position, sums, log, asked, answering)
         model = Path(config.train.output_dir) / MODEL
