@@ -106,12 +106,13 @@ def steps(
         Interrupted: a signal came, and a checkpoint is saved.
         UserError: the same after an error of a callback.
     """
-    train, calls, stopped, ended = run.config.train, log.calls, False, False
+    train, calls, stopped = run.config.train, log.calls, False
     if to_evaluate and not evaluated(run, step, log, asked):
         raise Interrupted(f"interrupted; {RESUME}")
     if to_evaluate:
         run.best.keep(step)
         run.best.write()
+    ended = run.best.exhausted
     with progress_bar("training", run.total_steps, step) as advance:
         while step < run.total_steps and not (stopped or ended or calls.error):
             rate = run.engine.get_lr()[0]  # the step moves the schedule on
