@@ -89,10 +89,11 @@ def leaves_no_ranks():
     """A run in a test's own process leaves neither a group nor the variables of a rank to other files."""
     yield
     group = torch.distributed.is_available() and torch.distributed.is_initialized()
-    left = [name for name in ("RANK", "MASTER_PORT") if name in os.environ]
+    left = [name for name in ("RANK", "MASTER_PORT") if os.environ.pop(name, None) is not None]
+    if group:
+        torch.distributed.destroy_process_group()  # so that later files are not blamed
     assert not group and not left, (
-        f"process group: {group}, variables: {left}. train by tests.support.here or "
-        "tests.support.ranks"
+        f"process group: {group}, variables: {left}. Train by tests.support.here or tests.support.ranks"
     )
 
 

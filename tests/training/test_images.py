@@ -21,9 +21,9 @@ from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.training import data_ranks
 from dpo_fast.training.config import build_config
 from dpo_fast.training.engine import release
-from dpo_fast.training.loop import train
 from dpo_fast.training.prepare import prepare
 from tests.support import ranks
+from tests.support.here import train
 from tests.support.image_runs import write_image_model, write_image_pairs
 from tests.support.models import run_tree, write_model
 from tests.support.plain_torch import assert_same_step
