@@ -68,49 +68,6 @@ becomes one of rounds, an epoch there a round here:
 Batches there count completions, and here groups. One function or model scores; several there are one
 function of yours here. Reward models are not trained here: RewardConfig is refused.
 """,
-    "llamafactory": """    dpo-fast import llamafactory llama3_lora_dpo.yaml --out run.yaml --nproc 8
-    dpo-fast import llamafactory train.sh --out run.yaml        # a script with llamafactory-cli train
-""",
-    "openrlhf": """    dpo-fast import openrlhf train_dpo.sh --out run.yaml  # with openrlhf.cli.train_dpo
-""",
-    "axolotl": """    dpo-fast import axolotl dpo.yml --out run.yaml --nproc 8  # rl: dpo, ipo, ...
-""",
-}
-WORDS = {
-    "trl": """
-| in code | |
-|---|---|
-| `trl.DPOTrainer` | that of `dpo_fast.integrations.trl` ([DROPINS.md](DROPINS.md)) |
-| `DPOConfig(...)` | `dpo-fast import trl`, or by hand with the table below |
-| `trl dpo --config dpo.yaml` | `dpo-fast train run.yaml` |
-| `accelerate launch --num_processes 8` | `--nproc 8`, torchrun, srun ([OPERATIONS.md](OPERATIONS.md)) |
-| `trainer.train(resume_from_checkpoint=True)` | `train.resume_from_checkpoint=true` |
-
-Rows are those that TRL takes, and more ([FORMATS.md](FORMATS.md)). What differs without an option
-for it:
-
-- The reference is scored once and stored; TRL scores it in every step, or once with
-  `precompute_ref_log_probs`.
-- The loss is a mean over the rows of the global batch. TRL takes the mean of means of
-  micro-batches, which are the same where all are of one size.
-- A row that is too long keeps its prompt, and a completion loses its end, as with TRL's
-  `keep_start`. Only a prompt of `max_length` tokens and more is another: TRL leaves it without a
-  completion, and here a token of it stays.
-
-GRPOTrainer samples while it trains; here rounds sample between runs ([ROUNDS.md](ROUNDS.md)), so its
-file is not imported. By hand, beginning with `dpo-fast init --recipe grpo`:
-
-| GRPOConfig | here |
-|---|---|
-| `loss_type`: `grpo`, `dapo` | `loss.type` |
-| `loss_type: dr_grpo` | `dapo` with `loss.scale_rewards: none`, but for a constant |
-| `epsilon`, `epsilon_high`, `importance_sampling_level` | the same names in `loss` |
-| `scale_rewards` | `loss.scale_rewards`, `group` or `none` |
-| `beta` | `loss.grpo_beta` |
-| `num_generations`, `temperature`, `top_p` | the same names in `sample` |
-| `max_completion_length` | `sample.max_new_tokens` |
-| `reward_funcs` | section `judge`: functions of TRL's form are taken as they are |
-""",
     "llamafactory": """
 Data sets go by `dataset_info.json`: file or hub id, `formatting`, `columns` and `tags` are read,
 from `dataset_dir` as it
