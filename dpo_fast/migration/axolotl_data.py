@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from dpo_fast.migration.counted import put_held_out
@@ -49,6 +50,7 @@ KNOWN = (
     "message_property_mappings",
     *FIELDS,
 )
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
 BUILT_IN = ("json", "csv", "parquet", "arrow", "text")
 
 
@@ -125,9 +127,10 @@ def _path(draft: Draft, about: dict, option: str) -> str:
         return str(files[0])
     if files:
         draft.lose(f"{option}.data_files", "name the files themselves in data.train")
-    local = str(about["path"]).startswith((".", "/", "~")) or about.get("ds_type") is not None
-    if local:
-        return str(about["path"])
+    path = str(about["path"])
+    local = path.startswith((".", "/", "~")) or about.get("ds_type") is not None
+    if local or path.endswith(SUFFIXES) or os.path.exists(path):
+        return path
     revision = f"@{about['revision']}" if about.get("revision") else ""
     config = f"{about['name']}/" if about.get("name") else ""
     return f"{about['path']}{revision}:{config}{about.get('split') or 'train'}"

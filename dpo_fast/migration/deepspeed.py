@@ -133,4 +133,4 @@ def put_fsdp(draft: Draft, config: dict[str, Any], name: str) -> None:
 def ranks_of(config: dict[str, Any]) -> int | None:
     """Processes of a configuration of accelerate."""
     number = config.get("num_processes")
-    return int(number) if number else None
+    return int(number) if str(number or "").isdigit() and int(number) else None

@@ -45,6 +45,7 @@ class Draft:
     options: all that it has.
     given: those of the file, by name. place: the file, for messages.
     ranks: processes that it is started with; None where nothing says so.
+    read: the option whose value was asked for last, for messages.
     rounds: whether the configuration is one of rounds (`dpo-fast iterate`).
     """
 
@@ -56,11 +57,13 @@ class Draft:
         self.keys: dict[str, Entry] = {}
         self.rounds = False
         self.notes: list[str] = []
+        self.read: str | None = None  # the option that was looked at last
         self._fates: dict[str, Fate] = {}
         self._went: dict[str, list[str]] = {}  # options, and the keys that follow from them
 
     def __getitem__(self, name: str) -> Any:
         """The value of an option: the one that is given, or its default."""
+        self.read = name
         return self.given[name] if name in self.given else self.options[name].default
 
     def has(self, *names: str) -> bool:

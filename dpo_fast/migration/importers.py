@@ -27,6 +27,7 @@ class Importer:
     method: which of them a file is for, from the options, the one that is asked for and the file's name.
     finish: puts what is read together.
     marks: what starts it on a command line, as regular expressions.
+    started: the method that a command line is for, from what starts it and the words behind it.
     config: option that names a YAML file on a command line; empty where it is the first word.
     """
 
@@ -35,6 +36,7 @@ class Importer:
     method: Callable[[dict[str, Any], str | None, str], str]
     finish: Callable[[Draft, str], None]
     marks: tuple[str, ...]
+    started: Callable[[str, list[str]], str | None] = lambda start, words: None
     config: str = ""
 
 
@@ -49,6 +51,7 @@ IMPORTERS = {
             r"\b\w*(?:dpo|kto|cpo|orpo|grpo)\w*\.py\b",
             r"-m [\w.]*(?:dpo|kto|grpo)\b",
         ),
+        trl.started,
         "config",
     ),
     "llamafactory": Importer(
@@ -64,6 +67,7 @@ IMPORTERS = {
         openrlhf.method_of,
         openrlhf.finish,
         (r"\bopenrlhf\.cli\.train_\w+", r"\bopenrlhf/cli/train_\w+\.py", r"\btrain_dpo\.py\b"),
+        openrlhf.started,
         "config",
     ),
     "axolotl": Importer(
@@ -96,21 +100,60 @@ def import_file(
         raise UserError(f"{kind}: choose from {', '.join(IMPORTERS)}")
     importer = IMPORTERS[kind]
     command = _read(importer, file)
-    if accelerate is None and command.accelerate:
-        accelerate = beside(
-            command.accelerate, file, "configuration of accelerate", "--config_file"
-        )
-    launched = read_mapping(accelerate) if accelerate else {}
-    asked = method or next((word for word in command.words if word in importer.tables), None)
+    asked = method or (importer.started(command.start, command.words) if command.start else None)
     chosen = importer.method(command.options, asked, str(file))
-    ranks = ranks or command.ranks or ranks_of(launched)
+    launched, name = _launched(command, accelerate, file)
+    ranks = ranks or command.ranks or ranks_of(command.options) or ranks_of(launched)
     draft = Draft(importer.title, importer.tables[chosen], command.options, str(file), ranks)
     draft.read_table()
-    if accelerate is not None:
-        put_accelerate(draft, launched, accelerate.name)
-    importer.finish(draft, chosen)
+    for option in LAUNCHING:
+        if option in draft.given and option not in draft.options:
+            draft.spare(option, "of the launcher: --nproc, torchrun or srun start ours")
+    if launched:
+        put_accelerate(draft, launched, name)
+    try:
+        importer.finish(draft, chosen)
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:  # a number, a list or a mapping that is none
+        if draft.read is None:
+            raise
+        raise draft.fault(draft.read, f"not a value of this option ({error})") from None
     _settle(draft)
     return draft
+
+
+# Options of the launcher, which TRL's and Axolotl's commands take as well.
+LAUNCHING = (
+    *("accelerate_config", "num_processes", "num_machines", "machine_rank", "launcher"),
+    *("main_process_ip", "main_process_port", "mixed_precision", "nproc_per_node", "nnodes"),
+)
+# Configurations that TRL brings by name. Each is of 8 processes, where nothing else is said.
+BY_NAME: dict[str, dict[str, Any]] = {
+    "single_gpu": {"num_processes": 1},
+    "multi_gpu": {"distributed_type": "MULTI_GPU", "num_processes": 8},
+    **dict.fromkeys(("fsdp1", "fsdp2"), {"distributed_type": "FSDP", "num_processes": 8}),
+    **{
+        f"zero{stage}": {
+            "distributed_type": "DEEPSPEED",
+            "deepspeed_config": {"zero_stage": stage},
+            "num_processes": 8,
+        }
+        for stage in (1, 2, 3)
+    },
+}
+
+
+def _launched(command: Command, accelerate: Path | None, file: Path) -> tuple[dict[str, Any], str]:
+    """The configuration of accelerate, and its name: asked for, of the launcher, or of TRL's option."""
+    named, option = command.accelerate, "--config_file"
+    if named is None:
+        named, option = command.options.get("accelerate_config"), "accelerate_config"
+    if accelerate is None and named in BY_NAME and not Path(named).is_file():
+        return BY_NAME[named], named
+    if accelerate is None and named:
+        accelerate = beside(str(named), file, "configuration of accelerate", option)
+    return (read_mapping(accelerate), accelerate.name) if accelerate else ({}, "")
 
 
 # Keys that need evaluation data, and those that need evaluations while training.

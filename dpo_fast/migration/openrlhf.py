@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from dpo_fast.errors import UserError
@@ -18,10 +19,24 @@ from dpo_fast.migration.sizes import put_lengths, put_lora, put_quantised
 __all__ = ["TABLES", "finish", "method_of"]
 
 
+ELSEWHERE = {
+    "sft": "for SFT begin with `dpo-fast init --recipe sft`",
+    "kto": "begin with `dpo-fast init`, and set loss.type=kto",
+    "rm": "reward models are not trained here; dpo-fast judge scores with one (docs/ROUNDS.md)",
+}
+
+
+def started(start: str, words: list[str]) -> str | None:
+    """The method of a command: train_dpo is dpo."""
+    found = re.search(r"train_(\w+)", start)
+    return found[1] if found else None
+
+
 def method_of(given: dict, asked: str | None, place: str) -> str:
     """The one that is read. Raises UserError for others."""
     if asked not in (None, "dpo"):
-        raise UserError(f"--trainer {asked}: of OpenRLHF train_dpo alone has a counterpart here")
+        why = ELSEWHERE.get(asked, "it has no counterpart here")
+        raise UserError(f"{place} is for OpenRLHF's {asked}, and train_dpo is what is read: {why}")
     others = {"reward_pretrain": "PPO", "critic_pretrain": "PPO", "teacher_model": "distillation"}
     for name, what in others.items():
         if name in given:

@@ -17,7 +17,11 @@ ASSIGNED = re.compile(r"^\s*(?:export\s+)?([A-Za-z_]\w*)=(\S+|\"[^\"]*\"|'[^']*'
 VARIABLE = re.compile(r"\$\{?([A-Za-z_]\w*)\}?")
 DEVICES = re.compile(r"CUDA_VISIBLE_DEVICES=[\"']?([\d,]+)")
 LOCAL = re.compile(r"--include[= ]\S*?localhost:([\d,]+)")
-COUNTED = re.compile(r"--(?:nproc[-_]per[-_]node|num_processes|num-processes|num_gpus)[= ](\d+)")
+COUNTED = re.compile(
+    r"--(?P<of>nproc[-_]per[-_]node|num_processes|num-processes|num_gpus)[= ](?P<count>\d+)"
+    r"|\b(?P<env>NPROC_PER_NODE)=[\"']?(?P<set>\d+)"
+)
+MACHINES = re.compile(r"(?:--nnodes|--num_nodes|\bNNODES)(?:=[\"']?| )(\d+)(?![\d:])")
 ACCELERATE = re.compile(r"accelerate launch\b.*?--config_file[= ](\S+)")
 ENDS = (";", "&&", "||", "|", "&", ">", ">>", "2>&1")  # of a command, as words
 FLAG = re.compile(r"--([A-Za-z][\w.-]*)(?:=(.*))?$", re.S)
@@ -28,12 +32,14 @@ class Command:
     """A command that starts a trainer.
 
     options: by name, as they are written; a flag without a value is True.
+    start: what starts the trainer, as `trl` or `kto.py`.
     words: what stands between the trainer and its first option, as `dpo` in `trl dpo`.
     accelerate: the file of `accelerate launch --config_file`.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
     words: list[str] = field(default_factory=list)
+    start: str = ""
     accelerate: str | None = None
     ranks: int | None = None
 
@@ -60,7 +66,7 @@ def read_command(text: str, marks: tuple[str, ...], place: str) -> Command:
         words = shlex.split(line[match.end() :], comments=True)
     except ValueError as error:
         raise UserError(f"{place}: the command breaks off ({error})") from None
-    command = Command(ranks=_ranks(text, line))
+    command = Command(start=match[0].strip(), ranks=_ranks(text, line))
     if launched := ACCELERATE.search(line):
         command.accelerate = launched[1]
     _read_words(command, words)
@@ -123,8 +129,13 @@ def _assigned(lines: list[str]) -> dict[str, str]:
 
 def _ranks(text: str, line: str) -> int | None:
     """Processes that a command starts, as far as it says so."""
+    several = MACHINES.search(line) or MACHINES.search(text)
+    machines = int(several[1]) if several else 1
     if counted := COUNTED.search(line) or COUNTED.search(text):
-        return int(counted[1])
+        whole = (counted["of"] or "").endswith(
+            "processes"
+        )  # accelerate counts those of all machines
+        return int(counted["count"] or counted["set"]) * (1 if whole else machines)
     if devices := LOCAL.search(line) or LOCAL.search(text) or DEVICES.search(text):
-        return len([each for each in devices[1].split(",") if each])
+        return len([each for each in devices[1].split(",") if each]) * machines
     return None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 from dpo_fast.errors import UserError
 from dpo_fast.losses import LOSSES
 from dpo_fast.migration.arguments import finish_training
@@ -47,15 +50,44 @@ SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")  # TRL's losses on pair
 OF_CPO = {"sigmoid": "cpo", "simpo": "simpo"}
 
 
+# Trainers by what the name of a script holds: the first of these.
+IN_NAMES = ("online_dpo", "grpo", "orpo", "cpo", "kto", "dpo")
+
+
+def started(start: str, words: list[str]) -> str | None:
+    """The trainer of a command: the word behind `trl`, or what the script is called after."""
+    if start == "trl":
+        return words[0] if words else None
+    name = re.sub(r"\.py$", "", start).rpartition(".")[2].lower()
+    return next((each for each in IN_NAMES if each in name), None)
+
+
+def _called(place: str) -> str | None:
+    """The trainer that a file, or else its folder, is called after, if it is one alone."""
+    known = {*TABLES, *ELSEWHERE}
+    words = known & set(re.split(r"[^a-z]+", Path(place).stem.lower()))
+    words = words or known & {Path(place).parent.name.lower()}
+    return words.pop() if len(words) == 1 else None
+
+
 def trainer_of(given: dict, asked: str | None, place: str) -> str:
-    """Which of TRL's trainers a file is for. Raises UserError for one without a counterpart."""
-    found = asked or next((n for n, own in SIGNS.items() if set(own) & set(given)), "dpo")
+    """Which of TRL's trainers a file is for: by what is asked, by its options, by its name.
+
+    Raises:
+        UserError: it has no counterpart.
+    """
+    signs = next((n for n, own in SIGNS.items() if set(own) & set(given)), None)
+    found = asked or signs or _called(place) or "dpo"
     if found == "dpo" and asked is None and listed(given.get("loss_type")) in (["kto"], ["simpo"]):
         found = {"kto": "kto", "simpo": "cpo"}[listed(given["loss_type"])[0]]
     if found in ELSEWHERE:
-        raise UserError(f"{place} is for TRL's {found}: {ELSEWHERE[found]}")
+        told = "" if asked or signs else ", by its name (--method dpo if it is not)"
+        raise UserError(f"{place} is for TRL's {found}{told}: {ELSEWHERE[found]}")
     if found not in TABLES:
-        raise UserError(f"--trainer {found}: choose from {', '.join(TABLES)}")
+        raise UserError(
+            f"{place} is for TRL's {found}, which has no counterpart here: --method may be one of "
+            f"{', '.join(TABLES)}"
+        )
     return found
 
 

@@ -406,3 +406,81 @@ def test_axolotl_says_what_has_no_counterpart(tmp_path):
 def test_axolotl_that_cannot_be(tmp_path, change, said):
     with pytest.raises(UserError, match=said):
         axolotl(tmp_path, **change)
+
+
+STARTED = {  # a command: the loss that it is for, or what is said
+    "trl dpo": "sigmoid",
+    "accelerate launch examples/scripts/kto.py": "kto",
+    "python examples/scripts/orpo.py": "orpo",
+    "python cpo.py": "cpo",
+    "python -m trl.scripts.kto": "kto",
+    "python online_dpo.py": "TRL's online_dpo, which has no counterpart",
+    "trl sft": "TRL's sft: for SFT",
+    "trl reward": "reward models are not trained here",
+    "trl rloo": "TRL's rloo, which has no counterpart",
+    "python grpo_vlm.py": "names no reward: add reward_funcs",
+}
+
+
+@pytest.mark.parametrize("command", STARTED)
+def test_a_command_of_trl_says_for_which_trainer_it_is(tmp_path, command):
+    file = tmp_path / "run.sh"
+    file.write_text(f"{command} --model_name_or_path m --dataset_name d/d --output_dir o\n")
+    if " " in STARTED[command]:
+        with pytest.raises(UserError, match=STARTED[command]):
+            import_file("trl", file)
+    else:
+        draft = import_file("trl", file)
+        assert build_config(draft.tree(), "test").loss.names == (STARTED[command],)
+
+
+@pytest.mark.parametrize(("name", "loss"), [("orpo.yaml", "orpo"), ("my_kto_2.yaml", "kto")])
+def test_a_file_of_trl_whose_options_say_nothing_goes_by_its_name(tmp_path, name, loss):
+    (tmp_path / name).write_text("model_name_or_path: m\ndataset_name: d/d\noutput_dir: o\n")
+    draft = import_file("trl", tmp_path / name)
+    assert build_config(draft.tree(), "test").loss.names == (loss,)
+    assert import_file("trl", tmp_path / name, "dpo").tree().get("loss") is None
+
+
+@pytest.mark.parametrize("method", ["sft", "kto", "rm", "ppo_ray"])
+def test_another_command_of_openrlhf_is_no_dpo(tmp_path, method):
+    file = tmp_path / "run.sh"
+    file.write_text(f"deepspeed --module openrlhf.cli.train_{method} --pretrain m --dataset d\n")
+    with pytest.raises(UserError, match=f"is for OpenRLHF's {method}"):
+        import_file("openrlhf", file)
+
+
+@pytest.mark.parametrize(
+    ("words", "stage", "size"),
+    [
+        ("--accelerate_config zero3", 3, 64),
+        ("--accelerate_config fsdp2 --num_processes 2", 3, 16),
+        ("--accelerate_config multi_gpu", 0, 64),
+    ],
+)
+def test_trls_command_launches_by_itself(tmp_path, words, stage, size):
+    (tmp_path / "dpo.yaml").write_text("model_name_or_path: m\ndataset_name: d/d\n")
+    file = tmp_path / "run.sh"
+    file.write_text(f"trl dpo --config dpo.yaml {words} --output_dir o\n")
+    draft = import_file("trl", file)
+    run = build_config(draft.tree(), "test")
+    assert (run.parallel.zero_stage, run.train.global_batch_size) == (stage, size)
+    assert lost(draft) == []
+
+
+NO_NUMBERS = {
+    "trl": {"max_length": "2k"},
+    "llamafactory": {"pref_beta": "high"},
+    "axolotl": {"sequence_len": "4k"},
+}
+
+
+@pytest.mark.parametrize("kind", NO_NUMBERS)
+def test_a_word_where_a_number_is_read_with_others_is_told_by_its_option(tmp_path, factory, kind):
+    file = tmp_path / "theirs.yaml"
+    trl = {"model_name_or_path": "m", "dataset_name": "d/d", "output_dir": "o"}
+    options = {"trl": trl, "llamafactory": FACTORY, "axolotl": AXOLOTL}[kind] | NO_NUMBERS[kind]
+    file.write_text(yaml.safe_dump(options))
+    (name, value), *_ = NO_NUMBERS[kind].items()
+    with pytest.raises(UserError, match=f"theirs.yaml: {name}='{value}': not a value"):
+        import_file(kind, file)

@@ -46,6 +46,12 @@ RANKS = {
     "deepspeed --include localhost:1,3,5 train_dpo": 3,
     "CUDA_VISIBLE_DEVICES=0,1 train_dpo": 2,
     "train_dpo --x 1": None,
+    "torchrun --nnodes 2 --nproc_per_node=8 train_dpo": 16,
+    "N=4\ntorchrun --nnodes=$N --nproc-per-node 8 train_dpo": 32,
+    "torchrun --nnodes=1:4 --nproc-per-node 8 train_dpo": 8,
+    "deepspeed --num_nodes 2 --num_gpus 4 train_dpo": 8,
+    "accelerate launch --config_file a.yaml --num_machines 2 --num_processes 16 train_dpo": 16,
+    "NNODES=2 NPROC_PER_NODE=4 train_dpo": 8,
 }
 
 
