@@ -27,7 +27,7 @@ COMMANDS = {
     "trl": """    dpo-fast import trl dpo.yaml --out run.yaml --nproc 8  # DPOConfig, ..., YAML or JSON
     dpo-fast import trl train.sh --out run.yaml            # a script with `trl dpo --...`, or dpo.py
     dpo-fast import trl dpo.yaml --accelerate zero3.yaml   # and the file of `accelerate launch`
-    dpo-fast import trl kto.yaml --method kto              # where the options do not tell the trainer
+    dpo-fast import trl run.yaml --method kto              # where nothing else tells the trainer
 """,
     "llamafactory": """    dpo-fast import llamafactory llama3_lora_dpo.yaml --out run.yaml --nproc 8
     dpo-fast import llamafactory train.sh --out run.yaml        # a script with llamafactory-cli train

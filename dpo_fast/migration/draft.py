@@ -188,7 +188,8 @@ class Draft:
         known = self.options.get(name)
         words = set(name.lower().replace(".", "_").split("_"))
         by_name = words & {"token", "secret", "password"} or {"api", "key"} <= words
-        return known is not None and known.secret or bool(by_name)
+        of_text = words & {"eos", "pad", "bos", "unk"}  # a token of a tokenizer is no secret
+        return known is not None and known.secret or bool(by_name and not of_text)
 
 
 def our_default(key: str) -> Any:

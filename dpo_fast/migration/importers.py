@@ -48,8 +48,8 @@ IMPORTERS = {
         trl.finish,
         (
             r"\btrl (?=\w+)",
-            r"\b\w*(?:dpo|kto|cpo|orpo|grpo)\w*\.py\b",
-            r"-m [\w.]*(?:dpo|kto|grpo)\b",
+            r"\b\w*(?:dpo|kto|cpo|orpo|grpo|sft)\w*\.py\b",
+            r"-m [\w.]*(?:dpo|kto|grpo|sft)\b",
         ),
         trl.started,
         "config",

@@ -14,6 +14,7 @@ from dpo_fast.errors import UserError
 from dpo_fast.wording import quoted
 
 ASSIGNED = re.compile(r"^\s*(?:export\s+)?([A-Za-z_]\w*)=(\S+|\"[^\"]*\"|'[^']*')\s*$")
+ECHO = re.compile(r"^\s*(?:echo|printf)\b")
 VARIABLE = re.compile(r"\$\{?([A-Za-z_]\w*)\}?")
 DEVICES = re.compile(r"CUDA_VISIBLE_DEVICES=[\"']?([\d,]+)")
 LOCAL = re.compile(r"--include[= ]\S*?localhost:([\d,]+)")
@@ -57,10 +58,16 @@ def read_command(text: str, marks: tuple[str, ...], place: str) -> Command:
     """
     lines = [line for line in _joined(text).splitlines() if not line.lstrip().startswith("#")]
     known = _assigned(lines)
-    found = [(i, line) for i, line in enumerate(lines) if any(re.search(m, line) for m in marks)]
+    lines = [line for line in lines if not ASSIGNED.match(line) and not ECHO.match(line)]
+    lines = [VARIABLE.sub(lambda m: known.get(m[1], m[0]), line) for line in lines]
+    found = [line for line in lines if any(re.search(mark, line) for mark in marks)]
     if not found:
         raise UserError(f"{place}: no line starts the trainer")
-    line = VARIABLE.sub(lambda m: known.get(m[1], m[0]), found[0][1])
+    if len(found) > 1:
+        raise UserError(
+            f"{place}: {len(found)} lines start a trainer; import a script with one of them"
+        )
+    line = found[0]
     match = next(each for each in (re.search(mark, line) for mark in marks) if each)
     try:
         words = shlex.split(line[match.end() :], comments=True)

@@ -17,8 +17,7 @@ from dpo_fast.migration.trl_grpo import finish_grpo, put_prompts
 from dpo_fast.migration.trl_options import TABLES, attention
 
 ELSEWHERE = {
-    "reward": "reward models are not trained here; dpo-fast judge scores with one (docs/ROUNDS.md)",
-    "sft": "for SFT begin with `dpo-fast init --recipe sft`",
+    "reward": "reward models are not trained here; dpo-fast judge scores with one (docs/ROUNDS.md)"
 }
 
 
@@ -33,7 +32,10 @@ SIGNS = {  # options that one trainer alone has
     "reward": ("center_rewards_coefficient",),
     "kto": ("desirable_weight", "undesirable_weight"),
     "cpo": ("cpo_alpha", "simpo_gamma"),
-    "sft": ("assistant_only_loss", "completion_only_loss", "packing", "dataset_text_field"),
+    "sft": (
+        *("assistant_only_loss", "completion_only_loss", "packing", "dataset_text_field"),
+        "max_seq_length",
+    ),
 }
 
 
@@ -51,7 +53,7 @@ OF_CPO = {"sigmoid": "cpo", "simpo": "simpo"}
 
 
 # Trainers by what the name of a script holds: the first of these.
-IN_NAMES = ("online_dpo", "grpo", "orpo", "cpo", "kto", "dpo")
+IN_NAMES = ("online_dpo", "grpo", "orpo", "cpo", "kto", "dpo", "sft")
 
 
 def started(start: str, words: list[str]) -> str | None:
@@ -110,7 +112,7 @@ def finish(draft: Draft, trainer: str) -> None:
         finish_grpo(draft)
         return
     _lengths(draft)
-    {"dpo": _dpo, "kto": _kto, "cpo": _cpo, "orpo": _orpo}[trainer](draft)
+    {"dpo": _dpo, "kto": _kto, "cpo": _cpo, "orpo": _orpo, "sft": _sft}[trainer](draft)
     if trainer in ("dpo", "kto"):
         _reference(draft)
 
@@ -172,14 +174,14 @@ def _lora(draft: Draft) -> None:
 
 
 def _lengths(draft: Draft) -> None:
-    put_lengths(draft, "max_length", draft["max_length"], "max_prompt_length")
-    if draft["max_length"] is None:
+    older = "max_seq_length" in draft.given and "max_length" not in draft.given
+    name = "max_seq_length" if older else "max_length"
+    put_lengths(draft, name, draft[name], "max_prompt_length")
+    if draft[name] is None:
         return
     mode = draft["truncation_mode"] if "truncation_mode" in draft.options else "keep_start"
     draft.put(
-        "data.truncation",
-        mode,
-        "truncation_mode" if "truncation_mode" in draft.options else "max_length",
+        "data.truncation", mode, "truncation_mode" if "truncation_mode" in draft.options else name
     )
     if mode == "keep_end":
         draft.note(
@@ -260,6 +262,23 @@ def _cpo(draft: Draft) -> None:
 def _orpo(draft: Draft) -> None:
     put_losses(draft, {"orpo": 1.0}, comment="ORPOTrainer")
     _put_options(draft, ["orpo"])
+
+
+def _sft(draft: Draft) -> None:
+    name = str(draft["loss_type"])
+    if name not in ("nll", "chunked_nll"):
+        raise draft.fault("loss_type", "nll is the loss of SFT here; others are not there")
+    put_losses(draft, {"sft": 1.0}, "loss_type", comment="SFTTrainer")
+    scored = "assistant" if flag(draft["assistant_only_loss"]) else "all"
+    draft.put("data.scored", scored, "assistant_only_loss")
+    if scored == "all":
+        draft.note(
+            "SFTTrainer scores every token of a conversation, questions too. Here the words before the "
+            "assistant's first are never scored; data.scored=assistant leaves out all other questions."
+        )
+    if draft["dataset_text_field"] != "text":
+        columns = {"text": str(draft["dataset_text_field"])}
+        draft.put("data.columns", columns, "dataset_text_field")
 
 
 def _reference(draft: Draft) -> None:

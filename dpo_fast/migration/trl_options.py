@@ -199,6 +199,49 @@ ORPO = [
     *lost("held-out prompts are answered by the section generate", generate_during_eval=False),
     *lost("models are decoders", is_encoder_decoder=None),
 ]
+PACKS = (
+    "batches there count packs of max_length tokens, and here train.global_batch_size counts rows: "
+    "multiply it by the rows of a pack; layouts have no padding by themselves"
+)
+
+
+def _template(path: str) -> str:
+    if not str(path).endswith((".jinja", ".j2")):
+        raise Lost("data.chat_template takes a Jinja file: the chat_template.jinja of that model")
+    return path
+
+
+SFT = [
+    same("learning_rate", 2e-5, "train.learning_rate", convert=float),
+    joint("loss_type", "nll", "loss.type"),
+    joint("truncation_mode", "keep_start", "data.truncation"),
+    joint("assistant_only_loss", False, "data.scored", "all turns behind the first question"),
+    joint("dataset_text_field", "text", "data.columns"),
+    same("chat_template_path", None, "data.chat_template", convert=_template),
+    Option(
+        "completion_only_loss",
+        note="of prompt and completion the completion is scored, of a text all",
+        lost=True,
+        harmless=(True,),
+    ),
+    *lost(PACKS, packing=False),
+    *needless(
+        "packed, the layout by default, has no padding",
+        packing_strategy="bfd",
+        padding_free=False,
+        eval_packing=None,
+    ),
+    *needless("rows are drawn at random, by train.seed", shuffle_dataset=False),
+    *lost("rows are tokenised as docs/FORMATS.md says", dataset_kwargs=None),
+    *lost("tokens are those of the model's tokenizer: change it there", eos_token=None),
+    *lost("the tokenizer's own pad token counts for nothing: no loss sees padding", pad_token=None),
+    *older(
+        joint("max_seq_length", None, "data.max_length", "max_length, as it was called"),
+        *needless("no dropout runs in training but that of adapters", disable_dropout=False),
+        *needless("rows are tokenised once, and kept", dataset_batch_size=1000),
+        *needless("packs are not estimated", num_of_sequences=1024, chars_per_token=3.6),
+    ),
+]
 COMMON = (TRAINING, SHARED, MODEL, SCRIPT)
 ALL = (*COMMON, ROWS, HANDBOOK, PROMPTS)
 TABLES = {
@@ -206,5 +249,6 @@ TABLES = {
     "kto": table(*ALL, REFERENCE, PADDING, ACTIVATIONS, ROUTERS, KTO),
     "cpo": table(*ALL, CPO),
     "orpo": table(*ALL, ORPO),
+    "sft": table(*ALL, PADDING, ACTIVATIONS, ROUTERS, SFT),
     "grpo": table(*COMMON, PADDING, ROUTERS, GRPO),
 }

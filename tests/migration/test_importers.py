@@ -103,6 +103,7 @@ VALUES = {  # for the test above, where 1 or the default is none
     ),
     **dict.fromkeys(("lr_scheduler_kwargs", "chat_template_kwargs"), {}),
     **dict.fromkeys(("reward_funcs",), ["accuracy_reward"]),
+    "max_seq_length": 64,
     **dict.fromkeys(("min_p", "delta", "epsilon_high"), 0.3),
     **dict.fromkeys(("datasets", "test_datasets"), [{"path": "org/other"}]),
     **dict.fromkeys(("deepspeed", "fsdp_config", "model_init_kwargs"), {}),

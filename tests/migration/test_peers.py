@@ -415,7 +415,9 @@ STARTED = {  # a command: the loss that it is for, or what is said
     "python cpo.py": "cpo",
     "python -m trl.scripts.kto": "kto",
     "python online_dpo.py": "TRL's online_dpo, which has no counterpart",
-    "trl sft": "TRL's sft: for SFT",
+    "trl sft": "sft",
+    "SCRIPT=scripts/kto.py\necho kto.py\naccelerate launch $SCRIPT": "kto",
+    "python sft.py --x 1\npython dpo.py": "2 lines start a trainer",
     "trl reward": "reward models are not trained here",
     "trl rloo": "TRL's rloo, which has no counterpart",
     "python grpo_vlm.py": "names no reward: add reward_funcs",
@@ -484,3 +486,17 @@ def test_a_word_where_a_number_is_read_with_others_is_told_by_its_option(tmp_pat
     (name, value), *_ = NO_NUMBERS[kind].items()
     with pytest.raises(UserError, match=f"theirs.yaml: {name}='{value}': not a value"):
         import_file(kind, file)
+
+
+def test_trls_sft(tmp_path):
+    file = tmp_path / "run.sh"
+    file.write_text(
+        "trl sft --model_name_or_path m --dataset_name d/d --max_seq_length 512 --packing "
+        '--eos_token "<|im_end|>" --dataset_text_field body --output_dir o\n'
+    )
+    draft = import_file("trl", file)
+    run = build_config(draft.tree(), "test")
+    assert (run.loss.names, run.learning_rate, run.data.max_length) == (("sft",), 2e-5, 512)
+    assert run.data.scored == "all" and run.data.columns == {"text": "body"}
+    assert set(lost(draft)) == {"packing", "eos_token"}
+    assert "<|im_end|>" in str(draft.fates), "a token of a tokenizer is no secret"
