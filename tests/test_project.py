@@ -235,6 +235,13 @@ def reached_from(path: Path, known: dict[str, Path]) -> set[str]:
     return found
 
 
+def test_no_constant_is_set_twice():
+    """A merge that keeps both sides of a table leaves the older one to win."""
+    for path in [*(ROOT / "dpo_fast").rglob("*.py"), *TESTS.rglob("*.py")]:
+        names = re.findall(r"^([A-Z][A-Z0-9_]*)(?:: .*)? = ", path.read_text(), re.M)
+        assert len(names) == len(set(names)), path
+
+
 def test_no_test_imports_another():
     for path in TESTS.rglob("*.py"):
         for name in imports(path):

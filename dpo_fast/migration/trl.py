@@ -87,7 +87,7 @@ def trainer_of(given: dict, asked: str | None, place: str) -> str:
         raise UserError(f"{place} is for TRL's {found}{told}: {ELSEWHERE[found]}")
     if found not in TABLES:
         raise UserError(
-            f"{place} is for TRL's {found}, which has no counterpart here: --method may be one of "
+            f"{place} is for TRL's {found}, which has no counterpart here: for --method choose from "
             f"{', '.join(TABLES)}"
         )
     return found
