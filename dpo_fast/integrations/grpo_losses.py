@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from dpo_fast.losses.options import check_type
+
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 LOSS_TYPES = (*CLIPPED, "cispo", "sapo", "vespo")
 LEVELS = ("token", "sequence")
@@ -55,6 +57,8 @@ class GrpoOptions:
     vespo_lambda_neg: float = 2.0
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            check_type(field.name, getattr(self, field.name), str(field.type))
         for name, known in (("loss_type", LOSS_TYPES), ("importance_sampling_level", LEVELS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose from {', '.join(known)}")

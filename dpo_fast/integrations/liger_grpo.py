@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_fast.integrations.grpo_losses import Completions, GrpoOptions, grpo_loss
-from dpo_fast.integrations.liger_loss import check_reference
+from dpo_fast.integrations.liger_loss import check_reference, in_one_dtype
 from dpo_fast.ops.linear_logp.op import linear_logp
 
 NAMES = tuple(field.name for field in fields(GrpoOptions))
@@ -140,8 +140,9 @@ class LigerFusedLinearGRPOLoss(nn.Module):
 
     def _tokens(self, hidden, weight, bias, token_ids: Tensor, scored: Tensor) -> Tensor:
         """Log-probabilities of the scored tokens, [T]."""
+        rows_TD, weight, bias = in_one_dtype(hidden[scored], weight, bias)
         return linear_logp(
-            hidden[scored],
+            rows_TD,
             weight,
             token_ids[scored],
             bias=bias,
@@ -151,7 +152,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         ).logp
 
     def extra_repr(self) -> str:
-        return str(self.options())
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in NAMES)
 
 
 def _check_shapes(hidden, token_ids, mask, advantages, *logps: Tensor | None) -> None:

@@ -6,6 +6,7 @@ sequences first and then the rejected ones.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -72,8 +73,9 @@ class LigerLoss(ObjectiveModule):
 
     def _tokens(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows_T, targets_T):
         """Log-probabilities of these targets, [T]."""
+        rows_TD, weight, bias = in_one_dtype(hidden.flatten(0, -2)[rows_T], weight, bias)
         return linear_logp(
-            hidden.flatten(0, -2)[rows_T],
+            rows_TD,
             weight,
             targets_T,
             bias=bias,
@@ -130,9 +132,6 @@ class LigerLoss(ObjectiveModule):
         check_reference(self.use_ref_model, hidden, weight, bias)
         return self.score(hidden, weight, target, bias).logps_S if self.use_ref_model else None
 
-    def extra_repr(self) -> str:
-        return f"{self.objective.names[0]}, {self.objective.options}"
-
 
 class LigerPairLoss(LigerLoss):
     """A loss on pairs, and alpha * nll."""
@@ -183,6 +182,16 @@ def mean_logit(hidden: Tensor, weight: Tensor, bias: Tensor | None, total: bool 
     if bias is not None:
         mean = mean + bias.mean(dtype=torch.float32)
     return mean * (len(rows) * V) if total else mean
+
+
+def in_one_dtype(*operands: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Hidden states, weight and bias in the widest of their dtypes: Liger takes mixtures, such as a head
+    in fp32 over a backbone of 16 bits."""
+    given = [x.dtype for x in operands if x is not None]
+    if not all(dtype.is_floating_point for dtype in given):
+        return operands
+    dtype = functools.reduce(torch.promote_types, given)
+    return tuple(None if x is None else x.to(dtype) for x in operands)
 
 
 def check_reference(use_ref_model: bool, hidden, weight, bias) -> None:

@@ -68,6 +68,8 @@ def _score(
     output = model.base_model(*args, **kwargs | {"use_cache": False})
     head = model.get_output_embeddings()
     hidden = output.last_hidden_state.to(head.weight.device)
+    if not torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(head.weight.dtype)  # a head in fp32 over a backbone of 16 bits
     if shift_labels is None:
         hidden, labels = hidden[:, :-1], labels[:, 1:]
     else:

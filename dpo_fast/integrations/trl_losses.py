@@ -80,18 +80,23 @@ def share_losses(args: DPOConfig, loss_options: Mapping[str, object]) -> Shares:
 
 def _check_names(names: Iterable[str]) -> None:
     for name in names:
-        spec = spec_of(name)
-        if spec is None:
-            grouped = [n for n in LOSSES if LOSSES[n].grouped]
-            others = (n for n in known_names() if n not in (*TRL_LOSSES, *grouped))
+        if spec_of(name) is None:
+            others = (n for n in known_names() if n not in TRL_LOSSES and not _wants(n))
             known = ", ".join([*TRL_LOSSES, *others])
             raise UserError(f"loss_type={name} is not known; choose from {known}")
-        scores = ["the scores of groups"] if spec.grouped else []
-        if wants := ", ".join([*spec.statistics, *spec.needs_columns, *scores]):
+        if wants := ", ".join(_wants(name)):
+            trainer = "GRPOTrainer" if spec_of(name).grouped else "KTOTrainer for kto"
             raise UserError(
                 f"loss_type={name} needs {wants}, which TRL's DPO batches do not have: use dpo-fast "
-                "train, or KTOTrainer for kto"
+                f"train, or {trainer}"
             )
+
+
+def _wants(name: str) -> list[str]:
+    """What a loss needs and pairs of TRL do not have."""
+    spec = spec_of(name)
+    scores = ["the scores of groups"] if spec.grouped else []
+    return [*spec.statistics, *spec.needs_columns, *scores]
 
 
 def _check_readers(args: DPOConfig, names: list[str]) -> None:

@@ -26,6 +26,23 @@ NOT_NEGATIVE = (
 )
 
 
+def check_type(name: str, value, kind: str) -> None:
+    """Raises ValueError for what is no finite number or no bool where `kind`, an annotation, says so.
+
+    Numbers of numpy and tensors of one number are numbers.
+    """
+    if value is None and "None" in kind:
+        return
+    if kind == "bool" and not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be True or False")
+    if kind.split(" ")[0] not in ("float", "int"):
+        return
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        raise ValueError(f"{name}={value!r} must be a number")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name}={value} must be finite")
+
+
 def option(default, meaning: str):
     """A field whose meaning stands in the configuration and docs/LOSSES.md."""
     return field(default=default, metadata={"meaning": meaning})
@@ -90,9 +107,8 @@ class LossOptions:
     )
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{name}={value} must be finite")
+        for each in fields(self):
+            check_type(each.name, getattr(self, each.name), str(each.type))
         if self.beta <= 0:
             raise ValueError(f"beta={self.beta} must be greater than 0")
         if not 0 <= self.label_smoothing < 0.5:

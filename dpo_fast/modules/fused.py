@@ -19,8 +19,8 @@ from dpo_fast.modules.losses import (
 from dpo_fast.modules.metrics import METRIC_EXTRAS, means, sequence_metrics, token_metrics
 from dpo_fast.modules.objective import ObjectiveModule
 from dpo_fast.modules.scored_rows import (
-    BATCH_ORDERS,
     ScoredRows,
+    check_order,
     check_shift,
     masked_labels,
     pair_order,
@@ -73,8 +73,7 @@ class FusedLinearPreferenceLoss(ObjectiveModule):
         **options,
     ) -> None:
         super().__init__(loss_type, loss_weights, options)
-        if batch_order not in BATCH_ORDERS:
-            raise ValueError(f"batch_order={batch_order!r}: choose from {', '.join(BATCH_ORDERS)}")
+        check_order(batch_order)
         if unknown := [name for name in extras if name not in METRIC_EXTRAS]:
             raise ValueError(f"extras={unknown}: choose from {', '.join(METRIC_EXTRAS)}")
         self.batch_order, self.ignore_index, self.shift = batch_order, ignore_index, shift
@@ -293,7 +292,6 @@ class FusedLinearPreferenceLoss(ObjectiveModule):
 
     def extra_repr(self) -> str:
         return (
-            f"{self.objective.names}, weights={self.objective.weights}, "
-            f"batch_order={self.batch_order!r}, logit_scale={self.logit_scale}, "
-            f"softcap={self.softcap}, temperature={self.temperature}"
+            f"{super().extra_repr()}, batch_order={self.batch_order!r}, "
+            f"logit_scale={self.logit_scale}, softcap={self.softcap}, temperature={self.temperature}"
         )

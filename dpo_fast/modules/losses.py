@@ -47,9 +47,6 @@ class _SequenceLoss(ObjectiveModule):
         if reference is not None and self.objective.options.reference_free:
             raise ValueError("reference_free=True uses no reference; leave its log-probs out")
 
-    def extra_repr(self) -> str:
-        return f"{self.objective.names}, weights={self.objective.weights}"
-
 
 class PreferenceLoss(_SequenceLoss):
     """Any loss of the table on pairs.

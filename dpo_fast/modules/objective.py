@@ -14,9 +14,18 @@ def make_objective(
     loss_type: str | Sequence[str], loss_weights: Sequence[float] | None, options: dict
 ) -> Objective:
     """Names, weights (1 each by default) and options, under TRL's names, as one `Objective`."""
-    names = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
-    weights = (1.0,) * len(names) if loss_weights is None else tuple(loss_weights)
+    names = (loss_type,) if isinstance(loss_type, str) else _several("loss_type", loss_type)
+    weights = (1.0,) * len(names)
+    if loss_weights is not None:
+        weights = _several("loss_weights", loss_weights)
     return Objective(names, weights, LossOptions(**options))
+
+
+def _several(name: str, given) -> tuple:
+    try:
+        return tuple(given)
+    except TypeError:
+        raise ValueError(f"{name}={given!r}: expected one for each loss, in a list") from None
 
 
 class ObjectiveModule(nn.Module):
@@ -53,6 +62,11 @@ class ObjectiveModule(nn.Module):
 
     def check_objective(self, objective: Objective) -> None:
         """Raises ValueError for what this kind of module cannot compute."""
+
+    def extra_repr(self) -> str:
+        """What is set, whether it can be honoured or not."""
+        given = {name: value for name, value in self._settings.items() if value is not None}
+        return ", ".join(f"{name}={value!r}" for name, value in given.items())
 
     def _made(self) -> Objective:
         options = dict(self._settings)

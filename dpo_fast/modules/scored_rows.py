@@ -25,6 +25,12 @@ class ScoredRows(NamedTuple):
     labels_T: Tensor
 
 
+def check_order(batch_order: str) -> None:
+    """Raises ValueError for an order that is not known."""
+    if batch_order not in BATCH_ORDERS:
+        raise ValueError(f"batch_order={batch_order!r}: choose from {', '.join(BATCH_ORDERS)}")
+
+
 def pair_order(S: int, batch_order: str, device: torch.device) -> Tensor:
     """[S]: places in the batch of the chosen and the rejected sequence of pair 0, of pair 1, ...
 
@@ -32,8 +38,9 @@ def pair_order(S: int, batch_order: str, device: torch.device) -> Tensor:
         `interleaved`, in turn.
 
     Raises:
-        ValueError: an odd number of sequences.
+        ValueError: another order, or an odd number of sequences.
     """
+    check_order(batch_order)
     if S % 2:
         raise ValueError(
             f"{S} sequences are no pairs; give `desirable` where they are unpaired, `scores` and "

@@ -226,6 +226,20 @@ def test_16_bit_inputs_are_as_near_as_their_rounding():
         torch.testing.assert_close(x.float(), y, rtol=0.05, atol=0.05)
 
 
+def test_a_head_of_another_dtype():
+    """Liger casts it to the dtype of the hidden states; here the narrower is widened."""
+    leaves, others = make()
+    for name in leaves:
+        mixed = leaves | {name: leaves[name].bfloat16()}
+        values = run(LigerFusedLinearGRPOLoss(beta=0.0), mixed, others)
+        exact = run(
+            LigerFusedLinearGRPOLoss(beta=0.0), {n: x.float() for n, x in mixed.items()}, others
+        )
+        assert [x.dtype for x in values[2:]] == [x.dtype for x in mixed.values()]
+        for x, y in zip(values, exact):
+            torch.testing.assert_close(x, y.to(x.dtype))
+
+
 def test_attributes_can_be_set():
     leaves, others = make()
     others["old_per_token_logps"] = logps_of(leaves, others, 0.4)
@@ -262,6 +276,8 @@ def test_compiled():
         ({"loss_type": "dr_grpo"}, "max_completion_length=None"),
         ({"sapo_temperature_neg": 0.0}, "sapo_temperature_neg=0.0 must be"),
         ({"delta": -1.0}, "delta=-1.0 must be"),
+        ({"delta": float("nan")}, "delta=nan must be finite"),
+        ({"epsilon_low": None}, "epsilon_low=None must be a number"),
         ({"temperature": 0.0}, "temperature=0.0 must be"),
         ({"beta": 0.1, "use_ref_model": False}, "beta=0.1 weighs the divergence"),
     ],

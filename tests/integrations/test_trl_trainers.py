@@ -145,3 +145,17 @@ def test_every_field_is_trls(name, shifted, tmp_path):
     assert set(outputs[0]) == set(outputs[1])
     for field, value in outputs[0].items():
         torch.testing.assert_close(outputs[1][field], value, rtol=1e-4, atol=1e-5, msg=field)
+
+
+def test_a_head_in_fp32_over_a_backbone_of_16_bits(tmp_path):
+    """Which GRPO's cast_lm_head_to_fp32 leaves behind for the next trainer."""
+    name, ids = "gemma2, caps and windows", torch.arange(5, 23).view(2, 9)
+    write_architecture(tmp_path / name, name)
+    outputs = []
+    for add in (trl.trainer.utils.add_fused_lm_head, add_linear_logp):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.bfloat16)
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().float())
+        add(model)
+        outputs.append(model(ids, labels=ids, fused_lm_head=True).log_probs)
+        assert outputs[-1].requires_grad
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0.02, atol=0.02)

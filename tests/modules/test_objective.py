@@ -57,12 +57,18 @@ def test_attributes_that_go_together_are_set_in_any_order():
         (PreferenceLoss, "simpo_gamma", 1.0, "simpo_gamma=1.0 is not used by sigmoid"),
         (PreferenceLoss, "loss_weights", [1.0, 2.0], "expected one for each"),
         (PreferenceLoss, "loss_type", "nothing", "is not known"),
+        (PreferenceLoss, "loss_type", None, "loss_type=None: expected one for each loss"),
+        (PreferenceLoss, "loss_weights", 0.5, "loss_weights=0.5: expected one for each loss"),
+        (PreferenceLoss, "beta", "0.1", "beta='0.1' must be a number"),
+        (PreferenceLoss, "beta", None, "beta=None must be a number"),
+        (PreferenceLoss, "reference_free", "no", "reference_free='no' must be True or False"),
         (UnpairedPreferenceLoss, "loss_type", "sigmoid", "these are not pairs"),
     ],
 )
 def test_what_cannot_be_honoured_is_an_error_of_the_next_call(kind, name, value, message):
     module = kind()
     setattr(module, name, value)
+    assert f"{name}={value!r}" in repr(module) or value is None
     given = LOGPS if kind is PreferenceLoss else (LOGPS[0], torch.tensor([True, False]), LOGPS[1])
     with pytest.raises(ValueError, match=message):
         module(*given)
@@ -78,9 +84,11 @@ def test_a_fused_module_takes_options_of_the_head_and_of_the_loss():
     head = {"temperature": 0.7, "softcap": 5.0, "logit_scale": 0.5}
     expected = FusedLinearPreferenceLoss("simpo", beta=2.0, simpo_gamma=1.0, **head)
     assert module(hidden, weight, labels)[0] == expected(hidden, weight, labels)[0]
-    module.temperature = 0.0
-    with pytest.raises(ValueError, match="temperature=0.0"):
-        module(hidden, weight, labels)
+    for name, value in (("temperature", 0.0), ("batch_order", "interleave")):
+        changed = copy.deepcopy(module)
+        setattr(changed, name, value)
+        with pytest.raises(ValueError, match=f"{name}={value!r}"):
+            changed(hidden, weight, labels)
 
 
 def test_a_compiled_module_follows_what_is_set():

@@ -454,10 +454,12 @@ def test_backward_within_autocast_is_that_without():
     assert torch.equal(*gradients)
 
 
-def test_changed_input_is_noticed():
-    """A weight that is not a leaf and changes between forward and backward is autograd's error."""
+@pytest.mark.parametrize("factor", [None, 2])
+def test_changed_input_is_noticed(factor):
+    """A weight that changes between forward and backward is an error, a Parameter as well."""
     hidden, weight, _, targets = make(20, 50, 8, torch.float32)
-    scaled = weight.requires_grad_() * 2
+    weight.requires_grad_()
+    scaled = weight if factor is None else weight * factor
     loss = linear_logp(hidden, scaled, targets).logp.sum()
     with torch.no_grad():
         scaled.mul_(2)

@@ -106,6 +106,7 @@ class _LinearLogp(torch.autograd.Function):
         # A leaf weight stays on ctx itself: DeepSpeed swaps the storage of a sharded parameter, and
         # has it gathered again when backward runs. Everything else gets autograd's version check.
         ctx.weight = weight_VD if weight_VD.is_leaf else None
+        ctx.version = version_of(weight_VD)
         hidden_TD = None if plan.schedule == "frozen" else hidden_TD  # not read again
         weight_VD = None if ctx.weight is not None else weight_VD
         ctx.save_for_backward(hidden_TD, bias, targets_T, weight_VD, *saved.values())
@@ -125,13 +126,29 @@ class _LinearLogp(torch.autograd.Function):
         if "direction" in saved:
             dH, dW, db = scaled_direction(saved["direction"], grad_T), None, None
         else:
-            weight_VD = ctx.weight if weight_VD is None else weight_VD
+            weight_VD = _unchanged(ctx.weight, ctx.version) if weight_VD is None else weight_VD
             call = HeadCall(hidden_TD, weight_VD, targets_T, bias, *ctx.settings)
             with _own_precision(grad_T):
                 dH, dW, db = schedules_of(ctx.implementation).backward(call, grad_T, saved, needs)
         if shard is not None and dH is not None:
             dH = shard.sum(dH.float()).to(dH.dtype)
         return dH, dW, db, None, None, None, None
+
+
+def version_of(weight: Tensor) -> int | None:
+    """How often a tensor was changed in place; None where nobody counts (inference mode)."""
+    return None if weight.is_inference() else weight._version
+
+
+def _unchanged(weight: Tensor, version: int | None) -> Tensor:
+    """Raises RuntimeError, as autograd does of saved tensors, if a weight was changed since the forward."""
+    if version_of(weight) != version:
+        raise RuntimeError(
+            f"the weight of the head, {tuple(weight.shape)}, has been modified by an inplace operation "
+            "between forward and backward, and gradients would belong to neither value: let the optimizer "
+            "step after all backward passes"
+        )
+    return weight
 
 
 class Schedules(Protocol):
