@@ -217,6 +217,25 @@ def test_an_export_and_an_evaluation_name_what_was_given(folder, tmp_path, monke
     assert evaluation_of(str(final), None, reference="model").began is None
 
 
+def test_a_folder_of_the_cache_follows_links_and_keeps_revisions(folder, tmp_path):
+    linked, options = tmp_path / "linked", {"adapter_path": str(tmp_path / "linked")}
+    linked.mkdir()
+    for name in ("more", "sft"):
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            (linked / file).unlink(missing_ok=True)
+            (linked / file).symlink_to(folder / "sft" / file)
+        weights = linked / "adapter_model.safetensors"
+        weights.unlink()
+        weights.symlink_to(folder / name / weights.name)
+        found = Path(ModelSection(path=str(folder / "model"), **options).path) / weights.name
+        assert found.read_bytes() == (folder / name / weights.name).read_bytes()
+    config = json.loads((folder / "sft" / "adapter_config.json").read_text())
+    (linked / "adapter_config.json").unlink()
+    of_hub = config | {BASE: "org/name", "revision": "v1"}
+    (linked / "adapter_config.json").write_text(json.dumps(of_hub))
+    assert base_of(section(folder, under=("more",), path=linked).path) == "org/name@v1"
+
+
 @pytest.mark.parametrize("kind", [LoHaConfig, LoKrConfig])
 def test_kinds_that_drop_by_numbers_drop_nothing(folder, kind, tmp_path):
     options = {"r": 2, "target_modules": ["q_proj"], "rank_dropout": 0.5, "module_dropout": 0.5}
