@@ -129,7 +129,8 @@ def _listed(path: str, adapters: Mapping[str, str]) -> Path:
     content = {"adapters": {name: str(Path(each).resolve()) for name, each in adapters.items()}}
     if there is not None and is_adapter(str(there)):
         config = json.loads((there / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        config["base_model_name_or_path"] = _absolute(base_of(str(there)))
+        name, revision = split_revision(_absolute(base_of(str(there))))
+        config |= {"base_model_name_or_path": name, "revision": revision}
         files = {file.name: file for file in there.iterdir() if file.is_file()}
         made = {ADAPTER_CONFIG: json.dumps(config, indent=2, sort_keys=True)}
         title = there.name
@@ -212,7 +213,9 @@ def _made(title: str, files: Mapping[str, Path], made: Mapping[str, str]) -> Pat
     aside.mkdir(parents=True)
     for name, file in files.items():
         if name not in made:
-            (aside / name).symlink_to(file.resolve())
+            (aside / name).symlink_to(
+                file.absolute()
+            )  # which may be a link that leads elsewhere later
     for name, text in made.items():
         (aside / name).write_text(text, encoding="utf-8")
     try:

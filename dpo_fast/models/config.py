@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from dpo_fast.models.adapter_path import GIVEN, linked
-from dpo_fast.models.checkpoint import is_adapter
+from dpo_fast.models.checkpoint import is_adapter, read_adapter_config
 from dpo_fast.models.hub import with_revision
 from dpo_fast.models.lora_section import LoraSection
 from dpo_fast.models.quantization_section import QuantizationSection
@@ -173,6 +173,16 @@ class ModelSection(BaseModel):
         if self._given is None or self.path != self._given[1]:
             return self.path
         return str(self._given[0]["adapter_path"] or self._given[0]["path"])
+
+    @property
+    def told_base(self) -> str | None:
+        """The base for people and for files, as it was given, where `path` is a folder of the cache."""
+        if self._given is None or self.path != self._given[1]:
+            return None
+        path = str(self._given[0]["path"])
+        if not is_adapter(path):
+            return path
+        return read_adapter_config(path, "model.path")["base_model_name_or_path"]
 
     @property
     def whole_weights(self) -> str | None:

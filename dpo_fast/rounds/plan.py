@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,6 +149,8 @@ class Plan:
         path = self.reference(step) if self.compares(step) else None
         # The policy as it starts is what a path of its own would load a second time.
         own = path == model.path or (step is self.steps[0] and path == self.start)
+        if path == self.config.model.path and self.config.model.told_base and not own:
+            path = str(self._kept(Path(path)))
         run = self._build(step, model, None if own else path)
         sampler = self.policy(step).path
         run = self._with_first_answers(step, run)
@@ -154,6 +158,20 @@ class Plan:
             wrote = run.reference.model_copy(update={"old_path": sampler})
             run = run.model_copy(update={"reference": wrote})
         return run
+
+    def _kept(self, start: Path) -> Path:
+        """A copy of the start's adapter, which lies in the cache: files of later stages name it."""
+        folder = Path(self.config.output_dir)
+        kept = folder / f"start-{start.name}"
+        if not kept.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+            aside = Path(tempfile.mkdtemp(prefix=".start-", dir=folder))
+            shutil.copytree(start, aside, dirs_exist_ok=True)
+            try:
+                aside.rename(kept)
+            except OSError:  # another rank was faster
+                shutil.rmtree(aside, ignore_errors=True)
+        return kept
 
     def _with_first_answers(self, step: Step, run: RunConfig) -> RunConfig:
         """The run of a later step, which compares its answers with those of the start of the file."""

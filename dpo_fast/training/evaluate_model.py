@@ -106,7 +106,7 @@ def evaluate_model(asked: Evaluation) -> dict[str, Any]:
             load_trained(model.model, names, state)
             _load_more(config, checkpoint, references["eval"], statistics)
         metrics = measure(scorer, split, loss_pass, references["eval"], statistics)
-    return _facts(config, checkpoint, step, split) | {"metrics": metrics}
+    return _facts(asked, config, step, split) | {"metrics": metrics}
 
 
 def measure(
@@ -163,8 +163,9 @@ def _load_more(config: RunConfig, checkpoint: Path, provider, statistics: Statis
         statistics.load_state_dict(own["statistics"])
 
 
-def _facts(config: RunConfig, checkpoint: Path | None, step: int | None, split: Split) -> dict:
-    spec, path = config.reference_spec, config.reference.path
+def _facts(asked: Evaluation, config: RunConfig, step: int | None, split: Split) -> dict:
+    checkpoint = asked.checkpoint
+    spec, path = config.reference_spec, asked.began or config.reference.path
     entries = config.data.model_dump(mode="json")
     held_out = {} if config.data.eval_rows == 0 else {"rows_held_out": config.data.eval_rows}
     return {

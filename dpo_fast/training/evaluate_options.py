@@ -73,11 +73,13 @@ class Evaluation:
 
     checkpoint: holds the trained weights; None where model.path does.
     dtype: that the weights are to have; None: each its own, as it was in the run.
+    began: the model that the run began with, as it was given, where that is the reference.
     """
 
     config: RunConfig
     checkpoint: Path | None
     dtype: torch.dtype | None = None
+    began: str | None = None
 
 
 def evaluation_of(
@@ -98,7 +100,7 @@ def evaluation_of(
     Raises:
         UserError: something does not go together, or is not named.
     """
-    checkpoint = None if config else checkpoint_of(model)
+    checkpoint, began = None if config else checkpoint_of(model), None
     file = _configuration(model, checkpoint, config)
     world = distributed.world_size() if world_size is None else world_size
     if file is None:
@@ -106,7 +108,7 @@ def evaluation_of(
     else:
         tree = _without_training(read_recorded(file), world)
         if checkpoint is None:
-            _put_policy(tree, model)
+            began = _put_policy(tree, model)
     if data is not None:
         kept = {k: v for k, v in tree["data"].items() if k not in OTHER_DATA}
         tree["data"] = kept | {"train": data}
@@ -114,7 +116,7 @@ def evaluation_of(
     elif file is None:
         raise UserError(f"what is {model} to be evaluated on? Name a file, a folder or a hub id")
     if reference is not None:
-        tree["reference"] = {"provider": "frozen", "path": reference}
+        tree["reference"], began = {"provider": "frozen", "path": reference}, None
     elif file is None and not _named(overrides, "reference."):
         _default_reference(tree, model)
     for override in overrides:
@@ -131,7 +133,8 @@ def evaluation_of(
     check_places(built)
     _check_reference(built, checkpoint, reference is not None or file is not None)
     dtype = built.model.torch_dtype if _named(overrides, "model.dtype=") else None
-    return Evaluation(built, checkpoint, dtype)
+    began = None if _named(overrides, "reference.path=") else began
+    return Evaluation(built, checkpoint, dtype, began)
 
 
 def _check_overrides(overrides: Sequence[str], checkpoint: Path | None, data: str | None) -> None:
@@ -168,8 +171,11 @@ def _without_training(tree: dict[str, Any], world_size: int) -> dict[str, Any]:
     return kept | {"data": dict(tree.get("data", {})), "train": train, "log": log}
 
 
-def _put_policy(tree: dict[str, Any], model: str) -> None:
-    """Another policy for that of a run, which is compared with what the run was compared with."""
+def _put_policy(tree: dict[str, Any], model: str) -> str | None:
+    """Another policy for that of a run, which is compared with what the run was compared with.
+
+    Gives the model that the run began with, as it was given, if that is the reference now.
+    """
     section, reference = tree.get("model", {}), dict(tree.get("reference") or {})
     began = path_of(section)
     tree["model"] = section | dict.fromkeys((*GIVEN, "lora", "adapter")) | {"path": model}
@@ -183,13 +189,15 @@ def _put_policy(tree: dict[str, Any], model: str) -> None:
         )
     if spec.needs_adapters:
         reference["provider"] = "frozen"
-    if (spec.needs_adapters or "path" in spec.options) and reference.get("path") is None:
+    itself = (spec.needs_adapters or "path" in spec.options) and reference.get("path") is None
+    if itself:
         reference["path"] = began
     named = (tree.get("loss") or {}).get("type", [])
     specs = [spec_of(name) for name in ([named] if isinstance(named, str) else named)]
     if any(spec.by_token for spec in specs if spec) and reference.get("old_path") is None:
         reference["old_path"] = began  # it wrote the completions
     tree["reference"] = reference
+    return (section.get("adapter_path") or section.get("path")) if itself else None
 
 
 def _store_nothing_there(tree: dict[str, Any]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -137,11 +139,19 @@ def untrained_embeddings(path: str, state: dict[str, Tensor]) -> dict[str, Tenso
     return found
 
 
-def save_adapter(model: ScoringModel, state: dict[str, Tensor], folder: Path) -> None:
-    """Write the trained adapter as peft does: on the base as it came. state: as of `write_export`."""
+def save_adapter(
+    model: ScoringModel, state: dict[str, Tensor], folder: Path, base: str | None = None
+) -> None:
+    """Write the trained adapter as peft does: on the base as it came. state: as of `write_export`.
+
+    base: the folder that the adapter names as its base; None: the one that the model was loaded from.
+    """
     configs, own = model.model.peft_config, model.model.peft_config[ADAPTER]
     if TAKEN in configs:
         state, configs[ADAPTER] = plain_adapter(state, own)
+    if base is not None and os.path.isdir(base):
+        configs[ADAPTER] = copy.copy(configs[ADAPTER])
+        configs[ADAPTER].base_model_name_or_path = base
     try:
         model.model.save_pretrained(folder, state_dict=state, selected_adapters=[ADAPTER])
     finally:
@@ -151,7 +161,8 @@ def save_adapter(model: ScoringModel, state: dict[str, Tensor], folder: Path) ->
 def _save_adapter(
     model: ScoringModel, state: dict[str, Tensor], config: RunConfig, folder: Path
 ) -> None:
-    save_adapter(model, untrained_embeddings(config.model.path, state) | state, folder)
+    state = untrained_embeddings(config.model.path, state) | state
+    save_adapter(model, state, folder, config.model.told_base)
     _copy_adapters(adapters_under(config.model.path), folder)
     for path in dict.fromkeys((base_of(config.model.path), config.model.path)):
         copy_input_files(local_folder(path), folder)

@@ -21,12 +21,14 @@ from dpo_fast.models.identity import model_identity
 from dpo_fast.models.merge import write_merged
 from dpo_fast.models.scoring import ScoringModel, forward_arguments
 from dpo_fast.training.config import build_config
-from dpo_fast.training.export import gather_trained, write_export
-from dpo_fast.training.recorded import CONFIG, read_recorded, written
+from dpo_fast.training.evaluate_options import evaluation_of
+from dpo_fast.training.export import gather_trained, save_adapter, write_export
+from dpo_fast.training.recorded import CONFIG, RUN_CONFIG, read_recorded, written
 from tests.support.adapters import write_adapter
 from tests.support.architectures import TREES, alone
-from tests.support.models import run_tree, write_model
+from tests.support.models import run_tree, write_model, write_pairs
 
+BASE = "base_model_name_or_path"
 TRAINED = {
     "plain": {},
     "kept whole": {"modules_to_save": ["lm_head"]},
@@ -196,6 +198,42 @@ def test_files_have_what_was_given(folder, tmp_path, monkeypatch):
         UserError, match="model.adapters.more=.*nowhere: no such folder; if it lies"
     ):
         build_config(lost, "tree")
+
+
+def test_an_export_and_an_evaluation_name_what_was_given(folder, tmp_path, monkeypatch):
+    """No folder of the cache, and no absolute path for a relative one: folders may be moved together."""
+    monkeypatch.chdir(folder)
+    write_pairs(folder / "pairs.jsonl", 4)
+    model = {"path": "model", "dtype": "fp32", "adapter_path": "sft", "adapters": {"more": "more"}}
+    tree = run_tree(tmp_path) | {"model": model, "reference": {"provider": "adapter_off"}}
+    config = build_config(tree | {"data": {"train": "pairs.jsonl", "eval_rows": 1}}, "tree")
+    scoring, final = load_model(config.model, attention="sdpa"), tmp_path / "run" / "final"
+    save_adapter(scoring, gather_trained(scoring.model), final, config.model.told_base)
+    assert json.loads((final / "adapter_config.json").read_text())[BASE] == "model"
+    assert scoring.model.peft_config["default"].base_model_name_or_path != "model"
+    (final.parent / RUN_CONFIG).write_text(written(config))
+    asked = evaluation_of(str(final), None)
+    assert asked.began == "sft" and is_adapter(asked.config.reference.path)
+    assert evaluation_of(str(final), None, reference="model").began is None
+
+
+def test_a_folder_of_the_cache_follows_links_and_keeps_revisions(folder, tmp_path):
+    linked, options = tmp_path / "linked", {"adapter_path": str(tmp_path / "linked")}
+    linked.mkdir()
+    for name in ("more", "sft"):
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            (linked / file).unlink(missing_ok=True)
+            (linked / file).symlink_to(folder / "sft" / file)
+        weights = linked / "adapter_model.safetensors"
+        weights.unlink()
+        weights.symlink_to(folder / name / weights.name)
+        found = Path(ModelSection(path=str(folder / "model"), **options).path) / weights.name
+        assert found.read_bytes() == (folder / name / weights.name).read_bytes()
+    config = json.loads((folder / "sft" / "adapter_config.json").read_text())
+    (linked / "adapter_config.json").unlink()
+    of_hub = config | {BASE: "org/name", "revision": "v1"}
+    (linked / "adapter_config.json").write_text(json.dumps(of_hub))
+    assert base_of(section(folder, under=("more",), path=linked).path) == "org/name@v1"
 
 
 @pytest.mark.parametrize("kind", [LoHaConfig, LoKrConfig])

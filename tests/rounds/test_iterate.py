@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_fast.errors import UserError
+from dpo_fast.models.identity import model_identity
 from dpo_fast.rounds.average import write_average
 from dpo_fast.rounds.config import RoundsConfig
 from dpo_fast.rounds.plan import Plan
 from dpo_fast.rounds.progress import progress_of
 from dpo_fast.training.config import build, build_config
 from tests.support import ranks
+from tests.support.adapters import write_adapter
 from tests.support.faults import SLOW
 from tests.support.metrics import series
 from tests.support.models import run_tree, write_model, write_pairs
@@ -439,6 +441,20 @@ def test_steps_policies_and_references(tmp_path):
     assert plan.averages(plan.steps[4]) == ("m", models[4])
     assert plan.run(plan.steps[2]).data.train == str(tmp_path / names[2] / "pairs.jsonl")
     assert plan.run(plan.steps[2]).log.run_name == names[2]
+
+
+def test_a_start_with_adapters_is_kept_beside_the_stages(tmp_path, monkeypatch):
+    """The cache that it is put together in may be gone when a later stage is resumed or evaluated."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
+    write_adapter(tmp_path / "sft", write_model(tmp_path / "model"))
+    stages = [{"data": "a.jsonl"}, {"data": "b.jsonl", "reference": "start"}]
+    model = {"path": str(tmp_path / "model"), "adapter_path": str(tmp_path / "sft")}
+    tree = {"output_dir": str(tmp_path / "out"), "model": model, "stages": stages}
+    plan = Plan(build(RoundsConfig, tree, "case"), "case")
+    assert plan.run(plan.steps[0]).reference.path is None
+    found = Path(plan.run(plan.steps[1]).reference.path)
+    assert found.parent == tmp_path / "out" and not any(f.is_symlink() for f in found.iterdir())
+    assert model_identity(str(found)) == model_identity(plan.config.model.path)
 
 
 def test_the_last_model_is_pushed_and_runs_share_a_group(tmp_path):
