@@ -132,5 +132,5 @@ def put_fsdp(draft: Draft, config: dict[str, Any], name: str) -> None:
 
 def ranks_of(config: dict[str, Any]) -> int | None:
     """Processes of a configuration of accelerate."""
-    number = config.get("num_processes")
-    return int(number) if str(number or "").isdigit() and int(number) else None
+    number = str(config.get("num_processes") or "")
+    return (int(number) or None) if number.isdigit() else None
