@@ -97,11 +97,9 @@ def rows_file(rows: Any, root: Path, name: str) -> Path:
 
 
 def _parquet(rows: Any, file: Path, options: dict[str, Any], name: str) -> None:
-    import pyarrow
-
     try:
         rows.to_parquet(str(file), **options)
-    except pyarrow.ArrowException as error:  # a column of several kinds, images in a DataFrame
+    except (ValueError, TypeError, NotImplementedError) as error:  # pyarrow's are among them
         raise UserError(
             f"{name} is no table of Arrow: {durable.first_line(error)}. Hand over a list of dicts, as "
             'DataFrame.to_dict("records") makes one'
@@ -114,7 +112,10 @@ def _dataset_of(rows: list[Mapping], name: str) -> Any:
     try:
         return datasets.Dataset.from_list([dict(row) for row in rows])
     except (ValueError, TypeError) as error:  # pyarrow's are among them
-        raise UserError(f"{name}: {durable.first_line(error)}") from None
+        raise UserError(
+            f"{name}: {durable.first_line(error)}. Rows with images in memory are a table: give all "
+            "contents as lists of parts, or name the images by their paths"
+        ) from None
 
 
 def _has_image(value: Any) -> bool:

@@ -78,7 +78,8 @@ class Calls:
         self.run, self.callbacks = run, callbacks
         self.stopped, self.error = False, ""
         self._kept: dict[str, Any] = {}  # the latest that the callbacks gave to be kept
-        self._asked, self._cause = Control(), None
+        self._asked = Control()
+        self._cause: BaseException | None = None  # of this rank's
         self._state = RunState(
             step=0,
             total_steps=run.total_steps,

@@ -54,6 +54,10 @@ def test_rows_with_images_are_parquet(tmp_path):
 
     held = pyarrow.parquet.read_table(file).to_pylist()[0]["images"][0]
     assert held["bytes"][:4] == b"\x89PNG"
+    contents = ["text", [{"type": "image", "image": image}]]
+    mixed = [{"prompt": [{"role": "user", "content": each} for each in contents]}]
+    with pytest.raises(UserError, match="cannot mix list.*lists of parts, or name the images by"):
+        rows_file(mixed, tmp_path, "train_dataset")
 
 
 @pytest.mark.parametrize(
