@@ -73,9 +73,13 @@ def rows_file(rows: Any, root: Path, name: str) -> Path:
     kind = type(rows).__name__
     if kind in ("DatasetDict", "IterableDatasetDict") or isinstance(rows, Mapping):
         raise UserError(f"{name} is a {kind} of {', '.join(map(str, rows))}: hand over one split")
+    if hasattr(rows, "to_pylist"):  # a table of Arrow
+        rows = rows.to_pylist()
+    elif hasattr(rows, "to_dicts"):  # one of polars
+        rows = rows.to_dicts()
     if hasattr(rows, "to_parquet"):
         kept = {} if hasattr(rows, "column_names") else {"index": False}  # of a DataFrame
-        return stage(root, name, lambda file: _parquet(rows, file, kept), ".parquet")
+        return stage(root, name, lambda file: _parquet(rows, file, kept, name), ".parquet")
     if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
         raise UserError(
             f"{name} is a {kind}, which cannot be read twice: hand over a list, as "
@@ -92,8 +96,14 @@ def rows_file(rows: Any, root: Path, name: str) -> Path:
     return stage(root, name, lambda file: durable.write_file(file, text), ".jsonl")
 
 
-def _parquet(rows: Any, file: Path, options: dict[str, Any]) -> None:
-    rows.to_parquet(str(file), **options)
+def _parquet(rows: Any, file: Path, options: dict[str, Any], name: str) -> None:
+    try:
+        rows.to_parquet(str(file), **options)
+    except (ValueError, TypeError, NotImplementedError) as error:  # pyarrow's are among them
+        raise UserError(
+            f"{name} is no table of Arrow: {durable.first_line(error)}. Hand over a list of dicts, as "
+            'DataFrame.to_dict("records") makes one'
+        ) from None
 
 
 def _dataset_of(rows: list[Mapping], name: str) -> Any:
@@ -102,7 +112,10 @@ def _dataset_of(rows: list[Mapping], name: str) -> Any:
     try:
         return datasets.Dataset.from_list([dict(row) for row in rows])
     except (ValueError, TypeError) as error:  # pyarrow's are among them
-        raise UserError(f"{name}: {durable.first_line(error)}") from None
+        raise UserError(
+            f"{name}: {durable.first_line(error)}. Rows with images in memory are a table: give all "
+            "contents as lists of parts, or name the images by their paths"
+        ) from None
 
 
 def _has_image(value: Any) -> bool:
@@ -117,7 +130,7 @@ def _line(row: Mapping, where: str) -> str:
     """A row as a line of JSON. Raises UserError naming the row and the field."""
     for key, value in row.items():
         try:
-            json.dumps(value, default=_number)
+            json.dumps({key: value}, default=_number, ensure_ascii=False).encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise UserError(f"{where}, field {key!r}: {durable.first_line(error)}") from None
     return json.dumps(dict(row), ensure_ascii=False, default=_number) + "\n"
@@ -140,11 +153,7 @@ def model_folder(model: Any, root: Path, name: str, processing: Any = None) -> P
     Raises:
         UserError: it is no such model, or one whose weights cannot be had whole.
     """
-    if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
-        raise UserError(
-            f"{name} is a {type(model).__name__}: expected a model of transformers or peft, a folder, or a "
-            "hub id"
-        )
+    check_model(model, name)
     adapter = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
     if adapter:
         _check_base(model, name)
@@ -155,12 +164,29 @@ def model_folder(model: Any, root: Path, name: str, processing: Any = None) -> P
         )
 
     def write(folder: Path) -> None:
-        model.save_pretrained(str(folder))
+        try:
+            model.save_pretrained(str(folder))
+        except ValueError as error:  # a generation config that contradicts itself is not written
+            told = " ".join(" ".join(str(error).splitlines()[:2]).split()).rstrip(".")
+            raise UserError(
+                f"{name} cannot be saved, as a run needs it: {told}. Mend it until "
+                "model.save_pretrained works, or name a folder"
+            ) from None
         if processing is not None:
             processing.save_pretrained(str(folder))
         (folder / "README.md").unlink(missing_ok=True)  # peft's, which says nothing
 
     return stage(root, name, write)
+
+
+def check_model(model: Any, name: str) -> None:
+    """Raises UserError unless it is a model of transformers or peft."""
+    if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
+        own = isinstance(model, type)
+        kind = f"the class {model.__name__}" if own else f"a {type(model).__name__}"
+        raise UserError(
+            f"{name} is {kind}: expected a model of transformers or peft, a folder, or a hub id"
+        )
 
 
 def _check_base(model: Any, name: str) -> None:
@@ -171,6 +197,62 @@ def _check_base(model: Any, name: str) -> None:
                 f"{name} is an adapter on a model that has no path: save the base with save_pretrained and "
                 "load it from there, or hand over the base and peft_config"
             )
+    base, configs = model.get_base_model(), list(model.peft_config.values())
+    path, biases = configs[0].base_model_name_or_path, ("none", None)
+    merged = any(getattr(module, "merged", False) is True for module in base.modules())
+    if merged or getattr(base, "is_quantized", False):
+        return
+    trained = () if all(getattr(each, "bias", None) in biases for each in configs) else (".bias",)
+    if odd := changed_weight(base, path, trained):
+        raise UserError(
+            f"{name} is an adapter on weights that are not those of {path}, where its base is looked for "
+            f"({odd} differs): save the base with save_pretrained and load it from there, or hand over "
+            "the base and peft_config"
+        )
+
+
+def changed_weight(model: Any, path: str, but: tuple[str, ...] = ()) -> str | None:
+    """The name of a parameter that is not as the files of its model have it; None if all are.
+
+    What the files call otherwise, or hold in another shape, is not compared; nor is a model whose files
+    are not on this machine. but: ends of names that are not compared either.
+    """
+    own = {name.replace(".base_layer.", "."): p for name, p in model.named_parameters()}
+    own = {name: p for name, p in own.items() if not name.endswith(but)}
+    for file in _safetensors_of(path):
+        from safetensors import safe_open
+
+        with safe_open(file, "pt") as tensors:
+            for name in sorted(own.keys() & set(tensors.keys())):
+                if _differs(own[name].detach().cpu(), tensors.get_tensor(name)):
+                    return name
+    return None
+
+
+def _safetensors_of(path: str) -> list[Path]:
+    from dpo_fast.models.checkpoint import weight_files
+    from dpo_fast.models.hub import file_of, source
+
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        found = file_of(source(path), "config.json")
+        if found is None:
+            return []
+        folder = found.parent
+    try:
+        return [file for file in weight_files(folder) if file.suffix == ".safetensors"]
+    except UserError:
+        return []
+
+
+def _differs(own: Any, stored: Any) -> bool:
+    """Whether a parameter is not what its file holds, also if it was rounded as it was loaded."""
+    import torch
+
+    if own.shape != stored.shape:
+        return False
+    kinds = (own.dtype, torch.bfloat16, torch.float16)
+    return not any(torch.equal(stored.to(kind).to(own.dtype), own) for kind in kinds)
 
 
 def tokenizer_folder(tokenizer: Any, root: Path) -> Path:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -22,6 +22,34 @@ NOT_OF_A_RUN = (
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
     *("revision", "inference_mode", "runtime_config"),
 )
+# Arguments of TRL's trainers that have no near name here, or whose nearest name is another thing.
+NAMED_HERE = {
+    "args": "options of TRL's or transformers' are arguments here, such as learning_rate=1e-6",
+    "bf16": 'it is model={"dtype": "bf16"}',
+    "fp16": 'model={"dtype": "bf16"} or "fp32" is there',
+    "gradient_accumulation_steps": "global_batch_size has the examples of a step on all ranks together",
+    "per_device_train_batch_size": "it is micro_batch_size, beside global_batch_size",
+    "eval_strategy": "eval_steps=100 evaluates after so many steps",
+    "save_strategy": "save_steps=100 saves after so many steps",
+    "rpo_alpha": 'it is loss={"type": ["sigmoid", "sft"], "weights": [1, 0.1]}',
+    "compute_metrics": "on_evaluate of a callback sees what is measured",
+    "optimizers": "optim names the optimiser",
+    "data_collator": "rows are made into batches by the layout",
+    "model_init_kwargs": "the section model has them",
+    "precompute_ref_log_probs": "they are computed once and kept, by default",
+}
+# Objects have arguments of their own.
+OBJECTS = {
+    "train.callbacks": "give it as callbacks=[...]",
+    "train.sampler": "give it as sampler=...",
+    "model.tokenizer": "give it as processing_class=...",
+    "model.path": "give it as the first argument",
+    "model.lora": "give it as peft_config=...",
+    "data.train": "give it as train_dataset=...",
+    "data.eval": "give it as eval_dataset=...",
+    "reference.path": "give it as ref_model=...",
+    "loss.type": "a function is a loss once @register_loss stands before it, and then has a name",
+}
 RENAMED = {"lora_alpha": "alpha", "lora_dropout": "dropout"}
 
 
@@ -44,7 +72,20 @@ def tree_of(config: Any, options: Mapping[str, Any]) -> dict[str, Any]:
             tree.pop(name, None)
         else:
             _set(tree, (_full_name(name) if "." not in name else name).split("."), value)
+    _check_objects(tree)
     return tree
+
+
+def _check_objects(tree: dict[str, Any]) -> None:
+    """Raises UserError for an object in the place of its name, with the argument that takes it."""
+    for name, remedy in OBJECTS.items():
+        section, _, key = name.partition(".")
+        value = tree[section].get(key) if isinstance(tree.get(section), Mapping) else None
+        for each in value if isinstance(value, list) else [value]:
+            if not isinstance(each, (str, Mapping, bool, int, float, type(None), BaseModel)):
+                raise UserError(
+                    f"{HERE}: {name} is a {type(each).__name__}, and a configuration holds names: {remedy}"
+                )
 
 
 def _sections(config: Any) -> dict[str, Any]:
@@ -52,8 +93,8 @@ def _sections(config: Any) -> dict[str, Any]:
         return {}
     if isinstance(config, RunConfig):
         return config.model_dump(mode="json", exclude_unset=True)
-    if isinstance(config, (str, Path)):
-        return read_tree(str(config))
+    if isinstance(config, (str, os.PathLike)):
+        return read_tree(os.fspath(config))
     if isinstance(config, Mapping):
         return {name: _copied(value) for name, value in config.items()}
     raise UserError(
@@ -72,8 +113,8 @@ def plain(value: Any) -> Any:
     """A value as YAML would have it: paths as texts, sections as dicts."""
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json", exclude_unset=True)
-    if isinstance(value, Path):
-        return str(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if isinstance(value, Mapping):
         return {key: plain(each) for key, each in value.items()}
     return [plain(each) for each in value] if isinstance(value, (list, tuple)) else value
@@ -117,6 +158,10 @@ def _full_name(name: str) -> str:
             f"{HERE}: {name} may be {' or '.join(found)}; name the section, as in "
             f'{section}={{"{key}": ...}}'
         )
+    if name in SECTIONS:
+        raise UserError(f'{HERE}: {name} is a section; give its keys, as in {name}={{"...": ...}}')
+    if name in NAMED_HERE:
+        raise UserError(f"{HERE}: there is no option {name}; {NAMED_HERE[name]}")
     near = difflib.get_close_matches(name, [*known, *SECTIONS], 1)
     hint = f"did you mean {near[0]}?" if near else "docs/CONFIG.md lists all options"
     raise UserError(f"{HERE}: there is no option {name}; {hint}")

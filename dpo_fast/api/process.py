@@ -22,6 +22,9 @@ LIBRARIES = ("DeepSpeed", "deepspeed", "torch.distributed")
 def as_found() -> Iterator[None]:
     """Afterwards the process is as it was: environment, process group, random states, settings.
 
+    Inside, PyTorch computes as in a new process, whatever surrounds the call: without autocast, with
+    gradients, and with fp32 as the default dtype.
+
     Of several ranks the process group stays until the process ends: they cannot find each other twice at
     one address. Signal handlers are the engine's own care (`training/signals.py`).
     """
@@ -33,7 +36,7 @@ def as_found() -> Iterator[None]:
     levels = {name: logging.getLogger(name).level for name in (None, *LIBRARIES)}
     disabled, told = logging.root.manager.disable, _told()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _as_in_a_new_process():
             yield
     finally:
         if not grouped and distributed.world_size() == 1:
@@ -50,6 +53,18 @@ def as_found() -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
         logging.disable(disabled)
         _tell(*told)
+
+
+@contextlib.contextmanager
+def _as_in_a_new_process() -> Iterator[None]:
+    torch.set_default_dtype(torch.float32)
+    with contextlib.ExitStack() as inside:
+        inside.enter_context(torch.inference_mode(False))
+        inside.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                inside.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def _told() -> tuple[int, bool, bool]:

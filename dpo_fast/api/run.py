@@ -109,7 +109,11 @@ class PreferenceRun:
         *,
         train_dataset: Rows | None = None,
         eval_dataset: Rows | None = None,
-        processing_class: PreTrainedTokenizerBase | ProcessorMixin | str | None = None,
+        processing_class: PreTrainedTokenizerBase
+        | ProcessorMixin
+        | str
+        | os.PathLike
+        | None = None,
         ref_model: Model | None = None,
         peft_config: LoraConfig | Mapping[str, Any] | None = None,
         callbacks: Callbacks | None = None,
@@ -123,11 +127,13 @@ class PreferenceRun:
         self._rows = {"train": train_dataset, "eval": eval_dataset}
         self._peft = peft_config
         self._config: RunConfig | None = None
-        output_dir = self._tree.get("train")
-        output_dir = output_dir.get("output_dir") if isinstance(output_dir, dict) else None
+        train = self._tree.get("train")
+        if not isinstance(train, (dict, type(None))):
+            raise UserError(f"{HERE}: train is not a section but {train!r}; rows are train_dataset")
+        output_dir = (train or {}).get("output_dir")
         if not isinstance(output_dir, str):
             raise UserError(f'{HERE}: train.output_dir is missing; say output_dir="runs/mine"')
-        self.output_dir = Path(output_dir)
+        self.output_dir = Path(output_dir).expanduser()
 
     @property
     def config(self) -> RunConfig:
@@ -138,7 +144,7 @@ class PreferenceRun:
         return self._config
 
     def train(
-        self, resume_from_checkpoint: bool | str | None = None, dry_run: bool = False
+        self, resume_from_checkpoint: bool | str | os.PathLike | None = None, dry_run: bool = False
     ) -> Result:
         """Train, and export the model to `output_dir/final`. Collective.
 
@@ -191,7 +197,7 @@ class PreferenceRun:
         with self._engine() as config:
             from dpo_fast.training import distributed
 
-            target = Path(folder)
+            target = Path(folder).expanduser()
             distributed.from_main(partial(self._write, config, target))
         return target
 
@@ -279,6 +285,7 @@ class PreferenceRun:
         elif name == "processing_class":
             write = partial(inputs.tokenizer_folder, value, root)
         else:
+            inputs.check_model(value, name)
             processing = self._processing(value) if name == "model" else None
             write = partial(inputs.model_folder, value, root, name, processing)
         from dpo_fast.training import distributed

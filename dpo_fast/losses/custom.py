@@ -221,7 +221,7 @@ def loaded(where: str, load: Callable[[], Any]) -> Any:
         raise UserError(f"{where} cannot be loaded: {told(error)}") from error
 
 
-def told(error: Exception) -> str:
+def told(error: BaseException) -> str:
     """An error of somebody's code: the file and line that raised it, its kind and its words."""
     frames = traceback.extract_tb(error.__traceback__)
     if isinstance(error, SyntaxError):

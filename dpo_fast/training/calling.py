@@ -77,7 +77,9 @@ class Calls:
     def __init__(self, run: Run, callbacks: Mapping[str, Callback]) -> None:
         self.run, self.callbacks = run, callbacks
         self.stopped, self.error = False, ""
+        self._kept: dict[str, Any] = {}  # the latest that the callbacks gave to be kept
         self._asked = Control()
+        self._cause: BaseException | None = None  # of this rank's
         self._state = RunState(
             step=0,
             total_steps=run.total_steps,
@@ -106,6 +108,7 @@ class Calls:
             say(
                 f"{checkpoint} is of a run with the callbacks {', '.join(gone)}, which this one lacks"
             )
+        self._kept = {name: kept[name] for name in self.callbacks if name in kept}
         for name in kept.keys() & self.callbacks.keys():
             if kept[name]:
                 where = f"{OPTION}={name}, load_state_dict"
@@ -115,6 +118,7 @@ class Calls:
         """on_train_begin, after `step` steps. Collective. Raises UserError."""
         self._at(step)
         self._call("on_train_begin")
+        self._keep()  # what cannot be kept is told before the first step
         self.raise_error()
 
     def step_end(self, step: int, examples: int) -> None:
@@ -146,7 +150,9 @@ class Calls:
         self._state = replace(self._state, logged={}, final=final)
         self._call("on_train_end")
         if self.error:
-            raise UserError(f"{self.error}. The run is complete, and its model is in {final}")
+            raise UserError(
+                f"{self.error}. The run is complete, and its model is in {final}"
+            ) from self._cause
 
     def take(self, what: str) -> bool:
         """Whether a callback has asked to log, evaluate or save. It is done with by that."""
@@ -160,13 +166,26 @@ class Calls:
         return any(asdict(self._asked).values())
 
     def state(self) -> dict[str, Any]:
-        """For state.json. Collective. Raises UserError for what JSON does not hold."""
+        """For state.json. Of a callback that fails it is what it gave before; the run ends. Collective."""
         if not self.callbacks:
             return {"examples": self._state.examples}
-        kept = distributed.from_main(
-            lambda: {name: _kept(name, each) for name, each in self.callbacks.items()}
-        )
-        return {"examples": self._state.examples, STATE: kept}
+        self._keep()
+        return {"examples": self._state.examples, STATE: self._kept}
+
+    def _keep(self) -> None:
+        """Ask the callbacks of the first rank what they keep. Collective."""
+        if self.error or not self.callbacks:
+            return
+        self._kept, self.error = distributed.from_main(self._kept_now)
+
+    def _kept_now(self) -> tuple[dict[str, Any], str]:
+        kept, error = dict(self._kept), ""
+        for name, each in self.callbacks.items():
+            try:
+                kept[name] = _kept(name, each)
+            except UserError as raised:
+                error, self._cause = error or str(raised), raised.__cause__
+        return kept, error
 
     def raise_error(self) -> None:
         """Raises UserError if a callback has failed. By now the step is saved."""
@@ -177,7 +196,7 @@ class Calls:
             else f"Go on with {RESUME}={saved} once it is mended"
         )
         if self.error:
-            raise UserError(f"{self.error}. {how}")
+            raise UserError(f"{self.error}. {how}") from self._cause
 
     def _at(self, step: int) -> None:
         epoch = self.run.train.epochs(step)
@@ -192,7 +211,8 @@ class Calls:
             for name, callback in self.callbacks.items():
                 try:
                     getattr(callback, event)(self._state, control)
-                except Exception as raised:
+                except (Exception, SystemExit) as raised:
+                    self._cause = raised
                     error = f"{OPTION}={name}, {event}: {told(raised)}"
                     break
         self._agree(event, control, error)

@@ -141,7 +141,10 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases; variables of its client hold as well."""
+    """A run of Weights & Biases; variables of its client hold as well.
+
+    A run that the calling code has begun, as a sweep does, gets the metrics and stays open.
+    """
 
     package, install = "wandb", "wandb"
     advice = (
@@ -152,9 +155,19 @@ class WandB:
     def __init__(self, opening: Opening) -> None:
         import wandb
 
+        self.wandb, self.theirs = wandb, wandb.run is not None
+        if wandb.run is not None:
+            self.run = wandb.run
+            self.run.config.update(opening.options, allow_val_change=True)
+        else:
+            self.run = self._begun(opening)
+        self.identity = self.run.id
+        self.run.define_metric(STEP)
+        self.run.define_metric("*", step_metric=STEP, step_sync=True)
+
+    def _begun(self, opening: Opening) -> Any:
         log = opening.config.log
-        self.wandb = wandb
-        self.run = wandb.init(
+        return self.wandb.init(
             project=opening.project("WANDB_PROJECT"),
             name=opening.name,
             dir=opening.config.train.output_dir,
@@ -164,9 +177,6 @@ class WandB:
             group=log.group,
             **({"id": opening.identity, "resume": "allow"} if opening.identity else {}),
         )
-        self.identity = self.run.id
-        self.run.define_metric(STEP)
-        self.run.define_metric("*", step_metric=STEP, step_sync=True)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self.run.log({**metrics, STEP: step})
@@ -180,7 +190,8 @@ class WandB:
         self.run.log({"answers": table, STEP: step})
 
     def close(self, status: str) -> None:
-        self.run.finish(exit_code=0 if status == FINISHED else 1)
+        if not self.theirs:
+            self.run.finish(exit_code=0 if status == FINISHED else 1)
 
 
 class MLflow:

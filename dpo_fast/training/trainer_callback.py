@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import ExportableState
 
 from dpo_fast.errors import UserError
 from dpo_fast.training.callbacks import Callback, Control, RunState
@@ -104,7 +105,8 @@ class OfTransformers(Callback):
         self._call("on_train_end", state, control)
 
     def state_dict(self) -> dict[str, Any]:
-        own = {"state": self.theirs.state()} if hasattr(self.theirs, "state") else {}
+        exports = isinstance(self.theirs, ExportableState)  # others may call what they like `state`
+        own = {"state": self.theirs.state()} if exports else {}
         return {"history": self.history, **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

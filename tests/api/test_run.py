@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import dpo_fast
 from dpo_fast import PreferenceRun, RunConfig
 from dpo_fast.api.options import lora_section, tree_of
+from dpo_fast.api.process import as_found
 from dpo_fast.errors import Interrupted, UserError
 from tests.support import ranks
 from tests.support.metrics import lines_of
@@ -199,3 +200,39 @@ def test_what_peft_configures_and_we_do_not_have_is_named():
         lora_section(LoraConfig(lora_bias=True, target_modules=["q_proj"]), None)
     with pytest.raises(UserError, match="peft_config is a dict"):
         lora_section({}, None)
+
+
+def test_objects_in_the_place_of_names_and_names_of_trls_are_told_with_the_argument_that_is_meant():
+    def loss(logps, options):
+        return -logps.chosen
+
+    for given, message in (
+        ({"loss_type": loss}, "loss.type is a function, .*@register_loss"),
+        ({"train": {"callbacks": [object()]}}, "train.callbacks is a object, .*callbacks="),
+        ({"train.sampler": loss}, "train.sampler is a function, .*give it as sampler="),
+        ({"tokenizer": object()}, "model.tokenizer is a object.*processing_class="),
+        ({"loss": "ipo"}, "loss is a section; give its keys"),
+        ({"args": 1}, "no option args; options of TRL's"),
+        ({"bf16": True}, "no option bf16; it is model="),
+    ):
+        with pytest.raises(UserError, match=message):
+            tree_of(None, given)
+
+
+def test_a_home_folder_is_the_same_for_the_run_and_for_what_is_read_of_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert PreferenceRun(output_dir="~/runs").output_dir == tmp_path / "runs"
+
+
+def test_what_surrounds_a_run_changes_no_number():
+    weight = torch.nn.Parameter(torch.ones(4, 4))
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), as_found():
+            found = torch.ones(2, 4) @ weight
+        assert found.dtype == torch.float32 and found.requires_grad
+        with torch.inference_mode(), as_found():
+            assert not torch.ones(1).is_inference()
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -189,8 +189,9 @@ def test_an_error_is_told_with_its_place_and_the_step_is_saved(
 ):
     name = f"{event}-{step}"
     message = rf"train.callbacks=one, {event}: .*test_calling.py, line \d+: ZeroDivisionError"
-    with pytest.raises(UserError, match=f"{message}: by nothing. {remedy}"):
+    with pytest.raises(UserError, match=f"{message}: by nothing. {remedy}") as raised:
         run(folder, name, Fails(event, step))
+    assert isinstance(raised.value.__cause__, ZeroDivisionError)
     assert (folder / name / f"checkpoint-{step}").is_dir() == checkpoint
 
 
@@ -203,11 +204,24 @@ def test_an_evaluation_of_nothing_and_a_state_that_json_does_not_hold_are_refuse
         train(build_config(config, "case"))
 
     class Odd(Callback):
-        def state_dict(self):
-            return {"a": {1, 2}}
+        def __init__(self, kept):
+            self.kept = kept
 
-    with pytest.raises(UserError, match="train.callbacks=one, state_dict gave what JSON does not"):
-        run(folder, "odd", Odd())
+        def on_step_end(self, state, control):
+            if state.step == 2:
+                self.kept = {"a": {1, 2}}
+
+        def state_dict(self):
+            return self.kept
+
+    message = "train.callbacks=one, state_dict gave what JSON does not hold: .*. "
+    with pytest.raises(UserError, match=f"{message}No step was taken"):
+        run(folder, "odd", Odd({"best": float("inf")}))
+    # What goes wrong later costs no steps: the checkpoint has what was given before.
+    with pytest.raises(UserError, match=f"{message}Go on with .*checkpoint-2"):
+        run(folder, "later", Odd({"best": 1}), save_steps=2)
+    state = json.loads((folder / "later/checkpoint-2/state.json").read_text())
+    assert state["callbacks"] == {"one": {"best": 1}}
 
 
 class Misspelt(Callback):

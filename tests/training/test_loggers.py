@@ -3,8 +3,10 @@
 import csv
 import importlib.util
 import json
+import sys
 import threading
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 
@@ -333,3 +335,33 @@ def test_a_run_name_does_not_lead_out_of_the_folder(tmp_path):
         logger.close(FINISHED)
     found = {each.name for each in (tmp_path / "run" / "tensorboard").iterdir()}
     assert found == {"elsewhere", "team"} and not (tmp_path / "elsewhere").exists()
+
+
+def test_a_run_of_wandbs_that_the_calling_code_has_begun_gets_the_metrics_and_stays_open(
+    tmp_path, monkeypatch
+):
+    class Theirs:
+        id, ended, told = "sweep-1", False, []
+
+        def __init__(self):
+            self.config = self
+
+        def update(self, options, allow_val_change):
+            self.given = options
+
+        def define_metric(self, *args, **kwargs):
+            pass
+
+        def log(self, line):
+            self.told.append(line)
+
+        def finish(self, **kwargs):
+            self.ended = True
+
+    theirs = Theirs()
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=theirs))
+    logger = CLIENTS["wandb"](Opening(config(tmp_path, ["wandb"]), 0))
+    logger.log(1, {"train/loss": 0.5})
+    logger.close(FINISHED)
+    assert theirs.told == [{"train/loss": 0.5, STEP: 1}] and not theirs.ended
+    assert logger.identity == "sweep-1" and theirs.given["loss"]

@@ -11,6 +11,7 @@ from dpo_fast.errors import UserError
 from dpo_fast.training.calling import open_callbacks
 from dpo_fast.training.config import build_config
 from dpo_fast.training.own_code import given
+from dpo_fast.training.trainer_callback import OfTransformers
 from tests.support.here import train
 from tests.support.metrics import lines_of
 from tests.support.models import changed, run_tree, write_model, write_pairs
@@ -142,3 +143,12 @@ def test_what_cannot_be_honoured_is_refused(folder, make, message):
 def test_what_it_asks_for_in_vain_is_told(folder, kind, message):
     with given({"one": kind()}), pytest.raises(UserError, match=message):
         train(config(folder, overwrite_output_dir=True))
+
+
+def test_an_attribute_that_is_called_state_is_the_callbacks_own():
+    class Counts(TrainerCallback):
+        def __init__(self) -> None:
+            self.state = {"steps": 3}
+
+    assert OfTransformers(Counts(), None).state_dict() == {"history": []}
+    assert "state" in OfTransformers(Theirs(), None).state_dict()
