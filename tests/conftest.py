@@ -84,12 +84,15 @@ def pytest_runtest_protocol(item):
         Popen.test = None
 
 
+OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def leaves_no_ranks():
     """A run in a test's own process leaves neither a group nor the variables of a rank to other files."""
     yield
     group = torch.distributed.is_available() and torch.distributed.is_initialized()
-    left = [name for name in ("RANK", "MASTER_PORT") if os.environ.pop(name, None) is not None]
+    left = [name for name in OF_A_RANK if os.environ.pop(name, None) is not None]
     if group:
         torch.distributed.destroy_process_group()  # so that later files are not blamed
     assert not group and not left, (

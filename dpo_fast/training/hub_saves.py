@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from dpo_fast.durable import first_line
 from dpo_fast.errors import UserError
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import PREFIX
@@ -71,6 +72,13 @@ class Pushes:
                 self._push(self._now)
             except UserError as error:
                 say(f"{error}. The run goes on", matters=True)
+            except Exception as error:  # of a client; a run that ends would wait for this thread
+                kind = type(error).__name__
+                say(
+                    f"{self._now} is not pushed: {kind}: {first_line(error)} Push it with `dpo-fast push "
+                    f"{self._now}`. The run goes on",
+                    matters=True,
+                )
 
 
 @contextmanager

@@ -158,19 +158,22 @@ def test_what_waits_gives_way_to_what_is_newer_and_stays_on_the_disk(tmp_path):
         assert [path.name for path in checkpoints(saver.root)] == ["checkpoint-6"]
 
 
-def test_a_push_that_fails_does_not_keep_the_next_from_going(capsys):
+@pytest.mark.parametrize("error", [UserError("the hub is full"), KeyError("the hub is full")])
+def test_a_push_that_fails_does_not_keep_the_next_from_going(capsys, error):
     done = []
 
     def push_one(folder: Path) -> None:
         if folder.name == "checkpoint-2":
-            raise UserError("the hub is full")
+            raise error
         done.append(folder.name)
 
     pushes = Pushes(push_one, True)
     for step in (2, 4):
         pushes.add(Path(f"checkpoint-{step}"))
     assert pushes.finish(60) == set() and done == ["checkpoint-4"]
-    assert "the hub is full. The run goes on" in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the hub is full" in said and "The run goes on" in said
+    assert ("`dpo-fast push checkpoint-2`" in said) == isinstance(error, KeyError)
 
 
 def test_options_of_a_push(tmp_path):

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+from dpo_fast.api.process import as_found
 from dpo_fast.data.images.processor import load_processor
 from dpo_fast.errors import UserError
 from dpo_fast.models.config import ModelSection
@@ -21,14 +22,21 @@ from dpo_fast.models.scoring import forward_arguments
 from dpo_fast.training import data_ranks
 from dpo_fast.training.config import build_config
 from dpo_fast.training.engine import release
+from dpo_fast.training.loop import train
 from dpo_fast.training.prepare import prepare
 from tests.support import ranks
-from tests.support.here import train
 from tests.support.image_runs import write_image_model, write_image_pairs
 from tests.support.models import run_tree, write_model
 from tests.support.plain_torch import assert_same_step
 
 NAMES = ("qwen3-vl", "gemma3", "qwen3.5")  # of the last there is a class for texts alone, too
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process():
+    """Runs are begun in this process, beside those of ranks: it is left as it was."""
+    with as_found():
+        yield
 
 
 @pytest.fixture(scope="module")
