@@ -25,8 +25,8 @@ NOT_OF_A_RUN = (
 # Arguments of TRL's trainers that have no near name here, or whose nearest name is another thing.
 NAMED_HERE = {
     "args": "options of TRL's or transformers' are arguments here, such as learning_rate=1e-6",
-    "bf16": 'it is model={"dtype": "bf16"}',
-    "fp16": 'model={"dtype": "bf16"} or "fp32" is there',
+    "bf16": 'it is dtype="bf16"',
+    "fp16": 'dtype="bf16" or "fp32" is there',
     "gradient_accumulation_steps": "global_batch_size has the examples of a step on all ranks together",
     "per_device_train_batch_size": "it is micro_batch_size, beside global_batch_size",
     "eval_strategy": "eval_steps=100 evaluates after so many steps",
@@ -35,7 +35,7 @@ NAMED_HERE = {
     "compute_metrics": "on_evaluate of a callback sees what is measured",
     "optimizers": "optim names the optimiser",
     "data_collator": "rows are made into batches by the layout",
-    "model_init_kwargs": "the section model has them",
+    "model_init_kwargs": 'they are options of the section model, such as **{"model.dtype": "bf16"}',
     "precompute_ref_log_probs": "they are computed once and kept, by default",
 }
 # Objects have arguments of their own.

@@ -213,10 +213,13 @@ def test_objects_in_the_place_of_names_and_names_of_trls_are_told_with_the_argum
         ({"tokenizer": object()}, "model.tokenizer is a object.*processing_class="),
         ({"loss": "ipo"}, "loss is a section; give its keys"),
         ({"args": 1}, "no option args; options of TRL's"),
-        ({"bf16": True}, "no option bf16; it is model="),
+        ({"bf16": True}, "no option bf16; it is dtype="),
     ):
         with pytest.raises(UserError, match=message):
             tree_of(None, given)
+    # What such a message says to write is taken.
+    for options in ({"dtype": "bf16"}, {"model.dtype": "bf16"}):
+        assert PreferenceRun("m", output_dir="r", **options)._tree["model"]["dtype"] == "bf16"
 
 
 def test_a_home_folder_is_the_same_for_the_run_and_for_what_is_read_of_it(monkeypatch, tmp_path):
