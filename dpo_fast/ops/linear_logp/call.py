@@ -85,8 +85,6 @@ def check_call(
             f"bias is {bias.dtype} {tuple(bias.shape)}; expected {weight_VD.dtype} "
             f"({weight_VD.shape[0]},)"
         )
-    if targets_T.dtype != torch.int64:
-        raise ValueError(f"targets are {targets_T.dtype}; expected torch.int64")
     devices = {str(x.device) for x in (hidden_TD, weight_VD, targets_T, bias) if x is not None}
     if len(devices) > 1:
         raise ValueError(f"tensors are on different devices: {sorted(devices)}")
