@@ -13,8 +13,8 @@ rounding. What differs:
   `workspace_bytes` are ours, as in `dpo_fast.linear_logp`.
 - Attributes have Liger's names. What is set later is checked by the next call, as in the constructor.
 - kl of KTO may be one number, or one for each sequence. Labels may have any dtype of integers.
-- Where Liger gives nan there is none: no sequences are a loss of 0, the nll of no tokens is 0, and a mean over
-  a sequence without scored tokens is a ValueError.
+- Where Liger gives nan there is none: no sequences are a loss of 0, the nll of no tokens is 0, and a mean
+  over a sequence without scored tokens is a ValueError.
 """
 
 from __future__ import annotations
