@@ -9,8 +9,9 @@ from torch import Tensor
 
 from dpo_fast.ops.dispatch import choose_implementation
 from dpo_fast.ops.integers import as_int64
-from dpo_fast.ops.linear_logp.call import check_targets
+from dpo_fast.ops.linear_logp.call import DTYPES, OF_DTYPES, check_targets
 from dpo_fast.ops.linear_logp.dtensor import plain_input
+from dpo_fast.ops.once import once_differentiable
 
 CHUNK_ELEMENTS = 1 << 20  # 4 MiB: the largest fp32 copy of logits that exists at a time
 
@@ -24,7 +25,7 @@ class _LogitsLogp(torch.autograd.Function):
         return logp_T
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad_T):
         gradient = backward(grad_T, *ctx.saved_tensors, ctx.temperature, ctx.implementation)
         return gradient, None, None, None
@@ -102,8 +103,8 @@ def _check(logits_TV: Tensor, targets_T: Tensor, temperature: float) -> None:
             f"expected logits [..., V] and targets [...]; got logits {tuple(logits_TV.shape)}, "
             f"targets {tuple(targets_T.shape)}"
         )
-    if not logits_TV.is_floating_point():
-        raise ValueError(f"logits are {logits_TV.dtype}; expected a floating dtype")
+    if logits_TV.dtype not in DTYPES:
+        raise ValueError(f"logits are {logits_TV.dtype}; expected {OF_DTYPES}")
     if logits_TV.device != targets_T.device:
         raise ValueError(f"logits are on {logits_TV.device}, targets on {targets_T.device}")
     if not (math.isfinite(temperature) and temperature > 0):

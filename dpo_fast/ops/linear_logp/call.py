@@ -11,6 +11,8 @@ from torch import Tensor
 from dpo_fast.ops.linear_logp.plan import HeadPlan
 from dpo_fast.ops.linear_logp.vocab_shard import VocabShard
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+OF_DTYPES = "torch.float32, bfloat16, float16 or float64"
 EXTRAS = ("entropy", "log_sum_p2", "mean_logit", "is_top1")
 
 
@@ -75,7 +77,9 @@ def check_call(
         raise ValueError(f"expected hidden [T, D], weight [V, D] and targets [T]; got {shapes}")
     if weight_VD.shape[0] == 0 or weight_VD.shape[1] == 0:
         raise ValueError(f"the head is empty: {shapes}")
-    if not hidden_TD.is_floating_point() or hidden_TD.dtype != weight_VD.dtype:
+    if hidden_TD.dtype not in DTYPES:
+        raise ValueError(f"hidden is {hidden_TD.dtype}; expected {OF_DTYPES}")
+    if hidden_TD.dtype != weight_VD.dtype:
         raise ValueError(
             f"hidden is {hidden_TD.dtype} and weight is {weight_VD.dtype}: both must have the same "
             "floating dtype; cast one, or run under torch.autocast"

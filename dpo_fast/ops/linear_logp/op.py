@@ -14,6 +14,7 @@ from dpo_fast.ops.linear_logp.call import HeadCall, HeadOptions, check_call, che
 from dpo_fast.ops.linear_logp.dtensor import plain_input, plain_weight
 from dpo_fast.ops.linear_logp.plan import HeadPlan, default_workspace_bytes, plan
 from dpo_fast.ops.linear_logp.vocab_shard import VocabShard, sharded_dim, whole_vocabulary
+from dpo_fast.ops.once import once_differentiable
 
 
 class LinearLogp(NamedTuple):
@@ -117,7 +118,7 @@ class _LinearLogp(torch.autograd.Function):
         return logp_T, *rest
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad_T, *_):
         if grad_T is None:
             return (None,) * 7
