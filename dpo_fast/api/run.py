@@ -20,6 +20,7 @@ from dpo_fast.api.ending import Ending, finish
 from dpo_fast.api.options import HERE, lora_section, plain, tree_of
 from dpo_fast.api.own import named_callbacks, named_sampler
 from dpo_fast.api.process import as_found
+from dpo_fast.api.row_files import rows_file
 from dpo_fast.errors import UserError
 from dpo_fast.losses.custom import refresh
 from dpo_fast.training.config import RunConfig, build_config
@@ -281,7 +282,7 @@ class PreferenceRun:
             return plain_path(value)
         root = (self.output_dir / inputs.FOLDER).absolute()
         if name.endswith("_dataset"):
-            write = partial(inputs.rows_file, value, root, name)
+            write = partial(rows_file, value, root, name)
         elif name == "processing_class":
             write = partial(inputs.tokenizer_folder, value, root)
         else:
