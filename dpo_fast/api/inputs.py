@@ -59,10 +59,12 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def model_folder(model: Any, root: Path, name: str, processing: Any = None) -> Path:
+def model_folder(
+    model: Any, root: Path, name: str, processing: Callable[[Path], None] | None = None
+) -> Path:
     """A model of transformers, or an adapter of peft, as a folder that `from_pretrained` loads.
 
-    processing: a tokenizer or processor that is saved with it.
+    processing: writes tokenizer and processor beside it.
 
     Raises:
         UserError: it is no such model, or one whose weights cannot be had whole.
@@ -87,7 +89,7 @@ def model_folder(model: Any, root: Path, name: str, processing: Any = None) -> P
                 "model.save_pretrained works, or name a folder"
             ) from None
         if processing is not None:
-            processing.save_pretrained(str(folder))
+            processing(folder)
         (folder / "README.md").unlink(missing_ok=True)  # peft's, which says nothing
 
     return stage(root, name, write)
@@ -167,21 +169,6 @@ def _differs(own: Any, stored: Any) -> bool:
         return False
     kinds = (own.dtype, torch.bfloat16, torch.float16)
     return not any(torch.equal(stored.to(kind).to(own.dtype), own) for kind in kinds)
-
-
-def tokenizer_folder(tokenizer: Any, root: Path) -> Path:
-    """A tokenizer as a folder; of a processor its tokenizer. Raises UserError."""
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    if not hasattr(tokenizer, "save_pretrained"):
-        raise UserError(
-            f"processing_class is a {type(tokenizer).__name__}: expected a tokenizer or a processor of "
-            "transformers, a folder, or a hub id"
-        )
-    return stage(root, "tokenizer", lambda folder: _saved(tokenizer, folder))
-
-
-def _saved(tokenizer: Any, folder: Path) -> None:
-    tokenizer.save_pretrained(str(folder))
 
 
 def is_name(value: Any) -> bool:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_fast.api.inputs import changed_weight, is_name, model_folder, tokenizer_folder
+from dpo_fast.api.inputs import changed_weight, is_name, model_folder
+from dpo_fast.api.processing import tokenizer_folder
 from dpo_fast.errors import UserError
 
 

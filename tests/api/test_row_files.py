@@ -77,7 +77,14 @@ def test_images_in_memory_are_the_images_of_files_in_every_container(tmp_path):
     truth = ids([pair(waits) | {"images": [str(file)]}])
     row = {"images": [opened]}
     assert json.loads(rows_file([row], tmp_path, "rows").read_text()) == {"images": [str(file)]}
-    values = [picture(1), opened, content, file, {"bytes": content, "path": None}, {"path": str(file)}]
+    values = [
+        picture(1),
+        opened,
+        content,
+        file,
+        {"bytes": content, "path": None},
+        {"path": str(file)},
+    ]
     columns = [pair(waits) | {"images": [each]} for each in values]
     columns += [pair("what?") | {"image": opened}, pair("what?") | {"images": [opened]}]
     parts = [pair([{"type": "image", "image": each}, waits[1]]) for each in values[:4]]
