@@ -12,11 +12,30 @@ import os
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from dpo_fast import durable
 from dpo_fast.api.inputs import stage
 from dpo_fast.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas
+    from datasets import Dataset, IterableDataset
+
+    class _ByPlace(Protocol):
+        def __len__(self) -> int: ...
+        def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
+
+    class _OfArrow(Protocol):
+        def to_pylist(self) -> list[dict[str, Any]]: ...
+
+    class _OfPolars(Protocol):
+        def to_dicts(self) -> list[dict[str, Any]]: ...
+
+    # A list of dicts is of the first kind, and so is a Dataset of torch.
+    RowsInMemory: TypeAlias = (
+        _ByPlace | Dataset | IterableDataset | pandas.DataFrame | _OfArrow | _OfPolars
+    )
 
 EXPECTED = "expected a Dataset, a DataFrame, a list of dicts, or a path"
 MISSING = ("NAType", "NaTType")  # what pandas has in cells without a value

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     import os
 
     import pandas
-    from datasets import Dataset
     from peft import LoraConfig, PeftModel
     from transformers import (
         PreTrainedModel,
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
         TrainerCallback,
     )
 
+    from dpo_fast.api.row_files import RowsInMemory
     from dpo_fast.data.own_order import Rows as RowsToOrder
     from dpo_fast.training.callbacks import Callback
 
@@ -48,8 +48,9 @@ if TYPE_CHECKING:
     )
     Callbacks: TypeAlias = OneCallback | Sequence[OneCallback | dict[str, dict[str, Any]]]
     Sampler: TypeAlias = Callable[[RowsToOrder, int], Iterable[int]] | Iterable[int] | str
-    Model: TypeAlias = str | os.PathLike | PreTrainedModel | PeftModel
-    Rows: TypeAlias = str | os.PathLike | list | Dataset | pandas.DataFrame
+    Name: TypeAlias = str | os.PathLike[str]
+    Model: TypeAlias = Name | PreTrainedModel | PeftModel
+    Rows: TypeAlias = Name | Sequence[Name] | RowsInMemory
 
 
 @dataclass(frozen=True)
@@ -107,15 +108,11 @@ class PreferenceRun:
     def __init__(
         self,
         model: Model | None = None,
-        config: RunConfig | Mapping[str, Any] | str | os.PathLike | None = None,
+        config: RunConfig | Mapping[str, Any] | Name | None = None,
         *,
         train_dataset: Rows | None = None,
         eval_dataset: Rows | None = None,
-        processing_class: PreTrainedTokenizerBase
-        | ProcessorMixin
-        | str
-        | os.PathLike
-        | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | Name | None = None,
         ref_model: Model | None = None,
         peft_config: LoraConfig | Mapping[str, Any] | None = None,
         callbacks: Callbacks | None = None,
@@ -146,7 +143,7 @@ class PreferenceRun:
         return self._config
 
     def train(
-        self, resume_from_checkpoint: bool | str | os.PathLike | None = None, dry_run: bool = False
+        self, resume_from_checkpoint: bool | Name | None = None, dry_run: bool = False
     ) -> Result:
         """Train, and export the model to `output_dir/final`. Collective.
 
@@ -190,7 +187,7 @@ class PreferenceRun:
                 asked = evaluation_of(model, rows, None, file, [], world)
             return evaluate_model(asked)["metrics"]
 
-    def save(self, folder: str | os.PathLike) -> Path:
+    def save(self, folder: Name) -> Path:
         """Write the trained model, or that of the newest checkpoint, to a folder. Collective.
 
         Raises:
