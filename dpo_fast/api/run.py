@@ -313,11 +313,8 @@ class PreferenceRun:
         return found
 
     def _finish(self, config: RunConfig, folder: Path) -> Ending:
-        from dpo_fast.training import distributed
         from dpo_fast.training.console import say
 
-        if not distributed.is_main():
-            return Ending()
         return finish(config, folder, say, partial(say, matters=True))
 
     def _give_back(self, folder: Path) -> None:

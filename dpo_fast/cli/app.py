@@ -133,8 +133,9 @@ def train(
     from dpo_fast.training.loop import train as train_run
 
     model = train_run(run, dry_run)
-    if model is not None and distributed.is_main():
-        typer.echo(f"model: {model}")
+    if model is not None:
+        if distributed.is_main():
+            typer.echo(f"model: {model}")
         finish(run, model, typer.echo, fail)
     distributed.leave_distributed()
 

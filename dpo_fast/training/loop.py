@@ -24,6 +24,7 @@ from dpo_fast.training.export import export
 from dpo_fast.training.finite import Place
 from dpo_fast.training.first_batches import compare_at_start
 from dpo_fast.training.fit import Choices, check_run
+from dpo_fast.training.hub import open_repo
 from dpo_fast.training.hub_saves import pushing
 from dpo_fast.training.lock import check_free, sole_run
 from dpo_fast.training.metrics import MetricSums
@@ -67,6 +68,8 @@ def sole_train(
     """`train` in a folder that no other run uses."""
     distributed.from_main(lambda: check_earlier_run(config))  # it may just have ended
     checkpoint = checkpoint_of(config)
+    if not dry_run:
+        distributed.from_main(lambda: open_repo(config, checkpoint is not None))
     run = prepare(config, choices, None if checkpoint is None else partial(check_fits, checkpoint))
     if dry_run:
         return rehearse(run, checkpoint)
