@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from dpo_fast.errors import UserError
 from dpo_fast.migration.arguments_table import SAME_ADAMW, above_zero
 from dpo_fast.migration.counted import put_per_epoch
 from dpo_fast.migration.deepspeed import put_deepspeed, put_fsdp
@@ -44,8 +45,7 @@ def shards(draft: Draft) -> None:
         except json.JSONDecodeError as error:
             raise draft.fault("deepspeed", f"not JSON: {error.msg}") from None
     if isinstance(config, str):
-        file = beside(config, Path(draft.place), "DeepSpeed configuration", "deepspeed")
-        config = read_mapping(file)
+        config = _deepspeed_file(draft, config)
     if isinstance(config, dict) and config:
         put_deepspeed(draft, config, "deepspeed")
     if draft["fsdp"] or draft["fsdp_config"]:
@@ -53,6 +53,16 @@ def shards(draft: Draft) -> None:
         put_fsdp(
             draft, own if isinstance(own, dict) else {}, "fsdp" if draft["fsdp"] else "fsdp_config"
         )
+
+
+def _deepspeed_file(draft: Draft, name: str) -> dict[str, Any]:
+    """The DeepSpeed configuration of that name; none where it cannot be read, which is told."""
+    try:
+        return read_mapping(beside(name, Path(draft.place), "DeepSpeed configuration", "deepspeed"))
+    except UserError as error:
+        told = str(error).removeprefix(f"{draft.place}: deepspeed={name}: ").partition("; ")[0]
+        draft.lose("deepspeed", f"{told}. Import where it is, or set parallel.zero_stage")
+        return {}
 
 
 def batches(draft: Draft, micro: str, accumulation: str) -> None:

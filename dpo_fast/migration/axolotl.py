@@ -82,7 +82,7 @@ def finish(draft: Draft, method: str) -> None:
         "learning_rate": "learning rate",
     }.items():
         if not draft.has(name):
-            raise UserError(f"{draft.place} names no {what}: add {name}")
+            raise draft.missing(what, name)
     put_data(draft, method)
     put_lengths(draft, "sequence_len", int(draft["sequence_len"]), "max_prompt_len")
     draft.put("data.truncation", "keep_start", "sequence_len")

@@ -47,7 +47,7 @@ def stage_of(given: dict, asked: str | None, place: str) -> str:
 def finish(draft: Draft, stage: str) -> None:
     """All that is read together with something else."""
     if not draft.has("model_name_or_path"):
-        raise UserError(f"{draft.place} names no model: add model_name_or_path")
+        raise draft.missing("model", "model_name_or_path")
     if "stage" in draft.given:
         draft.spare("stage", "it says which of the options are read")
     put_data(draft)

@@ -35,7 +35,7 @@ ROLES = {  # tags whose values we know by themselves
 
 def put_data(draft: Draft) -> None:
     if not draft.has("dataset"):
-        raise UserError(f"{draft.place} names no data: add dataset")
+        raise draft.missing("data", "dataset")
     train = _sources(draft, "dataset")
     _weights(draft, train)
     put_sources(draft, train, "dataset", "dataset_dir")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 
-from dpo_fast.errors import UserError
 from dpo_fast.migration.arguments import evaluates
 from dpo_fast.migration.arguments_table import above_zero
 from dpo_fast.migration.draft import Draft
@@ -100,7 +99,7 @@ def _judge(draft: Draft) -> None:
     functions = [str(each) for each in listed(draft["reward_funcs"])]
     model = draft["reward_model_name_or_path"]
     if not functions and model is None:
-        raise UserError(f"{draft.place} names no reward: add reward_funcs")
+        raise draft.missing("reward", "reward_funcs")
     if model is not None:
         draft.put("judge.type", "reward_model", "reward_model_name_or_path")
         draft.put("judge.path", str(model), "reward_model_name_or_path")

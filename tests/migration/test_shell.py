@@ -3,13 +3,13 @@
 import pytest
 
 from dpo_fast.errors import UserError
-from dpo_fast.migration.shell import is_command, read_command
+from dpo_fast.migration.shell import is_command, read_commands
 
 MARKS = (r"\btrl (?=\w+)", r"\btrain_dpo\b")
 
 
 def command(text):
-    return read_command(text, MARKS, "run.sh")
+    return read_commands(text, MARKS, "run.sh")[0]
 
 
 def test_flags_in_every_form():
