@@ -86,6 +86,10 @@ class Draft:
         self.read = name
         return self.given[name] if name in self.given else self.options[name].default
 
+    def get(self, name: str) -> Any:
+        """The value of an option; None where this trainer has no such option."""
+        return self[name] if name in self.options else None
+
     def has(self, *names: str) -> bool:
         """Whether one of these is given, and is not nothing."""
         return any(self.given.get(name) not in (None, "") for name in names)
@@ -206,7 +210,8 @@ class Draft:
         self._fates[name] = self._fate(name, what, why)
 
     def _fate(self, name: str, what: str, why: str) -> Fate:
-        return Fate(self._written(name), self._shown(name), what, why)
+        value = None if name in self.unread else self._shown(name)
+        return Fate(self._written(name), value, what, why)
 
     def _written(self, name: str) -> str:
         """An option by the name that the file has."""

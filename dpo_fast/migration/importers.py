@@ -9,9 +9,9 @@ from typing import Any
 
 from dpo_fast.errors import UserError
 from dpo_fast.migration import axolotl, llamafactory, openrlhf, trl
-from dpo_fast.migration.deepspeed import put_accelerate, ranks_of
 from dpo_fast.migration.draft import LOST, Draft
 from dpo_fast.migration.files import beside, read_mapping, read_text
+from dpo_fast.migration.launcher import put_accelerate, ranks_of
 from dpo_fast.migration.option import Table
 from dpo_fast.migration.script import unknown
 from dpo_fast.migration.shell import Command, is_command, read_commands
@@ -26,7 +26,8 @@ class Importer:
 
     title: its name. tables: its options, by the name of one of its methods.
     method: which of them a file is for, from the options, the one that is asked for and the file's name.
-    names: those that the file has in place of a table's, by the latter, from the method and the options.
+    names: those that a file has in place of a method's table, by the latter.
+    renamed: whether those of the table are what options were called before, and are read as well.
     finish: puts what is read together.
     marks: what starts it on a command line, as regular expressions.
     started: the method that a command line is for, from what starts it and the words behind it.
@@ -40,7 +41,8 @@ class Importer:
     marks: tuple[str, ...]
     started: Callable[[str, list[str]], str | None] = lambda start, words: None
     config: str = ""
-    names: Callable[[str, dict[str, Any]], dict[str, str]] = lambda method, given: {}
+    names: Callable[[str], dict[str, str]] = lambda method: {}
+    renamed: bool = False
 
 
 IMPORTERS = {
@@ -77,6 +79,7 @@ IMPORTERS = {
         openrlhf.started,
         "config",
         openrlhf.names_of,
+        renamed=True,
     ),
     "axolotl": Importer(
         "Axolotl",
@@ -84,6 +87,7 @@ IMPORTERS = {
         axolotl.method_of,
         axolotl.finish,
         (r"\baxolotl train\b", r"\baxolotl\.cli\.train\b"),
+        names=axolotl.names_of,
     ),
 }
 
@@ -110,10 +114,12 @@ def import_file(
     command = _read(importer, file, method)
     asked = method or _started(importer, command)
     chosen = importer.method(command.options, asked, str(file))
-    launched, name = _launched(command, accelerate, file)
+    launched, launcher = _launched(command, accelerate, file)
     ranks = ranks or command.ranks or ranks_of(command.options) or ranks_of(launched)
-    written = importer.names(chosen, {**command.options, **command.unread})
+    written = importer.names(chosen)
     back = {theirs: name for name, theirs in written.items()}
+    if not set(back) & {*command.options, *command.unread}:
+        written = {}
     draft = Draft(
         importer.title,
         importer.tables[chosen],
@@ -128,7 +134,7 @@ def import_file(
         if option in draft.given and option not in draft.options:
             draft.spare(option, "of the launcher: --nproc, torchrun or srun start ours")
     if launched:
-        put_accelerate(draft, launched, name)
+        put_accelerate(draft, launched, launcher.name, launcher)
     try:
         importer.finish(draft, chosen)
     except UserError:
@@ -162,8 +168,8 @@ BY_NAME: dict[str, dict[str, Any]] = {
 }
 
 
-def _launched(command: Command, accelerate: Path | None, file: Path) -> tuple[dict[str, Any], str]:
-    """The configuration of accelerate, and its name: asked for, of the launcher, or of TRL's option.
+def _launched(command: Command, accelerate: Path | None, file: Path) -> tuple[dict[str, Any], Path]:
+    """The configuration of accelerate, and its file: asked for, of the launcher, or of TRL's option.
 
     One that the file names and that is not here is noted as unread.
     """
@@ -171,22 +177,22 @@ def _launched(command: Command, accelerate: Path | None, file: Path) -> tuple[di
     if named is None:
         named, option = command.options.get("accelerate_config"), "accelerate_config"
     if accelerate is not None:
-        return read_mapping(accelerate), accelerate.name
+        return read_mapping(accelerate), accelerate
     if named is None:
-        return {}, ""
+        return {}, file
     if named in BY_NAME and not Path(named).is_file():
-        return BY_NAME[named], named
+        return BY_NAME[named], Path(named)
     if unset := unknown(str(named)):
         command.unread[option] = f"is {named}, with {unset}, which is not set: {LAUNCH}"
-        return {}, ""
+        return {}, file
     try:
         found = beside(str(named), file, "configuration of accelerate", option)
-        return read_mapping(found), found.name
+        return read_mapping(found), found
     except UserError as error:
         told = str(error).removeprefix(f"{file}: {option}={named}: ")
         command.options.pop(option, None)
         command.unread[option] = f"is {named}: {told.partition('; ')[0]}. {LAUNCH}"
-        return {}, ""
+        return {}, file
 
 
 # What is said where the file of accelerate cannot be read.
@@ -201,8 +207,35 @@ COMPARING = (
 )
 
 
+STREAMED = ("data.streaming", "data.stream_buffer")
+
+
 def _settle(draft: Draft) -> None:
-    """Take out what other keys that have no counterpart leave without a meaning."""
+    """Take out what other keys leave without a meaning, or cannot stand beside."""
+    keys = {key: entry.value for key, entry in draft.keys.items()}
+    if keys.get("train.lr_scheduler_type") == "constant":
+        for key in ("train.warmup_ratio", "train.warmup_steps"):
+            if draft.keys.pop(key, None) is not None:
+                for name in draft.options_of(key):
+                    draft.spare(name, "constant has no warm-up, there either")
+    if (
+        keys.get("model.activation_offloading")
+        and keys.get("model.gradient_checkpointing") is False
+    ):
+        _take_out(
+            draft,
+            ("model.gradient_checkpointing",),
+            "model.activation_offloading moves what recomputed layers keep, and turns it on",
+        )
+    quantised = any(key.startswith("model.quantization.") for key in keys)
+    if quantised and "parallel.offload_parameters" in keys:
+        _take_out(draft, ("parallel.offload_parameters",), WHOLE)
+    if quantised and keys.get("parallel.zero_stage") == 3:
+        names = draft.moved("parallel.zero_stage", "parallel.zero_stage")
+        draft.put("parallel.zero_stage", 2, *names, comment="3 there")
+        draft.note(f"parallel.zero_stage: {WHOLE}, so 2 stands in the place of 3.")
+    if keys.get("model.use_liger_kernel") and keys.get("model.torch_compile"):
+        _take_out(draft, ("model.torch_compile",), "model.use_liger_kernel fuses the same layers")
     held = {"data.eval", "data.eval_rows"} & set(draft.keys)
     if not held:
         _take_out(
@@ -216,6 +249,9 @@ def _settle(draft: Draft) -> None:
             COMPARING,
             "checkpoints are compared by evaluations: set train.eval_steps, then it",
         )
+
+
+WHOLE = "a base of 4 or 8 bits stays whole on every rank"
 
 
 def _take_out(draft: Draft, keys: tuple[str, ...], why: str) -> None:

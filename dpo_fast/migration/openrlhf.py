@@ -82,10 +82,9 @@ def _opened(name: str, section: dict) -> dict:
     return made
 
 
-def names_of(method: str, given: dict) -> dict[str, str]:
-    """The newer names of its options, where a file has any of them."""
-    own = {name: newer for name, newer in NAMES.items() if name in TABLES[method]}
-    return own if set(NAMES.values()) & set(given) else {}
+def names_of(method: str) -> dict[str, str]:
+    """The newer names of its options."""
+    return {name: newer for name, newer in NAMES.items() if name in TABLES[method]}
 
 
 def finish(draft: Draft, method: str) -> None:
@@ -177,8 +176,8 @@ def _answers(draft: Draft) -> None:
                 draft.spare(name, "rows are texts, which are learnt as they stand")
         if not texts:
             draft.note(
-                "Neither output_key nor pretrain_mode is given, and OpenRLHF learns nothing of such rows but "
-                "their end. Here every token of them is scored."
+                "Neither output_key nor pretrain_mode is given, and of such rows OpenRLHF learns their "
+                "end alone. Here every token of them is scored."
             )
         return
     if chat and not draft.has("output_key"):
