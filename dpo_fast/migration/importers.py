@@ -14,6 +14,7 @@ from dpo_fast.migration.files import beside, read_mapping, read_text
 from dpo_fast.migration.launcher import put_accelerate, ranks_of
 from dpo_fast.migration.option import Table
 from dpo_fast.migration.script import unknown
+from dpo_fast.migration.settle import settle
 from dpo_fast.migration.shell import Command, is_command, read_commands
 from dpo_fast.rounds.config import RoundsConfig
 from dpo_fast.rounds.plan import Plan
@@ -143,7 +144,7 @@ def import_file(
         if draft.read is None:
             raise
         raise draft.fault(draft.read, f"not a value of this option ({error})") from None
-    _settle(draft)
+    settle(draft)
     return draft
 
 
@@ -197,68 +198,6 @@ def _launched(command: Command, accelerate: Path | None, file: Path) -> tuple[di
 
 # What is said where the file of accelerate cannot be read.
 LAUNCH = "Name it with --accelerate, or give --nproc and set parallel.zero_stage"
-
-
-# Keys that need evaluation data, and those that need evaluations while training.
-EVALUATING = ("train.eval_steps",)
-COMPARING = (
-    *("train.load_best_model_at_end", "train.metric_for_best_model", "train.greater_is_better"),
-    *("train.early_stopping_patience", "train.early_stopping_threshold"),
-)
-
-
-STREAMED = ("data.streaming", "data.stream_buffer")
-
-
-def _settle(draft: Draft) -> None:
-    """Take out what other keys leave without a meaning, or cannot stand beside."""
-    keys = {key: entry.value for key, entry in draft.keys.items()}
-    if keys.get("train.lr_scheduler_type") == "constant":
-        for key in ("train.warmup_ratio", "train.warmup_steps"):
-            if draft.keys.pop(key, None) is not None:
-                for name in draft.options_of(key):
-                    draft.spare(name, "constant has no warm-up, there either")
-    if (
-        keys.get("model.activation_offloading")
-        and keys.get("model.gradient_checkpointing") is False
-    ):
-        _take_out(
-            draft,
-            ("model.gradient_checkpointing",),
-            "model.activation_offloading moves what recomputed layers keep, and turns it on",
-        )
-    quantised = any(key.startswith("model.quantization.") for key in keys)
-    if quantised and "parallel.offload_parameters" in keys:
-        _take_out(draft, ("parallel.offload_parameters",), WHOLE)
-    if quantised and keys.get("parallel.zero_stage") == 3:
-        names = draft.moved("parallel.zero_stage", "parallel.zero_stage")
-        draft.put("parallel.zero_stage", 2, *names, comment="3 there")
-        draft.note(f"parallel.zero_stage: {WHOLE}, so 2 stands in the place of 3.")
-    if keys.get("model.use_liger_kernel") and keys.get("model.torch_compile"):
-        _take_out(draft, ("model.torch_compile",), "model.use_liger_kernel fuses the same layers")
-    held = {"data.eval", "data.eval_rows"} & set(draft.keys)
-    if not held:
-        _take_out(
-            draft,
-            EVALUATING,
-            "there is nothing to evaluate on: set data.eval or data.eval_rows, then it",
-        )
-    if "train.eval_steps" not in draft.keys:
-        _take_out(
-            draft,
-            COMPARING,
-            "checkpoints are compared by evaluations: set train.eval_steps, then it",
-        )
-
-
-WHOLE = "a base of 4 or 8 bits stays whole on every rank"
-
-
-def _take_out(draft: Draft, keys: tuple[str, ...], why: str) -> None:
-    for key in keys:
-        if draft.keys.pop(key, None) is not None:
-            for name in draft.options_of(key):
-                draft.lose(name, why)
 
 
 def check(draft: Draft) -> str | None:
