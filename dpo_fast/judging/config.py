@@ -14,7 +14,7 @@ EVERYWHERE = ("type", "samples", "max_failures")
 ASKED = ("timeout_seconds", "max_retries", "concurrency")  # of judges outside this process
 SCORED = ("batch_size", "dtype", "trust_remote_code")  # of models in this process
 USES = {  # options of each judge, the first of which it needs
-    "rule": ("function", "kwargs", *ASKED),
+    "rule": ("function", "weights", "multi_objective_aggregation", "kwargs", *ASKED),
     "command": ("command", "keep_alive", "unit", *ASKED),
     "openai": (
         *("url", "model", "compare", "both_orders", "rubric", "system_prompt", "temperature"),
@@ -47,11 +47,20 @@ class JudgeSection(BaseModel):
         description="failures in a row, such as crashes and time-outs, that end the command. What was "
         "judged is kept, and the same command goes on after it",
     )
-    function: str | None = Field(
+    function: str | list[str] | None = Field(
         default=None,
         description="rule: module:function or path.py:function. It gets (prompt, completion) and columns "
         "of the row by name, and returns a number, true or false, or None to refuse. One with a parameter "
-        "`completions` gets lists, as reward functions of TRL do",
+        "`completions` gets lists, as reward functions of TRL do. Of several the scores are added, and "
+        "None adds nothing",
+    )
+    weights: list[float] | None = Field(
+        default=None, description="rule, of several functions: a weight for each; default: all 1"
+    )
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = Field(
+        default="sum_then_normalize",
+        description="rule, of several functions: normalize_then_sum gives the scores of each the same mean "
+        "and spread over the completions of a prompt before they are added (GDPO)",
     )
     kwargs: dict[str, Any] = Field(
         default_factory=dict, description="rule: further arguments of the function"
@@ -190,9 +199,19 @@ class JudgeSection(BaseModel):
             raise ValueError(
                 f"judge.url={self.url}: expected the address of a server, such as http://localhost:8000/v1"
             )
-        if self.type == "rule" and not all(self.function.rpartition(":")[::2]):
+        for name in self.functions:
+            if not all(name.rpartition(":")[::2]):
+                raise ValueError(
+                    f"judge.function={name}: expected module:function or path.py:function"
+                )
+        for name in sorted({"weights", "multi_objective_aggregation"} & given):
+            if len(self.functions) < 2:
+                raise ValueError(
+                    f"judge.{name}={quoted(getattr(self, name))} is for several functions; remove it"
+                )
+        if self.weights is not None and len(self.weights) != len(self.functions):
             raise ValueError(
-                f"judge.function={self.function}: expected module:function or path.py:function"
+                f"judge.weights={self.weights}: {len(self.functions)} functions need as many weights"
             )
         if self.type == "command" and not self.arguments:
             raise ValueError("judge.command is empty; name a program")
@@ -201,6 +220,13 @@ class JudgeSection(BaseModel):
                 "judge.both_orders is used with judge.compare=pairwise alone; remove it"
             )
         return self
+
+    @property
+    def functions(self) -> list[str]:
+        """`function` as a list; empty for other judges."""
+        if self.function is None:
+            return []
+        return [self.function] if isinstance(self.function, str) else self.function
 
     @property
     def arguments(self) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dpo_fast.errors import UserError
 from dpo_fast.migration.arguments import evaluates
 from dpo_fast.migration.counted import put_held_out
 from dpo_fast.migration.draft import Draft
@@ -28,7 +27,7 @@ def put_data(draft: Draft) -> None:
             *("dataset_name", "dataset_config", "dataset_train_split"),
         )
     else:
-        raise UserError(f"{draft.place} names no data: add dataset_name, or datasets")
+        raise draft.missing("data", "dataset_name")
     if evaluates(draft) and draft.has("dataset_name") and not sources:
         names = ("dataset_test_split", "dataset_name", "dataset_config")
         draft.put("data.eval", _named(draft, draft["dataset_test_split"]), *names)
