@@ -15,6 +15,7 @@ from dpo_fast.training.callbacks import Callback
 from dpo_fast.training.calling import open_callbacks
 from dpo_fast.training.carried import carry_optimizer
 from dpo_fast.training.checkpoint_run import before_export
+from dpo_fast.training.code_sources import sources_of_callbacks
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import progress_bar, say
 from dpo_fast.training.earlier_run import MODEL, check_earlier_run
@@ -68,6 +69,7 @@ def sole_train(
     distributed.from_main(lambda: check_earlier_run(config))  # it may just have ended
     checkpoint = checkpoint_of(config)
     run = prepare(config, choices, None if checkpoint is None else partial(check_fits, checkpoint))
+    run.code |= sources_of_callbacks(callbacks)
     if dry_run:
         return rehearse(run, checkpoint)
     sums = MetricSums(run.engine.device, work_of(run.model))

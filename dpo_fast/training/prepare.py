@@ -58,7 +58,7 @@ class Run(Plan):
     old: for each split log-probs under the model that wrote its completions; None if no loss asks.
     saver: writes the checkpoints.
     best: which checkpoint is the best, and whether the run ends early.
-    code: where the losses and the sampler are from that are not ours (`code_sources.py`).
+    code: where losses, sampler and callbacks are from that are not ours (`code_sources.py`).
     """
 
     tokenizer: PreTrainedTokenizerBase
