@@ -19,7 +19,7 @@ from dpo_fast.training.code_sources import sources_of_callbacks
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import progress_bar, say
 from dpo_fast.training.earlier_run import MODEL, check_earlier_run
-from dpo_fast.training.engine import release
+from dpo_fast.training.engine import engines_released, release
 from dpo_fast.training.evaluation import evaluate_run, evaluated
 from dpo_fast.training.export import export
 from dpo_fast.training.finite import Place
@@ -58,7 +58,7 @@ def train(config: RunConfig, dry_run: bool = False) -> Path | None:
     check_writable(config.train.output_dir)
     with signals.stop_at_once(f"nothing is lost; {RESUME}, or begin again"):
         data_ranks.join(config.parallel)
-        with sole_run(config.train.output_dir):
+        with sole_run(config.train.output_dir), engines_released():
             return sole_train(config, choices, dry_run, callbacks)
 
 

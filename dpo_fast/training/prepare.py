@@ -116,26 +116,25 @@ def prepare(
     ds_config = deepspeed_config(config, distributed.world_size(), train.sampler.accumulation)
     torch.manual_seed(config.train.seed)
     beside = skeletons_beside(config)
-    keep_alive = shard_while_loading(config, ds_config)
-    model = load_policy(config, choices, tokenizer, splits)
-    if config.train.merge_lora:
-        check_merges(model.model, "train.merge_lora=true cannot be honoured")
-    tell_model(model)
-    tell_memory(config, model, beside)
-    engine = build_engine(config, model, ds_config, total_steps)
-    dtype = config.model.torch_dtype
-    check_separation(engine, config.train.layout, len(tokenizer), engine.device, dtype)
-    check_images(engine, splits)
-    load = partial(load_second_model, config, choices, ds_config, engine.device, splits)
-    extras = METRIC_EXTRAS if config.log.token_metrics else ()
-    routing = Routing(config.model.router_aux_loss_coef or 0.0) if model.routers.count else None
-    loss_pass = LossPass(
-        config.loss.objective, extras, config.train.implementation, routing=routing
-    )
-    before = partial(check_before_pass, config, engine, train, loss_pass)
-    references = build_references(config, engine, model, splits, load, before)
-    old = build_old(config, engine, references, splits, load, before)
-    del keep_alive
+    with shard_while_loading(config, ds_config):
+        model = load_policy(config, choices, tokenizer, splits)
+        if config.train.merge_lora:
+            check_merges(model.model, "train.merge_lora=true cannot be honoured")
+        tell_model(model)
+        tell_memory(config, model, beside)
+        engine = build_engine(config, model, ds_config, total_steps)
+        dtype = config.model.torch_dtype
+        check_separation(engine, config.train.layout, len(tokenizer), engine.device, dtype)
+        check_images(engine, splits)
+        load = partial(load_second_model, config, choices, ds_config, engine.device, splits)
+        extras = METRIC_EXTRAS if config.log.token_metrics else ()
+        routing = Routing(config.model.router_aux_loss_coef or 0.0) if model.routers.count else None
+        loss_pass = LossPass(
+            config.loss.objective, extras, config.train.implementation, routing=routing
+        )
+        before = partial(check_before_pass, config, engine, train, loss_pass)
+        references = build_references(config, engine, model, splits, load, before)
+        old = build_old(config, engine, references, splits, load, before)
     return Run(
         config=config,
         tokenizer=tokenizer,

@@ -15,6 +15,7 @@ from dpo_fast.training.config import RunConfig
 from dpo_fast.training.engine import (
     build_reference_engine,
     deepspeed_config,
+    engines_released,
     reference_config,
     shard_while_loading,
 )
@@ -58,14 +59,13 @@ def load_reference_engine(
 ):
     """The model without adapters, sharded at stage 3."""
     ds_config = reference_config(config, ds_config)
-    keep_alive = shard_while_loading(config, ds_config)
-    scoring = load_model(
-        model.section(config.model),
-        attention=choices.attention_of(model).name,
-        option=model.named_by,
-        **config.train.head,
-    )
-    del keep_alive
+    with shard_while_loading(config, ds_config):
+        scoring = load_model(
+            model.section(config.model),
+            attention=choices.attention_of(model).name,
+            option=model.named_by,
+            **config.train.head,
+        )
     scoring.group = data_ranks.sequence_group()
     check_loaded(scoring.causal_lm, model.path or config.model.path, model.named_by)
     scoring.requires_grad_(False)
@@ -137,7 +137,8 @@ def store_beforehand(config: RunConfig) -> list[StoredReference]:
     check_stores(config)
     config = without_training(config)
     choices = check_run(config)
-    with signals.stop_at_once("what is done is kept: the same command goes on after it"):
+    kept = "what is done is kept: the same command goes on after it"
+    with signals.stop_at_once(kept), engines_released():
         return _store_beforehand(config, choices)
 
 
