@@ -15,6 +15,7 @@ from dpo_fast.training.callbacks import Callback
 from dpo_fast.training.calling import open_callbacks
 from dpo_fast.training.carried import carry_optimizer
 from dpo_fast.training.checkpoint_run import before_export
+from dpo_fast.training.checkpoints import read_state
 from dpo_fast.training.code_sources import sources_of_callbacks
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import progress_bar, say
@@ -68,7 +69,9 @@ def sole_train(
     """`train` in a folder that no other run uses."""
     distributed.from_main(lambda: check_earlier_run(config))  # it may just have ended
     checkpoint = checkpoint_of(config)
-    run = prepare(config, choices, None if checkpoint is None else partial(check_fits, checkpoint))
+    fits = None if checkpoint is None else partial(check_fits, checkpoint)
+    taken = 0 if checkpoint is None else read_state(checkpoint).get("step", 0)
+    run = prepare(config, choices, fits, taken)
     run.code |= sources_of_callbacks(callbacks)
     if dry_run:
         return rehearse(run, checkpoint)

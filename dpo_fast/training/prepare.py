@@ -87,12 +87,16 @@ class Run(Plan):
 
 
 def prepare(
-    config: RunConfig, choices: Choices | None = None, check: Callable[[Plan], None] | None = None
+    config: RunConfig,
+    choices: Choices | None = None,
+    check: Callable[[Plan], None] | None = None,
+    first_step: int = 0,
 ) -> Run:
     """Build a run in order, what is cheap first. Collective: every rank calls it.
 
     choices: what `check_run` returned; they are made here if it has not been called.
     check: of what the run is, before its model is loaded and a reference is computed; raises UserError.
+    first_step: that will be taken, counted from 0: the reference of those before it is not asked for.
 
     Raises:
         UserError: data, model or options that do not fit, before any weight is loaded if possible.
@@ -109,6 +113,8 @@ def prepare(
     check_kind_of_findings(config, train.examples.kind)
     total_steps = config.train.max_steps or train.sampler.steps(config.train.num_train_epochs)
     check_total(config, total_steps)
+    if isinstance(train, Split):
+        train.steps = range(min(first_step, total_steps), total_steps)
     weights = identities(config)
     if check is not None:
         check(Plan(config, train, total_steps, weights))

@@ -128,7 +128,7 @@ def _scorer(model: ReferenceModel, engine, load: Load) -> Callable:
 def store_beforehand(config: RunConfig) -> list[StoredReference]:
     """`dpo-fast reference`: find or compute all that a run stores, without training. Collective.
 
-    No model is loaded where all of it is there.
+    All rows of the data are scored, in the order of training. No model is loaded where all of it is there.
 
     Raises:
         UserError: the run stores no reference, or something does not fit.
@@ -148,7 +148,7 @@ def _store_beforehand(config: RunConfig, choices: Choices) -> list[StoredReferen
     config = merged_first(choices.applied(config))
     tokenizer, device = load_tokenizer(config.model), distributed.device()
     names = ("train", "eval") if config.data.has_eval else ("train",)
-    splits = [load_split(config, tokenizer, name, shuffle=False) for name in names]
+    splits = [load_split(config, tokenizer, name, name == "train", trains=False) for name in names]
     config = with_images(config, splits)
     ds_config = deepspeed_config(config, distributed.world_size(), accumulation=1)
     load = partial(load_second_model, config, choices, ds_config, device, splits)
