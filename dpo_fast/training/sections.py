@@ -345,8 +345,8 @@ class TrainSection(BaseModel):
     )
     overwrite_output_dir: bool = Field(
         default=False,
-        description="begin again in a folder that holds a run: its checkpoints are removed, its metrics "
-        "kept as metrics-earlier.jsonl",
+        description="begin again in a folder that holds a run: its checkpoints, its model and its answers "
+        "are removed, its metrics kept as metrics-earlier.jsonl",
         json_schema_extra={"refused": "with resume_from_checkpoint"},
     )
     merge_lora: bool = Field(
