@@ -56,7 +56,7 @@ class CachedReference:
         places = [int(self.places[row]) for row in batch.indices_P.tolist()]
         values = [_floats(column[place].values) for place in places for column in self.tokens]
         values_T = np.concatenate(values) if values else np.zeros(0, np.float32)
-        return torch.from_numpy(values_T).to(batch.input_ids.device)
+        return torch.from_numpy(values_T).to(batch.input_ids.device, non_blocking=True)
 
 
 def _floats(values: pyarrow.Array) -> np.ndarray:
