@@ -215,9 +215,8 @@ def _method(config: RunConfig) -> str:
     loss, rows = config.loss, []
     weights = loss.weights or [1.0] * len(loss.names)
     for name, spec, weight in zip(_losses(config), loss.objective.specs, weights):
-        rows.append(
-            f"| `{name}` | {weight:g} | {_cell(spec.formula.replace(spec.name, name))} | {_cell(spec.source)} |"
-        )
+        formula = spec.formula.replace(spec.name, name)
+        rows.append(f"| `{name}` | {weight:g} | {_cell(formula)} | {_cell(spec.source)} |")
     used = {name for spec in loss.objective.specs for name in spec.options}
     options = {
         name: value
