@@ -326,19 +326,22 @@ class Trackio:
             self.run = self._begun(opening, options)
             # Its own end of the process would finish the run that `close` has finished.
             trackio.context_vars.current_run.set(None)
-        self.identity = self.run.name
+        self.identity = f"{self.run.id}/{self.run.name}"
 
     def _begun(self, opening: Opening, options: dict[str, Any]) -> Any:
+        number, _, name = (opening.identity or "").partition("/")
         with quiet_stdout():
-            # trackio resumes by name, the newest run that has it.
-            return self.trackio.init(
+            run = self.trackio.init(
                 project=opening.project("TRACKIO_PROJECT"),
-                name=opening.identity or opening.name,
+                name=name or opening.name,
                 group=opening.config.log.group,
                 config=options,
-                resume="allow" if opening.identity else "never",
+                resume="allow" if name else "never",
                 embed=False,
             )
+        if name:  # trackio resumes the newest run of the name, and that may be another one
+            run.id = number
+        return run
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self.run.log({**metrics, STEP: step}, step=step)

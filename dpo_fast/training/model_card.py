@@ -89,7 +89,7 @@ def metadata(config: RunConfig, adapter: bool) -> dict[str, Any]:
     """The front matter, as the hub reads it."""
     base, known = base_model(config.model.path), _base_metadata(config)
     lora = config.model.has_adapters
-    methods = ["dpo_fast", "preference-optimization", *config.loss.names]
+    methods = ["dpo_fast", "preference-optimization", *_losses(config, tags=True)]
     kind = "image-text-to-text" if config.model.images else "text-generation"
     datasets = sorted({name for _, name in _sources(config) if _is_hub(name)})
     if base is None and not adapter:  # a folder's own base: a whole model comes from it, too
@@ -162,6 +162,13 @@ def _shown_name(path: str) -> str:
     return name if _is_hub(split_revision(name)[0]) else name.rstrip("/").rpartition("/")[2]
 
 
+def _losses(config: RunConfig, tags: bool = False) -> list[str]:
+    """The losses by name. That of one in a file has no folder, in a tag no file either."""
+    found = (name.rpartition(":") for name in config.loss.names)
+    files = ((file.rpartition("/")[2], colon, own) for file, colon, own in found)
+    return [own if tags else file + colon + own for file, colon, own in files]
+
+
 def _sources(config: RunConfig) -> Iterator[tuple[str, str]]:
     """The split and the name of each source of data."""
     for split in ("train", "eval"):
@@ -181,7 +188,7 @@ def _summary(config: RunConfig, lines: list[dict[str, Any]], adapter: bool) -> s
     )
     link = f"[{base}](https://huggingface.co/{split_revision(base)[0]})"
     told = link if base_model(config.model.path) == split_revision(base)[0] else f"`{base}`"
-    losses = " + ".join(f"`{name}`" for name in config.loss.names)
+    losses = " + ".join(f"`{name}`" for name in _losses(config))
     steps = f", {lines[-1]['step']:,.0f} steps" if lines else ""
     return (
         f"{what} {told}: preference optimisation with the loss {losses}{steps}. Made by dpo_fast.\n"
@@ -207,10 +214,9 @@ def _loading(config: RunConfig, meta: dict[str, Any], adapter: bool) -> str:
 def _method(config: RunConfig) -> str:
     loss, rows = config.loss, []
     weights = loss.weights or [1.0] * len(loss.names)
-    for spec, weight in zip(loss.objective.specs, weights):
-        rows.append(
-            f"| `{spec.name}` | {weight:g} | {_cell(spec.formula)} | {_cell(spec.source)} |"
-        )
+    for name, spec, weight in zip(_losses(config), loss.objective.specs, weights):
+        formula = spec.formula.replace(spec.name, name)
+        rows.append(f"| `{name}` | {weight:g} | {_cell(formula)} | {_cell(spec.source)} |")
     used = {name for spec in loss.objective.specs for name in spec.options}
     options = {
         name: value

@@ -193,6 +193,24 @@ def test_a_service_has_curves_options_labels_findings_and_answers(recorded):
     assert not any(SECRET.encode() in file.read_bytes() for file in written)
 
 
+@pytest.mark.parametrize("offline", ["trackio"], indirect=True)
+def test_a_run_goes_on_in_its_own_where_a_later_one_has_its_name(offline, tmp_path):
+    first, second = (config(tmp_path / each, "trackio", **LABELS) for each in ("a", "b"))
+    for run, steps, resumed in ((first, (0, 1), False), (second, (0,), False), (first, (2,), True)):
+        (logger,) = open_loggers(run, steps[0], resumed)
+        for step in steps:
+            logger.log(step, {"train/loss": CURVE[step]})
+        logger.close()
+    from trackio.sqlite_storage import SQLiteStorage as Storage
+
+    ids = [
+        json.loads((tmp_path / each / "run/loggers.json").read_text())["trackio"].partition("/")[0]
+        for each in ("a", "b")
+    ]
+    lines = [Storage.get_logs(LABELS["project"], NAME, run_id=each) for each in ids]
+    assert [[line[STEP] for line in each] for each in lines] == [[0, 1, 2], [0]]
+
+
 def test_csv_has_a_line_for_each_step_and_goes_on_behind_its_checkpoint(tmp_path):
     run = config(tmp_path, "csv")
     record(run, 0)

@@ -141,6 +141,17 @@ def test_what_the_hub_would_refuse_of_the_base_models_card_is_not_taken(
     assert read == meta, "the language no is a text again"
 
 
+def test_a_loss_of_a_file_is_named_without_its_folder(config, tmp_path):
+    file = tmp_path / "my_losses.py"
+    file.write_text("def wide(logps, options):\n    return options.beta * logps.chosen\n")
+    tree = config.resolved()
+    tree["loss"] = {"type": f"{file}:wide"}
+    own = build_config(tree, "run")
+    text = card(own, None, False)
+    assert str(tmp_path) not in text and "the loss `my_losses.py:wide`" in text
+    assert "| `my_losses.py:wide` | 1 |" in text and "wide" in metadata(own, False)["tags"]
+
+
 def test_files_are_no_data_sets_of_the_hub(config):
     """Where they are not any more, too: a card may be written anew on another machine."""
     for name, found in (("data/pairs.jsonl", []), ("org/pairs", ["org/pairs"])):
