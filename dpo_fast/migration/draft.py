@@ -107,6 +107,8 @@ class Draft:
         if not told and names and value == our_default(key):
             return
         default = f"{self.trainer}'s default of {self._written(names[0])}" if names else ""
+        if names and names[0] not in self.options:  # a file beside
+            default = names[0]
         comment = comment or told or default
         self.keys[key] = Entry(value, comment)
 

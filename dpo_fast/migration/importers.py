@@ -65,7 +65,11 @@ IMPORTERS = {
         llamafactory.TABLES,
         llamafactory.stage_of,
         llamafactory.finish,
-        (r"\bllamafactory-cli train\b", r"\blmf train\b", r"\bsrc/train(?:_bash)?\.py\b"),
+        (
+            r"\b(?:llamafactory-cli|llamafactory\.cli|lmf)\s+train\b",
+            r"\bsrc/train(?:_bash)?\.py\b",
+            r"\bllamafactory/launcher\.py\b",
+        ),
     ),
     "openrlhf": Importer(
         "OpenRLHF",
@@ -87,7 +91,7 @@ IMPORTERS = {
         axolotl.TABLES,
         axolotl.method_of,
         axolotl.finish,
-        (r"\baxolotl train\b", r"\baxolotl\.cli\.train\b"),
+        (r"\baxolotl\s+train\b", r"\baxolotl\.cli\.train\b", r"\bscripts/finetune\.py\b"),
         names=axolotl.names_of,
     ),
 }
@@ -184,7 +188,7 @@ def _launched(command: Command, accelerate: Path | None, file: Path) -> tuple[di
     if named in BY_NAME and not Path(named).is_file():
         return BY_NAME[named], Path(named)
     if unset := unknown(str(named)):
-        command.unread[option] = f"is {named}, with {unset}, which is not set: {LAUNCH}"
+        command.unread[option] = f"is {named}, with {unset}, which is not known. {LAUNCH}"
         return {}, file
     try:
         found = beside(str(named), file, "configuration of accelerate", option)
@@ -232,7 +236,15 @@ def _read(importer: Importer, file: Path, method: str | None) -> Command:
     name = command.options.pop(importer.config, None) if importer.config else None
     if name is None:
         yamls = [word for word in command.words if word.endswith((".yaml", ".yml", ".json"))]
+        yamls = yamls or [word for word in command.words if unknown(word)]
         name = yamls[0] if yamls else None
+    if name is None and importer.config in command.unread:
+        raise UserError(f"{file}: {importer.config} {command.unread[importer.config]}")
+    if name is not None and (unset := unknown(str(name))):
+        raise UserError(
+            f"{file}: its options stand in {name}, and neither the script nor the environment sets "
+            f"{unset}: import that file, or write its name"
+        )
     if name is not None:
         named = beside(str(name), file, "configuration", importer.config or "its file")
         overrides = dict(word.split("=", 1) for word in command.words if "=" in word)

@@ -143,12 +143,14 @@ def _sources(draft: Draft, option: str, split: str, shares: Any) -> Any:
     paths = []
     for name in names:
         name, at, folder = name.partition("@")
+        if at and name in ("json", "csv", "parquet", "arrow"):  # of `datasets`: files in a folder
+            name, at = f"{folder.rstrip('/')}/", ""
         if at:
             draft.lose(
                 f"{option}: {name}@{folder}", "a folder of a data set: name its files in data.train"
             )
         local = name.startswith((".", "/", "~")) or name.endswith(
-            (".jsonl", ".json", ".csv", ".parquet")
+            (".jsonl", ".json", ".csv", ".parquet", "/")
         )
         paths.append(name if local else f"{name}:{split}")
     if len(weights) > 1:

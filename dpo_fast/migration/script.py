@@ -18,7 +18,7 @@ COMMENT = re.compile(r"(?:^|\s)#.*$", re.M)
 # $NAME, ${NAME}, ${NAMES[@]} and ${NAME:-other}; $((2 * 4)).
 VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)(?:\[[@*]\])?(?::?[-=]([^{}]*))?\}|([A-Za-z_]\w*))")
 RECKONED = re.compile(r"\$\(\(([^()]*)\)\)")
-UNKNOWN = re.compile(r"\$[\w{(@*?#][^\s\"']*|`[^`]*`")
+UNKNOWN = re.compile(r"\$\((?:[^()]|\([^()]*\))*\)|\$[\w{(@*?#][^\s\"']*|`[^`]*`")
 CLOSING = {"(": ")", "{": "}", "`": "`", '"': '"', "'": "'"}
 LONGEST = 100_000  # characters of a statement
 OPERATORS = {

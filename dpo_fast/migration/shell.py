@@ -23,8 +23,11 @@ COUNTED = re.compile(
     r"|\b(?P<env>NPROC_PER_NODE)=[\"']?(?P<set>\d+)"
 )
 MACHINES = re.compile(r"(?:--nnodes|--num_nodes|\bNNODES)(?:=[\"']?| )(\d+)(?![\d:])")
-ACCELERATE = re.compile(r"accelerate launch\b.*?--config[_-]file[= ]\s*(\S+)", re.S)
-ENDS = (";", "&&", "||", "|", "&", ">", ">>", "2>&1")  # of a command, as words
+ACCELERATE = re.compile(
+    r"accelerate launch\b.*?--config[_-]file[= ]\s*((?:\$\([^)]*\)+|\S)+)", re.S
+)
+# A word at which the shell ends a command, or leads its output elsewhere.
+ENDS = re.compile(r"[;&|]+|\d?>{1,2}(?:&\d)?.*|&>{1,2}.*|<{1,3}|.*;", re.S)
 FLAG = re.compile(r"--([A-Za-z][\w.-]*)(?:=(.*))?$", re.S)
 
 
@@ -73,7 +76,7 @@ def read_commands(text: str, marks: tuple[str, ...], place: str) -> list[Command
         if match is None:
             continue
         try:
-            words = shlex.split(line[match.end() :], comments=True)
+            words = shlex.split(_within(line, match.end()), comments=True)
         except ValueError as error:
             told = f"the command of line {statement.line} breaks off ({error})"
             raise UserError(f"{place}: {told}") from None
@@ -87,9 +90,19 @@ def read_commands(text: str, marks: tuple[str, ...], place: str) -> list[Command
     return found
 
 
+def _within(line: str, start: int) -> str:
+    """The rest of a line; where it stands in quotes, as behind `bash -c`, up to their end."""
+    rest = line[start:]
+    for quote in "\"'":
+        if line[:start].count(quote) % 2:
+            rest = rest.partition(quote)[0]
+    return rest
+
+
 def _read_words(command: Command, words: list[str]) -> None:
-    end = next((index for index, word in enumerate(words) if word in ENDS), len(words))
-    words, index = words[:end], 0
+    end = next((index for index, word in enumerate(words) if ENDS.fullmatch(word)), len(words))
+    last = words[end][:-1] if end < len(words) and words[end].endswith(";") else ""
+    words, index = words[:end] + [last] * bool(last), 0
     while index < len(words):
         match = FLAG.match(words[index])
         index += 1

@@ -10,6 +10,8 @@ from dpo_fast.migration.counted import put_held_out
 from dpo_fast.migration.draft import Draft
 from dpo_fast.migration.option import listed
 
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
+
 
 def put_data(draft: Draft) -> None:
     _mixture(draft)
@@ -89,7 +91,8 @@ def _mixer(draft: Draft) -> None:
 
 def _named(draft: Draft, split: str) -> str:
     config = draft["dataset_config"]
-    if Path(draft["dataset_name"]).is_file():
+    path = Path(draft["dataset_name"])
+    if path.is_file() or path.suffix.lower() in SUFFIXES:
         return str(draft["dataset_name"])
     return f"{draft['dataset_name']}:{f'{config}/' if config else ''}{split}"
 

@@ -18,6 +18,7 @@ from dpo_fast.migration.trl_grpo_options import ONE_KIND
 
 LOSSES = {"grpo": "grpo", "dapo": "dapo", "bnpo": "dapo", "dr_grpo": "dapo"}
 REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")  # of trl.rewards
+OWN = "rewards.py"
 MADE = {  # that need more than a completion's text
     "get_soft_overlong_punishment": "it counts tokens, which a judge does not see: pairs.unfinished=drop "
     "leaves cut completions out, or write a function of the text"
@@ -159,14 +160,16 @@ def _added(draft: Draft, weights: list[float]) -> None:
 
 
 def _function(draft: Draft, name: str) -> str:
+    """The function of a name: of trl.rewards, a path with dots, or one that a script knows by itself."""
     if name in REWARDS:
         return f"trl.rewards:{name}"
-    if "." not in name:
-        raise draft.fault(
-            "reward_funcs",
-            f"{name} is none of {', '.join(REWARDS)}; a function of yours is module.function",
-        )
-    return ":".join(name.rsplit(".", 1))
+    if "." in name:
+        return ":".join(name.rsplit(".", 1))
+    draft.lose(
+        f"reward_funcs: {name}",
+        f"a name that a script has for a function of its own: write that into {OWN}, as a function {name}",
+    )
+    return f"{OWN}:{name}"
 
 
 def _sampling(draft: Draft) -> None:

@@ -113,6 +113,14 @@ GRPO = [
     *lost("no dropout runs in training but that of adapters", disable_dropout=False),
     *older(
         joint("max_prompt_length", None, "data.max_prompt_length"),
+        same(
+            "dataset_prompt_column",
+            None,
+            "data.columns",
+            "of Open R1",
+            convert=lambda name: None if name == "prompt" else {"prompt": name},
+        ),
+        *lost("write it into the rows, as a column system", system_prompt=None),
         same("use_liger_loss", False, "model.use_liger_kernel", "layers alone", convert=flag),
     ),
 ]

@@ -616,6 +616,25 @@ def test_axolotl_cuts_rows_only_where_it_is_asked_to(tmp_path):
         assert run.data.truncation == ours and run.data.max_length == 4096
 
 
+COMMANDS = (
+    "torchrun --nproc_per_node 4 -m llamafactory.cli train {file} learning_rate=1e-6",
+    "deepspeed --num_gpus 4 src/train.py {file} learning_rate=1e-6",
+    "CUDA_VISIBLE_DEVICES=0,1,2,3 lmf  train \\\r\n  {file} \\\r\n  learning_rate=1e-6\r\n",
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_llamafactory_is_started_in_several_ways(factory, command):
+    factory()
+    script = factory.folder / "run.sh"
+    script.write_bytes(command.format(file="examples/train_lora/dpo.yaml").encode())
+    run = build_config(import_file("llamafactory", script).tree(), "test")
+    assert run.train.global_batch_size == 32 and run.learning_rate == 1e-6
+    script.write_text("llamafactory-cli train $CONFIG_OF_NOBODY\n")
+    with pytest.raises(UserError, match=r"its options stand in \$CONFIG_OF_NOBODY"):
+        import_file("llamafactory", script)
+
+
 def test_llamafactorys_packs_are_no_rows(factory):
     draft, _ = factory(stage="sft", neat_packing=True, packing=True)
     assert {"packing", "neat_packing"} <= set(lost(draft))

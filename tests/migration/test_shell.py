@@ -60,6 +60,11 @@ SCRIPTS = {  # a script: the options of its command
     "trl dpo ^\r\n  --x 1\r\n": {"x": 1},
     "if true; then\n  trl dpo --x 1\nfi\n": {"x": 1},
     'CMD="trl dpo --x 1"\neval $CMD': {"x": 1},
+    'L="torchrun --nproc_per_node 2"\nC="trl dpo --x 1 --y $L"\nsrun bash -c "env $C" 2>&1': {
+        "x": 1,
+        "y": "torchrun",
+        "nproc_per_node": 2,
+    },
     "for a in 1; do\n  CUDA_VISIBLE_DEVICES=0 trl dpo --x 1\ndone": {"x": 1},
     'D=$(cd "$(dirname "$0")" && pwd)\ntrl dpo --x 1 --y $D/z': {"x": 1},
 }
@@ -71,6 +76,8 @@ def test_scripts_as_people_write_them(text):
 
 
 def test_what_nothing_sets_is_noted_and_the_rest_is_read():
+    assert command("trl dpo --x $(basename a/b)-c").unread["x"].endswith("write its value")
+    assert "$(basename a/b)" in command("trl dpo --x '$(basename a/b)-c'").unread["x"]
     found = command('trl dpo --x $1 --y 2 $EXTRA_OF_NOBODY "$@" --z a/$NOBODY_SETS/b --w "`date`"')
     assert found.options == {"y": 2}
     assert set(found.unread) == {"x", "$EXTRA_OF_NOBODY", "$@", "z", "w"}
@@ -106,7 +113,18 @@ def test_ranks_are_what_the_launcher_says(text):
 
 def test_a_command_ends_where_the_shell_ends_it():
     assert command("train_dpo --x 1 && rm -r y").options == {"x": 1}
-    assert command("train_dpo --x 1 2>&1 | tee log").options == {"x": 1}
+    for end in (
+        "2>&1 | tee log",
+        "&> $LOG",
+        ">log 2>&1",
+        "2> log",
+        "; ls",
+        "|& tee log",
+        "< rows",
+        "&",
+    ):
+        assert command(f"train_dpo --x 1 {end}").options == {"x": 1}, end
+    assert command("train_dpo --x 1; ls --y 2").options == {"x": 1}
     assert command("# trl dpo --x 2\ntrl dpo --x 3").options == {"x": 3}
 
 

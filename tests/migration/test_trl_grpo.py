@@ -146,6 +146,11 @@ LEFT = {
         "reward_funcs",
         "a.b, c.d: functions or one model score",
     ),
+    "a name of a script": (
+        {"reward_funcs": ["accuracy", "tag_count"], "reward_weights": [1.0, 0.5]},
+        "reward_funcs: tag_count",
+        "write that into rewards.py, as a function tag_count",
+    ),
     "one that counts tokens": (
         {"reward_funcs": ["a.b", "get_soft_overlong_punishment"]},
         "reward_funcs: get_soft_overlong_punishment",
@@ -171,7 +176,6 @@ def test_what_has_no_counterpart_is_said(tmp_path, case):
 @pytest.mark.parametrize(
     "given, said",
     [
-        ({"reward_funcs": ["nonsense"]}, "nonsense is none of accuracy_reward"),
         ({"reward_weights": [1, 2]}, "reward_weights=.*: 1 functions need as many weights"),
         ({"reward_funcs": ["get_soft_overlong_punishment"]}, "it counts tokens"),
         ({"loss_type": "sapo"}, "loss_type='sapo': of GRPO's losses grpo, dapo"),
