@@ -3,9 +3,15 @@
 Triton runs in its interpreter. One thread a process: models here are tiny, files run in parallel,
 and threads that wait for each other on busy cores take ten milliseconds for a product of
 microseconds. A terminal has 100 columns and no colour, wherever the tests run.
+
+What is imported and collected stays to the end, and is millions of objects: Python's search for garbage
+passes them over.
 """
 
+import gc
 import os
+
+gc.disable()  # until the tests begin
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -57,6 +63,12 @@ LONGEST = (
 def pytest_collection_modifyitems(items):
     place = {ROOT / "tests" / name: index for index, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path, len(place)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop():
+    gc.freeze()
+    gc.enable()
 
 
 class Popen(subprocess.Popen):
