@@ -32,9 +32,12 @@ import hypothesis
 import pytest
 import torch
 
+from benchmarks import interpreter
 from tests.support import ranks
 from tests.support.device import DEVICE, ON_A_GPU
 from tests.support.paths import ROOT
+
+interpreter.hasten()
 
 # The same examples in every CI run: a failure there should be the change's, not the draw's.
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
@@ -49,6 +52,7 @@ if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
 
 # A file is run by one worker. The longest come first, so that the workers end together.
 LONGEST = (
+    "benchmarks/test_gpu.py",
     "kernels/test_aot.py",
     "training/test_step.py",
     "training/test_loop.py",
@@ -57,6 +61,9 @@ LONGEST = (
     "ops/test_compiled.py",
     "ops/test_linear_logp.py",
     "models/test_layers.py",
+    "benchmarks/test_isolation.py",
+    "rounds/test_sample.py",
+    "losses/test_custom.py",
 )
 
 
