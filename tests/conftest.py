@@ -3,9 +3,15 @@
 Triton runs in its interpreter. One thread a process: models here are tiny, files run in parallel,
 and threads that wait for each other on busy cores take ten milliseconds for a product of
 microseconds. A terminal has 100 columns and no colour, wherever the tests run.
+
+What is imported and collected stays to the end, and is millions of objects: Python's search for garbage
+passes them over.
 """
 
+import gc
 import os
+
+gc.disable()  # until the tests begin
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,9 +32,12 @@ import hypothesis
 import pytest
 import torch
 
+from benchmarks import interpreter
 from tests.support import ranks
 from tests.support.device import DEVICE, ON_A_GPU
 from tests.support.paths import ROOT
+
+interpreter.hasten()
 
 # The same examples in every CI run: a failure there should be the change's, not the draw's.
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
@@ -43,6 +52,7 @@ if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
 
 # A file is run by one worker. The longest come first, so that the workers end together.
 LONGEST = (
+    "benchmarks/test_gpu.py",
     "kernels/test_aot.py",
     "training/test_step.py",
     "training/test_loop.py",
@@ -51,12 +61,21 @@ LONGEST = (
     "ops/test_compiled.py",
     "ops/test_linear_logp.py",
     "models/test_layers.py",
+    "benchmarks/test_isolation.py",
+    "rounds/test_sample.py",
+    "losses/test_custom.py",
 )
 
 
 def pytest_collection_modifyitems(items):
     place = {ROOT / "tests" / name: index for index, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path, len(place)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop():
+    gc.freeze()
+    gc.enable()
 
 
 class Popen(subprocess.Popen):

@@ -324,14 +324,17 @@ def text_of(name: str) -> str:
 
 @pytest.mark.processes
 def test_importing_the_drop_in_is_light():
-    """No trainer library, no Triton, no CUDA initialisation."""
+    """No trainer library, no Triton, no CUDA initialisation; nor the compiler and DTensors, which take as
+    long as PyTorch itself, for who calls operations and modules without them."""
     code = (
-        "import sys, dpo_fast, torch; "
+        "import sys, dpo_fast, dpo_fast.modules, torch; "
         "heavy = {'transformers', 'deepspeed', 'datasets', 'pydantic', 'triton'} & set(sys.modules); "
         "assert not heavy, heavy; assert not torch.cuda.is_initialized(); "
         # PyTorch's build for a CPU comes without triton: the drop-in computes all the same.
         "sys.modules['triton'] = None; hidden, head = torch.randn(3, 8), torch.randn(5, 8); "
-        "dpo_fast.linear_logp(hidden, head, torch.tensor([0, 1, 4])).logp"
+        "dpo_fast.linear_logp(hidden.requires_grad_(), head, torch.tensor([0, 1, 4])).logp.sum(); "
+        "slow = {'torch._dynamo', 'torch.distributed.tensor', 'sympy'} & set(sys.modules); "
+        "assert not slow, slow"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 

@@ -28,7 +28,7 @@ SIZES = {
 ODD = {False: Shape(300, 1000, 5003), True: Shape(20, 40, 300)}
 OTHERS = {
     False: {"logits_logp": Shape(512, 0, 128256), "preference": Shape(8192, 0, 0)},
-    True: {"logits_logp": Shape(16, 0, 520), "preference": Shape(64, 0, 0)},
+    True: {"logits_logp": Shape(4, 0, 520), "preference": Shape(64, 0, 0)},
 }
 GRAPH = {False: Shape(1000, 896, 50257), True: Shape(20, 64, 300)}
 EXTRAS = ("entropy", "log_sum_p2", "mean_logit", "is_top1")

@@ -8,6 +8,7 @@ MODULE: with contenders beside those of the table.
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import sys
 import time
@@ -45,6 +46,7 @@ def main(modules: list[str]) -> int:
     tell = functools.partial(workers.tell, workers.answers())
     for module in modules:
         operations.add(module)
+    gc.freeze()  # what is imported need not be searched between measurements
     for text in sys.stdin:
         try:
             work(json.loads(text), tell)

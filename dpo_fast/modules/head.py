@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from dpo_fast.ops.linear_logp.call import HeadOptions
 from dpo_fast.ops.linear_logp.dtensor import plain_weight
@@ -57,9 +56,13 @@ class FusedHead(nn.Linear):
 
         attributes: every one of the constructor's but weight and bias.
         """
-        sharded = isinstance(head, FSDPModule)
-        own = {"__deepcopy__": head.__deepcopy__} if sharded else {}
-        head.__class__ = type(f"FSDP{cls.__name__}", (FSDPModule, cls), own) if sharded else cls
+        if _is_sharded(head):
+            from torch.distributed.fsdp import FSDPModule
+
+            own = {"__deepcopy__": head.__deepcopy__}
+            head.__class__ = type(f"FSDP{cls.__name__}", (FSDPModule, cls), own)
+        else:
+            head.__class__ = cls
         vars(head).pop("forward", None)  # of a plan of tensor parallelism
         for name, value in attributes.items():
             setattr(head, name, value)
@@ -97,9 +100,14 @@ class FusedHead(nn.Linear):
         return f"{super().extra_repr()}, implementation={self.implementation!r}, {self.options}"
 
 
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether it is an FSDPModule, whose class brings DTensors along: asked of what those alone have."""
+    return hasattr(module, "_get_fsdp_state")
+
+
 def check_policy(module: nn.Module) -> None:
     """Raises ValueError if FSDP2's mixed precision would round log-probabilities that a module returns."""
-    state = module._get_fsdp_state() if isinstance(module, FSDPModule) else None
+    state = module._get_fsdp_state() if _is_sharded(module) else None
     policy = getattr(state, "_mp_policy", None)
     dtype = getattr(policy, "output_dtype", None)
     if dtype in (torch.bfloat16, torch.float16):

@@ -115,13 +115,17 @@ def modules_passed_over() -> Iterator[None]:
     """Let collections of garbage inside look at what is made inside, and not at all modules each time.
 
     Those of torch, transformers and DeepSpeed have a million objects, and a step collects several times.
+    A process that passes them over already goes on with that.
     """
+    passed_over = gc.get_freeze_count() > 0
     gc.collect()
-    gc.freeze()
+    if not passed_over:
+        gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not passed_over:
+            gc.unfreeze()
 
 
 def release_memory() -> None:

@@ -1,7 +1,6 @@
 """`dpo-fast bench kernels`: rows with their evidence, no time without correctness, options."""
 
 import dataclasses
-import gc
 import inspect
 
 import pytest
@@ -29,9 +28,7 @@ def small_buffers():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(meters.FLUSH_BYTES, "cpu", 1 << 16)
         patch.setitem(meters.COPY_BYTES, "cpu", 1 << 16)
-        gc.freeze()  # a run collects after every contender: what the imports left need not be searched
         yield
-        gc.unfreeze()
 
 
 @pytest.fixture

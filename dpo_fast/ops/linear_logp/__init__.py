@@ -7,6 +7,7 @@
     cuda            Triton's schedules with the products of csrc; cuda_extension builds those
     row_sums        sums of each row over the vocabulary, and outputs from them
     vocab_shard     a head that is spread over ranks
+    dtensor         operands that are DTensors; gathered has what needs their class
     warm_up         first launches ahead of a CUDA graph
 
 An import statement sees this package: `from dpo_fast.ops.linear_logp import op`. The attribute of that name

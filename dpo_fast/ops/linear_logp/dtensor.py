@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import math
+from typing import TYPE_CHECKING, TypeGuard
 
-import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_dtensor(x: Tensor) -> TypeGuard[DTensor]:
+    """Asked of what DTensors alone have: to import their class takes as long as PyTorch itself."""
+    return hasattr(x, "placements")
 
 
 def plain_input(x: Tensor, name: str) -> Tensor:
@@ -15,7 +21,7 @@ def plain_input(x: Tensor, name: str) -> Tensor:
     Raises:
         ValueError: a DTensor whose rows or columns are spread.
     """
-    if not isinstance(x, DTensor):
+    if not is_dtensor(x):
         return x
     if any(not placement.is_replicate() for placement in x.placements):
         raise ValueError(
@@ -36,41 +42,13 @@ def plain_weight(x: Tensor | None, hidden: Tensor, kept: tuple[int, ...] = ()) -
     Raises:
         ValueError: a DTensor that holds terms of a sum.
     """
-    if not isinstance(x, DTensor):
+    if not is_dtensor(x):
         return x
     if any(placement.is_partial() for placement in x.placements):
         raise ValueError(
             f"the weight or bias is a DTensor with placements {x.placements}, terms of a sum that is not "
             "taken yet: pass x.redistribute(placements=[Replicate()])"
         )
-    return _plain(x.to(device=hidden.device, dtype=hidden.dtype), kept)
+    from dpo_fast.ops.linear_logp.gathered import gathered
 
-
-@torch.compiler.disable
-def _plain(x: DTensor, kept: tuple[int, ...]) -> Tensor:
-    return _Gathered.apply(x, kept)
-
-
-class _Gathered(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: DTensor, kept: tuple[int, ...]) -> Tensor:
-        ctx.mesh, ctx.placements = x.device_mesh, x.placements
-        here = {dim: x.placements[dim] for dim in kept}
-        ctx.partial = [here.get(dim, Partial()) for dim in range(x.device_mesh.ndim)]
-        gathered = [here.get(dim, Replicate()) for dim in range(x.device_mesh.ndim)]
-        ctx.ranks = math.prod(ctx.mesh.size(d) for d in range(ctx.mesh.ndim) if d not in kept)
-        ctx.shape, ctx.stride = x.shape, x.stride()
-        return x.redistribute(placements=gathered).to_local()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
-        summed = DTensor.from_local(
-            grad / ctx.ranks,
-            ctx.mesh,
-            ctx.partial,
-            run_check=False,
-            shape=ctx.shape,
-            stride=ctx.stride,
-        )
-        return summed.redistribute(placements=ctx.placements), None
+    return gathered(x.to(device=hidden.device, dtype=hidden.dtype), kept)

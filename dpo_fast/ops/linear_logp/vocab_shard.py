@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+
+from dpo_fast.ops.linear_logp.dtensor import is_dtensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class VocabShard:
             ValueError: a DTensor that is not sharded by rows over one dimension of its mesh; or a rank
                 has no rows. All ranks say so, and none waits for the others.
         """
-        if isinstance(weight_VD, DTensor):
+        if is_dtensor(weight_VD):
             return cls._of_dtensor(weight_VD, group)
         if not dist.is_initialized():
             raise RuntimeError("VocabShard.of needs torch.distributed.init_process_group first")
@@ -91,7 +96,7 @@ def _check_rows(fewest: int, vocab: int, ranks: int) -> None:
 def sharded_dim(weight_VD: DTensor) -> int:
     """The dimension of the mesh over which rows lie. Raises ValueError if there is not exactly one."""
     placements = weight_VD.placements
-    dims = [dim for dim, placement in enumerate(placements) if placement == Shard(0)]
+    dims = [dim for dim, placement in enumerate(placements) if placement.is_shard(0)]
     others = [p for dim, p in enumerate(placements) if dim not in dims and not p.is_replicate()]
     if len(dims) != 1 or others:
         raise ValueError(

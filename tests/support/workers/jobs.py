@@ -4,6 +4,7 @@ The answer to each is a line on the file descriptor that is the first argument: 
 It ends with the process that started it, in the middle of a job too.
 """
 
+import gc
 import json
 import os
 import resource
@@ -15,6 +16,8 @@ import traceback
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+
+gc.disable()  # until everything is imported, which stays
 
 import torch
 
@@ -57,7 +60,6 @@ def train_with_files(trees: list[dict]) -> None:
 
 def held_by_runs(tree: dict, file: str) -> None:
     """Write the bytes of all tensors of this process before a run and after it."""
-    import gc
 
     def held() -> int:
         gc.collect()
@@ -480,6 +482,8 @@ def main() -> None:
     answers = os.fdopen(int(sys.argv[1]), "w")
     quiet()
     distributed.init_distributed()
+    gc.freeze()
+    gc.enable()
     for line in sys.stdin:
         job, *arguments = json.loads(line)
         try:
