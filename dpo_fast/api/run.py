@@ -25,6 +25,7 @@ from dpo_fast.api.row_files import rows_file
 from dpo_fast.errors import UserError
 from dpo_fast.losses.custom import refresh
 from dpo_fast.training.config import RunConfig, build_config
+from dpo_fast.training.distributed import collective_errors
 from dpo_fast.training.own_code import given
 
 if TYPE_CHECKING:
@@ -154,6 +155,7 @@ class PreferenceRun:
             UserError: something does not fit, or numbers are not finite.
             Interrupted: Ctrl-C or another signal; the step is finished, and a checkpoint saved.
             Unhealthy: a finding that health.stop_on names.
+            LostPeer: another rank is gone.
         """
         with self._engine() as config:
             from dpo_fast.training.loop import train
@@ -213,7 +215,7 @@ class PreferenceRun:
     @contextlib.contextmanager
     def _engine(self) -> Iterator[RunConfig]:
         """Inside, libraries are quiet and the inputs files; afterwards the process is as it was."""
-        with as_found(), given(self._own):
+        with as_found(), given(self._own), collective_errors():
             from dpo_fast.training.console import quiet
 
             quiet()
