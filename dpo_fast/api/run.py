@@ -17,7 +17,7 @@ import yaml
 from dpo_fast import durable
 from dpo_fast.api import inputs
 from dpo_fast.api.ending import Ending, finish
-from dpo_fast.api.options import HERE, lora_section, plain, tree_of
+from dpo_fast.api.options import HERE, check_there, lora_section, plain, tree_of
 from dpo_fast.api.own import named_callbacks, named_sampler
 from dpo_fast.api.process import as_found
 from dpo_fast.api.processing import tokenizer_folder, write_processing
@@ -92,7 +92,7 @@ class PreferenceRun:
     config: a RunConfig, the path of a YAML file, or its sections as a dict. Options that stand in it and
         in the other arguments are taken from those.
     train_dataset, eval_dataset: rows as docs/FORMATS.md describes them: a Dataset, a DataFrame, a list of
-        dicts, or paths and hub ids.
+        dicts, or paths and hub ids (`api/row_files.py`).
     processing_class: a tokenizer or processor, or where one lies; default: the model's.
     ref_model: the reference, if it is not the model as it starts.
     peft_config: peft's LoraConfig; adapters are trained then.
@@ -231,6 +231,7 @@ class PreferenceRun:
             tree = dict(self._tree)
             for name, options in self._inputs().items():
                 tree[name] = {**(tree.get(name) or {}), **options}
+            check_there(tree)
             config = build_config(tree, HERE)
             check_places(config)
             self._config = config
