@@ -24,7 +24,7 @@ FLOORS = [  # each may import from those below it
     {"losses"},
     {"ops"},
     {"kernels"},
-    {"errors", "durable", "progress", "version", "numbers", "wording", "bounded_yaml"},
+    {"errors", "frames", "durable", "progress", "version", "numbers", "wording", "bounded_yaml"},
 ]
 LEVEL = {room: len(FLOORS) - index for index, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -76,6 +76,14 @@ def tree_of(config: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def check_there(tree: Mapping[str, Any]) -> None:
+    """Raises UserError where there is no model or nothing to train on, with the argument that takes it."""
+    for name in ("model.path", "data.train"):
+        section, _, key = name.partition(".")
+        if isinstance(tree.get(section), Mapping) and tree[section].get(key) is None:
+            raise UserError(f"{HERE}: {name} is missing; {OBJECTS[name]}")
+
+
 def _check_objects(tree: dict[str, Any]) -> None:
     """Raises UserError for an object in the place of its name, with the argument that takes it."""
     for name, remedy in OBJECTS.items():

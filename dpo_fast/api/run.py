@@ -17,7 +17,7 @@ import yaml
 from dpo_fast import durable
 from dpo_fast.api import inputs
 from dpo_fast.api.ending import Ending, finish
-from dpo_fast.api.options import HERE, lora_section, plain, tree_of
+from dpo_fast.api.options import HERE, check_there, lora_section, plain, tree_of
 from dpo_fast.api.own import named_callbacks, named_sampler
 from dpo_fast.api.process import as_found
 from dpo_fast.api.processing import tokenizer_folder, write_processing
@@ -25,6 +25,7 @@ from dpo_fast.api.row_files import rows_file
 from dpo_fast.errors import UserError
 from dpo_fast.losses.custom import refresh
 from dpo_fast.training.config import RunConfig, build_config
+from dpo_fast.training.distributed import collective_errors
 from dpo_fast.training.own_code import given
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class PreferenceRun:
     config: a RunConfig, the path of a YAML file, or its sections as a dict. Options that stand in it and
         in the other arguments are taken from those.
     train_dataset, eval_dataset: rows as docs/FORMATS.md describes them: a Dataset, a DataFrame, a list of
-        dicts, or paths and hub ids.
+        dicts, or paths and hub ids (`api/row_files.py`).
     processing_class: a tokenizer or processor, or where one lies; default: the model's.
     ref_model: the reference, if it is not the model as it starts.
     peft_config: peft's LoraConfig; adapters are trained then.
@@ -154,6 +155,7 @@ class PreferenceRun:
             UserError: something does not fit, or numbers are not finite.
             Interrupted: Ctrl-C or another signal; the step is finished, and a checkpoint saved.
             Unhealthy: a finding that health.stop_on names.
+            LostPeer: another rank is gone.
         """
         with self._engine() as config:
             from dpo_fast.training.loop import train
@@ -213,7 +215,7 @@ class PreferenceRun:
     @contextlib.contextmanager
     def _engine(self) -> Iterator[RunConfig]:
         """Inside, libraries are quiet and the inputs files; afterwards the process is as it was."""
-        with as_found(), given(self._own):
+        with as_found(), given(self._own), collective_errors():
             from dpo_fast.training.console import quiet
 
             quiet()
@@ -229,6 +231,7 @@ class PreferenceRun:
             tree = dict(self._tree)
             for name, options in self._inputs().items():
                 tree[name] = {**(tree.get(name) or {}), **options}
+            check_there(tree)
             config = build_config(tree, HERE)
             check_places(config)
             self._config = config

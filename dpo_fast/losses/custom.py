@@ -12,14 +12,13 @@ import importlib
 import importlib.util
 import os
 import sys
-import sysconfig
-import traceback
 from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from dpo_fast.errors import UserError
+from dpo_fast.frames import own_frames
 from dpo_fast.losses.logps import Logps, PairLogps
 from dpo_fast.losses.options import LossOptions
 from dpo_fast.losses.spec import LossSpec
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
 
 Loss = Callable[[Logps, LossOptions], "Tensor"]
 LossFunction = TypeVar("LossFunction", bound=Callable[..., "Tensor"])
-NOT_THEIRS = (str(Path(__file__).parents[1]), sysconfig.get_path("stdlib"), "<")
-SITE = "site-packages"
 GROUP = "dpo_fast.losses"  # of entry points
 CUSTOM: dict[str, LossSpec] = {}
 _specs: dict[Loss, LossSpec] = {}  # of decorated functions
@@ -234,11 +231,9 @@ def loaded(where: str, load: Callable[[], Any]) -> Any:
 
 def told(error: BaseException) -> str:
     """An error of somebody's code: the file and line that raised it, its kind and its words."""
-    frames = traceback.extract_tb(error.__traceback__)
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}: {error.msg}"
-    # What a library says is told where their code called it.
-    own = [f for f in frames if not f.filename.startswith(NOT_THEIRS) and SITE not in f.filename]
+    own = own_frames(error.__traceback__)  # what a library says is told where their code called it
     place = f"{own[-1].filename}, line {own[-1].lineno}: " if own else ""
     return f"{place}{type(error).__name__}: {error}"
 

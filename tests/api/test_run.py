@@ -224,6 +224,15 @@ def test_objects_in_the_place_of_names_and_names_of_trls_are_told_with_the_argum
         assert PreferenceRun("m", output_dir="r", **options)._tree["model"]["dtype"] == "bf16"
 
 
+def test_what_every_run_needs_is_named_by_its_argument(folder, rows, tmp_path):
+    for arguments, message in (
+        ({"train_dataset": rows}, "model.path is missing; give it as the first argument"),
+        ({"model": folder / "model"}, "data.train is missing; give it as train_dataset="),
+    ):
+        with pytest.raises(UserError, match=message):
+            PreferenceRun(**arguments, output_dir=str(tmp_path)).evaluate(rows)
+
+
 def test_a_home_folder_is_the_same_for_the_run_and_for_what_is_read_of_it(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert PreferenceRun(output_dir="~/runs").output_dir == tmp_path / "runs"
