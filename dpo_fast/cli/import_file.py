@@ -9,7 +9,7 @@ import typer
 
 from dpo_fast.cli.later import import_when_used
 from dpo_fast.errors import UserError
-from dpo_fast.wording import printable, quoted
+from dpo_fast.wording import printable
 
 TRAINERS = "trl, llamafactory, openrlhf or axolotl"
 
@@ -63,9 +63,8 @@ def import_file(
     else:
         _write(out, text)
     for fate in draft.fates:
-        shown = f"{fate.name}={quoted(fate.value, 60)}"
         if fate.what == LOST:
-            typer.echo(printable(f"no counterpart: {shown}: {fate.why}"), err=True)
+            typer.echo(printable(f"no counterpart: {fate.shown}: {fate.why}"), err=True)
     if out is not None:
         _tell(draft, out)
     if fault := check(draft):

@@ -193,12 +193,15 @@ def _read(value: Any) -> Any:
 
 def started(section: JudgeSection) -> tuple[Child, dict[str, Any]]:
     """A process that has the function loaded, and what it says of it. Raises UserError."""
-    arguments = [sys.executable, "-c", RUN, str(WORKER), section.function]
-    child = Child([*arguments, json.dumps(section.kwargs)], "judge.function")
+    options = {"kwargs": section.kwargs, "weights": section.weights}
+    options["aggregation"] = section.multi_objective_aggregation
+    arguments = [sys.executable, "-c", RUN, str(WORKER), json.dumps(section.functions)]
+    child = Child([*arguments, json.dumps(options)], "judge.function")
     try:
         return child, _greeted(child, section)
     except Lost as lost:
-        raise UserError(f"judge.function={section.function} cannot be loaded: {lost}") from None
+        named = ", ".join(section.functions)
+        raise UserError(f"judge.function={named} cannot be loaded: {lost}") from None
 
 
 def _greeted(child: Child, section: JudgeSection) -> dict[str, Any]:
@@ -206,17 +209,22 @@ def _greeted(child: Child, section: JudgeSection) -> dict[str, Any]:
     if "error" in answer:
         child.close()
         raise UserError(
-            f"judge.function={section.function} cannot be loaded: {answer['error']}; expected "
-            "module:function or path.py:function"
+            f"judge.function={', '.join(section.functions)} cannot be loaded: {answer['error']}; "
+            "expected module:function or path.py:function"
         )
     return answer["ready"]
 
 
 def rule_identity(section: JudgeSection) -> dict[str, Any]:
-    """What makes a rule the same one: the file that it stands in."""
+    """What makes a rule the same one: the file that it stands in; of several, how they are added, too."""
     child, about = started(section)
     child.close()
-    return {"function": section.function, "sha256": about["sha256"], "kwargs": section.kwargs}
+    if len(section.functions) == 1:
+        name, sha256 = section.functions[0], about["sha256"][0]
+        return {"function": name, "sha256": sha256, "kwargs": section.kwargs}
+    made = {"function": section.functions, "sha256": about["sha256"], "kwargs": section.kwargs}
+    how = section.multi_objective_aggregation
+    return made | {"weights": section.weights, "multi_objective_aggregation": how}
 
 
 def command_identity(section: JudgeSection) -> dict[str, Any]:

@@ -125,6 +125,43 @@ class Rule:
         return given if self.takes_all else {k: v for k, v in given.items() if k in self.names}
 
 
+class Several:
+    """Adds what several functions give, as TRL's GRPO does.
+
+    A function that gives None adds nothing; where all do, None is the sum.
+    """
+
+    together = True
+
+    def __init__(self, rules: list[Rule], weights: list[float] | None, normalise: bool) -> None:
+        self.rules, self.normalise = rules, normalise
+        self.weights = weights or [1.0] * len(rules)
+
+    def __call__(self, row: dict) -> list:
+        scores = [rule(row) for rule in self.rules]
+        if self.normalise:
+            scores = [_normalised(given) for given in scores]
+        return [self._sum(each) for each in zip(*scores)]
+
+    def _sum(self, scores: tuple):
+        if all(score is None for score in scores):
+            return None
+        odd = [score for score in scores if isinstance(score, str)]  # no finite number
+        pairs = zip(self.weights, scores)
+        return odd[0] if odd else float(sum(w * score for w, score in pairs if score is not None))
+
+
+def _normalised(scores: list) -> list:
+    """The scores of a prompt with mean 0 and standard deviation 1, as far as they differ."""
+    known = [each for each in scores if isinstance(each, (int, float))]
+    mean = sum(known) / max(len(known), 1)
+    spread = math.sqrt(sum((each - mean) ** 2 for each in known) / max(len(known) - 1, 1))
+    return [
+        (each - mean) / (spread + 1e-4) if isinstance(each, (int, float)) else each
+        for each in scores
+    ]
+
+
 def _result(value):
     return asyncio.run(value) if inspect.iscoroutine(value) else value
 
@@ -160,7 +197,29 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def main(name: str, kwargs: str) -> None:
+def rule_of(names: list[str], options: dict):
+    """What scores a row, and the files of its functions. Several functions are added up."""
+    loaded = [load(name) for name in names]
+    kwargs = options["kwargs"]
+    if len(loaded) == 1:
+        return Rule(loaded[0][0], kwargs), [loaded[0][1]]
+    rules = [Rule(function, _taken(function, kwargs)) for function, _ in loaded]
+    if unused := set(kwargs) - {name for rule in rules for name in rule.kwargs}:
+        raise TypeError(f"judge.kwargs.{sorted(unused)[0]}: no function has such a parameter")
+    normalise = options["aggregation"] == "normalize_then_sum"
+    return Several(rules, options["weights"], normalise), [file for _, file in loaded]
+
+
+def _taken(function, kwargs: dict) -> dict:
+    """The further arguments that a function has a parameter for, by name."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return {}
+    return {name: value for name, value in kwargs.items() if name in parameters}
+
+
+def main(names: str, options: str) -> None:
     end_with_parent()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # the function may print
@@ -173,12 +232,11 @@ def main(name: str, kwargs: str) -> None:
         answers.flush()
 
     try:
-        function, file = load(name)
-        rule = Rule(function, json.loads(kwargs))
+        rule, files = rule_of(json.loads(names), json.loads(options))
     except Exception as error:
         say({"error": _told(error)})
         return
-    say({"ready": {"sha256": _hash(file), "together": rule.together}})
+    say({"ready": {"sha256": [_hash(file) for file in files], "together": rule.together}})
     for line in rows:
         try:
             say({"scores": rule(json.loads(line))})

@@ -7,11 +7,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+from dpo_fast.errors import UserError
 from dpo_fast.migration.arguments_table import SAME_ADAMW, above_zero
 from dpo_fast.migration.counted import put_per_epoch
-from dpo_fast.migration.deepspeed import put_deepspeed, put_fsdp
+from dpo_fast.migration.deepspeed import put_deepspeed
 from dpo_fast.migration.draft import Draft
 from dpo_fast.migration.files import beside, read_mapping
+from dpo_fast.migration.launcher import put_fsdp
 from dpo_fast.migration.option import flag
 from dpo_fast.migration.reporting import put_hub, put_loggers
 from dpo_fast.training.optimisers import ALIASES, OPTIMISERS
@@ -44,21 +46,37 @@ def shards(draft: Draft) -> None:
         except json.JSONDecodeError as error:
             raise draft.fault("deepspeed", f"not JSON: {error.msg}") from None
     if isinstance(config, str):
-        file = beside(config, Path(draft.place), "DeepSpeed configuration", "deepspeed")
-        config = read_mapping(file)
+        config = _named_file(draft, config, "deepspeed", "DeepSpeed configuration")
     if isinstance(config, dict) and config:
         put_deepspeed(draft, config, "deepspeed")
     if draft["fsdp"] or draft["fsdp_config"]:
         own = draft["fsdp_config"]
-        put_fsdp(
-            draft, own if isinstance(own, dict) else {}, "fsdp" if draft["fsdp"] else "fsdp_config"
-        )
+        name = "fsdp" if draft["fsdp"] else "fsdp_config"
+        if isinstance(own, str):
+            own = _named_file(draft, own, "fsdp_config", "FSDP configuration")
+        put_fsdp(draft, own or {}, name, draft["fsdp"])
+        draft.went("fsdp_config", "parallel.zero_stage")
 
 
-def batches(draft: Draft, micro: str, accumulation: str) -> None:
-    """The sizes of batches: those of a rank, times the steps that are accumulated, times the ranks."""
-    own, steps = int(draft[micro]), int(draft[accumulation])
-    ranks = draft.ranks or 1
+def _named_file(draft: Draft, name: str, option: str, what: str) -> dict[str, Any]:
+    """The file of that name; none where it cannot be read, which is told."""
+    try:
+        return read_mapping(beside(name, Path(draft.place), what, option))
+    except UserError as error:
+        told = str(error).removeprefix(f"{draft.place}: {option}={name}: ").partition("; ")[0]
+        draft.lose(option, f"{told}. Import where it is, or set parallel.zero_stage")
+        return {}
+
+
+def batches(
+    draft: Draft, micro: str, accumulation: str, steps: int | None = None, shared: int = 1
+) -> None:
+    """The sizes of batches: those of a rank, times the steps that are accumulated, times the ranks.
+
+    steps: those that are accumulated; default: what the option says. shared: ranks that have the same rows.
+    """
+    own, steps = int(draft[micro]), int(draft[accumulation]) if steps is None else steps
+    ranks = max((draft.ranks or shared) // shared, 1)
     whole = own * steps * ranks
     draft.put("train.micro_batch_size", own, micro)
     draft.put(

@@ -1,4 +1,4 @@
-"""Axolotl: its YAML with `rl: dpo`, ipo, orpo, simpo or kto."""
+"""Axolotl: its YAML, for SFT or with `rl: dpo`, ipo, orpo, simpo, kto, grpo or gdpo."""
 
 from __future__ import annotations
 
@@ -14,24 +14,22 @@ from dpo_fast.migration.arguments import (
 )
 from dpo_fast.migration.arguments_table import above_zero
 from dpo_fast.migration.axolotl_data import put_data
-from dpo_fast.migration.axolotl_options import OF_PEFT, TABLES
+from dpo_fast.migration.axolotl_options import GRPO_NAMES, OF_PEFT, TABLES
 from dpo_fast.migration.counted import put_per_epoch
 from dpo_fast.migration.draft import Draft
-from dpo_fast.migration.option import flag
+from dpo_fast.migration.option import flag, listed
 from dpo_fast.migration.reporting import EVERY_SAVE, put_of_loggers
 from dpo_fast.migration.sizes import put_lengths, put_lora, put_quantised
-from dpo_fast.migration.trl_options import ATTENTION
+from dpo_fast.migration.trl_grpo import as_prompts, finish_grpo
+from dpo_fast.migration.trl_options import ATTENTION, PACKS
 from dpo_fast.training.log_section import OTHER_NAMES
 from dpo_fast.training.schedule import NAMES
 
-__all__ = ["TABLES", "finish", "method_of"]
+__all__ = ["TABLES", "finish", "method_of", "names_of"]
 from dpo_fast.migration.axolotl_losses import put_loss
 
-ELSEWHERE = {
-    "grpo": "it samples while it trains; here rounds sample between runs (docs/ROUNDS.md)",
-    "gdpo": "it samples while it trains; here rounds sample between runs (docs/ROUNDS.md)",
-    "ebft": "it has no counterpart here",
-}
+ELSEWHERE = {"ebft": "it has no counterpart here"}
+REWARDS = "reward models are not trained here; dpo-fast judge scores with one (docs/ROUNDS.md)"
 
 
 WARM_UP = 0.03  # of the steps, where nothing is said
@@ -52,55 +50,72 @@ RUNS = {
 }
 
 
+KERNELS = ("LigerPlugin", "CutCrossEntropyPlugin", "KernelsPlugin")  # plugins that change no value
 LIGER = ("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_swiglu")
 
 
 def method_of(given: dict, asked: str | None, place: str) -> str:
-    """`rl` of a file, whose section trl is laid open. Raises UserError for one that is not done here."""
-    inner = given.pop("trl", None)
-    if isinstance(inner, dict):
-        given |= {f"trl.{name}": value for name, value in inner.items()}
-    found = asked or given.get("rl")
-    if found is None:
-        raise UserError(
-            f"{place} has no `rl`: it is for SFT, and preference training is what is read here. Begin with "
-            "`dpo-fast init --recipe sft`"
-        )
+    """`rl` of a file, or sft without it. Its sections trl and vllm are laid open, and nulls left out.
+
+    Raises:
+        UserError: it has no counterpart.
+    """
+    for section in ("trl", "vllm"):
+        inner = given.pop(section, None)
+        if isinstance(inner, dict):
+            given |= {f"{section}.{name}": value for name, value in inner.items()}
+    for name in [name for name, value in given.items() if value is None]:
+        del given[name]
+    if rewards := [n for n in ("reward_model", "process_reward_model") if flag(given.get(n))]:
+        raise UserError(f"{place}: {rewards[0]}: {REWARDS}")
+    found = asked or given.get("rl") or "sft"
     found = "dpo" if found is True else str(found)
     if found in ELSEWHERE:
         raise UserError(f"{place}: rl={found}: {ELSEWHERE[found]}")
+    if found == "gdpo":  # GRPO with another way to add rewards
+        given.setdefault("trl.multi_objective_aggregation", "normalize_then_sum")
+        found = "grpo"
     if found not in TABLES:
         raise UserError(f"{place}: rl={found}: choose from {', '.join(TABLES)}")
     return found
 
 
+def names_of(method: str) -> dict[str, str]:
+    """The names of GRPO's options, which stand in sections."""
+    return GRPO_NAMES if method == "grpo" else {}
+
+
 def finish(draft: Draft, method: str) -> None:
     """All that is read together with something else."""
-    for name, what in {
-        "base_model": "model",
-        "datasets": "data",
-        "learning_rate": "learning rate",
-    }.items():
-        if not draft.has(name):
-            raise UserError(f"{draft.place} names no {what}: add {name}")
+    if not draft.has("base_model"):
+        raise draft.missing("model", "base_model")
+    if not draft.has("datasets") and not (method == "sft" and draft.has("pretraining_dataset")):
+        raise draft.missing("data", "datasets")
+    if not draft.has("learning_rate"):
+        raise draft.missing("learning rate", "learning_rate")
     put_data(draft, method)
-    put_lengths(draft, "sequence_len", int(draft["sequence_len"]), "max_prompt_len")
-    draft.put("data.truncation", "keep_start", "sequence_len")
+    if method == "grpo":
+        _no_evaluation(draft)
+        as_prompts(draft)
+        if draft.has("sequence_len"):
+            draft.spare(
+                "sequence_len", "of GRPO trl.max_completion_length bounds answers, there too"
+            )
+    else:
+        _lengths(draft, method)
     _batches(draft)
     _model(draft)
     _lora(draft)
     _schedule(draft)
     _steps(draft)
     shards(draft)
-    degree = draft["context_parallel_size"] or draft["sequence_parallel_degree"]
-    if degree and int(degree) > 1:
-        draft.put(
-            "parallel.sequence_parallel",
-            int(degree),
-            "context_parallel_size",
-            "sequence_parallel_degree",
-        )
+    if (degree := _degree(draft)) > 1:
+        names = ("context_parallel_size", "sequence_parallel_degree")
+        draft.put("parallel.sequence_parallel", degree, *names)
     _logs(draft)
+    if method == "grpo":
+        finish_grpo(draft, "micro_batch_size", "num_epochs")
+        return
     put_loss(draft, method)
     if method in ("dpo", "ipo", "kto"):
         draft.note(
@@ -108,12 +123,49 @@ def finish(draft: Draft, method: str) -> None:
         )
 
 
+def _no_evaluation(draft: Draft) -> None:
+    """GRPO's evaluations: rounds have none of that kind."""
+    for key in ("data.eval", "data.eval_rows"):
+        if draft.keys.pop(key, None) is not None:
+            for name in draft.options_of(key):
+                draft.lose(name, EVALUATED)
+
+
+EVALUATED = "held-out prompts are answered and judged by the section generate"
+
+
+def _lengths(draft: Draft, method: str) -> None:
+    """The longest row. Longer ones are left out there, unless the file says otherwise."""
+    name = "excess_length_strategy"
+    strategy = str(draft[name]).lower()
+    if strategy not in TRUNCATION:
+        raise draft.fault(name, f"choose from {', '.join(TRUNCATION)}")
+    if strategy == "truncate":
+        put_lengths(draft, "sequence_len", int(draft["sequence_len"]), "max_prompt_len")
+    else:
+        draft.put("data.max_length", int(draft["sequence_len"]), "sequence_len")
+        if draft.has("max_prompt_len"):
+            draft.spare("max_prompt_len", "rows that are too long are left out")
+    draft.put("data.truncation", TRUNCATION[strategy], name)
+    if method == "sft" and flag(draft["sample_packing"]):
+        draft.lose("sample_packing", PACKS)
+
+
+TRUNCATION = {"drop": "drop", "truncate": "keep_start", "raise": "error"}
+
+
+def _degree(draft: Draft) -> int:
+    """Ranks that share the tokens of a row."""
+    return int(draft["context_parallel_size"] or draft["sequence_parallel_degree"] or 1)
+
+
 def _batches(draft: Draft) -> None:
-    if draft.has("batch_size") and not draft.has("gradient_accumulation_steps"):
-        draft.put("train.micro_batch_size", int(draft["micro_batch_size"]), "micro_batch_size")
-        draft.put("train.global_batch_size", int(draft["batch_size"]), "batch_size")
-        return
-    batches(draft, "micro_batch_size", "gradient_accumulation_steps")
+    """The batch of a rank, which batch_size is as well, times the ranks that have rows of their own."""
+    name, steps = "gradient_accumulation_steps", None
+    if draft.has("batch_size") and not draft.has(name):
+        name = "batch_size"
+        steps = max(int(draft[name]) // int(draft["micro_batch_size"]), 1)
+    batches(draft, "micro_batch_size", name, steps, _degree(draft))
 
 
 def _model(draft: Draft) -> None:
@@ -141,12 +193,20 @@ def _model(draft: Draft) -> None:
             draft.lose("attn_implementation", f"auto chooses one of {', '.join(ATTENTION)}")
     if draft.has("flash_attention"):
         draft.spare("flash_attention", "auto takes a varlen kernel where sequences share a row")
+    if draft["activation_offloading"] not in (None, False):
+        draft.put("model.activation_offloading", True, "activation_offloading")
+        if draft["activation_offloading"] == "disk":
+            draft.lose("activation_offloading", "what is kept waits in memory, and not on a disk")
     if flag(draft["torch_compile"]) and draft["torch_compile"] != "auto":
         draft.put("model.torch_compile", True, "torch_compile")
     on = [name for name in LIGER if flag(draft[name])]
     if on:
         draft.put("model.use_liger_kernel", True, *on)
     put_optimiser(draft, "optimizer")
+    if others := [
+        each for each in map(str, listed(draft["plugins"])) if not each.endswith(KERNELS)
+    ]:
+        draft.lose("plugins", f"{', '.join(others)}: code of your own runs by the Python interface")
 
 
 def _checkpointing(draft: Draft) -> None:
@@ -179,7 +239,7 @@ def _lora(draft: Draft) -> None:
     values = {key: (f"lora_{key}", draft[f"lora_{key}"]) for key in ("r", "alpha", "dropout")}
     values |= {
         key: (f"lora_{key}", draft[f"lora_{key}"])
-        for key in ("target_parameters", "modules_to_save")
+        for key in ("target_parameters", "modules_to_save", "rank_pattern", "alpha_pattern")
     }
     values |= {name: (f"peft_{name}", draft[f"peft_{name}"]) for name in OF_PEFT}
     if flag(draft["lora_target_linear"]):
@@ -212,6 +272,11 @@ def _schedule(draft: Draft) -> None:
     draft.put("train.lr_scheduler_type", name, "lr_scheduler")
     if name != "constant":
         warm_up(draft, "warmup_steps", WARM_UP)
+        if not draft.has("warmup_steps", "warmup_ratio"):
+            draft.note(
+                "Where nothing is said of a warm-up, Axolotl takes 3 % of the steps, and 100 of them at "
+                "most: for a run of more than 3,333 steps set train.warmup_steps=100."
+            )
     keep_all(draft)
 
 
@@ -235,7 +300,13 @@ def _steps(draft: Draft) -> None:
             draft.spare(name, "none" if not times else "there is nothing to evaluate on")
         elif draft.has(name):
             put_per_epoch(draft, name, key, times, "so many times an epoch")
-    for name, key in (("eval_strategy", "train.eval_steps"), ("save_strategy", "train.save_steps")):
+    for name, key in (
+        ("eval_strategy", "train.eval_steps"),
+        ("evaluation_strategy", "train.eval_steps"),
+        ("save_strategy", "train.save_steps"),
+    ):
+        if name != "save_strategy" and not evaluated:
+            continue
         if str(draft[name]) == "epoch" and float(draft["num_epochs"]) > 1:
             put_per_epoch(draft, name, key, 1, "once an epoch; here it is at the end alone")
     if flag(draft["save_only_model"]):

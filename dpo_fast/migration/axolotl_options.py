@@ -1,8 +1,11 @@
-"""The options of Axolotl's YAML, as its preference training reads them."""
+"""The options of Axolotl's YAML: for SFT, preferences and GRPO."""
 
 from __future__ import annotations
 
+from dpo_fast.migration.axolotl_kernels import ELSEWHERE
 from dpo_fast.migration.option import Option, flag, joint, lost, needless, older, same, table
+from dpo_fast.migration.trl_grpo_options import GRPO
+from dpo_fast.migration.trl_options import PACKS
 
 OF_PEFT = (  # options of model.lora that are called so behind `peft_`
     *("use_dora", "use_rslora", "layers_to_transform", "layers_pattern", "init_lora_weights"),
@@ -25,6 +28,8 @@ MODEL = [
     joint("load_in_4bit", False, "model.quantization.load_in_4bit"),
     joint("load_in_8bit", False, "model.quantization.load_in_8bit"),
     *(joint(f"peft_{name}", None, f"model.lora.{name}") for name in OF_PEFT),
+    joint("lora_rank_pattern", None, "model.lora.rank_pattern"),
+    joint("lora_alpha_pattern", None, "model.lora.alpha_pattern"),
     *lost(
         "adapters are LoRA with one learning rate, on quantised weights of bitsandbytes",
         peft_layer_replication=None,
@@ -49,6 +54,9 @@ MODEL = [
     *lost("fp16 is not there: bf16", float16=None),
     same("fp8", None, "model.fp8", "torchao's first recipe", convert=flag),
     joint("gradient_checkpointing", False, "model.gradient_checkpointing"),
+    joint("activation_offloading", None, "model.activation_offloading"),
+    same("tiled_mlp", None, "model.tiled_mlp", "tiles of 4,096 tokens", convert=flag),
+    same("freeze_mm_modules", None, "model.freeze_vision_tower", convert=flag),
     joint(
         "flash_attention",
         None,
@@ -80,7 +88,8 @@ MODEL = [
         fix_untrained_tokens=None,
     ),
     *lost("all of the model is trained, or adapters", unfrozen_parameters=None),
-    *lost("code of your own runs by the Python interface", plugins=None, trainer_cls=None),
+    *lost("code of your own runs by the Python interface", trainer_cls=None),
+    Option("plugins", note="kernels need none here; others are named", joint=True),
     *needless(
         "the model's own classes are found out",
         model_type=None,
@@ -127,6 +136,15 @@ MODEL = [
     joint("liger_swiglu", None, "model.use_liger_kernel"),
 ]
 DATA = [
+    joint(
+        "excess_length_strategy",
+        "drop",
+        "data.truncation",
+        "drop, truncate (keep_start) or raise (error)",
+    ),
+    joint("pretraining_dataset", None, "data.train, data.streaming", "rows of text"),
+    same("streaming", None, "data.streaming", convert=flag),
+    same("chat_template_kwargs", None, "data.chat_template_kwargs"),
     joint("datasets", None, "data.train", "types become data.format and data.columns"),
     joint("test_datasets", None, "data.eval"),
     joint("val_set_size", 0.0, "data.eval_rows", "rows, and no share of them"),
@@ -141,6 +159,7 @@ DATA = [
         "duplicates are told by dpo-fast data, and not removed", dataset_exact_deduplication=None
     ),
     *lost("short rows stay", min_sample_len=None),
+    *older(*lost(PACKS, max_packed_sequence_len=None)),
     *lost("prompts are not learnt; data.scored says what is", train_on_inputs=False),
     *lost("rows are drawn at random", shuffle_merged_datasets=True, curriculum_sampling=None),
     *lost("ends of turns are the chat template's", eot_tokens=None),
@@ -178,6 +197,9 @@ TRAINING = [
     joint("micro_batch_size", 1, "train.micro_batch_size, train.global_batch_size"),
     joint("gradient_accumulation_steps", 1, "train.global_batch_size"),
     joint("batch_size", None, "train.global_batch_size"),
+    *older(
+        joint("evaluation_strategy", None, "train.eval_steps", "eval_strategy, as it was called")
+    ),
     *needless("evaluations take batches of train.micro_batch_size", eval_batch_size=None),
     same("num_epochs", 1.0, "train.num_train_epochs", convert=float),
     joint("max_steps", None, "train.max_steps"),
@@ -255,6 +277,7 @@ TRAINING = [
         adam_beta3=None,
     ),
     *lost("noise on embeddings is not there", neftune_noise_alpha=None),
+    *older(*lost("noise on embeddings is not there", noisy_embedding_alpha=None)),
     *lost(
         "a run ends by itself where the loss is not finite (train.nonfinite)",
         loss_watchdog_threshold=None,
@@ -338,7 +361,91 @@ LOSSES = [
         "always, and stored: the same numbers",
     ),
     *needless("adapter_off and stored references need no second model", rl_adapter_ref_model=None),
-    *lost("of GRPO, or of TRL", **{"trl.max_completion_length": None, "trl.sync_ref_model": None}),
 ]
+SFT = [joint("sample_packing", None, "train.global_batch_size", PACKS)]
+# GRPO's options stand in the section trl, and those of vLLM in vllm.
+OF_TRL = (
+    *("beta", "max_completion_length", "num_generations", "num_iterations", "loss_type", "epsilon"),
+    *("epsilon_high", "importance_sampling_level", "scale_rewards", "mask_truncated_completions"),
+    *("reward_funcs", "reward_weights", "multi_objective_aggregation", "sync_ref_model"),
+    *("ref_model_mixup_alpha", "ref_model_sync_steps", "temperature", "top_p", "top_k", "min_p"),
+    *("repetition_penalty", "generation_kwargs", "use_vllm", "vllm_mode", "vllm_server_host"),
+    *("vllm_server_port", "vllm_server_timeout", "vllm_enable_sleep_mode", "generation_batch_size"),
+    *("vllm_importance_sampling_correction", "vllm_importance_sampling_mode", "use_liger_loss"),
+    *("vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max"),
+    *("vllm_importance_sampling_cap", "off_policy_mask_threshold", "use_bias_correction_kl"),
+    *("log_completions", "log_multimodal", "num_completions_to_print", "entropy_coef"),
+    *("use_adaptive_entropy", "entropy_target", "entropy_coef_delta", "entropy_coef_min"),
+    "entropy_coef_max",
+)
+GRPO_NAMES = {name: f"trl.{name}" for name in OF_TRL} | {
+    "vllm_gpu_memory_utilization": "vllm.gpu_memory_utilization",
+    "vllm_max_model_length": "vllm.max_model_len",
+}
+OF_GRPO = [
+    *(
+        option
+        for option in GRPO
+        if option.name in GRPO_NAMES
+        and option.name
+        not in (
+            "use_bias_correction_kl",
+            "ref_model_mixup_alpha",
+            "ref_model_sync_steps",
+            "use_liger_loss",
+        )
+    ),
+    joint("ref_model_mixup_alpha", 0.9, "stages"),
+    *lost("the reference moves between rounds", ref_model_sync_steps=64),
+    *lost("the divergence is weighed by no ratio: as in the paper", use_bias_correction_kl=None),
+    *needless("the head is ours, and makes no logits", use_liger_loss=None),
+    same("trl.chat_template_kwargs", None, "data.chat_template_kwargs"),
+    *lost("completions have no given form", **{"trl.vllm_guided_decoding_regex": None}),
+    *lost("a round samples as docs/ROUNDS.md says", **{"trl.rollout_func": None}),
+    *needless(
+        "a round samples all prompts before it trains",
+        **{
+            f"trl.{name}": None
+            for name in (
+                *("use_data_producer", "async_prefetch", "prefetch_depth", "vllm_sync_interval"),
+                *("streaming_partial_batch", "streaming_min_groups", "vllm_lora_sync"),
+                *("replay_recompute_logps", "reroll_start_fraction", "reroll_max_groups"),
+            )
+        },
+    ),
+    *needless("set judge.concurrency", **{"trl.reward_num_workers": 1}),
+    *lost("no group is trained on twice", **{"trl.replay_buffer_size": 0}),
+    *needless(
+        "groups of equal scores add nothing to the gradient",
+        **{"trl.skip_zero_advantage_batches": True},
+    ),
+    *lost(
+        "every rank samples with a whole copy of the model",
+        **{"vllm.tensor_parallel_size": 1, "vllm.data_parallel_size": 1},
+    ),
+    *needless(
+        "vLLM runs in the process of each rank, as sample.engine.options says",
+        **{
+            f"vllm.{name}": None
+            for name in (
+                *("dtype", "enable_prefix_caching", "host", "port", "enable_reasoning", "device"),
+                *("reasoning_parser", "enforce_eager", "serve_module", "worker_extension_cls"),
+            )
+        },
+    ),
+]
+IN_SECTIONS = {*GRPO_NAMES.values(), *(option.name for option in OF_GRPO if "." in option.name)}
+NO_GRPO = needless(
+    "of GRPO, which is not asked for", **dict.fromkeys(sorted(IN_SECTIONS - {"trl.beta"}))
+)
+COMMON = (MODEL, DATA, TRAINING, ELSEWHERE)
 METHODS = ("dpo", "ipo", "orpo", "simpo", "kto")
-TABLES = {name: table(MODEL, DATA, TRAINING, LOSSES) for name in METHODS}
+NO_LOSS = needless(
+    "of preferences, which are not asked for",
+    **{option.name: None for option in LOSSES if option.name != "rl"},
+)
+TABLES = {
+    **{name: table(*COMMON, NO_GRPO, LOSSES) for name in METHODS},
+    "sft": table(*COMMON, NO_GRPO, NO_LOSS, SFT, needless("without it a file is for SFT", rl=None)),
+    "grpo": table(*COMMON, OF_GRPO, [joint("rl", None, "loss.type")]),
+}

@@ -50,7 +50,9 @@ def put_held_out(draft: Draft, name: str) -> None:
     elif size > 0:
         rows = rows_of(draft)
         if rows is None:
-            draft.lose(name, f"{size:.0%} of the rows: set data.eval_rows to a number of them")
+            draft.lose(
+                name, f"{100 * size:g} % of the rows: set data.eval_rows to a number of them"
+            )
         else:
             draft.put(
                 "data.eval_rows", math.ceil(size * rows), name, comment=f"{size:g} of {rows:,} rows"

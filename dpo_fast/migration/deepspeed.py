@@ -1,11 +1,10 @@
-"""DeepSpeed's JSON and accelerate's YAML, which stand beside the files of other trainers."""
+"""DeepSpeed's JSON, which stands beside the files of other trainers."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from dpo_fast.migration.draft import Draft
-from dpo_fast.migration.option import flag
 
 AUTO = "auto"
 # Sizes of ZeRO that may be tuned, and are DeepSpeed's own matter: they go through as they are.
@@ -47,18 +46,23 @@ def put_deepspeed(draft: Draft, config: dict[str, Any], name: str) -> None:
         ("offload_param", "offload_parameters"),
     ):
         _offload(draft, dict(zero.pop(theirs, None) or {}), f"parallel.{ours}", name)
-    rest = {key: value for key, value in zero.items() if value != AUTO}
+    rest = {_whole(key): value for key, value in zero.items() if value != AUTO}
     for key in PLUS_PLUS:
         if key in rest:
             draft.put(f"parallel.{key}", rest.pop(key), name)
     tuned = {key: rest.pop(key) for key in TUNED if key in rest}
     if tuned:
         draft.put("parallel.deepspeed", {"zero_optimization": tuned}, name)
-    for key in set(rest) - set(OF_ZERO):
+    for key in sorted(set(rest) - set(OF_ZERO)):
         draft.lose(
             f"{name}: zero_optimization.{key}", "write it to parallel.deepspeed if you need it"
         )
     _others(draft, config, name)
+
+
+def _whole(key: str) -> str:
+    """A key of ZeRO 3 by its whole name: DeepSpeed takes those without stage3_ as well."""
+    return f"stage3_{key}" if f"stage3_{key}" in (*TUNED, *OF_ZERO) else key
 
 
 def _others(draft: Draft, config: dict[str, Any], name: str) -> None:
@@ -96,41 +100,3 @@ def _offload(draft: Draft, section: dict[str, Any], key: str, name: str) -> None
         draft.put(key, device, name)
         if device == "nvme" and section.get("nvme_path"):
             draft.put("parallel.nvme_path", section["nvme_path"], name)
-
-
-def put_accelerate(draft: Draft, config: dict[str, Any], name: str) -> None:
-    """A configuration of `accelerate`: how many processes, and what shards them."""
-    kind = str(config.get("distributed_type", "NO")).upper()
-    if kind == "DEEPSPEED":
-        own = dict(config.get("deepspeed_config") or {})
-        zero: dict[str, Any] = {"stage": own.get("zero_stage", AUTO)}
-        for theirs, section in (("optimizer", "offload_optimizer"), ("param", "offload_param")):
-            device = own.get(f"offload_{theirs}_device")
-            path = own.get(f"offload_{theirs}_nvme_path")
-            zero[section] = {"device": device} | ({"nvme_path": path} if path else {})
-        put_deepspeed(draft, {"zero_optimization": zero}, name)
-        if own.get("deepspeed_config_file"):
-            draft.lose(
-                f"{name}: deepspeed_config_file",
-                "import it with the option that names it: deepspeed",
-            )
-    elif kind == "FSDP":
-        put_fsdp(draft, dict(config.get("fsdp_config") or {}), name)
-    elif kind in ("MULTI_GPU", "MULTI_CPU"):
-        draft.put("parallel.zero_stage", 0, name, comment="DDP there: whole models on every rank")
-    if str(config.get("mixed_precision", "no")) == "fp16":
-        draft.lose(f"{name}: mixed_precision", "bf16 stands in its place")
-
-
-def put_fsdp(draft: Draft, config: dict[str, Any], name: str) -> None:
-    """FSDP's full sharding is ZeRO stage 3."""
-    draft.put("parallel.zero_stage", 3, name, comment="FSDP there: ZeRO 3 shards the same things")
-    if flag(config.get("fsdp_offload_params", False)) or flag(config.get("offload_params", False)):
-        draft.put("parallel.offload_parameters", "cpu", name)
-        draft.put("parallel.offload_optimizer", "cpu", name)
-
-
-def ranks_of(config: dict[str, Any]) -> int | None:
-    """Processes of a configuration of accelerate."""
-    number = str(config.get("num_processes") or "")
-    return (int(number) or None) if number.isdigit() else None

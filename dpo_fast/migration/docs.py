@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-from dpo_fast.migration.importers import IMPORTERS
+from dpo_fast.migration.importers import IMPORTERS, Importer
 from dpo_fast.migration.option import Option, Table
 
 NAMES = {
@@ -21,8 +22,15 @@ Made of the tables of `dpo-fast import` by `make docs`; a test holds it to the c
 
 {commands}
 Every option of the file is carried over, needs nothing here, or is listed as without a counterpart;
-`--strict` fails where there is one. Defaults of theirs that differ from ours are written out.
+`--strict` fails where there is one. Defaults of theirs that differ from ours are written out. The tables
+have the options of {versions}.
 {words}"""
+VERSIONS = {
+    "trl": "TRL 1.16 and, where it says so, of older versions",
+    "llamafactory": "LLaMA-Factory 0.9.5",
+    "openrlhf": "OpenRLHF 0.11.2, with the names up to 0.9 beside them",
+    "axolotl": "Axolotl 0.19",
+}
 COMMANDS = {
     "trl": """    dpo-fast import trl dpo.yaml --out run.yaml --nproc 8  # DPOConfig, ..., YAML or JSON
     dpo-fast import trl train.sh --out run.yaml            # a script with `trl dpo --...`, or dpo.py
@@ -32,9 +40,12 @@ COMMANDS = {
     "llamafactory": """    dpo-fast import llamafactory llama3_lora_dpo.yaml --out run.yaml --nproc 8
     dpo-fast import llamafactory train.sh --out run.yaml        # a script with llamafactory-cli train
 """,
-    "openrlhf": """    dpo-fast import openrlhf train_dpo.sh --out run.yaml  # with openrlhf.cli.train_dpo
+    "openrlhf": """    dpo-fast import openrlhf train_dpo.sh --out run.yaml
+    dpo-fast import openrlhf train_sft.sh --out run.yaml
+    dpo-fast import openrlhf train_kto.sh --out run.yaml
 """,
-    "axolotl": """    dpo-fast import axolotl dpo.yml --out run.yaml --nproc 8  # rl: dpo, ipo, ...
+    "axolotl": """    dpo-fast import axolotl dpo.yml --out run.yaml --nproc 8      # SFT, or rl: dpo, ...
+    dpo-fast import axolotl grpo.yml --out rounds.yaml --nproc 8  # rl: grpo or gdpo
 """,
 }
 WORDS = {
@@ -65,8 +76,14 @@ becomes one of rounds, an epoch there a round here:
     dpo-fast import trl grpo.yaml --out rounds.yaml --nproc 8  # with reward_funcs, as `trl grpo` takes it
     dpo-fast iterate rounds.yaml --dry-run
 
-Batches there count completions, and here groups. One function or model scores; several there are one
-function of yours here. Reward models are not trained here: RewardConfig is refused.
+Batches there count completions, and here groups. The scores of several functions are added with their
+weights; beside a reward model functions are left out, and told. Reward models are not trained here:
+RewardConfig is refused.
+
+A script is read as a shell reads it: lines that go on, variables, arrays and what `accelerate launch`,
+`torchrun` and `deepspeed` say of processes. A variable comes from the script, else from the environment,
+as in `MODEL=org/model dpo-fast import trl train.sh`. An option that holds one that neither sets is told.
+Of several commands `--method` chooses. Files of accelerate and DeepSpeed that are not here are told, too.
 """,
     "llamafactory": """
 Data sets go by `dataset_info.json`: file or hub id, `formatting`, `columns` and `tags` are read,
@@ -79,19 +96,33 @@ stands or from a folder above the YAML file. What differs without an option for 
 - `pref_ftx` weighs a mean over tokens, where it is a mean of the rows' means there.
 - A row that is too long: `data.truncation` keeps the end of the prompt, and LLaMA-Factory cuts
   prompt and answer in proportion.
+- With `packing` a batch of SFT counts packs of `cutoff_len` tokens, and here rows: multiply
+  `train.global_batch_size` by the rows of a pack.
+- Where `dataset_info.json` is not found, the names of its data sets are told, and no run can read them.
+
+The stages sft, dpo and kto are read; rm, ppo and pt are refused, and so are files of its v1.
 """,
     "openrlhf": """
-The command is read with its variables, from a here-document as well. What differs without an option
-for it:
+The command is read with its variables, from a here-document as well; a variable that the script does
+not set comes from the environment. Options may have their names of either time. Commands that sample
+(`train_ppo_ray`) or train reward models are refused. What differs without an option for it:
 
 - The reference is scored once and stored; there it is scored in every step.
 - Rows whose prompt fills `max_len` are left out there; here they keep a token of the answer, and
   are counted.
-- A key of W&B in `--use_wandb` is written nowhere.
+- A key of W&B in `--logger.wandb.key` is written nowhere.
+- Prompts of `train_sft` and `train_kto` without a chat template are written as `User: ...` there; here
+  they are text as it stands, and the import says so.
 """,
     "axolotl": """
-A data set's `type` becomes `data.format` and `data.columns`. What differs without an option for it:
+A data set's `type` becomes `data.format` and `data.columns`. A file without `rl` is for SFT. One with
+`rl: grpo` becomes a file of rounds ([ROUNDS.md](ROUNDS.md)), as that of GRPOConfig does
+([FROM_TRL.md](FROM_TRL.md)); its options stand in the section `trl`. What differs without an option for
+it:
 
+- With `sample_packing` a batch of SFT counts packs of `sequence_len` tokens, and here rows: multiply
+  `train.global_batch_size` by the rows of a pack.
+- `type: alpaca` writes Alpaca's own prompts; here the rows are chats.
 - Types such as `chatml.intel` and `llama3.ultra` write a template by themselves; here the
   tokenizer's chat template does, or a Jinja file in `data.chat_template`. `dpo-fast data run.yaml`
   shows what is written.
@@ -116,9 +147,24 @@ EXPLAINED = {
 def page(kind: str) -> str:
     """The page of one trainer, as markdown."""
     importer = IMPORTERS[kind]
-    head = HEAD.format(trainer=importer.title, commands=COMMANDS[kind], words=WORDS[kind])
-    options = _options(importer.tables)
+    head = HEAD.format(
+        trainer=importer.title, commands=COMMANDS[kind], versions=VERSIONS[kind], words=WORDS[kind]
+    )
+    options = _options(_as_written(importer))
     return head + "".join(_group(title, options) for title in GROUPS)
+
+
+def _as_written(importer: Importer) -> dict[str, Table]:
+    """The tables of a trainer by the names that its files have, with those that they had before."""
+    made: dict[str, Table] = {}
+    for method, options in importer.tables.items():
+        names = importer.names(method)
+        made[method] = {}
+        for name, option in options.items():
+            newer = names.get(name, name)
+            before = f"`, was `{name}" if importer.renamed and newer != name else ""
+            made[method][newer] = replace(option, name=newer + before)
+    return made
 
 
 def _options(tables: dict[str, Table]) -> dict[str, tuple[Option, list[str]]]:

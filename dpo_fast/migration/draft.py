@@ -22,12 +22,20 @@ SECRET = "(its value is not shown)"
 
 @dataclass(frozen=True)
 class Fate:
-    """What became of one option that was given. what: one of the three words above."""
+    """What became of one option that was given, or of something that one of them holds.
+
+    value: None where it has none of its own. what: one of the three words above.
+    """
 
     name: str
     value: Any
     what: str
     why: str
+
+    @property
+    def shown(self) -> str:
+        """The option with its value, if it has one."""
+        return self.name if self.value is None else f"{self.name}={quoted(self.value, 60)}"
 
 
 @dataclass(frozen=True)
@@ -43,32 +51,48 @@ class Draft:
 
     trainer: its name, for comments and messages.
     options: all that it has.
-    given: those of the file, by name. place: the file, for messages.
+    given: those of the file, by the names that the table has. place: the file, for messages.
     ranks: processes that it is started with; None where nothing says so.
+    written: names that the file has in place of those of the table, by the latter: what is shown.
+    unread: options whose value is not known, and why.
     read: the option whose value was asked for last, for messages.
     rounds: whether the configuration is one of rounds (`dpo-fast iterate`).
     """
 
     def __init__(
-        self, trainer: str, options: Table, given: dict[str, Any], place: str, ranks: int | None
+        self,
+        trainer: str,
+        options: Table,
+        given: dict[str, Any],
+        place: str,
+        ranks: int | None,
+        written: dict[str, str] | None = None,
+        unread: dict[str, str] | None = None,
     ) -> None:
         self.trainer, self.options, self.place, self.ranks = trainer, options, place, ranks
         self.given = {name: plain(value) for name, value in given.items()}
+        self.written, self.unread = written or {}, unread or {}
         self.keys: dict[str, Entry] = {}
         self.rounds = False
         self.notes: list[str] = []
         self.read: str | None = None  # the option that was looked at last
         self._fates: dict[str, Fate] = {}
         self._went: dict[str, list[str]] = {}  # options, and the keys that follow from them
+        for name, why in self.unread.items():
+            self.lose(name, why)
 
     def __getitem__(self, name: str) -> Any:
         """The value of an option: the one that is given, or its default."""
         self.read = name
         return self.given[name] if name in self.given else self.options[name].default
 
+    def get(self, name: str) -> Any:
+        """The value of an option; None where this trainer has no such option."""
+        return self[name] if name in self.options else None
+
     def has(self, *names: str) -> bool:
         """Whether one of these is given, and is not nothing."""
-        return any(self.given.get(name) is not None for name in names)
+        return any(self.given.get(name) not in (None, "") for name in names)
 
     def put(self, key: str, value: Any, *names: str, comment: str = "") -> None:
         """Set a key. It stands in the file if one of the options is given, or if our default is another.
@@ -79,10 +103,13 @@ class Draft:
             value = str(value)  # a name of digits, which YAML takes for a number
         for name in names:
             self._went.setdefault(name, []).append(key)
-        told = ", ".join(name for name in names if name in self.given)
+        told = ", ".join(self._written(name) for name in names if name in self.given)
         if not told and names and value == our_default(key):
             return
-        comment = comment or told or f"{self.trainer}'s default of {names[0]}" if names else comment
+        default = f"{self.trainer}'s default of {self._written(names[0])}" if names else ""
+        if names and names[0] not in self.options:  # a file beside
+            default = names[0]
+        comment = comment or told or default
         self.keys[key] = Entry(value, comment)
 
     def lose(self, name: str, why: str) -> None:
@@ -116,7 +143,13 @@ class Draft:
     def fault(self, name: str, why: str) -> UserError:
         """An error about an option that is given."""
         value = SECRET if self._secret(name) else quoted(self[name])
-        return UserError(f"{self.place}: {name}={value}: {why}")
+        return UserError(f"{self.place}: {self._written(name)}={value}: {why}")
+
+    def missing(self, what: str, name: str) -> UserError:
+        """An error about something that a run needs, and that the file does not name."""
+        if name in self.unread:
+            return UserError(f"{self.place}: {self._written(name)} {self.unread[name]}")
+        return UserError(f"{self.place} names no {what}: add {self._written(name)}")
 
     def read_table(self) -> None:
         """Do what the table says of every option by itself."""
@@ -167,8 +200,8 @@ class Draft:
 
     def _carried(self, name: str) -> Fate:
         if name in self._went:
-            return Fate(name, self._shown(name), CARRIED, ", ".join(self._went[name]))
-        return Fate(name, self._shown(name), NEEDLESS, "it has no effect beside the other options")
+            return self._fate(name, CARRIED, ", ".join(self._went[name]))
+        return self._fate(name, NEEDLESS, "it has no effect beside the other options")
 
     def _unknown(self, name: str) -> None:
         near = difflib.get_close_matches(name, self.options, 1, 0.8)
@@ -176,7 +209,15 @@ class Draft:
         self.lose(name, f"{self.trainer} has no such option that the import knows{hint}")
 
     def _set(self, name: str, what: str, why: str) -> None:
-        self._fates[name] = Fate(name, self._shown(name), what, why)
+        self._fates[name] = self._fate(name, what, why)
+
+    def _fate(self, name: str, what: str, why: str) -> Fate:
+        value = None if name in self.unread else self._shown(name)
+        return Fate(self._written(name), value, what, why)
+
+    def _written(self, name: str) -> str:
+        """An option by the name that the file has."""
+        return self.written.get(name, name)
 
     def _shown(self, name: str) -> Any:
         return SECRET if self._secret(name) else self.given.get(name, self._default(name))

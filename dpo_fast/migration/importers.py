@@ -9,11 +9,13 @@ from typing import Any
 
 from dpo_fast.errors import UserError
 from dpo_fast.migration import axolotl, llamafactory, openrlhf, trl
-from dpo_fast.migration.deepspeed import put_accelerate, ranks_of
 from dpo_fast.migration.draft import LOST, Draft
 from dpo_fast.migration.files import beside, read_mapping, read_text
+from dpo_fast.migration.launcher import put_accelerate, ranks_of
 from dpo_fast.migration.option import Table
-from dpo_fast.migration.shell import Command, is_command, read_command
+from dpo_fast.migration.script import unknown
+from dpo_fast.migration.settle import settle
+from dpo_fast.migration.shell import Command, is_command, read_commands
 from dpo_fast.rounds.config import RoundsConfig
 from dpo_fast.rounds.plan import Plan
 from dpo_fast.training.config import build, build_config
@@ -25,6 +27,8 @@ class Importer:
 
     title: its name. tables: its options, by the name of one of its methods.
     method: which of them a file is for, from the options, the one that is asked for and the file's name.
+    names: those that a file has in place of a method's table, by the latter.
+    renamed: whether those of the table are what options were called before, and are read as well.
     finish: puts what is read together.
     marks: what starts it on a command line, as regular expressions.
     started: the method that a command line is for, from what starts it and the words behind it.
@@ -38,6 +42,8 @@ class Importer:
     marks: tuple[str, ...]
     started: Callable[[str, list[str]], str | None] = lambda start, words: None
     config: str = ""
+    names: Callable[[str], dict[str, str]] = lambda method: {}
+    renamed: bool = False
 
 
 IMPORTERS = {
@@ -59,23 +65,34 @@ IMPORTERS = {
         llamafactory.TABLES,
         llamafactory.stage_of,
         llamafactory.finish,
-        (r"\bllamafactory-cli train\b", r"\blmf train\b", r"\bsrc/train(?:_bash)?\.py\b"),
+        (
+            r"\b(?:llamafactory-cli|llamafactory\.cli|lmf)\s+train\b",
+            r"\bsrc/train(?:_bash)?\.py\b",
+            r"\bllamafactory/launcher\.py\b",
+        ),
     ),
     "openrlhf": Importer(
         "OpenRLHF",
         openrlhf.TABLES,
         openrlhf.method_of,
         openrlhf.finish,
-        (r"\bopenrlhf\.cli\.train_\w+", r"\bopenrlhf/cli/train_\w+\.py", r"\btrain_dpo\.py\b"),
+        (
+            r"\bopenrlhf\.cli\.train_\w+",
+            r"\bopenrlhf/cli/train_\w+\.py",
+            r"\btrain_(?:dpo|sft|kto|rm|ppo|ppo_ray)\.py\b",
+        ),
         openrlhf.started,
         "config",
+        openrlhf.names_of,
+        renamed=True,
     ),
     "axolotl": Importer(
         "Axolotl",
         axolotl.TABLES,
         axolotl.method_of,
         axolotl.finish,
-        (r"\baxolotl train\b", r"\baxolotl\.cli\.train\b"),
+        (r"\baxolotl\s+train\b", r"\baxolotl\.cli\.train\b", r"\bscripts/finetune\.py\b"),
+        names=axolotl.names_of,
     ),
 }
 
@@ -99,18 +116,30 @@ def import_file(
     if kind not in IMPORTERS:
         raise UserError(f"{kind}: choose from {', '.join(IMPORTERS)}")
     importer = IMPORTERS[kind]
-    command = _read(importer, file)
-    asked = method or (importer.started(command.start, command.words) if command.start else None)
+    command = _read(importer, file, method)
+    asked = method or _started(importer, command)
     chosen = importer.method(command.options, asked, str(file))
-    launched, name = _launched(command, accelerate, file)
+    launched, launcher = _launched(command, accelerate, file)
     ranks = ranks or command.ranks or ranks_of(command.options) or ranks_of(launched)
-    draft = Draft(importer.title, importer.tables[chosen], command.options, str(file), ranks)
+    written = importer.names(chosen)
+    back = {theirs: name for name, theirs in written.items()}
+    if not set(back) & {*command.options, *command.unread}:
+        written = {}
+    draft = Draft(
+        importer.title,
+        importer.tables[chosen],
+        {back.get(name, name): value for name, value in command.options.items()},
+        str(file),
+        ranks,
+        written,
+        {back.get(name, name): why for name, why in command.unread.items()},
+    )
     draft.read_table()
     for option in LAUNCHING:
         if option in draft.given and option not in draft.options:
             draft.spare(option, "of the launcher: --nproc, torchrun or srun start ours")
     if launched:
-        put_accelerate(draft, launched, name)
+        put_accelerate(draft, launched, launcher.name, launcher)
     try:
         importer.finish(draft, chosen)
     except UserError:
@@ -119,7 +148,7 @@ def import_file(
         if draft.read is None:
             raise
         raise draft.fault(draft.read, f"not a value of this option ({error})") from None
-    _settle(draft)
+    settle(draft)
     return draft
 
 
@@ -144,48 +173,35 @@ BY_NAME: dict[str, dict[str, Any]] = {
 }
 
 
-def _launched(command: Command, accelerate: Path | None, file: Path) -> tuple[dict[str, Any], str]:
-    """The configuration of accelerate, and its name: asked for, of the launcher, or of TRL's option."""
+def _launched(command: Command, accelerate: Path | None, file: Path) -> tuple[dict[str, Any], Path]:
+    """The configuration of accelerate, and its file: asked for, of the launcher, or of TRL's option.
+
+    One that the file names and that is not here is noted as unread.
+    """
     named, option = command.accelerate, "--config_file"
     if named is None:
         named, option = command.options.get("accelerate_config"), "accelerate_config"
-    if accelerate is None and named in BY_NAME and not Path(named).is_file():
-        return BY_NAME[named], named
-    if accelerate is None and named:
-        accelerate = beside(str(named), file, "configuration of accelerate", option)
-    return (read_mapping(accelerate), accelerate.name) if accelerate else ({}, "")
+    if accelerate is not None:
+        return read_mapping(accelerate), accelerate
+    if named is None:
+        return {}, file
+    if named in BY_NAME and not Path(named).is_file():
+        return BY_NAME[named], Path(named)
+    if unset := unknown(str(named)):
+        command.unread[option] = f"is {named}, with {unset}, which is not known. {LAUNCH}"
+        return {}, file
+    try:
+        found = beside(str(named), file, "configuration of accelerate", option)
+        return read_mapping(found), found
+    except UserError as error:
+        told = str(error).removeprefix(f"{file}: {option}={named}: ")
+        command.options.pop(option, None)
+        command.unread[option] = f"is {named}: {told.partition('; ')[0]}. {LAUNCH}"
+        return {}, file
 
 
-# Keys that need evaluation data, and those that need evaluations while training.
-EVALUATING = ("train.eval_steps",)
-COMPARING = (
-    *("train.load_best_model_at_end", "train.metric_for_best_model", "train.greater_is_better"),
-    *("train.early_stopping_patience", "train.early_stopping_threshold"),
-)
-
-
-def _settle(draft: Draft) -> None:
-    """Take out what other keys that have no counterpart leave without a meaning."""
-    held = {"data.eval", "data.eval_rows"} & set(draft.keys)
-    if not held:
-        _take_out(
-            draft,
-            EVALUATING,
-            "there is nothing to evaluate on: set data.eval or data.eval_rows, then it",
-        )
-    if "train.eval_steps" not in draft.keys:
-        _take_out(
-            draft,
-            COMPARING,
-            "checkpoints are compared by evaluations: set train.eval_steps, then it",
-        )
-
-
-def _take_out(draft: Draft, keys: tuple[str, ...], why: str) -> None:
-    for key in keys:
-        if draft.keys.pop(key, None) is not None:
-            for name in draft.options_of(key):
-                draft.lose(name, why)
+# What is said where the file of accelerate cannot be read.
+LAUNCH = "Name it with --accelerate, or give --nproc and set parallel.zero_stage"
 
 
 def check(draft: Draft) -> str | None:
@@ -205,24 +221,53 @@ def lost(draft: Draft) -> list[str]:
     return [fate.name for fate in draft.fates if fate.what == LOST]
 
 
-def _read(importer: Importer, file: Path) -> Command:
+def _read(importer: Importer, file: Path, method: str | None) -> Command:
     """The options of a file: of a YAML or JSON file, or of the command in a shell script."""
     if file.suffix.lower() in (".yaml", ".yml", ".json"):
         return Command(read_mapping(file))
     text = read_text(file)
     if not is_command(text, importer.marks):
-        if file.suffix.lower() in (".sh", ".bash", ".slurm", ".sbatch", ".txt"):
+        if file.suffix.lower() in (".sh", ".bash", ".slurm", ".sbatch", ".txt", ".bat", ".ps1"):
             raise UserError(
                 f"{file}: no line starts {importer.title}; name the file with its options, YAML or JSON"
             )
         return Command(read_mapping(file))
-    command = read_command(text, importer.marks, str(file))
+    command = _chosen(importer, read_commands(text, importer.marks, str(file)), method, file)
     name = command.options.pop(importer.config, None) if importer.config else None
     if name is None:
         yamls = [word for word in command.words if word.endswith((".yaml", ".yml", ".json"))]
+        yamls = yamls or [word for word in command.words if unknown(word)]
         name = yamls[0] if yamls else None
+    if name is None and importer.config in command.unread:
+        raise UserError(f"{file}: {importer.config} {command.unread[importer.config]}")
+    if name is not None and (unset := unknown(str(name))):
+        raise UserError(
+            f"{file}: its options stand in {name}, and neither the script nor the environment sets "
+            f"{unset}: import that file, or write its name"
+        )
     if name is not None:
         named = beside(str(name), file, "configuration", importer.config or "its file")
         overrides = dict(word.split("=", 1) for word in command.words if "=" in word)
         command.options = read_mapping(named) | overrides | command.options
     return command
+
+
+def _chosen(importer: Importer, found: list[Command], method: str | None, file: Path) -> Command:
+    """The one command of a script, or that of the method that is asked for."""
+    of_method = [each for each in found if method in (None, _started(importer, each))]
+    if len(of_method) == 1:
+        return of_method[0]
+    if len(found) == 1:
+        return found[0]
+    told = ", ".join(
+        f"line {each.line} ({_started(importer, each) or each.start})" for each in found
+    )
+    raise UserError(
+        f"{file}: {len(found)} commands start {importer.title}: {told}. Choose with --method where it "
+        "tells them apart, or import a script with one of them"
+    )
+
+
+def _started(importer: Importer, command: Command) -> str | None:
+    """The method that a command is for, where what starts it says so."""
+    return importer.started(command.start, command.words) if command.start else None

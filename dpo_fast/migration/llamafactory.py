@@ -16,7 +16,7 @@ from dpo_fast.migration.llamafactory_data import put_data
 STAGES = {
     "rm": "reward models are not trained here; dpo-fast judge scores with one (docs/ROUNDS.md)",
     "ppo": "there is no PPO; rounds of sampling and DPO are docs/ROUNDS.md",
-    "pt": "pre-training is not done here",
+    "pt": "there is no pre-training; for a run on texts set loss.type=sft and data.format=text",
 }
 
 
@@ -36,6 +36,11 @@ ATTENTION = {
 
 def stage_of(given: dict, asked: str | None, place: str) -> str:
     """The stage of a file. Raises UserError for one that is not done here."""
+    if {"model", "train_dataset"} <= set(given) and "model_name_or_path" not in given:
+        raise UserError(
+            f"{place} is for LLaMA-Factory's v1 (USE_V1=1), whose files are not read: begin with "
+            "`dpo-fast init`"
+        )
     stage = asked or str(given.get("stage", "sft"))
     if stage in STAGES:
         raise UserError(f"{place}: stage={stage}: {STAGES[stage]}")
@@ -47,7 +52,7 @@ def stage_of(given: dict, asked: str | None, place: str) -> str:
 def finish(draft: Draft, stage: str) -> None:
     """All that is read together with something else."""
     if not draft.has("model_name_or_path"):
-        raise UserError(f"{draft.place} names no model: add model_name_or_path")
+        raise draft.missing("model", "model_name_or_path")
     if "stage" in draft.given:
         draft.spare("stage", "it says which of the options are read")
     put_data(draft)

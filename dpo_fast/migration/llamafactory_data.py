@@ -35,7 +35,7 @@ ROLES = {  # tags whose values we know by themselves
 
 def put_data(draft: Draft) -> None:
     if not draft.has("dataset"):
-        raise UserError(f"{draft.place} names no data: add dataset")
+        raise draft.missing("data", "dataset")
     train = _sources(draft, "dataset")
     _weights(draft, train)
     put_sources(draft, train, "dataset", "dataset_dir")
@@ -71,12 +71,27 @@ def _sources(draft: Draft, option: str) -> list[dict[str, Any]]:
     if folder == "ONLINE":
         return [{"path": f"{name}:train"} for name in names]
     if folder.startswith("REMOTE:"):
-        raise draft.fault("dataset_dir", f"download {INFO} into a folder, and name that")
-    file = beside(str(Path(folder) / INFO), Path(draft.place), INFO, "dataset_dir")
+        return _unknown(draft, option, names, f"{INFO} is on the hub ({folder})")
+    try:
+        file = beside(str(Path(folder) / INFO), Path(draft.place), INFO, "dataset_dir")
+    except UserError:
+        return _unknown(
+            draft, option, names, f"there is no {folder}/{INFO} here or above {draft.place}"
+        )
     known = read_mapping(file)
     if missing := [name for name in names if name not in known]:
         raise draft.fault(option, f"{', '.join(missing)} is not in {file}")
     return [_source(draft, name, known[name], file) for name in names]
+
+
+def _unknown(draft: Draft, option: str, names: list[str], why: str) -> list[dict[str, Any]]:
+    """Sources by their names alone, which no run can read: that is told."""
+    draft.lose(
+        option,
+        f"{why}, so that nothing says what {', '.join(names)} stands for: name files or hub ids in "
+        "data.train, or import where it is",
+    )
+    return [{"path": name} for name in names]
 
 
 def _source(draft: Draft, name: str, about: Any, file: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dpo_fast.migration.arguments_table import TRAINING
 from dpo_fast.migration.option import flag, joint, lost, needless, same, table
+from dpo_fast.migration.trl_options import PACKS
 
 MODEL = [
     same("model_name_or_path", None, "model.path"),
@@ -111,11 +112,8 @@ DATA = [
     *lost("system prompts come with the rows", default_system=None),
     *lost("the template decides about thinking: data.chat_template_kwargs", enable_thinking=True),
     *lost("evaluation is of all data together", eval_on_each_dataset=False),
-    *needless(
-        "rows are packed without seeing each other by train.layout, in every kind of training",
-        packing=None,
-        neat_packing=False,
-    ),
+    *needless("of SFT: train.layout packs rows of all kinds", packing=None, neat_packing=False),
+    *lost("the chat template decides about thinking", preserve_thinking=False),
     *needless(
         "tokenised rows are cached by content",
         overwrite_cache=False,
@@ -258,4 +256,91 @@ METHOD = [
         ray_init_kwargs=None,
     ),
 ]
-TABLES = {name: table(TRAINING, MODEL, DATA, METHOD) for name in ("dpo", "kto", "sft")}
+AROUND = [  # what is done beside training, and how Megatron or KTransformers do it
+    *needless(
+        "of answers that are generated, and of evaluations by themselves",
+        do_sample=True,
+        temperature=0.95,
+        top_p=0.7,
+        top_k=50,
+        num_beams=1,
+        max_length=1024,
+        max_new_tokens=1024,
+        repetition_penalty=1.0,
+        length_penalty=1.0,
+        skip_special_tokens=True,
+        generation_max_length=None,
+        generation_num_beams=None,
+        generation_config=None,
+        sortish_sampler=False,
+        task=None,
+        task_dir="evaluation",
+        batch_size=4,
+        lang="en",
+        n_shot=5,
+        save_dir=None,
+        download_mode="reuse_dataset_if_exists",
+    ),
+    *needless(
+        "of llamafactory-cli export: dpo-fast export does that",
+        export_dir=None,
+        export_size=5,
+        export_device="cpu",
+        export_quantization_bit=None,
+        export_quantization_dataset=None,
+        export_quantization_nsamples=128,
+        export_quantization_maxlen=1024,
+        export_legacy_format=False,
+        export_hub_model_id=None,
+    ),
+    *needless(
+        "of servers",
+        vllm_maxlen=4096,
+        vllm_gpu_util=0.7,
+        vllm_enforce_eager=False,
+        vllm_max_lora_rank=32,
+        vllm_config=None,
+        sglang_maxlen=4096,
+        sglang_mem_fraction=0.7,
+        sglang_tp_size=-1,
+        sglang_config=None,
+        sglang_lora_backend="triton",
+    ),
+    *lost("KTransformers is not used", use_kt=False),
+    *needless(
+        "of KTransformers",
+        kt_weight_path=None,
+        kt_expert_checkpoint_path=None,
+        kt_use_lora_experts=False,
+        kt_lora_expert_num=0,
+        kt_lora_expert_intermediate_size=0,
+    ),
+    *lost("ranks are spread by DeepSpeed", use_hyper_parallel=False),
+    *needless("of HyperParallel", hyper_parallel_args=None),
+    *needless("of ASFT and EAFT", asft_alpha=0.1, eaft_alpha=1.0),
+    *needless("launchers set it", master_addr=None, master_port=None),
+    *needless(
+        "memory and speed are in the log",
+        enable_torch_profiler=False,
+        profile_modules=None,
+        profiler_output_dir=None,
+        profiler_wait_steps=1,
+        profiler_warmup_steps=1,
+        profiler_active_steps=1,
+        profiler_repeat=1,
+        profiler_record_shapes=False,
+        profiler_profile_memory=False,
+        profiler_with_stack=False,
+    ),
+    *needless(
+        "LLaMA-Factory sets it by itself",
+        compute_dtype=None,
+        device_map=None,
+        model_max_length=None,
+        block_diag_attn=False,
+    ),
+]
+SFT = lost(PACKS, packing=None, neat_packing=False)
+TABLES = {name: table(TRAINING, MODEL, DATA, METHOD, AROUND) for name in ("dpo", "kto")} | {
+    "sft": table(TRAINING, MODEL, DATA, METHOD, AROUND, SFT)
+}

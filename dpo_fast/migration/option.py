@@ -25,7 +25,8 @@ class Option:
     note: what is different here, or why it goes nowhere.
     joint: it is read together with others, by the trainer's own code.
     lost: it changes what is trained and has no counterpart, unless its value is in `harmless`.
-    harmless: values besides the default that lose nothing.
+    harmless: values besides the default that lose nothing. Where there is neither, nothing is asked for by
+        false or by what is empty.
     convert: their value as ours. Raises Lost.
     secret: its value is shown nowhere.
     older: of an earlier version alone.
@@ -45,6 +46,8 @@ class Option:
     def loses(self, value: Any) -> bool:
         """Whether something is lost when this value has no counterpart."""
         nothing = (self.default, *self.harmless)
+        if nothing == (None,):
+            nothing = (None, False, "", [], {})
         return self.lost and not any(_same(value, each) for each in nothing)
 
 

@@ -96,7 +96,7 @@ def trainer_of(given: dict, asked: str | None, place: str) -> str:
 def finish(draft: Draft, trainer: str) -> None:
     """All that is read together with something else."""
     if not draft.has("model_name_or_path"):
-        raise UserError(f"{draft.place} names no model: add model_name_or_path")
+        raise draft.missing("model", "model_name_or_path")
     if flag(draft["dataset_streaming"]) or flag(draft["streaming"]):
         draft.put("data.streaming", True, "dataset_streaming", "streaming")
     put_prompts(draft) if trainer == "grpo" else put_data(draft)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dpo_fast.errors import UserError
 from dpo_fast.migration.arguments import evaluates
 from dpo_fast.migration.counted import put_held_out
 from dpo_fast.migration.draft import Draft
 from dpo_fast.migration.option import listed
+
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
 
 
 def put_data(draft: Draft) -> None:
@@ -28,7 +29,7 @@ def put_data(draft: Draft) -> None:
             *("dataset_name", "dataset_config", "dataset_train_split"),
         )
     else:
-        raise UserError(f"{draft.place} names no data: add dataset_name, or datasets")
+        raise draft.missing("data", "dataset_name")
     if evaluates(draft) and draft.has("dataset_name") and not sources:
         names = ("dataset_test_split", "dataset_name", "dataset_config")
         draft.put("data.eval", _named(draft, draft["dataset_test_split"]), *names)
@@ -90,7 +91,8 @@ def _mixer(draft: Draft) -> None:
 
 def _named(draft: Draft, split: str) -> str:
     config = draft["dataset_config"]
-    if Path(draft["dataset_name"]).is_file():
+    path = Path(draft["dataset_name"])
+    if path.is_file() or path.suffix.lower() in SUFFIXES:
         return str(draft["dataset_name"])
     return f"{draft['dataset_name']}:{f'{config}/' if config else ''}{split}"
 

@@ -8,30 +8,39 @@ from __future__ import annotations
 
 import math
 
-from dpo_fast.errors import UserError
 from dpo_fast.migration.arguments import evaluates
 from dpo_fast.migration.arguments_table import above_zero
 from dpo_fast.migration.draft import Draft
 from dpo_fast.migration.losses import put_losses, put_option
 from dpo_fast.migration.option import flag, listed
 from dpo_fast.migration.trl_data import put_data
-from dpo_fast.migration.trl_grpo_options import ONE_JUDGE
+from dpo_fast.migration.trl_grpo_options import ONE_KIND
 
 LOSSES = {"grpo": "grpo", "dapo": "dapo", "bnpo": "dapo", "dr_grpo": "dapo"}
 REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")  # of trl.rewards
+OWN = "rewards.py"
+MADE = {  # that need more than a completion's text
+    "get_soft_overlong_punishment": "it counts tokens, which a judge does not see: pairs.unfinished=drop "
+    "leaves cut completions out, or write a function of the text"
+}
 SCALED = {"true": "group", "group": "group", "false": "none", "none": "none"}
 ROOM = 7680  # tokens for a prompt, where nothing bounds it
 DECIDED = ("train.resume_from_checkpoint", "train.overwrite_output_dir", "data.streaming")
 
 
-def finish_grpo(draft: Draft) -> None:
-    """All that GRPO reads together, behind what every trainer has: the draft is one of rounds."""
+def finish_grpo(
+    draft: Draft, micro: str = "per_device_train_batch_size", epochs: str = "num_train_epochs"
+) -> None:
+    """All that GRPO reads together, behind what every trainer has: the draft is one of rounds.
+
+    micro, epochs: the options that say so.
+    """
     draft.rounds = True
     _loss(draft)
     _judge(draft)
     _sampling(draft)
-    _stages(draft)
-    _batches(draft)
+    _stages(draft, micro, epochs)
+    _batches(draft, micro)
     put_as(draft, "train.output_dir", "output_dir")
     for key in DECIDED:
         if draft.keys.pop(key, None) is not None:
@@ -52,6 +61,11 @@ def put_prompts(draft: Draft) -> None:
         )
         draft.given["eval_strategy"] = "no"
     put_data(draft)
+    as_prompts(draft)
+
+
+def as_prompts(draft: Draft) -> None:
+    """What was put as data of training, as the prompts of rounds."""
     draft.keys.pop("data.eval_rows", None)
     source = draft.keys["data.train"].value
     sources = [each["path"] if isinstance(each, dict) else each for each in listed_or_one(source)]
@@ -96,38 +110,73 @@ def _loss(draft: Draft) -> None:
 
 
 def _judge(draft: Draft) -> None:
-    """The first of the rewards. Others are told."""
+    """The rewards: functions, whose scores are added, or a model."""
     functions = [str(each) for each in listed(draft["reward_funcs"])]
-    model = draft["reward_model_name_or_path"]
+    model = draft.get("reward_model_name_or_path")
+    if model is None and len(functions) == 1 and "/" in functions[0]:
+        draft.put("judge.type", "reward_model", "reward_funcs")
+        draft.put("judge.path", functions[0], "reward_funcs")
+        return
     if not functions and model is None:
-        raise UserError(f"{draft.place} names no reward: add reward_funcs")
+        raise draft.missing("reward", "reward_funcs")
     if model is not None:
         draft.put("judge.type", "reward_model", "reward_model_name_or_path")
         draft.put("judge.path", str(model), "reward_model_name_or_path")
-    else:
-        draft.put("judge.type", "rule", "reward_funcs")
-        draft.put("judge.function", _function(draft, functions[0]), "reward_funcs")
-    left = functions if model is not None else functions[1:]
-    if left:
-        draft.lose("reward_funcs", f"{', '.join(left)}: {ONE_JUDGE}")
+        if functions:
+            draft.lose("reward_funcs", f"{', '.join(functions)}: {ONE_KIND}")
+        if draft.has("reward_weights"):
+            draft.lose("reward_weights", ONE_KIND)
+        return
+    weights = [float(each) for each in listed(draft["reward_weights"])]
+    if weights and len(weights) != len(functions):
+        raise draft.fault("reward_weights", f"{len(functions)} functions need as many weights")
+    shares = dict(zip(functions, weights or [1.0] * len(functions), strict=True))
+    for name in [name for name in shares if name in MADE]:
+        draft.lose(f"reward_funcs: {name}", MADE[name])
+        del shares[name]
+    if not shares:
+        raise draft.fault("reward_funcs", next(iter(MADE.values())))
+    names = [_function(draft, each) for each in shares]
+    draft.put("judge.type", "rule", "reward_funcs")
+    draft.put("judge.function", names if len(names) > 1 else names[0], "reward_funcs")
+    if len(names) > 1:
+        _added(draft, list(shares.values()) if weights else [])
+
+
+def _added(draft: Draft, weights: list[float]) -> None:
+    """How the scores of several functions are added."""
+    if weights:
+        draft.put("judge.weights", weights, "reward_weights")
+    name = "multi_objective_aggregation"
+    draft.put(f"judge.{name}", str(draft[name]), name)
+    if str(draft[name]) == "normalize_then_sum":
+        draft.put("loss.scale_rewards", "none", name)
+        if "scale_rewards" in draft.given:
+            draft.spare("scale_rewards", "the scores of every function are scaled, there too")
+        draft.note(
+            "normalize_then_sum: TRL divides the sums by their spread in the batch as well, and here they "
+            "stay as they are."
+        )
 
 
 def _function(draft: Draft, name: str) -> str:
+    """The function of a name: of trl.rewards, a path with dots, or one that a script knows by itself."""
     if name in REWARDS:
         return f"trl.rewards:{name}"
-    if "." not in name:
-        raise draft.fault(
-            "reward_funcs",
-            f"{name} is none of {', '.join(REWARDS)}; a function of yours is module.function",
-        )
-    return ":".join(name.rsplit(".", 1))
+    if "." in name:
+        return ":".join(name.rsplit(".", 1))
+    draft.lose(
+        f"reward_funcs: {name}",
+        f"a name that a script has for a function of its own: write that into {OWN}, as a function {name}",
+    )
+    return f"{OWN}:{name}"
 
 
 def _sampling(draft: Draft) -> None:
     answers = int(draft["max_completion_length"])
     draft.put("sample.num_generations", int(draft["num_generations"]), "num_generations")
     draft.put("sample.max_new_tokens", answers, "max_completion_length")
-    prompt = draft["max_prompt_length"]
+    prompt = draft.get("max_prompt_length")
     draft.put(
         "data.max_length",
         answers + (ROOM if prompt is None else int(prompt)),
@@ -148,13 +197,13 @@ def _sampling(draft: Draft) -> None:
     draft.put("sample.engine.options", options, *names)
 
 
-def _stages(draft: Draft) -> None:
+def _stages(draft: Draft, micro: str, epochs: str) -> None:
     """One stage of as many rounds as there are epochs, and what it compares with."""
     stage: dict = {"prompts": draft.keys["sample.prompts"].value}
-    rounds = max(math.ceil(float(draft["num_train_epochs"])), 1)
-    names = ["num_train_epochs"]
+    rounds = max(math.ceil(float(draft[epochs])), 1)
+    names = [epochs]
     if (steps := above_zero(draft["max_steps"] or -1)) is not None:
-        count = steps * _groups(draft)
+        count = steps * _groups(draft, micro)
         _forget(draft, "train.max_steps", "sample.max_prompts")
         draft.put("sample.max_prompts", count, "max_steps", comment=f"{steps} steps of groups")
         rounds, names = 1, ["max_steps"]
@@ -179,19 +228,19 @@ def _forget(draft: Draft, key: str, other: str) -> None:
     draft.moved(key, other)
 
 
-def _groups(draft: Draft) -> int:
+def _groups(draft: Draft, micro: str) -> int:
     """Groups of a step: batches there count completions."""
-    own = int(draft["per_device_train_batch_size"]) * int(draft["gradient_accumulation_steps"])
+    own = int(draft[micro]) * int(draft["gradient_accumulation_steps"])
     return max(own * (draft.ranks or 1) // int(draft["num_generations"]), 1)
 
 
-def _batches(draft: Draft) -> None:
+def _batches(draft: Draft, micro: str) -> None:
     """Whole groups to each forward and to each rank."""
     answers, ranks = int(draft["num_generations"]), draft.ranks or 1
-    micro = max(int(draft["per_device_train_batch_size"]) // answers, 1)
-    share = micro * ranks
-    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations")
+    own = max(int(draft[micro]) // answers, 1)
+    share = own * ranks
+    names = (micro, "gradient_accumulation_steps", "num_generations")
     told = f"groups of {answers}; batches there count completions"
-    draft.put("train.micro_batch_size", micro, *names, comment=told)
-    whole = -(-_groups(draft) // share) * share
+    draft.put("train.micro_batch_size", own, *names, comment=told)
+    whole = -(-_groups(draft, micro) // share) * share
     draft.put("train.global_batch_size", whole, *names, comment=told)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dpo_fast.migration.option import flag, joint, lost, needless, older, same
 
-ONE_JUDGE = "one judge scores: write a function that adds what several give"
+ONE_KIND = "functions or one model score: write a function that calls the model, too"
 
 GRPO = [
-    joint("reward_funcs", None, "judge", "names of trl.rewards, or module.function"),
+    joint("reward_funcs", None, "judge.function", "names of trl.rewards, or module.function"),
     joint("reward_model_name_or_path", None, "judge.path", "a sequence classifier"),
     joint("num_generations", 8, "sample.num_generations"),
     joint("max_completion_length", 512, "sample.max_new_tokens, data.max_length"),
@@ -30,8 +30,13 @@ GRPO = [
     joint("sync_ref_model", False, "stages", "once a round"),
     joint("ref_model_mixup_alpha", 0.6, "stages"),
     same("chat_template_kwargs", None, "data.chat_template_kwargs"),
-    *lost(ONE_JUDGE, reward_weights=None),
-    *needless(ONE_JUDGE, multi_objective_aggregation="sum_then_normalize"),
+    joint("reward_weights", None, "judge.weights"),
+    joint(
+        "multi_objective_aggregation",
+        "sum_then_normalize",
+        "judge.multi_objective_aggregation",
+        "of several functions",
+    ),
     *needless(
         "a round samples all prompts before it trains",
         steps_per_generation=None,
@@ -108,6 +113,14 @@ GRPO = [
     *lost("no dropout runs in training but that of adapters", disable_dropout=False),
     *older(
         joint("max_prompt_length", None, "data.max_prompt_length"),
+        same(
+            "dataset_prompt_column",
+            None,
+            "data.columns",
+            "of Open R1",
+            convert=lambda name: None if name == "prompt" else {"prompt": name},
+        ),
+        *lost("write it into the rows, as a column system", system_prompt=None),
         same("use_liger_loss", False, "model.use_liger_kernel", "layers alone", convert=flag),
     ),
 ]

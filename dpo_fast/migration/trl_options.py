@@ -102,8 +102,11 @@ HANDBOOK = older(  # of the alignment handbook's scripts, which many recipes are
         note="model.attention: auto takes a varlen kernel where sequences share a row",
     ),
     *lost(
-        "the chat template of the tokenizer", chat_template=None, auto_insert_empty_system_msg=True
+        "the tokenizer's stands in its place: write it into a Jinja file, and name that in "
+        "data.chat_template",
+        chat_template=None,
     ),
+    *lost("the chat template writes what is in the rows", auto_insert_empty_system_msg=True),
 )
 REFERENCE = [
     joint(
@@ -123,6 +126,11 @@ PADDING = needless("layouts other than padded have no padding", pad_to_multiple_
 ACTIVATIONS = [same("activation_offloading", False, "model.activation_offloading", convert=flag)]
 ROUTERS = [same("router_aux_loss_coef", None, "model.router_aux_loss_coef", convert=float)]
 COMPLETIONS = "data.max_length bounds prompt and completion together"
+WANDB = older(
+    *lost("set log.project", wandb_project=None),
+    *lost("set log.group", wandb_run_group=None),
+    *lost("set W&B's own variable WANDB_ENTITY", wandb_entity=None),
+)
 PROMPTS = older(joint("max_prompt_length", None, "data.max_prompt_length"))
 DPO = [
     joint("loss_type", ["sigmoid"], "loss.type", "the same names, in docs/LOSSES.md"),
@@ -242,7 +250,7 @@ SFT = [
         *needless("packs are not estimated", num_of_sequences=1024, chars_per_token=3.6),
     ),
 ]
-COMMON = (TRAINING, SHARED, MODEL, SCRIPT)
+COMMON = (TRAINING, SHARED, MODEL, SCRIPT, WANDB)
 ALL = (*COMMON, ROWS, HANDBOOK, PROMPTS)
 TABLES = {
     "dpo": table(*ALL, REFERENCE, PADDING, ACTIVATIONS, ROUTERS, DPO),

@@ -11,7 +11,7 @@ import yaml
 from dpo_fast.migration.draft import LOST, Draft, Entry, place
 from dpo_fast.rounds.config import RoundsConfig
 from dpo_fast.training.config_file import SECTIONS
-from dpo_fast.wording import printable, quoted
+from dpo_fast.wording import printable
 
 WIDTH = 100
 
@@ -37,7 +37,7 @@ def _head(draft: Draft, out: str) -> list[str]:
     ]
     lost = [fate for fate in draft.fates if fate.what == LOST]
     lines += ["Without a counterpart:"] if lost else []
-    lines += [f"- {fate.name}={quoted(fate.value, 60)}: {fate.why}" for fate in lost]
+    lines += [f"- {fate.shown}: {fate.why}" for fate in lost]
     lines += ["To know:"] if draft.notes else []
     lines += [f"- {note}" for note in draft.notes]
     return [each for line in lines for each in _comment(line)]

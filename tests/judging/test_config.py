@@ -41,6 +41,15 @@ def test_an_option_of_another_judge_is_refused_by_name():
     ("judge", "said"),
     [
         ({"type": "rule"}, "judge.type=rule needs judge.function"),
+        (
+            {"type": "rule", "function": ["a:b", "c:d"], "weights": [1]},
+            "judge.weights=[1.0]: 2 functions need as many weights",
+        ),
+        (
+            {"type": "rule", "function": "a:b", "weights": [1]},
+            "judge.weights=[1.0] is for several functions; remove it",
+        ),
+        ({"type": "rule", "function": ["a:b", "c"]}, "judge.function=c: expected module:function"),
         ({"type": "rule", "function": "score"}, "expected module:function or path.py:function"),
         ({"type": "command"}, "judge.type=command needs judge.command"),
         ({"type": "command", "command": "'a"}, "judge.command='a: No closing quotation"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -361,6 +362,54 @@ def test_functions_that_cannot_be_loaded(tmp_path, name, said):
         rule_identity(section(type="rule", function=name))
     assert f"judge.function={name} cannot be loaded" in str(error.value)
     assert said in str(error.value)
+
+
+SEVERAL = """
+def length(completions, **columns):
+    return [float(len(each)) for each in completions]
+def vowels(completion, times=1):
+    return None if completion == "x" else times * sum(each in "aeiou" for each in completion)
+def odd(completions):
+    return [float("nan") if each == "aa" else None for each in completions]
+"""
+
+
+def several(folder, *names, **options) -> RuleJudge:
+    write_code(folder / "rules.py", SEVERAL)
+    functions = [f"{folder}/rules.py:{name}" for name in names]
+    return RuleJudge(section(type="rule", function=functions, max_retries=0, **options))
+
+
+def test_the_scores_of_several_functions_are_added(tmp_path):
+    both = ("length", "vowels")
+    assert verdicts(several(tmp_path, *both), row("aab", "x")) == [[5, 1]]
+    weighted = several(tmp_path, *both, weights=[0.5, 2], kwargs={"times": 10})
+    assert verdicts(weighted, row("aab", "x")) == [[0.5 * 3 + 2 * 20, 0.5]]
+    [[first, second, third]] = verdicts(several(tmp_path, "odd", "vowels"), row("aa", "x", "e"))
+    assert first == ("unparsable", "nan is not finite") and third == 1
+    assert second == ("refused", "null"), "no function scores it"
+
+
+def test_several_functions_of_other_scales_may_count_alike(tmp_path):
+    """TRL's own arithmetic: advantages of each function in the group, weighed and added."""
+    how = {"multi_objective_aggregation": "normalize_then_sum", "weights": [1.0, 3.0]}
+    answers, found = ("aab", "e", "bbbbbb"), []
+    for scores in ((3.0, 1.0, 6.0), (2.0, 1.0, 0.0)):
+        mean, spread = statistics.mean(scores), statistics.stdev(scores)
+        found.append([(each - mean) / (spread + 1e-4) for each in scores])
+    wanted = [one + 3 * other for one, other in zip(*found, strict=True)]
+    [[*ours]] = verdicts(several(tmp_path, "length", "vowels", **how), row(*answers))
+    assert ours == pytest.approx(wanted)
+
+
+def test_each_of_several_functions_makes_a_judge_another_one(tmp_path):
+    judge = several(tmp_path, "length", "vowels", weights=[1, 2]).section
+    first = rule_identity(judge)
+    assert first["weights"] == [1, 2] and len(first["sha256"]) == 2
+    write_code(tmp_path / "rules.py", SEVERAL + "# changed")
+    assert rule_identity(judge) != first
+    with pytest.raises(UserError, match=r"judge\.kwargs\.most: no function has such a parameter"):
+        rule_identity(several(tmp_path, "length", "vowels", kwargs={"most": 1}).section)
 
 
 def test_an_argument_that_the_function_lacks(tmp_path):

@@ -238,8 +238,116 @@ def test_openrlhf_ipo_sums(tmp_path):
     assert run.loss.names == ("ipo",) and run.loss.length_average is False
     assert (run.model.lora.r, run.model.lora.alpha) == (16, 16)
     file.write_text("python -m openrlhf.cli.train_dpo --pretrain $UNSET --dataset d\n")
-    with pytest.raises(UserError, match=r"--pretrain .* holds the variable \$UNSET"):
+    with pytest.raises(UserError, match=r"pretrain is \$UNSET, which neither the script nor the"):
         import_file("openrlhf", file)
+
+
+NEWER = r"""
+read -r -d '' training_commands <<EOF
+openrlhf.cli.train_%s \
+   --model.model_name_or_path org/base \
+   --data.dataset org/rows \
+   --data.max_len 4096 \
+   --train.batch_size 256 \
+   --train.micro_batch_size 2 \
+   --ckpt.output_dir ./ckpt/run \
+   --adam.lr 3e-6 \
+   --adam.betas 0.9 0.98 \
+   --ds.zero_stage 3 \
+   --ds.lora.rank 8 \
+   --ds.packing_samples \
+   --eval.dataset "" \
+   --logger.wandb.key hidden0123 \
+   --model.gradient_checkpointing_enable %s
+EOF
+deepspeed --module $training_commands
+"""
+RENAMED = {  # method: its own flags, what is ours, what is told
+    "dpo": (
+        "--model.beta 0.2 --ref.model_name_or_path org/ref --data.chosen_key good",
+        {"loss.beta": 0.2, "reference.path": "org/ref", "data.columns": {"chosen": "good"}},
+        set(),
+    ),
+    "sft": (
+        "--data.input_key question --data.output_key response --optim muon",
+        {"data.columns": {"prompt": "question", "completion": "response"}, "loss.type": "sft"}
+        | {"data.apply_chat_template": False},
+        {"data.input_template", "optim"},
+    ),
+}
+
+
+@pytest.mark.parametrize("method", RENAMED)
+def test_openrlhf_by_its_newer_names(tmp_path, method):
+    flags, wanted, told = RENAMED[method]
+    file = tmp_path / "run.sh"
+    file.write_text(NEWER % (method, flags))
+    draft = import_file("openrlhf", file)
+    assert check(draft) is None, check(draft)
+    run = build_config(draft.tree(), "test")
+    assert (run.model.path, run.model.dtype, run.model.lora.r) == ("org/base", "bf16", 8)
+    assert (run.train.global_batch_size, run.train.micro_batch_size) == (256, 2)
+    assert (run.learning_rate, run.train.adam_beta2, run.data.max_length) == (3e-6, 0.98, 4096)
+    assert run.parallel.zero_stage == 3 and run.train.output_dir == "ckpt/run"
+    assert run.train.num_train_epochs == (2 if method == "sft" else 1), "as it is there"
+    assert {key: draft.keys[key].value for key in wanted} == wanted
+    assert set(lost(draft)) == told, "names are those of the file"
+    assert draft.keys["train.learning_rate"].comment == "adam.lr"
+    assert "hidden0123" not in text_of(draft, "run.yaml") + str(draft.fates)
+    (tmp_path / "a.yaml").write_text(
+        "model: {model_name_or_path: m}\ndata: {dataset: d}\nds: {lora: {rank: 4}}\n"
+    )
+    run = build_config(import_file("openrlhf", tmp_path / "a.yaml").tree(), "test")
+    assert (run.model.path, run.model.lora.r) == ("m", 4), "sections of a file"
+
+
+ROWS = {  # of train_sft or train_kto: flags, ours
+    "texts": (
+        "sft",
+        "--input_key body --pretrain_mode",
+        {"data.format": "text", "data.columns": {"text": "body"}},
+    ),
+    "the last answer": (
+        "sft",
+        "--input_key talk --apply_chat_template",
+        {"data.columns": {"messages": "talk"}, "data.scored": "last"},
+    ),
+    "all answers": (
+        "sft",
+        "--input_key talk --apply_chat_template --multiturn",
+        {"data.columns": {"messages": "talk"}},
+    ),
+    "chats of two texts": (
+        "sft",
+        "--input_key ask --output_key say --apply_chat_template",
+        {"data.columns": {"prompt": "ask", "completion": "say"}, "data.apply_chat_template": True},
+    ),
+    "labels": (
+        "kto",
+        "--input_key ask --output_key say --label_key good --desirable_loss_weight 2",
+        {"data.columns": {"prompt": "ask", "completion": "say", "label": "good"}}
+        | {"loss.type": "kto", "loss.desirable_weight": 2.0, "loss.beta": 0.01},
+    ),
+    "labels of conversations": (
+        "kto",
+        "--input_key talk --apply_chat_template",
+        {"data.format": "sharegpt", "data.columns": {"messages": "talk"}},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_openrlhf_rows(tmp_path, case):
+    method, flags, wanted = ROWS[case]
+    file = tmp_path / "run.sh"
+    file.write_text(f"deepspeed train_{method}.py --pretrain m --dataset d --bf16 {flags}\n")
+    draft = import_file("openrlhf", file)
+    assert check(draft) is None, check(draft)
+    assert {key: draft.keys[key].value for key in wanted} == wanted
+    assert draft.tree()["model"]["dtype"] == "bf16"
+    assert lost(draft) == (["input_template"] if case == "labels" else [])
+    if case == "all answers":
+        assert build_config(draft.tree(), "test").data.scored == "assistant"
 
 
 AXOLOTL = {
@@ -396,8 +504,10 @@ def test_axolotl_says_what_has_no_counterpart(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"rl": None}, "it is for SFT"),
-        ({"rl": "grpo"}, "samples while it trains"),
+        ({"rl": "ebft"}, "it has no counterpart here"),
+        ({"rl": "grpo"}, "names no reward: add reward_funcs"),
+        ({"rl": None, "reward_model": True}, "reward models are not trained here"),
+        ({"excess_length_strategy": "wrap"}, "choose from drop, truncate, raise"),
         ({"datasets": [{"type": "x"}]}, "expected a list of mappings with a path"),
         ({"adapter": "llama-adapter"}, "choose lora"),
         ({"learning_rate": None}, "add learning_rate"),
@@ -406,6 +516,130 @@ def test_axolotl_says_what_has_no_counterpart(tmp_path):
 def test_axolotl_that_cannot_be(tmp_path, change, said):
     with pytest.raises(UserError, match=said):
         axolotl(tmp_path, **change)
+
+
+DEMONSTRATIONS = {  # a source of SFT: ours, what is told of it
+    "chats": (
+        {"type": "chat_template", "field_messages": "conversations", "train_on_eos": "last"}
+        | {"message_property_mappings": {"role": "from", "content": "value"}},
+        {"data.columns": {"messages": "conversations"}},
+        ["datasets.train_on_eos"],
+    ),
+    "questions, too": (
+        {"type": "chat_template", "roles_to_train": ["user", "assistant"]},
+        {"data.scored": "all"},
+        [],
+    ),
+    "alpaca": ({"type": "alpaca"}, {"data.format": "alpaca"}, ["datasets.type=alpaca"]),
+    "texts": (
+        {"type": "completion", "field": "body"},
+        {"data.format": "text", "data.columns": {"text": "body"}},
+        [],
+    ),
+    "written out": (
+        {
+            "type": {
+                "field_instruction": "ask",
+                "field_output": "output",
+                "format": "Q: {instruction}",
+            }
+        },
+        {"data.format": "alpaca", "data.columns": {"prompt": "ask"}},
+        ["datasets.type.format"],
+    ),
+    "another": ({"type": "jeopardy"}, {}, ["datasets.type=jeopardy"]),
+}
+
+
+@pytest.mark.parametrize("case", DEMONSTRATIONS)
+def test_axolotl_sft(tmp_path, case):
+    source, wanted, told = DEMONSTRATIONS[case]
+    chosen = {"rl": None, "rl_beta": None, "val_set_size": 0, "saves_per_epoch": None}
+    draft, run = axolotl(
+        tmp_path, **chosen, datasets=[{"path": "org/rows"} | source], sample_packing=case == "chats"
+    )
+    assert run.loss.names == ("sft",) and run.learning_rate == 0.0002
+    assert run.train.global_batch_size == 16 and run.data.truncation == "drop", "as it is there"
+    assert {key: draft.keys[key].value for key in wanted} == wanted
+    assert set(lost(draft)) == {*told, *(["sample_packing"] if case == "chats" else [])}
+
+
+def test_axolotl_reads_texts_while_it_trains(tmp_path):
+    texts = [{"path": "org/texts", "name": "en", "text_column": "body"}]
+    draft, run = axolotl(
+        tmp_path, rl=None, rl_beta=None, datasets=None, pretraining_dataset=texts, max_steps=10
+    )
+    assert (run.data.train, run.data.streaming) == ("org/texts:en/train", True)
+    assert run.data.columns == {"text": "body"} and run.train.max_steps == 10
+
+
+def test_axolotl_samples_in_rounds(tmp_path):
+    file = tmp_path / "grpo.yaml"
+    trl = {"reward_funcs": ["mine.right", "mine.short"], "reward_weights": [1.0, 0.2], "beta": 0.01}
+    trl |= {"num_generations": 4, "max_completion_length": 128, "use_vllm": True, "top_k": None}
+    own = {"rl": "gdpo", "trl": trl, "vllm": {"gpu_memory_utilization": 0.6, "port": 8000}}
+    own |= {"rl_beta": None, "micro_batch_size": 8, "num_epochs": 2}
+    file.write_text(yaml.safe_dump(AXOLOTL | own))
+    draft = import_file("axolotl", file, ranks=2)
+    assert check(draft) is None and draft.rounds, check(draft)
+    keys = {key: entry.value for key, entry in draft.keys.items()}
+    assert keys["judge.function"] == ["mine:right", "mine:short"]
+    assert keys["judge.weights"] == [1.0, 0.2] and keys["loss.grpo_beta"] == 0.01
+    assert keys["judge.multi_objective_aggregation"] == "normalize_then_sum", "that is GDPO"
+    assert (keys["sample.num_generations"], keys["sample.max_new_tokens"]) == (4, 128)
+    assert keys["sample.engine.options"] == {"gpu_memory_utilization": 0.6}
+    assert keys["stages"][0] | {"prompts": 0} == {"prompts": 0, "rounds": 2, "reference": "start"}
+    assert (keys["train.micro_batch_size"], keys["train.global_batch_size"]) == (2, 16)
+    assert draft.keys["sample.num_generations"].comment == "trl.num_generations"
+    assert {"val_set_size", "evals_per_epoch"} & set(lost(draft))
+
+
+BATCHES = {  # theirs: the global batch of 4 ranks
+    "accumulated": ({"gradient_accumulation_steps": 4}, 32),
+    "by rank": ({"gradient_accumulation_steps": None, "batch_size": 16}, 64),
+    "ranks that share rows": ({"gradient_accumulation_steps": 4, "context_parallel_size": 2}, 16),
+}
+
+
+@pytest.mark.parametrize("case", BATCHES)
+def test_axolotl_batches(tmp_path, case):
+    options, size = BATCHES[case]
+    file = tmp_path / "axolotl.yml"
+    file.write_text(yaml.safe_dump(AXOLOTL | options))
+    run = build_config(import_file("axolotl", file, ranks=4).tree(), "test")
+    assert (run.train.micro_batch_size, run.train.global_batch_size) == (2, size)
+
+
+def test_axolotl_cuts_rows_only_where_it_is_asked_to(tmp_path):
+    for strategy, ours in (("truncate", "keep_start"), ("raise", "error"), (None, "drop")):
+        _, run = axolotl(tmp_path, excess_length_strategy=strategy)
+        assert run.data.truncation == ours and run.data.max_length == 4096
+
+
+COMMANDS = (
+    "torchrun --nproc_per_node 4 -m llamafactory.cli train {file} learning_rate=1e-6",
+    "deepspeed --num_gpus 4 src/train.py {file} learning_rate=1e-6",
+    "CUDA_VISIBLE_DEVICES=0,1,2,3 lmf  train \\\r\n  {file} \\\r\n  learning_rate=1e-6\r\n",
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_llamafactory_is_started_in_several_ways(factory, command):
+    factory()
+    script = factory.folder / "run.sh"
+    script.write_bytes(command.format(file="examples/train_lora/dpo.yaml").encode())
+    run = build_config(import_file("llamafactory", script).tree(), "test")
+    assert run.train.global_batch_size == 32 and run.learning_rate == 1e-6
+    script.write_text("llamafactory-cli train $CONFIG_OF_NOBODY\n")
+    with pytest.raises(UserError, match=r"its options stand in \$CONFIG_OF_NOBODY"):
+        import_file("llamafactory", script)
+
+
+def test_llamafactorys_packs_are_no_rows(factory):
+    draft, _ = factory(stage="sft", neat_packing=True, packing=True)
+    assert {"packing", "neat_packing"} <= set(lost(draft))
+    draft, _ = factory(packing=True)
+    assert "packing" not in lost(draft), "pairs are never packed there"
 
 
 STARTED = {  # a command: the loss that it is for, or what is said
@@ -417,7 +651,7 @@ STARTED = {  # a command: the loss that it is for, or what is said
     "python online_dpo.py": "TRL's online_dpo, which has no counterpart",
     "trl sft": "sft",
     "SCRIPT=scripts/kto.py\necho kto.py\naccelerate launch $SCRIPT": "kto",
-    "python sft.py --x 1\npython dpo.py": "2 lines start a trainer",
+    "python sft.py --x 1\npython dpo.py": "2 commands start TRL: line 1 .sft., line 2 .dpo.",
     "trl reward": "reward models are not trained here",
     "trl rloo": "TRL's rloo, which has no counterpart",
     "python grpo_vlm.py": "names no reward: add reward_funcs",
@@ -444,7 +678,17 @@ def test_a_file_of_trl_whose_options_say_nothing_goes_by_its_name(tmp_path, name
     assert import_file("trl", tmp_path / name, "dpo").tree().get("loss") is None
 
 
-@pytest.mark.parametrize("method", ["sft", "kto", "rm", "ppo_ray"])
+def test_of_several_commands_the_method_chooses(tmp_path):
+    file = tmp_path / "run.sh"
+    words = "--model_name_or_path m --dataset_name d/d --output_dir o --beta"
+    file.write_text(f"trl kto {words} 0.3\ntrl dpo {words} 0.4\n")
+    assert import_file("trl", file, "kto").tree()["loss"] == {"type": "kto", "beta": 0.3}
+    assert import_file("trl", file, "dpo").tree()["loss"] == {"beta": 0.4}
+    with pytest.raises(UserError, match="2 commands start TRL: .* Choose with --method"):
+        import_file("trl", file)
+
+
+@pytest.mark.parametrize("method", ["rm", "ppo_ray"])
 def test_another_command_of_openrlhf_is_no_dpo(tmp_path, method):
     file = tmp_path / "run.sh"
     file.write_text(f"deepspeed --module openrlhf.cli.train_{method} --pretrain m --dataset d\n")

@@ -31,6 +31,10 @@ def longer(completions, **columns):
     return [float(len(str(each))) for each in completions]
 
 
+def longest(completion):
+    return -len(completion)
+
+
 def made_of(tmp_path, count=None, **options):
     file = tmp_path / "grpo.yaml"
     given = {name: value for name, value in (LEAST | options).items() if value is not None}
@@ -95,6 +99,14 @@ CASES = {  # theirs: ours
         {"loss.importance_sampling_level": "sequence", "loss.epsilon": 3e-4},
     ),
     "a function": ({"reward_funcs": ["mine.of.words"]}, {"judge.function": "mine.of:words"}),
+    "functions": (
+        {"reward_funcs": ["accuracy_reward", "a.b"], "reward_weights": [1, 0.5]},
+        {"judge.function": ["trl.rewards:accuracy_reward", "a:b"], "judge.weights": [1.0, 0.5]},
+    ),
+    "functions that count alike": (
+        {"reward_funcs": ["a.b", "c.d"], "multi_objective_aggregation": "normalize_then_sum"},
+        {"judge.multi_objective_aggregation": "normalize_then_sum", "loss.scale_rewards": "none"},
+    ),
     "a model": (
         {"reward_funcs": None, "reward_model_name_or_path": "org/reward"},
         {"judge.type": "reward_model", "judge.path": "org/reward"},
@@ -129,7 +141,21 @@ def test_options_go_where_they_belong(tmp_path, case):
 
 
 LEFT = {
-    "another reward": ({"reward_funcs": ["a.b", "c.d"]}, "reward_funcs", "c.d: one judge scores"),
+    "functions beside a model": (
+        {"reward_funcs": ["a.b", "c.d"], "reward_model_name_or_path": "m"},
+        "reward_funcs",
+        "a.b, c.d: functions or one model score",
+    ),
+    "a name of a script": (
+        {"reward_funcs": ["accuracy", "tag_count"], "reward_weights": [1.0, 0.5]},
+        "reward_funcs: tag_count",
+        "write that into rewards.py, as a function tag_count",
+    ),
+    "one that counts tokens": (
+        {"reward_funcs": ["a.b", "get_soft_overlong_punishment"]},
+        "reward_funcs: get_soft_overlong_punishment",
+        "it counts tokens",
+    ),
     "a server": ({"use_vllm": True, "vllm_mode": "server"}, "vllm_mode", "each new policy"),
     "batches": ({"scale_rewards": "batch"}, "scale_rewards", "group stands in its place"),
     "entropy": ({"top_entropy_quantile": 0.2}, "top_entropy_quantile", "all tokens"),
@@ -150,7 +176,8 @@ def test_what_has_no_counterpart_is_said(tmp_path, case):
 @pytest.mark.parametrize(
     "given, said",
     [
-        ({"reward_funcs": ["nonsense"]}, "nonsense is none of accuracy_reward"),
+        ({"reward_weights": [1, 2]}, "reward_weights=.*: 1 functions need as many weights"),
+        ({"reward_funcs": ["get_soft_overlong_punishment"]}, "it counts tokens"),
         ({"loss_type": "sapo"}, "loss_type='sapo': of GRPO's losses grpo, dapo"),
     ],
 )
@@ -169,7 +196,8 @@ def test_what_is_imported_samples_scores_and_trains(tmp_path):
         tmp_path,
         model_name_or_path=str(tmp_path / "model"),
         dataset_name=str(tmp_path / "prompts.jsonl"),
-        reward_funcs=["tests.migration.test_trl_grpo.longer"],
+        reward_funcs=[f"tests.migration.test_trl_grpo.{name}" for name in ("longer", "longest")],
+        reward_weights=[2.0, 0.5],
         output_dir=str(tmp_path / "out"),
         max_completion_length=8,
         num_generations=2,
