@@ -20,7 +20,15 @@ from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import PREFIX
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import say
-from dpo_fast.training.hub import again, again_inside, push, push_checkpoint, repo_of
+from dpo_fast.training.earlier_run import MODEL
+from dpo_fast.training.hub import (
+    again,
+    again_inside,
+    push,
+    push_checkpoint,
+    push_run_again,
+    repo_of,
+)
 from dpo_fast.training.saver import Saver
 from dpo_fast.training.sections import AT_THE_END
 
@@ -110,7 +118,7 @@ def pushing(config: RunConfig, saver: Saver) -> Iterator[None]:
             pushes.ended(HURRY)
             raise
         if distributed.is_main():
-            _await(pushes, repo_of(config))
+            _await(pushes, config)
     finally:
         for checkpoint in pushes.left():
             told = " and ".join(f"`{each}`" for each in commands(config, checkpoint))
@@ -120,14 +128,20 @@ def pushing(config: RunConfig, saver: Saver) -> Iterator[None]:
         saver.remove_old()
 
 
-def _await(pushes: Pushes, repo: str) -> None:
+def _await(pushes: Pushes, config: RunConfig) -> None:
     """Wait until all have been tried. A hub that falls silent ends each of them (`hub.SILENCE`)."""
     began, told = time.monotonic(), 0.0
-    while not pushes.ended(told):
-        names = ", ".join(sorted(pushes.held()))
-        since = f", for {duration(time.monotonic() - began)} now" if told else ""
-        say(f"waiting for uploads to {repo}{since}: {names}. Ctrl-C ends the wait", matters=True)
-        told = min(max(2 * told, FIRST_WORD), LAST_WORD)
+    try:
+        while not pushes.ended(told):
+            names = ", ".join(sorted(pushes.held()))
+            since = f", for {duration(time.monotonic() - began)} now" if told else ""
+            where = f"{repo_of(config)}{since}"
+            say(f"waiting for uploads to {where}: {names}. Ctrl-C ends the wait", matters=True)
+            told = min(max(2 * told, FIRST_WORD), LAST_WORD)
+    except BaseException:
+        command = push_run_again(config, Path(config.train.output_dir, MODEL))
+        say(f"the run is complete; push its model with `{command}`", matters=True)
+        raise
 
 
 def commands(config: RunConfig, checkpoint: Path) -> list[str]:

@@ -229,6 +229,25 @@ def test_a_hub_that_falls_silent_ends_the_wait_of_a_run_that_is_over(pushed, mon
     assert f"{newest.name} is not on the hub: push it with" in said
 
 
+def test_whoever_ends_the_wait_has_every_command(pushed, monkeypatch, capsys):
+    folder, config, _ = pushed
+    began, may = threading.Event(), threading.Event()
+    monkeypatch.setattr(hub_saves, "push_save", lambda *_: began.set() or may.wait(60))
+
+    def interrupted(pushes, patience):
+        raise KeyboardInterrupt
+
+    saver = Saver(str(folder / "run"), keep=1)
+    with pytest.raises(KeyboardInterrupt), pushing(config, saver):
+        saver.published(folder / "run/checkpoint-6")
+        assert began.wait(60)
+        monkeypatch.setattr(Pushes, "ended", interrupted)
+    may.set()
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"push its model with `dpo-fast push {folder / 'run' / MODEL} me/mine`" in said
+    assert "checkpoint-6 is not on the hub: push it with `dpo-fast push" in said
+
+
 def test_other_ranks_push_nothing_and_wait_in_no_collective(pushed, monkeypatch):
     """An upload may take longer than parallel.timeout_minutes."""
     folder, config, _ = pushed
