@@ -107,7 +107,8 @@ class EngineSection(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> EngineSection:
         for option, types in OPTIONS.items():
-            if option in self.model_fields_set and self.type not in types:
+            given = option in self.model_fields_set and getattr(self, option) is not None
+            if given and self.type not in types:
                 raise ValueError(
                     f"sample.engine.{option} is not used by sample.engine.type={self.type}; remove it, or "
                     f"set type={' or '.join(types)}"

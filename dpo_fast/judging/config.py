@@ -183,7 +183,9 @@ class JudgeSection(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> JudgeSection:
         used = USES[self.type]
-        given = self.model_fields_set - set(EVERYWHERE)
+        # null takes an option of the file away, on a command line that names another judge.
+        set_to = {name for name in self.model_fields_set if getattr(self, name) is not None}
+        given = set_to - set(EVERYWHERE)
         if extra := sorted(given - set(used)):
             name = extra[0]
             owners = " and ".join(kind for kind, names in USES.items() if name in names)

@@ -10,6 +10,11 @@ from dpo_fast.generation.config import OPTIONS, EngineSection, SampleSection
 SERVER = {"type": "openai", "url": "http://localhost:8000/v1"}
 
 
+def test_null_takes_an_option_of_the_file_away():
+    """`sample.engine.type=transformers sample.engine.url=null` of a file with a server."""
+    assert EngineSection(type="transformers", url=None).url is None
+
+
 @pytest.mark.parametrize(
     "options, words",
     [

@@ -35,6 +35,8 @@ def test_an_option_of_another_judge_is_refused_by_name():
     assert "judge.type=rule; remove it" in message
     # An option at its default is an option that was given, too.
     assert "judge.beta=0.1" in refusal({"type": "rule", "function": "a:b", "beta": 0.1})
+    # `judge.type=command judge.function=null` of a file with a rule.
+    JudgeSection(type="command", command="score", function=None)
 
 
 @pytest.mark.parametrize(
