@@ -1,5 +1,6 @@
 """What is built of the repository, and that it works without it."""
 
+import ast
 import importlib.util
 import os
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from dpo_fast import RunConfig
 from tests.support.paths import ROOT
 
 PACKAGE = ROOT / "dpo_fast"
@@ -144,3 +146,20 @@ def test_what_the_type_checker_reads_runs_as_well():
     listed = re.search(r"\[tool.mypy\].*?files = \[(.*?)\]", PROJECT, re.S)[1]
     files = re.findall(r'"(.+?)"', listed)
     assert "tests/support/typed_use.py" in files and all((ROOT / name).exists() for name in files)
+
+
+def test_type_checkers_see_every_default_of_a_configuration():
+    """Without pydantic's plugin they know a default by its keyword; else every option is required."""
+    calls = 0
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "Field":
+                calls += 1
+                assert not node.args, f"{file}:{node.lineno}: write Field(default=...)"
+    assert calls > 200 and "pydantic.mypy" not in PROJECT
+    # What the class writes out for them is what it has.
+    source = (PACKAGE / "training/config.py").read_text()
+    (init,) = [
+        each for each in ast.walk(ast.parse(source)) if getattr(each, "name", "") == "__init__"
+    ]
+    assert {each.arg for each in init.args.kwonlyargs} == RunConfig.model_fields.keys()

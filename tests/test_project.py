@@ -189,7 +189,6 @@ TESTED_THROUGH = {
     "training.carried": "support/workers/jobs.py",
     "training.export": "support/workers/jobs.py",
     "cli.replay": "cli/test_app.py",
-    "training.earlier_run": "training/test_loop.py",
     "migration.arguments": "migration/test_importers.py",
     "migration.arguments_table": "migration/test_importers.py",
     "migration.axolotl_losses": "migration/test_peers.py",

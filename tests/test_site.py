@@ -186,8 +186,44 @@ def test_messages_on_the_page_of_troubles_are_what_is_said(mistake):
     tree = {name: {**RUN.get(name, {}), **mistake.get(name, {})} for name in {*RUN, *mistake}}
     with pytest.raises(dpo_fast.UserError) as error:
         build_config(tree, "run.yaml")
-    told = re.findall(r"^### `(.+)`$", (DOCS / "TROUBLESHOOTING.md").read_text(), re.M)
-    assert any(message in str(error.value) for message in told), error.value
+    assert any(message in str(error.value) for message in messages()), error.value
+
+
+def messages() -> list[str]:
+    return re.findall(r"^### `(.+)`$", (DOCS / "TROUBLESHOOTING.md").read_text(), re.M)
+
+
+ROWS = [  # of each a message on the page of troubles
+    {"prompt": "a", "good": "b", "rejected": "c"},
+    {"prompt": "a b", "history": "some words", "chosen": "b", "rejected": "c"},
+    {"prompt": "a", "chosen": "b", "rejected": "b"},
+]
+
+
+def test_messages_of_data_and_runs_on_that_page_are_what_is_said(tmp_path):
+    from dpo_fast.data.config import DataConfig
+    from dpo_fast.data.dataset import load_examples
+    from dpo_fast.training.config import build_config
+    from dpo_fast.training.earlier_run import check_earlier_run
+    from tests.support.tokenizers import byte_tokenizer
+
+    said = []
+    for row in ROWS:
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+        config = DataConfig(train=str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path / "cache"))
+        with pytest.raises(dpo_fast.UserError) as error:
+            load_examples(config, byte_tokenizer(), split="train")
+        said.append(str(error.value))
+    (tmp_path / "checkpoint-6").mkdir()
+    (tmp_path / "checkpoint-6/state.json").write_text("{}")
+    tree = RUN | {"train": {"output_dir": str(tmp_path)}}
+    with pytest.raises(dpo_fast.UserError) as error:
+        check_earlier_run(build_config(tree, "run.yaml"))
+    said.append(str(error.value).replace(str(tmp_path), "runs/first"))
+    of_data = messages()[len(MISTAKES) :]
+    for message in of_data:
+        assert any(message in text for text in said), message
+    assert len(of_data) >= 5 and all(any(m in text for m in of_data) for text in said)
 
 
 def python_blocks(page: str) -> list[str]:

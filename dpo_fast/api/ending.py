@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_fast.errors import UserError
+from dpo_fast.training import distributed
 from dpo_fast.training.config import RunConfig
 
 
@@ -21,13 +22,16 @@ class Ending:
 def finish(
     config: RunConfig, model: Path, tell: Callable[[str], None], fail: Callable[[str], None]
 ) -> Ending:
-    """Write the report of a run that is over, and push its model if that is asked for. One rank calls.
+    """Write the report of a run that is over, and push its model if that is asked for. Collective.
 
-    The run has done its work even where that fails: nothing is raised.
+    Rank 0 does it. The others wait however long it takes, and have an empty Ending: a job ends with its
+    last rank, and a collective of theirs would not wait so long. The run has done its work even where
+    something fails: nothing is raised.
 
     model: the folder of the trained model. tell: gets a line for each. fail: gets what failed, in words.
     """
-    return Ending(_report(config, tell, fail), push_the_end(config, model, tell, fail))
+    report = _report(config, tell, fail) if distributed.is_main() else None
+    return Ending(report, push_the_end(config, model, tell, fail))
 
 
 def _report(config: RunConfig, tell: Callable, fail: Callable) -> Path | None:
@@ -49,10 +53,19 @@ def push_the_end(
     config: RunConfig, model: Path, tell: Callable[[str], None], fail: Callable[[str], None]
 ) -> str | None:
     """The model of a run that is over to the hub, if that is asked for; the rest as `finish`."""
-    from dpo_fast.training.hub import push_run
+    address = None
+    if config.train.push_to_hub and distributed.is_main():
+        address = _pushed(config, model, tell, fail)
+    distributed.await_all("the end")
+    return address
 
-    if not config.train.push_to_hub:
-        return None
+
+def _pushed(config: RunConfig, model: Path, tell: Callable, fail: Callable) -> str | None:
+    from dpo_fast.training.console import say
+    from dpo_fast.training.hub import push_run, push_run_again
+
+    # Before it begins: whoever ends a long upload, or a scheduler that does, has the command.
+    say(f"the run is complete; pushing its model (later with `{push_run_again(config, model)}`)")
     try:
         address = push_run(config, model)
     except UserError as error:

@@ -7,10 +7,9 @@ a hash of its content: the same objects are the same files in another process, a
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -60,95 +59,12 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def rows_file(rows: Any, root: Path, name: str) -> Path:
-    """Rows in memory as a file that `data.train` reads.
-
-    rows: a Dataset of `datasets`, also a stream that ends, a pandas DataFrame, a list of dicts, or anything
-        with a length and rows.
-    name: of the argument, for errors.
-
-    Raises:
-        UserError: it is nothing of these, or a row is none.
-    """
-    kind = type(rows).__name__
-    if kind in ("DatasetDict", "IterableDatasetDict") or isinstance(rows, Mapping):
-        raise UserError(f"{name} is a {kind} of {', '.join(map(str, rows))}: hand over one split")
-    if hasattr(rows, "to_pylist"):  # a table of Arrow
-        rows = rows.to_pylist()
-    elif hasattr(rows, "to_dicts"):  # one of polars
-        rows = rows.to_dicts()
-    if hasattr(rows, "to_parquet"):
-        kept = {} if hasattr(rows, "column_names") else {"index": False}  # of a DataFrame
-        return stage(root, name, lambda file: _parquet(rows, file, kept, name), ".parquet")
-    if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
-        raise UserError(
-            f"{name} is a {kind}, which cannot be read twice: hand over a list, as "
-            "list(itertools.islice(rows, 10000)) makes one, or name a file, which "
-            "data.streaming=true reads in parts"
-        )
-    listed = [rows[index] for index in range(len(rows))]
-    for index, row in enumerate(listed):
-        if not isinstance(row, Mapping):
-            raise UserError(f"{name}[{index}] is a {type(row).__name__}: expected a dict")
-    if any(map(_has_image, listed)):
-        return rows_file(_dataset_of(listed, name), root, name)
-    text = "".join(_line(row, f"{name}[{index}]") for index, row in enumerate(listed))
-    return stage(root, name, lambda file: durable.write_file(file, text), ".jsonl")
-
-
-def _parquet(rows: Any, file: Path, options: dict[str, Any], name: str) -> None:
-    try:
-        rows.to_parquet(str(file), **options)
-    except (ValueError, TypeError, NotImplementedError) as error:  # pyarrow's are among them
-        raise UserError(
-            f"{name} is no table of Arrow: {durable.first_line(error)}. Hand over a list of dicts, as "
-            'DataFrame.to_dict("records") makes one'
-        ) from None
-
-
-def _dataset_of(rows: list[Mapping], name: str) -> Any:
-    import datasets
-
-    try:
-        return datasets.Dataset.from_list([dict(row) for row in rows])
-    except (ValueError, TypeError) as error:  # pyarrow's are among them
-        raise UserError(
-            f"{name}: {durable.first_line(error)}. Rows with images in memory are a table: give all "
-            "contents as lists of parts, or name the images by their paths"
-        ) from None
-
-
-def _has_image(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return any(map(_has_image, value.values()))
-    if isinstance(value, (list, tuple)):
-        return any(map(_has_image, value))
-    return hasattr(value, "getbands")  # an image of Pillow's
-
-
-def _line(row: Mapping, where: str) -> str:
-    """A row as a line of JSON. Raises UserError naming the row and the field."""
-    for key, value in row.items():
-        try:
-            json.dumps({key: value}, default=_number, ensure_ascii=False).encode()
-        except (TypeError, ValueError, RecursionError) as error:
-            raise UserError(f"{where}, field {key!r}: {durable.first_line(error)}") from None
-    return json.dumps(dict(row), ensure_ascii=False, default=_number) + "\n"
-
-
-def _number(value: Any) -> Any:
-    """A number or an array of NumPy's or torch's as Python's."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    if isinstance(value, Mapping):
-        return dict(value)
-    raise TypeError(f"a {type(value).__name__} is neither text, number, list nor dict")
-
-
-def model_folder(model: Any, root: Path, name: str, processing: Any = None) -> Path:
+def model_folder(
+    model: Any, root: Path, name: str, processing: Callable[[Path], None] | None = None
+) -> Path:
     """A model of transformers, or an adapter of peft, as a folder that `from_pretrained` loads.
 
-    processing: a tokenizer or processor that is saved with it.
+    processing: writes tokenizer and processor beside it.
 
     Raises:
         UserError: it is no such model, or one whose weights cannot be had whole.
@@ -173,7 +89,7 @@ def model_folder(model: Any, root: Path, name: str, processing: Any = None) -> P
                 "model.save_pretrained works, or name a folder"
             ) from None
         if processing is not None:
-            processing.save_pretrained(str(folder))
+            processing(folder)
         (folder / "README.md").unlink(missing_ok=True)  # peft's, which says nothing
 
     return stage(root, name, write)
@@ -253,21 +169,6 @@ def _differs(own: Any, stored: Any) -> bool:
         return False
     kinds = (own.dtype, torch.bfloat16, torch.float16)
     return not any(torch.equal(stored.to(kind).to(own.dtype), own) for kind in kinds)
-
-
-def tokenizer_folder(tokenizer: Any, root: Path) -> Path:
-    """A tokenizer as a folder; of a processor its tokenizer. Raises UserError."""
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    if not hasattr(tokenizer, "save_pretrained"):
-        raise UserError(
-            f"processing_class is a {type(tokenizer).__name__}: expected a tokenizer or a processor of "
-            "transformers, a folder, or a hub id"
-        )
-    return stage(root, "tokenizer", lambda folder: _saved(tokenizer, folder))
-
-
-def _saved(tokenizer: Any, folder: Path) -> None:
-    tokenizer.save_pretrained(str(folder))
 
 
 def is_name(value: Any) -> bool:

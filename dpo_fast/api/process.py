@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import random
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -29,6 +30,7 @@ def as_found() -> Iterator[None]:
     one address. Signal handlers are the engine's own care (`training/signals.py`).
     """
     environment, grouped = dict(os.environ), dist.is_initialized()
+    hook = sys.excepthook  # a process group puts one round it, and leaves it
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     states = (random.getstate(), np.random.get_state(), torch.random.get_rng_state())
     # Nothing asks for a GPU here: a process that has none in use yet may still want to fork.
@@ -42,6 +44,7 @@ def as_found() -> Iterator[None]:
         if not grouped and distributed.world_size() == 1:
             _leave_group()
             _put_back(environment)
+            sys.excepthook = hook
         torch.set_default_dtype(dtype)
         torch.set_num_threads(threads)
         random.setstate(states[0])

@@ -20,6 +20,8 @@ from dpo_fast.api.ending import Ending, finish
 from dpo_fast.api.options import HERE, lora_section, plain, tree_of
 from dpo_fast.api.own import named_callbacks, named_sampler
 from dpo_fast.api.process import as_found
+from dpo_fast.api.processing import tokenizer_folder, write_processing
+from dpo_fast.api.row_files import rows_file
 from dpo_fast.errors import UserError
 from dpo_fast.losses.custom import refresh
 from dpo_fast.training.config import RunConfig, build_config
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
     import os
 
     import pandas
-    from datasets import Dataset
     from peft import LoraConfig, PeftModel
     from transformers import (
         PreTrainedModel,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
         TrainerCallback,
     )
 
+    from dpo_fast.api.row_files import RowsInMemory
     from dpo_fast.data.own_order import Rows as RowsToOrder
     from dpo_fast.training.callbacks import Callback
 
@@ -46,8 +48,9 @@ if TYPE_CHECKING:
     )
     Callbacks: TypeAlias = OneCallback | Sequence[OneCallback | dict[str, dict[str, Any]]]
     Sampler: TypeAlias = Callable[[RowsToOrder, int], Iterable[int]] | Iterable[int] | str
-    Model: TypeAlias = str | os.PathLike | PreTrainedModel | PeftModel
-    Rows: TypeAlias = str | os.PathLike | list | Dataset | pandas.DataFrame
+    Name: TypeAlias = str | os.PathLike[str]
+    Model: TypeAlias = Name | PreTrainedModel | PeftModel
+    Rows: TypeAlias = Name | Sequence[Name] | RowsInMemory
 
 
 @dataclass(frozen=True)
@@ -105,15 +108,11 @@ class PreferenceRun:
     def __init__(
         self,
         model: Model | None = None,
-        config: RunConfig | Mapping[str, Any] | str | os.PathLike | None = None,
+        config: RunConfig | Mapping[str, Any] | Name | None = None,
         *,
         train_dataset: Rows | None = None,
         eval_dataset: Rows | None = None,
-        processing_class: PreTrainedTokenizerBase
-        | ProcessorMixin
-        | str
-        | os.PathLike
-        | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | Name | None = None,
         ref_model: Model | None = None,
         peft_config: LoraConfig | Mapping[str, Any] | None = None,
         callbacks: Callbacks | None = None,
@@ -144,7 +143,7 @@ class PreferenceRun:
         return self._config
 
     def train(
-        self, resume_from_checkpoint: bool | str | os.PathLike | None = None, dry_run: bool = False
+        self, resume_from_checkpoint: bool | Name | None = None, dry_run: bool = False
     ) -> Result:
         """Train, and export the model to `output_dir/final`. Collective.
 
@@ -188,7 +187,7 @@ class PreferenceRun:
                 asked = evaluation_of(model, rows, None, file, [], world)
             return evaluate_model(asked)["metrics"]
 
-    def save(self, folder: str | os.PathLike) -> Path:
+    def save(self, folder: Name) -> Path:
         """Write the trained model, or that of the newest checkpoint, to a folder. Collective.
 
         Raises:
@@ -269,11 +268,16 @@ class PreferenceRun:
         """Of the base model, from its configuration."""
         if getattr(self._peft, "target_modules", None) is not None:
             return None  # nobody asks
-        path = section.get("path") or (self._tree.get("model") or {}).get("path")
+        path = section.get("path") or self._model_path()
         from dpo_fast.models.config import ModelSection
         from dpo_fast.models.load import load_model_config
 
         return load_model_config(ModelSection(path=path)).model_type if path else None
+
+    def _model_path(self) -> str | None:
+        """Where the model lies, if it is named."""
+        given = (self._tree.get("model") or {}).get("path") if self._model is None else self._model
+        return None if given is None else str(given)
 
     def _path_of(self, name: str, value: Any) -> Any:
         """Where an argument lies; what is in memory is written by the first rank of each machine."""
@@ -281,38 +285,21 @@ class PreferenceRun:
             return plain_path(value)
         root = (self.output_dir / inputs.FOLDER).absolute()
         if name.endswith("_dataset"):
-            write = partial(inputs.rows_file, value, root, name)
+            write = partial(rows_file, value, root, name)
         elif name == "processing_class":
-            write = partial(inputs.tokenizer_folder, value, root)
+            write = partial(tokenizer_folder, value, root, self._model_path())
         else:
             inputs.check_model(value, name)
-            processing = self._processing(value) if name == "model" else None
+            processing = None
+            if name == "model":
+                own = getattr(value.config, "_name_or_path", "")
+                processing = partial(write_processing, self._given["processing_class"], own)
             write = partial(inputs.model_folder, value, root, name, processing)
         from dpo_fast.training import distributed
 
         if distributed.world_size() > 1:
             distributed.init_distributed()
         return distributed.main_first(f"inputs/{name}", lambda: str(write()))
-
-    def _processing(self, model: Any) -> Any:
-        """The tokenizer or processor that is saved with a model. Raises UserError if none is known."""
-        given = self._given["processing_class"]
-        where = given if given is not None else getattr(model.config, "_name_or_path", "")
-        if not inputs.is_name(where):
-            return where
-        if not where:
-            raise UserError(
-                f"{HERE}: the model does not say where its tokenizer is; hand it over as processing_class"
-            )
-        from transformers import AutoProcessor
-
-        try:
-            return AutoProcessor.from_pretrained(where)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{HERE}: no tokenizer can be loaded from {where} ({durable.first_line(error)}); hand it "
-                "over as processing_class"
-            ) from None
 
     def _named(self, callbacks: Any, sampler: Any) -> dict[str, Any]:
         """Callbacks and sampler as options, which have their names. The objects are kept."""
@@ -326,11 +313,8 @@ class PreferenceRun:
         return found
 
     def _finish(self, config: RunConfig, folder: Path) -> Ending:
-        from dpo_fast.training import distributed
         from dpo_fast.training.console import say
 
-        if not distributed.is_main():
-            return Ending()
         return finish(config, folder, say, partial(say, matters=True))
 
     def _give_back(self, folder: Path) -> None:

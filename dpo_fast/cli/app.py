@@ -133,8 +133,9 @@ def train(
     from dpo_fast.training.loop import train as train_run
 
     model = train_run(run, dry_run)
-    if model is not None and distributed.is_main():
-        typer.echo(f"model: {model}")
+    if model is not None:
+        if distributed.is_main():
+            typer.echo(f"model: {model}")
         finish(run, model, typer.echo, fail)
     distributed.leave_distributed()
 
@@ -209,7 +210,7 @@ def reference(
     nproc: Annotated[int, typer.Option(min=1, help="start this many local ranks")] = 1,
     quiet: Quiet = False,
 ) -> None:
-    """Compute and store the reference log-probs of a run, or go on after an interruption.
+    """Compute and store the reference log-probs of all rows, or go on after an interruption.
 
     A later `train` of the same configuration finds them. Another run finds them by reference.cache_dir.
     """
@@ -233,7 +234,9 @@ def _show_reference(stored) -> None:
     count, rows = len(stored.split.examples), stored.split.examples.kind.name
     done = "was there already"
     if stored.seconds is not None:
-        done = f"computed at {count / stored.seconds:.1f} {rows}/s"
+        done = f"computed at {stored.computed / stored.seconds:.1f} {rows}/s"
+        if stored.computed < count:
+            done = f"{stored.computed} of them {done}"
     typer.echo(f"{stored.split.name}: {count} {rows}, {done}")
     for folder in stored.folders:
         typer.echo(f'  pandas.read_parquet("{folder}")')

@@ -74,6 +74,7 @@ def iterate(
         show_steps(plan)
         typer.echo(f"model: {plan.steps[-1].model}")
         _report(plan)
+    if not dry_run:
         _push(plan)
     distributed.leave_distributed()
 
@@ -105,13 +106,15 @@ def _launch(nproc: int, arguments: list[str]) -> None:
 
 
 def _push(plan) -> None:
-    """The last model to the hub, if the section train asks for it."""
+    """The last model to the hub, if the section train asks for it. Collective."""
     from dpo_fast.cli.push import push_the_end
     from dpo_fast.report.card import illustrate
+    from dpo_fast.training import distributed
 
     last = plan.steps[-1]
-    with contextlib.suppress(UserError):  # the report has told it
-        illustrate(last.run)
+    if distributed.is_main():
+        with contextlib.suppress(UserError):  # the report has told it
+            illustrate(last.run)
     push_the_end(plan.run(last), last.model)
 
 

@@ -45,7 +45,7 @@ def push(
 
 
 def push_the_end(run, model: Path) -> None:
-    """The model of a run that is over to the hub. The run has done its work even where that fails.
+    """The model of a run that is over to the hub. The run is complete even where that fails. Collective.
 
     run: its RunConfig.
     """

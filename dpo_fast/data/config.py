@@ -61,26 +61,26 @@ class DataConfig(BaseModel):
         "several may be a mapping with the keys below"
     )
     stopping_strategy: Literal["first_exhausted", "all_exhausted"] = Field(
-        "first_exhausted",
+        default="first_exhausted",
         description="what an epoch of sources with weights is, as in `datasets.interleave_datasets`. "
         "first_exhausted: as many examples as there are without one coming twice; all_exhausted: as "
         "many as it takes until every example has come, with smaller sources shuffled and repeated",
         json_schema_extra={"refused": "without weights; with streaming"},
     )
     eval: str | list[str | SourceOptions] | None = Field(
-        None,
+        default=None,
         description="the same, for evaluation",
         json_schema_extra={"refused": "names that are also in train; beside eval_rows"},
     )
     eval_rows: int = Field(
-        0,
+        default=0,
         description="rows of train that are held out for evaluation, of sources with weights in "
         "proportion to them; 0: none",
         json_schema_extra={"refused": "beside eval; with streaming"},
     )
-    seed: int = Field(0, description="seed of the shuffle whose last rows are held out")
+    seed: int = Field(default=0, description="seed of the shuffle whose last rows are held out")
     format: Format = Field(
-        "auto",
+        default="auto",
         description="pairs: two answers, as text; messages: answers are lists of messages; unpaired: one "
         "completion and a label, true if it is desirable; groups: lists of completions and of scores, or "
         "of ranks, of which 1 is the best; sft: one answer to learn, without a label, of pairs the chosen "
@@ -100,55 +100,59 @@ class DataConfig(BaseModel):
         json_schema_extra={"refused": "columns that data.columns names"},
     )
     group_pairs: Literal["best_worst"] | None = Field(
-        None,
+        default=None,
         description="best_worst: make a pair of the best and the worst answer of every group, for losses "
         "on pairs; ties are dropped. Rows that are pairs stay so",
         json_schema_extra={"refused": "with format unpaired and sft"},
     )
     prompt_end: str | None = Field(
-        None,
+        default=None,
         description="for texts without a prompt column: the marker whose last occurrence ends the "
         "prompt; not needed for dialogues with Human: and Assistant: turns",
     )
-    max_length: int = Field(1024, description="tokens of prompt and completion together, at most")
+    max_length: int = Field(
+        default=1024, description="tokens of prompt and completion together, at most"
+    )
     max_prompt_length: int | None = Field(
-        None,
+        default=None,
         description="tokens that a prompt may keep however long the completions are; default: half of "
         "max_length",
         json_schema_extra={"refused": "unless below max_length"},
     )
     truncation: Literal["keep_end", "keep_start", "drop", "error"] = Field(
-        "keep_end",
+        default="keep_end",
         description="for a row that is too long: keep_end and keep_start keep that part of the prompt; "
         "drop leaves the row out; error stops",
     )
     on_bad_row: Literal["error", "skip"] = Field(
-        "error", description="error: stop at a bad row; skip: leave it out and report it"
+        default="error", description="error: stop at a bad row; skip: leave it out and report it"
     )
     max_row_bytes: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="bytes of a row, at most: of its line, or of its texts where the file is Parquet or "
         "Arrow, or has images in data URIs. A larger one is a bad row, told before it is decoded and "
         "tokenised, which takes some 300 bytes of memory and 3 microseconds for each byte. Default: 64 for "
         "each token of max_length, at least 1 MiB",
     )
-    add_eos: bool = Field(True, description="add EOS to completions that have no end of turn")
+    add_eos: bool = Field(
+        default=True, description="add EOS to completions that have no end of turn"
+    )
     scored: Literal["assistant", "last", "all"] = Field(
-        "assistant",
+        default="assistant",
         description="what of an answer of several messages is scored: what the assistant wrote, each turn "
         "with its end; only its last turn; or all, messages of users and tools too. An assistant message "
         "with `weight: 0` is never scored",
         json_schema_extra={"refused": "last where all rows are text"},
     )
     apply_chat_template: Literal["auto"] | bool = Field(
-        "auto",
+        default="auto",
         description="for rows of text. true: the prompt is a user's message and the answers are the "
         "assistant's, through the chat template; false: they are text as they stand; auto: the same, and "
         "said where the tokenizer has a chat template",
     )
     chat_template: str | None = Field(
-        None,
+        default=None,
         description="a Jinja file in place of the tokenizer's chat template; it is exported with the model",
     )
     chat_template_kwargs: dict[str, Any] = Field(
@@ -160,7 +164,7 @@ class DataConfig(BaseModel):
         },
     )
     image_folder: str | None = Field(
-        None,
+        default=None,
         description="where relative paths of images begin; default: the folder of the data file, then the "
         "working directory",
     )
@@ -171,17 +175,17 @@ class DataConfig(BaseModel):
         json_schema_extra={"refused": "names that the processor does not take"},
     )
     max_rows: int | None = Field(
-        None,
+        default=None,
         description="rows that are read of train, and of eval; default: all",
         json_schema_extra={"refused": "where a source is a mapping"},
     )
     workers: int = Field(
-        1,
+        default=1,
         description="processes that tokenise",
         json_schema_extra={"refused": "above 1 with streaming and without eval"},
     )
     streaming: bool = Field(
-        False,
+        default=False,
         description="read, check and tokenise train while training on it, and store nothing. The data "
         "begins again at its end",
         json_schema_extra={
@@ -189,13 +193,14 @@ class DataConfig(BaseModel):
         },
     )
     stream_buffer: int = Field(
-        10_000,
+        default=10_000,
         description="rows of a stream that are held at a time and shuffled. Each such chunk ends with a "
         "smaller step unless train.global_batch_size divides it",
         json_schema_extra={"refused": "without streaming; below train.global_batch_size"},
     )
     cache_dir: str | None = Field(
-        None, description="folder of tokenised rows; default: beside the cache of `datasets`"
+        default=None,
+        description="folder of tokenised rows; default: beside the cache of `datasets`",
     )
 
     @field_validator("train", "eval", mode="before")

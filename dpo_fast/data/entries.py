@@ -32,12 +32,12 @@ class SourceOptions(BaseModel):
         min_length=1, description="a file, a glob, a folder, or a hub id, as in `train`"
     )
     revision: str | None = Field(
-        None,
+        default=None,
         description="branch, tag or commit of a hub id, as in org/name@revision; default: main",
         json_schema_extra={"refused": "for files and folders"},
     )
     weight: float | None = Field(
-        None,
+        default=None,
         gt=0,
         allow_inf_nan=False,
         description="share of the examples of every epoch, in proportion to the other weights; default: "
@@ -45,22 +45,24 @@ class SourceOptions(BaseModel):
         json_schema_extra={"refused": "unless all sources have one; in eval"},
     )
     rows: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="take so many rows of it, chosen by `seed`; default: all",
         json_schema_extra={"refused": "if there are fewer"},
     )
     seed: int | None = Field(
-        None,
+        default=None,
         ge=0,
         description="seed of the choice of rows, and of the order in which epochs draw from the source; "
         "default: that of the data",
         json_schema_extra={"refused": "without `weight` and `rows`"},
     )
-    format: Format | None = Field(None, description="in place of data.format")
-    columns: dict[str, str] | None = Field(None, description="in place of data.columns")
-    ignore_columns: list[str] | None = Field(None, description="in place of data.ignore_columns")
-    prompt_end: str | None = Field(None, description="in place of data.prompt_end")
+    format: Format | None = Field(default=None, description="in place of data.format")
+    columns: dict[str, str] | None = Field(default=None, description="in place of data.columns")
+    ignore_columns: list[str] | None = Field(
+        default=None, description="in place of data.ignore_columns"
+    )
+    prompt_end: str | None = Field(default=None, description="in place of data.prompt_end")
 
     @model_validator(mode="before")
     @classmethod

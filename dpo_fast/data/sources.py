@@ -179,6 +179,11 @@ def _resolve(name: str, role: Role) -> list[Source]:
     hub = HUB_ID.fullmatch(name)
     if hub is None or suffix_of(path) or name.startswith((".", "~")):
         raise UserError(f"{name}: no such file, folder or glob match.{_near(path)}")
+    if name == hub["name"] and "/" not in name:  # far likelier a word, or a file without its ending
+        raise UserError(
+            f"{name}: no such file or folder.{_near(path)} A data set of the hub has an owner before it "
+            f"(owner/{name}) or a split behind it ({name}:train)"
+        )
     return [HubSource(hub["name"], hub["split"] or "train", hub["revision"], hub["config"])]
 
 

@@ -34,60 +34,60 @@ class EngineSection(BaseModel):
     model_config = FORBID
 
     type: Literal["transformers", "vllm", "openai"] = Field(
-        "transformers",
+        default="transformers",
         description="transformers: its `generate`, on any machine, a whole copy of the model on every "
         "rank; vllm: in this process, where vLLM is installed; openai: a running server with the "
         "OpenAI API, such as vLLM's",
     )
     batch_size: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="completions that are written at a time; default: 32, of vllm 1024. Another size "
         "gives other completions",
         json_schema_extra=_only("batch_size"),
     )
     url: str | None = Field(
-        None,
+        default=None,
         description="base URL of the server, as in http://localhost:8000/v1",
         json_schema_extra=_only("url"),
     )
     model: str | None = Field(
-        None,
+        default=None,
         description="name under which the server has the model; default: model.path",
         json_schema_extra=_only("model"),
     )
     api: Literal["completions", "chat"] = Field(
-        "completions",
+        default="completions",
         description="completions: the prompt's token ids, as in training, are sent to /completions; chat: "
         "messages are sent to /chat/completions, and the server has the chat template",
         json_schema_extra=_only("api"),
     )
     send: Literal["ids", "text"] = Field(
-        "ids",
+        default="ids",
         description="with api=completions. ids: the prompt as token ids, which vLLM, SGLang and OpenAI "
         "take; text: as text, to a server that takes no ids; its tokenizer puts BOS before it",
         json_schema_extra={"refused": "text with api=chat"},
     )
     api_key_env: str = Field(
-        "OPENAI_API_KEY",
+        default="OPENAI_API_KEY",
         description="environment variable with the key of the server; without it none is sent",
         json_schema_extra=_only("api_key_env"),
     )
     concurrency: int = Field(
-        32,
+        default=32,
         ge=1,
         le=4096,
         description="requests that wait at the server at a time, on each rank",
         json_schema_extra=_only("concurrency"),
     )
     timeout_seconds: float = Field(
-        600.0,
+        default=600.0,
         gt=0,
         description="a request that takes longer is tried again",
         json_schema_extra=_only("timeout_seconds"),
     )
     max_retries: int = Field(
-        5,
+        default=5,
         ge=0,
         le=100,
         description="times that a request is tried again, later each time",
@@ -136,57 +136,66 @@ class SampleSection(BaseModel):
     model_config = FORBID
 
     prompts: str | list[str] | None = Field(
-        None,
+        default=None,
         description="files, folders or hub ids of rows with a prompt, as in data.train: texts, messages or "
         "a question; of pairs, groups and examples of SFT the prompt is taken. Stages of `iterate` "
         "have their own",
     )
-    num_generations: int = Field(4, ge=1, le=4096, description="completions of each prompt")
-    temperature: float = Field(1.0, ge=0, le=100, description="0: the likeliest token, always")
-    top_p: float = Field(
-        1.0, gt=0, le=1, description="nucleus sampling: the likeliest tokens of so much together"
+    num_generations: int = Field(default=4, ge=1, le=4096, description="completions of each prompt")
+    temperature: float = Field(
+        default=1.0, ge=0, le=100, description="0: the likeliest token, always"
     )
-    top_k: int = Field(0, ge=0, description="only the so many likeliest tokens; 0: all")
+    top_p: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="nucleus sampling: the likeliest tokens of so much together",
+    )
+    top_k: int = Field(default=0, ge=0, description="only the so many likeliest tokens; 0: all")
     min_p: float = Field(
-        0.0,
+        default=0.0,
         ge=0,
         lt=1,
         description="only tokens with this share of the likeliest one's probability",
     )
     repetition_penalty: float = Field(
-        1.0, gt=0, le=100, description="above 1, tokens that were there become less likely"
+        default=1.0, gt=0, le=100, description="above 1, tokens that were there become less likely"
     )
-    max_new_tokens: int = Field(256, ge=1, description="tokens of a completion, at most")
+    max_new_tokens: int = Field(default=256, ge=1, description="tokens of a completion, at most")
     stop: list[str] = Field(
         default_factory=list,
         description="texts that end a completion, and are no part of it",
         json_schema_extra={"refused": "empty ones"},
     )
     seed: int = Field(
-        0,
+        default=0,
         ge=0,
         lt=2**32,
         description="the same seed gives the same completions, on any number of ranks",
     )
     system_prompt: str | None = Field(
-        None,
+        default=None,
         description="the system message of chats that have none",
         json_schema_extra={"refused": "where all prompts are text"},
     )
     max_prompts: int | None = Field(
-        None, ge=1, description="the first so many prompts of a seeded shuffle; default: all"
+        default=None,
+        ge=1,
+        description="the first so many prompts of a seeded shuffle; default: all",
     )
     long_prompts: Literal["drop", "error"] = Field(
-        "drop",
+        default="drop",
         description="for prompts that leave no room for max_new_tokens within data.max_length, or within "
         "the model's positions: drop counts them, error stops",
     )
     logps: bool | None = Field(
-        None,
+        default=None,
         description="score the completions once with the model, which a run then need not do for its "
         "reference; default: true, except with engine.type=openai, whose model need not fit here",
     )
-    output: Literal["jsonl", "parquet"] = Field("jsonl", description="kind of the file of rows")
+    output: Literal["jsonl", "parquet"] = Field(
+        default="jsonl", description="kind of the file of rows"
+    )
     engine: EngineSection = Field(
         default_factory=EngineSection, description="what writes the completions"
     )

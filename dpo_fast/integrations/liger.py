@@ -12,7 +12,9 @@ rounding. What differs:
 - `compiled` changes nothing, nor does `chunk_size` in losses of preferences. `implementation` and
   `workspace_bytes` are ours, as in `dpo_fast.linear_logp`.
 - Attributes have Liger's names. What is set later is checked by the next call, as in the constructor.
-- kl of KTO may be one number, or one for each sequence.
+- kl of KTO may be one number, or one for each sequence. Labels may have any dtype of integers.
+- Where Liger gives nan there is none: no sequences are a loss of 0, the nll of no tokens is 0, and a mean
+  over a sequence without scored tokens is a ValueError.
 """
 
 from __future__ import annotations
@@ -113,7 +115,7 @@ class LigerFusedLinearDPOLoss(LigerPairLoss):
         Args:
             lin_weight: [V, D].
             _input: [S, L, D], all chosen sequences and then all rejected ones.
-            target: int64 [S, L], shifted already: position l predicts target[s, l].
+            target: integers [S, L], shifted already: position l predicts target[s, l].
             bias: [V] or None.
             ref_input, ref_weight, ref_bias: the reference's; its hidden size may differ.
         """
@@ -153,7 +155,7 @@ class LigerFusedLinearORPOLoss(LigerPairLoss):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Loss, and the tuple of DPO with (log_odds_ratio, log_odds_chosen), [] each, at its end.
 
-        nll_target: int64 [S, L], labels of the nll where they differ from `target`. The nll is of the
+        nll_target: integers [S, L], labels of the nll where they differ from `target`. The nll is of the
             chosen sequences, the first half. Positions with the same label in both are scored once.
         """
         loss, outputs, pairs = self.pair_loss(

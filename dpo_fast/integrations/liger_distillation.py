@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dpo_fast.ops.integers import as_int64
 from dpo_fast.ops.linear_logp.dtensor import plain_input, plain_weight
 
 
@@ -76,7 +77,7 @@ class LigerDistillationLoss(nn.Module):
             student_input, teacher_input: [N, D]; the teacher's D may differ.
             student_weight, teacher_weight: [V, D]. Where the teacher's vocabulary is larger, by padding,
                 the student's logits are 0, as in Liger.
-            true_labels: int64 [N], shifted already.
+            true_labels: integers [N], shifted already.
             student_bias, teacher_bias: [V] or None.
 
         Raises:
@@ -88,6 +89,7 @@ class LigerDistillationLoss(nn.Module):
         with torch.no_grad():
             teacher = [plain_weight(x, states) for x in (teacher_weight, teacher_bias)]
         _check_shapes(hidden, states, true_labels, student[0], teacher[0])
+        true_labels = as_int64(true_labels, "true_labels")
         rows = (true_labels != self.ignore_index).nonzero().squeeze(1)
         # Connected to the model even if nothing is scored.
         soft = sum(x[:0].sum().float() for x in (hidden, *student) if x is not None)

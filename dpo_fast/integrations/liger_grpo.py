@@ -90,7 +90,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         Args:
             _input: [S, L, D].
             lin_weight: [V, D].
-            selected_token_ids: int64 [S, L], the token that each position predicts.
+            selected_token_ids: integers [S, L], the token that each position predicts.
             attention_mask: [S, L], 0 where no token is scored.
             advantages: [S].
             bias: [V] or None.

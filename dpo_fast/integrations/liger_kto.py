@@ -80,4 +80,4 @@ class LigerFusedLinearKTOLoss(LigerLoss):
             mean_logit(_input[mask_S], lin_weight, bias, total=True)
             for mask_S in (desirable_S, ~desirable_S)
         ]
-        return self.losses(logps).mean(), (*sums[:2], *logits, *sums[2:])
+        return self.mean_loss(logps), (*sums[:2], *logits, *sums[2:])

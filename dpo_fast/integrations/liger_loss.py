@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from dpo_fast.losses import PairLogps, SequenceLogps
+from dpo_fast.modules.losses import check_lengths
 from dpo_fast.modules.objective import ObjectiveModule
 from dpo_fast.modules.scored_rows import scored_rows
+from dpo_fast.ops.integers import as_int64
 from dpo_fast.ops.linear_logp.dtensor import plain_weight
 from dpo_fast.ops.linear_logp.op import linear_logp
 from dpo_fast.ops.segments import sum_sequences
@@ -44,7 +46,7 @@ class ScoredSequences(NamedTuple):
 
     logps_S: sums of their log-probs; means with `average_log_prob`.
     lengths_S: their scored tokens.
-    nll: mean over chosen tokens, [].
+    nll: mean over chosen tokens, []; 0 of none.
     """
 
     logps_S: Tensor
@@ -67,9 +69,10 @@ class LigerLoss(ObjectiveModule):
         self.implementation = settings.implementation
         self.workspace_bytes = settings.workspace_bytes
 
-    def losses(self, logps: PairLogps | SequenceLogps) -> Tensor:
-        """[P] of pairs, else [S]."""
-        return self.objective.specs[0].function(logps, self.objective.options)
+    def mean_loss(self, logps: PairLogps | SequenceLogps) -> Tensor:
+        """Over pairs, else over sequences, []; 0 of none, where Liger has nan."""
+        losses = self.objective.specs[0].function(logps, self.objective.options)
+        return losses.sum() / max(len(losses), 1)
 
     def _tokens(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows_T, targets_T):
         """Log-probabilities of these targets, [T]."""
@@ -97,6 +100,7 @@ class LigerLoss(ObjectiveModule):
                 f"expected input [S, L, D] and target [S, L]; got {tuple(hidden.shape)} and "
                 f"{tuple(target.shape)}"
             )
+        target = as_int64(target, "target")
         rows = scored_rows(target, ignore_index=self.ignore_index)
         only_nll, counted_N = self._only_nll(target, nll_target)
         targets = nll_target.flatten()[only_nll] if len(only_nll) else only_nll
@@ -106,9 +110,12 @@ class LigerLoss(ObjectiveModule):
         in_nll_T = counted_N[rows.rows_T]
         total = torch.where(in_nll_T, logp_T, 0).sum() + nll_logp.sum()
         logps_S = sum_sequences(logp_T, rows.lengths_S)
+        check_lengths(self.objective, rows.lengths_S)
         if self.average_log_prob:
+            _check_scored(rows.lengths_S)
             logps_S = logps_S / rows.lengths_S
-        return ScoredSequences(logps_S, rows.lengths_S, -total / (in_nll_T.sum() + len(only_nll)))
+        count = (in_nll_T.sum() + len(only_nll)).clamp_min(1)
+        return ScoredSequences(logps_S, rows.lengths_S, -total / count)
 
     def _only_nll(self, target: Tensor, nll_target: Tensor | None) -> tuple[Tensor, Tensor]:
         """Rows that the nll alone scores, int64, and a mask of rows that it shares, [N]; N = S L."""
@@ -121,6 +128,7 @@ class LigerLoss(ObjectiveModule):
                 f"nll_target is {tuple(nll_target.shape)}; expected the shape of target, "
                 f"{tuple(target.shape)}"
             )
+        nll_target = as_int64(nll_target, "nll_target")
         counted = chosen & (nll_target != self.ignore_index)
         same = nll_target == target
         more = (counted & ~same).flatten().nonzero().squeeze(1)
@@ -159,7 +167,7 @@ class LigerPairLoss(LigerLoss):
         reference = (None, None) if reference_S is None else reference_S.chunk(2)
         pairs = PairLogps(*scored.logps_S.chunk(2), *lengths_S.chunk(2), *reference)
         nll = scored.nll if self.compute_nll_loss else torch.zeros_like(scored.nll)
-        loss = self.losses(pairs).mean() + self.alpha * nll
+        loss = self.mean_loss(pairs) + self.alpha * nll
         half = len(hidden) // 2
         logits = (mean_logit(side, weight, bias) for side in (hidden[:half], hidden[half:]))
         rewards = (
@@ -192,6 +200,15 @@ def in_one_dtype(*operands: Tensor | None) -> tuple[Tensor | None, ...]:
         return operands
     dtype = functools.reduce(torch.promote_types, given)
     return tuple(None if x is None else x.to(dtype) for x in operands)
+
+
+def _check_scored(lengths_S: Tensor) -> None:
+    """Raises ValueError for a sequence without scored tokens, whose mean would be nan, and the loss."""
+    if not torch.compiler.is_compiling() and (lengths_S <= 0).any():
+        raise ValueError(
+            f"average_log_prob=True divides by lengths, and sequence {int(lengths_S.argmin())} has no "
+            "scored token: leave the example out, or set it to False"
+        )
 
 
 def check_reference(use_ref_model: bool, hidden, weight, bias) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import transformers
@@ -31,9 +32,10 @@ from dpo_fast.models import recurrent
 from dpo_fast.models.adapters import as_started, keep_frozen_copy, why_not
 from dpo_fast.models.architecture import architecture_of, choose_attention, choose_layout
 from dpo_fast.models.by_sequence import serve_by_sequence
+from dpo_fast.models.decoder import kept_attention
 from dpo_fast.models.handed import serve_handed
 from dpo_fast.models.own_losses import check_no_balance, check_own_losses
-from dpo_fast.models.scoring import fuse_head, scoring_forward
+from dpo_fast.models.scoring import fuse_head, scoring_forward, scoring_head
 from dpo_fast.models.separation import check_separation
 from dpo_fast.modules.metrics import METRIC_EXTRAS
 from dpo_fast.references.providers import (
@@ -59,8 +61,7 @@ class PreferenceTrainer(WholeFolders, transformers.Trainer):
     Args:
         model: causal LM, or a `PeftModel` round one. Its `lm_head` becomes a `FusedHead` over the
             same weights. Where the layout puts sequences into one row, its attention becomes one for
-            such rows. To use the model in this process afterwards call
-            `model.set_attn_implementation("sdpa")`.
+            such rows; calls of the model by others, such as `generate`, have its own.
         args: `TrainingArguments`.
         objective: the losses, as an `Objective`, a name such as "simpo" or several names; those that look
             at the whole global batch at once are refused.
@@ -324,17 +325,33 @@ def _prepare_adapters(model: nn.Module, frozen_copy: bool) -> None:
 
 def _prepare(model: PreTrainedModel, layout: str, device: torch.device, dtype: torch.dtype) -> None:
     """Give a model the fused head, `model(scored=True, ...)` and the attention of the layout."""
+    own = shared = model.config._attn_implementation
     if LAYOUTS[layout].shares_rows:
-        attention = choose_attention("auto", layout, device, dtype, architecture_of(model))
-        model.set_attn_implementation(attention.name)
+        shared = choose_attention("auto", layout, device, dtype, architecture_of(model)).name
+        model.set_attn_implementation(shared)
         recurrent.serve(model)
         serve_by_sequence(model)
         serve_handed(model)
     fuse_head(model)
-    add_forward(model, "scored", _score)
+    score = functools.partial(_score, attention=shared)
+    add_forward(model, "scored", score, functools.partial(_with_attention, name=own))
 
 
-def _score(model: PreTrainedModel, **kwargs) -> dict[str, Tensor]:
+@contextlib.contextmanager
+def _with_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """A context in which a model has its own attention, which knows no rows of several sequences."""
+    if name == model.config._attn_implementation:
+        yield
+        return
+    with kept_attention(model):
+        model.set_attn_implementation(name)
+        yield
+
+
+def _score(model: PreTrainedModel, attention: str, **kwargs) -> dict[str, Tensor]:
     """`scoring_forward`, without the arguments that peft adds, all None."""
+    if model.config._attn_implementation != attention:  # set by another since, to generate say
+        model.set_attn_implementation(attention)
+    scoring_head(model)
     names = inspect.signature(scoring_forward).parameters
     return scoring_forward(model, **{name: kwargs[name] for name in names if name in kwargs})

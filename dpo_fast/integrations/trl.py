@@ -25,6 +25,7 @@ from dpo_fast.integrations.fsdp import prepare_fsdp
 from dpo_fast.integrations.saving import WholeFolders
 from dpo_fast.integrations.trl_forward import add_linear_logp
 from dpo_fast.integrations.trl_losses import our_loss, share_losses
+from dpo_fast.models.scoring import scoring_head
 
 WRITTEN_FOR = ("1.15", "1.16")  # the oldest and the newest
 HEAD = "add_fused_lm_head"
@@ -54,6 +55,9 @@ class FastHeadMixin(WholeFolders):
         # Within __init__: a stored reference is computed there, and wrappers come after it.
         with _replaced(self._trl_module(), HEAD, self.add_head):
             super().__init__(*args, **kwargs)
+        policy = self.accelerator.unwrap_model(self.model)
+        # peft comes after our head, and may have put an adapter on it.
+        scoring_head(policy.get_base_model() if hasattr(policy, "peft_config") else policy)
 
     def add_head(self, model: nn.Module, *args, **kwargs) -> None:
         """As `add_linear_logp`. TRL calls it on the policy and on the reference, before wrapping them.

@@ -12,7 +12,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from dpo_fast.integrations.forward import add_forward
 from dpo_fast.models.routers import top_k_of
-from dpo_fast.models.scoring import fuse_head
+from dpo_fast.models.scoring import fuse_head, scoring_head
 
 IGNORED = -100
 FIELDS = {  # of TRL's output: our extra
@@ -43,7 +43,9 @@ def add_linear_logp(
     if cast_lm_head_to_fp32:
         head = model.get_output_embeddings()
         head.register_forward_pre_hook(lambda _, arguments: (arguments[0].float(), *arguments[1:]))
-    forward = functools.partial(_score, fields=fields, in_fp32=cast_lm_head_to_fp32)
+    forward = functools.partial(
+        _score, fields=fields, in_fp32=cast_lm_head_to_fp32, temperature=temperature
+    )
     add_forward(model, "fused_lm_head", forward)
 
 
@@ -55,6 +57,7 @@ def _score(
     num_items_in_batch: Tensor | int | None = None,
     fields: dict[str, str],
     in_fp32: bool,
+    temperature: float,
     **kwargs,
 ) -> FusedCausalLMOutput:
     """Fields [S, L - 1], fp32 (is_top1 bool), 0 where nothing is scored; [S, L] with shift_labels.
@@ -65,8 +68,8 @@ def _score(
     """
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         kwargs.setdefault("output_router_logits", True)
+    head = scoring_head(model, temperature)
     output = model.base_model(*args, **kwargs | {"use_cache": False})
-    head = model.get_output_embeddings()
     hidden = output.last_hidden_state.to(head.weight.device)
     if not torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(head.weight.dtype)  # a head in fp32 over a backbone of 16 bits

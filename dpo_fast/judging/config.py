@@ -39,26 +39,26 @@ class JudgeSection(BaseModel):
         "transformers; implicit: beta (log policy - log reference), the policy being model.path"
     )
     samples: str | None = Field(
-        None, description="completions to judge; default: samples.jsonl of output_dir"
+        default=None, description="completions to judge; default: samples.jsonl of output_dir"
     )
     max_failures: int = Field(
-        10,
+        default=10,
         ge=1,
         description="failures in a row, such as crashes and time-outs, that end the command. What was "
         "judged is kept, and the same command goes on after it",
     )
     function: str | list[str] | None = Field(
-        None,
+        default=None,
         description="rule: module:function or path.py:function. It gets (prompt, completion) and columns "
         "of the row by name, and returns a number, true or false, or None to refuse. One with a parameter "
         "`completions` gets lists, as reward functions of TRL do. Of several the scores are added, and "
         "None adds nothing",
     )
     weights: list[float] | None = Field(
-        None, description="rule, of several functions: a weight for each; default: all 1"
+        default=None, description="rule, of several functions: a weight for each; default: all 1"
     )
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = Field(
-        "sum_then_normalize",
+        default="sum_then_normalize",
         description="rule, of several functions: normalize_then_sum gives the scores of each the same mean "
         "and spread over the completions of a prompt before they are added (GDPO)",
     )
@@ -66,107 +66,116 @@ class JudgeSection(BaseModel):
         default_factory=dict, description="rule: further arguments of the function"
     )
     command: str | list[str] | None = Field(
-        None,
+        default=None,
         description='command: a program and its arguments. It gets {"prompt", "completion", ...} as one '
         'line of JSON on standard input, and answers {"score": number or null} in one line',
     )
     keep_alive: bool = Field(
-        True, description="command: one process for all lines; false: one for each line"
+        default=True, description="command: one process for all lines; false: one for each line"
     )
     unit: Literal["completion", "row"] = Field(
-        "completion",
+        default="completion",
         description='command: what a line holds; row: a prompt with its `completions`, answered {"scores": '
         "[...]}",
     )
     url: str | None = Field(
-        None, description="openai: address of the server, as in http://localhost:8000/v1"
+        default=None, description="openai: address of the server, as in http://localhost:8000/v1"
     )
-    model: str | None = Field(None, description="openai: the name of the model on the server")
+    model: str | None = Field(
+        default=None, description="openai: the name of the model on the server"
+    )
     compare: Literal["pointwise", "pairwise"] = Field(
-        "pointwise",
+        default="pointwise",
         description="openai: pointwise: a number for each completion; pairwise: every two completions of "
         "a prompt are compared, and a score is the share of comparisons won",
     )
     both_orders: bool = Field(
-        True,
+        default=True,
         description="openai, pairwise: compare in both orders. A judge that answers by the place counts "
         "as a tie",
     )
     rubric: str | None = Field(
-        None,
+        default=None,
         description="openai: what the judge is asked, or file:PATH, with {prompt} and {completion}, or "
         "{first} and {second}. Default: one that ends with [[7]] (1 to 10), or [[A]], [[B]] or [[C]], a "
         "tie. The last such mark of the answer counts",
     )
-    system_prompt: str | None = Field(None, description="openai: the system message of the judge")
+    system_prompt: str | None = Field(
+        default=None, description="openai: the system message of the judge"
+    )
     temperature: float | None = Field(
-        0.0,
+        default=0.0,
         ge=0,
         description="openai: of the judge's answers; null for models that refuse the field",
     )
     max_tokens: int | None = Field(
-        1024,
+        default=1024,
         ge=1,
         description="openai: tokens of an answer, at most; null for models that refuse the field, with "
         "extra_body: {max_completion_tokens: 4096}",
     )
-    seed: int | None = Field(None, description="openai: seed, for servers that take one")
+    seed: int | None = Field(default=None, description="openai: seed, for servers that take one")
     extra_body: dict[str, Any] = Field(
         default_factory=dict, description="openai: further fields of a request"
     )
     api_key_env: str = Field(
-        "OPENAI_API_KEY",
+        default="OPENAI_API_KEY",
         description="openai: environment variable with the key; a server without keys needs none",
     )
     cache: bool = Field(
-        True, description="openai: keep every answer in judge-cache.jsonl, and ask nothing twice"
+        default=True,
+        description="openai: keep every answer in judge-cache.jsonl, and ask nothing twice",
     )
     path: ModelPath | None = Field(
-        None, description="reward_model: a folder or hub id, also as org/name@revision"
+        default=None, description="reward_model: a folder or hub id, also as org/name@revision"
     )
     label: int | str | None = Field(
-        None,
+        default=None,
         description="reward_model: of a classifier with several labels the one whose logit is the score, "
         "by name or number",
     )
     input: Literal["conversation", "completion"] = Field(
-        "conversation",
+        default="conversation",
         description="reward_model: what it reads; completion: the answer alone, as classifiers of "
         "sentiment or toxicity do",
     )
     apply_chat_template: Literal["auto"] | bool = Field(
-        "auto",
+        default="auto",
         description="reward_model: for prompts that are text. true: a user's message, through its chat "
         "template; false: text as it stands; auto: the template where it has one",
     )
     max_length: int | None = Field(
-        None,
+        default=None,
         ge=2,
         description="reward_model: tokens of a text, of which the last stay. Default: as many as it takes",
     )
     reference: ModelPath | None = Field(
-        None, description="implicit: the reference model, a folder or hub id"
+        default=None, description="implicit: the reference model, a folder or hub id"
     )
-    beta: float = Field(0.1, gt=0, description="implicit: beta of the reward")
+    beta: float = Field(default=0.1, gt=0, description="implicit: beta of the reward")
     per_token: bool = Field(
-        False,
+        default=False,
         description="implicit: divide by the completion's tokens, as length-normalised DPO does",
     )
-    batch_size: int = Field(8, ge=1, description="reward_model, implicit: texts of a forward pass")
+    batch_size: int = Field(
+        default=8, ge=1, description="reward_model, implicit: texts of a forward pass"
+    )
     dtype: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="reward_model, implicit: dtype of weights, as model.dtype"
+        default="auto", description="reward_model, implicit: dtype of weights, as model.dtype"
     )
     trust_remote_code: bool = Field(
-        False, description="reward_model, implicit: run code that comes with the model"
+        default=False, description="reward_model, implicit: run code that comes with the model"
     )
     timeout_seconds: float = Field(
-        60.0, gt=0, description="rule, command, openai: seconds that an answer may take"
+        default=60.0, gt=0, description="rule, command, openai: seconds that an answer may take"
     )
     max_retries: int = Field(
-        2, ge=0, description="rule, command, openai: further tries after a crash or a time-out"
+        default=2,
+        ge=0,
+        description="rule, command, openai: further tries after a crash or a time-out",
     )
     concurrency: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="rule, command, openai: processes, or requests at a time. Default: 1, openai 8",
     )
@@ -241,46 +250,49 @@ class PairsSection(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     strategy: Literal["best_worst", "all", "best_random", "groups"] = Field(
-        "best_worst",
+        default="best_worst",
         description="best_worst: the best against the worst; all: every two whose scores differ by more "
         "than margin (DNO-Prct, arXiv 2404.03715); best_random: the best against one of the others, drawn "
         "by seed; groups: no pairs, but all scored completions of a prompt, for losses on groups",
     )
     margin: float = Field(
-        0.0, ge=0, allow_inf_nan=False, description="a pair's scores differ by more than this"
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="a pair's scores differ by more than this",
     )
     max_per_prompt: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="pairs of a prompt, those of the largest differences first; default: all",
     )
-    seed: int = Field(0, ge=0, description="seed of best_random")
+    seed: int = Field(default=0, ge=0, description="seed of best_random")
     unfinished: Literal["reject", "drop", "keep"] = Field(
-        "reject",
+        default="reject",
         description="completions that max_new_tokens cut off. reject: they may be rejected, and are never "
         "chosen; drop: they are left out; keep: as all others",
     )
     max_length_ratio: float | None = Field(
-        None,
+        default=None,
         ge=1,
         allow_inf_nan=False,
         description="drop pairs whose longer answer has more than so many times the characters of the "
         "shorter",
     )
     only_length: Literal["drop", "keep"] = Field(
-        "drop",
+        default="drop",
         description="pairs that differ in length alone: the words of one answer are the first words of "
         "the other",
     )
     soft_label: float | None = Field(
-        None,
+        default=None,
         gt=0,
         allow_inf_nan=False,
         description="write the column soft_label, sigmoid(this x difference of scores), for losses that "
         "take one; default: none",
     )
     margin_column: bool = Field(
-        False,
+        default=False,
         description="write the column margin, the difference of scores, for losses that take one",
     )
 

@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from dpo_fast.errors import UserError
 from dpo_fast.losses.logps import Logps, PairLogps
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Loss = Callable[[Logps, LossOptions], "Tensor"]
+LossFunction = TypeVar("LossFunction", bound=Callable[..., "Tensor"])
 NOT_THEIRS = (str(Path(__file__).parents[1]), sysconfig.get_path("stdlib"), "<")
 SITE = "site-packages"
 GROUP = "dpo_fast.losses"  # of entry points
@@ -37,7 +38,17 @@ _specs: dict[Loss, LossSpec] = {}  # of decorated functions
 _digests: dict[Path, str] = {}  # of files that were loaded
 
 
-def register_loss(function: Loss | None = None, /, *, name: str | None = None, **facts: Any):
+@overload
+def register_loss(function: LossFunction, /) -> LossFunction: ...
+
+
+@overload
+def register_loss(
+    *, name: str | None = None, **facts: Any
+) -> Callable[[LossFunction], LossFunction]: ...
+
+
+def register_loss(function: Any = None, /, *, name: str | None = None, **facts: Any) -> Any:
     """Decorator: a function becomes a loss, under its own name or another.
 
         @register_loss(needs_reference=False, options=("beta",))

@@ -18,6 +18,7 @@ from dpo_fast.losses.logps import GroupLogps, PairLogps, SequenceLogps
 from dpo_fast.losses.objective import Objective, Totals
 from dpo_fast.losses.sums import Tokens, policy_weights, sequence_sums
 from dpo_fast.ops.dispatch import choose_implementation
+from dpo_fast.ops.integers import as_int64
 from dpo_fast.ops.segments import sum_sequences
 
 logger = logging.getLogger("dpo_fast")
@@ -43,7 +44,7 @@ class ScoredGroups(NamedTuple):
     """P groups of completions, one group after the other.
 
     scores_S: fp32 [S], higher is better.
-    counts_P: int64 [P], completions of each group.
+    counts_P: int64 (or other integers) [P], completions of each group.
     old_T: fp32 [T], log-probs of the tokens under the model that wrote them, or None.
     """
 
@@ -71,8 +72,8 @@ def preference(
 
     Args:
         logp_T: [T] fp32 (or fp64), log-probabilities of scored tokens, any stride.
-        lengths_S: [S] int64, tokens of each sequence, contiguous in T. Of pair p sequence 2p is the chosen
-            and 2p + 1 the rejected one. A length may be 0, and so may S.
+        lengths_S: [S] int64 (or other integers), tokens of each sequence, contiguous in T. Of pair p
+            sequence 2p is the chosen and 2p + 1 the rejected one. A length may be 0, and so may S.
         reference_S: [S] fp32, the reference's log-probabilities, or None where no loss needs them.
         objective: the weighted losses.
         totals: counts of the global batch, which losses are divided by.
@@ -95,6 +96,9 @@ def preference(
         UnavailableError: the named implementation cannot run here, or cannot do these losses.
     """
     columns, statistics = columns or {}, statistics or {}
+    lengths_S = as_int64(lengths_S, "lengths")
+    if groups is not None:
+        groups = groups._replace(counts_P=as_int64(groups.counts_P, "counts"))
     paired = desirable_S is None and groups is None and not objective.grouped
     check_sequences(logp_T, lengths_S, reference_S, paired=paired)
     _check_inputs(objective, reference_S, columns, desirable_S)
@@ -212,10 +216,10 @@ def _check_groups(
     if not objective.grouped:
         raise ValueError(f"losses {objective.names} do not take groups; groups was given")
     scores_S, counts_P, old_T = groups
-    if scores_S.shape != lengths_S.shape or counts_P.dtype != torch.int64 or counts_P.dim() != 1:
+    if scores_S.shape != lengths_S.shape or counts_P.dim() != 1:
         raise ValueError(
-            f"scores are {tuple(scores_S.shape)}, counts {counts_P.dtype} {tuple(counts_P.shape)}; "
-            f"expected ({len(lengths_S)},), a score for each completion, and torch.int64 [P]"
+            f"scores are {tuple(scores_S.shape)}, counts {tuple(counts_P.shape)}; expected "
+            f"({len(lengths_S)},), a score for each completion, and [P]"
         )
     _check_values(scores_S, counts_P, waits=not (logp_T.is_cuda or torch.compiler.is_compiling()))
     needed = {

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dpo_fast.ops.once import once_differentiable
+
 
 def fused_preference(
     logp_T: Tensor,
@@ -91,7 +93,7 @@ class _Preference(torch.autograd.Function):
         return loss, logps_S, rewards_S
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad, *_):
         (slopes_T,) = ctx.saved_tensors
         return None if grad is None else slopes_T * grad, None, None, None, None, None
@@ -130,4 +132,6 @@ def _preference_backward(ctx, grad, *_):
     return None if grad is None else slopes_T * grad, *(None,) * 7
 
 
-preference.register_autograd(_preference_backward, setup_context=_preference_context)
+preference.register_autograd(
+    once_differentiable(_preference_backward), setup_context=_preference_context
+)

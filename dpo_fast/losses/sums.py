@@ -53,7 +53,7 @@ def sequence_sums(
     if options.ld_alpha is not None:
         if not paired:
             raise ValueError("loss.ld_alpha compares the lengths of a pair's answers: give pairs")
-        weight_T = tail_weights(lengths_S, options.ld_alpha, logp_T.dtype)
+        weight_T = tail_weights(lengths_S, options.ld_alpha, len(logp_T), logp_T.dtype)
         logp_T = logp_T * weight_T
         if reference_T is not None and options.ld_reference:
             reference_T = reference_T * weight_T
@@ -62,11 +62,13 @@ def sequence_sums(
     return sum_sequences(logp_T, lengths_S), reference_S
 
 
-def tail_weights(lengths_S: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
-    """1 for the first min(nw, nl) tokens of a sequence, alpha for the later ones, [T]."""
+def tail_weights(lengths_S: Tensor, alpha: float, total: int, dtype: torch.dtype) -> Tensor:
+    """1 for the first min(nw, nl) tokens of a sequence, alpha for the later ones, [T].
+
+    total: T; told, since adding up the lengths would wait for a GPU.
+    """
     shorter_S = lengths_S.view(-1, 2).amin(1).repeat_interleave(2)
     start_S = lengths_S.cumsum(0) - lengths_S
-    total = int(lengths_S.sum())
     place_T = torch.arange(total, device=lengths_S.device) - start_S.repeat_interleave(
         lengths_S, output_size=total
     )

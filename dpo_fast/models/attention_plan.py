@@ -195,7 +195,7 @@ class AttentionPlan:
         numbers = np.full(sum(own for own, *_ in self.spans), -1, dtype=np.int32)
         for number, (first, end) in enumerate(self.runs):
             numbers[first:end] = number
-        return torch.from_numpy(numbers).to(self.device)
+        return torch.from_numpy(numbers).to(self.device, non_blocking=True)
 
     @functools.cached_property
     def ends(self) -> Tensor:
@@ -214,13 +214,13 @@ class AttentionPlan:
                 seen = ends[starts[parent] : starts[parent] + prefix - self.spans[parent][1]]
                 np.maximum(seen, closed[place], out=seen)
                 closed[parent] = max(closed[parent], closed[place])
-        return torch.from_numpy(ends).to(self.device)
+        return torch.from_numpy(ends).to(self.device, non_blocking=True)
 
     @functools.cached_property
     def positions(self) -> Tensor:
         """For every token its place in its sequence, int32 [N]."""
         pieces = [np.arange(prefix, prefix + own, dtype=np.int32) for own, prefix, _ in self.spans]
-        return torch.from_numpy(np.concatenate(pieces)).to(self.device)
+        return torch.from_numpy(np.concatenate(pieces)).to(self.device, non_blocking=True)
 
     def chunked(self, size: int) -> AttentionPlan:
         """The plan of a layer in which a token sees only its own one of the chunks of its sequence.

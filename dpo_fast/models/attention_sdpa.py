@@ -22,6 +22,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from dpo_fast.models.attention_plan import AttentionPlan, Segment
+from dpo_fast.ops.once import once_differentiable
 
 BLOCK = 256  # queries of a block at least, where a window makes blocks
 MASK_ELEMENTS = 1 << 22  # of a mask or of scores that are not worth cutting into blocks
@@ -143,7 +144,7 @@ class _FlashOnCpu(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad):
         q, k, v, output, lse = ctx.saved_tensors
         keys, values = (_for_every_head(x, q) for x in (k, v))

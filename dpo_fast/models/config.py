@@ -44,77 +44,78 @@ class ModelSection(BaseModel):
         "the folder of an adapter (peft) whose adapter_config.json names its base"
     )
     revision: str | None = Field(
-        None,
+        default=None,
         description="branch, tag or commit of the hub id in path, and of its tokenizer; a run notes it as "
         "path: org/name@revision. Default: main",
         json_schema_extra={"refused": "where path is a folder, or names one"},
     )
     adapter: Literal["continue", "merge"] | None = Field(
-        None,
+        default=None,
         description="what becomes of the adapter in path. continue (default): it is trained further, and "
         "the reference is that adapter frozen; merge: it is merged into its base, and training starts anew "
         "from there, of the whole model or of new adapters (lora)",
         json_schema_extra={"refused": "where path is no adapter; continue with lora"},
     )
     adapter_path: ModelPath | None = Field(
-        None,
+        default=None,
         description="an adapter (peft), a folder or a hub id, on the model in path: in place of an adapter "
         "in path that names its base itself",
         json_schema_extra={"refused": "where path is an adapter; with lora, unless adapter=merge"},
     )
     adapters: dict[str, ModelPath] | None = Field(
-        None,
+        default=None,
         description="adapters (peft) that stay active and frozen under the one that is trained, {name: a "
         "folder or a hub id}; the reference has them, too, and each is exported by its name",
         json_schema_extra={"refused": "without an adapter to train; with adapter=merge"},
     )
     tokenizer: ModelPath | None = Field(
-        None, description="tokenizer folder or hub id, also as org/name@revision; default: path"
+        default=None,
+        description="tokenizer folder or hub id, also as org/name@revision; default: path",
     )
     dtype: Literal["auto", "bf16", "fp32"] = Field(
-        "auto",
+        default="auto",
         description="dtype of weights and activations; auto: bf16 on a GPU, and on a CPU that has "
         "instructions for its products (AVX512_BF16, AMX, Arm's BF16), else fp32",
     )
     attention: str = Field(
-        "auto",
+        default="auto",
         description="attention implementation of transformers (sdpa, eager, flash_attention_2, ...); "
         "auto: sdpa where every sequence has a row of its own; where sequences share a row, a varlen "
         "kernel or else flex_attention on a GPU, and SDPA sequence by sequence on a CPU",
     )
     gradient_checkpointing: bool | None = Field(
-        None, description="recompute activations in backward; default: above 1e9 parameters"
+        default=None, description="recompute activations in backward; default: above 1e9 parameters"
     )
     checkpoint_layers: StrictInt | list[StrictInt] | None = Field(
-        None,
+        default=None,
         description="decoder layers whose activations are recomputed: a number means the first so "
         "many, a list the layers of these indices; default: all. Turns gradient_checkpointing on",
         json_schema_extra={"refused": "with gradient_checkpointing=false"},
     )
     activation_offloading: bool = Field(
-        False,
+        default=False,
         description="what is kept of recomputed layers, their inputs, waits in CPU memory until the "
         "backward pass. Turns gradient_checkpointing on",
         json_schema_extra={"refused": "with gradient_checkpointing=false"},
     )
     tiled_mlp: StrictBool | StrictInt = Field(
-        False,
+        default=False,
         description="run MLPs and norms in tiles of so many tokens, and recompute them in backward: for "
         "rows so long that these take most of the memory; true: 4096 tokens",
         json_schema_extra={"refused": "with torch_compile; for models with experts"},
     )
     use_liger_kernel: bool = Field(
-        False,
+        default=False,
         description="liger-kernel's RMSNorm, RoPE and MLP in place of the model's",
         json_schema_extra={"refused": "with torch_compile; without a GPU"},
     )
     torch_compile: bool = Field(
-        False,
+        default=False,
         description="compile the blocks of the decoder layers with torch.compile",
         json_schema_extra={"refused": "with use_liger_kernel; with parallel.zero_stage=3"},
     )
     fp8: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = Field(
-        None,
+        default=None,
         description="compute the products of the decoder's linear layers in 8-bit floats, by this recipe "
         "of torchao's float8 training; head, log-probs and stored weights stay as they are; true: "
         "tensorwise",
@@ -124,21 +125,21 @@ class ModelSection(BaseModel):
         },
     )
     router_aux_loss_coef: float | None = Field(
-        None,
+        default=None,
         ge=0,
         description="weight of the balancing loss of experts, over all tokens of the global batch; "
         "default: that of the model's configuration where output_router_logits is true, else 0",
         json_schema_extra={"refused": "without experts; above 0 with output_router_logits=false"},
     )
     output_router_logits: bool | None = Field(
-        None,
+        default=None,
         description="true: add the balancing loss with the coefficient of the model's configuration; "
         "false: train without the one that it asks for; default: as there",
         json_schema_extra={"refused": "true without experts"},
     )
-    trust_remote_code: bool = Field(False, description="run code that comes with the model")
+    trust_remote_code: bool = Field(default=False, description="run code that comes with the model")
     images: bool | None = Field(
-        None,
+        default=None,
         description="load what sees images, the vision tower, beside the text model; default: where the "
         "data has images",
         json_schema_extra={
@@ -146,15 +147,17 @@ class ModelSection(BaseModel):
         },
     )
     freeze_vision_tower: bool = Field(
-        True,
+        default=True,
         description="do not train the vision tower; new adapters leave it and its projector out, too",
     )
     freeze_multi_modal_projector: bool = Field(
-        True, description="do not train what leads from the vision tower to the text model"
+        default=True, description="do not train what leads from the vision tower to the text model"
     )
-    lora: LoraSection | None = Field(None, description="train adapters instead of the model")
+    lora: LoraSection | None = Field(
+        default=None, description="train adapters instead of the model"
+    )
     quantization: QuantizationSection | None = Field(
-        None,
+        default=None,
         description="load the base, and a reference model, with few bits a weight, for adapters on top "
         "(QLoRA)",
         json_schema_extra={

@@ -126,12 +126,17 @@ def _attention(module: nn.Module, *arguments, attention_mask=None, **options):
     return module.forward_of_batches(*arguments, attention_mask=attention_mask, **options)
 
 
+def _behind(spans, device: torch.device, length: int, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores of `length` tokens: the least number for those that come later."""
+    least = torch.finfo(dtype).min
+    return torch.full((length, length), least, dtype=dtype, device=device).triu(1)
+
+
 @torch.compiler.disable  # it computes with indices of the row
 def _by_plan(module: nn.Module, plan: AttentionPlan, hidden_states: Tensor, *arguments, **options):
     count, length = plan.once(sequences_of).tokens.shape
-    least = torch.finfo(hidden_states.dtype).min
-    mask = torch.full((length, length), least, dtype=hidden_states.dtype).triu(1)
-    mask = mask.to(hidden_states.device).expand(count, 1, length, length)
+    mask = plan.once(_behind, length, hidden_states.dtype)
+    mask = mask.expand(count, 1, length, length)
     if _name_in(module, {"MptAttention"}):
         mask = mask.to(torch.bool)  # what is not seen
     if (

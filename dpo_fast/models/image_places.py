@@ -97,7 +97,7 @@ class ImagePlaces:
                 **grids,
             )
             rows[:, path[-own:]] = found[:, 0, -own:]
-        return rows.view(axes, *position_ids.shape).to(position_ids.device)
+        return rows.view(axes, *position_ids.shape).to(position_ids.device, non_blocking=True)
 
     def runs(self) -> tuple[tuple[int, int], ...]:
         """(first, end) places of neighbouring image tokens of one branch of a row, in order.

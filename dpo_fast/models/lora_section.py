@@ -19,23 +19,23 @@ class LoraSection(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    r: int = Field(16, ge=1, description="rank of the adapters")
-    alpha: int = Field(32, ge=1, description="adapters are scaled by alpha / r")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapters")
+    r: int = Field(default=16, ge=1, description="rank of the adapters")
+    alpha: int = Field(default=32, ge=1, description="adapters are scaled by alpha / r")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout before the adapters")
     target_modules: str | list[str] = Field(
-        "all-linear",
+        default="all-linear",
         description="names of modules that get adapters, or all-linear: layers that learn from texts, not "
         "the head",
         json_schema_extra={"refused": "the head"},
     )
     target_parameters: list[str] | None = Field(
-        None,
+        default=None,
         description="names of parameters that get adapters, as peft has them, for experts that lie in one "
         "tensor: [experts.gate_up_proj, experts.down_proj]",
         json_schema_extra={"refused": "names of no parameter of a layer; with dropout"},
     )
     modules_to_save: list[str] | None = Field(
-        None,
+        default=None,
         description="modules that are trained whole beside the adapters and saved with them, such as norm, "
         "embed_tokens or lm_head; embeddings and head that share a weight go on sharing it",
         json_schema_extra={
@@ -44,48 +44,50 @@ class LoraSection(BaseModel):
         },
     )
     exclude_modules: str | list[str] | None = Field(
-        None,
+        default=None,
         description="names of modules that get no adapters though target_modules means them, or a regular "
         "expression",
         json_schema_extra={"refused": "names of no module"},
     )
     layers_to_transform: int | list[int] | None = Field(
-        None,
+        default=None,
         description="indices of the decoder layers that get adapters; default: all",
         json_schema_extra={"refused": "indices that the model lacks; with a regular expression"},
     )
     layers_pattern: str | list[str] | None = Field(
-        None,
+        default=None,
         description="name of the list of decoder layers, where it is none of the usual ones",
         json_schema_extra={"refused": "without layers_to_transform"},
     )
     rank_pattern: dict[str, int] = Field(
-        {},
+        default={},
         description="ranks of some modules, by name or regular expression: {q_proj: 32}",
         json_schema_extra={"refused": "names of no module with an adapter"},
     )
     alpha_pattern: dict[str, int] = Field(
-        {},
+        default={},
         description="alpha of some modules, by name or regular expression",
         json_schema_extra={"refused": "names of no module with an adapter"},
     )
-    use_rslora: bool = Field(False, description="adapters are scaled by alpha / sqrt(r) (rsLoRA)")
+    use_rslora: bool = Field(
+        default=False, description="adapters are scaled by alpha / sqrt(r) (rsLoRA)"
+    )
     use_dora: bool = Field(
-        False,
+        default=False,
         description="train the length of each row of a weight beside its direction (DoRA)",
         json_schema_extra={
             "refused": "with target_parameters, or target_modules that name experts; with pissa or olora"
         },
     )
     init_lora_weights: StrictBool | str = Field(
-        True,
+        default=True,
         description="how adapters start. true: B is zero; gaussian: and A normal; orthogonal; pissa, "
         "pissa_niter_N (a fast SVD in N iterations) and olora: with the principal part of each weight, and "
         "the export is an adapter of twice the rank on the base as it was",
         json_schema_extra={"refused": f"false, {', '.join(OTHER_STARTS)}"},
     )
     bias: Literal["none", "all", "lora_only"] = Field(
-        "none",
+        default="none",
         description="biases that are trained beside the adapters: none, those of all layers, or of those "
         "with adapters",
         json_schema_extra={
@@ -93,7 +95,7 @@ class LoraSection(BaseModel):
         },
     )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = Field(
-        None,
+        default=None,
         description="rows of the embeddings that are trained, by token id, such as those of new tokens; or "
         "by the name of the embeddings",
         json_schema_extra={"refused": "where the head shares the embeddings' weight"},

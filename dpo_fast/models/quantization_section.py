@@ -12,32 +12,33 @@ class QuantizationSection(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    load_in_4bit: StrictBool = Field(False, description="4 bits a weight")
+    load_in_4bit: StrictBool = Field(default=False, description="4 bits a weight")
     load_in_8bit: StrictBool = Field(
-        False,
+        default=False,
         description="8 bits a weight (LLM.int8())",
         json_schema_extra={"refused": "with load_in_4bit; without a GPU"},
     )
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field(
-        "nf4",
+        default="nf4",
         description="the 16 values of 4 bits: those of a normal distribution, or of a float",
         json_schema_extra={"refused": "fp4 without load_in_4bit"},
     )
     bnb_4bit_use_double_quant: StrictBool = Field(
-        True,
+        default=True,
         description="quantise the scales of the blocks, too: 0.4 bits a weight less",
         json_schema_extra={"refused": "false without load_in_4bit"},
     )
     bnb_4bit_compute_dtype: Literal["bf16", "fp16", "fp32"] | None = Field(
-        None,
+        default=None,
         description="dtype of the products; default: model.dtype",
         json_schema_extra={"refused": "without load_in_4bit"},
     )
     llm_int8_skip_modules: list[str] | None = Field(
-        None, description="names of modules that stay as they are; the head does in any case"
+        default=None,
+        description="names of modules that stay as they are; the head does in any case",
     )
     llm_int8_threshold: float = Field(
-        6.0,
+        default=6.0,
         ge=0,
         description="inputs beyond it are multiplied in 16 bits",
         json_schema_extra={"refused": "without load_in_8bit"},

@@ -162,7 +162,7 @@ def fuse_head(
         return FusedHead(weight, getattr(head, "bias", None), tensor_parallel=planned, **settings)
 
     head = model.get_output_embeddings()
-    copies = getattr(head, "_modules", {}).get("modules_to_save")
+    copies = _trained_copies(head)
     if copies is None:
         model.set_output_embeddings(fused(head))
         check_own_logits(model, head_options_of(model))
@@ -170,6 +170,25 @@ def fuse_head(
     head.original_module = fused(head.original_module)
     for name, copied in copies.items():
         copies[name] = fused(copied)
+
+
+def scoring_head(model: PreTrainedModel, temperature: float = 1.0) -> nn.Module:
+    """A model's head, which scores: one that took its place since, as after a resize, is fused as well.
+
+    Raises:
+        UserError: as `fuse_head`, such as for an adapter that was put on it since.
+    """
+    head = model.get_output_embeddings()
+    if not all(
+        isinstance(each, FusedHead) for each in (_trained_copies(head) or {"": head}).values()
+    ):
+        fuse_head(model, temperature=temperature)
+    return model.get_output_embeddings()
+
+
+def _trained_copies(head: nn.Module) -> nn.ModuleDict | None:
+    """The copies of a head that peft trains whole, by adapter; None without."""
+    return getattr(head, "_modules", {}).get("modules_to_save")
 
 
 def scoring_forward(

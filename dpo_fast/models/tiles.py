@@ -28,6 +28,7 @@ from dpo_fast.errors import UserError
 from dpo_fast.models.config import ModelSection
 from dpo_fast.models.decoder import decoder_of
 from dpo_fast.models.layers import decoder_layers
+from dpo_fast.ops.once import once_differentiable
 
 MLPS = ("mlp", "feed_forward", "ffn")  # what transformers calls them in a decoder layer
 
@@ -124,7 +125,7 @@ class _Tiled(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad):
         saved = [
             kept if kept is not None else whole for kept, whole in zip(ctx.saved_tensors, ctx.whole)

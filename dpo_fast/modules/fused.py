@@ -27,6 +27,7 @@ from dpo_fast.modules.scored_rows import (
     scored_rows,
     sequence_count,
 )
+from dpo_fast.ops.integers import as_int64
 from dpo_fast.ops.linear_logp.call import HeadOptions
 from dpo_fast.ops.linear_logp.dtensor import plain_input
 from dpo_fast.ops.linear_logp.op import LinearLogp, linear_logp
@@ -110,9 +111,9 @@ class FusedLinearPreferenceLoss(ObjectiveModule):
         Args:
             hidden: [S, L, D], or packed [N, D].
             weight: [V, D]; may be a DTensor, as in `linear_logp`.
-            labels: int64 [S, L], or packed [N] with one of
-            lengths: int64 [S], packed rows of each sequence;
-            sequence_ids: int64 [N], the sequence of each packed row, counted from 0, in any order.
+            labels: integers of any dtype [S, L], or packed [N] with one of
+            lengths: integers [S], packed rows of each sequence;
+            sequence_ids: integers [N], the sequence of each packed row, counted from 0, in any order.
             bias: [V] or None.
             mask: bool, shaped as labels: which of them are scored; by default all but `ignore_index`.
             input_ids: the tokens that the hidden states are of, shaped as labels. With them labels that are
@@ -120,7 +121,8 @@ class FusedLinearPreferenceLoss(ObjectiveModule):
             desirable: bool [S]. With it sequences are desirable or undesirable by themselves, in any
                 order, not pairs.
             scores: fp32 [S], higher is better, and
-            counts: int64 [P]. With them sequences are P groups of so many completions, one after the other.
+            counts: integers [P]. With them sequences are P groups of so many completions, one after
+                the other.
             old_logps: fp32, shaped as labels: log-probs under the model that wrote the completions
                 (grpo, dapo).
             reference_logps: fp32 [S], in the order of the batch. Or, to be scored here without gradients,
@@ -197,6 +199,7 @@ class FusedLinearPreferenceLoss(ObjectiveModule):
         """The groups, with the scored tokens' log-probs under the model that wrote them."""
         if scores is None or counts is None:
             raise ValueError("scores and counts belong together; give both")
+        counts = as_int64(counts, "counts")
         if old_logps is None:
             return ScoredGroups(scores, counts)
         if old_logps.shape != labels.shape:

@@ -12,8 +12,10 @@ from dpo_fast.ops.linear_logp.op import linear_logp
 from dpo_fast.ops.linear_logp.vocab_shard import VocabShard
 
 
-class FusedHead(nn.Module):
+class FusedHead(nn.Linear):
     """Takes the place of `lm_head`. Owns the very Parameter it is given, so tied embeddings stay tied.
+
+    It is an `nn.Linear` to all others: transformers resizes it, peft puts adapters on it.
 
     With targets it returns log-probabilities, through `linear_logp`. Without, it returns logits, so that
     `generate` and plain forwards work as before. It reads its weight only inside `forward`, because hooks
@@ -40,7 +42,8 @@ class FusedHead(nn.Module):
         workspace_bytes: int | None = None,
         tensor_parallel: bool = False,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # nn.Linear's would make a weight of its own
+        self.out_features, self.in_features = getattr(weight, "ds_shape", weight.shape)
         self.weight = weight
         self.register_parameter("bias", bias)
         self.options = options
@@ -91,7 +94,7 @@ class FusedHead(nn.Module):
         return {name: getattr(result, name) for name in ("logp", *extras)}
 
     def extra_repr(self) -> str:
-        return f"implementation={self.implementation!r}, {self.options}"
+        return f"{super().extra_repr()}, implementation={self.implementation!r}, {self.options}"
 
 
 def check_policy(module: nn.Module) -> None:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dpo_fast.ops.integers import as_int64
+
 BATCH_ORDERS = ("concatenated", "interleaved")
 
 
@@ -62,17 +64,18 @@ def scored_rows(
     """The rows whose label is not `ignore_index`, sequences in the order of `order_S`.
 
     Args:
-        labels: int64 [S, L], or packed [N] with one of
-        lengths_S: int64 [S], packed rows of each sequence, ignored ones included, one sequence after the
+        labels: integers of any dtype [S, L], or packed [N] with one of
+        lengths_S: integers [S], packed rows of each sequence, ignored ones included, one sequence after the
             other;
-        sequence_ids_N: int64, the sequence of each packed row, from 0 on, in any order; an ignored row may
-            have -1.
+        sequence_ids_N: integers, the sequence of each packed row, from 0 on, in any order; an ignored
+            row may have -1.
         shift: labels[s, l] is token l itself, as Hugging Face models take it, and position l - 1 predicts
             it. Otherwise position l predicts labels[s, l].
 
     Raises:
         ValueError: shapes that do not fit, or packed labels to shift.
     """
+    labels = as_int64(labels, "labels")
     sequence_N, S = _sequences(labels, lengths_S, sequence_ids_N, shift)
     if shift:
         last = labels.new_full((len(labels), 1), ignore_index)
@@ -145,11 +148,8 @@ def _sequences(
     labels: Tensor, lengths_S: Tensor | None, sequence_ids_N: Tensor | None, shift: bool
 ) -> tuple[Tensor, int]:
     """The sequence of each row, [N], and the number of sequences."""
-    if labels.dtype != torch.int64 or labels.dim() not in (1, 2):
-        raise ValueError(
-            f"labels are {labels.dtype} {tuple(labels.shape)}; expected torch.int64 [S, L], or [N] "
-            "with lengths"
-        )
+    if labels.dim() not in (1, 2):
+        raise ValueError(f"labels are {tuple(labels.shape)}; expected [S, L], or [N] with lengths")
     told = [x for x in (lengths_S, sequence_ids_N) if x is not None]
     if len(told) != (labels.dim() == 1):
         raise ValueError(
@@ -165,15 +165,16 @@ def _sequences(
         )
     S = sequence_count(labels, lengths_S, sequence_ids_N)
     if sequence_ids_N is not None:
-        if sequence_ids_N.dtype != torch.int64 or sequence_ids_N.shape != labels.shape:
+        if sequence_ids_N.shape != labels.shape:
             raise ValueError(
-                f"sequence_ids are {sequence_ids_N.dtype} {tuple(sequence_ids_N.shape)}; expected "
-                f"torch.int64 {tuple(labels.shape)}, the sequence of each packed row"
+                f"sequence_ids are {tuple(sequence_ids_N.shape)}; expected {tuple(labels.shape)}, the "
+                "sequence of each packed row"
             )
-        return sequence_ids_N, S
-    if lengths_S.dtype != torch.int64 or lengths_S.dim() != 1 or lengths_S.sum() != len(labels):
+        return as_int64(sequence_ids_N, "sequence_ids"), S
+    lengths_S = as_int64(lengths_S, "lengths")
+    if lengths_S.dim() != 1 or lengths_S.sum() != len(labels):
         raise ValueError(
-            f"lengths are {lengths_S.dtype} {tuple(lengths_S.shape)}; expected torch.int64 [S] that "
-            f"add up to the {len(labels)} packed rows"
+            f"lengths are {tuple(lengths_S.shape)}; expected [S] that add up to the {len(labels)} packed "
+            "rows"
         )
     return torch.arange(S, device=labels.device).repeat_interleave(lengths_S), S

@@ -19,6 +19,7 @@ from dpo_fast.ops.linear_logp.op import implementation_of, plan_call, scaled_dir
 from dpo_fast.ops.linear_logp.plan import kept_stride
 from dpo_fast.ops.logits_logp import backward as logits_gradient
 from dpo_fast.ops.logits_logp import forward as logits_forward
+from dpo_fast.ops.once import once_differentiable
 
 HEAD = (
     "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float logit_scale, float? softcap, "
@@ -151,7 +152,7 @@ def _head_backward(ctx, gradients):
     return dH, dW, None, db, *(None,) * len(ctx.scalars)
 
 
-linear_logp.register_autograd(_head_backward, setup_context=_head_context)
+linear_logp.register_autograd(once_differentiable(_head_backward), setup_context=_head_context)
 
 
 @torch.library.custom_op("dpo_fast::logits_logp", mutates_args=())
@@ -202,4 +203,4 @@ def _logits_backward(ctx, grad, _):
     return gradient, None, None, None
 
 
-logits_logp.register_autograd(_logits_backward, setup_context=_logits_context)
+logits_logp.register_autograd(once_differentiable(_logits_backward), setup_context=_logits_context)

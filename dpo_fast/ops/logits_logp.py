@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from dpo_fast.ops.dispatch import choose_implementation
-from dpo_fast.ops.linear_logp.call import check_targets
+from dpo_fast.ops.integers import as_int64
+from dpo_fast.ops.linear_logp.call import DTYPES, OF_DTYPES, check_targets
 from dpo_fast.ops.linear_logp.dtensor import plain_input
+from dpo_fast.ops.once import once_differentiable
 
 CHUNK_ELEMENTS = 1 << 20  # 4 MiB: the largest fp32 copy of logits that exists at a time
 
@@ -23,7 +25,7 @@ class _LogitsLogp(torch.autograd.Function):
         return logp_T
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad_T):
         gradient = backward(grad_T, *ctx.saved_tensors, ctx.temperature, ctx.implementation)
         return gradient, None, None, None
@@ -71,7 +73,7 @@ def logits_logp(
     Args:
         logits_TV: [T, V] or [..., V], fp32, bf16, fp16 or fp64, any strides: a shifted slice like
             `logits[:, :-1]` is read in place. No fp32 copy of it is made.
-        targets_T: [T] or [...], int64 in 0..V-1.
+        targets_T: [T] or [...], int64 (or other integers) in 0..V-1.
         implementation: `auto`, `torch` or `triton`. A name that cannot run here is an error.
 
     Returns:
@@ -82,7 +84,7 @@ def logits_logp(
         UnavailableError: the named implementation cannot run on this device.
     """
     logits_TV = plain_input(logits_TV, "logits")
-    targets_T = plain_input(targets_T, "targets")
+    targets_T = as_int64(plain_input(targets_T, "targets"), "targets")
     _check(logits_TV, targets_T, temperature)
     name = choose_implementation(
         "logits_logp", logits_TV.device, logits_TV.dtype, implementation
@@ -101,10 +103,8 @@ def _check(logits_TV: Tensor, targets_T: Tensor, temperature: float) -> None:
             f"expected logits [..., V] and targets [...]; got logits {tuple(logits_TV.shape)}, "
             f"targets {tuple(targets_T.shape)}"
         )
-    if not logits_TV.is_floating_point():
-        raise ValueError(f"logits are {logits_TV.dtype}; expected a floating dtype")
-    if targets_T.dtype != torch.int64:
-        raise ValueError(f"targets are {targets_T.dtype}; expected torch.int64")
+    if logits_TV.dtype not in DTYPES:
+        raise ValueError(f"logits are {logits_TV.dtype}; expected {OF_DTYPES}")
     if logits_TV.device != targets_T.device:
         raise ValueError(f"logits are on {logits_TV.device}, targets on {targets_T.device}")
     if not (math.isfinite(temperature) and temperature > 0):

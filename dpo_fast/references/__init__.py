@@ -7,6 +7,7 @@ table.py       the providers: what each stores, needs and can score
 providers.py   those that are computed with every batch, or come with the data
 cached.py      the one that is read from disk
 store.py       which model a stored reference is of, and in which folder it lies
+blocks.py      in which parts a data set is scored
 compute.py     log-probs of a part of the data, as a table
 artefact.py    the files of a stored reference: their format, and how they are written
 config.py      the section `reference`

@@ -1,7 +1,7 @@
-"""A stored reference on disk: a folder of Parquet parts and a manifest. It is complete or absent.
+"""A stored reference on disk: a folder of Parquet parts and a manifest, which grows part by part.
 
-train/_manifest.json        model, dtype and data that it was computed with, and a sha256 of every part
-train/part-00000.parquet    a row for each example, in the order of the data:
+train/_manifest.json        model, dtype and data that it is computed with, and a sha256 of every part
+train/part-00000.parquet    a row for each example that has been scored:
 
     digest                                  hash of the token ids
     where                                   file and line of the data
@@ -13,8 +13,8 @@ The columns are named after the answers: `completion_logps` and so on for unpair
 and so on for groups, as lists. `pandas.read_parquet(folder)` reads the folder as one table and passes over
 the manifest.
 
-While it is computed the finished parts gather in `.train.partial`, which is renamed when it has them all.
-An interrupted computation goes on after the parts that are there.
+A part counts once the manifest names it. So the folder may be read at any time, a process that is killed
+loses the part that it was at, and a longer run adds the rows that a shorter one did not ask for.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -35,14 +37,12 @@ import pyarrow
 import pyarrow.parquet
 
 from dpo_fast import durable
-from dpo_fast.data.dataset import Dataset
 from dpo_fast.data.kinds import Kind
 from dpo_fast.errors import UserError
 
 FORMAT = 2
 MANIFEST = "_manifest.json"
 LOCK = ".lock"
-ROWS_PER_PART = 2048  # at most so many are lost when a process is killed
 REMEDY = "delete the folder to compute it again, or name another with reference.cache_dir"
 
 
@@ -85,7 +85,7 @@ def read_columns(folder: Path, columns: list[str]) -> pyarrow.Table:
     Each part is read once: the bytes whose sha256 is checked are those that are decoded.
 
     Raises:
-        UserError: a part is missing, or its sha256 is not the one that was written.
+        UserError: there is no part yet, one is missing, or its sha256 is not the one that was written.
     """
     parts = read_manifest(folder).get("parts")
     if not parts:
@@ -102,140 +102,112 @@ def read_columns(folder: Path, columns: list[str]) -> pyarrow.Table:
     return pyarrow.concat_tables(tables)
 
 
-def part_rows(rows: int, rows_per_part: int) -> list[range]:
-    """Rows of each part."""
-    starts = range(0, rows, rows_per_part)
-    return [range(start, min(start + rows_per_part, rows)) for start in starts]
+class Growing:
+    """The folder of a reference while rows are added to it. One process at a time has it open.
 
-
-class Unfinished:
-    """The folder of a reference that is being computed. Only rank 0 opens it.
-
-    final: the folder that it becomes.
+    folder: the reference's.
     manifest: what it is computed with; a folder that was begun with another manifest is refused.
-    examples: the rows, in order.
+    facts: what a new manifest records beside.
     """
 
-    def __init__(self, final: Path, manifest: dict, examples: Dataset) -> None:
-        self.final, self.examples = final, examples
-        self.folder = durable.aside(final)
-        self.manifest = manifest | {"rows_per_part": ROWS_PER_PART}
-        self.parts = part_rows(len(examples), ROWS_PER_PART)
+    def __init__(self, folder: Path, manifest: dict, facts: dict | None = None) -> None:
+        self.folder, self.manifest, self.facts = folder, manifest, facts or {}
+        self.information: dict[str, Any] = {}
         self._lock: int | None = None
 
-    def begin(self, wait: Callable[[], None] = _a_second) -> list[int] | None:
-        """Make the folder, or go on with it. Returns the indices of the parts that are missing.
+    def begin(self, information: dict | None = None, wait: Callable[[], None] = _a_second) -> None:
+        """Make the folder, or go on with it. While another process has it, `wait` is called repeatedly.
 
-        None if another process has computed it by now. While one does so, `wait` is called again and
-        again; if that one dies, this one goes on with its parts.
+        information: what the manifest records of how the coming parts are computed.
 
         Raises:
             UserError: it was begun for something else, or cannot be written.
         """
+        created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        self.information = {"created": created, **(information or {})}
         with self._writing():
+            if not self.folder.exists():
+                self._make()
+            self._check_manifest()
             while not self._take_lock():
-                self._check_manifest()
                 wait()
-            if self.final.exists():
-                with suppress(OSError):  # they were made a moment ago
-                    (self.folder / LOCK).unlink()
-                    self.folder.rmdir()
-                self.close()
-                return None
-            if not self._check_manifest():
-                content = json.dumps(self.manifest, indent=2)
-                durable.write_file(self.folder / MANIFEST, content)
-        return [index for index in range(len(self.parts)) if not self._is_done(index)]
 
-    def _check_manifest(self) -> bool:
-        """Whether there is one. Raises UserError if it is of something else."""
+    def add(self, table: pyarrow.Table) -> None:
+        """Add a part. Raises UserError if it cannot be written; those before it stay."""
+        content = io.BytesIO()
+        pyarrow.parquet.write_table(table, content, write_page_checksum=True)
+        manifest = read_manifest(self.folder)
+        parts, computed = manifest["parts"], manifest.setdefault("computed", [])
+        name = part_name(len(parts))
+        if not computed or _untimed(computed[-1]) != _untimed(self.information):
+            computed.append({"first_part": name, **self.information})
+        parts[name] = hashlib.sha256(content.getvalue()).hexdigest()
+        with self._writing():
+            durable.write_file(self.folder / name, content.getvalue())
+            durable.write_file(self.folder / MANIFEST, json.dumps(manifest, indent=2))
+
+    def close(self) -> None:
+        """Let another process go on."""
+        if self._lock is not None:
+            with suppress(OSError):
+                (self.folder / LOCK).unlink()
+            os.close(self._lock)
+            self._lock = None
+
+    def _make(self) -> None:
+        """The folder has its manifest from the beginning: it is made aside and renamed."""
+        made = self.folder.with_name(f".{self.folder.name}.{uuid.uuid4().hex}")
+        made.mkdir(parents=True)
         try:
-            difference = differences(read_manifest(self.folder), self.manifest)
-        except UserError:
-            if not (self.folder / MANIFEST).exists():  # or not any longer
-                return False
-            raise
+            whole = self.manifest | self.facts | {"computed": [], "parts": {}}
+            durable.write_file(made / MANIFEST, json.dumps(whole, indent=2))
+            durable.publish(made, self.folder)
+        except OSError:
+            shutil.rmtree(made, ignore_errors=True)
+            if not self.folder.exists():  # another process has just made it
+                raise
+
+    def _check_manifest(self) -> None:
+        """Raises UserError if the folder is of something else."""
+        difference = differences(read_manifest(self.folder), self.manifest)
         if difference:
             raise UserError(
                 f"{self.folder} was begun for something else: {difference}. Delete it to begin anew, or "
                 "name another folder with reference.cache_dir"
             )
-        return True
-
-    def write(self, index: int, table: pyarrow.Table) -> None:
-        """Add a part. Raises UserError if it cannot be written; the finished parts stay."""
-        content = io.BytesIO()
-        pyarrow.parquet.write_table(table, content, write_page_checksum=True)
-        with self._writing():
-            durable.write_file(self.folder / part_name(index), content.getvalue())
-
-    def finish(self, information: dict) -> None:
-        """Complete the manifest and give the folder its name. All parts must be there.
-
-        information: what else the manifest records.
-        """
-        names = [part_name(index) for index in range(len(self.parts))]
-        with self._writing():
-            digests = {n: hashlib.sha256((self.folder / n).read_bytes()).hexdigest() for n in names}
-            created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-            whole = self.manifest | information | {"created": created, "parts": digests}
-            durable.write_file(self.folder / MANIFEST, json.dumps(whole, indent=2))
-            durable.publish(self.folder, self.final)
-        # Not before it is published: another process would lock a new file, and go on here.
-        with suppress(OSError):
-            (self.final / LOCK).unlink()
-        self.close()
-
-    def close(self) -> None:
-        """Release the lock, so that another process may go on."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-    @property
-    def is_open(self) -> bool:
-        """Whether this process has begun it, and has neither finished it nor given it up."""
-        return self._lock is not None
 
     def _take_lock(self) -> bool:
-        """Lock a file in the folder, which is made. The system releases it when the process ends.
+        """Lock a file in the folder. The system releases it when the process ends.
 
-        False if another process has it, or has just renamed the folder. NFS locks no folder, and no file
+        False if another process has it, or has just removed the file. NFS locks no folder, and no file
         that is not open for writing.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / LOCK
-        try:
-            self._lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # it has just been renamed
-            return False
+        self._lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self.close()
+            self._forget_lock()
             return False
         except OSError:
             pass  # a file system without locks
         with suppress(OSError):
             if os.path.samestat(os.stat(file), os.fstat(self._lock)):
                 return True
-        self.close()
+        self._forget_lock()
         return False
 
-    def _is_done(self, index: int) -> bool:
-        """Whether a part is there, holds the rows that it should, and has whole pages."""
-        rows = self.parts[index]
-        with suppress(OSError, pyarrow.ArrowException):
-            table = pyarrow.parquet.read_table(
-                self.folder / part_name(index), page_checksum_verification=True
-            )
-            return table["digest"].combine_chunks() == self.examples.digests.slice(
-                rows.start, len(rows)
-            )
-        return False
+    def _forget_lock(self) -> None:
+        os.close(self._lock)
+        self._lock = None
 
     def _writing(self) -> AbstractContextManager[None]:
         remedy = (
             "The parts that are done are kept: make room, and the same command goes on after them"
         )
-        return durable.writing(self.final, remedy)
+        return durable.writing(self.folder, remedy)
+
+
+def _untimed(information: dict) -> dict:
+    """What was recorded of how parts are computed, but for the time."""
+    return {n: value for n, value in information.items() if n not in ("created", "first_part")}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dpo_fast.data.kinds import PAIRS
-from dpo_fast.references.artefact import MANIFEST, names_of, read_columns
+from dpo_fast.references.artefact import MANIFEST, names_of, read_columns, read_manifest
 from dpo_fast.references.cached import find_rows
 
 
@@ -28,6 +28,8 @@ def logps_at_hand(folder: Path, pairs: Any) -> np.ndarray | None:
         return np.stack([column.to_numpy(zero_copy_only=False) for column in columns], axis=1)
     names = names_of(PAIRS, "logps")
     for manifest in sorted(folder.glob(f"*/{MANIFEST}")):
+        if read_manifest(manifest.parent).get("parts") == {}:  # nothing is scored yet
+            continue
         table = read_columns(manifest.parent, ["digest", *names])
         places = find_rows(table, pairs.digests)
         if not places.null_count:

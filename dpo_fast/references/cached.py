@@ -18,7 +18,8 @@ from dpo_fast.references.artefact import names_of, read_columns
 class CachedReference:
     """Looks up the stored rows of a batch's examples.
 
-    sums: fp32, summed log-probs of the answers of all rows, one row after the other.
+    sums: fp32, summed log-probs of the answers of all rows, one row after the other; NaN for rows that
+        the run does not ask for and nobody has scored.
     counts: int64, answers of each row, on the same device.
     tokens: with token log-probs, a column for each answer: lists of fp32; of groups lists of lists. They
         stay in Arrow's memory and take a sixth of what Python floats take.
@@ -55,7 +56,7 @@ class CachedReference:
         places = [int(self.places[row]) for row in batch.indices_P.tolist()]
         values = [_floats(column[place].values) for place in places for column in self.tokens]
         values_T = np.concatenate(values) if values else np.zeros(0, np.float32)
-        return torch.from_numpy(values_T).to(batch.input_ids.device)
+        return torch.from_numpy(values_T).to(batch.input_ids.device, non_blocking=True)
 
 
 def _floats(values: pyarrow.Array) -> np.ndarray:
@@ -75,27 +76,34 @@ def open_reference(
     per_token: bool,
     device: torch.device | str,
     kind: Kind = PAIRS,
+    wanted_P: np.ndarray | None = None,
 ) -> CachedReference:
     """The reference of a split.
 
-    folders: together they hold all rows.
+    folders: together they hold all rows that are wanted.
     digests: of the rows of the split, in order.
     per_token: whether token log-probs are read too.
     device: where the sums are kept.
+    wanted_P: bool [P], the rows that will be asked for; None: all.
 
     Raises:
         UserError: a folder is damaged.
-        ValueError: a row is in none of the folders.
+        ValueError: a row that is wanted is in none of the folders.
     """
+    if not folders:  # nothing is asked for: a run that has no step left
+        return CachedReference(torch.zeros(0, device=device), torch.zeros(0, device=device).long())
     sums_of, tokens_of = names_of(kind, "logps"), names_of(kind, "token_logps")
     wanted = ["digest", *sums_of, *(tokens_of if per_token else ())]
     table = pyarrow.concat_tables([read_columns(folder, wanted) for folder in folders])
     places = find_rows(table, digests)
-    if places.null_count:
-        raise ValueError(f"{places.null_count} of {len(digests)} {kind.name} are not in {folders}")
-    columns = [table[name].take(places) for name in sums_of]
+    absent_P = places.is_null().to_numpy(zero_copy_only=False)
+    missing = absent_P if wanted_P is None else absent_P & wanted_P
+    if missing.any():
+        raise ValueError(f"{missing.sum()} of {len(digests)} {kind.name} are not in {folders}")
+    columns = [table[name].take(places) for name in sums_of]  # null where a row is absent
     if kind.many:
-        counts = pyarrow.compute.list_value_length(columns[0]).to_numpy()
+        lengths = pyarrow.compute.list_value_length(columns[0])
+        counts = pyarrow.compute.fill_null(lengths, 0).to_numpy()
         sums = pyarrow.compute.list_flatten(columns[0]).to_numpy()
     else:
         counts = np.full(len(places), len(columns))
@@ -103,4 +111,4 @@ def open_reference(
     tokens = tuple(table[name] for name in tokens_of) if per_token else ()
     sums = torch.from_numpy(sums.copy()).to(device)
     counts = torch.from_numpy(counts.astype(np.int64)).to(device)
-    return CachedReference(sums, counts, tokens, places.to_numpy())
+    return CachedReference(sums, counts, tokens, places.fill_null(-1).to_numpy())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow
@@ -51,7 +51,11 @@ def length_batches(
 
 @torch.no_grad()
 def score_part(
-    scorer: Scorer, batches: Iterable[ScoredBatch], rows: range, lengths: ExampleLengths, device
+    scorer: Scorer,
+    batches: Iterable[ScoredBatch],
+    rows: Sequence[int] | np.ndarray,
+    lengths: ExampleLengths,
+    device,
 ) -> Tensor:
     """This rank's share of the log-probabilities of a part's scored tokens, fp32 [T] on `device`.
 
@@ -59,14 +63,14 @@ def score_part(
     shares add up to the part, exactly. Collective if the model is sharded.
 
     batches: this rank's, as many as every other rank has.
-    rows: places of the part's examples in the data set.
+    rows: places of the part's examples in the data set, ascending.
     lengths: of these examples.
     """
     row_tokens = torch.from_numpy(lengths.scored_P)
     ends = row_tokens.cumsum(0)
     values_T = torch.zeros(int(row_tokens.sum()), device=device)
     for batch in batches:
-        local = (batch.indices_P - rows.start).tolist()
+        local = np.searchsorted(rows, batch.indices_P.numpy()).tolist()
         places = [torch.arange(ends[row] - row_tokens[row], ends[row]) for row in local]
         batch = batch.to(device)
         logp_T = scorer(**forward_arguments(batch))["logp"].float()
@@ -76,7 +80,11 @@ def score_part(
 
 
 def part_table(
-    values_T: Tensor, lengths: ExampleLengths, examples: Dataset, rows: range, per_token: bool
+    values_T: Tensor,
+    lengths: ExampleLengths,
+    examples: Dataset,
+    rows: Sequence[int] | np.ndarray,
+    per_token: bool,
 ) -> pyarrow.Table:
     """A part as `artefact.py` describes it, with a row for each example.
 
@@ -94,11 +102,11 @@ def part_table(
         bad = (~finite_P).nonzero()[0].tolist()
         raise UserError(
             f"the reference log-probs of {len(bad)} {kind.name} are not finite, the first "
-            f"{examples.where(rows[bad[0]])}; look at the reference model and at model.dtype"
+            f"{examples.where(int(rows[bad[0]]))}; look at the reference model and at model.dtype"
         )
     columns = {
-        "digest": examples.digests.slice(rows.start, len(rows)),
-        "where": pyarrow.array([examples.where(row) for row in rows], pyarrow.string()),
+        "digest": examples.digests.take(pyarrow.array(rows, pyarrow.int64())),
+        "where": pyarrow.array([examples.where(int(row)) for row in rows], pyarrow.string()),
     }
     told = {"logps": sums_S.numpy(), "tokens": lengths.scored_S.astype(np.int32)}
     if per_token:

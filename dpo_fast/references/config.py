@@ -59,7 +59,7 @@ class ReferenceSection(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     provider: Literal[tuple(PROVIDERS)] = Field(
-        DEFAULT,
+        default=DEFAULT,
         description="; ".join(f"{spec.name}: {spec.meaning}" for spec in PROVIDERS.values())
         + f". Default: {default_provider(False, False, False)} for a loss without a reference; for a loss "
         f"that estimates kl {default_provider(True, True, False)}, or "
@@ -67,29 +67,29 @@ class ReferenceSection(BaseModel):
         json_schema_extra={"refused": refusals()},
     )
     path: ModelPath | None = Field(
-        None,
+        default=None,
         description="reference model, a folder or a hub id, also as org/name@revision; default: the policy "
         "as it starts",
         json_schema_extra=_used_only_by("path"),
     )
     revision: str | None = Field(
-        None,
+        default=None,
         description="branch, tag or commit of the hub id in path; default: main",
         json_schema_extra={"refused": "without path, or where path is a folder or names one"},
     )
     cache_dir: str | None = Field(
-        None,
+        default=None,
         description="stored references: one folder of them, or one with several below it. It may serve "
         "a run with other data whose rows are all in it. Default: output_dir/reference, by content",
         json_schema_extra=_used_only_by("cache_dir"),
     )
     per_token: bool = Field(
-        False,
+        default=False,
         description="store the log-prob of every token beside the sums",
         json_schema_extra=_used_only_by("per_token"),
     )
     offload: bool | None = Field(
-        None,
+        default=None,
         description="parameters of a second model wait in CPU memory between uses, at ZeRO stage 3; "
         "default: as parallel.offload_parameters",
         json_schema_extra={
@@ -97,7 +97,7 @@ class ReferenceSection(BaseModel):
         },
     )
     old_path: ModelPath | None = Field(
-        None,
+        default=None,
         description="model that wrote the completions of groups; default: the policy as it starts. Its "
         "log-probs are stored once, in output_dir/reference",
         json_schema_extra={
@@ -106,14 +106,14 @@ class ReferenceSection(BaseModel):
         },
     )
     mixup_alpha: float = Field(
-        0.6,
+        default=0.6,
         gt=0,
         le=1,
         description="share of the policy in the new reference; 1 copies the policy",
         json_schema_extra=_used_only_by("mixup_alpha"),
     )
     sync_steps: int = Field(
-        512,
+        default=512,
         ge=1,
         description="optimiser steps between updates of the reference",
         json_schema_extra=_used_only_by("sync_steps"),

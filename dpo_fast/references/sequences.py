@@ -29,10 +29,11 @@ import torch
 from dpo_fast import durable
 from dpo_fast.data.dataset import Dataset
 from dpo_fast.errors import UserError
-from dpo_fast.references.artefact import Unfinished
+from dpo_fast.references.artefact import Growing
+from dpo_fast.references.blocks import blocks
 from dpo_fast.references.cached import find_rows
 from dpo_fast.references.compute import part_table
-from dpo_fast.references.store import Request
+from dpo_fast.references.store import Place, Request, look
 
 FORMAT = 1
 KEY = b"dpo_fast"
@@ -133,24 +134,24 @@ def fill(folder: Path, request: Request, known: Iterable[SequenceLogps]) -> bool
     values = _found(known, request.examples) if known else None
     if values is None:
         return False
-    unfinished = Unfinished(folder, request.manifest, request.examples)
+    files = sorted({str(each.file) for each in known})
+    growing = Growing(folder, request.manifest, {"split": request.name})
     try:
-        for index in unfinished.begin() or ():
-            rows = unfinished.parts[index]
+        growing.begin({"filled_from": files})
+        for rows in blocks(look(Place(folder), request).absent_P.nonzero()[0]):
             lengths = request.examples.lengths.take(rows)
             values_T = torch.from_numpy(values(rows))
             table = part_table(values_T, lengths, request.examples, rows, request.per_token)
-            unfinished.write(index, table)
-        if unfinished.is_open:
-            files = sorted({str(each.file) for each in known})
-            unfinished.finish({"split": request.name, "filled_from": files})
+            growing.add(table)
     finally:
-        unfinished.close()
+        growing.close()
     return True
 
 
-def _found(known: list[SequenceLogps], examples: Dataset) -> Callable[[range], np.ndarray] | None:
-    """What gives the log-probs of all scored tokens of a range of examples; None if some are unknown."""
+def _found(
+    known: list[SequenceLogps], examples: Dataset
+) -> Callable[[np.ndarray], np.ndarray] | None:
+    """What gives the log-probs of all scored tokens of some examples; None if some are unknown."""
     digests = [digest for index in range(len(examples)) for digest in _digests(examples, index)]
     places = [
         find_rows(each.table, pyarrow.array(digests, pyarrow.binary())).to_pylist()
@@ -164,8 +165,8 @@ def _found(known: list[SequenceLogps], examples: Dataset) -> Callable[[range], n
         where.append((source, row[source]))
     starts = np.concatenate([examples.lengths.starts_P, [len(where)]])
 
-    def values(rows: range) -> np.ndarray:
-        sequences = where[starts[rows.start] : starts[rows.stop]]
+    def values(rows: np.ndarray) -> np.ndarray:
+        sequences = [each for row in rows for each in where[starts[row] : starts[row + 1]]]
         return np.concatenate([known[source].values(place) for source, place in sequences])
 
     return values

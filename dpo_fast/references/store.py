@@ -1,6 +1,7 @@
 """Where the stored reference of a split lies, and whether what lies there fits the run.
 
-It fits if it was computed by the same model in the same dtype and holds every row of the split.
+It fits if it was computed by the same model in the same dtype. What it lacks of the rows that the run asks
+for is added, where it was begun for the same data.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ import difflib
 import hashlib
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 
 from dpo_fast.data.dataset import Dataset
@@ -38,6 +41,7 @@ class Request:
     dtype: of its weights.
     per_token: whether the log-prob of every token is needed.
     named_by: option and path of the model, for errors.
+    wanted_P: bool [P], the examples that the run asks for; None: all.
     """
 
     name: str
@@ -46,6 +50,7 @@ class Request:
     dtype: str
     per_token: bool = False
     named_by: str = "model"
+    wanted_P: np.ndarray | None = None
 
     @property
     def must_match(self) -> dict:
@@ -98,7 +103,7 @@ def named_place(cache_dir: str, request: Request) -> Place:
     """
     root = Path(os.path.expanduser(cache_dir))
     if not root.exists():
-        _check_spelling(cache_dir, root)
+        _check_spelling(cache_dir, root, request)
     if (root / MANIFEST).exists():
         return Place(root)
     if root.exists() and not root.is_dir():
@@ -109,8 +114,11 @@ def named_place(cache_dir: str, request: Request) -> Place:
     return Place(own, tuple(x for x in found if x != own and not x.name.startswith(".")))
 
 
-def _check_spelling(cache_dir: str, root: Path) -> None:
-    """Raises UserError if the name may be a slip: it would cost the computation of a whole reference."""
+def _check_spelling(cache_dir: str, root: Path, request: Request) -> None:
+    """Raises UserError if the name may be a slip: it would cost the computation of a whole reference.
+
+    It is none where what has a like name is of another model.
+    """
     missing = root.absolute()
     while not missing.parent.exists():
         missing = missing.parent
@@ -118,18 +126,50 @@ def _check_spelling(cache_dir: str, root: Path) -> None:
     siblings = [each.name for each in missing.parent.iterdir() if each.is_dir()]
     for name in difflib.get_close_matches(missing.name, siblings, 3, 0.75):
         other = missing.parent / name / rest
-        if (other / MANIFEST).exists() or any(other.glob(f"*/{MANIFEST}")):
+        files = [*other.glob(MANIFEST), *other.glob(f"*/{MANIFEST}")]
+        if any(_is_of(file.parent, request) for file in files):
             raise UserError(
                 f"reference.cache_dir={cache_dir} does not exist, and {other} holds a stored reference: "
                 f"name that one, or make the folder {root} to have one computed there"
             )
 
 
+def _is_of(folder: Path, request: Request) -> bool:
+    """Whether a folder holds a reference of the request's model, as far as it can be read."""
+    with suppress(UserError):
+        return not differences(read_manifest(folder), request.must_match)
+    return False
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What is there of a request.
+
+    folders: those that fit.
+    absent_P: bool [P], the examples that are in none of them.
+    lacks: whether the run asks for one of these.
+    """
+
+    folders: list[Path]
+    absent_P: np.ndarray
+    lacks: bool
+
+
 def find_stored(place: Place, request: Request) -> list[Path] | None:
-    """Folders that together hold every row of a request. None if the reference is yet to be computed.
+    """Folders that together hold all that a request wants; None if some is yet to be computed.
+
+    Raises as `look`.
+    """
+    found = look(place, request)
+    return None if found.lacks else found.folders
+
+
+def look(place: Place, request: Request) -> Stored:
+    """What is there of a request.
 
     Raises:
-        UserError: what is stored is damaged, is of another model, or lacks some of the rows.
+        UserError: what is stored is damaged, or lacks what the run asks for and is of another model or of
+            other data.
     """
     fitting, misfits, stored = [], [], place.stored
     for folder in stored:
@@ -143,26 +183,30 @@ def find_stored(place: Place, request: Request) -> list[Path] | None:
             misfits.append(
                 f"reference {folder} was computed for something else{weights}: {difference}"
             )
-        else:
+        elif manifest.get("parts") != {}:  # else nothing is scored yet
             fitting.append(folder)
-    missing = _missing(fitting, request.examples)
-    if not missing:
-        return fitting
+    absent_P = _absent(fitting, request.examples)
+    missing = absent_P if request.wanted_P is None else absent_P & request.wanted_P
+    found = Stored(fitting, absent_P, bool(missing.any()))
+    if not found.lacks:
+        return found
     if misfits:
-        raise UserError(f"{misfits[0]}. {REMEDY[0].upper()}{REMEDY[1:]}")
-    if place.own in stored:  # and did not just come from another run
         raise UserError(
-            f"reference {place.own} was computed for other data: {len(missing)} of "
-            f"{len(request.examples)} {request.examples.kind.name} ({request.name}) are not in it, the "
-            f"first {request.examples.where(missing[0])}; {REMEDY}"
+            f"{misfits[0]}. Name another folder with reference.cache_dir, or delete that one if nothing "
+            "else needs it"
         )
-    return None
+    if place.own in stored and differences(read_manifest(place.own), request.manifest):
+        raise UserError(
+            f"reference {place.own} was computed for other data: {missing.sum()} of "
+            f"{len(request.examples)} {request.examples.kind.name} ({request.name}) are not in it, the "
+            f"first {request.examples.where(int(missing.argmax()))}; {REMEDY}"
+        )
+    return found
 
 
-def _missing(folders: list[Path], examples: Dataset) -> list[int]:
-    """Indices of the rows that no folder holds."""
+def _absent(folders: list[Path], examples: Dataset) -> np.ndarray:
+    """bool [P], the examples that no folder holds."""
     if not folders:
-        return list(range(len(examples)))
+        return np.ones(len(examples), bool)
     table = pyarrow.concat_tables([read_columns(folder, ["digest"]) for folder in folders])
-    absent = find_rows(table, examples.digests).is_null().to_numpy(zero_copy_only=False)
-    return absent.nonzero()[0].tolist()
+    return find_rows(table, examples.digests).is_null().to_numpy(zero_copy_only=False)

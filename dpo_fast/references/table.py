@@ -49,7 +49,7 @@ class ProviderSpec:
     meaning: one line for people.
     build: makes the provider of each split, by the split's name.
     options: the options of the section that it uses.
-    stores: the log-probs are computed over all of the data before training, and kept on disk.
+    stores: the log-probs of what training will draw are computed before it, and kept on disk.
     second_model: whether a model is loaded beside the policy; `path`: only where reference.path names one.
     tokens: whether it gives the log-prob of every token; `stored`: only with reference.per_token.
     any_sequence: it scores any sequence, not only those of the data. KTO's kl needs that.

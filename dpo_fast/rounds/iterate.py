@@ -16,7 +16,7 @@ from dpo_fast.training import distributed, signals
 from dpo_fast.training.checkpoints import checkpoints
 from dpo_fast.training.console import say
 from dpo_fast.training.fit import check_run, choose
-from dpo_fast.training.hub import check_hub
+from dpo_fast.training.hub import check_hub, open_repo
 from dpo_fast.training.load_data import load_split
 from dpo_fast.training.lock import sole_run
 from dpo_fast.training.places import check_places, check_writable
@@ -44,6 +44,8 @@ def iterate(config: RoundsConfig, where: str = "the file", dry_run: bool = False
             for step in left:
                 check_data(plan, step)
             if left and not dry_run:
+                last, begun = plan.rehearsal(plan.steps[-1]), len(left) < len(plan.steps)
+                distributed.from_main(lambda: open_repo(last, begun))
                 with modules_passed_over():
                     for step in left:
                         work(plan, step)

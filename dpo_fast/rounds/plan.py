@@ -16,10 +16,9 @@ from dpo_fast.models.checkpoint import is_adapter
 from dpo_fast.models.config import ModelSection
 from dpo_fast.rounds.config import OF_A_RUN, RoundsConfig
 from dpo_fast.rounds.stages import StageSection
-from dpo_fast.training.answering import GENERATIONS
 from dpo_fast.training.checkpoints import checkpoints
 from dpo_fast.training.config import RunConfig, build
-from dpo_fast.training.earlier_run import MODEL
+from dpo_fast.training.earlier_run import GENERATIONS, MODEL
 from dpo_fast.training.hub import OPTIONS as HUB
 from dpo_fast.training.log_section import NO_LOGGER
 from dpo_fast.training.merge import FOLDER as MERGED_BASE

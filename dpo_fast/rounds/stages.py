@@ -16,30 +16,30 @@ class StageSection(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     data: str | list[str | dict[str, Any]] | dict[str, Any] | None = Field(
-        None,
+        default=None,
         description="rows to train on, as data.train of a run; or a mapping of options of the section data",
         json_schema_extra={"refused": "beside prompts"},
     )
     prompts: str | list[str] | None = Field(
-        None,
+        default=None,
         description="rows with prompts, as sample.prompts: the policy answers them, the judge scores the "
         "answers, and their pairs are trained on",
         json_schema_extra={"refused": "beside data"},
     )
     rounds: int = Field(
-        1,
+        default=1,
         ge=1,
         le=1000,
         description="so often are the prompts sampled and trained on, each time from the policy before",
         json_schema_extra={"refused": "above 1 with data"},
     )
     start_from: Literal["previous", "start"] = Field(
-        "previous",
+        default="previous",
         description="weights that training begins from: those of the policy before, or of model.path. "
         "Answers are always sampled from the policy before",
     )
     reference: Literal["previous", "start", "ema"] = Field(
-        "previous",
+        default="previous",
         description="the model that the loss compares with. previous: the policy before this stage or "
         "round; start: that of model.path; ema: the reference before, moved towards the policy before",
         json_schema_extra={
@@ -47,14 +47,14 @@ class StageSection(BaseModel):
         },
     )
     mixup_alpha: float = Field(
-        0.6,
+        default=0.6,
         gt=0,
         le=1,
         description="with ema: share of the policy before in the new reference",
         json_schema_extra={"refused": "unless reference is ema"},
     )
     optimizer: Literal["fresh", "carried"] = Field(
-        "fresh",
+        default="fresh",
         description="AdamW's means of gradients: new, or those that the stage or round before ended with",
         json_schema_extra={
             "refused": "carried in the first stage, with start_from: start, and after a stage that exports "
@@ -62,14 +62,14 @@ class StageSection(BaseModel):
         },
     )
     learning_rate: float | None = Field(
-        None,
+        default=None,
         gt=0,
         le=100,
         description="in place of train.learning_rate; the schedule begins anew in every stage and round",
         json_schema_extra={"refused": "beside learning_rate in train of the stage"},
     )
     loss: str | list[str] | dict[str, Any] | None = Field(
-        None,
+        default=None,
         description="options in place of those of the section loss. One that names a type, as `sft` or "
         "`{type: ipo}`, takes none of the section",
     )

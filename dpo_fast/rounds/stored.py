@@ -60,7 +60,8 @@ def fill_references(
             def work(place=place, request=request) -> bool:
                 if find_stored(place, request) is not None:
                     return False
-                return link_stored(place.own, earlier) or fill(place.own, request, known)
+                linked = link_stored(place.own, earlier) and find_stored(place, request) is not None
+                return linked or fill(place.own, request, known)
 
             if distributed.from_main(work):
                 filled.append(split.name)
@@ -75,6 +76,8 @@ def link_stored(folder: Path, earlier: Iterable[Path]) -> bool:
     """
     found = next((each / folder.name for each in earlier if (each / folder.name).is_dir()), None)
     if found is None:
+        return False
+    if folder.is_dir():  # begun, by a run that scored some rows
         return False
     aside = durable.aside(folder)
     shutil.rmtree(aside, ignore_errors=True)

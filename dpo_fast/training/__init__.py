@@ -7,7 +7,7 @@ loop                  train(); one update, evaluation, checkpoints, resuming
 step                  one optimiser step; evaluation; the check before the first
 loss_pass             the loss of a micro-batch
 load_data, splits     the examples of a run and their batches
-references, precompute  the reference of a run, found or computed
+references, drawn, precompute  the reference of a run: what will be asked for, found or computed
 engine                DeepSpeed
 environment, distributed, peers, launchers   processes and ranks, and what becomes of them
 signals, lock         how a run ends early; one run in a folder

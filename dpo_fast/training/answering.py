@@ -32,6 +32,7 @@ from dpo_fast.training import distributed, signals
 from dpo_fast.training.answer_metrics import distinct, mean, win_rate
 from dpo_fast.training.checkpoints import saving
 from dpo_fast.training.console import say, track
+from dpo_fast.training.earlier_run import GENERATIONS
 from dpo_fast.training.generating import generating
 from dpo_fast.training.held_out_prompts import HeldOut, choose_prompts
 from dpo_fast.training.prepare import Run
@@ -39,7 +40,6 @@ from dpo_fast.training.run_log import RunLog, step_of_line
 from dpo_fast.training.selection import EVALUATION, OF_ANSWERS
 from dpo_fast.training.weights import identity_on_this_rank
 
-GENERATIONS = "generations.jsonl"
 PREFIX = EVALUATION + OF_ANSWERS
 COMPARED = ("start", "first", "chosen")  # what the greedy answers are compared with
 Answers = dict[str, Any]  # of one prompt: what a line of the file has for it

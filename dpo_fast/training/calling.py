@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from dpo_fast.errors import UserError
 from dpo_fast.losses.custom import loaded, told
-from dpo_fast.training import distributed
+from dpo_fast.training import distributed, signals
 from dpo_fast.training.callbacks import EVENTS, Callback, Control, RunState
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import say
@@ -80,6 +80,7 @@ class Calls:
         self._kept: dict[str, Any] = {}  # the latest that the callbacks gave to be kept
         self._asked = Control()
         self._cause: BaseException | None = None  # of this rank's
+        self._pressed = False
         self._state = RunState(
             step=0,
             total_steps=run.total_steps,
@@ -211,11 +212,20 @@ class Calls:
             for name, callback in self.callbacks.items():
                 try:
                     getattr(callback, event)(self._state, control)
-                except (Exception, SystemExit) as raised:
+                except signals.StopNow:
+                    raise
+                except (Exception, SystemExit, KeyboardInterrupt) as raised:
+                    if isinstance(raised, KeyboardInterrupt) and self._interrupted():
+                        continue
                     self._cause = raised
                     error = f"{OPTION}={name}, {event}: {told(raised)}"
                     break
         self._agree(event, control, error)
+
+    def _interrupted(self) -> bool:
+        """A callback's own KeyboardInterrupt, as of input(), is Ctrl-C: once. Whether it will be heard."""
+        self._pressed = self._pressed or signals.press()
+        return self._pressed
 
     @contextmanager
     def _as_it_was(self) -> Iterator[None]:

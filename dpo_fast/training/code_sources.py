@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dpo_fast.losses import LOSSES
+from dpo_fast.training.callbacks import Callback
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import say
 from dpo_fast.training.own_sampler import open_sampler
+from dpo_fast.training.trainer_callback import OfTransformers
 
 STATE = "code"  # in state.json
 
@@ -25,6 +28,14 @@ def sources_of(config: RunConfig) -> dict[str, dict[str, str]]:
     if config.train.sampler is not None:
         found[f"train.sampler={config.train.sampler}"] = source(open_sampler(config))
     return found
+
+
+def sources_of_callbacks(callbacks: Mapping[str, Callback]) -> dict[str, dict[str, str]]:
+    """As `sources_of`, of the callbacks that a run has opened. What does not train opens none."""
+    return {
+        f"train.callbacks={name}": source(each.theirs if isinstance(each, OfTransformers) else each)
+        for name, each in callbacks.items()
+    }
 
 
 def source(code: Any) -> dict[str, str]:

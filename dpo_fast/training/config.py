@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError, model_validator
 
@@ -47,6 +48,22 @@ class RunConfig(BaseModel):
     log: LogSection = LogSection()
     health: HealthSection = HealthSection()
     generate: GenerateSection = GenerateSection()
+
+    if TYPE_CHECKING:  # a dict is a section, too
+
+        def __init__(
+            self,
+            *,
+            model: ModelSection | Mapping[str, Any],
+            data: DataConfig | Mapping[str, Any],
+            train: TrainSection | Mapping[str, Any],
+            loss: LossSection | Mapping[str, Any] = ...,
+            reference: ReferenceSection | Mapping[str, Any] = ...,
+            parallel: ParallelSection | Mapping[str, Any] = ...,
+            log: LogSection | Mapping[str, Any] = ...,
+            health: HealthSection | Mapping[str, Any] = ...,
+            generate: GenerateSection | Mapping[str, Any] = ...,
+        ) -> None: ...
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:

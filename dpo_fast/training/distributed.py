@@ -215,7 +215,7 @@ def main_first(name: str, work: Callable[[], T]) -> T:
     """Do the work on the first rank of each node, and give its result to the node's other ranks.
 
     Collective. The others wait in the store and not in a collective of the backend, so no timeout ends
-    long work. They exit with code 2 if the first rank fails.
+    long work. A UserError of the first rank is raised on all; they exit with code 2 if it fails otherwise.
 
     name: of the work, for the key in the store. work: its result is anything that JSON can hold.
     """
@@ -238,6 +238,9 @@ def _first(name: str, mine: bool, work: Callable[[], T]) -> T:
     if mine:
         try:
             result = work()
+        except UserError as error:
+            store.set(key, json.dumps({"error": str(error)}))
+            raise
         except BaseException:
             store.set(key, "failed")
             raise
@@ -246,7 +249,10 @@ def _first(name: str, mine: bool, work: Callable[[], T]) -> T:
     store.wait([key], FOREVER)
     if (text := store.get(key)) == b"failed":
         raise SystemExit(2)  # the first rank has said why
-    return json.loads(text)["result"]
+    outcome = json.loads(text)
+    if "error" in outcome:
+        raise UserError(outcome["error"])
+    return outcome["result"]
 
 
 def await_all(name: str) -> None:

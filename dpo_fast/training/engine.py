@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from dpo_fast.training.parallel_section import ZERO_PLUS_PLUS
 from dpo_fast.training.schedule import build_schedule
 from dpo_fast.training.zero_mends import (
     follow_new_order,
+    forget_modules,
     keep_names_of_the_model,
     record_whole_passes,
     share_groups,
@@ -30,6 +33,7 @@ from dpo_fast.training.zero_mends import (
 
 # DeepSpeed's monitors, which log.report_to stands for.
 MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
+_open: weakref.WeakSet = weakref.WeakSet()  # engines of this process that nobody has let go of
 
 
 def deepspeed_config(config: RunConfig, world_size: int, accumulation: int) -> dict[str, Any]:
@@ -153,10 +157,15 @@ def reference_config(config: RunConfig, ds_config: dict[str, Any]) -> dict[str, 
     return reduced | {"zero_optimization": zero}
 
 
-def shard_while_loading(config: RunConfig, ds_config: dict[str, Any]):
-    """At stage 3, an object; as long as it lives, transformers shards weights while it loads them."""
+@contextlib.contextmanager
+def shard_while_loading(config: RunConfig, ds_config: dict[str, Any]) -> Iterator[None]:
+    """Inside, at stage 3, transformers shards weights while it loads them.
+
+    It does so as long as an object lives, which the traceback of an error would keep alive.
+    """
     if config.zero_stage < 3:
-        return None
+        yield
+        return
     zero = ds_config["zero_optimization"]
     follow_new_order()
     keep_names_of_the_model()
@@ -166,9 +175,15 @@ def shard_while_loading(config: RunConfig, ds_config: dict[str, Any]):
         zero["offload_param"].setdefault("buffer_size", largest_part(config))
     if ds_config["bf16"]["enabled"]:
         ds_config = keeping_buffers(config, ds_config)
-    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations import HfDeepSpeedConfig, deepspeed
 
-    return HfDeepSpeedConfig(ds_config)
+    before = deepspeed._hf_deepspeed_config_weak_ref
+    lives = HfDeepSpeedConfig(ds_config)
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = before
+        del lives
 
 
 def keeping_buffers(config: RunConfig, ds_config: dict[str, Any]) -> dict[str, Any]:
@@ -223,6 +238,7 @@ def build_engine(config: RunConfig, model: ScoringModel, ds_config: dict, total_
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config
     )
+    _open.add(engine)
     if swaps(engine):
         save_as_others(engine)
     return engine
@@ -238,8 +254,28 @@ def build_reference_engine(config: RunConfig, model: ScoringModel, ds_config: di
 
     join_experts(model, config.zero_stage)
     engine, *_ = deepspeed.initialize(model=model, config=ds_config)
+    _open.add(engine)
     engine.eval()
     return engine
+
+
+@contextlib.contextmanager
+def engines_released() -> Iterator[None]:
+    """Afterwards the engines that were made inside are let go of, also where an error ends it.
+
+    After an error on several ranks they stay: letting go waits for all ranks, and the process ends anyway.
+    """
+    before = list(_open)
+    try:
+        yield
+    except BaseException:
+        if distributed.world_size() == 1:
+            with contextlib.suppress(
+                Exception
+            ):  # they may be in any state, and the error is to be told
+                release(*(each for each in _open if each not in before))
+        raise
+    release(*(each for each in _open if each not in before))
 
 
 def release(*holders: object) -> None:
@@ -251,8 +287,10 @@ def release(*holders: object) -> None:
     engines = {id(each): each for each in (getattr(holder, "scorer", holder) for holder in holders)}
     for engine in engines.values():
         if hasattr(engine, "destroy"):
+            _open.discard(engine)
             remove_files(engine)
             engine.destroy()
+            forget_modules(engine.module)
             for parameter in engine.module.parameters():
                 parameter.grad = None
                 for tensor in (parameter, getattr(parameter, "ds_tensor", parameter)):

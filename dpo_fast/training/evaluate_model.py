@@ -21,7 +21,12 @@ from dpo_fast.training.checkpoint_weights import load_trained, read_on_main, tra
 from dpo_fast.training.checkpoints import check_whole, read_state, still_there
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import say, track
-from dpo_fast.training.engine import build_reference_engine, deepspeed_config, shard_while_loading
+from dpo_fast.training.engine import (
+    build_reference_engine,
+    deepspeed_config,
+    engines_released,
+    shard_while_loading,
+)
 from dpo_fast.training.evaluate_options import Evaluation
 from dpo_fast.training.fit import check_run
 from dpo_fast.training.images import check_images, with_images
@@ -70,7 +75,7 @@ def evaluate_model(asked: Evaluation) -> dict[str, Any]:
     config, checkpoint = without_training(asked.config), asked.checkpoint
     choices = check_run(config)
     keeps = "an evaluation keeps nothing but the references that it stored"
-    with signals.stop_at_once(keeps), still_there(checkpoint):
+    with signals.stop_at_once(keeps), still_there(checkpoint), engines_released():
         data_ranks.join(config.parallel)
         step = None if checkpoint is None else _checked(config, checkpoint)
         config = merged_first(choices.applied(config))
@@ -80,22 +85,21 @@ def evaluate_model(asked: Evaluation) -> dict[str, Any]:
         say(f"evaluating on {len(split.examples):,} {split.examples.kind.name}")
         ds_config = deepspeed_config(config, distributed.world_size(), accumulation=1)
         torch.manual_seed(config.train.seed)
-        keep_alive = shard_while_loading(config, ds_config)
-        # The reference of an adapter by itself is its base; of a run it is what the run began with.
-        model = load_policy(config, choices, tokenizer, [split], checkpoint is not None)
-        names = trained_names(model.model)
-        state = {} if checkpoint is None else read_on_main(checkpoint, model.model)
-        dtypes = distributed.from_main(
-            lambda: {name: asked.dtype or state[name].dtype for name in names if state}
-        )
-        scorer = _scorer(config, model, dtypes, ds_config, device)
-        dtype = config.model.torch_dtype
-        check_separation(scorer, config.train.layout, len(tokenizer), device, dtype)
-        check_images(scorer, [split])
-        load = partial(load_second_model, config, choices, ds_config, device, [split])
-        references = build_references(config, scorer, model, [split], load)
-        old = build_old(config, scorer, references, [split], load)
-        del keep_alive
+        with shard_while_loading(config, ds_config):
+            # The reference of an adapter by itself is its base; of a run it is what the run began with.
+            model = load_policy(config, choices, tokenizer, [split], checkpoint is not None)
+            names = trained_names(model.model)
+            state = {} if checkpoint is None else read_on_main(checkpoint, model.model)
+            dtypes = distributed.from_main(
+                lambda: {name: asked.dtype or state[name].dtype for name in names if state}
+            )
+            scorer = _scorer(config, model, dtypes, ds_config, device)
+            dtype = config.model.torch_dtype
+            check_separation(scorer, config.train.layout, len(tokenizer), device, dtype)
+            check_images(scorer, [split])
+            load = partial(load_second_model, config, choices, ds_config, device, [split])
+            references = build_references(config, scorer, model, [split], load)
+            old = build_old(config, scorer, references, [split], load)
         extras = METRIC_EXTRAS if config.log.token_metrics else ()
         routing = Routing() if model.routers.count else None
         loss_pass = LossPass(

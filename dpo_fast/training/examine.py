@@ -140,6 +140,14 @@ def one_of_each(of_ranks: list[list[Row]], model: nn.Module) -> list[Row]:
     return rows
 
 
+@contextlib.contextmanager
+def _unwarned() -> Iterator[None]:
+    """Without warnings, such as torch's that a look for NaN is slow."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def where_nan(run: Run, place: Place, row: Row) -> str:
     """What torch's anomaly detection says of the backward pass of a row alone. On one rank."""
     split, number = place.split, place.number
@@ -149,8 +157,7 @@ def where_nan(run: Run, place: Place, row: Row) -> str:
     totals = split.totals(split.sampler.global_batch(number))
     run.engine.set_gradient_accumulation_boundary(False)
     try:
-        with warnings.catch_warnings(), torch.autograd.detect_anomaly(check_nan=True):
-            warnings.simplefilter("ignore")
+        with _unwarned(), torch.autograd.detect_anomaly(check_nan=True):
             outputs = loss_pass.token_outputs(run.engine, batch)
             reference = loss_pass.reference(provider, batch)
             loss = loss_pass.loss(outputs, reference, batch, totals, run.statistics.values).loss

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -106,7 +107,11 @@ class Guard:
             return skipped
         if engine.optimizer.overflow:  # DeepSpeed has counted it, and held the schedule back
             engine.skipped_steps -= 1
-            engine.lr_scheduler.step()
+            with (
+                warnings.catch_warnings()
+            ):  # of a schedule that moves before the first step is taken
+                warnings.simplefilter("ignore")
+                engine.lr_scheduler.step()
             forget_gradients(engine.optimizer)
         self._unseen.append((place, engine.optimizer.overflow))
         return torch.full((), engine.optimizer.overflow, device=engine.device)

@@ -18,7 +18,7 @@ class GenerateSection(BaseModel):
     model_config = FORBID
 
     max_prompts: int = Field(
-        0,
+        default=0,
         ge=0,
         le=100_000,
         description="so many distinct prompts of the evaluation data, chosen by seed; 0: none is answered",
@@ -27,37 +27,39 @@ class GenerateSection(BaseModel):
         },
     )
     steps: int | None = Field(
-        None, ge=1, description="optimiser steps between; default: at the start and the end"
+        default=None, ge=1, description="optimiser steps between; default: at the start and the end"
     )
-    max_new_tokens: int = Field(256, ge=1, description="tokens of an answer, at most")
+    max_new_tokens: int = Field(default=256, ge=1, description="tokens of an answer, at most")
     temperature: float = Field(
-        1.0,
+        default=1.0,
         ge=0,
         le=100,
         description="of a second answer, drawn by seed, beside the greedy one; 0: the greedy one alone",
     )
     top_p: float = Field(
-        1.0,
+        default=1.0,
         gt=0,
         le=1,
         description="nucleus sampling of the second answer",
         json_schema_extra={"refused": "with temperature 0"},
     )
-    seed: int = Field(0, ge=0, lt=2**32, description="seed of the choice of prompts and of draws")
+    seed: int = Field(
+        default=0, ge=0, lt=2**32, description="seed of the choice of prompts and of draws"
+    )
     batch_size: int = Field(
-        32,
+        default=32,
         ge=1,
         description="answers that are written at a time; another size rounds in other ways",
     )
     judge: JudgeSection | None = Field(
-        None,
+        default=None,
         description="what scores the answers, as the section judge of dpo-fast judge: then win rates "
         "against the answers of the start and against the chosen ones are measured",
         json_schema_extra={"refused": "type implicit, and samples"},
     )
 
     first_answers: str | None = Field(
-        None,
+        default=None,
         description="generations.jsonl of an earlier run: its first answers to the same prompts are "
         "compared with, too. The later stages of `iterate` take that of the first stage",
         json_schema_extra={"refused": "without judge"},

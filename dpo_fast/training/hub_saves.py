@@ -7,6 +7,7 @@ disk until it is uploaded, whatever `train.save_total_limit` says.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,27 +15,30 @@ from pathlib import Path
 
 from dpo_fast.durable import first_line
 from dpo_fast.errors import UserError
+from dpo_fast.progress import duration
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import PREFIX
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import say
-from dpo_fast.training.hub import push, push_checkpoint, repo_of
+from dpo_fast.training.hub import again, again_inside, push, push_checkpoint, repo_of
 from dpo_fast.training.saver import Saver
 from dpo_fast.training.sections import AT_THE_END
 
 LAST = "last-checkpoint"  # as transformers calls it
 HURRY = 15.0  # seconds that a push has once the run is stopped
+FIRST_WORD, LAST_WORD = 15.0, 600.0  # seconds between lines of a wait, which grow
 
 
 class Pushes:
     """Pushes one checkpoint after the other. All but one that is being pushed give way to a newer one.
 
-    everything: none gives way.
+    everything: none gives way, and what has failed is tried again with the next.
     """
 
     def __init__(self, push_one: Callable[[Path], None], everything: bool) -> None:
         self._push, self._everything = push_one, everything
         self._waiting: list[Path] = []
+        self._failed: list[Path] = []
         self._now: Path | None = None
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -42,23 +46,29 @@ class Pushes:
     def add(self, checkpoint: Path) -> None:
         """Push this one as soon as the one before is done."""
         with self._changed:
-            if not self._everything:
-                self._waiting.clear()
+            again, self._failed = self._failed, []
+            self._waiting = [*again, *self._waiting] if self._everything else []
             self._waiting.append(checkpoint)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="push", daemon=True)
                 self._thread.start()
 
-    def held(self) -> set[str]:
-        """Names of the checkpoints that are not pushed yet."""
+    def left(self) -> list[Path]:
+        """The checkpoints that are not pushed, failed ones among them, without those that gave way."""
         with self._changed:
-            return {each.name for each in (self._now, *self._waiting) if each is not None}
+            found = (*self._failed, self._now, *self._waiting)
+            return list(dict.fromkeys(each for each in found if each is not None))
 
-    def finish(self, patience: float | None) -> set[str]:
-        """Wait so many seconds, or as long as it takes; returns what is not pushed then."""
+    def held(self) -> set[str]:
+        """Names of the checkpoints that are still to be pushed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._thread is None, patience)
-        return self.held()
+            failed = self._failed if self._everything else []
+            return {each.name for each in (*failed, self._now, *self._waiting) if each is not None}
+
+    def ended(self, patience: float) -> bool:
+        """Wait until all have been tried, at most so many seconds; returns whether they have."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._thread is None, patience)
 
     def _work(self) -> None:
         while True:
@@ -70,36 +80,63 @@ class Pushes:
                     return
             try:
                 self._push(self._now)
-            except UserError as error:
-                say(f"{error}. The run goes on", matters=True)
-            except Exception as error:  # of a client; a run that ends would wait for this thread
-                kind = type(error).__name__
-                say(
-                    f"{self._now} is not pushed: {kind}: {first_line(error)} Push it with `dpo-fast push "
-                    f"{self._now}`. The run goes on",
-                    matters=True,
-                )
+            except (
+                Exception
+            ) as error:  # of a client, too; a run that ends would wait for this thread
+                with self._changed:
+                    self._failed.append(self._now)
+                told = str(error)
+                if not isinstance(error, UserError):
+                    told = (
+                        f"{self._now} was not pushed: {type(error).__name__}: {first_line(error)}"
+                    )
+                say(f"{told.rstrip('.')}. The run goes on", matters=True)
 
 
 @contextmanager
 def pushing(config: RunConfig, saver: Saver) -> Iterator[None]:
-    """Inside, checkpoints are pushed as `train.hub_strategy` says. Ends when all of them are."""
+    """Inside, checkpoints are pushed as `train.hub_strategy` says. Ends when all have been. Collective."""
     train = config.train
-    if not train.push_to_hub or train.hub_strategy == AT_THE_END or not distributed.is_main():
+    if not train.push_to_hub or train.hub_strategy == AT_THE_END:
         yield
         return
     pushes = Pushes(partial(push_save, config), train.hub_strategy == "all_checkpoints")
-    saver.published, saver.held = pushes.add, pushes.held
+    if distributed.is_main():
+        saver.published, saver.held = pushes.add, pushes.held
     try:
-        yield
-    except BaseException:
-        if left := pushes.finish(HURRY):
-            say(f"{', '.join(sorted(left))}: not pushed to {repo_of(config)}", matters=True)
-        raise
-    if waits := pushes.held():
-        say(f"waiting until {', '.join(sorted(waits))} is pushed to {repo_of(config)}")
-    pushes.finish(None)
-    saver.remove_old()
+        try:
+            yield
+        except BaseException:
+            pushes.ended(HURRY)
+            raise
+        if distributed.is_main():
+            _await(pushes, repo_of(config))
+    finally:
+        for checkpoint in pushes.left():
+            told = " and ".join(f"`{each}`" for each in commands(config, checkpoint))
+            say(f"{checkpoint.name} is not on the hub: push it with {told}", matters=True)
+    distributed.await_all("pushes")  # however long it took: no collective would wait so long
+    if distributed.is_main():
+        saver.remove_old()
+
+
+def _await(pushes: Pushes, repo: str) -> None:
+    """Wait until all have been tried. A hub that falls silent ends each of them (`hub.SILENCE`)."""
+    began, told = time.monotonic(), 0.0
+    while not pushes.ended(told):
+        names = ", ".join(sorted(pushes.held()))
+        since = f", for {duration(time.monotonic() - began)} now" if told else ""
+        say(f"waiting for uploads to {repo}{since}: {names}. Ctrl-C ends the wait", matters=True)
+        told = min(max(2 * told, FIRST_WORD), LAST_WORD)
+
+
+def commands(config: RunConfig, checkpoint: Path) -> list[str]:
+    """The commands that push what `push_save` does."""
+    train, repo = config.train, repo_of(config)
+    where = (train.hub_private_repo, train.hub_revision)
+    model = again(checkpoint, repo, *where)
+    inside = _inside(config, checkpoint)
+    return [model] if inside is None else [model, again_inside(checkpoint, inside, repo, *where)]
 
 
 def push_save(config: RunConfig, checkpoint: Path) -> None:
@@ -108,6 +145,11 @@ def push_save(config: RunConfig, checkpoint: Path) -> None:
     message = f"Training in progress, step {checkpoint.name.removeprefix(PREFIX)}"
     where = (repo, train.hub_private_repo, train.hub_revision)
     push(checkpoint, *where, message)
-    if train.hub_strategy != "every_save":
-        inside = LAST if train.hub_strategy == "checkpoint" else checkpoint.name
+    if (inside := _inside(config, checkpoint)) is not None:
         push_checkpoint(checkpoint, inside, *where, f"{message}, checkpoint")
+
+
+def _inside(config: RunConfig, checkpoint: Path) -> str | None:
+    """The folder of a repository that a whole checkpoint goes to; None: the model alone is pushed."""
+    folders = {"checkpoint": LAST, "all_checkpoints": checkpoint.name}
+    return folders.get(config.train.hub_strategy)

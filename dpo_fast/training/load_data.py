@@ -28,9 +28,15 @@ REFERENCE_COLUMNS = {name for kind in KINDS for name in kind.reference_columns}
 
 
 def load_split(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, name: str, shuffle: bool
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    shuffle: bool,
+    trains: bool = True,
 ) -> Split | StreamSplit:
     """Read, check and tokenise a split (`train` or `eval`), or find it done; or begin a stream.
+
+    shuffle: whether it comes in the order of training. trains: whether it is trained on, if so.
 
     Collective. Raises UserError.
     """
@@ -46,7 +52,7 @@ def load_split(
         examples = examples.narrowed(config.train.seed, planned_epochs(config, examples))
     split = make_split(config, tokenizer, name, examples, shuffle)
     tell_unused(name, examples)
-    if shuffle:
+    if shuffle and trains:
         tell_size(split.sampler)
         tell_idle_answers(config, examples)
     return split

@@ -18,9 +18,10 @@ class LogSection(BaseModel):
 
     model_config = FORBID
 
-    logging_steps: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
+    logging_steps: int = Field(default=10, ge=1, description="steps between lines of metrics.jsonl")
     token_metrics: bool = Field(
-        True, description="entropy, mean logits and token accuracy, from the head's own pass"
+        default=True,
+        description="entropy, mean logits and token accuracy, from the head's own pass",
     )
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "csv"]] = (
         Field(
@@ -29,17 +30,18 @@ class LogSection(BaseModel):
         )
     )
     eval_texts: int = Field(
-        8,
+        default=8,
         ge=0,
         le=100,
         description="texts of so many evaluation examples with the least margin, and as many with the "
         "greatest, are kept in eval-examples.json for the report; 0: none, if they are private",
     )
     run_name: str | None = Field(
-        None, description="name of the run for loggers and the report; default: that of output_dir"
+        default=None,
+        description="name of the run for loggers and the report; default: that of output_dir",
     )
     project: str | None = Field(
-        None,
+        default=None,
         min_length=1,
         description="project or experiment that holds the run in loggers; default: the variable of the "
         "client (WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME, COMET_PROJECT_NAME, TRACKIO_PROJECT), or dpo_fast",
@@ -49,13 +51,15 @@ class LogSection(BaseModel):
         default_factory=list, description="tags of the run in loggers", json_schema_extra=OF_LOGGERS
     )
     notes: str | None = Field(
-        None, description="what the run is about, for loggers", json_schema_extra=OF_LOGGERS
+        default=None, description="what the run is about, for loggers", json_schema_extra=OF_LOGGERS
     )
     group: str | None = Field(
-        None, description="runs that belong together in loggers", json_schema_extra=OF_LOGGERS
+        default=None,
+        description="runs that belong together in loggers",
+        json_schema_extra=OF_LOGGERS,
     )
     log_completions: bool = Field(
-        False,
+        default=False,
         description="send the answers of generate to the loggers, too, as tables; they are texts of "
         "held-out prompts",
         json_schema_extra={"refused": "without log.report_to or generate.max_prompts"},

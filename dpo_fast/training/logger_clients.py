@@ -53,11 +53,13 @@ class Opening:
     """What a logger begins with.
 
     step: after which the run goes on. identity: of the run that goes on; None of a new one.
+    theirs: a run of the client's that the calling code has begun, as a sweep does; None: there is none.
     """
 
     config: RunConfig
     step: int
     identity: str | None = None
+    theirs: Any = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -77,9 +79,13 @@ class Opening:
         """log.project, or what the client's own variable says."""
         return self.config.log.project or os.environ.get(variable) or PROJECT
 
+    def named(self, variable: str) -> str:
+        """log.run_name, or what the client's own variable says."""
+        return self.config.log.run_name or os.environ.get(variable) or self.name
+
 
 class Logger(Protocol):
-    """What receives metrics.
+    """What receives metrics. A run that the calling code has begun gets them, and stays open.
 
     package: that must be there; install: what pip calls it. advice: behind an error of its beginning.
     identity: by which the service finds the run again.
@@ -89,6 +95,10 @@ class Logger(Protocol):
     install: ClassVar[str]
     advice: ClassVar[str]
     identity: str | None
+
+    @staticmethod
+    def running() -> Any:
+        """The client's run that the calling code has begun, or None. Clients know them by thread."""
 
     def __init__(self, opening: Opening) -> None: ...
 
@@ -105,6 +115,10 @@ class TensorBoard:
     """Event files in output_dir/tensorboard."""
 
     package, install, advice = "tensorboard", "tensorboard", LOCAL
+
+    @staticmethod
+    def running() -> None:
+        """Files have none."""
 
     def __init__(self, opening: Opening) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -141,10 +155,7 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases; variables of its client hold as well.
-
-    A run that the calling code has begun, as a sweep does, gets the metrics and stays open.
-    """
+    """A run of Weights & Biases; variables of its client hold as well."""
 
     package, install = "wandb", "wandb"
     advice = (
@@ -152,12 +163,18 @@ class WandB:
         "(metrics.jsonl is always written)"
     )
 
+    @staticmethod
+    def running() -> Any:
+        import wandb
+
+        return wandb.run
+
     def __init__(self, opening: Opening) -> None:
         import wandb
 
-        self.wandb, self.theirs = wandb, wandb.run is not None
-        if wandb.run is not None:
-            self.run = wandb.run
+        self.wandb, self.theirs = wandb, opening.theirs is not None
+        if self.theirs:
+            self.run = opening.theirs
             self.run.config.update(opening.options, allow_val_change=True)
         else:
             self.run = self._begun(opening)
@@ -169,8 +186,8 @@ class WandB:
         log = opening.config.log
         return self.wandb.init(
             project=opening.project("WANDB_PROJECT"),
-            name=opening.name,
-            dir=opening.config.train.output_dir,
+            name=opening.named("WANDB_NAME"),
+            dir=os.environ.get("WANDB_DIR") or opening.config.train.output_dir,
             config=opening.options,
             tags=list(log.tags) or None,
             notes=opening.notes,
@@ -203,33 +220,54 @@ class MLflow:
     ODD = re.compile(r"[^\w\-./ ]")  # in the name of a metric
     MOST_METRICS, MOST_PARAMETERS, MOST_CHARACTERS = 500, 100, 500
 
-    def __init__(self, opening: Opening) -> None:
-        from mlflow import MlflowClient, entities, exceptions
+    @staticmethod
+    def running() -> Any:
+        import mlflow
 
-        self.entities = entities
-        self.client = MlflowClient()
-        if opening.identity is not None:
-            try:
-                self.client.update_run(opening.identity, status="RUNNING")
-                self.identity = opening.identity
-                return
-            except exceptions.MlflowException:
-                pass  # it was deleted, or the store is another one now: a new run begins
-        name, log = opening.project("MLFLOW_EXPERIMENT_NAME"), opening.config.log
-        experiment = self.client.get_experiment_by_name(name)
-        number = experiment.experiment_id if experiment else self.client.create_experiment(name)
-        tags = {
-            "tags": ", ".join(log.tags),
-            "group": log.group,
-            "mlflow.note.content": opening.notes,
+        return mlflow.active_run()
+
+    def __init__(self, opening: Opening) -> None:
+        import mlflow
+
+        self.entities, self.client = mlflow.entities, mlflow.MlflowClient()
+        self.theirs = opening.theirs is not None
+        asked = os.environ.get("MLFLOW_RUN_ID")  # `mlflow run` begins one for its processes
+        given = opening.theirs.info.run_id if self.theirs else asked
+        self.identity = given or self._gone_on(opening.identity) or self._begun(opening)
+        if given is not None or opening.identity != self.identity:
+            self._describe(opening)
+
+    def _gone_on(self, identity: str | None) -> str | None:
+        """A run that is resumed, running again; None if the store has none of that identity."""
+        from mlflow.exceptions import MlflowException
+
+        if identity is not None:
+            with contextlib.suppress(MlflowException):  # it was deleted, or this is another store
+                self.client.update_run(identity, status="RUNNING")
+                return identity
+        return None
+
+    def _begun(self, opening: Opening) -> str:
+        log, known = opening.config.log, os.environ.get("MLFLOW_EXPERIMENT_ID")
+        if log.project or known is None:  # mlflow.set_experiment sets it
+            name = opening.project("MLFLOW_EXPERIMENT_NAME")
+            experiment = self.client.get_experiment_by_name(name)
+            known = experiment.experiment_id if experiment else self.client.create_experiment(name)
+        return self.client.create_run(known, run_name=opening.name).info.run_id
+
+    def _describe(self, opening: Opening) -> None:
+        """Labels and configuration of a run. Parameters of a run never change, so theirs stay."""
+        log = opening.config.log
+        told = {"tags": ", ".join(log.tags), "group": log.group}
+        for key, value in (told | {"mlflow.note.content": opening.notes}).items():
+            if value:
+                self.client.set_tag(self.identity, key, value)
+        there = self.client.get_run(self.identity).data.params
+        options = {
+            self.ODD.sub("_", key): str(value)[: self.MOST_CHARACTERS]
+            for key, value in flat(opening.options)
         }
-        tags = {key: value for key, value in tags.items() if value}
-        run = self.client.create_run(number, run_name=opening.name, tags=tags)
-        self.identity = run.info.run_id
-        options = [
-            (key, str(value)[: self.MOST_CHARACTERS]) for key, value in flat(opening.options)
-        ]
-        given = [entities.Param(self.ODD.sub("_", key), value) for key, value in options]
+        given = [self.entities.Param(*each) for each in options.items() if each[0] not in there]
         for first in range(0, len(given), self.MOST_PARAMETERS):
             part = given[first : first + self.MOST_PARAMETERS]
             self.client.log_batch(self.identity, params=part)
@@ -254,7 +292,13 @@ class MLflow:
         self.client.log_dict(self.identity, table, f"answers/step-{step}.json")
 
     def close(self, status: str) -> None:
-        self.client.set_terminated(self.identity, self.STATUS[status])
+        if not self.theirs:
+            self.client.set_terminated(self.identity, self.STATUS[status])
+
+
+def quiet_stdout() -> contextlib.AbstractContextManager[Any]:
+    """Standard output is for what the command gives: what a client prints goes to standard error."""
+    return contextlib.redirect_stdout(sys.stderr)
 
 
 class Trackio:
@@ -262,39 +306,58 @@ class Trackio:
 
     package, install, advice = "trackio", "trackio", LOCAL
 
+    @staticmethod
+    def running() -> Any:
+        import trackio
+
+        return trackio.context_vars.current_run.get()
+
     def __init__(self, opening: Opening) -> None:
         import trackio
 
-        log = opening.config.log
-        self.trackio = trackio
-        # Standard output is for what the command gives.
-        with contextlib.redirect_stdout(sys.stderr):
-            # trackio resumes by name, the newest run that has it.
-            self.run = trackio.init(
+        self.trackio, self.theirs = trackio, opening.theirs is not None
+        labels = {"tags": list(opening.config.log.tags), "notes": opening.notes}
+        options = opening.options | labels
+        if self.theirs:
+            self.run = opening.theirs
+            self.run.config.update(options)
+            self.run._config_logged = False  # it sends its configuration once, with what comes next
+        else:
+            self.run = self._begun(opening, options)
+            # Its own end of the process would finish the run that `close` has finished.
+            trackio.context_vars.current_run.set(None)
+        self.identity = f"{self.run.id}/{self.run.name}"
+
+    def _begun(self, opening: Opening, options: dict[str, Any]) -> Any:
+        number, _, name = (opening.identity or "").partition("/")
+        with quiet_stdout():
+            run = self.trackio.init(
                 project=opening.project("TRACKIO_PROJECT"),
-                name=opening.identity or opening.name,
-                group=log.group,
-                config=opening.options | {"tags": list(log.tags), "notes": opening.notes},
-                resume="allow" if opening.identity else "never",
+                name=name or opening.name,
+                group=opening.config.log.group,
+                config=options,
+                resume="allow" if name else "never",
                 embed=False,
             )
-        # Its own end of the process would finish the run that `close` has finished.
-        trackio.context_vars.current_run.set(None)
-        self.identity = self.run.name
+        if name:  # trackio resumes the newest run of the name, and that may be another one
+            run.id = number
+        return run
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self.run.log({**metrics, STEP: step}, step=step)
 
     def tell(self, step: int, name: str, text: str) -> None:
-        self.run.alert(title=name, text=text, step=step)
+        with quiet_stdout():
+            self.run.alert(title=name, text=text, step=step)
 
     def answers(self, step: int, answers: Answers) -> None:
         table = self.trackio.Table(columns=answers.columns, data=answers.rows)
         self.run.log({"answers": table}, step=step)
 
     def close(self, status: str) -> None:
-        with contextlib.redirect_stdout(sys.stderr):
-            self.run.finish()
+        if not self.theirs:
+            with quiet_stdout():
+                self.run.finish()
 
 
 class Comet:
@@ -306,17 +369,41 @@ class Comet:
         "out (metrics.jsonl is always written)"
     )
 
-    def __init__(self, opening: Opening) -> None:
+    @staticmethod
+    def running() -> Any:
         import comet_ml
 
-        log, folder = opening.config.log, os.environ.get("COMET_OFFLINE_DIRECTORY")
+        found = comet_ml.get_running_experiment()
+        return None if found is None or found.ended else found
+
+    def __init__(self, opening: Opening) -> None:
+        log, self.theirs = opening.config.log, opening.theirs is not None
+        self.experiment = opening.theirs if self.theirs else self._begun(opening)
+        if not self.experiment.alive:  # its client has said why, and would drop everything
+            raise ConnectionError("its experiment has no connection to Comet")
+        self.identity = self.experiment.get_key()
+        if self.theirs:
+            self.experiment.add_tags(self._tags(opening))
+        if self.theirs or opening.identity is None:
+            self.experiment.log_parameters(dict(flat(opening.options)))
+            told = {"group": log.group, "notes": opening.notes}
+            self.experiment.log_others({name: value for name, value in told.items() if value})
+
+    def _tags(self, opening: Opening) -> list[str]:
+        log = opening.config.log
+        return [*log.tags, *([log.group] if log.group else [])]
+
+    def _begun(self, opening: Opening) -> Any:
+        import comet_ml
+
+        folder = os.environ.get("COMET_OFFLINE_DIRECTORY")
         online = os.environ.get("COMET_START_ONLINE", "1").lower() not in ("0", "false", "no")
         if not online and folder is None:
             folder = str(Path(opening.config.train.output_dir, "comet").absolute())
             os.makedirs(folder, exist_ok=True)
         config = comet_ml.ExperimentConfig(
             name=opening.name,
-            tags=[*log.tags, *([log.group] if log.group else [])] or None,
+            tags=self._tags(opening) or None,
             offline_directory=folder,
             log_code=False,
             parse_args=False,  # the command line may hold what `public` takes out
@@ -325,18 +412,13 @@ class Comet:
             auto_output_logging=False,
             display_summary_level=0,
         )
-        self.experiment = comet_ml.start(
+        return comet_ml.start(
             project_name=opening.project("COMET_PROJECT_NAME"),
             online=online,
             experiment_key=opening.identity,
             mode="get" if opening.identity else "create",
             experiment_config=config,
         )
-        self.identity = self.experiment.get_key()
-        if opening.identity is None:
-            self.experiment.log_parameters(dict(flat(opening.options)))
-            told = {"group": log.group, "notes": opening.notes}
-            self.experiment.log_others({name: value for name, value in told.items() if value})
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self.experiment.log_metrics(dict(metrics), step=step)
@@ -350,8 +432,9 @@ class Comet:
         self.experiment.log_asset_data(content.getvalue(), f"answers-step-{step}.csv", step=step)
 
     def close(self, status: str) -> None:
-        self.experiment.log_other("status", status)
-        self.experiment.end()
+        if not self.theirs:
+            self.experiment.log_other("status", status)
+            self.experiment.end()
 
 
 class Csv:
@@ -359,6 +442,10 @@ class Csv:
 
     package, install, advice = None, "", ""
     FILE, FINDINGS = "metrics.csv", "health"
+
+    @staticmethod
+    def running() -> None:
+        """Files have none."""
 
     def __init__(self, opening: Opening) -> None:
         self.identity = None

@@ -13,7 +13,8 @@ import importlib.util
 import json
 import queue
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +23,42 @@ from dpo_fast.errors import UserError
 from dpo_fast.training.checkpoints import saving
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import say
-from dpo_fast.training.logger_clients import CLIENTS, FINISHED, Answers, Logger, Opening
+from dpo_fast.training.logger_clients import CLIENTS, FAILED, FINISHED, Answers, Logger, Opening
 
 EVALUATION = "eval_"
 IDENTITIES = "loggers.json"  # by which the services know the run
 PATIENCE = {FINISHED: 120.0}  # seconds to send what is left; a run that is stopped has less
 HURRY = 15.0
+BEGINNING = 150.0  # seconds to begin; the client of W&B itself gives up behind two minutes
+SILENT = 10.0  # so long nothing is said of a wait
 MOST_CHARACTERS = 4000  # of a prompt or an answer in a table
 
 
 class Guarded:
-    """A logger in a thread of its own. Calls return at once; the first failure is told and is the last."""
+    """A logger in a thread of its own. Calls return at once; the first failure is told and is the last.
 
-    def __init__(self, name: str, logger: Logger) -> None:
-        self.name, self.logger = name, logger
+    begin: makes the logger, in that thread.
+
+    Raises:
+        Exception: what `begin` raises, or TimeoutError if it has not ended within BEGINNING seconds.
+    """
+
+    def __init__(self, name: str, begin: Callable[[], Logger]) -> None:
+        self.name = name
         self._left: queue.SimpleQueue = queue.SimpleQueue()
         self._failure: Exception | None = None
         self._told = self._closed = False
-        self._thread = threading.Thread(target=self._work, name=f"log to {name}", daemon=True)
+        self._begun = threading.Event()
+        self._thread = threading.Thread(
+            target=self._work, args=[begin], name=f"log to {name}", daemon=True
+        )
         self._thread.start()
+        if not self._waited(self._begun.wait, BEGINNING, "begun"):
+            self._left.put(("close", FAILED))  # should it still begin
+            self._left.put(None)
+            raise TimeoutError(f"the service has not answered for {BEGINNING:g} seconds")
+        if self._failure is not None:
+            raise self._failure
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Metrics of a step."""
@@ -61,16 +79,34 @@ class Guarded:
         self._closed = True
         self._ask("close", status)
         self._left.put(None)
-        self._thread.join(PATIENCE.get(status, HURRY))
-        if self._thread.is_alive():
+        if not self._waited(self._ended, PATIENCE.get(status, HURRY), "sent what is left"):
             self._warn("does not answer")
         self._tell_failure()
+
+    def _waited(self, ended: Callable[[float], bool], patience: float, what: str) -> bool:
+        """Wait until something has ended; returns whether it has."""
+        if ended(min(SILENT, patience)):
+            return True
+        if patience > SILENT:
+            say(f"waiting until {self.name} has {what}, at most {patience:g} seconds")
+        return ended(patience - min(SILENT, patience))
+
+    def _ended(self, patience: float) -> bool:
+        self._thread.join(patience)
+        return not self._thread.is_alive()
 
     def _ask(self, *call: Any) -> None:
         self._tell_failure()
         self._left.put(call)
 
-    def _work(self) -> None:
+    def _work(self, begin: Callable[[], Logger]) -> None:
+        try:
+            self.logger = begin()
+        except Exception as error:
+            self._failure = error
+            return
+        finally:
+            self._begun.set()
         while (call := self._left.get()) is not None:
             # After a failure only `close` is still tried: it ends the client's own threads.
             if self._failure is not None and call[0] != "close":
@@ -122,21 +158,23 @@ def open_loggers(config: RunConfig, step: int, resumed: bool = False) -> list[Gu
         file.parent.mkdir(parents=True, exist_ok=True)
     found = []
     for name in config.log.report_to:
-        opening = Opening(config, step, known.get(name))
+        client = CLIENTS[name]
         try:
-            logger = CLIENTS[name](opening)
+            opening = Opening(config, step, known.get(name), client.running())
+            logger = Guarded(name, partial(client, opening))
         except Exception as error:
             problem = f"log.report_to={name}: {_why(error)}"
-            advice = CLIENTS[name].advice
             if not resumed:
-                raise UserError(f"{problem}{advice}") from error
+                for begun in found:
+                    begun.close(FAILED)
+                raise UserError(f"{problem}{client.advice}") from error
             say(
                 f"{problem}; the run goes on without it (metrics.jsonl has everything)",
                 matters=True,
             )
             continue
-        known[name] = logger.identity
-        found.append(Guarded(name, logger))
+        known[name] = logger.logger.identity
+        found.append(logger)
     _remember(file, {name: value for name, value in known.items() if value})
     return found
 

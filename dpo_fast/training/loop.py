@@ -15,15 +15,18 @@ from dpo_fast.training.callbacks import Callback
 from dpo_fast.training.calling import open_callbacks
 from dpo_fast.training.carried import carry_optimizer
 from dpo_fast.training.checkpoint_run import before_export
+from dpo_fast.training.checkpoints import read_state
+from dpo_fast.training.code_sources import sources_of_callbacks
 from dpo_fast.training.config import RunConfig
 from dpo_fast.training.console import progress_bar, say
 from dpo_fast.training.earlier_run import MODEL, check_earlier_run
-from dpo_fast.training.engine import release
+from dpo_fast.training.engine import engines_released, release
 from dpo_fast.training.evaluation import evaluate_run, evaluated
 from dpo_fast.training.export import export
 from dpo_fast.training.finite import Place
 from dpo_fast.training.first_batches import compare_at_start
 from dpo_fast.training.fit import Choices, check_run
+from dpo_fast.training.hub import open_repo
 from dpo_fast.training.hub_saves import pushing
 from dpo_fast.training.lock import check_free, sole_run
 from dpo_fast.training.metrics import MetricSums
@@ -57,7 +60,7 @@ def train(config: RunConfig, dry_run: bool = False) -> Path | None:
     check_writable(config.train.output_dir)
     with signals.stop_at_once(f"nothing is lost; {RESUME}, or begin again"):
         data_ranks.join(config.parallel)
-        with sole_run(config.train.output_dir):
+        with sole_run(config.train.output_dir), engines_released():
             return sole_train(config, choices, dry_run, callbacks)
 
 
@@ -67,7 +70,12 @@ def sole_train(
     """`train` in a folder that no other run uses."""
     distributed.from_main(lambda: check_earlier_run(config))  # it may just have ended
     checkpoint = checkpoint_of(config)
-    run = prepare(config, choices, None if checkpoint is None else partial(check_fits, checkpoint))
+    if not dry_run:
+        distributed.from_main(lambda: open_repo(config, checkpoint is not None))
+    fits = None if checkpoint is None else partial(check_fits, checkpoint)
+    taken = 0 if checkpoint is None else read_state(checkpoint).get("step", 0)
+    run = prepare(config, choices, fits, taken)
+    run.code |= sources_of_callbacks(callbacks)
     if dry_run:
         return rehearse(run, checkpoint)
     sums = MetricSums(run.engine.device, work_of(run.model))

@@ -29,6 +29,7 @@ CARD = "README.md"
 PICTURES = "<!-- curves -->"  # where the report puts pictures
 END_OF_PICTURES = "<!-- end of curves -->"
 ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?\Z")
+FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst")
 KEPT = ("license", "license_name", "license_link", "language")  # of the base model's card
 SHOWN = {
     "loss": "loss",
@@ -88,12 +89,14 @@ def metadata(config: RunConfig, adapter: bool) -> dict[str, Any]:
     """The front matter, as the hub reads it."""
     base, known = base_model(config.model.path), _base_metadata(config)
     lora = config.model.has_adapters
-    methods = ["dpo_fast", "preference-optimization", *config.loss.names]
+    methods = ["dpo_fast", "preference-optimization", *_losses(config, tags=True)]
     kind = "image-text-to-text" if config.model.images else "text-generation"
     datasets = sorted({name for _, name in _sources(config) if _is_hub(name)})
+    if base is None and not adapter:  # a folder's own base: a whole model comes from it, too
+        base = known.get("base_model")
     meta = {
         "library_name": "peft" if adapter else "transformers",
-        "base_model": base or known.get("base_model"),
+        "base_model": base,
         "base_model_relation": "adapter" if adapter else "finetune",
         "model_name": config.run_name,
         "pipeline_tag": kind,
@@ -115,24 +118,55 @@ def base_model(path: str) -> str | None:
 
 
 def _is_hub(name: str) -> bool:
-    return ID.match(name) is not None and "/" in name and not Path(name).exists()
+    file = name.endswith(FILES) or Path(name).exists()
+    return ID.match(name) is not None and "/" in name and not file
 
 
 def _base_metadata(config: RunConfig) -> dict[str, Any]:
-    """The front matter of the base model's card, where its folder has one."""
+    """What of the front matter of the base model's card holds for ours, where its folder has one.
+
+    Only what the hub takes: YAML here reads the language `no` as false; other trainers write folders as
+    the base; and a license's link to a file of its repository leads nowhere from ours.
+    """
     try:
         text = (Path(local_folder(config.model.path)) / CARD).read_text(encoding="utf-8")
         found = re.match(r"---\s*\n(.*?)\n---\s*(\n|\Z)", text, re.S)
         values = yaml.safe_load(found[1]) if found else None
     except (UserError, OSError, ValueError, yaml.YAMLError):
         return {}
-    return values if isinstance(values, dict) else {}
+    if not isinstance(values, dict):
+        return {}
+    known = {name: _texts(values.get(name)) for name in (*KEPT, "base_model")}
+    known["base_model"] = _texts(known["base_model"], ID)
+    link, base = known["license_link"], base_model(config.model.path)
+    if isinstance(link, str) and "://" not in link:
+        known["license_link"] = f"https://huggingface.co/{base}/blob/main/{link}" if base else None
+    return {name: value for name, value in known.items() if value}
+
+
+def _texts(value: Any, pattern: re.Pattern[str] | None = None) -> str | list[str] | None:
+    """A text, or the texts of a list, that match the pattern; None if there is none."""
+    values = ["no" if each is False else each for each in _listed(value)]
+    kept = [each for each in values if isinstance(each, str)]
+    kept = [each for each in kept if pattern is None or pattern.match(each)]
+    return (kept if isinstance(value, list) else kept[0]) if kept else None
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _shown_name(path: str) -> str:
     """A hub id, or the last part of a folder's or file's name: where it lies is nobody's business."""
     name = public(path)
     return name if _is_hub(split_revision(name)[0]) else name.rstrip("/").rpartition("/")[2]
+
+
+def _losses(config: RunConfig, tags: bool = False) -> list[str]:
+    """The losses by name. That of one in a file has no folder, in a tag no file either."""
+    found = (name.rpartition(":") for name in config.loss.names)
+    files = ((file.rpartition("/")[2], colon, own) for file, colon, own in found)
+    return [own if tags else file + colon + own for file, colon, own in files]
 
 
 def _sources(config: RunConfig) -> Iterator[tuple[str, str]]:
@@ -154,7 +188,7 @@ def _summary(config: RunConfig, lines: list[dict[str, Any]], adapter: bool) -> s
     )
     link = f"[{base}](https://huggingface.co/{split_revision(base)[0]})"
     told = link if base_model(config.model.path) == split_revision(base)[0] else f"`{base}`"
-    losses = " + ".join(f"`{name}`" for name in config.loss.names)
+    losses = " + ".join(f"`{name}`" for name in _losses(config))
     steps = f", {lines[-1]['step']:,.0f} steps" if lines else ""
     return (
         f"{what} {told}: preference optimisation with the loss {losses}{steps}. Made by dpo_fast.\n"
@@ -166,9 +200,9 @@ def _loading(config: RunConfig, meta: dict[str, Any], adapter: bool) -> str:
     code = f"from transformers import {auto}, AutoTokenizer\n\n"
     code += 'path = "PATH"  # this folder, or its hub id\n'
     if adapter:
-        base = meta.get("base_model") or "BASE"  # a list is of a merged base
-        base = base[0] if isinstance(base, list) else base
+        base = meta.get("base_model", "BASE")
         code = "from peft import PeftModel\n" + code
+        code += "" if "base_model" in meta else f"# BASE: {_shown_name(config.model.told)}\n"
         code += f'model = {auto}.from_pretrained("{base}", dtype="auto")\n'
         code += "model = PeftModel.from_pretrained(model, path)\n"
     else:
@@ -180,10 +214,9 @@ def _loading(config: RunConfig, meta: dict[str, Any], adapter: bool) -> str:
 def _method(config: RunConfig) -> str:
     loss, rows = config.loss, []
     weights = loss.weights or [1.0] * len(loss.names)
-    for spec, weight in zip(loss.objective.specs, weights):
-        rows.append(
-            f"| `{spec.name}` | {weight:g} | {_cell(spec.formula)} | {_cell(spec.source)} |"
-        )
+    for name, spec, weight in zip(_losses(config), loss.objective.specs, weights):
+        formula = spec.formula.replace(spec.name, name)
+        rows.append(f"| `{name}` | {weight:g} | {_cell(formula)} | {_cell(spec.source)} |")
     used = {name for spec in loss.objective.specs for name in spec.options}
     options = {
         name: value
@@ -245,7 +278,7 @@ def _metrics(lines: list[dict[str, Any]]) -> str:
             if values:
                 (first, before), (last, after) = values[0], values[-1]
                 rows.append(
-                    f"| {where} | {words} | {before:.4f} ({first}) | {after:.4f} ({last}) |"
+                    f"| {where} | {words} | {_decimal(before)} ({first}) | {_decimal(after)} ({last}) |"
                 )
     if not rows:
         return ""
@@ -280,6 +313,10 @@ def _citation(config: RunConfig) -> str:
     if not entries:
         return ""
     return "## Citation\n\nThe loss is from:\n\n```bibtex\n" + "\n\n".join(entries) + "\n```\n"
+
+
+def _decimal(value: float) -> str:
+    return f"{round(value, 4) + 0.0:.4f}"  # 0 added: a reward of -1e-9 is no -0.0000
 
 
 def _cell(text: str) -> str:

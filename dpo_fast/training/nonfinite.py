@@ -10,11 +10,11 @@ from dpo_fast.durable import write_file
 from dpo_fast.errors import UserError
 from dpo_fast.training import distributed
 from dpo_fast.training.checkpoints import checkpoints, saving
+from dpo_fast.training.earlier_run import NONFINITE
 from dpo_fast.training.examine import Row, examine
 from dpo_fast.training.finite import Place, not_finite, some, weights_of
 from dpo_fast.training.prepare import Run
 
-NAME = "nonfinite-step-"
 # Of torch's AdamW, and of bitsandbytes': in 8 bits their scales tell.
 AVERAGES = ("exp_avg", "exp_avg_sq", "state1", "state2", "absmax1", "absmax2")
 TOLD = 4  # rows of a message
@@ -64,7 +64,7 @@ def averages_of(optimizer):
                 yield f"AdamW's {name}", state[name]
 
 
-def write_rows(run: Run, place: Place, rows: list[Row], name: str = NAME) -> Path:
+def write_rows(run: Run, place: Place, rows: list[Row], name: str = NONFINITE) -> Path:
     """nonfinite-step-N.json in the folder of the run, with all rows."""
     file = Path(run.config.train.output_dir) / f"{name}{place.step + 1}.json"
     told = {"step": place.step + 1, "rows": [row.as_json() for row in rows]}

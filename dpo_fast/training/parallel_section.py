@@ -31,29 +31,29 @@ class ParallelSection(BaseModel):
     model_config = FORBID
 
     zero_stage: Literal["auto", 0, 1, 2, 3] = Field(
-        "auto",
+        default="auto",
         description="what is sharded: 1 optimiser states, 2 also gradients, 3 also parameters; auto: what "
         "the number of ranks needs, 3 on several (2 with torch_compile), on one rank 0, or 1 in bf16, "
         "whose gradients stage 0 would sum in bf16; and as much as an offload needs",
         json_schema_extra={"refused": "3 with model.torch_compile"},
     )
     offload_optimizer: Literal[False, True, "cpu", "nvme"] = Field(
-        False,
+        default=False,
         description="optimiser states in CPU memory (true, or cpu) or in files below nvme_path (nvme)",
         json_schema_extra={"refused": "below zero_stage=2, and nvme below 3"},
     )
     offload_parameters: Literal[False, True, "cpu", "nvme"] = Field(
-        False,
+        default=False,
         description="parameters in CPU memory (true, or cpu) or in files below nvme_path (nvme)",
         json_schema_extra={"refused": "below zero_stage=3"},
     )
     nvme_path: str | None = Field(
-        None,
+        default=None,
         description="folder on a fast disk of every machine, for what is offloaded to nvme",
         json_schema_extra={"refused": "where nothing is offloaded to nvme"},
     )
     zero_hpz_partition_size: int = Field(
-        1,
+        default=1,
         ge=1,
         le=2**16,
         description="ZeRO++ (hpZ): ranks, usually the GPUs of a machine, that keep a second copy of the "
@@ -64,19 +64,19 @@ class ParallelSection(BaseModel):
         },
     )
     zero_quantized_weights: bool = Field(
-        False,
+        default=False,
         description="ZeRO++ (qwZ): parameters are gathered as 8-bit integers; log-probs are those of the "
         "rounded weights",
         json_schema_extra={"refused": "below zero_stage=3, and without a GPU"},
     )
     zero_quantized_gradients: bool = Field(
-        False,
+        default=False,
         description="ZeRO++ (qgZ): gradients are reduced as 4-bit integers, within machines and then "
         "between them",
         json_schema_extra={"refused": "below zero_stage=3, on one machine, and without a GPU"},
     )
     sequence_parallel: int = Field(
-        1,
+        default=1,
         ge=1,
         description="ranks that share the tokens of a micro-batch (Ulysses): each has a slice of them, "
         "and in attention all tokens for some of the heads",
@@ -86,7 +86,7 @@ class ParallelSection(BaseModel):
         },
     )
     timeout_minutes: float = Field(
-        30.0,
+        default=30.0,
         ge=0.05,
         le=60 * 24 * 30,
         description="the other ranks end when one has been silent for so long",

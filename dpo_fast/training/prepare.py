@@ -58,7 +58,7 @@ class Run(Plan):
     old: for each split log-probs under the model that wrote its completions; None if no loss asks.
     saver: writes the checkpoints.
     best: which checkpoint is the best, and whether the run ends early.
-    code: where the losses and the sampler are from that are not ours (`code_sources.py`).
+    code: where losses, sampler and callbacks are from that are not ours (`code_sources.py`).
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -87,12 +87,16 @@ class Run(Plan):
 
 
 def prepare(
-    config: RunConfig, choices: Choices | None = None, check: Callable[[Plan], None] | None = None
+    config: RunConfig,
+    choices: Choices | None = None,
+    check: Callable[[Plan], None] | None = None,
+    first_step: int = 0,
 ) -> Run:
     """Build a run in order, what is cheap first. Collective: every rank calls it.
 
     choices: what `check_run` returned; they are made here if it has not been called.
     check: of what the run is, before its model is loaded and a reference is computed; raises UserError.
+    first_step: that will be taken, counted from 0: the reference of those before it is not asked for.
 
     Raises:
         UserError: data, model or options that do not fit, before any weight is loaded if possible.
@@ -109,6 +113,8 @@ def prepare(
     check_kind_of_findings(config, train.examples.kind)
     total_steps = config.train.max_steps or train.sampler.steps(config.train.num_train_epochs)
     check_total(config, total_steps)
+    if isinstance(train, Split):
+        train.steps = range(min(first_step, total_steps), total_steps)
     weights = identities(config)
     if check is not None:
         check(Plan(config, train, total_steps, weights))
@@ -116,26 +122,25 @@ def prepare(
     ds_config = deepspeed_config(config, distributed.world_size(), train.sampler.accumulation)
     torch.manual_seed(config.train.seed)
     beside = skeletons_beside(config)
-    keep_alive = shard_while_loading(config, ds_config)
-    model = load_policy(config, choices, tokenizer, splits)
-    if config.train.merge_lora:
-        check_merges(model.model, "train.merge_lora=true cannot be honoured")
-    tell_model(model)
-    tell_memory(config, model, beside)
-    engine = build_engine(config, model, ds_config, total_steps)
-    dtype = config.model.torch_dtype
-    check_separation(engine, config.train.layout, len(tokenizer), engine.device, dtype)
-    check_images(engine, splits)
-    load = partial(load_second_model, config, choices, ds_config, engine.device, splits)
-    extras = METRIC_EXTRAS if config.log.token_metrics else ()
-    routing = Routing(config.model.router_aux_loss_coef or 0.0) if model.routers.count else None
-    loss_pass = LossPass(
-        config.loss.objective, extras, config.train.implementation, routing=routing
-    )
-    before = partial(check_before_pass, config, engine, train, loss_pass)
-    references = build_references(config, engine, model, splits, load, before)
-    old = build_old(config, engine, references, splits, load, before)
-    del keep_alive
+    with shard_while_loading(config, ds_config):
+        model = load_policy(config, choices, tokenizer, splits)
+        if config.train.merge_lora:
+            check_merges(model.model, "train.merge_lora=true cannot be honoured")
+        tell_model(model)
+        tell_memory(config, model, beside)
+        engine = build_engine(config, model, ds_config, total_steps)
+        dtype = config.model.torch_dtype
+        check_separation(engine, config.train.layout, len(tokenizer), engine.device, dtype)
+        check_images(engine, splits)
+        load = partial(load_second_model, config, choices, ds_config, engine.device, splits)
+        extras = METRIC_EXTRAS if config.log.token_metrics else ()
+        routing = Routing(config.model.router_aux_loss_coef or 0.0) if model.routers.count else None
+        loss_pass = LossPass(
+            config.loss.objective, extras, config.train.implementation, routing=routing
+        )
+        before = partial(check_before_pass, config, engine, train, loss_pass)
+        references = build_references(config, engine, model, splits, load, before)
+        old = build_old(config, engine, references, splits, load, before)
     return Run(
         config=config,
         tokenizer=tokenizer,

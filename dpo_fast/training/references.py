@@ -15,6 +15,7 @@ from dpo_fast.training.config import RunConfig
 from dpo_fast.training.engine import (
     build_reference_engine,
     deepspeed_config,
+    engines_released,
     reference_config,
     shard_while_loading,
 )
@@ -58,14 +59,13 @@ def load_reference_engine(
 ):
     """The model without adapters, sharded at stage 3."""
     ds_config = reference_config(config, ds_config)
-    keep_alive = shard_while_loading(config, ds_config)
-    scoring = load_model(
-        model.section(config.model),
-        attention=choices.attention_of(model).name,
-        option=model.named_by,
-        **config.train.head,
-    )
-    del keep_alive
+    with shard_while_loading(config, ds_config):
+        scoring = load_model(
+            model.section(config.model),
+            attention=choices.attention_of(model).name,
+            option=model.named_by,
+            **config.train.head,
+        )
     scoring.group = data_ranks.sequence_group()
     check_loaded(scoring.causal_lm, model.path or config.model.path, model.named_by)
     scoring.requires_grad_(False)
@@ -128,7 +128,7 @@ def _scorer(model: ReferenceModel, engine, load: Load) -> Callable:
 def store_beforehand(config: RunConfig) -> list[StoredReference]:
     """`dpo-fast reference`: find or compute all that a run stores, without training. Collective.
 
-    No model is loaded where all of it is there.
+    All rows of the data are scored, in the order of training. No model is loaded where all of it is there.
 
     Raises:
         UserError: the run stores no reference, or something does not fit.
@@ -137,7 +137,8 @@ def store_beforehand(config: RunConfig) -> list[StoredReference]:
     check_stores(config)
     config = without_training(config)
     choices = check_run(config)
-    with signals.stop_at_once("what is done is kept: the same command goes on after it"):
+    kept = "what is done is kept: the same command goes on after it"
+    with signals.stop_at_once(kept), engines_released():
         return _store_beforehand(config, choices)
 
 
@@ -147,7 +148,7 @@ def _store_beforehand(config: RunConfig, choices: Choices) -> list[StoredReferen
     config = merged_first(choices.applied(config))
     tokenizer, device = load_tokenizer(config.model), distributed.device()
     names = ("train", "eval") if config.data.has_eval else ("train",)
-    splits = [load_split(config, tokenizer, name, shuffle=False) for name in names]
+    splits = [load_split(config, tokenizer, name, name == "train", trains=False) for name in names]
     config = with_images(config, splits)
     ds_config = deepspeed_config(config, distributed.world_size(), accumulation=1)
     load = partial(load_second_model, config, choices, ds_config, device, splits)

@@ -15,12 +15,13 @@ from dpo_fast.training.checkpoints import PREFIX, checkpoints
 from dpo_fast.training.config import build_config
 from dpo_fast.training.config_file import apply
 from dpo_fast.training.console import say, track
+from dpo_fast.training.earlier_run import NONFINITE, REPLAYED
 from dpo_fast.training.examine import Row, examine, where_nan
 from dpo_fast.training.finite import Place
 from dpo_fast.training.fit import check_run
 from dpo_fast.training.loop import update
 from dpo_fast.training.metrics import MetricSums
-from dpo_fast.training.nonfinite import NAME, findings, write_rows
+from dpo_fast.training.nonfinite import findings, write_rows
 from dpo_fast.training.overrides import check_used
 from dpo_fast.training.prepare import prepare
 from dpo_fast.training.recorded import RUN_CONFIG, read_recorded
@@ -67,12 +68,12 @@ def find_step(place: Path, step: int | None) -> Asked:
     if not (run / RUN_CONFIG).is_file():
         raise UserError(f"{place} is no run: name its train.output_dir, which holds {RUN_CONFIG}")
     if step is None:
-        told = [file.stem.removeprefix(NAME) for file in run.glob(f"{NAME}*.json")]
+        told = [file.stem.removeprefix(NONFINITE) for file in run.glob(f"{NONFINITE}*.json")]
         step = max((int(each) for each in told if each.isdecimal()), default=None)
     if step is None:
         raise UserError(
-            f"{run} has no {NAME}N.json, which a run leaves that ended with numbers that are not finite; "
-            "name a step"
+            f"{run} has no {NONFINITE}N.json, which a run leaves that ended with numbers that are not "
+            "finite; name a step"
         )
     found = [place] if named else checkpoints(run)
     before = [each for each in found if _step(each) < step]
@@ -110,7 +111,7 @@ def replay(asked: Asked, overrides: list[str] | tuple[str, ...] = ()) -> list[Ro
     place = Place(asked.step - 1, *run.train.at(asked.step - 1))
     rows = examine(run, place)
     say(f"step {asked.step}: {findings(place, rows)}")
-    told = write_rows(run, place, rows, "replay-step-")
+    told = write_rows(run, place, rows, REPLAYED)
     say(f"{told} has all rows")
     culprit = next((row for row in rows if row.fault), None)
     alone = distributed.world_size() == 1 and not run.loss_pass.objective.coupled

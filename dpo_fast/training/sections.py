@@ -6,7 +6,7 @@ import difflib
 import os
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from pydantic import (
     BaseModel,
@@ -40,11 +40,11 @@ class _Losses(BaseModel):
     model_config = FORBID
 
     type: str | list[str] = Field(
-        "sigmoid",
+        default="sigmoid",
         description="a name of the loss table, or several; or a function of your own, as "
         "module:function or FILE.py:function",
     )
-    weights: list[float] | None = Field(None, description="one per loss; default: all 1")
+    weights: list[float] | None = Field(default=None, description="one per loss; default: all 1")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -71,15 +71,21 @@ class _Losses(BaseModel):
         return self
 
 
-# Every option of the losses is a key of the section, with its default and meaning.
-LossSection = create_model(
-    "LossSection",
-    __base__=_Losses,
-    **{
-        field.name: (kind, Field(field.default, description=field.metadata["meaning"]))
-        for field, kind in zip(fields(LossOptions), get_type_hints(LossOptions).values())
-    },
-)
+if TYPE_CHECKING:
+
+    class LossSection(_Losses, LossOptions):  # type: ignore[misc]  # which is frozen
+        """What type checkers see of the class below."""
+
+else:
+    # Every option of the losses is a key of the section, with its default and meaning.
+    LossSection = create_model(
+        "LossSection",
+        __base__=_Losses,
+        **{
+            field.name: (kind, Field(default=field.default, description=field.metadata["meaning"]))
+            for field, kind in zip(fields(LossOptions), get_type_hints(LossOptions).values())
+        },
+    )
 
 
 OF_PUSH = {"refused": "without train.push_to_hub"}
@@ -93,15 +99,15 @@ class TrainSection(BaseModel):
     model_config = FORBID
 
     output_dir: str = Field(description="folder for metrics, checkpoints, reference and model")
-    num_train_epochs: float = Field(1.0, gt=0, description="passes over the data")
+    num_train_epochs: float = Field(default=1.0, gt=0, description="passes over the data")
     max_steps: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="optimiser steps; overrides the epochs",
         json_schema_extra={"refused": "null with data.streaming"},
     )
     global_batch_size: int = Field(
-        64,
+        default=64,
         ge=1,
         le=1 << 20,  # more is a slip of the finger, whose indices alone fill the memory
         description="examples of one optimiser step, over all ranks: pairs, completions or groups",
@@ -111,14 +117,14 @@ class TrainSection(BaseModel):
         },
     )
     micro_batch_size: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="examples of one forward on one rank; default: the most, up to 4, that divide a rank's "
         "share of global_batch_size, or what tokens_per_batch holds",
         json_schema_extra={"refused": "beside tokens_per_batch"},
     )
     tokens_per_batch: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="in place of micro_batch_size: at most so many tokens in one forward on one rank, "
         "padding included; filled with whole examples, so a step has about global_batch_size of them",
@@ -127,19 +133,19 @@ class TrainSection(BaseModel):
         },
     )
     group_prompts: bool = Field(
-        False,
+        default=False,
         description="bring the examples of one prompt into one micro-batch, which computes the prompt and "
         "every answer once; a step then has fewer prompts",
     )
     learning_rate: float | None = Field(
-        None,
+        default=None,
         gt=0,
         le=100,
         description="peak rate; default 5e-7, with LoRA 5e-6; of sft alone 2e-5 and 2e-4. AdamW moves a "
         "weight by about the rate",
     )
     lr_scheduler_type: str = Field(
-        "cosine",
+        default="cosine",
         description="a name of transformers.get_scheduler",
         json_schema_extra={"refused": " and ".join(FOLLOW_A_METRIC) + ", which follow a metric"},
     )
@@ -151,20 +157,20 @@ class TrainSection(BaseModel):
         },
     )
     warmup_ratio: float = Field(
-        0.1,
+        default=0.1,
         ge=0,
         le=1,
         description="share of the steps for warm-up",
         json_schema_extra={"refused": "with constant, which has none"},
     )
     warmup_steps: int | None = Field(
-        None,
+        default=None,
         ge=0,
         description="steps for warm-up, in place of warmup_ratio",
         json_schema_extra={"refused": "beside warmup_ratio; with constant, which has none"},
     )
     optim: Literal[tuple(OPTIMISERS)] = Field(
-        "auto",
+        default="auto",
         description="which AdamW, by transformers' names; "
         + "; ".join(f"{name}: {each.meaning}" for name, each in OPTIMISERS.items())
         + "; adamw_8bit is adamw_bnb_8bit",
@@ -174,70 +180,72 @@ class TrainSection(BaseModel):
         },
     )
     weight_decay: float = Field(
-        0.0, ge=0, description="weight decay of matrices (AdamW); vectors have none"
+        default=0.0, ge=0, description="weight decay of matrices (AdamW); vectors have none"
     )
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of AdamW's mean of gradients")
+    adam_beta1: float = Field(
+        default=0.9, ge=0, lt=1, description="decay of AdamW's mean of gradients"
+    )
     adam_beta2: float = Field(
-        0.999, ge=0, lt=1, description="decay of AdamW's mean of squared gradients"
+        default=0.999, ge=0, lt=1, description="decay of AdamW's mean of squared gradients"
     )
-    adam_epsilon: float = Field(1e-8, gt=0, description="added to AdamW's denominator")
+    adam_epsilon: float = Field(default=1e-8, gt=0, description="added to AdamW's denominator")
     max_grad_norm: float = Field(
-        1.0, ge=0, description="the gradient's norm is clipped to it; 0: no clipping"
+        default=1.0, ge=0, description="the gradient's norm is clipped to it; 0: no clipping"
     )
     nonfinite: Literal["stop", "skip"] = Field(
-        "stop",
+        default="stop",
         description="a step whose loss or gradient is not finite is never taken; stop: it ends the run; "
         "skip: the run goes on, and counts it (nonfinite_steps)",
     )
     max_nonfinite_steps: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="with nonfinite=skip: so many such steps in a row end the run; default: 3",
         json_schema_extra={"refused": "with nonfinite=stop"},
     )
     seed: int = Field(
-        42, ge=0, lt=2**32, description="seed of the order of the data and of new adapters"
+        default=42, ge=0, lt=2**32, description="seed of the order of the data and of new adapters"
     )
     layout: Literal[("auto", *LAYOUTS)] = Field(
-        "auto",
+        default="auto",
         description="how a micro-batch is laid out; "
         + "; ".join(f"{name}: {layout.meaning}" for name, layout in LAYOUTS.items())
         + "; auto: the last of these that the architecture allows",
     )
     implementation: Literal["auto", "torch", "triton", "cuda"] = Field(
-        "auto",
+        default="auto",
         description="of the head, and of the loss where a kernel computes all of it; cuda: csrc, on Hopper",
     )
     workspace_bytes: int | None = Field(
-        None, ge=0, description="memory the head may keep; default: see linear_logp"
+        default=None, ge=0, description="memory the head may keep; default: see linear_logp"
     )
     eval_steps: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="optimiser steps between evaluations; default: at the start and the end",
         json_schema_extra={"refused": "without data.eval and data.eval_rows"},
     )
     save_steps: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="optimiser steps between checkpoints; default: at the end only, or eval_steps where "
         "the best is sought",
         json_schema_extra={"refused": "unless a multiple of eval_steps where the best is sought"},
     )
     save_total_limit: int | None = Field(
-        2, ge=1, description="checkpoints kept; older ones are removed. null: all are kept"
+        default=2, ge=1, description="checkpoints kept; older ones are removed. null: all are kept"
     )
     save_model: bool = Field(
-        False,
+        default=False,
         description="every checkpoint is also a folder that from_pretrained loads, or PEFT for an adapter; "
         "without it dpo-fast export makes one",
     )
     async_save: bool = Field(
-        False,
+        default=False,
         description="write checkpoints while the run goes on; takes as much host memory as a rank saves",
     )
     metric_for_best_model: str | None = Field(
-        None,
+        default=None,
         description="metric of an evaluation, or of answers as generate/score, with or without eval_, by "
         "which checkpoints are compared: the best stays whatever save_total_limit says. Default: loss, "
         "with load_best_model_at_end or early_stopping_patience",
@@ -246,32 +254,32 @@ class TrainSection(BaseModel):
         },
     )
     greater_is_better: bool | None = Field(
-        None,
+        default=None,
         description="whether more of it is better; default: unless its name ends with loss",
         json_schema_extra={"refused": "without a metric to compare"},
     )
     load_best_model_at_end: bool = Field(
-        False,
+        default=False,
         description="export the best checkpoint rather than the last",
         json_schema_extra={"refused": "without evaluation data and eval_steps"},
     )
     early_stopping_patience: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="evaluations in a row without an improvement after which the run ends",
         json_schema_extra={"refused": "without evaluation data and eval_steps"},
     )
     early_stopping_threshold: float = Field(
-        0.0,
+        default=0.0,
         ge=0,
         description="an improvement by this much or less is none",
         json_schema_extra={"refused": "without early_stopping_patience"},
     )
     resume_from_checkpoint: bool | str = Field(
-        False, description="true: the latest of output_dir, if any; or the path of one"
+        default=False, description="true: the latest of output_dir, if any; or the path of one"
     )
     optimizer_from: str | None = Field(
-        None,
+        default=None,
         description="begin with AdamW's states of this checkpoint, which must be of the same weights: "
         "training in stages that goes on with its moments. The schedule of the learning rate begins anew. "
         "A run that resumes has its own",
@@ -284,7 +292,7 @@ class TrainSection(BaseModel):
         json_schema_extra={"refused": "without resume_from_checkpoint"},
     )
     sampler: str | None = Field(
-        None,
+        default=None,
         min_length=1,
         description="code of your own that orders the examples of every epoch (docs/PYTHON.md): the name "
         "of a plugin, module:function or FILE.py:function; default: a seeded permutation",
@@ -306,28 +314,28 @@ class TrainSection(BaseModel):
         "the steps of all other rows stay as they are",
     )
     push_to_hub: bool = Field(
-        False,
+        default=False,
         description="upload the trained model and its card to the Hugging Face hub at the end; the token "
         "is HF_TOKEN or that of `hf auth login`",
     )
     hub_model_id: str | None = Field(
-        None,
+        default=None,
         description="repository, a name or OWNER/NAME; default: the name of output_dir",
         json_schema_extra=OF_PUSH,
     )
     hub_private_repo: bool | None = Field(
-        None,
+        default=None,
         description="whether a new repository is private; default: as its owner's settings say",
         json_schema_extra=OF_PUSH,
     )
     hub_revision: str | None = Field(
-        None,
+        default=None,
         min_length=1,
         description="branch, made if there is none; default: the main one",
         json_schema_extra=OF_PUSH,
     )
     hub_strategy: Literal["end", "every_save", "checkpoint", "all_checkpoints"] = Field(
-        AT_THE_END,
+        default=AT_THE_END,
         description="what is uploaded while the run goes on; end: nothing; every_save: the model of every "
         "checkpoint; checkpoint: and the newest checkpoint, to the folder last-checkpoint; "
         "all_checkpoints: and each checkpoint, to a folder of its name. All but end set save_model",
@@ -336,18 +344,18 @@ class TrainSection(BaseModel):
         },
     )
     overwrite_output_dir: bool = Field(
-        False,
-        description="begin again in a folder that holds a run: its checkpoints are removed, its metrics "
-        "kept as metrics-earlier.jsonl",
+        default=False,
+        description="begin again in a folder that holds a run: its checkpoints, its model and its answers "
+        "are removed, its metrics kept as metrics-earlier.jsonl",
         json_schema_extra={"refused": "with resume_from_checkpoint"},
     )
     merge_lora: bool = Field(
-        False,
+        default=False,
         description="export merged weights beside the adapter",
         json_schema_extra={"refused": "without model.lora"},
     )
     merge_dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        "auto",
+        default="auto",
         description="dtype of the merged weights; auto: that of the base checkpoint",
         json_schema_extra={"refused": "without merge_lora"},
     )

@@ -183,6 +183,17 @@ def stop_signals(remedy: str) -> Iterator[Callable[[], bool]]:
         yield lambda: distributed.any_rank(bool(seen))
 
 
+def press() -> bool:
+    """As if Ctrl-C came to this process now; false where nobody here would hear it.
+
+    Raises StopNow where a run prepares, or at a third one.
+    """
+    heard = isinstance(signal.getsignal(signal.SIGINT), _Heard)
+    if heard := heard and threading.current_thread() is threading.main_thread():
+        signal.raise_signal(signal.SIGINT)
+    return heard
+
+
 def until(asked: Callable[[], bool] | None, items: Iterable[T]) -> Iterator[T]:
     """Items, as many as every rank has. Raises StopAsked before one of them once a signal has come."""
     for item in items:

@@ -31,6 +31,7 @@ class Split:
     columns: columns of numbers that go into batches.
     mismatched_length: tokens that a prompt and a mismatched completion may have together; the completion
         is cut to that. None if no loss wants mismatched completions.
+    steps: that a run takes of it; None: every example may be asked for.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Split:
     pad_id: int
     columns: tuple[str, ...] = ()
     mismatched_length: int | None = None
+    steps: range | None = None
 
     @functools.cached_property
     def lengths(self) -> ExampleLengths:

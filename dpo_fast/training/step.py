@@ -132,21 +132,22 @@ class BatchTable:
 
     def __init__(self, indices: list[int], loss_pass: LossPass, device: torch.device) -> None:
         self.place = {index: place for place, index in enumerate(dict.fromkeys(indices))}
-        rows = [self.place[index] for index in indices]
-        self.rows = torch.tensor(rows, dtype=torch.long, device=device)
-        self.copies = self.rows.bincount(minlength=len(self.place)).double()
+        rows = torch.tensor([self.place[index] for index in indices], dtype=torch.long)
+        copies = rows.bincount(minlength=len(self.place)).double()
+        self.rows, self.copies = (x.to(device, non_blocking=True) for x in (rows, copies))
         self.loss_pass = loss_pass
         # Policy, reference and lengths; of chosen and rejected.
         self.values = torch.zeros(3, len(self.place), 2, dtype=torch.float64, device=device)
 
-    def places(self, batch: ScoredBatch) -> list[int]:
-        """Where the pairs of a micro-batch stand in the table."""
-        return [self.place[index] for index in batch.indices_P.tolist()]
+    def places(self, batch: ScoredBatch) -> Tensor:
+        """Where the pairs of a micro-batch stand in the table, int64 [P]. Waits for nothing on a GPU."""
+        rows = [self.place[index] for index in batch.indices_P.tolist()]
+        return torch.tensor(rows, dtype=torch.long).to(self.values.device, non_blocking=True)
 
     @torch.no_grad()
     def add(self, token_outputs: Mapping[str, Tensor], reference: dict, batch: ScoredBatch) -> None:
         """Enter a micro-batch of this rank."""
-        mine = torch.tensor(self.places(batch), dtype=torch.long, device=self.values.device)
+        mine = self.places(batch)
         columns = (*batch_sums(token_outputs, reference, batch, self.loss_pass), batch.lengths_S)
         for which, values_S in enumerate(columns):
             if values_S is not None:

@@ -3,6 +3,20 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
+
+
+def forget_modules(model: nn.Module) -> None:
+    """Let ZeRO 3 forget the modules of a model that has been let go of.
+
+    DeepSpeed (0.19) has every model on its list of the modules that a forward is in, and takes none off,
+    nor those of a forward that an error ended. They hold the engine and its process group.
+    """
+    from deepspeed.runtime.zero import parameter_offload as place
+
+    own = set(model.modules())
+    stack = getattr(place, "FWD_MODULE_STACK", [])
+    stack[:] = [each for each in stack if each not in own]
 
 
 def follow_new_order() -> None:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import threading
 
 import datasets
@@ -76,6 +77,7 @@ def process() -> dict:
         "numpy": np.random.get_state()[1].tolist(),
         "logging": (logging.getLogger().level, logging.root.manager.disable),
         "bars": datasets.are_progress_bars_disabled(),
+        "told": sys.excepthook,
         "children": multiprocessing.active_children(),
         "default": dpo_fast.__version__,
     }

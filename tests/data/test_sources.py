@@ -147,6 +147,16 @@ def test_hub_id(monkeypatch):
     ]
 
 
+def test_one_word_is_no_data_set_of_the_hub_and_nothing_is_asked(monkeypatch, tmp_path):
+    """A list of texts, or a file without its ending: a hub that is not there takes half a minute."""
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked"))
+    (tmp_path / "pairs.jsonl").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    message = fails("pairs")
+    assert "pairs: no such file or folder. Did you mean 'pairs.jsonl'?" in message
+    assert "owner/pairs" in message and "pairs:train" in message
+
+
 def test_a_revision_of_a_data_set_that_is_not_there_is_named(monkeypatch):
     def load_dataset(name, config, split, revision):
         raise FileNotFoundError(f"Revision Not Found: {revision}")
@@ -168,8 +178,8 @@ def test_hub_failure_names_both_possibilities(monkeypatch):
         raise ConnectionError("offline")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    message = fails("prefs")
-    assert "prefs: neither a file or folder here nor a data set on the hub" in message
+    message = fails("org/prefs")
+    assert "org/prefs: neither a file or folder here nor a data set on the hub" in message
     assert "offline" in message
     assert message.endswith("or name:config/split where it has several configurations")
 

@@ -19,7 +19,7 @@ from dpo_fast.data.stream import ExampleStream
 from dpo_fast.data.verdicts import BadRow, Dropped
 from dpo_fast.errors import UserError
 from dpo_fast.losses.spec import LOSSES
-from dpo_fast.references.artefact import Unfinished
+from dpo_fast.references.artefact import Growing
 from dpo_fast.references.cached import open_reference
 from dpo_fast.references.compute import length_batches, part_table, score_part
 from dpo_fast.references.store import Request, default_place, find_stored, named_place
@@ -347,18 +347,13 @@ def minus_targets(targets_U, predictions_T, **_):
 def store(data, folder, per_token=True):
     """As `compute_reference` does, with minus the token's number as its log-probability."""
     request = Request("train", data, "m", "fp32", per_token)
-    unfinished = Unfinished(folder, request.manifest, data)
-    for index in unfinished.begin():
-        rows = unfinished.parts[index]
-        mine = data.lengths.take(rows)
-        costs = LAYOUTS["shared_prefix"].costs(data.lengths)
-        plan = length_batches(rows, costs, 3)
-        batches = [
-            lay_out([data[row] for row in some], "shared_prefix", indices=some) for some in plan
-        ]
-        values_T = score_part(minus_targets, batches, rows, mine, "cpu")
-        unfinished.write(index, part_table(values_T, mine, data, rows, per_token))
-    unfinished.finish({})
+    growing, rows = Growing(folder, request.manifest), range(len(data))
+    growing.begin()
+    plan = length_batches(rows, LAYOUTS["shared_prefix"].costs(data.lengths), 3)
+    batches = [lay_out([data[row] for row in some], "shared_prefix", indices=some) for some in plan]
+    values_T = score_part(minus_targets, batches, rows, data.lengths, "cpu")
+    growing.add(part_table(values_T, data.lengths, data, rows, per_token))
+    growing.close()
     return request
 
 

@@ -11,6 +11,7 @@ JOBS = (
     "saved_in_fsdp2",
     "mixed_precision_in_fsdp2",
     "trl_in_fsdp2",
+    "trl_in_zero_3",
     "tensor_parallel",
     "loaded_sharded",
     "refused",

@@ -300,3 +300,64 @@ def test_metrics_are_fp32_under_autocast():
     _, expected = ours.LigerFusedLinearCPOLoss()(*inputs)
     assert all(x.dtype == torch.float32 for x in outputs)
     torch.testing.assert_close(outputs[2:4], expected[2:4], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "GRPO", "JSD", "CosineSimilarity"])
+def test_ids_of_any_integer_dtype(name):
+    """Liger takes int64 alone in most of its classes."""
+    leaves, target, reference = make()
+    module = getattr(ours, f"LigerFusedLinear{name}Loss")()
+    values = []
+    for dtype in (torch.int64, torch.int32, torch.int16):
+        ids = target.to(dtype)
+        if name == "GRPO":
+            mask, gains = (target != IGNORED).to(dtype), torch.arange(B) - 2.0
+            inputs = leaves["input"], leaves["weight"], ids, mask, gains, leaves["bias"]
+            found = module(*inputs, old_per_token_logps=torch.full((B, L), -3.0), ref_input=reference[0],
+                           ref_weight=reference[1])[0]  # fmt: skip
+        elif name in ("JSD", "CosineSimilarity"):
+            student = leaves["input"].flatten(0, 1), leaves["weight"]
+            found = module(*student, reference[0].flatten(0, 1), reference[1], ids.flatten())
+        elif name == "KTO":
+            good = torch.arange(B) % 2 == 0
+            found = module(leaves["input"], leaves["weight"], ids, preference_labels=good)[0]
+        else:
+            more = (leaves["bias"], *reference) if name == "DPO" else ()
+            more = (None, ids) if name == "ORPO" else more
+            found = module(leaves["weight"], leaves["input"], ids, *more)[0]
+        values.append(found)
+    assert values[0] == values[1] == values[2]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_sequences_are_a_loss_of_0(name):
+    """Of the model still, as the share of a rank that has none; Liger has nan."""
+    leaves, target, reference = make()
+    leaves |= {"input": leaves["input"][:0]}
+    inputs = referring((reference[0][:0], *reference[1:])) if name == "DPO" else {}
+    if name == "KTO":
+        inputs["preference_labels"] = torch.zeros(0, dtype=torch.bool)
+    order = ("input", "weight") if name == "KTO" else ("weight", "input")
+    module = getattr(ours, f"LigerFusedLinear{name}Loss")()
+    values, outputs = run(module, leaves, target[:0], order, **inputs)
+    assert values[0] == 0
+    assert all((gradient == 0).all() for gradient in values[1 + len(outputs) :])
+
+
+def test_sequences_without_scored_tokens():
+    """Their sum is 0, and there is no mean of theirs: Liger has nan then, and its gradients too."""
+    leaves, target, reference = make()
+    target[:3] = IGNORED
+    loss, (*_, nll, _, _) = dpo(leaves, target, reference, compute_nll_loss=True)
+    assert nll == 0 and loss == dpo(leaves, target, reference)[0]
+    weight, hidden = leaves["weight"], leaves["input"]
+    with pytest.raises(ValueError, match=r"\['orpo'\] divide by lengths, and a sequence has no"):
+        ours.LigerFusedLinearORPOLoss()(weight, hidden, target)
+    with pytest.raises(
+        ValueError, match="average_log_prob=True divides by lengths, and sequence 0"
+    ):
+        dpo(leaves, target, reference, average_log_prob=True)
+    with pytest.raises(ValueError, match="average_log_prob=True divides by lengths"):
+        ours.LigerFusedLinearKTOLoss(average_log_prob=True)(
+            hidden, weight, target, preference_labels=torch.arange(B) > 2
+        )

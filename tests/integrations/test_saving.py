@@ -73,7 +73,6 @@ def test_what_the_text_model_lacks_is_saved_as_well(kind, source, tmp_path):
     assert not found["missing_keys"]
     with torch.no_grad():
         trained = trainer.model.eval()
-        trained.set_attn_implementation("sdpa")
         expected = trained(input_ids=IDS, use_cache=False).logits
         logits = whole.eval()(input_ids=IDS, use_cache=False).logits
     torch.testing.assert_close(logits, expected)

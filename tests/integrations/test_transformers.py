@@ -9,6 +9,7 @@ from transformers import (
     AutoTokenizer,
     FalconConfig,
     FalconForCausalLM,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -56,7 +57,7 @@ def model_of(place):
 
 def build(place, rows, output, *, model=None, **options):
     """Eight pairs a step, one step unless told otherwise."""
-    ours = ("objective", "reference", "layout", "eval_dataset", "compute_metrics")
+    ours = ("objective", "reference", "layout", "eval_dataset", "compute_metrics", "callbacks")
     given = {name: options.pop(name) for name in ours if name in options}
     options = {"per_device_train_batch_size": 8, "max_steps": 1, "save_strategy": "no"} | options
     args = TrainingArguments(
@@ -239,7 +240,7 @@ def test_lora_saves_an_adapter_and_needs_no_reference(place, rows, tmp_path):
     trainer.save_model(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(model_of(place), tmp_path / "adapter")
     ids = torch.arange(5, 15)[None]
-    trainer.model.eval().get_base_model().set_attn_implementation("sdpa")
+    trainer.model.eval()
     torch.testing.assert_close(
         loaded(ids).logits, trainer.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     )
@@ -296,7 +297,6 @@ def test_the_reference_of_an_adapter_is_that_adapter_frozen(sft, rows, tmp_path)
     trainer.save_model(tmp_path / "adapter")
     ids = torch.arange(5, 15)[None]
     model = trainer.model.eval()
-    model.get_base_model().set_attn_implementation("sdpa")
     with torch.no_grad():
         saved = sft(tmp_path / "adapter").eval()(ids).logits
         torch.testing.assert_close(saved, model(input_ids=ids).logits)
@@ -448,6 +448,58 @@ def test_ranks_and_shards_do_not_change_the_loss(count, stage, place, rows, othe
 def test_mixed_precision_stays_near(place, rows, tmp_path):
     _, log = train(place, rows, tmp_path, reference=model_of(place), bf16=True)
     assert log[0]["loss"] == pytest.approx(0.693147, abs=1e-3)
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared_prefix"])
+def test_others_call_the_model_between_steps(layout, place, rows, other, tmp_path):
+    """In the attention that it came with, which a callback may set as well: the steps have theirs."""
+    ids, texts = torch.arange(5, 15)[None], []
+
+    class Sampling(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **_):
+            if state.global_step == 2:
+                model.set_attn_implementation("eager")
+            model.eval()
+            texts.append(model.generate(ids, max_new_tokens=4)[0].tolist())
+            model(input_ids=ids, labels=ids).loss.backward()
+            model.zero_grad()
+            model.train()
+
+    logs = []
+    for callbacks in ([], [Sampling()]):
+        torch.manual_seed(0)
+        options = {"layout": layout, "callbacks": callbacks, "max_steps": 3, "num_train_epochs": 3}
+        reference = AutoModelForCausalLM.from_pretrained(other)
+        trainer, log = train(place, rows[:8], tmp_path, reference=reference, **options)
+        logs.append([[entry["loss"], entry["grad_norm"]] for entry in log])
+    assert logs[0] == logs[1] and len(texts) == 3
+    trainer.save_model(tmp_path / "saved")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert texts[-1] == saved.generate(ids, max_new_tokens=4)[0].tolist()
+
+
+def test_a_model_goes_on_with_more_tokens_after_training(place, rows, other, tmp_path):
+    """As one that was resized before it was trained."""
+    from peft import LoraConfig, get_peft_model
+
+    def resized(model):
+        torch.manual_seed(0)
+        model.resize_token_embeddings(model.config.vocab_size + 3, mean_resizing=False)
+        return model
+
+    reference = AutoModelForCausalLM.from_pretrained(other)
+    losses = []
+    for before in (True, False):
+        model = model_of(place)
+        options = {"model": resized(model) if before else model, "reference": reference}
+        trainer = build(place, rows, tmp_path, **options)
+        assert before or resized(model)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == losses[1] and losses[0][0] > 0
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"]))
+    ids = torch.arange(5, 15)[None]
+    adapted(input_ids=ids, labels=ids).loss.backward()
 
 
 def test_what_cannot_be_honoured_is_refused_by_name(place, rows, tmp_path):

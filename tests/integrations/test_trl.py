@@ -279,6 +279,49 @@ def test_a_copy_of_the_model_runs_on_its_own_weights(place):
     torch.testing.assert_close(scored, torch.full_like(scored, -math.log(copied.config.vocab_size)))
 
 
+def resized(model):
+    model.resize_token_embeddings(model.config.vocab_size + 7)
+
+
+def cut(model):
+    model.resize_token_embeddings(60)
+
+
+def replaced(model):
+    head = model.get_output_embeddings()
+    model.lm_head = torch.nn.Linear(head.in_features, head.out_features)
+
+
+def merged(model):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+    adapted = get_peft_model(model, config)
+    adapted(IDS, labels=IDS).loss.backward()
+    with pytest.raises(UserError, match="lm_head of LlamaForCausalLM is a Linear; .* no adapter"):
+        adapted(IDS, labels=IDS, fused_lm_head=True)
+    adapted.merge_and_unload()
+
+
+IDS = torch.arange(5, 23).view(2, 9)
+
+
+@pytest.mark.parametrize("change", [resized, cut, replaced, merged])
+def test_the_head_is_as_others_to_transformers_and_peft(change, place):
+    """What is done to it after our head is in is scored."""
+    model = AutoModelForCausalLM.from_pretrained(place / "model")
+    add_linear_logp(model, temperature=0.7)
+    before = model(IDS).logits
+    change(model)
+    logits = model(IDS).logits
+    assert logits.shape != before.shape or (logits - before).abs().max() > 0.01
+    expected = (logits[:, :-1] / 0.7).log_softmax(-1).gather(2, IDS[:, 1:, None])[..., 0]
+    scored = model(IDS, labels=IDS, fused_lm_head=True).log_probs
+    torch.testing.assert_close(scored, expected)
+    model.generate(IDS, max_new_tokens=2)
+
+
 @pytest.mark.parametrize("stored", [False, True])
 def test_losses_that_trl_does_not_have(stored, place, tmp_path):
     """simpo beside sigmoid is what `preference` gives for the batch, plus what TRL gives."""

@@ -298,7 +298,7 @@ def test_mistakes_are_named(implementation):
     wrong = [
         ({"lengths_S": lengths_S[:3]}, "S even"),
         ({"logp_T": logp_T[None]}, r"logp \(1, 10\)"),
-        ({"lengths_S": lengths_S.int()}, "torch.int32"),
+        ({"lengths_S": lengths_S.float()}, "lengths are torch.float32"),
         ({"logp_T": logp_T.bfloat16()}, "bfloat16"),
         ({"reference_S": reference_S[:2]}, r"reference is torch.float32 \(2,\)"),
         ({"reference_S": reference_S.double()}, "reference is torch.float64"),

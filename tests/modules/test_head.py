@@ -1,7 +1,13 @@
-"""A model with a `FusedHead` under FSDP2 and tensor parallelism: two gloo ranks against whole weights."""
+"""`FusedHead`: a linear layer to others; in a model under FSDP2 and tensor parallelism, on two ranks."""
+
+import copy
+import pickle
 
 import pytest
+import torch
+from torch import nn
 
+from dpo_fast import FusedHead
 from tests.support.models import write_model
 from tests.support.ranks import group
 from tests.support.sharded import OF_MODELS
@@ -19,3 +25,17 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("job", OF_MODELS)
 def test_two_ranks_against_the_whole(job, folder):
     group(2).do("sharded", job, folder)
+
+
+def test_it_is_a_linear_layer_to_others():
+    layer = nn.Linear(4, 9)
+    head = FusedHead(layer.weight, layer.bias)
+    assert isinstance(head, nn.Linear) and head.weight is layer.weight
+    assert (head.in_features, head.out_features) == (4, 9)
+    assert "in_features=4, out_features=9, bias=True, implementation='auto'" in repr(head)
+    hidden = torch.randn(3, 4)
+    assert torch.equal(head(hidden), layer(hidden))
+    assert list(head.state_dict()) == list(layer.state_dict())
+    for copied in (copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
+        ids = torch.tensor([0, 8, 3])
+        assert torch.equal(copied(hidden, ids)["logp"], head(hidden, ids)["logp"])

@@ -473,7 +473,10 @@ def test_changed_input_is_noticed(factor):
         ({"targets_T": torch.tensor([0, -100])}, "got -100"),
         ({"targets_T": torch.tensor([0, 9])}, "targets must be in 0..8"),
         ({"targets_T": torch.tensor([0, 1, 2])}, "expected hidden"),
-        ({"targets_T": torch.tensor([0, 1], dtype=torch.int32)}, "torch.int64"),
+        (
+            {"targets_T": torch.tensor([0.0, 1.0])},
+            "targets are torch.float32; expected torch.int64",
+        ),
         ({"weight_VD": torch.zeros(9, 5)}, "expected hidden"),
         ({"weight_VD": torch.zeros(9, 4, dtype=torch.bfloat16)}, "same floating dtype"),
         ({"bias": torch.zeros(8)}, "bias is"),

@@ -10,7 +10,7 @@ from dpo_fast.data.config import DataConfig
 from dpo_fast.data.dataset import load_examples
 from dpo_fast.data.kinds import COMPLETIONS, GROUPS, PAIRS
 from dpo_fast.errors import UserError
-from dpo_fast.references import artefact
+from dpo_fast.references import artefact, blocks
 from dpo_fast.references.artefact import names_of, read_columns
 from dpo_fast.references.sequences import fill, read_sequences, sequence_digest, write_sequences
 from dpo_fast.references.store import Place, Request, find_stored
@@ -50,7 +50,7 @@ def request(examples, per_token=False, **changes) -> Request:
 @pytest.mark.parametrize("kind", [PAIRS, COMPLETIONS, GROUPS], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("per_token", [False, True])
 def test_a_reference_of_every_kind_is_filled(tmp_path, monkeypatch, kind, per_token):
-    monkeypatch.setattr(artefact, "ROWS_PER_PART", 4)  # two parts
+    monkeypatch.setattr(blocks, "MOST", 4)  # two parts
     examples = examples_of(tmp_path, kind)
     found = sequences(examples)
     logps = logps_of(found)
@@ -86,7 +86,7 @@ def test_several_rounds_fill_one_reference_together(tmp_path):
     known = [read_sequences(file) for file in files]
     assert not fill(tmp_path / "a", request(examples), known[:1])
     assert not fill(tmp_path / "a", request(examples), known[1:])
-    assert not (tmp_path / "a").exists() and not (tmp_path / ".a.partial").exists()
+    assert not (tmp_path / "a").exists()
     assert fill(tmp_path / "a", request(examples), known)
 
 
@@ -100,23 +100,24 @@ def test_log_probs_of_another_model_fill_nothing(tmp_path, change):
 
 
 def test_a_filling_that_was_killed_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(artefact, "ROWS_PER_PART", 2)
+    monkeypatch.setattr(blocks, "MOST", 2)
     examples = examples_of(tmp_path, PAIRS)
     write_sequences(tmp_path / "s.parquet", "hash", "fp32", logps_of(sequences(examples)))
     known = [read_sequences(tmp_path / "s.parquet")]
-    write, count = artefact.Unfinished.write, []
+    add, count = artefact.Growing.add, []
 
-    def killed(self, index, table):
+    def killed(self, table):
         if len(count) == 2:
             raise KeyboardInterrupt
-        count.append(index)
-        write(self, index, table)
+        count.append(len(table))
+        add(self, table)
 
-    monkeypatch.setattr(artefact.Unfinished, "write", killed)
+    monkeypatch.setattr(artefact.Growing, "add", killed)
     pytest.raises(KeyboardInterrupt, fill, tmp_path / "a", request(examples), known)
     count.clear()
-    monkeypatch.setattr(artefact.Unfinished, "write", lambda *a: count.append(a[1]) or write(*a))
-    assert fill(tmp_path / "a", request(examples), known) and count == [2]
+    monkeypatch.setattr(artefact.Growing, "add", lambda *a: count.append(len(a[1])) or add(*a))
+    assert fill(tmp_path / "a", request(examples), known) and len(count) == 1
+    assert find_stored(Place(tmp_path / "a"), request(examples)) == [tmp_path / "a"]
 
 
 def test_prompt_and_answer_and_what_is_scored_are_all_in_the_digest():

@@ -1,11 +1,10 @@
-"""The stored reference: complete or absent, checked when read, found by content, whatever the batches."""
+"""The stored reference: it grows, is checked when read, and found by content, whatever the batches."""
 
 import errno
 import fcntl
 import hashlib
 import json
 import os
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +23,12 @@ from dpo_fast.data.dataset import PairDataset
 from dpo_fast.data.kinds import ExampleLengths
 from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.errors import UserError
-from dpo_fast.references import CachedReference, artefact
+from dpo_fast.references import CachedReference, blocks
 from dpo_fast.references import store as references_store
-from dpo_fast.references.artefact import MANIFEST, Unfinished, read_columns
+from dpo_fast.references.artefact import MANIFEST, Growing, read_columns, read_manifest
 from dpo_fast.references.cached import open_reference
 from dpo_fast.references.compute import length_batches, part_table, score_part
-from dpo_fast.references.store import Request, default_place, find_stored, named_place
+from dpo_fast.references.store import Place, Request, default_place, find_stored, look, named_place
 
 PAIRS = [
     {"prompt_ids": [1], "chosen_ids": [10 + row, 2], "rejected_ids": [20 + row] * (row + 1)}
@@ -40,7 +39,7 @@ SUMS = [[-(10.0 + row + 2), -(20.0 + row) * (row + 1)] for row in range(5)]
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(artefact, "ROWS_PER_PART", 2)
+    monkeypatch.setattr(blocks, "MOST", 2)
 
 
 def dataset(rows) -> PairDataset:
@@ -64,7 +63,7 @@ def scorer(targets_U, predictions_T, **arguments):
     return {"logp": -targets_U[predictions_T].float()}
 
 
-def table_of(wanted: Request, rows: range, layout="packed", size=2, score=scorer):
+def table_of(wanted: Request, rows, layout="packed", size=2, score=scorer):
     pairs, lengths = wanted.examples, wanted.examples.lengths.take(rows)
     plan = length_batches(rows, LAYOUTS[layout].costs(pairs.lengths), size)
     batches = [collate([pairs[row] for row in some], layout, indices=some) for some in plan]
@@ -74,11 +73,17 @@ def table_of(wanted: Request, rows: range, layout="packed", size=2, score=scorer
 
 def store(folder: Path, wanted: Request, **options) -> Path:
     """Compute a whole artefact, as one rank does."""
-    unfinished = Unfinished(folder, wanted.manifest, wanted.examples)
-    for index in unfinished.begin():
-        unfinished.write(index, table_of(wanted, unfinished.parts[index], **options))
-    unfinished.finish({"world_size": 1})
+    growing = Growing(folder, wanted.manifest)
+    growing.begin({"world_size": 1})
+    for rows in parts_of(folder, wanted):
+        growing.add(table_of(wanted, rows, **options))
+    growing.close()
     return folder
+
+
+def parts_of(folder: Path, wanted: Request) -> list[np.ndarray]:
+    """The examples of each part that is missing."""
+    return blocks.blocks(look(Place(folder), wanted).absent_P.nonzero()[0])
 
 
 def opened(folders, rows, per_token=False) -> CachedReference:
@@ -128,7 +133,7 @@ def test_the_folder_reads_as_one_table_with_one_line(tmp_path):
 def test_values_are_those_of_the_scorer_whatever_the_batches(
     tmp_path, monkeypatch, layout, size, rows_per_part
 ):
-    monkeypatch.setattr(artefact, "ROWS_PER_PART", rows_per_part)
+    monkeypatch.setattr(blocks, "MOST", rows_per_part)
     folder = store(tmp_path / "train", request(per_token=True), layout=layout, size=size)
     reference = opened([folder], range(5), per_token=True)
     batch = collate([PAIRS[4], PAIRS[0]], layout, indices=[4, 0])
@@ -189,14 +194,16 @@ def test_what_is_stored_is_found_beside_the_run_by_content(tmp_path):
 def test_a_reference_that_comes_while_one_looks_is_found_by_the_next_look(tmp_path, monkeypatch):
     """Another run gives its folder its name between two questions to the file system."""
     place, wanted = default_place(tmp_path, request()), request()
-    look = references_store._missing
+    find = references_store._absent
 
-    def missing(*arguments):
-        store(place.own, request())
-        return look(*arguments)
+    def absent(*arguments):
+        with monkeypatch.context() as whole:
+            whole.setattr(references_store, "_absent", find)
+            store(place.own, request())
+        return find(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(references_store, "_missing", missing)
+        patched.setattr(references_store, "_absent", absent)
         assert find_stored(place, wanted) is None
     assert find_stored(place, wanted) == [place.own]
 
@@ -223,7 +230,7 @@ def test_token_values_serve_a_run_that_wants_none_but_not_the_other_way(tmp_path
     place = named_place(tmp_path / "tokens", request())
     assert find_stored(place, request()) == [place.own]
     wanted = request(per_token=True)
-    with pytest.raises(UserError, match="per_token is False there and True here.*Delete"):
+    with pytest.raises(UserError, match="per_token is False there and True here. Name another"):
         find_stored(named_place(tmp_path / "sums", wanted), wanted)
 
 
@@ -232,7 +239,7 @@ def test_a_reference_of_something_else_is_refused_by_name(tmp_path, name):
     store(tmp_path / "train", request())
     wanted = request(**{name: "other"})
     with pytest.raises(
-        UserError, match=f"{name} is '.*' there and 'other' here. Delete the folder"
+        UserError, match=f"{name} is '.*' there and 'other' here. Name another folder with"
     ):
         find_stored(named_place(tmp_path, wanted), wanted)
 
@@ -281,89 +288,112 @@ def test_damage_is_noticed(tmp_path):
         find_stored(place, wanted)
 
 
-def begun(folder: Path, parts: list[int], **options) -> Unfinished:
-    """An artefact of which some parts are done, by a process that has ended."""
+def growing_in(folder: Path, **options) -> Growing:
+    return Growing(folder, request(**options).manifest)
+
+
+def begun(folder: Path, parts: int, **options) -> Path:
+    """A folder that has some parts, by a process that was killed when it had written one more file."""
     wanted = request(**options)
-    unfinished = Unfinished(folder, wanted.manifest, wanted.examples)
-    unfinished.begin()
-    for index in parts:
-        unfinished.write(index, table_of(wanted, unfinished.parts[index]))
-    unfinished.close()
-    return unfinished
+    growing = Growing(folder, wanted.manifest)
+    growing.begin({"world_size": 2})
+    rows = parts_of(folder, wanted)
+    for each in rows[:parts]:
+        growing.add(table_of(wanted, each))
+    growing._forget_lock()  # as the system does; the file stays
+    (folder / f"part-{parts:05d}.parquet").write_bytes(b"torn")
+    return folder
 
 
-def test_parts_that_are_done_are_kept_and_torn_ones_are_not(tmp_path):
-    folder = tmp_path / "train"
-    first = begun(folder, [0, 1])
-    assert not folder.exists()
-    (first.folder / ".part-00002.parquet.partial").write_bytes(b"torn")
-    content = (first.folder / "part-00000.parquet").read_bytes()
-    (first.folder / "part-00000.parquet").write_bytes(content[:-30])
-    written = (first.folder / "part-00001.parquet").stat().st_mtime_ns
-    again = Unfinished(folder, request().manifest, request().examples)
-    assert again.begin() == [0, 2]
-    for index in (0, 2):
-        again.write(index, table_of(request(), again.parts[index]))
-    again.finish({})
-    assert (folder / "part-00001.parquet").stat().st_mtime_ns == written
+@pytest.mark.parametrize("parts", [0, 1, 2])
+def test_what_a_killed_process_wrote_is_kept_and_the_rest_added(tmp_path, parts):
+    folder, wanted = begun(tmp_path / "train", parts), request()
+    found = look(Place(folder), wanted)
+    assert found.absent_P.tolist() == [row >= 2 * parts for row in range(5)] and found.lacks
+    kept = {file: file.stat().st_mtime_ns for file in sorted(folder.glob("part-*"))[:parts]}
+    store(folder, wanted)
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
     assert opened([folder], range(5)).sums.view(-1, 2).tolist() == SUMS
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
     assert not list(folder.glob(".*"))
+    computed = read_manifest(folder)["computed"]
+    firsts = [(each["first_part"][5:10], each["world_size"]) for each in computed]
+    assert firsts == [("00000", 2)] * bool(parts) + [(f"0000{parts}", 1)]
 
 
-def test_a_part_with_other_rows_is_not_taken_for_done(tmp_path):
-    first = begun(tmp_path / "train", [0, 1])
-    (first.folder / "part-00000.parquet").rename(first.folder / "part-00001.parquet")
-    again = Unfinished(tmp_path / "train", request().manifest, request().examples)
-    assert again.begin() == [0, 1, 2]
+def test_rows_that_are_not_asked_for_may_be_missing(tmp_path):
+    """A short run stores the first of them, and a longer one adds the others to the same folder."""
+    short, rest = np.arange(5) < 2, np.arange(5) >= 3
+    folder = begun(tmp_path / "train", 1)
+    asks = [Request("train", dataset(range(5)), "m", "fp32", wanted_P=w) for w in (short, rest)]
+    for place in (Place(folder), named_place(tmp_path, asks[0]), named_place(folder, asks[0])):
+        assert find_stored(place, asks[0]) == [folder]
+        assert find_stored(place, asks[1]) is None  # and no error: it is of the same data
+    other = Request("train", dataset([4, 0, 1, 2, 3]), "m", "fp32", wanted_P=rest)
+    with pytest.raises(
+        UserError, match=r"other data: 2 of 5 pairs \(train\).* first pairs.jsonl:3;"
+    ):
+        find_stored(named_place(tmp_path, other), other)
+    digests = dataset(range(5)).digests
+    sums = open_reference([folder], digests, False, "cpu", wanted_P=short).sums.view(-1, 2)
+    assert sums[:2].tolist() == SUMS[:2] and sums[2:].isnan().all()
+    with pytest.raises(ValueError, match="2 of 5 pairs are not in"):
+        open_reference([folder], digests, False, "cpu", wanted_P=rest)
+    none = open_reference([], digests, False, "cpu", wanted_P=short & rest)
+    assert none(collate([], "packed", indices=[])).shape == (0,)
 
 
-def test_a_part_whose_values_changed_on_disk_is_not_taken_for_done(tmp_path):
-    first = begun(tmp_path / "train", [0, 1])
-    part = first.folder / "part-00000.parquet"
-    content = bytearray(part.read_bytes())
-    content[content.index(struct.pack("<f", SUMS[1][0]))] ^= 1
-    part.write_bytes(content)
-    again = Unfinished(tmp_path / "train", request().manifest, request().examples)
-    assert again.begin() == [0, 2]
+@pytest.mark.parametrize("count", [0, 1, 64, 65, 5000])
+def test_where_blocks_end_follows_from_the_order_alone(monkeypatch, count):
+    monkeypatch.setattr(blocks, "MOST", 2048)
+    order = np.random.default_rng(0).permutation(5000)
+    whole, first = blocks.blocks(order), blocks.blocks(order[:count])
+    assert [len(each) for each in whole] == [64, 64, 128, 256, 512, 1024, 2048, 904]
+    full = [each for each in first if len(each) == len(whole[0]) or count == 5000]
+    assert all((a == b).all() for a, b in zip(full, whole))
+    assert sorted(np.concatenate([[], *first])) == sorted(order[:count])
+    assert all((np.diff(each) > 0).all() for each in whole)
 
 
 @pytest.mark.parametrize("option", [{"model": "x"}, {"rows": [0, 1]}, {"per_token": True}])
 def test_a_folder_begun_for_something_else_is_refused_and_stays(tmp_path, option):
-    first = begun(tmp_path / "train", [0])
-    other = request(**option)
+    folder = begun(tmp_path / "train", 1)
     with pytest.raises(UserError, match="was begun for something else.*Delete it to begin anew"):
-        Unfinished(tmp_path / "train", other.manifest, other.examples).begin()
-    assert (first.folder / "part-00000.parquet").exists()
-
-
-def unfinished_in(folder: Path, **options) -> Unfinished:
-    wanted = request(**options)
-    return Unfinished(folder, wanted.manifest, wanted.examples)
+        growing_in(folder, **option).begin()
+    assert (folder / "part-00000.parquet").exists()
 
 
 def test_a_second_process_waits_for_the_first_and_has_nothing_to_do(tmp_path):
-    first, second, waited = unfinished_in(tmp_path / "train"), unfinished_in(tmp_path / "train"), []
-    for index in first.begin():
-        first.write(index, table_of(request(), first.parts[index]))
+    folder, wanted, waited = tmp_path / "train", request(), []
+    first, second = growing_in(folder), growing_in(folder)
+    first.begin()
+    for rows in parts_of(folder, wanted):
+        first.add(table_of(wanted, rows))
 
     def wait():
         waited.append(1)
         if len(waited) == 3:
-            first.finish({})
+            first.close()
 
-    assert second.begin(wait) is None and len(waited) == 3
+    second.begin(wait=wait)
+    assert len(waited) == 3 and not parts_of(folder, wanted)
+    second.close()
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
-    # It looked for the reference before the first one had ended, and begins only after that.
-    assert unfinished_in(tmp_path / "train").begin() is None
+    assert not list(folder.glob(".*"))
+
+
+def test_two_processes_that_make_the_folder_at_once_have_one(tmp_path, monkeypatch):
+    publish = durable.publish
+
+    def late(made, target):
+        monkeypatch.setattr(durable, "publish", publish)
+        first.begin()
+        publish(made, target)
+
+    first, second = growing_in(tmp_path / "train"), growing_in(tmp_path / "train")
+    monkeypatch.setattr(durable, "publish", late)
+    second.begin(wait=first.close)
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
-
-
-def test_a_second_process_goes_on_where_the_first_died(tmp_path):
-    first = unfinished_in(tmp_path / "train")
-    assert first.begin() == [0, 1, 2]
-    first.write(1, table_of(request(), first.parts[1]))
-    assert unfinished_in(tmp_path / "train").begin(first.close) == [0, 2]
 
 
 def test_nfs_locks_only_what_is_open_for_writing(tmp_path, monkeypatch):
@@ -376,25 +406,23 @@ def test_nfs_locks_only_what_is_open_for_writing(tmp_path, monkeypatch):
         flock(descriptor, how)
 
     monkeypatch.setattr(fcntl, "flock", nfs)
-    first, waited = unfinished_in(tmp_path / "train"), []
-    for index in first.begin():
-        first.write(index, table_of(request(), first.parts[index]))
-    wait = lambda: (waited.append(1), first.finish({}))  # noqa: E731
-    assert unfinished_in(tmp_path / "train").begin(wait) is None and waited == [1]
-    assert not list((tmp_path / "train").glob(".*"))
+    first, waited = growing_in(tmp_path / "train"), []
+    first.begin()
+    growing_in(tmp_path / "train").begin(wait=lambda: (waited.append(1), first.close()))
+    assert waited == [1]
 
 
 def test_nobody_waits_for_something_else(tmp_path):
-    first = unfinished_in(tmp_path / "train")
-    first.begin()
+    growing_in(tmp_path / "train").begin()
     with pytest.raises(UserError, match="was begun for something else"):
-        unfinished_in(tmp_path / "train", model="x").begin(lambda: pytest.fail("waits"))
+        growing_in(tmp_path / "train", model="x").begin(wait=lambda: pytest.fail("waits"))
 
 
 def test_a_full_disk_is_told_and_costs_nothing(tmp_path, monkeypatch):
-    unfinished = Unfinished(tmp_path / "train", request().manifest, request().examples)
-    unfinished.begin()
-    unfinished.write(0, table_of(request(), unfinished.parts[0]))
+    folder, wanted = tmp_path / "train", request()
+    growing = growing_in(folder)
+    growing.begin()
+    growing.add(table_of(wanted, range(2)))
 
     def full(file, content):
         raise OSError(28, "No space left on device")
@@ -402,12 +430,15 @@ def test_a_full_disk_is_told_and_costs_nothing(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(durable, "write_file", full)
         with pytest.raises(UserError, match="cannot be written.*No space left.*kept"):
-            unfinished.write(1, table_of(request(), unfinished.parts[1]))
-    unfinished.close()
-    assert Unfinished(tmp_path / "train", request().manifest, request().examples).begin() == [1, 2]
+            growing.add(table_of(wanted, range(2, 4)))
+        with pytest.raises(UserError, match="cannot be written.*No space left"):
+            growing_in(tmp_path / "other").begin()
+    growing.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["train"]
+    assert [rows.tolist() for rows in parts_of(folder, wanted)] == [[2, 3], [4]]
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
-        Unfinished(tmp_path / "file" / "train", request().manifest, request().examples).begin()
+        growing_in(tmp_path / "file" / "train").begin()
     with pytest.raises(UserError, match="is a file"):
         named_place(tmp_path / "file", request())
 
@@ -434,11 +465,12 @@ def test_values_that_are_not_finite_are_refused(value):
 )
 def test_a_slip_in_the_folder_does_not_compute_everything_anew(tmp_path, typed, meant, inside):
     stored = tmp_path / meant / inside
-    stored.mkdir(parents=True)
-    (stored / MANIFEST).write_text("{}")
+    store(stored, request([0]))
     with pytest.raises(UserError, match=f"{typed} does not exist, and .*{meant} holds a stored"):
         named_place(str(tmp_path / typed), request())
     assert not (tmp_path / typed).exists()
+    for other in (request(model="x"), request(dtype="bf16"), request(per_token=True)):
+        assert named_place(str(tmp_path / typed), other)  # what is there is none of theirs
     (tmp_path / typed).mkdir(parents=True)  # meant as it was typed
     assert named_place(str(tmp_path / typed), request()).own == tmp_path / typed / "train"
 

@@ -12,11 +12,11 @@ from dpo_fast.data.dataset import GroupDataset, PairDataset
 from dpo_fast.data.kinds import GROUPS
 from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.errors import UserError
-from dpo_fast.references import artefact
-from dpo_fast.references.artefact import Unfinished
+from dpo_fast.references import blocks
+from dpo_fast.references.artefact import Growing
 from dpo_fast.references.cached import open_reference
 from dpo_fast.references.compute import length_batches, part_table, score_part
-from dpo_fast.references.store import Request, default_place, find_stored, named_place
+from dpo_fast.references.store import Place, Request, default_place, find_stored, look, named_place
 
 # Two to four answers of one token and more; a sum tells the answer.
 ROWS = [
@@ -32,7 +32,7 @@ SUMS = [[-float(sum(ids)) for ids in row["completions_ids"]] for row in ROWS]
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(artefact, "ROWS_PER_PART", 3)
+    monkeypatch.setattr(blocks, "MOST", 3)
 
 
 def table_of(rows: list[dict], numbers) -> datasets.Dataset:
@@ -58,22 +58,26 @@ def minus_targets(targets_U, predictions_T, **_):
     return {"logp": -targets_U[predictions_T].float()}
 
 
-def compute(unfinished, index, scorer=minus_targets, per_token=True):
+def compute(growing, data, rows, scorer=minus_targets, per_token=True):
     """A part, as `compute_reference` does."""
-    data, rows = unfinished.examples, unfinished.parts[index]
     plan = length_batches(rows, LAYOUTS["shared_prefix"].costs(data.lengths), 2)
     batches, mine = [lay_out(data, some, "shared_prefix") for some in plan], data.lengths.take(rows)
     values_T = score_part(scorer, batches, rows, mine, "cpu")
-    unfinished.write(index, part_table(values_T, mine, data, rows, per_token))
+    growing.add(part_table(values_T, mine, data, rows, per_token))
 
 
 def store(folder, data, per_token=True) -> Request:
     request = Request("train", data, "m", "fp32", per_token)
-    unfinished = Unfinished(folder, request.manifest, data)
-    for index in unfinished.begin():
-        compute(unfinished, index, per_token=per_token)
-    unfinished.finish({})
+    growing = Growing(folder, request.manifest)
+    growing.begin()
+    for rows in parts_of(folder, request):
+        compute(growing, data, rows, per_token=per_token)
+    growing.close()
     return request
+
+
+def parts_of(folder, request):
+    return blocks.blocks(look(Place(folder), request).absent_P.nonzero()[0])
 
 
 def opened(folders, data, per_token=True):
@@ -132,13 +136,12 @@ def test_sums_alone_have_no_token_values(tmp_path):
 
 def test_parts_that_are_done_are_kept(tmp_path):
     data, folder = groups(range(7)), tmp_path / "train"
-    manifest = Request("train", data, "m", "fp32", True).manifest
-    unfinished = Unfinished(folder, manifest, data)
-    assert unfinished.begin() == [0, 1, 2]
-    compute(unfinished, 0)
-    unfinished.close()
-    again = Unfinished(folder, manifest, data)
-    assert again.begin() == [1, 2]
+    request = Request("train", data, "m", "fp32", True)
+    growing = Growing(folder, request.manifest)
+    growing.begin()
+    assert len(parts := parts_of(folder, request)) == 3
+    compute(growing, data, parts[0])
+    assert [rows.tolist() for rows in parts_of(folder, request)] == [[3, 4, 5], [6]]
 
     def broken(targets_U, predictions_T, **_):
         """Not finite for the last answer of row 4, the second row of part 1."""
@@ -146,10 +149,10 @@ def test_parts_that_are_done_are_kept(tmp_path):
         return {"logp": torch.where(targets_T == 42, torch.inf, 0.0)}
 
     with pytest.raises(UserError, match="log-probs of 1 groups are not finite, .*groups.jsonl:5"):
-        compute(again, 1, broken)
-    for index in (1, 2):
-        compute(again, index)
-    again.finish({})
+        compute(growing, data, parts[1], broken)
+    for rows in parts[1:]:
+        compute(growing, data, rows)
+    growing.close()
     assert opened([folder], data).sums.tolist() == sum(SUMS, [])
 
 

@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import importlib
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -23,6 +24,7 @@ def fake_hub(monkeypatch):
     try:
         yield server
     finally:
+        server.over.set()
         server.shutdown()
         server.server_close()
 
@@ -30,8 +32,9 @@ def fake_hub(monkeypatch):
 class FakeHub(ThreadingHTTPServer):
     """repos: by id, whether it is private. branches: by id. files: by id and branch, their contents.
 
-    tokens: that requests came with. messages: of the commits. fails: part of a path that is answered with
-    an error of the server.
+    of_others: ids that the token may not write to. tokens: that requests came with.
+    messages: of the commits.
+    fails: part of a path that is answered with `status` and `fault`, so many `times`; None: always.
     """
 
     daemon_threads = True
@@ -39,7 +42,9 @@ class FakeHub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.repos, self.branches, self.files = {}, {}, {}
-        self.objects, self.tokens, self.messages, self.fails = {}, set(), [], None
+        self.objects, self.tokens, self.messages, self.of_others = {}, set(), [], set()
+        self.fails, self.status, self.fault, self.times = None, 400, "the hub is full", None
+        self.over = threading.Event()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -61,6 +66,16 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def fail(self, status: int | str, fault: object) -> None:
+        """Answer with a status, or `drop` the connection, or be `silent` until the server is."""
+        if status == "silent":
+            self.server.over.wait(60)
+        if isinstance(status, str):
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+        else:
+            self.answer({"error": fault} if isinstance(fault, str) else fault, status)
+
     def do(self) -> None:
         hub, size = self.server, int(self.headers.get("Content-Length") or 0)
         body = self.rfile.read(size)
@@ -71,8 +86,9 @@ class Handler(BaseHTTPRequestHandler):
             self.rfile.readline()
         hub.tokens.add(self.headers.get("Authorization"))
         path = self.path.partition("?")[0]
-        if hub.fails is not None and hub.fails in path:
-            self.answer({"error": "the hub is full"}, 400)
+        if hub.fails is not None and hub.fails in path and hub.times != 0:
+            hub.times = None if hub.times is None else hub.times - 1
+            self.fail(hub.status, hub.fault)
         elif path == "/api/whoami-v2":
             self.answer({"name": "me", "type": "user", "orgs": [], "auth": {}})
         elif path == "/api/repos/create":
@@ -127,7 +143,10 @@ class Handler(BaseHTTPRequestHandler):
             entries = ({"path": path, "size": len(known[path])} for path in known)
             self.answer([{"type": "file", "oid": "2" * 40, **each} for each in entries])
         elif not rest or rest[0] == "revision":
-            self.answer({"id": name, "sha": "0" * 40, "siblings": [], "private": False})
+            private = bool(hub.repos.get(name))
+            self.answer({"id": name, "sha": "0" * 40, "siblings": [], "private": private})
+        elif rest[:1] == ["auth-check"]:
+            self.answer({}, 403 if name in hub.of_others else 200)
         else:
             self.answer({"error": f"no {path}"}, 404)
 

@@ -1,4 +1,4 @@
-"""Jobs of two ranks: trainers of transformers and TRL under accelerate's FSDP2, against DDP."""
+"""Jobs of two ranks: trainers of transformers and TRL under accelerate's FSDP2 and ZeRO-3, against DDP."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import trl
 from accelerate import DistributedType
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
@@ -15,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from transformers.distributed import DistributedConfig
-from trl import DPOConfig, KTOConfig, SFTConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from dpo_fast.errors import UserError
 from dpo_fast.integrations import trl as ours
@@ -59,6 +60,7 @@ def forget() -> None:
     for state in (AcceleratorState, GradientState):
         state._reset_state()
     PartialState._reset_state()
+    unset_hf_deepspeed_config()
     for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
         del os.environ[name]
 
@@ -169,31 +171,67 @@ def mixed_precision_in_fsdp2(folder: str) -> None:
 
 
 def trl_in_fsdp2(folder: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(f"{folder}/untied")
-    # A file, because TRL caches what it computes beside the data, for all ranks.
-    pairs = Dataset.from_json(f"{folder}/pairs.jsonl", cache_dir=f"{folder}/cache")
-    single = Dataset.from_list(
-        [
-            {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
-            for row in rows_of(folder)
-            for side in ("chosen", "rejected")
-        ]
-    )
     cases = [
-        (ours.DPOTrainer, DPOConfig, pairs, {"loss_type": ["sigmoid", "simpo"]}),
-        (ours.DPOTrainer, DPOConfig, pairs, {"precompute_ref_log_probs": True}),
-        (ours.KTOTrainer, KTOConfig, single, {}),
-        (ours.SFTTrainer, SFTConfig, single.remove_columns("label"), {}),
+        ("DPO", {"loss_type": ["sigmoid", "simpo"]}),
+        ("DPO", {"precompute_ref_log_probs": True}),
+        *((kind, {}) for kind in ("KTO", "SFT", "GRPO", "RLOO")),
     ]
-    for kind, config, data, options in cases:
-        results = []
-        for fsdp in (None, {}):
-            args = arguments(config, f"{folder}/run", fsdp, gradient_checkpointing=False, **options)
-            given = {"train_dataset": data, "processing_class": tokenizer, "args": args}
-            if kind is not ours.SFTTrainer:
-                given["ref_model"] = model_of(folder, "other")
-            results.append(result(kind(model_of(folder), **given)))
+    for kind, options in cases:
+        results = [result(trainer_of_trl(folder, kind, fsdp, **options)) for fsdp in (None, {})]
         same(results[1], results[0])
+
+
+def trl_in_zero_3(folder: str) -> None:
+    """And what is saved is a plain folder."""
+    zero = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
+    config = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": zero,
+    }
+    kinds = ("DPO", "SFT", "GRPO", "RLOO")
+    expected = {kind: result(trainer_of_trl(folder, kind, None)) for kind in kinds}
+    saved = {}
+    for kind in kinds:
+        trainer = trainer_of_trl(folder, kind, None, deepspeed=config)
+        trainer.train()
+        log = [entry for entry in trainer.state.log_history if "loss" in entry]
+        trainer.save_model(f"{folder}/{kind}")
+        saved[kind] = log, f"{folder}/{kind}"
+    forget()
+    torch.distributed.barrier()
+    for kind, (log, place) in saved.items():
+        same((log, AutoModelForCausalLM.from_pretrained(place).state_dict()), expected[kind])
+
+
+def trainer_of_trl(folder: str, kind: str, fsdp: dict | None, **options):
+    """One of our TRL trainers."""
+    single = [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for row in rows_of(folder)
+        for side in ("chosen", "rejected")
+    ]
+    given = {}
+    if kind == "DPO":  # a file, because TRL caches what it computes beside the data, for all ranks
+        data = Dataset.from_json(f"{folder}/pairs.jsonl", cache_dir=f"{folder}/cache")
+    elif kind in ("GRPO", "RLOO"):
+        data = Dataset.from_list([{"prompt": row["prompt"]} for row in rows_of(folder)])
+        given["reward_funcs"] = lambda completions, **_: [sum(map(ord, x)) % 7 for x in completions]
+        options = {"per_device_train_batch_size": 4, "num_generations": 4, "beta": 0.1} | options
+        options |= {"gradient_accumulation_steps": 1, "max_completion_length": 6}
+    else:
+        data = Dataset.from_list(single)
+        data = data.remove_columns("label") if kind == "SFT" else data
+    config, trainer = getattr(trl, f"{kind}Config"), getattr(ours, f"{kind}Trainer")
+    args = arguments(config, f"{folder}/run", fsdp, gradient_checkpointing=False, **options)
+    if kind in ("DPO", "KTO"):
+        given["ref_model"] = model_of(folder, "other")
+    tokenizer = AutoTokenizer.from_pretrained(f"{folder}/untied")
+    return trainer(
+        model_of(folder), args=args, train_dataset=data, processing_class=tokenizer, **given
+    )
 
 
 def tensor_parallel(folder: str) -> None:
@@ -242,6 +280,7 @@ JOBS = {
     "saved_in_fsdp2": saved_in_fsdp2,
     "mixed_precision_in_fsdp2": mixed_precision_in_fsdp2,
     "trl_in_fsdp2": trl_in_fsdp2,
+    "trl_in_zero_3": trl_in_zero_3,
     "tensor_parallel": tensor_parallel,
     "loaded_sharded": loaded_sharded,
     "refused": refused,

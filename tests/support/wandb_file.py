@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,19 +12,27 @@ LAST_KINDS = (1, 4)  # a whole record, or the last part of one
 
 def history(folder: Path) -> list[dict]:
     """Every logged line of the one run in `folder`."""
-    from wandb.proto import wandb_internal_pb2
-
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
     lines = []
-    for data in records(file.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    for record in parsed(file):
         if record.WhichOneof("record_type") == "history":
             items = record.history.item
             lines.append(
                 {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in items}
             )
     return lines
+
+
+def parsed(file: Path) -> list:
+    """The records of a run that has ended. Its client may write the last of them behind `finish`."""
+    from wandb.proto import wandb_internal_pb2
+
+    found, deadline = [], time.monotonic() + 60
+    while "exit" not in [each.WhichOneof("record_type") for each in found]:
+        assert time.monotonic() < deadline, f"{file} has no end"
+        time.sleep(0.05)
+        found = [wandb_internal_pb2.Record.FromString(data) for data in records(file.read_bytes())]
+    return found
 
 
 def records(content: bytes) -> Iterator[bytes]:

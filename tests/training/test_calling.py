@@ -1,6 +1,7 @@
 """Callbacks: when they are called, what they see and may ask for, and what is wrong with one."""
 
 import json
+import threading
 from dataclasses import FrozenInstanceError
 from importlib.metadata import EntryPoint
 
@@ -10,7 +11,7 @@ import torch
 pytest.importorskip("deepspeed")
 
 from dpo_fast import Callback, Control, RunState
-from dpo_fast.errors import UserError
+from dpo_fast.errors import Interrupted, UserError
 from dpo_fast.training import own_code
 from dpo_fast.training.calling import open_callbacks
 from dpo_fast.training.config import build_config
@@ -110,6 +111,49 @@ def without_times(lines: list[dict]) -> list[dict]:
     return [
         {k: v for k, v in each.items() if not k.startswith(("perf/", "health"))} for each in lines
     ]
+
+
+class Leaves(Callback):
+    """Raises KeyboardInterrupt, as input() and a library's own handler do, in one of the calls."""
+
+    def __init__(self, event: str) -> None:
+        setattr(self, event, self.leave)
+
+    def leave(self, state, control):
+        if state.step in (0, 2):
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("event", "steps"), [("on_step_end", 2), ("on_save", 3), ("on_train_begin", 0)]
+)
+def test_a_keyboard_interrupt_of_a_callback_is_ctrl_c(folder, event, steps):
+    """The step is finished, and the next one if it came behind it; a checkpoint is saved."""
+    name = f"left-{event}"
+    with pytest.raises(Interrupted, match="train.resume_from_checkpoint"):
+        run(folder, name, Leaves(event), save_steps=2)
+    saved = [int(path.name.partition("-")[2]) for path in (folder / name).glob("checkpoint-*")]
+    assert max(saved, default=0) == steps
+    if steps:
+        run(folder, name, Callback(), resume_from_checkpoint=True)
+        assert lines_of(folder / name)[-1]["step"] == 4
+
+
+def test_a_keyboard_interrupt_in_a_thread_is_an_error_like_others(folder):
+    """Signals come to the main thread alone."""
+    found = []
+
+    def go() -> None:
+        try:
+            run(folder, "thread", Leaves("on_step_end"))
+        except UserError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=go)
+    thread.start()
+    thread.join()
+    assert "on_step_end: " in str(found[0]) and "KeyboardInterrupt" in str(found[0])
+    assert (folder / "thread/checkpoint-2").is_dir()
 
 
 def test_they_are_called_in_order_may_ask_and_change_nothing(folder):

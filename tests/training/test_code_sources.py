@@ -6,7 +6,8 @@ import json
 import pytest
 
 from dpo_fast.losses import custom, register_loss
-from dpo_fast.training.code_sources import source, sources_of, tell_changed
+from dpo_fast.training.calling import open_callbacks
+from dpo_fast.training.code_sources import source, sources_of, sources_of_callbacks, tell_changed
 from dpo_fast.training.config import build_config
 from dpo_fast.training.own_code import given
 from tests.support.models import run_tree
@@ -47,6 +48,32 @@ def test_registered_losses_and_code_without_a_file():
     exec("def one(x):\n    return x + 1\ndef two(x):\n    return x + 2\n", scope)
     one, two = source(scope["one"]), source(scope["two"])
     assert "file" not in one and one["sha256"] != two["sha256"] and source(scope["one"]) == one
+
+
+CALLBACKS = """
+from transformers import TrainerCallback
+from dpo_fast import Callback
+class Ours(Callback):
+    at = {}
+class Theirs(TrainerCallback):
+    pass
+"""
+
+
+def test_callbacks_are_noted_those_of_transformers_as_well(tmp_path, capsys):
+    file = tmp_path / "calls.py"
+    file.write_text(CALLBACKS.format(1))
+    tree = run_tree(tmp_path)
+    tree["train"]["callbacks"] = names = [f"{file}:Ours", f"{file}:Theirs"]
+    before = sources_of_callbacks(open_callbacks(build_config(tree, "case")))
+    assert list(before) == [f"train.callbacks={name}" for name in names]
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert {(each["file"], each["sha256"]) for each in before.values()} == {(str(file), digest)}
+    file.write_text(CALLBACKS.format(2))
+    custom.refresh()
+    tell_changed(before, sources_of_callbacks(open_callbacks(build_config(tree, "case"))))
+    told = " ".join(capsys.readouterr().err.split())
+    assert all(f"{name}: {file} has changed since the checkpoint" in told for name in names)
 
 
 def test_what_has_changed_is_told(tmp_path, capsys):

@@ -1,14 +1,17 @@
 """What DeepSpeed is given: the optimiser and the configuration."""
 
+import gc
 import json
 from unittest.mock import MagicMock
 
 import pytest
 import torch
 
+from dpo_fast.training import loop, precompute
+from dpo_fast.training import prepare as loading
 from dpo_fast.training.config import build_config
 from dpo_fast.training.engine import build_optimizer, deepspeed_config, reference_config
-from tests.support import ranks
+from tests.support import here, ranks
 from tests.support.models import run_tree, write_model, write_pairs
 
 TREE = {
@@ -56,6 +59,47 @@ def test_a_run_keeps_no_memory_when_it_is_over(tmp_path, provider):
     ranks.group(1).do("held_by_runs", tree, str(tmp_path / "held.json"))
     before, after = json.loads((tmp_path / "held.json").read_text())
     assert after < before + 100_000
+
+
+def held() -> int:
+    """Bytes of all tensors of this process."""
+    gc.collect()
+    tensors = (each for each in gc.get_objects() if issubclass(type(each), torch.Tensor))
+    storages = {each.untyped_storage()._cdata: each.untyped_storage() for each in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [(loading, "check_loaded"), (precompute, "score_part"), (loop, "train_step"), (loop, "export")],
+)
+def test_an_error_leaves_nothing_of_a_sharded_run_in_the_process(
+    tmp_path, monkeypatch, place, name
+):
+    """A notebook keeps the latest error, whose traceback has what was there; then it tries once more."""
+    from deepspeed.runtime.zero import parameter_offload, partition_parameters
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    write_model(tmp_path / "model")
+    write_pairs(tmp_path / "pairs.jsonl", 8)
+    tree = run_tree(tmp_path, max_steps=1) | {"parallel": {"zero_stage": 3}}
+
+    def fails(*arguments, **options):
+        raise ZeroDivisionError(name)
+
+    before, stack = held(), len(parameter_offload.FWD_MODULE_STACK)
+    with monkeypatch.context() as broken:
+        broken.setattr(place, name, fails)
+        with pytest.raises(ZeroDivisionError, match=name) as error:
+            here.train(build_config(tree, "test"))
+    assert not is_deepspeed_zero3_enabled() and partition_parameters.zero_init_context == 0
+    assert len(parameter_offload.FWD_MODULE_STACK) == stack
+    # The weights alone are 130 kB, and AdamW's states twice as much.
+    assert held() < before + (200_000 if name == "check_loaded" else 60_000)
+    assert error.value.__traceback__ is not None
+    if name == "check_loaded":
+        again = tree | {"parallel": {"zero_stage": 0}}
+        assert here.train(build_config(again, "test")) == tmp_path / "run/final"
 
 
 def test_the_engine_trains_whatever_transformers_loaded_for(monkeypatch):

@@ -1,6 +1,7 @@
 """Models pushed to a server on this machine that speaks the hub's API, by the hub's own client."""
 
 import importlib
+import time
 
 import pytest
 from typer.testing import CliRunner
@@ -72,6 +73,93 @@ def test_a_push_that_fails_loses_nothing_and_says_how_to_try_again(server, model
     assert server.files["team/model", "v2"] == contents
 
 
+@pytest.mark.parametrize("place", ["/api/repos/create", "preupload", "info/lfs", "/commit/"])
+@pytest.mark.parametrize("status", [429, 500, "drop"])
+def test_what_fails_for_a_moment_is_tried_again(server, model, monkeypatch, place, status):
+    folder, contents = model
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    server.fails, server.status, server.times = place, status, 2
+    hub.push(folder, "team/model")
+    assert server.files["team/model", "main"] == contents and server.times == 0
+
+
+@pytest.mark.parametrize("place", ["/api/repos/create", "/commit/"])
+def test_a_hub_that_says_nothing_is_an_error(server, model, monkeypatch, place):
+    from huggingface_hub import get_session
+
+    folder, _ = model
+    monkeypatch.setattr(hub, "SILENCE", 0.5)
+    server.fails, server.status = place, "silent"
+    with pytest.raises(UserError, match="the hub has not answered for 0.5 seconds"):
+        hub.push(folder, "team/model")
+    assert get_session().timeout.read is None, "others have the client as it was"
+
+
+def test_after_a_lost_connection_silence_is_limited_too(monkeypatch):
+    from huggingface_hub import close_session, get_session
+
+    monkeypatch.setattr(hub, "SILENCE", 0.5)
+    with hub.limited_silence():
+        close_session()  # as its client does then
+        assert get_session().timeout.read == 0.5
+    assert get_session().timeout.read is None
+
+
+CARD_ERROR = {"errors": [{"message": '"license" must be one of [mit]'}], "warnings": []}
+
+
+@pytest.mark.parametrize(
+    ("place", "status", "fault", "words"),
+    [
+        ("preupload", 401, "Invalid token", "401: Invalid token (the token is not accepted"),
+        ("/commit/", 403, "No rights", "403: No rights (the token may not write there"),
+        ("preupload", 404, "Revision not found", "404: Revision not found"),
+        ("info/lfs", 501, "No LFS here", "501: No LFS here"),
+        ("validate-yaml", 400, CARD_ERROR, 'README.md. - "license" must be one of [mit]'),
+    ],
+)
+def test_the_reason_is_in_the_hubs_own_words(server, model, place, status, fault, words):
+    folder, _ = model
+    server.fails, server.status, server.fault = place, status, fault
+    with pytest.raises(UserError) as told:
+        hub.push(folder, "team/model")
+    assert words in str(told.value)
+
+
+def test_what_is_to_be_private_does_not_go_where_all_can_see_it(server, model):
+    folder, _ = model
+    server.repos["me/open"], server.branches["me/open"] = False, {"main"}
+    with pytest.raises(UserError, match="to be private, but it is there already and public"):
+        hub.push(folder, "me/open", private=True)
+    assert not server.files
+
+
+def test_a_run_asks_the_hub_before_its_first_step(server, tmp_path, capsys):
+    run = config_of(tmp_path, push_to_hub=True, hub_private_repo=True, hub_revision="v2")
+    hub.open_repo(run, resumed=False)
+    assert server.repos == {"me/my-run": True} and server.branches["me/my-run"] == {"main", "v2"}
+    hub.open_repo(run, resumed=False)  # it is there now
+    server.of_others.add("me/my-run")
+    with pytest.raises(UserError, match=r"nothing can be pushed to my-run: .*403.*may not write"):
+        hub.open_repo(run, resumed=False)
+    server.of_others.clear()
+    server.fails, server.fault = "validate-yaml", CARD_ERROR
+    with pytest.raises(
+        UserError, match=r"the card's front matter: \"license\" must be one of \[mit\]"
+    ):
+        hub.open_repo(run, resumed=False)
+    server.status = 404  # a mirror that does not know the question
+    hub.open_repo(run, resumed=False)
+    server.fails, server.status = "/api/repos/create", 400
+    with pytest.raises(UserError, match=r"nothing can be pushed .*leave the option out"):
+        hub.open_repo(run, resumed=False)
+    hub.open_repo(run, resumed=True)
+    assert "The run goes on" in capsys.readouterr().err
+    server.tokens.clear()
+    hub.open_repo(config_of(tmp_path), resumed=False)
+    assert not server.tokens  # without push_to_hub nobody is asked
+
+
 def test_folders_and_names_that_cannot_be_pushed(model, tmp_path):
     folder, _ = model
     with pytest.raises(UserError, match="no such folder"):
@@ -108,7 +196,9 @@ def test_the_end_of_a_run_pushes_as_its_options_say(server, model, tmp_path, cap
     server.fails = "/commit/"
     push_the_end(run, folder)  # the run is over, and no error of it
     told = " ".join(capsys.readouterr().err.split())
-    assert "the run is complete, its model is not pushed" in told
+    assert (
+        "the run is complete, its model is not pushed" in told and "(later with `dpo-fast" in told
+    )
     assert f"dpo-fast push {folder} my-run --private --revision v3" in told
     server.tokens.clear()
     push_the_end(config_of(tmp_path), folder)

@@ -1,5 +1,6 @@
 """Checkpoints pushed while a run goes on: what is pushed when, and what a push that fails leaves."""
 
+import contextlib
 import threading
 from pathlib import Path
 
@@ -7,8 +8,10 @@ import pytest
 
 pytest.importorskip("deepspeed")
 
+from dpo_fast.api.ending import Ending, finish
 from dpo_fast.api.process import as_found
-from dpo_fast.errors import UserError
+from dpo_fast.errors import Interrupted, UserError
+from dpo_fast.training import distributed, hub, hub_saves
 from dpo_fast.training.checkpoints import check_whole, checkpoints, read_state
 from dpo_fast.training.config import build_config
 from dpo_fast.training.earlier_run import MODEL
@@ -151,29 +154,92 @@ def test_what_waits_gives_way_to_what_is_newer_and_stays_on_the_disk(tmp_path):
             assert began.wait(60)
         kept = {path.name for path in checkpoints(saver.root)}
         assert {"checkpoint-2", "checkpoint-6"} <= kept and len(kept) == len(wanted)
-        assert pushes.finish(0.01) == {f"checkpoint-{step}" for step in wanted}
+        assert not pushes.ended(0.01)
+        assert pushes.held() == {f"checkpoint-{step}" for step in wanted}
         may.set()
-        assert pushes.finish(60) == set() and seen == wanted
+        assert pushes.ended(60) and pushes.left() == [] and seen == wanted
         saver.remove_old()
         assert [path.name for path in checkpoints(saver.root)] == ["checkpoint-6"]
 
 
 @pytest.mark.parametrize("error", [UserError("the hub is full"), KeyError("the hub is full")])
-def test_a_push_that_fails_does_not_keep_the_next_from_going(capsys, error):
-    done = []
+@pytest.mark.parametrize("everything", [True, False])
+def test_what_failed_is_held_and_tried_again_with_the_next(capsys, error, everything):
+    tried, full = [], True
 
     def push_one(folder: Path) -> None:
-        if folder.name == "checkpoint-2":
+        tried.append(folder.name)
+        if full:
             raise error
-        done.append(folder.name)
 
-    pushes = Pushes(push_one, True)
-    for step in (2, 4):
-        pushes.add(Path(f"checkpoint-{step}"))
-    assert pushes.finish(60) == set() and done == ["checkpoint-4"]
+    pushes, first, second = Pushes(push_one, everything), Path("checkpoint-2"), Path("checkpoint-4")
+    pushes.add(first)
+    assert pushes.ended(60) and pushes.left() == [first]
+    assert pushes.held() == ({"checkpoint-2"} if everything else set())
+    full = False
+    pushes.add(second)
+    assert pushes.ended(60) and pushes.left() == [] and pushes.held() == set()
+    assert tried == ["checkpoint-2", *(["checkpoint-2"] if everything else []), "checkpoint-4"]
     said = " ".join(capsys.readouterr().err.split())
     assert "the hub is full" in said and "The run goes on" in said
-    assert ("`dpo-fast push checkpoint-2`" in said) == isinstance(error, KeyError)
+    assert ("checkpoint-2 was not pushed: KeyError" in said) == isinstance(error, KeyError)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_what_is_not_on_the_hub_at_the_end_is_told_with_its_commands(
+    pushed, monkeypatch, capsys, stopped
+):
+    """Also of a run that is stopped while its hub hangs: it waits no longer than a moment."""
+    folder, config, _ = pushed
+    (newest,) = checkpoints(folder / "run")
+    saver = Saver(str(folder / "run"), keep=1)
+    monkeypatch.setattr(hub_saves, "HURRY", 0.2)
+    monkeypatch.setattr(hub, "PAUSES", ())
+    monkeypatch.setattr(hub_saves, "FIRST_WORD", 0.1)
+    with fake_hub(monkeypatch) as server:
+        place = ("/api/repos/create", "silent") if stopped else ("preupload", 403)
+        server.fails, server.status = place
+        with contextlib.suppress(Interrupted), pushing(config, saver):
+            saver.published(newest)
+            if stopped:
+                raise Interrupted("a signal")
+    for thread in threading.enumerate():
+        if thread.name == "push":  # a process that ends would not wait for it
+            thread.join(60)
+    said = " ".join(capsys.readouterr().err.split())
+    commands = f"`dpo-fast push {newest} me/mine` and `hf upload me/mine {newest} {LAST}`"
+    assert f"{newest.name} is not on the hub: push it with {commands}" in said
+    assert ("403: the hub is full (the token may not write there" in said) == (not stopped)
+
+
+def test_a_hub_that_falls_silent_ends_the_wait_of_a_run_that_is_over(pushed, monkeypatch, capsys):
+    folder, config, _ = pushed
+    (newest,) = checkpoints(folder / "run")
+    saver = Saver(str(folder / "run"), keep=1)
+    monkeypatch.setattr(hub_saves, "FIRST_WORD", 0.1)
+    monkeypatch.setattr(hub, "SILENCE", 0.5)
+    with fake_hub(monkeypatch) as server:
+        server.fails, server.status = "/commit/", "silent"
+        with pushing(config, saver):
+            saver.published(newest)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"waiting for uploads to me/mine: {newest.name}. Ctrl-C ends the wait" in said
+    assert "me/mine, for 0 s now: " in said
+    assert "the hub has not answered for 0.5 seconds" in said
+    assert f"{newest.name} is not on the hub: push it with" in said
+
+
+def test_other_ranks_push_nothing_and_wait_in_no_collective(pushed, monkeypatch):
+    """An upload may take longer than parallel.timeout_minutes."""
+    folder, config, _ = pushed
+    waits, saver = [], Saver(str(folder / "run"), keep=1)
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    monkeypatch.setattr(distributed, "await_all", waits.append)
+    with fake_hub(monkeypatch) as server:
+        with pushing(config, saver):
+            saver.published(checkpoints(folder / "run")[-1])
+        assert finish(config, folder / "run" / MODEL, print, print) == Ending()
+        assert not server.tokens and waits == ["pushes", "the end"]
 
 
 def test_options_of_a_push(tmp_path):

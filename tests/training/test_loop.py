@@ -352,6 +352,11 @@ def test_overwriting_begins_again_and_keeps_the_metrics(folder, runs, tmp_path):
     root = tmp_path / "whole"
     shutil.copytree(folder / "whole", root)
     metrics = (root / "metrics.jsonl").read_text()
+    # Of the earlier run: a report would show the one, and a replay would take its step for a bad one.
+    stale = [root / "generations.jsonl", root / "nonfinite-step-2.json"]
+    stale += [root / "final/of_the_earlier_run.txt"]
+    for file in stale:
+        file.write_text("{}")
     options = {"overwrite_output_dir": True, "max_steps": 2}
     alone = ranks.Ranks(1)
     alone.do("train", [changed(runs["whole"], root, train=options)])
@@ -360,6 +365,7 @@ def test_overwriting_begins_again_and_keeps_the_metrics(folder, runs, tmp_path):
     assert [line["step"] for line in lines_of(root)] == [0, 2, 2]
     # A checkpoint of the earlier run would be taken for the newest.
     assert [path.name for path in root.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not any(file.exists() for file in stale)
 
 
 @pytest.mark.processes

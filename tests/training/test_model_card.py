@@ -6,10 +6,12 @@ import re
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+import yaml
 
 from dpo_fast.losses.papers import IDS, PAPERS, bibtex, numbers
 from dpo_fast.losses.table import LOSSES
 from dpo_fast.report.card import illustrate
+from dpo_fast.training import model_card
 from dpo_fast.training.config import build_config
 from dpo_fast.training.model_card import CARD, card, metadata, write_card
 from tests.support.models import run_tree
@@ -110,6 +112,52 @@ def test_an_adapter_names_its_base_and_how_to_put_it_on(config, monkeypatch):
     assert meta["base_model_relation"] == "adapter"
     assert "[org/chat@v2](https://huggingface.co/org/chat)" in text
     assert 'from_pretrained("org/chat"' in text and "PeftModel.from_pretrained(model, path)" in text
+
+
+def test_an_adapter_of_a_folder_is_not_one_of_the_base_that_the_folder_came_from(config):
+    text, meta = card(config, None, True), metadata(config, True)
+    assert "base_model" not in meta and "base_model_relation" not in meta
+    assert "org/base" not in text and "# BASE: model\nmodel = " in text
+
+
+@pytest.mark.parametrize("path", ["folder", "org/chat"])
+def test_what_the_hub_would_refuse_of_the_base_models_card_is_not_taken(
+    config, tmp_path, monkeypatch, path
+):
+    """A card that the hub refuses keeps the whole model from it."""
+    front = "license: other\nlicense_name: own\nlicense_link: LICENSE\nlanguage: [no, en, 3]\n"
+    front += "base_model: [/scratch/me/model, org/base]\n"
+    (tmp_path / "model" / CARD).write_text(f"---\n{front}---\n# Base\n")
+    if path != "folder":
+        monkeypatch.setattr(model_card, "local_folder", lambda _: tmp_path / "model")
+        section = config.model.model_copy(update={"path": path})
+        config = config.model_copy(update={"model": section})
+    meta = metadata(config, False)
+    assert meta["language"] == ["no", "en"] and meta["license"] == "other"
+    link = "https://huggingface.co/org/chat/blob/main/LICENSE"
+    assert meta.get("license_link") == (None if path == "folder" else link)
+    assert meta["base_model"] == (["org/base"] if path == "folder" else path)
+    read = yaml.safe_load(yaml.safe_dump(meta))
+    assert read == meta, "the language no is a text again"
+
+
+def test_a_loss_of_a_file_is_named_without_its_folder(config, tmp_path):
+    file = tmp_path / "my_losses.py"
+    file.write_text("def wide(logps, options):\n    return options.beta * logps.chosen\n")
+    tree = config.resolved()
+    tree["loss"] = {"type": f"{file}:wide"}
+    own = build_config(tree, "run")
+    text = card(own, None, False)
+    assert str(tmp_path) not in text and "the loss `my_losses.py:wide`" in text
+    assert "| `my_losses.py:wide` | 1 |" in text and "wide" in metadata(own, False)["tags"]
+
+
+def test_files_are_no_data_sets_of_the_hub(config):
+    """Where they are not any more, too: a card may be written anew on another machine."""
+    for name, found in (("data/pairs.jsonl", []), ("org/pairs", ["org/pairs"])):
+        data = config.data.model_copy(update={"train": name})
+        meta = metadata(config.model_copy(update={"data": data}), False)
+        assert meta.get("datasets", []) == found
 
 
 def test_a_card_without_any_file_of_a_run(tmp_path):

@@ -19,13 +19,15 @@ from dpo_fast.data.batch import collate
 from dpo_fast.errors import Interrupted
 from dpo_fast.models import load_model, load_tokenizer
 from dpo_fast.ops.linear_logp import op
-from dpo_fast.references import artefact
+from dpo_fast.references import blocks
+from dpo_fast.references.artefact import read_manifest
 from dpo_fast.references.providers import FrozenReference
 from dpo_fast.training.config import build_config
 from dpo_fast.training.fit import choose
 from dpo_fast.training.load_data import load_split
-from dpo_fast.training.precompute import cached_references, store_references
+from dpo_fast.training.precompute import _facts, cached_references, store_references
 from dpo_fast.training.references import without_training
+from tests.support.here import train as here_train
 from tests.support.models import run_tree, write_model, write_pairs
 from tests.support.paths import ROOT
 
@@ -42,7 +44,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(artefact, "ROWS_PER_PART", PART)
+    monkeypatch.setattr(blocks, "MOST", PART)
 
 
 def tree(folder: Path, output: str, **sections) -> dict:
@@ -63,7 +65,8 @@ class Here:
         self.config = choices.applied(self.config)
         tokenizer = load_tokenizer(self.config.model)
         self.splits = [
-            load_split(self.config, tokenizer, name, shuffle=False) for name in ("train", "eval")
+            load_split(self.config, tokenizer, name, name == "train", trains=False)
+            for name in ("train", "eval")
         ]
         self.scorer = load_model(self.config.model, attention=choices.attention.name)
         self.scored = 0
@@ -98,7 +101,7 @@ def rows(folder: Path, split: str = "train") -> list[dict]:
 def whole(folder):
     """The rows of an uninterrupted run of one rank, with token values."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(artefact, "ROWS_PER_PART", PART)
+        patch.setattr(blocks, "MOST", PART)
         here = Here(tree(folder, "whole", reference={"per_token": True}))
         stored = here.compute()
     assert [len(result.split.examples) for result in stored] == [PAIRS - EVAL, EVAL]
@@ -139,8 +142,8 @@ def test_a_failure_half_way_costs_a_part_at_most(folder, whole):
     with pytest.raises(ZeroDivisionError):
         here.compute(fail_after=5, failure=fail)  # two parts of two batches, and one more
     reference = folder / "failed" / "reference"
-    assert [path.name[:7] for path in reference.iterdir()] == [".train-"]
-    assert len(list(next(reference.iterdir()).glob("part-*"))) == 2
+    (begun,) = reference.iterdir()
+    assert begun.name.startswith("train-") and len(read_manifest(begun)["parts"]) == 2
     here.scored = 0
     here.compute()
     assert here.scored == 3 + 2
@@ -190,7 +193,7 @@ def test_three_runs_that_need_one_reference_compute_it_once(folder, whole, dies)
                 os._exit(code)
         children.append(pid)
         deadline = time.monotonic() + 30
-        while not (named / ".train.partial").exists() and not (named / "train").exists():
+        while not (named / "train").exists():
             assert time.monotonic() < deadline
             time.sleep(0.005)
     ends = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
@@ -202,13 +205,75 @@ def test_three_runs_that_need_one_reference_compute_it_once(folder, whole, dies)
     assert pyarrow.parquet.read_table(named / "train").to_pylist() == whole
 
 
+def test_a_run_scores_what_its_steps_draw_and_a_longer_one_adds_the_rest_bit_for_bit(folder, whole):
+    """A step has two pairs here and a block four, so a run of one step scores two of its seven."""
+    options, known = {"per_token": True}, {row["digest"]: row for row in whole}
+    here = Here(tree(folder, "short", reference=options))
+    for steps, batches, count in (
+        (range(1), 2 + 2, 4),  # with the other split
+        (range(2), 0, 4),
+        (range(6, 7), 1, 6),  # as after a checkpoint: the last block is the next that is asked for
+        (range(7, 7), 0, 6),
+        (range(9), 2 + 2, 14),
+    ):
+        here.splits[0].steps = steps
+        here.scored = 0
+        stored = here.compute()
+        assert (here.scored, len(rows(folder / "short"))) == (batches, count), steps
+        assert all(row == known[row["digest"]] for row in rows(folder / "short"))
+        references = here.read()
+        for step in steps:
+            batch = next(here.splits[0].batches(step))
+            assert references["train"](batch).isfinite().all()
+    assert stored[0].computed == 8 and rows(folder / "short") != whole  # parts in another order
+    assert sorted(map(str, rows(folder / "short"))) == sorted(map(str, whole))
+
+
+def test_the_manifest_names_the_model_as_the_user_did(folder):
+    """An adapter and the base that is named beside it are linked into a folder of this machine's cache."""
+    here = Here(tree(folder, "named"))
+    config, split = here.config, here.splits[0]
+    assert _facts(config, split, config.model.path)["model_path"] == str(folder / "model")
+    config.model._given = (
+        {"path": "base", "adapter_path": "org/sft", "adapters": None},
+        config.model.path,
+    )
+    found = _facts(config, split, config.model.path)
+    assert (found["model_path"], found["adapter_path"]) == ("base", "org/sft")
+    assert "adapters" not in found and _facts(config, split, "other")["model_path"] == "other"
+
+
+def test_the_trainer_asks_for_no_more_than_it_draws(folder, capfd):
+    """One step, then resumed with two more: as a run of three from the beginning, stored rows included."""
+    options = {"lr_scheduler_type": "constant", "global_batch_size": 2, "micro_batch_size": 1}
+    short = tree(folder, "one", train={**options, "max_steps": 1})
+    long = tree(folder, "three", train={**options, "max_steps": 3})
+    here_train(build_config(short, "one"))
+    assert len(rows(folder / "one")) == 4 and len(rows(folder / "one", "eval")) == EVAL
+    short["train"] |= {"max_steps": 3, "resume_from_checkpoint": True}
+    here_train(build_config(short, "one"))
+    here_train(build_config(long, "three"))
+    assert "log-probs of 4 of 14 pairs (train), once; 4 are there already" in capfd.readouterr().err
+    assert rows(folder / "one") == rows(folder / "three")
+    losses = [
+        [
+            json.loads(line)["loss"]
+            for line in (folder / name / "metrics.jsonl").open()
+            if '"loss"' in line
+        ]
+        for name in ("one", "three")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
 def test_batches_are_filled_where_tokens_decide(folder, whole):
     options = {"micro_batch_size": None, "tokens_per_batch": 600}
     here = Here(tree(folder, "tokens", train=options))
     here.compute()
     assert here.scored == 4 + 1  # a part in one batch
-    for row, other in zip(rows(folder / "tokens"), whole):
-        assert row["chosen_logps"] == pytest.approx(other["chosen_logps"], rel=1e-5)
+    known = {row["digest"]: row["chosen_logps"] for row in whole}
+    for row in rows(folder / "tokens"):  # in another order
+        assert row["chosen_logps"] == pytest.approx(known[row["digest"]], rel=1e-5)
 
 
 def test_other_data_in_a_named_folder_is_refused_and_nothing_is_computed(folder):
@@ -256,13 +321,14 @@ def killed(folder, whole):
 def test_two_ranks_give_the_values_of_one(folder, whole, killed):
     assert rows(folder / "two") == whole
     (stored,) = (folder / "two").glob("reference/train-*")
-    assert json.loads((stored / "_manifest.json").read_text())["world_size"] == 2
+    assert [each["world_size"] for each in read_manifest(stored)["computed"]] == [2]
 
 
 @pytest.mark.processes
 def test_what_two_killed_ranks_began_one_completes_and_two_runs_use(folder, whole, killed, capfd):
     reference = folder / "killed" / "reference"
-    assert [path.name[:7] for path in reference.iterdir()] == [".train-"]
+    (begun,) = reference.iterdir()
+    assert len(read_manifest(begun)["parts"]) == 2
     other = tree(folder, "user", train={"max_steps": 1}, reference={"cache_dir": str(reference)})
     (folder / "user.yaml").write_text(yaml.safe_dump(other))
     cases = [
@@ -273,10 +339,11 @@ def test_what_two_killed_ranks_began_one_completes_and_two_runs_use(folder, whol
     ]
     assert work(cases, 1) == 0
     told, progress = capfd.readouterr()
-    assert "2 of 4 parts are there" in progress
-    assert "train: 14 pairs, computed at" in told and "eval: 4 pairs, computed at" in told
+    assert "log-probs of 6 of 14 pairs (train), once; 8 are there already" in progress
+    assert "train: 14 pairs, 6 of them computed at" in told and "eval: 4 pairs, computed at" in told
     assert "train: 14 pairs, was there already" in told
     (stored,) = reference.glob("train-*")
+    assert [each["world_size"] for each in read_manifest(stored)["computed"]] == [2, 1]
     assert f'pandas.read_parquet("{stored}")' in told
     values = rows(folder / "killed")
     assert values == [{name: row[name] for name in values[0]} for row in whole]

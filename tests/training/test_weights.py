@@ -70,7 +70,7 @@ def test_a_store_serves_the_same_weights_wherever_they_lie_and_no_others(folder)
         other = with_other(folder, f"other-{tensor}", tensor)
         message = (
             rf"refs/train was computed for something else, the weights of {folder}/model as they were, "
-            rf"and not reference.path={other}: model is '\w{{64}}' there and '\w{{64}}' here. Delete"
+            rf"and not reference.path={other}: model is '\w{{64}}' there and '\w{{64}}' here. Name another"
         )
         with pytest.raises(UserError, match=message):
             of(other)

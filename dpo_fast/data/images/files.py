@@ -55,7 +55,7 @@ def read_image(value: Any, name: str, folders: list[Path]) -> ImageFile:
     if isinstance(value, str):
         return _from_text(value, name, folders)
     if hasattr(value, "save") and hasattr(value, "convert"):  # of PIL
-        return _kept(_png(value), name)
+        return _kept(png(value), name)
     raise BadRow(
         f"{name} is no image",
         f"got {type(value).__name__}; expected a path, a URL, base64, bytes, a PIL image, or an object "
@@ -157,7 +157,7 @@ def _fetched(url: str, name: str) -> bytes:
     return content
 
 
-def _png(image: Any) -> bytes:
+def png(image: Any) -> bytes:
     """A PIL image as PNG, upright, which loses nothing else of what a processor looks at."""
     from PIL import ImageOps
 

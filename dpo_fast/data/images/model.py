@@ -51,6 +51,12 @@ class Expansion(NamedTuple):
     tokens: int
 
 
+def deciding(pictures: Any) -> dict[str, Any]:
+    """The options of an image processor that decide what it makes of an image."""
+    told = pictures.to_dict().items()
+    return {k: v for k, v in told if v is not None and k not in NO_DIFFERENCE}
+
+
 class ModelImages:
     """The images of one model.
 
@@ -122,8 +128,7 @@ class ModelImages:
     @cached_property
     def processing(self) -> bytes:
         """sha256 of what decides the pixel values of an image, the same on every machine."""
-        told = self.processor.image_processor.to_dict()
-        told = {k: v for k, v in told.items() if v is not None and k not in NO_DIFFERENCE}
+        told = deciding(self.processor.image_processor)
         text = json.dumps([told, self.kwargs], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).digest()
 

@@ -52,7 +52,8 @@ def sequences_of(spans: Spans, device: torch.device) -> Sequences:
     for row, path in enumerate(kept):
         tokens[row, : len(path)] = path
         places[path] = row * tokens.shape[1] + np.arange(len(path))
-    return Sequences(torch.from_numpy(tokens).to(device), torch.from_numpy(places).to(device))
+    index = (torch.from_numpy(x).to(device, non_blocking=True) for x in (tokens, places))
+    return Sequences(*index)
 
 
 def over_sequences(layer: Callable, plan: AttentionPlan, *arguments, **options):

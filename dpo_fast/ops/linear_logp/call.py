@@ -11,6 +11,8 @@ from torch import Tensor
 from dpo_fast.ops.linear_logp.plan import HeadPlan
 from dpo_fast.ops.linear_logp.vocab_shard import VocabShard
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+OF_DTYPES = "torch.float32, bfloat16, float16 or float64"
 EXTRAS = ("entropy", "log_sum_p2", "mean_logit", "is_top1")
 
 
@@ -75,7 +77,9 @@ def check_call(
         raise ValueError(f"expected hidden [T, D], weight [V, D] and targets [T]; got {shapes}")
     if weight_VD.shape[0] == 0 or weight_VD.shape[1] == 0:
         raise ValueError(f"the head is empty: {shapes}")
-    if not hidden_TD.is_floating_point() or hidden_TD.dtype != weight_VD.dtype:
+    if hidden_TD.dtype not in DTYPES:
+        raise ValueError(f"hidden is {hidden_TD.dtype}; expected {OF_DTYPES}")
+    if hidden_TD.dtype != weight_VD.dtype:
         raise ValueError(
             f"hidden is {hidden_TD.dtype} and weight is {weight_VD.dtype}: both must have the same "
             "floating dtype; cast one, or run under torch.autocast"
@@ -85,8 +89,6 @@ def check_call(
             f"bias is {bias.dtype} {tuple(bias.shape)}; expected {weight_VD.dtype} "
             f"({weight_VD.shape[0]},)"
         )
-    if targets_T.dtype != torch.int64:
-        raise ValueError(f"targets are {targets_T.dtype}; expected torch.int64")
     devices = {str(x.device) for x in (hidden_TD, weight_VD, targets_T, bias) if x is not None}
     if len(devices) > 1:
         raise ValueError(f"tensors are on different devices: {sorted(devices)}")

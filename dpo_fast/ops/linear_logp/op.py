@@ -9,10 +9,12 @@ from torch import Tensor
 
 from dpo_fast.ops.cpu import product_dtype
 from dpo_fast.ops.dispatch import choose_implementation
+from dpo_fast.ops.integers import as_int64
 from dpo_fast.ops.linear_logp.call import HeadCall, HeadOptions, check_call, check_targets
 from dpo_fast.ops.linear_logp.dtensor import plain_input, plain_weight
 from dpo_fast.ops.linear_logp.plan import HeadPlan, default_workspace_bytes, plan
 from dpo_fast.ops.linear_logp.vocab_shard import VocabShard, sharded_dim, whole_vocabulary
+from dpo_fast.ops.once import once_differentiable
 
 
 class LinearLogp(NamedTuple):
@@ -48,7 +50,7 @@ def linear_logp(
         weight_VD: [V, D], the head's weight, same dtype and device (under autocast both are cast). A
             DTensor is cast, gathered by all its ranks, and gets its gradient as a DTensor: the mean over
             them, as FSDP2 has it.
-        targets_T: [T], int64 in 0..V-1.
+        targets_T: [T], int64 (or other integers) in 0..V-1.
         bias: [V] or None.
         logit_scale, softcap, temperature: see the formula (Cohere, Gemma 2, sampling).
         extras: any of `entropy`, `log_sum_p2`, `mean_logit`, `is_top1`; computed in the same pass,
@@ -69,7 +71,7 @@ def linear_logp(
         ValueError: shapes, dtypes, options or targets that do not fit.
         UnavailableError: the named implementation cannot run on this device.
     """
-    targets_T = plain_input(targets_T, "targets")
+    targets_T = as_int64(plain_input(targets_T, "targets"), "targets")
     hidden_TD, weight_VD, bias = _autocast(plain_input(hidden_TD, "hidden"), weight_VD, bias)
     weight_VD, bias = _plain(hidden_TD, weight_VD, bias, shard)
     extras, needs = tuple(extras), _needs(hidden_TD, weight_VD, bias)
@@ -116,7 +118,7 @@ class _LinearLogp(torch.autograd.Function):
         return logp_T, *rest
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad_T, *_):
         if grad_T is None:
             return (None,) * 7

@@ -287,7 +287,7 @@ def evaluate_all(cases: dict[str, dict], file: str) -> None:
 
 
 def in_turn(folder: str) -> None:
-    """The same work twice: each time the first rank does it, and the others get its result after that."""
+    """The same work twice: each time the first rank does it, and the others get its result or its error."""
 
     def work(done: Path) -> list[str]:
         assert distributed.is_main(), "another rank does the work again"
@@ -298,6 +298,18 @@ def in_turn(folder: str) -> None:
     for done in (Path(folder) / "once", Path(folder) / "twice"):
         assert distributed.main_first("work", partial(work, done)) == [str(done)]
         assert done.exists(), f"rank {distributed.rank()} came too early"
+
+    def refused() -> None:
+        assert distributed.is_main(), "another rank does the work again"
+        raise UserError("rows.jsonl:1: no prompt")
+
+    for _ in range(2):  # a script may catch it, and go on on every rank
+        try:
+            distributed.main_first("refused", refused)
+        except UserError as error:
+            assert str(error) == "rows.jsonl:1: no prompt"
+        else:
+            raise AssertionError("nothing was raised")
 
 
 def with_noise(command: str, tree: dict, file: str) -> None:

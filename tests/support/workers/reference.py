@@ -14,11 +14,11 @@ import sys
 
 from dpo_fast.cli.app import app
 from dpo_fast.errors import UserError
-from dpo_fast.references import artefact
+from dpo_fast.references import artefact, blocks
 from dpo_fast.training import distributed, precompute, references
 
-artefact.ROWS_PER_PART = 4
-write, score, load = artefact.Unfinished.write, precompute.score_part, references.load_model
+blocks.MOST = 4
+add, score, load = artefact.Growing.add, precompute.score_part, references.load_model
 
 
 def refused(*arguments, **options):
@@ -28,22 +28,20 @@ def refused(*arguments, **options):
 def killed_after(parts: int):
     left = [parts]
 
-    def write_and_die(self, *part):
-        write(self, *part)
+    def add_and_die(self, table):
+        add(self, table)
         left[0] -= 1
         if not left[0]:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    return write_and_die
+    return add_and_die
 
 
 def main() -> None:
     distributed.leave_distributed = lambda: None  # the next command goes on in the same group
     for case in json.loads(sys.argv[1]):
         scoring = case.get("scoring", True)
-        artefact.Unfinished.write = (
-            killed_after(case["kill_after"]) if "kill_after" in case else write
-        )
+        artefact.Growing.add = killed_after(case["kill_after"]) if "kill_after" in case else add
         precompute.score_part = score if scoring else refused
         references.load_model = load if scoring else refused
         try:
