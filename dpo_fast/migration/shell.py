@@ -66,7 +66,8 @@ def read_commands(text: str, marks: tuple[str, ...], place: str) -> list[Command
     """
     found: list[Command] = []
     script = [each for each in statements(text) if not ECHO.match(each.text)]
-    whole, known = expand("\n".join(each.text for each in script), set_by(script)), {}
+    whole = expand("\n".join(each.text for each in script), set_by(script))
+    known: dict[str, str] = {}
     for statement in script:
         if only_sets(statement):
             known = set_by([statement], known)
