@@ -123,6 +123,13 @@ def token_sets(train_dataset, eval_dataset, tokenise: Callable) -> tuple:
     return train, None if eval_dataset is None else tokenise(eval_dataset, "eval_dataset")
 
 
+def with_lengths(dataset, tokenizer) -> list[dict[str, range]]:
+    """The rows as transformers' samplers look at them that go by length: the tokens of a pair, counted."""
+    name = "input_ids" if tokenizer is None else tokenizer.model_input_names[0]
+    sizes = (sum(len(row[ids]) for ids in PAIRS.ids) for row in dataset)
+    return [{name: range(size)} for size in sizes]
+
+
 def _rows(dataset):
     """The data set without a format whose rows are tables."""
     tables = getattr(dataset, "format", None) or {}

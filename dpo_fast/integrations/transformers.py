@@ -25,7 +25,7 @@ from dpo_fast.integrations.arguments import (
 from dpo_fast.integrations.collator import IDS, NUMBERS, PreferenceCollator
 from dpo_fast.integrations.forward import add_forward
 from dpo_fast.integrations.fsdp import prepare_fsdp, shard_frozen
-from dpo_fast.integrations.rows import token_rows, token_sets
+from dpo_fast.integrations.rows import token_rows, token_sets, with_lengths
 from dpo_fast.integrations.saving import WholeFolders
 from dpo_fast.losses import Objective, Totals
 from dpo_fast.models import recurrent
@@ -211,6 +211,17 @@ class PreferenceTrainer(WholeFolders, transformers.Trainer):
                 metrics[name] //= self.get_tp_size()
             logs |= {f"{prefix}{name}": value for name, value in metrics.items()}
         super().log(logs, start_time)
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return super()._get_train_sampler(self._for_sampler(dataset))
+
+    def _get_eval_sampler(self, eval_dataset):
+        return super()._get_eval_sampler(self._for_sampler(eval_dataset))
+
+    def _for_sampler(self, dataset):
+        by_length = self.args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
+        return with_lengths(dataset, self.processing_class) if by_length and dataset else dataset
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [*IDS, *PAIRS.scored, *NUMBERS]

@@ -221,8 +221,9 @@ def _interface(compute: Callable[..., Tensor]) -> Callable:
                 "this attention serves sequences that share a row, and got no plan of the row. "
                 f"In training: {type(module).__name__} does not get the keywords that the model is "
                 f"called with, so set train.layout={layouts_with(shares_rows=False)}. Otherwise call "
-                'model.set_attn_implementation("sdpa") before the model is used, and set it back before it '
-                "is trained further, or sequences of a row would see each other"
+                'model.set_attn_implementation("sdpa") before the model is used. In a callback that is '
+                "all; in a loop of your own set it back before it is trained further, or sequences of a "
+                "row would see each other"
             )
         local = local_of(module) if sliding_window is ... else Local(sliding_window)
         query, key, value = _autocast(with_temperature(module, query, plan), key, value)

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from dpo_fast.errors import UserError
 from dpo_fast.losses.custom import loaded, told
+from dpo_fast.models.decoder import kept_attention
 from dpo_fast.training import distributed, signals
 from dpo_fast.training.callbacks import EVENTS, Callback, Control, RunState
 from dpo_fast.training.config import RunConfig
@@ -232,7 +233,8 @@ class Calls:
         """What a callback draws or sets does not change the run: it may sample, or call model.eval()."""
         model, device = self._state.model, distributed.device()
         training = model.training
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        drawn = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        with drawn, kept_attention(model):
             yield
         if model.training != training:
             model.train(training)

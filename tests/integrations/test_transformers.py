@@ -68,8 +68,7 @@ def build(place, rows, output, *, model=None, **options):
         logging_steps=1,
         lr_scheduler_type="constant",
         **LIKE_SGD,
-        train_sampling_strategy="sequential",
-        **options,
+        **{"train_sampling_strategy": "sequential"} | options,
     )
     return PreferenceTrainer(model or model_of(place), args, train_dataset=rows, **given)
 
@@ -476,6 +475,28 @@ def test_others_call_the_model_between_steps(layout, place, rows, other, tmp_pat
     trainer.save_model(tmp_path / "saved")
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert texts[-1] == saved.generate(ids, max_new_tokens=4)[0].tolist()
+
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_samplers_that_go_by_length_count_the_tokens_of_pairs(strategy, place, rows, tmp_path):
+    options = {"train_sampling_strategy": strategy, "per_device_train_batch_size": 2}
+    trainer, log = train(
+        place,
+        rows,
+        tmp_path,
+        objective="simpo",
+        max_steps=-1,
+        num_train_epochs=1,
+        eval_dataset=rows[:4],
+        eval_strategy="epoch",
+        **options,
+    )
+    assert len(log) == 5 and "eval_loss" in trainer.state.log_history[-2]
+    sampler = trainer._get_train_sampler()
+    assert list(sampler.lengths) == [sum(map(len, row.values())) for row in rows]
+    assert sorted(i for each in sampler for i in (each if isinstance(each, list) else [each])) == [
+        *range(len(rows))
+    ]
 
 
 def test_a_model_goes_on_with_more_tokens_after_training(place, rows, other, tmp_path):
