@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -17,6 +19,8 @@ def forget_modules(model: nn.Module) -> None:
     own = set(model.modules())
     stack = getattr(place, "FWD_MODULE_STACK", [])
     stack[:] = [each for each in stack if each not in own]
+    if (decided := _decided()) is not None:
+        decided.cache_clear()
 
 
 def follow_new_order() -> None:
@@ -31,10 +35,8 @@ def follow_new_order() -> None:
     invalidate = kind._invalidate_trace
     if getattr(invalidate, "forgets", False):
         return
-    decide = getattr(kind, "_PartitionedParameterCoordinator__params_to_release", None)
-    inside = [cell.cell_contents for cell in getattr(decide, "__closure__", None) or ()]
-    decided = next((each for each in inside if hasattr(each, "cache_clear")), None)
-    if decided is None:  # a version that remembers nothing
+    decided = _decided()
+    if decided is None:
         return
 
     def forget(coordinator) -> None:
@@ -43,6 +45,16 @@ def follow_new_order() -> None:
 
     forget.forgets = True
     kind._invalidate_trace = forget
+
+
+def _decided() -> Any:
+    """What remembers the decisions; None in a version that remembers nothing."""
+    from deepspeed.runtime.zero import partitioned_param_coordinator as place
+
+    kind = place.PartitionedParameterCoordinator
+    decide = getattr(kind, "_PartitionedParameterCoordinator__params_to_release", None)
+    inside = [cell.cell_contents for cell in getattr(decide, "__closure__", None) or ()]
+    return next((each for each in inside if hasattr(each, "cache_clear")), None)
 
 
 def keep_names_of_the_model() -> None:
