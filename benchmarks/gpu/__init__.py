@@ -14,6 +14,7 @@ absent are named. Every result is a line of JSON in FOLDER/lines.jsonl, flushed 
     smoke.py        step: every kernel and schedule against fp64
     csrc.py         step: csrc built, and against fp64
     suites.py       step: the tests that run on a card as well
+    features.py     step: tiny runs with options that only a card runs as they are meant
     precompile.py   step: the tiles of rows.py, compiled before anything is timed
     targets.py      step: the shapes of the targets
     rows.py         step: the row pass alone, each tile of the table beside the bare product

@@ -36,6 +36,7 @@ STEPS = {
         Step("csrc", "csrc", 1, 1, 150),
         Step("precompile", "precompile", 1, 3, 60),
         Step("suites", "suites", 1, 6, 110),
+        Step("features", "features", 1, 3, 120),
         Step("targets", "targets", 2, 1, 60),
         Step("rows", "rows", 3, 1, 60),
         Step("trace", "trace", 4, 1, 120),
