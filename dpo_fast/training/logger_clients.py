@@ -217,7 +217,7 @@ class MLflow:
     package, install = "mlflow", "mlflow"
     advice = " Look at MLFLOW_TRACKING_URI, or leave mlflow out (metrics.jsonl is always written)"
     STATUS: ClassVar = {FINISHED: "FINISHED", KILLED: "KILLED", FAILED: "FAILED"}
-    ODD = re.compile(r"[^\w\-./ ]")  # in the name of a metric
+    ODD, LONGEST = re.compile(r"[^\w\-./ ]"), 250  # in names, and characters of one
     MOST_METRICS, MOST_PARAMETERS, MOST_CHARACTERS = 500, 100, 500
 
     @staticmethod
@@ -236,6 +236,9 @@ class MLflow:
         self.identity = given or self._gone_on(opening.identity) or self._begun(opening)
         if given is not None or opening.identity != self.identity:
             self._describe(opening)
+
+    def _key(self, name: str) -> str:
+        return self.ODD.sub("_", name)[: self.LONGEST]
 
     def _gone_on(self, identity: str | None) -> str | None:
         """A run that is resumed, running again; None if the store has none of that identity."""
@@ -264,7 +267,7 @@ class MLflow:
                 self.client.set_tag(self.identity, key, value)
         there = self.client.get_run(self.identity).data.params
         options = {
-            self.ODD.sub("_", key): str(value)[: self.MOST_CHARACTERS]
+            self._key(key): str(value)[: self.MOST_CHARACTERS]
             for key, value in flat(opening.options)
         }
         given = [self.entities.Param(*each) for each in options.items() if each[0] not in there]
@@ -276,14 +279,14 @@ class MLflow:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)
         found = [
-            self.entities.Metric(self.ODD.sub("_", name), float(value), now, step)
+            self.entities.Metric(self._key(name), float(value), now, step)
             for name, value in metrics.items()
         ]
         for first in range(0, len(found), self.MOST_METRICS):
             self.client.log_batch(self.identity, metrics=found[first : first + self.MOST_METRICS])
 
     def tell(self, step: int, name: str, text: str) -> None:
-        self.client.set_tag(self.identity, f"health/{name}", f"step {step}: {text}")
+        self.client.set_tag(self.identity, self._key(f"health/{name}"), f"step {step}: {text}")
 
     def answers(self, step: int, answers: Answers) -> None:
         # MLflow's table as JSON. One file for each step: appending to one would read it back every time.

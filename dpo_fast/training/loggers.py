@@ -180,7 +180,8 @@ def open_loggers(config: RunConfig, step: int, resumed: bool = False) -> list[Gu
 
 
 def _why(error: Exception) -> str:
-    told = durable.first_line(error) or type(error).__name__
+    """The first lines of what an error says: clients with pydantic have the reason in the third."""
+    told = " ".join(" ".join(str(error).strip().splitlines()[:3]).split()) or type(error).__name__
     return told if told.endswith((".", "!")) else f"{told}."
 
 

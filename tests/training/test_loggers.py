@@ -365,6 +365,26 @@ def test_a_service_that_does_not_begin_is_an_error_in_time(tmp_path, monkeypatch
     assert Slow.made[0].calls == ["close"], "one that begins after all is ended"
 
 
+@pytest.mark.parametrize("offline", ["mlflow", "wandb"], indirect=True)
+def test_long_and_odd_values_are_taken_or_refused_with_the_reason(offline, tmp_path):
+    given = config(tmp_path, offline, tags=["t" * 300], notes="ñ" * 20000, group="g" * 400)
+    if offline == "wandb":
+        with pytest.raises(UserError, match="report_to=wandb: .*run_(tags|group)"):
+            open_loggers(given, 0)
+        return
+    tree = given.resolved()
+    tree["data"]["train"] = [f"{'long' * 20}{number}.jsonl" for number in range(300)]
+    (logger,) = open_loggers(build_config(tree, "run"), 0)
+    logger.tell(1, "my (own) finding", "words " * 3000)
+    logger.log(1, {"train/" + "x" * 300: 1.0, "train/mühe (odd) %": 2.0})
+    logger.close()
+    assert logger._failure is None
+    found = logger.logger.client.get_run(logger.logger.identity)
+    assert found.data.metrics == {("train/" + "x" * 300)[:250]: 1.0, "train/mühe _odd_ _": 2.0}
+    assert found.data.tags["health/my _own_ finding"].startswith("step 1: words words")
+    assert "299.jsonl" in "".join(file.read_text() for file in tmp_path.rglob("config.yaml"))
+
+
 def test_a_logger_that_has_begun_is_ended_where_the_next_cannot(tmp_path, monkeypatch):
     begun = []
 
