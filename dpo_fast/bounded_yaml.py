@@ -1,7 +1,12 @@
-"""YAML whose every fault is a YAMLError with a line, and which stands for no more than it shows."""
+"""YAML whose every fault is a YAMLError with a line, and which stands for no more than it shows.
+
+Numbers are those of YAML 1.2, and of JSON: to PyYAML, which follows YAML 1.1, 1e-6 is a text, 010 is 8 and
+1:30 is 90.
+"""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
@@ -15,6 +20,29 @@ MOST_VALUES = 100_000  # with every alias written out
 DEEPEST = 50
 # What PyYAML lets through of values that do not fit their type, as `2020-99-99` and `!!int abc`.
 FAULTS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+
+
+INT = re.compile(r"[-+]?(?:0b[01_]+|0o[0-7]+|0x[0-9a-fA-F_]+|[0-9][0-9_]*)")
+# Of an exponent alone three digits: more are the hash of a commit, as 12e4567.
+FLOAT = re.compile(
+    r"[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]{1,3}"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+)
+
+
+def _with_our_numbers(kind: type) -> None:
+    """Let a loader or a dumper know a number when it sees one."""
+    tags = {f"tag:yaml.org,2002:{name}": shape for name, shape in (("int", INT), ("float", FLOAT))}
+    known = kind.yaml_implicit_resolvers
+    kind.yaml_implicit_resolvers = {
+        first: [each for each in resolvers if each[0] not in tags]
+        for first, resolvers in known.items()
+    }
+    for tag, shape in tags.items():
+        whole = re.compile(f"(?:{shape.pattern})\\Z")
+        kind.add_implicit_resolver(tag, whole, list("-+.0123456789"))
 
 
 class _Loader(yaml.SafeLoader):
@@ -50,6 +78,11 @@ class _Loader(yaml.SafeLoader):
             problem = f"{value} is not a value of type {node.tag.rpartition(':')[2]} ({error})"
             raise ConstructorError(None, None, clipped(problem), node.start_mark) from None
 
+    def construct_yaml_int(self, node):
+        text = self.construct_scalar(node).replace("_", "").lower()
+        base = {"0b": 2, "0o": 8, "0x": 16}.get(text.lstrip("-+")[:2], 10)
+        return int(text, base)
+
     def construct_mapping(self, node, deep=False):
         if not isinstance(node, yaml.MappingNode):
             raise ConstructorError(None, None, "expected a mapping", node.start_mark)
@@ -63,6 +96,17 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_with_our_numbers(_Loader)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts a text into quotes that would be read as a number."""
+
+
+_with_our_numbers(_Dumper)
+
+
 def _below(node: yaml.Node) -> list[yaml.Node]:
     if isinstance(node, yaml.MappingNode):
         return [each for pair in node.value for each in pair]
@@ -74,3 +118,8 @@ def load(text: str) -> Any:
     if len(text) > MOST_BYTES:
         raise yaml.YAMLError(f"it has {len(text):,} characters, and {MOST_BYTES:,} is the most")
     return yaml.load(text, Loader=_Loader)
+
+
+def dump(value: Any, **options: Any) -> str:
+    """YAML text of a value that `load` gives back as it was. options: of `yaml.dump`."""
+    return yaml.dump(value, Dumper=_Dumper, **options)

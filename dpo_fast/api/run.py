@@ -12,9 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import yaml
-
-from dpo_fast import durable
+from dpo_fast import bounded_yaml, durable
 from dpo_fast.api import inputs
 from dpo_fast.api.ending import Ending, finish
 from dpo_fast.api.options import HERE, check_there, lora_section, plain, tree_of
@@ -344,7 +342,7 @@ class PreferenceRun:
         else:
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder) / "run.yaml"
-                file.write_text(yaml.safe_dump(config.resolved(), sort_keys=False))
+                file.write_text(bounded_yaml.dump(config.resolved(), sort_keys=False))
                 yield config.model.path, str(file)
 
     def _write(self, config: RunConfig, target: Path) -> None:

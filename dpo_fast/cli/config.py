@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 
+from dpo_fast import bounded_yaml
 from dpo_fast.cli.later import import_when_used
 from dpo_fast.errors import UserError
 from dpo_fast.training.config_file import read_tree
@@ -47,7 +47,7 @@ def load(config: str, overrides: Sequence[str] | None, places: bool = True, trai
 def show(config: Config, overrides: Overrides = None) -> None:
     """Print the whole configuration, with every default filled in. The output is itself one."""
     tree = load(config, overrides, places=False).resolved()
-    typer.echo(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), nl=False)
+    typer.echo(bounded_yaml.dump(tree, sort_keys=False, allow_unicode=True), nl=False)
 
 
 @app.command()

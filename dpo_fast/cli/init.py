@@ -8,8 +8,7 @@ from importlib import resources
 from itertools import chain, islice
 from pathlib import Path
 
-import yaml
-
+from dpo_fast import bounded_yaml
 from dpo_fast.data.config import DataConfig
 from dpo_fast.data.parts import parts_of
 from dpo_fast.data.verdicts import BadRows
@@ -117,4 +116,4 @@ def _with(body: str, key: str, value: str, recipe: str) -> str:
 
 def _scalar(value: str) -> str:
     """The value as YAML has it, in quotes where it needs them."""
-    return yaml.safe_dump(value, width=float("inf"), allow_unicode=True).splitlines()[0]
+    return bounded_yaml.dump(value, width=float("inf"), allow_unicode=True).splitlines()[0]

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 
-from dpo_fast import durable
+from dpo_fast import bounded_yaml, durable
 from dpo_fast.demo import dialogues, smollm2
 from dpo_fast.demo.picture import draw_runs
 from dpo_fast.demo.show import generate, read_evaluations
@@ -183,7 +182,7 @@ def write_config(folder: Path, name: str, model: str, scale: RealScale, seed: in
     }
     file = folder / f"{name}.yaml"
     header = HEADER.format(file=file, ranks=ranks())
-    file.write_text(header + yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    file.write_text(header + bounded_yaml.dump(tree, sort_keys=False), encoding="utf-8")
     return file
 
 

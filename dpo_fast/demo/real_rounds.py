@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
-from dpo_fast import durable
+from dpo_fast import bounded_yaml, durable
 from dpo_fast.demo import dialogues, short, smollm2
 from dpo_fast.demo.real import Clock, machine, run_command, write_rows
 from dpo_fast.models.precision import choose_dtype
@@ -128,7 +127,7 @@ def write_rounds(folder: Path, model: str, scale: RoundsScale, seed: int, judge:
         "stages": [{"prompts": str(folder / "prompts.jsonl"), "rounds": scale.rounds}],
     }
     file = folder / "rounds.yaml"
-    text = HEADER.format(file=file) + yaml.safe_dump(tree, sort_keys=False)
+    text = HEADER.format(file=file) + bounded_yaml.dump(tree, sort_keys=False)
     file.write_text(text, encoding="utf-8")
     return file
 

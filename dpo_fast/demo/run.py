@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from dpo_fast import durable
+from dpo_fast import bounded_yaml, durable
 from dpo_fast.data.config import DataConfig
 from dpo_fast.demo.show import Completions, complete, read_evaluations, samples, show_result
 from dpo_fast.demo.student import LAYOUT, build_model, build_tokenizer, fine_tune, save_model
@@ -132,7 +130,7 @@ def write_config(folder: Path, scale: Scale, seed: int) -> Path:
         "log": {"logging_steps": max(steps // 10, 1)},
     }
     file = folder / "dpo.yaml"
-    text = HEADER.format(file=file) + yaml.safe_dump(tree, sort_keys=False)
+    text = HEADER.format(file=file) + bounded_yaml.dump(tree, sort_keys=False)
     file.write_text(text, encoding="utf-8")
     return file
 

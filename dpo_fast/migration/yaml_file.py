@@ -6,8 +6,7 @@ import json
 import textwrap
 from typing import Any
 
-import yaml
-
+from dpo_fast import bounded_yaml
 from dpo_fast.migration.draft import LOST, Draft, Entry, place
 from dpo_fast.rounds.config import RoundsConfig
 from dpo_fast.training.config_file import SECTIONS
@@ -86,7 +85,7 @@ def _keys(entries: dict[str, Entry]) -> list[str]:
 def _line(key: str, entry: Entry, indent: str) -> list[str]:
     comment = " ".join(printable(entry.comment).split())
     if isinstance(entry.value, (list, dict)) and entry.value and not _flat(entry.value):
-        made = yaml.safe_dump(
+        made = bounded_yaml.dump(
             {key: entry.value}, sort_keys=False, allow_unicode=True, width=float("inf")
         )
         lines = [f"{indent}{line}" for line in made.splitlines()]
@@ -104,5 +103,5 @@ def _scalar(value: Any) -> str:
         return f"[{', '.join(map(_scalar, value))}]"
     if isinstance(value, str) and any(mark in value for mark in ",[]{}"):
         return json.dumps(value, ensure_ascii=False)
-    made = yaml.safe_dump(value, allow_unicode=True, width=float("inf"), default_flow_style=True)
+    made = bounded_yaml.dump(value, allow_unicode=True, width=float("inf"), default_flow_style=True)
     return made.splitlines()[0]

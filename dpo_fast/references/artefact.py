@@ -27,7 +27,6 @@ import json
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -155,10 +154,13 @@ class Growing:
             self._lock = None
 
     def _make(self) -> None:
-        """The folder has its manifest from the beginning: it is made aside and renamed."""
-        made = self.folder.with_name(f".{self.folder.name}.{uuid.uuid4().hex}")
-        made.mkdir(parents=True)
+        """The folder has its manifest from the beginning: it is made aside and renamed.
+
+        Another process may do the same at the same time, with the same content.
+        """
+        made = self.folder.with_name(f".{self.folder.name}.new")
         try:
+            made.mkdir(parents=True, exist_ok=True)
             whole = self.manifest | self.facts | {"computed": [], "parts": {}}
             durable.write_file(made / MANIFEST, json.dumps(whole, indent=2))
             durable.publish(made, self.folder)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -22,15 +25,22 @@ SECTIONS = (
     "health",
     "generate",
 )  # of RunConfig
+# Keys that name files and folders.
+PATHS = {
+    *("path", "old_path", "tokenizer", "chat_template", "cache_dir", "output_dir", "train", "eval"),
+    *("resume_from_checkpoint", "nvme_path", "adapter_path"),
+}
+VARIABLE = re.compile(r"\$(?:\{(?P<long>[A-Za-z_]\w*)\}|(?P<short>[A-Za-z_]\w*))")
 
 
 def read_tree(path: str, overrides: Sequence[str] = (), sections: Sequence[str] = SECTIONS) -> dict:
     """The sections of a YAML file, with `section.key=value` overrides. They are not checked.
 
+    `$NAME` and `${NAME}` in what names a file or folder are environment variables.
     sections: those that an error names.
 
     Raises:
-        UserError: the file or an override cannot be read.
+        UserError: the file or an override cannot be read, or a variable is not set.
     """
     try:
         with Path(path).open("rb") as file:  # as much as is read of a device that has no end
@@ -48,7 +58,28 @@ def read_tree(path: str, overrides: Sequence[str] = (), sections: Sequence[str] 
         raise UserError(f"{path}: expected sections ({', '.join(sections)})")
     for override in overrides:
         apply(tree, override)
-    return tree
+    return _with_variables(tree, path)
+
+
+def _with_variables(value: Any, where: str, key: str = "") -> Any:
+    """A tree with the values of environment variables in its paths. key: of the value."""
+    if isinstance(value, dict):
+        return {name: _with_variables(each, where, name) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_with_variables(each, where, key) for each in value]
+    if not isinstance(value, str) or key not in PATHS or os.path.exists(value):
+        return value
+
+    def content(found: re.Match) -> str:
+        name = found["long"] or found["short"]
+        if name not in os.environ:
+            raise UserError(
+                f"{where}: {key}={value}: the environment variable {name} is not set; set it, or write "
+                "the path as it is"
+            )
+        return os.environ[name]
+
+    return VARIABLE.sub(content, value)
 
 
 def apply(tree: dict, override: str) -> None:

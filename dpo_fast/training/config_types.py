@@ -12,17 +12,13 @@ from pydantic import BaseModel
 
 from dpo_fast.data.values import LARGEST as MOST
 from dpo_fast.errors import UserError
+from dpo_fast.training.config_file import PATHS
 from dpo_fast.wording import HIDDEN, quoted
 
 LARGEST = 2**53  # of an integer; what counts, and seeds, are far below
 LONGEST = 100_000  # characters of a text, which is a name or a marker
 # Bytes that common systems take. The rest of a path is for what is written below it.
 LONGEST_NAME, LONGEST_PATH = 240, 3800
-# Keys that name files and folders.
-PATHS = {
-    *("path", "old_path", "tokenizer", "chat_template", "cache_dir", "output_dir", "train", "eval"),
-    *("resume_from_checkpoint", "nvme_path", "adapter_path"),
-}
 DEEPEST = 50
 
 
@@ -101,8 +97,8 @@ def _fault(value: Any, hint: Any, place: str) -> str | None:
 
 
 def _number_fault(value: Any, options: set) -> str | None:
-    numbers, flags = {int, float} & options, bool in options
-    flags |= any(isinstance(each, bool) for part in options for each in _literals(part))
+    literals = [type(each) for part in options for each in _literals(part)]
+    numbers, flags = {int, float} & {*options, *literals}, bool in {*options, *literals}
     if isinstance(value, bool):
         shown = str(value).lower()
         return f"={shown}: expected a number" if numbers and not flags else None
