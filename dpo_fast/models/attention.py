@@ -51,9 +51,11 @@ def flex_attention(
 
     cap = None
     if softcap is not None:
+        # A captured float would be read from a tensor within the program, which inductor cannot lower.
+        bound = torch.full((), softcap, device=query.device)
 
         def cap(score, batch, head, q, k):
-            return softcap * torch.tanh(score / softcap)
+            return bound * torch.tanh(score / bound)
 
     if window is not None and plan.longest <= window:
         window = None
