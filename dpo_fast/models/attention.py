@@ -51,9 +51,11 @@ def flex_attention(
 
     cap = None
     if softcap is not None:
+        # A captured float would be read from a tensor within the program, which inductor cannot lower.
+        bound = torch.full((), softcap, device=query.device)
 
         def cap(score, batch, head, q, k):
-            return softcap * torch.tanh(score / softcap)
+            return bound * torch.tanh(score / bound)
 
     if window is not None and plan.longest <= window:
         window = None
@@ -81,9 +83,17 @@ def _flex() -> Callable:
     return compute
 
 
+# Programs that one process may have: of every kind of mask, with and without a cap, with and without
+# gradients, for rows of one block and of several. torch's own limit is 8.
+FLEX_PROGRAMS = 64
+
+
 @functools.cache
 def _flex_kernel() -> Callable:
-    return torch.compile(_flex(), dynamic=True)
+    """FlexAttention's kernel. Past the limit it is an error: torch alone would write out all scores."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, FLEX_PROGRAMS)
+    return torch.compile(_flex(), dynamic=True, fullgraph=True)
 
 
 def varlen(

@@ -1,6 +1,7 @@
 """Rows of trees against every sequence alone, for architectures that attend in different ways."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from dpo_fast.data.batch import collate_trees
 from dpo_fast.data.layouts import LAYOUTS
 from dpo_fast.data.tree import grow
 from dpo_fast.errors import UserError
-from dpo_fast.models import ScoringModel
+from dpo_fast.models import ScoringModel, attention
 from dpo_fast.models.attention import BACKENDS, NAMES, varlen
 from dpo_fast.models.attention_plan import AttentionPlan
 from dpo_fast.models.scoring import forward_arguments
@@ -45,8 +46,8 @@ def test_under_autocast_it_is_as_near_as_rows_of_their_own(name):
     parameters, expected = list(model.parameters()), alone(model)
     true = slopes(expected, parameters)
     errors = []
-    for attention, layout in (("eager", "padded"), (NAMES["sdpa"], "packed")):
-        model.set_attn_implementation(attention)
+    for name, layout in (("eager", "padded"), (NAMES["sdpa"], "packed")):
+        model.set_attn_implementation(name)
         with torch.autocast("cpu", torch.bfloat16):
             scores = ScoringModel(model)(**forward_arguments(collate_trees(TREES, layout)))["logp"]
         found = slopes(scores, parameters)
@@ -155,6 +156,42 @@ def test_flex_attention_scores_the_same(name):
         for layout in PACKED:
             scores = ScoringModel(model)(**forward_arguments(collate_trees(REPEATED, layout)))
             torch.testing.assert_close(scores["logp"], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def programs():
+    """torch.compile with a limit of two programs, and nothing compiled."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=2):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("error:flex_attention called without torch.compile")
+@pytest.mark.parametrize("limit", [attention.FLEX_PROGRAMS, 2])
+def test_every_kind_of_mask_is_compiled_or_it_is_an_error(monkeypatch, programs, limit):
+    """What torch does behind its limit writes out all scores, and says so once."""
+    compiled = functools.partial(torch.compile, backend="eager")
+    monkeypatch.setattr(attention, "FLEX_PROGRAMS", limit)
+    monkeypatch.setattr(torch, "compile", compiled)
+    kernel = attention._flex_kernel.__wrapped__()
+    monkeypatch.setattr(attention, "_flex", lambda: kernel)
+    plan = AttentionPlan(((140, 0, -1), (20, 10, 0)), torch.device("cpu"))
+    query, key, value = (torch.randn(1, heads, 160, 16) for heads in (4, 2, 2))
+    options = {"scale": 0.2, "sinks": None}
+
+    def compute() -> None:
+        for window, cap in ((None, None), (16, None), (None, 5.0), (16, 5.0)):
+            options.update(window=window, softcap=cap)
+            with torch.no_grad():
+                found = attention.flex_attention(plan, query, key, value, **options)
+            torch.testing.assert_close(found, BACKENDS["sdpa"](plan, query, key, value, **options))
+
+    if limit == 2:
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            compute()
+    else:
+        compute()
 
 
 def row_of(*sequences: tuple[int, ...]):
