@@ -147,7 +147,7 @@ DATA = [
     same("chat_template_kwargs", None, "data.chat_template_kwargs"),
     joint("datasets", None, "data.train", "types become data.format and data.columns"),
     joint("test_datasets", None, "data.eval"),
-    joint("val_set_size", 0.0, "data.eval_rows", "rows, and no share of them"),
+    joint("val_set_size", 0.0, "data.eval_rows", "a share is counted where the rows are here"),
     joint("sequence_len", 512, "data.max_length"),
     joint("max_prompt_len", None, "data.max_prompt_length"),
     joint("chat_template", None, "data.chat_template", "the tokenizer's own stands in its place"),

@@ -97,7 +97,7 @@ DATA = [
     ),
     joint("cutoff_len", 2048, "data.max_length"),
     joint("max_samples", None, "data.max_rows", "of every source"),
-    joint("val_size", 0.0, "data.eval_rows", "rows, and no share of them"),
+    joint("val_size", 0.0, "data.eval_rows", "a share is counted where the rows are here"),
     same("preprocessing_num_workers", None, "data.workers", convert=int),
     joint("streaming", False, "data.streaming"),
     joint("buffer_size", 16384, "data.stream_buffer"),

@@ -209,7 +209,7 @@ DPO = [
 ANSWERS = [
     joint("input_key", "input", "data.columns", "messages, prompt or text"),
     joint("output_key", None, "data.columns", "completion"),
-    joint("input_template", TEMPLATE, "data.apply_chat_template", TEXTS),
+    *lost(f"without a chat template, also at its default: {TEXTS}", input_template=TEMPLATE),
     joint("max_len", 2048, "data.max_length"),
 ]
 SFT = [
