@@ -1,5 +1,7 @@
 """The plan: options are added until a run fits, those that cost the least first."""
 
+import re
+
 import pytest
 import yaml
 
@@ -15,6 +17,7 @@ from dpo_fast.training import memory_plan
 from dpo_fast.training.config import build_config
 from dpo_fast.training.memory_plan import Machine, plan, shape_of
 from tests.support.models import run_tree, write_architecture, write_model
+from tests.support.paths import ROOT
 
 MIB = 1 << 20
 
@@ -96,6 +99,10 @@ def test_ranks_share_rows_where_there_are_some(folder, monkeypatch):
     assert shares == [None] * 5 + [2, 4, 4, 4]
     saved = [before.device - after.device for before, after in zip(found[4:], found[5:7])]
     assert saved[0] == pytest.approx(2 * saved[1], rel=0.1) and saved[1] > 0
+    # The page on long context has all of them, in this order; adapters take the place of the model.
+    page = (ROOT / "docs/LONG_CONTEXT.md").read_text(encoding="utf-8")
+    *options, lora = re.findall(r"^\| `([\w.]+): ", page, re.M)
+    assert options == [*found[-2].options] and lora == "model.lora"
     started = rungs(tree(folder, parallel={"sequence_parallel": 2}), capacity=1, ranks=8)
     assert [rung.options.get("parallel.sequence_parallel") for rung in started][4:7] == [None, 4, 4]
 
