@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         _ByPlace | Dataset | IterableDataset | pandas.DataFrame | _OfArrow | _OfPolars
     )
 
+EVALUATED = "eval_dataset"
 EXPECTED = "expected a Dataset, a DataFrame, a list of dicts, or a path"
 MISSING = ("NAType", "NaTType")  # what pandas has in cells without a value
 
@@ -71,9 +72,10 @@ def _check(rows: Any, name: str) -> None:
     """Raises UserError for what are no rows, as far as that shows without reading them."""
     kind = type(rows).__name__
     if isinstance(rows, Mapping):
+        several = "run.evaluate takes several by their names; " if name == EVALUATED else ""
         raise UserError(
             f"{name} is a {kind} of {', '.join(map(str, rows))}: hand over one split, as "
-            'splits["train"]; datasets.Dataset.from_dict makes rows of columns'
+            f'splits["train"]; {several}datasets.Dataset.from_dict makes rows of columns'
         )
     if hasattr(rows, "__len__") and hasattr(rows, "__getitem__"):
         if not len(rows):

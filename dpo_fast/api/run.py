@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from dpo_fast import bounded_yaml, durable
 from dpo_fast.api import inputs
 from dpo_fast.api.ending import Ending, finish
-from dpo_fast.api.options import HERE, check_there, lora_section, plain, tree_of
+from dpo_fast.api.options import HERE, OBJECTS, check_there, lora_section, plain, tree_of
 from dpo_fast.api.own import named_callbacks, named_sampler
 from dpo_fast.api.process import as_found
 from dpo_fast.api.processing import tokenizer_folder, write_processing
@@ -137,8 +137,8 @@ class PreferenceRun:
     def config(self) -> RunConfig:
         """The whole configuration. Inputs in memory are files by then. Collective."""
         if self._config is None:
-            with self._engine() as config:
-                return config
+            with self._engine():
+                return self._settle()
         return self._config
 
     def train(
@@ -155,9 +155,10 @@ class PreferenceRun:
             Unhealthy: a finding that health.stop_on names.
             LostPeer: another rank is gone.
         """
-        with self._engine() as config:
+        with self._engine():
             from dpo_fast.training.loop import train
 
+            config = self._settle()
             if resume_from_checkpoint is not None:
                 asked = {"resume_from_checkpoint": plain(resume_from_checkpoint)}
                 tree = config.model_dump(mode="json", exclude_unset=True)
@@ -169,19 +170,28 @@ class PreferenceRun:
                 ending = self._finish(config, folder)
         return Result(folder, self.metrics, ending.report, ending.pushed)
 
-    def evaluate(self, dataset: Rows | None = None) -> dict[str, float]:
+    def evaluate(self, dataset: Rows | Mapping[str, Rows] | None = None) -> dict[str, float]:
         """Metrics of the trained model, of the newest checkpoint without one, or of the model itself.
 
-        dataset: other rows than those of the run's evaluation. Collective.
+        Rows to train on need not be there.
+
+        dataset: other rows than those of the run's evaluation. Of several by their names, as in
+            `{"helpful": rows, "harmless": others}`, each is evaluated by itself, and its name stands in
+            its metrics, as in `eval_helpful_loss`. Collective.
         """
-        with self._engine() as config:
+        if _are_named(dataset):
+            return {
+                name.replace("eval_", f"eval_{each}_", 1): value
+                for each, rows in dataset.items()
+                for name, value in self.evaluate(rows).items()
+            }
+        with self._engine():
             from dpo_fast.training import distributed
             from dpo_fast.training.evaluate_model import evaluate_model
             from dpo_fast.training.evaluate_options import evaluation_of
 
-            rows = None if dataset is None else self._path_of("eval_dataset", dataset)
-            if isinstance(rows, list):
-                raise UserError(f"{HERE}.evaluate: dataset={rows}: name one file, folder or hub id")
+            given = None if dataset is None else self._path_of("eval_dataset", dataset)
+            config, rows = self._to_evaluate(given)
             world = distributed.world_size()
             with self._subject(config) as (model, file):
                 asked = evaluation_of(model, rows, None, file, [], world)
@@ -193,11 +203,11 @@ class PreferenceRun:
         Raises:
             UserError: nothing is trained yet, or the folder is there.
         """
-        with self._engine() as config:
+        with self._engine():
             from dpo_fast.training import distributed
 
             target = Path(folder).expanduser()
-            distributed.from_main(partial(self._write, config, target))
+            distributed.from_main(partial(self._write, target))
         return target
 
     @property
@@ -211,29 +221,48 @@ class PreferenceRun:
         return [json.loads(line) for line in lines if step_of_line(line) is not None]
 
     @contextlib.contextmanager
-    def _engine(self) -> Iterator[RunConfig]:
-        """Inside, libraries are quiet and the inputs files; afterwards the process is as it was."""
+    def _engine(self) -> Iterator[None]:
+        """Inside, libraries are quiet; afterwards the process is as it was."""
         with as_found(), given(self._own), collective_errors():
             from dpo_fast.training.console import quiet
 
             quiet()
             refresh()  # of a notebook that has changed its file
-            yield self._settle()
+            yield
 
     def _settle(self) -> RunConfig:
         """The configuration with paths in place of objects. Collective."""
         if self._config is None:
-            from dpo_fast.training.places import check_places, check_writable
-
-            check_writable(str(self.output_dir))
-            tree = dict(self._tree)
-            for name, options in self._inputs().items():
-                tree[name] = {**(tree.get(name) or {}), **options}
-            check_there(tree)
-            config = build_config(tree, HERE)
-            check_places(config)
-            self._config = config
+            self._config = _built(self._with_paths())
         return self._config
+
+    def _to_evaluate(self, rows: Any) -> tuple[RunConfig, Any]:
+        """The configuration of an evaluation, and its rows; None for those of the run. Collective.
+
+        A run without rows to train on has its evaluation's in their place, and is settled anew each time:
+        its model may have changed.
+        """
+        if self._config is None:
+            tree = self._with_paths()
+            data = tree["data"]
+            if data.get("train") is None:
+                own = data.pop("eval", None)
+                rows = own if rows is None else rows
+                if rows is None:
+                    raise UserError(f"{HERE}: there are no rows to evaluate on; {OBJECTS['data.eval']}")
+                return _built(tree | {"data": data | {"train": rows}}), rows
+            self._config = _built(tree)
+        return self._config, rows
+
+    def _with_paths(self) -> dict[str, Any]:
+        """The sections, not yet checked, with paths in place of objects. Collective."""
+        from dpo_fast.training.places import check_writable
+
+        check_writable(str(self.output_dir))
+        tree = dict(self._tree)
+        for name, options in self._inputs().items():
+            tree[name] = {**(tree.get(name) or {}), **options}
+        return tree
 
     def _inputs(self) -> dict[str, dict[str, Any]]:
         """What the arguments say of the sections model, data and reference."""
@@ -345,7 +374,7 @@ class PreferenceRun:
                 file.write_text(bounded_yaml.dump(config.resolved(), sort_keys=False))
                 yield config.model.path, str(file)
 
-    def _write(self, config: RunConfig, target: Path) -> None:
+    def _write(self, target: Path) -> None:
         from dpo_fast.training.checkpoint_run import check_target, checkpoint_of, export_checkpoint
         from dpo_fast.training.earlier_run import MODEL
 
@@ -364,6 +393,23 @@ class PreferenceRun:
         ):
             shutil.copytree(trained, aside, dirs_exist_ok=True)
             durable.publish(aside, target, replace=target.exists())
+
+
+def _built(tree: dict[str, Any]) -> RunConfig:
+    from dpo_fast.training.places import check_places
+
+    check_there(tree)
+    config = build_config(tree, HERE)
+    check_places(config)
+    return config
+
+
+def _are_named(rows: Any) -> bool:
+    """Whether it is rows by their names, as trainers of transformers take them to evaluate on."""
+    if not isinstance(rows, Mapping) or not rows:
+        return False
+    lists = [each for each in rows.values() if isinstance(each, (list, tuple))]
+    return all(isinstance(row, Mapping) for each in lists for row in each[:1])  # else columns
 
 
 def plain_path(value: Any) -> Any:

@@ -84,7 +84,7 @@ class Evaluation:
 
 def evaluation_of(
     model: str,
-    data: str | None,
+    data: str | list | None,
     reference: str | None = None,
     config: str | None = None,
     overrides: Sequence[str] = (),
@@ -93,7 +93,7 @@ def evaluation_of(
     """What the words of the command mean.
 
     model: a folder, a hub id, a checkpoint, or the folder of a run: its newest checkpoint.
-    data: None for a run's own evaluation data.
+    data: what data.train takes; None for a run's own evaluation data.
     reference: a model to compare with in place of the run's.
     config: the YAML file of a run, whose data section, loss and reference are used.
 

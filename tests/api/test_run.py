@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import multiprocessing
 import os
 import random
@@ -230,7 +231,35 @@ def test_what_every_run_needs_is_named_by_its_argument(folder, rows, tmp_path):
         ({"model": folder / "model"}, "data.train is missing; give it as train_dataset="),
     ):
         with pytest.raises(UserError, match=message):
-            PreferenceRun(**arguments, output_dir=str(tmp_path)).evaluate(rows)
+            PreferenceRun(**arguments, output_dir=str(tmp_path)).train()
+
+
+def test_a_model_is_evaluated_without_rows_to_train_on(folder, rows):
+    run = PreferenceRun(folder / "model", options(folder, "untrained"), eval_dataset=rows[:4])
+    found = run.evaluate()
+    assert found["eval_loss"] == pytest.approx(math.log(2))  # the reference is the model itself
+    # Other rows, and several by their names, which stand in their metrics.
+    named = run.evaluate({"few": rows[:2], "all": rows[:4]})
+    assert named["eval_all_logps/chosen"] == found["eval_logps/chosen"]
+    assert named["eval_few_logps/chosen"] == run.evaluate(rows[:2])["eval_logps/chosen"]
+    assert len(named) == 2 * len(found)
+    for method, message in (
+        (run.train, "data.train is missing; give it as train_dataset="),
+        (lambda: run.evaluate({"prompt": ["a"], "chosen": ["b"]}), "is a dict of prompt, chosen"),
+        (lambda: run.save(folder / "nowhere"), "nothing is trained"),
+    ):
+        with pytest.raises(UserError, match=message):
+            method()
+    # The model as it is now, for nothing of it is kept.
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    run = PreferenceRun(model, options(folder, "changing"), processing_class=tokenizer)
+    with pytest.raises(UserError, match="no rows to evaluate on; give it as eval_dataset="):
+        run.evaluate()
+    assert run.evaluate(rows[:4])["eval_logps/chosen"] == found["eval_logps/chosen"]
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    assert run.evaluate(rows[:4])["eval_logps/chosen"] != found["eval_logps/chosen"]
 
 
 def test_a_home_folder_is_the_same_for_the_run_and_for_what_is_read_of_it(monkeypatch, tmp_path):
