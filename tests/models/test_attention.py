@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 
 import numpy as np
 import pytest
@@ -230,6 +231,8 @@ def slopes_of(output: torch.Tensor, leaves: list[torch.Tensor]) -> tuple[torch.T
 
 
 @pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_inductors_kernel_of_a_cap_and_a_window_gives_what_sdpa_gives(monkeypatch, programs):
     """Its forward on a CPU, where it gives no log-sum-exp: 10 CPU seconds."""
     kernel = torch.compile(attention._flex(), dynamic=True, fullgraph=True)
