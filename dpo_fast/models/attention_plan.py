@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dpo_fast.data.tree import Spans
+from dpo_fast.models.attention_blocks import block_mask
 from dpo_fast.models.ulysses import SequenceGroup
 
 Made = TypeVar("Made")
@@ -236,18 +237,9 @@ class AttentionPlan:
     def block_mask(self, window: int | None):
         """FlexAttention's BlockMask of the row."""
         if window not in self._block_masks:
-            ends, positions = self.ends, self.positions
+            since = None if window is None else self.positions - (window - 1)
             run_of = self.run_of if self.runs else None
-
-            def sees(batch, head, query, key):
-                allowed = (key <= query) & (query < ends[key])
-                if run_of is not None:
-                    allowed = allowed | ((run_of[query] == run_of[key]) & (run_of[query] >= 0))
-                if window is None:
-                    return allowed
-                return allowed & (positions[query] - positions[key] < window)
-
-            self._block_masks[window] = _block_mask(sees, len(ends), self.device)
+            self._block_masks[window] = block_mask(self.ends, self.positions, since, run_of)
         return self._block_masks[window]
 
 
@@ -268,19 +260,10 @@ class ChunkedPlan(AttentionPlan):
         if window is not None:
             raise ValueError(f"a layer has chunks or a window; got window={window} with chunks")
         if window not in self._block_masks:
-            ends, chunks = self.whole.ends, self.whole.positions // self.size
-
-            def sees(batch, head, query, key):
-                return (key <= query) & (query < ends[key]) & (chunks[query] == chunks[key])
-
-            self._block_masks[window] = _block_mask(sees, len(ends), self.device)
+            positions = self.whole.positions
+            since = positions // self.size * self.size  # the first one of its chunk
+            self._block_masks[window] = block_mask(self.whole.ends, positions, since)
         return self._block_masks[window]
-
-
-def _block_mask(sees, size: int, device: torch.device):
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    return create_block_mask(sees, None, None, size, size, device=device)
 
 
 def cut_at_chunks(spans: Spans, size: int) -> Spans:

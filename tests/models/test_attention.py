@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 
 import numpy as np
 import pytest
@@ -192,6 +193,60 @@ def test_every_kind_of_mask_is_compiled_or_it_is_an_error(monkeypatch, programs,
             compute()
     else:
         compute()
+
+
+@pytest.fixture
+def backward_there(monkeypatch):
+    """FlexAttention refuses gradients on a CPU, though torch writes its backward down for every device."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
+
+
+def trees_of_three_blocks(sinks: bool) -> tuple[AttentionPlan, list[torch.Tensor]]:
+    plan = AttentionPlan(((140, 0, -1), (20, 10, 0), (130, 15, 1)), torch.device("cpu"))
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(1, heads, 290, 16) for heads in (4, 2, 2)] + ([(4,)] if sinks else [])
+    return plan, [torch.randn(shape, generator=draw) for shape in shapes]
+
+
+def test_a_compiled_cap_and_window_have_a_forward_and_a_backward(
+    monkeypatch, programs, backward_there
+):
+    """The program of both as torch derives it, before any kernel is made of it, against SDPA."""
+    kernel = torch.compile(attention._flex(), dynamic=True, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(attention, "_flex", lambda: kernel)
+    plan, leaves = trees_of_three_blocks(sinks=True)
+    rule = {"scale": 0.2, "window": 40, "softcap": 5.0}
+    for leaf in leaves:
+        leaf.requires_grad_()
+    found, true = (
+        slopes_of(function(plan, *leaves[:3], **rule, sinks=leaves[3]), leaves)
+        for function in (attention.flex_attention, BACKENDS["sdpa"])
+    )
+    for a, b in zip(found, true, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def slopes_of(output: torch.Tensor, leaves: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return output, *torch.autograd.grad(output.sin().sum(), leaves)
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_inductors_kernel_of_a_cap_and_a_window_gives_what_sdpa_gives(monkeypatch, programs):
+    """Its forward on a CPU, where it gives no log-sum-exp: 10 CPU seconds."""
+    kernel = torch.compile(attention._flex(), dynamic=True, fullgraph=True)
+
+    def compute(*tensors, return_aux, **options):
+        return kernel(*tensors, **options), None
+
+    monkeypatch.setattr(attention, "_flex", lambda: compute)
+    plan, tensors = trees_of_three_blocks(sinks=False)
+    rule = {"scale": 0.2, "window": 40, "softcap": 5.0, "sinks": None}
+    with torch.no_grad():
+        found = attention.flex_attention(plan, *tensors, **rule)
+    true = BACKENDS["sdpa"](plan, *tensors, **rule)
+    torch.testing.assert_close(found, true, rtol=1e-4, atol=1e-5)
 
 
 def row_of(*sequences: tuple[int, ...]):
