@@ -138,7 +138,7 @@ def test_mistakes_are_named(implementation):
         ({"targets_T": targets[:2]}, "expected logits"),
         ({"targets_T": targets.float()}, "int64"),
         ({"temperature": 0.0}, "temperature=0.0"),
-        ({"logits_TV": logits.long()}, "floating"),
+        ({"logits_TV": logits.long()}, "logits are torch.int64; expected torch.float32"),
         ({"implementation": "fast"}, "implementation='fast'"),
     ]
     if not ON_A_GPU:  # there it is an assertion of the device, after which a process can do no more
