@@ -102,6 +102,8 @@ def test_options_of_the_pages_exist():
     assert exists("model.lora.r") and exists("stages.0.learning_rate")
     assert not exists("train.rate") and not exists("model.lora.x") and not exists("judge.prompt")
     for page, text in PAGES.items():
+        if page.startswith("docs/FROM_"):  # the first column has the names of others
+            text = re.sub(r"^\|[^|\n]*\|", "|", text, flags=re.M)
         for key in named.findall(text):
             known = (
                 re.search(files, key) or key == "train.per_device_train_batch_size"

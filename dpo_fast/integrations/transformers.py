@@ -359,9 +359,14 @@ def _with_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
         yield
 
 
-def _score(model: PreTrainedModel, attention: str, **kwargs) -> dict[str, Tensor]:
-    """`scoring_forward`, without the arguments that peft adds, all None."""
-    if model.config._attn_implementation != attention:  # set by another since, to generate say
+def _score(model: PreTrainedModel, attention: str | None = None, **kwargs) -> dict[str, Tensor]:
+    """`scoring_forward`, without the arguments that peft adds, all None.
+
+    attention: that the layout needs; None is the one that the model has.
+    """
+    if (
+        attention and model.config._attn_implementation != attention
+    ):  # set by another since, to generate say
         model.set_attn_implementation(attention)
     scoring_head(model)
     names = inspect.signature(scoring_forward).parameters

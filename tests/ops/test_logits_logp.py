@@ -136,7 +136,7 @@ def test_mistakes_are_named(implementation):
     logits, targets = torch.randn(3, 7), torch.tensor([0, 6, 2])
     wrong = [
         ({"targets_T": targets[:2]}, "expected logits"),
-        ({"targets_T": targets.int()}, "int64"),
+        ({"targets_T": targets.float()}, "int64"),
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"logits_TV": logits.long()}, "floating"),
         ({"implementation": "fast"}, "implementation='fast'"),

@@ -79,6 +79,13 @@ def manifest_of_reference(step: Path) -> dict:
     return read(folder / "_manifest.json")
 
 
+def filled_from(step: Path) -> list[str] | None:
+    """The files that all parts of a stage's reference were read from; None if it was computed."""
+    (how,) = manifest_of_reference(step)["computed"]
+    assert how["first_part"] == "part-00000.parquet"
+    return how.get("filled_from")
+
+
 @pytest.mark.processes
 def test_every_round_samples_from_the_policy_before_it(folder, whole):
     made = [read(whole / name / "stage.json") for name in ("stage-1-round-1", "stage-1-round-2")]
@@ -100,9 +107,9 @@ def test_no_log_prob_is_computed_twice(folder, whole):
     """The sampler's are those of the reference, and a stage takes over what an earlier one has stored."""
     for number in (1, 2):
         step = whole / f"stage-1-round-{number}"
-        assert manifest_of_reference(step)["filled_from"] == [str(step / "samples.logps.parquet")]
+        assert filled_from(step) == [str(step / "samples.logps.parquet")]
     second, third = (manifest_of_reference(whole / name) for name in ("stage-2", "stage-3"))
-    assert second == third and "filled_from" not in second
+    assert second == third and filled_from(whole / "stage-2") is None
     parts = [
         next(whole.glob(f"{name}/train/reference/*/part-00000.parquet"))
         for name in ("stage-2", "stage-3")
@@ -197,7 +204,7 @@ def test_dno_and_losses_on_groups_make_rows_of_their_own(folder):
     assert read_config(step)["reference"]["old_path"] == str(
         folder / "kinds" / "stage-2-round-1/train/final"
     )
-    assert manifest_of_reference(step)["filled_from"] == [str(step / "samples.logps.parquet")]
+    assert filled_from(step) == [str(step / "samples.logps.parquet")]
     assert 0.5 < rows[0]["soft_label"] < 1 and len(rows[1]["completions"]) == len(rows[1]["scores"])
 
 
@@ -211,7 +218,7 @@ def test_two_ranks_and_adapters_go_through_rounds(folder):
     for number in (1, 2):
         step = folder / "ranks" / f"stage-1-round-{number}"
         assert series(step / "train")[1] == pytest.approx(0.6931472, abs=1e-5)
-        assert "filled_from" in manifest_of_reference(step)
+        assert filled_from(step)
 
 
 @pytest.mark.parametrize(
