@@ -129,13 +129,33 @@ def uncompiled(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
+def check_unquantised(model: Any, name: str) -> None:
+    """Raises UserError for an adapter on weights that were quantised as they were loaded.
+
+    A run loads its base as the files have it.
+    """
+    if not (hasattr(model, "peft_config") and getattr(model, "is_quantized", False)):
+        return
+    from dpo_fast.models.config import ModelSection
+    from dpo_fast.models.load import load_model_config
+
+    paths = [config.base_model_name_or_path for config in model.peft_config.values()]
+    path = paths[0] or getattr(model.config, "_name_or_path", "")
+    files = load_model_config(ModelSection(path=path), name) if path else None
+    if getattr(files, "quantization_config", None) is None:
+        raise UserError(
+            f"{name} is an adapter on quantised weights, and a run would load them whole: say how it "
+            'quantises them, as in quantization={"load_in_4bit": True}'
+        )
+
+
 def check_trainable(model: Any, name: str) -> None:
     """Raises UserError for a model of which a part is frozen that a run trains: what texts come by.
 
     One that is frozen throughout is no such: peft leaves a merged model so.
     """
     check_model(model, name)
-    if hasattr(model, "peft_config"):
+    if hasattr(model, "peft_config") or getattr(model, "is_quantized", False):
         return
     from dpo_fast.models.parts import reached_by_texts
 

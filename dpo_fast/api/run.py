@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 from dpo_fast import bounded_yaml, durable
 from dpo_fast.api import inputs
@@ -298,9 +298,12 @@ class PreferenceRun:
             if given is not None:
                 section["tokenizer"] = self._path_of("processing_class", given)
         else:
+            own = self._tree.get("model") or {}
+            if not own.get("quantization"):
+                inputs.check_unquantised(model, "model")
             section["path"] = self._path_of("model", model)
             dtype = DTYPES.get(str(model.dtype))
-            if dtype and "dtype" not in (self._tree.get("model") or {}):
+            if dtype and "dtype" not in own:
                 section["dtype"] = dtype
         if self._peft is not None:
             lora = self._peft
@@ -433,7 +436,7 @@ def _meet() -> None:
         distributed.init_distributed()
 
 
-def _are_named(rows: Any) -> bool:
+def _are_named(rows: Any) -> TypeGuard[Mapping[str, Rows]]:
     """Whether it is rows by their names, as trainers of transformers take them to evaluate on."""
     if not isinstance(rows, Mapping) or not rows:
         return False

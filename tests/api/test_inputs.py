@@ -1,10 +1,18 @@
 """Models and tokenizers as files, and names told from objects."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from dpo_fast.api.inputs import changed_weight, check_trainable, is_name, model_folder, uncompiled
+from dpo_fast.api.inputs import (
+    changed_weight,
+    check_trainable,
+    check_unquantised,
+    is_name,
+    model_folder,
+    uncompiled,
+)
 from dpo_fast.api.processing import tokenizer_folder
 from dpo_fast.errors import UserError
 
@@ -97,6 +105,15 @@ def test_a_model_that_is_frozen_in_part_is_refused_and_one_inside_a_compiled_is_
     assert uncompiled(torch.compile(model)) is model and uncompiled("name") == "name"
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
     check_trainable(adapted, "model")
+    model.is_quantized = True
+    with pytest.raises(UserError, match="adapter on quantised weights.*quantization="):
+        check_unquantised(adapted, "model")
+    file = tmp_path / "model/config.json"
+    stored = {"quantization_config": {"quant_method": "fp8"}}  # and so it is loaded again
+    file.write_text(json.dumps(json.loads(file.read_text()) | stored))
+    check_unquantised(adapted, "model")
+    model.is_quantized = False
+    check_unquantised(adapted, "model")
     merged = adapted.merge_and_unload()  # frozen throughout
     check_trainable(merged, "model")
     merged.requires_grad_(True).model.embed_tokens.requires_grad_(False)
