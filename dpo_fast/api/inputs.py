@@ -81,7 +81,10 @@ def model_folder(
 
     def write(folder: Path) -> None:
         try:
-            model.save_pretrained(str(folder))
+            if adapter:
+                _save_active(model, folder, name)
+            else:
+                model.save_pretrained(str(folder))
         except ValueError as error:  # a generation config that contradicts itself is not written
             told = " ".join(" ".join(str(error).splitlines()[:2]).split()).rstrip(".")
             raise UserError(
@@ -95,6 +98,22 @@ def model_folder(
     return stage(root, name, write)
 
 
+def _save_active(model: Any, folder: Path, name: str) -> None:
+    """The adapter of peft that is active, and no other of the same model. Raises UserError for several."""
+    active = list(model.active_adapters)
+    if len(active) != 1:
+        raise UserError(
+            f"{name} has {len(active)} active adapters ({', '.join(active) or 'none'}), and one is "
+            f"trained: call {name}.set_adapter with its name; others stay active under it by model.adapters"
+        )
+    model.save_pretrained(str(folder), selected_adapters=active)
+    inner = folder / active[0]  # of those that peft has named itself the folder itself
+    if inner.is_dir():
+        for file in inner.iterdir():
+            file.replace(folder / file.name)
+        inner.rmdir()
+
+
 def check_model(model: Any, name: str) -> None:
     """Raises UserError unless it is a model of transformers or peft."""
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
@@ -102,6 +121,52 @@ def check_model(model: Any, name: str) -> None:
         kind = f"the class {model.__name__}" if own else f"a {type(model).__name__}"
         raise UserError(
             f"{name} is {kind}: expected a model of transformers or peft, a folder, or a hub id"
+        )
+
+
+def uncompiled(model: Any) -> Any:
+    """The model inside one of torch.compile, which has its weights; any other as it is."""
+    return getattr(model, "_orig_mod", model)
+
+
+def check_unquantised(model: Any, name: str) -> None:
+    """Raises UserError for an adapter on weights that were quantised as they were loaded.
+
+    A run loads its base as the files have it.
+    """
+    if not (hasattr(model, "peft_config") and getattr(model, "is_quantized", False)):
+        return
+    from dpo_fast.models.config import ModelSection
+    from dpo_fast.models.load import load_model_config
+
+    paths = [config.base_model_name_or_path for config in model.peft_config.values()]
+    path = paths[0] or getattr(model.config, "_name_or_path", "")
+    files = load_model_config(ModelSection(path=path), name) if path else None
+    if getattr(files, "quantization_config", None) is None:
+        raise UserError(
+            f"{name} is an adapter on quantised weights, and a run would load them whole: say how it "
+            'quantises them, as in quantization={"load_in_4bit": True}'
+        )
+
+
+def check_trainable(model: Any, name: str) -> None:
+    """Raises UserError for a model of which a part is frozen that a run trains: what texts come by.
+
+    One that is frozen throughout is no such: peft leaves a merged model so.
+    """
+    check_model(model, name)
+    if hasattr(model, "peft_config") or getattr(model, "is_quantized", False):
+        return
+    from dpo_fast.models.parts import reached_by_texts
+
+    reached = reached_by_texts(model)
+    own = {each: p.requires_grad for each, p in model.named_parameters() if id(p) in reached}
+    frozen = [each for each, trained in own.items() if not trained]
+    if 0 < len(frozen) < len(own):
+        raise UserError(
+            f"{name} has frozen weights (requires_grad=False), {len(frozen)} of {len(own)}, {frozen[0]} "
+            f"the first, and a whole model is trained whole: call {name}.requires_grad_(True), or train "
+            "adapters with peft_config, which leave the rest as it is"
         )
 
 

@@ -85,9 +85,16 @@ def _copy_processor(where: str, folder: Path) -> None:
 
 
 def _check(given: Any) -> None:
-    if not hasattr(getattr(given, "tokenizer", given), "save_pretrained"):
+    if isinstance(given, type) or not hasattr(
+        getattr(given, "tokenizer", given), "save_pretrained"
+    ):
+        kind = (
+            f"the class {given.__name__}"
+            if isinstance(given, type)
+            else f"a {type(given).__name__}"
+        )
         raise UserError(
-            f"processing_class is a {type(given).__name__}: expected a tokenizer or a processor of "
+            f"processing_class is {kind}: expected a tokenizer or a processor of "
             "transformers, a folder, or a hub id"
         )
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 from dpo_fast import bounded_yaml, durable
 from dpo_fast.api import inputs
@@ -50,6 +50,10 @@ if TYPE_CHECKING:
     Name: TypeAlias = str | os.PathLike[str]
     Model: TypeAlias = Name | PreTrainedModel | PeftModel
     Rows: TypeAlias = Name | Sequence[Name] | RowsInMemory
+
+
+# Of models in memory; of others, as fp16, the machine's.
+DTYPES = {"torch.bfloat16": "bf16", "torch.float32": "fp32", "torch.float64": "fp32"}
 
 
 @dataclass(frozen=True)
@@ -120,8 +124,11 @@ class PreferenceRun:
     ) -> None:
         self._own: dict[str, Any] = {}
         self._tree = tree_of(config, options | self._named(callbacks, sampler))
-        self._model: Any = model
-        self._given = {"ref_model": ref_model, "processing_class": processing_class}
+        self._model: Any = inputs.uncompiled(model)
+        self._given = {
+            "ref_model": inputs.uncompiled(ref_model),
+            "processing_class": processing_class,
+        }
         self._rows = {"train": train_dataset, "eval": eval_dataset}
         self._peft = peft_config
         self._config: RunConfig | None = None
@@ -158,6 +165,7 @@ class PreferenceRun:
         with self._engine():
             from dpo_fast.training.loop import train
 
+            self._check_trainable()
             config = self._settle()
             if resume_from_checkpoint is not None:
                 asked = {"resume_from_checkpoint": plain(resume_from_checkpoint)}
@@ -207,6 +215,7 @@ class PreferenceRun:
             from dpo_fast.training import distributed
 
             target = Path(folder).expanduser()
+            _meet()
             distributed.from_main(partial(self._write, target))
         return target
 
@@ -242,15 +251,21 @@ class PreferenceRun:
         A run without rows to train on has its evaluation's in their place, and is settled anew each time:
         its model may have changed.
         """
+        from dpo_fast.training.evaluate_options import OTHER_DATA
+
         if self._config is None:
             tree = self._with_paths()
             data = tree["data"]
             if data.get("train") is None:
-                own = data.pop("eval", None)
-                rows = own if rows is None else rows
+                rows = data.get("eval") if rows is None else rows
                 if rows is None:
-                    raise UserError(f"{HERE}: there are no rows to evaluate on; {OBJECTS['data.eval']}")
-                return _built(tree | {"data": data | {"train": rows}}), rows
+                    raise UserError(
+                        f"{HERE}: there are no rows to evaluate on; {OBJECTS['data.eval']}"
+                    )
+                kept = {name: value for name, value in data.items() if name not in OTHER_DATA}
+                # One row is held out in name alone: options of evaluations are refused without any.
+                tree["data"] = kept | {"train": rows, "eval_rows": 1}
+                return _built(tree), rows
             self._config = _built(tree)
         return self._config, rows
 
@@ -283,9 +298,12 @@ class PreferenceRun:
             if given is not None:
                 section["tokenizer"] = self._path_of("processing_class", given)
         else:
+            own = self._tree.get("model") or {}
+            if not own.get("quantization"):
+                inputs.check_unquantised(model, "model")
             section["path"] = self._path_of("model", model)
-            dtype = {"torch.bfloat16": "bf16", "torch.float32": "fp32"}.get(str(model.dtype))
-            if dtype and "dtype" not in (self._tree.get("model") or {}):
+            dtype = DTYPES.get(str(model.dtype))
+            if dtype and "dtype" not in own:
                 section["dtype"] = dtype
         if self._peft is not None:
             lora = self._peft
@@ -293,6 +311,13 @@ class PreferenceRun:
                 lora = lora_section(lora, self._model_type(section))
             section["lora"] = dict(lora)
         return section
+
+    def _check_trainable(self) -> None:
+        """Raises UserError for a whole model with frozen weights that the run would train."""
+        model = self._model
+        adapters = self._peft is not None or (self._tree.get("model") or {}).get("lora")
+        if not (model is None or inputs.is_name(model) or adapters):
+            inputs.check_trainable(model, "model")
 
     def _model_type(self, section: dict[str, Any]) -> str | None:
         """Of the base model, from its configuration."""
@@ -327,8 +352,7 @@ class PreferenceRun:
             write = partial(inputs.model_folder, value, root, name, processing)
         from dpo_fast.training import distributed
 
-        if distributed.world_size() > 1:
-            distributed.init_distributed()
+        _meet()
         return distributed.main_first(f"inputs/{name}", lambda: str(write()))
 
     def _named(self, callbacks: Any, sampler: Any) -> dict[str, Any]:
@@ -404,7 +428,15 @@ def _built(tree: dict[str, Any]) -> RunConfig:
     return config
 
 
-def _are_named(rows: Any) -> bool:
+def _meet() -> None:
+    """Several ranks find each other, where they have not yet."""
+    from dpo_fast.training import distributed
+
+    if distributed.world_size() > 1:
+        distributed.init_distributed()
+
+
+def _are_named(rows: Any) -> TypeGuard[Mapping[str, Rows]]:
     """Whether it is rows by their names, as trainers of transformers take them to evaluate on."""
     if not isinstance(rows, Mapping) or not rows:
         return False

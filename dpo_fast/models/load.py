@@ -262,14 +262,17 @@ def _without_router_logits(config: PretrainedConfig) -> None:
 
 
 def load_skeleton(section: ModelSection, option: str = "model.path") -> PreTrainedModel:
-    """The modules and shapes of a section's model on the meta device, without weights."""
+    """The modules and shapes of a section's model on the meta device, without weights.
+
+    Whole also where another model is being loaded at ZeRO-3.
+    """
     config = load_model_config(section, option)
     check_weights(section.path, option)
     if is_adapter(section.path) and section.adapter != "merge":
         check_adapter(section.path, option)
     text = config.get_text_config()
     text.vocab_size = adapter_vocabulary(section.path) or text.vocab_size
-    with _told(section, option), torch.device("meta"):
+    with _told(section, option), unsharded(), torch.device("meta"):
         return auto_class(config, takes_whole(section)).from_config(
             config, dtype=section.torch_dtype, trust_remote_code=section.trust_remote_code
         )

@@ -235,7 +235,9 @@ def test_what_every_run_needs_is_named_by_its_argument(folder, rows, tmp_path):
 
 
 def test_a_model_is_evaluated_without_rows_to_train_on(folder, rows):
-    run = PreferenceRun(folder / "model", options(folder, "untrained"), eval_dataset=rows[:4])
+    run = PreferenceRun(
+        folder / "model", options(folder, "untrained"), eval_dataset=rows[:4], eval_steps=2
+    )
     found = run.evaluate()
     assert found["eval_loss"] == pytest.approx(math.log(2))  # the reference is the model itself
     # Other rows, and several by their names, which stand in their metrics.
@@ -260,6 +262,10 @@ def test_a_model_is_evaluated_without_rows_to_train_on(folder, rows):
     with torch.no_grad():
         model.lm_head.weight.mul_(2)
     assert run.evaluate(rows[:4])["eval_logps/chosen"] != found["eval_logps/chosen"]
+    model.lm_head.requires_grad_(False)
+    assert PreferenceRun(torch.compile(model), output_dir="r")._model is model
+    with pytest.raises(UserError, match=r"model has frozen weights.*lm_head.weight"):
+        PreferenceRun(model, options(folder, "changing"), train_dataset=rows).train()
 
 
 def test_a_home_folder_is_the_same_for_the_run_and_for_what_is_read_of_it(monkeypatch, tmp_path):

@@ -149,6 +149,18 @@ def test_damaged_weights_are_told(tmp_path, damage, said):
         load.load_skeleton(ModelSection(path=str(file.parent)))
 
 
+def test_a_skeleton_is_whole_where_another_model_is_loaded_at_zero_3(tmp_path):
+    """As the reference of an evaluation in bf16 is: its fp32 buffers are looked up in its skeleton."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    folder = write_model(tmp_path / "model")
+    lives = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_batch_size": 1})
+    assert lives.is_zero3() and load.is_deepspeed_zero3_enabled()
+    found = load.load_skeleton(ModelSection(path=str(folder)))
+    assert load.is_deepspeed_zero3_enabled()  # and the other model's loading goes on as before
+    assert found.lm_head.weight.is_meta and not hasattr(found.lm_head.weight, "ds_id")
+
+
 def test_a_checkpoint_without_some_weights_is_no_model(tmp_path):
     """transformers would fill them with random numbers, and say so in a table that nobody reads."""
     folder = write_model(tmp_path / "model")
