@@ -24,7 +24,7 @@ def test_flags_in_every_form():
         "flag": True,
         "flag2": False,
         "list": ["p", "q"],
-        "dash_ed": "1e-6",
+        "dash_ed": 1e-6,
         "text": "two words",
         "json": {"x": 1},
         "negative": -1,
